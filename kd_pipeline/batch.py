@@ -1,0 +1,31 @@
+"""What the loader hands to the training loop."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+__all__ = ["KDBatch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KDBatch:
+    """One batch; every row describes one sample, in all fields alike.
+
+    `images` is DALI's own buffer and the very one that the teacher read. It stays valid for as long as it is held,
+    and nobody writes to it; whoever wants to change it in place clones it first.
+    """
+
+    images: Tensor
+    """`[N, 3, H, W]`, float32 or float16, normalised as the transform says."""
+    labels: Tensor | None
+    """`[N]` int64 class indices, `[N, K]` float after mixing, or None for unlabelled data."""
+    index: Tensor
+    """`[N]` int64, position of the sample in its dataset."""
+    valid: Tensor
+    """`[N]` bool; False for a row that must not count: padding, or a substitute for an unreadable image."""
+    teacher: Mapping[str, Tensor] = field(default_factory=dict)
+    """The teacher's outputs by name, `"logits"` `[N, K]` float32 always among them; empty without a teacher."""
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])

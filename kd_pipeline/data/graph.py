@@ -1,0 +1,232 @@
+"""The only file that builds a DALI pipeline: planned samples in, finished images out."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_pipeline.data.transform import EvalTransform, Node, TrainTransform
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.optional import require
+
+__all__ = ["Graph", "GraphSettings", "Probe", "Samples"]
+
+_JPEG_START, _JPEG_END = 0xD8FF, 0xD9FF
+"""The first and the last two bytes of a JPEG file, as little-endian numbers."""
+_REFUSED = 1e9
+"""Added to the height of a crop to have DALI refuse the sample before it decodes anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSettings:
+    """What a graph is built for, besides source and transform."""
+
+    max_batch: int
+    device_id: int | None
+    """Ordinal of the GPU, or None for the CPU."""
+    num_threads: int
+    prefetch: int
+    """How many batches DALI works on ahead of the one that is taken."""
+    max_pixels: int
+    """Images with more pixels than this are refused from their header."""
+    hw_decoder_load: float
+    """Share of JPEG images that a GPU's hardware decoder gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """One batch as the graph takes it."""
+
+    data: NDArray[np.uint8]
+    """`[N, L]` file names, NUL-padded, or `[N, H, W, 3]` pixels."""
+    facts: NDArray[np.int64]
+    """`[N, F]`, handed through to the output, so that what belongs to an image stays beside it."""
+    draws: NDArray[np.float32]
+    """`[N, transform.num_draws]` uniform numbers in [0, 1)."""
+    trusted: NDArray[np.bool_]
+    """`[N]`, True for files that are known to decode in full, whatever they end with."""
+
+
+class Graph:
+    """A built DALI pipeline; batches are pulled from `samples` and come out in the same order.
+
+    DALI pulls `prefetch` batches ahead and works on them in its own threads while the caller does something else.
+    """
+
+    def __init__(
+        self,
+        samples: Iterator[Samples],
+        stores: Literal["files", "pixels"],
+        transform: TrainTransform | EvalTransform,
+        settings: GraphSettings,
+    ) -> None:
+        self._samples = samples
+        self._transform = transform
+        dali = require("nvidia.dali", extra="cpu")
+        self._pipeline = dali.Pipeline(
+            batch_size=settings.max_batch,
+            num_threads=settings.num_threads,
+            device_id=settings.device_id,
+            prefetch_queue_depth=settings.prefetch,
+        )
+        if not self._pipeline.exec_dynamic:
+            # Only this executor leaves a buffer alone while somebody holds it.
+            raise ConfigError("DALI's dynamic executor is off; unset DALI_* variables that select another executor")
+        with self._pipeline:
+            self._pipeline.set_outputs(*self._define(stores, settings))
+        self._pipeline.build()
+
+    def take(self, stream: Any = None) -> tuple[Any, Any]:
+        """Images and facts of the next batch, as dense DALI tensors.
+
+        On a GPU both are ordered on `stream` and nothing waits; on the CPU they are finished.
+
+        Raises:
+            RuntimeError: DALI could not read or decode a sample of this batch; the graph is to be thrown away.
+            StopIteration: `samples` has ended.
+        """
+        images, facts = self._pipeline.run(stream)
+        return images.as_tensor(), facts.as_tensor()
+
+    def close(self) -> None:
+        """Stop DALI's threads; batches that somebody still holds stay valid."""
+        del self._pipeline
+
+    @property
+    def _ops(self) -> tuple[Any, ...]:
+        return (self._transform.crop, *self._transform.ops, self._transform.normalise)
+
+    def _next(self) -> tuple[NDArray[Any], ...]:
+        """What DALI's external source calls for the next batch."""
+        samples = next(self._samples)
+        parameters = [part for op in self._ops for part in op.parameters(samples.draws)]
+        return (
+            samples.data,
+            samples.facts,
+            samples.trusted.astype(np.float32),
+            *(np.ascontiguousarray(part, dtype=np.float32) for part in parameters),
+        )
+
+    def _define(self, stores: Literal["files", "pixels"], settings: GraphSettings) -> tuple[Node, Node]:
+        fn = require("nvidia.dali.fn", extra="cpu")
+        types = require("nvidia.dali.types", extra="cpu")
+        ndims = [ndim for op in self._ops for ndim in op.ndims]
+        data, facts, trusted, *parameters = fn.external_source(
+            self._next,
+            num_outputs=3 + len(ndims),
+            dtype=[types.UINT8, types.INT64] + [types.FLOAT] * (1 + len(ndims)),
+            ndim=[1 if stores == "files" else 3, 1, 0, *ndims],
+            layout=["" if stores == "files" else "HWC", *[""] * (2 + len(ndims))],
+        )
+        crop, *ops = self._ops
+        own, rest = parameters[: len(crop.ndims)], parameters[len(crop.ndims) :]
+        if stores == "files":
+            images, height, width = self._decode(fn.io.file.read(data), trusted, own, settings)
+        else:
+            images, height, width = self._cut(data, own, settings)
+        images = crop.finish(images, height, width)
+        for op in ops:
+            images = op.apply(images, *rest[: len(op.ndims)])
+            rest = rest[len(op.ndims) :]
+        return images, facts if settings.device_id is None else facts.gpu()
+
+    def _decode(
+        self, encoded: Node, trusted: Node, parameters: list[Node], settings: GraphSettings
+    ) -> tuple[Node, Node, Node]:
+        """Decode the crop's window of each file; only that part of a JPEG is ever turned into pixels."""
+        fn = require("nvidia.dali.fn", extra="cpu")
+        types = require("nvidia.dali.types", extra="cpu")
+        shape = fn.peek_image_shape(encoded)
+        size = fn.cast(shape, dtype=types.FLOAT)
+        height, width = size[0], size[1]
+        # The window of a cut-off JPEG may lie above the cut and decode well; the file is refused all the same,
+        # so that whether a sample is readable does not depend on its view.
+        start = fn.reinterpret(encoded[:2], dtype=types.UINT16)[0]
+        end = fn.reinterpret(encoded[-2:], dtype=types.UINT16)[0]
+        cut_off = (start == _JPEG_START) * (end != _JPEG_END) > trusted
+        too_large = height * width > float(settings.max_pixels)
+        window = self._transform.crop.window(height, width, *parameters)
+        window["crop_h"] = window["crop_h"] + (cut_off | too_large) * _REFUSED
+        images = fn.decoders.image_crop(encoded, **_decoder(settings), **window)
+        return images, shape[0], shape[1]
+
+    def _cut(self, pixels: Node, parameters: list[Node], settings: GraphSettings) -> tuple[Node, Node, Node]:
+        """Cut the crop's window out of images that are pixels already."""
+        fn = require("nvidia.dali.fn", extra="cpu")
+        types = require("nvidia.dali.types", extra="cpu")
+        shape = pixels.shape()
+        size = fn.cast(shape, dtype=types.FLOAT)
+        window = self._transform.crop.window(size[0], size[1], *parameters)
+        images = pixels if settings.device_id is None else pixels.gpu()
+        return fn.crop(images, **window), shape[0], shape[1]
+
+
+class Probe:
+    """Looks at one file at a time, with the decoder that the graph uses: at its header, or at all of its pixels."""
+
+    def __init__(self, settings: GraphSettings) -> None:
+        self._settings = settings
+        self._path: NDArray[np.uint8]
+        self._decoding: Any = None
+
+    def size(self, path: NDArray[np.uint8]) -> tuple[int, int]:
+        """Height and width that the header of the file `path` `[L]` claims.
+
+        Raises:
+            RuntimeError: the file cannot be opened, or DALI does not know such a header.
+        """
+        fn = require("nvidia.dali.fn", extra="cpu")
+        self._path = path
+        height, width, _ = np.asarray(self._build(fn.peek_image_shape).run()[0][0])
+        return int(height), int(width)
+
+    def decode(self, path: NDArray[np.uint8]) -> None:
+        """Decode all of the file `path` `[L]`.
+
+        Raises:
+            RuntimeError: DALI cannot, or the header claims more than `max_pixels`.
+        """
+        self._path = path
+        if self._decoding is None:
+            self._decoding = self._build(self._whole_image)
+        try:
+            self._decoding.run()
+        except RuntimeError:
+            # Nobody promises that a pipeline outlives an error.
+            self._decoding = None
+            raise
+
+    def _build(self, look: Callable[[Node], Node]) -> Any:
+        dali = require("nvidia.dali", extra="cpu")
+        fn = require("nvidia.dali.fn", extra="cpu")
+        pipeline = dali.Pipeline(
+            batch_size=1, num_threads=1, device_id=self._settings.device_id, prefetch_queue_depth=1
+        )
+        with pipeline:
+            path = fn.external_source(lambda: self._path[None], dtype=dali.types.UINT8, ndim=1)
+            pipeline.set_outputs(look(fn.io.file.read(path)))
+        return pipeline
+
+    def _whole_image(self, encoded: Node) -> Node:
+        fn = require("nvidia.dali.fn", extra="cpu")
+        types = require("nvidia.dali.types", extra="cpu")
+        size = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
+        too_large = size[0] * size[1] > float(self._settings.max_pixels)
+        return fn.decoders.image_crop(
+            encoded, crop_h=size[0] + too_large * _REFUSED, crop_w=size[1], **_decoder(self._settings)
+        )
+
+
+def _decoder(settings: GraphSettings) -> dict[str, Any]:
+    types = require("nvidia.dali.types", extra="cpu")
+    if settings.device_id is None:
+        return {"device": "cpu", "output_type": types.RGB}
+    return {
+        "device": "mixed",
+        "output_type": types.RGB,
+        "hw_decoder_load": settings.hw_decoder_load,
+        # What libjpeg-turbo does on the CPU, so that both devices give the same pixels.
+        "jpeg_fancy_upsampling": True,
+    }

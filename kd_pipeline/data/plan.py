@@ -1,0 +1,206 @@
+"""Which sample comes when, and its random numbers: pure functions of (seed, epoch, index).
+
+Nothing here is drawn from a generator with a state, so any batch of any epoch can be named and rebuilt at once,
+on any rank, whatever was read before it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_pipeline.errors import ConfigError
+
+__all__ = ["BatchPlan", "EpochPlan", "LastBatch", "Plan", "Shard", "epoch_order", "philox", "uniforms"]
+
+LastBatch = Literal["drop", "keep", "pad"]
+"""What becomes of the samples that do not fill a whole batch on every rank.
+
+`drop` leaves them out of this epoch; `keep` hands them out in a smaller last batch; `pad` fills the last batch up
+with samples from the start of the epoch, marked `valid=False`.
+"""
+
+_ORDER, _VIEW = 0, 1
+"""Second key words that keep the streams for order and for views apart."""
+
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_NUM_ROUNDS = 10
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which part of every global batch this process reads: rank `rank` of `world_size`."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"shard: rank must be in 0..world_size-1, got rank {self.rank} of {self.world_size}")
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """The samples of one batch on one rank."""
+
+    index: NDArray[np.int64]
+    """`[N]`, positions in the dataset."""
+    valid: NDArray[np.bool_]
+    """`[N]`, False for padding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The batches of one rank in every epoch.
+
+    A global batch is `batch_size * world_size` consecutive places of the epoch's order, and rank r takes the r-th
+    `batch_size` of them. So the order over all ranks together is the same for any world size, and every rank has the
+    same number of batches.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+    shard: Shard = Shard()
+    last_batch: LastBatch = "keep"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed must be in 0..2**64-1, got {self.seed}")
+        if self.last_batch not in get_args(LastBatch):
+            raise ConfigError(f"last_batch must be one of {get_args(LastBatch)}, got {self.last_batch!r}")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images in a batch of all ranks together."""
+        return self.batch_size * self.shard.world_size
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch, equal on every rank; 0 when `drop` leaves nothing."""
+        whole, rest = divmod(self.num_samples, self.global_batch_size)
+        return whole + (1 if rest and self.last_batch != "drop" else 0)
+
+    def epoch(self, epoch: int) -> "EpochPlan":
+        """The batches of one epoch; the order is computed once, so keep it while the epoch lasts."""
+        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        return EpochPlan(self, order)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """The batches of one epoch on one rank, by number."""
+
+    plan: Plan
+    order: NDArray[np.int64]
+    """`[num_samples]`, the order over all ranks: a permutation of the dataset's positions."""
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, number: int) -> BatchPlan:
+        """Batch `number` of this rank; never empty."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"batch {number} of an epoch of {len(self)} batches")
+        plan, size = self.plan, self.plan.global_batch_size
+        places = self.order[number * size : (number + 1) * size]
+        own = slice(plan.shard.rank * plan.batch_size, (plan.shard.rank + 1) * plan.batch_size)
+        if len(places) == size:
+            return _all_valid(places[own])
+        if plan.last_batch == "keep":
+            return self._share_of(places)
+        padded = np.concatenate([places, np.resize(self.order, size - len(places))])
+        return BatchPlan(padded[own], (np.arange(size) < len(places))[own])
+
+    def _share_of(self, places: NDArray[np.int64]) -> BatchPlan:
+        """The r-th of `world_size` nearly equal parts; a rank that would get nothing gets one padding row."""
+        rank, world_size = self.plan.shard.rank, self.plan.shard.world_size
+        part = places[len(places) * rank // world_size : len(places) * (rank + 1) // world_size]
+        return _all_valid(part) if len(part) else BatchPlan(places[:1], np.zeros(1, dtype=np.bool_))
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
+    """The order of the dataset's positions in one epoch, `[num_samples]` int64.
+
+    Shuffled: the positions sorted by one 64-bit random key each, position p's key being word p of NumPy's own
+    Philox stream for (seed, epoch). NumPy promises that raw words of a bit generator never change between releases,
+    which it does not promise for `Generator.permutation`.
+    """
+    if not shuffle:
+        return np.arange(num_samples, dtype=np.int64)
+    # A counter's first word moves with every four words, so the epoch sits in the second.
+    stream = np.random.Philox(key=_key(seed, _ORDER), counter=np.array([0, epoch, 0, 0], dtype=np.uint64))
+    return np.argsort(stream.random_raw(num_samples), kind="stable").astype(np.int64, copy=False)
+
+
+def uniforms(index: NDArray[np.int64], *, seed: int, epoch: int, count: int) -> NDArray[np.float32]:
+    """`count` random numbers in [0, 1) for each sample, `[N, count]` float32, whatever batch or rank it is in.
+
+    Number j of a sample does not depend on `count`: it is 24 bits of half-word j of the Philox blocks whose counter
+    holds (block, epoch, index).
+    """
+    num_blocks = -(-count // 8)
+    counter = np.zeros((len(index), num_blocks, 4), dtype=np.uint64)
+    counter[..., 0] = np.arange(num_blocks, dtype=np.uint64)
+    counter[..., 1] = epoch
+    counter[..., 2] = index.astype(np.uint64)[:, None]
+    words = philox(_key(seed, _VIEW), counter.reshape(-1, 4))
+    halves = np.stack([words & _LOW, words >> _HALF], axis=-1).reshape(len(index), num_blocks * 8)
+    return (halves[:, :count] >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def philox(key: NDArray[np.uint64], counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Philox4x64-10 of many counters at once: `[N, 4]` uint64 words.
+
+    Row n equals `np.random.Philox(key=key, counter=counter[n]).random_raw(4)`; like NumPy, it adds one to the
+    counter before its first block. Algorithm: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Args:
+        key: `[2]` uint64.
+        counter: `[N, 4]` uint64, least significant word first.
+    """
+    words = _increment(counter)
+    key0, key1 = int(key[0]), int(key[1])
+    for _ in range(_NUM_ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIERS[0], words[0])
+        high1, low1 = _multiply(_MULTIPLIERS[1], words[2])
+        words = [high1 ^ words[1] ^ np.uint64(key0), low1, high0 ^ words[3] ^ np.uint64(key1), low0]
+        key0 = (key0 + _KEY_STEPS[0]) & 0xFFFFFFFFFFFFFFFF
+        key1 = (key1 + _KEY_STEPS[1]) & 0xFFFFFFFFFFFFFFFF
+    return np.stack(words, axis=-1)
+
+
+def _all_valid(index: NDArray[np.int64]) -> BatchPlan:
+    return BatchPlan(index, np.ones(len(index), dtype=np.bool_))
+
+
+def _key(seed: int, stream: int) -> NDArray[np.uint64]:
+    return np.array([seed, stream], dtype=np.uint64)
+
+
+def _increment(counter: NDArray[np.uint64]) -> list[NDArray[np.uint64]]:
+    """The four words of counter + 1, with the carry that NumPy's 256-bit counter has."""
+    words = []
+    carry = np.ones(len(counter), dtype=np.uint64)
+    for column in range(4):
+        word = counter[:, column] + carry
+        carry = (word < carry).astype(np.uint64)
+        words.append(word)
+    return words
+
+
+def _multiply(constant: int, word: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """High and low 64 bits of `constant * word`, from four 32-bit products, as NumPy has no 128-bit integers."""
+    constant_high, constant_low = np.uint64(constant >> 32), np.uint64(constant & 0xFFFFFFFF)
+    word_high, word_low = word >> _HALF, word & _LOW
+    low = constant_low * word_low
+    middle = constant_high * word_low + (low >> _HALF)
+    other = constant_low * word_high + (middle & _LOW)
+    high = constant_high * word_high + (middle >> _HALF) + (other >> _HALF)
+    return high, np.uint64(constant) * word

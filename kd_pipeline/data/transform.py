@@ -1,0 +1,395 @@
+"""What is done to an image, as data: frozen settings, the random numbers they need, and their DALI calls.
+
+An op turns uniform numbers from the plan into parameters with NumPy (`parameters`), one array for each input that
+its DALI calls take (`apply` and the like). No op draws anything itself. Which of the plan's numbers an op reads is
+fixed, so switching one op on never changes what another does.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from kd_pipeline.optional import require
+from kd_pipeline.settings import Settings
+
+__all__ = [
+    "CentreCrop",
+    "ColourJitter",
+    "EvalTransform",
+    "GaussianBlur",
+    "Normalise",
+    "RandomErasing",
+    "RandomResizedCrop",
+    "TrainTransform",
+    "TransformSettings",
+]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+NUM_TRIES = 10
+"""How often a crop is drawn until it fits; torchvision's number."""
+
+Node = Any
+"""A node of a DALI graph."""
+Array = NDArray[np.float32]
+Range = tuple[float, float]
+"""Low and high."""
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Triple = tuple[float, float, float]
+
+
+class _Output(Settings):
+    """What both presets say about the finished image."""
+
+    size: int = Field(gt=0)
+    """Height and width of the finished image, in pixels."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter of the resize; always antialiased."""
+    mean: Triple = IMAGENET_MEAN
+    """Subtracted from each channel, on a scale from 0 to 1."""
+    std: Triple = IMAGENET_STD
+    """Divides each channel afterwards."""
+    dtype: Literal["float32", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _std_is_positive(self) -> "_Output":
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        return self
+
+
+class TrainTransform(_Output):
+    """Random resized crop, horizontal flip, colour jitter, grayscale, blur, erasing, normalise."""
+
+    preset: Literal["train"] = "train"
+    area: Range = (0.08, 1.0)
+    """Share of the image's area that the crop covers."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Width of the crop over its height."""
+    flip: Probability = 0.5
+    brightness: float = Field(default=0.0, ge=0.0)
+    """The factor is drawn from [1 - brightness, 1 + brightness], not below 0; contrast and saturation alike."""
+    contrast: float = Field(default=0.0, ge=0.0)
+    saturation: float = Field(default=0.0, ge=0.0)
+    hue: float = Field(default=0.0, ge=0.0, le=0.5)
+    """The hue is turned by up to this part of a full circle either way."""
+    grayscale: Probability = 0.0
+    blur: Probability = 0.0
+    blur_sigma: Range = (0.1, 2.0)
+    """Standard deviation of the blur in pixels of the finished image."""
+    erase: Probability = 0.0
+    erase_area: Range = (0.02, 1 / 3)
+    """Share of the finished image that is erased, filled with the mean colour."""
+    erase_ratio: Range = (0.3, 3.3)
+
+    @model_validator(mode="after")
+    def _ranges_make_sense(self) -> "TrainTransform":
+        for name in ("area", "ratio", "blur_sigma", "erase_area", "erase_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be [low, high] with 0 < low <= high, got [{low}, {high}]")
+        for name in ("area", "erase_area"):
+            if getattr(self, name)[1] > 1:
+                raise ValueError(f"{name} is a share and ends at 1, got {getattr(self, name)[1]}")
+        return self
+
+    @property
+    def num_draws(self) -> int:
+        """How many of a view's uniform numbers are used."""
+        return 35 if self.ops else 23
+
+    @property
+    def crop(self) -> "RandomResizedCrop":
+        """Where the image is cut, and to what size it is brought."""
+        return RandomResizedCrop(self.size, self.interpolation, self.area, self.ratio)
+
+    @property
+    def ops(self) -> tuple["PixelOp", ...]:
+        """What happens to the pixels between the crop and the normalisation; ops that would do nothing are left out."""
+        ops: list[PixelOp] = []
+        if self.brightness or self.contrast or self.saturation or self.hue or self.grayscale:
+            ops.append(ColourJitter(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale))
+        if self.blur:
+            ops.append(GaussianBlur(self.blur, self.blur_sigma))
+        if self.erase:
+            ops.append(RandomErasing(self.erase, self.erase_area, self.erase_ratio, self.size, self.mean))
+        return tuple(ops)
+
+    @property
+    def normalise(self) -> "Normalise":
+        """The last op, which also flips."""
+        return Normalise(self.mean, self.std, self.dtype, self.flip)
+
+
+class EvalTransform(_Output):
+    """Resize the shorter side, crop the centre, normalise; pixel by pixel what torchvision does."""
+
+    preset: Literal["eval"] = "eval"
+    resize: int | None = Field(default=None, gt=0)
+    """Length of the shorter side before the crop; by default `size / 0.875`, which is 256 for 224."""
+
+    @model_validator(mode="after")
+    def _resize_covers_the_crop(self) -> "EvalTransform":
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"resize must be at least size, got resize {self.resize} for size {self.size}")
+        return self
+
+    @property
+    def num_draws(self) -> int:
+        """None: evaluation is not random."""
+        return 0
+
+    @property
+    def crop(self) -> "CentreCrop":
+        """How the image is resized and cut."""
+        return CentreCrop(self.size, self.interpolation, self.resize or round(self.size / 0.875))
+
+    @property
+    def ops(self) -> tuple["PixelOp", ...]:
+        """None: evaluation changes no pixels."""
+        return ()
+
+    @property
+    def normalise(self) -> "Normalise":
+        """The last op."""
+        return Normalise(self.mean, self.std, self.dtype, None)
+
+
+TransformSettings = Annotated[TrainTransform | EvalTransform, Field(discriminator="preset")]
+"""What a config file may say under `transform`."""
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A window of random area and shape, resized to a square (Szegedy et al., arXiv 1409.4842, section 6).
+
+    As in torchvision: area uniform, ratio log-uniform, drawn until the window fits, ten times at most. Where none
+    fits (an image far longer than the ratio allows), the window is as large as image and ratio permit.
+    """
+
+    size: int
+    interpolation: str
+    area: Range
+    ratio: Range
+
+    ndims: ClassVar[tuple[int, ...]] = (1, 1, 2, 0, 0)
+    """Dimensions of a sample's part of each parameter."""
+
+    def parameters(self, draws: Array) -> tuple[Array, ...]:
+        """What an image's shape turns into a window.
+
+        Returns:
+            For every try, in reverse: the least `[N, 10]` and the greatest `[N, 10]` width-to-height ratio of an
+            image that it fits; height and width over the root of the image's area `[N, 11, 2]`, led by a row that
+            is larger than any image; then the window's place in the room it has, y `[N]` and x `[N]`, from 0 to 1.
+        """
+        low, high = self.area
+        area = low + draws[:, _AREA] * (high - low)
+        log_low, log_high = np.log(self.ratio)
+        ratio = np.exp(log_low + draws[:, _RATIO] * (log_high - log_low))
+        extent = np.full((len(draws), NUM_TRIES + 1, 2), np.inf)
+        extent[:, 1:, 0], extent[:, 1:, 1] = np.sqrt(area / ratio), np.sqrt(area * ratio)
+        return area * ratio, ratio / area, extent, draws[:, _PLACE_Y], draws[:, _PLACE_X]
+
+    def window(
+        self, height: Node, width: Node, least: Node, greatest: Node, extent: Node, y: Node, x: Node
+    ) -> dict[str, Node]:
+        """Height, width and place of the window in an image of that float size, as DALI's crops take them."""
+        fn, math, types = _dali()
+        shape = width / height
+        order = types.Constant(np.arange(1, NUM_TRIES + 1, dtype=np.int32))
+        # Tries come in reverse, so that the highest number among those that fit is the first try; 0 if none does.
+        first = fn.reductions.max((least <= shape) * (shape <= greatest) * order)
+        tried = extent[first] * math.sqrt(height * width)
+        crop_height = math.min(tried[0], math.min(height, width / self.ratio[0]))
+        crop_width = math.min(tried[1], math.min(width, height * self.ratio[1]))
+        return {
+            "crop_h": math.max(crop_height, 1.0),
+            "crop_w": math.max(crop_width, 1.0),
+            "crop_pos_y": y,
+            "crop_pos_x": x,
+        }
+
+    def finish(self, images: Node, height: Node, width: Node) -> Node:
+        """Bring the window, of whatever size, to its final one."""
+        fn, _, _ = _dali()
+        return fn.resize(images, size=[self.size, self.size], **_filter(self.interpolation))
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Shorter side to `shorter`, then the square in the middle, with torchvision's rounding of both.
+
+    DALI's own "not_smaller" resize and centred crop round differently, which moves the picture by up to a pixel and
+    costs up to 6/255 of mean absolute difference on a photograph; computed like this it is 0.15/255.
+    """
+
+    size: int
+    interpolation: str
+    shorter: int
+
+    ndims: ClassVar[tuple[int, ...]] = ()
+
+    def parameters(self, draws: Array) -> tuple[Array, ...]:
+        """None: nothing here is random."""
+        return ()
+
+    def window(self, height: Node, width: Node) -> dict[str, Node]:
+        """The whole image."""
+        return {"crop_h": height, "crop_w": width}
+
+    def finish(self, images: Node, height: Node, width: Node) -> Node:
+        """Resize whole images of that integer size, and crop them."""
+        fn, math, types = _dali()
+        least = math.min(height, width)
+        new_height, new_width = self.shorter * height // least, self.shorter * width // least
+        target = fn.cast(fn.stack(new_height, new_width), dtype=types.FLOAT)
+        images = fn.resize(images, size=target, **_filter(self.interpolation))
+        corner = fn.cast(fn.stack(self._edge(new_height), self._edge(new_width)), dtype=types.INT32)
+        return fn.slice(images, corner, [self.size, self.size], axes=(0, 1))
+
+    def _edge(self, length: Node) -> Node:
+        """Half of the margin, halves rounded to the even number as Python's `round` does."""
+        margin = length - self.size
+        half = margin // 2
+        return half + (margin - half * 2) * (half - half // 2 * 2)
+
+
+@dataclass(frozen=True)
+class ColourJitter:
+    """Brightness, contrast, saturation and hue in one linear map of the colours, and grayscale as saturation zero.
+
+    Contrast turns about mid-grey (128), where torchvision turns about the mean of each image.
+    """
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    grayscale: float
+
+    ndims: ClassVar[tuple[int, ...]] = (0, 0, 0, 0)
+
+    def parameters(self, draws: Array) -> tuple[Array, ...]:
+        """Factors of brightness, contrast and saturation, and the turn of the hue in degrees, `[N]` each."""
+        signed = 2 * draws[:, _COLOUR] - 1
+        strengths = np.array([self.brightness, self.contrast, self.saturation])
+        brightness, contrast, saturation = np.maximum(1 + signed[:, :3] * strengths, 0).T
+        saturation = saturation * (draws[:, _GRAYSCALE] >= self.grayscale)
+        return brightness, contrast, saturation, signed[:, 3] * 360 * self.hue
+
+    def apply(self, images: Node, brightness: Node, contrast: Node, saturation: Node, hue: Node) -> Node:
+        """Map the colours of uint8 images."""
+        fn, _, _ = _dali()
+        return fn.color_twist(images, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Blur some of the images, with a window that reaches three standard deviations."""
+
+    probability: float
+    sigma: Range
+
+    ndims: ClassVar[tuple[int, ...]] = (0, 0)
+
+    def parameters(self, draws: Array) -> tuple[Array, ...]:
+        """Standard deviation and window in pixels, `[N]` each; a window of one pixel leaves the image as it is."""
+        low, high = self.sigma
+        sigma = low + draws[:, _BLUR_SIGMA] * (high - low)
+        return sigma, np.where(draws[:, _BLUR] < self.probability, 2 * np.ceil(3 * sigma) + 1, 1)
+
+    def apply(self, images: Node, sigma: Node, window: Node) -> Node:
+        """Blur uint8 images."""
+        fn, _, types = _dali()
+        window = fn.cast(window, dtype=types.INT32)
+        return fn.gaussian_blur(images, sigma=sigma, window_size=window, dtype=types.UINT8)
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """Fill a random rectangle of some images with the mean colour (Zhong et al., arXiv 1708.04896)."""
+
+    probability: float
+    area: Range
+    ratio: Range
+    size: int
+    mean: Triple
+
+    ndims: ClassVar[tuple[int, ...]] = (1, 1)
+
+    def parameters(self, draws: Array) -> tuple[Array, ...]:
+        """Corner (y, x) and extent (height, width) in pixels, `[N, 2]` each; the extent is 0 for no erasing."""
+        (area_low, area_high), (log_low, log_high) = self.area, np.log(self.ratio)
+        area = (area_low + draws[:, _ERASE_AREA] * (area_high - area_low)) * self.size**2
+        ratio = np.exp(log_low + draws[:, _ERASE_RATIO] * (log_high - log_low))
+        extent = np.clip(np.round(np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=1)), 1, self.size)
+        corner = np.floor(draws[:, _ERASE_PLACE] * (self.size - extent + 1))
+        return corner, extent * (draws[:, [_ERASE]] < self.probability)
+
+    def apply(self, images: Node, corner: Node, extent: Node) -> Node:
+        """Erase from uint8 images."""
+        fn, _, _ = _dali()
+        fill = [255 * channel for channel in self.mean]
+        return fn.erase(images, anchor=corner, shape=extent, axis_names="HW", fill_value=fill)
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """uint8 HWC to normalised float CHW, some flipped left to right: the last op, which writes the batch."""
+
+    mean: Triple
+    std: Triple
+    dtype: str
+    flip: float | None
+    """Probability of the flip; None for never."""
+
+    @property
+    def ndims(self) -> tuple[int, ...]:
+        """Dimensions of a sample's part of each parameter."""
+        return () if self.flip is None else (0,)
+
+    def parameters(self, draws: Array) -> tuple[Array, ...]:
+        """`[N]`, 1 where the image is flipped."""
+        return () if self.flip is None else ((draws[:, _FLIP] < self.flip).astype(np.float32),)
+
+    def apply(self, images: Node, mirror: Node = 0) -> Node:
+        """Normalise uint8 images."""
+        fn, _, types = _dali()
+        return fn.crop_mirror_normalize(
+            images,
+            mirror=mirror if self.flip is None else fn.cast(mirror, dtype=types.INT32),
+            mean=[255 * channel for channel in self.mean],
+            std=[255 * channel for channel in self.std],
+            dtype={"float32": types.FLOAT, "float16": types.FLOAT16}[self.dtype],
+            output_layout="CHW",
+        )
+
+
+PixelOp = ColourJitter | GaussianBlur | RandomErasing
+
+# Slots of the plan's uniform numbers. New ops take new slots at the end; moving one changes every run ever made.
+# The crop and the flip come first: where they are all there is, the plan makes no other numbers.
+_PLACE_Y, _PLACE_X, _FLIP = 0, 1, 2
+_AREA, _RATIO = slice(3, 3 + NUM_TRIES), slice(13, 13 + NUM_TRIES)
+_GRAYSCALE, _COLOUR = 23, slice(24, 28)
+_BLUR, _BLUR_SIGMA = 28, 29
+_ERASE, _ERASE_AREA, _ERASE_RATIO, _ERASE_PLACE = 30, 31, 32, slice(33, 35)
+
+
+def _dali() -> tuple[Any, Any, Any]:
+    return (
+        require("nvidia.dali.fn", extra="cpu"),
+        require("nvidia.dali.math", extra="cpu"),
+        require("nvidia.dali.types", extra="cpu"),
+    )
+
+
+def _filter(interpolation: str) -> dict[str, Any]:
+    _, _, types = _dali()
+    kind = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}[interpolation]
+    return {"interp_type": kind, "antialias": True}

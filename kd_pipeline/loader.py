@@ -1,0 +1,445 @@
+"""`KDDataLoader`: run the graph, teach ahead, hand over, remember the position."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from kd_pipeline.batch import KDBatch
+from kd_pipeline.data.bad_samples import BadSamplePolicy
+from kd_pipeline.data.graph import GraphSettings
+from kd_pipeline.data.plan import LastBatch, Plan, Shard
+from kd_pipeline.data.reader import INDEX, LABEL, VALID, Reader
+from kd_pipeline.data.source import Source, SourceSettings, open_source, save_classes
+from kd_pipeline.data.transform import EvalTransform, TrainTransform, TransformSettings
+from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
+from kd_pipeline.optional import require
+from kd_pipeline.settings import Settings
+from kd_pipeline.state import check_fingerprint, read_position
+from kd_pipeline.stream import open_lane
+from kd_pipeline.teachers import open_teacher
+from kd_pipeline.teachers.base import Teacher
+
+if TYPE_CHECKING:
+    from kd_pipeline.config import Config
+
+__all__ = ["DataSettings", "KDDataLoader", "SplitSettings"]
+
+_STATE_VERSION = 1
+
+
+class SplitSettings(Settings):
+    """Where the images of one split come from and what is done to them."""
+
+    source: SourceSettings
+    transform: TransformSettings
+    shuffle: bool | None = None
+    """A new order every epoch; by default true for the split `train` and false for any other."""
+    last_batch: LastBatch | None = None
+    """What becomes of samples that fill no whole batch; by default `drop` for `train` and `keep` for any other."""
+
+
+class DataSettings(Settings):
+    """Everything a loader needs to know, apart from the teacher."""
+
+    batch_size: int = Field(gt=0)
+    """Images in a batch of one process."""
+    train: SplitSettings | None = None
+    val: SplitSettings | None = None
+    test: SplitSettings | None = None
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one."""
+    num_threads: int | None = Field(default=None, gt=0)
+    """CPU threads for DALI; the cores this process may use where left out."""
+    prefetch: int = Field(default=2, ge=1)
+    """Batches that DALI works on ahead."""
+    ahead: int = Field(default=1, ge=0)
+    """Batches for which the teacher has been started ahead of the one handed out."""
+    hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
+    """Share of JPEG images for a GPU's hardware decoder."""
+    on_bad_sample: Literal["raise", "substitute"] = "raise"
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    max_pixels: int = Field(default=89_478_485, gt=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """A batch that the teacher has answered, or on a GPU will have answered at its mark."""
+
+    batch: KDBatch
+    buffer: object
+    """DALI's own handle of the images."""
+    mark: Any
+    """Where the teacher's stream must have come to."""
+
+
+class KDDataLoader:
+    """Iterates batches of images, labels and teacher outputs; one `for` loop is one epoch.
+
+        with KDDataLoader(source, TrainTransform(size=224), teacher, batch_size=256) as loader:
+            for epoch in range(loader.epoch, num_epochs):
+                for batch in loader:
+                    ...
+
+    Order and views depend on seed, epoch and dataset only. `state_dict()` describes the position behind the batch
+    last handed out; a new loader that loads it continues with the very next one. After the last batch of an epoch
+    that is the first batch of the next epoch, and `loader.epoch` says which one a `for` loop will run.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: TrainTransform | EvalTransform,
+        teacher: Teacher | None = None,
+        *,
+        # Which samples, in what order
+        batch_size: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        shard: Shard | None = None,
+        last_batch: LastBatch = "keep",
+        # Where and how fast
+        device: torch.device | str = "auto",
+        num_threads: int | None = None,
+        prefetch: int = 2,
+        ahead: int = 1,
+        hw_decoder_load: float = 0.65,
+        # What to do about unreadable samples
+        on_bad_sample: Literal["raise", "substitute"] = "raise",
+        max_bad_fraction: float = 0.001,
+        max_pixels: int = 89_478_485,
+        run_dir: Path | str | None = None,
+    ) -> None:
+        """Plan the stream; DALI starts with the first batch.
+
+        Args:
+            source: which samples there are.
+            transform: what is done to an image.
+            teacher: answers for every batch, or None; the loader does not close it.
+            batch_size: images in a batch of this process.
+            seed: 0 to 2**64 - 1; equal on all ranks.
+            shuffle: a new order every epoch, or the dataset's own.
+            shard: this process among those that share the epoch; by default what `torch.distributed` says, where it
+                is initialised, and else the only one.
+            last_batch: see `LastBatch`.
+            device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+            num_threads: CPU threads for DALI; by default the cores this process may use.
+            prefetch: batches that DALI works on ahead of the one that is taken; at least 1.
+            ahead: batches for which the teacher has been started ahead of the one handed out.
+            hw_decoder_load: share of JPEG images for a GPU's hardware decoder.
+            on_bad_sample: "raise", or "substitute" the next readable sample with `valid=False`.
+            max_bad_fraction: part of the dataset that may be substituted.
+            max_pixels: larger images count as unreadable and are never decoded.
+            run_dir: gets `bad_samples.jsonl`; no file is written without it.
+
+        Raises:
+            ConfigError: a value is out of range.
+            DataError: there is not one batch.
+            TeacherError: the teacher takes other images, or knows other classes.
+        """
+        for name, number, least in [("prefetch", prefetch, 1), ("ahead", ahead, 0)]:
+            if number < least:
+                raise ConfigError(f"{name} must be at least {least}, got {number}")
+        self.source, self.transform, self.teacher = source, transform, teacher
+        self.device = _resolve(device)
+        self._ahead = ahead
+        self._plan = Plan(
+            num_samples=len(source),
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            shard=shard or _current_shard(),
+            last_batch=last_batch,
+        )
+        if not len(self._plan):
+            raise DataError(
+                f"{len(source)} samples make no whole batch of {batch_size} on {self.shard.world_size} rank(s), and "
+                "last_batch is 'drop'; lower batch_size, or set last_batch to 'keep' or 'pad'"
+            )
+        if teacher is not None:
+            _check_teacher(teacher, self)
+        self._policy = BadSamplePolicy(
+            on_bad_sample=on_bad_sample,
+            max_bad_fraction=max_bad_fraction,
+            max_pixels=max_pixels,
+            record=None if run_dir is None else Path(run_dir) / "bad_samples.jsonl",
+        )
+        settings = GraphSettings(
+            max_batch=batch_size,
+            device_id=self.device.index,
+            num_threads=num_threads or len(os.sched_getaffinity(0)),
+            prefetch=prefetch,
+            max_pixels=max_pixels,
+            hw_decoder_load=hw_decoder_load,
+        )
+        self._reader = Reader(source, transform, self._plan, settings, self._policy)
+        self._lane = open_lane(self.device)
+        self._owns_teacher = False
+        self._is_closed = False
+
+        self._epoch, self._batch = 0, 0
+        self._is_fresh = True
+        """Whether nothing was handed out since the position was set, so that a loop begins right there."""
+        self._loop = 0
+        """Number of the loop that may hand out batches; an older one has lost its place."""
+
+    @classmethod
+    def from_config(
+        cls, config: "Config", split: str = "train", *, shard: Shard | None = None, teacher: Teacher | None = None
+    ) -> Self:
+        """The loader that `config` describes for one of its splits.
+
+        The teacher of the config is opened for the split `train` and closed with the loader; `teacher`, if given,
+        answers instead, for any split, and stays open. The other splits take the class order of `train`, which is
+        also saved as `classes.json` in the config's `run_dir`.
+
+        Raises:
+            ConfigError: the config has no such split, or its parts do not fit together.
+            DataError, TeacherError: the data or the teacher is not what the config says.
+        """
+        data = config.data
+        settings = {"train": data.train, "val": data.val, "test": data.test}.get(split)
+        if settings is None:
+            raise ConfigError(f"the config has no split {split!r}; add data.{split} with a source and a transform")
+        source = _open_split(data, split)
+        is_training = split == "train"
+        if is_training and config.run_dir is not None and source.classes is not None:
+            save_classes(config.run_dir / "classes.json", source.classes)
+        opened = None
+        if is_training and teacher is None and config.teacher is not None:
+            size = settings.transform.size
+            dtype = getattr(torch, settings.transform.dtype)
+            opened = open_teacher(
+                config.teacher, image_shape=(3, size, size), device=_resolve(data.device), dtype=dtype
+            )
+        try:
+            loader = cls(
+                source,
+                settings.transform,
+                teacher or opened,
+                seed=config.seed,
+                shuffle=is_training if settings.shuffle is None else settings.shuffle,
+                shard=shard,
+                last_batch=settings.last_batch or ("drop" if is_training else "keep"),
+                run_dir=config.run_dir,
+                **data.model_dump(exclude={"train", "val", "test"}),
+            )
+        except BaseException:
+            if opened is not None:
+                opened.close()
+            raise
+        loader._owns_teacher = opened is not None
+        return loader
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch, equal on every rank and in every epoch."""
+        return len(self._plan)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch of this process."""
+        return self._plan.batch_size
+
+    @property
+    def shard(self) -> Shard:
+        """This process among those that share an epoch."""
+        return self._plan.shard
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names in label order, where the source knows them."""
+        return self.source.classes
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is running, or that the next `for` loop will run."""
+        return self._epoch
+
+    @property
+    def bad_samples(self) -> list[int]:
+        """Positions of the samples that turned out to be unreadable so far."""
+        return self._reader.bad_samples.known
+
+    def __iter__(self) -> Iterator[KDBatch]:
+        """The rest of the epoch at which the loader stands; a whole new one after a loop that was left early."""
+        self._check_open()
+        return self._iterate()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position behind the batch last handed out: plain numbers, strings, lists and dicts."""
+        return {
+            "version": _STATE_VERSION,
+            "epoch": self._epoch,
+            "batch": self._batch,
+            "bad_samples": self._reader.bad_samples.known,
+            "fingerprint": self._fingerprint(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
+        """Continue behind the batch that was handed out last when `state` was taken.
+
+        Args:
+            state: what `state_dict()` of a loader of the same data, transform, teacher and global batch returned,
+                on any rank.
+            allow: names of fingerprint fields that may differ.
+
+        Raises:
+            StateError: the state is none, or was taken from a loader with another stream; names each field that
+                differs, old → new.
+        """
+        self._check_open()
+        epoch, batch, bad_samples = read_position(
+            state, version=_STATE_VERSION, num_batches=len(self), num_samples=len(self.source)
+        )
+        check_fingerprint(state["fingerprint"], self._fingerprint(), allow=allow)
+        self._reader.stop()
+        self._reader.bad_samples.learn(bad_samples)
+        self._stand_before(epoch, batch)
+        self._loop += 1
+
+    def close(self) -> None:
+        """Stop DALI, drop everything that was read ahead, close the config's teacher; a second call does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop += 1
+            self._reader.stop()
+            self._lane.close()
+            if self._owns_teacher and self.teacher is not None:
+                self.teacher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _iterate(self) -> Iterator[KDBatch]:
+        if not self._is_fresh:
+            self._stand_before(self._epoch + 1, 0)
+        self._loop += 1
+        loop = self._loop
+        ahead: deque[_Taught] = deque()
+        failure: Exception | None = None
+        for number in range(self._batch, len(self)):
+            while failure is None and len(ahead) <= self._ahead and number + len(ahead) < len(self):
+                try:
+                    ahead.append(self._teach(number + len(ahead)))
+                except Exception as exc:
+                    failure = exc  # its turn comes when the good batches before it have been handed out
+            if failure is not None and not ahead:
+                raise failure
+            taught = ahead.popleft()
+            self._lane.hand_over(taught.mark, _torch_owned(taught.batch))
+            self._batch = number + 1
+            self._is_fresh = False
+            try:
+                yield taught.batch
+            finally:
+                self._lane.take_back(taught.buffer)
+            if loop != self._loop:
+                raise StateError(
+                    "this loop has lost its place: the loader was closed, was moved by load_state_dict, or is in "
+                    "another loop; run one loop at a time"
+                )
+        self._stand_before(self._epoch + 1, 0)
+
+    def _stand_before(self, epoch: int, batch: int) -> None:
+        """Let the next loop begin with `batch` of `epoch`; behind the last batch is before the next epoch."""
+        self._epoch, self._batch = (epoch, batch) if batch < len(self) else (epoch + 1, 0)
+        self._is_fresh = True
+
+    def _teach(self, number: int) -> _Taught:
+        """Take a batch of this epoch from DALI and start the teacher on it."""
+        images, facts = self._reader.read(self._epoch, number, self._lane.stream)
+        with self._lane.teaching():
+            pixels, columns = from_dlpack(images), from_dlpack(facts)
+            batch = KDBatch(
+                images=pixels,
+                labels=None if self.source.labels is None else columns[:, LABEL].contiguous(),
+                index=columns[:, INDEX].contiguous(),
+                valid=columns[:, VALID].bool(),
+                teacher={} if self.teacher is None else self.teacher(pixels),
+            )
+            return _Taught(batch, (images, facts), self._lane.taught())
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Everything that the stream of batches depends on; threads, prefetch and `ahead` are not among it."""
+        return {
+            "source": self.source.fingerprint,
+            "num_samples": len(self.source),
+            "transform": self.transform.model_dump(mode="json"),
+            "teacher": None if self.teacher is None else self.teacher.fingerprint,
+            "seed": self._plan.seed,
+            "shuffle": self._plan.shuffle,
+            "global_batch_size": self._plan.global_batch_size,
+            "last_batch": self._plan.last_batch,
+            "on_bad_sample": self._policy.on_bad_sample,
+            "max_pixels": self._policy.max_pixels,
+            "device": self.device.type,
+            "dali": require("nvidia.dali", extra="cpu").__version__,
+        }
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StateError("the loader is closed; make a new one")
+
+
+def _open_split(data: DataSettings, split: str) -> Source:
+    """The source of a split; that of `train` gives the class order to the others."""
+    settings = {"train": data.train, "val": data.val, "test": data.test}[split]
+    assert settings is not None
+    if split == "train" or data.train is None:
+        return open_source(settings.source)
+    return open_source(settings.source, classes=open_source(data.train.source).classes)
+
+
+def _resolve(device: torch.device | str) -> torch.device:
+    """A device with its index; "auto" is a GPU where there is one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as exc:
+        raise ConfigError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', got {device!r}") from exc
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.type != "cuda" or not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} is not there: torch sees no such GPU; use 'cpu' or 'auto'")
+    return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
+
+
+def _current_shard() -> Shard:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return Shard(distributed.get_rank(), distributed.get_world_size())
+    return Shard()
+
+
+def _torch_owned(batch: KDBatch) -> list[Tensor]:
+    """The tensors of a batch whose memory torch allocated, so everything but the images."""
+    tensors = [batch.index, batch.valid, *batch.teacher.values()]
+    return tensors if batch.labels is None else [*tensors, batch.labels]
+
+
+def _check_teacher(teacher: Teacher, loader: KDDataLoader) -> None:
+    """Refuse at once what would fail, or be silently wrong, at the first batch."""
+    size = loader.transform.size
+    teacher.check_fits((loader.batch_size, 3, size, size), getattr(torch, loader.transform.dtype), loader.device)
+    ours, theirs = loader.classes, teacher.classes
+    if ours is not None and theirs is not None and ours != theirs:
+        differing = next(pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1])
+        raise TeacherError(
+            f"the teacher's {len(theirs)} classes are not the data's {len(ours)} in the same order: where the data has "
+            f"{differing[0]!r} the teacher has {differing[1]!r}; give the source the teacher's order as `classes`"
+        )

@@ -1,0 +1,164 @@
+"""YAML as plain data with the place of every key: no tags, no aliases, no surprises."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import yaml
+
+from kd_pipeline.errors import ConfigError
+
+__all__ = ["Key", "Place", "Problem", "failure", "parse"]
+
+Key = tuple[str | int, ...]
+"""Where a value is: the keys of mappings and the positions in lists that lead to it."""
+
+_MAX_DEPTH = 32
+_MAX_LINES = 20
+_MAX_VALUES = 30_000  # about a second of parsing
+_CONSTANTS = {
+    **dict.fromkeys(["", "~", "null", "Null", "NULL"]),
+    **dict.fromkeys(["true", "True", "TRUE"], True),
+    **dict.fromkeys(["false", "False", "FALSE"], False),
+}
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,19})")
+_FLOAT = re.compile(r"(?=.*[.eE])[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+class Place(NamedTuple):
+    """Where something is written: its rank in the report, and words for it."""
+
+    order: int
+    words: str
+
+
+class Problem(NamedTuple):
+    """What is wrong with the value at `key`."""
+
+    place: Place
+    key: Key
+    text: str
+
+
+def failure(problems: Iterable[Problem]) -> ConfigError:
+    """One error for all `problems`, a line each, in the order of the file; twenty at most."""
+    lines = [
+        ": ".join(filter(None, [problem.place.words, _dotted(problem.key), problem.text]))
+        for problem in sorted(problems, key=lambda problem: problem.place.order)
+    ]
+    more = [f"and {len(lines) - _MAX_LINES} more problems"] if len(lines) > _MAX_LINES else []
+    return ConfigError("\n".join(lines[:_MAX_LINES] + more))
+
+
+def parse(text: str, place: Callable[[int], Place], key: Key = ()) -> tuple[Any, dict[Key, Place]]:
+    """The plain data in the YAML `text`, and the place of every key in it, all below `key`."""
+    parser = _Parser(text, place)
+    data = parser.document(key)
+    if parser.problems:
+        raise failure(parser.problems)
+    return data, parser.places
+
+
+class _Parser:
+    """Builds plain data from YAML events: no tag is ever looked up and no alias expanded."""
+
+    def __init__(self, text: str, place: Callable[[int], Place]) -> None:
+        self.places: dict[Key, Place] = {}
+        self.problems: list[Problem] = []
+        self._text, self._place = text, place
+        self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
+        self._latest: Key = ()
+
+    def document(self, key: Key) -> Any:
+        self.places[key], self._latest = self._place(1), key
+        try:
+            next(self._events)  # the start of the stream
+            if isinstance(next(self._events), yaml.StreamEndEvent):
+                return None
+            data = self._value(next(self._events), key)
+            next(self._events)  # the end of the document
+            if not isinstance(end := next(self._events), yaml.StreamEndEvent):
+                self._complain(end, (), "a second document starts here; keep one in a file")
+            return data
+        except ConfigError:
+            raise
+        except yaml.MarkedYAMLError as exc:
+            mark = exc.problem_mark or exc.context_mark
+            reason = " ".join(filter(None, [exc.context, exc.problem]))
+            hint = "; indent with spaces" if "'\\t'" in reason else ""
+            raise self._syntax_error(mark.line + 1 if mark else 1, reason + hint) from exc
+        except yaml.reader.ReaderError as exc:
+            line = self._text.count("\n", 0, exc.position) + 1
+            raise self._syntax_error(line, f"the character {chr(exc.character)!r} is not allowed") from exc
+        except (OverflowError, ValueError) as exc:
+            raise self._syntax_error(self.places[self._latest].order, "an escape beyond Unicode") from exc
+
+    def _value(self, event: Any, key: Key) -> Any:
+        self.places.setdefault(key, self._place(event.start_mark.line + 1))
+        if len(self.places) > _MAX_VALUES:
+            raise failure(
+                [Problem(self.places[key], key[:3], f"more than {_MAX_VALUES} values; is this a config file?")]
+            )
+        if isinstance(event, yaml.AliasEvent):
+            self._complain(event, key, f"aliases (*{event.anchor}) are not supported; write the value out")
+            return None
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event, key)
+        if event.tag is not None:
+            self._complain(event, key, f"tags ({event.tag}) are not supported; write plain values")
+        if len(key) > _MAX_DEPTH:
+            raise failure([Problem(self.places[key], key[:3], f"nested more than {_MAX_DEPTH} levels deep")])
+        return self._list(key) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(key)
+
+    def _scalar(self, event: Any, key: Key) -> Any:
+        if event.tag is not None:
+            self._complain(event, key, f"tags ({event.tag}) are not supported; write plain values")
+        if re.search("[\ud800-\udfff]", event.value):
+            self._complain(event, key, f"{event.value!r:.60} is not valid Unicode")
+        return _plain(event.value) if event.implicit[0] else event.value
+
+    def _list(self, key: Key) -> list[Any]:
+        items: list[Any] = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            items.append(self._value(event, (*key, len(items))))
+        return items
+
+    def _mapping(self, key: Key) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            place = self._place(event.start_mark.line + 1)
+            if not isinstance(event, yaml.ScalarEvent):
+                raise failure([Problem(place, key, "a key here is not a text but a list, a mapping or an alias")])
+            child = (*key, event.value)
+            if not isinstance(self._scalar(event, child), str):
+                self._complain(event, child, f"keys are texts; put it in quotes: {json.dumps(event.value)}")
+            if event.value in data:
+                self._complain(
+                    event, child, f"this key is there twice, first at {self.places[child].words}; remove one"
+                )
+            self.places.setdefault(child, place)
+            self._latest = child
+            data[event.value] = self._value(next(self._events), child)
+        return data
+
+    def _complain(self, event: Any, key: Key, text: str) -> None:
+        self.problems.append(Problem(self._place(event.start_mark.line + 1), key, text))
+
+    def _syntax_error(self, line: int, reason: str) -> ConfigError:
+        after = f"after {_dotted(self._latest)}: " if self._latest else ""
+        return failure([Problem(self._place(line), (), f"{after}not YAML: {reason}")])
+
+
+def _plain(text: str) -> Any:
+    """What an unquoted scalar stands for."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
+
+
+def _dotted(key: Key) -> str:
+    parts = (str(part)[:60] for part in key)
+    return ".".join(part if part.isprintable() else repr(part) for part in parts)

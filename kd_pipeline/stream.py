@@ -1,0 +1,111 @@
+"""Every call that orders work between DALI, the teacher and the consumer; nothing else in the library waits.
+
+On the CPU there is no order to keep. On a GPU DALI's output is bound to the teacher's stream, the teacher is queued
+there, and the consumer's stream, never the host, waits for it. DALI's buffer is kept until the consumer's stream has
+passed the point where it came back for the next batch: `Tensor.record_stream` would do nothing for memory that torch
+did not allocate.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["CpuLane", "CudaLane", "Lane", "open_lane"]
+
+
+class Lane(Protocol):
+    """The road of a batch from DALI through the teacher to the consumer."""
+
+    stream: Any
+    """What DALI's output is ordered on; None on the CPU."""
+
+    def teaching(self) -> AbstractContextManager[Any]:
+        """Work that is queued inside goes behind DALI's output, on the teacher's stream."""
+        ...
+
+    def taught(self) -> Any:
+        """A mark behind everything queued so far on the teacher's stream."""
+        ...
+
+    def hand_over(self, mark: Any, tensors: Iterable[Tensor]) -> None:
+        """Let the consumer's current stream wait for `mark`; `tensors` are those that torch allocated."""
+        ...
+
+    def take_back(self, buffer: object) -> None:
+        """The consumer has queued its work on a batch: keep `buffer` until that work is done."""
+        ...
+
+    def close(self) -> None:
+        """Forget all buffers, once the work on them is done."""
+        ...
+
+
+class CpuLane:
+    """Everything is done when its call returns."""
+
+    stream = None
+
+    def teaching(self) -> AbstractContextManager[Any]:
+        """Nothing to order."""
+        return nullcontext()
+
+    def taught(self) -> Any:
+        """No mark is needed."""
+        return None
+
+    def hand_over(self, mark: Any, tensors: Iterable[Tensor]) -> None:
+        """Nothing to wait for."""
+
+    def take_back(self, buffer: object) -> None:
+        """Whoever still reads the buffer holds it by its tensor."""
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+class CudaLane:
+    """One stream for the teacher, and events between it and whatever stream the consumer works on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Not the default stream: there TensorRT synchronises the device at every call.
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._kept: deque[tuple[torch.cuda.Event, object]] = deque()
+
+    def teaching(self) -> AbstractContextManager[Any]:
+        """Makes the teacher's stream the current one."""
+        return torch.cuda.stream(self.stream)
+
+    def taught(self) -> torch.cuda.Event:
+        """An event on the teacher's stream."""
+        event: torch.cuda.Event = self.stream.record_event()
+        return event
+
+    def hand_over(self, mark: torch.cuda.Event, tensors: Iterable[Tensor]) -> None:
+        """The consumer's stream waits; torch is told that it uses what was allocated on the teacher's stream."""
+        consumer = torch.cuda.current_stream(self._device)
+        consumer.wait_event(mark)
+        for tensor in tensors:
+            tensor.record_stream(consumer)
+
+    def take_back(self, buffer: object) -> None:
+        """Keeps the buffer until an event on the consumer's stream has passed, and drops those that have."""
+        self._kept.append((torch.cuda.current_stream(self._device).record_event(), buffer))
+        while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
+            self._kept.popleft()
+
+    def close(self) -> None:
+        """Waits for the work on the kept buffers; the one place where the host does."""
+        while self._kept:
+            done, _ = self._kept.popleft()
+            done.synchronize()
+        self.stream.synchronize()
+
+
+def open_lane(device: torch.device) -> Lane:
+    """The lane for batches on `device`."""
+    return CudaLane(device) if device.type == "cuda" else CpuLane()

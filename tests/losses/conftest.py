@@ -1,0 +1,41 @@
+"""Holds a loss to a formula written in NumPy: value and gradient."""
+
+from collections.abc import Callable, Iterator
+
+import numpy
+import pytest
+import torch
+
+STEP = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine threads spend longer waiting for each other than these few numbers take."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def central_differences(formula: Callable[[numpy.ndarray], float], student: numpy.ndarray) -> numpy.ndarray:
+    slopes = numpy.zeros_like(student)
+    for position in numpy.ndindex(student.shape):
+        step = numpy.zeros_like(student)
+        step[position] = STEP
+        slopes[position] = (formula(student + step) - formula(student - step)) / (2 * STEP)
+    return slopes
+
+
+@pytest.fixture
+def assert_matches():
+    """Called with a loss and a formula of the student's logits, and the `[N, K]` float64 logits to try them on."""
+
+    def check(loss, formula, student: numpy.ndarray) -> None:
+        leaf = torch.tensor(student, requires_grad=True)
+        value = loss(leaf)
+        value.backward()
+        numpy.testing.assert_allclose(value.item(), formula(student), rtol=1e-9, atol=1e-12)
+        numpy.testing.assert_allclose(leaf.grad.numpy(), central_differences(formula, student), rtol=1e-5, atol=1e-8)
+
+    return check

@@ -1,0 +1,247 @@
+"""Soft targets and decoupled KD against their papers' formulas, and the scaling faults known from public code."""
+
+from functools import partial
+from math import exp, log, sqrt
+
+import numpy
+import pytest
+import torch
+
+from kd_pipeline.losses import dkd, soft_target
+
+SHAPES = [(1, 2), (1, 5), (2, 2), (3, 4), (5, 9)]
+
+
+def softmax(row):
+    powers = [exp(logit - max(row)) for logit in row]
+    return [power / sum(powers) for power in powers]
+
+
+def standardised(row):
+    mean = sum(row) / len(row)
+    deviation = sqrt(sum((logit - mean) ** 2 for logit in row) / (len(row) - 1))
+    return [(logit - mean) / (deviation + 1e-7) for logit in row]
+
+
+def divergence(teacher, student):
+    return sum(p * (log(p) - log(q)) for p, q in zip(teacher, student, strict=True))
+
+
+def softened(logits, temperature, standardise):
+    rows = [standardised(row) if standardise else row for row in logits]
+    return [softmax([logit / temperature for logit in row]) for row in rows]
+
+
+def soft_target_formula(student, teacher, temperature, standardise):
+    rows = zip(softened(teacher, temperature, standardise), softened(student, temperature, standardise), strict=True)
+    return temperature**2 * sum(divergence(p, q) for p, q in rows) / len(student)
+
+
+def cross_entropy_formula(student, teacher, temperature):
+    rows = zip(softened(teacher, temperature, False), softened(student, temperature, False), strict=True)
+    entropies = [-sum(p_k * log(q_k) for p_k, q_k in zip(p, q, strict=True)) for p, q in rows]
+    return temperature**2 * sum(entropies) / len(student)
+
+
+def dkd_formula(student, teacher, labels, alpha, beta, temperature, standardise):
+    total = 0.0
+    rows = zip(softened(teacher, temperature, standardise), softened(student, temperature, standardise), strict=True)
+    for (p, q), label in zip(rows, labels, strict=True):
+        others = [k for k in range(len(p)) if k != label]
+        p_rest, q_rest = sum(p[k] for k in others), sum(q[k] for k in others)
+        target = divergence([p[label], p_rest], [q[label], q_rest])
+        non_target = divergence([p[k] / p_rest for k in others], [q[k] / q_rest for k in others])
+        total += alpha * target + beta * non_target
+    return temperature**2 * total / len(student)
+
+
+def two_models(shape=(6, 5), seed=0):
+    """Float64 logits of a student and a teacher, and labels."""
+    rng = numpy.random.default_rng(seed)
+    return rng.normal(size=shape) * 2, rng.normal(size=shape) * 3, rng.integers(shape[1], size=shape[0])
+
+
+def two_models_torch(shape=(6, 5), seed=0):
+    return tuple(torch.from_numpy(array) for array in two_models(shape, seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_soft_target_is_the_papers_formula(assert_matches, shape, temperature, standardise):
+    student, teacher, _ = two_models(shape)
+    loss = partial(
+        soft_target, teacher_logits_NK=torch.tensor(teacher), temperature=temperature, standardise=standardise
+    )
+    formula = partial(soft_target_formula, teacher=teacher, temperature=temperature, standardise=standardise)
+    assert_matches(loss, formula, student)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [0.5, 4.0])
+def test_the_cross_entropy_form_is_its_formula(assert_matches, shape, temperature):
+    student, teacher, _ = two_models(shape)
+    loss = partial(soft_target, teacher_logits_NK=torch.tensor(teacher), temperature=temperature, form="cross_entropy")
+    assert_matches(loss, partial(cross_entropy_formula, teacher=teacher, temperature=temperature), student)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("standardise", [False, True])
+def test_dkd_is_the_papers_formula(assert_matches, shape, temperature, standardise):
+    student, teacher, labels = two_models(shape)
+    settings = {"alpha": 0.7, "beta": 2.5, "temperature": temperature, "standardise": standardise}
+    loss = partial(dkd, teacher_logits_NK=torch.tensor(teacher), labels=torch.tensor(labels), **settings)
+    assert_matches(loss, partial(dkd_formula, teacher=teacher, labels=labels, **settings), student)
+
+
+def test_both_forms_of_soft_target_have_the_same_gradient():
+    student, teacher, _ = two_models_torch()
+    student.requires_grad_()
+    (of_kl,) = torch.autograd.grad(soft_target(student, teacher, form="kl"), student)
+    (of_cross_entropy,) = torch.autograd.grad(soft_target(student, teacher, form="cross_entropy"), student)
+    torch.testing.assert_close(of_kl, of_cross_entropy)
+
+
+def test_the_default_temperatures_are_the_documented_ones():
+    student, teacher, labels = two_models_torch()
+    assert soft_target(student, teacher) == soft_target(student, teacher, temperature=4.0)
+    assert dkd(student, teacher, labels) == dkd(student, teacher, labels, alpha=1.0, beta=8.0, temperature=4.0)
+
+
+@pytest.mark.parametrize("temperature", [0.25, 3.0, 20.0])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda student, teacher, labels, temperature: soft_target(student, teacher, temperature=temperature),
+        lambda student, teacher, labels, temperature: soft_target(
+            student, teacher, temperature=temperature, form="cross_entropy"
+        ),
+        lambda student, teacher, labels, temperature: dkd(student, teacher, labels, temperature=temperature, alpha=0),
+        lambda student, teacher, labels, temperature: dkd(student, teacher, labels, temperature=temperature, beta=0),
+    ],
+    ids=["kl", "cross_entropy", "dkd without TCKD", "dkd without NCKD"],
+)
+def test_the_squared_temperature_is_a_factor_of_every_term(loss, temperature):
+    """Logits times T at temperature T are the logits themselves at temperature 1, so only the factor is left."""
+    student, teacher, labels = two_models_torch()
+    scaled = loss(temperature * student, temperature * teacher, labels, temperature)
+    torch.testing.assert_close(scaled, temperature**2 * loss(student, teacher, labels, 1.0))
+
+
+def test_standardised_soft_target_carries_the_squared_temperature():
+    student, teacher, _ = two_models_torch()
+    by_hand = [
+        torch.tensor([standardised(row) for row in side.tolist()], dtype=torch.float64) for side in (student, teacher)
+    ]
+    expected = 9 * soft_target(by_hand[0] / 3, by_hand[1] / 3, temperature=1.0)
+    torch.testing.assert_close(soft_target(student, teacher, temperature=3.0, standardise=True), expected)
+
+
+def test_at_high_temperature_soft_target_is_half_the_squared_distance_of_centred_logits_over_k():
+    """Hinton et al., equation 4; without T² the loss would vanish instead."""
+    student, teacher, _ = two_models_torch()
+    centred = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
+    torch.testing.assert_close(
+        soft_target(student, teacher, temperature=1e4), centred.square().mean() / 2, rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("form", ["kl", "cross_entropy"])
+def test_classes_that_nobody_believes_in_do_not_dilute_soft_target(form):
+    """A mean over all N x K numbers would be half as large for twice the classes."""
+    student, teacher, labels = two_models_torch()
+    nobody = torch.full_like(student, -1e5)
+    wider = torch.cat([student, nobody], 1), torch.cat([teacher, nobody], 1)
+    torch.testing.assert_close(soft_target(*wider, form=form), soft_target(student, teacher, form=form))
+    torch.testing.assert_close(dkd(*wider, labels), dkd(student, teacher, labels))
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_the_kl_losses_are_exactly_zero_for_equal_logits_and_positive_otherwise(standardise):
+    student, teacher, labels = two_models_torch()
+    assert soft_target(teacher, teacher, standardise=standardise) == 0
+    assert dkd(teacher, teacher, labels, standardise=standardise) == 0
+    assert soft_target(student, teacher, standardise=standardise) > 0.01
+    assert dkd(student, teacher, labels, standardise=standardise) > 0.01
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+def test_shifting_a_row_of_either_model_changes_nothing(standardise):
+    student, teacher, labels = two_models_torch()
+    shift = torch.linspace(-50, 50, len(student), dtype=torch.float64)[:, None]
+    for loss in (
+        partial(soft_target, standardise=standardise),
+        partial(dkd, labels=labels, standardise=standardise),
+    ):
+        expected = loss(student, teacher)
+        torch.testing.assert_close(loss(student + shift, teacher), expected)
+        torch.testing.assert_close(loss(student, teacher + shift), expected)
+
+
+def test_standardised_losses_ignore_the_scale_of_each_row_and_plain_ones_do_not():
+    student, teacher, labels = two_models_torch()
+    scale = torch.linspace(0.5, 8, len(student), dtype=torch.float64)[:, None]
+    for loss in (soft_target, partial(dkd, labels=labels)):
+        expected = loss(student, teacher, standardise=True)
+        close = {"rtol": 1e-5, "atol": 0}  # The 1e-7 beside the deviation does not scale.
+        torch.testing.assert_close(loss(student * scale, teacher, standardise=True), expected, **close)
+        torch.testing.assert_close(loss(student, teacher * scale, standardise=True), expected, **close)
+        assert abs(loss(student * scale, teacher) / loss(student, teacher) - 1) > 0.05
+
+
+def test_dkd_with_beta_equal_to_the_teachers_doubt_is_soft_target():
+    """The decomposition the paper starts from: KL = TCKD + (1 - p_label) NCKD."""
+    student, teacher, labels = two_models_torch((1, 6))
+    doubt = 1 - (teacher / 2).softmax(1)[0, labels[0]].item()
+    torch.testing.assert_close(
+        dkd(student, teacher, labels, alpha=1.0, beta=doubt, temperature=2.0),
+        soft_target(student, teacher, temperature=2.0),
+    )
+
+
+def test_nckd_pulls_on_every_class_but_the_labelled_one():
+    student, teacher, labels = two_models_torch((4, 5))
+    student.requires_grad_()
+    (gradient,) = torch.autograd.grad(dkd(student, teacher, labels, alpha=0.0, beta=1.0), student)
+    assert (gradient.gather(1, labels[:, None]) == 0).all()
+    assert (gradient != 0).sum() == gradient.numel() - len(labels)
+
+
+def test_two_classes_leave_nothing_for_nckd():
+    student, teacher, labels = two_models_torch((5, 2))
+    student.requires_grad_()
+    value = dkd(student, teacher, labels, alpha=0.0, beta=8.0)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value == 0
+    assert (gradient == 0).all()
+
+
+def test_dkd_takes_the_largest_weight_of_a_soft_label_as_its_class():
+    student, teacher, labels = two_models_torch()
+    weights = 0.6 * torch.nn.functional.one_hot(labels, 5) + 0.4 * torch.nn.functional.one_hot((labels + 1) % 5, 5)
+    assert dkd(student, teacher, weights) == dkd(student, teacher, labels)
+    assert dkd(student, teacher, (labels + 1) % 5) != dkd(student, teacher, labels)
+
+
+def test_dkd_leaves_out_a_labelled_class_that_leads_by_more_than_any_constant():
+    """Subtracting 1000 from the labelled class, as public code does, would leave it in front here."""
+    student = torch.tensor([[50000.0, 1.0, 2.0]], requires_grad=True)
+    teacher = torch.tensor([[60000.0, 2.0, 1.0]])
+    value = dkd(student, teacher, torch.tensor([0]), alpha=0.0, beta=1.0, temperature=1.0)
+    others = soft_target(student[:, 1:].detach(), teacher[:, 1:], temperature=1.0)
+    torch.testing.assert_close(value, others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_far_apart_give_the_loss_that_they_should_and_no_nan(dtype):
+    """log(softmax(.)) is log(0) here."""
+    student = torch.tensor([[-300.0, 300.0, 0.0]], dtype=dtype, requires_grad=True)
+    teacher = torch.tensor([[300.0, -300.0, 0.0]], dtype=dtype)
+    value = soft_target(student, teacher, temperature=1.0)
+    decoupled = dkd(student, teacher, torch.tensor([0]), alpha=1.0, beta=1.0, temperature=1.0)
+    assert value == 600
+    assert decoupled == 600 + 300
+    for loss in (value, decoupled):
+        (gradient,) = torch.autograd.grad(loss, student)
+        assert gradient.isfinite().all()

@@ -1,0 +1,68 @@
+"""Small ONNX files written node by node, to give a teacher what no exporter would."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+NUM_CLASSES = 5
+IMAGES = ("images", TensorProto.FLOAT, ["N", 3, 8, 8])
+LOGITS = ("logits", TensorProto.FLOAT, ["N", NUM_CLASSES])
+
+Value = tuple[str, int, Sequence[str | int] | None]
+
+
+def linear_model(
+    *,
+    inputs: Sequence[Value] = (IMAGES,),
+    outputs: Sequence[Value] = (LOGITS,),
+    weights: int = TensorProto.FLOAT,
+    seed: int = 0,
+    metadata: dict[str, str] | None = None,
+) -> onnx.ModelProto:
+    """Mean over height and width, then a linear map with weights of the given type; the first output is its result."""
+    array = np.random.default_rng(seed).normal(size=(3, NUM_CLASSES)).astype(np.float32)
+    weight = numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(weights)), "weight")
+    nodes = [
+        helper.make_node("GlobalAveragePool", [inputs[0][0]], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["flat"]),
+        helper.make_node("Cast", ["flat"], ["cast"], to=weights),
+        helper.make_node("MatMul", ["cast", "weight"], ["product"]),
+        helper.make_node("Cast", ["product"], [outputs[0][0]], to=outputs[0][1]),
+        *(helper.make_node("Identity", [inputs[0][0]], [name]) for name, _, _ in outputs[1:]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info(*value) for value in inputs],
+        [helper.make_tensor_value_info(*value) for value in outputs],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    helper.set_model_props(model, metadata or {})
+    return model
+
+
+def write_external(
+    folder: Path, change: Callable[[TensorProto], None] | None = None, *, seed: int = 0, name: str = "weights.bin"
+) -> Path:
+    """A linear model whose weights lie in a file of their own; `change` may edit the reference to it."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "model.onnx"
+    onnx.save(linear_model(seed=seed), path, save_as_external_data=True, location=name, size_threshold=0)
+    if change is not None:
+        model = onnx.load(path, load_external_data=False)
+        change(model.graph.initializer[0])
+        path.write_bytes(model.SerializeToString())
+    return path
+
+
+def point_at(location: str) -> Callable[[TensorProto], None]:
+    """A change for `write_external`: the weights are said to lie at `location`."""
+
+    def change(tensor: TensorProto) -> None:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = location
+
+    return change

@@ -1,0 +1,284 @@
+"""The laws in `Teacher`'s docstring, held against every backend."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from nvidia.dali import Pipeline, fn
+from torch import Tensor, nn
+
+from kd_pipeline.engine import export_onnx
+from kd_pipeline.errors import TeacherError
+from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
+from tests.models import IMAGE_SHAPE, NUM_CLASSES, ConvNet, random_images
+
+MAX_BATCH = 16
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run `ConvNet`."""
+
+    backend: str
+    precision: str = "fp32"
+    device: str = "cpu"
+    tolerance: float = 1e-5
+    """Largest error of an output, relative to its largest value."""
+    more: dict[str, object] = field(default_factory=dict)
+
+    def open(self, exported: Callable[[int], Path], *, seed: int = 0) -> Teacher:
+        runs_module = self.backend == "pytorch"
+        settings = TeacherSettings(
+            backend=self.backend,
+            precision=self.precision,
+            max_batch=MAX_BATCH,
+            onnx=None if runs_module else exported(seed),
+            **self.more,
+        )
+        module = ConvNet(seed) if runs_module else None
+        return open_teacher(settings, module=module, image_shape=IMAGE_SHAPE, device=self.device)
+
+
+CASES = [
+    pytest.param(Case("pytorch"), id="pytorch-fp32"),
+    pytest.param(Case("pytorch", "bf16", tolerance=0.03), id="pytorch-bf16"),
+    pytest.param(Case("pytorch", more={"compile": True}), id="pytorch-compiled", marks=pytest.mark.slow),
+    pytest.param(
+        Case("pytorch", device="cuda", tolerance=5e-3),  # convolutions in TF32
+        id="pytorch-cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+    pytest.param(Case("openvino"), id="openvino-fp32"),
+    pytest.param(
+        Case("openvino", "bf16", tolerance=0.03),
+        id="openvino-bf16",
+        marks=pytest.mark.skipif(not HAS_BF16, reason="OpenVINO has no bfloat16 on this CPU"),
+    ),
+    pytest.param(Case("onnxruntime"), id="onnxruntime"),
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def teacher(case: Case, exported: Callable[[int], Path]) -> Iterator[Teacher]:
+    opened = case.open(exported)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def reference() -> nn.Module:
+    return ConvNet().eval().requires_grad_(False)
+
+
+def images_for(teacher: Teacher, num_images: int, *, seed: int = 0) -> Tensor:
+    return random_images(num_images, seed=seed).to(teacher.device)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape
+    return ((found.cpu() - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 7, MAX_BATCH])
+def test_every_output_agrees_with_the_module_at_any_batch(
+    case: Case, teacher: Teacher, reference: nn.Module, num_images: int
+) -> None:
+    images = random_images(num_images, seed=num_images)
+    outputs, wanted = teacher(images.to(teacher.device)), reference(images)
+    assert outputs.keys() == {"logits", "features"}
+    for name in outputs:
+        assert relative_error(outputs[name], wanted[name]) < case.tolerance
+
+
+def test_outputs_are_what_the_teacher_says_they_are(teacher: Teacher) -> None:
+    assert [str(teacher.outputs[name]) for name in ("logits", "features")] == [
+        f"[any, {NUM_CLASSES}] float32",
+        "[any, 32, 8, 8] float32",
+    ]
+    outputs = teacher(images_for(teacher, 3))
+    assert outputs.keys() == teacher.outputs.keys()
+    assert all(teacher.outputs[name].accepts(tuple(output.shape), output.dtype) for name, output in outputs.items())
+    assert all(output.is_contiguous() and output.device == teacher.device for output in outputs.values())
+
+
+def test_the_precision_is_the_one_asked_for_and_shows_in_the_answers(
+    case: Case, teacher: Teacher, reference: nn.Module
+) -> None:
+    assert teacher.precision == case.precision
+    images = random_images(8)
+    error = relative_error(teacher(images.to(teacher.device))["logits"], reference(images)["logits"])
+    assert (error > 1e-4) == (case.precision == "bf16" or case.device == "cuda")
+
+
+def test_autocast_around_the_teacher_does_not_change_its_answers(teacher: Teacher) -> None:
+    images = images_for(teacher, 4)
+    wanted = teacher(images)
+    with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
+        found = teacher(images)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_no_output_carries_a_gradient(teacher: Teacher) -> None:
+    images = images_for(teacher, 2).requires_grad_()
+    with torch.enable_grad():
+        outputs = teacher(images)
+    assert not any(output.requires_grad for output in outputs.values())
+
+
+def test_a_later_call_leaves_earlier_results_alone(teacher: Teacher) -> None:
+    first = teacher(images_for(teacher, 4, seed=1))
+    kept = {name: output.clone() for name, output in first.items()}
+    second = teacher(images_for(teacher, 4, seed=2))
+    for name in first:
+        assert not torch.equal(first[name], second[name])
+        assert torch.equal(first[name], kept[name])
+
+
+def test_outputs_belong_to_the_caller_even_after_close(case: Case, exported: Callable[[int], Path]) -> None:
+    if case.more:
+        pytest.skip("compiles once more and shares its outputs' code with pytorch-fp32")
+    opened = case.open(exported)
+    images = images_for(opened, 4)
+    outputs = opened(images)
+    kept = {name: output.clone() for name, output in outputs.items()}
+    for output in outputs.values():
+        output.add_(1.0)
+    again = opened(images)
+    opened.close()
+    del opened
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+    assert all(torch.equal(outputs[name], kept[name] + 1.0) for name in kept)
+
+
+def test_the_images_are_only_read(teacher: Teacher) -> None:
+    images = images_for(teacher, 5)
+    before, address = images.clone(), images.data_ptr()
+    teacher(images)
+    assert torch.equal(images.view(torch.uint8), before.view(torch.uint8))
+    assert images.data_ptr() == address
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_the_cpu_runtimes_read_the_images_where_they_lie(backend: str, tmp_path: Path) -> None:
+    shape, num_images = (3, 512, 512), 32
+    averages = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, NUM_CLASSES))
+    path = export_onnx(averages, tmp_path / "averages.onnx", image_shape=shape, max_batch=2)
+    opened = open_teacher(TeacherSettings(backend=backend, onnx=path))
+    images = torch.ones(num_images, *shape)
+    opened(images[:1])
+    before = peak_memory_bytes(reset=True)
+    opened(images)
+    assert peak_memory_bytes() - before < images.nbytes / 4
+
+
+def peak_memory_bytes(*, reset: bool = False) -> int:
+    """Largest resident size of this process, since the last reset."""
+    if reset:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError as exc:
+            pytest.skip(f"this system does not reset the peak of a process: {exc}")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def test_images_in_memory_of_dali_are_taken_as_they_are(case: Case, teacher: Teacher, reference: nn.Module) -> None:
+    source = random_images(6, seed=3).permute(0, 2, 3, 1).contiguous().numpy()
+    pipeline = Pipeline(batch_size=6, num_threads=1, device_id=None)
+    with pipeline:
+        noise = fn.external_source(source=lambda: list(source), layout="HWC")
+        pipeline.set_outputs(fn.transpose(noise, perm=[2, 0, 1]))
+    pipeline.build()
+    (output,) = pipeline.run()
+    images = torch.from_dlpack(output.as_tensor())
+    before = images.clone()
+    found = teacher(images.to(teacher.device))
+    assert relative_error(found["logits"], reference(before)["logits"]) < case.tolerance
+    assert np.array_equal(output.as_array(), before.numpy())
+
+
+def test_a_caller_in_inference_mode_gets_tensors_that_autograd_accepts(teacher: Teacher) -> None:
+    with torch.inference_mode():
+        logits = teacher(images_for(teacher, 4))["logits"]
+    assert not logits.is_inference()
+    student = torch.zeros(NUM_CLASSES, device=teacher.device, requires_grad=True)
+    (student * logits).square().sum().add(((student - logits) ** 2).sum()).backward()
+    assert torch.allclose(student.grad, -2 * logits.sum(0))
+
+
+def test_a_batch_above_the_maximum_is_refused_with_both_numbers(teacher: Teacher) -> None:
+    with pytest.raises(TeacherError, match=f"takes 1 to {MAX_BATCH} images at a time, got {MAX_BATCH + 1}"):
+        teacher(images_for(teacher, MAX_BATCH + 1))
+
+
+def test_an_empty_batch_is_refused(teacher: Teacher) -> None:
+    with pytest.raises(TeacherError, match=f"takes 1 to {MAX_BATCH} images at a time, got 0"):
+        teacher(images_for(teacher, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda images: images.half(), r"\[4, 3, 32, 32\] float16"),
+        (lambda images: images[:, :, :16], r"\[4, 3, 16, 32\] float32"),
+        (lambda images: images[:, :1], r"\[4, 1, 32, 32\] float32"),
+        (lambda images: images[0], r"\[3, 32, 32\] float32"),
+    ],
+    ids=["dtype", "size", "channels", "no batch"],
+)
+def test_images_of_another_shape_or_dtype_are_refused_with_both(
+    teacher: Teacher, change: Callable[[Tensor], Tensor], found: str
+) -> None:
+    with pytest.raises(TeacherError, match=rf"takes images \[any, 3, 32, 32\] float32, got {found}"):
+        teacher(change(images_for(teacher, 4)))
+
+
+def test_images_on_another_device_are_refused_with_both(teacher: Teacher) -> None:
+    with pytest.raises(TeacherError, match=f"reads from {teacher.device}, the images are on meta"):
+        teacher(images_for(teacher, 4).to("meta"))
+
+
+def test_images_in_another_layout_are_refused(teacher: Teacher) -> None:
+    with pytest.raises(TeacherError, match=r"dense NCHW buffer, got strides \(3072, 1, 96, 3\)"):
+        teacher(images_for(teacher, 4).to(memory_format=torch.channels_last))
+
+
+def test_close_may_be_called_twice_and_ends_the_teacher(case: Case, exported: Callable[[int], Path]) -> None:
+    opened = case.open(exported)
+    opened.close()
+    opened.close()
+    with pytest.raises(TeacherError, match=f"the {case.backend} teacher is closed"):
+        opened(images_for(opened, 1))
+
+
+def test_the_fingerprint_is_equal_for_equal_content_only(
+    case: Case, teacher: Teacher, exported: Callable[[int], Path]
+) -> None:
+    again, other = case.open(exported), case.open(exported, seed=1)
+    assert again.fingerprint == teacher.fingerprint
+    assert other.fingerprint != teacher.fingerprint
+    images = images_for(teacher, 2)
+    if not case.more:  # each opening compiles anew
+        assert not torch.equal(other(images)["logits"], teacher(images)["logits"])
+
+
+def test_fingerprints_differ_between_backends_and_precisions(exported: Callable[[int], Path]) -> None:
+    fingerprints = {
+        (case.backend, case.precision): case.open(exported).fingerprint
+        for case in (Case("pytorch"), Case("pytorch", "bf16"), Case("openvino"), Case("onnxruntime"))
+    }
+    assert len(set(fingerprints.values())) == len(fingerprints)
+
+
+def test_a_teacher_is_no_module(teacher: Teacher) -> None:
+    assert not isinstance(teacher, nn.Module)

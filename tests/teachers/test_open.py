@@ -1,0 +1,142 @@
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from kd_pipeline.errors import ConfigError, TeacherError
+from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
+from tests.models import CLASSES, IMAGE_SHAPE, ConvNet
+
+ONNX = Path("teacher.onnx")
+
+
+def test_auto_runs_a_module_with_pytorch_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="kd_pipeline")
+    teacher = open_teacher(TeacherSettings(precision="bf16"), module=ConvNet(), image_shape=IMAGE_SHAPE)
+    assert teacher.backend == "pytorch"
+    assert caplog.messages == ["teacher: pytorch in bf16 on cpu, because the teacher is a module"]
+
+
+def test_auto_runs_an_onnx_file_with_openvino_and_says_why(
+    exported: Callable[[int], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="kd_pipeline")
+    teacher = open_teacher(TeacherSettings(onnx=exported(0)))
+    assert teacher.backend == "openvino"
+    assert teacher.classes == CLASSES
+    assert caplog.messages == [
+        "teacher: openvino in fp32 on cpu, because the teacher is an ONNX file and the images are on the CPU"
+    ]
+
+
+def test_a_backend_by_name_is_taken(exported: Callable[[int], Path]) -> None:
+    teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0), max_batch=5))
+    assert (teacher.backend, teacher.max_batch) == ("onnxruntime", 5)
+
+
+def test_the_number_of_threads_reaches_both_cpu_runtimes(exported: Callable[[int], Path]) -> None:
+    ov = open_teacher(TeacherSettings(backend="openvino", onnx=exported(0), num_threads=1))
+    assert ov._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
+    ort = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0), num_threads=1))
+    assert ort._session.get_session_options().intra_op_num_threads == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({}, {}, "no teacher to open: set onnx to an exported file, or pass a module"),
+        ({"backend": "openvino"}, {}, "no teacher to open"),
+        ({"onnx": ONNX}, {"module": ConvNet()}, "a module and onnx: teacher.onnx; give one of them"),
+        ({}, {"module": ConvNet(), "image_shape": None}, r"pass image_shape=\(3, H, W\)"),
+        ({"backend": "onnxruntime"}, {"module": ConvNet()}, "onnxruntime backend runs an ONNX file and got a module"),
+        ({"onnx": ONNX}, {"device": "cuda"}, "no backend runs the ONNX file teacher.onnx on cuda"),
+        ({"onnx": ONNX, "backend": "openvino"}, {"device": "cuda:1"}, "in CPU memory and they are on cuda:1"),
+        ({"num_threads": 2}, {"module": ConvNet()}, "num_threads: 2 means nothing to the pytorch backend"),
+        ({"onnx": ONNX, "compile": True}, {}, "compile: True means nothing to the openvino backend"),
+        ({"onnx": ONNX, "channels_last": False}, {}, "channels_last: False means nothing to the openvino backend"),
+    ],
+)
+def test_a_combination_that_makes_no_teacher_is_a_config_error_that_says_what_to_give(
+    settings: dict[str, object], arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_teacher(TeacherSettings(**settings), **{"image_shape": IMAGE_SHAPE, **arguments})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"backend": "pytorch", "onnx": ONNX},
+        {"backend": "pytorch", "num_threads": 2},
+        {"backend": "openvino", "onnx": ONNX, "compile": True},
+        {"backend": "onnxruntime", "onnx": ONNX, "channels_last": False},
+    ],
+)
+def test_a_setting_that_the_named_backend_does_not_use_is_refused_when_it_is_written(
+    settings: dict[str, object],
+) -> None:
+    with pytest.raises(ValidationError, match=f"means nothing to the {settings['backend']} backend"):
+        TeacherSettings(**settings)
+
+
+def test_settings_survive_a_round_trip_through_a_file(exported: Callable[[int], Path]) -> None:
+    for settings in (TeacherSettings(), TeacherSettings(backend="openvino", onnx=exported(0), num_threads=2)):
+        assert TeacherSettings.model_validate_json(settings.model_dump_json()) == settings
+
+
+def test_an_open_teacher_is_handed_back() -> None:
+    teacher = open_teacher(TeacherSettings(), module=ConvNet(), image_shape=IMAGE_SHAPE)
+    assert open_teacher(teacher, image_shape=IMAGE_SHAPE) is teacher
+    with pytest.raises(ConfigError, match="an open teacher and a module"):
+        open_teacher(teacher, module=ConvNet())
+
+
+def open_as_module(exported: Callable[[int], Path]) -> Teacher:
+    return open_teacher(TeacherSettings(), module=ConvNet(), image_shape=IMAGE_SHAPE)
+
+
+def open_from_file(exported: Callable[[int], Path]) -> Teacher:
+    return open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)))
+
+
+@pytest.mark.parametrize("opened", [open_as_module, open_from_file])
+def test_images_that_do_not_fit_are_refused_when_opening_with_both(
+    opened: Callable[[Callable[[int], Path]], Teacher], exported: Callable[[int], Path]
+) -> None:
+    teacher = opened(exported)
+    with pytest.raises(TeacherError, match=r"takes images \[any, 3, 32, 32\] float32, got \[1, 3, 48, 48\]"):
+        open_teacher(teacher, image_shape=(3, 48, 48))
+    with pytest.raises(TeacherError, match=r"float32, got \[1, 3, 32, 32\] float16"):
+        open_teacher(teacher, dtype=torch.float16)
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(TeacherError, match=f"reads from cpu, the images are on {device}; "):
+            open_teacher(teacher, device=device)
+
+
+def test_a_file_for_other_images_is_refused_when_opening(exported: Callable[[int], Path]) -> None:
+    with pytest.raises(TeacherError, match=r"takes images \[any, 3, 32, 32\] float32, got \[1, 3, 48, 48\]"):
+        open_teacher(TeacherSettings(onnx=exported(0)), image_shape=(3, 48, 48))
+
+
+def test_the_room_imports_without_any_runtime() -> None:
+    script = (
+        "import sys\n"
+        "for name in ('openvino', 'onnxruntime', 'onnx', 'onnxscript', 'nvidia.dali'): sys.modules[name] = None\n"
+        "import kd_pipeline.teachers, kd_pipeline.engine\n"
+        "from pathlib import Path\n"
+        "from kd_pipeline.errors import MissingPackageError\n"
+        "for backend in ('openvino', 'onnxruntime'):\n"
+        "    try:\n"
+        "        settings = kd_pipeline.teachers.TeacherSettings(backend=backend, onnx=Path('teacher.onnx'))\n"
+        "        kd_pipeline.teachers.open_teacher(settings)\n"
+        "    except MissingPackageError as exc:\n"
+        "        assert backend in str(exc) and \"pip install 'kd_pipeline[cpu]'\" in str(exc), exc\n"
+        "    else:\n"
+        "        raise SystemExit(f'{backend} opened')\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])

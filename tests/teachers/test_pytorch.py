@@ -1,0 +1,199 @@
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kd_pipeline.errors import TeacherError
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
+from tests.models import IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
+
+
+class Returns(nn.Module):
+    """Returns what a function makes of the images."""
+
+    def __init__(self, function: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, images: Tensor) -> object:
+        return self.function(images)
+
+
+def open_module(module: nn.Module, **settings: object) -> PyTorchTeacher:
+    return PyTorchTeacher(module, image_shape=IMAGE_SHAPE, **settings)
+
+
+def logits_of(images: Tensor) -> Tensor:
+    return images.mean((2, 3))
+
+
+def test_a_tensor_becomes_the_logits() -> None:
+    images = random_images(3)
+    outputs = open_module(LogitsOnly())(images)
+    assert outputs.keys() == {"logits"}
+    torch.testing.assert_close(outputs["logits"], ConvNet().eval()(images)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda images: {"features": images, "head": images}, "among its outputs, got 'features', 'head'"),
+        (lambda images: (logits_of(images), images), "got tuple"),
+        (lambda images: {"logits": logits_of(images), "count": 3}, "got int for 'count'"),
+        (lambda images: {"logits": images}, r"gives 'logits' \[2, 3, 32, 32\] for 2 images, not \[2, K\]"),
+        (lambda images: logits_of(images)[:1], r"gives 'logits' \[1, 3\] for 2 images, not \[2, K\]"),
+        (lambda images: {"logits": logits_of(images), "loss": images.mean()}, r"gives 'loss' \[\] for 2 images"),
+    ],
+    ids=["no logits", "tuple", "not a tensor", "logits of rank 4", "batch lost", "scalar"],
+)
+def test_outputs_that_are_not_named_batches_are_refused_naming_what_came(
+    function: Callable[[Tensor], object], found: str
+) -> None:
+    with pytest.raises(TeacherError, match=found):
+        open_module(Returns(function))
+
+
+def test_a_module_that_fails_is_refused_with_the_size_it_was_given() -> None:
+    with pytest.raises(TeacherError, match=r"Returns fails on zeros \[2, 3, 32, 32\]: The size of tensor"):
+        open_module(Returns(lambda images: images + torch.zeros(5)))
+
+
+def test_a_failure_while_teaching_is_a_teacher_error_with_its_cause() -> None:
+    teacher = open_module(Returns(lambda images: logits_of(images) if len(images) == 2 else 1 / 0))
+    with pytest.raises(TeacherError, match=r"failed on images \[3, 3, 32, 32\] float32: division by zero") as caught:
+        teacher(random_images(3))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_a_module_that_writes_to_its_input_is_refused() -> None:
+    with pytest.raises(TeacherError, match="writes to its input in place"):
+        open_module(Returns(lambda images: logits_of(images.sub_(0.5))))
+
+
+def test_a_module_that_cannot_be_copied_is_refused() -> None:
+    module = LogitsOnly()
+    module.cache = module(random_images(2))  # a tensor with a history
+    with pytest.raises(TeacherError, match="LogitsOnly cannot be copied"):
+        open_module(module)
+
+
+def test_nothing_done_to_the_module_later_changes_the_answers() -> None:
+    module, images = ConvNet(), random_images(4)
+    teacher = open_module(module)
+    wanted = teacher(images)
+    module.train()
+    module(images)  # moves the running statistics
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.0)
+    found = teacher(images)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_module_itself_is_left_as_it_was() -> None:
+    module = ConvNet().train()
+    module.head.eval()
+    before = copy.deepcopy(module)
+    open_module(module, precision="bf16")(random_images(4))
+    assert [layer.training for layer in module.modules()] == [layer.training for layer in before.modules()]
+    for parameter, wanted in zip(module.parameters(), before.parameters(), strict=True):
+        assert parameter.requires_grad
+        assert parameter.dtype == torch.float32
+        assert parameter.is_contiguous()
+        assert torch.equal(parameter, wanted)
+
+
+def test_a_module_in_train_mode_teaches_in_eval_mode() -> None:
+    images = random_images(4)
+    teacher = open_module(ConvNet().train())
+    torch.testing.assert_close(teacher(images)["logits"], ConvNet().eval()(images)["logits"])
+    assert torch.equal(teacher(images)["logits"], teacher(images)["logits"])
+
+
+def test_outputs_are_fresh_where_the_module_returns_its_input_or_its_buffer() -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("bias", torch.ones(1, 5))
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.bias.expand(len(images), 5), "features": images}
+
+    images = random_images(2)
+    before = images.clone()
+    teacher = open_module(Shares(), channels_last=False)
+    outputs = teacher(images)
+    for output in outputs.values():
+        output.zero_()
+    assert torch.equal(images, before)
+    assert torch.equal(teacher(images)["logits"], torch.ones(2, 5))
+
+
+def test_channels_last_changes_the_layout_and_not_the_answers() -> None:
+    images, seen = random_images(4), []
+
+    def spy(images: Tensor) -> Tensor:
+        seen.append(images.is_contiguous(memory_format=torch.channels_last))
+        return logits_of(images)
+
+    for channels_last in (True, False):
+        open_module(Returns(spy), channels_last=channels_last)(images)
+    assert seen == [True, True, False, False]
+    dense, strided = (open_module(ConvNet(), channels_last=flag)(images) for flag in (False, True))
+    for name in dense:
+        torch.testing.assert_close(dense[name], strided[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_reaches_the_module_and_float32_comes_back(precision: str) -> None:
+    seen = set()
+
+    def spy(images: Tensor) -> Tensor:
+        seen.add(images.dtype)
+        return logits_of(images)
+
+    outputs = open_module(Returns(spy), precision=precision)(random_images(2))
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    assert outputs["logits"].dtype == torch.float32
+
+
+def test_float16_images_are_taken_where_the_teacher_is_opened_for_them() -> None:
+    images = random_images(3)
+    teacher = open_module(LogitsOnly(), dtype=torch.float16)
+    wanted = LogitsOnly().eval()(images.half().float())
+    torch.testing.assert_close(teacher(images.half())["logits"], wanted)
+    with pytest.raises(TeacherError, match=r"float16, got \[3, 3, 32, 32\] float32"):
+        teacher(images)
+
+
+def test_opening_under_inference_mode_gives_an_ordinary_teacher() -> None:
+    with torch.inference_mode():
+        teacher = open_module(ConvNet())
+    assert not teacher(random_images(2))["logits"].is_inference()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (nn.Conv2d(3, 4, 3, stride=1), nn.Conv2d(3, 4, 3, stride=2)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU())),
+    ],
+    ids=["a setting", "a layer without weights"],
+)
+def test_the_fingerprint_sees_what_is_not_a_weight(one: nn.Module, other: nn.Module) -> None:
+    def fingerprint(body: nn.Module) -> str:
+        return open_module(nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())).fingerprint
+
+    other.load_state_dict(one.state_dict())
+    assert fingerprint(one) == fingerprint(copy.deepcopy(one))
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_the_fingerprint_sees_buffers_that_are_not_saved() -> None:
+    module = LogitsOnly()
+    module.register_buffer("offset", torch.zeros(()), persistent=False)
+    before = open_module(module).fingerprint
+    module.offset.add_(1.0)
+    assert open_module(module).fingerprint != before
