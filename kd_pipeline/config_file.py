@@ -71,7 +71,7 @@ def _read_text(path: Path) -> str:
     if len(raw) > _MAX_BYTES:
         raise ConfigError(f"{path}: larger than {_MAX_BYTES} bytes; is this a config file?")
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode()
     except UnicodeDecodeError as exc:
         line = raw.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 (byte 0x{raw[exc.start]:02x}); save the file as UTF-8") from exc
@@ -172,7 +172,7 @@ def _inside(annotation: Any, part: str | int) -> Any:
         info = annotation.model_fields.get(part)
         return info.annotation if info else Any
     args = [arg for arg in get_args(annotation) if arg is not Ellipsis] or [Any]
-    return args[min(part, len(args) - 1)] if isinstance(part, int) else args[-1]
+    return args[0] if isinstance(part, int) else args[-1]
 
 
 def _is_model(annotation: Any) -> bool:

@@ -69,6 +69,7 @@ class Config(Settings):
     data: Data = Data()
     train: Train = Train()
     weights: dict[str, float] = Field(default_factory=dict)
+    ema: Flip | None = None
 
 
 @pytest.fixture
@@ -169,6 +170,8 @@ BAD = {
         "data.ops.1.sise",
         "'size'?",
     ),
+    "unknown key in an optional section": ("ema:\n  probabilty: 1\n", 2, "ema.probabilty", "mean 'probability'?"),
+    "wrong value in an optional section": ("ema:\n\n  probability: a\n", 3, "ema.probability", "should be a number"),
     "missing key": ("data:\n  batch_size: 2\n  source:\n    kind: folder\n", 3, "data.source.root", "missing"),
     "wrong word": (
         "precision: fb16\n",
@@ -305,8 +308,8 @@ BAD = {
     "empty": ("", 1, "", "should be a mapping with keys of seed, name, run_dir"),
     "only comments": ("# seed: 1\n", 1, "", "found nothing"),
     "top level null": ("~\n", 1, "", "found nothing"),
-    "top level list": ("- seed: 1\n", 1, "", "found a list of 1"),
-    "top level text": ("seed=1\n", 1, "", "found the text 'seed=1'"),
+    "top level list": ("- seed: 1\n", 1, "", "train, weights, ema, found a list of 1"),
+    "top level text": ("seed=1\n", 1, "", "train, weights, ema, found the text 'seed=1'"),
 }
 
 
@@ -330,6 +333,19 @@ def test_all_problems_are_reported_in_the_order_of_the_file(write):
         ("c.yaml:2", "train.lr"), ("c.yaml:4", "data.ops"), ("c.yaml:5", "data.batch_size"), ("c.yaml:6", "sed"),
         ("c.yaml:7", "seed"), ("override 'name=3'", "name"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "report"),
+    [
+        ("3", "found 3; put it in quotes"),
+        ("", "found nothing"),
+        ("[a]", "found a list of 1"),
+        ("{a: b}", "found a mapping"),
+    ],
+)
+def test_only_what_quotes_would_help_is_told_to_be_quoted(write, value, report):
+    assert complaint(write(f"name: {value}")) == f"c.yaml:1: name: should be text, {report}"
 
 
 def test_only_the_chosen_member_of_a_union_is_complained_about(write):

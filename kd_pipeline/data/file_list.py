@@ -19,7 +19,7 @@ from kd_pipeline.errors import DataError
 
 __all__ = ["FileList"]
 
-_INTEGER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _KINDS = {NoneType: "no label", int: "a class index", str: "a class name"}
 _Row = tuple[int, str, int | str | None]
 """Line number from 1, path, label."""

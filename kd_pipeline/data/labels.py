@@ -37,7 +37,9 @@ def save_classes(path: str | os.PathLike[str], classes: Sequence[str]) -> None:
     Raises:
         DataError: there are no names, or one is empty, not text, or there twice.
     """
-    Path(path).write_text(json.dumps(_checked(classes, "classes"), indent=0) + "\n", encoding="utf-8")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_checked(classes, "classes"), indent=0) + "\n", encoding="utf-8")
 
 
 def load_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:

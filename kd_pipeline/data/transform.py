@@ -16,6 +16,8 @@ from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
 
 __all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "CentreCrop",
     "ColourJitter",
     "EvalTransform",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from kd_pipeline.data.transform import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline.errors import ExportError, TeacherError
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
@@ -28,8 +29,6 @@ _TOLERANCE = 1e-4
 """Largest error of an output, relative to its largest value; float32 runtimes that agree stay near 1e-6."""
 
 _Channels = tuple[float, float, float]
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class InputAdapter(Settings):
@@ -44,9 +43,9 @@ class InputAdapter(Settings):
     """Standard deviation per channel, likewise."""
     size: int | None = Field(default=None, ge=1)
     """Height and width that the teacher wants; the images' own unless given."""
-    from_mean: _Channels = _IMAGENET_MEAN
+    from_mean: _Channels = IMAGENET_MEAN
     """Mean per channel that the incoming images were normalised with; ImageNet's unless given."""
-    from_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = _IMAGENET_STD
+    from_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     """Standard deviation per channel, likewise."""
 
 

@@ -59,12 +59,14 @@ def teacher_rows(teacher: Tensor, student: Tensor, valid: Tensor) -> Tensor:
     return blank(teacher.detach().to(student.dtype), valid)
 
 
-def label_rows(labels: Tensor, student: Tensor, valid: Tensor) -> Tensor:
+def label_rows(labels: Tensor | None, student: Tensor, valid: Tensor) -> Tensor:
     """The labels, blanked: `[N]` int64 as they are, `[N, K]` floating in the dtype of `student`.
 
     Raises:
-        ConfigError: they are neither.
+        ConfigError: they are neither, or there are none.
     """
+    if labels is None:
+        raise ConfigError("this loss needs labels and the batch has none; use labelled data or a loss without them")
     if labels.shape == student.shape[:1] and labels.dtype == torch.int64:
         return blank(labels, valid)
     if labels.shape == student.shape and labels.is_floating_point():

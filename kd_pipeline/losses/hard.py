@@ -22,7 +22,7 @@ _NO_LABEL = torch.iinfo(torch.int32).min
 
 
 def task(
-    student_logits_NK: Tensor, labels: Tensor, *, label_smoothing: float = 0.0, valid: Tensor | None = None
+    student_logits_NK: Tensor, labels: Tensor | None, *, label_smoothing: float = 0.0, valid: Tensor | None = None
 ) -> Tensor:
     """Cross-entropy with the labels of the data, -Σ_k y_k · log q_k, batch mean.
 

@@ -70,7 +70,7 @@ def soft_target(
 def dkd(
     student_logits_NK: Tensor,
     teacher_logits_NK: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     *,
     alpha: float = 1.0,
     beta: float = 8.0,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,5 +193,5 @@ def _precision(tensors: Sequence[Any]) -> str:
     for tensor in tensors:
         dtype_name = tensor.DataType.Name(tensor.data_type)
         if dtype_name in num_elements:
-            num_elements[dtype_name] += torch.Size(tensor.dims).numel()
+            num_elements[dtype_name] += math.prod(tensor.dims)
     return _PRECISIONS[max(num_elements, key=lambda name: num_elements[name])]

@@ -60,7 +60,7 @@ class OpenVINOTeacher(Teacher):
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
         # OpenVINO reads the images where they lie. It copies each output once into an array of ours: small beside
         # the arithmetic, and it spares us from knowing the shapes in advance.
-        arrays = self._request.infer(self._tensor(images.detach().numpy(), shared_memory=True), share_outputs=False)
+        arrays = self._request.infer(self._tensor(images.numpy(), shared_memory=True), share_outputs=False)
         return {name: torch.from_numpy(arrays[own]).float() for name, own in self._output_names.items()}
 
     def _release(self) -> None:

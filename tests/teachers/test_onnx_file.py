@@ -78,6 +78,7 @@ def test_the_precision_is_that_of_most_weights(tmp_path: Path, weights: int, pre
         ({"outputs": [("logits", FLOAT, [4, 5])]}, r"'logits' is \[4, 5\] float32, a static batch of 4"),
         ({"inputs": [IMAGES, ("mask", FLOAT, ["N", 1])]}, "takes 2 inputs \\('images', 'mask'\\)"),
         ({"inputs": [("tokens", FLOAT, ["N", 77])]}, r"'tokens' is \[any, 77\] float32; .*\[N, 3, H, W\]"),
+        ({"inputs": [("points", FLOAT, ["N", 3])]}, r"'points' is \[any, 3\] float32; .*\[N, 3, H, W\]"),
         ({"inputs": [("images", FLOAT, ["N", 8, 8, 3])]}, r"'images' is \[any, 8, 8, 3\] float32"),
         ({"inputs": [("images", TensorProto.UINT8, ["N", 3, 8, 8])]}, "'images' is a tensor of UINT8"),
         ({"inputs": [("images", FLOAT, None)]}, "'images' has no shape"),

@@ -168,6 +168,14 @@ def test_float16_images_are_taken_where_the_teacher_is_opened_for_them() -> None
         teacher(images)
 
 
+def test_compile_passes_the_copy_to_torch_compile() -> None:
+    module = LogitsOnly()
+    compiled, eager = (open_module(module, compile=flag)._model for flag in (True, False))
+    assert isinstance(compiled, torch._dynamo.OptimizedModule)
+    assert isinstance(eager, LogitsOnly)
+    assert not isinstance(module, torch._dynamo.OptimizedModule)
+
+
 def test_opening_under_inference_mode_gives_an_ordinary_teacher() -> None:
     with torch.inference_mode():
         teacher = open_module(ConvNet())
@@ -178,7 +186,7 @@ def test_opening_under_inference_mode_gives_an_ordinary_teacher() -> None:
     ("one", "other"),
     [
         (nn.Conv2d(3, 4, 3, stride=1), nn.Conv2d(3, 4, 3, stride=2)),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU())),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid())),
     ],
     ids=["a setting", "a layer without weights"],
 )

@@ -1,0 +1,38 @@
+# Two commands, each from nothing: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+METADATA := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: demo test format clean
+
+demo: $(VENV)/installed-demo
+	$(BIN)/kd-pipeline demo $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "kd_pipeline needs Python 3.11 or later: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-demo: $(METADATA) | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes a few minutes and about 7 GB, most of it torch's CUDA libraries"
+	$(INSTALL) '.[cpu,demo]'
+	@touch $@
+
+$(VENV)/installed-test: $(METADATA) | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes a few minutes and about 7 GB, most of it torch's CUDA libraries"
+	$(INSTALL) '.[cpu,train,demo,bench,dev]'
+	@touch $@

@@ -1,0 +1,7 @@
+"""`python -m kd_pipeline` is `kd-pipeline`."""
+
+import sys
+
+from kd_pipeline.cli import main
+
+sys.exit(main())

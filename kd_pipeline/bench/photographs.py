@@ -1,0 +1,54 @@
+"""A folder of photographs to measure on, made from the two that scikit-learn brings."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kd_pipeline.optional import require
+
+__all__ = ["make_photographs"]
+
+_NUM_CLASSES = 10
+_WIDTHS, _HEIGHTS = (400, 600), (325, 425)
+"""From, to. The middle is 500x375, the most common size in ImageNet."""
+_QUALITY = 90
+
+
+def make_photographs(root: Path, *, num_files: int = 2000, seed: int = 0) -> Path:
+    """Write random crops of two photographs as JPEG files of varied sizes, in ten class folders; return `root`.
+
+    A `root` that is there already is left as it is. It appears in one step once all of its files are written, so what
+    is there is whole, also after a crash and where several processes make it at once.
+
+    Raises:
+        MissingPackageError: scikit-learn is not installed.
+    """
+    if root.exists():
+        return root
+    require("sklearn", extra="bench")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as unfinished:
+        made = Path(unfinished) / root.name
+        _write_crops(made, num_files, np.random.default_rng(seed))
+        try:
+            made.rename(root)
+        except OSError:
+            if not root.exists():
+                raise
+            # Another process was faster, and its files are the same.
+    return root
+
+
+def _write_crops(folder: Path, num_files: int, rng: np.random.Generator) -> None:
+    datasets = require("sklearn.datasets", extra="bench")
+    photographs = datasets.load_sample_images().images
+    for number in range(num_files):
+        photograph = photographs[number % len(photographs)]
+        width, height = rng.integers(*_WIDTHS, endpoint=True), rng.integers(*_HEIGHTS, endpoint=True)
+        top = rng.integers(photograph.shape[0] - height, endpoint=True)
+        left = rng.integers(photograph.shape[1] - width, endpoint=True)
+        path = folder / f"class {number // 2 % _NUM_CLASSES}" / f"{number:05}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photograph[top : top + height, left : left + width]).save(path, quality=_QUALITY)

@@ -1,0 +1,77 @@
+"""Show a batch as the models see it: a PNG grid with each image's label and the teacher's first choice."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from kd_pipeline.batch import KDBatch
+from kd_pipeline.data.transform import EvalTransform, TrainTransform
+
+__all__ = ["save_grid"]
+
+_TILE = 112
+_MARGIN = 6
+_TEXT_HEIGHT = 30
+_BLACK, _GREEN, _RED, _GREY = (20, 20, 20), (0, 110, 40), (190, 20, 20), (130, 130, 130)
+
+
+def save_grid(
+    batch: KDBatch,
+    path: Path | str,
+    *,
+    transform: TrainTransform | EvalTransform,
+    classes: Sequence[str] | None = None,
+    num_images: int = 32,
+) -> Path:
+    """Write the first images of `batch`, with the normalisation of `transform` undone, as a PNG to `path`.
+
+    Under each image stand its label and, where there is a teacher, the teacher's top-1 with its probability: green
+    where both agree, red where not, grey for rows that do not count.
+    """
+    num_images = min(num_images, len(batch))
+    num_columns = math.ceil(math.sqrt(num_images * 2))
+    num_rows = math.ceil(num_images / num_columns)
+    cell_width, cell_height = _TILE + _MARGIN, _TILE + _TEXT_HEIGHT + _MARGIN
+    grid = Image.new("RGB", (num_columns * cell_width + _MARGIN, num_rows * cell_height + _MARGIN), "white")
+    draw = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(size=11)
+    for position, pixels in enumerate(_visible(batch, transform, num_images)):
+        row, column = divmod(position, num_columns)
+        x, y = _MARGIN + column * cell_width, _MARGIN + row * cell_height
+        grid.paste(Image.fromarray(pixels).resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, y))
+        for line, (text, colour) in enumerate(_captions(batch, position, classes)):
+            draw.text((x, y + _TILE + 1 + line * 14), text, fill=colour, font=font)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
+    return path
+
+
+def _visible(batch: KDBatch, transform: TrainTransform | EvalTransform, num_images: int) -> np.ndarray:
+    """`[num_images, H, W, 3]` uint8, normalisation undone."""
+    images = batch.images[:num_images].float().cpu()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (transform.mean, transform.std))
+    visible = (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return visible.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _captions(batch: KDBatch, position: int, classes: Sequence[str] | None) -> list[tuple[str, tuple[int, int, int]]]:
+    lines = []
+    label = None if batch.labels is None else int(batch.labels[position])
+    counts = bool(batch.valid[position])
+    if label is not None:
+        lines.append((f"label {_name(label, classes)}", _BLACK if counts else _GREY))
+    if "logits" in batch.teacher:
+        probability, choice = batch.teacher["logits"][position].softmax(dim=0).max(dim=0)
+        colour = _GREY if label is None or not counts else _GREEN if int(choice) == label else _RED
+        lines.append((f"teacher {_name(int(choice), classes)} {float(probability):.0%}", colour))
+    return lines
+
+
+def _name(label: int, classes: Sequence[str] | None) -> str:
+    name = str(label) if classes is None else classes[label]
+    return name if len(name) <= 10 else name[:9] + "…"

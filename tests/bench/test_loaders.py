@@ -1,0 +1,169 @@
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from kd_pipeline.bench import BenchLoaderSettings, BenchResult, bench_loader
+from kd_pipeline.bench import loaders as room
+from kd_pipeline.bench.loaders import LOADERS
+from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.errors import DataError, MissingPackageError
+
+NUM_FILES, BATCH_SIZE, SIZE = 24, 12, 48
+TRANSFORM = TrainTransform(size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def numbered(photos: tuple[NDArray[np.uint8], NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 photographs whose blue is flat and says which one it is: 10 * number + 5."""
+    root = tmp_path_factory.mktemp("numbered")
+    for number in range(NUM_FILES):
+        photo = photos[number % 2][number : number + 180, number : number + 240].copy()
+        photo[..., 2] = 10 * number + 5
+        path = root / f"class {number // 12}" / f"{number:02}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(photo).save(path, quality=95, subsampling=0)
+    return root
+
+
+@pytest.fixture(params=LOADERS, scope="module")
+def batches(request: pytest.FixtureRequest, numbered: Path) -> Iterator[list[Tensor]]:
+    """The first three epochs of every loader, two batches each."""
+    stream = LOADERS[request.param](numbered, TRANSFORM, BATCH_SIZE, 1)
+    yield [next(stream) for _ in range(6)]
+    stream.close()
+
+
+def pixels(batches: list[Tensor]) -> Tensor:
+    """The images of all batches without their normalisation, from 0 to 255."""
+    mean, std = torch.tensor(TRANSFORM.mean).view(3, 1, 1), torch.tensor(TRANSFORM.std).view(3, 1, 1)
+    return 255 * (torch.cat(batches) * std + mean)
+
+
+def test_every_loader_gives_whole_dense_float32_batches(batches: list[Tensor]) -> None:
+    for images in batches:
+        assert type(images) is Tensor
+        assert (images.shape, images.dtype) == ((BATCH_SIZE, 3, SIZE, SIZE), torch.float32)
+        assert images.device.type == "cpu" and images.is_contiguous()
+
+
+def test_every_loader_gives_normalised_photographs(batches: list[Tensor]) -> None:
+    seen = pixels(batches)[:, :2]
+    assert seen.min() >= -1 and seen.max() <= 256
+    assert seen.min() < 10 and seen.max() > 245, "from dark to bright"
+    assert seen.flatten(2).std(dim=2).mean() > 10, "there is something to see"
+
+
+def test_no_loader_gives_the_same_view_twice(batches: list[Tensor]) -> None:
+    images = torch.cat(batches).flatten(1)
+    assert len(images.unique(dim=0)) == len(images)
+
+
+def test_every_loader_reads_each_file_of_the_folder_once_an_epoch_in_new_order(batches: list[Tensor]) -> None:
+    numbers = ((pixels(batches)[:, 2].mean(dim=(1, 2)) - 5) / 10).round().int().tolist()
+    epochs = [numbers[start : start + NUM_FILES] for start in range(0, len(numbers), NUM_FILES)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(NUM_FILES))] * 3
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(NUM_FILES))}) == 4
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchResult, list[str], Path]:
+    """A very short run without a folder, its lines of progress, and the folder that it ran in."""
+    lines: list[str] = []
+    here = tmp_path_factory.mktemp("here")
+    settings = BenchLoaderSettings(
+        batch_size=8, size=32, num_batches=2, repeats=2, num_threads=1, out=here / "a/b.json"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        patch.setattr(room, "make_photographs", lambda root: make_photographs(root, num_files=20))
+        return bench_loader(settings, report=lines.append), lines, here
+
+
+def test_every_loader_has_a_row_with_a_figure_for_each_repeat(measured: tuple[BenchResult, list[str], Path]) -> None:
+    rows = measured[0].rows
+    assert [row.name for row in rows] == list(LOADERS) and rows[0].name == "KDDataLoader"
+    for row in rows:
+        assert len(row.images_per_s) == len(row.cpu_s_per_image) == len(row.peak_memory_bytes) == 2
+        assert min(row.images_per_s) > 0 and min(row.peak_memory_bytes) > 2**26
+
+
+def test_the_result_says_what_it_was_measured_with(measured: tuple[BenchResult, list[str], Path]) -> None:
+    result, _, here = measured
+    assert result.settings == {
+        "root": str(here / "data/photographs"),
+        "batch_size": 8,
+        "size": 32,
+        "num_batches": 2,
+        "repeats": 2,
+        "num_threads": 1,
+        "out": str(here / "a/b.json"),
+    }
+
+
+def test_the_json_file_holds_the_result(measured: tuple[BenchResult, list[str], Path]) -> None:
+    result, _, here = measured
+    text = (here / "a/b.json").read_text()
+    assert text == result.to_json() + "\n"
+    assert len(json.loads(text)["rows"]) == 4
+
+
+def test_progress_is_reported(measured: tuple[BenchResult, list[str], Path]) -> None:
+    _, lines, here = measured
+    assert str(here / "data/photographs") in lines[0]
+    assert lines[1].startswith("20 files")
+    assert [line[:13] for line in lines[-2:]] == ["repeat 1 of 2", "repeat 2 of 2"]
+
+
+def test_no_worker_is_left_when_it_is_over(measured: tuple[BenchResult, list[str], Path]) -> None:
+    assert not [worker for worker in multiprocessing.active_children() if "DataLoader" in worker.name]
+
+
+@pytest.mark.parametrize(("asked", "num_threads", "timed"), [(20, 2, 20), (20, 3, 21), (1, 16, 16), (5, 1, 5)])
+def test_each_worker_of_torch_makes_equally_many_of_the_timed_batches(
+    asked: int, num_threads: int, timed: int, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: dict[str, Any] = {}
+    monkeypatch.setattr(room, "measure", lambda contenders, **options: got.update(options))
+    bench_loader(BenchLoaderSettings(root=photographs, num_batches=asked, num_threads=num_threads))
+    assert got["num_batches"] == timed
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 16])
+def test_more_batches_go_by_untimed_than_anyone_has_ready(
+    num_threads: int, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: dict[str, Any] = {}
+    monkeypatch.setattr(room, "measure", lambda contenders, **options: got.update(options))
+    bench_loader(BenchLoaderSettings(root=photographs, num_threads=num_threads))
+    assert got["num_warm_up"] > 2 * num_threads and got["num_warm_up"] >= 4
+
+
+def test_a_file_that_is_no_jpeg_is_refused_by_name(photo_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"/flower/00\.png: only JPEG files"):
+        bench_loader(BenchLoaderSettings(root=photo_folder))
+
+
+def test_a_folder_too_small_for_one_batch_is_refused(photographs: Path) -> None:
+    with pytest.raises(DataError, match="40 samples make no whole batch of 64"):
+        bench_loader(BenchLoaderSettings(root=photographs))
+
+
+def test_without_torchvision_the_error_says_what_to_install_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(MissingPackageError, match=r"torchvision .* pip install 'kd_pipeline\[bench\]'"):
+        bench_loader(BenchLoaderSettings())
+    assert list(tmp_path.iterdir()) == []

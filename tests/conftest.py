@@ -1,0 +1,36 @@
+"""Real photographs: the two that scikit-learn brings, and a small folder of pieces of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+NUM_PHOTOS = 37
+CLASSES = ("flower", "roof", "sky")
+
+
+@pytest.fixture(scope="session")
+def photos() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A temple in China and a flower, `[427, 640, 3]` uint8 each; do not write to them."""
+    china, flower = load_sample_images().images
+    for photo in (china, flower):
+        photo.flags.writeable = False
+    return china, flower
+
+
+@pytest.fixture(scope="session")
+def photo_folder(photos: tuple[NDArray[np.uint8], NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 JPEG and PNG photographs in three class folders, sides of 60 to 200 pixels, even and odd; do not change it."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(20)
+    for number in range(NUM_PHOTOS):
+        photo = photos[number % 2]
+        height, width = rng.integers(60, 201, size=2)
+        top, left = rng.integers(0, photo.shape[0] - height), rng.integers(0, photo.shape[1] - width)
+        path = root / CLASSES[number % 3] / (f"{number:02}.png" if number % 4 == 0 else f"{number:02}.jpg")
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(photo[top : top + height, left : left + width]).save(path, quality=92)
+    return root

@@ -1,0 +1,357 @@
+"""Files that cannot be read, through the whole data path: named, refused, or stood in for."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.source import FileList, ImageFolder
+from kd_pipeline.data.transform import EvalTransform, TrainTransform
+from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
+from kd_pipeline.loader import KDDataLoader
+from tests.corpus import BROKEN, ODD, Broken, Odd, cut_in_half, photo_of
+from tests.streams import EVAL, SIZE, TRAIN, Fields, assert_same, conv_teacher, fields, global_rows, rows, run
+
+SMALL_WINDOWS = TrainTransform(size=SIZE, area=(0.05, 0.1))
+"""Views that mostly miss the place where a file is damaged."""
+BAD = (3, 8, 9, 36)
+"""One alone, two adjacent ones, and the last of the 37 photographs."""
+
+
+@pytest.fixture
+def damaged(photo_folder, tmp_path) -> Callable[..., ImageFolder]:
+    """`damaged(3, 8)` is a copy of the photographs in which the files number 3 and 8 are cut in half."""
+
+    def make(*bad: int) -> ImageFolder:
+        root = shutil.copytree(photo_folder, tmp_path / f"damaged-{'-'.join(map(str, bad))}")
+        source = ImageFolder(root)
+        for index in bad:
+            cut_in_half(Path(source.name(index)))
+        return ImageFolder(root)
+
+    return make
+
+
+def open_loader(source, transform=TRAIN, teacher=None, **options) -> KDDataLoader:
+    return KDDataLoader(
+        source,
+        transform,
+        teacher,
+        **{"batch_size": 8, "seed": 5, "on_bad_sample": "substitute", "max_bad_fraction": 0.2, **options},
+    )
+
+
+def stream(source, **options) -> list[Fields]:
+    with open_loader(source, **options) as loader:
+        return run(loader)
+
+
+def list_of(root: Path, *names: str) -> FileList:
+    path = root / "list.csv"
+    path.write_text("path,label\n" + "".join(f"{name},0\n" for name in names))
+    return FileList(path)
+
+
+def refusal(source, transform, **options) -> BadSampleError:
+    with open_loader(source, transform, on_bad_sample="raise", **options) as loader, pytest.raises(BadSampleError) as it:
+        run(loader, 1)
+    return it.value
+
+
+def contents(root: Path) -> dict[str, tuple[str, int]]:
+    """Digest and modification time of every file."""
+    return {
+        str(path): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+# What can be read
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=str)
+def test_an_unreadable_file_is_named_with_its_size_and_the_reason_whatever_the_view(broken: Broken, photos, tmp_path):
+    path = tmp_path / broken.name
+    broken.put(path, photo_of(photos))
+    source = list_of(tmp_path, broken.name)
+    errors = [refusal(source, EVAL), *(refusal(source, SMALL_WINDOWS, seed=seed) for seed in range(4))]
+    assert {str(error) for error in errors} == {str(errors[0])}
+    assert errors[0].index == 0 and errors[0].path == str(path) and str(path) in str(errors[0])
+    assert broken.reason in errors[0].reason and "\n" not in errors[0].reason
+    if path.exists():
+        assert errors[0].num_bytes == path.stat().st_size and f"({path.stat().st_size} bytes)" in str(errors[0])
+    else:
+        assert errors[0].num_bytes is None and "no such file" in str(errors[0])
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_an_odd_but_good_file_shows_what_it_is(odd: Odd, photos, tmp_path):
+    photo = photo_of(photos)
+    (tmp_path / odd.name).write_bytes(odd.encode(photo))
+    Image.fromarray(odd.shows(photo)).convert("RGB").save(tmp_path / "plain.png")
+    source = list_of(tmp_path, odd.name, "plain.png")
+    with open_loader(source, EvalTransform(size=SIZE), batch_size=2, shuffle=False) as loader:
+        (batch,) = loader
+        assert batch.valid.all()
+        assert (batch.images[0] - batch.images[1]).abs().mean() < 0.1
+    with open_loader(source, SMALL_WINDOWS, on_bad_sample="raise") as loader:
+        assert len(run(loader)) == 3
+
+
+def test_an_image_of_exactly_max_pixels_is_read_and_one_more_row_is_refused(photos, tmp_path):
+    photo = photo_of(photos)
+    Image.fromarray(photo[:100, :100]).save(tmp_path / "fits.png")
+    Image.fromarray(photo[:101, :100]).save(tmp_path / "larger.png")
+    for transform in (EVAL, SMALL_WINDOWS):
+        with open_loader(list_of(tmp_path, "fits.png"), transform, on_bad_sample="raise", max_pixels=10_000) as loader:
+            assert len(run(loader, 1)) == 1
+        error = refusal(list_of(tmp_path, "larger.png"), transform, max_pixels=10_000)
+        assert "100x101" in error.reason and "max_pixels=10000" in error.reason
+
+
+BOMB_SCRIPT = """
+import resource, sys
+from kd_pipeline.data.source import ImageFolder
+from kd_pipeline.data.transform import EvalTransform
+from kd_pipeline.errors import BadSampleError
+from kd_pipeline.loader import KDDataLoader
+
+def most_memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+source = ImageFolder(sys.argv[1], labelled=False)
+bomb = [source.name(index) for index in range(len(source))].index(sys.argv[2])
+with KDDataLoader(source, EvalTransform(size=32), batch_size=1, shuffle=False) as loader:
+    iterator = iter(loader)
+    next(iterator)
+    before = most_memory()
+    try:
+        for _ in iterator: pass
+    except BadSampleError as error:
+        assert error.index == bomb
+        print(most_memory() - before)
+"""
+
+
+def test_a_decompression_bomb_is_refused_without_unpacking_it(photos, tmp_path):
+    Image.fromarray(photo_of(photos)).save(tmp_path / "a.png")
+    (bomb,) = (broken for broken in BROKEN if broken.name == "bomb.png")
+    bomb.put(tmp_path / bomb.name, photo_of(photos))
+    command = [sys.executable, "-c", BOMB_SCRIPT, str(tmp_path), str(tmp_path / bomb.name)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert float(finished.stdout) < 300  # MB; unpacked it is 2700
+
+
+# Raising
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_good_batches_before_a_bad_one_are_handed_out_first(damaged, ahead):
+    source = damaged(17)
+    with open_loader(source, shuffle=False, on_bad_sample="raise", ahead=ahead) as loader:
+        indices = []
+        with pytest.raises(BadSampleError, match="sample 17 cannot be read"):
+            for batch in loader:
+                indices += batch.index.tolist()
+        assert indices == list(range(16))
+        assert (loader.epoch, loader.state_dict()["batch"]) == (0, 2)
+
+
+def test_after_a_bad_sample_the_loader_can_be_closed_and_a_new_one_works(damaged, photo_folder):
+    loader = open_loader(damaged(17), on_bad_sample="raise")
+    with pytest.raises(BadSampleError):
+        run(loader)
+    loader.close()
+    with open_loader(ImageFolder(photo_folder), on_bad_sample="raise") as loader:
+        assert len(run(loader)) == 15
+
+
+def test_a_bad_file_that_is_repaired_is_read_when_its_batch_is_asked_for_again(damaged, photo_folder):
+    source = damaged(0)
+    path = Path(source.name(0))
+    with open_loader(source, shuffle=False, on_bad_sample="raise") as loader:
+        with pytest.raises(BadSampleError):
+            next(iter(loader))
+        shutil.copy(ImageFolder(photo_folder).name(0), path)
+        assert len(run(loader, 1)) == 5
+
+
+# Substituting
+
+
+def test_the_next_readable_sample_stands_in_with_everything_that_belongs_to_it(damaged):
+    source, teacher = damaged(*BAD), conv_teacher()
+    with open_loader(source, teacher=teacher, shuffle=False, batch_size=len(source)) as loader:
+        for batch in loader:
+            wanted = list(range(len(source)))
+            wanted[3], wanted[8], wanted[9], wanted[36] = 4, 10, 10, 0
+            assert batch.index.tolist() == wanted
+            assert [row for row, valid in enumerate(batch.valid) if not valid] == list(BAD)
+            assert batch.labels.tolist() == source.labels[wanted].tolist()
+            for bad in BAD:
+                own_row = wanted[bad]
+                assert torch.equal(batch.images[bad], batch.images[own_row])
+                torch.testing.assert_close(batch.teacher["logits"][bad], batch.teacher["logits"][own_row])
+
+
+def test_padding_that_is_unreadable_is_stood_in_for_too(damaged):
+    source = damaged(0)
+    *_, last = stream(source, shuffle=False, last_batch="pad")
+    assert last["index"].tolist() == [32, 33, 34, 35, 36, 1, 1, 2]
+    assert last["valid"].tolist() == [True] * 5 + [False] * 3
+
+
+def test_every_bad_file_gets_one_line_in_the_record(damaged, tmp_path):
+    source = damaged(*BAD)
+    with open_loader(source, run_dir=tmp_path / "new" / "run") as loader:
+        run(loader)
+        assert loader.bad_samples == list(BAD)
+    lines = [json.loads(line) for line in (tmp_path / "new" / "run" / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted(line["index"] for line in lines) == list(BAD)
+    for line in lines:
+        path = Path(source.name(line["index"]))
+        assert set(line) == {"index", "path", "num_bytes", "reason"}
+        assert line["path"] == str(path) and line["num_bytes"] == path.stat().st_size and line["reason"]
+
+
+def test_no_record_is_written_for_good_data_or_without_a_run_dir(damaged, photo_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    stream(ImageFolder(photo_folder), run_dir=folder)
+    stream(damaged(3))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_resumed_run_does_not_record_a_known_bad_file_again(damaged, tmp_path):
+    source = damaged(*BAD)
+    with open_loader(source, run_dir=tmp_path) as loader:
+        run(loader, 1)
+        state = loader.state_dict()
+    with open_loader(source, run_dir=tmp_path) as loader:
+        loader.load_state_dict(state)
+        run(loader)
+    assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == len(BAD)
+
+
+def test_a_bad_file_met_once_more_after_going_back_is_not_recorded_again(damaged, tmp_path):
+    source = damaged(*BAD)
+    with open_loader(source, run_dir=tmp_path) as loader:
+        start = loader.state_dict()
+        run(loader, 1)
+        loader.load_state_dict(start)
+        run(loader, 1)
+    assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == len(BAD)
+
+
+@pytest.mark.parametrize("num_allowed", [0, 1, 2, 3])
+def test_more_bad_files_than_max_bad_fraction_are_an_error_with_both_numbers(damaged, num_allowed):
+    source = damaged(3, 8, 9)
+    fraction = num_allowed / len(source)
+    with open_loader(source, max_bad_fraction=fraction) as loader:
+        if num_allowed == 3:
+            assert len(run(loader)) == 15
+            return
+        with pytest.raises(TooManyBadSamplesError) as info:
+            run(loader)
+    assert f"{num_allowed + 1} of 37 samples" in str(info.value)
+    assert f"max_bad_fraction={fraction:g}" in str(info.value)
+
+
+def test_by_default_one_bad_file_in_a_thousand_is_allowed_and_one_in_37_is_not(damaged):
+    with (
+        KDDataLoader(damaged(3), TRAIN, batch_size=8, on_bad_sample="substitute") as loader,
+        pytest.raises(TooManyBadSamplesError, match="max_bad_fraction=0.001"),
+    ):
+        run(loader, 1)
+
+
+def test_nothing_stands_in_when_all_files_are_bad(photos, tmp_path):
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"no image")
+    with (
+        open_loader(list_of(tmp_path, *names), max_bad_fraction=1.0) as loader,
+        pytest.raises(TooManyBadSamplesError, match="3 of 3 samples cannot be read"),
+    ):
+        run(loader, 1)
+
+
+def test_only_one_readable_file_stands_in_for_all_the_others(photos, tmp_path):
+    names = ["a.jpg", "b.jpg", "c.jpg"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"no image")
+    Image.fromarray(photo_of(photos)).save(tmp_path / "b.jpg")
+    with open_loader(list_of(tmp_path, *names), shuffle=False, max_bad_fraction=1.0) as loader:
+        (batch,) = loader
+        assert batch.index.tolist() == [1, 1, 1] and batch.valid.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("ahead", [0, 3])
+def test_a_run_that_meets_bad_files_equals_one_that_knew_them(damaged, ahead):
+    source = damaged(*BAD)
+    with open_loader(source, teacher=conv_teacher(), ahead=ahead) as loader:
+        found = run(loader)
+        state = {**loader.state_dict(), "epoch": 0, "batch": 0}
+        assert state["bad_samples"] == list(BAD)
+        loader.load_state_dict(state)  # one that has met them all
+        assert_same(run(loader), found)
+    with open_loader(source, teacher=conv_teacher()) as loader:
+        loader.load_state_dict(state)  # one that was told
+        assert_same(run(loader), found)
+
+
+def test_the_good_samples_are_those_of_a_run_without_bad_files(damaged, photo_folder):
+    found, wanted = rows(stream(damaged(*BAD))), rows(stream(ImageFolder(photo_folder)))
+    assert [bool(row["valid"]) for row in found] == [int(row["index"]) not in BAD for row in wanted]
+    good = [place for place, row in enumerate(found) if row["valid"]]
+    assert_same([found[place] for place in good], [wanted[place] for place in good])
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_stand_ins_do_not_depend_on_the_batch_size(damaged, batch_size):
+    source = damaged(*BAD)
+    assert_same(rows(stream(source, batch_size=batch_size)), rows(stream(source)))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_stand_ins_do_not_depend_on_the_world_size(damaged, world_size):
+    source = damaged(*BAD)
+    ranks = [stream(source, batch_size=4, shard=Shard(rank, world_size)) for rank in range(world_size)]
+    assert_same(global_rows(ranks), rows(stream(source)))
+
+
+def test_a_run_with_bad_files_resumes_before_every_batch(damaged):
+    source, teacher = damaged(*BAD), conv_teacher()
+    with open_loader(source, teacher=teacher) as loader:
+        states, wanted = [loader.state_dict()], []
+        for _ in range(2):
+            for batch in loader:
+                wanted.append(fields(batch))
+                states.append(json.loads(json.dumps(loader.state_dict())))
+    for number, state in enumerate(states):
+        with open_loader(source, teacher=teacher, ahead=number % 3) as loader:
+            loader.load_state_dict(state)
+            assert_same(run(loader, 2), wanted[number:])
+
+
+# The user's files
+
+
+def test_files_are_never_changed(damaged, tmp_path):
+    source = damaged(*BAD)
+    root = tmp_path / "damaged-3-8-9-36"
+    before = contents(root)
+    with open_loader(source, run_dir=tmp_path / "run") as loader:
+        run(loader, 1)
+    refusal(source, EVAL)
+    assert contents(root) == before and len(before) == 37

@@ -1,0 +1,65 @@
+"""What a transform makes of images, straight from the graph."""
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_pipeline.data.graph import Graph, GraphSettings, Samples
+from kd_pipeline.data.plan import uniforms
+from kd_pipeline.data.transform import EvalTransform, TrainTransform
+
+PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
+"""Settings that leave pixels on their scale from 0 to 255."""
+
+
+def graph_settings(max_batch: int, *, max_pixels: int = 10**7, prefetch: int = 1) -> GraphSettings:
+    """For a graph on the CPU."""
+    return GraphSettings(
+        max_batch=max_batch,
+        device_id=None,
+        num_threads=2,
+        prefetch=prefetch,
+        max_pixels=max_pixels,
+        hw_decoder_load=0.0,
+    )
+
+
+def samples_of(
+    transform: TrainTransform | EvalTransform,
+    images: Sequence[Path] | NDArray[np.uint8],
+    draws: NDArray[np.float32] | None = None,
+) -> Samples:
+    """Files, or pixels `[N, H, W, 3]`, as the samples 0 to N - 1; `draws` are those of epoch 0 where left out."""
+    index = np.arange(len(images))
+    return Samples(
+        data=images if isinstance(images, np.ndarray) else _padded(images),
+        facts=index[:, None],
+        draws=uniforms(index, seed=0, epoch=0, count=transform.num_draws) if draws is None else draws,
+        trusted=np.zeros(len(images), dtype=np.bool_),
+    )
+
+
+def render(
+    transform: TrainTransform | EvalTransform,
+    images: Sequence[Path] | NDArray[np.uint8],
+    draws: NDArray[np.float32] | None = None,
+    *,
+    max_pixels: int = 10**7,
+) -> NDArray[np.floating]:
+    """The batch that the graph makes of the images, `[N, 3, size, size]`."""
+    samples = itertools.repeat(samples_of(transform, images, draws))
+    settings = graph_settings(len(images), max_pixels=max_pixels)
+    graph = Graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
+    try:
+        return np.array(graph.take()[0])
+    finally:
+        graph.close()
+
+
+def _padded(paths: Sequence[Path]) -> NDArray[np.uint8]:
+    names = np.array([os.fsencode(path) for path in paths])
+    return names.view(np.uint8).reshape(len(paths), -1)

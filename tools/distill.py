@@ -1,0 +1,77 @@
+"""A distillation loop to copy: train a student on what KDDataLoader hands out, with or without a teacher.
+
+    python tools/distill.py configs/digits.yaml train.epochs=3
+
+needs the teacher that the config names; `kd-pipeline demo` makes the one of configs/digits.yaml.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kd_pipeline import KDDataLoader, load_config, losses
+from kd_pipeline.config import DistillSettings, TrainSettings
+from kd_pipeline.models import small_resnet
+
+
+def loss_of(logits: Tensor, batch, distill: DistillSettings) -> Tensor:
+    """Cross-entropy with the labels; with a teacher, weighed against the distance to its soft targets."""
+    task = losses.task(logits, batch.labels, valid=batch.valid)
+    if not batch.teacher:
+        return task
+    soft = losses.soft_target(logits, batch.teacher["logits"], temperature=distill.temperature, valid=batch.valid)
+    return distill.task_weight * task + distill.distill_weight * soft
+
+
+def fit(
+    student: nn.Module,
+    loader: KDDataLoader,
+    train: TrainSettings,
+    distill: DistillSettings,
+    on_step: Callable[[int, Tensor], None] = lambda num_images, loss: None,
+) -> None:
+    """Train the student in place; `on_step` hears the number of images and the loss, still on its device."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=train.lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, train.lr, total_steps=train.epochs * len(loader))
+    for _ in range(loader.epoch, train.epochs):
+        student.train()
+        for batch in loader:  # one loop is one epoch
+            loss = loss_of(student(batch.images), batch, distill)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            on_step(len(batch), loss.detach())
+
+
+@torch.no_grad()
+def evaluate(student: nn.Module, loader: KDDataLoader) -> tuple[float, float | None]:
+    """Top-1 accuracy on the labels and, where the loader has a teacher, agreement with its top-1; from 0 to 1."""
+    student.eval()
+    num_right = num_agreed = num_images = torch.zeros((), device=loader.device)
+    for batch in loader:
+        predicted = student(batch.images).argmax(dim=1)
+        num_images = num_images + batch.valid.sum()
+        num_right = num_right + (predicted.eq(batch.labels) & batch.valid).sum()
+        if batch.teacher:
+            num_agreed = num_agreed + (predicted.eq(batch.teacher["logits"].argmax(dim=1)) & batch.valid).sum()
+    agreement = float(num_agreed / num_images) if loader.teacher else None
+    return float(num_right / num_images), agreement
+
+
+def main(path: str, *overrides: str) -> None:
+    """Distil the small student that the config at `path` describes, and print how it does."""
+    config = load_config(path, overrides)
+    torch.manual_seed(config.seed)
+    with KDDataLoader.from_config(config, "train") as train:
+        student = small_resnet(len(train.classes), width=8).to(train.device)
+        fit(student, train, config.train, config.distill)
+        with KDDataLoader.from_config(config, "val", teacher=train.teacher) as val:
+            top1, agreement = evaluate(student, val)
+    print(f"top-1 {top1:.1%}, agreement with the teacher {agreement:.1%}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
