@@ -4,12 +4,17 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from kd_pipeline import __version__
-from kd_pipeline.errors import KDPipelineError
+from kd_pipeline.errors import ConfigError, KDPipelineError
 
 __all__ = ["main"]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +45,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to configs/digits.yaml")
     demo.set_defaults(run=_demo)
 
-    for command in (demo,):
+    bench = commands.add_parser("bench", help="measure on this machine what the library is worth")
+    subjects = bench.add_subparsers(title="subjects", required=True, metavar="SUBJECT")
+    loader = subjects.add_parser("loader", help="KDDataLoader beside the bare DALI graph and torchvision")
+    loader.add_argument("--root", type=Path, help="JPEG files in class folders; made in data/photographs if left out")
+    loader.add_argument("--batch-size", type=int, default=64)
+    loader.add_argument("--size", type=int, default=224, help="height and width of the finished images")
+    loader.add_argument("--num-batches", type=int, default=20, help="timed batches of each loader in each repeat")
+    loader.add_argument("--repeats", type=int, default=7)
+    loader.add_argument("--num-threads", type=int, help="threads or worker processes; the cores if left out")
+    loader.add_argument("--out", type=Path, default=Path("runs/bench_loader.json"), help="where the JSON goes")
+    loader.set_defaults(run=_bench_loader)
+
+    for command in (demo, loader):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.add_argument("--verbose", action="store_true", help="say what is chosen, and why")
     return parser
@@ -53,6 +70,23 @@ def _demo(parsed: argparse.Namespace) -> None:
     print()
     for line in _demo_table(summary):
         print(line)
+
+
+def _bench_loader(parsed: argparse.Namespace) -> None:
+    from kd_pipeline.bench import BenchLoaderSettings, bench_loader
+
+    settings = _settings(BenchLoaderSettings, parsed)
+    print(bench_loader(settings, report=lambda line: print(line, file=sys.stderr)).table())
+    print(f"every repeat: {settings.out}")
+
+
+def _settings(model: type[Model], parsed: argparse.Namespace) -> Model:
+    """The arguments that the settings know, checked by them."""
+    try:
+        return model(**{name: value for name, value in vars(parsed).items() if name in model.model_fields})
+    except ValidationError as error:
+        problems = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("; ".join(problems)) from None
 
 
 def _demo_table(summary: dict[str, Any]) -> list[str]:

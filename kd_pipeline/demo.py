@@ -41,6 +41,8 @@ def run_demo(overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = load_config(_find("configs/digits.yaml"), overrides)
     run_dir = config.run_dir or Path("runs/demo")
     loop = _load(_find("tools/distill.py"))
+    # Images this small are not worth sharing among threads, which would mostly wait for one another and for DALI's.
+    torch.set_num_threads(1)
     started = time.perf_counter()
     num_train, num_val = write_digits(Path("data/digits"))
     nets: dict[str, nn.Module] = {}

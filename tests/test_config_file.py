@@ -1,7 +1,6 @@
 import os
+import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -480,49 +479,14 @@ def test_a_problem_in_the_file_that_an_override_replaces_is_gone(write):
 
 
 def test_random_damage_ends_in_a_model_or_in_a_config_error_that_names_the_file(write):
-    import random
-
     generator = random.Random(0)
+    damage = b'/\t/{/]/"/\n/: /- /&a/*a/!/|/%/\xff/\0/? '.split(b"/")
     for _ in range(300):
         raw = bytearray(GOOD.encode())
         for _ in range(generator.randint(1, 4)):
             at = generator.randrange(len(raw))
-            raw[at : at + generator.randint(0, 3)] = generator.choice(
-                [
-                    b"",
-                    b"\t",
-                    b"{",
-                    b"]",
-                    b'"',
-                    b"\n",
-                    b": ",
-                    b"- ",
-                    b"&a",
-                    b"*a",
-                    b"!",
-                    b"|",
-                    b"%",
-                    b"\xff",
-                    b"\0",
-                    b"? ",
-                ]
-            )
+            raw[at : at + generator.randint(0, 3)] = generator.choice(damage)
         try:
             read_config(Config, write(bytes(raw)))
         except ConfigError as error:
             assert all(line.startswith("c.yaml:") for line in str(error).splitlines()), bytes(raw)
-
-
-def test_a_bomb_is_refused_in_less_than_a_second_of_processor_time(write):
-    write(BAD["billion laughs"][0].encode())
-    code = (
-        "import resource, sys\nfrom kd_pipeline.config_file import read_config\n"
-        "from kd_pipeline.settings import Settings\n"
-        "used = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])\n"
-        "resource.setrlimit(resource.RLIMIT_CPU, (int(used) + 2, int(used) + 2))\n"
-        "try: read_config(Settings, 'c.yaml')\n"
-        "except ValueError as error: sys.exit('refused' if 'aliases' in str(error) else 3)"
-    )
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env={**os.environ, "PYTHONPATH": root})
-    assert done.stderr.strip() == b"refused"

@@ -16,7 +16,16 @@ from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.errors import StateError
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
-from tests.streams import TRAIN, Fields, assert_same, conv_teacher, fields, global_rows, run
+from tests.streams import (
+    TRAIN,
+    Fields,
+    assert_same,
+    conv_teacher,
+    fields,
+    global_rows,
+    one_thread,  # noqa: F401
+    run,
+)
 
 NUM_EPOCHS = 3
 PER_EPOCH = 5

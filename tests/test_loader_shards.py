@@ -10,7 +10,16 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.source import Arrays, ImageFolder
 from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.loader import KDDataLoader
-from tests.streams import EVAL, TRAIN, Fields, assert_same, global_rows, rows, run
+from tests.streams import (
+    EVAL,
+    TRAIN,
+    Fields,
+    assert_same,
+    global_rows,
+    one_thread,  # noqa: F401
+    rows,
+    run,
+)
 
 WORLD_SIZES = [1, 2, 4]
 SIZES = {1: [1, 2, 19, 101], 2: [1, 2, 3, 19, 101], 4: [3, 4, 5, 19, 101]}

@@ -15,7 +15,11 @@ from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.errors import StateError
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.state import check_fingerprint
-from tests.streams import SIZE, conv_teacher
+from tests.streams import (
+    SIZE,
+    conv_teacher,
+    one_thread,  # noqa: F401
+)
 
 TEACHER = conv_teacher()
 TRANSFORM = TrainTransform(size=SIZE)

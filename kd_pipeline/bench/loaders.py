@@ -16,7 +16,7 @@ from kd_pipeline.bench.measure import BenchResult, Contender, measure
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.errors import DataError
+from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
@@ -55,11 +55,14 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     how much that costs depends on the size of the dataset, and it has nothing to do with loading.
 
     Raises:
+        ConfigError: `out` is a folder.
         DataError: the folder holds other images than JPEG, or too few for one batch.
         MissingPackageError: a package of the extra `bench` is not installed.
     """
     require("torchvision", extra="bench")
     if settings.out is not None:
+        if settings.out.is_dir():
+            raise ConfigError(f"out: {settings.out} is a folder; give the name of a JSON file")
         settings.out.parent.mkdir(parents=True, exist_ok=True)
     root = settings.root
     if root is None:

@@ -49,7 +49,7 @@ def load_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
         DataError: the file cannot be read or is not such a list; a name is empty or there twice.
     """
     try:
-        names = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        names = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{path}: cannot be read as a JSON list of class names ({exc})") from exc
     if not isinstance(names, list):

@@ -88,7 +88,7 @@ def export_onnx(
         file = Path(folder, path.name)
         try:
             adapter = nn.Identity() if input_adapter is None else _AdaptInput(input_adapter)
-            model = _NamedOutputs(nn.Sequential(adapter, frozen_copy(module).cpu())).eval()
+            model = frozen_copy(_NamedOutputs(nn.Sequential(adapter, module))).cpu()
             program = _trace(model, image_shape, classes, opset)
             if classes is not None:
                 program.model.metadata_props[CLASSES_KEY] = json.dumps(list(classes))

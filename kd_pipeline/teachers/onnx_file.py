@@ -114,8 +114,8 @@ def _external_files(path: Path, tensors: Sequence[Any]) -> list[Path]:
         file = (path.parent / location).resolve()
         if Path(location).is_absolute() or ".." in Path(location).parts or not file.is_relative_to(path.parent):
             raise TeacherError(
-                f"{path}: the weights of {tensor.name!r} are said to lie in {location!r}, outside the model's folder "
-                "(absolute path, '..' or symlink); this is refused, keep external data beside the file"
+                f"{path}: the weights of {tensor.name!r} are said to lie in {location!r}; an absolute path, '..' or a "
+                "symlink out of the model's folder is refused, keep external data beside the file"
             )
         if not file.is_file():
             raise TeacherError(

@@ -17,7 +17,7 @@ from kd_pipeline.bench import loaders as room
 from kd_pipeline.bench.loaders import LOADERS
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.errors import DataError, MissingPackageError
+from kd_pipeline.errors import ConfigError, DataError, MissingPackageError
 
 NUM_FILES, BATCH_SIZE, SIZE = 24, 12, 48
 TRANSFORM = TrainTransform(size=SIZE)
@@ -157,6 +157,11 @@ def test_a_file_that_is_no_jpeg_is_refused_by_name(photo_folder: Path) -> None:
 def test_a_folder_too_small_for_one_batch_is_refused(photographs: Path) -> None:
     with pytest.raises(DataError, match="40 samples make no whole batch of 64"):
         bench_loader(BenchLoaderSettings(root=photographs))
+
+
+def test_a_folder_as_the_result_file_is_refused_before_anything_is_measured(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; give the name of a JSON file"):
+        bench_loader(BenchLoaderSettings(root=photographs, out=tmp_path))
 
 
 def test_without_torchvision_the_error_says_what_to_install_before_anything_is_written(

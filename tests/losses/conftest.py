@@ -1,21 +1,12 @@
 """Holds a loss to a formula written in NumPy: value and gradient."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy
 import pytest
 import torch
 
 STEP = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads spend longer waiting for each other than these few numbers take."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def central_differences(formula: Callable[[numpy.ndarray], float], student: numpy.ndarray) -> numpy.ndarray:

@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from kd_pipeline.errors import TeacherError
+from kd_pipeline.teachers import Teacher
 from kd_pipeline.teachers.onnx_file import CLASSES_KEY, OnnxFile, read_onnx
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
 from kd_pipeline.teachers.ov import OpenVINOTeacher
@@ -101,7 +102,7 @@ def test_a_file_that_is_no_image_classifier_is_refused_by_name(
 @BOTH
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"not a model at all", bytes(range(256)) * 40])
 def test_a_file_that_is_not_onnx_is_refused_by_name(
-    tmp_path: Path, open_file: Callable[[Path], object], content: bytes
+    tmp_path: Path, open_file: Callable[[Path], Teacher], content: bytes
 ) -> None:
     path = tmp_path / "teacher.onnx"
     path.write_bytes(content)
@@ -112,7 +113,7 @@ def test_a_file_that_is_not_onnx_is_refused_by_name(
 @BOTH
 @pytest.mark.parametrize("tenths", range(1, 10))
 def test_a_truncated_file_is_refused_by_name(
-    tmp_path: Path, exported: Callable[[int], Path], open_file: Callable[[Path], object], tenths: int
+    tmp_path: Path, exported: Callable[[int], Path], open_file: Callable[[Path], Teacher], tenths: int
 ) -> None:
     content = exported(0).read_bytes()
     path = tmp_path / "teacher.onnx"
@@ -123,7 +124,7 @@ def test_a_truncated_file_is_refused_by_name(
 
 @BOTH
 def test_a_file_that_the_runtime_cannot_load_is_refused_by_name(
-    tmp_path: Path, open_file: Callable[[Path], object]
+    tmp_path: Path, open_file: Callable[[Path], Teacher]
 ) -> None:
     model = linear_model()
     model.graph.node[0].op_type = "NoSuchOperator"
@@ -133,37 +134,48 @@ def test_a_file_that_the_runtime_cannot_load_is_refused_by_name(
 
 
 @BOTH
-def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path: Path, open_file: Callable[[Path], object]) -> None:
+def test_a_missing_file_or_a_folder_is_refused_by_name(tmp_path: Path, open_file: Callable[[Path], Teacher]) -> None:
     for path in (tmp_path / "teacher.onnx", tmp_path):
         with pytest.raises(TeacherError, match=f"{path}: there is no such file"):
             open_file(path)
 
 
 @BOTH
-def test_external_weights_in_the_folder_are_used(tmp_path: Path, open_file: Callable[[Path], object]) -> None:
+def test_external_weights_in_the_folder_are_used(tmp_path: Path, open_file: Callable[[Path], Teacher]) -> None:
     teacher = open_file(write_external(tmp_path / "model"))
     assert teacher.outputs.keys() == {"logits"}
 
 
 @BOTH
-@pytest.mark.parametrize("location", ["{outside}", "../outside.bin", "inner/../../outside.bin", "link.bin", ""])
+@pytest.mark.parametrize(
+    "location",
+    [
+        "{outside}",
+        "../outside.bin",
+        "inner/../../outside.bin",
+        "link.bin",
+        "{folder}/weights.bin",
+        "inner/../weights.bin",
+    ],
+)
 def test_external_weights_outside_the_folder_are_refused_before_any_runtime_reads_them(
-    tmp_path: Path, open_file: Callable[[Path], object], location: str
+    tmp_path: Path, open_file: Callable[[Path], Teacher], location: str
 ) -> None:
     outside, folder = tmp_path / "outside.bin", tmp_path / "model"
     write_external(folder)
-    shutil.move(folder / "weights.bin", outside)
+    shutil.copy(folder / "weights.bin", outside)
     (folder / "inner").mkdir()
     (folder / "link.bin").symlink_to(outside)
-    path = write_external(folder, point_at(location.format(outside=outside)))
-    (folder / "weights.bin").unlink()
-    with pytest.raises(TeacherError, match=r"model\.onnx: the weights of 'weight' are said to lie in '"):
+    path = write_external(folder, point_at(location.format(outside=outside, folder=folder)))
+    with pytest.raises(
+        TeacherError, match=r"model\.onnx: the weights of 'weight' .* out of the model's folder is refused"
+    ):
         open_file(path)
 
 
 @BOTH
 def test_missing_or_short_external_weights_are_refused_by_name(
-    tmp_path: Path, open_file: Callable[[Path], object]
+    tmp_path: Path, open_file: Callable[[Path], Teacher]
 ) -> None:
     path = write_external(tmp_path / "model")
     weights = tmp_path / "model" / "weights.bin"
@@ -210,6 +222,14 @@ def test_a_symlinked_model_is_read_where_it_really_lies(tmp_path: Path) -> None:
     link.symlink_to(real)
     assert read_onnx(link).path == real.resolve()
     assert read_onnx(link).sha256 == read_onnx(real).sha256
+
+
+@BOTH
+def test_a_teacher_has_the_fingerprint_of_its_file_backend_and_precision(
+    exported: Callable[[int], Path], open_file: Callable[[Path], Teacher]
+) -> None:
+    teacher = open_file(exported(0))
+    assert teacher.fingerprint == read_onnx(exported(0)).fingerprint(teacher.backend, "fp32")
 
 
 def test_one_content_has_another_fingerprint_for_each_backend_and_precision(tmp_path: Path) -> None:

@@ -39,6 +39,18 @@ def test_a_backend_by_name_is_taken(exported: Callable[[int], Path]) -> None:
     assert (teacher.backend, teacher.max_batch) == ("onnxruntime", 5)
 
 
+def test_the_settings_of_pytorch_and_the_dtype_of_the_images_reach_it() -> None:
+    teacher = open_teacher(
+        TeacherSettings(channels_last=False, compile=True),
+        module=ConvNet(),
+        image_shape=IMAGE_SHAPE,
+        dtype=torch.float16,
+    )
+    assert isinstance(teacher._model, torch._dynamo.OptimizedModule)
+    assert teacher._memory_format == torch.contiguous_format
+    assert str(teacher.images) == "[any, 3, 32, 32] float16"
+
+
 def test_the_number_of_threads_reaches_both_cpu_runtimes(exported: Callable[[int], Path]) -> None:
     ov = open_teacher(TeacherSettings(backend="openvino", onnx=exported(0), num_threads=1))
     assert ov._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1

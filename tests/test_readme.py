@@ -1,0 +1,68 @@
+"""What the README shows works as it is written."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kd_pipeline import export_onnx, load_config
+from kd_pipeline.demo import write_digits
+from kd_pipeline.models import small_resnet
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks as `make demo` leaves it: the config, the digits and a teacher."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(REPOSITORY / "configs", folder / "configs")
+    write_digits(folder / "data" / "digits")
+    export_onnx(small_resnet(10, width=4), folder / "runs" / "demo" / "teacher.onnx", image_shape=(3, 32, 32))
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_every_python_example_runs_as_written(
+    number: int, after_the_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(after_the_demo)
+    code = blocks("python")[number]
+    exec(compile(code, f"README.md, example {number}", "exec"), {})
+    if "print(" in code:
+        assert capsys.readouterr().out.strip()
+
+
+def test_there_are_python_examples() -> None:
+    assert len(blocks("python")) >= 3
+
+
+def test_every_yaml_example_is_a_valid_config(tmp_path: Path) -> None:
+    assert blocks("yaml")
+    for number, block in enumerate(blocks("yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        assert load_config(path).data.batch_size > 0
+
+
+def test_every_make_target_that_the_readme_names_exists() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^make (\w+)", README, flags=re.MULTILINE))
+    assert targets >= {"demo", "test"}
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_every_room_that_the_readme_names_exists() -> None:
+    house = README.split("## The house")[1].split("\n## ")[0]
+    rooms = re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:\.py|/))`", house)
+    assert len(rooms) > 12
+    for room in rooms:
+        in_package = REPOSITORY / "kd_pipeline" / room
+        assert in_package.exists() or (REPOSITORY / room).exists(), room
