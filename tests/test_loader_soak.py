@@ -15,7 +15,7 @@ from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from tests.models import ConvNet
 from tests.streams import one_thread  # noqa: F401
 
-SIZE = 8
+SIZE = 16
 NUM_BATCHES = 5000
 WARM = 1000
 """Batches after which everything that grows at the start has its size."""
@@ -37,7 +37,7 @@ def test_memory_threads_and_files_stay_flat_over_thousands_of_batches(photos, tm
     teacher = PyTorchTeacher(ConvNet(), image_shape=(3, SIZE, SIZE))
     transform, source = TrainTransform(size=SIZE), FileList(tmp_path / "list.csv")
     seen = 0
-    with KDDataLoader(source, transform, teacher, batch_size=2, num_threads=1, ahead=1) as loader:
+    with KDDataLoader(source, transform, teacher, batch_size=4, num_threads=1, ahead=1) as loader:
         for _ in range(NUM_BATCHES // len(loader)):
             for batch in loader:
                 assert torch.isfinite(batch.teacher["logits"]).all()

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,7 @@ class BadSamples:
         self._probe = Probe(settings)
         self._bad: set[int] = set()
         self._trusted: set[int] = set()
+        self._recorded: set[int] = set()
 
     @property
     def known(self) -> list[int]:
@@ -99,14 +100,16 @@ class BadSamples:
                 f"{len(self._bad)} of {num_samples} samples cannot be read, which is more than "
                 f"max_bad_fraction={self._policy.max_bad_fraction:g} allows; the last one: {error}"
             ) from failure
-        self._write({"index": position, "path": name, "num_bytes": num_bytes, "reason": reason})
+        self._record({"index": position, "path": name, "num_bytes": num_bytes, "reason": reason})
 
-    def _write(self, line: dict[str, object]) -> None:
-        if self._policy.record is not None:
-            self._policy.record.parent.mkdir(parents=True, exist_ok=True)
-            # One write in append mode, so that the ranks of a run can share the file.
-            with self._policy.record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    def _record(self, line: dict[str, Any]) -> None:
+        if self._policy.record is None or line["index"] in self._recorded:
+            return
+        self._recorded.add(line["index"])
+        self._policy.record.parent.mkdir(parents=True, exist_ok=True)
+        # One write in append mode, so that the ranks of a run can share the file.
+        with self._policy.record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _stand_in(self, position: int) -> int:
         """The next readable sample in the dataset's order, which in a folder mostly has the same class."""

@@ -1,0 +1,134 @@
+"""Importing is silent and light, and works with nothing optional installed."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kd_pipeline
+from kd_pipeline.data.transform import EvalTransform
+from kd_pipeline.engine import export_onnx
+from kd_pipeline.errors import MissingPackageError
+from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
+from kd_pipeline.teachers.ov import OpenVINOTeacher
+from tests.models import IMAGE_SHAPE, LogitsOnly
+from tests.views import render
+
+MODULES = [
+    "kd_pipeline",
+    *(
+        module.name
+        for module in pkgutil.walk_packages(kd_pipeline.__path__, "kd_pipeline.")
+        if not module.name.endswith("__main__")
+    ),
+]
+OPTIONAL = {
+    "cuda",
+    "lightning",
+    "nvidia",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "rich",
+    "sklearn",
+    "tensorrt",
+    "tensorrt_rtx",
+    "timm",
+    "torchvision",
+}
+
+WITHOUT = """
+import importlib
+import sys
+
+
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+blocked = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Without())
+for name in sys.argv[2].split(","):
+    importlib.import_module(name)
+"""
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """What a fresh interpreter prints, to both streams."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        cwd=Path(kd_pipeline.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def loaded_after(statement: str, modules: set[str]) -> str:
+    """Which of the modules a statement loads, and whatever it prints."""
+    return run_python(f"{statement}\nimport sys\nprint(*sorted({modules} & set(sys.modules)))").strip()
+
+
+def test_importing_the_package_is_silent_and_loads_nothing_heavy():
+    assert loaded_after("import kd_pipeline", OPTIONAL | {"torch", "numpy", "pydantic", "PIL", "yaml"}) == ""
+
+
+def test_looking_up_every_public_name_is_silent_and_loads_nothing_optional():
+    """`nvidia` alone is torch's: its own libraries are there."""
+    statement = "import kd_pipeline\nfor name in kd_pipeline.__all__: getattr(kd_pipeline, name)"
+    assert loaded_after(statement, OPTIONAL - {"nvidia", "cuda"} | {"nvidia.dali", "torch"}) == "torch"
+
+
+def test_every_module_imports_silently_with_nothing_optional_installed():
+    assert len(MODULES) > 20
+    assert run_python(WITHOUT, ",".join(OPTIONAL), ",".join(MODULES)) == ""
+
+
+def test_every_public_name_resolves_and_dir_shows_it():
+    for name in kd_pipeline.__all__:
+        assert getattr(kd_pipeline, name).__name__.rpartition(".")[2] == name
+    assert set(kd_pipeline.__all__) <= set(dir(kd_pipeline))
+    with pytest.raises(AttributeError, match=r"'kd_pipeline' has no attribute 'KDLoader'"):
+        kd_pipeline.KDLoader  # noqa: B018
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_module_exports_is_there_and_sorted(name):
+    """Constants, then classes, then functions, as ruff sorts `__all__`."""
+    module = importlib.import_module(name)
+    exported = list(getattr(module, "__all__", []))
+
+    def place(word: str) -> tuple[int, str]:
+        return (0 if word.isupper() else 1 if word[:1].isupper() else 2, word)
+
+    assert exported == sorted(exported, key=place) and len(set(exported)) == len(exported)
+    assert all(hasattr(module, word) for word in exported)
+
+
+def dali():
+    render(EvalTransform(size=8), np.zeros((1, 8, 8, 3), dtype=np.uint8))
+
+
+MISSING = {
+    "nvidia.dali": dali,
+    "openvino": lambda: OpenVINOTeacher(Path("teacher.onnx")),
+    "onnxruntime": lambda: OnnxRuntimeTeacher(Path("teacher.onnx")),
+    "onnxscript": lambda: export_onnx(LogitsOnly(), Path("teacher.onnx"), image_shape=IMAGE_SHAPE),
+    "onnx": lambda: export_onnx(LogitsOnly(), Path("teacher.onnx"), image_shape=IMAGE_SHAPE),
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_using_what_is_not_installed_says_what_to_type(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=rf"^{package} is needed .* pip install 'kd_pipeline\[cpu\]'$"):
+        MISSING[package]()
