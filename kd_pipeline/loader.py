@@ -1,5 +1,6 @@
 """`KDDataLoader`: run the graph, teach ahead, hand over, remember the position."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from pydantic import Field
@@ -24,15 +25,12 @@ from kd_pipeline.data.transform import EvalTransform, TrainTransform, TransformS
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
-from kd_pipeline.state import check_fingerprint, read_position
+from kd_pipeline.state import check_fingerprint, check_position, read_position
 from kd_pipeline.stream import open_lane
-from kd_pipeline.teachers import open_teacher
+from kd_pipeline.teachers import TeacherSettings, open_teacher
 from kd_pipeline.teachers.base import Teacher
 
-if TYPE_CHECKING:
-    from kd_pipeline.config import Config
-
-__all__ = ["DataSettings", "KDDataLoader", "SplitSettings"]
+__all__ = ["DataSettings", "KDDataLoader", "LoaderConfig", "SplitSettings"]
 
 _STATE_VERSION = 1
 
@@ -71,6 +69,26 @@ class DataSettings(Settings):
     max_pixels: int = Field(default=89_478_485, gt=0)
 
 
+class LoaderConfig(Protocol):
+    """What `from_config` reads of a config; `kd_pipeline.config.Config` has it."""
+
+    @property
+    def seed(self) -> int:
+        """Order and views follow from it."""
+
+    @property
+    def run_dir(self) -> Path | None:
+        """Where the run writes."""
+
+    @property
+    def data(self) -> DataSettings:
+        """The splits, and how they are read."""
+
+    @property
+    def teacher(self) -> TeacherSettings | None:
+        """What answers in training."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Taught:
     """A batch that the teacher has answered, or on a GPU will have answered at its mark."""
@@ -92,7 +110,8 @@ class KDDataLoader:
 
     Order and views depend on seed, epoch and dataset only. `state_dict()` describes the position behind the batch
     last handed out; a new loader that loads it continues with the very next one. After the last batch of an epoch
-    that is the first batch of the next epoch, and `loader.epoch` says which one a `for` loop will run.
+    that is the first batch of the next epoch. A loop that is left early is not taken up again: the next one runs the
+    next epoch.
     """
 
     def __init__(
@@ -146,9 +165,14 @@ class KDDataLoader:
             DataError: there is not one batch.
             TeacherError: the teacher takes other images, or knows other classes.
         """
-        for name, number, least in [("prefetch", prefetch, 1), ("ahead", ahead, 0)]:
-            if number < least:
-                raise ConfigError(f"{name} must be at least {least}, got {number}")
+        _check_range("prefetch", prefetch, 1)
+        _check_range("ahead", ahead, 0)
+        _check_range("num_threads", 1 if num_threads is None else num_threads, 1)
+        _check_range("max_pixels", max_pixels, 1)
+        _check_range("max_bad_fraction", max_bad_fraction, 0, 1)
+        _check_range("hw_decoder_load", hw_decoder_load, 0, 1)
+        if on_bad_sample not in ("raise", "substitute"):
+            raise ConfigError(f"on_bad_sample must be 'raise' or 'substitute', got {on_bad_sample!r}")
         self.source, self.transform, self.teacher = source, transform, teacher
         self.device = _resolve(device)
         self._ahead = ahead
@@ -194,7 +218,7 @@ class KDDataLoader:
 
     @classmethod
     def from_config(
-        cls, config: "Config", split: str = "train", *, shard: Shard | None = None, teacher: Teacher | None = None
+        cls, config: LoaderConfig, split: str = "train", *, shard: Shard | None = None, teacher: Teacher | None = None
     ) -> Self:
         """The loader that `config` describes for one of its splits.
 
@@ -261,8 +285,18 @@ class KDDataLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch that is running, or that the next `for` loop will run."""
+        """The epoch that is running or, at its end, that the next `for` loop will run."""
         return self._epoch
+
+    @property
+    def batch_sampler(self) -> "_EpochSetter":
+        """Where Lightning looks for `set_epoch`; it does not load our state when it resumes at the end of an epoch."""
+        return _EpochSetter(self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next loop run `epoch`, from its start unless the loader stands within it already."""
+        if self._normalised(self._epoch, self._batch)[0] != epoch:
+            self._stand_before(epoch, 0)
 
     @property
     def bad_samples(self) -> list[int]:
@@ -276,10 +310,11 @@ class KDDataLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the batch last handed out: plain numbers, strings, lists and dicts."""
+        epoch, batch = self._normalised(self._epoch, self._batch)
         return {
             "version": _STATE_VERSION,
-            "epoch": self._epoch,
-            "batch": self._batch,
+            "epoch": epoch,
+            "batch": batch,
             "bad_samples": self._reader.bad_samples.known,
             "fingerprint": self._fingerprint(),
         }
@@ -297,10 +332,9 @@ class KDDataLoader:
                 differs, old → new.
         """
         self._check_open()
-        epoch, batch, bad_samples = read_position(
-            state, version=_STATE_VERSION, num_batches=len(self), num_samples=len(self.source)
-        )
-        check_fingerprint(state["fingerprint"], self._fingerprint(), allow=allow)
+        epoch, batch, bad_samples, fingerprint = read_position(state, version=_STATE_VERSION)
+        check_fingerprint(fingerprint, self._fingerprint(), allow=allow)
+        check_position(epoch, batch, bad_samples, num_batches=len(self), num_samples=len(self.source))
         self._reader.stop()
         self._reader.bad_samples.learn(bad_samples)
         self._stand_before(epoch, batch)
@@ -311,7 +345,7 @@ class KDDataLoader:
         if not self._is_closed:
             self._is_closed = True
             self._loop += 1
-            self._reader.stop()
+            self._reader.close()
             self._lane.close()
             if self._owns_teacher and self.teacher is not None:
                 self.teacher.close()
@@ -325,6 +359,7 @@ class KDDataLoader:
         self.close()
 
     def _iterate(self) -> Iterator[KDBatch]:
+        self._check_open()  # again, as this runs at the first `next`
         if not self._is_fresh:
             self._stand_before(self._epoch + 1, 0)
         self._loop += 1
@@ -356,8 +391,11 @@ class KDDataLoader:
 
     def _stand_before(self, epoch: int, batch: int) -> None:
         """Let the next loop begin with `batch` of `epoch`; behind the last batch is before the next epoch."""
-        self._epoch, self._batch = (epoch, batch) if batch < len(self) else (epoch + 1, 0)
+        self._epoch, self._batch = self._normalised(epoch, batch)
         self._is_fresh = True
+
+    def _normalised(self, epoch: int, batch: int) -> tuple[int, int]:
+        return (epoch, batch) if batch < len(self) else (epoch + 1, 0)
 
     def _teach(self, number: int) -> _Taught:
         """Take a batch of this epoch from DALI and start the teacher on it."""
@@ -395,6 +433,13 @@ class KDDataLoader:
             raise StateError("the loader is closed; make a new one")
 
 
+@dataclass(frozen=True, slots=True)
+class _EpochSetter:
+    """Something that has a `sampler` with `set_epoch`, as PyTorch's batch samplers have."""
+
+    sampler: KDDataLoader
+
+
 def _open_split(data: DataSettings, split: str) -> Source:
     """The source of a split; that of `train` gives the class order to the others."""
     settings = {"train": data.train, "val": data.val, "test": data.test}[split]
@@ -430,6 +475,12 @@ def _torch_owned(batch: KDBatch) -> list[Tensor]:
     """The tensors of a batch whose memory torch allocated, so everything but the images."""
     tensors = [batch.index, batch.valid, *batch.teacher.values()]
     return tensors if batch.labels is None else [*tensors, batch.labels]
+
+
+def _check_range(name: str, number: float, least: float, most: float = math.inf) -> None:
+    if not least <= number <= most:
+        limits = f"at least {least}" if most == math.inf else f"in {least}..{most}"
+        raise ConfigError(f"{name} must be {limits}, got {number}")
 
 
 def _check_teacher(teacher: Teacher, loader: KDDataLoader) -> None:

@@ -5,28 +5,45 @@ from typing import Any
 
 from kd_pipeline.errors import StateError
 
-__all__ = ["check_fingerprint", "read_position"]
+__all__ = ["check_fingerprint", "check_position", "read_position"]
+
+_LAST_EPOCH = 2**63 - 1
 
 
-def read_position(state: Any, *, version: int, num_batches: int, num_samples: int) -> tuple[int, int, list[int]]:
-    """Epoch, batch and unreadable samples out of a loader's state.
+def read_position(state: Any, *, version: int) -> tuple[int, int, list[int], Mapping[str, Any]]:
+    """Epoch, batch, unreadable samples and fingerprint out of a loader's state.
 
     Raises:
-        StateError: this is no such state, or its numbers cannot be right for this loader.
+        StateError: this is no such state.
     """
     found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-    if found != version:
+    if type(found) is not int or found != version:
         raise StateError(f"this is no loader state of version {version}, found {found!r}; pass what state_dict() gave")
-    try:
-        epoch, batch, bad_samples = state["epoch"], state["batch"], list(state["bad_samples"])
-    except (KeyError, TypeError) as exc:
-        raise StateError(f"the loader state is damaged: {exc!r}; pass what state_dict() gave") from exc
-    for name, number, limit in [("epoch", epoch, None), ("batch", batch, num_batches)] + [
-        ("bad_samples", position, num_samples - 1) for position in bad_samples
-    ]:
-        if type(number) is not int or number < 0 or (limit is not None and number > limit):
+    kinds = {"epoch": int, "batch": int, "bad_samples": list, "fingerprint": Mapping}
+    for name, kind in kinds.items():
+        if name not in state:
+            raise StateError(f"the loader state is damaged: it has no {name!r}; pass what state_dict() gave")
+        if not isinstance(state[name], kind) or isinstance(state[name], bool):
+            raise StateError(
+                f"the loader state is damaged: {name} is {state[name]!r:.60}, not {kind.__name__}; "
+                "pass what state_dict() gave"
+            )
+    return state["epoch"], state["batch"], state["bad_samples"], state["fingerprint"]
+
+
+def check_position(epoch: int, batch: int, bad_samples: list[int], *, num_batches: int, num_samples: int) -> None:
+    """Hold a position against the loader that is to take it.
+
+    Raises:
+        StateError: its numbers cannot be right for this loader.
+    """
+    limits = [("epoch", epoch, _LAST_EPOCH), ("batch", batch, num_batches)]
+    limits += [("bad_samples", position, num_samples - 1) for position in bad_samples]
+    for name, number, limit in limits:
+        if type(number) is not int or not 0 <= number <= limit:
             raise StateError(f"the loader state is damaged: {name} is {number!r}, the largest possible is {limit}")
-    return epoch, batch, bad_samples
+    if len(set(bad_samples)) == num_samples:
+        raise StateError(f"the loader state is damaged: bad_samples lists all {num_samples} samples")
 
 
 def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:

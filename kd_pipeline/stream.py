@@ -25,23 +25,18 @@ class Lane(Protocol):
 
     def teaching(self) -> AbstractContextManager[Any]:
         """Work that is queued inside goes behind DALI's output, on the teacher's stream."""
-        ...
 
     def taught(self) -> Any:
         """A mark behind everything queued so far on the teacher's stream."""
-        ...
 
     def hand_over(self, mark: Any, tensors: Iterable[Tensor]) -> None:
         """Let the consumer's current stream wait for `mark`; `tensors` are those that torch allocated."""
-        ...
 
     def take_back(self, buffer: object) -> None:
         """The consumer has queued its work on a batch: keep `buffer` until that work is done."""
-        ...
 
     def close(self) -> None:
         """Forget all buffers, once the work on them is done."""
-        ...
 
 
 class CpuLane:

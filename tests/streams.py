@@ -1,8 +1,7 @@
 """Streams of batches: run to the end, and compared bit by bit."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -22,15 +21,6 @@ TRAIN = TrainTransform(
 )
 """Every random op there is."""
 EVAL = EvalTransform(size=SIZE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For every test module that imports it: with images this small, torch's threads mostly wait for each other."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def conv_teacher(seed: int = 0) -> Teacher:

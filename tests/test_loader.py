@@ -35,7 +35,6 @@ from tests.streams import (
     assert_same,
     conv_teacher,
     fields,
-    one_thread,  # noqa: F401
     run,
 )
 

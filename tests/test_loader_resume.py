@@ -23,7 +23,6 @@ from tests.streams import (
     conv_teacher,
     fields,
     global_rows,
-    one_thread,  # noqa: F401
     run,
 )
 
@@ -258,25 +257,34 @@ class Lightning:
 
 
 @pytest.fixture(scope="module")
-def fit(tmp_path_factory) -> Callable[..., list[Fields]]:
-    """`fit(loader)` trains for three epochs with Lightning and returns the batches that its steps saw."""
+def fit(tmp_path_factory) -> Callable[..., Any]:
+    """`fit(loader)` trains for three epochs with Lightning; the student it returns has `seen` and `validated`."""
     lightning = pytest.importorskip("lightning")
 
-    class Student(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Student(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.head = torch.nn.Linear(3, 10)
             self.seen: list[Fields] = []
+            self.validated: list[Fields] = []
 
         def training_step(self, batch, number: int):
             self.seen.append(fields(batch))
             logits = self.head(batch.images.mean((2, 3)))
-            return torch.nn.functional.mse_loss(logits, batch.teacher["logits"])
+            loss = torch.nn.functional.mse_loss(logits, batch.teacher["logits"])
+            self.log("loss", loss, on_epoch=True)
+            return loss
+
+        def validation_step(self, batch, number: int):
+            if not self.trainer.sanity_checking:
+                self.validated.append(fields(batch))
 
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    def run_trainer(loader: KDDataLoader, *callbacks: Any, ckpt_path: Path | None = None) -> list[Fields]:
+    def run_trainer(
+        loader: KDDataLoader, *callbacks: Any, val: KDDataLoader | None = None, ckpt_path: Path | None = None
+    ) -> Student:
         student = Student()
         trainer = lightning.Trainer(
             max_epochs=NUM_EPOCHS,
@@ -288,8 +296,8 @@ def fit(tmp_path_factory) -> Callable[..., list[Fields]]:
             enable_model_summary=False,
             default_root_dir=tmp_path_factory.mktemp("lightning"),
         )
-        trainer.fit(student, loader, ckpt_path=ckpt_path)
-        return student.seen
+        trainer.fit(student, loader, val, ckpt_path=ckpt_path)
+        return student
 
     return run_trainer
 
@@ -302,7 +310,7 @@ def trained(fit, open_loader, tmp_path_factory) -> Lightning:
     every_step = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     every_epoch = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     with open_loader() as loader:
-        return Lightning(fit(loader, every_step, every_epoch), folder)
+        return Lightning(fit(loader, every_step, every_epoch).seen, folder)
 
 
 # Lightning has advice on workers, loggers and open folders, none of which is about the batches.
@@ -315,15 +323,25 @@ def test_lightning_sees_the_batches_of_a_plain_loop(trained, recording):
 
 
 @quiet
+def test_lightning_validates_on_every_batch_of_another_loader_after_every_epoch(fit, open_loader, recording):
+    with open_loader() as loader, open_loader(shuffle=False) as val:
+        student = fit(loader, val=val)
+    assert_same(student.seen, recording.batches)
+    order = [int(index) for batch in student.validated for index in batch["index"]]
+    assert order == [*range(37)] * NUM_EPOCHS
+
+
+@quiet
 @pytest.mark.parametrize("step", [1, 4, 5, 7, 10, 14])
 def test_lightning_resumes_the_checkpoint_of_a_step_with_the_very_next_batch(fit, open_loader, trained, step):
     with open_loader() as loader:
-        assert_same(fit(loader, ckpt_path=trained.folder / f"step={step}.ckpt"), trained.seen[step:])
+        student = fit(loader, ckpt_path=trained.folder / f"step={step}.ckpt")
+    assert_same(student.seen, trained.seen[step:])
 
 
 @quiet
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_lightning_resumes_the_checkpoint_of_an_epoch_with_the_next_epoch(fit, open_loader, trained, epoch):
     with open_loader() as loader:
-        found = fit(loader, ckpt_path=trained.folder / f"epoch={epoch}.ckpt")
-    assert_same(found, trained.seen[PER_EPOCH * (epoch + 1) :])
+        student = fit(loader, ckpt_path=trained.folder / f"epoch={epoch}.ckpt")
+    assert_same(student.seen, trained.seen[PER_EPOCH * (epoch + 1) :])

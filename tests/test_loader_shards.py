@@ -16,7 +16,6 @@ from tests.streams import (
     Fields,
     assert_same,
     global_rows,
-    one_thread,  # noqa: F401
     rows,
     run,
 )

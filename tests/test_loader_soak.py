@@ -13,7 +13,6 @@ from kd_pipeline.data.transform import TrainTransform
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from tests.models import ConvNet
-from tests.streams import one_thread  # noqa: F401
 
 SIZE = 16
 NUM_BATCHES = 5000

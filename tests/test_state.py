@@ -18,7 +18,6 @@ from kd_pipeline.state import check_fingerprint
 from tests.streams import (
     SIZE,
     conv_teacher,
-    one_thread,  # noqa: F401
 )
 
 TEACHER = conv_teacher()

@@ -146,7 +146,7 @@ def _dali_graph(root: Path, transform: TrainTransform, batch_size: int, num_thre
 def _torchvision_pil(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
     datasets = require("torchvision.datasets", extra="bench")
     v2 = require("torchvision.transforms.v2", extra="bench")
-    steps = [*_torchvision_crop(transform), v2.ToImage(), *_torchvision_normalise(transform), v2.ToPureTensor()]
+    steps = [*_torchvision_crop(transform), v2.ToImage(), *_torchvision_normalise(transform)]
     return _torch_batches(datasets.ImageFolder(root, v2.Compose(steps)), batch_size, num_threads)
 
 

@@ -54,6 +54,10 @@ class BadSamples:
         """Take over the unreadable samples that an earlier run met."""
         self._bad = set(known)
 
+    def close(self) -> None:
+        """Stop the threads that examine files."""
+        self._probe.close()
+
     def trusted(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
         """`[N]`, True for samples that looked cut off and turned out to decode in full."""
         return _members(index, self._trusted)
@@ -95,7 +99,7 @@ class BadSamples:
             raise error from failure
         self._bad.add(position)
         num_samples = len(self._source)
-        if len(self._bad) > self._policy.max_bad_fraction * num_samples or len(self._bad) == num_samples:
+        if len(self._bad) / num_samples > self._policy.max_bad_fraction or len(self._bad) == num_samples:
             raise TooManyBadSamplesError(
                 f"{len(self._bad)} of {num_samples} samples cannot be read, which is more than "
                 f"max_bad_fraction={self._policy.max_bad_fraction:g} allows; the last one: {error}"

@@ -16,7 +16,9 @@ __all__ = ["Graph", "GraphSettings", "Probe", "Samples"]
 _JPEG_START, _JPEG_END = 0xD8FF, 0xD9FF
 """The first and the last two bytes of a JPEG file, as little-endian numbers."""
 _REFUSED = 1e9
-"""Added to the height of a crop to have DALI refuse the sample before it decodes anything."""
+"""Added to the extent of a window to have DALI refuse the sample before it decodes anything."""
+_ABSOLUTE = {"normalized_anchor": False, "normalized_shape": False}
+"""Windows are given in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class Graph:
     ) -> None:
         self._samples = samples
         self._transform = transform
+        self._stores = stores
         dali = require("nvidia.dali", extra="cpu")
         self._pipeline = dali.Pipeline(
             batch_size=settings.max_batch,
@@ -101,11 +104,12 @@ class Graph:
     def _next(self) -> tuple[NDArray[Any], ...]:
         """What DALI's external source calls for the next batch."""
         samples = next(self._samples)
-        parameters = [part for op in self._ops for part in op.parameters(samples.draws)]
+        draws = samples.draws.astype(np.float64)
+        parameters = [part for op in self._ops for part in op.parameters(draws)]
         return (
             samples.data,
             samples.facts,
-            samples.trusted.astype(np.float32),
+            *([samples.trusted.astype(np.float32)] if self._stores == "files" else []),
             *(np.ascontiguousarray(part, dtype=np.float32) for part in parameters),
         )
 
@@ -113,13 +117,16 @@ class Graph:
         fn = require("nvidia.dali.fn", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
         ndims = [ndim for op in self._ops for ndim in op.ndims]
-        data, facts, trusted, *parameters = fn.external_source(
+        if stores == "files":
+            ndims = [0, *ndims]
+        data, facts, *parameters = fn.external_source(
             self._next,
-            num_outputs=3 + len(ndims),
-            dtype=[types.UINT8, types.INT64] + [types.FLOAT] * (1 + len(ndims)),
-            ndim=[1 if stores == "files" else 3, 1, 0, *ndims],
-            layout=["" if stores == "files" else "HWC", *[""] * (2 + len(ndims))],
+            num_outputs=2 + len(ndims),
+            dtype=[types.UINT8, types.INT64] + [types.FLOAT] * len(ndims),
+            ndim=[1 if stores == "files" else 3, 1, *ndims],
+            layout=["" if stores == "files" else "HWC", *[""] * (1 + len(ndims))],
         )
+        trusted = parameters.pop(0) if stores == "files" else None
         crop, *ops = self._ops
         own, rest = parameters[: len(crop.ndims)], parameters[len(crop.ndims) :]
         if stores == "files":
@@ -140,16 +147,16 @@ class Graph:
         types = require("nvidia.dali.types", extra="cpu")
         shape = fn.peek_image_shape(encoded)
         size = fn.cast(shape, dtype=types.FLOAT)
-        height, width = size[0], size[1]
         # The window of a cut-off JPEG may lie above the cut and decode well; the file is refused all the same,
         # so that whether a sample is readable does not depend on its view.
-        start = fn.reinterpret(encoded[:2], dtype=types.UINT16)[0]
-        end = fn.reinterpret(encoded[-2:], dtype=types.UINT16)[0]
-        cut_off = (start == _JPEG_START) * (end != _JPEG_END) > trusted
-        too_large = height * width > float(settings.max_pixels)
-        window = self._transform.crop.window(height, width, *parameters)
-        window["crop_h"] = window["crop_h"] + (cut_off | too_large) * _REFUSED
-        images = fn.decoders.image_crop(encoded, **_decoder(settings), **window)
+        starts_like_jpeg = fn.reinterpret(encoded[:2], dtype=types.UINT16) == _JPEG_START
+        ends_unlike_jpeg = fn.reinterpret(encoded[-2:], dtype=types.UINT16) != _JPEG_END
+        cut_off = starts_like_jpeg * ends_unlike_jpeg > trusted
+        too_large = size[0] * size[1] > float(settings.max_pixels)
+        corner, extent = self._transform.crop.window(size, *parameters)
+        images = fn.decoders.image_slice(
+            encoded, corner, extent + (cut_off | too_large) * _REFUSED, axes=(0, 1), **_ABSOLUTE, **_decoder(settings)
+        )
         return images, shape[0], shape[1]
 
     def _cut(self, pixels: Node, parameters: list[Node], settings: GraphSettings) -> tuple[Node, Node, Node]:
@@ -157,10 +164,9 @@ class Graph:
         fn = require("nvidia.dali.fn", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
         shape = pixels.shape()
-        size = fn.cast(shape, dtype=types.FLOAT)
-        window = self._transform.crop.window(size[0], size[1], *parameters)
+        corner, extent = self._transform.crop.window(fn.cast(shape, dtype=types.FLOAT), *parameters)
         images = pixels if settings.device_id is None else pixels.gpu()
-        return fn.crop(images, **window), shape[0], shape[1]
+        return fn.slice(images, corner, extent, axes=(0, 1), **_ABSOLUTE), shape[0], shape[1]
 
 
 class Probe:
@@ -198,6 +204,10 @@ class Probe:
             self._decoding = None
             raise
 
+    def close(self) -> None:
+        """Stop DALI's threads; the next look starts new ones."""
+        self._decoding = None
+
     def _build(self, look: Callable[[Node], Node]) -> Any:
         dali = require("nvidia.dali", extra="cpu")
         fn = require("nvidia.dali.fn", extra="cpu")
@@ -214,8 +224,9 @@ class Probe:
         types = require("nvidia.dali.types", extra="cpu")
         size = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
         too_large = size[0] * size[1] > float(self._settings.max_pixels)
-        return fn.decoders.image_crop(
-            encoded, crop_h=size[0] + too_large * _REFUSED, crop_w=size[1], **_decoder(self._settings)
+        extent = size[:2] + too_large * _REFUSED
+        return fn.decoders.image_slice(
+            encoded, extent * 0.0, extent, axes=(0, 1), **_ABSOLUTE, **_decoder(self._settings)
         )
 
 

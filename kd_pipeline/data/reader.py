@@ -77,6 +77,11 @@ class Reader:
             self._graph.close()
             self._graph = None
 
+    def close(self) -> None:
+        """Stop for good, and let go of the threads that examine files."""
+        self.stop()
+        self.bad_samples.close()
+
     @property
     def _position(self) -> tuple[int, int]:
         """Epoch and number of the batch that DALI gives next."""

@@ -99,11 +99,9 @@ class Source(Protocol):
         Files: `[n, L]` uint8, absolute paths in the file system's encoding, NUL-padded to the longest of the batch.
         Pixels: `[n, H, W, 3]` uint8; a grey image is repeated in the three channels.
         """
-        ...
 
     def name(self, index: int) -> str:
         """The sample as messages name it: its path, or `images.npy[17]`."""
-        ...
 
     @property
     def fingerprint(self) -> str:
@@ -114,7 +112,6 @@ class Source(Protocol):
         terabyte before a run would cost more than it finds. It depends neither on where the data lies nor on
         file times. A file that is missing or unreadable counts as one of size -1.
         """
-        ...
 
 
 def open_source(

@@ -35,9 +35,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 NUM_TRIES = 10
 """How often a crop is drawn until it fits; torchvision's number."""
 
+_NO_LIMIT = 1e9
+"""More pixels than an image has on a side."""
+
 Node = Any
 """A node of a DALI graph."""
-Array = NDArray[np.float32]
+Array = NDArray[np.float64]
+"""Draws and parameters; in double precision, as releases of NumPy differ in when they promote single."""
 Range = tuple[float, float]
 """Low and high."""
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -170,7 +174,8 @@ class RandomResizedCrop:
     """A window of random area and shape, resized to a square (Szegedy et al., arXiv 1409.4842, section 6).
 
     As in torchvision: area uniform, ratio log-uniform, drawn until the window fits, ten times at most. Where none
-    fits (an image far longer than the ratio allows), the window is as large as image and ratio permit.
+    fits (an image far longer than the ratio allows), the window is as large as image and ratio permit; its place is
+    random too, where torchvision takes the middle. A window that rounds to nothing is one pixel.
     """
 
     size: int
@@ -178,16 +183,16 @@ class RandomResizedCrop:
     area: Range
     ratio: Range
 
-    ndims: ClassVar[tuple[int, ...]] = (1, 1, 2, 0, 0)
+    ndims: ClassVar[tuple[int, ...]] = (2, 1)
     """Dimensions of a sample's part of each parameter."""
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
-        """What an image's shape turns into a window.
+        """Windows to try, and where to put the one that is taken.
 
         Returns:
-            For every try, in reverse: the least `[N, 10]` and the greatest `[N, 10]` width-to-height ratio of an
-            image that it fits; height and width over the root of the image's area `[N, 11, 2]`, led by a row that
-            is larger than any image; then the window's place in the room it has, y `[N]` and x `[N]`, from 0 to 1.
+            Height and width of every try over the root of the image's area `[N, 11, 2]`, in reverse, led by a row
+            that is larger than any image; then the place in the room that the window has, y and x from 0 to below 1,
+            `[N, 2]`.
         """
         low, high = self.area
         area = low + draws[:, _AREA] * (high - low)
@@ -195,26 +200,23 @@ class RandomResizedCrop:
         ratio = np.exp(log_low + draws[:, _RATIO] * (log_high - log_low))
         extent = np.full((len(draws), NUM_TRIES + 1, 2), np.inf)
         extent[:, 1:, 0], extent[:, 1:, 1] = np.sqrt(area / ratio), np.sqrt(area * ratio)
-        return area * ratio, ratio / area, extent, draws[:, _PLACE_Y], draws[:, _PLACE_X]
+        return extent, draws[:, [_PLACE_Y, _PLACE_X]]
 
-    def window(
-        self, height: Node, width: Node, least: Node, greatest: Node, extent: Node, y: Node, x: Node
-    ) -> dict[str, Node]:
-        """Height, width and place of the window in an image of that float size, as DALI's crops take them."""
+    def window(self, size: Node, extent: Node, place: Node) -> tuple[Node, Node]:
+        """Corner (y, x) and extent of the window in an image of that float (height, width, ...), in whole pixels.
+
+        Every line costs DALI a few microseconds an image, whatever it computes; so there are as few as will do.
+        """
         fn, math, types = _dali()
-        shape = width / height
-        order = types.Constant(np.arange(1, NUM_TRIES + 1, dtype=np.int32))
+        image, height, width = size[:2], size[0], size[1]
+        root = math.sqrt(height * width)
+        # torchvision rounds, and asks whether the rounded window fits: anything below half a pixel more does.
         # Tries come in reverse, so that the highest number among those that fit is the first try; 0 if none does.
-        first = fn.reductions.max((least <= shape) * (shape <= greatest) * order)
-        tried = extent[first] * math.sqrt(height * width)
-        crop_height = math.min(tried[0], math.min(height, width / self.ratio[0]))
-        crop_width = math.min(tried[1], math.min(width, height * self.ratio[1]))
-        return {
-            "crop_h": math.max(crop_height, 1.0),
-            "crop_w": math.max(crop_width, 1.0),
-            "crop_pos_y": y,
-            "crop_pos_x": x,
-        }
+        number = types.Constant(np.arange(NUM_TRIES + 1, dtype=np.int32)[:, None])
+        first = fn.reductions.max(fn.reductions.min((extent < (image + 0.5) / root) * number, axes=1))
+        largest = fn.stack(width / self.ratio[0], height * self.ratio[1]) + (first > 0) * _NO_LIMIT
+        chosen = math.clamp(math.floor(math.min(extent[first] * root, largest) + 0.5), 1.0, image)
+        return math.floor(place * (image - chosen + 1.0)), chosen
 
     def finish(self, images: Node, height: Node, width: Node) -> Node:
         """Bring the window, of whatever size, to its final one."""
@@ -240,19 +242,26 @@ class CentreCrop:
         """None: nothing here is random."""
         return ()
 
-    def window(self, height: Node, width: Node) -> dict[str, Node]:
+    def window(self, size: Node) -> tuple[Node, Node]:
         """The whole image."""
-        return {"crop_h": height, "crop_w": width}
+        return size[:2] * 0.0, size[:2]
 
     def finish(self, images: Node, height: Node, width: Node) -> Node:
         """Resize whole images of that integer size, and crop them."""
         fn, math, types = _dali()
         least = math.min(height, width)
         new_height, new_width = self.shorter * height // least, self.shorter * width // least
-        target = fn.cast(fn.stack(new_height, new_width), dtype=types.FLOAT)
-        images = fn.resize(images, size=target, **_filter(self.interpolation))
-        corner = fn.cast(fn.stack(self._edge(new_height), self._edge(new_width)), dtype=types.INT32)
-        return fn.slice(images, corner, [self.size, self.size], axes=(0, 1))
+        new_size = fn.cast(fn.stack(new_height, new_width), dtype=types.FLOAT)
+        corner = fn.cast(fn.stack(self._edge(new_height), self._edge(new_width)), dtype=types.FLOAT)
+        step = fn.cast(fn.stack(height, width), dtype=types.FLOAT) / new_size
+        # Only the centre is ever made: all of a 1x30000 image would be 6 GB.
+        return fn.resize(
+            images,
+            size=[self.size, self.size],
+            roi_start=corner * step,
+            roi_end=(corner + self.size) * step,
+            **_filter(self.interpolation),
+        )
 
     def _edge(self, length: Node) -> Node:
         """Half of the margin, halves rounded to the even number as Python's `round` does."""
@@ -336,7 +345,7 @@ class RandomErasing:
     def apply(self, images: Node, corner: Node, extent: Node) -> Node:
         """Erase from uint8 images."""
         fn, _, _ = _dali()
-        fill = [255 * channel for channel in self.mean]
+        fill = [round(255 * channel) for channel in self.mean]
         return fn.erase(images, anchor=corner, shape=extent, axis_names="HW", fill_value=fill)
 
 
@@ -357,7 +366,7 @@ class Normalise:
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """`[N]`, 1 where the image is flipped."""
-        return () if self.flip is None else ((draws[:, _FLIP] < self.flip).astype(np.float32),)
+        return () if self.flip is None else ((draws[:, _FLIP] < self.flip).astype(np.float64),)
 
     def apply(self, images: Node, mirror: Node = 0) -> Node:
         """Normalise uint8 images."""

@@ -1,7 +1,8 @@
+import inspect
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ TRANSFORM = TrainTransform(size=SIZE)
 
 @pytest.fixture(scope="module")
 def numbered(photos: tuple[NDArray[np.uint8], NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 photographs whose blue is flat and says which one it is: 10 * number + 5."""
+    """24 photographs; green rises from left to right, and blue is flat and says which one it is: 10 * number + 5."""
     root = tmp_path_factory.mktemp("numbered")
     for number in range(NUM_FILES):
         photo = photos[number % 2][number : number + 180, number : number + 240].copy()
+        photo[..., 1] = np.linspace(0, 255, 240)
         photo[..., 2] = 10 * number + 5
         path = root / f"class {number // 12}" / f"{number:02}.jpg"
         path.parent.mkdir(exist_ok=True)
@@ -58,10 +60,17 @@ def test_every_loader_gives_whole_dense_float32_batches(batches: list[Tensor]) -
 
 
 def test_every_loader_gives_normalised_photographs(batches: list[Tensor]) -> None:
-    seen = pixels(batches)[:, :2]
-    assert seen.min() >= -1 and seen.max() <= 256
-    assert seen.min() < 10 and seen.max() > 245, "from dark to bright"
-    assert seen.flatten(2).std(dim=2).mean() > 10, "there is something to see"
+    assert pixels(batches).min() > -1 and pixels(batches).max() < 256
+    red = pixels(batches)[:, 0]
+    assert red.min() < 20 and red.max() > 235, "from dark to bright"
+    assert red.flatten(1).std(dim=1).mean() > 10, "there is something to see"
+
+
+def test_every_loader_crops_and_flips_at_random(batches: list[Tensor]) -> None:
+    green = pixels(batches)[:, 1].mean(dim=1)
+    rise = (green[:, -1] - green[:, 0]) / 255
+    assert 0.25 < (rise < 0).float().mean() < 0.75, "about half of the views are flipped"
+    assert 0.2 < rise.abs().min() < 0.4 and 0.8 < rise.abs().max() <= 1, "widths from a small part to the whole"
 
 
 def test_no_loader_gives_the_same_view_twice(batches: list[Tensor]) -> None:
@@ -74,6 +83,13 @@ def test_every_loader_reads_each_file_of_the_folder_once_an_epoch_in_new_order(b
     epochs = [numbers[start : start + NUM_FILES] for start in range(0, len(numbers), NUM_FILES)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(NUM_FILES))] * 3
     assert len({tuple(epoch) for epoch in epochs} | {tuple(range(NUM_FILES))}) == 4
+
+
+@pytest.mark.parametrize("name", ["KDDataLoader", "bare DALI graph"])
+def test_batches_are_whole_where_the_files_do_not_divide(name: str, numbered: Path) -> None:
+    stream = LOADERS[name](numbered, TRANSFORM, 10, 1)
+    assert [len(next(stream)) for _ in range(7)] == [10] * 7
+    stream.close()
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +143,21 @@ def test_progress_is_reported(measured: tuple[BenchResult, list[str], Path]) -> 
 
 def test_no_worker_is_left_when_it_is_over(measured: tuple[BenchResult, list[str], Path]) -> None:
     assert not [worker for worker in multiprocessing.active_children() if "DataLoader" in worker.name]
+
+
+def test_every_loader_is_closed_when_measuring_fails(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Generator[Tensor, None, None]] = []
+    for name, open_stream in LOADERS.items():
+
+        def remember(*arguments: Any, open_stream: Any = open_stream) -> Generator[Tensor, None, None]:
+            opened.append(open_stream(*arguments))
+            return opened[-1]
+
+        monkeypatch.setitem(LOADERS, name, remember)
+    monkeypatch.setattr(room, "measure", None)
+    with pytest.raises(TypeError):
+        bench_loader(BenchLoaderSettings(root=photographs))
+    assert [inspect.getgeneratorstate(stream) for stream in opened] == [inspect.GEN_CLOSED] * 4
 
 
 @pytest.mark.parametrize(("asked", "num_threads", "timed"), [(20, 2, 20), (20, 3, 21), (1, 16, 16), (5, 1, 5)])

@@ -4,6 +4,7 @@ import os
 import time
 from multiprocessing.synchronize import Event
 
+import numpy as np
 import pytest
 
 from kd_pipeline.bench import measure as room
@@ -34,12 +35,20 @@ def calls() -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def measured(calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> tuple[BenchResult, list[str]]:
+def pauses() -> list[int]:
+    """How many calls there were before each look at who still works."""
+    return []
+
+
+@pytest.fixture
+def measured(
+    calls: list[tuple[str, int]], pauses: list[int], monkeypatch: pytest.MonkeyPatch
+) -> tuple[BenchResult, list[str]]:
     """Three contenders of 0.5, 1 and 0.25 s a batch in four repeats, and the lines of progress."""
     clock = [0.0]
     monkeypatch.setattr(room.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(room, "_cpu_s", lambda: 2 * clock[0])
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(room.time, "sleep", lambda seconds: pauses.append(len(calls)))
     lines: list[str] = []
     contenders = [
         Contender(name, Stream(name, seconds, calls, clock)) for name, seconds in [("a", 0.5), ("b", 1.0), ("c", 0.25)]
@@ -65,6 +74,10 @@ def test_all_are_started_first_and_each_is_warmed_up_before_every_start(
     assert all(warm_up[0] == timed[0] for warm_up, timed in zip(calls[3::2], calls[4::2], strict=True))
 
 
+def test_before_every_warm_up_the_others_fall_idle(measured: tuple[BenchResult, list[str]], pauses: list[int]) -> None:
+    assert pauses == list(range(3, 3 + 2 * 12, 2))
+
+
 def test_contenders_take_turns_and_the_order_rotates(
     measured: tuple[BenchResult, list[str]], calls: list[tuple[str, int]]
 ) -> None:
@@ -79,7 +92,7 @@ def test_the_settings_are_in_the_result(measured: tuple[BenchResult, list[str]])
     assert measured[0].settings == {"size": 7}
 
 
-def test_a_contender_is_not_timed_while_another_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_contender_that_still_works_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_s = iter([0.0, 0.1, 0.1, 0.15, 0.15, 0.15])  # busy, busy, idle
     monkeypatch.setattr(room, "_cpu_s", lambda: next(cpu_s))
     monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
@@ -176,6 +189,21 @@ def test_the_peak_of_memory_starts_anew_at_every_reset() -> None:
     assert room._peak_memory_bytes() - before > 200 * 2**20
     room._reset_peak_memory()
     assert room._peak_memory_bytes() < with_block - 200 * 2**20
+
+
+def test_the_peak_of_memory_is_that_of_each_repeat_alone() -> None:
+    calls: list[int] = []
+
+    def run(num_batches: int) -> int:
+        calls.append(num_batches)
+        if len(calls) == 3:  # start, warm-up, first timed batches
+            np.ones(2**28, dtype=np.uint8)
+        return num_batches
+
+    contender = Contender("large at first", run)
+    result = measure([contender], repeats=2, num_batches=1, num_warm_up=1, settings={}, report=lambda line: None)
+    first, second = result.rows[0].peak_memory_bytes
+    assert first - second > 200 * 2**20
 
 
 def _work(done: Event, leave: Event) -> None:

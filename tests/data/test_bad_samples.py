@@ -27,7 +27,6 @@ from tests.streams import (
     conv_teacher,
     fields,
     global_rows,
-    one_thread,  # noqa: F401
     rows,
     run,
 )
@@ -358,6 +357,14 @@ def test_a_run_with_bad_files_resumes_before_every_batch(damaged):
         with open_loader(source, teacher=teacher, ahead=number % 3) as loader:
             loader.load_state_dict(state)
             assert_same(run(loader, 2), wanted[number:])
+
+
+def test_the_unreadable_samples_of_a_state_count_for_what_was_read_ahead_too(photo_folder):
+    with open_loader(ImageFolder(photo_folder), shuffle=False, ahead=0) as loader:
+        next(iter(loader))
+        loader.load_state_dict({**loader.state_dict(), "bad_samples": [8]})
+        batch = next(iter(loader))
+    assert batch.index.tolist() == [9, 9, 10, 11, 12, 13, 14, 15] and not batch.valid[0]
 
 
 # The user's files
