@@ -67,7 +67,7 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     root = settings.root
     if root is None:
         root = Path("data/photographs")
-        report(f"photographs: {root.absolute()}, made if they are not there yet")
+        report(f"photographs: {root}, made if they are not there yet")
         make_photographs(root)
     report(f"{_read_all(root):,} files read once, so that every loader finds them in the page cache")
     num_threads = settings.num_threads or len(os.sched_getaffinity(0))
@@ -83,7 +83,7 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
             num_batches=-(-settings.num_batches // num_threads) * num_threads,
             # Ready ahead: `_PREFETCH` batches of each worker; with DALI those, its reader's and the teacher's.
             num_warm_up=(_PREFETCH + 2) * num_threads,
-            settings=settings.model_dump(mode="json") | {"root": str(root.absolute()), "num_threads": num_threads},
+            settings=settings.model_dump(mode="json") | {"root": str(root), "num_threads": num_threads},
             report=report,
         )
     if settings.out is not None:

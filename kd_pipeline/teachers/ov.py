@@ -1,6 +1,8 @@
 """OpenVINO as the teacher's runtime: an ONNX file on a CPU."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ class OpenVINOTeacher(Teacher):
         if num_threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(num_threads)
         try:
-            compiled = openvino.Core().compile_model(file.path, "CPU", options)
+            compiled = _core().compile_model(file.path, "CPU", options)
         except Exception as exc:
             raise TeacherError(f"OpenVINO cannot load {file.path}: {exc}") from exc
         own = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -65,3 +67,14 @@ class OpenVINOTeacher(Teacher):
 
     def _release(self) -> None:
         del self._request
+
+
+@cache
+def _core() -> Any:
+    """One for the life of the process.
+
+    The CPU plugin gives its thread a signal stack, and puts the one before it back when its `Core` goes. With two of
+    them, closed in the order in which they were opened, that is the freed one of the first, and the next signal, a
+    Ctrl-C say, ends the process with a segmentation fault.
+    """
+    return require("openvino", extra="cpu").Core()

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,3 +52,22 @@ def test_a_file_in_float16_takes_float16_and_gives_float32(tmp_path: Path) -> No
     assert logits.dtype == torch.float32
     weight = torch.tensor(onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0])).float()
     torch.testing.assert_close(logits, weight.sum(0).expand(3, 5), atol=5e-3, rtol=5e-3)
+
+
+def test_teachers_closed_in_any_order_leave_a_process_that_survives_signals(
+    exported: Callable[[int], Path],
+) -> None:
+    """OpenVINO moves the thread's signal stack and puts the old one back, which by then may be another one's."""
+    script = (
+        "import gc, signal\n"
+        "from pathlib import Path\n"
+        "from kd_pipeline.teachers.ov import OpenVINOTeacher\n"
+        f"first, second = (OpenVINOTeacher(Path({str(exported(0))!r})) for _ in range(2))\n"
+        "for teacher in (first, second):\n"
+        "    teacher.close()\n"
+        "    gc.collect()\n"
+        "signal.signal(signal.SIGUSR1, lambda number, frame: print('handled'))\n"
+        "signal.raise_signal(signal.SIGUSR1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
