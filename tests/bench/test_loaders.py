@@ -135,7 +135,7 @@ def test_the_json_file_holds_the_result(measured: tuple[BenchResult, list[str], 
 
 
 def test_progress_is_reported(measured: tuple[BenchResult, list[str], Path]) -> None:
-    _, lines, here = measured
+    _, lines, _ = measured
     assert "data/photographs" in lines[0]
     assert lines[1].startswith("20 files")
     assert [line[:13] for line in lines[-2:]] == ["repeat 1 of 2", "repeat 2 of 2"]
