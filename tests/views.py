@@ -33,13 +33,17 @@ def samples_of(
     images: Sequence[Path] | NDArray[np.uint8],
     draws: NDArray[np.float32] | None = None,
 ) -> Samples:
-    """Files, or pixels `[N, H, W, 3]`, as the samples 0 to N - 1; `draws` are those of epoch 0 where left out."""
+    """Files, or pixels `[N, H, W, 3]`, as the samples 0 to N - 1; `draws` are those of epoch 0 where left out.
+
+    Files that start like a JPEG are to end like one, the others are trusted.
+    """
     index = np.arange(len(images))
+    trusted = [isinstance(images, np.ndarray) or not _starts_like_jpeg(path) for path in images]
     return Samples(
         data=images if isinstance(images, np.ndarray) else _padded(images),
         facts=index[:, None],
         draws=uniforms(index, seed=0, epoch=0, count=transform.num_draws) if draws is None else draws,
-        trusted=np.zeros(len(images), dtype=np.bool_),
+        trusted=np.array(trusted),
     )
 
 
@@ -63,3 +67,7 @@ def render(
 def _padded(paths: Sequence[Path]) -> NDArray[np.uint8]:
     names = np.array([os.fsencode(path) for path in paths])
     return names.view(np.uint8).reshape(len(paths), -1)
+
+
+def _starts_like_jpeg(path: Path) -> bool:
+    return path.is_file() and path.read_bytes()[:2] == b"\xff\xd8"

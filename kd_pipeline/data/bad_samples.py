@@ -16,6 +16,8 @@ from kd_pipeline.settings import Settings
 
 __all__ = ["BadSamplePolicy", "BadSamples"]
 
+_NOT_JPEG = (b".png", b".bmp", b".webp", b".tif", b".tiff", b".pnm", b".ppm", b".pgm", b".pbm", b".jp2")
+
 
 class BadSamplePolicy(Settings):
     """What happens when a sample cannot be read."""
@@ -58,9 +60,16 @@ class BadSamples:
         """Stop the threads that examine files."""
         self._probe.close()
 
-    def trusted(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """`[N]`, True for samples that looked cut off and turned out to decode in full."""
-        return _members(index, self._trusted)
+    def trusted(self, index: NDArray[np.int64], data: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """`[N]`, True for samples that need not end like a JPEG.
+
+        These are the files in `data` `[N, L]` whose names say that they are none, and those that looked cut off and
+        turned out to decode in full.
+        """
+        trusted = _members(index, self._trusted)
+        if self._source.stores == "files":
+            trusted |= [name.lower().endswith(_NOT_JPEG) for name in data.view(f"S{data.shape[1]}").ravel().tolist()]
+        return trusted
 
     def replace(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """`index` `[N]` with stand-ins for the unreadable samples, and `[N]` False where one stands in."""
@@ -87,7 +96,7 @@ class BadSamples:
             except RuntimeError as exc:
                 self._add(position, path, exc)
             else:
-                if _looks_cut_off(os.fsdecode(path.tobytes().rstrip(b"\0"))):
+                if not _ends_like_jpeg(os.fsdecode(path.tobytes().rstrip(b"\0"))):
                     self._trusted.add(position)
         return len(self._bad) + len(self._trusted) > before
 
@@ -139,13 +148,16 @@ class BadSamples:
         try:
             height, width = self._probe.size(path)
         except RuntimeError:
-            return num_bytes, f"DALI does not know this kind of file, or its header is broken ({_start(file)})"
+            return (
+                num_bytes,
+                f"DALI does not know this kind of file, or its header is broken; it starts with {_start(file, 8)!r}",
+            )
         if height * width > self._policy.max_pixels:
             return (
                 num_bytes,
                 f"its header claims {width}x{height} pixels, more than max_pixels={self._policy.max_pixels}",
             )
-        if _looks_cut_off(name):
+        if _start(file, 2) == b"\xff\xd8" and not _ends_like_jpeg(name):
             return num_bytes, f"the file is cut off: {width}x{height} JPEG without an end"
         return num_bytes, f"{width}x{height} image that does not decode: {_last_words(failure)}"
 
@@ -156,17 +168,15 @@ def _members(index: NDArray[np.int64], members: set[int]) -> NDArray[np.bool_]:
     return np.isin(index, np.fromiter(members, dtype=np.int64))
 
 
-def _looks_cut_off(name: str) -> bool:
-    """Whether the file starts like a JPEG and does not end like one."""
+def _ends_like_jpeg(name: str) -> bool:
     with open(name, "rb") as file:
-        start = file.read(2)
         file.seek(-2, os.SEEK_END)
-        return start == b"\xff\xd8" and file.read(2) != b"\xff\xd9"
+        return file.read() == b"\xff\xd9"
 
 
-def _start(file: Path) -> str:
+def _start(file: Path, num_bytes: int) -> bytes:
     with file.open("rb") as stream:
-        return f"it starts with {stream.read(8)!r}"
+        return stream.read(num_bytes)
 
 
 def _last_words(failure: RuntimeError) -> str:

@@ -13,10 +13,10 @@ from kd_pipeline.optional import require
 
 __all__ = ["Graph", "GraphSettings", "Probe", "Samples"]
 
-_JPEG_START, _JPEG_END = 0xD8FF, 0xD9FF
-"""The first and the last two bytes of a JPEG file, as little-endian numbers."""
-_REFUSED = 1e9
-"""Added to the extent of a window to have DALI refuse the sample before it decodes anything."""
+_JPEG_END = 0xD9FF
+"""The last two bytes of a JPEG file, as a little-endian number."""
+_TINY = 1e-6
+"""Divides the extent of a window of one pixel or more into one that no image has."""
 _ABSOLUTE = {"normalized_anchor": False, "normalized_shape": False}
 """Windows are given in pixels."""
 
@@ -48,7 +48,7 @@ class Samples:
     draws: NDArray[np.float32]
     """`[N, transform.num_draws]` uniform numbers in [0, 1)."""
     trusted: NDArray[np.bool_]
-    """`[N]`, True for files that are known to decode in full, whatever they end with."""
+    """`[N]`, True for files that need not end like a JPEG: other formats, and those known to decode in full."""
 
 
 class Graph:
@@ -109,22 +109,21 @@ class Graph:
         return (
             samples.data,
             samples.facts,
-            *([samples.trusted.astype(np.float32)] if self._stores == "files" else []),
+            *([samples.trusted] if self._stores == "files" else []),
             *(np.ascontiguousarray(part, dtype=np.float32) for part in parameters),
         )
 
     def _define(self, stores: Literal["files", "pixels"], settings: GraphSettings) -> tuple[Node, Node]:
         fn = require("nvidia.dali.fn", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
-        ndims = [ndim for op in self._ops for ndim in op.ndims]
+        inputs = [(types.FLOAT, ndim, "") for op in self._ops for ndim in op.ndims]
         if stores == "files":
-            ndims = [0, *ndims]
+            inputs = [(types.UINT8, 1, ""), (types.INT64, 1, ""), (types.BOOL, 0, ""), *inputs]
+        else:
+            inputs = [(types.UINT8, 3, "HWC"), (types.INT64, 1, ""), *inputs]
+        dtypes, ndims, layouts = (list(column) for column in zip(*inputs, strict=True))
         data, facts, *parameters = fn.external_source(
-            self._next,
-            num_outputs=2 + len(ndims),
-            dtype=[types.UINT8, types.INT64] + [types.FLOAT] * len(ndims),
-            ndim=[1 if stores == "files" else 3, 1, *ndims],
-            layout=["" if stores == "files" else "HWC", *[""] * (1 + len(ndims))],
+            self._next, num_outputs=len(inputs), dtype=dtypes, ndim=ndims, layout=layouts
         )
         trusted = parameters.pop(0) if stores == "files" else None
         crop, *ops = self._ops
@@ -145,18 +144,17 @@ class Graph:
         """Decode the crop's window of each file; only that part of a JPEG is ever turned into pixels."""
         fn = require("nvidia.dali.fn", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
+        math = require("nvidia.dali.math", extra="cpu")
         shape = fn.peek_image_shape(encoded)
         size = fn.cast(shape, dtype=types.FLOAT)
         # The window of a cut-off JPEG may lie above the cut and decode well; the file is refused all the same,
         # so that whether a sample is readable does not depend on its view.
-        starts_like_jpeg = fn.reinterpret(encoded[:2], dtype=types.UINT16) == _JPEG_START
-        ends_unlike_jpeg = fn.reinterpret(encoded[-2:], dtype=types.UINT16) != _JPEG_END
-        cut_off = starts_like_jpeg * ends_unlike_jpeg > trusted
-        too_large = size[0] * size[1] > float(settings.max_pixels)
+        is_whole = (fn.reinterpret(encoded[-2:], dtype=types.UINT16) == _JPEG_END) | trusted
+        is_small = size[0] * size[1] <= float(settings.max_pixels)
         corner, extent = self._transform.crop.window(size, *parameters)
-        images = fn.decoders.image_slice(
-            encoded, corner, extent + (cut_off | too_large) * _REFUSED, axes=(0, 1), **_ABSOLUTE, **_decoder(settings)
-        )
+        # A window far outside of the image has DALI refuse the sample before it decodes anything.
+        extent = extent / math.max(is_whole & is_small, _TINY)
+        images = fn.decoders.image_slice(encoded, corner, extent, axes=(0, 1), **_ABSOLUTE, **_decoder(settings))
         return images, shape[0], shape[1]
 
     def _cut(self, pixels: Node, parameters: list[Node], settings: GraphSettings) -> tuple[Node, Node, Node]:
@@ -221,10 +219,11 @@ class Probe:
 
     def _whole_image(self, encoded: Node) -> Node:
         fn = require("nvidia.dali.fn", extra="cpu")
+        math = require("nvidia.dali.math", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
         size = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
-        too_large = size[0] * size[1] > float(self._settings.max_pixels)
-        extent = size[:2] + too_large * _REFUSED
+        is_small = size[0] * size[1] <= float(self._settings.max_pixels)
+        extent = size[:2] / math.max(is_small, _TINY)
         return fn.decoders.image_slice(
             encoded, extent * 0.0, extent, axes=(0, 1), **_ABSOLUTE, **_decoder(self._settings)
         )

@@ -100,9 +100,10 @@ class Reader:
 
     def _samples(self, plan: BatchPlan, epoch: int) -> Samples:
         index, readable = self.bad_samples.replace(plan.index)
+        data = self._source.read(index)
         return Samples(
-            data=self._source.read(index),
+            data=data,
             facts=np.stack([index, self._labels[index], plan.valid & readable], axis=1),
             draws=uniforms(index, seed=self._plan.seed, epoch=epoch, count=self._transform.num_draws),
-            trusted=self.bad_samples.trusted(index),
+            trusted=self.bad_samples.trusted(index, data),
         )
