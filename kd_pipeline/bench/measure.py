@@ -158,7 +158,7 @@ def environment() -> dict[str, Any]:
         "num_cores": len(os.sched_getaffinity(0)),
         "system": platform.platform(),
         "versions": versions,
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
