@@ -129,7 +129,9 @@ class Graph:
         crop, *ops = self._ops
         own, rest = parameters[: len(crop.ndims)], parameters[len(crop.ndims) :]
         if stores == "files":
-            images, height, width = self._decode(fn.io.file.read(data), trusted, own, settings)
+            # Reading a file at once is quicker than mapping it: all of it is needed, page by page.
+            encoded = fn.io.file.read(data, dont_use_mmap=True)
+            images, height, width = self._decode(encoded, trusted, own, settings)
         else:
             images, height, width = self._cut(data, own, settings)
         images = crop.finish(images, height, width)
