@@ -234,8 +234,9 @@ class KDDataLoader:
         settings = {"train": data.train, "val": data.val, "test": data.test}.get(split)
         if settings is None:
             raise ConfigError(f"the config has no split {split!r}; add data.{split} with a source and a transform")
-        source = _open_split(data, split)
         is_training = split == "train"
+        classes = None if is_training or data.train is None else open_source(data.train.source).classes
+        source = open_source(settings.source, classes=classes)
         if is_training and config.run_dir is not None and source.classes is not None:
             save_classes(config.run_dir / "classes.json", source.classes)
         opened = None
@@ -297,6 +298,7 @@ class KDDataLoader:
         """Let the next loop run `epoch`, from its start unless the loader stands within it already."""
         if self._normalised(self._epoch, self._batch)[0] != epoch:
             self._stand_before(epoch, 0)
+            self._loop += 1
 
     @property
     def bad_samples(self) -> list[int]:
@@ -438,15 +440,6 @@ class _EpochSetter:
     """Something that has a `sampler` with `set_epoch`, as PyTorch's batch samplers have."""
 
     sampler: KDDataLoader
-
-
-def _open_split(data: DataSettings, split: str) -> Source:
-    """The source of a split; that of `train` gives the class order to the others."""
-    settings = {"train": data.train, "val": data.val, "test": data.test}[split]
-    assert settings is not None
-    if split == "train" or data.train is None:
-        return open_source(settings.source)
-    return open_source(settings.source, classes=open_source(data.train.source).classes)
 
 
 def _resolve(device: torch.device | str) -> torch.device:

@@ -345,3 +345,12 @@ def test_lightning_resumes_the_checkpoint_of_an_epoch_with_the_next_epoch(fit, o
     with open_loader() as loader:
         student = fit(loader, ckpt_path=trained.folder / f"epoch={epoch}.ckpt")
     assert_same(student.seen, trained.seen[PER_EPOCH * (epoch + 1) :])
+
+
+def test_a_loop_that_set_epoch_moved_away_from_says_so(open_loader):
+    with open_loader() as loader:
+        batches = iter(loader)
+        next(batches)
+        loader.set_epoch(5)
+        with pytest.raises(StateError, match="lost its place"):
+            next(batches)

@@ -90,13 +90,14 @@ class BadSamples:
             return False
         before = len(self._bad) + len(self._trusted)
         for position in dict.fromkeys(index.tolist()):
-            path = self._source.read(np.array([position]))[0]
+            row = np.array([position])
+            data = self._source.read(row)
             try:
-                self._probe.decode(path)
+                self._probe.decode(data[0])
             except RuntimeError as exc:
-                self._add(position, path, exc)
+                self._add(position, data[0], exc)
             else:
-                if not _ends_like_jpeg(os.fsdecode(path.tobytes().rstrip(b"\0"))):
+                if not self.trusted(row, data)[0] and not _ends_like_jpeg(self._source.name(position)):
                     self._trusted.add(position)
         return len(self._bad) + len(self._trusted) > before
 

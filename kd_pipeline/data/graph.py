@@ -78,7 +78,7 @@ class Graph:
             # Only this executor leaves a buffer alone while somebody holds it.
             raise ConfigError("DALI's dynamic executor is off; unset DALI_* variables that select another executor")
         with self._pipeline:
-            self._pipeline.set_outputs(*self._define(stores, settings))
+            self._pipeline.set_outputs(*self._define(settings))
         self._pipeline.build()
 
     def take(self, stream: Any = None) -> tuple[Any, Any]:
@@ -113,11 +113,11 @@ class Graph:
             *(np.ascontiguousarray(part, dtype=np.float32) for part in parameters),
         )
 
-    def _define(self, stores: Literal["files", "pixels"], settings: GraphSettings) -> tuple[Node, Node]:
+    def _define(self, settings: GraphSettings) -> tuple[Node, Node]:
         fn = require("nvidia.dali.fn", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
         inputs = [(types.FLOAT, ndim, "") for op in self._ops for ndim in op.ndims]
-        if stores == "files":
+        if self._stores == "files":
             inputs = [(types.UINT8, 1, ""), (types.INT64, 1, ""), (types.BOOL, 0, ""), *inputs]
         else:
             inputs = [(types.UINT8, 3, "HWC"), (types.INT64, 1, ""), *inputs]
@@ -125,10 +125,10 @@ class Graph:
         data, facts, *parameters = fn.external_source(
             self._next, num_outputs=len(inputs), dtype=dtypes, ndim=ndims, layout=layouts
         )
-        trusted = parameters.pop(0) if stores == "files" else None
+        trusted = parameters.pop(0) if self._stores == "files" else None
         crop, *ops = self._ops
         own, rest = parameters[: len(crop.ndims)], parameters[len(crop.ndims) :]
-        if stores == "files":
+        if self._stores == "files":
             # Reading a file at once is quicker than mapping it: all of it is needed, page by page.
             encoded = fn.io.file.read(data, dont_use_mmap=True)
             images, height, width = self._decode(encoded, trusted, own, settings)
