@@ -7,6 +7,7 @@
     │   ├── BadSampleError      one sample cannot be read; names path, byte size, reason
     │   └── TooManyBadSamplesError   more unreadable samples than `max_bad_fraction` allows
     ├── TeacherError            a teacher cannot be opened, refuses its input or failed
+    │   └── EngineError         a TensorRT engine cannot be built, trusted, loaded or run
     ├── ExportError             a model could not be exported to ONNX, or the file disagrees with the model
     └── StateError              a saved position does not fit this loader; names each field old → new
 
@@ -19,6 +20,7 @@ __all__ = [
     "BadSampleError",
     "ConfigError",
     "DataError",
+    "EngineError",
     "ExportError",
     "KDPipelineError",
     "MissingPackageError",
@@ -69,6 +71,10 @@ class TooManyBadSamplesError(DataError):
 
 class TeacherError(KDPipelineError):
     """A teacher cannot be opened, refuses its input, failed, or is already closed."""
+
+
+class EngineError(TeacherError):
+    """A TensorRT engine cannot be built, trusted, loaded or run; the message holds TensorRT's own text."""
 
 
 class ExportError(KDPipelineError):
