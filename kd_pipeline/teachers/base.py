@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_pipeline.errors import TeacherError
+from kd_pipeline.errors import EngineError, TeacherError
 
 __all__ = ["Teacher", "TensorSpec"]
 
@@ -90,7 +90,8 @@ class Teacher(ABC):
                 return self._infer(images)
         except Exception as exc:  # each runtime has errors of its own
             found = TensorSpec(tuple(images.shape), images.dtype)
-            raise TeacherError(f"the {self.backend} teacher failed on images {found}: {exc}") from exc
+            kind = EngineError if isinstance(exc, EngineError) else TeacherError
+            raise kind(f"the {self.backend} teacher failed on images {found}: {exc}") from exc
 
     def close(self) -> None:
         """Free the runtime; a second call does nothing."""
