@@ -21,11 +21,18 @@ class OnnxRuntimeTeacher(Teacher):
     """An ONNX file run by ONNX Runtime's CPU provider.
 
     `precision` must be that of the file's weights, because the runtime changes nothing about it. `num_threads` is
-    all cores unless given.
+    all cores unless given. `as_written` runs each node as the file has it: the runtime's optimiser would join nodes,
+    and leave out roundings between them that a file asks for to act out another precision.
     """
 
     def __init__(
-        self, onnx: Path, *, precision: str = "fp32", max_batch: int = 1024, num_threads: int | None = None
+        self,
+        onnx: Path,
+        *,
+        precision: str = "fp32",
+        max_batch: int = 1024,
+        num_threads: int | None = None,
+        as_written: bool = False,
     ) -> None:
         onnxruntime = require("onnxruntime", extra="cpu")
         file = read_onnx(onnx)
@@ -36,6 +43,8 @@ class OnnxRuntimeTeacher(Teacher):
             )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
         try:
