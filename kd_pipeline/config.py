@@ -1,15 +1,16 @@
 """Compose the rooms' settings into one config; read it from YAML, with overrides."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from kd_pipeline.config_file import read_config
 from kd_pipeline.loader import DataSettings
 from kd_pipeline.settings import Settings
-from kd_pipeline.teachers import TeacherSettings
+from kd_pipeline.teachers import EnsembleSettings, TeacherSettings
 
 __all__ = ["Config", "DistillSettings", "TrainSettings", "load_config"]
 
@@ -33,6 +34,19 @@ class TrainSettings(Settings):
     """The highest learning rate of the schedule."""
 
 
+def _kind(teacher: Any) -> str:
+    has_members = "members" in teacher if isinstance(teacher, Mapping) else isinstance(teacher, EnsembleSettings)
+    return EnsembleSettings.__name__ if has_members else TeacherSettings.__name__
+
+
+OneOrMoreTeachers = Annotated[
+    Annotated[TeacherSettings, Tag(TeacherSettings.__name__)]
+    | Annotated[EnsembleSettings, Tag(EnsembleSettings.__name__)],
+    Discriminator(_kind),
+]
+"""One teacher, or `members` that answer as one."""
+
+
 class Config(Settings):
     """A whole run. `data` alone is enough for a loader without a teacher."""
 
@@ -41,7 +55,7 @@ class Config(Settings):
     run_dir: Path | None = None
     """Where a run writes what it has to say: `classes.json`, `bad_samples.jsonl` and the like."""
     data: DataSettings
-    teacher: TeacherSettings | None = None
+    teacher: OneOrMoreTeachers | None = None
     distill: DistillSettings = DistillSettings()
     train: TrainSettings = TrainSettings()
 

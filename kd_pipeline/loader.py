@@ -27,10 +27,10 @@ from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
 from kd_pipeline.state import check_fingerprint, check_position, read_position
 from kd_pipeline.stream import open_lane
-from kd_pipeline.teachers import TeacherSettings, open_teacher
+from kd_pipeline.teachers import EnsembleSettings, TeacherSettings, open_teacher
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["DataSettings", "KDDataLoader", "LoaderConfig", "SplitSettings"]
+__all__ = ["DataSettings", "KDDataLoader", "LoaderConfig", "SplitSettings", "sample_images"]
 
 _STATE_VERSION = 1
 
@@ -85,7 +85,7 @@ class LoaderConfig(Protocol):
         """The splits, and how they are read."""
 
     @property
-    def teacher(self) -> TeacherSettings | None:
+    def teacher(self) -> TeacherSettings | EnsembleSettings | None:
         """What answers in training."""
 
 
@@ -244,7 +244,12 @@ class KDDataLoader:
             size = settings.transform.size
             dtype = getattr(torch, settings.transform.dtype)
             opened = open_teacher(
-                config.teacher, image_shape=(3, size, size), device=_resolve(data.device), dtype=dtype
+                config.teacher,
+                image_shape=(3, size, size),
+                device=_resolve(data.device),
+                dtype=dtype,
+                batch_size=data.batch_size,
+                samples=lambda: sample_images(config),
             )
         try:
             loader = cls(
@@ -433,6 +438,34 @@ class KDDataLoader:
     def _check_open(self) -> None:
         if self._is_closed:
             raise StateError("the loader is closed; make a new one")
+
+
+def sample_images(config: LoaderConfig, split: str = "train", *, num_images: int = 64) -> Tensor:
+    """The first images of a split as the teacher gets them: `[num_images, 3, H, W]` float32 on the CPU.
+
+    There are fewer where the split has fewer. They depend on seed and dataset alone, whoever asks.
+
+    Raises:
+        ConfigError, DataError: as `KDDataLoader.from_config`.
+    """
+    data = config.data.model_copy(update={"batch_size": 1})  # one by one, so that no last batch is dropped
+    images: list[Tensor] = []
+    with KDDataLoader.from_config(_Untaught(config.seed, data), split, shard=Shard()) as loader:
+        for batch in loader:
+            images.append(batch.images[batch.valid].float().cpu())
+            if sum(map(len, images)) == num_images:
+                break
+    return torch.cat(images)
+
+
+@dataclass(frozen=True, slots=True)
+class _Untaught:
+    """The part of a config that gives a loader without a teacher."""
+
+    seed: int
+    data: DataSettings
+    run_dir: Path | None = None
+    teacher: None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
-"""Real photographs: the two that scikit-learn brings, and a small folder of pieces of them."""
+"""Real photographs, from the two that scikit-learn brings, and a small network as ONNX files."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from kd_pipeline.engine import export_onnx
+from tests.models import CLASSES as CLASS_NAMES
+from tests.models import IMAGE_SHAPE, ConvNet
 
 # The tensors here are tiny: with more threads, torch's mostly wait for one another and for DALI's.
 torch.set_num_threads(1)
@@ -38,3 +44,15 @@ def photo_folder(photos: tuple[NDArray[np.uint8], NDArray[np.uint8]], tmp_path_f
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(photo[top : top + height, left : left + width]).save(path, quality=92)
     return root
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """`exported(seed)` is the ONNX file of `ConvNet(seed)`; do not change it."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @cache
+    def export(seed: int) -> Path:
+        return export_onnx(ConvNet(seed), folder / f"{seed}.onnx", image_shape=IMAGE_SHAPE, classes=CLASS_NAMES)
+
+    return export

@@ -1,21 +1,26 @@
-"""Teachers: a frozen model behind one contract, run by PyTorch, OpenVINO or ONNX Runtime."""
+"""Teachers: a frozen model behind one contract, run by PyTorch, OpenVINO, ONNX Runtime or TensorRT."""
 
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
-from torch import nn
+from pydantic import Field, PositiveFloat, model_validator
+from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher, TensorSpec
+from kd_pipeline.teachers.engine_file import Precision, Profile
+from kd_pipeline.teachers.ensemble import EnsembleTeacher
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
 from kd_pipeline.teachers.ov import OpenVINOTeacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 
-__all__ = ["Teacher", "TeacherSettings", "TensorSpec", "open_teacher"]
+__all__ = ["EnsembleSettings", "Teacher", "TeacherSettings", "TensorSpec", "open_teacher"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -24,41 +29,77 @@ _ALSO_USED_BY = {
     "pytorch": {"channels_last", "compile"},
     "openvino": {"onnx", "num_threads"},
     "onnxruntime": {"onnx", "num_threads"},
+    "tensorrt": {"onnx", "engine", "runtime", "cuda_graph", "trust_engine"},
 }
+_MAX_BATCH = 1024
+_ENGINE_BATCH = 64
+"""Of an engine that is built on the way, where neither the settings nor the loader say."""
 
 
 class TeacherSettings(Settings):
     """Which runtime runs the teacher, and how. A setting that the chosen runtime does not use is an error."""
 
-    backend: Literal["auto", "pytorch", "openvino", "onnxruntime"] = "auto"
-    """`auto` takes PyTorch for a module and OpenVINO for an ONNX file on a CPU."""
+    backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt"] = "auto"
+    """`auto` takes PyTorch for a module, TensorRT for an engine or on a GPU, and OpenVINO for an ONNX file on a CPU."""
     onnx: Path | None = None
-    """The exported teacher, for every backend but `pytorch`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Precision of the arithmetic; `onnxruntime` cannot change it and needs a file that already has it."""
-    max_batch: int = Field(default=1024, ge=1)
-    """Largest number of images in one call."""
+    """The exported teacher, for every backend but `pytorch`; `tensorrt` builds an engine from it when first asked."""
+    engine: Path | None = None
+    """A TensorRT engine, made by `kd-pipeline build-engine`."""
+    precision: Precision | None = None
+    """Precision of the arithmetic; fp32 unless given, or what an engine was built in. `onnxruntime` and an engine
+    cannot change it, and `int8` and `fp8` are TensorRT's alone."""
+    max_batch: int | None = Field(default=None, ge=1)
+    """Largest number of images in one call; unless given 1024, and the loader's batch for an engine that is built on
+    the way."""
     num_threads: int | None = Field(default=None, ge=1)
     """Threads of the CPU runtimes; all cores unless given."""
     channels_last: bool = True
     """Run PyTorch's convolutions in NHWC, which is the faster layout for most of them."""
     compile: bool = False
     """Compile the PyTorch module with `torch.compile`; worth it from a few thousand images on."""
+    runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+    """Which TensorRT builds the engine; `auto` is `tensorrt` where it is installed and `tensorrt_rtx` otherwise."""
+    cuda_graph: bool = False
+    """Replay the engine as a CUDA graph; worth it where launches are slow beside the work, as with small batches."""
+    trust_engine: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
+    """sha256 of an engine that somebody else made, or that has no manifest, and that you know to be good."""
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
+        if self.onnx is not None and self.engine is not None:
+            raise ValueError(f"two teachers: onnx: {self.onnx} and engine: {self.engine}; give one of them")
+        if self.trust_engine is not None and self.engine is None:
+            raise ValueError("trust_engine names the sha256 of an engine, and there is no engine")
         if self.backend != "auto":
             _refuse_unused(self, self.backend)
         return self
 
 
+class EnsembleSettings(Settings):
+    """Several teachers that answer as one."""
+
+    members: tuple[TeacherSettings, ...] = Field(min_length=1)
+    weights: tuple[PositiveFloat, ...] | None = None
+    """How much each counts, relative to their sum; all the same unless given."""
+    average: Literal["softmax", "logits"] = "softmax"
+    """What is averaged."""
+
+    @model_validator(mode="after")
+    def _has_a_weight_for_each(self) -> Self:
+        if self.weights is not None and len(self.weights) != len(self.members):
+            raise ValueError(f"{len(self.members)} members and {len(self.weights)} weights; give one for each")
+        return self
+
+
 def open_teacher(
-    settings: TeacherSettings | Teacher,
+    settings: TeacherSettings | EnsembleSettings | Teacher,
     *,
     module: nn.Module | None = None,
     image_shape: tuple[int, int, int] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    batch_size: int | None = None,
+    samples: Callable[[], Tensor] | None = None,
 ) -> Teacher:
     """Open the teacher that `settings` describe, for images `[N, *image_shape]` of `dtype` on `device`.
 
@@ -70,58 +111,76 @@ def open_teacher(
         image_shape: `(3, H, W)`; needed for a module.
         device: where the images will be.
         dtype: float32 or float16.
+        batch_size: images in a call; what an engine that is built on the way is tuned for.
+        samples: gives images `[N, 3, H, W]` float32 as the teacher will see them, on which such an engine is compared
+            with the float32 file and which give int8 and fp8 their ranges.
 
     Raises:
         ConfigError: the combination of settings, module and device makes no teacher.
         TeacherError: the model cannot be opened, or takes other images.
         MissingPackageError: the backend's package is not installed.
     """
-    device = torch.device(device)
-    if not isinstance(settings, Teacher):
-        teacher = _open(settings, module, image_shape, device, dtype)
-    elif module is None:
-        teacher = settings
-    else:
-        raise ConfigError("got an open teacher and a module; give one of them")
+    wanted = _Wanted(image_shape, torch.device(device), dtype, batch_size, samples)
+    match settings:
+        case Teacher() if module is not None:
+            raise ConfigError("got an open teacher and a module; give one of them")
+        case Teacher():
+            teacher = settings
+        case EnsembleSettings():
+            teacher = _open_ensemble(settings, module, wanted)
+        case _:
+            teacher = _open(settings, module, wanted)
     sizes = image_shape or tuple(size or 1 for size in teacher.images.shape[1:])
-    any_such_device = device.index is None and device.type == teacher.device.type  # as "cuda" is
-    teacher.check_fits((1, *sizes), dtype, teacher.device if any_such_device else device)
+    any_such_device = wanted.device.index is None and wanted.device.type == teacher.device.type  # as "cuda" is
+    teacher.check_fits((1, *sizes), dtype, teacher.device if any_such_device else wanted.device)
     return teacher
 
 
-def _open(
-    settings: TeacherSettings,
-    module: nn.Module | None,
-    image_shape: tuple[int, int, int] | None,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Teacher:
-    backend, reason = _choose(settings, module, device)
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What the teacher will be given."""
+
+    image_shape: tuple[int, int, int] | None
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int | None
+    samples: Callable[[], Tensor] | None
+
+
+def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, wanted: _Wanted) -> Teacher:
+    if module is not None:
+        raise ConfigError("an ensemble opens its members by their settings and got a module; leave it out")
+    with ExitStack() as opened:
+        members = []
+        for member in settings.members:
+            members.append(_open(member, None, wanted))
+            opened.callback(members[-1].close)
+        ensemble = EnsembleTeacher(members, weights=settings.weights, average=settings.average)
+        opened.pop_all()
+        return ensemble
+
+
+def _open(settings: TeacherSettings, module: nn.Module | None, wanted: _Wanted) -> Teacher:
+    backend, reason = _choose(settings, module, wanted.device)
     _refuse_unused(settings, backend)
     teacher: Teacher
     match backend, module, settings.onnx:
         case "pytorch", nn.Module(), None:
-            if image_shape is None:
-                raise ConfigError("the pytorch backend must know the size of the images; pass image_shape=(3, H, W)")
-            teacher = PyTorchTeacher(
-                module,
-                image_shape=image_shape,
-                device=device,
-                dtype=dtype,
-                precision=settings.precision,
-                max_batch=settings.max_batch,
-                channels_last=settings.channels_last,
-                compile=settings.compile,
-            )
+            teacher = _open_module(settings, module, wanted)
+        case "tensorrt", None, _:
+            teacher = _open_tensorrt(settings, wanted)
         case (("openvino" | "onnxruntime"), None, Path() as onnx):
-            if device.type != "cpu":
+            if wanted.device.type != "cpu":
                 raise ConfigError(
-                    f"the {backend} backend reads images in CPU memory and they are on {device}; put the loader on the "
-                    "CPU, or take backend: pytorch with a module"
+                    f"the {backend} backend reads images in CPU memory and they are on {wanted.device}; put the loader "
+                    "on the CPU, or take backend: tensorrt"
                 )
             runtime = OpenVINOTeacher if backend == "openvino" else OnnxRuntimeTeacher
             teacher = runtime(
-                onnx, precision=settings.precision, max_batch=settings.max_batch, num_threads=settings.num_threads
+                onnx,
+                precision=settings.precision or "fp32",
+                max_batch=settings.max_batch or _MAX_BATCH,
+                num_threads=settings.num_threads,
             )
         case _:
             raise ConfigError(
@@ -132,25 +191,91 @@ def _open(
     return teacher
 
 
+def _open_module(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) -> Teacher:
+    if wanted.image_shape is None:
+        raise ConfigError("the pytorch backend must know the size of the images; pass image_shape=(3, H, W)")
+    return PyTorchTeacher(
+        module,
+        image_shape=wanted.image_shape,
+        device=wanted.device,
+        dtype=wanted.dtype,
+        precision=settings.precision or "fp32",
+        max_batch=settings.max_batch or _MAX_BATCH,
+        channels_last=settings.channels_last,
+        compile=settings.compile,
+    )
+
+
+def _open_tensorrt(settings: TeacherSettings, wanted: _Wanted) -> Teacher:
+    """Open an engine, which is built first where the settings name an ONNX file."""
+    # Here, because the build compares its result with a teacher of ONNX Runtime: it stands on this package.
+    from kd_pipeline.engine.build import build_engine
+    from kd_pipeline.engine.build_settings import BuildSettings
+    from kd_pipeline.engine.load import open_engine
+    from kd_pipeline.engine.parity import Samples
+
+    if wanted.device.type != "cuda":
+        raise ConfigError(
+            f"the tensorrt backend reads images in the memory of an NVIDIA GPU and they are on {wanted.device}; put "
+            "the loader on a GPU, or take backend: openvino with an ONNX file"
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(f"the tensorrt backend needs {wanted.device}, and torch sees no GPU; see kd-pipeline doctor")
+    engine = settings.engine
+    if engine is None:
+        assert settings.onnx is not None  # as _choose has seen
+        largest = settings.max_batch or wanted.batch_size or _ENGINE_BATCH
+        profile = Profile(min=1, opt=min(wanted.batch_size or largest, largest), max=largest)
+        images = wanted.samples
+        engine = build_engine(
+            BuildSettings(
+                onnx=settings.onnx,
+                precision=settings.precision or "fp32",
+                half_io=wanted.dtype == torch.float16,
+                profiles=(profile,),
+                image_size=wanted.image_shape and wanted.image_shape[1],
+                runtime=settings.runtime,
+            ),
+            samples=None if images is None else lambda: Samples(images(), "the training split"),
+            report=_logger.info,
+        )
+    teacher = open_engine(
+        engine,
+        device=wanted.device,
+        runtime=settings.runtime,
+        cuda_graph=settings.cuda_graph,
+        trust_engine=settings.trust_engine,
+    )
+    if settings.precision not in (None, teacher.precision):
+        teacher.close()
+        raise ConfigError(
+            f"{engine} runs in {teacher.precision} and the settings ask for {settings.precision}; leave precision out, "
+            "or build the engine again"
+        )
+    return teacher
+
+
 def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.device) -> tuple[str, str]:
     """The backend, and why it is that one."""
-    if module is None and settings.onnx is None:
-        raise ConfigError("no teacher to open: set onnx to an exported file, or pass a module")
-    if module is not None and settings.onnx is not None:
-        raise ConfigError(f"two teachers to open: a module and onnx: {settings.onnx}; give one of them")
+    file = settings.onnx or settings.engine
+    if module is None and file is None:
+        raise ConfigError("no teacher to open: set onnx to an exported file or engine to a built one, or pass a module")
+    if module is not None and file is not None:
+        raise ConfigError(f"two teachers to open: a module and {file}; give one of them")
     if settings.backend != "auto":
         return settings.backend, "as the settings ask"
     if module is not None:
         return "pytorch", "because the teacher is a module"
-    if device.type == "cpu":
-        return "openvino", "because the teacher is an ONNX file and the images are on the CPU"
-    raise ConfigError(
-        f"no backend runs the ONNX file {settings.onnx} on {device}: OpenVINO and ONNX Runtime serve the CPU only; "
-        "pass the teacher as a module to run it with PyTorch there, or put the loader on the CPU"
-    )
+    if settings.engine is not None:
+        return "tensorrt", "because the teacher is an engine"
+    if device.type == "cuda":
+        return "tensorrt", "because the teacher is an ONNX file and the images are on a GPU"
+    return "openvino", "because the teacher is an ONNX file and the images are on the CPU"
 
 
 def _refuse_unused(settings: TeacherSettings, backend: str) -> None:
+    if settings.precision in ("int8", "fp8") and backend != "tensorrt":
+        raise ConfigError(f"precision: {settings.precision} is TensorRT's alone, and the backend is {backend}")
     used = _USED_BY_ALL | _ALSO_USED_BY[backend]
     for name, field in TeacherSettings.model_fields.items():
         if name not in used and (value := getattr(settings, name)) != field.default:

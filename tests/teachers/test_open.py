@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 
 from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
-from tests.models import CLASSES, IMAGE_SHAPE, ConvNet
+from kd_pipeline.teachers import EnsembleSettings, Teacher, TeacherSettings, open_teacher
+from tests.models import CLASSES, IMAGE_SHAPE, ConvNet, random_images
 
-ONNX = Path("teacher.onnx")
+ONNX, ENGINE = Path("teacher.onnx"), Path("teacher.engine")
 
 
 def test_auto_runs_a_module_with_pytorch_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
@@ -61,12 +61,16 @@ def test_the_number_of_threads_reaches_both_cpu_runtimes(exported: Callable[[int
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
-        ({}, {}, "no teacher to open: set onnx to an exported file, or pass a module"),
+        ({}, {}, "no teacher to open: set onnx to an exported file or engine to a built one, or pass a module"),
         ({"backend": "openvino"}, {}, "no teacher to open"),
-        ({"onnx": ONNX}, {"module": ConvNet()}, "a module and onnx: teacher.onnx; give one of them"),
+        ({"onnx": ONNX}, {"module": ConvNet()}, "a module and teacher.onnx; give one of them"),
         ({}, {"module": ConvNet(), "image_shape": None}, r"pass image_shape=\(3, H, W\)"),
         ({"backend": "onnxruntime"}, {"module": ConvNet()}, "onnxruntime backend runs an ONNX file and got a module"),
-        ({"onnx": ONNX}, {"device": "cuda"}, "no backend runs the ONNX file teacher.onnx on cuda"),
+        ({"engine": ENGINE}, {"module": ConvNet()}, "a module and teacher.engine; give one of them"),
+        ({"engine": ENGINE}, {}, "in the memory of an NVIDIA GPU and they are on cpu; put the loader on a GPU"),
+        ({"onnx": ONNX, "backend": "tensorrt"}, {}, "in the memory of an NVIDIA GPU and they are on cpu"),
+        ({"onnx": ONNX, "precision": "int8"}, {}, "precision: int8 is TensorRT's alone, and the backend is openvino"),
+        ({"onnx": ONNX, "cuda_graph": True}, {}, "cuda_graph: True means nothing to the openvino backend"),
         ({"onnx": ONNX, "backend": "openvino"}, {"device": "cuda:1"}, "in CPU memory and they are on cuda:1"),
         ({"num_threads": 2}, {"module": ConvNet()}, "num_threads: 2 means nothing to the pytorch backend"),
         ({"onnx": ONNX, "compile": True}, {}, "compile: True means nothing to the openvino backend"),
@@ -87,6 +91,8 @@ def test_a_combination_that_makes_no_teacher_is_a_config_error_that_says_what_to
         {"backend": "pytorch", "num_threads": 2},
         {"backend": "openvino", "onnx": ONNX, "compile": True},
         {"backend": "onnxruntime", "onnx": ONNX, "channels_last": False},
+        {"backend": "openvino", "engine": ENGINE},
+        {"backend": "tensorrt", "onnx": ONNX, "num_threads": 2},
     ],
 )
 def test_a_setting_that_the_named_backend_does_not_use_is_refused_when_it_is_written(
@@ -94,6 +100,38 @@ def test_a_setting_that_the_named_backend_does_not_use_is_refused_when_it_is_wri
 ) -> None:
     with pytest.raises(ValidationError, match=f"means nothing to the {settings['backend']} backend"):
         TeacherSettings(**settings)
+
+
+def test_two_files_for_one_teacher_are_refused_when_they_are_written() -> None:
+    with pytest.raises(ValidationError, match=r"two teachers: onnx: teacher.onnx and engine: teacher.engine"):
+        TeacherSettings(onnx=ONNX, engine=ENGINE)
+    with pytest.raises(ValidationError, match="trust_engine names the sha256 of an engine, and there is no engine"):
+        TeacherSettings(onnx=ONNX, trust_engine="0" * 64)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is another way")
+def test_tensorrt_without_a_gpu_is_an_error_before_anything_is_built() -> None:
+    for settings in (TeacherSettings(onnx=ONNX), TeacherSettings(engine=ENGINE)):
+        with pytest.raises(ConfigError, match="the tensorrt backend needs cuda, and torch sees no GPU"):
+            open_teacher(settings, device="cuda")
+
+
+def test_an_ensemble_answers_with_the_mean_of_its_members(exported: Callable[[int], Path]) -> None:
+    members = [TeacherSettings(backend="onnxruntime", onnx=exported(seed)) for seed in (0, 1)]
+    with_weights = EnsembleSettings(members=members, weights=(3, 1), average="logits")
+    images = random_images(4)
+    found = open_teacher(with_weights, image_shape=IMAGE_SHAPE)(images)["logits"]
+    first, second = (open_teacher(member)(images)["logits"] for member in members)
+    torch.testing.assert_close(found, 0.75 * first + 0.25 * second)
+
+
+def test_an_ensemble_that_does_not_fit_together_is_refused(exported: Callable[[int], Path]) -> None:
+    with pytest.raises(ValidationError, match="1 members and 2 weights"):
+        EnsembleSettings(members=[TeacherSettings(onnx=ONNX)], weights=(1, 1))
+    with pytest.raises(ConfigError, match="an ensemble opens its members by their settings and got a module"):
+        open_teacher(EnsembleSettings(members=[TeacherSettings(onnx=ONNX)]), module=ConvNet())
+    with pytest.raises(TeacherError, match=r"teacher.onnx: there is no such file"):
+        open_teacher(EnsembleSettings(members=[TeacherSettings(onnx=exported(0)), TeacherSettings(onnx=ONNX)]))
 
 
 def test_settings_survive_a_round_trip_through_a_file(exported: Callable[[int], Path]) -> None:
