@@ -1,8 +1,71 @@
-"""Small networks for small images."""
+"""Networks by name: timm's, torchvision's, the user's own factory, and a small one of our own."""
 
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-__all__ = ["small_resnet"]
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.optional import require
+from kd_pipeline.settings import Settings
+
+__all__ = ["DefaultInput", "ModelSettings", "default_input", "open_model", "small_resnet"]
+
+_MAX_NAMED = 5
+"""Most keys of one kind that a message about a checkpoint lists."""
+_WRAPPERS = ("state_dict", "model", "student", "model_state_dict")
+"""Where a checkpoint may keep the weights: Lightning and timm, torchvision's scripts, ours, many loops."""
+_PREFIXES = ("module.", "model.", "student.", "_orig_mod.")
+"""What DistributedDataParallel, Lightning modules and torch.compile put in front of every key."""
+
+
+class ModelSettings(Settings):
+    """Which network to build, and its weights. Exactly one of `timm`, `torchvision` and `factory` says which."""
+
+    timm: str | None = None
+    """Name in timm, such as `resnet18` or, with the weights meant, `resnet18.a1_in1k`."""
+    torchvision: str | None = None
+    """Name of a classifier in torchvision."""
+    factory: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")
+    """A function of your own that returns an `nn.Module`, as `package.module:function`."""
+    kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """More arguments for the function that builds the network."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """Number of logits; the network's own unless given."""
+    pretrained: bool = False
+    """Take the weights that timm or torchvision downloads."""
+    checkpoint: Path | None = None
+    """Take the weights in this file: a state dict by `torch.save`, or a `.safetensors` file."""
+
+    @model_validator(mode="after")
+    def _names_one_network(self) -> Self:
+        given = [name for name in ("timm", "torchvision", "factory") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"set one of timm, torchvision and factory, got {' and '.join(given) or 'none of them'}")
+        if self.pretrained and self.factory is not None:
+            raise ValueError(
+                "pretrained means nothing to a factory; set checkpoint, or load the weights in the factory"
+            )
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError(f"two sets of weights: pretrained and checkpoint: {self.checkpoint}; give one of them")
+        return self
+
+
+class DefaultInput(NamedTuple):
+    """The images that a network was trained on."""
+
+    mean: tuple[float, ...]
+    """Mean per channel, on the scale 0 to 1."""
+    std: tuple[float, ...]
+    """Standard deviation per channel, likewise."""
+    size: tuple[int, int]
+    """Height and width."""
 
 
 class _Block(nn.Module):
@@ -33,3 +96,157 @@ def small_resnet(num_classes: int, *, width: int, num_stages: int = 3) -> nn.Seq
     stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     stages = [_Block(num_in, num_out, stride=2) for num_in, num_out in zip([width, *widths], widths, strict=False)]
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
+def open_model(settings: ModelSettings, *, plugins: Collection[str] = ()) -> nn.Module:
+    """Build the network that `settings` describe, in float32 on the CPU, with its weights.
+
+    A checkpoint may hold the state dict alone or under `state_dict`, `model`, `student` or `model_state_dict`; a prefix
+    that wrappers put in front of every key is taken off. It must have every key of the network and no other. Only
+    tensors and plain values are read from it, so that no file runs code.
+
+    Args:
+        settings: what to build.
+        plugins: modules that a `factory` may come from. A config file is data and cannot allow this by itself: take
+            them from what the user typed.
+
+    Raises:
+        ConfigError: there is no such network, it cannot be built or downloaded, its factory is not allowed, or the
+            checkpoint cannot be read or is that of another network.
+        MissingPackageError: timm, torchvision or safetensors is needed and not installed.
+    """
+    build, name = _builder(settings, plugins)
+    arguments: dict[str, Any] = {} if settings.num_classes is None else {"num_classes": settings.num_classes}
+    if settings.pretrained:
+        arguments |= {"pretrained": True} if settings.timm else {"weights": "DEFAULT"}
+    try:
+        module = build(**settings.kwargs, **arguments)
+    except Exception as exc:
+        if settings.pretrained and isinstance(exc, OSError):  # what both libraries' downloads end in
+            raise ConfigError(
+                f"the pretrained weights of {name} cannot be downloaded ({exc}); check the connection, or fetch them "
+                "on another machine and set checkpoint to the file"
+            ) from exc
+        raise ConfigError(f"{name} cannot be built: {exc}; check kwargs, num_classes and pretrained") from exc
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{name} should return an nn.Module, got {type(module).__qualname__}")
+    if settings.checkpoint is not None:
+        _load_weights(module, settings.checkpoint)
+    return module
+
+
+def default_input(module: nn.Module) -> DefaultInput | None:
+    """The images that a timm network expects; None for a network that does not say."""
+    config = getattr(module, "pretrained_cfg", None)
+    if not isinstance(config, Mapping) or not {"mean", "std", "input_size"} <= config.keys():
+        return None
+    _, height, width = config["input_size"]
+    return DefaultInput(tuple(config["mean"]), tuple(config["std"]), (height, width))
+
+
+def _builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Callable[..., Any], str]:
+    """What builds the network, and what to call it in a message."""
+    if settings.timm is not None:
+        timm = require("timm", extra="timm")
+        if not timm.is_model(settings.timm):
+            raise _unknown("timm", settings.timm, timm.list_models())
+        return lambda **arguments: timm.create_model(settings.timm, **arguments), f"timm's {settings.timm}"
+    if settings.torchvision is not None:
+        models = require("torchvision.models", extra="timm")
+        names = models.list_models(module=models)  # the classifiers; detectors and the like are in modules below it
+        if settings.torchvision not in names:
+            raise _unknown("torchvision", settings.torchvision, names)
+        return models.get_model_builder(settings.torchvision), f"torchvision's {settings.torchvision}"
+    assert settings.factory is not None
+    return _import_factory(settings.factory, plugins), f"the factory {settings.factory}"
+
+
+def _unknown(library: str, name: str, names: Sequence[str]) -> ConfigError:
+    close = difflib.get_close_matches(name.partition(".")[0], names, n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {len(names)} others"
+    return ConfigError(f"{library} has no classifier called {name!r}; {hint}")
+
+
+def _import_factory(factory: str, plugins: Collection[str]) -> Callable[..., Any]:
+    name, _, function = factory.partition(":")
+    if name not in plugins:
+        raise ConfigError(
+            f"factory: {factory} would run code of the module {name}; allow it with --plugin {name} on the command "
+            f'line, or open_model(..., plugins=["{name}"])'
+        )
+    try:
+        module = importlib.import_module(name)
+    except ImportError as exc:
+        raise ConfigError(f"the plugin {name} cannot be imported ({exc}); add its folder to PYTHONPATH") from exc
+    found: object = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"{module.__file__} has no function called {function!r}; correct factory: {factory}")
+    return found
+
+
+def _load_weights(module: nn.Module, path: Path) -> None:
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state = _without_prefixes(_state_dict(path), wanted)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    problems = [
+        *_listed("missing", [name for name in wanted if name not in found]),
+        *_listed("unexpected", [name for name in found if name not in wanted]),
+        *_listed(
+            "of another shape",
+            [
+                f"{name} {list(found[name])} in the file, {list(shape)} in the model"
+                for name, shape in wanted.items()
+                if found.get(name, shape) != shape
+            ],
+        ),
+    ]
+    if problems:
+        raise ConfigError(
+            f"{path} does not fit {type(module).__qualname__}: {'; '.join(problems)}. Does it belong to another model, "
+            "or to another num_classes?"
+        )
+    module.load_state_dict(state)
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors in a checkpoint, by key."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; correct checkpoint")
+    safetensors = require("safetensors.torch", extra="timm") if path.suffix == ".safetensors" else None
+    try:
+        loaded = safetensors.load_file(path) if safetensors else torch.load(path, "cpu", weights_only=True)
+    except Exception as exc:  # torch raises whatever the bytes lead it to
+        culprit = re.search(r"GLOBAL (\S+)", str(exc))
+        what = f"holds the Python object {culprit[1]}" if culprit else "is damaged or holds more than plain tensors"
+        raise ConfigError(
+            f"{path} is not loaded: it {what}, and loading objects can run code; save model.state_dict() alone, with "
+            "torch.save or as .safetensors"
+        ) from exc
+    state = loaded
+    if isinstance(loaded, Mapping):
+        state = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), loaded)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        keys = f"a mapping of {_few(map(str, state))}" if isinstance(state, Mapping) else type(state).__qualname__
+        raise ConfigError(
+            f"{path} holds {keys}, and no state dict, alone or under {', '.join(_WRAPPERS)}; save model.state_dict()"
+        )
+    return dict(state)
+
+
+def _without_prefixes(state: dict[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
+    """`state` without what wrappers put in front of every key; a prefix that the model has itself stays."""
+    while state and not any(name in wanted for name in state):
+        prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
+        if prefix is None:
+            break
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _listed(kind: str, names: Sequence[str]) -> list[str]:
+    return [f"{len(names)} {kind} ({_few(names)})"] if names else []
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")

@@ -1,0 +1,425 @@
+"""What this machine has, what is usable, and what to install."""
+
+import ctypes
+import io
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from types import ModuleType
+from typing import Any, Literal
+
+from kd_pipeline import __version__
+from kd_pipeline.optional import require
+from kd_pipeline.settings import Settings
+
+__all__ = ["Ability", "Check", "Gpu", "Report", "diagnose"]
+
+_GIB = 2**30
+_GROUPS = (
+    ("torch", "torch.cuda", "torchvision", "timm", "lightning"),
+    ("nvidia.dali", "nvidia.dali (GPU)", "cuda.core"),
+    ("onnx", "onnxscript", "onnxruntime", "openvino"),
+    ("tensorrt",),
+    ("tensorrt_rtx",),
+)
+"""What is tried, each group in a process of its own; within one, what is imported once need not be again."""
+_TENSORRT_SINCE = (7, 5)
+"""The lowest compute capability of TensorRT 10 and later; TensorRT-RTX names its own."""
+_PRECISIONS = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
+_EXTRAS = {"lightning": "train", "timm": "timm", "torchvision": "timm", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
+"""What brings a package that `cpu`, `cu12` and `cu13` do not bring."""
+
+_Kind = Literal["loader", "teacher", "command", "setting"]
+_Answer = dict[str, Any]
+
+
+class Check(Settings):
+    """What became of importing one package and trying it out."""
+
+    name: str
+    status: Literal["ok", "missing", "broken"]
+    version: str | None = None
+    detail: str = ""
+    """What it can do here, or what went wrong in its own words."""
+    capabilities: tuple[str, ...] = ()
+    """Precisions of OpenVINO, providers of ONNX Runtime, compute capabilities that TensorRT-RTX builds for."""
+    install: str | None = None
+    """The command that installs it, where it is missing."""
+
+
+class Gpu(Settings):
+    """One GPU that this process may use."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+    served_by: tuple[str, ...]
+    """Which of `tensorrt` and `tensorrt_rtx` work here and support it."""
+
+    def __str__(self) -> str:
+        engines = " and ".join(self.served_by) or "no TensorRT that is installed"
+        return f"{self.name}, {self.memory_bytes / _GIB:.1f} GiB; supported by {engines}"
+
+
+class Ability(Settings):
+    """Something that the library can or cannot do here."""
+
+    kind: _Kind
+    name: str
+    works: bool
+    detail: str
+    """What it still needs, or what it means."""
+
+
+class Report(Settings):
+    """All of it; `model_dump_json()` is for bug reports, `to_text()` for people."""
+
+    kd_pipeline: str
+    python: str
+    platform: str
+    num_cores: int
+    num_usable_cores: int
+    """Cores that this process may run on."""
+    memory_bytes: int
+    cuda_driver: str | None
+    """Newest CUDA version that the driver serves; None without a working driver."""
+    gpus: tuple[Gpu, ...]
+    checks: tuple[Check, ...]
+    """The NVIDIA driver first, then the packages."""
+    abilities: tuple[Ability, ...]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a loader and at least one teacher run."""
+        working = {ability.kind for ability in self.abilities if ability.works}
+        return {"loader", "teacher"} <= working
+
+    def to_text(self) -> str:
+        """Aligned lines for a terminal: the machine, the packages, what is usable."""
+        gpus = [("ok", f"GPU {number}", gpu.compute_capability, str(gpu)) for number, gpu in enumerate(self.gpus)]
+        checks = [
+            (check.status, check.name, check.version or "", "; ".join(filter(None, (check.detail, check.install))))
+            for check in self.checks
+        ]
+        abilities = [("yes" if item.works else "no", item.kind, item.name, item.detail) for item in self.abilities]
+        return "\n".join(
+            [
+                f"kd_pipeline {self.kd_pipeline}, Python {self.python}, {self.platform}",
+                f"{self.num_usable_cores} of {self.num_cores} cores, {self.memory_bytes / _GIB:.1f} GiB of memory",
+                "",
+                *_aligned([*checks[:1], *gpus, *checks[1:]]),
+                "",
+                "usable",
+                *_aligned(abilities),
+            ]
+        )
+
+
+def diagnose(*, timeout_s: float = 60.0) -> Report:
+    """Import every package that the library can use, try each out, and say what works.
+
+    This happens in processes of their own, so that a package that crashes or hangs is reported like one that raises.
+
+    Args:
+        timeout_s: seconds after which a package counts as hanging.
+    """
+    (driver,) = _ask(["NVIDIA driver"], has_gpu=False, timeout_s=timeout_s)
+    cuda_driver, found = driver.pop("cuda", None), driver.pop("gpus", [])
+    groups = [[name for name in group if found or name not in ("torch.cuda", "nvidia.dali (GPU)")] for group in _GROUPS]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        answers = pool.map(lambda names: list(_ask(names, has_gpu=bool(found), timeout_s=timeout_s)), groups)
+        checks = [Check(**answer) for answer in [driver, *chain.from_iterable(answers)]]
+    checks = [
+        check.model_copy(update={"install": _install_line(check.name, cuda_driver)})
+        if check.status == "missing"
+        else check
+        for check in checks
+    ]
+    by_name = {check.name: check for check in checks}
+    gpus = tuple(Gpu(**gpu, served_by=tuple(_serving(gpu["compute_capability"], by_name))) for gpu in found)
+    return Report(
+        kd_pipeline=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        num_cores=os.cpu_count() or 1,
+        num_usable_cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        cuda_driver=cuda_driver,
+        gpus=gpus,
+        checks=tuple(checks),
+        abilities=tuple(_abilities(by_name, gpus)),
+    )
+
+
+def _install_line(name: str, cuda_driver: str | None) -> str | None:
+    """What brings a missing package, with the wheels that suit the driver."""
+    if name == "NVIDIA driver":
+        return None
+    if name == "torch" or (name == "openvino" and cuda_driver):  # no extra for a GPU brings OpenVINO
+        return f"pip install {name}"
+    if cuda_driver:
+        base = "cu12" if cuda_driver.startswith("12.") else "cu13"
+    else:
+        base = "cu13" if name == "cuda.core" else "cpu"
+    return f"pip install 'kd_pipeline[{_EXTRAS.get(name, base)}]'"
+
+
+def _serving(compute_capability: str, checks: Mapping[str, Check]) -> Iterator[str]:
+    """The TensorRT packages that work here and support such a GPU."""
+    major, minor = map(int, compute_capability.split("."))
+    if checks["tensorrt"].status == "ok" and (major, minor) >= _TENSORRT_SINCE:
+        yield "tensorrt"
+    if compute_capability in checks["tensorrt_rtx"].capabilities:
+        yield "tensorrt_rtx"
+
+
+def _abilities(checks: Mapping[str, Check], gpus: Sequence[Gpu]) -> list[Ability]:
+    def ability(kind: _Kind, name: str, *needed: str) -> Ability:
+        """It needs the packages named; anything else that is named is known to be lacking."""
+        status = {one: checks[one].status if one in checks else "" for one in needed}
+        lacking = ", ".join(f"{one} ({state})" if state else one for one, state in status.items() if state != "ok")
+        return Ability(kind=kind, name=name, works=not lacking, detail=lacking and f"needs {lacking}")
+
+    served = [] if any(gpu.served_by for gpu in gpus) else ["a GPU that an installed TensorRT supports"]
+    # TensorRT-RTX builds without a GPU.
+    built = checks["tensorrt_rtx"].status == "ok" or (gpus and checks["tensorrt"].status == "ok")
+    builder = [] if built else ["tensorrt_rtx, or tensorrt and a GPU"]
+    found = [
+        ability("loader", "cpu", "nvidia.dali"),
+        *([ability("loader", "gpu", "nvidia.dali (GPU)")] if gpus else []),
+        ability("teacher", "pytorch", "torch"),
+        ability("teacher", "openvino", "openvino", "onnx"),
+        ability("teacher", "onnxruntime", "onnxruntime", "onnx"),
+        ability("teacher", "tensorrt", "cuda.core", *served),
+        ability("command", "export", "onnx", "onnxscript", "onnxruntime"),
+        ability("command", "build-engine", "onnx", "onnxscript", "onnxruntime", *builder),
+    ]
+    backend, file = ("tensorrt", "an engine or an ONNX file") if gpus else ("openvino", "an ONNX file")
+    works = all(item.works for item in found if item.kind == "teacher" and item.name in ("pytorch", backend))
+    takes = f"takes pytorch for a module and {backend} for {file}"
+    return [*found, Ability(kind="setting", name="backend: auto", works=works, detail=takes)]
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _ask(names: Sequence[str], *, has_gpu: bool, timeout_s: float) -> Iterator[_Answer]:
+    """One answer for each name, from a process that tries them in turn; after a crash, another one goes on."""
+    while names:
+        lines, failure = _try_out(names, has_gpu, timeout_s)
+        yield from map(json.loads, lines)
+        names = names[len(lines) :]
+        if names:
+            yield {"name": names[0], "status": "broken", "detail": failure}
+            names = names[1:]
+
+
+def _try_out(names: Sequence[str], has_gpu: bool, timeout_s: float) -> tuple[list[str], str]:
+    """The answers that a process gave, and why it gave no more."""
+    code = "import sys; from kd_pipeline.doctor import _answer; _answer(sys.argv[1] == 'gpu', sys.argv[2:])"
+    try:
+        done = subprocess.run(
+            # It finds the very modules that this process would, and none because of the folder it starts in.
+            [sys.executable, "-P", "-c", code, "gpu" if has_gpu else "no gpu", *names],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_s,
+        )
+    except subprocess.TimeoutExpired as exc:
+        return (exc.stdout or b"").decode().splitlines(), f"no answer within {timeout_s:g} s"
+    if done.returncode < 0:
+        failure = f"crashed with {signal.Signals(-done.returncode).name}"
+    else:
+        failure = f"ended Python with exit status {done.returncode}"
+    return done.stdout.decode().splitlines(), failure
+
+
+def _answer(has_gpu: bool, names: Sequence[str]) -> None:
+    """Try these packages and write a line of JSON about each; runs in the process of `_try_out`."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what packages print goes elsewhere
+    for name in names:
+        answer: _Answer = {"name": name}
+        try:
+            answer |= {"status": "ok", **_PROBES[name](has_gpu)}
+        except Exception as exc:
+            cause = exc.__cause__ if isinstance(exc, ImportError) and exc.__cause__ else exc
+            module = cause.name if isinstance(cause, ModuleNotFoundError) else None
+            if module is not None and f"{name}.".startswith((f"{module}.", f"{module} ")):
+                answer |= {"status": "missing"}
+            else:
+                detail = textwrap.shorten(f"{type(cause).__name__}: {cause}", 200)
+                answer |= {"status": "broken", "detail": detail}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _probe_driver(has_gpu: bool) -> _Answer:
+    """Ask the driver itself, so that no CUDA package need be there."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {"status": "missing", "detail": "no libcuda.so.1; everything runs on the CPU"}
+
+    def call(function: str, *arguments: Any) -> None:
+        if code := getattr(cuda, function)(*arguments):
+            text = ctypes.c_char_p()
+            cuda.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{function}: {(text.value or b'').decode() or code}")
+
+    def number(function: str, *arguments: Any) -> int:
+        value = ctypes.c_int()
+        call(function, ctypes.byref(value), *arguments)
+        return value.value
+
+    call("cuInit", 0)
+    gpus = []
+    for index in range(number("cuDeviceGetCount")):
+        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
+        call("cuDeviceGetName", name, len(name), index)
+        call("cuDeviceTotalMem_v2", ctypes.byref(memory), index)
+        major, minor = (number("cuDeviceGetAttribute", attribute, index) for attribute in (75, 76))
+        gpus.append(
+            {"name": name.value.decode(), "compute_capability": f"{major}.{minor}", "memory_bytes": memory.value}
+        )
+    cuda_version = number("cuDriverGetVersion")
+    newest = f"{cuda_version // 1000}.{cuda_version % 1000 // 10}"
+    return {"version": _driver_version(), "detail": f"serves CUDA {newest}", "cuda": newest, "gpus": gpus}
+
+
+def _driver_version() -> str | None:
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    text = ctypes.create_string_buffer(96)
+    failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
+    return None if failed else text.value.decode()
+
+
+def _probe_torch(has_gpu: bool) -> _Answer:
+    import torch
+
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return {"version": torch.__version__, "detail": build}
+
+
+def _probe_torch_cuda(has_gpu: bool) -> _Answer:
+    import torch
+
+    devices = [f"cuda:{index}" for index in range(max(1, torch.cuda.device_count()))]
+    for device in devices:  # the first one also where torch sees none: using it says why
+        torch.ones(2, device=device).sum().item()
+    return {"version": torch.version.cuda, "detail": f"computes on {', '.join(devices)}"}
+
+
+def _probe_dali(has_gpu: bool) -> _Answer:
+    return _decode("cpu")
+
+
+def _probe_dali_gpu(has_gpu: bool) -> _Answer:
+    return _decode("mixed")
+
+
+def _decode(device: str) -> _Answer:
+    """Have DALI decode and resize a small JPEG."""
+    import numpy as np  # here, because a broken one is what a doctor is called for
+    from PIL import Image
+
+    dali, fn = require("nvidia.dali", extra="cpu"), require("nvidia.dali.fn", extra="cpu")
+    jpeg = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(jpeg, "JPEG")
+    pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None if device == "cpu" else 0)
+    with pipeline:
+        encoded = fn.external_source(source=lambda: [np.frombuffer(jpeg.getvalue(), np.uint8)])
+        pipeline.set_outputs(fn.resize(fn.decoders.image(encoded, device=device), size=16))
+    pipeline.build()
+    (images,) = pipeline.run()
+    if tuple(images.shape()[0]) != (16, 16, 3):
+        raise RuntimeError(f"a JPEG came out of it with shape {images.shape()[0]}")
+    return {"version": dali.__version__, "detail": f"decodes on the {'CPU' if device == 'cpu' else 'GPU'}"}
+
+
+def _probe_cuda_core(has_gpu: bool) -> _Answer:
+    core, bindings = require("cuda.core", extra="cu13"), require("cuda.bindings", extra="cu13")
+    if has_gpu:
+        core.Device(0).set_current()
+    return {"version": core.__version__, "detail": f"on cuda-bindings {bindings.__version__}"}
+
+
+def _probe_onnxruntime(has_gpu: bool) -> _Answer:
+    onnxruntime = require("onnxruntime", extra="cpu")
+    providers = onnxruntime.get_available_providers()
+    return {"version": onnxruntime.__version__, "detail": ", ".join(providers), "capabilities": providers}
+
+
+def _probe_openvino(has_gpu: bool) -> _Answer:
+    openvino = require("openvino", extra="cpu")
+    core = openvino.Core()
+    found = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    precisions = [ours for own, ours in _PRECISIONS.items() if own in found]
+    name = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
+    return {
+        "version": openvino.__version__.partition("-")[0],
+        "detail": f"{', '.join(precisions)} on {name}",
+        "capabilities": precisions,
+    }
+
+
+def _probe_tensorrt(has_gpu: bool) -> _Answer:
+    trt = require("tensorrt", extra="trt")
+    return _build(trt) if has_gpu else {"version": trt.__version__, "detail": "needs a GPU, also to build"}
+
+
+def _probe_tensorrt_rtx(has_gpu: bool) -> _Answer:
+    trt = require("tensorrt_rtx", extra="rtx")
+    numbers = [name.removeprefix("SM") for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    capabilities = [f"{number[:-1]}.{number[-1]}" for number in numbers]
+    answer = _build(trt)
+    return answer | {"detail": f"{answer['detail']} for {', '.join(capabilities)}", "capabilities": capabilities}
+
+
+def _build(trt: ModuleType) -> _Answer:
+    """Construct TensorRT's runtime and build an engine of one layer."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    trt.Runtime(logger)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    layer = network.add_activation(network.add_input("images", trt.float32, (1, 3)), trt.ActivationType.RELU)
+    network.mark_output(layer.get_output(0))
+    if builder.build_serialized_network(network, builder.create_builder_config()) is None:
+        raise RuntimeError("it does not build a network of one layer")
+    return {"version": trt.__version__, "detail": "builds engines"}
+
+
+def _probe_import(module: ModuleType) -> _Answer:
+    return {"version": module.__version__}
+
+
+_PROBES: dict[str, Callable[[bool], _Answer]] = {
+    "NVIDIA driver": _probe_driver,
+    "torch": _probe_torch,
+    "torch.cuda": _probe_torch_cuda,
+    "torchvision": lambda has_gpu: _probe_import(require("torchvision", extra="timm")),
+    "timm": lambda has_gpu: _probe_import(require("timm", extra="timm")),
+    "lightning": lambda has_gpu: _probe_import(require("lightning", extra="train")),
+    "nvidia.dali": _probe_dali,
+    "nvidia.dali (GPU)": _probe_dali_gpu,
+    "cuda.core": _probe_cuda_core,
+    "onnx": lambda has_gpu: _probe_import(require("onnx", extra="cpu")),
+    "onnxscript": lambda has_gpu: _probe_import(require("onnxscript", extra="cpu")),
+    "onnxruntime": _probe_onnxruntime,
+    "openvino": _probe_openvino,
+    "tensorrt": _probe_tensorrt,
+    "tensorrt_rtx": _probe_tensorrt_rtx,
+}
+"""Each is told whether there is a GPU, and returns fields of a `Check` or raises what is wrong."""
