@@ -34,5 +34,5 @@ $(VENV)/installed-demo: $(METADATA) | $(BIN)/python
 
 $(VENV)/installed-test: $(METADATA) | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes a few minutes and about 7 GB, most of it torch's CUDA libraries"
-	$(INSTALL) '.[cpu,train,demo,bench,dev]'
+	$(INSTALL) '.[cpu,rtx,train,timm,demo,bench,dev]'
 	@touch $@

@@ -1,0 +1,151 @@
+"""`tools/build_engine.py` as a user types it."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+from kd_pipeline.cli import main
+from kd_pipeline.engine.parity import exam_path
+from kd_pipeline.teachers.engine_file import read_engine, read_manifest
+from tests.models import NUM_CLASSES
+from tests.teachers.onnx_models import linear_model
+
+TOOL = Path(__file__).parents[2] / "tools" / "build_engine.py"
+
+
+def build(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where models that were exported once are found again."""
+    return tmp_path_factory.mktemp("workplace")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+def test_a_model_of_timm_becomes_an_engine_for_batches_of_1_to_64(workplace: Path, name: str, precision: str) -> None:
+    engine, file = workplace / f"{name}.{precision}.engine", workplace / f"{name}.onnx"
+    model = ("--onnx", file) if file.exists() else ("--timm", name)
+    result = build(workplace, *model, "--precision", precision, "--batch", 1, 32, 64)
+    assert result.returncode == 0, result.stderr
+    found = read_engine(engine)
+    assert found.manifest is not None
+    assert found.manifest.parity.cosine >= 0.999 and found.manifest.parity.top1_agreement >= 0.99
+    assert [(each.min, each.opt, each.max) for each in found.manifest.profiles] == [(1, 32, 64)]
+    assert str(found.manifest.outputs["logits"]) == "[N, 1000] float32"
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if not line.startswith(" "))
+    assert lines["engine"] == str(engine)
+    assert lines["precision"].startswith(precision)
+    assert lines["images"] == "[N, 3, 224, 224] float32, 1 to 64 (best at 32) at a time"
+    assert lines["parity"].startswith("to float32: cosine ")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_int8_takes_its_images_from_a_config(
+    photo_folder: Path, exported: Callable[[int], Path], tmp_path: Path
+) -> None:
+    config = tmp_path / "photos.yaml"
+    config.write_text(
+        f"""
+        data:
+          batch_size: 8
+          train:
+            source: {{kind: image_folder, root: {photo_folder}}}
+            transform: {{preset: train, size: 32}}
+        """
+    )
+    engine = tmp_path / "teacher.engine"
+    arguments = ("--onnx", exported(0), "--precision", "int8", "--calibrate", config, "--save-engine", engine)
+    assert build(tmp_path, *arguments).returncode == 0
+    manifest = read_manifest(engine)
+    assert (manifest.parity.images, manifest.parity.num_images) == (f"the training split of {config}", 37)
+    assert manifest.calibration_sha256 is not None
+    assert f"--calibrate {config}" in manifest.command
+    again = build(tmp_path, *arguments)
+    assert f"{engine} is there already" in again.stderr
+
+
+def test_trtexec_s_words_for_shapes_and_files_are_understood(exported: Callable[[int], Path], tmp_path: Path) -> None:
+    engine = tmp_path / "teacher.engine"
+    shapes = [f"--{name}Shapes=images:{batch}x3x32x32" for name, batch in (("min", 2), ("opt", 4), ("max", 6))]
+    assert main(["build-engine", f"--onnx={exported(0)}", f"--saveEngine={engine}", *shapes]) == 0
+    (profile,) = read_manifest(engine).profiles
+    assert (profile.min, profile.opt, profile.max) == (2, 4, 6)
+
+
+def test_without_a_name_the_engine_lies_beside_the_model(exported: Callable[[int], Path], tmp_path: Path) -> None:
+    file = tmp_path / "my.teacher.onnx"
+    file.write_bytes(exported(0).read_bytes())
+    assert main(["build-engine", "--onnx", str(file)]) == 0
+    assert (tmp_path / "my.teacher.fp32.engine").exists() and exam_path(tmp_path / "my.teacher.fp32.engine").exists()
+
+
+def test_a_factory_s_own_module_is_allowed_by_its_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    engine = tmp_path / "own.engine"
+    arguments = ["--factory", "tests.models:LogitsOnly", "--image-size", "32", "--save-engine", str(engine)]
+    assert main(["build-engine", *arguments, "--classes", "names.json"]) == 1
+    assert "names.json" in capsys.readouterr().err
+    Path("names.json").write_text(json.dumps([f"kind {number}" for number in range(NUM_CLASSES)]))
+    assert main(["build-engine", *arguments, "--classes", "names.json"]) == 0
+    assert read_manifest(engine).classes == tuple(f"kind {number}" for number in range(NUM_CLASSES))
+    assert (tmp_path / "own.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --onnx, --timm, --torchvision, --factory, got none of them"),
+        (["--onnx", "FILE", "--timm", "resnet18"], "got --onnx and --timm"),
+        (["--onnx", "FILE", "--pretrained"], "--pretrained is for a model by name"),
+        (["--onnx", "nowhere.onnx"], "nowhere.onnx: there is no such file"),
+        (["--onnx", "FILE", "--batch", "4", "2", "8"], "a profile needs min <= opt <= max, got 4, 2, 8"),
+        (["--onnx", "FILE", "--batch", "0", "2", "8"], "--min: Input should be greater than or equal to 1, got 0"),
+        (["--onnx", "FILE", "--max-shapes", "images:8x3x8x8"], "give --min-shapes, --opt-shapes and --max-shapes tog"),
+        (["--onnx", "FILE", *["--min-shapes", "a:1x3x8x8"], *["--opt-shapes", "a:1x3x8x8"], *["--max-shapes", "a:8"]],
+         "is called 'images', and the shape a:1x3x8x8 is for 'a'"),
+        (["--onnx", "FILE", *["--min-shapes", "1x3x8x8"], *["--opt-shapes", "x"], *["--max-shapes", "y"]],
+         "a shape is NAME:NxCxHxW, such as images:1x3x224x224, got 1x3x8x8"),
+        (["--onnx", "FILE", "--input-mean", "0.5", "0.5", "0.5"], "--input-mean and --input-std belong together"),
+        (["--onnx", "FILE", "--image-size", "16"], "takes images of 8 x 8, wanted are 16 x 16"),
+        (["--onnx", "FILE", "--half-io"], "half_io goes with fp16 and bf16, and the precision is fp32"),
+        (["--onnx", "FILE", "--builder-optimization-level", "9"], "--builder-optimization-level: Input should be less"),
+        (["--onnx", "FILE", "--outputs", "polled"], "did you mean 'pooled'"),
+        (["--onnx", "FILE", "--precision", "int8"], "there are none; pass samples"),
+        (["--onnx", "FILE", "--precision", "int8", "--calibrate", "no.yaml"], "no.yaml"),
+        (["--timm", "resnet81"], "did you mean 'resnet18'"),
+        (["--factory", "nowhere:f"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_is_one_message_without_a_traceback(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(linear_model(), "teacher.onnx")
+    assert main(["build-engine", *("teacher.onnx" if word == "FILE" else word for word in arguments)]) == 1
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("kd-pipeline: ") and message in error
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("*.engine"))

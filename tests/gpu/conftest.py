@@ -1,0 +1,142 @@
+"""Teachers on a real GPU. Without one everything here is skipped; without a TensorRT for it, TensorRT's tests are."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from kd_pipeline.engine import export_onnx
+from kd_pipeline.errors import MissingPackageError
+from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
+from kd_pipeline.teachers.engine_file import Profile
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
+from kd_pipeline.tensorrt_package import open_tensorrt
+from tests.models import CLASSES, IMAGE_SHAPE, ConvNet
+
+MAX_BATCH = 16
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.gpu)
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@cache
+def why_no_tensorrt() -> str | None:
+    """Why no TensorRT runs on this GPU, or None where one should, and where its failure is a failure."""
+    try:
+        runtime = open_tensorrt().runtime
+    except MissingPackageError as exc:
+        return str(exc)
+    major, minor = torch.cuda.get_device_capability()
+    if runtime == "tensorrt_rtx" and major not in (8, 12) and (major, minor) != (7, 5):
+        return f"TensorRT-RTX is not made for compute capability {major}.{minor}"
+    return None
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """`exported(seed)` is the ONNX file of `ConvNet(seed)`; do not change it."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @cache
+    def export(seed: int) -> Path:
+        return export_onnx(ConvNet(seed), folder / f"{seed}.onnx", image_shape=IMAGE_SHAPE, classes=CLASSES)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory, exported: Callable[[int], Path]) -> Callable[..., Path]:
+    """`engine(precision)` is an engine of `ConvNet(seed)` for 1 to 16 images, tuned for 8."""
+    if reason := why_no_tensorrt():
+        pytest.skip(reason)
+    from kd_pipeline.engine.build import BuildSettings, build_engine
+
+    folder = tmp_path_factory.mktemp("engines")
+
+    @cache
+    def build(precision: str = "fp32", seed: int = 0) -> Path:
+        settings = BuildSettings(
+            onnx=exported(seed),
+            precision=precision,
+            profiles=(Profile(min=1, opt=8, max=MAX_BATCH),),
+            runtime="auto",
+        )
+        return build_engine(settings, save_engine=folder / f"{precision}-{seed}.engine")
+
+    return build
+
+
+@pytest.fixture
+def open_engine(engine: Callable[..., Path], device: torch.device) -> Iterator[Callable[..., Teacher]]:
+    """Opens engines, and closes them after the test."""
+    opened: list[Teacher] = []
+
+    def make(precision: str = "fp32", seed: int = 0, **settings: Any) -> Teacher:
+        settings = TeacherSettings(backend="tensorrt", engine=engine(precision, seed), **settings)
+        opened.append(open_teacher(settings, image_shape=IMAGE_SHAPE, device=device))
+        return opened[-1]
+
+    yield make
+    for teacher in opened:
+        teacher.close()
+
+
+@pytest.fixture(params=["pytorch", "tensorrt"])
+def teacher(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Teacher]:
+    """`ConvNet(0)` on the GPU, by each runtime that there is."""
+    if request.param == "pytorch":
+        opened: Teacher = PyTorchTeacher(ConvNet(), image_shape=IMAGE_SHAPE, device=device)
+    else:
+        opened = request.getfixturevalue("open_engine")()
+    yield opened
+    opened.close()
+
+
+@contextmanager
+def nothing_may_wait() -> Iterator[None]:
+    """Inside, an operation of torch's that waits for the GPU is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class Recycled:
+    """Device memory of somebody who fills it with NaN, on a stream of their own, when nobody holds it any more."""
+
+    kept: ClassVar[list[torch.Tensor]] = []
+    """All such memory, so that torch does not hand it out again."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._memory = values.clone()
+        self.kept.append(self._memory)
+        self._others = torch.cuda.Stream(values.device)
+        self.__cuda_array_interface__ = self._memory.__cuda_array_interface__
+        torch.cuda.synchronize(values.device)
+
+    def __del__(self) -> None:
+        with torch.cuda.stream(self._others):
+            self._memory.fill_(float("nan"))
+
+
+def recycled(values: torch.Tensor) -> torch.Tensor:
+    """A copy of `values` on the GPU that is gone as soon as nobody holds it, as a buffer of DALI's may be."""
+    return torch.as_tensor(Recycled(values), device=values.device)

@@ -1,0 +1,120 @@
+"""The whole line on a real GPU: DALI decodes there, the teacher and the student read the one buffer, nothing waits."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd_pipeline.data.source import ImageFolder
+from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.teachers import Teacher
+from tests.gpu.conftest import nothing_may_wait
+from tests.models import ConvNet
+from tests.streams import EVAL, TRAIN, assert_same, fields
+
+LONG = 200_000_000
+"""Clock cycles, about a tenth of a second."""
+
+
+@pytest.fixture
+def open_loader(photo_folder: Any, device: torch.device) -> Iterator[Callable[..., KDDataLoader]]:
+    """Opens loaders over the photographs, and closes them after the test."""
+    source, opened = ImageFolder(photo_folder), []
+
+    def make(transform: Any = TRAIN, teacher: Teacher | None = None, **options: Any) -> KDDataLoader:
+        opened.append(KDDataLoader(source, transform, teacher, device=device, batch_size=8, seed=5, **options))
+        return opened[-1]
+
+    yield make
+    for loader in opened:
+        loader.close()
+
+
+def epoch(loader: KDDataLoader) -> list[dict[str, Tensor]]:
+    """All batches of an epoch, on the CPU."""
+    return [{name: tensor.cpu() for name, tensor in fields(batch).items()} for batch in loader]
+
+
+def test_everything_is_on_the_gpu_and_the_last_batch_may_be_short(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher, device: torch.device
+) -> None:
+    batches = [fields(batch) for batch in open_loader(EVAL, teacher, shuffle=False)]
+    assert [len(batch["images"]) for batch in batches] == [8, 8, 8, 8, 5]
+    assert all(tensor.device == device for batch in batches for tensor in batch.values())
+
+
+def test_the_logits_of_a_batch_are_those_of_its_own_images(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher
+) -> None:
+    network = ConvNet().eval()
+    for batch in epoch(open_loader(TRAIN, teacher)):
+        wanted = network(batch["images"])["logits"].detach()
+        torch.testing.assert_close(batch["logits"], wanted, rtol=0, atol=5e-3 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("ahead", [1, 2])
+def test_how_far_the_teacher_is_ahead_changes_nothing(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher, ahead: int
+) -> None:
+    assert_same(epoch(open_loader(TRAIN, teacher, ahead=ahead)), epoch(open_loader(TRAIN, teacher, ahead=0)))
+
+
+def test_teacher_and_student_read_one_buffer(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    infer = teacher._infer
+
+    def spy(images: Tensor) -> dict[str, Tensor]:
+        read.append(images.data_ptr())
+        return infer(images)
+
+    monkeypatch.setattr(teacher, "_infer", spy)
+    handed_out = [batch.images.data_ptr() for batch in open_loader(TRAIN, teacher)]
+    assert handed_out == read
+    assert all(address % 256 == 0 for address in read)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_torch_never_waits_for_the_gpu_in_a_step(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher, ahead: int
+) -> None:
+    loader = open_loader(TRAIN, teacher, ahead=ahead)
+    for _ in loader:
+        pass
+    with nothing_may_wait():
+        sums = [batch.images.sum() + batch.teacher["logits"].sum() for batch in loader]
+    assert torch.stack(sums).isfinite().all()
+
+
+def test_a_step_returns_while_the_student_is_still_at_work(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher, device: torch.device
+) -> None:
+    loader = open_loader(TRAIN, teacher, ahead=1)
+    for _ in loader:
+        pass
+    batches = iter(loader)
+    next(batches)
+    torch.cuda._sleep(10 * LONG)
+    student = torch.cuda.current_stream(device).record_event()
+    next(batches)
+    assert not student.query()
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_slow_student_reads_its_own_batch_however_far_the_loader_has_gone(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher, device: torch.device, ahead: int
+) -> None:
+    """Each batch is dropped before the student's stream has come to it, so its buffers could be used anew."""
+    wanted = [
+        batch["images"].double().sum() + batch["logits"].double().sum() for batch in epoch(open_loader(TRAIN, teacher))
+    ]
+    student, found = torch.cuda.Stream(device), []
+    with torch.cuda.stream(student):
+        for batch in open_loader(TRAIN, teacher, ahead=ahead):
+            torch.cuda._sleep(LONG)
+            found.append(batch.images.double().sum() + batch.teacher["logits"].double().sum())
+            del batch
+    torch.testing.assert_close(torch.stack(found).cpu(), torch.stack(wanted), rtol=1e-9, atol=1e-6)

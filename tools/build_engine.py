@@ -1,0 +1,13 @@
+"""Build a TensorRT engine from an ONNX file or a model by name; the same as `kd-pipeline build-engine`.
+
+python tools/build_engine.py --onnx teacher.onnx --precision fp16
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from kd_pipeline.cli import main
+
+sys.exit(main(["build-engine", *sys.argv[1:]]))
