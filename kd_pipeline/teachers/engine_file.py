@@ -129,7 +129,7 @@ class Manifest(Recipe):
     outputs: dict[str, TensorIO]
     """By the teacher's name for the output; `logits` is among them."""
     kept_float32: tuple[str, ...]
-    """Nodes that stayed in float32: their values leave the range of float16, or TensorRT lacks them in half precision."""
+    """Nodes that stayed in float32: for the range of their values, or because TensorRT lacks them in half precision."""
     parity: Parity
     onnx: str
     """The ONNX file it was built from, where it was then."""
