@@ -104,7 +104,7 @@ def test_a_shape_that_the_file_refuses_is_tensorrt_s_own_text(exported: Callable
 
 def test_a_builder_that_is_killed_is_an_error_with_its_signal(exported: Callable[[int], Path], tmp_path: Path) -> None:
     def kill(line: str) -> None:
-        (child,) = psutil.Process().children()
+        (child,) = [each for each in psutil.Process().children() if str(tmp_path / "job.json") in each.cmdline()]
         child.kill()
 
     with pytest.raises(EngineError, match="the process of TensorRT's builder ended of signal SIGKILL"):
