@@ -1,11 +1,12 @@
-"""Networks by name: timm's, torchvision's, the user's own factory, and a small one of our own."""
+"""Networks by name: timm's, torchvision's, the user's own factory, and small ones of our own."""
 
 import difflib
 import importlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ from kd_pipeline.errors import ConfigError
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
 
-__all__ = ["DefaultInput", "ModelSettings", "default_input", "open_model", "small_resnet"]
+__all__ = ["DefaultInput", "ModelSettings", "cifar_resnet", "default_input", "open_model", "small_resnet"]
 
 _MAX_NAMED = 5
 """Most keys of one kind that a message about a checkpoint lists."""
@@ -26,12 +27,14 @@ _PREFIXES = ("module.", "model.", "student.", "_orig_mod.")
 
 
 class ModelSettings(Settings):
-    """Which network to build, and its weights. Exactly one of `timm`, `torchvision` and `factory` says which."""
+    """Which network to build, and its weights. Exactly one of the first four says which."""
 
     timm: str | None = None
     """Name in timm, such as `resnet18` or, with the weights meant, `resnet18.a1_in1k`."""
     torchvision: str | None = None
     """Name of a classifier in torchvision."""
+    builtin: Literal["small_resnet", "resnet8x4", "resnet32x4"] | None = None
+    """One of our own for small images: `small_resnet`, or the two that papers on CIFAR-100 distil between."""
     factory: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")
     """A function of your own that returns an `nn.Module`, as `package.module:function`."""
     kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
@@ -45,13 +48,12 @@ class ModelSettings(Settings):
 
     @model_validator(mode="after")
     def _names_one_network(self) -> Self:
-        given = [name for name in ("timm", "torchvision", "factory") if getattr(self, name) is not None]
+        names = ("timm", "torchvision", "builtin", "factory")
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"set one of timm, torchvision and factory, got {' and '.join(given) or 'none of them'}")
-        if self.pretrained and self.factory is not None:
-            raise ValueError(
-                "pretrained means nothing to a factory; set checkpoint, or load the weights in the factory"
-            )
+            raise ValueError(f"set one of {', '.join(names)}, got {' and '.join(given) or 'none of them'}")
+        if self.pretrained and given[0] in ("builtin", "factory"):
+            raise ValueError(f"pretrained means nothing to a {given[0]}; set checkpoint to a file with the weights")
         if self.pretrained and self.checkpoint is not None:
             raise ValueError(f"two sets of weights: pretrained and checkpoint: {self.checkpoint}; give one of them")
         return self
@@ -96,6 +98,69 @@ def small_resnet(num_classes: int, *, width: int, num_stages: int = 3) -> nn.Seq
     stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     stages = [_Block(num_in, num_out, stride=2) for num_in, num_out in zip([width, *widths], widths, strict=False)]
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
+class _CifarBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut that is the identity wherever it can be."""
+
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(num_out),
+            nn.ReLU(),
+            nn.Conv2d(num_out, num_out, 3, padding=1, bias=False),
+            nn.BatchNorm2d(num_out),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or num_in != num_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = nn.functional.relu(self.body(images) + self.shortcut(images))
+        return out
+
+
+def cifar_resnet(depth: int, num_classes: int, *, width: int = 32) -> nn.Module:
+    """The residual network of depth 6n + 2 for 32x32 images (He et al., arXiv 1512.03385, section 4.2), made wider.
+
+    The stem has `width` channels and the three stages have 2, 4 and 8 times as many: with 32 these are the networks
+    that Tian et al. (arXiv 1910.10699) call resnet8x4 and resnet32x4. Layers are called `stem`, `layer1` to `layer3`
+    and `head`.
+    """
+    if depth < 8 or depth % 6 != 2:
+        raise ConfigError(f"the depth of a residual network for CIFAR is 8, 14, 20, ..., got {depth}")
+    stages: dict[str, nn.Module] = {}
+    num_in = width
+    for number in (1, 2, 3):
+        num_out, stride = width * 2**number, 1 if number == 1 else 2
+        blocks = [
+            _CifarBlock(num_in if block == 0 else num_out, num_out, stride if block == 0 else 1)
+            for block in range((depth - 2) // 6)
+        ]
+        stages[f"layer{number}"] = nn.Sequential(*blocks)
+        num_in = num_out
+    net = nn.Sequential()
+    net.add_module(
+        "stem", nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+    )
+    for name, stage in stages.items():
+        net.add_module(name, stage)
+    net.add_module("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    net.add_module("head", nn.Linear(num_in, num_classes))
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+def _builtin(name: str, *, num_classes: int = 10, width: int = 32) -> nn.Module:
+    match name:
+        case "resnet8x4":
+            return cifar_resnet(8, num_classes, width=width)
+        case "resnet32x4":
+            return cifar_resnet(32, num_classes, width=width)
+    return small_resnet(num_classes, width=width)
 
 
 def open_model(settings: ModelSettings, *, plugins: Collection[str] = ()) -> nn.Module:
@@ -157,6 +222,8 @@ def _builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Callabl
         if settings.torchvision not in names:
             raise _unknown("torchvision", settings.torchvision, names)
         return models.get_model_builder(settings.torchvision), f"torchvision's {settings.torchvision}"
+    if settings.builtin is not None:
+        return partial(_builtin, settings.builtin), f"the builtin {settings.builtin}"
     assert settings.factory is not None
     return _import_factory(settings.factory, plugins), f"the factory {settings.factory}"
 
@@ -178,6 +245,8 @@ def _import_factory(factory: str, plugins: Collection[str]) -> Callable[..., Any
         module = importlib.import_module(name)
     except ImportError as exc:
         raise ConfigError(f"the plugin {name} cannot be imported ({exc}); add its folder to PYTHONPATH") from exc
+    except Exception as exc:  # it is the user's own code
+        raise ConfigError(f"the plugin {name} cannot be imported ({type(exc).__name__}: {exc}); correct it") from exc
     found: object = getattr(module, function, None)
     if not callable(found):
         raise ConfigError(f"{module.__file__} has no function called {function!r}; correct factory: {factory}")

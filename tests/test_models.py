@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models import ModelSettings, default_input, open_model, small_resnet
+from kd_pipeline.models import ModelSettings, cifar_resnet, default_input, open_model, small_resnet
 
 FACTORY = f"{__name__}:tiny"
 
@@ -95,7 +95,7 @@ def test_an_argument_that_the_network_does_not_take_is_named(library: str) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "set one of timm, torchvision and factory, got none of them"),
+        ({}, "set one of timm, torchvision, builtin, factory, got none of them"),
         ({"timm": "resnet18", "torchvision": "resnet18"}, "got timm and torchvision"),
         ({"factory": "nets:make", "pretrained": True}, "pretrained means nothing to a factory"),
         ({"timm": "resnet18", "pretrained": True, "checkpoint": "a.pt"}, "two sets of weights: .* checkpoint: a.pt"),
@@ -142,6 +142,18 @@ def test_a_factory_runs_only_with_permission_for_its_very_module(
 def test_a_factory_that_gives_no_network_is_a_config_error(factory: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_model(ModelSettings(factory=factory), plugins=[factory.partition(":")[0]])
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [("def make(:", "SyntaxError: "), ("1 / 0", "ZeroDivisionError: division")]
+)
+def test_a_factory_s_module_that_fails_is_a_config_error_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
+) -> None:
+    (tmp_path / "broken_nets.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"the plugin broken_nets cannot be imported \({reason}"):
+        open_model(ModelSettings(factory="broken_nets:make"), plugins=["broken_nets"])
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "student", "model_state_dict"])
@@ -250,3 +262,15 @@ def test_a_timm_network_says_what_images_it_was_trained_on() -> None:
     assert given is not None
     assert given == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (224, 224))
     assert default_input(small_resnet(10, width=4)) is None
+
+
+@pytest.mark.parametrize(("name", "num_parameters"), [("resnet8x4", 1_233_540), ("resnet32x4", 7_433_860)])
+def test_the_networks_of_the_papers_on_cifar_have_as_many_parameters_as_theirs(name: str, num_parameters: int) -> None:
+    net = open_model(ModelSettings(builtin=name, num_classes=100))
+    assert sum(parameter.numel() for parameter in net.parameters()) == num_parameters
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_a_depth_that_makes_no_whole_stages_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is 8, 14, 20, .*, got 10"):
+        cifar_resnet(10, 10)

@@ -1,6 +1,6 @@
 """From parsed arguments to a room's settings, with errors that name the option."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,8 +12,13 @@ __all__ = ["checked"]
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def checked(model: Callable[..., Model], **values: Any) -> Model:
+def checked(model: Callable[..., Model], options: Mapping[str, str] | None = None, /, **values: Any) -> Model:
     """`model(**values)`, where a value that it refuses is an error of the option of that name.
+
+    Args:
+        model: the settings.
+        options: the option by field, where its name is another one.
+        values: what was typed.
 
     Raises:
         ConfigError: what is wrong with which option.
@@ -26,5 +31,7 @@ def checked(model: Callable[..., Model], **values: Any) -> Model:
             if each["type"] == "value_error":
                 problems.append(str(each["ctx"]["error"]))
             else:
-                problems.append(f"--{str(each['loc'][0]).replace('_', '-')}: {each['msg']}, got {each['input']!r}")
+                field = str(each["loc"][0])
+                option = (options or {}).get(field, field.replace("_", "-"))
+                problems.append(f"--{option}: {each['msg']}, got {each['input']!r}")
         raise ConfigError("; ".join(problems)) from None

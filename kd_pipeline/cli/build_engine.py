@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["add_to"]
 
 _DEFAULT_SIZE = 224
+_EXPORT_BATCH = 8
+"""Largest batch that the export is tried on; the build tries larger ones."""
+_MODELS = ("timm", "torchvision", "factory")
 _EXAMPLES = """\
 examples:
   kd-pipeline build-engine --onnx teacher.onnx --precision fp16
@@ -97,10 +101,15 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.engine.build import build_engine
     from kd_pipeline.teachers.engine_file import read_manifest
+    from kd_pipeline.tensorrt_package import open_tensorrt
 
-    settings = _settings(parsed)
-    engine = parsed.save_engine or settings.onnx.with_suffix(f".{settings.precision}.engine")
-    built = build_engine(settings, save_engine=engine, samples=_samples(parsed), report=_say)
+    # All that was typed is checked before a model is exported, which can take minutes.
+    settings, samples = _settings(parsed), _samples(parsed)
+    if parsed.onnx is None:
+        open_tensorrt(settings.runtime)
+        _export(parsed, settings.onnx)
+    engine = parsed.save_engine or settings.onnx.parent / f"{settings.onnx.stem}.{settings.precision}.engine"
+    built = build_engine(settings, save_engine=engine, samples=samples, report=_say)
     for name, value in _table(built, read_manifest(built)):
         print(f"{name:<11}{value}")
     return 0
@@ -114,7 +123,7 @@ def _settings(parsed: argparse.Namespace) -> "BuildSettings":
     from kd_pipeline.engine.build_settings import BuildSettings
 
     onnx = _onnx(parsed)
-    profiles, size = _profiles(parsed, onnx)
+    profiles, size = _profiles(parsed)
     return checked(
         BuildSettings,
         onnx=onnx,
@@ -141,38 +150,45 @@ def _adapter(parsed: argparse.Namespace) -> "InputAdapter | None":
 
     mean, std, size = parsed.input_mean, parsed.input_std, parsed.input_size
     if mean is None and std is None and size is None:
+        if parsed.from_mean or parsed.from_std:
+            raise ConfigError("--from-mean and --from-std say what --input-mean and --input-std start from; give those")
         return None
     if (mean is None) != (std is None):
         raise ConfigError("--input-mean and --input-std belong together; give both, three numbers each")
     from_mean, from_std = parsed.from_mean or IMAGENET_MEAN, parsed.from_std or IMAGENET_STD
-    return checked(
-        InputAdapter, mean=mean or from_mean, std=std or from_std, size=size, from_mean=from_mean, from_std=from_std
-    )
+    options = {name: f"input-{name}" for name in ("mean", "std", "size")}
+    values = {"mean": mean or from_mean, "std": std or from_std, "size": size}
+    return checked(InputAdapter, options, **values, from_mean=from_mean, from_std=from_std)
 
 
 def _onnx(parsed: argparse.Namespace) -> Path:
-    """The ONNX file: the one that was named, or the model that was named, exported beside the engine."""
-    names = ("onnx", "timm", "torchvision", "factory")
+    """The ONNX file: the one that was named, or where the model that was named will be exported."""
+    names = ("onnx", *_MODELS)
     given = [name for name in names if getattr(parsed, name) is not None]
     if len(given) != 1:
         found = " and ".join(f"--{name}" for name in given) or "none of them"
         raise ConfigError(f"give one of {', '.join(f'--{name}' for name in names)}, got {found}")
     onnx: Path | None = parsed.onnx
     if onnx is None:
-        return _export(parsed, given[0])
+        stem = re.sub(r"[^\w.-]+", "_", getattr(parsed, given[0]))
+        engine: Path = parsed.save_engine or Path(f"{stem}.engine")
+        return engine.parent / f"{engine.stem}.onnx"
     for name in ("checkpoint", "pretrained", "num_classes"):
         if getattr(parsed, name):
             raise ConfigError(f"--{name.replace('_', '-')} is for a model by name; the weights of {onnx} are in it")
     return onnx
 
 
-def _export(parsed: argparse.Namespace, kind: str) -> Path:
+def _export(parsed: argparse.Namespace, onnx: Path) -> None:
+    """Export the model that was named to `onnx`; what lies there already is kept, and must be that model."""
     import torch
 
     from kd_pipeline.engine.export import export_onnx
     from kd_pipeline.models import ModelSettings, default_input, open_model
+    from kd_pipeline.teachers.onnx_file import read_onnx
 
-    names = {name: getattr(parsed, name) for name in ("timm", "torchvision", "factory")}
+    names = {name: getattr(parsed, name) for name in _MODELS}
+    (name,) = (name for name in names.values() if name is not None)
     settings = checked(
         ModelSettings,
         **names,
@@ -183,19 +199,26 @@ def _export(parsed: argparse.Namespace, kind: str) -> Path:
     torch.manual_seed(0)  # the same random weights at every call
     # Who types the factory's name allows it to run.
     module = open_model(settings, plugins=[str(parsed.factory).partition(":")[0]])
-    if kind != "factory" and not (parsed.pretrained or parsed.checkpoint):
-        _say(f"{names[kind]} has random weights; give --pretrained or --checkpoint for trained ones")
+    if parsed.factory is None and not (parsed.pretrained or parsed.checkpoint):
+        _say(f"{name} has random weights; give --pretrained or --checkpoint for trained ones")
     expected = default_input(module)
     size = parsed.input_size or parsed.image_size or (expected.size[0] if expected else _DEFAULT_SIZE)
     if expected is not None and parsed.input_mean is None and not _is_imagenet(expected.mean, expected.std):
         _say(
-            f"timm says that {names[kind]} was trained with --input-mean {' '.join(map(str, expected.mean))} "
+            f"timm says that {name} was trained with --input-mean {' '.join(map(str, expected.mean))} "
             f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalised otherwise"
         )
-    stem = re.sub(r"[^\w.-]+", "_", names[kind])
-    onnx = Path(f"{stem}.onnx") if parsed.save_engine is None else parsed.save_engine.with_suffix(".onnx")
-    _say(f"exporting {names[kind]} for images of {size} x {size} to {onnx}")
-    return export_onnx(module, onnx, image_shape=(3, size, size))
+    _say(f"exporting {name} for images of {size} x {size} to {onnx}")
+    if not onnx.exists():
+        export_onnx(module, onnx, image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
+        return
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=onnx.parent) as folder:
+        made = export_onnx(module, Path(folder, onnx.name), image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
+        if read_onnx(made).sha256 != read_onnx(onnx).sha256:
+            raise ConfigError(
+                f"{onnx} is there already and is not what {name} becomes; remove it, or give another name with "
+                "--save-engine"
+            )
 
 
 def _is_imagenet(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
@@ -204,33 +227,37 @@ def _is_imagenet(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
     return (mean, std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
-def _profiles(parsed: argparse.Namespace, onnx: Path) -> "tuple[tuple[Profile, ...], int | None]":
+def _profiles(parsed: argparse.Namespace) -> "tuple[tuple[Profile, ...], int | None]":
     """The profiles asked for, and the size of the images where the shapes say it."""
     from kd_pipeline.teachers.engine_file import Profile
 
     shapes = [parsed.min_shapes, parsed.opt_shapes, parsed.max_shapes]
     if shapes == [None, None, None]:
         batches = parsed.batch or []
-        return tuple(checked(Profile, min=low, opt=opt, max=high) for low, opt, high in batches), None
+        options = dict.fromkeys(("min", "opt", "max"), "batch")
+        return tuple(checked(Profile, options, min=low, opt=opt, max=high) for low, opt, high in batches), None
     if None in shapes or parsed.batch:
         raise ConfigError("give --min-shapes, --opt-shapes and --max-shapes together, or --batch MIN OPT MAX alone")
-    sizes = [_shape(text, onnx) for text in shapes]
+    sizes = [_shape(text, parsed.onnx) for text in shapes]
     images = {size[1:] for size in sizes}
     if len(images) != 1 or any(size[1] != 3 or size[2] != size[3] for size in sizes):
         raise ConfigError(f"only the batch may vary, over square images of 3 channels, got {' '.join(shapes)}")
-    profile = checked(Profile, **dict(zip(("min", "opt", "max"), (size[0] for size in sizes), strict=True)))
+    options = {name: f"{name}-shapes" for name in ("min", "opt", "max")}
+    profile = checked(Profile, options, **dict(zip(options, (size[0] for size in sizes), strict=True)))
     return (profile,), sizes[0][2]
 
 
-def _shape(text: str, onnx: Path) -> tuple[int, int, int, int]:
+def _shape(text: str, onnx: Path | None) -> tuple[int, int, int, int]:
     from kd_pipeline.teachers.onnx_file import read_onnx
 
     match = re.fullmatch(r"(.+):(\d+)x(\d+)x(\d+)x(\d+)", text)
     if match is None:
         raise ConfigError(f"a shape is NAME:NxCxHxW, such as images:1x3x224x224, got {text}")
-    name = read_onnx(onnx).input_name
+    name = "images" if onnx is None else read_onnx(onnx).input_name
     if match[1] != name:
-        raise ConfigError(f"the input of {onnx} is called {name!r}, and the shape {text} is for {match[1]!r}")
+        raise ConfigError(
+            f"the input of {onnx or 'an exported model'} is called {name!r}, and the shape {text} is for {match[1]!r}"
+        )
     batch, channels, height, width = map(int, match.groups()[1:])
     return batch, channels, height, width
 
@@ -238,6 +265,8 @@ def _shape(text: str, onnx: Path) -> tuple[int, int, int, int]:
 def _samples(parsed: argparse.Namespace) -> "Callable[[], Samples] | None":
     """The images of --calibrate, read when they are needed."""
     if parsed.calibrate is None:
+        if parsed.precision in ("int8", "fp8"):
+            raise ConfigError(f"{parsed.precision} takes its ranges from real images; give --calibrate CONFIG")
         return None
     from kd_pipeline.config import load_config
     from kd_pipeline.engine.parity import Samples

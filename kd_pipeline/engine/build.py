@@ -37,6 +37,7 @@ from kd_pipeline.tensorrt_package import TensorRT, open_tensorrt
 
 __all__ = ["build_engine"]
 
+_SUFFIXES = (".engine", ".plan", ".trt")
 _LARGEST_ONNX_BATCH = 64
 """The converted file is compared on a CPU in batches up to this size; the engine itself in those of its profiles."""
 
@@ -61,23 +62,28 @@ def build_engine(
         report: hears what goes on, a line at a time.
 
     Raises:
-        EngineError: the file makes no engine, its answers are too far off, or TensorRT cannot build it.
+        EngineError: the file makes no engine, its answers are too far off, TensorRT cannot build it, or something
+            cannot be read or written.
         TeacherError: the file is no teacher.
         MissingPackageError: TensorRT, or what the conversion needs, is not installed.
     """
-    file, tensorrt = read_onnx(settings.onnx), open_tensorrt(settings.runtime)
-    image_shape = _image_shape(settings, file)
-    samples = _samples(settings, image_shape, samples)
-    recipe = _recipe(settings, file, image_shape, samples, tensorrt)
-    name = f"{file.path.stem}-{settings.precision}-{recipe.key[:16]}.engine"
-    engine = cache_folder() / name if save_engine is None else save_engine.absolute()
-    if engine.suffix == ".onnx":
-        raise EngineError(f"the engine would go to {engine}, which is named like an ONNX file; call it .engine")
-    engine.parent.mkdir(parents=True, exist_ok=True)
-    with locked(engine, report):
-        if not _is_there(engine, recipe, report):
-            with folder_beside(engine) as folder:
-                _Build(settings, file, recipe, samples, tensorrt, report).run(folder, engine)
+    try:
+        file, tensorrt = read_onnx(settings.onnx), open_tensorrt(settings.runtime)
+        image_shape = _image_shape(settings, file)
+        samples = _samples(settings, image_shape, samples)
+        recipe = _recipe(settings, file, image_shape, samples, tensorrt)
+        name = f"{file.path.stem}-{settings.precision}-{recipe.key[:16]}.engine"
+        engine = cache_folder() / name if save_engine is None else save_engine.absolute()
+        _check_places(settings, engine)
+        with locked(engine, report):
+            if not _is_there(engine, recipe, report):
+                with folder_beside(engine) as folder:
+                    _Build(settings, file, recipe, samples, tensorrt, report).run(folder, engine)
+    except OSError as error:
+        raise EngineError(
+            f"{error.filename or save_engine or 'the engine'} cannot be read or written: {error.strerror}; correct "
+            "that, or give another place with save_engine (--save-engine)"
+        ) from error
     return engine
 
 
@@ -127,6 +133,8 @@ class _Build:
         if torch.cuda.is_available():
             self.report("comparing the engine with the float32 file")
             complete_parity(made, torch.device("cuda", torch.cuda.current_device()), report=self.report)
+        if read_onnx(self.file.path).sha256 != self.file.sha256:
+            raise EngineError(f"{self.file.path} was changed during the build; build again when it stays as it is")
         # The engine last: what lies there is whole, or does not fit its manifest and is built again.
         for path in (exam_path(made), manifest_path(made), made):
             os.replace(path, engine.parent / path.name)
@@ -139,6 +147,7 @@ class _Build:
                 f"{self.file.path} holds {self.file.precision} weights; give the float32 file, from which the build "
                 "makes every precision and against which it compares"
             )
+        OnnxRuntimeTeacher(self.file.path).close()  # weights cut short, or what it does not know: told before any work
         if settings.input_adapter is None and not settings.outputs and settings.classes is None:
             return self.file.path
         return edit_onnx(
@@ -168,9 +177,6 @@ class _Build:
     def _compare(self, edited: Path, acted: Path) -> tuple[Exam, dict[str, float], tuple[int, ...]]:
         """Hold the converted file against the float32 one, both in ONNX Runtime."""
         samples = self.samples()
-        shape = tuple(samples.images.shape[1:])
-        if shape != self.recipe.image_shape:
-            raise EngineError(f"the engine takes images {self.recipe.image_shape}, and {samples.source} gives {shape}")
         self.report(f"comparing {self.settings.precision} with float32 on {len(samples.images)} images")
         dtype = torch.float16 if self.settings.half_io else torch.float32
         sizes = {min(size, _LARGEST_ONNX_BATCH) for each in self.recipe.profiles for size in (1, each.opt, each.max)}
@@ -216,16 +222,41 @@ def _samples(
             f"{settings.precision} takes its ranges from real images, and there are none; pass samples (--calibrate "
             "with a config), or take fp16 or bf16"
         )
-    return cache(samples or (lambda: generated_samples(image_shape)))
+    return cache(lambda: generated_samples(image_shape) if samples is None else _fitting(samples(), image_shape))
+
+
+def _fitting(samples: Samples, image_shape: tuple[int, int, int]) -> Samples:
+    found = tuple(samples.images.shape[1:])
+    if found != image_shape:
+        raise EngineError(
+            f"the engine takes images {list(image_shape)}, and {samples.source} gives {list(found)}; set the size of "
+            "its transform, or export the teacher for that size"
+        )
+    return samples
+
+
+def _check_places(settings: BuildSettings, engine: Path) -> None:
+    """Refuse names that would replace something else than an engine, and make the folders that are missing."""
+    if engine.is_dir():
+        raise EngineError(f"the engine would go to {engine}, which is a folder; name a file in it")
+    if engine.suffix not in _SUFFIXES:
+        raise EngineError(f"the engine would go to {engine}; call it {engine.stem}.engine")
+    if settings.timing_cache is not None:
+        if settings.timing_cache.is_dir():
+            raise EngineError(f"timing_cache: {settings.timing_cache} is a folder; name a file in it")
+        settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
+    engine.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _image_shape(settings: BuildSettings, file: OnnxFile) -> tuple[int, int, int]:
+    # Behind a resize it does not matter what the file takes.
     is_resized = settings.input_adapter is not None and settings.input_adapter.size is not None
     height, width = (None, None) if is_resized else file.images.shape[2:]
     size = settings.image_size
     if size is None and (height is None or width is None):
         raise EngineError(
-            f"{file.path} takes images of any size, and an engine takes one; say which with image_size (--image-size)"
+            f"{file.path} takes images of any size{' behind its resize' if is_resized else ''}, and an engine takes "
+            "one; say which with image_size (--image-size)"
         )
     if size is not None and (height not in (None, size) or width not in (None, size)):
         raise EngineError(

@@ -33,7 +33,7 @@ class BuildSettings(Settings):
     """Names of the classes in logit order, or a JSON file that lists them; the ONNX file's own unless given."""
     runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
     """`auto` is `tensorrt` where it is installed and `tensorrt_rtx` otherwise."""
-    workspace: int | None = Field(default=None, ge=1)
+    workspace: int | None = Field(default=None, ge=1, lt=1 << 43)
     """Largest scratch memory of a layer in MiB; all of the GPU's unless given."""
     builder_optimization_level: int | None = Field(default=None, ge=0, le=5)
     timing_cache: Path | None = None

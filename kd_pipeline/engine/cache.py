@@ -7,13 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kd_pipeline.errors import EngineError
+
 __all__ = ["cache_folder", "folder_beside", "locked"]
 
 
 def cache_folder() -> Path:
-    """`kd_pipeline/engines` in `$XDG_CACHE_HOME` or `~/.cache`; made for this user alone if it is not there."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "kd_pipeline" / "engines"
+    """`kd_pipeline/engines` in `$XDG_CACHE_HOME` or `~/.cache`; made for this user alone if it is not there.
+
+    Raises:
+        EngineError: this user has no home folder.
+        OSError: it cannot be made.
+    """
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as exc:
+        raise EngineError(f"there is no place for engines ({exc}); set XDG_CACHE_HOME, or give save_engine") from None
+    folder = base.absolute() / "kd_pipeline" / "engines"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 

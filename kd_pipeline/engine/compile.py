@@ -74,9 +74,7 @@ def compile_engine(job: CompileJob, progress: Callable[[str], None]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     if cache is not None and job.timing_cache is not None:
-        whole = job.timing_cache.with_name(f".{job.timing_cache.name}.{os.getpid()}.tmp")
-        whole.write_bytes(config.get_timing_cache().serialize())
-        os.replace(whole, job.timing_cache)
+        _save_timing_cache(config, job.timing_cache)
 
 
 def run_compiler(job: CompileJob, folder: Path, report: Callable[[str], None]) -> None:
@@ -123,6 +121,9 @@ def run_job(path: str) -> int:
         compile_engine(job, lambda phase: _say(phase=phase))
     except KDPipelineError as error:
         _say(error=str(error))
+        return 1
+    except OSError as error:
+        _say(error=f"{error.filename or 'the engine'} cannot be read or written: {error.strerror}")
         return 1
     return 0
 
@@ -172,6 +173,15 @@ def _load_timing_cache(config: Any, path: Path | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        whole.write_bytes(config.get_timing_cache().serialize())
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def _monitor(tensorrt: TensorRT, progress: Callable[[str], None]) -> Any:

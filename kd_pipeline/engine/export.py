@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ ADAPTER_KEY = "kd_pipeline.input_adapter"
 _TOLERANCE = 1e-4
 """Largest error of an output, relative to its largest value; float32 runtimes that agree stay near 1e-6."""
 
-_Channels = tuple[float, float, float]
+_Mean = Annotated[float, Field(le=1)]  # more is meant for the scale 0 to 255
+_Means = tuple[_Mean, _Mean, _Mean]
 
 
 class InputAdapter(Settings):
@@ -37,13 +39,13 @@ class InputAdapter(Settings):
     It becomes the first layer of the exported graph, so that both read one buffer.
     """
 
-    mean: _Channels
+    mean: _Means
     """Mean per channel, on the scale 0 to 1, that the teacher was trained with."""
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     """Standard deviation per channel, likewise."""
     size: int | None = Field(default=None, ge=1)
     """Height and width that the teacher wants; the images' own unless given."""
-    from_mean: _Channels = IMAGENET_MEAN
+    from_mean: _Means = IMAGENET_MEAN
     """Mean per channel that the incoming images were normalised with; ImageNet's unless given."""
     from_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
     """Standard deviation per channel, likewise."""
@@ -83,10 +85,10 @@ def export_onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="cpu")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-        file = Path(folder, path.name)
-        try:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+            file = Path(folder, path.name)
             adapter = nn.Identity() if input_adapter is None else _AdaptInput(input_adapter)
             model = frozen_copy(_NamedOutputs(nn.Sequential(adapter, module))).cpu()
             program = _trace(model, image_shape, classes, opset)
@@ -96,10 +98,10 @@ def export_onnx(
                 program.model.metadata_props[ADAPTER_KEY] = input_adapter.model_dump_json()
             program.save(file)
             _check(model, file, image_shape, max_batch)
-        except (ExportError, TeacherError) as exc:
-            raise ExportError(f"{type(module).__qualname__} cannot be exported to {path}: {exc}") from exc
-        for written in sorted(Path(folder).iterdir(), key=lambda written: written == file):  # the weights first
-            os.replace(written, path.parent / written.name)
+            for written in sorted(Path(folder).iterdir(), key=lambda written: written == file):  # the weights first
+                os.replace(written, path.parent / written.name)
+    except (ExportError, TeacherError, OSError) as exc:
+        raise ExportError(f"{type(module).__qualname__} cannot be exported to {path}: {exc}") from exc
     return path
 
 
@@ -182,6 +184,8 @@ def _check(model: nn.Module, file: Path, image_shape: tuple[int, int, int], max_
                     f"for {num_images} images the file gives {name!r} {list(found[name].shape)} and the module "
                     f"{list(wanted.shape)}"
                 )
+            if not wanted.isfinite().all():
+                raise ExportError(f"it answers {name!r} with NaN or inf on random images; check its weights")
             error = (found[name] - wanted).abs().max().item()
             largest = wanted.abs().max().item()
             if not error <= _TOLERANCE * largest:  # not a plain >, so that NaN fails too

@@ -106,8 +106,8 @@ def set_exam(reference: Callable[[Tensor], Mapping[str, Tensor]], samples: Sampl
     for name, answer in answers.items():
         if not answer.isfinite().all():
             raise EngineError(
-                f"the float32 teacher itself answers {name!r} with NaN or inf on images of {samples.source}; "
-                "its weights or the images' normalisation are wrong"
+                f"the float32 teacher itself answers {name!r} with NaN or inf for {_num_bad(answer)} of {len(images)} "
+                f"images ({samples.source}); its weights or the images' normalisation are wrong"
             )
     return Exam(images, answers, samples.source)
 
@@ -200,10 +200,9 @@ def _cosine(name: str, wanted: Tensor, answers: Mapping[str, Tensor]) -> float:
         shape = None if found is None else list(found.shape)
         raise EngineError(f"the converted teacher gives {name!r} as {shape}, the float32 one as {list(wanted.shape)}")
     if not found.isfinite().all():
-        num_bad = int((~found.isfinite()).flatten(1).any(1).sum())
         raise EngineError(
-            f"the converted teacher answers {name!r} with NaN or inf for {num_bad} of {len(found)} images, and float32 "
-            "does not: values leave the range of the precision; take bf16, which has the range of float32"
+            f"the converted teacher answers {name!r} with NaN or inf for {_num_bad(found)} of {len(found)} images, and "
+            "float32 does not: values leave the range of the precision; take bf16, which has the range of float32"
         )
     found, wanted = found.double().flatten(1), wanted.double().flatten(1)
     norms = found.norm(dim=1) * wanted.norm(dim=1)
@@ -211,6 +210,10 @@ def _cosine(name: str, wanted: Tensor, answers: Mapping[str, Tensor]) -> float:
         norms > 0, (found * wanted).sum(1) / norms.clamp(min=1e-300), (found == wanted).all(1).double()
     )
     return cosines.min().item()
+
+
+def _num_bad(answer: Tensor) -> int:
+    return int((~answer.isfinite()).flatten(1).any(1).sum())
 
 
 def _top1_agreement(found: Tensor, wanted: Tensor) -> float:
@@ -227,6 +230,6 @@ def _advice(precision: Precision) -> str:
         case "bf16":
             return "Take fp16, which has more digits, or fp32"
         case "int8" | "fp8":
-            return "Calibrate with images of the training set (--calibrate), or take fp16 or bf16"
+            return "Take fp16 or bf16, or find the ranges on other images, those that the teacher was trained on"
         case _:
             return "The file does not give the same answers in batches of every size; export it again"

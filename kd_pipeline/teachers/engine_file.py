@@ -193,8 +193,11 @@ def write_manifest(engine: Path, manifest: Manifest) -> None:
     sealed = manifest.model_copy(update={"seal": _seal(manifest)})
     path = manifest_path(engine)
     whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    whole.write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    os.replace(whole, path)
+    try:
+        whole.write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def differences(manifest: Manifest, wanted: Mapping[str, Any]) -> list[str]:

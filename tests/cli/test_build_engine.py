@@ -110,6 +110,34 @@ def test_a_factory_s_own_module_is_allowed_by_its_name_alone(
     assert (tmp_path / "own.onnx").exists()
 
 
+def test_a_model_by_name_does_not_take_the_place_of_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["build-engine", "--factory", "tests.models:LogitsOnly", "--image-size", "32"]
+    onnx.save(linear_model(), "own.onnx")
+    before = Path("own.onnx").read_bytes()
+    assert main([*arguments, "--save-engine", "own.engine"]) == 1
+    assert "own.onnx is there already and is not what tests.models:LogitsOnly becomes" in capsys.readouterr().err
+    assert Path("own.onnx").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["own.onnx"]
+    assert main([*arguments, "--save-engine", "new.engine"]) == 0
+    assert main([*arguments, "--save-engine", "new.engine"]) == 0
+    assert "new.engine is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--workspace", "0"], ["--calibrate", "no.yaml"], ["--precision", "int8"], ["--batch", "4", "2", "8"]]
+)
+def test_what_was_typed_is_checked_before_a_model_is_exported(
+    wrong: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["build-engine", "--factory", "tests.models:LogitsOnly", "--image-size", "32", *wrong]) == 1
+    assert "exporting" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -118,7 +146,10 @@ def test_a_factory_s_own_module_is_allowed_by_its_name_alone(
         (["--onnx", "FILE", "--pretrained"], "--pretrained is for a model by name"),
         (["--onnx", "nowhere.onnx"], "nowhere.onnx: there is no such file"),
         (["--onnx", "FILE", "--batch", "4", "2", "8"], "a profile needs min <= opt <= max, got 4, 2, 8"),
-        (["--onnx", "FILE", "--batch", "0", "2", "8"], "--min: Input should be greater than or equal to 1, got 0"),
+        (["--onnx", "FILE", "--batch", "0", "2", "8"], "--batch: Input should be greater than or equal to 1, got 0"),
+        (["--onnx", "FILE", "--input-mean", *"000", "--input-std", *"110"], "--input-std: Input should be greater"),
+        (["--onnx", "FILE", "--from-mean", *"000"], "--from-mean and --from-std say what --input-mean and --input-std"),
+        (["--onnx", ""], "there is no such file"),
         (["--onnx", "FILE", "--max-shapes", "images:8x3x8x8"], "give --min-shapes, --opt-shapes and --max-shapes tog"),
         (["--onnx", "FILE", *["--min-shapes", "a:1x3x8x8"], *["--opt-shapes", "a:1x3x8x8"], *["--max-shapes", "a:8"]],
          "is called 'images', and the shape a:1x3x8x8 is for 'a'"),
@@ -129,7 +160,7 @@ def test_a_factory_s_own_module_is_allowed_by_its_name_alone(
         (["--onnx", "FILE", "--half-io"], "half_io goes with fp16 and bf16, and the precision is fp32"),
         (["--onnx", "FILE", "--builder-optimization-level", "9"], "--builder-optimization-level: Input should be less"),
         (["--onnx", "FILE", "--outputs", "polled"], "did you mean 'pooled'"),
-        (["--onnx", "FILE", "--precision", "int8"], "there are none; pass samples"),
+        (["--onnx", "FILE", "--precision", "int8"], "int8 takes its ranges from real images; give --calibrate"),
         (["--onnx", "FILE", "--precision", "int8", "--calibrate", "no.yaml"], "no.yaml"),
         (["--timm", "resnet81"], "did you mean 'resnet18'"),
         (["--factory", "nowhere:f"], "nowhere"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import resource
 import shlex
 import shutil
 from collections.abc import Callable
@@ -245,7 +246,7 @@ def test_int8_without_images_says_how_to_give_them(exported: Callable[[int], Pat
 
 def test_images_of_another_size_are_refused_with_both(exported: Callable[[int], Path], tmp_path: Path) -> None:
     samples = Samples(random_images(4, shape=(3, 48, 48)), "the test")
-    with pytest.raises(EngineError, match=r"\[any, 3, 32, 32\] float32, and the samples are \[4, 3, 48, 48\]"):
+    with pytest.raises(EngineError, match=r"takes images \[3, 32, 32\], and the test gives \[3, 48, 48\]"):
         build_engine(settings_for(exported(0)), save_engine=tmp_path / "a.engine", samples=lambda: samples)
     with pytest.raises(EngineError, match="takes images of 32 x 32, wanted are 48 x 48"):
         build_engine(settings_for(exported(0), image_size=48), save_engine=tmp_path / "a.engine")
@@ -303,11 +304,93 @@ def test_a_miss_ends_with_a_new_engine_in_the_place_of_the_old_one(copy: Path, e
     assert read_manifest(copy).onnx == str(new.resolve()) != str(old.resolve())
 
 
-def test_an_engine_named_like_an_onnx_file_is_refused(exported: Callable[[int], Path]) -> None:
-    before = exported(0).read_bytes()
-    with pytest.raises(EngineError, match=r"which is named like an ONNX file; call it .engine"):
-        build_engine(settings_for(exported(0)), save_engine=exported(0))
-    assert exported(0).read_bytes() == before
+@pytest.mark.parametrize("name", ["teacher.onnx", "weights.pt", "classes.json", "teacher"])
+def test_an_engine_never_takes_the_name_of_another_kind_of_file(
+    exported: Callable[[int], Path], tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"of the user")
+    with pytest.raises(EngineError, match=rf"would go to {path}; call it {path.stem}.engine"):
+        build_engine(settings_for(exported(0)), save_engine=path)
+    assert (files_in(tmp_path), path.read_bytes()) == ({name}, b"of the user")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("folder", "folder, which is a folder; name a file in it"),
+        ("file/teacher.engine", "file cannot be read or written: File exists"),
+        (f"{'long' * 63}.engine", "cannot be read or written: File name too long"),
+    ],
+)
+def test_a_place_that_takes_no_engine_is_one_clear_error(
+    exported: Callable[[int], Path], tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(EngineError, match=message):
+        build_engine(settings_for(exported(0)), save_engine=tmp_path / name)
+    assert files_in(tmp_path) == {"folder", "file"}
+
+
+@pytest.mark.parametrize("num_bytes", [60_000, 700_000], ids=["at the conversion", "at the engine's papers"])
+def test_a_disk_without_room_is_one_clear_error_and_leaves_nothing(
+    exported: Callable[[int], Path], tmp_path: Path, num_bytes: int
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        with pytest.raises(EngineError, match="File too large"):
+            build_engine(settings_for(exported(0)), save_engine=tmp_path / "teacher.engine")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_in(tmp_path) == set()
+
+
+def test_a_timing_cache_lies_in_a_folder_that_is_made_and_is_no_folder_itself(
+    exported: Callable[[int], Path], tmp_path: Path
+) -> None:
+    engine = tmp_path / "teacher.engine"
+    with pytest.raises(EngineError, match=r"timing_cache: .* is a folder; name a file in it"):
+        build_engine(settings_for(exported(0), timing_cache=tmp_path), save_engine=engine)
+    build_engine(settings_for(exported(0), timing_cache=tmp_path / "new" / "timings"), save_engine=engine)
+    assert files_in(tmp_path / "new") == {"timings"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_external_weights_cut_short_are_one_clear_error(
+    exported: Callable[[int], Path], tmp_path: Path, precision: str
+) -> None:
+    file, weights = tmp_path / "teacher.onnx", tmp_path / "weights.bin"
+    onnx.save(onnx.load(exported(0)), file, save_as_external_data=True, location="weights.bin")
+    weights.write_bytes(weights.read_bytes()[:-5000])
+    with pytest.raises(TeacherError, match=f"ONNX Runtime cannot load {file}"):
+        build_engine(
+            settings_for(file, precision=precision), save_engine=tmp_path / "teacher.engine", samples=lambda: SAMPLES
+        )
+    assert files_in(tmp_path) == {"teacher.onnx", "weights.bin"}
+
+
+def test_a_file_that_changes_during_the_build_makes_no_engine(exported: Callable[[int], Path], tmp_path: Path) -> None:
+    file = tmp_path / "teacher.onnx"
+    shutil.copy(exported(0), file)
+
+    def change(line: str) -> None:
+        if line.startswith("comparing"):
+            shutil.copy(exported(1), file)
+
+    with pytest.raises(EngineError, match=f"{file} was changed during the build"):
+        build_engine(settings_for(file, precision="fp32"), save_engine=tmp_path / "teacher.engine", report=change)
+    assert files_in(tmp_path) == {"teacher.onnx"}
+
+
+def test_a_cache_that_cannot_be_made_is_one_clear_error(
+    exported: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(EngineError, match=r"cannot be read or written: Not a directory; .* save_engine"):
+        build_engine(settings_for(exported(0)))
 
 
 @pytest.mark.parametrize(
@@ -338,6 +421,8 @@ def test_tensorrt_that_is_not_installed_names_what_to_install(exported: Callable
         ({"outputs": ("a", "a")}, "outputs holds a name twice: a, a"),
         ({"profiles": ()}, "at least 1 item"),
         ({"builder_optimization_level": 6}, "less than or equal to 5"),
+        ({"workspace": 1 << 43}, "less than 8796093022208"),
+        ({"input_adapter": {"mean": (123, 116, 103), "std": (58, 57, 57)}}, "less than or equal to 1"),
     ],
 )
 def test_settings_that_make_no_engine_are_refused_when_they_are_written(

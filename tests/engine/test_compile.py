@@ -84,6 +84,16 @@ def test_a_timing_cache_is_made_and_taken_again(exported: Callable[[int], Path],
     assert not list(tmp_path.glob(".timings*"))
 
 
+def test_a_timing_cache_that_cannot_be_written_is_told_and_leaves_nothing(
+    exported: Callable[[int], Path], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with pytest.raises(EngineError, match=r"cache.* cannot be read or written: Is a directory"):
+        run_compiler(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
+    assert not list(tmp_path.glob(".cache*"))
+
+
 def test_what_tensorrt_cannot_parse_names_the_node_and_the_operator(tmp_path: Path) -> None:
     model = linear_model()
     model.graph.node[0].domain, model.graph.node[0].op_type = "my.ops", "Frobnicate"

@@ -202,12 +202,18 @@ class ReturnsTuple(LogitsOnly):
         return (super().forward(images),)
 
 
+def test_a_place_that_takes_no_file_is_an_export_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"LogitsOnly cannot be exported to .*File exists"):
+        export_onnx(LogitsOnly(), tmp_path / "file" / "teacher.onnx", image_shape=IMAGE_SHAPE)
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (BranchesOnBatch(), r"for 7 images 'logits' of the file is off by [\d.]+, with values up to [\d.]+; allowed"),
         (DrawsNumbers(), r"for 1 images 'logits' of the file is off by"),
-        (NotANumber(), r"for 1 images 'logits' of the file is off by nan"),
+        (NotANumber(), r"it answers 'logits' with NaN or inf on random images; check its weights"),
         (FixesBatch(), "FixesBatch cannot be exported to .*static shape of 2"),
         (Folds(), r"'logits' is \[2, 10\] float32, a static batch of 2"),
         (ReturnsTuple(), "got tuple"),

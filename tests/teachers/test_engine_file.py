@@ -244,6 +244,14 @@ def test_a_manifest_is_replaced_whole(engine: Path) -> None:
     assert sorted(path.name for path in engine.parent.iterdir()) == ["teacher.engine", "teacher.engine.json"]
 
 
+def test_a_manifest_that_cannot_be_written_leaves_nothing(engine: Path) -> None:
+    manifest_path(engine).unlink()
+    manifest_path(engine).mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_manifest(engine, MANIFEST)
+    assert sorted(path.name for path in engine.parent.iterdir()) == ["teacher.engine", "teacher.engine.json"]
+
+
 @pytest.mark.parametrize(("low", "best", "high"), [(4, 2, 8), (1, 9, 8), (0, 1, 1)])
 def test_a_profile_ascends_from_one(low: int, best: int, high: int) -> None:
     with pytest.raises(ValidationError):
