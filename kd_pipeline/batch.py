@@ -14,14 +14,14 @@ __all__ = ["KDBatch"]
 class KDBatch:
     """One batch; every row describes one sample, in all fields alike.
 
-    `images` is DALI's own buffer and the very one that the teacher read. It stays valid for as long as it is held,
-    and nobody writes to it; whoever wants to change it in place clones it first.
+    `images` is the very buffer that the teacher read: DALI's own or, where images are mixed, one of torch's. It stays
+    valid for as long as it is held, and nobody writes to it; whoever wants to change it in place clones it first.
     """
 
     images: Tensor
     """`[N, 3, H, W]`, float32 or float16, normalised as the transform says."""
     labels: Tensor | None
-    """`[N]` int64 class indices, `[N, K]` float after mixing, or None for unlabelled data."""
+    """`[N]` int64 class indices, `[N, K]` float32 weights after mixing, or None for unlabelled data."""
     index: Tensor
     """`[N]` int64, position of the sample in its dataset."""
     valid: Tensor

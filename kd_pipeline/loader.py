@@ -11,15 +11,16 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSamplePolicy
 from kd_pipeline.data.graph import GraphSettings
+from kd_pipeline.data.mix import MixSettings, mix_images, mix_labels
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
-from kd_pipeline.data.reader import INDEX, LABEL, VALID, Reader
+from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, Reader
 from kd_pipeline.data.source import Source, SourceSettings, open_source, save_classes
 from kd_pipeline.data.transform import EvalTransform, TrainTransform, TransformSettings
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
@@ -29,10 +30,12 @@ from kd_pipeline.state import check_fingerprint, check_position, read_position
 from kd_pipeline.stream import open_lane
 from kd_pipeline.teachers import EnsembleSettings, TeacherSettings, open_teacher
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.permuted import matched
 
-__all__ = ["DataSettings", "KDDataLoader", "LoaderConfig", "SplitSettings", "sample_images"]
+__all__ = ["DataSettings", "KDDataLoader", "LoaderConfig", "SplitSettings", "resolve_device", "sample_images"]
 
 _STATE_VERSION = 1
+_SPLITS = ("train", "val", "test")
 
 
 class SplitSettings(Settings):
@@ -40,6 +43,10 @@ class SplitSettings(Settings):
 
     source: SourceSettings
     transform: TransformSettings
+    mix: MixSettings | None = None
+    """Mixup and CutMix of whole batches, before the teacher sees them; not at all where left out."""
+    repeats: int = Field(default=1, ge=1)
+    """How often in a row an epoch shows a sample, each time in another view; it stays as long and shows fewer."""
     shuffle: bool | None = None
     """A new order every epoch; by default true for the split `train` and false for any other."""
     last_batch: LastBatch | None = None
@@ -54,6 +61,8 @@ class DataSettings(Settings):
     train: SplitSettings | None = None
     val: SplitSettings | None = None
     test: SplitSettings | None = None
+    more: dict[str, SplitSettings] = Field(default_factory=dict)
+    """More splits by names of their own, such as other validation sets."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one."""
     num_threads: int | None = Field(default=None, gt=0)
@@ -67,6 +76,35 @@ class DataSettings(Settings):
     on_bad_sample: Literal["raise", "substitute"] = "raise"
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     max_pixels: int = Field(default=89_478_485, gt=0)
+
+    @model_validator(mode="after")
+    def _names_are_used_once(self) -> "DataSettings":
+        for name in _SPLITS:
+            if name in self.more:
+                raise ValueError(f"more must not have a split {name!r}, which is a key of data itself; move it there")
+        return self
+
+    def split(self, name: str) -> SplitSettings:
+        """The split of that name.
+
+        Raises:
+            ConfigError: there is none; names those that there are.
+        """
+        own = {split: getattr(self, split) for split in _SPLITS}
+        splits: dict[str, SplitSettings] = {
+            split: found for split, found in own.items() if found is not None
+        } | self.more
+        if name not in splits:
+            key = f"data.{name}" if name in _SPLITS else f"data.more.{name}"
+            raise ConfigError(
+                f"the config has no split {name!r}; add {key} with a source and a transform, or take one that is "
+                f"there: {', '.join(splits) or 'none'}"
+            )
+        return splits[name]
+
+    def with_split(self, name: str, settings: SplitSettings) -> Self:
+        """A copy in which the split of that name is another."""
+        return self.model_copy(update={name: settings} if name in _SPLITS else {"more": {**self.more, name: settings}})
 
 
 class LoaderConfig(Protocol):
@@ -96,6 +134,8 @@ class _Taught:
     batch: KDBatch
     buffer: object
     """DALI's own handle of the images."""
+    torch_owned: list[Tensor]
+    """The batch's tensors whose memory torch allocated: everything but the images, and these too where mixed."""
     mark: Any
     """Where the teacher's stream must have come to."""
 
@@ -120,12 +160,14 @@ class KDDataLoader:
         transform: TrainTransform | EvalTransform,
         teacher: Teacher | None = None,
         *,
+        mix: MixSettings | None = None,
         # Which samples, in what order
         batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
         shard: Shard | None = None,
         last_batch: LastBatch = "keep",
+        repeats: int = 1,
         # Where and how fast
         device: torch.device | str = "auto",
         num_threads: int | None = None,
@@ -144,12 +186,14 @@ class KDDataLoader:
             source: which samples there are.
             transform: what is done to an image.
             teacher: answers for every batch, or None; the loader does not close it.
-            batch_size: images in a batch of this process.
+            mix: how images of a batch are mixed before the teacher sees them, or None; makes the labels float weights.
+            batch_size: images in a batch of this process; a multiple of `2 * repeats` where images are mixed.
             seed: 0 to 2**64 - 1; equal on all ranks.
             shuffle: a new order every epoch, or the dataset's own.
             shard: this process among those that share the epoch; by default what `torch.distributed` says, where it
                 is initialised, and else the only one.
             last_batch: see `LastBatch`.
+            repeats: how often in a row an epoch shows a sample; see `Plan`.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
             num_threads: CPU threads for DALI; by default the cores this process may use.
             prefetch: batches that DALI works on ahead of the one that is taken; at least 1.
@@ -173,8 +217,8 @@ class KDDataLoader:
         _check_range("hw_decoder_load", hw_decoder_load, 0, 1)
         if on_bad_sample not in ("raise", "substitute"):
             raise ConfigError(f"on_bad_sample must be 'raise' or 'substitute', got {on_bad_sample!r}")
-        self.source, self.transform, self.teacher = source, transform, teacher
-        self.device = _resolve(device)
+        self.source, self.transform, self.teacher, self.mix = source, transform, teacher, mix
+        self.device = resolve_device(device)
         self._ahead = ahead
         self._plan = Plan(
             num_samples=len(source),
@@ -183,7 +227,13 @@ class KDDataLoader:
             shuffle=shuffle,
             shard=shard or _current_shard(),
             last_batch=last_batch,
+            repeats=repeats,
         )
+        if mix is not None and batch_size % (2 * repeats):
+            raise ConfigError(
+                f"batch_size must be a multiple of {2 * repeats} where images are mixed and repeats is {repeats}, so "
+                f"that partners are in one batch, got {batch_size}"
+            )
         if not len(self._plan):
             raise DataError(
                 f"{len(source)} samples make no whole batch of {batch_size} on {self.shard.world_size} rank(s), and "
@@ -205,7 +255,7 @@ class KDDataLoader:
             max_pixels=max_pixels,
             hw_decoder_load=hw_decoder_load,
         )
-        self._reader = Reader(source, transform, self._plan, settings, self._policy)
+        self._reader = Reader(source, transform, self._plan, settings, self._policy, mix)
         self._lane = open_lane(self.device)
         self._owns_teacher = False
         self._is_closed = False
@@ -220,20 +270,18 @@ class KDDataLoader:
     def from_config(
         cls, config: LoaderConfig, split: str = "train", *, shard: Shard | None = None, teacher: Teacher | None = None
     ) -> Self:
-        """The loader that `config` describes for one of its splits.
+        """The loader that `config` describes for one of its splits: `train`, `val`, `test`, or a name under `more`.
 
-        The teacher of the config is opened for the split `train` and closed with the loader; `teacher`, if given,
-        answers instead, for any split, and stays open. The other splits take the class order of `train`, which is
-        also saved as `classes.json` in the config's `run_dir`.
+        The teacher of the config is opened for the split `train`, brought to the data's order of classes, and closed
+        with the loader; `teacher`, if given, answers instead, for any split, and stays open. The other splits take the
+        class order of `train`, which is also saved as `classes.json` in the config's `run_dir`.
 
         Raises:
             ConfigError: the config has no such split, or its parts do not fit together.
             DataError, TeacherError: the data or the teacher is not what the config says.
         """
         data = config.data
-        settings = {"train": data.train, "val": data.val, "test": data.test}.get(split)
-        if settings is None:
-            raise ConfigError(f"the config has no split {split!r}; add data.{split} with a source and a transform")
+        settings = data.split(split)
         is_training = split == "train"
         classes = None if is_training or data.train is None else open_source(data.train.source).classes
         source = open_source(settings.source, classes=classes)
@@ -246,22 +294,26 @@ class KDDataLoader:
             opened = open_teacher(
                 config.teacher,
                 image_shape=(3, size, size),
-                device=_resolve(data.device),
+                device=resolve_device(data.device),
                 dtype=dtype,
                 batch_size=data.batch_size,
                 samples=lambda: sample_images(config),
             )
         try:
+            if opened is not None:
+                opened = matched(opened, source.classes)
             loader = cls(
                 source,
                 settings.transform,
                 teacher or opened,
+                mix=settings.mix,
                 seed=config.seed,
                 shuffle=is_training if settings.shuffle is None else settings.shuffle,
                 shard=shard,
                 last_batch=settings.last_batch or ("drop" if is_training else "keep"),
+                repeats=settings.repeats,
                 run_dir=config.run_dir,
-                **data.model_dump(exclude={"train", "val", "test"}),
+                **data.model_dump(exclude={*_SPLITS, "more"}),
             )
         except BaseException:
             if opened is not None:
@@ -382,7 +434,7 @@ class KDDataLoader:
             if failure is not None and not ahead:
                 raise failure
             taught = ahead.popleft()
-            self._lane.hand_over(taught.mark, _torch_owned(taught.batch))
+            self._lane.hand_over(taught.mark, taught.torch_owned)
             self._batch = number + 1
             self._is_fresh = False
             try:
@@ -409,26 +461,47 @@ class KDDataLoader:
         images, facts = self._reader.read(self._epoch, number, self._lane.stream)
         with self._lane.teaching():
             pixels, columns = from_dlpack(images), from_dlpack(facts)
+            labels = None if self.source.labels is None else columns[:, LABEL].contiguous()
+            if self.mix is not None:
+                pixels, labels = self._mixed(self.mix, pixels, labels, columns[:, MIXING])
             batch = KDBatch(
                 images=pixels,
-                labels=None if self.source.labels is None else columns[:, LABEL].contiguous(),
+                labels=labels,
                 index=columns[:, INDEX].contiguous(),
                 valid=columns[:, VALID].bool(),
                 teacher={} if self.teacher is None else self.teacher(pixels),
             )
-            return _Taught(batch, (images, facts), self._lane.taught())
+            owned = [batch.index, batch.valid, *batch.teacher.values(), *([] if labels is None else [labels])]
+            if self.mix is not None:
+                owned.append(pixels)
+            return _Taught(batch, (images, facts), owned, self._lane.taught())
+
+    def _mixed(
+        self, mix: MixSettings, images: Tensor, labels: Tensor | None, columns: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images in a tensor of torch's own, and labels as weights; the teacher's stream is the current one."""
+        num_classes, size = self.source.num_classes, self.transform.size
+        if labels is not None and num_classes is not None:
+            smoothing = mix.label_smoothing
+            labels = mix_labels(labels, columns, num_classes=num_classes, label_smoothing=smoothing, size=size)
+        return mix_images(images, columns), labels
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Everything that the stream of batches depends on; threads, prefetch and `ahead` are not among it."""
+        """Everything that the stream of batches depends on; threads, prefetch and `ahead` are not among it.
+
+        What came with a later release is None where it is not used, which is what an older state says of it.
+        """
         return {
             "source": self.source.fingerprint,
             "num_samples": len(self.source),
             "transform": self.transform.model_dump(mode="json"),
+            "mix": None if self.mix is None else self.mix.model_dump(mode="json"),
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "seed": self._plan.seed,
             "shuffle": self._plan.shuffle,
             "global_batch_size": self._plan.global_batch_size,
             "last_batch": self._plan.last_batch,
+            "repeats": self._plan.repeats if self._plan.repeats > 1 else None,
             "on_bad_sample": self._policy.on_bad_sample,
             "max_pixels": self._policy.max_pixels,
             "device": self.device.type,
@@ -441,14 +514,16 @@ class KDDataLoader:
 
 
 def sample_images(config: LoaderConfig, split: str = "train", *, num_images: int = 64) -> Tensor:
-    """The first images of a split as the teacher gets them: `[num_images, 3, H, W]` float32 on the CPU.
+    """The first images of a split as the teacher gets them, but not mixed: `[num_images, 3, H, W]` float32 on the CPU.
 
     There are fewer where the split has fewer. They depend on seed and dataset alone, whoever asks.
 
     Raises:
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
-    data = config.data.model_copy(update={"batch_size": 1})  # one by one, so that no last batch is dropped
+    plain = config.data.split(split).model_copy(update={"mix": None, "repeats": 1})
+    # One by one, so that no last batch is dropped.
+    data = config.data.with_split(split, plain).model_copy(update={"batch_size": 1})
     images: list[Tensor] = []
     with KDDataLoader.from_config(_Untaught(config.seed, data), split, shard=Shard()) as loader:
         for batch in loader:
@@ -475,7 +550,7 @@ class _EpochSetter:
     sampler: KDDataLoader
 
 
-def _resolve(device: torch.device | str) -> torch.device:
+def resolve_device(device: torch.device | str) -> torch.device:
     """A device with its index; "auto" is a GPU where there is one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -495,12 +570,6 @@ def _current_shard() -> Shard:
     if distributed.is_available() and distributed.is_initialized():
         return Shard(distributed.get_rank(), distributed.get_world_size())
     return Shard()
-
-
-def _torch_owned(batch: KDBatch) -> list[Tensor]:
-    """The tensors of a batch whose memory torch allocated, so everything but the images."""
-    tensors = [batch.index, batch.valid, *batch.teacher.values()]
-    return tensors if batch.labels is None else [*tensors, batch.labels]
 
 
 def _check_range(name: str, number: float, least: float, most: float = math.inf) -> None:

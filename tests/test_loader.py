@@ -15,15 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 import kd_pipeline.loader
 from kd_pipeline.config import Config
+from kd_pipeline.data.mix import MixSettings
 from kd_pipeline.data.source import Arrays, FileList, ImageFolder, load_classes
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.engine import export_onnx
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
-from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.loader import KDDataLoader, sample_images
 from kd_pipeline.teachers import TeacherSettings, open_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
@@ -593,10 +595,59 @@ def test_the_configs_teacher_is_closed_when_the_loader_cannot_be_made(config, mo
         opened[0](torch.zeros(1, *IMAGE_SHAPE))
 
 
-@pytest.mark.parametrize("split", ["test", "tset", "batch_size"])
-def test_a_split_that_is_not_there_is_refused_by_name(config, split):
-    with pytest.raises(ConfigError, match=f"no split '{split}'; add data.{split}"):
-        KDDataLoader.from_config(config(), split)
+@pytest.mark.parametrize(
+    ("split", "key"), [("test", "data.test"), ("tset", "data.more.tset"), ("batch_size", "data.more.batch_size")]
+)
+def test_a_split_that_is_not_there_is_refused_by_name_with_those_that_are(config, split, key):
+    more = {"sketches": config().data.val.model_dump()}
+    with pytest.raises(ConfigError, match=f"no split '{split}'; add {key} .* there: train, val, sketches$"):
+        KDDataLoader.from_config(config(more=more), split)
+
+
+def test_a_config_may_have_more_splits_by_names_of_their_own(config):
+    sketches = config().data.val.model_dump()
+    settings = config(more={"sketches": sketches, "reversed": {**sketches, "last_batch": "drop"}})
+    with (
+        KDDataLoader.from_config(settings, "sketches") as loader,
+        KDDataLoader.from_config(config(), "val") as val,
+    ):
+        assert loader.classes == CLASSES and loader.teacher is None
+        assert_same(run(loader, 1), run(val, 1))
+    with pytest.raises(DataError, match="no whole batch"):
+        KDDataLoader.from_config(settings, "reversed")
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test"])
+def test_a_further_split_may_not_take_the_name_of_a_known_one(config, name):
+    with pytest.raises(ValidationError, match=f"more must not have a split '{name}'"):
+        config(more={name: config().data.val.model_dump()})
+
+
+def test_a_config_can_ask_for_mixing_automatic_augmentation_and_repeats(config, source):
+    transform = {"preset": "train", "size": SIZE, "auto_augment": {"kind": "trivialaugment"}}
+    mix = {"mixup": 0.4, "switch": 0.3}
+    plain = KDDataLoader(
+        source,
+        TrainTransform.model_validate(transform),
+        mix=MixSettings.model_validate(mix),
+        repeats=2,
+        batch_size=8,
+        seed=3,
+        last_batch="drop",
+    )
+    settings = config(train={"transform": transform, "mix": mix, "repeats": 2}, without=("teacher",))
+    with KDDataLoader.from_config(settings) as loader, plain:
+        assert_same(run(loader), run(plain))
+        assert loader.state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize("split", ["train", "sketches"])
+def test_the_samples_for_a_teacher_are_neither_mixed_nor_repeated(config, split):
+    changed = {"mix": {"mixup": 0.2}, "repeats": 2, "shuffle": True}
+    plain, mixed = ({**config().data.val.model_dump(), **more} for more in ({"shuffle": True}, changed))
+    wanted = sample_images(config(more={"sketches": plain}), split, num_images=2)
+    found = sample_images(config(more={"sketches": mixed}, train=changed), split, num_images=2)
+    assert torch.equal(found, wanted)
 
 
 def test_a_validation_class_that_training_does_not_know_is_refused(config, tmp_path):

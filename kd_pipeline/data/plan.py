@@ -1,4 +1,4 @@
-"""Which sample comes when, and its random numbers: pure functions of (seed, epoch, index).
+"""Which sample comes when, and its random numbers: pure functions of (seed, epoch, index, repeat).
 
 Nothing here is drawn from a generator with a state, so any batch of any epoch can be named and rebuilt at once,
 on any rank, whatever was read before it.
@@ -51,6 +51,8 @@ class BatchPlan:
     """`[N]`, positions in the dataset."""
     valid: NDArray[np.bool_]
     """`[N]`, False for padding."""
+    repeat: NDArray[np.int64]
+    """`[N]`, how often the epoch showed the sample before: 0 to `repeats - 1`, so that every view is another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,10 @@ class Plan:
     A global batch is `batch_size * world_size` consecutive places of the epoch's order, and rank r takes the r-th
     `batch_size` of them. So the order over all ranks together is the same for any world size, and every rank has the
     same number of batches.
+
+    With `repeats` an epoch shows a sample so many times in a row, each time in another view (Hoffer et al., "Augment
+    your batch", arXiv 1901.09335). An epoch stays as long as it is without, as in timm's `RepeatAugSampler`, so it
+    shows only the first `1 / repeats` of its shuffled samples; where that leaves a rest, the last one comes less often.
     """
 
     num_samples: int
@@ -68,6 +74,7 @@ class Plan:
     shuffle: bool = True
     shard: Shard = Shard()
     last_batch: LastBatch = "keep"
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -76,6 +83,13 @@ class Plan:
             raise ConfigError(f"seed must be in 0..2**64-1, got {self.seed}")
         if self.last_batch not in get_args(LastBatch):
             raise ConfigError(f"last_batch must be one of {get_args(LastBatch)}, got {self.last_batch!r}")
+        if self.repeats < 1:
+            raise ConfigError(f"repeats must be at least 1, got {self.repeats}")
+        if self.repeats > 1 and not self.shuffle:
+            raise ConfigError(
+                f"repeats must be 1 without shuffling, got {self.repeats}: every epoch would show the same part of the "
+                "dataset; set shuffle to true"
+            )
 
     @property
     def global_batch_size(self) -> int:
@@ -90,6 +104,8 @@ class Plan:
     def epoch(self, epoch: int) -> "EpochPlan":
         """The batches of one epoch; the order is computed once, so keep it while the epoch lasts."""
         order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        if self.repeats > 1:
+            order = np.repeat(order[: -(-self.num_samples // self.repeats)], self.repeats)[: self.num_samples]
         return EpochPlan(self, order)
 
 
@@ -99,7 +115,7 @@ class EpochPlan:
 
     plan: Plan
     order: NDArray[np.int64]
-    """`[num_samples]`, the order over all ranks: a permutation of the dataset's positions."""
+    """`[num_samples]`, the order over all ranks: every position once, or some of them `repeats` times in a row."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -109,20 +125,25 @@ class EpochPlan:
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of an epoch of {len(self)} batches")
         plan, size = self.plan, self.plan.global_batch_size
-        places = self.order[number * size : (number + 1) * size]
+        places = np.arange(number * size, min((number + 1) * size, plan.num_samples))
         own = slice(plan.shard.rank * plan.batch_size, (plan.shard.rank + 1) * plan.batch_size)
         if len(places) == size:
-            return _all_valid(places[own])
+            return self._batch(places[own])
         if plan.last_batch == "keep":
             return self._share_of(places)
-        padded = np.concatenate([places, np.resize(self.order, size - len(places))])
-        return BatchPlan(padded[own], (np.arange(size) < len(places))[own])
+        padded = np.concatenate([places, np.arange(size - len(places)) % plan.num_samples])
+        return self._batch(padded[own], (np.arange(size) < len(places))[own])
 
     def _share_of(self, places: NDArray[np.int64]) -> BatchPlan:
         """The r-th of `world_size` nearly equal parts; a rank that would get nothing gets one padding row."""
         rank, world_size = self.plan.shard.rank, self.plan.shard.world_size
         part = places[len(places) * rank // world_size : len(places) * (rank + 1) // world_size]
-        return _all_valid(part) if len(part) else BatchPlan(places[:1], np.zeros(1, dtype=np.bool_))
+        return self._batch(part) if len(part) else self._batch(places[:1], np.zeros(1, dtype=np.bool_))
+
+    def _batch(self, places: NDArray[np.int64], valid: NDArray[np.bool_] | None = None) -> BatchPlan:
+        """What is at `places` of the order."""
+        valid = np.ones(len(places), dtype=np.bool_) if valid is None else valid
+        return BatchPlan(self.order[places], valid, places % self.plan.repeats)
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
@@ -139,17 +160,20 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> ND
     return np.argsort(stream.random_raw(num_samples), kind="stable").astype(np.int64, copy=False)
 
 
-def uniforms(index: NDArray[np.int64], *, seed: int, epoch: int, count: int) -> NDArray[np.float32]:
+def uniforms(
+    index: NDArray[np.int64], *, seed: int, epoch: int, count: int, repeat: NDArray[np.int64] | Literal[0] = 0
+) -> NDArray[np.float32]:
     """`count` random numbers in [0, 1) for each sample, `[N, count]` float32, whatever batch or rank it is in.
 
     Number j of a sample does not depend on `count`: it is 24 bits of half-word j of the Philox blocks whose counter
-    holds (block, epoch, index).
+    holds (block, epoch, index, repeat).
     """
     num_blocks = -(-count // 8)
     counter = np.zeros((len(index), num_blocks, 4), dtype=np.uint64)
     counter[..., 0] = np.arange(num_blocks, dtype=np.uint64)
     counter[..., 1] = epoch
     counter[..., 2] = index.astype(np.uint64)[:, None]
+    counter[..., 3] = np.asarray(repeat, dtype=np.uint64)[..., None]
     words = philox(_key(seed, _VIEW), counter.reshape(-1, 4))
     halves = np.stack([words & _LOW, words >> _HALF], axis=-1).reshape(len(index), num_blocks * 8)
     return (halves[:, :count] >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
@@ -174,10 +198,6 @@ def philox(key: NDArray[np.uint64], counter: NDArray[np.uint64]) -> NDArray[np.u
         key0 = (key0 + _KEY_STEPS[0]) & 0xFFFFFFFFFFFFFFFF
         key1 = (key1 + _KEY_STEPS[1]) & 0xFFFFFFFFFFFFFFFF
     return np.stack(words, axis=-1)
-
-
-def _all_valid(index: NDArray[np.int64]) -> BatchPlan:
-    return BatchPlan(index, np.ones(len(index), dtype=np.bool_))
 
 
 def _key(seed: int, stream: int) -> NDArray[np.uint64]:

@@ -9,14 +9,17 @@ import numpy as np
 
 from kd_pipeline.data.bad_samples import BadSamplePolicy, BadSamples
 from kd_pipeline.data.graph import Graph, GraphSettings, Samples
+from kd_pipeline.data.mix import MixSettings, mixing
 from kd_pipeline.data.plan import BatchPlan, Plan, uniforms
 from kd_pipeline.data.source import Source
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
 
-__all__ = ["INDEX", "LABEL", "VALID", "Reader"]
+__all__ = ["INDEX", "LABEL", "MIXING", "VALID", "Reader"]
 
 INDEX, LABEL, VALID = range(3)
 """Columns of the facts that go through DALI beside the images; the label is -1 for unlabelled data."""
+MIXING = slice(3, None)
+"""Columns that say how images are mixed, where they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +41,17 @@ class Reader:
         plan: Plan,
         settings: GraphSettings,
         policy: BadSamplePolicy,
+        mix: MixSettings | None = None,
     ) -> None:
         self.bad_samples = BadSamples(source, policy, settings)
         self._source, self._transform, self._plan, self._settings = source, transform, plan, settings
+        self._mix = mix
         self._labels = np.full(len(source), -1) if source.labels is None else source.labels
         self._graph: Graph | None = None
         self._pulled: deque[_Pulled] = deque()
 
     def read(self, epoch: int, number: int, stream: Any = None) -> tuple[Any, Any]:
-        """Images and facts `[N, 3]` int64 of batch `number` of `epoch`, as dense DALI tensors ordered on `stream`.
+        """Images and facts `[N, F]` int64 of batch `number` of `epoch`, as dense DALI tensors ordered on `stream`.
 
         Raises:
             BadSampleError: a sample cannot be read, and the policy is to raise.
@@ -101,9 +106,18 @@ class Reader:
     def _samples(self, plan: BatchPlan, epoch: int) -> Samples:
         index, readable = self.bad_samples.replace(plan.index)
         data = self._source.read(index)
+        valid = plan.valid & readable
+        facts = np.stack([index, self._labels[index], valid], axis=1)
+        num_draws = self._transform.num_draws
+        count = num_draws if self._mix is None else max(num_draws, self._mix.num_draws)
+        draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=plan.repeat)
+        if self._mix is not None:
+            size, repeats = self._transform.size, self._plan.repeats
+            columns = mixing(self._mix, draws.astype(np.float64), valid, size=size, repeats=repeats)
+            facts = np.concatenate([facts, columns], axis=1)
         return Samples(
             data=data,
-            facts=np.stack([index, self._labels[index], plan.valid & readable], axis=1),
-            draws=uniforms(index, seed=self._plan.seed, epoch=epoch, count=self._transform.num_draws),
+            facts=facts,
+            draws=draws[:, :num_draws],
             trusted=self.bad_samples.trusted(index, data),
         )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kd_pipeline.data.arrays import Arrays
+from kd_pipeline.data.cifar import Cifar
 from kd_pipeline.data.file_list import FileList
 from kd_pipeline.data.image_folder import ImageFolder
 from kd_pipeline.data.labels import class_names, load_classes, save_classes
@@ -19,6 +20,9 @@ from kd_pipeline.settings import Settings
 __all__ = [
     "Arrays",
     "ArraysSettings",
+    "Cifar",
+    "Cifar10Settings",
+    "Cifar100Settings",
     "FileList",
     "FileListSettings",
     "ImageFolder",
@@ -67,7 +71,32 @@ class ArraysSettings(Settings):
     """Class names in label order, or a JSON file that lists them."""
 
 
-SourceSettings = Annotated[ImageFolderSettings | FileListSettings | ArraysSettings, Field(discriminator="kind")]
+class Cifar10Settings(Settings):
+    """CIFAR-10 as its authors publish it: the binary or the Python version, unpacked or still in its archive."""
+
+    kind: Literal["cifar10"] = "cifar10"
+    root: Path
+    """The folder that has the files, the unpacked folder or the archive; or the archive itself."""
+    split: Literal["train", "test"]
+    download: bool = False
+    """Fetch the archive into `root` where nothing of the dataset is there."""
+
+
+class Cifar100Settings(Settings):
+    """CIFAR-100, as `Cifar10Settings` has CIFAR-10."""
+
+    kind: Literal["cifar100"] = "cifar100"
+    root: Path
+    """The folder that has the files, the unpacked folder or the archive; or the archive itself."""
+    split: Literal["train", "test"]
+    labels: Literal["fine", "coarse"] = "fine"
+    """The 100 classes, or the 20 groups of five that they form."""
+    download: bool = False
+    """Fetch the archive into `root` where nothing of the dataset is there."""
+
+
+AnySourceSettings = ImageFolderSettings | FileListSettings | ArraysSettings | Cifar10Settings | Cifar100Settings
+SourceSettings = Annotated[AnySourceSettings, Field(discriminator="kind")]
 
 
 class Source(Protocol):
@@ -114,22 +143,18 @@ class Source(Protocol):
         """
 
 
-def open_source(
-    settings: ImageFolderSettings | FileListSettings | ArraysSettings, *, classes: Sequence[str] | None = None
-) -> Source:
+def open_source(settings: AnySourceSettings, *, classes: Sequence[str] | None = None) -> Source:
     """Open what `settings` describe; `classes` is the training mapping, which validation data must fit.
 
     Raises:
         DataError: the data is not there or not what it claims to be, or its own `classes` are not the training mapping.
     """
+    if isinstance(settings, Cifar10Settings | Cifar100Settings):
+        cifar = Cifar(settings.kind, **settings.model_dump(exclude={"kind"}))
+        _check_mapping(cifar.classes, classes, "take the same dataset and kind of labels for both")
+        return cifar
     names = classes if settings.classes is None else class_names(settings.classes)
-    if classes is not None and names is not None:
-        for label, (here, there) in enumerate(zip_longest(names, classes)):
-            if here != there:
-                raise DataError(
-                    f"class {label} is {here!r} in this source and {there!r} in the training data ({len(names)} and "
-                    f"{len(classes)} classes); leave out `classes` to take the training data's"
-                )
+    _check_mapping(names, classes, "leave out `classes` to take the training data's")
     match settings:
         case ImageFolderSettings():
             return ImageFolder(settings.root, classes=names, labelled=settings.labelled)
@@ -137,3 +162,14 @@ def open_source(
             return FileList(settings.path, root=settings.root, classes=names)
         case ArraysSettings():
             return Arrays(settings.images, settings.labels, classes=names)
+
+
+def _check_mapping(names: Sequence[str] | None, training: Sequence[str] | None, advice: str) -> None:
+    if names is None or training is None:
+        return
+    for label, (here, there) in enumerate(zip_longest(names, training)):
+        if here != there:
+            raise DataError(
+                f"class {label} is {here!r} in this source and {there!r} in the training data ({len(names)} and "
+                f"{len(training)} classes); {advice}"
+            )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from kd_pipeline.data.auto_augment import AutoAugment, AutoAugmentSettings
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
 
@@ -69,7 +70,7 @@ class _Output(Settings):
 
 
 class TrainTransform(_Output):
-    """Random resized crop, horizontal flip, colour jitter, grayscale, blur, erasing, normalise."""
+    """Random resized crop, flip, automatic augmentation, colour jitter, grayscale, blur, erasing, normalise."""
 
     preset: Literal["train"] = "train"
     area: Range = (0.08, 1.0)
@@ -77,6 +78,8 @@ class TrainTransform(_Output):
     ratio: Range = (3 / 4, 4 / 3)
     """Width of the crop over its height."""
     flip: Probability = 0.5
+    auto_augment: AutoAugmentSettings | None = None
+    """RandAugment or TrivialAugment, before all other changes of pixels."""
     brightness: float = Field(default=0.0, ge=0.0)
     """The factor is drawn from [1 - brightness, 1 + brightness], not below 0; contrast and saturation alike."""
     contrast: float = Field(default=0.0, ge=0.0)
@@ -106,6 +109,8 @@ class TrainTransform(_Output):
     @property
     def num_draws(self) -> int:
         """How many of a view's uniform numbers are used."""
+        if self.auto_augment is not None:
+            return AutoAugment(self.auto_augment, self.size).num_draws
         return 35 if self.ops else 23
 
     @property
@@ -117,6 +122,8 @@ class TrainTransform(_Output):
     def ops(self) -> tuple["PixelOp", ...]:
         """What happens to the pixels between the crop and the normalisation; ops that would do nothing are left out."""
         ops: list[PixelOp] = []
+        if self.auto_augment is not None:
+            ops.append(AutoAugment(self.auto_augment, self.size))
         if self.brightness or self.contrast or self.saturation or self.hue or self.grayscale:
             ops.append(ColourJitter(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale))
         if self.blur:
@@ -381,10 +388,11 @@ class Normalise:
         )
 
 
-PixelOp = ColourJitter | GaussianBlur | RandomErasing
+PixelOp = AutoAugment | ColourJitter | GaussianBlur | RandomErasing
 
 # Slots of the plan's uniform numbers. New ops take new slots at the end; moving one changes every run ever made.
-# The crop and the flip come first: where they are all there is, the plan makes no other numbers.
+# The crop and the flip come first: where they are all there is, the plan makes no other numbers. Slots 35 to 39 are
+# those of `kd_pipeline.data.mix`, and the ones from 40 on those of `kd_pipeline.data.auto_augment`.
 _PLACE_Y, _PLACE_X, _FLIP = 0, 1, 2
 _AREA, _RATIO = slice(3, 3 + NUM_TRIES), slice(13, 13 + NUM_TRIES)
 _GRAYSCALE, _COLOUR = 23, slice(24, 28)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
@@ -61,7 +62,7 @@ def _visible(batch: KDBatch, transform: TrainTransform | EvalTransform, num_imag
 
 def _captions(batch: KDBatch, position: int, classes: Sequence[str] | None) -> list[tuple[str, tuple[int, int, int]]]:
     lines = []
-    label = None if batch.labels is None else int(batch.labels[position])
+    label = None if batch.labels is None else _class_of(batch.labels[position])
     counts = bool(batch.valid[position])
     if label is not None:
         lines.append((f"label {_name(label, classes)}", _BLACK if counts else _GREY))
@@ -70,6 +71,11 @@ def _captions(batch: KDBatch, position: int, classes: Sequence[str] | None) -> l
         colour = _GREY if label is None or not counts else _GREEN if int(choice) == label else _RED
         lines.append((f"teacher {_name(int(choice), classes)} {float(probability):.0%}", colour))
     return lines
+
+
+def _class_of(label: Tensor) -> int:
+    """The class itself, or the one with the largest share in a mixed image."""
+    return int(label if label.ndim == 0 else label.argmax())
 
 
 def _name(label: int, classes: Sequence[str] | None) -> str:

@@ -254,7 +254,105 @@ def test_an_unshuffled_plan_reads_the_dataset_in_its_own_order():
     assert [batch.index.tolist() for (batch,) in read(plan)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
+# Repeats
+
+
+def showings(plan, epoch):
+    """(sample, repeat) of every valid row in the epoch's order, whichever rank has it."""
+    rows = [
+        np.stack([batch.index, batch.repeat], 1)[batch.valid] for ranks in read(plan, epoch=epoch) for batch in ranks
+    ]
+    return [tuple(row) for row in np.concatenate(rows).tolist()]
+
+
+def repeating(repeats, **others):
+    return Plan(**{"num_samples": 101, "batch_size": 8, "seed": 6, "repeats": repeats, **others})
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4, 101])
+def test_repeats_show_the_first_samples_of_the_order_so_many_times_in_a_row(repeats):
+    plan = repeating(repeats)
+    plain = Plan(num_samples=101, batch_size=8, seed=6).epoch(4).order.tolist()
+    expected = [(index, repeat) for index in plain for repeat in range(repeats)][:101]
+    assert showings(plan, 4) == expected
+    assert plan.epoch(4).order.tolist() == [index for index, _ in expected]
+
+
+def test_more_repeats_than_samples_show_one_sample_only():
+    assert len(set(repeating(7, num_samples=5).epoch(0).order.tolist())) == 1
+
+
+@pytest.mark.parametrize("policy", ["keep", "pad", "drop"])
+@pytest.mark.parametrize("repeats", [2, 3, 5])
+def test_an_epoch_with_repeats_has_the_same_batches_as_one_without(policy, repeats):
+    for plan in every_plan(policy):
+        for plain, own in zip(ranks_of(plan), ranks_of(replace(plan, repeats=repeats)), strict=True):
+            before, after = plain.epoch(1), own.epoch(1)
+            assert len(before) == len(after)
+            for number in range(len(after)):
+                assert before[number].valid.tolist() == after[number].valid.tolist()
+                assert len(after[number].index) == len(after[number].repeat) == len(after[number].valid)
+
+
+@pytest.mark.parametrize("policy", ["keep", "pad", "drop"])
+@pytest.mark.parametrize("num_samples", [12, 19, 101])
+def test_the_repeats_are_the_same_for_every_world_size(policy, num_samples):
+    """12 images in a global batch: as 1 x 12, 2 x 6, 3 x 4, 4 x 3 and 12 x 1."""
+    streams = []
+    for world_size in (1, 2, 3, 4, 12):
+        shard = Shard(0, world_size)
+        plan = repeating(3, num_samples=num_samples, batch_size=12 // world_size, shard=shard, last_batch=policy)
+        streams.append(showings(plan, 5))
+    assert all(stream == streams[0] for stream in streams) and len(streams[0]) >= num_samples - 11
+
+
+def test_padding_shows_the_first_batch_again_with_its_repeats():
+    plan = repeating(3, num_samples=10, batch_size=8, last_batch="pad")
+    first, last = plan.epoch(2)[0], plan.epoch(2)[1]
+    assert last.valid.tolist() == [True] * 2 + [False] * 6
+    assert last.index[2:].tolist() == first.index[:6].tolist()
+    assert last.repeat.tolist() == [2, 0, 0, 1, 2, 0, 1, 2] and first.repeat.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_without_repeats_every_showing_is_the_first():
+    for plan in every_plan("keep", "pad", "drop"):
+        assert not any(batch.repeat.any() for ranks in read(plan) for batch in ranks)
+
+
+def test_every_sample_is_chosen_equally_often_over_the_epochs():
+    """A third of 30 samples in each of 2000 epochs, within five standard errors of the sampling."""
+    plan = repeating(3, num_samples=30)
+    chosen = np.concatenate([np.unique(plan.epoch(epoch).order) for epoch in range(2000)])
+    counts = np.bincount(chosen, minlength=30)
+    assert counts.sum() == 20_000 and np.abs(counts / 2000 - 1 / 3).max() < 5 * np.sqrt(2 / 9 / 2000)
+
+
+def test_the_first_repeat_has_the_numbers_of_a_plan_without_repeats_and_the_others_have_their_own():
+    index, repeat = np.array([4, 4, 4, 9, 9]), np.array([0, 1, 2, 0, 1])
+    views = uniforms(index, seed=3, epoch=2, count=35, repeat=repeat)
+    plain = uniforms(index, seed=3, epoch=2, count=35)
+    np.testing.assert_array_equal(views[repeat == 0], plain[repeat == 0])
+    assert len({view.tobytes() for view in views}) == 5
+    alone = [uniforms(index[[row]], seed=3, epoch=2, count=35, repeat=repeat[[row]])[0] for row in range(5)]
+    np.testing.assert_array_equal(views, alone)
+
+
+def test_the_numbers_of_a_repeat_are_independent_of_those_of_the_others():
+    """Within five standard errors of 20 000 truly uniform numbers."""
+    index = np.arange(20_000)
+    views = [uniforms(index, seed=11, epoch=0, count=9, repeat=np.full(20_000, repeat)) for repeat in range(3)]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        across = np.corrcoef(views[one].T, views[other].T)[:9, 9:]
+        assert np.abs(across).max() < 5 / np.sqrt(20_000)
+
+
 # What is refused
+
+
+def test_repeats_without_shuffling_are_refused_as_they_would_leave_out_the_rest_for_good():
+    with pytest.raises(ConfigError, match=r"repeats must be 1 without shuffling, got 3.*set shuffle"):
+        repeating(3, shuffle=False)
+    assert len(repeating(1, shuffle=False)) == 13
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0), (0, -1)])
@@ -265,7 +363,7 @@ def test_a_rank_outside_the_world_is_refused_with_both_numbers(rank, world_size)
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("batch_size", 0), ("batch_size", -3), ("seed", -1), ("seed", 2**64), ("last_batch", "wrap")],
+    [("batch_size", 0), ("batch_size", -3), ("seed", -1), ("seed", 2**64), ("last_batch", "wrap"), ("repeats", 0)],
 )
 def test_a_wrong_value_is_refused_by_name_and_value(name, value):
     with pytest.raises(ConfigError, match=rf"{name} must be .*got '?{value}"):

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
+from kd_pipeline.data import cifar
 from kd_pipeline.data.source import (
     Arrays,
     ArraysSettings,
+    Cifar,
+    Cifar10Settings,
+    Cifar100Settings,
     FileList,
     FileListSettings,
     ImageFolder,
@@ -24,6 +28,7 @@ from kd_pipeline.data.source import (
     save_classes,
 )
 from kd_pipeline.errors import DataError
+from tests.cifar_files import CIFAR10, NUM_IMAGES, content, write
 
 
 def grow(root: Path, *names: str) -> Path:
@@ -744,3 +749,45 @@ def test_classes_of_validation_data_that_differ_from_the_training_mapping_are_re
     assert "class 2 is None in this source and 'eel' in the training data (2 and 3 classes)" in refusal(
         open_source, settings, classes=("cat", "dog", "eel")
     )
+
+
+@pytest.fixture
+def cifar_roots(tmp_path, monkeypatch) -> dict[str, Path]:
+    monkeypatch.setattr(cifar, "_NUM_IMAGES", NUM_IMAGES)
+    return {dataset: write(dataset, "binary", tmp_path / dataset) for dataset in ("cifar10", "cifar100")}
+
+
+def test_open_source_reads_cifar_as_the_settings_say(cifar_roots):
+    read = TypeAdapter(SourceSettings).validate_python
+    ten = open_source(read({"kind": "cifar10", "root": cifar_roots["cifar10"], "split": "train"}))
+    assert isinstance(ten, Cifar) and len(ten) == 50 and ten.classes == tuple(CIFAR10)
+    assert ten.labels.tolist() == content("cifar10", "train").labels["labels"].tolist()
+    for extra, kind in (
+        ({}, "fine_labels"),
+        ({"labels": "fine"}, "fine_labels"),
+        ({"labels": "coarse"}, "coarse_labels"),
+    ):
+        hundred = open_source(read({"kind": "cifar100", "root": cifar_roots["cifar100"], "split": "test", **extra}))
+        assert hundred.labels.tolist() == content("cifar100", "test").labels[kind].tolist()
+    with pytest.raises(DataError, match="cannot be downloaded"):
+        root = cifar_roots["cifar10"] / "data_batch_1.bin"
+        open_source(read({"kind": "cifar10", "root": root, "split": "test", "download": True}))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"split": "val"}, {"split": "test", "labels": "fine"}, {"split": "test", "classes": ["a"]}]
+)
+def test_settings_that_cifar_10_does_not_have_are_refused(settings):
+    with pytest.raises(ValidationError):
+        TypeAdapter(SourceSettings).validate_python({"kind": "cifar10", "root": "data", **settings})
+
+
+def test_cifar_must_have_the_training_mapping_too(cifar_roots):
+    settings = Cifar10Settings(root=cifar_roots["cifar10"], split="test")
+    assert open_source(settings, classes=CIFAR10).classes == tuple(CIFAR10)
+    message = refusal(open_source, settings, classes=["airplane", "car", *CIFAR10[2:]])
+    assert message.startswith("class 1 is 'automobile' in this source and 'car' in the training data (10 and 10 ")
+    hundred = Cifar100Settings(root=cifar_roots["cifar100"], split="test")
+    coarse = open_source(hundred.model_copy(update={"labels": "coarse"})).classes
+    message = refusal(open_source, hundred, classes=coarse)
+    assert message.endswith("(100 and 20 classes); take the same dataset and kind of labels for both")
