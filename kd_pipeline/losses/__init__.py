@@ -3,7 +3,7 @@
 Every loss here keeps the same promises:
 
 - It is a mean over the batch: the sum of the rows' losses over the number of rows that count. A class more or less
-  changes no divisor, except in `logit_mse` and in the class term of `dist`, which say so.
+  changes no divisor, except in `logit_mse`, in the class term of `dist` and where features are compared, which say so.
 - Where there is a temperature T, the loss carries T², so that its gradient keeps its size when T changes
   (Hinton et al., arXiv 1503.02531, section 2).
 - `valid` `[N]` bool picks the rows that count; None means all. What stands in the other rows, NaN included, reaches
@@ -15,8 +15,21 @@ Every loss here keeps the same promises:
 Shape suffixes: N rows (samples), K classes, D features.
 """
 
+from kd_pipeline.losses.features import attention_transfer, channel_wise, feature_cosine, feature_mse
 from kd_pipeline.losses.hard import hard_label, task
 from kd_pipeline.losses.similarity import cosine, dist, logit_mse
 from kd_pipeline.losses.soft import dkd, soft_target
 
-__all__ = ["cosine", "dist", "dkd", "hard_label", "logit_mse", "soft_target", "task"]
+__all__ = [
+    "attention_transfer",
+    "channel_wise",
+    "cosine",
+    "dist",
+    "dkd",
+    "feature_cosine",
+    "feature_mse",
+    "hard_label",
+    "logit_mse",
+    "soft_target",
+    "task",
+]

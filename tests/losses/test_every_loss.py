@@ -55,7 +55,40 @@ LOSSES = {
     "task soft labels": lambda b: losses.task(b.student, b.weights, valid=b.valid),
     "logit_mse": lambda b: losses.logit_mse(b.student, b.teacher, valid=b.valid),
     "cosine": lambda b: losses.cosine(b.student, b.teacher, valid=b.valid),
+    "feature_mse": lambda b: losses.feature_mse(b.student, b.teacher, valid=b.valid),
+    "feature_mse pooled": lambda b: losses.feature_mse(as_map(b.student), enlarged(b.teacher), valid=b.valid),
+    "feature_cosine": lambda b: losses.feature_cosine(b.student, b.teacher, valid=b.valid),
+    "feature_cosine of a map": lambda b: losses.feature_cosine(
+        two_channels(b.student), two_channels(b.teacher), valid=b.valid
+    ),
+    "attention_transfer": lambda b: losses.attention_transfer(as_map(b.student), as_map(b.teacher), valid=b.valid),
+    "channel_wise": lambda b: losses.channel_wise(
+        as_map(b.student), as_map(b.teacher), temperature=b.temperature, valid=b.valid
+    ),
 }
+
+
+shaping = torch.autocast("cpu", enabled=False)
+"""What brings the batch to the shape of a map is no part of the loss."""
+
+
+@shaping
+def as_map(rows: Tensor) -> Tensor:
+    """The K numbers of a row as the positions of a map with one channel, `[N, 1, K, 1]`."""
+    return rows[:, None, :, None]
+
+
+@shaping
+def enlarged(rows: Tensor) -> Tensor:
+    """The same map three times as large, `[N, 1, K * 3, 3]`; pooling gives `as_map` back."""
+    return as_map(rows).repeat_interleave(3, dim=2).repeat(1, 1, 1, 3)
+
+
+@shaping
+def two_channels(rows: Tensor) -> Tensor:
+    """A map whose second channel is the first upside down, `[N, 2, K, 1]`: its directions depend on the numbers."""
+    return torch.stack([rows, rows.flip(1)], dim=1)[..., None]
+
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 

@@ -1,0 +1,220 @@
+"""The feature losses against their formulas, on embeddings, tokens and maps, and the shapes that they refuse."""
+
+from functools import partial
+from math import exp, log, sqrt
+
+import numpy
+import pytest
+import torch
+
+from kd_pipeline import losses
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses import attention_transfer, channel_wise, feature_cosine, feature_mse
+
+
+def two_models(shape, seed=4):
+    rng = numpy.random.default_rng(seed)
+    return rng.normal(size=shape) * 2, rng.normal(size=shape) * 3
+
+
+def two_models_torch(shape, seed=4):
+    return tuple(torch.from_numpy(array) for array in two_models(shape, seed))
+
+
+def mse_formula(student, teacher):
+    return sum(((s - t) ** 2).sum() / s.size for s, t in zip(student, teacher, strict=True)) / len(student)
+
+
+def cosine_of_vectors(s, t):
+    return sum(s * t) / sqrt(sum(s * s)) / sqrt(sum(t * t))
+
+
+def cosine_formula(student, teacher):
+    """Of maps, with the channels first."""
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        places = [(y, x) for y in range(s.shape[1]) for x in range(s.shape[2])]
+        total += sum(1 - cosine_of_vectors(s[:, y, x], t[:, y, x]) for y, x in places) / len(places)
+    return total / len(student)
+
+
+def attention_formula(student, teacher):
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        maps = []
+        for features in (s, t):
+            energy = sum(channel * channel for channel in features) / len(features)
+            maps.append(energy / sqrt((energy * energy).sum()))
+        total += ((maps[0] - maps[1]) ** 2).sum() / maps[0].size
+    return total / len(student)
+
+
+def softmax(numbers):
+    powers = [exp(number - max(numbers)) for number in numbers]
+    return [power / sum(powers) for power in powers]
+
+
+def channel_formula(student, teacher, temperature):
+    num_samples, num_channels = student.shape[:2]
+    total = 0.0
+    for sample in range(num_samples):
+        for channel in range(num_channels):
+            q = softmax(list(student[sample, channel].flatten() / temperature))
+            p = softmax(list(teacher[sample, channel].flatten() / temperature))
+            total += sum(a * (log(a) - log(b)) for a, b in zip(p, q, strict=True))
+    return temperature**2 / num_channels * total / num_samples
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 3, 2, 2)], ids=["embeddings", "tokens", "maps"])
+def test_feature_mse_is_the_mean_squared_distance(assert_matches, shape):
+    student, teacher = two_models(shape)
+    assert_matches(partial(feature_mse, teacher=torch.tensor(teacher)), partial(mse_formula, teacher=teacher), student)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 2, 2), (3, 2, 1, 4)])
+def test_feature_cosine_compares_the_directions_at_each_place(assert_matches, shape):
+    student, teacher = two_models(shape)
+    loss = partial(feature_cosine, teacher=torch.tensor(teacher))
+    assert_matches(loss, partial(cosine_formula, teacher=teacher), student)
+
+
+def test_feature_cosine_has_channels_first_in_maps_and_last_in_tokens():
+    student, teacher = two_models_torch((2, 3, 2, 4))
+    tokens = (side.flatten(2).transpose(1, 2) for side in (student, teacher))
+    torch.testing.assert_close(feature_cosine(*tokens), feature_cosine(student, teacher))
+
+
+def test_feature_cosine_of_embeddings_is_the_cosine_loss():
+    student, teacher = two_models_torch((4, 6))
+    assert feature_cosine(student, teacher) == losses.cosine(student, teacher)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 2, 2), (3, 2, 1, 4)])
+def test_attention_transfer_is_the_authors_formula(assert_matches, shape):
+    student, teacher = two_models(shape)
+    loss = partial(attention_transfer, teacher=torch.tensor(teacher))
+    assert_matches(loss, partial(attention_formula, teacher=teacher), student)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 3, 2, 2), (3, 2, 1, 4)])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_channel_wise_is_the_papers_formula(assert_matches, shape, temperature):
+    student, teacher = two_models(shape)
+    loss = partial(channel_wise, teacher=torch.tensor(teacher), temperature=temperature)
+    assert_matches(loss, partial(channel_formula, teacher=teacher, temperature=temperature), student)
+
+
+def test_attention_sees_where_a_map_is_strong_and_neither_how_strong_nor_in_which_channel():
+    student, teacher = two_models_torch((2, 3, 2, 4))
+    expected = attention_transfer(student, teacher)
+    torch.testing.assert_close(attention_transfer(-7 * student, teacher), expected)
+    torch.testing.assert_close(attention_transfer(student.flip(1), teacher), expected)
+    torch.testing.assert_close(attention_transfer(student.repeat(1, 5, 1, 1), teacher), expected)
+    assert abs(attention_transfer(student.flip(3), teacher) / expected - 1) > 0.01
+
+
+def test_attention_is_normalised_for_each_sample_alone():
+    student, teacher = two_models_torch((2, 3, 2, 4))
+    brightness = torch.tensor([1.0, 1000.0], dtype=torch.float64).view(2, 1, 1, 1)
+    torch.testing.assert_close(attention_transfer(student * brightness, teacher), attention_transfer(student, teacher))
+
+
+def test_a_map_of_zeros_has_no_attention_and_a_finite_gradient():
+    student = torch.zeros(2, 3, 2, 2, requires_grad=True)
+    value = attention_transfer(student, torch.ones(2, 3, 2, 2))
+    value.backward()
+    assert value == 0.25
+    assert (student.grad == 0).all()
+
+
+def test_channel_wise_ignores_how_bright_a_channel_is_as_a_whole():
+    student, teacher = two_models_torch((2, 3, 2, 4))
+    shift = torch.randn(2, 3, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(channel_wise(student + shift, teacher), channel_wise(student, teacher))
+    assert channel_wise(teacher, teacher) == 0
+
+
+@pytest.mark.parametrize("loss", [feature_mse, feature_cosine, attention_transfer])
+@pytest.mark.parametrize("factors", [(2, 2), (3, 1), (1, 4)])
+def test_the_larger_map_is_average_pooled_to_the_size_of_the_smaller_on_either_side(loss, factors):
+    student, teacher = two_models_torch((2, 3, 6, 4))
+    small = torch.nn.functional.avg_pool2d(teacher, factors)
+    pooled = torch.nn.functional.avg_pool2d(student, factors)
+    torch.testing.assert_close(loss(student, small), loss(pooled, small))
+    torch.testing.assert_close(loss(small, student), loss(small, pooled))
+
+
+@pytest.mark.parametrize("loss", [feature_mse, feature_cosine, attention_transfer])
+def test_a_half_precision_teacher_is_pooled_in_float32(loss):
+    student, teacher = (side.half() for side in two_models_torch((2, 3, 6, 6)))
+    assert loss(student[..., ::3, ::3], teacher) == loss(student[..., ::3, ::3].float(), teacher.float())
+
+
+def test_a_student_that_is_higher_and_a_teacher_that_is_wider_are_both_pooled():
+    student, teacher = two_models_torch((2, 3, 4, 4))
+    tall, wide = student[..., :2], teacher[:, :, :2]
+    pooled = torch.nn.functional.avg_pool2d(tall, (2, 1)), torch.nn.functional.avg_pool2d(wide, (1, 2))
+    torch.testing.assert_close(feature_mse(tall, wide), feature_mse(*pooled))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("loss", [feature_mse, feature_cosine, attention_transfer, channel_wise])
+def test_the_layout_in_memory_changes_nothing(loss, memory_format):
+    student, teacher = two_models_torch((2, 3, 4, 4))
+    laid_out = student.to(memory_format=memory_format)
+    torch.testing.assert_close(loss(laid_out, teacher), loss(student, teacher))
+
+
+@pytest.mark.parametrize("loss", [feature_mse, feature_cosine, attention_transfer, channel_wise])
+def test_samples_that_do_not_count_may_hold_anything_in_their_maps(loss):
+    student, teacher = two_models_torch((3, 3, 4, 4))
+    expected = loss(student[:2], teacher[:2])
+    student[2], teacher[2] = float("nan"), float("inf")
+    student.requires_grad_()
+    with torch.autograd.set_detect_anomaly(True):
+        value = loss(student, teacher, valid=torch.tensor([True, True, False]))
+        value.backward()
+    torch.testing.assert_close(value, expected)
+    assert student.grad.isfinite().all()
+
+
+MAP = torch.zeros(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("loss", "student", "teacher", "words"),
+    [
+        (feature_mse, MAP, torch.zeros(2, 5, 4, 4), ["[2, 3, 4, 4]", "[2, 5, 4, 4]", "projector"]),
+        (feature_mse, torch.zeros(2, 3), torch.zeros(2, 5), ["[2, 3]", "[2, 5]", "projector"]),
+        (feature_mse, torch.zeros(2, 3, 6), torch.zeros(2, 4, 6), ["[2, 3, 6]", "[2, 4, 6]"]),
+        (feature_mse, MAP, torch.zeros(2, 3), ["[2, 3, 4, 4]", "[2, 3] float32", "tokens"]),
+        (feature_mse, MAP, torch.zeros(3, 3, 4, 4), ["[2, 3, 4, 4]", "[3, 3, 4, 4]", "same samples"]),
+        (feature_mse, MAP, MAP.long(), ["float32", "int64"]),
+        (feature_mse, torch.zeros(2), torch.zeros(2), ["[2] float32", "embeddings"]),
+        (feature_mse, MAP, torch.zeros(2, 3, 3, 3), ["[2, 3, 4, 4]", "[2, 3, 3, 3]", "whole factor"]),
+        (feature_cosine, MAP, torch.zeros(2, 5, 4, 4), ["[2, 3, 4, 4]", "[2, 5, 4, 4]", "projector"]),
+        (attention_transfer, torch.zeros(2, 3), torch.zeros(2, 3), ["[2, 3] float32", "[N, C, H, W] maps"]),
+        (attention_transfer, MAP, torch.zeros(2, 9, 1, 1), ["[2, 3, 1, 1]", "at least 2"]),
+        (attention_transfer, MAP, torch.zeros(2, 9, 4, 5), ["[2, 3, 4, 4]", "[2, 9, 4, 5]", "whole factor"]),
+        (channel_wise, MAP, torch.zeros(2, 5, 4, 4), ["[2, 3, 4, 4]", "[2, 5, 4, 4]", "projector"]),
+        (channel_wise, MAP, torch.zeros(2, 3, 2, 2), ["[2, 3, 4, 4]", "[2, 3, 2, 2]", "same size"]),
+        (channel_wise, torch.zeros(2, 3, 1, 1), torch.zeros(2, 3, 1, 1), ["[2, 3, 1, 1]", "at least 2"]),
+    ],
+)
+def test_features_that_do_not_fit_are_refused_with_both_shapes(loss, student, teacher, words):
+    with pytest.raises(ConfigError) as caught:
+        loss(student, teacher)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("loss", [feature_mse, feature_cosine, attention_transfer, channel_wise])
+def test_a_mask_that_does_not_fit_is_refused_with_the_number_of_samples(loss):
+    with pytest.raises(ConfigError, match=r"valid must be \[2\] bool, .* got \[3\] bool"):
+        loss(MAP, MAP, valid=torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf")])
+def test_channel_wise_refuses_a_temperature_that_is_not_above_zero(temperature):
+    with pytest.raises(ConfigError, match=f"above 0, got {temperature}"):
+        channel_wise(MAP, MAP, temperature=temperature)
