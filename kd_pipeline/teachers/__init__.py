@@ -1,7 +1,7 @@
 """Teachers: a frozen model behind one contract, run by PyTorch, OpenVINO, ONNX Runtime or TensorRT."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,9 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.settings import Settings
+from kd_pipeline.taps import with_features
 from kd_pipeline.teachers.base import Teacher, TensorSpec
 from kd_pipeline.teachers.engine_file import Precision, Profile
 from kd_pipeline.teachers.ensemble import EnsembleTeacher
@@ -26,7 +28,7 @@ _logger = logging.getLogger("kd_pipeline")
 
 _USED_BY_ALL = {"backend", "precision", "max_batch"}
 _ALSO_USED_BY = {
-    "pytorch": {"channels_last", "compile"},
+    "pytorch": {"model", "features", "channels_last", "compile"},
     "openvino": {"onnx", "num_threads"},
     "onnxruntime": {"onnx", "num_threads"},
     "tensorrt": {"onnx", "engine", "runtime", "cuda_graph", "trust_engine"},
@@ -40,7 +42,11 @@ class TeacherSettings(Settings):
     """Which runtime runs the teacher, and how. A setting that the chosen runtime does not use is an error."""
 
     backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt"] = "auto"
-    """`auto` takes PyTorch for a module, TensorRT for an engine or on a GPU, and OpenVINO for an ONNX file on a CPU."""
+    """`auto` takes PyTorch for a model, TensorRT for an engine or on a GPU, and OpenVINO for an ONNX file on a CPU."""
+    model: ModelSettings | None = None
+    """A network by name and its weights, for `pytorch`."""
+    features: tuple[str, ...] = ()
+    """Layers of the model, by name, whose outputs the teacher returns beside the logits."""
     onnx: Path | None = None
     """The exported teacher, for every backend but `pytorch`; `tensorrt` builds an engine from it when first asked."""
     engine: Path | None = None
@@ -66,8 +72,13 @@ class TeacherSettings(Settings):
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
-        if self.onnx is not None and self.engine is not None:
-            raise ValueError(f"two teachers: onnx: {self.onnx} and engine: {self.engine}; give one of them")
+        files = {"onnx": self.onnx, "engine": self.engine}
+        given = [
+            *(f"{name}: {file}" for name, file in files.items() if file is not None),
+            *(["model"] if self.model else []),
+        ]
+        if len(given) > 1:
+            raise ValueError(f"two teachers: {' and '.join(given)}; give one of them")
         if self.trust_engine is not None and self.engine is None:
             raise ValueError("trust_engine names the sha256 of an engine, and there is no engine")
         if self.backend != "auto":
@@ -100,6 +111,7 @@ def open_teacher(
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
     samples: Callable[[], Tensor] | None = None,
+    plugins: Collection[str] = (),
 ) -> Teacher:
     """Open the teacher that `settings` describe, for images `[N, *image_shape]` of `dtype` on `device`.
 
@@ -114,13 +126,14 @@ def open_teacher(
         batch_size: images in a call; what an engine that is built on the way is tuned for.
         samples: gives images `[N, 3, H, W]` float32 as the teacher will see them, on which such an engine is compared
             with the float32 file and which give int8 and fp8 their ranges.
+        plugins: modules that a model's `factory` may come from.
 
     Raises:
         ConfigError: the combination of settings, module and device makes no teacher.
         TeacherError: the model cannot be opened, or takes other images.
         MissingPackageError: the backend's package is not installed.
     """
-    wanted = _Wanted(image_shape, torch.device(device), dtype, batch_size, samples)
+    wanted = _Wanted(image_shape, torch.device(device), dtype, batch_size, samples, plugins)
     match settings:
         case Teacher() if module is not None:
             raise ConfigError("got an open teacher and a module; give one of them")
@@ -145,6 +158,7 @@ class _Wanted:
     dtype: torch.dtype
     batch_size: int | None
     samples: Callable[[], Tensor] | None
+    plugins: Collection[str]
 
 
 def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, wanted: _Wanted) -> Teacher:
@@ -163,6 +177,11 @@ def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, wanted:
 def _open(settings: TeacherSettings, module: nn.Module | None, wanted: _Wanted) -> Teacher:
     backend, reason = _choose(settings, module, wanted.device)
     _refuse_unused(settings, backend)
+    if settings.model is not None:
+        model = settings.model
+        if model.factory is None and model.checkpoint is None and not model.pretrained:
+            raise ConfigError("teacher.model has random weights; set its checkpoint or pretrained")
+        module = open_model(model, plugins=wanted.plugins)
     teacher: Teacher
     match backend, module, settings.onnx:
         case "pytorch", nn.Module(), None:
@@ -195,7 +214,7 @@ def _open_module(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) 
     if wanted.image_shape is None:
         raise ConfigError("the pytorch backend must know the size of the images; pass image_shape=(3, H, W)")
     return PyTorchTeacher(
-        module,
+        with_features(module, settings.features) if settings.features else module,
         image_shape=wanted.image_shape,
         device=wanted.device,
         dtype=wanted.dtype,
@@ -257,15 +276,20 @@ def _open_tensorrt(settings: TeacherSettings, wanted: _Wanted) -> Teacher:
 
 def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.device) -> tuple[str, str]:
     """The backend, and why it is that one."""
-    file = settings.onnx or settings.engine
-    if module is None and file is None:
-        raise ConfigError("no teacher to open: set onnx to an exported file or engine to a built one, or pass a module")
-    if module is not None and file is not None:
-        raise ConfigError(f"two teachers to open: a module and {file}; give one of them")
+    named = settings.onnx or settings.engine or settings.model
+    if module is None and named is None:
+        raise ConfigError(
+            "no teacher to open: set onnx to an exported file, engine to a built one or model to a network, or pass a "
+            "module"
+        )
+    if module is not None and named is not None:
+        raise ConfigError(f"two teachers to open: a module and {named}; give one of them")
     if settings.backend != "auto":
         return settings.backend, "as the settings ask"
     if module is not None:
         return "pytorch", "because the teacher is a module"
+    if settings.model is not None:
+        return "pytorch", "because the teacher is a model by name"
     if settings.engine is not None:
         return "tensorrt", "because the teacher is an engine"
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """The teacher contract: images in, named tensors out, frozen for good."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ class Teacher(ABC):
         """Names of the K classes in logit order, where the model's file carries them."""
         self.fingerprint = fingerprint
         """Hex digest of the model's content; two teachers that answer differently differ here."""
+        self.busy_s = 0.0
+        """Seconds of the host in all calls so far; on a GPU that is the queueing alone."""
         self._closed = False
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -85,6 +88,7 @@ class Teacher(ABC):
             TeacherError: the images do not fit, the runtime failed, or the teacher is closed.
         """
         self._check(images)
+        started = time.perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad():
                 return self._infer(images)
@@ -92,6 +96,8 @@ class Teacher(ABC):
             found = TensorSpec(tuple(images.shape), images.dtype)
             kind = EngineError if isinstance(exc, EngineError) else TeacherError
             raise kind(f"the {self.backend} teacher failed on images {found}: {exc}") from exc
+        finally:
+            self.busy_s += time.perf_counter() - started
 
     def close(self) -> None:
         """Free the runtime; a second call does nothing."""
