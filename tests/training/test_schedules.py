@@ -1,0 +1,170 @@
+"""The learning rate over a run: its ends, its shapes, what the optimizer sees, and an exact resume."""
+
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.training.schedules import ScheduleSettings, build_schedule, check_length, factor
+
+FALLING = ["cosine", "linear", "poly"]
+SETTINGS = {
+    "cosine": {"warmup_epochs": 1.5, "cooldown_epochs": 1},
+    "linear": {"warmup_epochs": 2, "final_factor": 0.1},
+    "poly": {"power": 2.0},
+    "step": {"milestones": (2, 4.5), "gamma": 0.3},
+    "constant": {"warmup_epochs": 3},
+}
+
+
+def make_optimizer():
+    layers = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
+    return torch.optim.SGD([{"params": layers[:1]}, {"params": layers[1:], "lr": 0.02}], lr=0.1)
+
+
+def rates(optimizer):
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def steps(optimizer, schedule, count):
+    """The learning rates that each of the next `count` steps uses."""
+    seen = []
+    for _ in range(count):
+        seen.append(rates(optimizer))
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+@pytest.mark.parametrize("kind", FALLING)
+@pytest.mark.parametrize("final", [0.0, 0.07])
+def test_a_falling_schedule_goes_from_one_to_its_final_factor_and_stays(kind, final):
+    settings = ScheduleSettings(kind=kind, final_factor=final)
+    assert [factor(settings, epoch, 7) for epoch in (0, 7, 7.1)] == [1.0, final, final]
+    values = [factor(settings, step / 10, 7) for step in range(71)]
+    assert all(later < earlier for earlier, later in itertools.pairwise(values))
+
+
+@pytest.mark.parametrize(
+    ("kind", "at_quarter", "at_half"),
+    [("linear", 0.75, 0.5), ("cosine", (1 + math.sqrt(0.5)) / 2, 0.5), ("poly", 0.75**0.9, 0.5**0.9)],
+)
+def test_the_course_has_the_shape_that_was_asked_for(kind, at_quarter, at_half):
+    settings = ScheduleSettings(kind=kind)
+    assert factor(settings, 2, 8) == pytest.approx(at_quarter)
+    assert factor(settings, 4, 8) == pytest.approx(at_half)
+    raised = ScheduleSettings(kind=kind, final_factor=0.2)
+    assert factor(raised, 2, 8) == pytest.approx(0.2 + 0.8 * at_quarter)
+
+
+def test_poly_takes_its_power():
+    assert factor(ScheduleSettings(kind="poly", power=3.0), 5, 10) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("kind", list(SETTINGS))
+def test_a_warm_up_is_a_straight_line_to_the_full_rate(kind):
+    milestones = {"milestones": (8,)} if kind == "step" else {}
+    settings = ScheduleSettings(kind=kind, warmup_epochs=4, warmup_start=0.2, **milestones)
+    assert [factor(settings, epoch, 10) for epoch in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factor(settings, 3.5, 10) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("kind", FALLING)
+def test_the_course_fills_what_warm_up_and_cool_down_leave(kind):
+    bare = ScheduleSettings(kind=kind, final_factor=0.1)
+    settings = ScheduleSettings(kind=kind, final_factor=0.1, warmup_epochs=2, cooldown_epochs=3)
+    for epoch in (0, 1.25, 4, 5):
+        assert factor(settings, 2 + epoch, 10) == pytest.approx(factor(bare, epoch, 5))
+    assert [factor(settings, epoch, 10) for epoch in (7, 8.5, 10)] == [0.1, 0.1, 0.1]
+
+
+def test_steps_fall_at_the_milestones_of_the_run_whatever_the_warm_up():
+    for warmup in (0, 2):
+        settings = ScheduleSettings(kind="step", milestones=(4, 6), gamma=0.5, warmup_epochs=warmup)
+        assert [factor(settings, epoch, 10) for epoch in (2, 3.99, 4, 5.99, 6, 9)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_a_constant_schedule_never_falls():
+    assert {factor(ScheduleSettings(kind="constant"), epoch, 10) for epoch in (0, 3.3, 9.9, 10)} == {1.0}
+
+
+@pytest.mark.parametrize("kind", list(SETTINGS))
+def test_a_schedule_per_epoch_is_that_per_step_at_the_start_of_the_epoch(kind):
+    per_step = ScheduleSettings(kind=kind, **SETTINGS[kind])
+    per_epoch = ScheduleSettings(kind=kind, per="epoch", **SETTINGS[kind])
+    for epoch, part in itertools.product(range(6), (0, 0.3, 0.999)):
+        assert factor(per_epoch, epoch + part, 6) == factor(per_step, epoch, 6)
+
+
+@pytest.mark.parametrize("kind", list(SETTINGS))
+@pytest.mark.parametrize("per", ["step", "epoch"])
+def test_every_step_of_the_optimizer_uses_its_groups_rate_times_the_factor(kind, per):
+    settings = ScheduleSettings(kind=kind, per=per, **SETTINGS[kind])
+    optimizer = make_optimizer()
+    schedule = build_schedule(optimizer, settings, epochs=6, steps_per_epoch=5)
+    seen = steps(optimizer, schedule, 30)
+    factors = [factor(settings, step / 5, 6) for step in range(30)]
+    assert seen == [[0.1 * value, 0.02 * value] for value in factors]
+    assert kind == "constant" or len(set(factors)) >= 3
+
+
+@pytest.mark.parametrize("kind", list(SETTINGS))
+def test_a_schedule_loaded_without_code_goes_on_exactly(kind):
+    settings = ScheduleSettings(kind=kind, **SETTINGS[kind])
+    optimizer = make_optimizer()
+    schedule = build_schedule(optimizer, settings, epochs=6, steps_per_epoch=5)
+    steps(optimizer, schedule, 7)
+    file = io.BytesIO()
+    torch.save([optimizer.state_dict(), schedule.state_dict()], file)
+    wanted = steps(optimizer, schedule, 23)
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    optimizer = make_optimizer()
+    schedule = build_schedule(optimizer, settings, epochs=6, steps_per_epoch=5)
+    optimizer.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    assert schedule.last_epoch == 7
+    assert steps(optimizer, schedule, 23) == wanted
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_epochs": 6, "cooldown_epochs": 4}, "warmup_epochs: 6 and cooldown_epochs: 4 take all 10 epochs"),
+        ({"kind": "constant", "warmup_epochs": 12}, "warmup_epochs: 12 .* 10 epochs"),
+        ({"kind": "step", "milestones": (5, 10, 15)}, "milestones: 10, 15 come after the 10 epochs"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_into_the_run_is_refused(settings, message):
+    settings = ScheduleSettings(**settings)
+    with pytest.raises(ConfigError, match=message):
+        check_length(settings, 10)
+    with pytest.raises(ConfigError, match=message):
+        build_schedule(make_optimizer(), settings, epochs=10, steps_per_epoch=5)
+    check_length(settings, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "step"}, "needs milestones"),
+        ({"kind": "step", "milestones": (5, 3)}, r"milestones should rise .* got \[5.0, 3.0\]"),
+        ({"kind": "step", "milestones": (5, 5)}, "milestones should rise"),
+        ({"milestones": (5,)}, "milestones: .* means nothing to kind: cosine"),
+        ({"kind": "linear", "gamma": 0.5}, "gamma: 0.5 means nothing to kind: linear"),
+        ({"power": 2.0}, "power: 2.0 means nothing to kind: cosine"),
+        ({"kind": "step", "milestones": (5,), "final_factor": 0.1}, "final_factor: 0.1 means nothing to kind: step"),
+        ({"kind": "constant", "cooldown_epochs": 1}, "cooldown_epochs: 1.0 means nothing to kind: constant"),
+        ({"warmup_start": 1.5}, "less than or equal to 1"),
+        ({"kind": "cosin"}, "'cosine', 'linear'"),
+    ],
+)
+def test_settings_that_make_no_schedule_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        ScheduleSettings(**settings)
