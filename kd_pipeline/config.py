@@ -3,35 +3,20 @@
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from kd_pipeline.config_file import read_config
+from kd_pipeline.distillation import DistillSettings
 from kd_pipeline.loader import DataSettings
+from kd_pipeline.models import ModelSettings
+from kd_pipeline.probe import ProbeSettings
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers import EnsembleSettings, TeacherSettings
+from kd_pipeline.training.train_settings import TrainSettings
 
 __all__ = ["Config", "DistillSettings", "TrainSettings", "load_config"]
-
-
-class DistillSettings(Settings):
-    """How the teacher's answers enter the loss; the words are timm's."""
-
-    temperature: float = Field(default=4.0, gt=0)
-    """Divides the logits of both before the softmax."""
-    distill_weight: float = Field(default=0.9, ge=0)
-    """Weight of the soft-target term."""
-    task_weight: float = Field(default=0.1, ge=0)
-    """Weight of the cross-entropy with the data's own labels."""
-
-
-class TrainSettings(Settings):
-    """How long and how fast a loop trains."""
-
-    epochs: int = Field(default=10, gt=0)
-    lr: float = Field(default=1e-3, gt=0)
-    """The highest learning rate of the schedule."""
 
 
 def _kind(teacher: Any) -> str:
@@ -56,8 +41,16 @@ class Config(Settings):
     """Where a run writes what it has to say: `classes.json`, `bad_samples.jsonl` and the like."""
     data: DataSettings
     teacher: OneOrMoreTeachers | None = None
+    stage: Literal["teacher", "baseline", "distill", "all"] = "distill"
+    """What `kd-pipeline train` does: train the teacher's `model`, train the student alone, or distil it; `all` does
+    the first and the last."""
+    student: ModelSettings | None = None
+    student_from_teacher: dict[str, str] = Field(default_factory=dict)
+    """Layers of the student, by name, that start with the weights of the teacher's layer of the other name."""
     distill: DistillSettings = DistillSettings()
     train: TrainSettings = TrainSettings()
+    probe: ProbeSettings | None = ProbeSettings()
+    """How the teacher is tried on labelled images before a run; null leaves it out."""
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:

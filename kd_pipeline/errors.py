@@ -9,7 +9,7 @@
     ├── TeacherError            a teacher cannot be opened, refuses its input or failed
     │   └── EngineError         a TensorRT engine cannot be built, trusted, loaded or run
     ├── ExportError             a model could not be exported to ONNX, or the file disagrees with the model
-    └── StateError              a saved position does not fit this loader; names each field old → new
+    └── StateError              a saved position or checkpoint does not fit; names each field old → new
 
 Every message says what is wrong, where (file, key, sample, rank) and what to do about it.
 """
@@ -82,4 +82,4 @@ class ExportError(KDPipelineError):
 
 
 class StateError(KDPipelineError):
-    """A saved loader position does not fit this loader."""
+    """A saved loader position or a checkpoint does not fit, cannot be read or cannot be written."""

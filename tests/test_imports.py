@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,19 +27,24 @@ MODULES = [
         if not module.name.endswith("__main__")
     ),
 ]
+ON_LIGHTNING = {f"kd_pipeline.training.{name}" for name in ("metrics", "module", "run")}
+"""Modules whose classes are Lightning's, so that they cannot be there without it."""
 OPTIONAL = {
     "cuda",
     "lightning",
     "nvidia",
     "onnx",
     "onnxruntime",
+    "onnx_ir",
     "onnxscript",
     "openvino",
     "rich",
+    "safetensors",
     "sklearn",
     "tensorrt",
     "tensorrt_rtx",
     "timm",
+    "torchmetrics",
     "torchvision",
 }
 
@@ -90,7 +96,21 @@ def test_looking_up_every_public_name_is_silent_and_loads_nothing_optional():
 
 def test_every_module_imports_silently_with_nothing_optional_installed():
     assert len(MODULES) > 20
-    assert run_python(WITHOUT, ",".join(OPTIONAL), ",".join(MODULES)) == ""
+    modules = [name for name in MODULES if name not in ON_LIGHTNING]
+    assert run_python(WITHOUT, ",".join(OPTIONAL), ",".join(modules)) == ""
+
+
+@pytest.mark.parametrize("name", sorted(ON_LIGHTNING))
+def test_a_module_that_stands_on_lightning_says_what_to_type_without_it(name):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, "lightning", name],
+        cwd=Path(kd_pipeline.__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert re.search(r"MissingPackageError: lightning\S* is needed .* pip install 'kd_pipeline\[train\]'", done.stderr)
 
 
 def test_every_public_name_resolves_and_dir_shows_it():

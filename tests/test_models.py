@@ -272,5 +272,5 @@ def test_the_networks_of_the_papers_on_cifar_have_as_many_parameters_as_theirs(n
 
 
 def test_a_depth_that_makes_no_whole_stages_is_refused() -> None:
-    with pytest.raises(ConfigError, match="is 8, 14, 20, .*, got 10"):
+    with pytest.raises(ConfigError, match=r"is 8, 14, 20, .*, got 10"):
         cifar_resnet(10, 10)

@@ -22,7 +22,8 @@ def loss_of(logits: Tensor, batch, distill: DistillSettings) -> Tensor:
     if not batch.teacher:
         return task
     soft = losses.soft_target(logits, batch.teacher["logits"], temperature=distill.temperature, valid=batch.valid)
-    return distill.task_weight * task + distill.distill_weight * soft
+    distill_weight, task_weight = distill.weights
+    return task_weight * task + distill_weight * soft
 
 
 def fit(
@@ -33,8 +34,9 @@ def fit(
     on_step: Callable[[int, Tensor], None] = lambda num_images, loss: None,
 ) -> None:
     """Train the student in place; `on_step` hears the number of images and the loss, still on its device."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=train.lr, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, train.lr, total_steps=train.epochs * len(loader))
+    lr, num_steps = train.optimizer.lr, train.epochs * len(loader)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
     for _ in range(loader.epoch, train.epochs):
         student.train()
         for batch in loader:  # one loop is one epoch

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kd_pipeline import __version__
-from kd_pipeline.cli import bench, build_engine, demo, doctor
+from kd_pipeline.cli import bench, build_engine, demo, doctor, train
+from kd_pipeline.cli import eval as evaluation
 from kd_pipeline.errors import KDPipelineError
 
 __all__ = ["main"]
@@ -36,6 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kd-pipeline", description="Knowledge distillation on NVIDIA DALI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, build_engine, bench, doctor):
+    for command in (demo, train, evaluation, build_engine, bench, doctor):
         command.add_to(commands, common)
     return parser
