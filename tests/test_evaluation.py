@@ -196,6 +196,11 @@ def test_rows_with_nan_or_inf_are_wrong_answers_in_every_figure(tmp_path) -> Non
     assert found.num_bad_rows == int(bad.sum()) > 0 and found.num_samples == 101
     assert found.top1 == float(right.double().mean())
     assert found.class_accuracy[2] == 0.0
+    for label in labels.unique().tolist():
+        assert found.class_accuracy[label] == float(right[labels == label].double().mean())
+    named = sorted({*labels.tolist(), *logits.argmax(1)[~bad].tolist()})
+    choice = logits.argmax(1).masked_fill(bad, NUM_LOGITS)
+    assert found.macro_f1 == pytest.approx(f1_score(labels, choice, labels=named, average="macro"))
     assert sum(map(sum, found.confusion)) == 101 - found.num_bad_rows
     assert found.agreement == against_bad.agreement == float((~bad).double().mean())
     assert math.isnan(found.loss) and found.to_dict()["loss"] is None
@@ -303,6 +308,18 @@ def test_a_metric_by_name_is_torchmetrics_own(tmp_path) -> None:
     assert found["MulticlassF1Score"] == pytest.approx(wanted.tolist(), rel=1e-5)
     in_top3 = (logits.topk(3).indices == labels[:, None]).any(1)
     assert found["Accuracy"] == pytest.approx(float(in_top3.double().mean()), rel=1e-5)
+
+
+def test_a_metric_by_name_gets_probabilities_even_of_small_logits(tmp_path) -> None:
+    source = pixel_arrays(tmp_path)
+    logits, labels = all_rows(source)
+    probabilities = (logits / 100).softmax(1)
+    with open_loader(source) as loader:
+        metric = MetricSettings(name="MulticlassCalibrationError", kwargs={"n_bins": 1})
+        found = evaluate(Pixels(lambda x: x / 100), loader, metrics=[metric]).metrics
+    is_right = (logits.argmax(1) == labels).float()
+    wanted = abs(float(probabilities.amax(1).mean() - is_right.mean()))
+    assert found["MulticlassCalibrationError"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_users_metric_gets_all_rows_in_the_order_of_the_dataset(tmp_path) -> None:

@@ -127,8 +127,9 @@ def test_what_a_module_exports_is_there_and_sorted(name):
     module = importlib.import_module(name)
     exported = list(getattr(module, "__all__", []))
 
-    def place(word: str) -> tuple[int, str]:
-        return (0 if word.isupper() else 1 if word[:1].isupper() else 2, word)
+    def place(word: str) -> tuple[int, list[str | int]]:
+        parts = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", word)]
+        return 0 if word.isupper() else 1 if word[:1].isupper() else 2, parts
 
     assert exported == sorted(exported, key=place) and len(set(exported)) == len(exported)
     assert all(hasattr(module, word) for word in exported)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.settings import Settings
-from kd_pipeline.taps import with_features
 from kd_pipeline.teachers.base import Teacher, TensorSpec
 from kd_pipeline.teachers.engine_file import Precision, Profile
 from kd_pipeline.teachers.ensemble import EnsembleTeacher
@@ -211,6 +210,9 @@ def _open(settings: TeacherSettings, module: nn.Module | None, wanted: _Wanted) 
 
 
 def _open_module(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) -> Teacher:
+    # Here, because taps stand on this package's PyTorch teacher.
+    from kd_pipeline.taps import with_features
+
     if wanted.image_shape is None:
         raise ConfigError("the pytorch backend must know the size of the images; pass image_shape=(3, H, W)")
     return PyTorchTeacher(
