@@ -95,8 +95,8 @@ def evaluate(
 ) -> Evaluation:
     """Run one epoch of `loader` through `model`; rows that are not `valid` count nowhere.
 
-    Counts are exact and sums are taken without rounding errors, so that the result is the same for every batch size
-    and number of ranks, as far as the model's own answers are. Where the loader reads one shard of several and
+    Counts are exact, and sums of numbers rounded to 2**-24 are too, so that the result is the same for every batch
+    size and number of ranks, as far as the model's own answers are. Where the loader reads one shard of several and
     `torch.distributed` is initialised, all ranks get the result for the whole split. Nothing waits for the GPU before
     the end. `metrics` need all logits at once, which stay on the device until then.
 

@@ -220,6 +220,11 @@ def test_it_becomes_json_and_figures_for_a_logger(tmp_path) -> None:
     assert all(type(value) is float for value in figures.values())
 
 
+def test_a_limit_on_batches_is_kept(tmp_path) -> None:
+    with open_loader(pixel_arrays(tmp_path)) as loader:
+        assert evaluate(Pixels(), loader, max_batches=2).num_samples == 32
+
+
 def test_five_classes_or_fewer_are_always_among_the_first_five(tmp_path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((4, SIDE, SIDE, 3), dtype=np.uint8))
     np.save(tmp_path / "labels.npy", np.array([0, 1, 2, 1]))

@@ -8,8 +8,8 @@ __all__ = ["add_to"]
 
 _EXAMPLES = """\
 examples:
-  kd-pipeline train -c configs/digits.yaml stage=all
-  kd-pipeline train -c configs/digits.yaml stage=baseline train.epochs=20
+  kd-pipeline train -c configs/digits_all_stages.yaml stage=all
+  kd-pipeline train -c configs/digits_all_stages.yaml stage=baseline train.epochs=20
   torchrun --nproc-per-node 4 -m kd_pipeline train -c configs/imagenet_resnet34_to_resnet18.yaml
 
 The same command goes on where an earlier one was stopped; another run_dir starts anew.

@@ -80,7 +80,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             self.ema.student.to(self.device)
 
     def on_train_epoch_start(self) -> None:
-        """Start counting."""
+        """Start counting; validation's time is not the loader's."""
+        self._clock.restart()
         self._num_right = self._num_valid = torch.zeros((), device=self.device)
 
     def on_train_batch_start(self, batch: KDBatch, number: int) -> None:
@@ -123,9 +124,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             valid = self.trainer.strategy.reduce(self._num_valid.float(), reduce_op="sum")
             self.log("train/top1", right / valid.clamp(min=1))
         for name, evaluation in self._validate(self.model).items():
-            for metric in ("top1", "top5", "macro_f1", "loss", "agreement", "kl"):
-                if (value := getattr(evaluation, metric)) is not None:
-                    self.log(f"{name}/{metric}", value, prog_bar=metric == "top1")
+            for metric, value in evaluation.figures().items():
+                self.log(f"{name}/{metric}", value, prog_bar=metric == "top1")
         self.student.train()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -177,6 +177,10 @@ class _Clock:
         self._wait_s = self._work_s = 0.0
         self._taught_s = 0.0 if teacher is None else teacher.busy_s
         self._num_images = 0
+
+    def restart(self) -> None:
+        """What has passed since the last batch counts as nothing."""
+        self._last = time.perf_counter()
 
     def waited(self) -> None:
         """The loader has handed over a batch."""

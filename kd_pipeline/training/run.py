@@ -121,7 +121,7 @@ class _Run(ExitStack):
             _logger.info("going on from %s", last)
         module = self._module(student, loader, facts)
         self._trainer(module, last).fit(module, loader, ckpt_path=last)
-        return self._finish(student, settings, loader)
+        return self._finish(module, settings, loader)
 
     def _open_teacher(self) -> Teacher:
         config = self._config
@@ -281,11 +281,12 @@ class _Run(ExitStack):
             default_root_dir=folder.path,
         )
 
-    def _finish(self, student: nn.Module, settings: ModelSettings, loader: KDDataLoader) -> Outcome:
+    def _finish(self, module: DistillModule, settings: ModelSettings, loader: KDDataLoader) -> Outcome:
         """Export the best student, or the last one where nothing was measured, and say how good it is."""
+        student: nn.Module = module.model
         best = self._folder.checkpoints / "best_student.pt"
-        weights = torch.load(best, "cpu", weights_only=True) if best.is_file() else student.state_dict()
-        student.load_state_dict(weights)
+        if best.is_file():
+            student.load_state_dict(torch.load(best, "cpu", weights_only=True))
         size = loader.transform.size
         figures = self._evaluate(student.to(loader.device), loader.teacher)
         if self._config.data.test is not None:

@@ -175,6 +175,77 @@ def test_two_ranks_see_the_images_of_one_and_a_killed_run_of_two_goes_on_exactly
     assert_same_end(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
+RICH = """
+  features: [{loss: feature_mse, student: "4", teacher: "4", weight: 0.1, projector: conv}]
+  distill_weight: {start: 0.5, end: 1.0}
+  loss: dist
+  task_weight: 0.5
+"""
+
+
+@pytest.mark.slow
+def test_settings_of_every_kind_work_together(workplace: Path) -> None:
+    config = (workplace / "tiny.yaml").read_text()
+    config = config.replace("student:", f"distill:{RICH}student:")
+    (workplace / "tiny.yaml").write_text(config)
+    weights_of_teacher = RUN / "teacher" / "exported" / "model.safetensors"
+    status, said = finish(
+        start(
+            workplace,
+            f"teacher.model.checkpoint={weights_of_teacher}",
+            "teacher.backend=pytorch",
+            'teacher.features=["4"]',
+            "data.train.transform.auto_augment={kind: trivialaugment}",
+            "data.train.mix={mixup: 0.2, cutmix: 1.0}",
+            "data.more={again: {source: {kind: arrays, images: val.npz}, transform: {preset: eval, size: 16}}}",
+            "data.test={source: {kind: arrays, images: val.npz}, transform: {preset: eval, size: 16, resize: 16}}",
+            "train.ema={decay: 0.9}",
+            "train.accumulate=2",
+            "train.clip=1.0",
+            "train.deterministic=true",
+            "train.early_stopping={patience: 5}",
+            "train.log_gradient_norm=true",
+            "train.compare_with_teacher=true",
+            "train.limit_val_batches=2",
+            "train.schedule={kind: linear, warmup_epochs: 0.5}",
+            "train.precision=bf16-mixed",
+        )
+    )
+    assert status == 0, said
+    columns = (workplace / RUN / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/feature_mse.4", "train/gradient_norm", "train/teacher_share", "val/agreement", "again/top1"} <= set(
+        columns
+    )
+    result = json.loads((workplace / RUN / "result.json").read_text())
+    assert result["val"]["num_samples"] == 64 and result["test"]["num_samples"] == 70
+    exported = load_file(workplace / RUN / "exported" / "model.safetensors")
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in exported.values())
+    assert not any("projector" in name for name in exported)
+
+
+@pytest.mark.slow
+def test_without_a_validation_set_the_moving_average_is_exported(workplace: Path) -> None:
+    status, said = finish(start(workplace, "data.val=null", "train.ema={decay: 0.9}", "train.limit_train_batches=3"))
+    assert status == 0, said
+    average = load_checkpoint(workplace / RUN / "checkpoints" / "last.ckpt")["ema"]["student"]
+    for name, tensor in load_file(workplace / RUN / "exported" / "model.safetensors").items():
+        assert torch.equal(tensor, average[name]), name
+
+
+@pytest.mark.slow
+def test_layers_of_the_teacher_can_be_where_the_student_begins(workplace: Path) -> None:
+    wide = "student={builtin: small_resnet, kwargs: {width: 8}}"
+    frozen = ("train.optimizer.lr=1e-12", "train.limit_train_batches=1", "train.epochs=1")
+    status, said = finish(start(workplace, wide, "student_from_teacher={'3': '3', '8': '8'}", *frozen))
+    assert status == 0, said
+    student = load_file(workplace / RUN / "exported" / "model.safetensors")
+    teacher = load_file(workplace / RUN / "teacher" / "exported" / "model.safetensors")
+    torch.testing.assert_close(student["3.body.0.weight"], teacher["3.body.0.weight"], rtol=0, atol=1e-6)
+    assert not torch.allclose(student["4.body.0.weight"], teacher["4.body.0.weight"], atol=1e-3)
+    status, said = finish(start(workplace, wide, "student_from_teacher={'3': '4'}", "run_dir=runs/other", *frozen))
+    assert status == 1 and "Traceback" not in said, said
+
+
 def test_a_stage_without_what_it_needs_says_what_to_set(workplace: Path) -> None:
     shutil.rmtree(workplace / RUN / "teacher")
     for arguments, message in (
