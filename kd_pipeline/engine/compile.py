@@ -122,8 +122,8 @@ def run_job(path: str) -> int:
     except KDPipelineError as error:
         _say(error=str(error))
         return 1
-    except OSError as error:
-        _say(error=f"{error.filename or 'the engine'} cannot be read or written: {error.strerror}")
+    except OSError as exc:
+        _say(error=f"{exc.filename or 'the engine'} cannot be read or written: {exc.strerror}")
         return 1
     return 0
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kd_pipeline.cli import main
 from kd_pipeline.config import load_config
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
@@ -246,8 +247,11 @@ def test_layers_of_the_teacher_can_be_where_the_student_begins(workplace: Path) 
     assert status == 1 and "Traceback" not in said, said
 
 
-def test_a_stage_without_what_it_needs_says_what_to_set(workplace: Path) -> None:
+def test_a_stage_without_what_it_needs_says_what_to_set(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(workplace / RUN / "teacher")
+    monkeypatch.chdir(workplace)
     for arguments, message in (
         ((), "teacher.model has no weights: set its checkpoint or pretrained, or train it first with stage=teacher"),
         (("teacher=null",), "stage: distill needs a teacher"),
@@ -256,6 +260,6 @@ def test_a_stage_without_what_it_needs_says_what_to_set(workplace: Path) -> None
         (("run_dir=null",), "a run needs a folder: set run_dir"),
         (("stage=teach",), "should be 'teacher', 'baseline', 'distill' or 'all'"),
     ):
-        status, said = finish(start(workplace, *arguments))
-        assert status == 1 and message in said, said
-        assert "Traceback" not in said
+        assert main(["train", "-c", "tiny.yaml", *arguments]) == 1
+        said = capsys.readouterr().err
+        assert message in said and "Traceback" not in said
