@@ -1,6 +1,5 @@
 """The loss of a run: a weighted sum of named terms."""
 
-import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from kd_pipeline import losses
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.distill_settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.plugins import import_function
 from kd_pipeline.ramp import value_at
 from kd_pipeline.taps import closest, tapped
 from kd_pipeline.teachers.base import TensorSpec
@@ -97,7 +97,7 @@ class Distillation(nn.Module):
         self._named: TermSettings | None = None
         if "distill" in self._weights and loss is None:
             if settings.names_a_function:
-                self._own = _import_loss(settings.loss, plugins)
+                self._own = import_function("loss", settings.loss, plugins, caller="Distillation")
             else:
                 self._named = TermSettings(loss=settings.loss, options=settings.options)
         has_temperature = self._named is not None and self._named.has_temperature
@@ -201,24 +201,6 @@ class Distillation(nn.Module):
             self.projectors.append(_projector(term, student, spec))
             with torch.no_grad():
                 _try(f"distill.features: {term.name}", term, self.projectors[-1](student), spec)
-
-
-def _import_loss(name: str, plugins: Collection[str]) -> OwnLoss:
-    module_name, _, function = name.partition(":")
-    if module_name not in plugins:
-        raise ConfigError(
-            f"loss: {name} would run code of the module {module_name}; allow it with --plugin {module_name} on the "
-            f'command line, or Distillation(..., plugins=["{module_name}"])'
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as exc:
-        raise ConfigError(f"the plugin {module_name} cannot be imported ({exc}); add its folder to PYTHONPATH") from exc
-    found: Any = getattr(module, function, None)
-    if not callable(found):
-        raise ConfigError(f"{module.__file__} has no function called {function!r}; correct loss: {name}")
-    own: OwnLoss = found
-    return own
 
 
 def _dry_run(

@@ -1,7 +1,6 @@
 """Networks by name: timm's, torchvision's, the user's own factory, and small ones of our own."""
 
 import difflib
-import importlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.optional import require
+from kd_pipeline.plugins import import_function
 from kd_pipeline.settings import Settings
 
 __all__ = ["DefaultInput", "ModelSettings", "cifar_resnet", "default_input", "open_model", "small_resnet"]
@@ -71,37 +71,7 @@ class DefaultInput(NamedTuple):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al., arXiv 1512.03385, figure 2)."""
-
-    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(num_out),
-            nn.ReLU(),
-            nn.Conv2d(num_out, num_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(num_out),
-        )
-        self.shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
-
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = nn.functional.relu(self.body(images) + self.shortcut(images))
-        return out
-
-
-def small_resnet(num_classes: int, *, width: int, num_stages: int = 3) -> nn.Sequential:
-    """A residual network for images of about 32 pixels: `[N, 3, H, W]` to logits `[N, num_classes]`.
-
-    Each of the `num_stages` stages halves the resolution and doubles the number of channels, `width` at first.
-    """
-    widths = [width * 2**stage for stage in range(num_stages)]
-    stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    stages = [_Block(num_in, num_out, stride=2) for num_in, num_out in zip([width, *widths], widths, strict=False)]
-    return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
-
-
-class _CifarBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut that is the identity wherever it can be."""
+    """Two 3x3 convolutions beside a shortcut (He et al., arXiv 1512.03385, figure 2), the identity where it can be."""
 
     def __init__(self, num_in: int, num_out: int, stride: int) -> None:
         super().__init__()
@@ -121,6 +91,17 @@ class _CifarBlock(nn.Module):
         return out
 
 
+def small_resnet(num_classes: int, *, width: int, num_stages: int = 3) -> nn.Sequential:
+    """A residual network for images of about 32 pixels: `[N, 3, H, W]` to logits `[N, num_classes]`.
+
+    Each of the `num_stages` stages halves the resolution and doubles the number of channels, `width` at first.
+    """
+    widths = [width * 2**stage for stage in range(num_stages)]
+    stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    stages = [_Block(num_in, num_out, stride=2) for num_in, num_out in zip([width, *widths], widths, strict=False)]
+    return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
 def cifar_resnet(depth: int, num_classes: int, *, width: int = 32) -> nn.Module:
     """The residual network of depth 6n + 2 for 32x32 images (He et al., arXiv 1512.03385, section 4.2), made wider.
 
@@ -135,7 +116,7 @@ def cifar_resnet(depth: int, num_classes: int, *, width: int = 32) -> nn.Module:
     for number in (1, 2, 3):
         num_out, stride = width * 2**number, 1 if number == 1 else 2
         blocks = [
-            _CifarBlock(num_in if block == 0 else num_out, num_out, stride if block == 0 else 1)
+            _Block(num_in if block == 0 else num_out, num_out, stride if block == 0 else 1)
             for block in range((depth - 2) // 6)
         ]
         stages[f"layer{number}"] = nn.Sequential(*blocks)
@@ -225,32 +206,13 @@ def _builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Callabl
     if settings.builtin is not None:
         return partial(_builtin, settings.builtin), f"the builtin {settings.builtin}"
     assert settings.factory is not None
-    return _import_factory(settings.factory, plugins), f"the factory {settings.factory}"
+    return import_function("factory", settings.factory, plugins, caller="open_model"), f"the factory {settings.factory}"
 
 
 def _unknown(library: str, name: str, names: Sequence[str]) -> ConfigError:
     close = difflib.get_close_matches(name.partition(".")[0], names, n=3)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {len(names)} others"
     return ConfigError(f"{library} has no classifier called {name!r}; {hint}")
-
-
-def _import_factory(factory: str, plugins: Collection[str]) -> Callable[..., Any]:
-    name, _, function = factory.partition(":")
-    if name not in plugins:
-        raise ConfigError(
-            f"factory: {factory} would run code of the module {name}; allow it with --plugin {name} on the command "
-            f'line, or open_model(..., plugins=["{name}"])'
-        )
-    try:
-        module = importlib.import_module(name)
-    except ImportError as exc:
-        raise ConfigError(f"the plugin {name} cannot be imported ({exc}); add its folder to PYTHONPATH") from exc
-    except Exception as exc:  # it is the user's own code
-        raise ConfigError(f"the plugin {name} cannot be imported ({type(exc).__name__}: {exc}); correct it") from exc
-    found: object = getattr(module, function, None)
-    if not callable(found):
-        raise ConfigError(f"{module.__file__} has no function called {function!r}; correct factory: {factory}")
-    return found
 
 
 def _load_weights(module: nn.Module, path: Path) -> None:

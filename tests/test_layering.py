@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "kd_pipeline"
 FLOORS = [
     "errors",
     "optional settings",
-    "ramp tensorrt_package",
+    "plugins ramp tensorrt_package",
     "batch data",
     "data.fingerprint data.labels",
     "data.arrays data.files data.plain_pickle",

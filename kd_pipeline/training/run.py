@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +90,7 @@ class _Run(ExitStack):
         self._folder = RunFolder(config.run_dir if stage == "distill" else config.run_dir / stage)
         self._config = config.model_copy(update={"stage": stage})
         self._stage, self._plugins = stage, plugins
+        self._loaders: dict[str, KDDataLoader] = {}
         _quiet()
         self._model = _model_settings(config, stage)
 
@@ -116,11 +116,9 @@ class _Run(ExitStack):
             "data": loader.source.fingerprint,
         }
         last = self._folder.last
-        if last is not None:
-            check_same_run(load_checkpoint(last).get("run", {}), facts)
-            _logger.info("going on from %s", last)
+        step = None if last is None else _step_of(last, facts)
         module = self._module(student, loader, facts)
-        self._trainer(module, last).fit(module, loader, ckpt_path=last)
+        self._trainer(module, step).fit(module, loader, ckpt_path=last)
         return self._finish(module, settings, loader)
 
     def _open_teacher(self) -> Teacher:
@@ -238,12 +236,10 @@ class _Run(ExitStack):
             self._loaders[name] = self._open_loader(name, None)
         return self._loaders[name]
 
-    @cached_property
-    def _loaders(self) -> dict[str, KDDataLoader]:
-        return {}
-
-    def _trainer(self, module: DistillModule, last: Path | None) -> Any:
+    def _trainer(self, module: DistillModule, step: int | None) -> Any:
+        """Lightning's, which goes on from `step` where there is one."""
         train, folder = self._config.train, self._folder
+        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         has_figures = self._config.data.val is not None or self._config.data.more
         keep = SaveLastAndBest(
             folder.checkpoints,
@@ -260,8 +256,8 @@ class _Run(ExitStack):
             )
         return _lightning.Trainer(
             accelerator="gpu" if _device(self._config).type == "cuda" else "cpu",
-            devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            num_nodes=max(1, _num_processes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
+            devices=num_here,
+            num_nodes=max(1, _num_processes() // num_here),
             strategy="ddp" if _num_processes() > 1 else "auto",
             sync_batchnorm=train.sync_batchnorm,
             precision=train.precision,
@@ -275,7 +271,7 @@ class _Run(ExitStack):
             use_distributed_sampler=False,
             enable_model_summary=False,
             enable_checkpointing=True,
-            logger=_loggers(train.loggers, folder, last),
+            logger=_loggers(train.loggers, folder, step),
             callbacks=callbacks,
             plugins=[atomic_checkpoint_io()],
             default_root_dir=folder.path,
@@ -321,6 +317,14 @@ def _model_settings(config: Config, stage: Stage) -> ModelSettings:
             "stage: teacher trains the network of teacher.model, such as teacher: {model: {timm: resnet50}}"
         )
     return config.teacher.model
+
+
+def _step_of(last: Path, facts: Mapping[str, Any]) -> int:
+    """The step at which the checkpoint `last` was saved, once it is known to belong to this run."""
+    checkpoint = load_checkpoint(last)
+    check_same_run(checkpoint.get("run", {}), facts)
+    _logger.info("going on from %s", last)
+    return int(checkpoint["global_step"])
 
 
 def _num_classes(loader: KDDataLoader) -> int:
@@ -375,7 +379,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*litlogger.*")
 
 
-def _loggers(names: Collection[LoggerName], folder: RunFolder, last: Path | None) -> list[Any]:
+def _loggers(names: Collection[LoggerName], folder: RunFolder, step: int | None) -> list[Any]:
     """Lightning's loggers by name, and our own for `metrics.csv`."""
     loggers = require("lightning.pytorch.loggers", extra="train")
     found: list[Any] = []
@@ -383,8 +387,8 @@ def _loggers(names: Collection[LoggerName], folder: RunFolder, last: Path | None
         match name:
             case "csv":
                 metrics = MetricsFile(folder.metrics)
-                if last is not None:
-                    metrics.go_on_from(int(load_checkpoint(last)["global_step"]))
+                if step is not None:
+                    metrics.go_on_from(step)
                 found.append(metrics)
             case "tensorboard":
                 try:
