@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["CpuLane", "CudaLane", "Lane", "open_lane"]
@@ -25,6 +27,9 @@ class Lane(Protocol):
 
     def teaching(self) -> AbstractContextManager[Any]:
         """Work that is queued inside goes behind DALI's output, on the teacher's stream."""
+
+    def upload(self, numbers: NDArray[np.int64]) -> Tensor:
+        """An array as a tensor on the device, copied there on the current stream."""
 
     def taught(self) -> Any:
         """A mark behind everything queued so far on the teacher's stream."""
@@ -47,6 +52,10 @@ class CpuLane:
     def teaching(self) -> AbstractContextManager[Any]:
         """Nothing to order."""
         return nullcontext()
+
+    def upload(self, numbers: NDArray[np.int64]) -> Tensor:
+        """The same memory."""
+        return torch.from_numpy(numbers)
 
     def taught(self) -> Any:
         """No mark is needed."""
@@ -74,6 +83,10 @@ class CudaLane:
     def teaching(self) -> AbstractContextManager[Any]:
         """Makes the teacher's stream the current one."""
         return torch.cuda.stream(self.stream)
+
+    def upload(self, numbers: NDArray[np.int64]) -> Tensor:
+        """From pinned memory the copy is only queued, and torch keeps the memory until it is done."""
+        return torch.from_numpy(numbers).pin_memory().to(self._device, non_blocking=True)
 
     def taught(self) -> torch.cuda.Event:
         """An event on the teacher's stream."""

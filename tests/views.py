@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline.data.graph import Graph, GraphSettings, Samples
 from kd_pipeline.data.plan import uniforms
-from kd_pipeline.data.transform import EvalTransform, TrainTransform
+from kd_pipeline.data.transform import EvalTransform, TrainTransform, parameters_of
 
 PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 """Settings that leave pixels on their scale from 0 to 255."""
@@ -38,11 +38,12 @@ def samples_of(
     Files that start like a JPEG are to end like one, the others are trusted.
     """
     index = np.arange(len(images))
+    if draws is None:
+        draws = uniforms(index, seed=0, epoch=0, count=transform.num_draws)
     trusted = [isinstance(images, np.ndarray) or not _starts_like_jpeg(path) for path in images]
     return Samples(
         data=images if isinstance(images, np.ndarray) else _padded(images),
-        facts=index[:, None],
-        draws=uniforms(index, seed=0, epoch=0, count=transform.num_draws) if draws is None else draws,
+        parameters=parameters_of(transform, draws),
         trusted=np.array(trusted),
     )
 
@@ -59,7 +60,7 @@ def render(
     settings = graph_settings(len(images), max_pixels=max_pixels)
     graph = Graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
     try:
-        return np.array(graph.take()[0])
+        return np.array(graph.take())
     finally:
         graph.close()
 

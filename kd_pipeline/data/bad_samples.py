@@ -68,7 +68,7 @@ class BadSamples:
         """
         trusted = _members(index, self._trusted)
         if self._source.stores == "files":
-            trusted |= [name.lower().endswith(_NOT_JPEG) for name in data.view(f"S{data.shape[1]}").ravel().tolist()]
+            trusted |= _are_named_otherwise(data)
         return trusted
 
     def replace(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -108,13 +108,13 @@ class BadSamples:
         if self._policy.on_bad_sample == "raise":
             raise error from failure
         self._bad.add(position)
+        self._record({"index": position, "path": name, "num_bytes": num_bytes, "reason": reason})
         num_samples = len(self._source)
         if len(self._bad) / num_samples > self._policy.max_bad_fraction or len(self._bad) == num_samples:
             raise TooManyBadSamplesError(
                 f"{len(self._bad)} of {num_samples} samples cannot be read, which is more than "
                 f"max_bad_fraction={self._policy.max_bad_fraction:g} allows; the last one: {error}"
             ) from failure
-        self._record({"index": position, "path": name, "num_bytes": num_bytes, "reason": reason})
 
     def _record(self, line: dict[str, Any]) -> None:
         if self._policy.record is None or line["index"] in self._recorded:
@@ -167,6 +167,16 @@ def _members(index: NDArray[np.int64], members: set[int]) -> NDArray[np.bool_]:
     if not members:
         return np.zeros(len(index), dtype=np.bool_)
     return np.isin(index, np.fromiter(members, dtype=np.int64))
+
+
+def _are_named_otherwise(names: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """`[N]`, True for NUL-padded names `[N, L]` that end like those of other formats."""
+    longest = max(map(len, _NOT_JPEG))
+    column = np.count_nonzero(names, axis=1)[:, None] + np.arange(-longest, 0)
+    ends = np.take_along_axis(names, np.maximum(column, 0), axis=1).view(f"S{longest}").ravel().tolist()
+    # A dataset has few kinds of names, and a block of samples many of each.
+    found = {end: end.lower().endswith(_NOT_JPEG) for end in set(ends)}
+    return np.array([found[end] for end in ends], dtype=np.bool_)
 
 
 def _ends_like_jpeg(name: str) -> bool:

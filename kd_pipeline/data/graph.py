@@ -1,13 +1,14 @@
 """The only file that builds a DALI pipeline: planned samples in, finished images out."""
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.transform import EvalTransform, Node, TrainTransform
+from kd_pipeline.data.transform import EvalTransform, ImageSize, Node, TrainTransform, ops_of
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.optional import require
 
@@ -43,12 +44,17 @@ class Samples:
 
     data: NDArray[np.uint8]
     """`[N, L]` file names, NUL-padded, or `[N, H, W, 3]` pixels."""
-    facts: NDArray[np.int64]
-    """`[N, F]`, handed through to the output, so that what belongs to an image stays beside it."""
-    draws: NDArray[np.float32]
-    """`[N, transform.num_draws]` uniform numbers in [0, 1)."""
+    parameters: tuple[NDArray[np.float32], ...]
+    """`[N, ...]` each, what `parameters_of` makes of the transform and the samples' uniform numbers."""
     trusted: NDArray[np.bool_]
     """`[N]`, True for files that need not end like a JPEG: other formats, and those known to decode in full."""
+
+    def split(self, sizes: Iterable[int]) -> Iterator["Samples"]:
+        """Batches of so many samples each, one behind the other; nothing is copied."""
+        ends = list(itertools.accumulate(sizes, initial=0))
+        for own in itertools.starmap(slice, itertools.pairwise(ends)):
+            parameters = tuple(part[own] for part in self.parameters)
+            yield Samples(self.data[own], parameters, self.trusted[own])
 
 
 class Graph:
@@ -78,55 +84,47 @@ class Graph:
             # Only this executor leaves a buffer alone while somebody holds it.
             raise ConfigError("DALI's dynamic executor is off; unset DALI_* variables that select another executor")
         with self._pipeline:
-            self._pipeline.set_outputs(*self._define(settings))
+            self._pipeline.set_outputs(self._define(settings))
         self._pipeline.build()
 
-    def take(self, stream: Any = None) -> tuple[Any, Any]:
-        """Images and facts of the next batch, as dense DALI tensors.
+    def take(self, stream: Any = None) -> Any:
+        """Images of the next batch, as a dense DALI tensor.
 
-        On a GPU both are ordered on `stream` and nothing waits; on the CPU they are finished.
+        On a GPU they are ordered on `stream` and nothing waits; on the CPU they are finished.
 
         Raises:
             RuntimeError: DALI could not read or decode a sample of this batch; the graph is to be thrown away.
             StopIteration: `samples` has ended.
         """
-        images, facts = self._pipeline.run(stream)
-        return images.as_tensor(), facts.as_tensor()
+        # The two halves of `run`, which itself adds a tenth of a millisecond of Python.
+        self._pipeline.schedule_run()
+        (images,) = self._pipeline.outputs(stream)
+        return images.as_tensor()
 
     def close(self) -> None:
         """Stop DALI's threads; batches that somebody still holds stay valid."""
         del self._pipeline
 
-    @property
-    def _ops(self) -> tuple[Any, ...]:
-        return (self._transform.crop, *self._transform.ops, self._transform.normalise)
-
     def _next(self) -> tuple[NDArray[Any], ...]:
         """What DALI's external source calls for the next batch."""
         samples = next(self._samples)
-        draws = samples.draws.astype(np.float64)
-        parameters = [part for op in self._ops for part in op.parameters(draws)]
-        return (
-            samples.data,
-            samples.facts,
-            *([samples.trusted] if self._stores == "files" else []),
-            *(np.ascontiguousarray(part, dtype=np.float32) for part in parameters),
-        )
+        trusted = (samples.trusted,) if self._stores == "files" else ()
+        return (samples.data, *trusted, *samples.parameters)
 
-    def _define(self, settings: GraphSettings) -> tuple[Node, Node]:
+    def _define(self, settings: GraphSettings) -> Node:
         fn = require("nvidia.dali.fn", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
-        inputs = [(types.FLOAT, ndim, "") for op in self._ops for ndim in op.ndims]
+        crop, *ops = ops_of(self._transform)
+        inputs = [(types.FLOAT, ndim, "") for op in (crop, *ops) for ndim in op.ndims]
         if self._stores == "files":
-            inputs = [(types.UINT8, 1, ""), (types.INT64, 1, ""), (types.BOOL, 0, ""), *inputs]
+            inputs = [(types.UINT8, 1, ""), (types.BOOL, 0, ""), *inputs]
         else:
-            inputs = [(types.UINT8, 3, "HWC"), (types.INT64, 1, ""), *inputs]
+            inputs = [(types.UINT8, 3, "HWC"), *inputs]
         dtypes, ndims, layouts = (list(column) for column in zip(*inputs, strict=True))
-        data, facts, *parameters = fn.external_source(
+        data, *parameters = fn.external_source(
             self._next, num_outputs=len(inputs), dtype=dtypes, ndim=ndims, layout=layouts
         )
         trusted = parameters.pop(0) if self._stores == "files" else None
-        crop, *ops = self._ops
         own, rest = parameters[: len(crop.ndims)], parameters[len(crop.ndims) :]
         if self._stores == "files":
             # Reading a file at once is quicker than mapping it: all of it is needed, page by page.
@@ -138,7 +136,7 @@ class Graph:
         for op in ops:
             images = op.apply(images, *rest[: len(op.ndims)])
             rest = rest[len(op.ndims) :]
-        return images, facts if settings.device_id is None else facts.gpu()
+        return images
 
     def _decode(
         self, encoded: Node, trusted: Node, parameters: list[Node], settings: GraphSettings
@@ -148,11 +146,11 @@ class Graph:
         types = require("nvidia.dali.types", extra="cpu")
         math = require("nvidia.dali.math", extra="cpu")
         shape = fn.peek_image_shape(encoded)
-        size = fn.cast(shape, dtype=types.FLOAT)
+        size = ImageSize.of(fn.cast(shape, dtype=types.FLOAT))
         # The window of a cut-off JPEG may lie above the cut and decode well; the file is refused all the same,
         # so that whether a sample is readable does not depend on its view.
         is_whole = (fn.reinterpret(encoded[-2:], dtype=types.UINT16) == _JPEG_END) | trusted
-        is_small = size[0] * size[1] <= float(settings.max_pixels)
+        is_small = size.area <= float(settings.max_pixels)
         corner, extent = self._transform.crop.window(size, *parameters)
         # A window far outside of the image has DALI refuse the sample before it decodes anything.
         extent = extent / math.max(is_whole & is_small, _TINY)
@@ -164,7 +162,7 @@ class Graph:
         fn = require("nvidia.dali.fn", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
         shape = pixels.shape()
-        corner, extent = self._transform.crop.window(fn.cast(shape, dtype=types.FLOAT), *parameters)
+        corner, extent = self._transform.crop.window(ImageSize.of(fn.cast(shape, dtype=types.FLOAT)), *parameters)
         images = pixels if settings.device_id is None else pixels.gpu()
         return fn.slice(images, corner, extent, axes=(0, 1), **_ABSOLUTE), shape[0], shape[1]
 

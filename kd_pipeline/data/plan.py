@@ -4,10 +4,12 @@ Nothing here is drawn from a generator with a state, so any batch of any epoch c
 on any rank, whatever was read before it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kd_pipeline.errors import ConfigError
@@ -53,6 +55,8 @@ class BatchPlan:
     """`[N]`, False for padding."""
     repeat: NDArray[np.int64]
     """`[N]`, how often the epoch showed the sample before: 0 to `repeats - 1`, so that every view is another one."""
+    place: NDArray[np.int64]
+    """`[N]`, places in the order that all ranks share; with the epoch they name the view, for any batch size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +147,7 @@ class EpochPlan:
     def _batch(self, places: NDArray[np.int64], valid: NDArray[np.bool_] | None = None) -> BatchPlan:
         """What is at `places` of the order."""
         valid = np.ones(len(places), dtype=np.bool_) if valid is None else valid
-        return BatchPlan(self.order[places], valid, places % self.plan.repeats)
+        return BatchPlan(self.order[places], valid, places % self.plan.repeats, places)
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
@@ -151,13 +155,16 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> ND
 
     Shuffled: the positions sorted by one 64-bit random key each, position p's key being word p of NumPy's own
     Philox stream for (seed, epoch). NumPy promises that raw words of a bit generator never change between releases,
-    which it does not promise for `Generator.permutation`.
+    which it does not promise for `Generator.permutation`. Equal keys would keep the dataset's order.
     """
     if not shuffle:
         return np.arange(num_samples, dtype=np.int64)
     # A counter's first word moves with every four words, so the epoch sits in the second.
     stream = np.random.Philox(key=_key(seed, _ORDER), counter=np.array([0, epoch, 0, 0], dtype=np.uint64))
-    return np.argsort(stream.random_raw(num_samples), kind="stable").astype(np.int64, copy=False)
+    # Turning the highest bit makes them signed numbers in the same order, which torch sorts several times as fast.
+    keys = (stream.random_raw(num_samples) ^ np.uint64(2**63)).view(np.int64)
+    order: NDArray[np.int64] = torch.argsort(torch.from_numpy(keys), stable=True).numpy()
+    return order
 
 
 def uniforms(
@@ -169,25 +176,23 @@ def uniforms(
     holds (block, epoch, index, repeat).
     """
     num_blocks = -(-count // 8)
-    counter = np.zeros((len(index), num_blocks, 4), dtype=np.uint64)
-    counter[..., 0] = np.arange(num_blocks, dtype=np.uint64)
-    counter[..., 1] = epoch
-    counter[..., 2] = index.astype(np.uint64)[:, None]
-    counter[..., 3] = np.asarray(repeat, dtype=np.uint64)[..., None]
-    words = philox(_key(seed, _VIEW), counter.reshape(-1, 4))
-    halves = np.stack([words & _LOW, words >> _HALF], axis=-1).reshape(len(index), num_blocks * 8)
-    return (halves[:, :count] >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+    block = np.arange(num_blocks, dtype=np.uint64)[:, None]
+    counter = (block, np.array(epoch, dtype=np.uint64), index.astype(np.uint64), np.array(repeat, dtype=np.uint64))
+    words = philox(_key(seed, _VIEW), counter).transpose(1, 0, 2)
+    halves = words.astype("<u8", order="C").view("<u4").reshape(len(index), num_blocks * 8)
+    return (halves[:, :count] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def philox(key: NDArray[np.uint64], counter: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Philox4x64-10 of many counters at once: `[N, 4]` uint64 words.
+def philox(key: NDArray[np.uint64], counter: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """Philox4x64-10 of many counters at once: `[..., 4]` uint64 words.
 
-    Row n equals `np.random.Philox(key=key, counter=counter[n]).random_raw(4)`; like NumPy, it adds one to the
+    Each row equals `np.random.Philox(key=key, counter=counter).random_raw(4)`; like NumPy, it adds one to the
     counter before its first block. Algorithm: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
     Args:
         key: `[2]` uint64.
-        counter: `[N, 4]` uint64, least significant word first.
+        counter: its four words, uint64 of shapes that broadcast to `[...]`, least significant first. What the first
+            rounds make of a word that many counters share is computed once.
     """
     words = _increment(counter)
     key0, key1 = int(key[0]), int(key[1])
@@ -204,12 +209,13 @@ def _key(seed: int, stream: int) -> NDArray[np.uint64]:
     return np.array([seed, stream], dtype=np.uint64)
 
 
-def _increment(counter: NDArray[np.uint64]) -> list[NDArray[np.uint64]]:
+def _increment(counter: Sequence[NDArray[np.uint64]]) -> list[NDArray[np.uint64]]:
     """The four words of counter + 1, with the carry that NumPy's 256-bit counter has."""
     words = []
-    carry = np.ones(len(counter), dtype=np.uint64)
-    for column in range(4):
-        word = counter[:, column] + carry
+    carry = np.ones(1, dtype=np.uint64)
+    for word in counter:
+        if carry.any():  # or else it keeps its shape
+            word = word + carry
         carry = (word < carry).astype(np.uint64)
         words.append(word)
     return words

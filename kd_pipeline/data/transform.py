@@ -23,11 +23,14 @@ __all__ = [
     "ColourJitter",
     "EvalTransform",
     "GaussianBlur",
+    "ImageSize",
     "Normalise",
     "RandomErasing",
     "RandomResizedCrop",
     "TrainTransform",
     "TransformSettings",
+    "ops_of",
+    "parameters_of",
 ]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -176,6 +179,37 @@ TransformSettings = Annotated[TrainTransform | EvalTransform, Field(discriminato
 """What a config file may say under `transform`."""
 
 
+def ops_of(transform: TrainTransform | EvalTransform) -> tuple[Any, ...]:
+    """The crop, what happens to the pixels, and the normalisation, in this order."""
+    return (transform.crop, *transform.ops, transform.normalise)
+
+
+def parameters_of(
+    transform: TrainTransform | EvalTransform, draws: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], ...]:
+    """What the ops make of uniform numbers `[N, transform.num_draws]`: all their parameters, one behind the other."""
+    precise = draws.astype(np.float64)
+    found = (part for op in ops_of(transform) for part in op.parameters(precise))
+    return tuple(np.ascontiguousarray(part, dtype=np.float32) for part in found)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """An image's size in floats, for all who compute with it: each node costs DALI a few microseconds an image."""
+
+    both: Node
+    """Height and width."""
+    height: Node
+    width: Node
+    area: Node
+
+    @classmethod
+    def of(cls, size: Node) -> "ImageSize":
+        """Of a float (height, width, ...)."""
+        height, width = size[0], size[1]
+        return cls(size[:2], height, width, height * width)
+
+
 @dataclass(frozen=True)
 class RandomResizedCrop:
     """A window of random area and shape, resized to a square (Szegedy et al., arXiv 1409.4842, section 6).
@@ -209,19 +243,15 @@ class RandomResizedCrop:
         extent[:, 1:, 0], extent[:, 1:, 1] = np.sqrt(area / ratio), np.sqrt(area * ratio)
         return extent, draws[:, [_PLACE_Y, _PLACE_X]]
 
-    def window(self, size: Node, extent: Node, place: Node) -> tuple[Node, Node]:
-        """Corner (y, x) and extent of the window in an image of that float (height, width, ...), in whole pixels.
-
-        Every line costs DALI a few microseconds an image, whatever it computes; so there are as few as will do.
-        """
+    def window(self, size: ImageSize, extent: Node, place: Node) -> tuple[Node, Node]:
+        """Corner (y, x) and extent of the window in an image of that size, in whole pixels."""
         fn, math, types = _dali()
-        image, height, width = size[:2], size[0], size[1]
-        root = math.sqrt(height * width)
+        image, root = size.both, math.sqrt(size.area)
         # torchvision rounds, and asks whether the rounded window fits: anything below half a pixel more does.
         # Tries come in reverse, so that the highest number among those that fit is the first try; 0 if none does.
         number = types.Constant(np.arange(NUM_TRIES + 1, dtype=np.int32)[:, None])
         first = fn.reductions.max(fn.reductions.min((extent < (image + 0.5) / root) * number, axes=1))
-        largest = fn.stack(width / self.ratio[0], height * self.ratio[1]) + (first > 0) * _NO_LIMIT
+        largest = fn.stack(size.width / self.ratio[0], size.height * self.ratio[1]) + first * _NO_LIMIT
         chosen = math.clamp(math.floor(math.min(extent[first] * root, largest) + 0.5), 1.0, image)
         return math.floor(place * (image - chosen + 1.0)), chosen
 
@@ -249,9 +279,9 @@ class CentreCrop:
         """None: nothing here is random."""
         return ()
 
-    def window(self, size: Node) -> tuple[Node, Node]:
+    def window(self, size: ImageSize) -> tuple[Node, Node]:
         """The whole image."""
-        return size[:2] * 0.0, size[:2]
+        return size.both * 0.0, size.both
 
     def finish(self, images: Node, height: Node, width: Node) -> Node:
         """Resize whole images of that integer size, and crop them."""

@@ -11,7 +11,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image, ImageOps
 
-from kd_pipeline.data.graph import Graph, Samples
+from kd_pipeline.data.graph import Graph
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
@@ -172,9 +172,9 @@ def test_a_trusted_jpeg_is_decoded_whatever_it_ends_with(photo, tmp_path):
     with pytest.raises(RuntimeError):
         render(EVAL, [path])
     samples = samples_of(EVAL, [path])
-    trusted = Samples(data=samples.data, facts=samples.facts, draws=samples.draws, trusted=np.ones(1, dtype=np.bool_))
+    trusted = replace(samples, trusted=np.ones(1, dtype=np.bool_))
     graph = Graph(itertools.repeat(trusted), "files", EVAL, graph_settings(1))
-    np.testing.assert_array_equal(np.array(graph.take()[0]), expected)
+    np.testing.assert_array_equal(np.array(graph.take()), expected)
     graph.close()
 
 
@@ -240,25 +240,19 @@ def test_of_an_image_that_is_one_long_line_only_the_centre_is_made(photo, tmp_pa
 
 
 def batches(num_batches, num_images, transform=EVAL):
-    """Plain pixels whose value is the number of the batch, with numbers beside them."""
+    """Plain pixels whose value is the number of the batch."""
     for number in range(num_batches):
         images = np.full((num_images - number % 2, 40, 40, 3), number, dtype=np.uint8)
-        samples = samples_of(transform, images)
-        facts = np.stack([np.full(len(images), number), np.arange(len(images)), np.arange(len(images)) - 2**40], axis=1)
-        yield Samples(data=samples.data, facts=facts, draws=samples.draws, trusted=samples.trusted)
+        yield samples_of(transform, images)
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 @pytest.mark.parametrize("transform", [EVAL, TRAIN])
-def test_facts_come_out_beside_their_images_in_order_and_a_batch_may_be_smaller(prefetch, transform):
+def test_batches_come_out_in_order_and_one_may_be_smaller(prefetch, transform):
     graph = Graph(batches(7, 5, transform), "pixels", transform, graph_settings(5, prefetch=prefetch))
     for number in range(7):
-        images, facts = (np.array(part) for part in graph.take())
-        size = 5 - number % 2
-        assert images.shape == (size, 3, 32, 32) and (images == number).all()
-        rows = np.arange(size)
-        assert facts.dtype == np.int64
-        np.testing.assert_array_equal(facts, np.stack([np.full(size, number), rows, rows - 2**40], axis=1))
+        images = np.array(graph.take())
+        assert images.shape == (5 - number % 2, 3, 32, 32) and (images == number).all()
     with pytest.raises(StopIteration):
         graph.take()
     graph.close()
@@ -267,7 +261,7 @@ def test_facts_come_out_beside_their_images_in_order_and_a_batch_may_be_smaller(
 def test_a_batch_that_is_held_is_not_written_to_again_even_after_the_graph_is_closed():
     """By torch, which shares DALI's memory."""
     graph = Graph(batches(20, 4), "pixels", EVAL, graph_settings(4, prefetch=2))
-    held = [torch.from_dlpack(graph.take()[0]) for _ in range(20)]
+    held = [torch.from_dlpack(graph.take()) for _ in range(20)]
     graph.close()
     assert len({images.data_ptr() for images in held}) == 20
     for number, images in enumerate(held):

@@ -39,20 +39,28 @@ def test_philox_equals_numpys_for_random_keys_and_counters():
     for _ in range(20):
         key = rng.integers(0, LARGEST, size=2, dtype=np.uint64, endpoint=True)
         counters = rng.integers(0, LARGEST, size=(10, 4), dtype=np.uint64, endpoint=True)
-        np.testing.assert_array_equal(philox(key, counters), [numpy_words(key, counter) for counter in counters])
+        np.testing.assert_array_equal(philox(key, counters.T), [numpy_words(key, counter) for counter in counters])
 
 
 @pytest.mark.parametrize("key", [(0, 0), (1, LARGEST), (LARGEST, 1), (LARGEST, LARGEST)])
 def test_philox_equals_numpys_in_every_case_of_carry(key):
     counters = words(*product([0, 1, LARGEST - 1, LARGEST], repeat=4))
     expected = [numpy_words(words(key)[0], counter) for counter in counters]
-    np.testing.assert_array_equal(philox(words(key)[0], counters), expected)
+    np.testing.assert_array_equal(philox(words(key)[0], counters.T), expected)
+
+
+def test_words_of_a_counter_that_others_share_may_be_given_once():
+    low, high = words([0, 1, LARGEST]).T, words([5, LARGEST])
+    shared = (low, words(LARGEST), high, words(3))
+    counters = np.stack(np.broadcast_arrays(*shared), axis=-1)
+    expected = [[numpy_words(words(7, 8), counter) for counter in row] for row in counters]
+    np.testing.assert_array_equal(philox(words(7, 8), shared), expected)
 
 
 def test_philox_gives_the_known_answer_of_its_authors_for_counter_zero():
     """First line for philox4x64-10 in `kat_vectors` of Random123; NumPy's counter is one behind."""
     known = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
-    assert philox(words([0, 0])[0], words([LARGEST] * 4)).tolist() == [known]
+    assert philox(words([0, 0])[0], words([LARGEST] * 4).T).tolist() == [known]
 
 
 # The random numbers of a sample

@@ -19,6 +19,7 @@ from kd_pipeline.data.transform import (
     ColourJitter,
     EvalTransform,
     GaussianBlur,
+    ImageSize,
     RandomErasing,
     TrainTransform,
     TransformSettings,
@@ -72,7 +73,8 @@ def windows(crop, height, width, draws):
     """`[N, 4]`: top, left, height and width of the windows in images of one size, in whole pixels."""
     sizes = np.tile(np.float32([height, width]), (len(draws), 1))
     parameters = [np.ascontiguousarray(part, dtype=np.float32) for part in crop.parameters(draws)]
-    corner, extent = (np.stack(output).astype(np.float64) for output in run_dali(crop.window, sizes, *parameters))
+    outputs = run_dali(lambda size, *numbers: crop.window(ImageSize.of(size), *numbers), sizes, *parameters)
+    corner, extent = (np.stack(output).astype(np.float64) for output in outputs)
     assert (corner == np.floor(corner)).all() and (extent == np.floor(extent)).all()
     assert (extent >= 1).all() and (corner >= 0).all() and (corner + extent <= [height, width]).all()
     return np.concatenate([corner, extent], axis=1)
