@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.data.files import FileSource, Paths
+from kd_pipeline.data.index_cache import Index, index_key, load_index, save_index
 from kd_pipeline.data.labels import Classes, class_names, nearest, odd_names
 from kd_pipeline.errors import DataError
 
@@ -27,6 +28,8 @@ _Row = tuple[int, str, int | str | None]
 
 class FileList(FileSource):
     """The paths, and maybe labels, that a `.csv` or `.jsonl` file lists; the files themselves are not looked at.
+
+    A list of a megabyte or more is parsed once, and kept in `~/.cache/kd_pipeline/index` for the next time.
 
     CSV has the columns `path,label` or `path`, with or without that line at the top; JSONL has objects with the keys
     `path` and `label`. Either all lines have a label or none has. Integers are class indices, texts are class names; in
@@ -49,19 +52,30 @@ class FileList(FileSource):
         classes: Classes | None = None,
     ) -> None:
         path = Path(path).expanduser()
-        paths = Paths(os.path.abspath(path.parent if root is None else os.path.expanduser(root)))
+        top = os.path.abspath(path.parent if root is None else os.path.expanduser(root))
         names = None if classes is None else class_names(classes)
-        labels = _ListedLabels(names, typed=path.suffix == ".jsonl")
-        for line, sample, label in _listed(path):
-            try:
-                paths.extend([_checked_text(sample, "path")])
-                labels.add(label)
-            except ValueError as exc:
-                raise DataError(f"{path}:{line}: {exc}") from exc
-        if not len(paths):
-            raise DataError(f"{path}: lists no samples; write one path per line")
-        found, names = labels.finish()
-        super().__init__(paths, found, names, odd_names(names) if names and classes is None else ())
+        key = index_key(path, top, names)
+        index = None if key is None else load_index(key)
+        if index is None:
+            index = _parsed(path, top, names)
+            if key is not None and key == index_key(path, top, names):  # nobody has written to the list meanwhile
+                save_index(key, index)
+        reports = odd_names(index.classes) if index.classes and classes is None else ()
+        super().__init__(Paths(top, index.blob, index.ends), index.labels, index.classes, reports)
+
+
+def _parsed(path: Path, root: str, names: tuple[str, ...] | None) -> Index:
+    """What the list says, line by line."""
+    paths, labels = Paths(root), _ListedLabels(names, typed=path.suffix == ".jsonl")
+    for line, sample, label in _listed(path):
+        try:
+            paths.extend([_checked_text(sample, "path")])
+            labels.add(label)
+        except ValueError as exc:
+            raise DataError(f"{path}:{line}: {exc}") from exc
+    if not len(paths):
+        raise DataError(f"{path}: lists no samples; write one path per line")
+    return Index(paths.blob, paths.ends, *labels.finish())
 
 
 class _ListedLabels:

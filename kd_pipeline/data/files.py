@@ -22,37 +22,66 @@ __all__ = ["FileSource", "Paths"]
 
 _logger = logging.getLogger("kd_pipeline")
 
+_MOST_SIZES = 2**18
+"""Files of which a fingerprint looks at the size; the file system says some hundred thousand in a second."""
+
 
 class Paths:
-    """Paths below one root as a blob, its offsets and the root once: ten million need about half a gigabyte."""
+    """Paths below one root as a blob, its offsets and the root once: ten million need about half a gigabyte.
 
-    def __init__(self, root: str) -> None:
+    Args:
+        root: the folder.
+        blob: paths that are known already, one behind the other; no more can be added to them.
+        ends: `[N + 1]` int64, where each of them ends, after a 0.
+    """
+
+    def __init__(
+        self, root: str, blob: bytearray | memoryview | None = None, ends: "array[int] | memoryview | None" = None
+    ) -> None:
         self._root = os.fsencode(os.path.join(root, ""))
-        self._blob, self._ends = bytearray(), array("q", [0])
+        self.blob: bytearray | memoryview = bytearray() if blob is None else blob
+        """All paths, one behind the other."""
+        self.ends: array[int] | memoryview = array("q", [0]) if ends is None else ends
+        """Path n lies in `blob[ends[n] : ends[n + 1]]`."""
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends) - 1
 
     def extend(self, paths: Iterable[str]) -> int:
         """Add paths, relative to the root or absolute; return how many."""
+        assert isinstance(self.blob, bytearray) and isinstance(self.ends, array)
         before = len(self)
         for path in paths:
             entry = os.fsencode(path)
             below = entry[len(self._root) :].lstrip(b"/") if entry.startswith(self._root) else b""
-            self._blob += below or entry
-            self._ends.append(len(self._blob))
+            self.blob += below or entry
+            self.ends.append(len(self.blob))
         return len(self) - before
 
     def absolute(self, index: int) -> bytes:
         """The absolute path number `index`, in the file system's encoding."""
-        start = self._ends[index]
-        root = b"" if self._blob[start] == ord("/") else self._root
-        return root + self._blob[start : self._ends[index + 1]]
+        start = self.ends[index]
+        root = b"" if self.blob[start] == ord("/") else self._root
+        return root + self.blob[start : self.ends[index + 1]]
+
+    def rows(self, index: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The absolute paths at `index` `[n]` as `[n, L]`, NUL-padded to the longest."""
+        blob, ends = np.frombuffer(self.blob, dtype=np.uint8), np.frombuffer(self.ends, dtype=np.int64)
+        start, length = ends[index], ends[index + 1] - ends[index]
+        if (blob[start] == ord("/")).any():
+            names = np.array([self.absolute(position) for position in index.tolist()], dtype=np.bytes_)
+            return names.view(np.uint8).reshape(len(names), names.itemsize)
+        column = np.arange(length.max(initial=0))
+        below = blob[np.minimum(start[:, None] + column, len(blob) - 1)]
+        rows = np.empty((len(index), len(self._root) + len(column)), dtype=np.uint8)
+        rows[:, : len(self._root)] = np.frombuffer(self._root, dtype=np.uint8)
+        rows[:, len(self._root) :] = below * (column < length[:, None])
+        return rows
 
     def add_to(self, digest: "_Hash") -> None:
         """Feed all paths to `digest`, relative to the root where they lie below it."""
-        digest.update(np.array(self._ends, dtype="<i8").tobytes())
-        digest.update(self._blob)
+        digest.update(np.asarray(self.ends).astype("<i8", copy=False).data)
+        digest.update(self.blob)
 
 
 class FileSource:
@@ -78,8 +107,7 @@ class FileSource:
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """See `Source.read`."""
-        rows = np.array([self._paths.absolute(index) for index in indices.tolist()], dtype=np.bytes_)
-        return rows.view(np.uint8).reshape(len(rows), rows.itemsize)
+        return self._paths.rows(indices)
 
     def name(self, index: int) -> str:
         """See `Source.name`."""
@@ -89,14 +117,16 @@ class FileSource:
     def fingerprint(self) -> str:
         """See `Source.fingerprint`."""
         digest = started_digest(self.labels, self.classes)
-        sizes = np.fromiter((_size(self._paths.absolute(i)) for i in range(len(self))), dtype="<i8", count=len(self))
-        for index in range(0, len(self), sampling_step(int(sizes[sizes > 0].sum()))):
-            if sizes[index] >= 0:
+        step = -(-len(self) // _MOST_SIZES)
+        known = [self._paths.absolute(index) for index in range(0, len(self), step)]
+        sizes = np.fromiter(map(_size, known), dtype="<i8", count=len(known))
+        for place in range(0, len(known), -(-sampling_step(step * int(sizes[sizes > 0].sum())) // step)):
+            if sizes[place] >= 0:
                 try:
-                    with open(self._paths.absolute(index), "rb") as file:
+                    with open(known[place], "rb") as file:
                         digest.update(hashlib.file_digest(file, "sha256").digest())
                 except OSError:
-                    sizes[index] = -1
+                    sizes[place] = -1
         digest.update(sizes.tobytes())
         self._paths.add_to(digest)
         return digest.hexdigest()

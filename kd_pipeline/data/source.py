@@ -138,8 +138,8 @@ class Source(Protocol):
 
         It covers class names, labels, relative paths, file sizes, and the bytes of every k-th sample with
         k = ceil(total bytes / 64 MiB): small data is hashed whole and large data sampled evenly, because reading a
-        terabyte before a run would cost more than it finds. It depends neither on where the data lies nor on
-        file times. A file that is missing or unreadable counts as one of size -1.
+        terabyte before a run would cost more than it finds. So are the sizes of more than 262,144 files. It depends
+        neither on where the data lies nor on file times. A file that is missing or unreadable counts as one of size -1.
         """
 
 

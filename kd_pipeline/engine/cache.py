@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kd_pipeline.errors import EngineError
+from kd_pipeline.user_cache import user_cache
 
 __all__ = ["cache_folder", "folder_beside", "locked"]
 
@@ -20,12 +21,9 @@ def cache_folder() -> Path:
         OSError: it cannot be made.
     """
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return user_cache("engines")
     except RuntimeError as exc:
         raise EngineError(f"there is no place for engines ({exc}); set XDG_CACHE_HOME, or give save_engine") from None
-    folder = base.absolute() / "kd_pipeline" / "engines"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
-from kd_pipeline.data import cifar
+from kd_pipeline.data import cifar, files
 from kd_pipeline.data.source import (
     Arrays,
     ArraysSettings,
@@ -225,6 +225,20 @@ def test_an_unlabelled_folder_without_images_is_refused(tmp_path):
     assert message == f"{tmp_path}: no images at or below this folder; skipped 1 without a known extension (a/x.gif)"
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_block_of_paths_is_what_each_is_alone(tmp_path, elsewhere):
+    """Of all lengths, the longest last in the list, in any order and more than once; some of them below no root."""
+    names = [f"{'long/' * (number % 5)}{'é' * (number % 3)}{number}.jpg" for number in range(40)] + ["last" * 40]
+    if elsewhere:
+        names[7] = "/somewhere/else.jpg"
+    source = FileList(write_list(tmp_path, "".join(f"{name}\n" for name in names)))
+    index = np.array([40, 0, 7, 7, *range(40), 39])
+    for block in (index, index[:1], index[1:2], index[-1:], index[4:20]):
+        rows = [os.fsdecode(row.tobytes().rstrip(b"\0")) for row in source.read(block)]
+        assert rows == [source.name(position) for position in block.tolist()]
+        assert source.read(block).shape[1] == max(len(os.fsencode(row)) for row in rows)
+
+
 def test_relative_and_home_paths_become_absolute(tmp_path, monkeypatch):
     grow(tmp_path, "data/cat/1.jpg")
     monkeypatch.chdir(tmp_path)
@@ -269,7 +283,8 @@ def test_dali_reads_the_files_that_the_paths_name(tmp_path):
     assert [bytes(np.array(file)).decode() for file in files] == ["dog/😀.png", "cat/1.jpg", "cat/long name é.jpg"]
 
 
-def test_many_paths_need_little_more_memory_than_their_letters(tmp_path):
+def test_many_paths_need_little_more_memory_than_their_letters(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "list.csv").write_text("".join(f"class_{n % 100:03}/image_{n:08}.jpg\n" for n in range(50_000)))
     tracemalloc.start()
     try:
@@ -604,6 +619,22 @@ def test_a_huge_dataset_is_sampled_by_content_and_covered_by_size(tmp_path):
     assert changed("cat/1.jpg")
     os.truncate(tmp_path / "cat/1.jpg", 40 * 2**20)
     assert not changed("cat/1.jpg") and changed("cat/3.jpg")
+
+
+def test_of_very_many_files_some_sizes_are_looked_at_and_all_paths(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_MOST_SIZES", 8)  # of 20 files, so every third
+    before = ImageFolder(twenty_files(tmp_path)).fingerprint
+
+    def changed(name: str) -> bool:
+        content = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content + " longer")
+        after = ImageFolder(tmp_path).fingerprint
+        (tmp_path / name).write_text(content)
+        return after != before
+
+    assert [number for number in range(10) if changed(f"cat/{number}.jpg")] == [0, 3, 6, 9]
+    (tmp_path / "cat/1.jpg").rename(tmp_path / "cat/1.jpeg")
+    assert ImageFolder(tmp_path).fingerprint != before
 
 
 def test_a_huge_array_is_sampled_evenly():
