@@ -19,18 +19,22 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSamplePolicy
 from kd_pipeline.data.graph import GraphSettings
 from kd_pipeline.data.mix import MixSettings, mix_images, mix_labels
-from kd_pipeline.data.plan import LastBatch, Plan, Shard
+from kd_pipeline.data.plan import BatchPlan, LastBatch, Plan, Shard
 from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, Reader
 from kd_pipeline.data.source import Source, SourceSettings, open_source, save_classes
 from kd_pipeline.data.transform import EvalTransform, TrainTransform, TransformSettings
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
+from kd_pipeline.input_adapter import Normalisation
 from kd_pipeline.optional import require
+from kd_pipeline.replay import check_pixels, check_stream, cut_of_mixed_batch
 from kd_pipeline.settings import Settings
 from kd_pipeline.state import check_fingerprint, check_position, read_position
 from kd_pipeline.stream import open_lane
 from kd_pipeline.teachers import EnsembleSettings, TeacherSettings, open_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.permuted import matched
+from kd_pipeline.teachers.recorded import RecordedTeacher
+from kd_pipeline.threads import num_cores
 
 __all__ = ["DataSettings", "KDDataLoader", "LoaderConfig", "SplitSettings", "resolve_device", "sample_images"]
 
@@ -191,7 +195,7 @@ class KDDataLoader:
             seed: 0 to 2**64 - 1; equal on all ranks.
             shuffle: a new order every epoch, or the dataset's own.
             shard: this process among those that share the epoch; by default what `torch.distributed` says, where it
-                is initialised, and else the only one.
+                is initialised, or else what `torchrun` has said, or else the only one.
             last_batch: see `LastBatch`.
             repeats: how often in a row an epoch shows a sample; see `Plan`.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
@@ -208,6 +212,7 @@ class KDDataLoader:
             ConfigError: a value is out of range.
             DataError: there is not one batch.
             TeacherError: the teacher takes other images, or knows other classes.
+            StateError: a recorded teacher has answered for other images.
         """
         _check_range("prefetch", prefetch, 1)
         _check_range("ahead", ahead, 0)
@@ -250,7 +255,7 @@ class KDDataLoader:
         settings = GraphSettings(
             max_batch=batch_size,
             device_id=self.device.index,
-            num_threads=num_threads or len(os.sched_getaffinity(0)),
+            num_threads=num_threads or num_cores(),
             prefetch=prefetch,
             max_pixels=max_pixels,
             hw_decoder_load=hw_decoder_load,
@@ -259,6 +264,8 @@ class KDDataLoader:
         self._lane = open_lane(self.device)
         self._owns_teacher = False
         self._is_closed = False
+        if isinstance(teacher, RecordedTeacher):
+            self._check_recording(teacher, settings)
 
         self._epoch, self._batch = 0, 0
         self._is_fresh = True
@@ -268,13 +275,26 @@ class KDDataLoader:
 
     @classmethod
     def from_config(
-        cls, config: LoaderConfig, split: str = "train", *, shard: Shard | None = None, teacher: Teacher | None = None
+        cls,
+        config: LoaderConfig,
+        split: str = "train",
+        *,
+        shard: Shard | None = None,
+        teacher: Teacher | None = None,
+        training: Source | None = None,
     ) -> Self:
         """The loader that `config` describes for one of its splits: `train`, `val`, `test`, or a name under `more`.
 
         The teacher of the config is opened for the split `train`, brought to the data's order of classes, and closed
         with the loader; `teacher`, if given, answers instead, for any split, and stays open. The other splits take the
         class order of `train`, which is also saved as `classes.json` in the config's `run_dir`.
+
+        Args:
+            config: the whole of it.
+            split: which of its splits.
+            shard: as for a loader.
+            teacher: what answers instead of the config's.
+            training: the source of the split `train`, where it is open already; listing a large one takes its time.
 
         Raises:
             ConfigError: the config has no such split, or its parts do not fit together.
@@ -283,8 +303,13 @@ class KDDataLoader:
         data = config.data
         settings = data.split(split)
         is_training = split == "train"
-        classes = None if is_training or data.train is None else open_source(data.train.source).classes
-        source = open_source(settings.source, classes=classes)
+        if training is None and data.train is not None:
+            training = open_source(data.train.source)
+        if is_training:
+            assert training is not None  # as data.split has seen
+            source = training
+        else:
+            source = open_source(settings.source, classes=None if training is None else training.classes)
         if is_training and config.run_dir is not None and source.classes is not None:
             save_classes(config.run_dir / "classes.json", source.classes)
         opened = None
@@ -298,6 +323,7 @@ class KDDataLoader:
                 dtype=dtype,
                 batch_size=data.batch_size,
                 samples=lambda: sample_images(config),
+                normalisation=Normalisation(settings.transform.mean, settings.transform.std),
             )
         try:
             if opened is not None:
@@ -335,6 +361,19 @@ class KDDataLoader:
     def shard(self) -> Shard:
         """This process among those that share an epoch."""
         return self._plan.shard
+
+    @property
+    def plan(self) -> Plan:
+        """Which sample comes when."""
+        return self._plan
+
+    @property
+    def stream_fingerprint(self) -> dict[str, Any]:
+        """Everything that the image at a place of an epoch depends on: not the teacher, nor batch size and ranks."""
+        fields = self._fingerprint()
+        for name in ("teacher", "global_batch_size", "last_batch"):
+            del fields[name]
+        return {**fields, "cut_of_mixed_batch": cut_of_mixed_batch(self._plan, self.mix)}
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -458,9 +497,9 @@ class KDDataLoader:
 
     def _teach(self, number: int) -> _Taught:
         """Take a batch of this epoch from DALI and start the teacher on it."""
-        images, facts = self._reader.read(self._epoch, number, self._lane.stream)
+        read = self._reader.read(self._epoch, number, self._lane.stream)
         with self._lane.teaching():
-            pixels, columns = from_dlpack(images), from_dlpack(facts)
+            pixels, columns = from_dlpack(read.images), self._lane.upload(read.facts)
             labels = None if self.source.labels is None else columns[:, LABEL].contiguous()
             if self.mix is not None:
                 pixels, labels = self._mixed(self.mix, pixels, labels, columns[:, MIXING])
@@ -469,12 +508,37 @@ class KDDataLoader:
                 labels=labels,
                 index=columns[:, INDEX].contiguous(),
                 valid=columns[:, VALID].bool(),
-                teacher={} if self.teacher is None else self.teacher(pixels),
+                teacher=self._answers(pixels, read.plan),
             )
             owned = [batch.index, batch.valid, *batch.teacher.values(), *([] if labels is None else [labels])]
             if self.mix is not None:
                 owned.append(pixels)
-            return _Taught(batch, (images, facts), owned, self._lane.taught())
+            return _Taught(batch, read.images, owned, self._lane.taught())
+
+    def _answers(self, images: Tensor, plan: BatchPlan) -> Mapping[str, Tensor]:
+        """The teacher's outputs for a batch of this epoch."""
+        match self.teacher:
+            case None:
+                return {}
+            case RecordedTeacher() as recorded:
+                sample, _ = self._reader.bad_samples.replace(plan.index)
+                return recorded.replay(self._epoch, plan.place, sample)
+            case teacher:
+                return teacher(images)
+
+    def _check_recording(self, recorded: RecordedTeacher, settings: GraphSettings) -> None:
+        """Refuse at once a recording of other images."""
+        check_stream(recorded, self.stream_fingerprint)
+        check_pixels(
+            recorded,
+            self.source,
+            self.transform,
+            self._plan,
+            self.mix,
+            settings=settings,
+            policy=self._policy,
+            lane=self._lane,
+        )
 
     def _mixed(
         self, mix: MixSettings, images: Tensor, labels: Tensor | None, columns: Tensor
@@ -569,7 +633,8 @@ def _current_shard() -> Shard:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return Shard(distributed.get_rank(), distributed.get_world_size())
-    return Shard()
+    # Processes of torchrun's that have not met yet, as where a loader is made before `Accelerator()` or a `Trainer`.
+    return Shard(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _check_range(name: str, number: float, least: float, most: float = math.inf) -> None:

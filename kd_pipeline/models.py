@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from kd_pipeline.data.labels import nearest
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.optional import require
 from kd_pipeline.plugins import import_function
@@ -45,6 +46,9 @@ class ModelSettings(Settings):
     """Take the weights that timm or torchvision downloads."""
     checkpoint: Path | None = None
     """Take the weights in this file: a state dict by `torch.save`, or a `.safetensors` file."""
+    reset: tuple[str, ...] = ()
+    """Layers, by name, that keep their own random weights, whatever the checkpoint has for them: `[fc]` for the head
+    of a network that is to learn other classes."""
 
     @model_validator(mode="after")
     def _names_one_network(self) -> Self:
@@ -56,18 +60,24 @@ class ModelSettings(Settings):
             raise ValueError(f"pretrained means nothing to a {given[0]}; set checkpoint to a file with the weights")
         if self.pretrained and self.checkpoint is not None:
             raise ValueError(f"two sets of weights: pretrained and checkpoint: {self.checkpoint}; give one of them")
+        if self.reset and self.checkpoint is None:
+            raise ValueError(
+                f"reset: {', '.join(self.reset)} are layers that a checkpoint does not fill; set checkpoint"
+            )
         return self
 
 
 class DefaultInput(NamedTuple):
     """The images that a network was trained on."""
 
-    mean: tuple[float, ...]
+    mean: tuple[float, float, float]
     """Mean per channel, on the scale 0 to 1."""
-    std: tuple[float, ...]
+    std: tuple[float, float, float]
     """Standard deviation per channel, likewise."""
     size: tuple[int, int]
     """Height and width."""
+    is_only_size: bool
+    """Whether the network takes no other."""
 
 
 class _Block(nn.Module):
@@ -148,7 +158,8 @@ def open_model(settings: ModelSettings, *, plugins: Collection[str] = ()) -> nn.
     """Build the network that `settings` describe, in float32 on the CPU, with its weights.
 
     A checkpoint may hold the state dict alone or under `state_dict`, `model`, `student` or `model_state_dict`; a prefix
-    that wrappers put in front of every key is taken off. It must have every key of the network and no other. Only
+    that wrappers put in front of every key is taken off. It must have every key of the network and no other, but for
+    those in layers that are reset. Only
     tensors and plain values are read from it, so that no file runs code.
 
     Args:
@@ -177,7 +188,7 @@ def open_model(settings: ModelSettings, *, plugins: Collection[str] = ()) -> nn.
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{name} should return an nn.Module, got {type(module).__qualname__}")
     if settings.checkpoint is not None:
-        _load_weights(module, settings.checkpoint)
+        _load_weights(module, settings.checkpoint, settings.reset)
     return module
 
 
@@ -187,7 +198,8 @@ def default_input(module: nn.Module) -> DefaultInput | None:
     if not isinstance(config, Mapping) or not {"mean", "std", "input_size"} <= config.keys():
         return None
     _, height, width = config["input_size"]
-    return DefaultInput(tuple(config["mean"]), tuple(config["std"]), (height, width))
+    is_only_size = bool(config.get("fixed_input_size"))
+    return DefaultInput(tuple(config["mean"]), tuple(config["std"]), (height, width), is_only_size)
 
 
 def _builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Callable[..., Any], str]:
@@ -215,9 +227,20 @@ def _unknown(library: str, name: str, names: Sequence[str]) -> ConfigError:
     return ConfigError(f"{library} has no classifier called {name!r}; {hint}")
 
 
-def _load_weights(module: nn.Module, path: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    state = _without_prefixes(_state_dict(path), wanted)
+def _load_weights(module: nn.Module, path: Path, reset: Sequence[str]) -> None:
+    own = module.state_dict()
+    for layer in reset:
+        if not any(_lies_in(name, layer) for name in own):
+            raise ConfigError(
+                f"reset: {type(module).__qualname__} has no weights in a layer {layer!r}"
+                f"{nearest(layer, [name for name, _ in module.named_modules() if name])}"
+            )
+
+    def is_wanted(name: str) -> bool:
+        return not any(_lies_in(name, layer) for layer in reset)
+
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items() if is_wanted(name)}
+    state = {name: tensor for name, tensor in _without_prefixes(_state_dict(path), own).items() if is_wanted(name)}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems = [
         *_listed("missing", [name for name in wanted if name not in found]),
@@ -234,9 +257,13 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     if problems:
         raise ConfigError(
             f"{path} does not fit {type(module).__qualname__}: {'; '.join(problems)}. Does it belong to another model, "
-            "or to another num_classes?"
+            "or to another num_classes? Layers that are to start anew can be named in reset"
         )
-    module.load_state_dict(state)
+    module.load_state_dict(own | state)
+
+
+def _lies_in(name: str, layer: str) -> bool:
+    return name == layer or name.startswith(f"{layer}.")
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

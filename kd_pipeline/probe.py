@@ -6,15 +6,19 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.source import Source, open_source
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.loader import DataSettings, KDDataLoader, LoaderConfig
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.recorded import RecordedTeacher
 
 __all__ = ["ProbeReport", "ProbeSettings", "probe_teacher"]
 
@@ -59,32 +63,47 @@ class ProbeReport:
     """What is wrong, a sentence each with a hint; empty for a teacher that passes."""
 
 
-def probe_teacher(config: LoaderConfig, teacher: Teacher, settings: ProbeSettings | None = None) -> ProbeReport | None:
+def probe_teacher(
+    config: LoaderConfig, teacher: Teacher, settings: ProbeSettings | None = None, *, training: Source | None = None
+) -> ProbeReport | None:
     """Ask `teacher` about training images, in the training transform's views, and compare with their labels.
 
     The images are the first of a shuffled epoch, not mixed, and the same on every rank, so that all ranks come to the
     same verdict. They are read by a loader of the probe's own: the position, the records and the random numbers of the
-    run are not touched. A teacher that passes gets one line in the log, any other a warning for each problem.
+    run are not touched. A teacher that passes gets one line in the log, any other a warning for each problem. A
+    recorded teacher has no other answers than those of the run, and shows some of its first epoch.
 
     Args:
         config: the run; of it the seed and the split `train` are used.
         teacher: an open teacher, which stays open.
         settings: how many images, and what is wanted of the teacher; the defaults where left out.
+        training: the source of the split `train`, where it is open already.
 
     Returns:
-        What was found, or None where the training data has no labels.
+        What was found, or None where the training data has no labels, or a recording mixed images alone.
 
     Raises:
         TeacherError: the settings are strict and there is a problem, or the teacher does not fit the data.
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
     settings = settings or ProbeSettings()
-    with KDDataLoader.from_config(_Probed.of(config), "train", shard=Shard(), teacher=teacher) as loader:
-        if loader.source.labels is None:
-            _logger.info("teacher probe: skipped, as the training data has no labels")
+    train = config.data.split("train")
+    training = training or open_source(train.source)
+    if training.labels is None:
+        _logger.info("teacher probe: skipped, as the training data has no labels")
+        return None
+    if isinstance(teacher, RecordedTeacher):
+        if train.mix is not None:
+            _logger.info(
+                "teacher probe: skipped, as the recorded teacher has seen mixed images, which have no one label"
+            )
             return None
-        labels_N, logits_NK = _first_rows(loader, settings.num_samples)
-        report = _judge(labels_N, logits_NK, settings.min_factor, loader.classes)
+        labels_N, logits_NK = _recorded_rows(teacher, training.labels, settings.num_samples)
+    else:
+        probed = _Probed.of(config)
+        with KDDataLoader.from_config(probed, "train", shard=Shard(), teacher=teacher, training=training) as loader:
+            labels_N, logits_NK = _first_rows(loader, settings.num_samples)
+    report = _judge(labels_N, logits_NK, settings.min_factor, training.classes)
     for problem in report.problems:
         _logger.warning("teacher probe: %s", problem)
     if report.problems and settings.strict:
@@ -135,6 +154,15 @@ def _first_rows(loader: KDDataLoader, num_samples: int) -> tuple[Tensor, Tensor]
         if sum(map(len, labels)) >= num_samples:
             break
     return torch.cat(labels)[:num_samples], torch.cat(logits)[:num_samples]
+
+
+def _recorded_rows(teacher: RecordedTeacher, labels: NDArray[np.int64], num_samples: int) -> tuple[Tensor, Tensor]:
+    """Labels `[N]` and logits `[N, K]` of places spread over the first recorded epoch, on the CPU."""
+    num_places = teacher.manifest.num_rows
+    # Spread, as an epoch that is not shuffled has one class after another.
+    place = np.arange(min(num_samples, num_places)) * num_places // min(num_samples, num_places)
+    sample = teacher.samples(0, place)
+    return torch.from_numpy(labels[sample]), teacher.answers(0, place)["logits"].cpu()
 
 
 def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tuple[str, ...] | None) -> ProbeReport:

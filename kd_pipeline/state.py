@@ -5,7 +5,7 @@ from typing import Any
 
 from kd_pipeline.errors import StateError
 
-__all__ = ["check_fingerprint", "check_position", "read_position"]
+__all__ = ["check_fingerprint", "check_position", "differences", "read_position"]
 
 _LAST_EPOCH = 2**63 - 1
 
@@ -52,19 +52,28 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any], *, a
     Raises:
         StateError: one line for each field that differs, old → new.
     """
-    old, new = dict(_flatten(saved)), dict(_flatten(current))
     accepted = tuple(allow)
-    different = [
-        name
-        for name in {**old, **new}
-        if old.get(name) != new.get(name) and name not in accepted and name.split(".")[0] not in accepted
-    ]
+    different = {
+        name: line
+        for name, line in differences(saved, current).items()
+        if name not in accepted and name.split(".")[0] not in accepted
+    }
     if different:
-        lines = "\n".join(f"  {name}: {old.get(name)!r} → {new.get(name)!r}" for name in different)
+        lines = "\n".join(f"  {line}" for line in different.values())
         raise StateError(
             f"the saved position belongs to another stream of batches:\n{lines}\n"
-            f"resume with the old values, start anew, or accept it: load_state_dict(state, allow={different})"
+            f"resume with the old values, start anew, or accept it: load_state_dict(state, allow={[*different]})"
         )
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """The fields that differ, nested ones under dotted names, each with a line `name: old → new`."""
+    old, new = dict(_flatten(saved)), dict(_flatten(current))
+    return {
+        name: f"{name}: {old.get(name)!r} → {new.get(name)!r}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    }
 
 
 def _flatten(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -190,7 +190,8 @@ def test_a_checkpoint_of_another_network_is_refused_with_every_difference_counte
     assert str(caught.value) == (
         f"{tmp_path / 'a.pt'} does not fit Tiny: 1 missing (model.0.weight); 1 unexpected (model.0.wight); "
         "2 of another shape (model.4.weight [9, 4] in the file, [3, 4] in the model, "
-        "model.4.bias [9] in the file, [3] in the model). Does it belong to another model, or to another num_classes?"
+        "model.4.bias [9] in the file, [3] in the model). Does it belong to another model, or to another num_classes? "
+        "Layers that are to start anew can be named in reset"
     )
 
 
@@ -257,10 +258,47 @@ def test_without_a_connection_pretrained_weights_are_one_clear_error(
         open_model(ModelSettings(**{library: "resnet18"}, pretrained=True))
 
 
+@pytest.mark.parametrize("num_classes", [3, 9])
+def test_layers_that_are_reset_keep_their_own_weights_and_the_others_come_from_the_file(
+    tmp_path: Path, num_classes: int
+) -> None:
+    trained = Tiny(num_classes=num_classes)
+    path = saved({f"module.{name}": tensor for name, tensor in trained.state_dict().items()}, tmp_path / "a.pt")
+    torch.manual_seed(7)
+    untouched = Tiny(num_classes=3).state_dict()
+    torch.manual_seed(7)
+    found = with_weights(path, reset=("model.4",)).state_dict()
+    for name, tensor in found.items():
+        wanted = untouched if name.startswith("model.4.") else trained.state_dict()
+        assert torch.equal(tensor, wanted[name]), name
+
+
+def test_a_head_that_the_file_lacks_may_be_reset_and_nothing_else_may_be_missing(tmp_path: Path) -> None:
+    state = {name: tensor for name, tensor in Tiny().state_dict().items() if not name.startswith("model.4")}
+    with_weights(saved(state, tmp_path / "a.pt"), reset=("model.4",))
+    del state["model.0.weight"]
+    with pytest.raises(ConfigError, match=r"1 missing \(model\.0\.weight\)"):
+        with_weights(saved(state, tmp_path / "b.pt"), reset=("model.4",))
+
+
+@pytest.mark.parametrize(("layer", "hint"), [("model.9", "did you mean 'model"), ("model.2", ""), ("mod", "")])
+def test_a_layer_to_reset_that_has_no_weights_is_refused(tmp_path: Path, layer: str, hint: str) -> None:
+    path = saved(Tiny().state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=rf"reset: Tiny has no weights in a layer '{layer}'.*{hint}"):
+        with_weights(path, reset=(layer,))
+
+
+def test_without_a_checkpoint_there_is_nothing_to_reset() -> None:
+    with pytest.raises(ValidationError, match="reset: head are layers that a checkpoint does not fill; set checkpoint"):
+        ModelSettings(timm="resnet18", reset=("head",))
+
+
 def test_a_timm_network_says_what_images_it_was_trained_on() -> None:
     given = default_input(open_model(ModelSettings(timm="vit_tiny_patch16_224")))
     assert given is not None
-    assert given == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (224, 224))
+    assert given == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (224, 224), True)
+    free = default_input(open_model(ModelSettings(timm="resnet18")))
+    assert free is not None and not free.is_only_size
     assert default_input(small_resnet(10, width=4)) is None
 
 

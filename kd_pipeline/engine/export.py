@@ -6,17 +6,13 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from kd_pipeline.data.transform import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline.errors import ExportError, TeacherError
+from kd_pipeline.input_adapter import AdaptInput, InputAdapter
 from kd_pipeline.optional import require
-from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.onnx_file import CLASSES_KEY
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
 from kd_pipeline.teachers.pytorch import frozen_copy, named_outputs
@@ -28,27 +24,6 @@ ADAPTER_KEY = "kd_pipeline.input_adapter"
 
 _TOLERANCE = 1e-4
 """Largest error of an output, relative to its largest value; float32 runtimes that agree stay near 1e-6."""
-
-_Mean = Annotated[float, Field(le=1)]  # more is meant for the scale 0 to 255
-_Means = tuple[_Mean, _Mean, _Mean]
-
-
-class InputAdapter(Settings):
-    """What stands between the student's images and a teacher trained on others: normalisation and size.
-
-    It becomes the first layer of the exported graph, so that both read one buffer.
-    """
-
-    mean: _Means
-    """Mean per channel, on the scale 0 to 1, that the teacher was trained with."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-    """Standard deviation per channel, likewise."""
-    size: int | None = Field(default=None, ge=1)
-    """Height and width that the teacher wants; the images' own unless given."""
-    from_mean: _Means = IMAGENET_MEAN
-    """Mean per channel that the incoming images were normalised with; ImageNet's unless given."""
-    from_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
-    """Standard deviation per channel, likewise."""
 
 
 def export_onnx(
@@ -89,7 +64,7 @@ def export_onnx(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
             file = Path(folder, path.name)
-            adapter = nn.Identity() if input_adapter is None else _AdaptInput(input_adapter)
+            adapter = nn.Identity() if input_adapter is None else AdaptInput(input_adapter)
             model = frozen_copy(_NamedOutputs(nn.Sequential(adapter, module))).cpu()
             program = _trace(model, image_shape, classes, opset)
             if classes is not None:
@@ -105,26 +80,6 @@ def export_onnx(
     return path
 
 
-class _AdaptInput(nn.Module):
-    """An `InputAdapter` as a layer: `(x · from_std + from_mean - mean) / std` per channel, then a bilinear resize."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, adapter: InputAdapter) -> None:
-        super().__init__()
-        mean, std = _per_channel(adapter.mean), _per_channel(adapter.std)
-        self.register_buffer("scale", _per_channel(adapter.from_std) / std)
-        self.register_buffer("shift", (_per_channel(adapter.from_mean) - mean) / std)
-        self.size = adapter.size
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = images * self.scale + self.shift
-        if self.size is None:
-            return images
-        return F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
-
-
 class _NamedOutputs(nn.Module):
     """A module whose outputs have their names."""
 
@@ -134,10 +89,6 @@ class _NamedOutputs(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return dict(named_outputs(self.module(images)))
-
-
-def _per_channel(values: tuple[float, float, float]) -> Tensor:
-    return torch.tensor(values).view(1, 3, 1, 1)
 
 
 def _trace(

@@ -23,6 +23,7 @@ __all__ = [
     "compare",
     "exam_path",
     "generated_samples",
+    "likeness",
     "load_exam",
     "set_exam",
 ]
@@ -151,14 +152,7 @@ def compare(
     worst = {"cosine": 1.0, "top1_agreement": 1.0, "kl": 0.0}
     for batch_size in sorted(set(batch_sizes)):
         answers = _ask(teacher, exam.images, batch_size)
-        cosines = {name: _cosine(name, wanted, answers) for name, wanted in exam.answers.items()}
-        log_found = F.log_softmax(answers["logits"].double() / TEMPERATURE, dim=1)
-        log_wanted = F.log_softmax(exam.answers["logits"].double() / TEMPERATURE, dim=1)
-        figures = {
-            "cosine": min(cosines.values()),
-            "top1_agreement": _top1_agreement(answers["logits"], exam.answers["logits"]),
-            "kl": F.kl_div(log_found, log_wanted, reduction="batchmean", log_target=True).clamp(min=0).item(),
-        }
+        figures = likeness(answers, exam.answers)
         failed = [
             f"{name} {figures[name]:.4g} (allowed {word} {bound:g})"
             for name, word, bound, is_good in (
@@ -169,6 +163,7 @@ def compare(
             if not is_good
         ]
         if failed:
+            cosines = {name: _cosine(name, wanted, answers) for name, wanted in exam.answers.items()}
             outputs = ", ".join(
                 f"{name!r} {cosine:.4g}" for name, cosine in sorted(cosines.items(), key=lambda x: x[1])
             )
@@ -183,6 +178,22 @@ def compare(
             "kl": max(worst["kl"], figures["kl"]),
         }
     return worst
+
+
+def likeness(answers: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """How like the float32 answers `wanted` others are: `cosine`, `top1_agreement` and `kl`, as `Parity` has them.
+
+    Raises:
+        EngineError: an answer has NaN or inf, another shape, or is not there.
+    """
+    cosine = min(_cosine(name, answer, answers) for name, answer in wanted.items())
+    log_found = F.log_softmax(answers["logits"].double() / TEMPERATURE, dim=1)
+    log_wanted = F.log_softmax(wanted["logits"].double() / TEMPERATURE, dim=1)
+    return {
+        "cosine": cosine,
+        "top1_agreement": _top1_agreement(answers["logits"], wanted["logits"]),
+        "kl": F.kl_div(log_found, log_wanted, reduction="batchmean", log_target=True).clamp(min=0).item(),
+    }
 
 
 def _ask(teacher: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor, batch_size: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Teachers: a frozen model behind one contract, run by PyTorch, OpenVINO, ONNX Runtime or TensorRT."""
+"""Teachers: a frozen model behind one contract, run by PyTorch, OpenVINO, ONNX Runtime or TensorRT, or recorded."""
 
 import logging
 from collections.abc import Callable, Collection
@@ -12,7 +12,8 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models import ModelSettings, open_model
+from kd_pipeline.input_adapter import AdaptInput, Normalisation, WantedInput
+from kd_pipeline.models import ModelSettings, default_input, open_model
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher, TensorSpec
 from kd_pipeline.teachers.engine_file import Precision, Profile
@@ -20,17 +21,20 @@ from kd_pipeline.teachers.ensemble import EnsembleTeacher
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
 from kd_pipeline.teachers.ov import OpenVINOTeacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
+from kd_pipeline.teachers.recorded import RecordedTeacher
 
 __all__ = ["EnsembleSettings", "Teacher", "TeacherSettings", "TensorSpec", "open_teacher"]
 
 _logger = logging.getLogger("kd_pipeline")
 
-_USED_BY_ALL = {"backend", "precision", "max_batch"}
-_ALSO_USED_BY = {
-    "pytorch": {"model", "features", "channels_last", "compile"},
-    "openvino": {"onnx", "num_threads"},
-    "onnxruntime": {"onnx", "num_threads"},
-    "tensorrt": {"onnx", "engine", "runtime", "cuda_graph", "trust_engine"},
+_USED_BY_ALL = {"backend"}
+_USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch"}
+_USED_BY = {
+    "pytorch": _USED_BY_RUNTIMES | {"model", "features", "input_adapter", "channels_last", "compile"},
+    "openvino": _USED_BY_RUNTIMES | {"onnx", "num_threads"},
+    "onnxruntime": _USED_BY_RUNTIMES | {"onnx", "num_threads"},
+    "tensorrt": _USED_BY_RUNTIMES | {"onnx", "engine", "runtime", "cuda_graph", "trust_engine"},
+    "recorded": _USED_BY_ALL | {"path", "verify"},
 }
 _MAX_BATCH = 1024
 _ENGINE_BATCH = 64
@@ -40,16 +44,25 @@ _ENGINE_BATCH = 64
 class TeacherSettings(Settings):
     """Which runtime runs the teacher, and how. A setting that the chosen runtime does not use is an error."""
 
-    backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt"] = "auto"
-    """`auto` takes PyTorch for a model, TensorRT for an engine or on a GPU, and OpenVINO for an ONNX file on a CPU."""
+    backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt", "recorded"] = "auto"
+    """`auto` takes PyTorch for a model, TensorRT for an engine or on a GPU, OpenVINO for an ONNX file on a CPU, and a
+    recording where there is a `path`."""
     model: ModelSettings | None = None
     """A network by name and its weights, for `pytorch`."""
     features: tuple[str, ...] = ()
     """Layers of the model, by name, whose outputs the teacher returns beside the logits."""
+    input_adapter: WantedInput | Literal["auto"] | None = None
+    """The images that the model was trained on, where the loader's are others: a first layer brings them to that
+    normalisation and size. `auto` takes what timm knows of its pretrained networks, with the size only of those that
+    take no other. For an ONNX file or an engine, fold it in when it is made."""
     onnx: Path | None = None
     """The exported teacher, for every backend but `pytorch`; `tensorrt` builds an engine from it when first asked."""
     engine: Path | None = None
     """A TensorRT engine, made by `kd-pipeline build-engine`."""
+    path: Path | None = None
+    """The folder of a recording, made by `kd-pipeline record`, whose answers are given again for the same images."""
+    verify: int = Field(default=32, ge=0)
+    """How many images, drawn anew at every start, are compared with those that were recorded."""
     precision: Precision | None = None
     """Precision of the arithmetic; fp32 unless given, or what an engine was built in. `onnxruntime` and an engine
     cannot change it, and `int8` and `fp8` are TensorRT's alone."""
@@ -57,7 +70,7 @@ class TeacherSettings(Settings):
     """Largest number of images in one call; unless given 1024, and the loader's batch for an engine that is built on
     the way."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Threads of the CPU runtimes; all cores unless given."""
+    """Threads of the CPU runtimes; the cores of this process unless given."""
     channels_last: bool = True
     """Run PyTorch's convolutions in NHWC, which is the faster layout for most of them."""
     compile: bool = False
@@ -71,7 +84,7 @@ class TeacherSettings(Settings):
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
-        files = {"onnx": self.onnx, "engine": self.engine}
+        files = {"onnx": self.onnx, "engine": self.engine, "path": self.path}
         given = [
             *(f"{name}: {file}" for name, file in files.items() if file is not None),
             *(["model"] if self.model else []),
@@ -98,6 +111,8 @@ class EnsembleSettings(Settings):
     def _has_a_weight_for_each(self) -> Self:
         if self.weights is not None and len(self.weights) != len(self.members):
             raise ValueError(f"{len(self.members)} members and {len(self.weights)} weights; give one for each")
+        if any(member.backend == "recorded" or member.path is not None for member in self.members):
+            raise ValueError("a recording cannot be a member; record the answers of the whole ensemble")
         return self
 
 
@@ -111,6 +126,7 @@ def open_teacher(
     batch_size: int | None = None,
     samples: Callable[[], Tensor] | None = None,
     plugins: Collection[str] = (),
+    normalisation: Normalisation | None = None,
 ) -> Teacher:
     """Open the teacher that `settings` describe, for images `[N, *image_shape]` of `dtype` on `device`.
 
@@ -126,13 +142,17 @@ def open_teacher(
         samples: gives images `[N, 3, H, W]` float32 as the teacher will see them, on which such an engine is compared
             with the float32 file and which give int8 and fp8 their ranges.
         plugins: modules that a model's `factory` may come from.
+        normalisation: of the images, for an `input_adapter`; ImageNet's unless given. A pretrained model that wants
+            another one and gets no adapter is a warning.
 
     Raises:
         ConfigError: the combination of settings, module and device makes no teacher.
         TeacherError: the model cannot be opened, or takes other images.
         MissingPackageError: the backend's package is not installed.
     """
-    wanted = _Wanted(image_shape, torch.device(device), dtype, batch_size, samples, plugins)
+    wanted = _Wanted(
+        image_shape, torch.device(device), dtype, batch_size, samples, plugins, normalisation or Normalisation()
+    )
     match settings:
         case Teacher() if module is not None:
             raise ConfigError("got an open teacher and a module; give one of them")
@@ -158,6 +178,7 @@ class _Wanted:
     batch_size: int | None
     samples: Callable[[], Tensor] | None
     plugins: Collection[str]
+    normalisation: Normalisation
 
 
 def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, wanted: _Wanted) -> Teacher:
@@ -187,6 +208,10 @@ def _open(settings: TeacherSettings, module: nn.Module | None, wanted: _Wanted) 
             teacher = _open_module(settings, module, wanted)
         case "tensorrt", None, _:
             teacher = _open_tensorrt(settings, wanted)
+        case "recorded", None, None:
+            if settings.path is None:
+                raise ConfigError("the recorded backend replays a recording; set path to the folder that has it")
+            teacher = RecordedTeacher(settings.path, device=wanted.device, num_verified=settings.verify)
         case (("openvino" | "onnxruntime"), None, Path() as onnx):
             if wanted.device.type != "cpu":
                 raise ConfigError(
@@ -215,8 +240,11 @@ def _open_module(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) 
 
     if wanted.image_shape is None:
         raise ConfigError("the pytorch backend must know the size of the images; pass image_shape=(3, H, W)")
+    adapter = _adapter(settings, module, wanted)
+    if settings.features:
+        module = with_features(module, settings.features)
     return PyTorchTeacher(
-        with_features(module, settings.features) if settings.features else module,
+        module if adapter is None else nn.Sequential(adapter, module),
         image_shape=wanted.image_shape,
         device=wanted.device,
         dtype=wanted.dtype,
@@ -225,6 +253,33 @@ def _open_module(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) 
         channels_last=settings.channels_last,
         compile=settings.compile,
     )
+
+
+def _adapter(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) -> AdaptInput | None:
+    """What makes the images that `module` was trained on; None where it sees the loader's own."""
+    known = default_input(module)
+    if isinstance(settings.input_adapter, WantedInput):
+        return AdaptInput(settings.input_adapter.adapter(wanted.normalisation))
+    if settings.input_adapter == "auto":
+        if known is None:
+            raise ConfigError(
+                f"input_adapter: auto takes what timm knows of its networks, and {type(module).__qualname__} does not "
+                "say what it was trained on; give mean and std"
+            )
+        size = known.size[0] if known.is_only_size and known.size != (wanted.image_shape or (0,))[1:] else None
+        if size is None and Normalisation(*known[:2]) == wanted.normalisation:
+            return None
+        return AdaptInput(WantedInput(mean=known.mean, std=known.std, size=size).adapter(wanted.normalisation))
+    is_pretrained = settings.model is not None and settings.model.pretrained
+    if is_pretrained and known is not None and Normalisation(*known[:2]) != wanted.normalisation:
+        _logger.warning(
+            "the teacher was trained on images with mean %s and std %s, and gets images with mean %s and std %s; set "
+            "teacher.input_adapter: auto, or mean and std of the transforms",
+            known.mean,
+            known.std,
+            *wanted.normalisation,
+        )
+    return None
 
 
 def _open_tensorrt(settings: TeacherSettings, wanted: _Wanted) -> Teacher:
@@ -278,11 +333,11 @@ def _open_tensorrt(settings: TeacherSettings, wanted: _Wanted) -> Teacher:
 
 def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.device) -> tuple[str, str]:
     """The backend, and why it is that one."""
-    named = settings.onnx or settings.engine or settings.model
+    named = settings.onnx or settings.engine or settings.path or settings.model
     if module is None and named is None:
         raise ConfigError(
-            "no teacher to open: set onnx to an exported file, engine to a built one or model to a network, or pass a "
-            "module"
+            "no teacher to open: set onnx to an exported file, engine to a built one, model to a network or path to a "
+            "recording, or pass a module"
         )
     if module is not None and named is not None:
         raise ConfigError(f"two teachers to open: a module and {named}; give one of them")
@@ -294,6 +349,8 @@ def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.d
         return "pytorch", "because the teacher is a model by name"
     if settings.engine is not None:
         return "tensorrt", "because the teacher is an engine"
+    if settings.path is not None:
+        return "recorded", "because the teacher is a recording"
     if device.type == "cuda":
         return "tensorrt", "because the teacher is an ONNX file and the images are on a GPU"
     return "openvino", "because the teacher is an ONNX file and the images are on the CPU"
@@ -302,7 +359,6 @@ def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.d
 def _refuse_unused(settings: TeacherSettings, backend: str) -> None:
     if settings.precision in ("int8", "fp8") and backend != "tensorrt":
         raise ConfigError(f"precision: {settings.precision} is TensorRT's alone, and the backend is {backend}")
-    used = _USED_BY_ALL | _ALSO_USED_BY[backend]
     for name, field in TeacherSettings.model_fields.items():
-        if name not in used and (value := getattr(settings, name)) != field.default:
+        if name not in _USED_BY[backend] and (value := getattr(settings, name)) != field.default:
             raise ConfigError(f"{name}: {value} means nothing to the {backend} backend; remove it or change backend")

@@ -10,6 +10,7 @@ from kd_pipeline.errors import TeacherError
 from kd_pipeline.optional import require
 from kd_pipeline.teachers.base import Teacher, TensorSpec
 from kd_pipeline.teachers.onnx_file import read_onnx
+from kd_pipeline.threads import num_cores
 
 __all__ = ["OnnxRuntimeTeacher"]
 
@@ -20,9 +21,9 @@ _ERRORS_ONLY = 3
 class OnnxRuntimeTeacher(Teacher):
     """An ONNX file run by ONNX Runtime's CPU provider.
 
-    `precision` must be that of the file's weights, because the runtime changes nothing about it. `num_threads` is
-    all cores unless given. `as_written` runs each node as the file has it: the runtime's optimiser would join nodes,
-    and leave out roundings between them that a file asks for to act out another precision.
+    `precision` must be that of the file's weights, because the runtime changes nothing about it. `num_threads` is the
+    cores of this process unless given. `as_written` runs each node as the file has it: the runtime's optimiser would
+    join nodes, and leave out roundings between them that a file asks for to act out another precision.
     """
 
     def __init__(
@@ -45,8 +46,7 @@ class OnnxRuntimeTeacher(Teacher):
         options.log_severity_level = _ERRORS_ONLY
         if as_written:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if num_threads is not None:
-            options.intra_op_num_threads = num_threads
+        options.intra_op_num_threads = num_threads or num_cores()
         try:
             self._session = onnxruntime.InferenceSession(file.path, options, providers=["CPUExecutionProvider"])
         except Exception as exc:

@@ -11,6 +11,7 @@ from kd_pipeline.errors import TeacherError
 from kd_pipeline.optional import require
 from kd_pipeline.teachers.base import Teacher, TensorSpec
 from kd_pipeline.teachers.onnx_file import read_onnx
+from kd_pipeline.threads import num_cores
 
 __all__ = ["OpenVINOTeacher"]
 
@@ -21,7 +22,7 @@ class OpenVINOTeacher(Teacher):
     """An ONNX file compiled by OpenVINO's CPU plugin.
 
     `precision` is that of the arithmetic, whatever the file's weights are stored in; inputs and outputs keep the
-    file's type and outputs are handed over in float32. `num_threads` is all cores unless given.
+    file's type and outputs are handed over in float32. `num_threads` is the cores of this process unless given.
     """
 
     def __init__(
@@ -32,8 +33,7 @@ class OpenVINOTeacher(Teacher):
         # Left alone, the plugin picks bfloat16 wherever the CPU has it, and the logits move by some percent.
         hint = next(own for own, name in _PRECISIONS.items() if name == precision)
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        if num_threads is not None:
-            options["INFERENCE_NUM_THREADS"] = str(num_threads)
+        options["INFERENCE_NUM_THREADS"] = str(num_threads or num_cores())
         try:
             compiled = _core().compile_model(file.path, "CPU", options)
         except Exception as exc:

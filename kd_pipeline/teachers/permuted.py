@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from kd_pipeline.data.labels import some
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import Teacher, TensorSpec
+from kd_pipeline.teachers.recorded import RecordedTeacher
 
 __all__ = ["PermutedTeacher", "matched"]
 
@@ -75,6 +77,12 @@ def matched(teacher: Teacher, classes: Sequence[str] | None) -> Teacher:
                 "data's classes among them, or take a teacher of these classes"
             )
         return teacher
+    if isinstance(teacher, RecordedTeacher):
+        label, here, there = _first_difference(classes, teacher.classes)
+        raise TeacherError(
+            f"the recording in {teacher.path} was made for other classes ({len(teacher.classes)} there, {len(classes)} "
+            f"in the data): class {label} is {here!r} in the data and {there!r} there; record the teacher again"
+        )
     permuted = PermutedTeacher(teacher, classes)
     ours = set(classes)
     dropped = [repr(name) for name in teacher.classes if name not in ours]
@@ -125,7 +133,7 @@ def _positions(teacher: Teacher, classes: Sequence[str]) -> list[int]:
     return [position_of[name] for name in classes]
 
 
-def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, str, str]:
-    """The first label whose class differs, and its names; there is one."""
-    pairs = enumerate(zip(ours, theirs, strict=True))
+def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, str | None, str | None]:
+    """The first label whose class differs, and its names, None for one too many; there is one."""
+    pairs = enumerate(zip_longest(ours, theirs))
     return next((label, here, there) for label, (here, there) in pairs if here != there)

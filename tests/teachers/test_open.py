@@ -61,7 +61,7 @@ def test_the_number_of_threads_reaches_both_cpu_runtimes(exported: Callable[[int
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
-        ({}, {}, "no teacher to open: set onnx to an exported file, engine to a built one or model to a network, or"),
+        ({}, {}, "no teacher to open: set onnx to an exported file, engine to a built one, model to a network or path"),
         ({"backend": "openvino"}, {}, "no teacher to open"),
         ({"onnx": ONNX}, {"module": ConvNet()}, "a module and teacher.onnx; give one of them"),
         ({}, {"module": ConvNet(), "image_shape": None}, r"pass image_shape=\(3, H, W\)"),

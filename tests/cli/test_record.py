@@ -1,0 +1,85 @@
+"""`kd-pipeline record`: options reach the recording, and what stops it leaves one that can be gone on with."""
+
+from pathlib import Path
+
+import pytest
+
+from kd_pipeline import record as room
+from kd_pipeline.cli import main
+from kd_pipeline.cli import record as command
+from kd_pipeline.teachers.recording import Manifest
+from tests.training.nets import settings, write_digits
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    write_digits(tmp_path)
+    path = tmp_path / "digits.yaml"
+    path.write_text(settings(tmp_path, "run").model_dump_json(exclude_none=True), encoding="utf-8")
+    return path
+
+
+def test_options_and_overrides_reach_the_recording(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "here"
+    options = ["--top-k", "3", "--dtype", "float16", "--epochs", "3", "--out", str(out)]
+    assert main(["record", "-c", str(config), *options, "seed=4"]) == 0
+    manifest = Manifest.load(out)
+    assert (manifest.top_k, manifest.dtype, manifest.epochs_done) == (3, "float16", 3)
+    assert manifest.stream["seed"] == 4
+    said = capsys.readouterr()
+    assert f"96 images x 3 epochs, 22 bytes each (0.0 MB): train with teacher: {{path: {out}}}" in said.out
+    assert "epoch 3 of 3: 100.0% recorded, " in said.err and "images/s, 0:00:00 left" in said.err
+
+
+def test_the_epochs_of_the_training_are_recorded_into_its_folder_unless_told_otherwise(
+    config: Path, tmp_path: Path
+) -> None:
+    assert main(["record", "-c", str(config)]) == 0
+    assert Manifest.load(tmp_path / "run" / "recording").epochs_done == 2
+    assert main(["train", "-c", str(config), f"teacher={{path: {tmp_path / 'run' / 'recording'}}}"]) == 1  # a factory
+    plugin = ["--plugin", "tests.training.nets"]
+    assert main(["train", "-c", str(config), *plugin, f"teacher={{path: {tmp_path / 'run' / 'recording'}}}"]) == 0
+
+
+def test_ctrl_c_leaves_what_is_there_and_the_same_command_goes_on(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(room, "_COMMIT_S", -1.0)
+    left = [3]
+
+    def stopped(progress: room.Progress) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    assert main(["record", "-c", str(config), "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(command, "_show", stopped)
+    arguments = ["record", "-c", str(config), "--out", str(tmp_path / "stopped")]
+    capsys.readouterr()
+    assert main(arguments) == 130
+    assert capsys.readouterr().err == "kd-pipeline: stopped\n"
+    samples = (tmp_path / "stopped" / "sample.bin").read_bytes()
+    assert samples[: 4 * 48].count(b"\0" * 4) < 5 and not samples[4 * 48 :].strip(b"\0")
+    assert main(arguments) == 0
+    for name in ("manifest.json", "sample.bin", "checksum.bin", "logits.values.bin"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-k", "0"], "--top-k: Input should be greater than or equal to 1, got '0'"),
+        (["--epochs", "many"], "--epochs: Input should be a valid integer"),
+        (["--top-k", "10"], "--top-k must be below the number of classes, got 10 of 10"),
+        (["teacher=null"], "there is no teacher to record"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_one_message_that_names_the_option(
+    config: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["record", "-c", str(config), *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

@@ -1,0 +1,92 @@
+"""Recordings of a small teacher on photographs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kd_pipeline.config import Config
+from kd_pipeline.data.plan import Shard
+from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.record import RecordSettings, record
+from kd_pipeline.teachers.recording import Manifest
+from kd_pipeline.training.teacher import open_run_teacher
+from tests.models import ConvNet
+from tests.streams import TRAIN, Fields, run
+
+NUM_EPOCHS = 2
+PLUGINS = [__name__]
+
+
+def net(num_classes: int = 3) -> nn.Module:
+    """Three logits and a feature map."""
+    found = ConvNet()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        found.head = nn.Linear(32, num_classes)
+    return found
+
+
+def other_net() -> nn.Module:
+    """The same with other weights."""
+    found = net()
+    with torch.no_grad():
+        found.head.bias += 1
+    return found
+
+
+def config(root: Path, **changes: Any) -> Config:
+    """A teacher on the photographs in `root`; `changes` are of `data`, of its split `train`, or whole keys."""
+    split = {"source": {"kind": "image_folder", "root": root}, "transform": TRAIN.model_dump(), "last_batch": "keep"}
+    data: dict[str, Any] = {"batch_size": 8, "num_threads": 1, "device": "cpu"}
+    found: dict[str, Any] = {
+        "seed": 5,
+        "teacher": {"model": {"factory": f"{__name__}:net"}},
+        "train": {"epochs": NUM_EPOCHS},
+    }
+    for name, value in changes.items():
+        if name in ("source", "transform", "mix", "repeats", "shuffle", "last_batch"):
+            split[name] = value
+        elif name in ("batch_size", "on_bad_sample", "max_bad_fraction", "max_pixels"):
+            data[name] = value
+        else:
+            found[name] = value
+    return Config.model_validate({**found, "data": {**data, "train": split}})
+
+
+def recorded(root: Path, out: Path, *, kept: Mapping[str, Any] | None = None, **changes: Any) -> Path:
+    """Record it into `out`."""
+    return record(config(root, **changes), RecordSettings(out=out, **(kept or {})), plugins=PLUGINS)
+
+
+def live(root: Path, num_epochs: int = NUM_EPOCHS, **changes: Any) -> list[Fields]:
+    """What the teacher itself answers."""
+    described = config(root, **changes)
+    teacher = open_run_teacher(described, plugins=PLUGINS)
+    untaught = described.model_copy(update={"teacher": None})
+    with KDDataLoader.from_config(untaught, teacher=teacher) as loader:
+        return run(loader, num_epochs)
+
+
+def replaying(
+    root: Path, recording: Path, *, shard: Shard | None = None, verify: int = 5, **changes: Any
+) -> KDDataLoader:
+    """A loader that replays."""
+    return KDDataLoader.from_config(config(root, teacher={"path": recording, "verify": verify}, **changes), shard=shard)
+
+
+def replayed(root: Path, recording: Path, num_epochs: int = NUM_EPOCHS, **options: Any) -> list[Fields]:
+    """What a recording answers."""
+    with replaying(root, recording, **options) as loader:
+        return run(loader, num_epochs)
+
+
+def edit(recording: Path, **changes: Any) -> None:
+    """Write other values into the manifest; `stream__dali="1"` one within another."""
+    manifest = Manifest.load(recording)
+    stream = dict(manifest.stream)
+    for name in [name for name in changes if name.startswith("stream__")]:
+        stream[name.removeprefix("stream__")] = changes.pop(name)
+    manifest.model_copy(update={**changes, "stream": stream}).save(recording)
