@@ -3,15 +3,15 @@
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -19,10 +19,20 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.optional import require
+from kd_pipeline.plugins import import_function
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["TEMPERATURE", "Evaluation", "Metric", "MetricSettings", "evaluate"]
+__all__ = [
+    "TEMPERATURE",
+    "Evaluation",
+    "Metric",
+    "MetricSettings",
+    "eval_mode",
+    "evaluate",
+    "logits_of",
+    "open_metrics",
+]
 
 TEMPERATURE = 4.0
 """Of both models in the KL divergence."""
@@ -35,12 +45,24 @@ Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
 
 
 class MetricSettings(Settings):
-    """A classification metric of torchmetrics."""
+    """A classification metric of torchmetrics, or the user's own function."""
 
-    name: str
-    """Its class in `torchmetrics.classification`, such as `CohenKappa`."""
+    name: str = Field(pattern=r"^\w+((\.\w+)*:\w+)?$")
+    """Its class in `torchmetrics.classification`, such as `CohenKappa`; or, as `package.module:function`, a `Metric` of
+    your own."""
     kwargs: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
-    """More arguments; `task` is multiclass and `num_classes` the number of logits unless given."""
+    """More arguments of the class; `task` is multiclass and `num_classes` the number of logits unless given."""
+
+    @property
+    def names_a_function(self) -> bool:
+        """Whether it is the user's own."""
+        return ":" in self.name
+
+    @model_validator(mode="after")
+    def _gives_arguments_to_a_class(self) -> Self:
+        if self.names_a_function and self.kwargs:
+            raise ValueError(f"{self.name} gets logits and labels alone; remove kwargs")
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +107,27 @@ class Evaluation:
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
+def open_metrics(settings: Sequence[MetricSettings], *, plugins: Collection[str] = ()) -> list[MetricSettings | Metric]:
+    """What `evaluate` takes as its metrics, once each name is known to stand for something.
+
+    Args:
+        settings: which ones.
+        plugins: modules that functions may come from.
+
+    Raises:
+        ConfigError: torchmetrics has no such class, or a function is not there or not allowed.
+        MissingPackageError: torchmetrics is needed and not installed.
+    """
+    found: list[MetricSettings | Metric] = []
+    for metric in settings:
+        if metric.names_a_function:
+            found.append(import_function("metrics", metric.name, plugins, caller="open_metrics"))
+        else:
+            _class_of(metric.name)
+            found.append(metric)
+    return found
+
+
 def evaluate(
     model: nn.Module | Teacher,
     loader: KDDataLoader,
@@ -114,9 +157,9 @@ def evaluate(
         TeacherError: a teacher refuses the images or fails.
     """
     tally: _Tally | None = None
-    with torch.no_grad(), _eval_mode(model):
+    with torch.no_grad(), eval_mode(model):
         for batch in islice(loader, max_batches):
-            logits_NK = _logits(model(batch.images))
+            logits_NK = logits_of(model(_images(batch, model)))
             wanted_NK = (batch.teacher if reference is None else reference(batch.images)).get("logits")
             if tally is None:
                 has_labels, has_teacher = batch.labels is not None, wanted_NK is not None
@@ -268,12 +311,7 @@ def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict
 
 
 def _torchmetric(settings: MetricSettings, logits_NK: Tensor, label_N: Tensor) -> Any:
-    classification = require("torchmetrics.classification", extra="train")
-    kind = getattr(classification, settings.name, None)
-    if settings.name not in classification.__all__ or kind is None:
-        close = difflib.get_close_matches(settings.name, classification.__all__, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ConfigError(f"torchmetrics.classification has no {settings.name!r}{hint}")
+    kind = _class_of(settings.name)
     arguments: dict[str, Any] = {"num_classes": logits_NK.shape[1], "sync_on_compute": False}
     if "task" in inspect.signature(kind).parameters:
         arguments["task"] = "multiclass"
@@ -285,8 +323,29 @@ def _torchmetric(settings: MetricSettings, logits_NK: Tensor, label_N: Tensor) -
         raise ConfigError(f"the metric {settings.name} fails: {exc}; check its kwargs {settings.kwargs}") from exc
 
 
-def _logits(output: object) -> Tensor:
-    """The logits among what a model returned, in float32, or float64 where they are."""
+def _class_of(name: str) -> Any:
+    """The class in torchmetrics."""
+    classification = require("torchmetrics.classification", extra="train")
+    kind = getattr(classification, name, None)
+    if name not in classification.__all__ or kind is None:
+        close = difflib.get_close_matches(name, classification.__all__, n=3)
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ConfigError(f"torchmetrics.classification has no {name!r}{hint}")
+    return kind
+
+
+def _images(batch: KDBatch, model: nn.Module | Teacher) -> Tensor:
+    """Those of the batch, for a network in the dtype of its weights."""
+    weight = None if isinstance(model, Teacher) else next(model.parameters(), None)
+    return batch.images if weight is None else batch.images.to(weight.dtype)
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits among what a model returned, in float32, or float64 where they are.
+
+    Raises:
+        ConfigError: there are none.
+    """
     logits = output.get("logits") if isinstance(output, Mapping) else output
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(output).__qualname__
@@ -295,7 +354,7 @@ def _logits(output: object) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module | Teacher) -> Iterator[None]:
+def eval_mode(model: nn.Module | Teacher) -> Iterator[None]:
     """Every module of a network in eval mode; each gets its own mode back."""
     if isinstance(model, Teacher):
         yield

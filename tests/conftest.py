@@ -1,5 +1,6 @@
 """Real photographs, from the two that scikit-learn brings, and a small network as ONNX files."""
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,10 @@ from kd_pipeline.engine import export_onnx
 from tests.models import CLASSES as CLASS_NAMES
 from tests.models import IMAGE_SHAPE, ConvNet
 
-# The tensors here are tiny: with more threads, torch's mostly wait for one another and for DALI's.
+# The tensors here are tiny: with more threads, torch's mostly wait for one another and for DALI's. The variable is for
+# the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 NUM_PHOTOS = 37
 CLASSES = ("flower", "roof", "sky")

@@ -158,3 +158,12 @@ def test_a_loader_takes_its_rank_from_torch_distributed(pieces):
         torch.distributed.destroy_process_group()
     with open_loader(Arrays(pieces)) as loader:
         assert loader.shard == Shard(0, 1)
+
+
+def test_a_loader_that_is_made_before_the_processes_of_torchrun_have_met_takes_its_rank_all_the_same(
+    pieces, monkeypatch
+):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with open_loader(Arrays(pieces)) as loader:
+        assert loader.shard == Shard(2, 4)

@@ -176,6 +176,8 @@ class SaveLastAndBest(CheckpointCallback):
         monitor: str | None,
         mode: Literal["max", "min"] = "max",
         every_n_steps: int | None = None,
+        validate: Callable[[], Mapping[str, float]] | None = None,
+        validate_every_n_steps: int | None = None,
     ) -> None:
         """Save into `folder`, at the end of every epoch.
 
@@ -185,12 +187,15 @@ class SaveLastAndBest(CheckpointCallback):
             monitor: metric, logged in every epoch, that the best student has most or least of; None keeps no best.
             mode: whether most or least.
             every_n_steps: steps of the optimizer between saves of `last.ckpt` within an epoch; none unless given.
+            validate: logs what `monitor` is among and returns it; for validations within an epoch.
+            validate_every_n_steps: steps of the optimizer between those; none unless given.
 
         Raises:
             MissingPackageError: Lightning is not installed.
         """
         self._folder, self._student, self._every_n_steps = Path(folder), student, every_n_steps
         self._monitor, self._mode = monitor, mode
+        self._validate, self._validate_every_n_steps = validate, validate_every_n_steps
         self._rng: list[dict[str, Any]] | None = None
         self.best_score = -math.inf if mode == "max" else math.inf
 
@@ -222,9 +227,17 @@ class SaveLastAndBest(CheckpointCallback):
             self._rng = None
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save every so many steps."""
-        is_due = self._every_n_steps is not None and trainer.global_step % self._every_n_steps == 0
-        if is_due and is_resumable_after(trainer, batch_idx):
+        """Validate every so many steps, and save every so many.
+
+        The save comes second and knows of the validation. Behind the last batch of an epoch there is neither, as the
+        end of the epoch has both.
+        """
+        if not is_resumable_after(trainer, batch_idx):
+            return
+        step = trainer.global_step
+        if self._validate is not None and _is_due(step, self._validate_every_n_steps):
+            self._save_if_best(trainer, self._validate())
+        if _is_due(step, self._every_n_steps):
             self.save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
@@ -234,17 +247,20 @@ class SaveLastAndBest(CheckpointCallback):
             ConfigError: nothing has logged the metric.
             StateError: a file cannot be written.
         """
-        if self._is_best(trainer):
-            # Before last.ckpt, which says that it is there: a run killed in between does the epoch once more.
-            trainer.save_checkpoint(self._folder / "best.ckpt")
-            if trainer.is_global_zero:
-                save_checkpoint(self._student(), self._folder / "best_student.pt")
+        self._save_if_best(trainer, trainer.callback_metrics)
         self.save_last(trainer)
 
-    def _is_best(self, trainer: Any) -> bool:
+    def _save_if_best(self, trainer: Any, metrics: Mapping[str, Any]) -> None:
+        """Before last.ckpt, which says that it is there: a run killed in between validates once more."""
+        if self._is_best(trainer, metrics):
+            trainer.save_checkpoint(self._folder / "best.ckpt")
+            student = self._student()  # which all ranks may have to put together
+            if trainer.is_global_zero:
+                save_checkpoint(student, self._folder / "best_student.pt")
+
+    def _is_best(self, trainer: Any, metrics: Mapping[str, Any]) -> bool:
         if self._monitor is None:
             return False
-        metrics = trainer.callback_metrics
         if self._monitor not in metrics:
             raise ConfigError(
                 f"no metric {self._monitor!r} to tell the best by; there are {', '.join(sorted(metrics))}"
@@ -255,6 +271,10 @@ class SaveLastAndBest(CheckpointCallback):
         if is_better:
             self.best_score = score
         return is_better
+
+
+def _is_due(step: int, every_n_steps: int | None) -> bool:
+    return every_n_steps is not None and step % every_n_steps == 0
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from kd_pipeline.errors import StateError
 from kd_pipeline.settings import Settings
+from kd_pipeline.training.sharding import whole
 
 __all__ = ["EmaSettings", "StudentEma"]
 
@@ -49,14 +50,15 @@ class StudentEma:
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        """Take in the weights of `student`; to be called after each step of the optimizer."""
+        """Take in the weights of `student`; to be called after each step of the optimizer, on all ranks."""
         self._num_steps += 1
         if self._num_steps % self._settings.every_steps:
             return
         parameters = list(student.parameters())
         self._student.to(parameters[0].device)
         average = get_ema_multi_avg_fn(self._decay())  # type: ignore[no-untyped-call]
-        average(list(self._student.parameters()), [parameter.float() for parameter in parameters], self._num_steps)
+        latest_weights = [whole(parameter).float() for parameter in parameters]
+        average(list(self._student.parameters()), latest_weights, self._num_steps)
         for mine, latest in zip(self._student.buffers(), student.buffers(), strict=True):
             mine.copy_(latest)
 

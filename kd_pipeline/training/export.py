@@ -1,17 +1,23 @@
-"""What a run leaves behind for use: the student's weights, how to build it, and an ONNX file."""
+"""What a run leaves behind for use: the student's weights, how to build it, an ONNX file and maybe an engine."""
 
-import json
+import hashlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from kd_pipeline.data.transform import EvalTransform
 from kd_pipeline.engine import export_onnx
+from kd_pipeline.engine.build import build_engine
+from kd_pipeline.engine.build_settings import BuildSettings
+from kd_pipeline.engine.parity import Samples
 from kd_pipeline.errors import ExportError
+from kd_pipeline.model_files import ABOUT, ENGINE, ONNX, WEIGHTS, Exported
 from kd_pipeline.models import ModelSettings
 from kd_pipeline.optional import require
+from kd_pipeline.training.train_settings import ExportSettings
 
 __all__ = ["export_student"]
 
@@ -20,35 +26,57 @@ _logger = logging.getLogger("kd_pipeline")
 
 def export_student(
     student: nn.Module,
-    settings: ModelSettings,
+    model: ModelSettings,
     folder: Path,
     *,
-    image_shape: tuple[int, int, int],
     classes: Sequence[str] | None,
-    transform: dict[str, Any],
+    transform: EvalTransform,
+    samples: Callable[[], Samples],
+    wanted: ExportSettings,
 ) -> None:
-    """Write `model.safetensors`, `model.json` and `model.onnx` into `folder`.
+    """Write `model.safetensors` and `model.json` into `folder`, and `model.onnx` and `model.engine` where wanted.
+
+    `model_files.open_model_file` opens what is there. A student that makes no ONNX file is a warning.
 
     Args:
-        student: the network, in float32 on the CPU.
-        settings: how it is built; with `checkpoint` set to the weights they open the exported network.
+        student: the network, in float32 on the CPU and in eval mode.
+        model: how it is built.
         folder: made if it is not there.
-        image_shape: `(3, H, W)`.
         classes: names of the classes in logit order.
         transform: the evaluation transform, which says what images the network wants.
+        samples: gives images as the network will see them, for the engine.
+        wanted: what to write.
+
+    Raises:
+        ExportError, EngineError: there is no engine, and one is wanted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
-    require("safetensors.torch", extra="train").save_file(weights, folder / "model.safetensors")
-    model = settings.model_copy(update={"pretrained": False, "checkpoint": folder / "model.safetensors"})
-    about = {
-        "model": model.model_dump(mode="json", exclude_defaults=True),
-        "classes": None if classes is None else list(classes),
-        "image_shape": list(image_shape),
-        "transform": transform,
-    }
-    (folder / "model.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    content: bytes = require("safetensors.torch", extra="train").save(weights)
+    about = Exported(
+        model=model.model_copy(update={"pretrained": False, "checkpoint": None, "reset": ()}),
+        weights_sha256=hashlib.sha256(content).hexdigest(),
+        classes=None if classes is None else tuple(classes),
+        transform=transform,
+    )
+    _replace(folder / WEIGHTS, content)
+    _replace(folder / ABOUT, about.model_dump_json(indent=2).encode() + b"\n")
+    if not wanted.onnx:
+        return
+    onnx, size = folder / ONNX, transform.size
     try:
-        export_onnx(student, folder / "model.onnx", image_shape=image_shape, classes=classes)
+        export_onnx(student, onnx, image_shape=(3, size, size), classes=classes)
     except ExportError as error:
+        if wanted.engine is not None:
+            raise
         _logger.warning("no ONNX file of the student: %s", error)
+        return
+    if (engine := wanted.engine) is not None:
+        settings = BuildSettings(onnx=onnx, **engine.model_dump())
+        build_engine(settings, save_engine=folder / ENGINE, samples=samples, report=_logger.info)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    whole = path.with_name(f".{path.name}.tmp")
+    whole.write_bytes(content)
+    os.replace(whole, path)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -15,24 +14,32 @@ from torch import nn
 
 from kd_pipeline.config import Config
 from kd_pipeline.data.source import open_source
+from kd_pipeline.data.transform import EvalTransform
 from kd_pipeline.distillation import Distillation
+from kd_pipeline.engine.parity import Samples
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.evaluation import Evaluation, evaluate
-from kd_pipeline.loader import KDDataLoader, resolve_device, sample_images
+from kd_pipeline.evaluation import Evaluation, evaluate, open_metrics
+from kd_pipeline.loader import DataSettings, KDDataLoader, resolve_device, sample_images
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.optional import require
 from kd_pipeline.probe import probe_teacher
 from kd_pipeline.report.curves import save_confusion, save_curves
-from kd_pipeline.teachers import TeacherSettings, open_teacher
+from kd_pipeline.taps import closest
+from kd_pipeline.teachers import TeacherSettings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.permuted import matched
+from kd_pipeline.teachers.recorded import RecordedTeacher
+from kd_pipeline.tensorrt_package import open_tensorrt
 from kd_pipeline.training.checkpoint import SaveLastAndBest, atomic_checkpoint_io, check_same_run, load_checkpoint
+from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.export import export_student
 from kd_pipeline.training.folder import RunFolder
-from kd_pipeline.training.metrics import MetricsFile
+from kd_pipeline.training.loggers import log_outcome, log_settings, open_loggers
 from kd_pipeline.training.module import DistillModule
+from kd_pipeline.training.processes import is_first, join_processes, num_processes, num_processes_here, use_cores
+from kd_pipeline.training.sharding import is_sharded, whole_weights
 from kd_pipeline.training.signals import StopOnSignal
-from kd_pipeline.training.train_settings import LoggerName
+from kd_pipeline.training.teacher import open_run_teacher, refuse_adapter, with_trained_weights
 
 __all__ = ["Outcome", "Stage", "train"]
 
@@ -40,6 +47,9 @@ _logger = logging.getLogger("kd_pipeline")
 _lightning = require("lightning", extra="train")
 
 Stage = Literal["teacher", "baseline", "distill"]
+
+_PURE = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Precisions in which the student's very weights are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,27 +100,34 @@ class _Run(ExitStack):
         self._folder = RunFolder(config.run_dir if stage == "distill" else config.run_dir / stage)
         self._config = config.model_copy(update={"stage": stage})
         self._stage, self._plugins = stage, plugins
+        self._metrics = open_metrics(config.train.metrics, plugins=plugins)
+        if (engine := config.train.export.engine) is not None:
+            open_tensorrt(engine.runtime)  # a package that is missing is told now and not after the last epoch
         self._loaders: dict[str, KDDataLoader] = {}
         _quiet()
         self._model = _model_settings(config, stage)
+        _check_batchnorm(config)
+        _check_figures(self._config)
 
     def do(self) -> Outcome:
         """Train, then export and evaluate the best."""
         config = self._config
-        _join_processes()
-        _share_cores(_device(config))
-        if _is_first():
+        join_processes()
+        use_cores(config.train.num_threads)
+        if is_first():
             self._folder.prepare(config)
             self.enter_context(self._folder.logging())
         torch.use_deterministic_algorithms(config.train.deterministic)
+        assert config.data.train is not None  # as __init__ has seen
+        self._source = open_source(config.data.train.source)
         loader = self._open_loader("train", self._open_teacher() if self._stage == "distill" else None)
         if loader.teacher is not None and config.probe is not None:
-            probe_teacher(_untaught(config), loader.teacher, config.probe)
+            probe_teacher(_untaught(config), loader.teacher, config.probe, training=self._source)
         torch.manual_seed(config.seed % 2**63)  # the weights that the student begins with
         student, settings = self._open_student(loader)
         facts = {
             "stage": self._stage,
-            "student": settings.model_dump(mode="json", exclude={"checkpoint", "pretrained"}),
+            "student": settings.model_dump(mode="json", exclude={"checkpoint", "pretrained", "reset"}),
             "teacher": None if loader.teacher is None else loader.teacher.fingerprint,
             "classes": None if loader.classes is None else list(loader.classes),
             "data": loader.source.fingerprint,
@@ -118,53 +135,37 @@ class _Run(ExitStack):
         last = self._folder.last
         step = None if last is None else _step_of(last, facts)
         module = self._module(student, loader, facts)
-        self._trainer(module, step).fit(module, loader, ckpt_path=last)
-        return self._finish(module, settings, loader)
+        trainer = self._trainer(module, step)
+        if is_first():
+            log_settings(trainer.loggers, config)
+        trainer.fit(module, loader, ckpt_path=last)
+        outcome = self._finish(module, settings, loader)
+        if is_first():
+            log_outcome(trainer.loggers, config, outcome.figures, trainer.global_step)
+        return outcome
 
     def _open_teacher(self) -> Teacher:
-        config = self._config
-        teacher = config.teacher
-        if teacher is None:
-            raise ConfigError("stage: distill needs a teacher: set teacher, or take stage: baseline")
-        if isinstance(teacher, TeacherSettings) and teacher.model is not None:
-            teacher = self._with_weights(teacher, teacher.model)
-        assert config.data.train is not None
-        size, dtype = config.data.train.transform.size, config.data.train.transform.dtype
-        opened = open_teacher(
-            teacher,
-            image_shape=(3, size, size),
-            device=_device(config),
-            dtype=getattr(torch, dtype),
-            batch_size=config.data.batch_size,
-            samples=lambda: sample_images(config),
-            plugins=self._plugins,
-        )
+        train = self._config.train
+        opened = open_run_teacher(self._config, plugins=self._plugins)
         self.callback(opened.close)
+        if isinstance(opened, RecordedTeacher):
+            if opened.num_epochs < train.epochs:
+                raise ConfigError(
+                    f"train.epochs is {train.epochs} and the recording in {opened.path} has {opened.num_epochs} whole "
+                    "epochs; train for fewer, or record more with kd-pipeline record, which goes on where it stopped"
+                )
+            if train.compare_with_teacher:
+                raise ConfigError(
+                    "train.compare_with_teacher asks the teacher about validation images, and a recorded teacher has "
+                    "answers for training images alone; set it to false"
+                )
         return opened
-
-    def _with_weights(self, teacher: TeacherSettings, model: ModelSettings) -> TeacherSettings:
-        """The teacher's own weights, or else those that `stage: teacher` of this run has left."""
-        if model.pretrained or model.checkpoint is not None:
-            return teacher
-        exported = RunFolder(self._run_dir / "teacher").exported
-        weights = exported / "model.safetensors"
-        if not weights.is_file():
-            raise ConfigError(
-                "teacher.model has no weights: set its checkpoint or pretrained, or train it first with stage=teacher, "
-                f"which leaves them in {weights}"
-            )
-        runs_modules = teacher.backend == "pytorch" or teacher.features or self._config.student_from_teacher
-        if not runs_modules and (exported / "model.onnx").is_file() and _device(self._config).type == "cpu":
-            return teacher.model_copy(update={"model": None, "onnx": exported / "model.onnx"})
-        return teacher.model_copy(update={"model": model.model_copy(update={"checkpoint": weights})})
 
     def _open_loader(self, split: str, teacher: Teacher | None) -> KDDataLoader:
         config = _untaught(self._config).model_copy(update={"run_dir": self._folder.path})
         if teacher is not None:
-            train = config.data.train
-            assert train is not None
-            teacher = matched(teacher, open_source(train.source).classes)
-        return self.enter_context(KDDataLoader.from_config(config, split, teacher=teacher))
+            teacher = matched(teacher, self._source.classes)
+        return self.enter_context(KDDataLoader.from_config(config, split, teacher=teacher, training=self._source))
 
     def _open_student(self, loader: KDDataLoader) -> tuple[nn.Module, ModelSettings]:
         settings = self._model
@@ -173,14 +174,14 @@ class _Run(ExitStack):
         student = open_model(settings, plugins=self._plugins)
         if self._config.student_from_teacher and self._stage == "distill":
             self._copy_layers(student)
-        return student, settings
+        return student.to(_PURE.get(self._config.train.precision, torch.float32)), settings
 
     def _copy_layers(self, student: nn.Module) -> None:
         """Start layers of the student with the weights of layers of the teacher."""
         teacher = self._config.teacher
         if not isinstance(teacher, TeacherSettings) or teacher.model is None:
             raise ConfigError("student_from_teacher copies weights of a network: give the teacher as teacher.model")
-        model = self._with_weights(teacher, teacher.model).model
+        model = with_trained_weights(self._config, teacher).model
         assert model is not None
         weights = open_model(model, plugins=self._plugins).state_dict()
         own = student.state_dict()
@@ -228,7 +229,10 @@ class _Run(ExitStack):
         names = [*(["val"] if data.val is not None else []), *data.more]
         limit = self._config.train.limit_val_batches
         return {
-            name: evaluate(model, self._validation_loader(name), reference=teacher, max_batches=limit) for name in names
+            name: evaluate(
+                model, self._validation_loader(name), reference=teacher, metrics=self._metrics, max_batches=limit
+            )
+            for name in names
         }
 
     def _validation_loader(self, name: str) -> KDDataLoader:
@@ -239,28 +243,25 @@ class _Run(ExitStack):
     def _trainer(self, module: DistillModule, step: int | None) -> Any:
         """Lightning's, which goes on from `step` where there is one."""
         train, folder = self._config.train, self._folder
-        num_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         has_figures = self._config.data.val is not None or self._config.data.more
         keep = SaveLastAndBest(
             folder.checkpoints,
-            student=lambda: dict(module.model.state_dict()),
+            student=lambda: whole_weights(module.model),
             monitor=train.select_by if has_figures else None,
+            mode=train.select_mode,
             every_n_steps=train.save_every_steps,
+            validate=module.validate_now if has_figures else None,
+            validate_every_n_steps=train.validate_every_steps,
         )
-        callbacks: list[Any] = [keep, StopOnSignal(keep.save_last)]
-        if (stopping := train.early_stopping) is not None:
-            callbacks.append(
-                _lightning.pytorch.callbacks.EarlyStopping(
-                    stopping.metric, mode=stopping.mode, patience=stopping.patience, check_on_train_epoch_end=True
-                )
-            )
+        stopping = [] if train.early_stopping is None else [StopEarly(train.early_stopping)]
         return _lightning.Trainer(
             accelerator="gpu" if _device(self._config).type == "cuda" else "cpu",
-            devices=num_here,
-            num_nodes=max(1, _num_processes() // num_here),
-            strategy="ddp" if _num_processes() > 1 else "auto",
+            devices=num_processes_here(),
+            num_nodes=num_processes() // num_processes_here(),
+            strategy=_strategy(train.strategy),
             sync_batchnorm=train.sync_batchnorm,
-            precision=train.precision,
+            # Lightning converts whole batches for these, the labels' weights and the teacher's answers among them.
+            precision="32-true" if train.precision in _PURE else train.precision,
             max_epochs=train.epochs,
             accumulate_grad_batches=train.accumulate,
             gradient_clip_val=train.clip,
@@ -271,9 +272,9 @@ class _Run(ExitStack):
             use_distributed_sampler=False,
             enable_model_summary=False,
             enable_checkpointing=True,
-            logger=_loggers(train.loggers, folder, step),
-            callbacks=callbacks,
-            plugins=[atomic_checkpoint_io()],
+            logger=open_loggers(train.loggers, folder, step),
+            callbacks=[*stopping, keep, StopOnSignal(keep.save_last)],
+            plugins=[atomic_checkpoint_io(), _cluster()],
             default_root_dir=folder.path,
         )
 
@@ -281,29 +282,62 @@ class _Run(ExitStack):
         """Export the best student, or the last one where nothing was measured, and say how good it is."""
         student: nn.Module = module.model
         best = self._folder.checkpoints / "best_student.pt"
+        if is_sharded(student):
+            student, _ = self._open_student(loader)
+            last = load_checkpoint(self._folder.checkpoints / "last.ckpt")["state_dict"]
+            mine = {name: last[f"student.{name}"] for name in student.state_dict()}
+            student.load_state_dict(mine)
         if best.is_file():
             student.load_state_dict(torch.load(best, "cpu", weights_only=True))
-        size = loader.transform.size
-        figures = self._evaluate(student.to(loader.device), loader.teacher)
+        # A recorded teacher has no answers for these images.
+        reference = None if isinstance(loader.teacher, RecordedTeacher) else loader.teacher
+        figures = self._evaluate(student.to(loader.device), reference)
         if self._config.data.test is not None:
-            figures["test"] = evaluate(student, self._validation_loader("test"), reference=loader.teacher)
-        if _is_first():
+            figures["test"] = evaluate(
+                student, self._validation_loader("test"), reference=reference, metrics=self._metrics
+            )
+        if is_first():
+            split, transform = _evaluation_split(self._config.data)
             self._folder.write_result({name: each.to_dict() for name, each in figures.items()})
             save_curves(self._folder.metrics, self._folder.path / "curves.png")
             for name, each in figures.items():
                 if each.confusion is not None:
                     save_confusion(each.confusion, each.classes, self._folder.path / f"confusion_{name}.png")
-            split = self._config.data.val or self._config.data.train
-            assert split is not None  # as __init__ has seen
             export_student(
                 student.float().cpu().eval(),
                 settings,
                 self._folder.exported,
-                image_shape=(3, size, size),
                 classes=loader.classes,
-                transform=split.transform.model_dump(mode="json"),
+                transform=transform,
+                samples=lambda: Samples(sample_images(_untaught(self._config), split), f"the split {split} of the run"),
+                wanted=self._config.train.export,
             )
         return Outcome(self._stage, self._folder.path, figures)
+
+
+def _check_batchnorm(config: Config) -> None:
+    if config.train.sync_batchnorm and num_processes() > 1 and _device(config).type == "cpu":
+        raise ConfigError(
+            f"train.sync_batchnorm: torch synchronises BatchNorm on GPUs only, and this run is on {num_processes()} "
+            "processes of a CPU; set it to false, or data.device to cuda"
+        )
+
+
+def _check_figures(config: Config) -> None:
+    """Refuse to choose by a figure that no validation measures, before an epoch is spent on it."""
+    train, splits = config.train, [*(["val"] if config.data.val is not None else []), *config.data.more]
+    if any(metric.names_a_function for metric in train.metrics):
+        return  # what it returns is known when it has been called
+    figures = ["top1", "top5", "macro_f1", "loss", *(metric.name for metric in train.metrics)]
+    if train.compare_with_teacher and config.stage == "distill":
+        figures += ["agreement", "kl"]
+    known = [f"{split}/{figure}" for split in splits for figure in figures]
+    wanted = {"select_by": train.select_by if splits else None}
+    if train.early_stopping is not None:
+        wanted["early_stopping.metric"] = train.early_stopping.metric
+    for key, figure in wanted.items():
+        if figure is not None and not figure.startswith("train/") and figure not in known:
+            raise ConfigError(f"train.{key}: nothing measures {figure!r}; {closest(figure, known)}")
 
 
 def _model_settings(config: Config, stage: Stage) -> ModelSettings:
@@ -316,6 +350,7 @@ def _model_settings(config: Config, stage: Stage) -> ModelSettings:
         raise ConfigError(
             "stage: teacher trains the network of teacher.model, such as teacher: {model: {timm: resnet50}}"
         )
+    refuse_adapter(config.teacher)
     return config.teacher.model
 
 
@@ -337,38 +372,42 @@ def _num_classes(loader: KDDataLoader) -> int:
     return size
 
 
+def _evaluation_split(data: DataSettings) -> tuple[str, EvalTransform]:
+    """What images are exported for: those of `val`, else of `test`, else of `train` by the usual transform."""
+    for name, split in (("val", data.val), ("test", data.test)):
+        if split is not None and isinstance(split.transform, EvalTransform):
+            return name, split.transform
+    assert data.train is not None  # as the run has seen
+    train = data.train.transform
+    return "train", EvalTransform(
+        size=train.size, interpolation=train.interpolation, mean=train.mean, std=train.std, dtype=train.dtype
+    )
+
+
 def _device(config: Config) -> torch.device:
     return resolve_device(config.data.device)
 
 
+def _strategy(name: Literal["ddp", "fsdp"]) -> Any:
+    """Lightning's, where there is more than one process."""
+    if num_processes() == 1:
+        return "auto"
+    if name == "ddp":
+        return "ddp"
+    # One file with everything in it, which any number of processes resumes from.
+    return _lightning.pytorch.strategies.ModelParallelStrategy(
+        data_parallel_size=num_processes(), tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
+
+
+def _cluster() -> Any:
+    """How Lightning learns of the other processes: not from SLURM, which it would ask by itself and otherwise."""
+    environments = require("lightning.fabric.plugins.environments", extra="train")
+    return environments.TorchElasticEnvironment() if num_processes() > 1 else environments.LightningEnvironment()
+
+
 def _untaught(config: Config) -> Config:
     return config.model_copy(update={"teacher": None})
-
-
-def _is_first() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _num_processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _join_processes() -> None:
-    """Meet the other processes that `torchrun` has started, before the loader asks which shard is ours."""
-    if _num_processes() > 1 and not torch.distributed.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-
-def _share_cores(device: torch.device) -> None:
-    """On a CPU, leave half of the cores to DALI and the teacher.
-
-    Threads of torch's that wait for one another keep their cores busy; beside DALI's on the same cores, a step of a
-    small network takes ten times as long.
-    """
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
 
 
 def _quiet() -> None:
@@ -377,30 +416,3 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*litlogger.*")
-
-
-def _loggers(names: Collection[LoggerName], folder: RunFolder, step: int | None) -> list[Any]:
-    """Lightning's loggers by name, and our own for `metrics.csv`."""
-    loggers = require("lightning.pytorch.loggers", extra="train")
-    found: list[Any] = []
-    for name in dict.fromkeys(names):
-        match name:
-            case "csv":
-                metrics = MetricsFile(folder.metrics)
-                if step is not None:
-                    metrics.go_on_from(step)
-                found.append(metrics)
-            case "tensorboard":
-                try:
-                    found.append(loggers.TensorBoardLogger(folder.path, name="tensorboard", version=""))
-                except ModuleNotFoundError:
-                    _logger.info("no TensorBoard logs: pip install tensorboard")
-            case "wandb":
-                found.append(loggers.WandbLogger(name=folder.path.name, save_dir=folder.path))
-            case "comet":
-                found.append(loggers.CometLogger(name=folder.path.name))
-            case "mlflow":
-                found.append(
-                    loggers.MLFlowLogger(run_name=folder.path.name, tracking_uri=f"file:{folder.path / 'mlruns'}")
-                )
-    return found

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from kd_pipeline.cli import main
 from kd_pipeline.config import load_config
+from kd_pipeline.model_files import open_model_file
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
@@ -72,12 +73,11 @@ def test_a_run_leaves_all_that_is_needed_to_use_it_and_to_repeat_it(
 
 def test_what_is_exported_is_the_best_student(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(whole)
-    about = json.loads((RUN / "exported" / "model.json").read_text())
-    student = open_model(ModelSettings.model_validate(about["model"])).eval()
+    student = open_model_file(RUN, size=16, device=torch.device("cpu")).model
     best = torch.load(RUN / "checkpoints" / "best_student.pt", weights_only=True)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, best[name]), name
-    images = torch.randn(5, *about["image_shape"])
+    images = torch.randn(5, 3, 16, 16)
     teacher = OnnxRuntimeTeacher(RUN / "exported" / "model.onnx")
     torch.testing.assert_close(teacher(images)["logits"], student(images), rtol=1e-4, atol=1e-4)
 

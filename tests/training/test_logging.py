@@ -1,0 +1,213 @@
+"""What a run says while it goes on: which number, when, with what meaning, and to whom."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_pipeline.errors import MissingPackageError
+from kd_pipeline.training.run import Outcome
+from tests.training import nets
+from tests.training.nets import logged, run
+
+# Lightning has advice on workers, loggers and the trainer's options; the loggers' packages bring warnings of their own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::lightning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data and an untaught teacher."""
+    folder = tmp_path_factory.mktemp("digits")
+    nets.write_digits(folder)
+    return folder
+
+
+# What, and when
+
+FIGURES = {"val/top1", "val/top5", "val/macro_f1", "val/loss", "val/agreement", "val/kl", "again/top1", "again/loss"}
+
+
+@pytest.fixture(scope="module")
+def full(digits: Path) -> Path:
+    """A run with all there is to log, on every second step of twice six."""
+    return run(
+        digits,
+        "full",
+        data__more={"again": nets.split(digits, "val", nets.EVAL)},
+        distill={
+            "temperature": {"start": 4.0, "end": 2.0},
+            "distill_weight": 0.5,
+            "task_weight": {"start": 0.0, "end": 1.2},
+            "features": [{"loss": "logit_mse", "student": "logits", "teacher": "logits", "weight": 0.25}],
+        },
+        train__log_every_steps=2,
+        train__log_gradient_norm=True,
+        train__compare_with_teacher=True,
+        train__schedule={"kind": "linear"},
+    ).folder
+
+
+def test_a_line_every_so_many_steps_has_the_loss_and_all_that_it_was_made_of(full: Path) -> None:
+    lines = [row for row in logged(full) if "train/loss" in row]
+    assert [row["step"] for row in lines] == [1, 3, 5, 7, 9, 11]
+    for row in lines:
+        weights = {name.removesuffix("_weight"): value for name, value in row.items() if name.endswith("_weight")}
+        assert set(weights) == {"train/task", "train/distill", "train/logit_mse"}
+        assert row["train/loss"] == pytest.approx(sum(row[name] * weight for name, weight in weights.items()), rel=1e-5)
+        done = row["step"] / 12
+        assert row["train/temperature"] == pytest.approx(4 - 2 * done)
+        assert weights["train/task"] == pytest.approx(1.2 * done)
+        assert row["train/lr"] == pytest.approx(0.05 * (1 - done), rel=1e-5)
+        assert row["train/gradient_norm"] > 0
+        assert row["train/images_per_s"] > 0
+        assert 0 <= row["train/teacher_share"] <= row["train/loader_share"] <= 1
+
+
+def test_an_epoch_ends_with_the_figures_of_every_validation_set(full: Path) -> None:
+    by_step = {row["step"]: row for row in logged(full)}
+    ends = [step for step, row in by_step.items() if "val/top1" in row]
+    assert ends == [5, 11]
+    for step in ends:
+        row = by_step[step]
+        assert {"train/top1", "epoch", *FIGURES} <= row.keys()
+        assert row["val/loss"] == row["again/loss"]
+        assert row["epoch"] == step // 6
+
+
+def test_memory_is_logged_on_a_gpu_only(full: Path) -> None:
+    assert not any("train/memory_gib" in row for row in logged(full))
+
+
+def test_the_last_line_of_the_best_epoch_agrees_with_the_result(full: Path) -> None:
+    best = max((row for row in logged(full) if "val/top1" in row), key=lambda row: row["val/top1"])
+    result = nets.result(full)
+    assert best["val/loss"] == pytest.approx(result["val"]["loss"], rel=1e-6)
+    assert best["val/agreement"] == pytest.approx(result["val"]["agreement"], rel=1e-6)
+
+
+# How fast
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(16, 1), (8, 2)])
+def test_speed_is_that_of_loading_and_training_without_validation(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, accumulate: int
+) -> None:
+    monkeypatch.setattr("kd_pipeline.training.module.time", nets.CLOCK)
+    monkeypatch.setattr("kd_pipeline.teachers.base.time", nets.CLOCK)
+    found = run(
+        digits,
+        f"speed{accumulate}",
+        data__batch_size=batch_size,
+        data__ahead=0,
+        student={"factory": "tests.training.nets:timed_student"},
+        teacher={"model": {"factory": "tests.training.nets:timed_teacher", "checkpoint": digits / "teacher.pt"}}
+        | {"backend": "pytorch"},
+        train__accumulate=accumulate,
+        train__log_every_steps=2,
+        train__compare_with_teacher=True,
+    ).folder
+    lines = [row for row in logged(found) if "train/images_per_s" in row]
+    assert len(lines) == 6
+    for row in lines:
+        # A batch takes the teacher 3 seconds and the student 1 and 3 by turns while it trains, and 103 in validation.
+        assert row["train/images_per_s"] == pytest.approx(batch_size / 5)
+        assert row["train/loader_share"] == pytest.approx(0.6)
+        assert row["train/teacher_share"] == pytest.approx(0.6)
+
+
+# To whom
+
+
+def tensorboard_of(outcome: Outcome) -> Any:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(outcome.folder / "tensorboard"))
+    found.Reload()
+    return found
+
+
+def test_tensorboard_has_every_number_and_the_settings_in_its_event_files(digits: Path) -> None:
+    pytest.importorskip("tensorboard")
+    outcome = run(digits, "tensorboard", train__loggers=["csv", "tensorboard"])
+    found = tensorboard_of(outcome)
+    for name in ("train/loss", "train/lr", "val/top1"):
+        wanted = {int(row["step"]): row[name] for row in logged(outcome.folder) if name in row}
+        assert {event.step: event.value for event in found.Scalars(name)} == pytest.approx(wanted)
+    (event,) = found.Scalars("final/val/loss")
+    assert (event.step, event.value) == (12, pytest.approx(outcome.figures["val"].loss))
+    (text,) = found.Tensors("config/text_summary")
+    assert b"train.optimizer.lr: 0.05" in text.tensor_proto.string_val[0]
+    hparams = b"".join(path.read_bytes() for path in (outcome.folder / "tensorboard").iterdir())
+    assert b"_hparams_/session_start_info" in hparams and b"train.optimizer.lr" in hparams
+    assert not any(name.startswith("hp_metric") for name in found.Tags()["scalars"])
+
+
+def in_a_process(folder: Path, name: str, **environment: str) -> Path:
+    """A run of both stages that logs to `name`, in a process that its package may do with as it likes."""
+    code = (
+        "from pathlib import Path; from tests.training.nets import run\n"
+        f"run(Path({str(folder)!r}), {name!r}, stage='all', train__loggers=['csv', {name!r}], "
+        "teacher={'model': {'factory': 'tests.training.nets:plain'}, 'backend': 'pytorch'})"
+    )
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert child.returncode == 0, child.stderr
+    return folder / name
+
+
+def test_wandb_gets_every_number_and_the_settings_of_each_stage(digits: Path) -> None:
+    pytest.importorskip("wandb")
+    folder = in_a_process(digits, "wandb", WANDB_MODE="offline", WANDB_SILENT="true")
+    for stage in (folder, folder / "teacher"):
+        (file,) = (stage / "wandb").glob("offline-run-*/*.wandb")
+        content = file.read_bytes()
+        for name in (b"train.optimizer.lr", b"val/top1", b"final/val/top1", b"train/loss"):
+            assert name in content, name
+
+
+def test_mlflow_gets_every_number_and_the_settings(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    outcome = run(digits, "mlflow", train__loggers=["csv", "mlflow"])
+    client = mlflow.tracking.MlflowClient(f"sqlite:///{outcome.folder / 'mlflow.db'}")
+    (experiment,) = [each for each in client.search_experiments() if each.name != "Default"]
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == "mlflow" and found.info.status == "FINISHED"
+    assert found.data.params["train.optimizer.lr"] == "0.05"
+    assert found.data.metrics["final/val/loss"] == pytest.approx(outcome.figures["val"].loss)
+    wanted = {int(row["step"]): row["train/loss"] for row in logged(outcome.folder)}
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert {each.step: each.value for each in history} == pytest.approx(wanted)
+
+
+def test_comet_gets_every_number_and_the_settings_of_each_stage(digits: Path) -> None:
+    pytest.importorskip("comet_ml")
+    folder = in_a_process(digits, "comet", COMET_START_ONLINE="false")
+    for stage in (folder, folder / "teacher"):
+        (file,) = stage.glob("*.zip")
+        with zipfile.ZipFile(file) as archive:
+            content = archive.read("messages.json")
+        for name in (b"train.optimizer.lr", b"val/top1", b"final/val/top1", b"train/loss"):
+            assert name in content, name
+
+
+@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("comet", "comet_ml"), ("mlflow", "mlflow")])
+def test_a_logger_that_is_not_installed_is_one_message(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=rf"{package} is needed here.*kd_pipeline\[loggers\]"):
+        run(digits, f"no {name}", train__loggers=[name])

@@ -1,0 +1,100 @@
+"""A student that is shared out among processes is trained, saved, resumed and exported as if it were whole."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kd_pipeline.models import small_resnet
+from kd_pipeline.training.checkpoint import load_checkpoint
+from kd_pipeline.training.sharding import _blocks, is_sharded, whole, whole_weights
+from kd_pipeline.training.train_settings import TrainSettings
+from tests.training.conftest import finish, start
+
+RUN = Path("runs/tiny")
+OPTIONS = (
+    "data.batch_size=16",
+    "teacher.backend=pytorch",
+    'teacher.features=["4"]',
+    'distill.features=[{loss: feature_mse, student: "4", teacher: "4", weight: 0.1, projector: conv}]',
+    "train.ema={decay: 0.9}",
+    "train.clip=1.0",
+    "train.log_gradient_norm=true",
+)
+
+
+def assert_close(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """But for the last digits: a norm over all parameters is added up in another order."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(
+            tensor, second[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.slow
+def test_two_shares_learn_what_two_copies_learn_and_a_killed_run_goes_on(taught: Path, tmp_path: Path) -> None:
+    for name in ("copies", "shares", "killed"):
+        shutil.copytree(taught, tmp_path / name)
+    for name, strategy in (("copies", "ddp"), ("shares", "fsdp")):
+        status, said = finish(start(tmp_path / name, *OPTIONS, f"train.strategy={strategy}", ranks=2))
+        assert status == 0, said
+    copies, shares = (
+        load_checkpoint(tmp_path / name / RUN / "checkpoints" / "last.ckpt") for name in ("copies", "shares")
+    )
+    assert any("projectors" in name for name in shares["state_dict"])
+    assert_close(shares["state_dict"], copies["state_dict"])
+    assert_close(shares["ema"]["student"], copies["ema"]["student"])
+    assert shares["optimizer_states"][0]["state"].keys() == copies["optimizer_states"][0]["state"].keys()
+    for name in ("model.safetensors", "model.onnx", "model.json"):
+        assert (tmp_path / "shares" / RUN / "exported" / name).is_file()
+
+    process = start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", ranks=2)
+    last = tmp_path / "killed" / RUN / "checkpoints" / "last.ckpt"
+    while process.poll() is None and not last.exists():
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    time.sleep(2)  # the workers notice that torchrun is gone
+    status, said = finish(start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", ranks=2))
+    assert status == 0, said
+    killed = load_checkpoint(last)
+    for name, tensor in shares["state_dict"].items():
+        assert torch.equal(tensor, killed["state_dict"][name]), name
+
+
+@pytest.mark.slow
+def test_without_a_moving_average_the_best_student_is_exported_whole(taught: Path, tmp_path: Path) -> None:
+    shutil.copytree(taught, tmp_path / "work")
+    arguments = ("data.batch_size=16", "train.strategy=fsdp", "train.epochs=1")
+    status, said = finish(start(tmp_path / "work", *arguments, ranks=2))
+    assert status == 0, said
+    folder = tmp_path / "work" / RUN
+    best = torch.load(folder / "checkpoints" / "best_student.pt", weights_only=True)
+    last = load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
+    for name, tensor in load_file(folder / "exported" / "model.safetensors").items():
+        assert torch.equal(tensor, best[name]) and torch.equal(tensor, last[f"student.{name}"]), name
+
+
+def test_blocks_are_the_members_of_a_sequence_that_have_layers_of_their_own() -> None:
+    net = small_resnet(10, width=4)
+    assert list(_blocks(net)) == [net[3], net[4], net[5]]
+    assert list(_blocks(nn.ModuleList([nn.ModuleList([net]), nn.Sequential(nn.ReLU())]))) == [*net[3:6], net]
+
+
+def test_what_is_not_shared_out_stays_as_it_is() -> None:
+    net = small_resnet(10, width=4)
+    assert not is_sharded(net)
+    assert whole(net[0].weight) is net[0].weight
+    assert whole_weights(net).keys() == net.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "value"), [("compile", True), ("precision", "16-mixed")])
+def test_what_goes_with_copies_alone_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}: {str(value).lower()} goes with strategy: ddp"):
+        TrainSettings.model_validate({"strategy": "fsdp", name: value})

@@ -1,0 +1,257 @@
+"""What a run measures, when, by whose metric, and what it exports of the best; after a crash as without one."""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kd_pipeline.data.arrays import Arrays
+from kd_pipeline.data.transform import EvalTransform
+from kd_pipeline.errors import ConfigError, MissingPackageError
+from kd_pipeline.model_files import read_exported
+from kd_pipeline.teachers.engine_file import read_engine
+from kd_pipeline.teachers.onnx_file import read_onnx
+from kd_pipeline.training.checkpoint import load_checkpoint
+from kd_pipeline.training.run import train
+from tests.training import nets
+from tests.training.nets import NUM_TRAIN, distance, logged, settings, weights
+
+# Lightning has advice on workers, loggers and the trainer's options, none of which is about validation.
+pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
+
+STEPS = NUM_TRAIN // 16
+"""Of an epoch."""
+CALLS: list[float] = []
+"""Values that `scripted` gave."""
+SCRIPT: list[float] = []
+"""Values that it is to give, one for each call; 0 afterwards."""
+
+
+class Crash(BaseException):
+    """The process dies, as far as the run can see."""
+
+
+def largest(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """A metric of our own."""
+    return {"largest": float(logits.abs().max()), "count": len(labels)}
+
+
+def scripted(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    CALLS.append(SCRIPT[len(CALLS)] if len(CALLS) < len(SCRIPT) else 0.0)
+    if CALLS[-1] == -1:
+        raise Crash
+    return {"scripted": CALLS[-1]}
+
+
+OWN = f"{__name__}:{largest.__name__}"
+SCRIPTED = {"name": f"{__name__}:{scripted.__name__}"}
+
+
+def run(folder: Path, name: str, **changes: Any) -> Path:
+    return train(settings(folder, name, **changes), plugins=[nets.__name__, __name__]).folder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the data and an untaught teacher."""
+    folder = tmp_path_factory.mktemp("digits")
+    nets.write_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def script() -> Iterator[list[float]]:
+    CALLS.clear()
+    SCRIPT.clear()
+    yield SCRIPT
+    SCRIPT.clear()
+
+
+def validated(folder: Path, figure: str = "val/top1") -> list[tuple[int, float]]:
+    """Steps and values."""
+    return [(int(row["step"]), row[figure]) for row in logged(folder) if figure in row]
+
+
+def student_of(checkpoint: Path) -> nets.Weights:
+    return {name.removeprefix("student."): value for name, value in load_checkpoint(checkpoint)["state_dict"].items()}
+
+
+def test_metrics_of_torchmetrics_and_of_ones_own_are_logged_and_choose_the_best(digits: Path) -> None:
+    best = {}
+    for mode in ("max", "min"):
+        folder = run(
+            digits,
+            f"metrics_{mode}",
+            train__epochs=3,
+            train__metrics=[{"name": "CohenKappa", "kwargs": {"weights": "linear"}}, {"name": OWN}],
+            train__select_by="val/largest",
+            train__select_mode=mode,
+        )
+        values = [value for _, value in validated(folder, "val/largest")]
+        assert len(set(values)) == 3 and [count for _, count in validated(folder, "val/count")] == [nets.NUM_VAL] * 3
+        assert len(validated(folder, "val/CohenKappa")) == 3
+        best[mode] = json.loads((folder / "result.json").read_text())["val"]["metrics"]["largest"]
+        assert best[mode] == pytest.approx(max(values) if mode == "max" else min(values), rel=1e-6)
+    assert best["max"] > best["min"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("CohenKapa", "torchmetrics.classification has no 'CohenKapa'; did you mean 'CohenKappa'"),
+        ("os:getcwd", "metrics: os:getcwd would run code of the module os; allow it with --plugin os"),
+        (f"{__name__}:smallest", "has no function called 'smallest'"),
+    ],
+)
+def test_a_metric_that_is_not_there_is_an_error_before_anything_else(digits: Path, metric: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(digits, "unknown", train__metrics=[{"name": metric}])
+    assert not (digits / "unknown").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__select_by": "val/top_1"}, "train.select_by: nothing measures 'val/top_1'; did you mean 'val/top1'"),
+        ({"train__select_by": "other/top1"}, "nothing measures 'other/top1'; there are 'val/top1'"),
+        ({"train__select_by": "val/agreement"}, "nothing measures 'val/agreement'"),
+        ({"train__early_stopping": {"metric": "val/CohenKappa"}}, "train.early_stopping.metric: nothing measures"),
+    ],
+)
+def test_a_figure_that_nothing_measures_is_an_error_before_anything_else(
+    digits: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(digits, "unmeasured", **changes)
+    assert not (digits / "unmeasured").exists()
+
+
+def test_a_function_takes_no_arguments_from_the_config(digits: Path) -> None:
+    with pytest.raises(ValueError, match="gets logits and labels alone; remove kwargs"):
+        settings(digits, "kwargs", train__metrics=[{"name": OWN, "kwargs": {"top_k": 2}}])
+
+
+def test_validation_within_an_epoch_comes_on_top_and_changes_nothing(digits: Path) -> None:
+    usual = run(digits, "usual")
+    often = run(digits, "often", train__validate_every_steps=4)
+    assert [step for step, _ in validated(usual)] == [STEPS - 1, 2 * STEPS - 1]
+    assert [step for step, _ in validated(often)] == [3, STEPS - 1, 7, 2 * STEPS - 1]
+    assert distance(weights(often), weights(usual)) == 0
+    assert set(validated(usual, "val/loss")) < set(validated(often, "val/loss"))
+
+
+def test_gradients_that_are_added_up_are_validated_once_a_step(digits: Path) -> None:
+    often = run(
+        digits, "accumulated", data__batch_size=8, train__accumulate=2, train__epochs=1, train__validate_every_steps=2
+    )
+    assert [step for step, _ in validated(often)] == [1, 3, STEPS - 1]
+
+
+def test_the_best_may_be_in_the_middle_of_an_epoch(digits: Path, script: list[float]) -> None:
+    script += [0.1, 0.2, 0.9, 0.3]  # at the steps 4, 6, 8 and 12
+    folder = run(
+        digits,
+        "middle",
+        train__metrics=[SCRIPTED],
+        train__select_by="val/scripted",
+        train__validate_every_steps=4,
+    )
+    assert load_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"] == 8
+    best = torch.load(folder / "checkpoints" / "best_student.pt", weights_only=True)
+    assert distance(best, student_of(folder / "checkpoints" / "best.ckpt")) == 0
+    assert distance(best, weights(folder)) > 0
+
+
+@pytest.mark.parametrize("crash_at", range(4))
+@pytest.mark.parametrize("save_every_steps", [2, None])
+def test_after_a_crash_in_a_validation_no_step_is_left_out_or_counted_twice(
+    digits: Path, script: list[float], crash_at: int, save_every_steps: int | None, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "train__metrics": [SCRIPTED, {"name": OWN}],
+        "train__select_by": "val/scripted",
+        "train__validate_every_steps": 4,
+        "train__save_every_steps": save_every_steps,
+    }
+    values = [0.5, 0.2, 0.4, 0.1]
+    script[:] = values
+    whole = run(digits, str(tmp_path / "whole"), **options)
+    CALLS.clear()
+    script[:] = [*values[:crash_at], -1.0]
+    with pytest.raises(Crash):
+        run(digits, str(tmp_path / "cut"), **options)
+    # Validations that the last checkpoint knows are not done again.
+    num_known = {2: [0, 1, 2, 3], None: [0, 0, 2, 2]}[save_every_steps][crash_at]
+    CALLS.clear()
+    script[:] = values[num_known:]
+    cut = run(digits, str(tmp_path / "cut"), **options)
+    assert len(CALLS) == len(values) - num_known + 1  # and once at the end
+    assert distance(weights(cut), weights(whole)) == 0
+    for figure in ("val/scripted", "val/largest", "val/loss"):
+        assert validated(cut, figure) == validated(whole, figure)
+    for name in ("best.ckpt", "last.ckpt"):
+        ours, theirs = (load_checkpoint(folder / "checkpoints" / name) for folder in (cut, whole))
+        assert ours["global_step"] == theirs["global_step"]
+        assert distance(ours["state_dict"], theirs["state_dict"]) == 0
+
+
+def test_the_training_images_are_listed_once_in_a_run(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = Arrays.__init__
+
+    def counted(self: Arrays, images: Path, *args: Any, **options: Any) -> None:
+        opened.append(Path(images).name)
+        original(self, images, *args, **options)
+
+    monkeypatch.setattr(Arrays, "__init__", counted)
+    run(digits, "once", probe={"num_samples": 8})
+    assert sorted(opened) == ["train.npz", "val.npz"]
+
+
+def test_what_is_exported_is_for_the_images_of_validation(digits: Path) -> None:
+    net = {"builtin": "small_resnet", "kwargs": {"width": 4}}
+    transform = {"preset": "eval", "size": 12, "resize": 16, "mean": [0.5, 0.4, 0.3]}
+    folder = run(digits, "larger", student=net, stage="baseline", train__epochs=1, data__val__transform=transform)
+    found = read_exported(folder)
+    assert found is not None and found[1].transform == EvalTransform.model_validate(transform)
+    assert found[1].model.num_classes == 10
+    assert read_onnx(folder / "exported" / "model.onnx").images.shape[2:] == (12, 12)
+
+
+def test_without_validation_images_the_export_is_for_the_usual_transform(digits: Path) -> None:
+    train_transform = {**nets.TRAIN, "mean": [0.5, 0.4, 0.3], "interpolation": "bicubic"}
+    folder = run(digits, "alone", data__val=None, train__epochs=1, data__train__transform=train_transform)
+    found = read_exported(folder)
+    assert found is not None
+    assert found[1].transform == EvalTransform(size=8, mean=(0.5, 0.4, 0.3), interpolation="bicubic")
+
+
+def test_no_onnx_file_where_none_is_wanted(digits: Path) -> None:
+    folder = run(digits, "weights", train__epochs=1, train__export={"onnx": False})
+    assert sorted(path.name for path in (folder / "exported").iterdir()) == ["model.json", "model.safetensors"]
+    with pytest.raises(ValueError, match="an engine is built from the ONNX file; leave out onnx: false"):
+        settings(digits, "engine", train__export={"onnx": False, "engine": {}})
+
+
+def test_an_engine_is_built_of_the_student_where_one_is_wanted(digits: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    wanted = {"precision": "fp16", "runtime": "tensorrt_rtx", "profiles": [{"min": 1, "opt": 4, "max": 8}]}
+    folder = run(digits, "engine", train__epochs=1, train__export={"engine": wanted})
+    manifest = read_engine(folder / "exported" / "model.engine").manifest
+    assert manifest is not None and manifest.precision == "fp16"
+    assert manifest.onnx_sha256 == read_onnx(folder / "exported" / "model.onnx").sha256
+    assert manifest.parity.images == "the split val of the run" and manifest.parity.num_images == nets.NUM_VAL
+
+
+def test_a_tensorrt_that_is_not_installed_is_told_before_the_first_epoch(digits: Path) -> None:
+    missing = next((name for name in ("tensorrt", "tensorrt_rtx") if importlib.util.find_spec(name) is None), None)
+    if missing is None:
+        pytest.skip("both are installed")
+    with pytest.raises(MissingPackageError, match=missing):
+        run(digits, "early", train__export={"engine": {"runtime": missing}})
+    assert not (digits / "early").exists()
