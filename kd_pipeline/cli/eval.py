@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.cli.arguments import checked
 
 __all__ = ["add_to"]
 
@@ -31,8 +31,13 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val", help="which images; val unless given")
     parser.add_argument("--teacher", metavar="MODEL", help="the model that agreement is measured with")
     parser.add_argument(
-        "--metric", action="append", default=[], metavar="NAME", help="a metric of torchmetrics as well"
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a metric of torchmetrics as well, or package.module:function",
     )
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="brings factories and metrics")
     parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="a change to the config")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where all figures go as JSON")
     parser.set_defaults(run=_run)
@@ -45,29 +50,40 @@ def _run(parsed: argparse.Namespace) -> int:
 
     from kd_pipeline.comparison import Compared, compare, measure_cost
     from kd_pipeline.config import load_config
-    from kd_pipeline.evaluation import MetricSettings, evaluate
+    from kd_pipeline.evaluation import MetricSettings, evaluate, open_metrics
     from kd_pipeline.loader import KDDataLoader
+    from kd_pipeline.model_files import OpenedModel, open_model_file
     from kd_pipeline.teachers import TeacherSettings, open_teacher
 
     config = load_config(parsed.config, parsed.set).model_copy(update={"teacher": None, "run_dir": None})
-    metrics = [MetricSettings(name=name) for name in parsed.metric]
+    options = {"name": "metric"}
+    metrics = open_metrics(
+        [checked(MetricSettings, options, name=name) for name in parsed.metric], plugins=parsed.plugin
+    )
     with ExitStack() as opened:
         loader = opened.enter_context(KDDataLoader.from_config(config, parsed.split))
         size = loader.transform.size
-        arguments = (size, loader.device, getattr(loader.transform, "dtype", "float32"), loader.classes)
+        images: dict[str, Any] = {"device": loader.device, "dtype": getattr(torch, loader.transform.dtype)}
+
+        def open_one(name: str) -> OpenedModel:
+            model = open_model_file(Path(name), size=size, classes=loader.classes, plugins=parsed.plugin, **images)
+            opened.callback(model.close)
+            return model
+
         reference = None
         if parsed.teacher is not None:
-            reference, _ = _open(Path(parsed.teacher), *arguments, opened)
-            if isinstance(reference, torch.nn.Module):
-                shape = (3, size, size)
-                reference = open_teacher(TeacherSettings(), module=reference, image_shape=shape, device=loader.device)
+            module = open_one(parsed.teacher).model
+            if isinstance(module, torch.nn.Module):
+                reference = open_teacher(TeacherSettings(), module=module, image_shape=(3, size, size), **images)
+            else:
+                reference = module
         rows = []
         for name in parsed.models:
-            model, files = _open(Path(name), *arguments, opened)
+            one = open_one(name)
             print(f"evaluating {name}", file=sys.stderr)
-            evaluation = evaluate(model, loader, reference=reference, metrics=metrics)
-            images = next(iter(loader)).images
-            rows.append(Compared(name=name, evaluation=evaluation, cost=measure_cost(model, images, files=files)))
+            evaluation = evaluate(one.model, loader, reference=reference, metrics=metrics)
+            cost = measure_cost(one.model, next(iter(loader)).images, files=one.files)
+            rows.append(Compared(name=name, evaluation=evaluation, cost=cost))
     print(compare(rows))
     for row in rows:
         for metric, value in row.evaluation.metrics.items():
@@ -76,27 +92,3 @@ def _run(parsed: argparse.Namespace) -> int:
         found = {row.name: row.evaluation.to_dict() for row in rows}
         parsed.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def _open(path: Path, size: int, device: Any, dtype: str, classes: Any, opened: Any) -> tuple[Any, list[Path]]:
-    """A model by where it lies, and the files that it consists of."""
-    import torch
-
-    from kd_pipeline.models import ModelSettings, open_model
-    from kd_pipeline.teachers import TeacherSettings, open_teacher
-    from kd_pipeline.teachers.permuted import matched
-
-    if path.is_dir():
-        about, weights = path / "exported" / "model.json", path / "exported" / "model.safetensors"
-        if not about.is_file():
-            raise ConfigError(f"{path} is not the folder of a finished run: it has no exported/model.json")
-        settings = ModelSettings.model_validate(json.loads(about.read_text(encoding="utf-8"))["model"])
-        module = open_model(settings.model_copy(update={"checkpoint": weights})).to(device).eval()
-        return module, [weights]
-    kinds = {".onnx": "onnx", ".engine": "engine", ".plan": "engine", ".trt": "engine"}
-    if path.suffix not in kinds:
-        raise ConfigError(f"{path} is neither the folder of a run nor an .onnx or .engine file")
-    settings_of_file = TeacherSettings.model_validate({kinds[path.suffix]: path})
-    teacher = open_teacher(settings_of_file, image_shape=(3, size, size), device=device, dtype=getattr(torch, dtype))
-    opened.callback(teacher.close)
-    return matched(teacher, classes), [path]

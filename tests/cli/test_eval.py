@@ -4,13 +4,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from torch import Tensor
 
 from kd_pipeline.cli import main
+from kd_pipeline.data.transform import EvalTransform
 from kd_pipeline.engine import export_onnx
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.training.export import export_student
-from tests.models import IMAGE_SHAPE
+from kd_pipeline.training.train_settings import ExportSettings
 
 CONFIG = """
 data:
@@ -37,9 +40,10 @@ def run(tmp_path: Path) -> Path:
         open_model(settings).eval(),
         settings,
         folder / "exported",
-        image_shape=IMAGE_SHAPE,
         classes=("flower", "roof", "sky"),
-        transform={},
+        transform=EvalTransform(size=32),
+        samples=None,
+        wanted=ExportSettings(),
     )
     return folder
 
@@ -90,3 +94,54 @@ def test_a_model_for_other_images_is_refused_with_both(
     assert "48" in capsys.readouterr().err
     assert main(["eval", "-c", str(config), str(exported(0))]) == 1
     assert "class" in capsys.readouterr().err
+
+
+def spread(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """A metric of our own."""
+    return {"spread": float(logits.max() - logits.min()), "images": len(labels)}
+
+
+def test_a_metric_of_ones_own_needs_permission_for_its_module(
+    config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", "-c", str(config), str(run), "--metric", f"{__name__}:spread"]
+    assert main(arguments) == 1
+    assert f"allow it with --plugin {__name__}" in capsys.readouterr().err
+    out = tmp_path / "figures.json"
+    assert main([*arguments, "--plugin", __name__, "--out", str(out)]) == 0
+    metrics = json.loads(out.read_text())[str(run)]["metrics"]
+    assert metrics["images"] == 37 and metrics["spread"] > 0
+    assert "spread" in capsys.readouterr().out
+
+
+def test_a_metric_that_is_no_name_is_an_error_of_the_option(
+    config: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "-c", str(config), str(run), "--metric", "a metric"]) == 1
+    assert "--metric: " in capsys.readouterr().err
+
+
+def test_a_run_whose_classes_are_in_another_order_is_put_right(
+    config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = run / "exported" / "model.json"
+    figures = {}
+    for classes in (["flower", "roof", "sky"], ["sky", "flower", "roof"]):
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"classes": classes}))
+        out = tmp_path / "figures.json"
+        assert main(["eval", "-c", str(config), str(run), "--out", str(out)]) == 0
+        figures[classes[0]] = json.loads(out.read_text())[str(run)]["confusion"]
+    # The second of its logits is now for flowers, the first class of the data.
+    moved = [[row[1], row[2], row[0]] for row in figures["flower"]]
+    assert figures["sky"] == moved != figures["flower"]
+
+
+def test_any_split_of_the_config_can_be_looked_at(config: Path, run: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "five.npz", images=images, labels=np.arange(5) % 3)
+    five = f"{{source: {{kind: arrays, images: {tmp_path / 'five.npz'}}}, transform: {{preset: eval, size: 32}}}}"
+    for split, key in (("test", "data.test"), ("other", "data.more.other")):
+        out = tmp_path / f"{split}.json"
+        arguments = ["eval", "-c", str(config), str(run), "--split", split, "--set", f"{key}={five}"]
+        assert main([*arguments, "--out", str(out)]) == 0
+        assert json.loads(out.read_text())[str(run)]["num_samples"] == 5
