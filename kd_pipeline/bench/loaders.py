@@ -1,6 +1,5 @@
 """`KDDataLoader` beside the bare DALI graph and torchvision's two ways, on the same JPEG files."""
 
-import os
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -20,11 +19,14 @@ from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
+from kd_pipeline.threads import num_cores
 
-__all__ = ["LOADERS", "BenchLoaderSettings", "bench_loader"]
+__all__ = ["LOADERS", "BenchLoaderSettings", "bench_loader", "torchvision_pil", "torchvision_tensor"]
 
 _PREFETCH = 2
 """Batches ahead: of DALI, and of every worker of torch; what both do by default."""
+_LARGE_BATCH = 256
+"""As on a GPU, where what a batch costs the thread that takes it must not be in the way."""
 
 
 class BenchLoaderSettings(Settings):
@@ -69,12 +71,16 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
         root = Path("data/photographs")
         report(f"photographs: {root}, made if they are not there yet")
         make_photographs(root)
-    report(f"{_read_all(root):,} files read once, so that every loader finds them in the page cache")
-    num_threads = settings.num_threads or len(os.sched_getaffinity(0))
+    num_files = _read_all(root)
+    report(f"{num_files:,} files read once, so that every loader finds them in the page cache")
+    num_threads = settings.num_threads or num_cores()
     with ExitStack() as stack:
         contenders = []
-        for name, open_stream in LOADERS.items():
-            stream = open_stream(root, TrainTransform(size=settings.size), settings.batch_size, num_threads)
+        rows = [(name, open_stream, settings.batch_size) for name, open_stream in LOADERS.items()]
+        if num_files >= _LARGE_BATCH != settings.batch_size:
+            rows.append((f"KDDataLoader, batch of {_LARGE_BATCH}", _kd_data_loader, _LARGE_BATCH))
+        for name, open_stream, batch_size in rows:
+            stream = open_stream(root, TrainTransform(size=settings.size), batch_size, num_threads)
             contenders.append(Contender(name, _Runner(stack.enter_context(closing(stream)))))
         result = measure(
             contenders,
@@ -143,14 +149,16 @@ def _dali_graph(root: Path, transform: TrainTransform, batch_size: int, num_thre
         yield from_dlpack(images.as_tensor())
 
 
-def _torchvision_pil(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
+def torchvision_pil(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
+    """What torchvision's `ImageFolder` and torch's `DataLoader` give: batches `[N, 3, H, W]` without end."""
     datasets = require("torchvision.datasets", extra="bench")
     v2 = require("torchvision.transforms.v2", extra="bench")
     steps = [*_torchvision_crop(transform), v2.ToImage(), *_torchvision_normalise(transform)]
     return _torch_batches(datasets.ImageFolder(root, v2.Compose(steps)), batch_size, num_threads)
 
 
-def _torchvision_tensor(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
+def torchvision_tensor(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
+    """The same from tensors that `decode_jpeg` gives, without PIL."""
     datasets = require("torchvision.datasets", extra="bench")
     v2 = require("torchvision.transforms.v2", extra="bench")
     steps = [*_torchvision_crop(transform), *_torchvision_normalise(transform)]
@@ -160,8 +168,8 @@ def _torchvision_tensor(root: Path, transform: TrainTransform, batch_size: int, 
 LOADERS: dict[str, Callable[[Path, TrainTransform, int, int], _Stream]] = {
     "KDDataLoader": _kd_data_loader,
     "bare DALI graph": _dali_graph,
-    "torchvision, PIL": _torchvision_pil,
-    "torchvision, decode_jpeg": _torchvision_tensor,
+    "torchvision, PIL": torchvision_pil,
+    "torchvision, decode_jpeg": torchvision_tensor,
 }
 """What is compared: each takes folder, transform, batch size and number of threads, and gives batches without end."""
 
@@ -183,6 +191,7 @@ def _torch_batches(dataset: Any, batch_size: int, num_workers: int) -> _Stream:
         num_workers=num_workers,
         prefetch_factor=_PREFETCH,
         drop_last=True,
+        pin_memory=torch.cuda.is_available(),
         # Forking a process in which DALI's threads run is not safe.
         multiprocessing_context="spawn",
     )

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -18,9 +19,31 @@ from typing import Any
 
 import kd_pipeline
 
-__all__ = ["BenchResult", "BenchRow", "Contender", "environment", "measure"]
+__all__ = [
+    "BenchResult",
+    "BenchRow",
+    "Contender",
+    "environment",
+    "measure",
+    "peak_memory_bytes",
+    "reset_peak_memory",
+    "spread",
+    "wait_until_idle",
+]
 
-_PACKAGES = ("numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "pillow", "torch", "torchvision")
+_PACKAGES = (
+    "numpy",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "onnxruntime",
+    "openvino",
+    "pillow",
+    "tensorrt",
+    "tensorrt-rtx",
+    "timm",
+    "torch",
+    "torchvision",
+)
 _SETTLE_S = 10.0
 """How long at most to wait for contenders to fall idle."""
 
@@ -44,6 +67,9 @@ class BenchRow:
     """CPU seconds of this process with all its threads, and of its `multiprocessing` workers."""
     peak_memory_bytes: tuple[int, ...]
     """The largest resident memory of this process while the contender was timed; the other contenders' is in it."""
+    own_s_per_batch: tuple[float, ...]
+    """CPU seconds of the thread that takes the batches and of those in which `KDDataLoader` plans ahead: Python, and
+    what it calls. Sleeping is not in it; what waking up costs is."""
 
     @property
     def memory_growth_bytes(self) -> int:
@@ -73,16 +99,20 @@ class BenchResult:
     def table(self) -> str:
         """Plain text: a line for each contender, and below what the figures are."""
         width = max(len(row.name) for row in self.rows)
-        lines = [f"{'':{width}}  images/s  lowest  highest  times as fast  CPU ms/image  memory growth MiB"]
+        lines = [
+            f"{'':{width}}  images/s  lowest  highest  times as fast  CPU ms/image  own ms/batch  memory growth MiB"
+        ]
         for row in self.rows:
             lines.append(
                 f"{row.name:{width}}  {median(row.images_per_s):8,.0f}  {min(row.images_per_s):6,.0f}  "
                 f"{max(row.images_per_s):7,.0f}  {row.ratio(self.rows[0]):13.2f}  "
-                f"{1000 * median(row.cpu_s_per_image):12.2f}  {row.memory_growth_bytes / 2**20:17.1f}"
+                f"{1000 * median(row.cpu_s_per_image):12.2f}  {1000 * median(row.own_s_per_batch):12.2f}  "
+                f"{row.memory_growth_bytes / 2**20:17.1f}"
             )
         lines.append(
             f"Medians of {len(self.rows[0].images_per_s)} interleaved repeats on {self.environment['num_cores']} "
-            f"core(s). Times as fast: as {self.rows[0].name}. Memory: this process, second half over first."
+            f"core(s). Times as fast: as {self.rows[0].name}. Own: CPU time of Python, planning and "
+            "handing over. Memory: this process, second half over first."
         )
         return "\n".join(lines)
 
@@ -91,11 +121,12 @@ class BenchResult:
         rows = [
             {
                 "name": row.name,
-                "images_per_s": _spread(row.images_per_s),
+                "images_per_s": spread(row.images_per_s),
                 "ratio_to_first": row.ratio(self.rows[0]),
-                "cpu_s_per_image": _spread(row.cpu_s_per_image),
-                "peak_memory_bytes": _spread(row.peak_memory_bytes),
+                "cpu_s_per_image": spread(row.cpu_s_per_image),
+                "peak_memory_bytes": spread(row.peak_memory_bytes),
                 "memory_growth_bytes": row.memory_growth_bytes,
+                "own_s_per_batch": spread(row.own_s_per_batch),
             }
             for row in self.rows
         ]
@@ -140,6 +171,7 @@ def measure(
             images_per_s=tuple(sample.images_per_s for sample in own),
             cpu_s_per_image=tuple(sample.cpu_s_per_image for sample in own),
             peak_memory_bytes=tuple(sample.peak_memory_bytes for sample in own),
+            own_s_per_batch=tuple(sample.own_s_per_batch for sample in own),
         )
         for contender, own in zip(contenders, samples, strict=True)
     )
@@ -170,23 +202,25 @@ class _Sample:
     images_per_s: float
     cpu_s_per_image: float
     peak_memory_bytes: int
+    own_s_per_batch: float
 
 
 def _time(contender: Contender, num_batches: int, num_warm_up: int) -> _Sample:
-    _wait_until_idle()
+    wait_until_idle()
     contender.run(num_warm_up)
-    _reset_peak_memory()
-    cpu_start_s, start_s = _cpu_s(), time.perf_counter()
+    reset_peak_memory()
+    cpu_start_s, own_start_s, start_s = _cpu_s(), _own_cpu_s(), time.perf_counter()
     num_images = contender.run(num_batches)
-    wall_s, cpu_s = time.perf_counter() - start_s, _cpu_s() - cpu_start_s
-    return _Sample(num_images / wall_s, cpu_s / num_images, _peak_memory_bytes())
+    wall_s, own_s, cpu_s = time.perf_counter() - start_s, _own_cpu_s() - own_start_s, _cpu_s() - cpu_start_s
+    return _Sample(num_images / wall_s, cpu_s / num_images, peak_memory_bytes(), own_s / num_batches)
 
 
-def _spread(samples: Sequence[float]) -> dict[str, Any]:
+def spread(samples: Sequence[float]) -> dict[str, Any]:
+    """What a JSON file says of a figure that was measured several times."""
     return {"median": median(samples), "min": min(samples), "max": max(samples), "repeats": samples}
 
 
-def _wait_until_idle() -> None:
+def wait_until_idle() -> None:
     """Return once this process and its workers use no CPU time, or after a while if they always do."""
     deadline_s = time.perf_counter() + _SETTLE_S
     while time.perf_counter() < deadline_s:
@@ -202,21 +236,30 @@ def _cpu_s() -> float:
     return time.process_time() + sum(_cpu_s_of(pid) for pid in workers if pid is not None)
 
 
+def _own_cpu_s() -> float:
+    """CPU seconds that the loader's Python has used so far, in this thread and in those that plan for it."""
+    planning = [thread.ident for thread in threading.enumerate() if thread.name.startswith("kd_pipeline-")]
+    clocks = [time.pthread_getcpuclockid(ident) for ident in planning if ident is not None]
+    return time.thread_time() + sum(map(time.clock_gettime, clocks))
+
+
 def _cpu_s_of(pid: int) -> float:
     # The name, in brackets, may hold anything; behind it, user and system time are the fields 12 and 13 (proc(5)).
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _reset_peak_memory() -> None:
+def reset_peak_memory() -> None:
+    """Let `peak_memory_bytes` speak of what comes from now on."""
     # Where this is refused the peak is that of the whole run, which shows growth as well (proc(5), clear_refs).
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes(process: int | str = "self") -> int:
+    """The largest resident memory of a process so far, of this one since it was reset."""
     # Not getrusage: its maximum may be that of the process that started this one.
-    peak = next(line for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))
+    peak = next(line for line in _lines(f"/proc/{process}/status") if line.startswith("VmHWM:"))
     return int(peak.split()[1]) * 1024
 
 

@@ -9,29 +9,11 @@ from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+
+from kd_pipeline.report.canvas import BLACK, COLOURS, GREY, PALE, WHITE, Canvas, Point, text_width, ticks
 
 __all__ = ["save_confusion", "save_curves"]
 
-Colour = tuple[int, int, int]
-Point = tuple[float, float]
-
-_SCALE = 2
-"""Pixels of a picture for each unit of length here."""
-_SMOOTH = 2
-"""It is drawn so many times larger first, as Pillow's lines have hard edges."""
-_BLACK, _GREY, _PALE, _WHITE = (32, 32, 32), (120, 120, 120), (226, 226, 226), (255, 255, 255)
-_COLOURS: tuple[Colour, ...] = (
-    (0, 114, 178),
-    (213, 94, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (86, 180, 233),
-    (230, 159, 0),
-    (110, 80, 60),
-    (90, 90, 90),
-)
-"""Those of Okabe and Ito, which colour-blind people can tell apart."""
 _DARKEST = (8, 48, 107)
 """Of the matrix, for a class that is always taken for another, or always recognised."""
 
@@ -76,12 +58,12 @@ def save_curves(metrics_csv: Path | str, path: Path | str) -> Path:
         )
         if names
     ]
-    canvas = _Canvas(_WIDTH, _PANEL_HEIGHT * max(1, len(panels)) + 8)
+    canvas = Canvas(_WIDTH, _PANEL_HEIGHT * max(1, len(panels)) + 8)
     last_step = max((points[-1][0] for panel in panels for points in panel.curves.values()), default=0.0)
     for number, panel in enumerate(panels):
         _draw_panel(canvas, panel, top=number * _PANEL_HEIGHT + 34, last_step=last_step)
     if not panels:
-        canvas.text((_WIDTH / 2, _PANEL_HEIGHT / 2), "nothing was logged", anchor="mm", colour=_GREY)
+        canvas.text((_WIDTH / 2, _PANEL_HEIGHT / 2), "nothing was logged", anchor="mm", colour=GREY)
     return canvas.save(Path(path))
 
 
@@ -101,13 +83,13 @@ def save_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str] | Non
     step = 1 if num_classes <= _MAX_NAMED else math.ceil(num_classes / 20)
     shown = range(0, num_classes, step)
     size = min(12.0, max(7.0, cell * 0.8))
-    margin = max(_text_width(names[label], size) for label in shown) + 14
+    margin = max(text_width(names[label], size) for label in shown) + 14
     left, top = margin + 22, 56.0
-    canvas = _Canvas(max(left + side + 96, 360), top + side + margin + 28)
+    canvas = Canvas(max(left + side + 96, 360), top + side + margin + 28)
 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     canvas.paste(_shades(shares), (left, top), (side, side))
-    canvas.box((left, top), (left + side, top + side), colour=_GREY)
+    canvas.box((left, top), (left + side, top + side), colour=GREY)
     for label in shown:
         middle = (label + 0.5) * cell
         canvas.text((left - 6, top + middle), names[label], size=size, anchor="rm")
@@ -117,63 +99,10 @@ def save_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str] | Non
     _draw_scale(canvas, (left + side + 22, top), min(side, 160))
     total, right = int(counts.sum()), int(np.trace(counts))
     canvas.text((left, 14), f"{right:,} of {total:,} right ({right / max(total, 1):.1%})", size=15)
-    canvas.text((left, 36), "the shade is the part of a label's samples", size=11, colour=_GREY)
-    canvas.text_upwards((12, top + side / 2), "label", size=12, colour=_GREY, anchor="mm")
-    canvas.text((left + side / 2, top + side + margin + 12), "prediction", size=12, colour=_GREY, anchor="mm")
+    canvas.text((left, 36), "the shade is the part of a label's samples", size=11, colour=GREY)
+    canvas.text_upwards((12, top + side / 2), "label", size=12, colour=GREY, anchor="mm")
+    canvas.text((left + side / 2, top + side + margin + 12), "prediction", size=12, colour=GREY, anchor="mm")
     return canvas.save(Path(path))
-
-
-class _Canvas:
-    """A white picture to draw on in units of its own, with x to the right and y down."""
-
-    def __init__(self, width: float, height: float) -> None:
-        self._factor = _SCALE * _SMOOTH
-        self._image = Image.new("RGB", (round(width * self._factor), round(height * self._factor)), _WHITE)
-        self._draw = ImageDraw.Draw(self._image)
-
-    def line(self, points: Sequence[Point], *, colour: Colour = _BLACK, width: float = 1) -> None:
-        places = [self._place(point) for point in points]
-        self._draw.line(places, fill=colour, width=round(width * self._factor), joint="curve")
-
-    def box(self, first: Point, last: Point, *, colour: Colour, fill: Colour | None = None) -> None:
-        self._draw.rectangle([self._place(first), self._place(last)], fill, colour, self._factor // 2)
-
-    def dot(self, centre: Point, *, colour: Colour, radius: float) -> None:
-        x, y = centre
-        corners = [self._place((x - radius, y - radius)), self._place((x + radius, y + radius))]
-        self._draw.ellipse(corners, colour)
-
-    def text(self, place: Point, text: str, *, size: float = 11, colour: Colour = _BLACK, anchor: str = "lm") -> None:
-        """Write `text` with `place` at what Pillow calls its anchor: by default the middle of its left edge."""
-        self._draw.text(self._place(place), text, colour, ImageFont.load_default(size * self._factor), anchor)
-
-    def text_upwards(
-        self, place: Point, text: str, *, size: float = 11, colour: Colour = _BLACK, anchor: str = "mt"
-    ) -> None:
-        """Write `text` from the bottom up, with `place` at the middle of its upper end, or of all of it (`mm`)."""
-        font = ImageFont.load_default(size * self._factor)
-        _, above, _, below = font.getbbox("Ag", anchor="ls")
-        mask = Image.new("L", (math.ceil(font.getlength(text)), math.ceil(below - above)))
-        ImageDraw.Draw(mask).text((0, -above), text, 255, font, "ls")
-        turned = mask.rotate(90, expand=True)
-        x, y = self._place(place)
-        rise = turned.height / 2 if anchor == "mm" else 0
-        self._image.paste(colour, (round(x - turned.width / 2), round(y - rise)), turned)
-
-    def paste(self, pixels: NDArray[np.uint8], place: Point, size: Point) -> None:
-        """Put pixels `[H, W, 3]` at `place`, stretched to `size` with sharp edges."""
-        x, y = self._place(place)
-        width, height = self._place(size)
-        stretched = Image.fromarray(pixels).resize((round(width), round(height)), Image.Resampling.NEAREST)
-        self._image.paste(stretched, (round(x), round(y)))
-
-    def save(self, path: Path) -> Path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._image.reduce(_SMOOTH).save(path)
-        return path
-
-    def _place(self, point: Point) -> Point:
-        return point[0] * self._factor, point[1] * self._factor
 
 
 def _read(path: Path) -> dict[str, list[Point]]:
@@ -191,9 +120,9 @@ def _last(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _draw_panel(canvas: _Canvas, panel: _Panel, *, top: float, last_step: float) -> None:
+def _draw_panel(canvas: Canvas, panel: _Panel, *, top: float, last_step: float) -> None:
     values = [y for points in panel.curves.values() for _, y in points]
-    y_ticks, x_ticks = _ticks(min(values), max(values)), _ticks(0, last_step)
+    y_ticks, x_ticks = ticks(min(values), max(values)), ticks(0, last_step)
     low, high = min(y_ticks[0], *values), max(y_ticks[-1], *values)
     bottom, right = top + _PLOT_HEIGHT, _PLOT_LEFT + _PLOT_WIDTH
 
@@ -204,18 +133,18 @@ def _draw_panel(canvas: _Canvas, panel: _Panel, *, top: float, last_step: float)
     canvas.text((_PLOT_LEFT, top - 18), panel.title, size=14)
     for tick in y_ticks:
         _, y = place((0, tick))
-        canvas.line([(_PLOT_LEFT, y), (right, y)], colour=_PALE)
+        canvas.line([(_PLOT_LEFT, y), (right, y)], colour=PALE)
         canvas.text((_PLOT_LEFT - 8, y), panel.label(tick), anchor="rm")
     for tick in x_ticks:
         if tick > last_step:
             break
         x, _ = place((tick, low))
-        canvas.line([(x, bottom), (x, bottom + 4)], colour=_GREY)
+        canvas.line([(x, bottom), (x, bottom + 4)], colour=GREY)
         canvas.text((x, bottom + 8), f"{tick:,.0f}", anchor="mt")
-    canvas.line([(_PLOT_LEFT, bottom), (right, bottom)], colour=_GREY)
-    canvas.text((right, bottom + 24), "step", colour=_GREY, anchor="rt")
+    canvas.line([(_PLOT_LEFT, bottom), (right, bottom)], colour=GREY)
+    canvas.text((right, bottom + 24), "step", colour=GREY, anchor="rt")
     for number, (name, points) in enumerate(panel.curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         drawn = [place(point) for point in _thinned(points)]
         canvas.line(drawn, colour=colour, width=1.6)
         if len(drawn) <= _MAX_MARKED:
@@ -232,16 +161,6 @@ def _thinned(points: list[Point]) -> list[Point]:
     return [(fmean(x for x, _ in chunk), fmean(y for _, y in chunk)) for chunk in chunks]
 
 
-def _ticks(low: float, high: float, *, number: int = 6) -> list[float]:
-    """Round numbers around `low` to `high`, about `number` of them; from 0 on where the two are equal."""
-    if low == high:
-        low, high = min(low, 0.0), max(high, 0.0)
-    span = (high - low) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / number))
-    step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= number)
-    return [step * place for place in range(math.floor(low / step), math.ceil((low + span) / step) + 1)]
-
-
 def _plain_number(value: float) -> str:
     return f"{value:.3g}"
 
@@ -252,31 +171,27 @@ def _percentage(value: float) -> str:
 
 def _shades(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
     """White for 0 and dark for 1, `[..., 3]`; small shares stand out, as those are what one looks for."""
-    white, dark = np.array(_WHITE, dtype=np.float64), np.array(_DARKEST, dtype=np.float64)
+    white, dark = np.array(WHITE, dtype=np.float64), np.array(_DARKEST, dtype=np.float64)
     return (white + (dark - white) * np.sqrt(shares)[..., None]).round().astype(np.uint8)
 
 
 def _draw_counts(
-    canvas: _Canvas, counts: NDArray[np.int64], shares: NDArray[np.float64], place: Point, cell: float
+    canvas: Canvas, counts: NDArray[np.int64], shares: NDArray[np.float64], place: Point, cell: float
 ) -> None:
     longest = len(f"{counts.max()}")
     for (row, column), count in np.ndenumerate(counts):
         if count:
             middle = place[0] + (column + 0.5) * cell, place[1] + (row + 0.5) * cell
-            colour = _WHITE if shares[row, column] > 0.2 else _BLACK
+            colour = WHITE if shares[row, column] > 0.2 else BLACK
             canvas.text(middle, str(count), size=min(13.0, 1.4 * cell / longest), colour=colour, anchor="mm")
 
 
-def _draw_scale(canvas: _Canvas, place: Point, height: float) -> None:
+def _draw_scale(canvas: Canvas, place: Point, height: float) -> None:
     left, top = place
     canvas.paste(_shades(np.linspace(1, 0, 200)[:, None]), place, (12, height))
-    canvas.box(place, (left + 12, top + height), colour=_GREY)
+    canvas.box(place, (left + 12, top + height), colour=GREY)
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         canvas.text((left + 18, top + height * (1 - share)), f"{share:.0%}", size=10)
-
-
-def _text_width(text: str, size: float) -> float:
-    return ImageFont.load_default(size * _SCALE).getlength(text) / _SCALE
 
 
 def _shortened(name: str) -> str:

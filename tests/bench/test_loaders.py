@@ -114,6 +114,20 @@ def test_every_loader_has_a_row_with_a_figure_for_each_repeat(measured: tuple[Be
         assert min(row.images_per_s) > 0 and min(row.peak_memory_bytes) > 2**26
 
 
+def test_a_folder_that_is_large_enough_gets_a_row_for_a_batch_as_on_a_gpu(
+    numbered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "LOADERS", {"KDDataLoader": LOADERS["KDDataLoader"]})
+    for large, batch_size, expected in [(NUM_FILES, 12, 2), (NUM_FILES + 1, 12, 1), (12, 12, 1)]:
+        monkeypatch.setattr(room, "_LARGE_BATCH", large)
+        settings = BenchLoaderSettings(
+            root=numbered, batch_size=batch_size, size=16, num_batches=1, repeats=1, num_threads=1
+        )
+        rows = bench_loader(settings).rows
+        assert [row.name for row in rows] == ["KDDataLoader", f"KDDataLoader, batch of {large}"][:expected]
+        assert all(own > 0 for row in rows for own in row.own_s_per_batch)
+
+
 def test_the_result_says_what_it_was_measured_with(measured: tuple[BenchResult, list[str], Path]) -> None:
     result, _, here = measured
     assert result.settings == {

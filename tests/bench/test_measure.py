@@ -11,8 +11,8 @@ from kd_pipeline.bench import measure as room
 from kd_pipeline.bench.measure import BenchResult, BenchRow, Contender, environment, measure
 
 ROWS = (
-    BenchRow("ours", (100.0, 50.0, 400.0), (0.010, 0.020, 0.012), (2**30, 2**29, 2**30 + 3 * 2**20)),
-    BenchRow("theirs", (50.0, 20.0, 100.0), (0.030, 0.020, 0.040), (2**30, 2**29, 2**30 - 2**20)),
+    BenchRow("ours", (100.0, 50.0, 400.0), (0.010, 0.020, 0.012), (2**30, 2**29, 2**30 + 3 * 2**20), (0.5, 0.6, 0.9)),
+    BenchRow("theirs", (50.0, 20.0, 100.0), (0.030, 0.020, 0.040), (2**30, 2**29, 2**30 - 2**20), (0.1, 0.2, 0.7)),
 )
 RESULT = BenchResult(ROWS, {"batch_size": 8}, environment())
 
@@ -48,6 +48,7 @@ def measured(
     clock = [0.0]
     monkeypatch.setattr(room.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(room, "_cpu_s", lambda: 2 * clock[0])
+    monkeypatch.setattr(room.time, "thread_time", lambda: clock[0] / 4)
     monkeypatch.setattr(room.time, "sleep", lambda seconds: pauses.append(len(calls)))
     lines: list[str] = []
     contenders = [
@@ -64,6 +65,12 @@ def test_images_per_second_are_those_of_the_timed_batches_alone(measured: tuple[
 def test_cpu_seconds_are_those_of_the_timed_batches_alone(measured: tuple[BenchResult, list[str]]) -> None:
     for row, expected in zip(measured[0].rows, (1 / 3, 2 / 3, 1 / 6), strict=True):
         assert row.cpu_s_per_image == pytest.approx([expected] * 4)
+
+
+def test_the_own_time_of_a_batch_is_that_of_the_thread_that_takes_the_timed_batches(
+    measured: tuple[BenchResult, list[str]],
+) -> None:
+    assert [row.own_s_per_batch for row in measured[0].rows] == [(0.125,) * 4, (0.25,) * 4, (0.0625,) * 4]
 
 
 def test_all_are_started_first_and_each_is_warmed_up_before_every_start(
@@ -96,7 +103,7 @@ def test_a_contender_that_still_works_is_waited_for(monkeypatch: pytest.MonkeyPa
     cpu_s = iter([0.0, 0.1, 0.1, 0.15, 0.15, 0.15])  # busy, busy, idle
     monkeypatch.setattr(room, "_cpu_s", lambda: next(cpu_s))
     monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
-    room._wait_until_idle()
+    room.wait_until_idle()
     assert list(cpu_s) == []
 
 
@@ -109,7 +116,7 @@ def test_waiting_for_those_who_never_fall_idle_ends(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(room.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(room.time, "sleep", sleep)
     monkeypatch.setattr(room, "_cpu_s", lambda: clock[0])
-    room._wait_until_idle()
+    room.wait_until_idle()
     assert clock[0] == pytest.approx(room._SETTLE_S, abs=0.2)
 
 
@@ -124,15 +131,16 @@ def test_the_ratio_is_the_median_of_the_ratios_within_each_repeat() -> None:
     ("peaks", "growth"), [((5,), 0), ((5, 7), 2), ((5, 9, 6), 0), ((9, 5, 6), -3), ((1, 8, 8, 2), 0), ((1, 3, 8, 2), 5)]
 )
 def test_memory_growth_is_from_the_first_half_of_the_repeats_to_the_second(peaks: tuple[int, ...], growth: int) -> None:
-    row = BenchRow("ours", (1.0,) * len(peaks), (1.0,) * len(peaks), peaks)
+    ones = (1.0,) * len(peaks)
+    row = BenchRow("ours", ones, ones, peaks, ones)
     assert row.memory_growth_bytes == growth
 
 
 def test_the_table_shows_medians_extremes_ratios_cpu_time_and_memory() -> None:
     header, ours, theirs, *notes = RESULT.table().splitlines()
     assert len(header) == len(ours) == len(theirs)
-    assert ours.split() == ["ours", "100", "50", "400", "1.00", "12.00", "3.0"]
-    assert theirs.split() == ["theirs", "50", "20", "100", "0.40", "30.00", "-1.0"]
+    assert ours.split() == ["ours", "100", "50", "400", "1.00", "12.00", "600.00", "3.0"]
+    assert theirs.split() == ["theirs", "50", "20", "100", "0.40", "30.00", "200.00", "-1.0"]
     assert "3 interleaved repeats" in notes[0] and f"{len(os.sched_getaffinity(0))} core(s)" in notes[0]
 
 
@@ -152,6 +160,7 @@ def test_json_holds_every_repeat_and_what_the_table_shows() -> None:
             "repeats": [2**30, 2**29, 2**30 - 2**20],
         },
         "memory_growth_bytes": -(2**20),
+        "own_s_per_batch": {"median": 0.2, "min": 0.1, "max": 0.7, "repeats": [0.1, 0.2, 0.7]},
     }
 
 
@@ -180,15 +189,15 @@ def test_the_cpu_time_of_workers_counts() -> None:
 
 
 def test_the_peak_of_memory_starts_anew_at_every_reset() -> None:
-    room._reset_peak_memory()
-    before = room._peak_memory_bytes()
+    room.reset_peak_memory()
+    before = room.peak_memory_bytes()
     block = bytearray(os.urandom(1)) * (256 * 2**20)
-    with_block = room._peak_memory_bytes()
+    with_block = room.peak_memory_bytes()
     del block
     assert with_block - before > 200 * 2**20
-    assert room._peak_memory_bytes() - before > 200 * 2**20
-    room._reset_peak_memory()
-    assert room._peak_memory_bytes() < with_block - 200 * 2**20
+    assert room.peak_memory_bytes() - before > 200 * 2**20
+    room.reset_peak_memory()
+    assert room.peak_memory_bytes() < with_block - 200 * 2**20
 
 
 def test_the_peak_of_memory_is_that_of_each_repeat_alone() -> None:

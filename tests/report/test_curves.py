@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_pipeline.report import curves
+from kd_pipeline.report import canvas, curves
+from kd_pipeline.report.canvas import COLOURS, GREY
 from kd_pipeline.report.curves import save_confusion, save_curves
 
-PANEL = curves._PANEL_HEIGHT * curves._SCALE
+PANEL = curves._PANEL_HEIGHT * canvas._SCALE
 """Pixels from one panel to the next."""
-LEFT, RIGHT = (curves._SCALE * x for x in (curves._PLOT_LEFT, curves._PLOT_LEFT + curves._PLOT_WIDTH))
-TOP, BOTTOM = (curves._SCALE * y for y in (34, 34 + curves._PLOT_HEIGHT))
+LEFT, RIGHT = (canvas._SCALE * x for x in (curves._PLOT_LEFT, curves._PLOT_LEFT + curves._PLOT_WIDTH))
+TOP, BOTTOM = (canvas._SCALE * y for y in (34, 34 + curves._PLOT_HEIGHT))
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -46,7 +47,7 @@ def in_plot(pixels: np.ndarray, number: int = 0) -> np.ndarray:
 
 def test_a_curve_goes_through_its_points(tmp_path: Path) -> None:
     rows = [{"step": step, "train/loss": step / 100} for step in range(0, 101, 10)]
-    places = places_of(in_plot(drawn(tmp_path, rows)), curves._COLOURS[0])
+    places = places_of(in_plot(drawn(tmp_path, rows)), COLOURS[0])
     rise = 1 - places[:, 0] / (BOTTOM - TOP)
     along = (places[:, 1] + 8) / (RIGHT - LEFT)
     assert len(places) > 1000 and np.abs(rise - along).max() < 0.03
@@ -58,7 +59,7 @@ def test_every_kind_of_number_has_its_panel_and_what_was_not_logged_has_none(tmp
     for names, num_panels in ((whole, 3), ({"step": 1, "val/top1": 0.5}, 1), ({"step": 1, "train/x": 0.5}, 1)):
         pixels = drawn(tmp_path, [names, {**names, "step": 2}])
         assert round((len(pixels) - 16) / PANEL) == num_panels
-    assert not len(places_of(pixels, curves._COLOURS[0]))  # of the last one, where nothing is to be drawn
+    assert not len(places_of(pixels, COLOURS[0]))  # of the last one, where nothing is to be drawn
 
 
 def test_a_loss_term_is_known_by_its_weight(tmp_path: Path) -> None:
@@ -66,8 +67,8 @@ def test_a_loss_term_is_known_by_its_weight(tmp_path: Path) -> None:
     without = in_plot(drawn(tmp_path, [{"step": step, **row} for step in (1, 2)]))
     row["train/soft_target_weight"] = 0.9
     with_term = in_plot(drawn(tmp_path, [{"step": step, **row} for step in (1, 2)]))
-    assert not len(places_of(without, curves._COLOURS[1])) and len(places_of(with_term, curves._COLOURS[1]))
-    assert not len(places_of(with_term, curves._COLOURS[2]))
+    assert not len(places_of(without, COLOURS[1])) and len(places_of(with_term, COLOURS[1]))
+    assert not len(places_of(with_term, COLOURS[2]))
 
 
 def test_empty_cells_and_numbers_that_are_none_are_passed_over(tmp_path: Path) -> None:
@@ -78,37 +79,22 @@ def test_empty_cells_and_numbers_that_are_none_are_passed_over(tmp_path: Path) -
         rows[4]["train/loss"] = value
         found.append(drawn(tmp_path, rows))
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
-    assert len(places_of(in_plot(found[0]), curves._COLOURS[0])) > 1000
+    assert len(places_of(in_plot(found[0]), COLOURS[0])) > 1000
 
 
 def test_a_long_curve_is_drawn_through_means(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [{"step": step, "train/loss": float(rng.normal(5, 1))} for step in range(40_000)]
     rows[20_000]["train/loss"] = 50.0
-    places = places_of(in_plot(drawn(tmp_path, rows)), curves._COLOURS[0])
+    places = places_of(in_plot(drawn(tmp_path, rows)), COLOURS[0])
     middle = 1 - places[:, 0] / (BOTTOM - TOP)
     assert np.quantile(middle, 0.95) - np.quantile(middle, 0.05) < 0.05
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "wanted"),
-    [
-        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.31, 0.93, [0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0, 59_000, [0, 10_000, 20_000, 30_000, 40_000, 50_000, 60_000]),
-        (1.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (-3.0, -3.0, [-3.0, -2.5, -2.0, -1.5, -1.0, -0.5, 0.0]),
-        (1e-5, 3e-5, [1e-5, 1.5e-5, 2e-5, 2.5e-5, 3e-5]),
-    ],
-)
-def test_ticks_are_round_and_enclose_the_values(low: float, high: float, wanted: list[float]) -> None:
-    assert curves._ticks(low, high) == pytest.approx(wanted)
-
-
 def test_one_step_and_a_constant_are_drawn_too(tmp_path: Path) -> None:
     pixels = drawn(tmp_path, [{"step": 7, "train/loss": 0.0, "val/top1": 1.0}])
-    assert len(places_of(pixels, curves._COLOURS[0])) > 100
-    assert len(places_of(in_plot(drawn(tmp_path, [{"step": s, "val/top1": 0.5} for s in (0, 9)])), curves._COLOURS[0]))
+    assert len(places_of(pixels, COLOURS[0])) > 100
+    assert len(places_of(in_plot(drawn(tmp_path, [{"step": s, "val/top1": 0.5} for s in (0, 9)])), COLOURS[0]))
 
 
 # The confusion matrix
@@ -117,7 +103,7 @@ def test_one_step_and_a_constant_are_drawn_too(tmp_path: Path) -> None:
 def cells(path: Path, num_classes: int, size: float) -> np.ndarray:
     """The colour at an inner corner of each cell, `[K, K, 3]`, off its count."""
     pixels = pixels_of(path)
-    frame = places_of(pixels, curves._GREY)
+    frame = places_of(pixels, GREY)
     columns, counts = np.unique(frame[:, 1], return_counts=True)
     left = columns[counts > 0.9 * size * num_classes][0]
     rows, counts = np.unique(frame[:, 0], return_counts=True)

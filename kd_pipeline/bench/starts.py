@@ -1,0 +1,206 @@
+"""What a process of its own measures: opening a list and beginning, or going through it beside others."""
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_pipeline.batch import KDBatch
+from kd_pipeline.bench.measure import peak_memory_bytes
+from kd_pipeline.data.plan import Plan, Shard, uniforms
+from kd_pipeline.data.source import FileList
+from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.errors import DataError
+from kd_pipeline.loader import KDDataLoader
+
+__all__ = ["RESUMED_AT", "Case", "Start", "in_process", "run_ranks"]
+
+RESUMED_AT = (0.01, 0.9)
+"""Parts of an epoch behind which a loader goes on."""
+_SIZE = 32
+"""Height and width of the finished images."""
+_NUM_PLANNED = 200
+"""Batches of which the planning is timed."""
+_NUM_WARM_UP = 5
+"""Batches before the timed ones; more than a loader has ready."""
+_PATIENCE_S = 300.0
+"""How long ranks wait for each other."""
+_ADVICE = "mostly that is for want of memory: measure shorter lists, or fewer ranks"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What a process is to open."""
+
+    path: Path
+    """The list."""
+    cache: Path
+    """Where its index is kept, in place of the user's own folder."""
+    batch_size: int
+    num_threads: int
+
+    def open_list(self) -> FileList:
+        """The list, by its index where there is one."""
+        os.environ["XDG_CACHE_HOME"] = str(self.cache)
+        return FileList(self.path)
+
+    def open_loader(self, source: FileList, shard: Shard | None = None) -> KDDataLoader:
+        """Small images of the list."""
+        return KDDataLoader(
+            source,
+            TrainTransform(size=_SIZE),
+            batch_size=self.batch_size,
+            shard=shard or Shard(),
+            device="cpu",
+            num_threads=self.num_threads,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What one process measured that opened a list and began."""
+
+    open_s: float
+    first_batch_s: float
+    """From the open list to the first batch."""
+    fingerprint_s: float
+    """What the first `state_dict` or `load_state_dict` of a process takes, as it must know which data this is."""
+    resume_s: tuple[float, ...]
+    """From `load_state_dict` to the next batch, early and late in an epoch, the fingerprint being known."""
+    state_bytes: int
+    """Of the state as JSON."""
+    peak_memory_bytes: int
+    order_s: float
+    """What the order of an epoch takes, once for each; part of the first batch too."""
+    plan_s: float
+    """What planning a batch takes: which samples, their paths, their random numbers."""
+
+
+def in_process(case: Case, number: int) -> Start:
+    """Open a list and begin in a new process; `number` says in which order it resumes.
+
+    Raises:
+        DataError: the process was ended from outside.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_start, case, number).result()
+        except BrokenProcessPool as exc:
+            raise DataError(f"the process that opened {case.path.name} was ended from outside; {_ADVICE}") from exc
+
+
+def run_ranks(
+    case: Case, num_ranks: int, *, num_batches: int, repeats: int
+) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
+    """Go through a list with so many processes at once, each its own part of every batch.
+
+    Returns:
+        Images per second by repeat and rank, and the peak memory of each rank.
+
+    Raises:
+        DataError: one of the processes was ended from outside.
+    """
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(num_ranks)
+    with ProcessPoolExecutor(num_ranks, context, initializer=_meet_at, initargs=(barrier,)) as pool:
+        jobs = [pool.submit(_run_rank, case, Shard(rank, num_ranks), num_batches, repeats) for rank in range(num_ranks)]
+        try:
+            rates, memory = zip(*(job.result() for job in jobs), strict=True)
+        except BrokenProcessPool as exc:
+            raise DataError(f"one of {num_ranks} ranks was ended from outside; {_ADVICE}") from exc
+    return tuple(zip(*rates, strict=True)), memory
+
+
+_barrier: Barrier
+"""Of the ranks, in their processes alone."""
+
+
+def _start(case: Case, number: int) -> Start:
+    open_s, source = _timed(case.open_list)
+    started_s = time.perf_counter()
+    with closing(case.open_loader(source)) as loader:
+        next(iter(loader))
+        first_batch_s = time.perf_counter() - started_s
+        fingerprint_s, _ = _timed(lambda: source.fingerprint)
+        state, resume_s = loader.state_dict(), {}
+        for share in RESUMED_AT if number % 2 else reversed(RESUMED_AT):
+            resume_s[share] = _resume(loader, state, share)
+        # Before an order is made for once beside the loader's own.
+        memory_bytes = peak_memory_bytes()
+        order_s, plan_s = _plan(source, case.batch_size)
+    return Start(
+        open_s=open_s,
+        first_batch_s=first_batch_s,
+        fingerprint_s=fingerprint_s,
+        resume_s=tuple(resume_s[share] for share in RESUMED_AT),
+        state_bytes=len(json.dumps(state)),
+        peak_memory_bytes=memory_bytes,
+        order_s=order_s,
+        plan_s=plan_s,
+    )
+
+
+def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    started_s = time.perf_counter()
+    result = function()
+    return time.perf_counter() - started_s, result
+
+
+def _resume(loader: KDDataLoader, state: Mapping[str, Any], share: float) -> float:
+    """Seconds until the first batch behind that part of an epoch."""
+    started_s = time.perf_counter()
+    loader.load_state_dict({**state, "batch": int(share * len(loader))})
+    next(iter(loader))
+    return time.perf_counter() - started_s
+
+
+def _plan(source: FileList, batch_size: int) -> tuple[float, float]:
+    """Seconds for the order of an epoch, and for planning a batch as the loader does, anywhere in it."""
+    plan, num_draws = Plan(num_samples=len(source), batch_size=batch_size), TrainTransform(size=_SIZE).num_draws
+    order_s, epoch = _timed(lambda: plan.epoch(1))
+    numbers = np.random.default_rng(0).integers(len(epoch), size=_NUM_PLANNED).tolist()
+    started_s = time.perf_counter()
+    for number in numbers:
+        index = epoch[number].index
+        source.read(index)
+        uniforms(index, seed=plan.seed, epoch=1, count=num_draws)
+    return order_s, (time.perf_counter() - started_s) / len(numbers)
+
+
+def _meet_at(barrier: Barrier) -> None:
+    global _barrier
+    _barrier = barrier
+
+
+def _run_rank(case: Case, shard: Shard, num_batches: int, repeats: int) -> tuple[tuple[float, ...], int]:
+    """Images per second of one rank in every repeat, and its peak memory."""
+    rates = []
+    try:
+        with case.open_loader(case.open_list(), shard) as loader:
+            stream = _without_end(loader)
+            for _ in range(repeats):
+                _barrier.wait(_PATIENCE_S)
+                for _ in range(_NUM_WARM_UP):
+                    next(stream)
+                started_s = time.perf_counter()
+                num_images = sum(len(next(stream)) for _ in range(num_batches))
+                rates.append(num_images / (time.perf_counter() - started_s))
+    except BaseException:
+        _barrier.abort()  # nobody is to wait for this one
+        raise
+    return tuple(rates), peak_memory_bytes()
+
+
+def _without_end(loader: KDDataLoader) -> Iterator[KDBatch]:
+    while True:
+        yield from loader

@@ -1,0 +1,271 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kd_pipeline.bench.isolated import StepSample
+from kd_pipeline.bench.step import BenchStepSettings, bench_step, step_settings
+from kd_pipeline.bench.step_result import StepResult, StepRow
+from kd_pipeline.bench.ways import PHASES, WAYS, Clock
+from kd_pipeline.config import Config
+from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.engine.export import export_onnx
+from kd_pipeline.errors import ConfigError, DataError
+from kd_pipeline.models import ModelSettings, open_model
+from kd_pipeline.report.canvas import COLOURS
+
+SMALL = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})
+LETTERS = list("abcdefg")
+
+
+@pytest.fixture(scope="module")
+def measured(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[StepResult, list[str], Path]:
+    """All rows with small networks, nothing really compiled: the result, the lines of progress and the JSON file."""
+    lines: list[str] = []
+    out = tmp_path_factory.mktemp("step") / "made" / "step.json"
+    settings = BenchStepSettings(
+        root=photographs,
+        transform=TrainTransform(size=32, hue=0.1),
+        teacher=SMALL,
+        student=SMALL,
+        teacher_precision="fp32",
+        batch_size=8,
+        num_steps=2,
+        repeats=2,
+        num_threads=1,
+        device="cpu",
+        out=out,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        return bench_step(settings, report=lines.append), lines, out
+
+
+def test_every_way_and_every_part_has_a_row(measured: tuple[StepResult, list[str], Path]) -> None:
+    result, lines, _ = measured
+    assert [row.letter for row in result.rows] == [*LETTERS, "loader", "teacher"]
+    assert not [line for line in lines if "left out:" in line]
+    for row in result.rows:
+        assert len(row.samples) == 2
+        assert min(row.images_per_s) > 0 and min(sample.host_bytes for sample in row.samples) > 2**26
+
+
+def test_the_phases_of_a_step_are_all_of_its_time(measured: tuple[StepResult, list[str], Path]) -> None:
+    for row in measured[0].rows:
+        for sample in row.samples:
+            assert sum(sample.phases_ms.values()) == pytest.approx(sample.ms_per_step, rel=0.02, abs=0.5)
+            assert min(sample.phases_ms.values()) > -0.01
+            assert sample.images_per_s == pytest.approx(8 / sample.ms_per_step * 1000)
+
+
+@pytest.mark.parametrize(
+    ("letter", "phases"),
+    [
+        *((letter, set(PHASES)) for letter in "abcdeg"),
+        ("f", {"student", "optimizer"}),
+        ("loader", {"loader"}),
+        ("teacher", {"teacher"}),
+    ],
+)
+def test_a_row_has_the_phases_of_what_it_does(
+    measured: tuple[StepResult, list[str], Path], letter: str, phases: set[str]
+) -> None:
+    row = measured[0].row(letter)
+    assert row is not None
+    assert {phase for phase in PHASES if row.phases_ms[phase] > 0} == phases
+
+
+def test_what_not_all_ways_have_is_left_out_and_told(measured: tuple[StepResult, list[str], Path]) -> None:
+    assert "left out in every row, as not all ways have it: transform.hue" in measured[1]
+
+
+def test_the_files_hold_the_result_and_the_picture(measured: tuple[StepResult, list[str], Path]) -> None:
+    result, _, out = measured
+    assert out.read_text() == result.to_json() + "\n"
+    found = json.loads(out.read_text())
+    assert [row["row"] for row in found["rows"]] == [*LETTERS, "loader", "teacher"]
+    assert len(found["rows"][0]["images_per_s"]["repeats"]) == 2 and "cpu" in found["environment"]
+    pixels = np.asarray(Image.open(out.with_suffix(".png")).convert("RGB"))
+    for colour in COLOURS[: len(PHASES)]:
+        assert (pixels == colour).all(axis=-1).sum() > 50
+
+
+def test_the_table_names_every_row_and_where_the_time_goes(measured: tuple[StepResult, list[str], Path]) -> None:
+    lines = measured[0].table().splitlines()
+    for line, letter in zip(lines[1:], LETTERS, strict=False):
+        assert line.startswith(f"({letter}) {WAYS[letter].name}")
+    assert "over the sum of its parts alone" in lines[-2]
+    assert lines[-1].startswith("In (e) ")
+
+
+def sample(ms_per_step: float, batch_size: int = 10, **phases: float) -> StepSample:
+    return StepSample(
+        images_per_s=batch_size / ms_per_step * 1000,
+        ms_per_step=ms_per_step,
+        phases_ms={phase: (phases or {"student": ms_per_step}).get(phase, 0.0) for phase in PHASES},
+        host_bytes=2**30,
+        device_bytes=None,
+        copied_bytes_per_image=None,
+    )
+
+
+def row(letter: str, *times_ms: float, **phases: float) -> StepRow:
+    return StepRow(letter, WAYS[letter].name, tuple(sample(time_ms, **phases) for time_ms in times_ms))
+
+
+def result(*rows: StepRow, device: str = "cpu") -> StepResult:
+    settings = {"device": device, "precision": "fp32", "teacher_precision": "bf16", "batch_size": 10}
+    return StepResult(rows, settings, {"num_cores": 2})
+
+
+PARTS = (row("f", 60, 66), row("loader", 10, 11), row("teacher", 30, 33))
+
+
+def test_the_limit_on_a_cpu_is_the_sum_of_the_parts_in_the_same_repeat() -> None:
+    assert result(row("e", 110, 121), *PARTS).overhead == pytest.approx(0.1)
+
+
+def test_the_limit_on_a_gpu_is_the_largest_part() -> None:
+    assert result(row("e", 66, 72.6), *PARTS, device="cuda:0").overhead == pytest.approx(0.1)
+
+
+def test_without_one_of_the_parts_there_is_no_overhead() -> None:
+    found = result(row("e", 110, 121), *PARTS[:2])
+    assert found.overhead is None and "over" not in found.table().partition("\n")[2].replace("lower", "")
+
+
+def test_rows_are_compared_within_their_repeats() -> None:
+    assert result(row("a", 100, 300, 100), row("e", 50, 100, 20)).ratios == {"e/a": pytest.approx(3.0)}
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ({"loader": 70, "teacher": 20, "student": 10}, ("loader", "data.num_threads")),
+        ({"loader": 10, "teacher": 70, "student": 20}, ("teacher", "kd-pipeline record")),
+        ({"loader": 10, "teacher": 20, "student": 70}, ("student", "train.precision")),
+    ],
+)
+def test_the_largest_phase_is_named_with_the_setting_to_change(
+    phases: dict[str, float], words: tuple[str, str]
+) -> None:
+    advice = result(row("a", 100, teacher=100), row("e", 100, **phases)).advice
+    assert advice.startswith("In (e) 70% of the time")
+    assert all(word in advice for word in words)
+
+
+def test_a_clock_moves_host_time_from_one_phase_to_another() -> None:
+    clock = Clock(torch.device("cpu"))
+    clock.start()
+    clock.mark("loader")
+    clock.move(2.0, origin="loader", to="teacher")
+    totals_s = clock.totals_s()
+    assert totals_s["teacher"] == 2.0 and totals_s["loader"] == pytest.approx(-2.0, abs=0.1)
+    clock.start()
+    assert sum(clock.totals_s().values()) == 0
+
+
+def test_a_way_that_cannot_be_opened_is_told_and_the_others_go_on(photographs: Path) -> None:
+    lines: list[str] = []
+    settings = BenchStepSettings(
+        root=photographs,
+        transform=TrainTransform(size=32),
+        teacher=SMALL,
+        student=SMALL,
+        teacher_precision="fp16",  # which OpenVINO has not on every CPU, and which no CPU row needs
+        batch_size=8,
+        rows=("a",),
+        num_steps=1,
+        repeats=1,
+        num_threads=1,
+        device="cpu",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        found = bench_step(settings, report=lines.append)
+    letters = [row.letter for row in found.rows]
+    assert letters[0] == "a" and "f" in letters
+    assert ("teacher" in letters) != any("(teacher) is left out: " in line for line in lines)
+
+
+def test_a_teacher_from_a_file_has_no_rows_in_pytorch(photographs: Path, tmp_path: Path) -> None:
+    onnx = export_onnx(open_model(SMALL), tmp_path / "teacher.onnx", image_shape=(3, 32, 32))
+    lines: list[str] = []
+    settings = BenchStepSettings(
+        root=photographs,
+        transform=TrainTransform(size=32),
+        teacher=None,
+        onnx=onnx,
+        student=SMALL,
+        teacher_precision="fp32",
+        batch_size=8,
+        rows=("b", "d"),
+        num_steps=1,
+        repeats=1,
+        num_threads=1,
+        device="cpu",
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        found = bench_step(settings, report=lines.append)
+    assert found.row("b") is None and found.row("d") is not None
+    assert any(line.startswith("(b) is left out: the teacher is an ONNX file") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"rows": ("a", "z")}, ConfigError, "rows: there is no 'z'"),
+        ({"batch_size": 1000}, DataError, "40 images, less than one batch of 1000"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    photographs: Path, change: dict[str, object], error: type[Exception], words: str
+) -> None:
+    settings = BenchStepSettings(root=photographs, transform=TrainTransform(size=32), teacher=SMALL, student=SMALL)
+    with pytest.raises(error, match=words):
+        bench_step(settings.model_copy(update=change))
+
+
+def test_a_folder_as_the_result_file_is_refused(photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        bench_step(BenchStepSettings(root=photographs, out=tmp_path))
+
+
+CONFIG = {
+    "data": {
+        "batch_size": 48,
+        "train": {"source": {"kind": "image_folder", "root": "photos"}, "transform": {"preset": "train", "size": 96}},
+    },
+    "teacher": {"model": {"torchvision": "resnet50", "pretrained": True}},
+    "student": {"timm": "resnet18"},
+}
+
+
+def test_a_config_says_images_teacher_and_student() -> None:
+    found = step_settings(Config.model_validate(CONFIG), BenchStepSettings())
+    assert (found.root, found.transform.size, found.batch_size) == (Path("photos"), 96, 48)
+    assert found.teacher == ModelSettings(torchvision="resnet50", pretrained=True)
+    assert found.student == ModelSettings(timm="resnet18")
+
+
+def test_what_was_given_beside_the_config_counts_more() -> None:
+    given = BenchStepSettings(batch_size=4, student=SMALL)
+    found = step_settings(Config.model_validate(CONFIG), given, {"batch_size", "student"})
+    assert (found.batch_size, found.student, found.transform.size) == (4, SMALL, 96)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("teacher", None, "teacher.onnx or teacher.model"),
+        ("student", None, "set student"),
+        ("data", {"batch_size": 8}, "must be image_folder"),
+    ],
+)
+def test_a_config_without_what_is_measured_is_refused(key: str, value: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        step_settings(Config.model_validate({**CONFIG, key: value}), BenchStepSettings())
