@@ -27,11 +27,13 @@ MODULES = [
         if not module.name.endswith("__main__")
     ),
 ]
-ON_LIGHTNING = {f"kd_pipeline.training.{name}" for name in ("metrics", "module", "run")}
+ON_LIGHTNING = {f"kd_pipeline.training.{name}" for name in ("loggers", "metrics", "module", "run")}
 """Modules whose classes are Lightning's, so that they cannot be there without it."""
 OPTIONAL = {
+    "comet_ml",
     "cuda",
     "lightning",
+    "mlflow",
     "nvidia",
     "onnx",
     "onnxruntime",
@@ -46,6 +48,7 @@ OPTIONAL = {
     "timm",
     "torchmetrics",
     "torchvision",
+    "wandb",
 }
 
 WITHOUT = """
