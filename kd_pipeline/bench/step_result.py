@@ -113,9 +113,10 @@ class StepResult:
                     f"{share} waiting for the loader: raise data.num_threads up to the cores there are, lower "
                     "transform.size, store smaller images, or on a GPU raise data.hw_decoder_load or data.ahead"
                 )
+        faster = "set train.precision to bf16-mixed, or " if self.settings["precision"] == "fp32" else ""
         return (
-            f"{share} the {phase}, which no loader and no teacher can change: set train.precision to bf16-mixed and "
-            "train.compile to true, or take a smaller student"
+            f"{share} the {phase}, which no loader and no teacher can change: {faster}take a smaller student or "
+            "smaller images; train.compile is worth its time, as it is in these rows"
         )
 
     def table(self) -> str:

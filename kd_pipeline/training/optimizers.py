@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
@@ -27,14 +27,17 @@ _KNOWN_TO = {
 }
 """Settings that not every optimizer has, by the optimizers that have them."""
 
+_TORCH = "torch.optim."
+
 _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerSettings(Settings):
     """Which optimizer trains the student, and how. A setting that the chosen one does not have is an error."""
 
-    name: Literal["sgd", "adam", "adamw", "rmsprop", "lamb", "lion"] = "adamw"
-    """torch's own, and `lamb` and `lion` from timm. `lamb` also scales a gradient whose norm is above 1 down to 1."""
+    name: str = "adamw"
+    """`sgd`, `adam`, `adamw` and `rmsprop` of torch, `lamb` and `lion` of timm, or another class of torch's as
+    `torch.optim.RAdam`. `lamb` also scales a gradient whose norm is above 1 down to 1."""
     lr: PositiveFloat = 1e-3
     """The highest learning rate of the schedule."""
     weight_decay: float | None = Field(default=None, ge=0)
@@ -50,16 +53,33 @@ class OptimizerSettings(Settings):
     """For `adam`, `adamw`, `lamb` and `lion`: how slowly the running means forget. The optimizer's own unless given."""
     eps: PositiveFloat | None = None
     """For `adam`, `adamw`, `rmsprop` and `lamb`. The optimizer's own unless given."""
+    kwargs: dict[str, bool | int | float | tuple[float, float]] = Field(default_factory=dict)
+    """More arguments for the class."""
     lr_scale: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Factors of the learning rate by a layer's or a parameter's name in the student, such as `{layer1: 0.1}`; the
     longest name that fits counts."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_there(cls, name: str) -> str:
+        found = getattr(torch.optim, name.removeprefix(_TORCH), None) if name.startswith(_TORCH) else None
+        if name not in _KNOWN_TO and not (isinstance(found, type) and issubclass(found, Optimizer)):
+            raise ValueError(
+                f"there is no optimizer {name!r}{nearest(name, list(_KNOWN_TO))}; take one of {', '.join(_KNOWN_TO)}, "
+                f"or a class of torch's such as {_TORCH}RAdam"
+            )
+        return name
+
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
-        known = _KNOWN_TO[self.name]
+        known = _KNOWN_TO.get(self.name, set())
         for setting in sorted(set().union(*_KNOWN_TO.values()) - known):
             if (value := getattr(self, setting)) not in (None, False):
-                raise ValueError(f"{setting}: {value} means nothing to {self.name}; remove it or change name")
+                raise ValueError(
+                    f"{setting}: {value} means nothing to {self.name}; remove it or change name"
+                    if self.name in _KNOWN_TO
+                    else f"{setting}: {value} of {self.name} belongs into its kwargs"
+                )
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: true looks ahead along the momentum, and there is none; set momentum: 0.9")
         return self
@@ -79,12 +99,17 @@ def build_optimizer(
         extra: more parameters to train, such as those of projectors; they belong with `student`.
 
     Raises:
-        ConfigError: nothing needs a gradient, or a name in `lr_scale` fits no parameter that does.
+        ConfigError: nothing needs a gradient, a name in `lr_scale` fits no parameter that does, or the class does not
+            take its `kwargs`.
         MissingPackageError: timm is needed and not installed.
     """
-    known = ("weight_decay", *sorted(_KNOWN_TO[settings.name]))
-    arguments = {name: value for name in known if (value := getattr(settings, name)) is not None}
-    optimizer: Optimizer = _class_of(settings.name)(_groups(student, settings, extra), lr=settings.lr, **arguments)
+    known = ("weight_decay", *sorted(_KNOWN_TO.get(settings.name, set())))
+    arguments = {name: value for name in known if (value := getattr(settings, name)) is not None} | settings.kwargs
+    groups, kind = _groups(student, settings, extra), _class_of(settings.name)
+    try:
+        optimizer: Optimizer = kind(groups, lr=settings.lr, **arguments)
+    except (TypeError, ValueError) as exc:
+        raise ConfigError(f"train.optimizer: {settings.name} cannot be made of {arguments}: {exc}") from exc
     return optimizer
 
 
@@ -100,7 +125,9 @@ def _class_of(name: str) -> Any:
             return torch.optim.RMSprop
         case "lamb":
             return require("timm.optim", extra="timm").Lamb
-    return require("timm.optim", extra="timm").Lion
+        case "lion":
+            return require("timm.optim", extra="timm").Lion
+    return getattr(torch.optim, name.removeprefix(_TORCH))
 
 
 def _groups(student: nn.Module, settings: OptimizerSettings, extra: Iterable[nn.Parameter]) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,12 @@ def test_the_largest_phase_is_named_with_the_setting_to_change(
     advice = result(row("a", 100, teacher=100), row("e", 100, **phases)).advice
     assert advice.startswith("In (e) 70% of the time")
     assert all(word in advice for word in words)
+
+
+def test_a_student_in_half_precision_is_not_told_to_take_it() -> None:
+    found = result(row("e", 100))
+    assert "bf16-mixed" in found.advice
+    assert "bf16-mixed" not in replace(found, settings={**found.settings, "precision": "bf16"}).advice
 
 
 def test_a_clock_moves_host_time_from_one_phase_to_another() -> None:

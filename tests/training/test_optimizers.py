@@ -98,6 +98,41 @@ def test_settings_reach_the_optimizers_that_have_them_and_no_others(name):
                 OptimizerSettings(name=name, **{setting: value})
 
 
+def test_any_class_of_torchs_can_be_named_with_its_arguments():
+    settings = OptimizerSettings(name="torch.optim.RAdam", weight_decay=0.1, kwargs={"betas": (0.7, 0.8)})
+    student = ConvNet(0)
+    optimizer = build_optimizer(student, settings)
+    assert type(optimizer) is torch.optim.RAdam
+    assert groups_by_name(optimizer)["student"]["betas"] == (0.7, 0.8)
+    assert {name: group["weight_decay"] for name, group in groups_by_name(optimizer).items()} == {
+        "student": 0.1,
+        "student/no_decay": 0.0,
+    }
+
+
+def test_arguments_go_to_the_optimizers_with_names_of_ours_too():
+    assert build_optimizer(ConvNet(0), OptimizerSettings(name="adamw", kwargs={"amsgrad": True})).defaults["amsgrad"]
+
+
+@pytest.mark.parametrize(
+    "name", ["adamv", "torch.optim.Adamm", "torch.optim.lr_scheduler", "torch.optim.", "os.system"]
+)
+def test_a_name_of_no_optimizer_is_refused(name):
+    with pytest.raises(ValidationError, match="there is no optimizer"):
+        OptimizerSettings(name=name)
+
+
+def test_a_setting_of_ours_for_a_class_of_torchs_is_sent_to_its_arguments():
+    with pytest.raises(ValidationError, match=r"momentum: 0.5 of torch.optim.ASGD belongs into its kwargs"):
+        OptimizerSettings(name="torch.optim.ASGD", momentum=0.5)
+
+
+@pytest.mark.parametrize("kwargs", [{"gamma": 1}, {"betas": (2.0, 0.9)}])
+def test_arguments_that_the_class_does_not_take_are_one_message(kwargs):
+    with pytest.raises(ConfigError, match=r"train.optimizer: torch.optim.RAdam cannot be made of"):
+        build_optimizer(ConvNet(0), OptimizerSettings(name="torch.optim.RAdam", kwargs=kwargs))
+
+
 def test_nesterov_without_momentum_is_refused():
     for momentum in ({}, {"momentum": 0.0}):
         with pytest.raises(ValidationError, match="set momentum"):
