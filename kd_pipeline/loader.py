@@ -19,8 +19,8 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSamplePolicy
 from kd_pipeline.data.graph import GraphSettings
 from kd_pipeline.data.mix import MixSettings, mix_images, mix_labels
-from kd_pipeline.data.plan import BatchPlan, LastBatch, Plan, Shard
-from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, Reader
+from kd_pipeline.data.plan import LastBatch, Plan, Shard
+from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, Read, Reader
 from kd_pipeline.data.source import Source, SourceSettings, open_source, save_classes
 from kd_pipeline.data.transform import EvalTransform, TrainTransform, TransformSettings
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
@@ -508,21 +508,20 @@ class KDDataLoader:
                 labels=labels,
                 index=columns[:, INDEX].contiguous(),
                 valid=columns[:, VALID].bool(),
-                teacher=self._answers(pixels, read.plan),
+                teacher=self._answers(pixels, read),
             )
             owned = [batch.index, batch.valid, *batch.teacher.values(), *([] if labels is None else [labels])]
             if self.mix is not None:
                 owned.append(pixels)
             return _Taught(batch, read.images, owned, self._lane.taught())
 
-    def _answers(self, images: Tensor, plan: BatchPlan) -> Mapping[str, Tensor]:
+    def _answers(self, images: Tensor, read: Read) -> Mapping[str, Tensor]:
         """The teacher's outputs for a batch of this epoch."""
         match self.teacher:
             case None:
                 return {}
             case RecordedTeacher() as recorded:
-                sample, _ = self._reader.bad_samples.replace(plan.index)
-                return recorded.replay(self._epoch, plan.place, sample)
+                return recorded.replay(self._epoch, read.plan.place, read.facts[:, INDEX])
             case teacher:
                 return teacher(images)
 

@@ -20,8 +20,7 @@ def num_cores() -> int:
     What `KD_PIPELINE_NUM_CORES` says; else those that the process may run on, no more than its container's quota pays
     for, and of the processes that `torchrun` has started on this machine an equal share for each. DALI, a teacher on
     the CPU and torch each get so many threads unless told otherwise: teacher and student work in turns, and DALI fills
-    what they leave. (On two cores a ResNet-18 that learns from a ResNet-50 trains 1.8 times as fast as with one thread
-    for torch; the step then takes as long as its parts alone.)
+    what they leave. `bench step` shows what that costs over the parts alone.
 
     Raises:
         ConfigError: the variable is no positive number.

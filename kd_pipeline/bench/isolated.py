@@ -3,13 +3,11 @@
 import json
 import multiprocessing
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -78,14 +76,6 @@ class Isolated:
             self._process.kill()
             self._process.join()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _answer(self) -> Any:
         try:
             answer = self._connection.recv()
@@ -127,17 +117,15 @@ def _time(step: Step, device: torch.device, num_steps: int, num_warm_up: int, fr
     for _ in range(num_warm_up):
         step(_started(device))
     reset_peak_memory()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what was queued before is through
     clock = _started(device)
-    clock.totals_s()  # what was queued before is through
-    start_s = time.perf_counter()
-    clock.start()
     num_images = sum(step(clock) for _ in range(num_steps))
-    totals_s = clock.totals_s()
-    wall_s = time.perf_counter() - start_s
+    totals_s, elapsed_s = clock.totals_s(), clock.elapsed_s()
     now_free = _free_bytes(device)
     sample = StepSample(
-        images_per_s=num_images / wall_s,
-        ms_per_step=1000 * wall_s / num_steps,
+        images_per_s=num_images / elapsed_s,
+        ms_per_step=1000 * elapsed_s / num_steps,
         phases_ms={phase: 1000 * totals_s[phase] / num_steps for phase in PHASES},
         host_bytes=peak_memory_bytes() + sum(map(peak_memory_bytes, _workers())),
         device_bytes=None if free_bytes is None or now_free is None else free_bytes - now_free,

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.dlpack import from_dlpack
 
-from kd_pipeline.bench.measure import BenchResult, Contender, measure
-from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.bench.measure import BenchResult, Contender, measure, prepare_out
+from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
@@ -62,15 +61,8 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
         MissingPackageError: a package of the extra `bench` is not installed.
     """
     require("torchvision", extra="bench")
-    if settings.out is not None:
-        if settings.out.is_dir():
-            raise ConfigError(f"out: {settings.out} is a folder; give the name of a JSON file")
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-    root = settings.root
-    if root is None:
-        root = Path("data/photographs")
-        report(f"photographs: {root}, made if they are not there yet")
-        make_photographs(root)
+    prepare_out(settings.out)
+    root = photographs(settings.root, report)
     num_files = _read_all(root)
     report(f"{num_files:,} files read once, so that every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
@@ -222,8 +214,5 @@ def _read_all(root: Path) -> int:
     """Read every file once; return how many there are."""
     source = ImageFolder(root)
     for index in range(len(source)):
-        path = Path(source.name(index))
-        if path.suffix.lower() not in (".jpg", ".jpeg"):
-            raise DataError(f"{path}: only JPEG files are compared, because torchvision's decode_jpeg reads no others")
-        path.read_bytes()
+        read_jpeg(Path(source.name(index)))
     return len(source)

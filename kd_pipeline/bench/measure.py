@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import kd_pipeline
+from kd_pipeline.errors import ConfigError
 
 __all__ = [
     "BenchResult",
@@ -26,6 +27,8 @@ __all__ = [
     "environment",
     "measure",
     "peak_memory_bytes",
+    "prepare_out",
+    "ratio_within_repeats",
     "reset_peak_memory",
     "spread",
     "wait_until_idle",
@@ -81,11 +84,8 @@ class BenchRow:
         return max(self.peak_memory_bytes[-half:]) - max(self.peak_memory_bytes[:half])
 
     def ratio(self, other: "BenchRow") -> float:
-        """How many times as fast as `other`: the median of the ratios within each repeat.
-
-        What else the machine does slows down neighbours in time alike, so it hardly touches a ratio within a repeat.
-        """
-        return median(own / its for own, its in zip(self.images_per_s, other.images_per_s, strict=True))
+        """How many times as fast as `other`."""
+        return ratio_within_repeats(self.images_per_s, other.images_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +176,26 @@ def measure(
         for contender, own in zip(contenders, samples, strict=True)
     )
     return BenchResult(tuple(rows), settings, environment())
+
+
+def ratio_within_repeats(own: Sequence[float], other: Sequence[float]) -> float:
+    """How many times as large as `other`: the median of the ratios within each repeat.
+
+    What else the machine does slows down neighbours in time alike, so it hardly touches a ratio within a repeat.
+    """
+    return median(mine / its for mine, its in zip(own, other, strict=True))
+
+
+def prepare_out(out: Path | None) -> None:
+    """Make the folder of a result file now, and not after an hour of measuring.
+
+    Raises:
+        ConfigError: `out` is a folder itself.
+    """
+    if out is not None:
+        if out.is_dir():
+            raise ConfigError(f"out: {out} is a folder; give the name of a JSON file")
+        out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def environment() -> dict[str, Any]:

@@ -1,19 +1,41 @@
 """A folder of photographs to measure on, made from the two that scikit-learn brings."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from kd_pipeline.errors import DataError
 from kd_pipeline.optional import require
 
-__all__ = ["make_photographs"]
+__all__ = ["make_photographs", "photographs", "read_jpeg"]
 
 _NUM_CLASSES = 10
 _WIDTHS, _HEIGHTS = (400, 600), (325, 425)
 """From, to. The middle is 500x375, the most common size in ImageNet."""
 _QUALITY = 90
+
+
+def photographs(root: Path | None, report: Callable[[str], object]) -> Path:
+    """`root`, or where it is left out `data/photographs`, made if it is not there yet."""
+    if root is not None:
+        return root
+    root = Path("data/photographs")
+    report(f"photographs: {root}, made if they are not there yet")
+    return make_photographs(root)
+
+
+def read_jpeg(path: Path) -> None:
+    """Read a file, so that it is found in the page cache.
+
+    Raises:
+        DataError: it is no JPEG file by its name.
+    """
+    if path.suffix.lower() not in (".jpg", ".jpeg"):
+        raise DataError(f"{path}: only JPEG files are compared, because torchvision's decode_jpeg reads no others")
+    path.read_bytes()
 
 
 def make_photographs(root: Path, *, num_files: int = 2000, seed: int = 0) -> Path:

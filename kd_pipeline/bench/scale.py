@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 from pydantic import Field, PositiveInt
 
-from kd_pipeline.bench.measure import environment, spread
-from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.bench.measure import environment, prepare_out, spread
+from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.bench.starts import RESUMED_AT, Case, Start, in_process, run_ranks
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.errors import ConfigError, DataError
@@ -166,14 +166,8 @@ def bench_scale(settings: BenchScaleSettings, *, report: Callable[[str], object]
         DataError: the folder holds no images, or a process ended before it was done.
         MissingPackageError: scikit-learn is needed for the photographs and not installed.
     """
-    if settings.out is not None:
-        if settings.out.is_dir():
-            raise ConfigError(f"out: {settings.out} is a folder; give the name of a JSON file")
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-    root = settings.root or Path("data/photographs")
-    if settings.root is None:
-        report(f"photographs: {root}, made if they are not there yet")
-        make_photographs(root)
+    prepare_out(settings.out)
+    root = photographs(settings.root, report)
     num_threads = settings.num_threads or num_cores()
     with tempfile.TemporaryDirectory(prefix="kd_pipeline-bench-") as temporary:
         folder = Path(temporary)

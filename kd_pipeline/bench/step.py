@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from kd_pipeline.bench.isolated import Isolated, StepSample
-from kd_pipeline.bench.measure import environment
-from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.bench.measure import environment, prepare_out
+from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.bench.step_result import StepResult, StepRow
 from kd_pipeline.bench.ways import WAYS, StepTask
 from kd_pipeline.config import Config
@@ -116,10 +116,7 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
     unknown = [row for row in settings.rows if row not in WAYS]
     if unknown:
         raise ConfigError(f"rows: there is no {unknown[0]!r}; take some of {', '.join('abcdefg')}")
-    if settings.out is not None:
-        if settings.out.is_dir():
-            raise ConfigError(f"out: {settings.out} is a folder; give the name of a JSON file")
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
+    prepare_out(settings.out)
     with tempfile.TemporaryDirectory(prefix="bench_step-") as folder, ExitStack() as opened:
         task = _task(settings, Path(folder), report)
         samples = _measure(_open(task, settings, opened, report), settings, report)
@@ -134,11 +131,7 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
 
 
 def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], object]) -> StepTask:
-    root = settings.root
-    if root is None:
-        root = Path("data/photographs")
-        report(f"photographs: {root}, made if they are not there yet")
-        make_photographs(root)
+    root = photographs(settings.root, report)
     transform = _comparable(settings.transform, report)
     onnx = settings.onnx
     if onnx is None:
@@ -180,9 +173,7 @@ def _part_of(root: Path, folder: Path, batch_size: int) -> Path:
         raise DataError(f"{root} has {len(source)} images, less than one batch of {batch_size}; lower batch_size")
     for index in np.linspace(0, len(source) - 1, min(len(source), _NUM_IMAGES)).astype(int).tolist():
         path = Path(source.name(index))
-        if path.suffix.lower() not in (".jpg", ".jpeg"):
-            raise DataError(f"{path}: only JPEG files are compared, because torchvision's decode_jpeg reads no others")
-        path.read_bytes()
+        read_jpeg(path)
         link = folder / str(path.parent.name) / f"{index:09}.jpg"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
@@ -214,7 +205,7 @@ def _open(
         try:
             if letter == "g":
                 _record(task, settings)
-            ways.append(opened.enter_context(Isolated(letter, task)))
+            ways.append(opened.enter_context(closing(Isolated(letter, task))))
         except KDPipelineError as exc:
             report(f"({letter}) is left out: {exc}")
     if not ways:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from kd_pipeline.bench.isolated import StepSample
-from kd_pipeline.bench.measure import spread
+from kd_pipeline.bench.measure import ratio_within_repeats, spread
 from kd_pipeline.bench.ways import PHASES
 from kd_pipeline.report.bars import Bar, save_bars
 
@@ -37,8 +37,8 @@ class StepRow:
         return {phase: median(sample.phases_ms[phase] for sample in self.samples) for phase in PHASES}
 
     def ratio(self, other: "StepRow") -> float:
-        """How many times as fast as `other`: the median of the ratios within each repeat."""
-        return median(own / its for own, its in zip(self.images_per_s, other.images_per_s, strict=True))
+        """How many times as fast as `other`."""
+        return ratio_within_repeats(self.images_per_s, other.images_per_s)
 
     def to_dict(self) -> dict[str, Any]:
         """Every repeat of every figure."""

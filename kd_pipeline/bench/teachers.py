@@ -14,13 +14,13 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
-from kd_pipeline.bench.measure import environment, spread
-from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.bench.measure import environment, prepare_out, spread
+from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.bench.teacher_race import NUM_COMPARED, ExportedModel, Race, TeacherRow
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import EvalTransform
 from kd_pipeline.engine.export import export_onnx
-from kd_pipeline.errors import ConfigError, ExportError, MissingPackageError
+from kd_pipeline.errors import ExportError, MissingPackageError
 from kd_pipeline.loader import KDDataLoader, resolve_device
 from kd_pipeline.models import ModelSettings, default_input, open_model
 from kd_pipeline.report.scaling import save_scaling
@@ -158,10 +158,7 @@ def bench_teacher(
         TeacherError: nothing at all runs the teacher.
         MissingPackageError: scikit-learn is needed for the photographs and not installed.
     """
-    if settings.out is not None:
-        if settings.out.is_dir():
-            raise ConfigError(f"out: {settings.out} is a folder; give the name of a JSON file")
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
+    prepare_out(settings.out)
     num_threads = settings.num_threads or num_cores()
     device = resolve_device(settings.device)
     with ExitStack() as stack:
@@ -238,10 +235,7 @@ def _photographs(
     settings: BenchTeacherSettings, teacher: _Teacher, num_threads: int, report: Callable[[str], object]
 ) -> Tensor:
     """As many images as are compared or in a batch, `[N, 3, H, W]`; from the start again where there are fewer."""
-    root = settings.root or Path("data/photographs")
-    if settings.root is None:
-        report(f"photographs: {root}, made if they are not there yet")
-        make_photographs(root)
+    root = photographs(settings.root, report)
     largest = max(settings.batch_sizes)
     number = -(-NUM_COMPARED // largest) * largest
     source, found = ImageFolder(root, labelled=False), []

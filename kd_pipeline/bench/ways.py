@@ -92,12 +92,20 @@ class Clock:
 
     def totals_s(self) -> dict[str, float]:
         """Seconds of each phase; waits for a GPU."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         totals_s = dict(self._moved_s)
         for (_, before), (phase, now) in zip(self._marks, self._marks[1:], strict=False):
-            totals_s[phase] += now - before if self._device.type == "cpu" else before.elapsed_time(now) / 1000
+            totals_s[phase] += self._between_s(before, now)
         return totals_s
+
+    def elapsed_s(self) -> float:
+        """Seconds from the start to the last mark; waits for a GPU."""
+        return self._between_s(self._marks[0][1], self._marks[-1][1])
+
+    def _between_s(self, before: Any, now: Any) -> float:
+        if self._device.type == "cpu":
+            return float(now - before)
+        now.synchronize()
+        return float(before.elapsed_time(now)) / 1000
 
     def _now(self) -> Any:
         if self._device.type == "cpu":

@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_pipeline.cli.arguments import checked
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.settings import Settings
 
 __all__ = ["add_to"]
 
@@ -60,7 +61,7 @@ def _run_step(parsed: argparse.Namespace) -> int:
 
     if parsed.config is None and parsed.overrides:
         raise ConfigError(f"{parsed.overrides[0]} changes a config, and there is none; give one with -c")
-    values = {name: value for name, value in vars(parsed).items() if name in BenchStepSettings.model_fields}
+    values = _said(parsed, BenchStepSettings)
     given = {name: value for name, value in values.items() if value is not None}
     for name in ("teacher", "student"):
         if name in given:
@@ -70,9 +71,18 @@ def _run_step(parsed: argparse.Namespace) -> int:
     settings = checked(BenchStepSettings, **given)
     if parsed.config is not None:
         settings = step_settings(load_config(parsed.config, parsed.overrides), settings, given)
-    print(bench_step(settings, report=lambda line: print(line, file=sys.stderr)).table())
+    print(bench_step(settings, report=_tell).table())
     print(f"every repeat: {parsed.out}; where the time goes: {parsed.out.with_suffix('.png')}")
     return 0
+
+
+def _said(parsed: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
+    """Those of the arguments that are settings of this kind."""
+    return {name: value for name, value in vars(parsed).items() if name in kind.model_fields}
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _network(name: str) -> dict[str, str]:
@@ -85,9 +95,9 @@ def _network(name: str) -> dict[str, str]:
 def _run_loader(parsed: argparse.Namespace) -> int:
     from kd_pipeline.bench import BenchLoaderSettings, bench_loader
 
-    values = {name: value for name, value in vars(parsed).items() if name in BenchLoaderSettings.model_fields}
+    values = _said(parsed, BenchLoaderSettings)
     settings = checked(BenchLoaderSettings, **values)
-    print(bench_loader(settings, report=lambda line: print(line, file=sys.stderr)).table())
+    print(bench_loader(settings, report=_tell).table())
     print(f"every repeat: {settings.out}")
     return 0
 
@@ -124,7 +134,7 @@ def _run_teacher(parsed: argparse.Namespace) -> int:
     from kd_pipeline.bench import BenchTeacherSettings, bench_teacher
     from kd_pipeline.models import ModelSettings
 
-    values = {name: value for name, value in vars(parsed).items() if name in BenchTeacherSettings.model_fields}
+    values = _said(parsed, BenchTeacherSettings)
     about = {name: value for name, value in vars(parsed).items() if name in ModelSettings.model_fields and value}
     if parsed.onnx is None:
         named = about.keys() & {"torchvision", "timm", "builtin"}
@@ -134,7 +144,7 @@ def _run_teacher(parsed: argparse.Namespace) -> int:
             f"--{next(iter(about)).replace('_', '-')} is for a model by name, and {parsed.onnx} is a file"
         )
     settings = checked(BenchTeacherSettings, **values)
-    print(bench_teacher(settings, report=lambda line: print(line, file=sys.stderr)).table())
+    print(bench_teacher(settings, report=_tell).table())
     print(f"every repeat: {settings.out}; the curves: {parsed.out.with_suffix('.png')}")
     return 0
 
@@ -160,8 +170,8 @@ def _add_scale(subjects: Any, common: argparse.ArgumentParser) -> None:
 def _run_scale(parsed: argparse.Namespace) -> int:
     from kd_pipeline.bench import BenchScaleSettings, bench_scale
 
-    values = {name: value for name, value in vars(parsed).items() if name in BenchScaleSettings.model_fields}
+    values = _said(parsed, BenchScaleSettings)
     settings = checked(BenchScaleSettings, **values)
-    print(bench_scale(settings, report=lambda line: print(line, file=sys.stderr)).table())
+    print(bench_scale(settings, report=_tell).table())
     print(f"every process and repeat: {settings.out}")
     return 0

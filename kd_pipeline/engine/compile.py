@@ -19,6 +19,7 @@ from typing import IO, Any, Literal
 from kd_pipeline.errors import EngineError, KDPipelineError
 from kd_pipeline.settings import Settings
 from kd_pipeline.tensorrt_package import TensorRT, open_tensorrt
+from kd_pipeline.whole_file import write_whole
 
 __all__ = ["CompileJob", "compile_engine", "run_compiler", "run_job"]
 
@@ -74,7 +75,7 @@ def compile_engine(job: CompileJob, progress: Callable[[str], None]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     if cache is not None and job.timing_cache is not None:
-        _save_timing_cache(config, job.timing_cache)
+        write_whole(job.timing_cache, bytes(config.get_timing_cache().serialize()))
 
 
 def run_compiler(job: CompileJob, folder: Path, report: Callable[[str], None]) -> None:
@@ -173,15 +174,6 @@ def _load_timing_cache(config: Any, path: Path | None) -> Any:
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
-
-
-def _save_timing_cache(config: Any, path: Path) -> None:
-    whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        whole.write_bytes(config.get_timing_cache().serialize())
-        os.replace(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)
 
 
 def _monitor(tensorrt: TensorRT, progress: Callable[[str], None]) -> Any:

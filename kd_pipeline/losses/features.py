@@ -31,9 +31,7 @@ def feature_mse(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None
         ConfigError: a shape or a dtype does not fit.
     """
     with full_precision(student):
-        _check(student, teacher, ndims=(2, 3, 4))
-        student, teacher, valid_N = _in_full(student, teacher, valid)
-        student, teacher = _at_one_size(student, teacher)
+        student, teacher, valid_N = _aligned(student, teacher, valid, ndims=(2, 3, 4))
         return logit_mse(student.flatten(1), teacher.flatten(1), valid=valid_N)
 
 
@@ -55,9 +53,8 @@ def feature_cosine(student: Tensor, teacher: Tensor, *, valid: Tensor | None = N
         ConfigError: a shape or a dtype does not fit.
     """
     with full_precision(student):
-        _check(student, teacher, ndims=(2, 3, 4))
-        student, teacher, valid_N = _in_full(student, teacher, valid)
-        student, teacher = (_places_last(features) for features in _at_one_size(student, teacher))
+        student, teacher, valid_N = _aligned(student, teacher, valid, ndims=(2, 3, 4))
+        student, teacher = _places_last(student), _places_last(teacher)
         places = student.shape[1:-1].numel()
         # A row of `cosine` for each place; all samples have equally many, so the mean of means is the mean.
         return cosine(
@@ -85,9 +82,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, valid: Tensor | None
         ConfigError: a shape or a dtype does not fit.
     """
     with full_precision(student):
-        _check(student, teacher, ndims=(4,), same_channels=False)
-        student, teacher, valid_N = _in_full(student, teacher, valid)
-        student, teacher = _at_one_size(student, teacher)
+        student, teacher, valid_N = _aligned(student, teacher, valid, ndims=(4,), same_channels=False)
         _check_places(student)
         return logit_mse(_attention(student), _attention(teacher), valid=valid_N)
 
@@ -124,6 +119,15 @@ def channel_wise(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, 
             temperature=temperature,
             valid=valid_N[:, None].expand(-1, channels).flatten(),
         )
+
+
+def _aligned(
+    student: Tensor, teacher: Tensor, valid: Tensor | None, *, ndims: tuple[int, ...], same_channels: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both checked, in full precision and at one size, and which rows count."""
+    _check(student, teacher, ndims=ndims, same_channels=same_channels)
+    student, teacher, valid_N = _in_full(student, teacher, valid)
+    return *_at_one_size(student, teacher), valid_N
 
 
 def _in_full(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kd_pipeline.errors import EngineError
 from kd_pipeline.settings import Settings
+from kd_pipeline.whole_file import write_whole
 
 __all__ = [
     "EngineFile",
@@ -191,13 +192,7 @@ def read_manifest(engine: Path) -> Manifest:
 def write_manifest(engine: Path, manifest: Manifest) -> None:
     """Seal `manifest` and put it beside `engine`; whoever reads there finds the old one or the new one."""
     sealed = manifest.model_copy(update={"seal": _seal(manifest)})
-    path = manifest_path(engine)
-    whole = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        whole.write_text(sealed.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)
+    write_whole(manifest_path(engine), sealed.model_dump_json(indent=2) + "\n")
 
 
 def differences(manifest: Manifest, wanted: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from kd_pipeline.errors import StateError, TeacherError
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.whole_file import write_whole
 
 __all__ = [
     "CHECKSUM",
@@ -127,12 +128,7 @@ class Manifest(Settings):
 
     def save(self, folder: Path) -> None:
         """Write it, whole or not at all."""
-        whole = folder / f".{MANIFEST}.tmp"
-        with whole.open("w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(whole, folder / MANIFEST)
+        write_whole(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
     @property
     def columns(self) -> dict[str, Column]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from kd_pipeline.model_files import ABOUT, ENGINE, ONNX, WEIGHTS, Exported
 from kd_pipeline.models import ModelSettings
 from kd_pipeline.optional import require
 from kd_pipeline.training.train_settings import ExportSettings
+from kd_pipeline.whole_file import write_whole
 
 __all__ = ["export_student"]
 
@@ -59,8 +59,8 @@ def export_student(
         classes=None if classes is None else tuple(classes),
         transform=transform,
     )
-    _replace(folder / WEIGHTS, content)
-    _replace(folder / ABOUT, about.model_dump_json(indent=2).encode() + b"\n")
+    write_whole(folder / WEIGHTS, content)
+    write_whole(folder / ABOUT, about.model_dump_json(indent=2) + "\n")
     if not wanted.onnx:
         return
     onnx, size = folder / ONNX, transform.size
@@ -74,9 +74,3 @@ def export_student(
     if (engine := wanted.engine) is not None:
         settings = BuildSettings(onnx=onnx, **engine.model_dump())
         build_engine(settings, save_engine=folder / ENGINE, samples=samples, report=_logger.info)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    whole = path.with_name(f".{path.name}.tmp")
-    whole.write_bytes(content)
-    os.replace(whole, path)

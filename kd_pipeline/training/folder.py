@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.whole_file import write_whole
 
 __all__ = ["RunFolder"]
 
@@ -42,8 +43,8 @@ class RunFolder:
         """Make the folder, and write into it the whole config and the versions of everything that is installed."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write(self.path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
-            _write(self.path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+            write_whole(self.path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
+            write_whole(self.path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
         except OSError as exc:
             raise ConfigError(f"run_dir: {self.path} cannot be written to: {exc.strerror}; choose another") from None
 
@@ -64,7 +65,7 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """What came of the run, as JSON."""
-        _write(self.result, json.dumps(result, indent=2) + "\n")
+        write_whole(self.result, json.dumps(result, indent=2) + "\n")
 
 
 def _plain(config: BaseModel) -> dict[str, Any]:
@@ -81,9 +82,3 @@ def _environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": dict(sorted(packages.items(), key=lambda each: each[0].lower())),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    whole = path.with_name(f".{path.name}.tmp")
-    whole.write_text(text, encoding="utf-8")
-    os.replace(whole, path)

@@ -1,12 +1,13 @@
 """`metrics.csv`: every number of a run, a line for each step that has some, whole again after a restart."""
 
 import csv
-import os
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from kd_pipeline.optional import require
+from kd_pipeline.whole_file import write_whole
 
 __all__ = ["MetricsFile"]
 
@@ -68,12 +69,11 @@ class MetricsFile(_lightning.Logger):  # type: ignore[misc, name-defined]
                     {"step": step, **self._rows[step]} for step in self._new
                 )
         else:
-            whole = self._path.with_name(f".{self._path.name}.tmp")
-            with whole.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, self._columns)
-                writer.writeheader()
-                writer.writerows({"step": step, **row} for step, row in sorted(self._rows.items()))
-            os.replace(whole, self._path)
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self._columns)
+            writer.writeheader()
+            writer.writerows({"step": step, **row} for step, row in sorted(self._rows.items()))
+            write_whole(self._path, text.getvalue())
         self._is_written, self._new = True, []
 
     def finalize(self, status: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kd_pipeline.bench import BenchLoaderSettings, BenchResult, bench_loader
 from kd_pipeline.bench import loaders as room
+from kd_pipeline.bench import photographs as photographs_room
 from kd_pipeline.bench.loaders import LOADERS
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.data.transform import TrainTransform
@@ -102,7 +103,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchResult, lis
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        patch.setattr(room, "make_photographs", lambda root: make_photographs(root, num_files=20))
+        patch.setattr(photographs_room, "make_photographs", lambda root: make_photographs(root, num_files=20))
         return bench_loader(settings, report=lines.append), lines, here
 
 
