@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline.evaluation import TEMPERATURE, Evaluation
+from kd_pipeline.evaluation import TEMPERATURE, Evaluation, images_for
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["Compared", "Cost", "compare", "measure_cost"]
@@ -79,6 +79,7 @@ def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[
     """
     on_gpu = images.device.type == "cuda"
     wait: Callable[[], object] = (lambda: torch.cuda.synchronize(images.device)) if on_gpu else (lambda: None)
+    images = images_for(model, images)
     times_s = []
     for _ in range(_NUM_WARM_UP + _NUM_RUNS):
         wait()

@@ -30,6 +30,7 @@ __all__ = [
     "MetricSettings",
     "eval_mode",
     "evaluate",
+    "images_for",
     "logits_of",
     "open_metrics",
 ]
@@ -159,7 +160,7 @@ def evaluate(
     tally: _Tally | None = None
     with torch.no_grad(), eval_mode(model):
         for batch in islice(loader, max_batches):
-            logits_NK = logits_of(model(_images(batch, model)))
+            logits_NK = logits_of(model(images_for(model, batch.images)))
             wanted_NK = (batch.teacher if reference is None else reference(batch.images)).get("logits")
             if tally is None:
                 has_labels, has_teacher = batch.labels is not None, wanted_NK is not None
@@ -334,10 +335,10 @@ def _class_of(name: str) -> Any:
     return kind
 
 
-def _images(batch: KDBatch, model: nn.Module | Teacher) -> Tensor:
-    """Those of the batch, for a network in the dtype of its weights."""
+def images_for(model: nn.Module | Teacher, images: Tensor) -> Tensor:
+    """Images of a loader, for a network in the dtype of its weights; a teacher takes them as they are."""
     weight = None if isinstance(model, Teacher) else next(model.parameters(), None)
-    return batch.images if weight is None else batch.images.to(weight.dtype)
+    return images if weight is None else images.to(weight.dtype)
 
 
 def logits_of(output: object) -> Tensor:

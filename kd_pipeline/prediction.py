@@ -15,7 +15,7 @@ from kd_pipeline.data.image_folder import ImageFolder
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.transform import EvalTransform
 from kd_pipeline.errors import DataError, TooManyBadSamplesError
-from kd_pipeline.evaluation import eval_mode, logits_of
+from kd_pipeline.evaluation import eval_mode, images_for, logits_of
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 
@@ -108,7 +108,7 @@ def predict(
         try:
             for batch in loader:
                 with torch.no_grad():
-                    logits_NK = logits_of(model(batch.images)).float().cpu()
+                    logits_NK = logits_of(model(images_for(model, batch.images))).float().cpu()
                 problems = {} if bool(batch.valid.all()) else _problems(record)
                 for position, logits_K in enumerate(logits_NK, start=done):
                     problem = problems.get(position)

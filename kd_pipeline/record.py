@@ -1,7 +1,6 @@
 """Record a teacher: run it once over the epochs of the training plan and keep its answers for `backend: recorded`."""
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -38,7 +37,7 @@ from kd_pipeline.teachers.recording import (
     make_files,
     open_columns,
 )
-from kd_pipeline.training.processes import is_first, join_processes, num_processes, use_cores
+from kd_pipeline.training.processes import is_first, join_processes, num_machines, use_cores
 from kd_pipeline.training.teacher import open_run_teacher
 
 __all__ = ["Progress", "RecordSettings", "record"]
@@ -113,8 +112,8 @@ def record(
     folder = settings.out or (None if config.run_dir is None else config.run_dir / "recording")
     if folder is None:
         raise ConfigError("a recording needs a folder: set run_dir, such as run_dir: runs/mine, or pass --out")
-    if num_processes() != int(os.environ.get("LOCAL_WORLD_SIZE", num_processes())):
-        raise ConfigError("a recording is written by the processes of one machine; start torchrun with --nnodes 1")
+    if num_machines() > 1:
+        raise ConfigError("a recording is written by the processes of one machine; give torchrun --nnodes 1, srun -N 1")
     join_processes()
     use_cores(config.train.num_threads)
     with ExitStack() as opened:

@@ -46,6 +46,10 @@ def test_a_network_is_timed_on_one_batch_and_weighed_by_its_parameters() -> None
     assert net.num_calls == 33 and not net.is_recorded
 
 
+def test_a_network_gets_images_of_another_dtype_in_that_of_its_weights() -> None:
+    assert measure_cost(ConvNet().eval(), random_images(4).half()).ms_per_image > 0
+
+
 def test_a_teacher_is_weighed_by_its_files(exported, tmp_path: Path) -> None:
     teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)))
     extra = tmp_path / "weights.bin"

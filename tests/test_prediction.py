@@ -35,6 +35,15 @@ def test_predictions_are_the_logits_of_a_validation_of_the_same_files_in_their_o
     assert model.training
 
 
+def test_a_network_gets_float16_images_in_the_dtype_of_its_weights(photo_folder: Path) -> None:
+    half = EvalTransform(size=32, dtype="float16")
+    images = find_images([photo_folder])[:4]
+    found = list(predict(LogitsOnly(3), images, half, device="cpu", num_threads=1))
+    for one, other in zip(found, answers(images), strict=True):
+        assert one.logits_K is not None and other.logits_K is not None
+        torch.testing.assert_close(one.logits_K, other.logits_K, rtol=0, atol=0.01)
+
+
 def test_files_keep_the_order_and_the_number_in_which_they_were_named(photo_folder: Path) -> None:
     first, second, *_ = find_images([photo_folder / "sky"])
     found = answers([second, first, second])

@@ -521,11 +521,16 @@ def test_progress_is_told_with_speed_and_time(photo_folder: Path, tmp_path: Path
     assert all(each.images_per_s > 0 and each.left_s >= 0 for each in told) and told[-1].left_s == 0
 
 
+@pytest.mark.parametrize(
+    "started",
+    [{"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}],
+    ids=["torchrun", "srun"],
+)
 def test_processes_on_several_machines_are_refused(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: dict[str, str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="one machine"):
         recorded(photo_folder, tmp_path / "recording")
 

@@ -8,7 +8,7 @@ import torch
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.threads import num_cores
 
-__all__ = ["is_first", "join_processes", "num_processes", "num_processes_here", "use_cores"]
+__all__ = ["is_first", "join_processes", "num_machines", "num_processes", "num_processes_here", "use_cores"]
 
 
 def is_first() -> bool:
@@ -41,6 +41,13 @@ def join_processes() -> None:
 def num_processes_here() -> int:
     """Those on this machine; known once they have been joined."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def num_machines() -> int:
+    """Machines that the processes are on, joined or not."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return num_processes() // num_processes_here()
+    return int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
 
 
 def use_cores(num_threads: int | None) -> None:

@@ -36,7 +36,14 @@ from kd_pipeline.training.export import export_student
 from kd_pipeline.training.folder import RunFolder
 from kd_pipeline.training.loggers import log_outcome, log_settings, open_loggers
 from kd_pipeline.training.module import DistillModule
-from kd_pipeline.training.processes import is_first, join_processes, num_processes, num_processes_here, use_cores
+from kd_pipeline.training.processes import (
+    is_first,
+    join_processes,
+    num_machines,
+    num_processes,
+    num_processes_here,
+    use_cores,
+)
 from kd_pipeline.training.sharding import is_sharded, whole_weights
 from kd_pipeline.training.signals import StopOnSignal
 from kd_pipeline.training.teacher import open_run_teacher, refuse_adapter, with_trained_weights
@@ -257,7 +264,7 @@ class _Run(ExitStack):
         return _lightning.Trainer(
             accelerator="gpu" if _device(self._config).type == "cuda" else "cpu",
             devices=num_processes_here(),
-            num_nodes=num_processes() // num_processes_here(),
+            num_nodes=num_machines(),
             strategy=_strategy(train.strategy),
             sync_batchnorm=train.sync_batchnorm,
             # Lightning converts whole batches for these, the labels' weights and the teacher's answers among them.

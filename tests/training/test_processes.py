@@ -13,13 +13,14 @@ import pytest
 
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.training.checkpoint import load_checkpoint
-from kd_pipeline.training.processes import _first_host, _slurm_step, is_first, num_processes
+from kd_pipeline.training.processes import _first_host, _slurm_step, is_first, num_machines, num_processes
 from tests.training.conftest import finish
 
 RUN = Path("runs/tiny")
 STEP = {
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_STEP_NODELIST": "node[07-08]",
     "SLURM_PROCID": "5",
@@ -39,7 +40,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_step_of_slurm_is_told_in_the_words_of_torchrun(slurm: pytest.MonkeyPatch) -> None:
-    assert (num_processes(), is_first()) == (8, False)
+    assert (num_processes(), num_machines(), is_first()) == (8, 2, False)
     wanted = ("5", "8", "1", "4", "node07", str(15_000 + 4711))
     assert tuple(_slurm_step()[name] for name in TORCHRUN) == wanted
     slurm.setenv("MASTER_PORT", "1234")
@@ -49,15 +50,17 @@ def test_a_step_of_slurm_is_told_in_the_words_of_torchrun(slurm: pytest.MonkeyPa
 
 def test_torchrun_counts_where_both_are_there(slurm: pytest.MonkeyPatch) -> None:
     slurm.setenv("RANK", "0")
-    slurm.setenv("WORLD_SIZE", "2")
-    assert (num_processes(), is_first()) == (2, True)
+    slurm.setenv("WORLD_SIZE", "6")
+    slurm.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (num_processes(), num_machines(), is_first()) == (6, 3, True)
 
 
 def test_a_batch_script_is_one_process_however_many_tasks_the_job_has(slurm: pytest.MonkeyPatch) -> None:
     slurm.delenv("SLURM_STEP_NUM_TASKS")
+    slurm.delenv("SLURM_STEP_NUM_NODES")
     slurm.setenv("SLURM_NTASKS", "8")
     slurm.setenv("SLURM_PROCID", "0")
-    assert (num_processes(), is_first()) == (1, True)
+    assert (num_processes(), num_machines(), is_first()) == (1, 1, True)
 
 
 def test_machines_with_different_numbers_of_processes_are_refused(slurm: pytest.MonkeyPatch) -> None:
