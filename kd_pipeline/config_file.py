@@ -1,6 +1,5 @@
 """Read a YAML file and overrides into a settings model, or say in one message what is wrong and where."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.known_names import suggest
 from kd_pipeline.plain_yaml import Key, Place, Problem, failure, parse
 
 __all__ = ["read_config"]
@@ -196,7 +196,8 @@ def _statement(spot: _Spot, error: ErrorDetails) -> str:
         case "missing":
             return "missing"
         case "extra_forbidden" if _is_model(spot.owner):
-            return f"unknown key{_nearest(str(spot.key[-1]), list(spot.owner.model_fields))}"
+            keys = list(spot.owner.model_fields)
+            return "unknown key" + suggest(str(spot.key[-1]), keys, otherwise=f"known keys: {', '.join(keys)}")
         case "union_tag_not_found":
             name = context["discriminator"].strip("'")
             tags = [tag for member in _members(spot.annotation) for tag in get_args(_inside(member, name))]
@@ -224,14 +225,8 @@ def _hint(wish: str, value: Any) -> str:
     if isinstance(value, str) and "number" in wish:
         return "; write decimal digits, without quotes or leading zeros"
     if isinstance(value, str):
-        close = difflib.get_close_matches(value, re.findall(r"'([^']*)'", wish), n=1)
-        return f"; did you mean {close[0]!r}?" if close else ""
+        return suggest(value, re.findall(r"'([^']*)'", wish), otherwise="")
     return "; put it in quotes" if "text" in wish and isinstance(value, bool | int | float) else ""
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
 
 
 def _place(key: Key, places: dict[Key, Place]) -> Place:

@@ -16,9 +16,9 @@ from pydantic import (
 )
 
 from kd_pipeline import losses
+from kd_pipeline.known_names import suggest
 from kd_pipeline.ramp import Ramp, smallest
 from kd_pipeline.settings import Settings
-from kd_pipeline.taps import closest
 
 __all__ = ["LOGITS", "DistillSettings", "TermSettings"]
 
@@ -151,7 +151,7 @@ class DistillSettings(Settings):
 
 def _known(loss: str, names: Sequence[str]) -> str:
     if loss not in names:
-        raise ValueError(f"there is no loss called {loss!r}; {closest(loss, names)}")
+        raise ValueError(f"there is no loss called {loss!r}{suggest(loss, names)}")
     return loss
 
 
@@ -173,7 +173,7 @@ def _checked_options(options: Options, loss: str | None) -> Options:
     checked = {}
     for name, value in options.items():
         if name not in kinds:
-            raise ValueError(f"{loss} has no option {name!r}; {closest(name, list(kinds))}")
+            raise ValueError(f"{loss} has no option {name!r}{suggest(name, kinds)}")
         try:
             checked[name] = TypeAdapter(kinds[name]).validate_python(value, strict=True)
         except ValidationError as exc:

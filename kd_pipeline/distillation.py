@@ -11,9 +11,10 @@ from kd_pipeline import losses
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.distill_settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.known_names import suggest
 from kd_pipeline.plugins import import_function
 from kd_pipeline.ramp import value_at
-from kd_pipeline.taps import closest, tapped
+from kd_pipeline.taps import tapped
 from kd_pipeline.teachers.base import TensorSpec
 
 __all__ = ["DistillSettings", "Distillation", "LossTerms", "OwnLoss", "TermSettings"]
@@ -193,8 +194,8 @@ class Distillation(nn.Module):
         for term in self._features:
             if term.teacher not in teacher_outputs:
                 raise ConfigError(
-                    f"distill.features: {term.name}: the teacher has no output called {term.teacher!r}; "
-                    f"{closest(term.teacher, list(teacher_outputs))} A PyTorch teacher returns the layers that its "
+                    f"distill.features: {term.name}: the teacher has no output called {term.teacher!r}"
+                    f"{suggest(term.teacher, teacher_outputs)} A PyTorch teacher returns the layers that its "
                     "features name"
                 )
             student, spec = outputs[term.student], teacher_outputs[term.teacher]

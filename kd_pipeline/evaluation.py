@@ -1,6 +1,5 @@
 """How good a model is on a split: accuracy, F1, confusion, agreement with a teacher, and any other metric."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError
+from kd_pipeline.known_names import suggest
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.optional import require
 from kd_pipeline.plugins import import_function
@@ -329,9 +329,7 @@ def _class_of(name: str) -> Any:
     classification = require("torchmetrics.classification", extra="train")
     kind = getattr(classification, name, None)
     if name not in classification.__all__ or kind is None:
-        close = difflib.get_close_matches(name, classification.__all__, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ConfigError(f"torchmetrics.classification has no {name!r}{hint}")
+        raise ConfigError(f"torchmetrics.classification has no {name!r}{suggest(name, classification.__all__)}")
     return kind
 
 

@@ -13,14 +13,13 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSamplePolicy
 from kd_pipeline.data.graph import GraphSettings
 from kd_pipeline.data.mix import MixSettings, mix_images, mix_labels
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
-from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, Read, Reader
+from kd_pipeline.data.reader import INDEX, LABEL, MIXING, Read, Reader
 from kd_pipeline.data.source import Source, SourceSettings, open_source, save_classes
 from kd_pipeline.data.transform import EvalTransform, TrainTransform, TransformSettings
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
@@ -499,15 +498,15 @@ class KDDataLoader:
         """Take a batch of this epoch from DALI and start the teacher on it."""
         read = self._reader.read(self._epoch, number, self._lane.stream)
         with self._lane.teaching():
-            pixels, columns = from_dlpack(read.images), self._lane.upload(read.facts)
-            labels = None if self.source.labels is None else columns[:, LABEL].contiguous()
+            pixels, facts = self._lane.view(read.images), self._lane.upload(read.facts)
+            labels = None if self.source.labels is None else facts[LABEL]
             if self.mix is not None:
-                pixels, labels = self._mixed(self.mix, pixels, labels, columns[:, MIXING])
+                pixels, labels = self._mixed(self.mix, pixels, labels, facts[MIXING].T)
             batch = KDBatch(
                 images=pixels,
                 labels=labels,
-                index=columns[:, INDEX].contiguous(),
-                valid=columns[:, VALID].bool(),
+                index=facts[INDEX],
+                valid=self._lane.upload(read.valid),
                 teacher=self._answers(pixels, read),
             )
             owned = [batch.index, batch.valid, *batch.teacher.values(), *([] if labels is None else [labels])]
@@ -521,7 +520,7 @@ class KDDataLoader:
             case None:
                 return {}
             case RecordedTeacher() as recorded:
-                return recorded.replay(self._epoch, read.plan.place, read.facts[:, INDEX])
+                return recorded.replay(self._epoch, read.plan.place, read.facts[INDEX])
             case teacher:
                 return teacher(images)
 

@@ -1,6 +1,5 @@
 """Networks by name: timm's, torchvision's, the user's own factory, and small ones of our own."""
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
@@ -11,8 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kd_pipeline.data.labels import nearest
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.known_names import suggest
 from kd_pipeline.optional import require
 from kd_pipeline.plugins import import_function
 from kd_pipeline.settings import Settings
@@ -222,9 +221,7 @@ def _builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Callabl
 
 
 def _unknown(library: str, name: str, names: Sequence[str]) -> ConfigError:
-    close = difflib.get_close_matches(name.partition(".")[0], names, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {len(names)} others"
-    return ConfigError(f"{library} has no classifier called {name!r}; {hint}")
+    return ConfigError(f"{library} has no classifier called {name!r}{suggest(name.partition('.')[0], names)}")
 
 
 def _load_weights(module: nn.Module, path: Path, reset: Sequence[str]) -> None:
@@ -233,7 +230,7 @@ def _load_weights(module: nn.Module, path: Path, reset: Sequence[str]) -> None:
         if not any(_lies_in(name, layer) for name in own):
             raise ConfigError(
                 f"reset: {type(module).__qualname__} has no weights in a layer {layer!r}"
-                f"{nearest(layer, [name for name, _ in module.named_modules() if name])}"
+                f"{suggest(layer, (name for name, _ in module.named_modules() if name))}"
             )
 
     def is_wanted(name: str) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from kd_pipeline.data.bad_samples import BadSamplePolicy
 from kd_pipeline.data.graph import GraphSettings
@@ -89,10 +88,10 @@ def check_pixels(
     try:
         read = reader.read(epoch, 0, lane.stream)
         with lane.teaching():
-            pixels = from_dlpack(read.images)
+            pixels = lane.view(read.images)
             if mix is not None:
-                pixels = mix_images(pixels, lane.upload(read.facts[:, MIXING]))
-            _compare(recorded, source.name, epoch, place, read.facts[:, INDEX], pixels)
+                pixels = mix_images(pixels, lane.upload(read.facts[MIXING]).T)
+            _compare(recorded, source.name, epoch, place, read.facts[INDEX], pixels)
     finally:
         reader.close()
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 __all__ = ["CpuLane", "CudaLane", "Lane", "open_lane"]
 
@@ -28,7 +28,10 @@ class Lane(Protocol):
     def teaching(self) -> AbstractContextManager[Any]:
         """Work that is queued inside goes behind DALI's output, on the teacher's stream."""
 
-    def upload(self, numbers: NDArray[np.int64]) -> Tensor:
+    def view(self, images: Any) -> Tensor:
+        """DALI's tensor as torch's, of the same memory, ordered on the current stream."""
+
+    def upload(self, numbers: NDArray[Any]) -> Tensor:
         """An array as a tensor on the device, copied there on the current stream."""
 
     def taught(self) -> Any:
@@ -53,7 +56,11 @@ class CpuLane:
         """Nothing to order."""
         return nullcontext()
 
-    def upload(self, numbers: NDArray[np.int64]) -> Tensor:
+    def view(self, images: Any) -> Tensor:
+        """By its capsule: torch would first ask for what DALI does not know, which takes ten times as long."""
+        return from_dlpack(images.__dlpack__())
+
+    def upload(self, numbers: NDArray[Any]) -> Tensor:
         """The same memory."""
         return torch.from_numpy(numbers)
 
@@ -84,7 +91,11 @@ class CudaLane:
         """Makes the teacher's stream the current one."""
         return torch.cuda.stream(self.stream)
 
-    def upload(self, numbers: NDArray[np.int64]) -> Tensor:
+    def view(self, images: Any) -> Tensor:
+        """Torch tells DALI its current stream."""
+        return from_dlpack(images)
+
+    def upload(self, numbers: NDArray[Any]) -> Tensor:
         """From pinned memory the copy is only queued, and torch keeps the memory until it is done."""
         return torch.from_numpy(numbers).pin_memory().to(self._device, non_blocking=True)
 

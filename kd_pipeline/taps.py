@@ -1,6 +1,5 @@
 """What the layers of a network return on the way, by layer name."""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -8,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.known_names import suggest
 from kd_pipeline.teachers.pytorch import frozen_copy, named_outputs
 
-__all__ = ["closest", "tapped", "with_features"]
+__all__ = ["tapped", "with_features"]
 
 
 @contextmanager
@@ -53,15 +53,6 @@ def with_features(module: nn.Module, layers: Sequence[str]) -> nn.Module:
         TeacherError: the module cannot be copied.
     """
     return _WithFeatures(module, layers)
-
-
-def closest(name: str, names: Sequence[str]) -> str:
-    """The end of a message about an unknown `name`: the nearest ones that there are, or the first few."""
-    near = difflib.get_close_matches(name, names, n=3)
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    few = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
-    return f"there are {few}" if names else "there are none"
 
 
 class _WithFeatures(nn.Module):
@@ -137,6 +128,6 @@ def _layer(module: nn.Module, name: str) -> nn.Module:
     layers: dict[str, nn.Module] = dict(module.named_modules(remove_duplicate=False))
     if not name or name not in layers:
         raise ConfigError(
-            f"{type(module).__qualname__} has no layer called {name!r}; {closest(name, [key for key in layers if key])}"
+            f"{type(module).__qualname__} has no layer called {name!r}{suggest(name, filter(None, layers))}"
         )
     return layers[name]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "kd_pipeline"
 
 FLOORS = [
     "errors",
-    "optional settings threads user_cache whole_file",
+    "known_names optional settings threads user_cache whole_file",
     "plugins ramp tensorrt_package",
     "batch data",
     "data.fingerprint data.index_cache data.labels",

@@ -43,7 +43,8 @@ def samples_of(
     trusted = [isinstance(images, np.ndarray) or not _starts_like_jpeg(path) for path in images]
     return Samples(
         data=images if isinstance(images, np.ndarray) else _padded(images),
-        parameters=parameters_of(transform, draws),
+        crop=transform.crop.parameters(draws.astype(np.float64)),
+        parameters=parameters_of(transform, draws.astype(np.float64)),
         trusted=np.array(trusted),
     )
 

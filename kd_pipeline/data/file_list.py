@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from kd_pipeline.data.files import FileSource, Paths
 from kd_pipeline.data.index_cache import Index, index_key, load_index, save_index
-from kd_pipeline.data.labels import Classes, class_names, nearest, odd_names
+from kd_pipeline.data.labels import Classes, class_names, odd_names
 from kd_pipeline.errors import DataError
+from kd_pipeline.known_names import suggest
 
 __all__ = ["FileList"]
 
@@ -110,7 +111,7 @@ class _ListedLabels:
             self._codes.append(label)
         elif label is not None:
             if self._names and label not in self._code_of:
-                raise ValueError(f"{label!r} is not among the {len(self._names)} classes{nearest(label, self._names)}")
+                raise ValueError(f"{label!r} is not among the {len(self._names)} classes{suggest(label, self._names)}")
             self._codes.append(self._code_of.setdefault(label, len(self._code_of)))
 
     def finish(self) -> tuple[NDArray[np.int64] | None, tuple[str, ...] | None]:

@@ -1,23 +1,24 @@
 """The only file that builds a DALI pipeline: planned samples in, finished images out."""
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.transform import EvalTransform, ImageSize, Node, TrainTransform, ops_of
+from kd_pipeline.data.transform import EvalTransform, Node, TrainTransform, ops_of
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.optional import require
 
 __all__ = ["Graph", "GraphSettings", "Probe", "Samples"]
 
-_JPEG_END = 0xD9FF
-"""The last two bytes of a JPEG file, as a little-endian number."""
-_TINY = 1e-6
-"""Divides the extent of a window of one pixel or more into one that no image has."""
+_JPEG_END = (0xFF, 0xD9)
+"""The last two bytes of a JPEG file."""
+_FAR = 1e9
+"""More pixels than an image has on a side."""
 _ABSOLUTE = {"normalized_anchor": False, "normalized_shape": False}
 """Windows are given in pixels."""
 
@@ -44,8 +45,10 @@ class Samples:
 
     data: NDArray[np.uint8]
     """`[N, L]` file names, NUL-padded, or `[N, H, W, 3]` pixels."""
-    parameters: tuple[NDArray[np.float32], ...]
-    """`[N, ...]` each, what `parameters_of` makes of the transform and the samples' uniform numbers."""
+    crop: tuple[NDArray[np.float64], ...]
+    """`[N, ...]` each, what the transform's crop makes of the samples' uniform numbers."""
+    parameters: tuple[NDArray[Any], ...]
+    """`[N, ...]` each, what `parameters_of` makes of them for all that follows the crop."""
     trusted: NDArray[np.bool_]
     """`[N]`, True for files that need not end like a JPEG: other formats, and those known to decode in full."""
 
@@ -53,14 +56,17 @@ class Samples:
         """Batches of so many samples each, one behind the other; nothing is copied."""
         ends = list(itertools.accumulate(sizes, initial=0))
         for own in itertools.starmap(slice, itertools.pairwise(ends)):
-            parameters = tuple(part[own] for part in self.parameters)
-            yield Samples(self.data[own], parameters, self.trusted[own])
+            crop, parameters = (tuple(part[own] for part in parts) for parts in (self.crop, self.parameters))
+            yield Samples(self.data[own], crop, parameters, self.trusted[own])
 
 
 class Graph:
-    """A built DALI pipeline; batches are pulled from `samples` and come out in the same order.
+    """Built DALI pipelines; batches are pulled from `samples` and come out in the same order.
 
-    DALI pulls `prefetch` batches ahead and works on them in its own threads while the caller does something else.
+    One pipeline reads a batch of files and their headers. From the sizes of its images NumPy computes the windows,
+    and with them the second pipeline decodes and augments: the same arithmetic within a pipeline takes one node for
+    each step, and each node more time than NumPy needs for all of them. Both work in DALI's own threads while the
+    caller does something else, the first one batch ahead of the second, and that `prefetch` batches ahead.
     """
 
     def __init__(
@@ -70,21 +76,15 @@ class Graph:
         transform: TrainTransform | EvalTransform,
         settings: GraphSettings,
     ) -> None:
-        self._samples = samples
         self._transform = transform
-        self._stores = stores
-        dali = require("nvidia.dali", extra="cpu")
-        self._pipeline = dali.Pipeline(
-            batch_size=settings.max_batch,
-            num_threads=settings.num_threads,
-            device_id=settings.device_id,
-            prefetch_queue_depth=settings.prefetch,
-        )
-        if not self._pipeline.exec_dynamic:
-            # Only this executor leaves a buffer alone while somebody holds it.
-            raise ConfigError("DALI's dynamic executor is off; unset DALI_* variables that select another executor")
+        self._read = _Files(samples, settings) if stores == "files" else _Pixels(samples)
+        # DALI asks for the two parts of a batch separately, in an order of its own.
+        self._images: deque[Any] = deque()
+        self._inputs: deque[tuple[NDArray[Any], ...]] = deque()
+        self._failure: RuntimeError | None = None
+        self._pipeline = _pipeline(settings, settings.device_id, settings.prefetch)
         with self._pipeline:
-            self._pipeline.set_outputs(self._define(settings))
+            self._pipeline.set_outputs(self._define(stores, settings))
         self._pipeline.build()
 
     def take(self, stream: Any = None) -> Any:
@@ -96,75 +96,149 @@ class Graph:
             RuntimeError: DALI could not read or decode a sample of this batch; the graph is to be thrown away.
             StopIteration: `samples` has ended.
         """
-        # The two halves of `run`, which itself adds a tenth of a millisecond of Python.
-        self._pipeline.schedule_run()
-        (images,) = self._pipeline.outputs(stream)
+        try:
+            # The two halves of `run`, which itself adds a tenth of a millisecond of Python.
+            self._pipeline.schedule_run()
+            (images,) = self._pipeline.outputs(stream)
+        except StopIteration:
+            if self._failure is None:
+                raise
+            raise self._failure from None
         return images.as_tensor()
 
     def close(self) -> None:
         """Stop DALI's threads; batches that somebody still holds stay valid."""
         del self._pipeline
+        self._read.close()
 
-    def _next(self) -> tuple[NDArray[Any], ...]:
-        """What DALI's external source calls for the next batch."""
-        samples = next(self._samples)
-        trusted = (samples.trusted,) if self._stores == "files" else ()
-        return (samples.data, *trusted, *samples.parameters)
+    def _advance(self) -> None:
+        """Get the next batch ready for DALI to ask for."""
+        if self._failure is not None:
+            raise StopIteration
+        try:
+            batch = self._read.next()
+        except RuntimeError as failure:
+            self._failure = failure  # its turn comes when the batches before it have been taken
+            raise StopIteration from None
+        corner, extent, *rest = self._transform.crop.cut(batch.size, *batch.samples.crop)
+        # A window far outside of the image has DALI refuse the sample before it decodes anything.
+        extent = np.where(batch.is_fine[:, None], extent, _FAR)
+        self._images.append(batch.images)
+        cut = (part.astype(np.float32) for part in (corner, extent, *rest))
+        self._inputs.append((*cut, *batch.samples.parameters))
 
-    def _define(self, settings: GraphSettings) -> Node:
+    def _next_images(self) -> Any:
+        """What DALI's external source calls for the images of the next batch."""
+        if not self._images:
+            self._advance()
+        return self._images.popleft()
+
+    def _next_inputs(self) -> tuple[NDArray[Any], ...]:
+        """What it calls for the numbers that belong to them."""
+        if not self._inputs:
+            self._advance()
+        return self._inputs.popleft()
+
+    def _define(self, stores: Literal["files", "pixels"], settings: GraphSettings) -> Node:
         fn = require("nvidia.dali.fn", extra="cpu")
-        types = require("nvidia.dali.types", extra="cpu")
-        crop, *ops = ops_of(self._transform)
-        inputs = [(types.FLOAT, ndim, "") for op in (crop, *ops) for ndim in op.ndims]
-        if self._stores == "files":
-            inputs = [(types.UINT8, 1, ""), (types.BOOL, 0, ""), *inputs]
+        crop, ops = self._transform.crop, ops_of(self._transform)
+        if stores == "files":
+            images = fn.external_source(self._next_images, ndim=1, no_copy=True)  # what was read is used where it lies
         else:
-            inputs = [(types.UINT8, 3, "HWC"), *inputs]
-        dtypes, ndims, layouts = (list(column) for column in zip(*inputs, strict=True))
-        data, *parameters = fn.external_source(
-            self._next, num_outputs=len(inputs), dtype=dtypes, ndim=ndims, layout=layouts
-        )
-        trusted = parameters.pop(0) if self._stores == "files" else None
-        own, rest = parameters[: len(crop.ndims)], parameters[len(crop.ndims) :]
-        if self._stores == "files":
-            # Reading a file at once is quicker than mapping it: all of it is needed, page by page.
-            encoded = fn.io.file.read(data, dont_use_mmap=True)
-            images, height, width = self._decode(encoded, trusted, own, settings)
+            images = fn.external_source(self._next_images, ndim=3, layout="HWC")
+        ndims = [*[1] * crop.num_inputs, *[ndim for op in ops for ndim in op.ndims]]
+        corner, extent, *inputs = fn.external_source(self._next_inputs, num_outputs=len(ndims), ndim=ndims)
+        if stores == "files":
+            images = fn.decoders.image_slice(images, corner, extent, axes=(0, 1), **_ABSOLUTE, **_decoder(settings))
         else:
-            images, height, width = self._cut(data, own, settings)
-        images = crop.finish(images, height, width)
+            images = images if settings.device_id is None else images.gpu()
+            images = fn.slice(images, corner, extent, axes=(0, 1), **_ABSOLUTE)
+        images = crop.finish(images, *inputs[: crop.num_inputs - 2])
+        inputs = inputs[crop.num_inputs - 2 :]
         for op in ops:
-            images = op.apply(images, *rest[: len(op.ndims)])
-            rest = rest[len(op.ndims) :]
+            images = op.apply(images, *inputs[: len(op.ndims)])
+            inputs = inputs[len(op.ndims) :]
         return images
 
-    def _decode(
-        self, encoded: Node, trusted: Node, parameters: list[Node], settings: GraphSettings
-    ) -> tuple[Node, Node, Node]:
-        """Decode the crop's window of each file; only that part of a JPEG is ever turned into pixels."""
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What was read of `samples`."""
+
+    samples: Samples
+    images: Any
+    """Files or pixels as DALI takes them."""
+    size: NDArray[np.float64]
+    """`[N, 2]`, height and width, at least 1."""
+    is_fine: NDArray[np.bool_]
+    """`[N]`, False for what is to be refused."""
+
+
+class _Files:
+    """Reads the files of each batch and their headers, one batch ahead."""
+
+    def __init__(self, samples: Iterator[Samples], settings: GraphSettings) -> None:
+        self._samples, self._max_pixels = samples, settings.max_pixels
+        self._asked: deque[Samples] = deque()
         fn = require("nvidia.dali.fn", extra="cpu")
-        types = require("nvidia.dali.types", extra="cpu")
-        math = require("nvidia.dali.math", extra="cpu")
-        shape = fn.peek_image_shape(encoded)
-        size = ImageSize.of(fn.cast(shape, dtype=types.FLOAT))
+        self._pipeline = _pipeline(settings, None, prefetch=1)
+        with self._pipeline:
+            # Reading a file at once is quicker than mapping it: all of it is needed, page by page.
+            encoded = fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True)
+            self._pipeline.set_outputs(encoded, fn.peek_image_shape(encoded), encoded[-len(_JPEG_END) :])
+        self._pipeline.build()
+        self._is_reading = False
+
+    def next(self) -> _Batch:
+        """The next batch; the one behind it is being read when this returns.
+
+        Raises:
+            RuntimeError: a file cannot be read, or has no header that DALI knows.
+            StopIteration: there is none.
+        """
+        if not self._is_reading:
+            self._pipeline.schedule_run()
+            self._is_reading = True
+        encoded, shape, end = self._pipeline.outputs()
+        samples = self._asked.popleft()
+        self._pipeline.schedule_run()
+        size = np.asarray(shape.as_tensor())[:, :2].astype(np.float64)
         # The window of a cut-off JPEG may lie above the cut and decode well; the file is refused all the same,
         # so that whether a sample is readable does not depend on its view.
-        is_whole = (fn.reinterpret(encoded[-2:], dtype=types.UINT16) == _JPEG_END) | trusted
-        is_small = size.area <= float(settings.max_pixels)
-        corner, extent = self._transform.crop.window(size, *parameters)
-        # A window far outside of the image has DALI refuse the sample before it decodes anything.
-        extent = extent / math.max(is_whole & is_small, _TINY)
-        images = fn.decoders.image_slice(encoded, corner, extent, axes=(0, 1), **_ABSOLUTE, **_decoder(settings))
-        return images, shape[0], shape[1]
+        is_whole = (np.asarray(end.as_tensor()) == _JPEG_END).all(axis=1) | samples.trusted
+        area = size.prod(axis=1)
+        is_fine = is_whole & (area > 0) & (area <= self._max_pixels)
+        return _Batch(samples, encoded, np.maximum(size, 1), is_fine)
 
-    def _cut(self, pixels: Node, parameters: list[Node], settings: GraphSettings) -> tuple[Node, Node, Node]:
-        """Cut the crop's window out of images that are pixels already."""
-        fn = require("nvidia.dali.fn", extra="cpu")
-        types = require("nvidia.dali.types", extra="cpu")
-        shape = pixels.shape()
-        corner, extent = self._transform.crop.window(ImageSize.of(fn.cast(shape, dtype=types.FLOAT)), *parameters)
-        images = pixels if settings.device_id is None else pixels.gpu()
-        return fn.slice(images, corner, extent, axes=(0, 1), **_ABSOLUTE), shape[0], shape[1]
+    def close(self) -> None:
+        """Stop DALI's threads."""
+        del self._pipeline
+
+    def _next_names(self) -> NDArray[np.uint8]:
+        """What DALI's external source calls for the next batch."""
+        self._asked.append(next(self._samples))
+        return self._asked[-1].data
+
+
+class _Pixels:
+    """Hands on images that are pixels already."""
+
+    def __init__(self, samples: Iterator[Samples]) -> None:
+        self._samples = samples
+
+    def next(self) -> _Batch:
+        """The next batch.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        samples = next(self._samples)
+        num_images, *size, _ = samples.data.shape
+        sizes = np.tile(np.array(size, dtype=np.float64), (num_images, 1))
+        return _Batch(samples, samples.data, sizes, np.ones(num_images, dtype=np.bool_))
+
+    def close(self) -> None:
+        """Nothing runs."""
 
 
 class Probe:
@@ -207,26 +281,36 @@ class Probe:
         self._decoding = None
 
     def _build(self, look: Callable[[Node], Node]) -> Any:
-        dali = require("nvidia.dali", extra="cpu")
         fn = require("nvidia.dali.fn", extra="cpu")
-        pipeline = dali.Pipeline(
-            batch_size=1, num_threads=1, device_id=self._settings.device_id, prefetch_queue_depth=1
-        )
+        pipeline = _pipeline(replace(self._settings, max_batch=1, num_threads=1), self._settings.device_id, prefetch=1)
         with pipeline:
-            path = fn.external_source(lambda: self._path[None], dtype=dali.types.UINT8, ndim=1)
+            path = fn.external_source(lambda: self._path[None], ndim=1)
             pipeline.set_outputs(look(fn.io.file.read(path)))
         return pipeline
 
     def _whole_image(self, encoded: Node) -> Node:
         fn = require("nvidia.dali.fn", extra="cpu")
-        math = require("nvidia.dali.math", extra="cpu")
         types = require("nvidia.dali.types", extra="cpu")
         size = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
-        is_small = size[0] * size[1] <= float(self._settings.max_pixels)
-        extent = size[:2] / math.max(is_small, _TINY)
+        is_large = size[0] * size[1] > float(self._settings.max_pixels)
+        extent = size[:2] + is_large * _FAR
         return fn.decoders.image_slice(
             encoded, extent * 0.0, extent, axes=(0, 1), **_ABSOLUTE, **_decoder(self._settings)
         )
+
+
+def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> Any:
+    dali = require("nvidia.dali", extra="cpu")
+    pipeline = dali.Pipeline(
+        batch_size=settings.max_batch,
+        num_threads=settings.num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+    )
+    if not pipeline.exec_dynamic:
+        # Only this executor leaves a buffer alone while somebody holds it.
+        raise ConfigError("DALI's dynamic executor is off; unset DALI_* variables that select another executor")
+    return pipeline
 
 
 def _decoder(settings: GraphSettings) -> dict[str, Any]:

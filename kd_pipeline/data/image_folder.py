@@ -6,8 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from kd_pipeline.data.files import FileSource, Paths
-from kd_pipeline.data.labels import Classes, class_names, nearest, odd_names, some
+from kd_pipeline.data.labels import Classes, class_names, odd_names, some
 from kd_pipeline.errors import DataError
+from kd_pipeline.known_names import suggest
 
 __all__ = ["EXTENSIONS", "ImageFolder"]
 
@@ -48,7 +49,7 @@ class ImageFolder(FileSource):
         if names is not None and (strangers := sorted(set(folders) - set(names))):
             raise DataError(
                 f"{top}: folder(s) that are not among the {len(names)} classes: {some(strangers)}; rename or remove "
-                f"them, or add them to `classes`{nearest(strangers[0], names)}"
+                f"them, or add them to `classes`{suggest(strangers[0], names)}"
             )
         above = frozenset({_identity(top)})
         counts = [paths.extend(_images_below(os.path.join(top, folder), skipped, above)) for folder in folders]

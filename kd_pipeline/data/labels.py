@@ -1,6 +1,5 @@
 """Class names: their order, the file that keeps them, and what is odd about them."""
 
-import difflib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline.errors import DataError
 
-__all__ = ["Classes", "class_names", "count_classes", "load_classes", "nearest", "odd_names", "save_classes", "some"]
+__all__ = ["Classes", "class_names", "count_classes", "load_classes", "odd_names", "save_classes", "some"]
 
 Classes = Sequence[str] | str | os.PathLike[str]
 """Class names in label order, or the path of a JSON file that lists them."""
@@ -79,12 +78,6 @@ def odd_names(names: Sequence[str]) -> list[str]:
     if pairs := [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
         odd.append(f"classes that differ only in case or in Unicode form: {some(pairs)}; merge them if they are one")
     return odd
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The end of a sentence on an unknown class: the most similar known one, else the first few."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {some(known)}"
 
 
 def some(names: Sequence[str], count: int | None = None) -> str:

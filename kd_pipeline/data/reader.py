@@ -16,12 +16,12 @@ from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan, uniforms
 from kd_pipeline.data.source import Source
 from kd_pipeline.data.transform import EvalTransform, TrainTransform, parameters_of
 
-__all__ = ["INDEX", "LABEL", "MIXING", "VALID", "Read", "Reader"]
+__all__ = ["INDEX", "LABEL", "MIXING", "Read", "Reader"]
 
-INDEX, LABEL, VALID = range(3)
-"""Columns of the facts that belong to a batch's images; the label is -1 for unlabelled data."""
-MIXING = slice(3, None)
-"""Columns that say how images are mixed, where they are."""
+INDEX, LABEL = range(2)
+"""Rows of the facts that belong to a batch's images; the label is -1 for unlabelled data."""
+MIXING = slice(2, None)
+"""Rows that say how images are mixed, where they are."""
 
 _BLOCK = 4096
 """Samples of files that are prepared at once: for 64 images, a call of NumPy takes as long as for a thousand."""
@@ -36,7 +36,9 @@ class Read:
     images: Any
     """DALI's dense tensor."""
     facts: NDArray[np.int64]
-    """`[N, F]`, what is shown in the images, stand-ins included; its columns are named above."""
+    """`[F, N]`, what is shown in the images, stand-ins included; its rows are named above."""
+    valid: NDArray[np.bool_]
+    """`[N]`, False for padding and stand-ins."""
     plan: BatchPlan
     """What was to be shown."""
 
@@ -49,6 +51,7 @@ class _Pulled:
     number: int
     plan: BatchPlan
     facts: NDArray[np.int64]
+    valid: NDArray[np.bool_]
 
 
 class Reader:
@@ -94,7 +97,7 @@ class Reader:
                     raise
             else:
                 pulled = self._pulled.popleft()
-                return Read(images, pulled.facts, pulled.plan)
+                return Read(images, pulled.facts, pulled.valid, pulled.plan)
 
     def stop(self) -> None:
         """Stop DALI and forget what it read ahead."""
@@ -132,35 +135,40 @@ class Reader:
             batches = self._epochs.at(epoch)
             for first in range(number, len(batches), size):
                 plans = [batches[place] for place in range(first, min(first + size, len(batches)))]
-                numbered = enumerate(zip(plans, *self._prepared(plans, epoch), strict=True), first)
-                yield [(_Pulled(epoch, place, plan, facts), samples) for place, (plan, facts, samples) in numbered]
+                prepared = enumerate(zip(plans, *self._prepared(plans, epoch), strict=True), first)
+                yield [
+                    (_Pulled(epoch, place, plan, facts, valid), samples)
+                    for place, (plan, facts, valid, samples) in prepared
+                ]
             epoch, number = epoch + 1, 0
 
     def _prepared(
         self, plans: Sequence[BatchPlan], epoch: int
-    ) -> tuple[Sequence[NDArray[np.int64]], Iterator[Samples]]:
-        """Facts and samples of each batch, all computed in one go."""
+    ) -> tuple[Sequence[NDArray[np.int64]], Sequence[NDArray[np.bool_]], Iterator[Samples]]:
+        """Facts, what is valid, and samples of each batch, all computed in one go."""
         index, readable = self.bad_samples.replace(np.concatenate([plan.index for plan in plans]))
         data = self._source.read(index)
         valid = np.concatenate([plan.valid for plan in plans]) & readable
-        facts = np.stack([index, self._labels[index], valid], axis=1)
         repeat = np.concatenate([plan.repeat for plan in plans])
         num_draws = self._transform.num_draws
         count = num_draws if self._mix is None else max(num_draws, self._mix.num_draws)
-        draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=repeat)
+        draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=repeat).astype(np.float64)
         sizes = [len(plan.index) for plan in plans]
         cuts = np.cumsum(sizes)[:-1]
+        valids = np.split(valid, cuts)
+        facts = np.split(np.stack([index, self._labels[index]]), cuts, axis=1)
         if self._mix is not None:
             size, repeats = self._transform.size, self._plan.repeats
-            batches = zip(np.split(draws.astype(np.float64), cuts), np.split(valid, cuts), strict=True)
-            columns = [mixing(self._mix, *batch, size=size, repeats=repeats) for batch in batches]
-            facts = np.concatenate([facts, np.concatenate(columns)], axis=1)
+            batches = zip(np.split(draws, cuts), valids, strict=True)
+            mixed = [mixing(self._mix, *batch, size=size, repeats=repeats) for batch in batches]
+            facts = [np.concatenate([own, columns.T]) for own, columns in zip(facts, mixed, strict=True)]
         samples = Samples(
             data=data,
+            crop=self._transform.crop.parameters(draws[:, :num_draws]),
             parameters=parameters_of(self._transform, draws[:, :num_draws]),
             trusted=self.bad_samples.trusted(index, data),
         )
-        return np.split(facts, cuts), samples.split(sizes)
+        return [np.ascontiguousarray(own) for own in facts], valids, samples.split(sizes)
 
 
 class _Epochs:

@@ -1,8 +1,8 @@
 """What is done to an image, as data: frozen settings, the random numbers they need, and their DALI calls.
 
 An op turns uniform numbers from the plan into parameters with NumPy (`parameters`), one array for each input that
-its DALI calls take (`apply` and the like). No op draws anything itself. Which of the plan's numbers an op reads is
-fixed, so switching one op on never changes what another does.
+its DALI calls take (`apply`). The crop alone needs to know how large an image is (`cut`). No op draws anything itself.
+Which of the plan's numbers an op reads is fixed, so switching one op on never changes what another does.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ __all__ = [
     "ColourJitter",
     "EvalTransform",
     "GaussianBlur",
-    "ImageSize",
     "Normalise",
     "RandomErasing",
     "RandomResizedCrop",
@@ -38,9 +37,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 NUM_TRIES = 10
 """How often a crop is drawn until it fits; torchvision's number."""
-
-_NO_LIMIT = 1e9
-"""More pixels than an image has on a side."""
 
 Node = Any
 """A node of a DALI graph."""
@@ -180,34 +176,17 @@ TransformSettings = Annotated[TrainTransform | EvalTransform, Field(discriminato
 
 
 def ops_of(transform: TrainTransform | EvalTransform) -> tuple[Any, ...]:
-    """The crop, what happens to the pixels, and the normalisation, in this order."""
-    return (transform.crop, *transform.ops, transform.normalise)
+    """What happens to the pixels after the crop, the normalisation last."""
+    return (*transform.ops, transform.normalise)
 
 
-def parameters_of(
-    transform: TrainTransform | EvalTransform, draws: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], ...]:
+def parameters_of(transform: TrainTransform | EvalTransform, draws: Array) -> tuple[NDArray[Any], ...]:
     """What the ops make of uniform numbers `[N, transform.num_draws]`: all their parameters, one behind the other."""
-    precise = draws.astype(np.float64)
-    found = (part for op in ops_of(transform) for part in op.parameters(precise))
-    return tuple(np.ascontiguousarray(part, dtype=np.float32) for part in found)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSize:
-    """An image's size in floats, for all who compute with it: each node costs DALI a few microseconds an image."""
-
-    both: Node
-    """Height and width."""
-    height: Node
-    width: Node
-    area: Node
-
-    @classmethod
-    def of(cls, size: Node) -> "ImageSize":
-        """Of a float (height, width, ...)."""
-        height, width = size[0], size[1]
-        return cls(size[:2], height, width, height * width)
+    found = (part for op in ops_of(transform) for part in op.parameters(draws))
+    # DALI has no use for double precision.
+    return tuple(
+        np.ascontiguousarray(part, dtype=np.float32 if part.dtype == np.float64 else part.dtype) for part in found
+    )
 
 
 @dataclass(frozen=True)
@@ -224,40 +203,37 @@ class RandomResizedCrop:
     area: Range
     ratio: Range
 
-    ndims: ClassVar[tuple[int, ...]] = (2, 1)
-    """Dimensions of a sample's part of each parameter."""
+    num_inputs: ClassVar[int] = 2
+    """How many arrays `cut` returns."""
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """Windows to try, and where to put the one that is taken.
 
         Returns:
-            Height and width of every try over the root of the image's area `[N, 11, 2]`, in reverse, led by a row
-            that is larger than any image; then the place in the room that the window has, y and x from 0 to below 1,
-            `[N, 2]`.
+            Height and width of every try over the root of the image's area `[N, 10, 2]`, the first try first, and the
+            place in the room that the window has, y and x from 0 to below 1, `[N, 2]`.
         """
         low, high = self.area
         area = low + draws[:, _AREA] * (high - low)
         log_low, log_high = np.log(self.ratio)
         ratio = np.exp(log_low + draws[:, _RATIO] * (log_high - log_low))
-        extent = np.full((len(draws), NUM_TRIES + 1, 2), np.inf)
-        extent[:, 1:, 0], extent[:, 1:, 1] = np.sqrt(area / ratio), np.sqrt(area * ratio)
-        return extent, draws[:, [_PLACE_Y, _PLACE_X]]
+        tries = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=2)
+        return tries[:, ::-1], draws[:, [_PLACE_Y, _PLACE_X]]
 
-    def window(self, size: ImageSize, extent: Node, place: Node) -> tuple[Node, Node]:
-        """Corner (y, x) and extent of the window in an image of that size, in whole pixels."""
-        fn, math, types = _dali()
-        image, root = size.both, math.sqrt(size.area)
-        # torchvision rounds, and asks whether the rounded window fits: anything below half a pixel more does.
-        # Tries come in reverse, so that the highest number among those that fit is the first try; 0 if none does.
-        number = types.Constant(np.arange(NUM_TRIES + 1, dtype=np.int32)[:, None])
-        first = fn.reductions.max(fn.reductions.min((extent < (image + 0.5) / root) * number, axes=1))
-        largest = fn.stack(size.width / self.ratio[0], size.height * self.ratio[1]) + first * _NO_LIMIT
-        chosen = math.clamp(math.floor(math.min(extent[first] * root, largest) + 0.5), 1.0, image)
-        return math.floor(place * (image - chosen + 1.0)), chosen
+    def cut(self, size: Array, tries: Array, place: Array) -> tuple[Array, ...]:
+        """Corner (y, x) and extent of the windows in images of `size` `[N, 2]`, in whole pixels, `[N, 2]` each."""
+        extents = np.rint(tries * np.sqrt(size.prod(axis=1))[:, None, None])
+        fits = (extents <= size[:, None]).all(axis=2)
+        first = fits.argmax(axis=1)
+        longest = np.rint(size[:, ::-1] * [1 / self.ratio[0], self.ratio[1]])
+        rows = np.arange(len(size))
+        extent = np.where(fits[rows, first, None], extents[rows, first], longest)
+        extent = np.clip(extent, 1, size)
+        return np.floor(place * (size - extent + 1)), extent
 
-    def finish(self, images: Node, height: Node, width: Node) -> Node:
-        """Bring the window, of whatever size, to its final one."""
-        fn, _, _ = _dali()
+    def finish(self, images: Node) -> Node:
+        """Bring the windows, of whatever size, to the final one."""
+        fn, _ = _dali()
         return fn.resize(images, size=[self.size, self.size], **_filter(self.interpolation))
 
 
@@ -273,38 +249,25 @@ class CentreCrop:
     interpolation: str
     shorter: int
 
-    ndims: ClassVar[tuple[int, ...]] = ()
+    num_inputs: ClassVar[int] = 4
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """None: nothing here is random."""
         return ()
 
-    def window(self, size: ImageSize) -> tuple[Node, Node]:
-        """The whole image."""
-        return size.both * 0.0, size.both
+    def cut(self, size: Array) -> tuple[Array, ...]:
+        """Corner and extent of whole images of `size` `[N, 2]`, then where in them the centre begins and ends."""
+        resized = self.shorter * size // size.min(axis=1, keepdims=True)
+        step = size / resized
+        corner = np.rint((resized - self.size) / 2)
+        return np.zeros_like(size), size, corner * step, (corner + self.size) * step
 
-    def finish(self, images: Node, height: Node, width: Node) -> Node:
-        """Resize whole images of that integer size, and crop them."""
-        fn, math, types = _dali()
-        least = math.min(height, width)
-        new_height, new_width = self.shorter * height // least, self.shorter * width // least
-        new_size = fn.cast(fn.stack(new_height, new_width), dtype=types.FLOAT)
-        corner = fn.cast(fn.stack(self._edge(new_height), self._edge(new_width)), dtype=types.FLOAT)
-        step = fn.cast(fn.stack(height, width), dtype=types.FLOAT) / new_size
-        # Only the centre is ever made: all of a 1x30000 image would be 6 GB.
+    def finish(self, images: Node, start: Node, end: Node) -> Node:
+        """Resize the centres of whole images; all of a resized 1x30000 image would be 6 GB."""
+        fn, _ = _dali()
         return fn.resize(
-            images,
-            size=[self.size, self.size],
-            roi_start=corner * step,
-            roi_end=(corner + self.size) * step,
-            **_filter(self.interpolation),
+            images, size=[self.size, self.size], roi_start=start, roi_end=end, **_filter(self.interpolation)
         )
-
-    def _edge(self, length: Node) -> Node:
-        """Half of the margin, halves rounded to the even number as Python's `round` does."""
-        margin = length - self.size
-        half = margin // 2
-        return half + (margin - half * 2) * (half - half // 2 * 2)
 
 
 @dataclass(frozen=True)
@@ -332,7 +295,7 @@ class ColourJitter:
 
     def apply(self, images: Node, brightness: Node, contrast: Node, saturation: Node, hue: Node) -> Node:
         """Map the colours of uint8 images."""
-        fn, _, _ = _dali()
+        fn, _ = _dali()
         return fn.color_twist(images, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
 
 
@@ -345,16 +308,16 @@ class GaussianBlur:
 
     ndims: ClassVar[tuple[int, ...]] = (0, 0)
 
-    def parameters(self, draws: Array) -> tuple[Array, ...]:
+    def parameters(self, draws: Array) -> tuple[NDArray[Any], ...]:
         """Standard deviation and window in pixels, `[N]` each; a window of one pixel leaves the image as it is."""
         low, high = self.sigma
         sigma = low + draws[:, _BLUR_SIGMA] * (high - low)
-        return sigma, np.where(draws[:, _BLUR] < self.probability, 2 * np.ceil(3 * sigma) + 1, 1)
+        window = np.where(draws[:, _BLUR] < self.probability, 2 * np.ceil(3 * sigma) + 1, 1)
+        return sigma, window.astype(np.int32)
 
     def apply(self, images: Node, sigma: Node, window: Node) -> Node:
         """Blur uint8 images."""
-        fn, _, types = _dali()
-        window = fn.cast(window, dtype=types.INT32)
+        fn, types = _dali()
         return fn.gaussian_blur(images, sigma=sigma, window_size=window, dtype=types.UINT8)
 
 
@@ -381,7 +344,7 @@ class RandomErasing:
 
     def apply(self, images: Node, corner: Node, extent: Node) -> Node:
         """Erase from uint8 images."""
-        fn, _, _ = _dali()
+        fn, _ = _dali()
         fill = [round(255 * channel) for channel in self.mean]
         return fn.erase(images, anchor=corner, shape=extent, axis_names="HW", fill_value=fill)
 
@@ -401,16 +364,16 @@ class Normalise:
         """Dimensions of a sample's part of each parameter."""
         return () if self.flip is None else (0,)
 
-    def parameters(self, draws: Array) -> tuple[Array, ...]:
+    def parameters(self, draws: Array) -> tuple[NDArray[np.int32], ...]:
         """`[N]`, 1 where the image is flipped."""
-        return () if self.flip is None else ((draws[:, _FLIP] < self.flip).astype(np.float64),)
+        return () if self.flip is None else ((draws[:, _FLIP] < self.flip).astype(np.int32),)
 
     def apply(self, images: Node, mirror: Node = 0) -> Node:
         """Normalise uint8 images."""
-        fn, _, types = _dali()
+        fn, types = _dali()
         return fn.crop_mirror_normalize(
             images,
-            mirror=mirror if self.flip is None else fn.cast(mirror, dtype=types.INT32),
+            mirror=mirror,
             mean=[255 * channel for channel in self.mean],
             std=[255 * channel for channel in self.std],
             dtype={"float32": types.FLOAT, "float16": types.FLOAT16}[self.dtype],
@@ -430,15 +393,11 @@ _BLUR, _BLUR_SIGMA = 28, 29
 _ERASE, _ERASE_AREA, _ERASE_RATIO, _ERASE_PLACE = 30, 31, 32, slice(33, 35)
 
 
-def _dali() -> tuple[Any, Any, Any]:
-    return (
-        require("nvidia.dali.fn", extra="cpu"),
-        require("nvidia.dali.math", extra="cpu"),
-        require("nvidia.dali.types", extra="cpu"),
-    )
+def _dali() -> tuple[Any, Any]:
+    return require("nvidia.dali.fn", extra="cpu"), require("nvidia.dali.types", extra="cpu")
 
 
 def _filter(interpolation: str) -> dict[str, Any]:
-    _, _, types = _dali()
+    _, types = _dali()
     kind = {"bilinear": types.INTERP_TRIANGULAR, "bicubic": types.INTERP_CUBIC}[interpolation]
     return {"interp_type": kind, "antialias": True}

@@ -1,6 +1,5 @@
 """Changes to an ONNX file before it is built: an input adapter in front, extra outputs, class names."""
 
-import difflib
 import json
 import os
 import tempfile
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline.engine.export import ADAPTER_KEY, InputAdapter
 from kd_pipeline.errors import EngineError, TeacherError
+from kd_pipeline.known_names import suggest
 from kd_pipeline.optional import require
 from kd_pipeline.teachers.onnx_file import CLASSES_KEY, OnnxFile, read_onnx
 
@@ -170,8 +170,8 @@ def _add_outputs(model: Any, file: OnnxFile, names: Sequence[str]) -> None:
         if name in graph.initializers or any(name == value.name for value in graph.inputs):
             raise EngineError(f"{file.path}: {name!r} is an input or a weight, not a tensor that the graph computes")
         if name not in inside:
-            close = difflib.get_close_matches(name, inside, n=5, cutoff=0.3) or list(inside)[-5:]
-            raise EngineError(f"{file.path} computes no tensor {name!r}; did you mean {', '.join(map(repr, close))}?")
+            # What comes last is nearest to the logits, and most often wanted.
+            raise EngineError(f"{file.path} computes no tensor {name!r}{suggest(name, reversed(inside))}")
         if any(value is inside[name] for value in graph.outputs):
             raise EngineError(f"{file.path}: {name!r} is an output already; leave it out")
         _check_feature(file, inside[name], _images(model, file).shape[0])

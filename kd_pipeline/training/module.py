@@ -141,6 +141,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         for name, value in self._figures().items():
             self.log(name, value, prog_bar=name.endswith("/top1"))
         self.student.train()
+        if self.trainer.progress_bar_callback is not None:
+            # Lightning has drawn the epoch's last state before it called us, with the figures of the epoch before.
+            self.trainer.progress_bar_callback.on_train_epoch_end(self.trainer, self)
 
     def validate_now(self) -> Mapping[str, float]:
         """Validate in the middle of an epoch, log it at once, and return the figures by name."""

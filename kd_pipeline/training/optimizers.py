@@ -10,8 +10,8 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
-from kd_pipeline.data.labels import nearest
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.known_names import suggest
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
 
@@ -65,7 +65,7 @@ class OptimizerSettings(Settings):
         found = getattr(torch.optim, name.removeprefix(_TORCH), None) if name.startswith(_TORCH) else None
         if name not in _KNOWN_TO and not (isinstance(found, type) and issubclass(found, Optimizer)):
             raise ValueError(
-                f"there is no optimizer {name!r}{nearest(name, list(_KNOWN_TO))}; take one of {', '.join(_KNOWN_TO)}, "
+                f"there is no optimizer {name!r}{suggest(name, _KNOWN_TO)}; take one of {', '.join(_KNOWN_TO)}, "
                 f"or a class of torch's such as {_TORCH}RAdam"
             )
         return name
@@ -169,6 +169,4 @@ def _check_names(layers: Iterable[str], trained: Iterable[str]) -> None:
         known |= {".".join(parts[:depth]): None for depth in range(1, len(parts) + 1)}
     for layer in layers:
         if layer not in known:
-            raise ConfigError(
-                f"lr_scale: no trained parameter of the student lies in {layer!r}{nearest(layer, list(known))}"
-            )
+            raise ConfigError(f"lr_scale: no trained parameter of the student lies in {layer!r}{suggest(layer, known)}")

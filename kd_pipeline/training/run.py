@@ -19,12 +19,12 @@ from kd_pipeline.distillation import Distillation
 from kd_pipeline.engine.parity import Samples
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation import Evaluation, evaluate, open_metrics
+from kd_pipeline.known_names import suggest
 from kd_pipeline.loader import DataSettings, KDDataLoader, resolve_device, sample_images
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.optional import require
 from kd_pipeline.probe import probe_teacher
 from kd_pipeline.report.curves import save_confusion, save_curves
-from kd_pipeline.taps import closest
 from kd_pipeline.teachers import TeacherSettings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.permuted import matched
@@ -344,7 +344,7 @@ def _check_figures(config: Config) -> None:
         wanted["early_stopping.metric"] = train.early_stopping.metric
     for key, figure in wanted.items():
         if figure is not None and not figure.startswith("train/") and figure not in known:
-            raise ConfigError(f"train.{key}: nothing measures {figure!r}; {closest(figure, known)}")
+            raise ConfigError(f"train.{key}: nothing measures {figure!r}{suggest(figure, known)}")
 
 
 def _model_settings(config: Config, stage: Stage) -> ModelSettings:

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,21 +240,47 @@ def test_of_an_image_that_is_one_long_line_only_the_centre_is_made(photo, tmp_pa
 # Batches
 
 
-def batches(num_batches, num_images, transform=EVAL):
-    """Plain pixels whose value is the number of the batch."""
+def batches(num_batches, num_images, transform=EVAL, folder=None):
+    """Images of one colour, the number of the batch, as pixels or as files in a folder."""
     for number in range(num_batches):
         images = np.full((num_images - number % 2, 40, 40, 3), number, dtype=np.uint8)
-        yield samples_of(transform, images)
+        files = [lossless(image, folder / f"{number}_{row}.png") for row, image in enumerate(images)] if folder else []
+        yield samples_of(transform, files or images)
 
 
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 @pytest.mark.parametrize("transform", [EVAL, TRAIN])
-def test_batches_come_out_in_order_and_one_may_be_smaller(prefetch, transform):
-    graph = Graph(batches(7, 5, transform), "pixels", transform, graph_settings(5, prefetch=prefetch))
+@pytest.mark.parametrize("stores", ["files", "pixels"])
+def test_batches_come_out_in_order_and_one_may_be_smaller(tmp_path, prefetch, transform, stores):
+    samples = batches(7, 5, transform, tmp_path if stores == "files" else None)
+    graph = Graph(samples, stores, transform, graph_settings(5, prefetch=prefetch))
     for number in range(7):
         images = np.array(graph.take())
         assert images.shape == (5 - number % 2, 3, 32, 32) and (images == number).all()
-    with pytest.raises(StopIteration):
+    for _ in range(2):
+        with pytest.raises(StopIteration):
+            graph.take()
+    graph.close()
+
+
+SPOIL = {
+    "no file": Path.unlink,
+    "no header": lambda path: path.write_bytes(b"junk"),
+    "too few pixels": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+}
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
+@pytest.mark.parametrize("number", [0, 1, 5, 6])
+@pytest.mark.parametrize("spoil", SPOIL.values(), ids=SPOIL)
+def test_a_bad_file_stops_its_own_batch_and_none_before_it(tmp_path, prefetch, number, spoil):
+    """Whether reading it, its header or its pixels fails."""
+    samples = list(batches(7, 5, folder=tmp_path))
+    spoil(tmp_path / f"{number}_3.png")
+    graph = Graph(iter(samples), "files", EVAL, graph_settings(5, prefetch=prefetch))
+    for good in range(number):
+        assert (np.array(graph.take()) == good).all()
+    with pytest.raises(RuntimeError):
         graph.take()
     graph.close()
 

@@ -242,7 +242,7 @@ def model_with_odd_tensors() -> onnx.ModelProto:
     [
         ("flatt", "computes no tensor 'flatt'; did you mean 'flat'"),
         ("Pooled", "computes no tensor 'Pooled'; did you mean 'pooled'"),
-        ("qqq", "computes no tensor 'qqq'; did you mean '.*'scalar'"),
+        ("qqq", "computes no tensor 'qqq'; there are 'scalar', 'indices'"),
         ("weight", "'weight' is an input or a weight"),
         ("images", "'images' is an input or a weight"),
         ("logits", "'logits' is an output already"),

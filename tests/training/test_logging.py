@@ -83,6 +83,26 @@ def test_an_epoch_ends_with_the_figures_of_every_validation_set(full: Path) -> N
         assert row["epoch"] == step // 6
 
 
+@pytest.mark.parametrize("kind", ["RichProgressBar", "TQDMProgressBar"])
+def test_an_epoch_leaves_its_own_figures_on_the_progress_bar(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    lightning = pytest.importorskip("lightning")
+    drawn: dict[int, float] = {}
+
+    class Bar(getattr(lightning.pytorch.callbacks, kind)):  # type: ignore[misc]
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            super().on_train_epoch_end(trainer, module)
+            drawn[trainer.current_epoch] = float(self.get_metrics(trainer, module).get("val/top1", -1.0))
+
+    connector = lightning.pytorch.trainer.connectors.callback_connector
+    monkeypatch.setattr(connector, "RichProgressBar", Bar)
+    monkeypatch.setattr(connector, "TQDMProgressBar", Bar)
+    found = run(digits, kind).folder
+    wanted = {int(row["epoch"]): row["val/top1"] for row in logged(found) if "val/top1" in row}
+    assert len(drawn) == 2 and drawn == pytest.approx(wanted, abs=1e-3)
+
+
 def test_memory_is_logged_on_a_gpu_only(full: Path) -> None:
     assert not any("train/memory_gib" in row for row in logged(full))
 

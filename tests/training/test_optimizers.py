@@ -258,8 +258,8 @@ def test_a_scaled_layer_splits_into_what_decays_and_what_does_not():
         ("layer", "did you mean 'layer1'"),
         ("layer1.", "did you mean 'layer1"),
         ("layer1.1.bias", "did you mean 'layer1.1'"),
-        ("frozen", "known are layer1, layer1.0, "),
-        ("", "known are"),
+        ("frozen", "there are 'layer1', 'layer1.0', "),
+        ("", "there are"),
     ],
 )
 def test_a_name_that_fits_no_trained_parameter_is_refused_with_the_nearest(layer, rest):

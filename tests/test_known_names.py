@@ -1,0 +1,26 @@
+"""An unknown name is answered with what was probably meant."""
+
+import pytest
+
+from kd_pipeline.known_names import suggest
+
+NAMES = ["resnet18", "resnet34", "vit"]
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "rest"),
+    [
+        ("resnet19", NAMES, "; did you mean 'resnet18' or 'resnet34'?"),
+        ("zzz", NAMES, "; there are 'resnet18', 'resnet34', 'vit'"),
+        ("zzz", iter("abcdefghij"), "; there are 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more"),
+        ("zzz", [], "; there are none"),
+    ],
+)
+def test_the_names_most_like_it_are_proposed_or_else_the_first_few(word, known, rest):
+    assert suggest(word, known) == rest
+
+
+def test_where_none_is_like_it_the_caller_may_say_something_else():
+    assert suggest("zzz", NAMES, otherwise="read the list") == "; read the list"
+    assert suggest("zzz", NAMES, otherwise="") == ""
+    assert suggest("vitt", NAMES, otherwise="read the list") == "; did you mean 'vit'?"
