@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from kd_pipeline.config_file import read_config
+from kd_pipeline.data_settings import DataSettings
 from kd_pipeline.distillation import DistillSettings
-from kd_pipeline.loader import DataSettings
 from kd_pipeline.models import ModelSettings
 from kd_pipeline.probe import ProbeSettings
 from kd_pipeline.settings import Settings

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from kd_pipeline.batch import KDBatch
@@ -20,13 +19,13 @@ from kd_pipeline.data.graph import GraphSettings
 from kd_pipeline.data.mix import MixSettings, mix_images, mix_labels
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
 from kd_pipeline.data.reader import INDEX, LABEL, MIXING, Read, Reader
-from kd_pipeline.data.source import Source, SourceSettings, open_source, save_classes
-from kd_pipeline.data.transform import EvalTransform, TrainTransform, TransformSettings
+from kd_pipeline.data.source import Source, open_source, save_classes
+from kd_pipeline.data.transform import EvalTransform, TrainTransform
+from kd_pipeline.data_settings import SPLITS, DataSettings
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.input_adapter import Normalisation
 from kd_pipeline.optional import require
 from kd_pipeline.replay import check_pixels, check_stream, cut_of_mixed_batch
-from kd_pipeline.settings import Settings
 from kd_pipeline.state import check_fingerprint, check_position, read_position
 from kd_pipeline.stream import open_lane
 from kd_pipeline.teachers import EnsembleSettings, TeacherSettings, open_teacher
@@ -35,79 +34,9 @@ from kd_pipeline.teachers.permuted import matched
 from kd_pipeline.teachers.recorded import RecordedTeacher
 from kd_pipeline.threads import num_cores
 
-__all__ = ["DataSettings", "KDDataLoader", "LoaderConfig", "SplitSettings", "resolve_device", "sample_images"]
+__all__ = ["KDDataLoader", "LoaderConfig", "resolve_device", "sample_images"]
 
 _STATE_VERSION = 1
-_SPLITS = ("train", "val", "test")
-
-
-class SplitSettings(Settings):
-    """Where the images of one split come from and what is done to them."""
-
-    source: SourceSettings
-    transform: TransformSettings
-    mix: MixSettings | None = None
-    """Mixup and CutMix of whole batches, before the teacher sees them; not at all where left out."""
-    repeats: int = Field(default=1, ge=1)
-    """How often in a row an epoch shows a sample, each time in another view; it stays as long and shows fewer."""
-    shuffle: bool | None = None
-    """A new order every epoch; by default true for the split `train` and false for any other."""
-    last_batch: LastBatch | None = None
-    """What becomes of samples that fill no whole batch; by default `drop` for `train` and `keep` for any other."""
-
-
-class DataSettings(Settings):
-    """Everything a loader needs to know, apart from the teacher."""
-
-    batch_size: int = Field(gt=0)
-    """Images in a batch of one process."""
-    train: SplitSettings | None = None
-    val: SplitSettings | None = None
-    test: SplitSettings | None = None
-    more: dict[str, SplitSettings] = Field(default_factory=dict)
-    """More splits by names of their own, such as other validation sets."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one."""
-    num_threads: int | None = Field(default=None, gt=0)
-    """CPU threads for DALI; the cores this process may use where left out."""
-    prefetch: int = Field(default=2, ge=1)
-    """Batches that DALI works on ahead."""
-    ahead: int = Field(default=1, ge=0)
-    """Batches for which the teacher has been started ahead of the one handed out."""
-    hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
-    """Share of JPEG images for a GPU's hardware decoder."""
-    on_bad_sample: Literal["raise", "substitute"] = "raise"
-    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
-    max_pixels: int = Field(default=89_478_485, gt=0)
-
-    @model_validator(mode="after")
-    def _names_are_used_once(self) -> "DataSettings":
-        for name in _SPLITS:
-            if name in self.more:
-                raise ValueError(f"more must not have a split {name!r}, which is a key of data itself; move it there")
-        return self
-
-    def split(self, name: str) -> SplitSettings:
-        """The split of that name.
-
-        Raises:
-            ConfigError: there is none; names those that there are.
-        """
-        own = {split: getattr(self, split) for split in _SPLITS}
-        splits: dict[str, SplitSettings] = {
-            split: found for split, found in own.items() if found is not None
-        } | self.more
-        if name not in splits:
-            key = f"data.{name}" if name in _SPLITS else f"data.more.{name}"
-            raise ConfigError(
-                f"the config has no split {name!r}; add {key} with a source and a transform, or take one that is "
-                f"there: {', '.join(splits) or 'none'}"
-            )
-        return splits[name]
-
-    def with_split(self, name: str, settings: SplitSettings) -> Self:
-        """A copy in which the split of that name is another."""
-        return self.model_copy(update={name: settings} if name in _SPLITS else {"more": {**self.more, name: settings}})
 
 
 class LoaderConfig(Protocol):
@@ -338,7 +267,7 @@ class KDDataLoader:
                 last_batch=settings.last_batch or ("drop" if is_training else "keep"),
                 repeats=settings.repeats,
                 run_dir=config.run_dir,
-                **data.model_dump(exclude={*_SPLITS, "more"}),
+                **data.model_dump(exclude={*SPLITS, "more"}),
             )
         except BaseException:
             if opened is not None:
@@ -498,7 +427,7 @@ class KDDataLoader:
         """Take a batch of this epoch from DALI and start the teacher on it."""
         read = self._reader.read(self._epoch, number, self._lane.stream)
         with self._lane.teaching():
-            pixels, facts = self._lane.view(read.images), self._lane.upload(read.facts)
+            pixels, facts = self._lane.view(read.images)[read.rows], self._lane.upload(read.facts)
             labels = None if self.source.labels is None else facts[LABEL]
             if self.mix is not None:
                 pixels, labels = self._mixed(self.mix, pixels, labels, facts[MIXING].T)

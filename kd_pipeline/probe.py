@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.source import Source, open_source
+from kd_pipeline.data_settings import DataSettings
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.loader import DataSettings, KDDataLoader, LoaderConfig
+from kd_pipeline.loader import KDDataLoader, LoaderConfig
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded import RecordedTeacher

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 __all__ = ["whole_file", "write_whole"]
 
@@ -13,18 +14,20 @@ __all__ = ["whole_file", "write_whole"]
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which takes the place of `path` at the end: whoever reads there finds the old or the new one.
 
-    It lies in the same folder, where a rename is atomic, and its bytes reach the disk before its name does. After an
-    error there is only the old one.
+    It lies in the same folder, where a rename is atomic (TMPDIR may be on another disk), and its bytes reach the disk
+    before its name does. After an error there is only the old one. A process that is killed may leave `.NAME.*.tmp`.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the number of the process, which containers that share a folder have alike.
+    unfinished = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        with unfinished.open("wb") as file:
+        with unfinished.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

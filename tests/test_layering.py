@@ -23,6 +23,7 @@ FLOORS = [
     "data.auto_augment",
     "data.transform",
     "input_adapter data.mix",
+    "data_settings",
     "data.graph",
     "data.bad_samples",
     "data.reader",

@@ -15,8 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from kd_pipeline.data.mix import MixSettings
 from kd_pipeline.data.source import ArraysSettings
 from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data_settings import DataSettings, SplitSettings
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.loader import DataSettings, KDDataLoader, SplitSettings
+from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.probe import ProbeReport, ProbeSettings, _judge, probe_teacher
 from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
 from tests.streams import assert_same, fields

@@ -17,9 +17,10 @@ from kd_pipeline.bench.ways import WAYS, StepTask
 from kd_pipeline.config import Config
 from kd_pipeline.data.source import ImageFolder, ImageFolderSettings
 from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data_settings import DataSettings, SplitSettings
 from kd_pipeline.engine.export import export_onnx
 from kd_pipeline.errors import ConfigError, DataError, KDPipelineError
-from kd_pipeline.loader import DataSettings, SplitSettings, resolve_device
+from kd_pipeline.loader import resolve_device
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.optional import require
 from kd_pipeline.record import RecordSettings, record

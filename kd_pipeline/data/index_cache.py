@@ -5,7 +5,6 @@ import json
 import mmap
 import os
 import sys
-import tempfile
 import time
 import zlib
 from array import array
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline import __version__
 from kd_pipeline.user_cache import user_cache
+from kd_pipeline.whole_file import whole_file
 
 __all__ = ["Index", "index_key", "load_index", "save_index"]
 
@@ -120,17 +120,9 @@ def save_index(key: str, index: Index) -> None:
     with suppress(OSError, RuntimeError):
         path = _file(key)
         _remove_unused(path.parent)
-        descriptor, unfinished = tempfile.mkstemp(prefix=".", suffix=".unfinished", dir=path.parent)
-        try:
-            with open(descriptor, "wb") as file:
-                for part in (_MAGIC, check_sum.to_bytes(_WORD, "little"), *parts):
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        with whole_file(path) as file:
+            for part in (_MAGIC, check_sum.to_bytes(_WORD, "little"), *parts):
+                file.write(part)
 
 
 def _file(key: str) -> Path:

@@ -13,7 +13,6 @@ from logging import getLogger
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, Self
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.optional import require
 from kd_pipeline.training.rng import capture_rng, restore_rng
+from kd_pipeline.whole_file import whole_file
 
 __all__ = [
     "CheckpointCallback",
@@ -48,9 +48,7 @@ _MOST_DIFFERENCES = 10
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Replace `path` by a file that holds `checkpoint`, all at once: whatever happens, it is the old one or the new.
 
-    The bytes go to a temporary file in the same folder, because only there a rename is atomic (TMPDIR may lie on
-    another disk), and reach the disk before the name does. A killed run may leave its temporary file behind; the next
-    save to `path` removes it.
+    A killed run may leave a temporary file behind; the next save to `path` removes it.
 
     Raises:
         StateError: a value would not load again without running code, and nothing was written; or the disk is full or
@@ -58,16 +56,12 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     _check_plain(checkpoint, "checkpoint")
-    whole = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left_behind in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             left_behind.unlink(missing_ok=True)
-        with whole.open("xb") as file:
+        with whole_file(path) as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(whole, path)
     except (OSError, RuntimeError) as exc:
         # torch answers a failed write with a riddle about file positions; Python's own error is behind it.
         reason = exc.__context__ if isinstance(exc.__context__, OSError) else exc
@@ -75,9 +69,6 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             f"the checkpoint {path} cannot be written: {reason}{_free_space(path.parent)}. What was saved there before "
             "is untouched; remove the cause and start the same command again"
         ) from exc
-    finally:
-        with suppress(OSError):
-            whole.unlink()
     _sync_folder(path.parent)
 
 

@@ -15,12 +15,13 @@ from torch import nn
 from kd_pipeline.config import Config
 from kd_pipeline.data.source import open_source
 from kd_pipeline.data.transform import EvalTransform
+from kd_pipeline.data_settings import DataSettings
 from kd_pipeline.distillation import Distillation
 from kd_pipeline.engine.parity import Samples
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation import Evaluation, evaluate, open_metrics
 from kd_pipeline.known_names import suggest
-from kd_pipeline.loader import DataSettings, KDDataLoader, resolve_device, sample_images
+from kd_pipeline.loader import KDDataLoader, resolve_device, sample_images
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.optional import require
 from kd_pipeline.probe import probe_teacher

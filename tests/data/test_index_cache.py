@@ -213,7 +213,7 @@ def test_a_cache_that_cannot_be_written_or_read_is_done_without(
         raise PermissionError(13, "Permission denied")  # root, as whom tests often run, may write everywhere
 
     cache.mkdir(parents=True)
-    monkeypatch.setattr(room.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(room, "whole_file", refuse)
     assert what_it_says(FileList(path)) == wanted
     monkeypatch.undo()
     assert len(parsed) == 2 and list(cache.iterdir()) == []

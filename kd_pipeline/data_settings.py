@@ -1,0 +1,86 @@
+"""What a config says of the images: the splits, and how they are read."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from kd_pipeline.data.mix import MixSettings
+from kd_pipeline.data.plan import LastBatch
+from kd_pipeline.data.source import SourceSettings
+from kd_pipeline.data.transform import TransformSettings
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.settings import Settings
+
+__all__ = ["SPLITS", "DataSettings", "SplitSettings"]
+
+SPLITS = ("train", "val", "test")
+"""Splits with a key of their own; others have their names under `more`."""
+
+
+class SplitSettings(Settings):
+    """Where the images of one split come from and what is done to them."""
+
+    source: SourceSettings
+    transform: TransformSettings
+    mix: MixSettings | None = None
+    """Mixup and CutMix of whole batches, before the teacher sees them; not at all where left out."""
+    repeats: int = Field(default=1, ge=1)
+    """How often in a row an epoch shows a sample, each time in another view; it stays as long and shows fewer."""
+    shuffle: bool | None = None
+    """A new order every epoch; by default true for the split `train` and false for any other."""
+    last_batch: LastBatch | None = None
+    """What becomes of samples that fill no whole batch; by default `drop` for `train` and `keep` for any other."""
+
+
+class DataSettings(Settings):
+    """Everything a loader needs to know, apart from the teacher."""
+
+    batch_size: int = Field(gt=0)
+    """Images in a batch of one process."""
+    train: SplitSettings | None = None
+    val: SplitSettings | None = None
+    test: SplitSettings | None = None
+    more: dict[str, SplitSettings] = Field(default_factory=dict)
+    """More splits by names of their own, such as other validation sets."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one."""
+    num_threads: int | None = Field(default=None, gt=0)
+    """CPU threads for DALI; the cores this process may use where left out."""
+    prefetch: int = Field(default=2, ge=1)
+    """Batches that DALI works on ahead."""
+    ahead: int = Field(default=1, ge=0)
+    """Batches for which the teacher has been started ahead of the one handed out."""
+    hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
+    """Share of JPEG images for a GPU's hardware decoder."""
+    on_bad_sample: Literal["raise", "substitute"] = "raise"
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    max_pixels: int = Field(default=89_478_485, gt=0)
+
+    @model_validator(mode="after")
+    def _names_are_used_once(self) -> "DataSettings":
+        for name in SPLITS:
+            if name in self.more:
+                raise ValueError(f"more must not have a split {name!r}, which is a key of data itself; move it there")
+        return self
+
+    def split(self, name: str) -> SplitSettings:
+        """The split of that name.
+
+        Raises:
+            ConfigError: there is none; names those that there are.
+        """
+        own = {split: getattr(self, split) for split in SPLITS}
+        splits: dict[str, SplitSettings] = {
+            split: found for split, found in own.items() if found is not None
+        } | self.more
+        if name not in splits:
+            key = f"data.{name}" if name in SPLITS else f"data.more.{name}"
+            raise ConfigError(
+                f"the config has no split {name!r}; add {key} with a source and a transform, or take one that is "
+                f"there: {', '.join(splits) or 'none'}"
+            )
+        return splits[name]
+
+    def with_split(self, name: str, settings: SplitSettings) -> Self:
+        """A copy in which the split of that name is another."""
+        return self.model_copy(update={name: settings} if name in SPLITS else {"more": {**self.more, name: settings}})
