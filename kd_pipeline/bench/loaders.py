@@ -68,17 +68,18 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     num_files = _read_all(root)
     report(f"{num_files:,} files read once, so that every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
+    transform = TrainTransform(size=settings.size)
     with ExitStack() as stack:
         contenders = []
         rows = [(name, open_stream, settings.batch_size) for name, open_stream in LOADERS.items()]
         if num_files >= _LARGE_BATCH != settings.batch_size:
             rows.append((f"KDDataLoader, batch of {_LARGE_BATCH}", _kd_data_loader, _LARGE_BATCH))
         for name, open_stream, batch_size in rows:
-            stream = open_stream(root, TrainTransform(size=settings.size), batch_size, num_threads)
+            stream = open_stream(root, transform, batch_size, num_threads)
             contenders.append(Contender(name, _Runner(stack.enter_context(closing(stream)))))
         # Workers of torch each make a batch of their own and may deliver all at once, and so does `KDDataLoader` with
         # small batches: only whole rounds are fair.
-        at_once = math.lcm(num_threads, group_size(settings.batch_size, settings.size))
+        at_once = math.lcm(num_threads, group_size(settings.batch_size, transform))
         result = measure(
             contenders,
             repeats=settings.repeats,

@@ -225,7 +225,7 @@ def _measure(
             way = ways[(place + repeat) % len(ways)]
             num_steps, num_warm_up = settings.num_steps, _NUM_WARM_UP
             if way.letter == "loader":  # which gives several small batches at once
-                at_once = group_size(settings.batch_size, settings.transform.size)
+                at_once = group_size(settings.batch_size, settings.transform)
                 num_steps = -(-_TIMES_LOADING * num_steps // at_once) * at_once
                 num_warm_up = _TIMES_LOADING * at_once
             samples[way.letter].append(way.time(num_steps, num_warm_up=num_warm_up))

@@ -26,6 +26,8 @@ MIXING = slice(2, None)
 
 _GROUP_PIXELS, _GROUP_IMAGES = 256 * 224**2, 1024
 """What DALI works on at once, where batches are smaller: 150 MiB in float32, and so many images at most."""
+_ALIGNMENT = 256
+"""Every batch begins at a multiple of so many bytes, or a TensorRT engine would need a copy of it."""
 _BLOCK = 4096
 """Samples of files that are prepared at once: for 64 images, a call of NumPy takes as long as for a thousand."""
 
@@ -94,7 +96,7 @@ class Reader:
         mix: MixSettings | None = None,
     ) -> None:
         self.bad_samples = BadSamples(source, policy, settings)
-        self._group_size = group_size(plan.batch_size, transform.size)
+        self._group_size = group_size(plan.batch_size, transform)
         self._settings = replace(settings, max_batch=settings.max_batch * self._group_size)
         self._source, self._transform, self._plan, self._mix = source, transform, plan, mix
         self._substitutes = policy.on_bad_sample == "substitute"
@@ -232,13 +234,17 @@ class _Epochs:
         self._thread.shutdown(cancel_futures=True)
 
 
-def group_size(batch_size: int, image_size: int) -> int:
-    """How many batches of square images DALI works on at once.
+def group_size(batch_size: int, transform: TrainTransform | EvalTransform) -> int:
+    """How many batches DALI works on at once.
 
     At the end of each op its threads wait for the slowest of the images, and Python takes as long for a few as for
     many: two cores get 8 % more out of 256 photographs at once than out of 64.
     """
-    return max(1, min(_GROUP_IMAGES, _GROUP_PIXELS // image_size**2) // batch_size)
+    pixels = transform.size**2
+    batch_bytes = batch_size * 3 * pixels * np.dtype(transform.dtype).itemsize
+    if batch_bytes % _ALIGNMENT:
+        return 1
+    return max(1, min(_GROUP_IMAGES, _GROUP_PIXELS // pixels) // batch_size)
 
 
 def _doubling(most: int) -> Iterator[int]:

@@ -13,7 +13,7 @@ from kd_pipeline.data.bad_samples import BadSamplePolicy
 from kd_pipeline.data.plan import Plan
 from kd_pipeline.data.reader import INDEX, Read, Reader, group_size
 from kd_pipeline.data.source import ImageFolder
-from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.errors import BadSampleError
 from tests.corpus import cut_in_half
 from tests.views import graph_settings
@@ -49,10 +49,18 @@ def pixels(read: Read) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize(
     ("batch_size", "image_size", "num_batches"),
-    [(64, 224, 4), (256, 224, 1), (100, 224, 2), (16, 512, 3), (128, 32, 8), (1, 32, 1024), (5000, 8, 1)],
+    [(64, 224, 4), (256, 224, 1), (100, 224, 2), (16, 512, 3), (128, 32, 8), (1, 32, 1024), (5000, 8, 1), (8, 33, 1)],
 )
 def test_small_batches_are_worked_on_together_up_to_a_limit(batch_size: int, image_size: int, num_batches: int) -> None:
-    assert group_size(batch_size, image_size) == num_batches
+    assert group_size(batch_size, TrainTransform(size=image_size)) == num_batches
+
+
+def test_every_batch_of_a_group_begins_where_an_engine_can_read_it() -> None:
+    for batch_size, size, dtype in itertools.product((1, 3, 8, 20, 64), (17, 24, 32, 33, 224), ("float32", "float16")):
+        transform = EvalTransform(size=size, dtype=dtype)
+        batch_bytes = batch_size * 3 * size**2 * np.dtype(dtype).itemsize
+        assert group_size(batch_size, transform) == 1 or batch_bytes % 256 == 0
+    assert group_size(64, EvalTransform(size=33)) == 16
 
 
 def test_the_first_batch_comes_alone_and_each_group_after_it_is_twice_as_large(open_reader: Open) -> None:
