@@ -91,6 +91,17 @@ def test_any_batch_may_be_asked_for_next(open_reader: Open) -> None:
         np.testing.assert_array_equal(pixels(other.read(0, number)), whole[number])
 
 
+def test_what_was_read_before_a_stop_is_not_handed_out_after_it(open_reader: Open) -> None:
+    reader = open_reader(on_bad_sample="substitute", max_bad_fraction=0.2)
+    for number in range(4):
+        last = reader.read(0, number)
+    assert len(np.array(last.images)) > last.rows.stop  # batch 4 is there already
+    reader.stop()
+    reader.bad_samples.learn([17])
+    after = reader.read(0, 4)
+    assert 17 in after.plan.index and 17 not in after.facts[INDEX] and after.valid.sum() == BATCH_SIZE - 1
+
+
 @pytest.mark.parametrize("bad", [0, 5, 11, 16, 27, 36])
 def test_every_batch_before_one_with_a_bad_file_is_handed_out(
     open_reader: Open, photo_folder: Path, tmp_path: Path, bad: int
