@@ -194,9 +194,9 @@ class Distillation(nn.Module):
         for term in self._features:
             if term.teacher not in teacher_outputs:
                 raise ConfigError(
-                    f"distill.features: {term.name}: the teacher has no output called {term.teacher!r}"
-                    f"{suggest(term.teacher, teacher_outputs)} A PyTorch teacher returns the layers that its "
-                    "features name"
+                    f"distill.features: {term.name}: the teacher has no output called {term.teacher!r}, "
+                    "and a PyTorch teacher returns the layers that its features name"
+                    f"{suggest(term.teacher, teacher_outputs)}"
                 )
             student, spec = outputs[term.student], teacher_outputs[term.teacher]
             self.projectors.append(_projector(term, student, spec))

@@ -65,8 +65,8 @@ class OptimizerSettings(Settings):
         found = getattr(torch.optim, name.removeprefix(_TORCH), None) if name.startswith(_TORCH) else None
         if name not in _KNOWN_TO and not (isinstance(found, type) and issubclass(found, Optimizer)):
             raise ValueError(
-                f"there is no optimizer {name!r}{suggest(name, _KNOWN_TO)}; take one of {', '.join(_KNOWN_TO)}, "
-                f"or a class of torch's such as {_TORCH}RAdam"
+                f"there is no optimizer {name!r}, only {', '.join(_KNOWN_TO)} and torch's classes such as "
+                f"{_TORCH}RAdam{suggest(name, _KNOWN_TO, otherwise='')}"
             )
         return name
 
