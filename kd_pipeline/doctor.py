@@ -331,17 +331,19 @@ def _probe_dali_gpu(has_gpu: bool) -> _Answer:
 
 
 def _decode(device: str) -> _Answer:
-    """Have DALI decode and resize a small JPEG."""
+    """Have DALI decode windows of small JPEG files and resize them, as the loader does."""
     import numpy as np  # here, because a broken one is what a doctor is called for
     from PIL import Image
 
     dali, fn = require("nvidia.dali", extra="cpu"), require("nvidia.dali.fn", extra="cpu")
     jpeg = io.BytesIO()
-    Image.new("RGB", (32, 32)).save(jpeg, "JPEG")
-    pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None if device == "cpu" else 0)
+    Image.new("RGB", (640, 480)).save(jpeg, "JPEG")
+    batch = [np.frombuffer(jpeg.getvalue(), np.uint8)] * 64
+    window = {"start": [100, 200], "shape": [333, 222], "axes": (0, 1)}
+    pipeline = dali.Pipeline(batch_size=len(batch), num_threads=2, device_id=None if device == "cpu" else 0)
     with pipeline:
-        encoded = fn.external_source(source=lambda: [np.frombuffer(jpeg.getvalue(), np.uint8)])
-        pipeline.set_outputs(fn.resize(fn.decoders.image(encoded, device=device), size=16))
+        encoded = fn.external_source(source=lambda: batch)
+        pipeline.set_outputs(fn.resize(fn.decoders.image_slice(encoded, device=device, **window), size=16))
     pipeline.build()
     (images,) = pipeline.run()
     if tuple(images.shape()[0]) != (16, 16, 3):

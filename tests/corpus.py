@@ -110,12 +110,16 @@ BROKEN = [
     Broken("half.jpg", "cut off", _file(lambda photo: _jpeg(photo)[: len(_jpeg(photo)) // 2])),
     Broken("without_its_last_two_bytes.jpg", "cut off", _file(lambda photo: _jpeg(photo)[:-2])),
     Broken("header_only.jpg", "cut off", _file(_jpeg_header)),
+    Broken("half_jpeg.png", "cut off", _file(lambda photo: _jpeg(photo)[: len(_jpeg(photo)) // 2])),
     Broken("half_progressive.jpg", "cut off", _file(lambda photo: encoded(photo, "JPEG", progressive=True)[:2000])),
     Broken("half.png", "header is broken", _file(lambda photo: encoded(photo, "PNG")[:10_000])),
     Broken("without_its_last_two_bytes.png", "does not decode", _file(lambda photo: encoded(photo, "PNG")[:-2])),
     Broken("half.webp", "does not decode", _file(lambda photo: encoded(photo, "WEBP")[:1000])),
     Broken("half.bmp", "does not decode", _file(lambda photo: encoded(photo, "BMP")[:40_000])),
     Broken("half.tif", "does not decode", _file(lambda photo: encoded(photo, "TIFF")[:40_000])),
+    Broken(
+        "without_its_last_row.tif", "does not decode", _file(lambda photo: encoded(photo, "TIFF")[: -photo[-1].nbytes])
+    ),
     Broken("empty.jpg", "empty", _file(lambda photo: b"")),
     Broken("one_byte.jpg", "header is broken", _file(lambda photo: b"\xff")),
     Broken("two_bytes.jpg", "header is broken", _file(lambda photo: b"\xff\xd8")),

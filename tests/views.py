@@ -32,20 +32,18 @@ def samples_of(
     transform: TrainTransform | EvalTransform,
     images: Sequence[Path] | NDArray[np.uint8],
     draws: NDArray[np.float32] | None = None,
+    *,
+    trusted: bool = False,
 ) -> Samples:
-    """Files, or pixels `[N, H, W, 3]`, as the samples 0 to N - 1; `draws` are those of epoch 0 where left out.
-
-    Files that start like a JPEG are to end like one, the others are trusted.
-    """
+    """Files, or pixels `[N, H, W, 3]`, as the samples 0 to N - 1; `draws` are those of epoch 0 where left out."""
     index = np.arange(len(images))
     if draws is None:
         draws = uniforms(index, seed=0, epoch=0, count=transform.num_draws)
-    trusted = [isinstance(images, np.ndarray) or not _starts_like_jpeg(path) for path in images]
     return Samples(
         data=images if isinstance(images, np.ndarray) else _padded(images),
         crop=transform.crop.parameters(draws.astype(np.float64)),
         parameters=parameters_of(transform, draws.astype(np.float64)),
-        trusted=np.array(trusted),
+        trusted=np.full(len(images), trusted),
     )
 
 
@@ -55,9 +53,10 @@ def render(
     draws: NDArray[np.float32] | None = None,
     *,
     max_pixels: int = 10**7,
+    trusted: bool = False,
 ) -> NDArray[np.floating]:
     """The batch that the graph makes of the images, `[N, 3, size, size]`."""
-    samples = itertools.repeat(samples_of(transform, images, draws))
+    samples = itertools.repeat(samples_of(transform, images, draws, trusted=trusted))
     settings = graph_settings(len(images), max_pixels=max_pixels)
     graph = Graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
     try:
@@ -69,7 +68,3 @@ def render(
 def _padded(paths: Sequence[Path]) -> NDArray[np.uint8]:
     names = np.array([os.fsencode(path) for path in paths])
     return names.view(np.uint8).reshape(len(paths), -1)
-
-
-def _starts_like_jpeg(path: Path) -> bool:
-    return path.is_file() and path.read_bytes()[:2] == b"\xff\xd8"

@@ -9,14 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.graph import GraphSettings, Probe
+from kd_pipeline.data.graph import GraphSettings, Probe, may_hide_damage
 from kd_pipeline.data.source import Source
 from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
 from kd_pipeline.settings import Settings
 
 __all__ = ["BadSamplePolicy", "BadSamples"]
-
-_NOT_JPEG = (b".png", b".bmp", b".webp", b".tif", b".tiff", b".pnm", b".ppm", b".pgm", b".pbm", b".jp2")
 
 
 class BadSamplePolicy(Settings):
@@ -60,16 +58,9 @@ class BadSamples:
         """Stop the threads that examine files."""
         self._probe.close()
 
-    def trusted(self, index: NDArray[np.int64], data: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """`[N]`, True for samples that need not end like a JPEG.
-
-        These are the files in `data` `[N, L]` whose names say that they are none, and those that looked cut off and
-        turned out to decode in full.
-        """
-        trusted = _members(index, self._trusted)
-        if self._source.stores == "files":
-            trusted |= _are_named_otherwise(data)
-        return trusted
+    def trusted(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`[N]`, True for samples that might have hidden damage, and turned out to decode in full."""
+        return _members(index, self._trusted)
 
     def replace(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """`index` `[N]` with stand-ins for the unreadable samples, and `[N]` False where one stands in."""
@@ -90,14 +81,13 @@ class BadSamples:
             return False
         before = len(self._bad) + len(self._trusted)
         for position in dict.fromkeys(index.tolist()):
-            row = np.array([position])
-            data = self._source.read(row)
+            (path,) = self._source.read(np.array([position]))
             try:
-                self._probe.decode(data[0])
+                self._probe.decode(path)
             except RuntimeError as exc:
-                self._add(position, data[0], exc)
+                self._add(position, path, exc)
             else:
-                if not self.trusted(row, data)[0] and not _ends_like_jpeg(self._source.name(position)):
+                if may_hide_damage(*_ends(Path(self._source.name(position)))):
                     self._trusted.add(position)
         return len(self._bad) + len(self._trusted) > before
 
@@ -158,7 +148,7 @@ class BadSamples:
                 num_bytes,
                 f"its header claims {width}x{height} pixels, more than max_pixels={self._policy.max_pixels}",
             )
-        if _start(file, 2) == b"\xff\xd8" and not _ends_like_jpeg(name):
+        if _start(file, 2) == b"\xff\xd8" and may_hide_damage(*_ends(file)):
             return num_bytes, f"the file is cut off: {width}x{height} JPEG without an end"
         return num_bytes, f"{width}x{height} image that does not decode: {_last_words(failure)}"
 
@@ -169,20 +159,13 @@ def _members(index: NDArray[np.int64], members: set[int]) -> NDArray[np.bool_]:
     return np.isin(index, np.fromiter(members, dtype=np.int64))
 
 
-def _are_named_otherwise(names: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """`[N]`, True for NUL-padded names `[N, L]` that end like those of other formats."""
-    longest = max(map(len, _NOT_JPEG))
-    column = np.count_nonzero(names, axis=1)[:, None] + np.arange(-longest, 0)
-    ends = np.take_along_axis(names, np.maximum(column, 0), axis=1).view(f"S{longest}").ravel().tolist()
-    # A dataset has few kinds of names, and a block of samples many of each.
-    found = {end: end.lower().endswith(_NOT_JPEG) for end in set(ends)}
-    return np.array([found[end] for end in ends], dtype=np.bool_)
-
-
-def _ends_like_jpeg(name: str) -> bool:
-    with open(name, "rb") as file:
-        file.seek(-2, os.SEEK_END)
-        return file.read() == b"\xff\xd9"
+def _ends(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Its first and last two bytes, `[1, 2]` each."""
+    with file.open("rb") as stream:
+        start = stream.read(2)
+        stream.seek(-2, os.SEEK_END)
+        end = stream.read(2)
+    return np.frombuffer(start, np.uint8)[None], np.frombuffer(end, np.uint8)[None]
 
 
 def _start(file: Path, num_bytes: int) -> bytes:

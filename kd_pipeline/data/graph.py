@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,12 +13,11 @@ from kd_pipeline.data.transform import EvalTransform, Node, TrainTransform, ops_
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.optional import require
 
-__all__ = ["Graph", "GraphSettings", "Probe", "Samples"]
+__all__ = ["Graph", "GraphSettings", "Probe", "Samples", "may_hide_damage"]
 
-_JPEG_END = (0xFF, 0xD9)
-"""The last two bytes of a JPEG file."""
-_FAR = 1e9
-"""More pixels than an image has on a side."""
+_JPEG_START, _JPEG_END = np.frombuffer(b"\xff\xd8\xff\xd9", np.uint16)
+_IN_PARTS = np.frombuffer(b"IIMM\xff\x4f\x00\x00", np.uint16)
+"""What TIFF and JPEG 2000 files start with. Other formats than these and JPEG are decoded in full for any window."""
 _ABSOLUTE = {"normalized_anchor": False, "normalized_shape": False}
 """Windows are given in pixels."""
 
@@ -50,7 +49,7 @@ class Samples:
     parameters: tuple[NDArray[Any], ...]
     """`[N, ...]` each, what `parameters_of` makes of them for all that follows the crop."""
     trusted: NDArray[np.bool_]
-    """`[N]`, True for files that need not end like a JPEG: other formats, and those known to decode in full."""
+    """`[N]`, True for files that are known to decode in full."""
 
     def split(self, sizes: Iterable[int]) -> Iterator["Samples"]:
         """Batches of so many samples each, one behind the other; nothing is copied."""
@@ -120,12 +119,9 @@ class Graph:
         except RuntimeError as failure:
             self._failure = failure  # its turn comes when the batches before it have been taken
             raise StopIteration from None
-        corner, extent, *rest = self._transform.crop.cut(batch.size, *batch.samples.crop)
-        # A window far outside of the image has DALI refuse the sample before it decodes anything.
-        extent = np.where(batch.is_fine[:, None], extent, _FAR)
+        cut = self._transform.crop.cut(batch.size, *batch.samples.crop)
         self._images.append(batch.images)
-        cut = (part.astype(np.float32) for part in (corner, extent, *rest))
-        self._inputs.append((*cut, *batch.samples.parameters))
+        self._inputs.append((*(part.astype(np.float32) for part in cut), *batch.samples.parameters))
 
     def _next_images(self) -> Any:
         """What DALI's external source calls for the images of the next batch."""
@@ -169,9 +165,7 @@ class _Batch:
     images: Any
     """Files or pixels as DALI takes them."""
     size: NDArray[np.float64]
-    """`[N, 2]`, height and width, at least 1."""
-    is_fine: NDArray[np.bool_]
-    """`[N]`, False for what is to be refused."""
+    """`[N, 2]`, height and width."""
 
 
 class _Files:
@@ -185,7 +179,7 @@ class _Files:
         with self._pipeline:
             # Reading a file at once is quicker than mapping it: all of it is needed, page by page.
             encoded = fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True)
-            self._pipeline.set_outputs(encoded, fn.peek_image_shape(encoded), encoded[-len(_JPEG_END) :])
+            self._pipeline.set_outputs(encoded, fn.peek_image_shape(encoded), encoded[:2], encoded[-2:])
         self._pipeline.build()
         self._is_reading = False
 
@@ -193,22 +187,26 @@ class _Files:
         """The next batch; the one behind it is being read when this returns.
 
         Raises:
-            RuntimeError: a file cannot be read, or has no header that DALI knows.
+            RuntimeError: a file cannot be read, has no header that DALI knows, has too many pixels, or may hide damage.
             StopIteration: there is none.
         """
         if not self._is_reading:
             self._pipeline.schedule_run()
             self._is_reading = True
-        encoded, shape, end = self._pipeline.outputs()
+        encoded, *facts = self._pipeline.outputs()
         samples = self._asked.popleft()
         self._pipeline.schedule_run()
-        size = np.asarray(shape.as_tensor())[:, :2].astype(np.float64)
-        # The window of a cut-off JPEG may lie above the cut and decode well; the file is refused all the same,
-        # so that whether a sample is readable does not depend on its view.
-        is_whole = (np.asarray(end.as_tensor()) == _JPEG_END).all(axis=1) | samples.trusted
+        shape, start, end = (np.asarray(fact.as_tensor()) for fact in facts)
+        size = shape[:, :2].astype(np.float64)
+        # Refused here and not by the decoder, although it would do so for a window outside of the image: where one of
+        # DALI's threads refuses a sample of a large batch, the others may go on in memory that is gone by then
+        # (DALI 2.4, `ImageDecoder::SetupImpl` in dali/operators/imgcodec).
         area = size.prod(axis=1)
-        is_fine = is_whole & (area > 0) & (area <= self._max_pixels)
-        return _Batch(samples, encoded, np.maximum(size, 1), is_fine)
+        is_doubtful = may_hide_damage(start, end) & ~samples.trusted
+        (refused,) = np.nonzero(is_doubtful | (area == 0) | (area > self._max_pixels))
+        if len(refused):
+            raise RuntimeError(f"the files at places {refused} of the batch are cut off, or too large by their headers")
+        return _Batch(samples, encoded, size)
 
     def close(self) -> None:
         """Stop DALI's threads."""
@@ -235,7 +233,7 @@ class _Pixels:
         samples = next(self._samples)
         num_images, *size, _ = samples.data.shape
         sizes = np.tile(np.array(size, dtype=np.float64), (num_images, 1))
-        return _Batch(samples, samples.data, sizes, np.ones(num_images, dtype=np.bool_))
+        return _Batch(samples, samples.data, sizes)
 
     def close(self) -> None:
         """Nothing runs."""
@@ -247,7 +245,7 @@ class Probe:
     def __init__(self, settings: GraphSettings) -> None:
         self._settings = settings
         self._path: NDArray[np.uint8]
-        self._decoding: Any = None
+        self._pipelines: dict[str, Any] = {}
 
     def size(self, path: NDArray[np.uint8]) -> tuple[int, int]:
         """Height and width that the header of the file `path` `[L]` claims.
@@ -255,9 +253,8 @@ class Probe:
         Raises:
             RuntimeError: the file cannot be opened, or DALI does not know such a header.
         """
-        fn = require("nvidia.dali.fn", extra="cpu")
-        self._path = path
-        height, width, _ = np.asarray(self._build(fn.peek_image_shape).run()[0][0])
+        (shape,) = self._look("header", path)
+        height, width, _ = np.asarray(shape[0])
         return int(height), int(width)
 
     def decode(self, path: NDArray[np.uint8]) -> None:
@@ -266,37 +263,55 @@ class Probe:
         Raises:
             RuntimeError: DALI cannot, or the header claims more than `max_pixels`.
         """
-        self._path = path
-        if self._decoding is None:
-            self._decoding = self._build(self._whole_image)
-        try:
-            self._decoding.run()
-        except RuntimeError:
-            # Nobody promises that a pipeline outlives an error.
-            self._decoding = None
-            raise
+        height, width = self.size(path)
+        if height * width > self._settings.max_pixels:
+            raise RuntimeError(f"{width}x{height} pixels are more than {self._settings.max_pixels}")
+        self._look("pixels", path)
 
     def close(self) -> None:
         """Stop DALI's threads; the next look starts new ones."""
-        self._decoding = None
+        self._pipelines.clear()
 
-    def _build(self, look: Callable[[Node], Node]) -> Any:
+    def _look(self, at: Literal["header", "pixels"], path: NDArray[np.uint8]) -> Any:
+        """What DALI makes of the file."""
+        self._path = path
+        if at not in self._pipelines:
+            self._pipelines[at] = self._build(at)
+        try:
+            return self._pipelines[at].run()
+        except RuntimeError:
+            # Nobody promises that a pipeline outlives an error.
+            del self._pipelines[at]
+            raise
+
+    def _build(self, at: Literal["header", "pixels"]) -> Any:
         fn = require("nvidia.dali.fn", extra="cpu")
         pipeline = _pipeline(replace(self._settings, max_batch=1, num_threads=1), self._settings.device_id, prefetch=1)
         with pipeline:
-            path = fn.external_source(lambda: self._path[None], ndim=1)
-            pipeline.set_outputs(look(fn.io.file.read(path)))
+            encoded = fn.io.file.read(fn.external_source(lambda: self._path[None], ndim=1))
+            if at == "header":
+                seen = fn.peek_image_shape(encoded)
+            else:
+                seen = fn.decoders.image(encoded, **_decoder(self._settings))
+            pipeline.set_outputs(seen)
         return pipeline
 
-    def _whole_image(self, encoded: Node) -> Node:
-        fn = require("nvidia.dali.fn", extra="cpu")
-        types = require("nvidia.dali.types", extra="cpu")
-        size = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
-        is_large = size[0] * size[1] > float(self._settings.max_pixels)
-        extent = size[:2] + is_large * _FAR
-        return fn.decoders.image_slice(
-            encoded, extent * 0.0, extent, axes=(0, 1), **_ABSOLUTE, **_decoder(self._settings)
-        )
+
+def may_hide_damage(start: NDArray[np.uint8], end: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which files may be damaged although one of their windows decodes well.
+
+    Whether a sample is readable is not to depend on its view, so these have to be decoded in full once.
+
+    Args:
+        start: `[N, 2]`, the files' first bytes.
+        end: `[N, 2]`, their last ones.
+
+    Returns:
+        `[N]`, True for JPEG files without their end, and for all whose format allows to decode a part alone.
+    """
+    first, last = (two.view(np.uint16)[:, 0] for two in (start, end))
+    is_cut_off = np.isin(first, _JPEG_START) & ~np.isin(last, _JPEG_END)
+    return is_cut_off | np.isin(first, _IN_PARTS)
 
 
 def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> Any:

@@ -166,7 +166,7 @@ class Reader:
             data=data,
             crop=self._transform.crop.parameters(draws[:, :num_draws]),
             parameters=parameters_of(self._transform, draws[:, :num_draws]),
-            trusted=self.bad_samples.trusted(index, data),
+            trusted=self.bad_samples.trusted(index),
         )
         return [np.ascontiguousarray(own) for own in facts], valids, samples.split(sizes)
 

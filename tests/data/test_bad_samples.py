@@ -108,6 +108,21 @@ def test_an_unreadable_file_is_named_with_its_size_and_the_reason_whatever_the_v
         assert errors[0].num_bytes is None and "no such file" in str(errors[0])
 
 
+@pytest.mark.parametrize("broken", BROKEN, ids=str)
+def test_a_large_batch_with_an_unreadable_file_brings_nothing_down(broken: Broken, photos, tmp_path):
+    photo = photo_of(photos)
+    Image.fromarray(photo).save(tmp_path / "good.jpg")
+    broken.put(tmp_path / broken.name, photo)
+    bad = 43  # the first one of the third that DALI's calling thread takes, beside two others with a third each
+    names = ["good.jpg"] * 64
+    names[bad] = broken.name
+    for seed in range(4):
+        options = {"batch_size": 64, "shuffle": False, "seed": seed, "num_threads": 2}
+        with open_loader(list_of(tmp_path, *names), SMALL_WINDOWS, **options) as loader:
+            (batch,) = loader
+        assert (~batch.valid).nonzero().tolist() == [[bad]]
+
+
 @pytest.mark.parametrize("odd", ODD, ids=str)
 def test_an_odd_but_good_file_shows_what_it_is(odd: Odd, photos, tmp_path):
     photo = photo_of(photos)
