@@ -1,12 +1,18 @@
-"""What to say to somebody who wrote a name that is not there."""
+"""Names in messages: a few of many, and what to say to somebody who wrote one that is not there."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["suggest"]
+__all__ = ["some", "suggest"]
 
-_FEW = 8
-"""Names that are listed where none is like the one that was written."""
+_MOST = 10
+"""Names that are listed."""
+
+
+def some(names: Sequence[str], count: int | None = None) -> str:
+    """The first ten of `names`, and how many more there are; `count` where `names` is only the start of them."""
+    rest = (count or len(names)) - len(names[:_MOST])
+    return ", ".join(names[:_MOST]) + (f" and {rest} more" if rest else "")
 
 
 def suggest(word: str, known: Iterable[str], *, otherwise: str | None = None) -> str:
@@ -21,6 +27,5 @@ def suggest(word: str, known: Iterable[str], *, otherwise: str | None = None) ->
     if close := difflib.get_close_matches(word, names, n=3):
         return f"; did you mean {' or '.join(map(repr, close))}?"
     if otherwise is None:
-        few = ", ".join(map(repr, names[:_FEW])) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
-        otherwise = f"there are {few}" if names else "there are none"
+        otherwise = f"there are {some(list(map(repr, names)))}" if names else "there are none"
     return f"; {otherwise}" if otherwise else ""

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from kd_pipeline.data.labels import some
 from kd_pipeline.data.transform import EvalTransform
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.known_names import some
 from kd_pipeline.models import ModelSettings, open_model
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers import TeacherSettings, open_teacher

@@ -1,8 +1,8 @@
-"""An unknown name is answered with what was probably meant."""
+"""Of many names a few are listed; an unknown one is answered with what was probably meant."""
 
 import pytest
 
-from kd_pipeline.known_names import suggest
+from kd_pipeline.known_names import some, suggest
 
 NAMES = ["resnet18", "resnet34", "vit"]
 
@@ -12,7 +12,7 @@ NAMES = ["resnet18", "resnet34", "vit"]
     [
         ("resnet19", NAMES, "; did you mean 'resnet18' or 'resnet34'?"),
         ("zzz", NAMES, "; there are 'resnet18', 'resnet34', 'vit'"),
-        ("zzz", iter("abcdefghij"), "; there are 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more"),
+        ("zzz", iter("abcdefghijkl"), "; there are 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h', 'i', 'j' and 2 more"),
         ("zzz", [], "; there are none"),
     ],
 )
@@ -24,3 +24,12 @@ def test_where_none_is_like_it_the_caller_may_say_something_else():
     assert suggest("zzz", NAMES, otherwise="read the list") == "; read the list"
     assert suggest("zzz", NAMES, otherwise="") == ""
     assert suggest("vitt", NAMES, otherwise="read the list") == "; did you mean 'vit'?"
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "text"),
+    [(["a"], None, "a"), (["a", "b"], 2, "a, b"), (["a", "b"], 5, "a, b and 3 more"), ([], None, "")],
+)
+def test_names_are_listed_up_to_ten_and_the_rest_is_counted(names, count, text):
+    assert some(names, count) == text
+    assert some([*"abcdefghijkl"]) == "a, b, c, d, e, f, g, h, i, j and 2 more"

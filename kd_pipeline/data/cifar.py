@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.data.arrays import Arrays
-from kd_pipeline.data.labels import some
 from kd_pipeline.data.plain_pickle import Call, read_pickle
 from kd_pipeline.errors import DataError
+from kd_pipeline.known_names import some
 
 __all__ = ["Cifar"]
 

@@ -4,6 +4,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +19,6 @@ __all__ = ["Graph", "GraphSettings", "Probe", "Samples", "may_hide_damage"]
 _JPEG_START, _JPEG_END = np.frombuffer(b"\xff\xd8\xff\xd9", np.uint16)
 _IN_PARTS = np.frombuffer(b"IIMM\xff\x4f\x00\x00", np.uint16)
 """What TIFF and JPEG 2000 files start with. Other formats than these and JPEG are decoded in full for any window."""
-_ABSOLUTE = {"normalized_anchor": False, "normalized_shape": False}
-"""Windows are given in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,20 +136,17 @@ class Graph:
 
     def _define(self, stores: Literal["files", "pixels"], settings: GraphSettings) -> Node:
         fn = require("nvidia.dali.fn", extra="cpu")
-        crop, ops = self._transform.crop, ops_of(self._transform)
         if stores == "files":
             images = fn.external_source(self._next_images, ndim=1, no_copy=True)  # what was read is used where it lies
+            cut = partial(fn.decoders.image_slice, **_decoder(settings))
         else:
             images = fn.external_source(self._next_images, ndim=3, layout="HWC")
-        ndims = [*[1] * crop.num_inputs, *[ndim for op in ops for ndim in op.ndims]]
-        corner, extent, *inputs = fn.external_source(self._next_inputs, num_outputs=len(ndims), ndim=ndims)
-        if stores == "files":
-            images = fn.decoders.image_slice(images, corner, extent, axes=(0, 1), **_ABSOLUTE, **_decoder(settings))
-        else:
             images = images if settings.device_id is None else images.gpu()
-            images = fn.slice(images, corner, extent, axes=(0, 1), **_ABSOLUTE)
-        images = crop.finish(images, *inputs[: crop.num_inputs - 2])
-        inputs = inputs[crop.num_inputs - 2 :]
+            cut = fn.slice
+        ops = (self._transform.crop, *ops_of(self._transform))
+        ndims = [1, 1, *(ndim for op in ops for ndim in op.ndims)]
+        corner, extent, *inputs = fn.external_source(self._next_inputs, num_outputs=len(ndims), ndim=ndims)
+        images = cut(images, corner, extent, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
         for op in ops:
             images = op.apply(images, *inputs[: len(op.ndims)])
             inputs = inputs[len(op.ndims) :]
@@ -181,7 +177,7 @@ class _Files:
             encoded = fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True)
             self._pipeline.set_outputs(encoded, fn.peek_image_shape(encoded), encoded[:2], encoded[-2:])
         self._pipeline.build()
-        self._is_reading = False
+        self._pipeline.schedule_run()
 
     def next(self) -> _Batch:
         """The next batch; the one behind it is being read when this returns.
@@ -190,9 +186,6 @@ class _Files:
             RuntimeError: a file cannot be read, has no header that DALI knows, has too many pixels, or may hide damage.
             StopIteration: there is none.
         """
-        if not self._is_reading:
-            self._pipeline.schedule_run()
-            self._is_reading = True
         encoded, *facts = self._pipeline.outputs()
         samples = self._asked.popleft()
         self._pipeline.schedule_run()

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from kd_pipeline.data.files import FileSource, Paths
-from kd_pipeline.data.labels import Classes, class_names, odd_names, some
+from kd_pipeline.data.labels import Classes, class_names, odd_names
 from kd_pipeline.errors import DataError
-from kd_pipeline.known_names import suggest
+from kd_pipeline.known_names import some, suggest
 
 __all__ = ["EXTENSIONS", "ImageFolder"]
 

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.errors import DataError
+from kd_pipeline.known_names import some
 
-__all__ = ["Classes", "class_names", "count_classes", "load_classes", "odd_names", "save_classes", "some"]
+__all__ = ["Classes", "class_names", "count_classes", "load_classes", "odd_names", "save_classes"]
 
 Classes = Sequence[str] | str | os.PathLike[str]
 """Class names in label order, or the path of a JSON file that lists them."""
@@ -78,12 +79,6 @@ def odd_names(names: Sequence[str]) -> list[str]:
     if pairs := [" and ".join(map(repr, group)) for group in alike.values() if len(group) > 1]:
         odd.append(f"classes that differ only in case or in Unicode form: {some(pairs)}; merge them if they are one")
     return odd
-
-
-def some(names: Sequence[str], count: int | None = None) -> str:
-    """The first ten of `names`, and how many more there are; `count` where `names` is only the start of them."""
-    rest = (count or len(names)) - len(names[:10])
-    return ", ".join(names[:10]) + (f" and {rest} more" if rest else "")
 
 
 def _checked(names: Sequence[str], where: str) -> tuple[str, ...]:

@@ -203,8 +203,8 @@ class RandomResizedCrop:
     area: Range
     ratio: Range
 
-    num_inputs: ClassVar[int] = 2
-    """How many arrays `cut` returns."""
+    ndims: ClassVar[tuple[int, ...]] = ()
+    """Of what `cut` returns beyond corner and extent, for `apply`: dimensions of a sample's part of each array."""
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """Windows to try, and where to put the one that is taken.
@@ -231,7 +231,7 @@ class RandomResizedCrop:
         extent = np.clip(extent, 1, size)
         return np.floor(place * (size - extent + 1)), extent
 
-    def finish(self, images: Node) -> Node:
+    def apply(self, images: Node) -> Node:
         """Bring the windows, of whatever size, to the final one."""
         fn, _ = _dali()
         return fn.resize(images, size=[self.size, self.size], **_filter(self.interpolation))
@@ -249,7 +249,7 @@ class CentreCrop:
     interpolation: str
     shorter: int
 
-    num_inputs: ClassVar[int] = 4
+    ndims: ClassVar[tuple[int, ...]] = (1, 1)
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """None: nothing here is random."""
@@ -262,7 +262,7 @@ class CentreCrop:
         corner = np.rint((resized - self.size) / 2)
         return np.zeros_like(size), size, corner * step, (corner + self.size) * step
 
-    def finish(self, images: Node, start: Node, end: Node) -> Node:
+    def apply(self, images: Node, start: Node, end: Node) -> Node:
         """Resize the centres of whole images; all of a resized 1x30000 image would be 6 GB."""
         fn, _ = _dali()
         return fn.resize(

@@ -9,8 +9,8 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from kd_pipeline.data.labels import some
 from kd_pipeline.errors import TeacherError
+from kd_pipeline.known_names import some
 from kd_pipeline.teachers.base import Teacher, TensorSpec
 from kd_pipeline.teachers.recorded import RecordedTeacher
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config import TrainSettings
 from kd_pipeline.distillation import Distillation, LossTerms
-from kd_pipeline.evaluation import Evaluation
+from kd_pipeline.evaluation import Evaluation, images_for
 from kd_pipeline.optional import require
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.training.ema import StudentEma
@@ -99,9 +99,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
     def training_step(self, batch: KDBatch, number: int) -> Tensor:
         """The loss of one batch; nothing here waits for the device."""
         student = self._compiled[0] if self._compiled else self.student
-        dtype = next(self.student.parameters()).dtype
         with self.distillation.student_features(self.student) as features:
-            logits = student(batch.images.to(dtype))
+            logits = student(images_for(self.student, batch.images))
         epoch = self._batches_done(number) / self.trainer.num_training_batches
         terms = self.distillation(logits, features, batch, epoch=epoch, epochs=self._settings.epochs)
         self._count(logits.detach(), batch)
