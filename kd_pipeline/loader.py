@@ -128,7 +128,7 @@ class KDDataLoader:
             repeats: how often in a row an epoch shows a sample; see `Plan`.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
             num_threads: CPU threads for DALI; by default the cores this process may use.
-            prefetch: batches that DALI works on ahead of the one that is taken; at least 1.
+            prefetch: batches, or groups of small ones, that DALI works on ahead of the one that is taken; at least 1.
             ahead: batches for which the teacher has been started ahead of the one handed out.
             hw_decoder_load: share of JPEG images for a GPU's hardware decoder.
             on_bad_sample: "raise", or "substitute" the next readable sample with `valid=False`.
@@ -427,7 +427,7 @@ class KDDataLoader:
         """Take a batch of this epoch from DALI and start the teacher on it."""
         read = self._reader.read(self._epoch, number, self._lane.stream)
         with self._lane.teaching():
-            pixels, facts = self._lane.view(read.images), self._lane.upload(read.facts)
+            pixels, facts = self._lane.view(read.images)[read.rows], self._lane.upload(read.facts)
             labels = None if self.source.labels is None else facts[LABEL]
             if self.mix is not None:
                 pixels, labels = self._mixed(self.mix, pixels, labels, facts[MIXING].T)

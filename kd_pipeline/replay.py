@@ -88,7 +88,7 @@ def check_pixels(
     try:
         read = reader.read(epoch, 0, lane.stream)
         with lane.teaching():
-            pixels = lane.view(read.images)
+            pixels = lane.view(read.images)[read.rows]
             if mix is not None:
                 pixels = mix_images(pixels, lane.upload(read.facts[MIXING]).T)
             _compare(recorded, source.name, epoch, place, read.facts[INDEX], pixels)

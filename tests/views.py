@@ -2,13 +2,14 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.graph import Graph, GraphSettings, Samples
+from kd_pipeline.data.graph import Graph, GraphSettings, Probe, Samples
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transform import EvalTransform, TrainTransform, parameters_of
 
@@ -32,19 +33,27 @@ def samples_of(
     transform: TrainTransform | EvalTransform,
     images: Sequence[Path] | NDArray[np.uint8],
     draws: NDArray[np.float32] | None = None,
-    *,
-    trusted: bool = False,
 ) -> Samples:
     """Files, or pixels `[N, H, W, 3]`, as the samples 0 to N - 1; `draws` are those of epoch 0 where left out."""
     index = np.arange(len(images))
     if draws is None:
         draws = uniforms(index, seed=0, epoch=0, count=transform.num_draws)
     return Samples(
+        index=index,
         data=images if isinstance(images, np.ndarray) else _padded(images),
         crop=transform.crop.parameters(draws.astype(np.float64)),
         parameters=parameters_of(transform, draws.astype(np.float64)),
-        trusted=np.full(len(images), trusted),
     )
+
+
+def open_graph(
+    samples: Iterator[Samples],
+    stores: Literal["files", "pixels"],
+    transform: TrainTransform | EvalTransform,
+    settings: GraphSettings,
+) -> Graph:
+    """A graph that knows nothing yet about the files."""
+    return Graph(samples, stores, transform, settings, Probe(settings))
 
 
 def render(
@@ -53,12 +62,11 @@ def render(
     draws: NDArray[np.float32] | None = None,
     *,
     max_pixels: int = 10**7,
-    trusted: bool = False,
 ) -> NDArray[np.floating]:
     """The batch that the graph makes of the images, `[N, 3, size, size]`."""
-    samples = itertools.repeat(samples_of(transform, images, draws, trusted=trusted))
+    samples = itertools.repeat(samples_of(transform, images, draws))
     settings = graph_settings(len(images), max_pixels=max_pixels)
-    graph = Graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
+    graph = open_graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
     try:
         return np.array(graph.take())
     finally:

@@ -1,5 +1,6 @@
 """`KDDataLoader` beside the bare DALI graph and torchvision's two ways, on the same JPEG files."""
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.dlpack import from_dlpack
 
 from kd_pipeline.bench.measure import BenchResult, Contender, measure, prepare_out
 from kd_pipeline.bench.photographs import photographs, read_jpeg
+from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import TrainTransform
 from kd_pipeline.loader import KDDataLoader
@@ -37,8 +39,8 @@ class BenchLoaderSettings(Settings):
     batch_size: int = Field(default=64, gt=0)
     size: int = Field(default=224, gt=0)
     """Height and width of the finished images."""
-    num_batches: int = Field(default=20, gt=0)
-    """Timed batches of every loader in every repeat, rounded up to a multiple of `num_threads`."""
+    num_batches: int = Field(default=40, gt=0)
+    """Timed batches of every loader in every repeat, rounded up to a multiple of those that one gives at once."""
     repeats: int = Field(default=7, gt=0)
     num_threads: int | None = Field(default=None, gt=0)
     """Threads of DALI and worker processes of torch; the cores this process may use where left out."""
@@ -66,21 +68,24 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     num_files = _read_all(root)
     report(f"{num_files:,} files read once, so that every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
+    transform = TrainTransform(size=settings.size)
     with ExitStack() as stack:
         contenders = []
         rows = [(name, open_stream, settings.batch_size) for name, open_stream in LOADERS.items()]
         if num_files >= _LARGE_BATCH != settings.batch_size:
             rows.append((f"KDDataLoader, batch of {_LARGE_BATCH}", _kd_data_loader, _LARGE_BATCH))
         for name, open_stream, batch_size in rows:
-            stream = open_stream(root, TrainTransform(size=settings.size), batch_size, num_threads)
+            stream = open_stream(root, transform, batch_size, num_threads)
             contenders.append(Contender(name, _Runner(stack.enter_context(closing(stream)))))
+        # Workers of torch each make a batch of their own and may deliver all at once, and so does `KDDataLoader` with
+        # small batches: only whole rounds are fair.
+        at_once = math.lcm(num_threads, group_size(settings.batch_size, transform))
         result = measure(
             contenders,
             repeats=settings.repeats,
-            # Workers of torch each make a batch of their own and may deliver all at once: only whole rounds are fair.
-            num_batches=-(-settings.num_batches // num_threads) * num_threads,
-            # Ready ahead: `_PREFETCH` batches of each worker; with DALI those, its reader's and the teacher's.
-            num_warm_up=(_PREFETCH + 2) * num_threads,
+            num_batches=-(-settings.num_batches // at_once) * at_once,
+            # Ready ahead: `_PREFETCH` rounds; with DALI those, its reader's and the teacher's.
+            num_warm_up=(_PREFETCH + 2) * at_once,
             settings=settings.model_dump(mode="json") | {"root": str(root), "num_threads": num_threads},
             report=report,
         )

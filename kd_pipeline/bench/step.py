@@ -15,6 +15,7 @@ from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.bench.step_result import StepResult, StepRow
 from kd_pipeline.bench.ways import WAYS, StepTask
 from kd_pipeline.config import Config
+from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.source import ImageFolder, ImageFolderSettings
 from kd_pipeline.data.transform import TrainTransform
 from kd_pipeline.data_settings import DataSettings, SplitSettings
@@ -36,8 +37,8 @@ _NUM_IMAGES = 2000
 _NUM_WARM_UP = 2
 """Steps before those that are timed. A step takes far longer than a batch takes to load, so that no more is ready at
 the beginning of the timed ones than at their end."""
-_NUM_WARM_UP_LOADING, _TIMES_LOADING = 8, 4
-"""Where loading is all there is: more batches than any loader has ready, and so many times as many timed ones."""
+_TIMES_LOADING = 4
+"""Where loading is all there is so many times as many batches are timed, after as many as a loader has ready."""
 _NUM_READY = 8
 """More batches than a loader takes beyond those that it hands out."""
 _PARTS = ("f", "loader", "teacher")
@@ -222,9 +223,11 @@ def _measure(
     for repeat in range(settings.repeats):
         for place in range(len(ways)):
             way = ways[(place + repeat) % len(ways)]
-            is_loading = way.letter == "loader"
-            num_warm_up = _NUM_WARM_UP_LOADING if is_loading else _NUM_WARM_UP
-            num_steps = settings.num_steps * (_TIMES_LOADING if is_loading else 1)
+            num_steps, num_warm_up = settings.num_steps, _NUM_WARM_UP
+            if way.letter == "loader":  # which gives several small batches at once
+                at_once = group_size(settings.batch_size, settings.transform)
+                num_steps = -(-_TIMES_LOADING * num_steps // at_once) * at_once
+                num_warm_up = _TIMES_LOADING * at_once
             samples[way.letter].append(way.time(num_steps, num_warm_up=num_warm_up))
         rates = ", ".join(f"({letter}) {own[-1].images_per_s:,.1f}" for letter, own in samples.items())
         report(f"repeat {repeat + 1} of {settings.repeats}, images/s: {rates}")

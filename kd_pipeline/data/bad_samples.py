@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.graph import GraphSettings, Probe, may_hide_damage
+from kd_pipeline.data.graph import Probe
 from kd_pipeline.data.source import Source
 from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
 from kd_pipeline.settings import Settings
@@ -37,12 +37,11 @@ class BadSamples:
     dataset alone. So a run that meets a bad file midway goes on exactly like one that knew it from the start.
     """
 
-    def __init__(self, source: Source, policy: BadSamplePolicy, settings: GraphSettings) -> None:
+    def __init__(self, source: Source, policy: BadSamplePolicy, probe: Probe) -> None:
         self._source = source
         self._policy = policy
-        self._probe = Probe(settings)
+        self._probe = probe
         self._bad: set[int] = set()
-        self._trusted: set[int] = set()
         self._recorded: set[int] = set()
 
     @property
@@ -53,14 +52,6 @@ class BadSamples:
     def learn(self, known: Iterable[int]) -> None:
         """Take over the unreadable samples that an earlier run met."""
         self._bad = set(known)
-
-    def close(self) -> None:
-        """Stop the threads that examine files."""
-        self._probe.close()
-
-    def trusted(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """`[N]`, True for samples that might have hidden damage, and turned out to decode in full."""
-        return _members(index, self._trusted)
 
     def replace(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """`index` `[N]` with stand-ins for the unreadable samples, and `[N]` False where one stands in."""
@@ -79,17 +70,14 @@ class BadSamples:
         """
         if self._source.stores == "pixels":
             return False
-        before = len(self._bad) + len(self._trusted)
+        before = len(self._bad)
         for position in dict.fromkeys(index.tolist()):
             (path,) = self._source.read(np.array([position]))
             try:
                 self._probe.decode(path)
             except RuntimeError as exc:
                 self._add(position, path, exc)
-            else:
-                if may_hide_damage(*_ends(Path(self._source.name(position)))):
-                    self._trusted.add(position)
-        return len(self._bad) + len(self._trusted) > before
+        return len(self._bad) > before
 
     def _add(self, position: int, path: NDArray[np.uint8], failure: RuntimeError) -> None:
         name = self._source.name(position)
@@ -148,7 +136,7 @@ class BadSamples:
                 num_bytes,
                 f"its header claims {width}x{height} pixels, more than max_pixels={self._policy.max_pixels}",
             )
-        if _start(file, 2) == b"\xff\xd8" and may_hide_damage(*_ends(file)):
+        if _start(file, 2) == b"\xff\xd8" and not _ends_like_jpeg(file):
             return num_bytes, f"the file is cut off: {width}x{height} JPEG without an end"
         return num_bytes, f"{width}x{height} image that does not decode: {_last_words(failure)}"
 
@@ -159,13 +147,10 @@ def _members(index: NDArray[np.int64], members: set[int]) -> NDArray[np.bool_]:
     return np.isin(index, np.fromiter(members, dtype=np.int64))
 
 
-def _ends(file: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Its first and last two bytes, `[1, 2]` each."""
+def _ends_like_jpeg(file: Path) -> bool:
     with file.open("rb") as stream:
-        start = stream.read(2)
         stream.seek(-2, os.SEEK_END)
-        end = stream.read(2)
-    return np.frombuffer(start, np.uint8)[None], np.frombuffer(end, np.uint8)[None]
+        return stream.read() == b"\xff\xd9"
 
 
 def _start(file: Path, num_bytes: int) -> bytes:

@@ -14,7 +14,7 @@ from kd_pipeline.data.transform import EvalTransform, Node, TrainTransform, ops_
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.optional import require
 
-__all__ = ["Graph", "GraphSettings", "Probe", "Samples", "may_hide_damage"]
+__all__ = ["Graph", "GraphSettings", "Probe", "Samples"]
 
 _JPEG_START, _JPEG_END = np.frombuffer(b"\xff\xd8\xff\xd9", np.uint16)
 _IN_PARTS = np.frombuffer(b"IIMM\xff\x4f\x00\x00", np.uint16)
@@ -41,21 +41,21 @@ class GraphSettings:
 class Samples:
     """One batch as the graph takes it."""
 
+    index: NDArray[np.int64]
+    """`[N]`, positions in the dataset."""
     data: NDArray[np.uint8]
     """`[N, L]` file names, NUL-padded, or `[N, H, W, 3]` pixels."""
     crop: tuple[NDArray[np.float64], ...]
     """`[N, ...]` each, what the transform's crop makes of the samples' uniform numbers."""
     parameters: tuple[NDArray[Any], ...]
     """`[N, ...]` each, what `parameters_of` makes of them for all that follows the crop."""
-    trusted: NDArray[np.bool_]
-    """`[N]`, True for files that are known to decode in full."""
 
     def split(self, sizes: Iterable[int]) -> Iterator["Samples"]:
         """Batches of so many samples each, one behind the other; nothing is copied."""
         ends = list(itertools.accumulate(sizes, initial=0))
         for own in itertools.starmap(slice, itertools.pairwise(ends)):
             crop, parameters = (tuple(part[own] for part in parts) for parts in (self.crop, self.parameters))
-            yield Samples(self.data[own], crop, parameters, self.trusted[own])
+            yield Samples(self.index[own], self.data[own], crop, parameters)
 
 
 class Graph:
@@ -73,9 +73,10 @@ class Graph:
         stores: Literal["files", "pixels"],
         transform: TrainTransform | EvalTransform,
         settings: GraphSettings,
+        probe: "Probe",
     ) -> None:
         self._transform = transform
-        self._read = _Files(samples, settings) if stores == "files" else _Pixels(samples)
+        self._read = _Files(samples, settings, probe) if stores == "files" else _Pixels(samples)
         # DALI asks for the two parts of a batch separately, in an order of its own.
         self._images: deque[Any] = deque()
         self._inputs: deque[tuple[NDArray[Any], ...]] = deque()
@@ -167,8 +168,8 @@ class _Batch:
 class _Files:
     """Reads the files of each batch and their headers, one batch ahead."""
 
-    def __init__(self, samples: Iterator[Samples], settings: GraphSettings) -> None:
-        self._samples, self._max_pixels = samples, settings.max_pixels
+    def __init__(self, samples: Iterator[Samples], settings: GraphSettings, probe: "Probe") -> None:
+        self._samples, self._max_pixels, self._probe = samples, settings.max_pixels, probe
         self._asked: deque[Samples] = deque()
         fn = require("nvidia.dali.fn", extra="cpu")
         self._pipeline = _pipeline(settings, None, prefetch=1)
@@ -183,7 +184,7 @@ class _Files:
         """The next batch; the one behind it is being read when this returns.
 
         Raises:
-            RuntimeError: a file cannot be read, has no header that DALI knows, has too many pixels, or may hide damage.
+            RuntimeError: a file cannot be read, has no header that DALI knows, has too many pixels, or has no end.
             StopIteration: there is none.
         """
         encoded, *facts = self._pipeline.outputs()
@@ -195,10 +196,11 @@ class _Files:
         # DALI's threads refuses a sample of a large batch, the others may go on in memory that is gone by then
         # (DALI 2.4, `ImageDecoder::SetupImpl` in dali/operators/imgcodec).
         area = size.prod(axis=1)
-        is_doubtful = may_hide_damage(start, end) & ~samples.trusted
-        (refused,) = np.nonzero(is_doubtful | (area == 0) | (area > self._max_pixels))
+        (refused,) = np.nonzero((area == 0) | (area > self._max_pixels))
         if len(refused):
-            raise RuntimeError(f"the files at places {refused} of the batch are cut off, or too large by their headers")
+            raise RuntimeError(f"no pixels, or more than {self._max_pixels}: samples {samples.index[refused]}")
+        for place in np.flatnonzero(_may_hide_damage(start, end)):
+            self._probe.vouch(int(samples.index[place]), samples.data[place])
         return _Batch(samples, encoded, size)
 
     def close(self) -> None:
@@ -237,6 +239,7 @@ class Probe:
 
     def __init__(self, settings: GraphSettings) -> None:
         self._settings = settings
+        self._sound: set[int] = set()
         self._path: NDArray[np.uint8]
         self._pipelines: dict[str, Any] = {}
 
@@ -260,6 +263,16 @@ class Probe:
         if height * width > self._settings.max_pixels:
             raise RuntimeError(f"{width}x{height} pixels are more than {self._settings.max_pixels}")
         self._look("pixels", path)
+
+    def vouch(self, index: int, path: NDArray[np.uint8]) -> None:
+        """Decode all of the file `path` `[L]` of sample `index`, unless that is known to succeed.
+
+        Raises:
+            RuntimeError: as `decode`.
+        """
+        if index not in self._sound:
+            self.decode(path)
+            self._sound.add(index)
 
     def close(self) -> None:
         """Stop DALI's threads; the next look starts new ones."""
@@ -290,17 +303,11 @@ class Probe:
         return pipeline
 
 
-def may_hide_damage(start: NDArray[np.uint8], end: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which files may be damaged although one of their windows decodes well.
+def _may_hide_damage(start: NDArray[np.uint8], end: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """`[N]`, True for files that may be damaged although one of their windows decodes well.
 
-    Whether a sample is readable is not to depend on its view, so these have to be decoded in full once.
-
-    Args:
-        start: `[N, 2]`, the files' first bytes.
-        end: `[N, 2]`, their last ones.
-
-    Returns:
-        `[N]`, True for JPEG files without their end, and for all whose format allows to decode a part alone.
+    Of their first and last bytes, `[N, 2]` each. Whether a sample is readable is not to depend on its view, so these
+    are decoded in full once: JPEG files without their end, and all of which DALI may decode a part alone.
     """
     first, last = (two.view(np.uint16)[:, 0] for two in (start, end))
     is_cut_off = np.isin(first, _JPEG_START) & ~np.isin(last, _JPEG_END)

@@ -14,10 +14,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from kd_pipeline.data.auto_augment import OPS, AutoAugment, RandAugment, TrivialAugment, numbers_of
-from kd_pipeline.data.graph import Graph
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transform import TrainTransform
-from tests.views import PIXELS, graph_settings, render
+from tests.views import PIXELS, graph_settings, open_graph, render
 
 SIZE = 128
 RAND, TRIVIAL = RandAugment(), TrivialAugment()
@@ -286,4 +285,4 @@ def test_every_number_of_a_view_counts(pieces):
 def test_a_graph_for_a_gpu_is_defined_in_full_before_the_gpu_is_missed(stores):
     transform = TrainTransform(size=32, auto_augment=RAND)
     with pytest.raises(RuntimeError, match="CUDA is not available"):
-        Graph(iter(()), stores, transform, replace(graph_settings(2), device_id=0))
+        open_graph(iter(()), stores, transform, replace(graph_settings(2), device_id=0))

@@ -1,5 +1,6 @@
 """Files and pixels through DALI: which file becomes which pixels, in what order, and what is refused."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,11 +12,11 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image, ImageOps
 
-from kd_pipeline.data.graph import Graph
+from kd_pipeline.data.graph import Graph, Probe
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
-from tests.views import PIXELS, graph_settings, render, samples_of
+from tests.views import PIXELS, graph_settings, open_graph, render, samples_of
 
 EVAL = EvalTransform(size=32, resize=36, **PIXELS)
 TRAIN = TrainTransform(size=32, **PIXELS)
@@ -82,7 +83,7 @@ def test_every_format_becomes_the_three_channels_that_pillow_makes_of_it(photo, 
     path, expected = save(FORMATS[name](Image.fromarray(photo)), tmp_path / name)
     plain = lossless(expected, tmp_path / "plain.png")
     for transform in (EVAL, TRAIN):
-        np.testing.assert_allclose(render(transform, [path], trusted=True), render(transform, [plain]), atol=1)
+        np.testing.assert_allclose(render(transform, [path]), render(transform, [plain]), atol=1)
 
 
 def test_a_progressive_jpeg_becomes_what_pillow_makes_of_it(photo, tmp_path):
@@ -99,7 +100,7 @@ def test_sixteen_bits_of_gray_are_scaled_to_eight_and_not_clipped(tmp_path, kind
     Image.fromarray(deep).save(tmp_path / f"deep.{kind}")
     shallow = np.repeat(np.round(deep / 257).astype(np.uint8)[..., None], 3, axis=-1)
     plain = lossless(shallow, tmp_path / "plain.png")
-    np.testing.assert_allclose(render(EVAL, [tmp_path / f"deep.{kind}"], trusted=True), render(EVAL, [plain]), atol=1)
+    np.testing.assert_allclose(render(EVAL, [tmp_path / f"deep.{kind}"]), render(EVAL, [plain]), atol=1)
 
 
 def test_files_and_pixels_of_the_same_images_give_the_same_views(photos, tmp_path):
@@ -164,14 +165,31 @@ def test_a_jpeg_without_an_end_is_refused_even_where_its_view_lies_above_the_cut
         render(TRAIN, [cut], draws)
 
 
-def test_a_trusted_jpeg_is_decoded_whatever_it_ends_with(photo, tmp_path):
+def test_a_jpeg_with_something_behind_its_end_is_what_it_was_before(photo, tmp_path):
     path = tmp_path / "junk.jpg"
     Image.fromarray(photo).save(path)
     expected = render(EVAL, [path])
     path.write_bytes(path.read_bytes() + b"junk")
-    with pytest.raises(RuntimeError):
-        render(EVAL, [path])
-    np.testing.assert_array_equal(render(EVAL, [path], trusted=True), expected)
+    np.testing.assert_array_equal(render(EVAL, [path]), expected)
+
+
+@pytest.mark.parametrize("name", ["whole.jpg", "junk.jpg", "photo.tif", "photo.png"])
+def test_a_file_that_may_hide_damage_is_decoded_in_full_once_and_no_other_ever(photo, tmp_path, monkeypatch, name):
+    path = tmp_path / name
+    Image.fromarray(photo).save(path)
+    if name == "junk.jpg":
+        path.write_bytes(path.read_bytes() + b"junk")
+    decoded = []
+    decode = Probe.decode
+    monkeypatch.setattr(Probe, "decode", lambda probe, path: (decoded.append(path), decode(probe, path)))
+    settings = graph_settings(1)
+    probe = Probe(settings)
+    for _ in range(2):
+        graph = Graph(itertools.repeat(samples_of(EVAL, [path])), "files", EVAL, settings, probe)
+        for _ in range(3):
+            graph.take()
+        graph.close()
+    assert len(decoded) == (name in ("junk.jpg", "photo.tif"))
 
 
 MEASURED = """
@@ -248,7 +266,7 @@ def batches(num_batches, num_images, transform=EVAL, folder=None):
 @pytest.mark.parametrize("stores", ["files", "pixels"])
 def test_batches_come_out_in_order_and_one_may_be_smaller(tmp_path, prefetch, transform, stores):
     samples = batches(7, 5, transform, tmp_path if stores == "files" else None)
-    graph = Graph(samples, stores, transform, graph_settings(5, prefetch=prefetch))
+    graph = open_graph(samples, stores, transform, graph_settings(5, prefetch=prefetch))
     for number in range(7):
         images = np.array(graph.take())
         assert images.shape == (5 - number % 2, 3, 32, 32) and (images == number).all()
@@ -272,7 +290,7 @@ def test_a_bad_file_stops_its_own_batch_and_none_before_it(tmp_path, prefetch, n
     """Whether reading it, its header or its pixels fails."""
     samples = list(batches(7, 5, folder=tmp_path))
     spoil(tmp_path / f"{number}_3.png")
-    graph = Graph(iter(samples), "files", EVAL, graph_settings(5, prefetch=prefetch))
+    graph = open_graph(iter(samples), "files", EVAL, graph_settings(5, prefetch=prefetch))
     for good in range(number):
         assert (np.array(graph.take()) == good).all()
     with pytest.raises(RuntimeError):
@@ -282,7 +300,7 @@ def test_a_bad_file_stops_its_own_batch_and_none_before_it(tmp_path, prefetch, n
 
 def test_a_batch_that_is_held_is_not_written_to_again_even_after_the_graph_is_closed():
     """By torch, which shares DALI's memory."""
-    graph = Graph(batches(20, 4), "pixels", EVAL, graph_settings(4, prefetch=2))
+    graph = open_graph(batches(20, 4), "pixels", EVAL, graph_settings(4, prefetch=2))
     held = [torch.from_dlpack(graph.take()) for _ in range(20)]
     graph.close()
     assert len({images.data_ptr() for images in held}) == 20
@@ -293,7 +311,7 @@ def test_a_batch_that_is_held_is_not_written_to_again_even_after_the_graph_is_cl
 def test_a_pipeline_without_the_dynamic_executor_is_refused(monkeypatch):
     monkeypatch.setattr(Pipeline, "exec_dynamic", False)
     with pytest.raises(ConfigError, match="dynamic executor"):
-        Graph(batches(1, 1), "pixels", EVAL, graph_settings(1))
+        open_graph(batches(1, 1), "pixels", EVAL, graph_settings(1))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that such a graph is simply built")
@@ -301,4 +319,4 @@ def test_a_pipeline_without_the_dynamic_executor_is_refused(monkeypatch):
 @pytest.mark.parametrize("transform", [EVAL, TrainTransform(size=32, hue=0.1, blur=0.5, erase=0.5)])
 def test_a_graph_for_a_gpu_is_defined_in_full_before_the_gpu_is_missed(stores, transform):
     with pytest.raises(RuntimeError, match="CUDA is not available"):
-        Graph(iter(()), stores, transform, replace(graph_settings(2), device_id=0))
+        open_graph(iter(()), stores, transform, replace(graph_settings(2), device_id=0))

@@ -1,0 +1,134 @@
+"""Batches out of DALI are what they are alone, however many of them it works on at once."""
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kd_pipeline.data.bad_samples import BadSamplePolicy
+from kd_pipeline.data.plan import Plan
+from kd_pipeline.data.reader import INDEX, Read, Reader, group_size
+from kd_pipeline.data.source import ImageFolder
+from kd_pipeline.data.transform import EvalTransform, TrainTransform
+from kd_pipeline.errors import BadSampleError
+from tests.corpus import cut_in_half
+from tests.views import graph_settings
+
+TRAIN = TrainTransform(size=24)
+BATCH_SIZE = 4
+NUM_BATCHES = 10
+"""Of the 37 photographs; the last one has a single image."""
+
+Open = Callable[..., Reader]
+
+
+@pytest.fixture
+def open_reader(photo_folder: Path) -> Iterator[Open]:
+    """Readers of the photographs, or of another folder with as many, in their own order."""
+    opened: list[Reader] = []
+
+    def make(root: Path = photo_folder, *, prefetch: int = 2, **policy: object) -> Reader:
+        source = ImageFolder(root)
+        plan = Plan(num_samples=len(source), batch_size=BATCH_SIZE, seed=3, shuffle=False)
+        settings = graph_settings(BATCH_SIZE, prefetch=prefetch)
+        opened.append(Reader(source, TRAIN, plan, settings, BadSamplePolicy(**policy)))
+        return opened[-1]
+
+    yield make
+    for reader in opened:
+        reader.close()
+
+
+def pixels(read: Read) -> NDArray[np.float32]:
+    return np.array(read.images)[read.rows]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "image_size", "num_batches"),
+    [(64, 224, 4), (256, 224, 1), (100, 224, 2), (16, 512, 3), (128, 32, 8), (1, 32, 1024), (5000, 8, 1), (8, 33, 1)],
+)
+def test_small_batches_are_worked_on_together_up_to_a_limit(batch_size: int, image_size: int, num_batches: int) -> None:
+    assert group_size(batch_size, TrainTransform(size=image_size)) == num_batches
+
+
+def test_every_batch_of_a_group_begins_where_an_engine_can_read_it() -> None:
+    for batch_size, size, dtype in itertools.product((1, 3, 8, 20, 64), (17, 24, 32, 33, 224), ("float32", "float16")):
+        transform = EvalTransform(size=size, dtype=dtype)
+        batch_bytes = batch_size * 3 * size**2 * np.dtype(dtype).itemsize
+        assert group_size(batch_size, transform) == 1 or batch_bytes % 256 == 0
+    assert group_size(64, EvalTransform(size=33)) == 16
+
+
+def test_the_first_batch_comes_alone_and_each_group_after_it_is_twice_as_large(open_reader: Open) -> None:
+    reader = open_reader()
+    reads = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
+    groups = [len(list(group)) for _, group in itertools.groupby(id(read.images) for read in reads)]
+    assert groups == [1, 2, 4, 3, 10]  # no group reaches into the next epoch
+    for read in reads:
+        assert len(pixels(read)) == len(read.valid) == read.facts.shape[1] == len(read.plan.index)
+
+
+def test_a_batch_is_the_same_from_whichever_one_on_they_are_read(open_reader: Open) -> None:
+    reader = open_reader()
+    whole = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
+    for first in range(2 * NUM_BATCHES - 3):
+        other = open_reader(prefetch=1 + first % 3)
+        for number in range(first, first + 4):
+            read = other.read(*divmod(number, NUM_BATCHES))
+            np.testing.assert_array_equal(pixels(read), pixels(whole[number]))
+            np.testing.assert_array_equal(read.facts, whole[number].facts)
+        other.close()
+
+
+def test_any_batch_may_be_asked_for_next(open_reader: Open) -> None:
+    reader, other = open_reader(), open_reader()
+    whole = [pixels(reader.read(0, number)) for number in range(NUM_BATCHES)]
+    for number in [0, 1, 2, 1, 1, 7, 8, 3, 4, 5, 9, 0, 6]:
+        np.testing.assert_array_equal(pixels(other.read(0, number)), whole[number])
+
+
+def test_what_was_read_before_a_stop_is_not_handed_out_after_it(open_reader: Open) -> None:
+    reader = open_reader(on_bad_sample="substitute", max_bad_fraction=0.2)
+    for number in range(4):
+        last = reader.read(0, number)
+    assert len(np.array(last.images)) > last.rows.stop  # batch 4 is there already
+    reader.stop()
+    reader.bad_samples.learn([17])
+    after = reader.read(0, 4)
+    assert 17 in after.plan.index and 17 not in after.facts[INDEX] and after.valid.sum() == BATCH_SIZE - 1
+
+
+@pytest.mark.parametrize("bad", [0, 5, 11, 16, 27, 36])
+def test_every_batch_before_one_with_a_bad_file_is_handed_out(
+    open_reader: Open, photo_folder: Path, tmp_path: Path, bad: int
+) -> None:
+    root = shutil.copytree(photo_folder, tmp_path / "photos")
+    cut_in_half(Path(ImageFolder(root).name(bad)))
+    reader, whole = open_reader(root), open_reader()
+    for number in range(bad // BATCH_SIZE):
+        np.testing.assert_array_equal(pixels(reader.read(0, number)), pixels(whole.read(0, number)))
+    for _ in range(2):
+        with pytest.raises(BadSampleError, match=f"sample {bad}"):
+            reader.read(0, bad // BATCH_SIZE)
+
+
+@pytest.mark.parametrize("bad", [(0,), (5, 6, 16), (36,)])
+def test_bad_files_anywhere_in_a_group_are_stood_in_for_alike(
+    open_reader: Open, photo_folder: Path, tmp_path: Path, bad: tuple[int, ...]
+) -> None:
+    root = shutil.copytree(photo_folder, tmp_path / "photos")
+    for index in bad:
+        cut_in_half(Path(ImageFolder(root).name(index)))
+    options = {"on_bad_sample": "substitute", "max_bad_fraction": 0.2}
+    meets, knows = open_reader(root, **options), open_reader(root, **options)
+    knows.bad_samples.learn(bad)
+    for number in range(NUM_BATCHES):
+        met, known = meets.read(0, number), knows.read(0, number)
+        np.testing.assert_array_equal(pixels(met), pixels(known))
+        np.testing.assert_array_equal(met.valid, ~np.isin(met.plan.index, bad))
+        assert not np.isin(met.facts[INDEX], bad).any()
+    assert meets.bad_samples.known == list(bad)
