@@ -195,7 +195,7 @@ class _Files:
         # Refused here and not by the decoder, although it would do so for a window outside of the image: where one of
         # DALI's threads refuses a sample of a large batch, the others may go on in memory that is gone by then
         # (DALI 2.4, `ImageDecoder::SetupImpl` in dali/operators/imgcodec).
-        area = size.prod(axis=1)
+        area = size[:, 0] * size[:, 1]
         (refused,) = np.nonzero((area == 0) | (area > self._max_pixels))
         if len(refused):
             raise RuntimeError(f"no pixels, or more than {self._max_pixels}: samples {samples.index[refused]}")
@@ -310,8 +310,10 @@ def _may_hide_damage(start: NDArray[np.uint8], end: NDArray[np.uint8]) -> NDArra
     are decoded in full once: JPEG files without their end, and all of which DALI may decode a part alone.
     """
     first, last = (two.view(np.uint16)[:, 0] for two in (start, end))
-    is_cut_off = np.isin(first, _JPEG_START) & ~np.isin(last, _JPEG_END)
-    return is_cut_off | np.isin(first, _IN_PARTS)
+    may: NDArray[np.bool_] = (first == _JPEG_START) & (last != _JPEG_END)
+    for start_of_kind in _IN_PARTS:
+        may |= first == start_of_kind
+    return may
 
 
 def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> Any:

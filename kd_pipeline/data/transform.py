@@ -223,7 +223,7 @@ class RandomResizedCrop:
     def cut(self, size: Array, tries: Array, place: Array) -> tuple[Array, ...]:
         """Corner (y, x) and extent of the windows in images of `size` `[N, 2]`, in whole pixels, `[N, 2]` each."""
         extents = np.rint(tries * np.sqrt(size.prod(axis=1))[:, None, None])
-        fits = (extents <= size[:, None]).all(axis=2)
+        fits = (extents[..., 0] <= size[:, :1]) & (extents[..., 1] <= size[:, 1:])
         first = fits.argmax(axis=1)
         longest = np.rint(size[:, ::-1] * [1 / self.ratio[0], self.ratio[1]])
         rows = np.arange(len(size))
