@@ -1,15 +1,18 @@
 """The whole line on a real GPU: DALI decodes there, the teacher and the student read the one buffer, nothing waits."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from kd_pipeline.data.source import ImageFolder
+from kd_pipeline.data.source import FileList, ImageFolder
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.teachers import Teacher
+from tests.corpus import BROKEN, Broken, photo_of
 from tests.gpu.conftest import nothing_may_wait
 from tests.models import ConvNet
 from tests.streams import EVAL, TRAIN, assert_same, fields
@@ -59,6 +62,34 @@ def test_how_far_the_teacher_is_ahead_changes_nothing(
     open_loader: Callable[..., KDDataLoader], teacher: Teacher, ahead: int
 ) -> None:
     assert_same(epoch(open_loader(TRAIN, teacher, ahead=ahead)), epoch(open_loader(TRAIN, teacher, ahead=0)))
+
+
+@pytest.mark.parametrize("transform", [EVAL, TRAIN])
+def test_the_gpu_shows_what_the_cpu_shows(
+    open_loader: Callable[..., KDDataLoader], photo_folder: Any, transform: Any
+) -> None:
+    """Less than a level of 255 apart on average: the decoders and filters round differently."""
+    level = 1 / 255 / min(transform.std)
+    with KDDataLoader(ImageFolder(photo_folder), transform, device="cpu", batch_size=8, seed=5) as loader:
+        wanted = epoch(loader)
+    for batch, theirs in zip(epoch(open_loader(transform)), wanted, strict=True):
+        images, their_images = batch.pop("images"), theirs.pop("images")
+        assert_same([batch], [theirs])
+        assert (images - their_images).abs().mean() < level
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=str)
+def test_an_unreadable_file_is_stood_in_for(broken: Broken, photos: Any, tmp_path: Path, device: torch.device) -> None:
+    photo = photo_of(photos)
+    Image.fromarray(photo).save(tmp_path / "good.jpg")
+    broken.put(tmp_path / broken.name, photo)
+    names = ["good.jpg"] * 64
+    names[43] = broken.name
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{name},0\n" for name in names))
+    options = {"batch_size": 64, "shuffle": False, "on_bad_sample": "substitute", "max_bad_fraction": 0.2}
+    with KDDataLoader(FileList(tmp_path / "list.csv"), TRAIN, device=device, **options) as loader:
+        for batch in (*loader, *loader):
+            assert (~batch.valid).nonzero().tolist() == [[43]]
 
 
 def test_teacher_and_student_read_one_buffer(
