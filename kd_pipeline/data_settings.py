@@ -47,7 +47,7 @@ class DataSettings(Settings):
     num_threads: int | None = Field(default=None, gt=0)
     """CPU threads for DALI; the cores this process may use where left out."""
     prefetch: int = Field(default=2, ge=1)
-    """Batches, or groups of small ones, that DALI works on ahead."""
+    """Batches, or groups of small ones, in DALI's queue, the one that is taken among them."""
     ahead: int = Field(default=1, ge=0)
     """Batches for which the teacher has been started ahead of the one handed out."""
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)

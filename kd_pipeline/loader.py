@@ -128,7 +128,7 @@ class KDDataLoader:
             repeats: how often in a row an epoch shows a sample; see `Plan`.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
             num_threads: CPU threads for DALI; by default the cores this process may use.
-            prefetch: batches, or groups of small ones, that DALI works on ahead of the one that is taken; at least 1.
+            prefetch: batches, or groups of small ones, in DALI's queue; with 1 nothing is decoded ahead.
             ahead: batches for which the teacher has been started ahead of the one handed out.
             hw_decoder_load: share of JPEG images for a GPU's hardware decoder.
             on_bad_sample: "raise", or "substitute" the next readable sample with `valid=False`.

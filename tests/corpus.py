@@ -90,6 +90,20 @@ def _png_bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 
 
+def _png_that_claims(photo: Photo, height: int, width: int) -> bytes:
+    png = encoded(photo, "PNG")
+    return png[:8] + _chunk(b"IHDR", struct.pack(">II", width, height) + png[24:29]) + png[33:]
+
+
+def _bmp_of_15_bits(photo: Photo) -> bytes:
+    """Five bits for each colour, which Pillow reads and DALI does not."""
+    rows = photo[::-1, : photo.shape[1] // 2 * 2].astype(np.uint16) >> 3
+    body = (rows[..., 0] << 10 | rows[..., 1] << 5 | rows[..., 2]).astype("<u2").tobytes()
+    height, width, _ = rows.shape
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 16, 0, len(body), 2835, 2835, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(body), 0, 0, 54) + header + body
+
+
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -120,6 +134,8 @@ BROKEN = [
     Broken(
         "without_its_last_row.tif", "does not decode", _file(lambda photo: encoded(photo, "TIFF")[: -photo[-1].nbytes])
     ),
+    Broken("fifteen_bits.bmp", "does not decode", _file(_bmp_of_15_bits)),
+    Broken("negative_width.png", "pixels", _file(lambda photo: _png_that_claims(photo, 150, 2**31))),
     Broken("empty.jpg", "empty", _file(lambda photo: b"")),
     Broken("one_byte.jpg", "header is broken", _file(lambda photo: b"\xff")),
     Broken("two_bytes.jpg", "header is broken", _file(lambda photo: b"\xff\xd8")),

@@ -85,14 +85,14 @@ class BadSamples:
         error = BadSampleError(position, name, num_bytes, reason)
         if self._policy.on_bad_sample == "raise":
             raise error from failure
-        self._bad.add(position)
         self._record({"index": position, "path": name, "num_bytes": num_bytes, "reason": reason})
-        num_samples = len(self._source)
-        if len(self._bad) / num_samples > self._policy.max_bad_fraction or len(self._bad) == num_samples:
+        num_bad, num_samples = len(self._bad) + 1, len(self._source)
+        if num_bad / num_samples > self._policy.max_bad_fraction or num_bad == num_samples:
             raise TooManyBadSamplesError(
-                f"{len(self._bad)} of {num_samples} samples cannot be read, which is more than "
+                f"{num_bad} of {num_samples} samples cannot be read, which is more than "
                 f"max_bad_fraction={self._policy.max_bad_fraction:g} allows; the last one: {error}"
             ) from failure
+        self._bad.add(position)
 
     def _record(self, line: dict[str, Any]) -> None:
         if self._policy.record is None or line["index"] in self._recorded:

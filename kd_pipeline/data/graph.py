@@ -1,8 +1,7 @@
 """The only file that builds a DALI pipeline: planned samples in, finished images out."""
 
-import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -17,8 +16,10 @@ from kd_pipeline.optional import require
 __all__ = ["Graph", "GraphSettings", "Probe", "Samples"]
 
 _JPEG_START, _JPEG_END = np.frombuffer(b"\xff\xd8\xff\xd9", np.uint16)
-_IN_PARTS = np.frombuffer(b"IIMM\xff\x4f\x00\x00", np.uint16)
-"""What TIFF and JPEG 2000 files start with. Other formats than these and JPEG are decoded in full for any window."""
+_DOUBTFUL = np.frombuffer(b"IIMM\xff\x4f\x00\x00BM", np.uint16)
+"""What TIFF and JPEG 2000 files start with, which are decoded in part, and BMP files, whose header says too little."""
+_IN_PIXELS = {"axes": (0, 1), "normalized_anchor": False, "normalized_shape": False}
+"""How windows are given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class GraphSettings:
     """Ordinal of the GPU, or None for the CPU."""
     num_threads: int
     prefetch: int
-    """How many batches DALI works on ahead of the one that is taken."""
+    """How many batches are in DALI's queue, the one that is taken among them."""
     max_pixels: int
     """Images with more pixels than this are refused from their header."""
     hw_decoder_load: float
@@ -50,12 +51,10 @@ class Samples:
     parameters: tuple[NDArray[Any], ...]
     """`[N, ...]` each, what `parameters_of` makes of them for all that follows the crop."""
 
-    def split(self, sizes: Iterable[int]) -> Iterator["Samples"]:
-        """Batches of so many samples each, one behind the other; nothing is copied."""
-        ends = list(itertools.accumulate(sizes, initial=0))
-        for own in itertools.starmap(slice, itertools.pairwise(ends)):
-            crop, parameters = (tuple(part[own] for part in parts) for parts in (self.crop, self.parameters))
-            yield Samples(self.index[own], self.data[own], crop, parameters)
+    def part(self, rows: slice) -> "Samples":
+        """Some of them; nothing is copied."""
+        crop, parameters = (tuple(part[rows] for part in parts) for parts in (self.crop, self.parameters))
+        return Samples(self.index[rows], self.data[rows], crop, parameters)
 
 
 class Graph:
@@ -64,7 +63,7 @@ class Graph:
     One pipeline reads a batch of files and their headers. From the sizes of its images NumPy computes the windows,
     and with them the second pipeline decodes and augments: the same arithmetic within a pipeline takes one node for
     each step, and each node more time than NumPy needs for all of them. Both work in DALI's own threads while the
-    caller does something else, the first one batch ahead of the second, and that `prefetch` batches ahead.
+    caller does something else, the first one batch ahead of the second, and that up to `prefetch` batches.
     """
 
     def __init__(
@@ -76,15 +75,20 @@ class Graph:
         probe: "Probe",
     ) -> None:
         self._transform = transform
-        self._read = _Files(samples, settings, probe) if stores == "files" else _Pixels(samples)
         # DALI asks for the two parts of a batch separately, in an order of its own.
         self._images: deque[Any] = deque()
         self._inputs: deque[tuple[NDArray[Any], ...]] = deque()
-        self._failure: RuntimeError | None = None
+        self._failure: Exception | None = None
         self._pipeline = _pipeline(settings, settings.device_id, settings.prefetch)
         with self._pipeline:
             self._pipeline.set_outputs(self._define(stores, settings))
         self._pipeline.build()
+        self._read = _Files(samples, settings, probe) if stores == "files" else _Pixels(samples)
+
+    @property
+    def mean_area(self) -> float:
+        """Pixels of the images that were read last, before anything is cut off; NaN before the first."""
+        return self._read.mean_area
 
     def take(self, stream: Any = None) -> Any:
         """Images of the next batch, as a dense DALI tensor.
@@ -116,7 +120,7 @@ class Graph:
             raise StopIteration
         try:
             batch = self._read.next()
-        except RuntimeError as failure:
+        except Exception as failure:
             self._failure = failure  # its turn comes when the batches before it have been taken
             raise StopIteration from None
         cut = self._transform.crop.cut(batch.size, *batch.samples.crop)
@@ -147,7 +151,7 @@ class Graph:
         ops = (self._transform.crop, *ops_of(self._transform))
         ndims = [1, 1, *(ndim for op in ops for ndim in op.ndims)]
         corner, extent, *inputs = fn.external_source(self._next_inputs, num_outputs=len(ndims), ndim=ndims)
-        images = cut(images, corner, extent, axes=(0, 1), normalized_anchor=False, normalized_shape=False)
+        images = cut(images, corner, extent, **_IN_PIXELS)
         for op in ops:
             images = op.apply(images, *inputs[: len(op.ndims)])
             inputs = inputs[len(op.ndims) :]
@@ -171,6 +175,8 @@ class _Files:
     def __init__(self, samples: Iterator[Samples], settings: GraphSettings, probe: "Probe") -> None:
         self._samples, self._max_pixels, self._probe = samples, settings.max_pixels, probe
         self._asked: deque[Samples] = deque()
+        self._failure: Exception | None = None
+        self.mean_area = float("nan")
         fn = require("nvidia.dali.fn", extra="cpu")
         self._pipeline = _pipeline(settings, None, prefetch=1)
         with self._pipeline:
@@ -187,16 +193,22 @@ class _Files:
             RuntimeError: a file cannot be read, has no header that DALI knows, has too many pixels, or has no end.
             StopIteration: there is none.
         """
+        if self._failure is not None:
+            raise self._failure
         encoded, *facts = self._pipeline.outputs()
         samples = self._asked.popleft()
-        self._pipeline.schedule_run()
         shape, start, end = (np.asarray(fact.as_tensor()) for fact in facts)
         size = shape[:, :2].astype(np.float64)
+        area = size[:, 0] * size[:, 1]
+        self.mean_area = area.mean()
+        try:
+            self._pipeline.schedule_run()
+        except Exception as failure:
+            self._failure = failure  # the next batch's
         # Refused here and not by the decoder, although it would do so for a window outside of the image: where one of
         # DALI's threads refuses a sample of a large batch, the others may go on in memory that is gone by then
         # (DALI 2.4, `ImageDecoder::SetupImpl` in dali/operators/imgcodec).
-        area = size[:, 0] * size[:, 1]
-        (refused,) = np.nonzero((area == 0) | (area > self._max_pixels))
+        (refused,) = np.nonzero((size.min(axis=1) < 1) | (area > self._max_pixels))
         if len(refused):
             raise RuntimeError(f"no pixels, or more than {self._max_pixels}: samples {samples.index[refused]}")
         for place in np.flatnonzero(_may_hide_damage(start, end)):
@@ -218,6 +230,7 @@ class _Pixels:
 
     def __init__(self, samples: Iterator[Samples]) -> None:
         self._samples = samples
+        self.mean_area = float("nan")
 
     def next(self) -> _Batch:
         """The next batch.
@@ -228,6 +241,7 @@ class _Pixels:
         samples = next(self._samples)
         num_images, *size, _ = samples.data.shape
         sizes = np.tile(np.array(size, dtype=np.float64), (num_images, 1))
+        self.mean_area = sizes[0].prod()
         return _Batch(samples, samples.data, sizes)
 
     def close(self) -> None:
@@ -241,6 +255,7 @@ class Probe:
         self._settings = settings
         self._sound: set[int] = set()
         self._path: NDArray[np.uint8]
+        self._extent = np.zeros(2, dtype=np.float32)
         self._pipelines: dict[str, Any] = {}
 
     def size(self, path: NDArray[np.uint8]) -> tuple[int, int]:
@@ -257,11 +272,12 @@ class Probe:
         """Decode all of the file `path` `[L]`.
 
         Raises:
-            RuntimeError: DALI cannot, or the header claims more than `max_pixels`.
+            RuntimeError: DALI cannot, or the header claims no pixels or more than `max_pixels`.
         """
         height, width = self.size(path)
-        if height * width > self._settings.max_pixels:
-            raise RuntimeError(f"{width}x{height} pixels are more than {self._settings.max_pixels}")
+        if min(height, width) < 1 or height * width > self._settings.max_pixels:
+            raise RuntimeError(f"{width}x{height} pixels, where there may be 1 to {self._settings.max_pixels}")
+        self._extent = np.array([height, width], dtype=np.float32)
         self._look("pixels", path)
 
     def vouch(self, index: int, path: NDArray[np.uint8]) -> None:
@@ -294,11 +310,13 @@ class Probe:
         fn = require("nvidia.dali.fn", extra="cpu")
         pipeline = _pipeline(replace(self._settings, max_batch=1, num_threads=1), self._settings.device_id, prefetch=1)
         with pipeline:
-            encoded = fn.io.file.read(fn.external_source(lambda: self._path[None], ndim=1))
+            encoded = fn.io.file.read(fn.external_source(lambda: self._path[None], ndim=1), dont_use_mmap=True)
             if at == "header":
                 seen = fn.peek_image_shape(encoded)
             else:
-                seen = fn.decoders.image(encoded, **_decoder(self._settings))
+                # By the same op as in the graph, whose decoders refuse some files that others would take.
+                extent = fn.external_source(lambda: self._extent[None], ndim=1)
+                seen = fn.decoders.image_slice(encoded, extent * 0, extent, **_IN_PIXELS, **_decoder(self._settings))
             pipeline.set_outputs(seen)
         return pipeline
 
@@ -307,11 +325,11 @@ def _may_hide_damage(start: NDArray[np.uint8], end: NDArray[np.uint8]) -> NDArra
     """`[N]`, True for files that may be damaged although one of their windows decodes well.
 
     Of their first and last bytes, `[N, 2]` each. Whether a sample is readable is not to depend on its view, so these
-    are decoded in full once: JPEG files without their end, and all of which DALI may decode a part alone.
+    are decoded in full once: JPEG files without their end, and all of the doubtful formats.
     """
     first, last = (two.view(np.uint16)[:, 0] for two in (start, end))
     may: NDArray[np.bool_] = (first == _JPEG_START) & (last != _JPEG_END)
-    for start_of_kind in _IN_PARTS:
+    for start_of_kind in _DOUBTFUL:
         may |= first == start_of_kind
     return may
 

@@ -126,7 +126,7 @@ def _images_below(top: str, skipped: _Skipped, above: frozenset[_Identity] = fro
                 stack.append((entry.path, above | {identity}))
             elif not entry.name.lower().endswith(EXTENSIONS):
                 skipped.add("without a known extension", entry.path)
-            elif not (entry.is_symlink() or entry.is_file()):
+            elif not entry.is_file() and os.path.exists(entry.path):  # a link to nothing counts as unreadable
                 skipped.add("that are not regular files", entry.path)
             else:
                 files.append(entry.name)

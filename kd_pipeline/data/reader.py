@@ -24,8 +24,9 @@ INDEX, LABEL = range(2)
 MIXING = slice(2, None)
 """Rows that say how images are mixed, where they are."""
 
-_GROUP_PIXELS, _GROUP_IMAGES = 256 * 224**2, 1024
-"""What DALI works on at once, where batches are smaller: 150 MiB in float32, and so many images at most."""
+_GROUP_IMAGES, _GROUP_PIXELS, _GROUP_FILE_PIXELS = 1024, 256 * 224**2, 2**26
+"""What DALI works on at once at most, where a batch is less: images; their pixels when they are finished, 150 MiB in
+float32; and those that the files have, 200 MB."""
 _ALIGNMENT = 256
 """Every batch begins at a multiple of so many bytes, or a TensorRT engine would need a copy of it."""
 _BLOCK = 4096
@@ -68,14 +69,19 @@ class _Group:
     """Of the first of them."""
     batches: Sequence[_Planned]
 
+    def split(self, size: int) -> tuple["_Group", "_Group"]:
+        """The first batches, so many, and the others."""
+        first, rest = self.batches[:size], self.batches[size:]
+        return _Group(self.epoch, self.number, first), _Group(self.epoch, self.number + len(first), rest)
+
     @property
-    def sizes(self) -> list[int]:
-        """Images in each."""
-        return [len(batch.valid) for batch in self.batches]
+    def ends(self) -> list[int]:
+        """0, and behind how many of the group's images each batch ends."""
+        return list(accumulate((len(batch.valid) for batch in self.batches), initial=0))
 
     def reads(self, images: Any) -> dict[tuple[int, int], Read]:
         """The batches among the group's `images`, by epoch and number."""
-        rows = [slice(*ends) for ends in pairwise(accumulate(self.sizes, initial=0))]
+        rows = [slice(*ends) for ends in pairwise(self.ends)]
         return {
             (self.epoch, number): Read(images, own, batch.facts, batch.valid, batch.plan)
             for number, (own, batch) in enumerate(zip(rows, self.batches, strict=True), self.number)
@@ -104,6 +110,8 @@ class Reader:
         self._thread = ThreadPoolExecutor(1, "kd_pipeline-prepare")
         self._graph: Graph | None = None
         self._pulled: deque[_Group] = deque()
+        self._next: tuple[int, int] | None = None
+        self._ungrouped: int | None = None
         self._ready: dict[tuple[int, int], Read] = {}
 
     def read(self, epoch: int, number: int, stream: Any = None) -> Read:
@@ -113,29 +121,44 @@ class Reader:
             BadSampleError: a sample cannot be read, and the policy is to raise.
             TooManyBadSamplesError: more samples are unreadable than the policy allows.
             RuntimeError: DALI failed, and no sample was the reason.
+            IndexError: an epoch has no such batch.
         """
+        if not 0 <= number < len(self._plan):
+            raise IndexError(f"batch {number} of epochs of {len(self._plan)} batches")
         while (epoch, number) not in self._ready:
             self._ready = self._take(epoch, number, stream)
         return self._ready.pop((epoch, number))
 
     def _take(self, epoch: int, number: int, stream: Any) -> dict[tuple[int, int], Read]:
         """Batch `number` of `epoch` and those in one group with it; nothing where it is to be asked for again."""
-        if self._graph is None or (self._pulled and self._position != (epoch, number)):
+        if self._graph is None or self._next != (epoch, number):
             self.stop()
             samples = self._pull(epoch, number)
             self._graph = Graph(samples, self._source.stores, self._transform, self._settings, self._probe)
         try:
             images = self._graph.take(stream)
+            reads = self._pulled.popleft().reads(images)
+            self._next = self._behind(max(reads))
+            return reads
         except RuntimeError as failure:
-            group = self._pulled[0]
+            batches = self._pulled[0].batches
             self.stop()
-            # Samples of later batches wait for their turn; the next group is this batch alone.
-            index, _ = self.bad_samples.replace(group.batches[0].plan.index)
-            if not self.bad_samples.examine(index) and len(group.batches) == 1:
+            if len(batches) > 1:
+                self._ungrouped = epoch  # so that what is wrong with a batch is said at its turn
+                return {}
+            index, _ = self.bad_samples.replace(batches[0].plan.index)
+            if not self.bad_samples.examine(index):
                 failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
                 raise
             return {}
-        return self._pulled.popleft().reads(images)
+        except BaseException:
+            self.stop()  # what was pulled may have been lost on the way, as by an interrupt
+            raise
+
+    def _behind(self, position: tuple[int, int]) -> tuple[int, int]:
+        """The position of the batch that follows."""
+        epoch, number = position
+        return (epoch, number + 1) if number + 1 < len(self._plan) else (epoch + 1, 0)
 
     def stop(self) -> None:
         """Stop DALI and forget what it read ahead."""
@@ -152,33 +175,39 @@ class Reader:
         self._epochs.close()
         self._probe.close()
 
-    @property
-    def _position(self) -> tuple[int, int]:
-        """Epoch and number of the first batch that DALI gives next."""
-        return self._pulled[0].epoch, self._pulled[0].number
-
     def _pull(self, epoch: int, number: int) -> Iterator[Samples]:
-        """What there is to read from a batch on, without end, as DALI asks for it."""
-        for block in _ahead(self._blocks(epoch, number), self._thread):
-            for group, samples in block:
-                self._pulled.append(group)
-                yield samples
-
-    def _blocks(self, epoch: int, number: int) -> Iterator[list[tuple[_Group, Samples]]]:
-        """The batches from one on, several at once; the next epoch is begun while this one is used up.
+        """What there is to read from a batch on, without end, as DALI asks for it.
 
         The first group is one batch, which comes soon, and each one after it twice as large as long as it may be.
+        """
+        size = 1
+        for block, samples in _ahead(self._blocks(epoch, number), self._thread):
+            row = 0
+            while block.batches:
+                group, block = block.split(size)
+                self._pulled.append(group)
+                row, first = row + group.ends[-1], row
+                yield samples.part(slice(first, row))
+                size = 1 if group.epoch == self._ungrouped else min(2 * size, self._most_batches())
+
+    def _most_batches(self) -> int:
+        """How many batches may be one group, given the files that were read last."""
+        area = float("nan") if self._graph is None else self._graph.mean_area
+        fitting = _GROUP_FILE_PIXELS // (area * self._plan.batch_size) if area > 0 else 1
+        return max(1, min(self._group_size, int(fitting)))
+
+    def _blocks(self, epoch: int, number: int) -> Iterator[tuple[_Group, Samples]]:
+        """The batches from one on, many at once; the next epoch is begun while this one is used up.
+
         Which samples are known to be unreadable never changes meanwhile: whoever learns of one stops, and begins anew.
         """
-        group_sizes = _doubling(self._group_size)
         size = max(1, _BLOCK // self._plan.batch_size) if self._source.stores == "files" else self._group_size
         while True:
             batches = self._epochs.at(epoch)
             for first in range(number, len(batches), size):
                 plans = [batches[place] for place in range(first, min(first + size, len(batches)))]
                 planned, samples = self._prepared(plans, epoch)
-                groups = list(_grouped(planned, epoch, first, group_sizes))
-                yield list(zip(groups, samples.split(sum(group.sizes) for group in groups), strict=True))
+                yield _Group(epoch, first, planned), samples
             epoch, number = epoch + 1, 0
 
     def _prepared(self, plans: Sequence[BatchPlan], epoch: int) -> tuple[list[_Planned], Samples]:
@@ -240,23 +269,6 @@ def group_size(batch_size: int, transform: TrainTransform | EvalTransform) -> in
     if batch_bytes % _ALIGNMENT:
         return 1
     return max(1, min(_GROUP_IMAGES, _GROUP_PIXELS // pixels) // batch_size)
-
-
-def _grouped(batches: Sequence[_Planned], epoch: int, number: int, sizes: Iterator[int]) -> Iterator[_Group]:
-    """Batches from `number` of `epoch` on, so many in each group."""
-    first = 0
-    while first < len(batches):
-        members = batches[first : first + next(sizes)]
-        yield _Group(epoch, number + first, members)
-        first += len(members)
-
-
-def _doubling(most: int) -> Iterator[int]:
-    """1, 2, 4 and so on up to `most`, again and again."""
-    size = 1
-    while True:
-        yield size
-        size = min(2 * size, most)
 
 
 def _ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:

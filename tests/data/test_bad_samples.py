@@ -149,14 +149,17 @@ def test_an_image_of_exactly_max_pixels_is_read_and_one_more_row_is_refused(phot
 
 
 BOMB_SCRIPT = """
-import resource, sys
+import sys
+from pathlib import Path
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import EvalTransform
 from kd_pipeline.errors import BadSampleError
 from kd_pipeline.loader import KDDataLoader
 
 def most_memory():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage, whose ru_maxrss a child process takes over from its parent.
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 source = ImageFolder(sys.argv[1], labelled=False)
 bomb = [source.name(index) for index in range(len(source))].index(sys.argv[2])
@@ -291,10 +294,11 @@ def test_more_bad_files_than_max_bad_fraction_are_an_error_with_both_numbers(dam
         if num_allowed == 3:
             assert len(run(loader)) == 15
             return
-        with pytest.raises(TooManyBadSamplesError) as info:
-            run(loader)
-    assert f"{num_allowed + 1} of 37 samples" in str(info.value)
-    assert f"max_bad_fraction={fraction:g}" in str(info.value)
+        for _ in range(2):
+            with pytest.raises(TooManyBadSamplesError) as info:
+                run(loader)
+            assert f"{num_allowed + 1} of 37 samples" in str(info.value)
+            assert f"max_bad_fraction={fraction:g}" in str(info.value)
 
 
 def test_by_default_one_bad_file_in_a_thousand_is_allowed_and_one_in_37_is_not(damaged):

@@ -1,18 +1,21 @@
 """Batches out of DALI are what they are alone, however many of them it works on at once."""
 
+import io
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from kd_pipeline.data.bad_samples import BadSamplePolicy
+from kd_pipeline.data.graph import Graph
 from kd_pipeline.data.plan import Plan
 from kd_pipeline.data.reader import INDEX, Read, Reader, group_size
-from kd_pipeline.data.source import ImageFolder
+from kd_pipeline.data.source import Arrays, ImageFolder
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.errors import BadSampleError
 from tests.corpus import cut_in_half
@@ -20,6 +23,7 @@ from tests.views import graph_settings
 
 TRAIN = TrainTransform(size=24)
 BATCH_SIZE = 4
+ARRAYS = Arrays(np.random.default_rng(0).integers(0, 256, (37, 40, 40, 3), dtype=np.uint8))
 NUM_BATCHES = 10
 """Of the 37 photographs; the last one has a single image."""
 
@@ -28,11 +32,11 @@ Open = Callable[..., Reader]
 
 @pytest.fixture
 def open_reader(photo_folder: Path) -> Iterator[Open]:
-    """Readers of the photographs, or of another folder with as many, in their own order."""
+    """Readers of the photographs, or of another source with as many images, in their own order."""
     opened: list[Reader] = []
 
-    def make(root: Path = photo_folder, *, prefetch: int = 2, **policy: object) -> Reader:
-        source = ImageFolder(root)
+    def make(root: Path | Arrays = photo_folder, *, prefetch: int = 2, **policy: object) -> Reader:
+        source = ImageFolder(root) if isinstance(root, Path) else root
         plan = Plan(num_samples=len(source), batch_size=BATCH_SIZE, seed=3, shuffle=False)
         settings = graph_settings(BATCH_SIZE, prefetch=prefetch)
         opened.append(Reader(source, TRAIN, plan, settings, BadSamplePolicy(**policy)))
@@ -43,8 +47,24 @@ def open_reader(photo_folder: Path) -> Iterator[Open]:
         reader.close()
 
 
+def undecodable(path: Path) -> None:
+    """Put a PNG there whose header is fine, so that only the decoder sees what is missing."""
+    png = io.BytesIO()
+    Image.fromarray(np.arange(90 * 80 * 3, dtype=np.uint8).reshape(90, 80, 3)).save(png, "PNG")
+    path.write_bytes(png.getvalue()[:-30])
+
+
 def pixels(read: Read) -> NDArray[np.float32]:
     return np.array(read.images)[read.rows]
+
+
+def sizes_of_groups(reads: Iterable[Read]) -> list[int]:
+    held = list(reads)
+    return [len(list(group)) for _, group in itertools.groupby(id(read.images) for read in held)]
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -66,8 +86,7 @@ def test_every_batch_of_a_group_begins_where_an_engine_can_read_it() -> None:
 def test_the_first_batch_comes_alone_and_each_group_after_it_is_twice_as_large(open_reader: Open) -> None:
     reader = open_reader()
     reads = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
-    groups = [len(list(group)) for _, group in itertools.groupby(id(read.images) for read in reads)]
-    assert groups == [1, 2, 4, 3, 10]  # no group reaches into the next epoch
+    assert sizes_of_groups(reads) == [1, 2, 4, 3, 10]  # no group reaches into the next epoch
     for read in reads:
         assert len(pixels(read)) == len(read.valid) == read.facts.shape[1] == len(read.plan.index)
 
@@ -84,11 +103,58 @@ def test_a_batch_is_the_same_from_whichever_one_on_they_are_read(open_reader: Op
         other.close()
 
 
-def test_any_batch_may_be_asked_for_next(open_reader: Open) -> None:
-    reader, other = open_reader(), open_reader()
+@pytest.mark.parametrize("prefetch", [1, 3])
+@pytest.mark.parametrize("stores", ["files", "pixels"])
+def test_any_batch_may_be_asked_for_next(open_reader: Open, photo_folder: Path, stores: str, prefetch: int) -> None:
+    source = ARRAYS if stores == "pixels" else photo_folder
+    reader, other = open_reader(source), open_reader(source, prefetch=prefetch)
     whole = [pixels(reader.read(0, number)) for number in range(NUM_BATCHES)]
     for number in [0, 1, 2, 1, 1, 7, 8, 3, 4, 5, 9, 0, 6]:
         np.testing.assert_array_equal(pixels(other.read(0, number)), whole[number])
+    with pytest.raises(IndexError, match="batch 10"):
+        other.read(0, NUM_BATCHES)
+
+
+@pytest.mark.parametrize("interrupted", [0, 1, 4])
+@pytest.mark.parametrize("source", ["files", "pixels"])
+def test_after_an_interrupt_the_same_batch_is_the_same(
+    open_reader: Open, photo_folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, interrupted: int
+) -> None:
+    """Even where DALI had given the images away already."""
+    taken = Graph.take
+    of = ARRAYS if source == "pixels" else photo_folder
+    reader, whole = open_reader(of), open_reader(of)
+    for number in range(NUM_BATCHES):
+        wanted = pixels(whole.read(0, number))
+        if number == interrupted:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                reader._ready.clear()
+                patch.setattr(Graph, "take", lambda graph, stream: (taken(graph, stream), interrupt()))
+                reader.read(0, number)
+        np.testing.assert_array_equal(pixels(reader.read(0, number)), wanted)
+
+
+def test_files_with_many_pixels_are_not_worked_on_together(
+    open_reader: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "class").mkdir()
+    for index, image in enumerate(ARRAYS.read(np.arange(37))):
+        Image.fromarray(image).save(tmp_path / "class" / f"{index:02}.png")
+    for num_batches, groups in ((2, [1, 2, 2, 2, 2, 1]), (1.99, [1] * NUM_BATCHES)):
+        monkeypatch.setattr("kd_pipeline.data.reader._GROUP_FILE_PIXELS", num_batches * BATCH_SIZE * 40 * 40)
+        reader = open_reader(tmp_path)
+        assert sizes_of_groups(reader.read(0, number) for number in range(NUM_BATCHES)) == groups
+
+
+def test_where_a_group_failed_batches_come_one_by_one_up_to_the_next_epoch(
+    open_reader: Open, photo_folder: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(photo_folder, tmp_path / "photos")
+    cut_in_half(Path(ImageFolder(root).name(9)))
+    reader = open_reader(root, on_bad_sample="substitute", max_bad_fraction=0.2)
+    reads = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
+    assert sizes_of_groups(reads[:NUM_BATCHES]) == [1] * NUM_BATCHES
+    assert sizes_of_groups(reads[NUM_BATCHES:]) == [1, 2, 4, 3]
 
 
 def test_what_was_read_before_a_stop_is_not_handed_out_after_it(open_reader: Open) -> None:
@@ -116,13 +182,14 @@ def test_every_batch_before_one_with_a_bad_file_is_handed_out(
             reader.read(0, bad // BATCH_SIZE)
 
 
+@pytest.mark.parametrize("spoil", [cut_in_half, undecodable], ids=["no end", "no pixels"])
 @pytest.mark.parametrize("bad", [(0,), (5, 6, 16), (36,)])
 def test_bad_files_anywhere_in_a_group_are_stood_in_for_alike(
-    open_reader: Open, photo_folder: Path, tmp_path: Path, bad: tuple[int, ...]
+    open_reader: Open, photo_folder: Path, tmp_path: Path, bad: tuple[int, ...], spoil: Callable[[Path], object]
 ) -> None:
     root = shutil.copytree(photo_folder, tmp_path / "photos")
     for index in bad:
-        cut_in_half(Path(ImageFolder(root).name(index)))
+        spoil(Path(ImageFolder(root).name(index)))
     options = {"on_bad_sample": "substitute", "max_bad_fraction": 0.2}
     meets, knows = open_reader(root, **options), open_reader(root, **options)
     knows.bad_samples.learn(bad)
