@@ -1,5 +1,6 @@
 """Batches of the plan out of DALI, with stand-ins for the samples that cannot be read."""
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,7 @@ _BLOCK = 4096
 """Samples of files that are prepared at once: for 64 images, a call of NumPy takes as long as for a thousand."""
 
 T = TypeVar("T")
+_logger = logging.getLogger("kd_pipeline")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +143,14 @@ class Reader:
             self._next = self._behind(max(reads))
             return reads
         except RuntimeError as failure:
-            batches = self._pulled[0].batches
+            size = len(self._pulled[0].batches) if self._pulled else 0  # where the source itself failed
             self.stop()
-            if len(batches) > 1:
-                self._ungrouped = epoch  # so that what is wrong with a batch is said at its turn
+            if size > 1:
+                # So that what is wrong with a batch is said at its turn.
+                _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", size, epoch + 1)
+                self._ungrouped = epoch
                 return {}
-            index, _ = self.bad_samples.replace(batches[0].plan.index)
+            index, _ = self.bad_samples.replace(self._epochs.at(epoch)[number].index)
             if not self.bad_samples.examine(index):
                 failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
                 raise

@@ -63,8 +63,8 @@ def sizes_of_groups(reads: Iterable[Read]) -> list[int]:
     return [len(list(group)) for _, group in itertools.groupby(id(read.images) for read in held)]
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
+def fail(error: BaseException) -> None:
+    raise error
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,22 @@ def test_after_an_interrupt_the_same_batch_is_the_same(
         if number == interrupted:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 reader._ready.clear()
-                patch.setattr(Graph, "take", lambda graph, stream: (taken(graph, stream), interrupt()))
+                patch.setattr(Graph, "take", lambda graph, stream: (taken(graph, stream), fail(KeyboardInterrupt())))
                 reader.read(0, number)
         np.testing.assert_array_equal(pixels(reader.read(0, number)), wanted)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_what_a_source_fails_with_is_said_as_often_as_it_is_asked(
+    open_reader: Open, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    reader = open_reader(ARRAYS)
+    reader.read(0, 0)
+    monkeypatch.setattr(Arrays, "read", lambda source, index: fail(error("the server is gone")))
+    for _ in range(2):
+        with pytest.raises(error, match="the server is gone"):
+            for number in range(2 * NUM_BATCHES):
+                reader.read(1 + number // NUM_BATCHES, number % NUM_BATCHES)
 
 
 def test_files_with_many_pixels_are_not_worked_on_together(
