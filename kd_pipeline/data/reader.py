@@ -25,7 +25,7 @@ INDEX, LABEL = range(2)
 MIXING = slice(2, None)
 """Rows that say how images are mixed, where they are."""
 
-_GROUP_IMAGES, _GROUP_PIXELS, _GROUP_FILE_PIXELS = 1024, 256 * 224**2, 2**26
+_GROUP_IMAGES, _GROUP_PIXELS, _GROUP_FILE_PIXELS = 256, 256 * 224**2, 2**26
 """What DALI works on at once at most, where a batch is less: images; their pixels when they are finished, 150 MiB in
 float32; and those that the files have, 200 MB."""
 _ALIGNMENT = 256

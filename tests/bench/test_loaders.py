@@ -99,7 +99,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchResult, lis
     lines: list[str] = []
     here = tmp_path_factory.mktemp("here")
     settings = BenchLoaderSettings(
-        batch_size=8, size=32, num_batches=2, repeats=2, num_threads=1, out=here / "a/b.json"
+        batch_size=8, size=33, num_batches=2, repeats=2, num_threads=1, out=here / "a/b.json"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -134,7 +134,7 @@ def test_the_result_says_what_it_was_measured_with(measured: tuple[BenchResult, 
     assert result.settings == {
         "root": "data/photographs",
         "batch_size": 8,
-        "size": 32,
+        "size": 33,
         "num_batches": 2,
         "repeats": 2,
         "num_threads": 1,
