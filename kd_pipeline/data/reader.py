@@ -143,15 +143,14 @@ class Reader:
             self._next = self._behind(max(reads))
             return reads
         except RuntimeError as failure:
-            size = len(self._pulled[0].batches) if self._pulled else 0  # where the source itself failed
+            batches = self._pulled[0].batches if self._pulled else []  # none where the source itself failed
             self.stop()
-            if size > 1:
+            if len(batches) > 1:
                 # So that what is wrong with a batch is said at its turn.
-                _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", size, epoch + 1)
+                _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", len(batches), epoch + 1)
                 self._ungrouped = epoch
                 return {}
-            index, _ = self.bad_samples.replace(self._epochs.at(epoch)[number].index)
-            if not self.bad_samples.examine(index):
+            if not any(self.bad_samples.examine(self.bad_samples.replace(it.plan.index)[0]) for it in batches):
                 failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
                 raise
             return {}
