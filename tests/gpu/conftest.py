@@ -1,5 +1,7 @@
 """Teachers on a real GPU. Without one everything here is skipped; without a TensorRT for it, TensorRT's tests are."""
 
+import json
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ from kd_pipeline.tensorrt_package import open_tensorrt
 from tests.models import CLASSES, IMAGE_SHAPE, ConvNet
 
 MAX_BATCH = 16
+SMALL = 4096
+"""Bytes; shapes and parameters of kernels stay below, images do not."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,6 +121,21 @@ def nothing_may_wait() -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def copies_in(work: Callable[[], object]) -> list[tuple[str, int]]:
+    """What the driver copied meanwhile: its own word for the direction, such as "HtoD", and the bytes."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events), "the profiler saw nothing of the GPU"
+    return [(event["name"], event["args"]["bytes"]) for event in events if event.get("cat") == "gpu_memcpy"]
 
 
 class Recycled:

@@ -13,7 +13,7 @@ from kd_pipeline.data.source import FileList, ImageFolder
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.teachers import Teacher
 from tests.corpus import BROKEN, Broken, photo_of
-from tests.gpu.conftest import nothing_may_wait
+from tests.gpu.conftest import SMALL, copies_in, nothing_may_wait
 from tests.models import ConvNet
 from tests.streams import EVAL, TRAIN, assert_same, fields
 
@@ -64,6 +64,18 @@ def test_how_far_the_teacher_is_ahead_changes_nothing(
     assert_same(epoch(open_loader(TRAIN, teacher, ahead=ahead)), epoch(open_loader(TRAIN, teacher, ahead=0)))
 
 
+@pytest.mark.parametrize("number", range(5))
+def test_a_new_loader_goes_on_with_the_very_next_batch(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher, number: int
+) -> None:
+    stopped = open_loader(TRAIN, teacher, ahead=2)
+    for _ in zip(range(number), stopped, strict=False):
+        pass
+    resumed = open_loader(TRAIN, teacher, ahead=0, prefetch=1)
+    resumed.load_state_dict(stopped.state_dict())
+    assert_same(epoch(resumed), epoch(open_loader(TRAIN, teacher))[number:])
+
+
 @pytest.mark.parametrize("transform", [EVAL, TRAIN])
 def test_the_gpu_shows_what_the_cpu_shows(
     open_loader: Callable[..., KDDataLoader], photo_folder: Any, transform: Any
@@ -106,6 +118,15 @@ def test_teacher_and_student_read_one_buffer(
     handed_out = [batch.images.data_ptr() for batch in open_loader(TRAIN, teacher)]
     assert handed_out == read
     assert all(address % 256 == 0 for address in read)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the profiler's
+def test_finished_images_are_copied_nowhere(open_loader: Callable[..., KDDataLoader], teacher: Teacher) -> None:
+    loader = open_loader(TRAIN, teacher)
+    (image_bytes,) = {batch.images[0].nbytes for batch in loader}
+    copies = copies_in(lambda: [batch.teacher["logits"].sum() for batch in loader])
+    assert not [copy for copy in copies if "DtoH" in copy[0] and copy[1] > SMALL]
+    assert not [copy for copy in copies if copy[1] >= 5 * image_bytes and copy[1] % image_bytes == 0]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
