@@ -1,5 +1,7 @@
 """What a config says of the images: the splits, and how they are read."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,7 +13,7 @@ from kd_pipeline.data.transform import TransformSettings
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.settings import Settings
 
-__all__ = ["SPLITS", "DataSettings", "SplitSettings"]
+__all__ = ["SPLITS", "DataSettings", "SplitSettings", "Untaught"]
 
 SPLITS = ("train", "val", "test")
 """Splits with a key of their own; others have their names under `more`."""
@@ -63,16 +65,19 @@ class DataSettings(Settings):
                 raise ValueError(f"more must not have a split {name!r}, which is a key of data itself; move it there")
         return self
 
+    @property
+    def splits(self) -> dict[str, SplitSettings]:
+        """All splits that there are, by name."""
+        own = {split: getattr(self, split) for split in SPLITS}
+        return {split: found for split, found in own.items() if found is not None} | self.more
+
     def split(self, name: str) -> SplitSettings:
         """The split of that name.
 
         Raises:
             ConfigError: there is none; names those that there are.
         """
-        own = {split: getattr(self, split) for split in SPLITS}
-        splits: dict[str, SplitSettings] = {
-            split: found for split, found in own.items() if found is not None
-        } | self.more
+        splits = self.splits
         if name not in splits:
             key = f"data.{name}" if name in SPLITS else f"data.more.{name}"
             raise ConfigError(
@@ -84,3 +89,27 @@ class DataSettings(Settings):
     def with_split(self, name: str, settings: SplitSettings) -> Self:
         """A copy in which the split of that name is another."""
         return self.model_copy(update={name: settings} if name in SPLITS else {"more": {**self.more, name: settings}})
+
+
+@dataclass(frozen=True, slots=True)
+class Untaught:
+    """The part of a config that gives a loader of a split's images as they are, without a teacher."""
+
+    seed: int
+    data: DataSettings
+    run_dir: Path | None = None
+    teacher: None = None
+
+    @classmethod
+    def of(
+        cls, seed: int, data: DataSettings, split: str, *, shuffle: bool | None = None, run_dir: Path | None = None
+    ) -> Self:
+        """Each image of the split once, alone, in the order that `shuffle` says or else the split itself.
+
+        Raises:
+            ConfigError: there is no such split.
+        """
+        settings = data.split(split)
+        plain = {"mix": None, "repeats": 1, "last_batch": "keep"}
+        shuffled = {"shuffle": settings.shuffle if shuffle is None else shuffle}
+        return cls(seed, data.with_split(split, settings.model_copy(update=plain | shuffled)), run_dir)

@@ -21,7 +21,7 @@ from kd_pipeline.data.plan import LastBatch, Plan, Shard
 from kd_pipeline.data.reader import INDEX, LABEL, MIXING, Read, Reader
 from kd_pipeline.data.source import Source, open_source, save_classes
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
-from kd_pipeline.data_settings import SPLITS, DataSettings
+from kd_pipeline.data_settings import SPLITS, DataSettings, Untaught
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.input_adapter import Normalisation
 from kd_pipeline.optional import require
@@ -512,26 +512,14 @@ def sample_images(config: LoaderConfig, split: str = "train", *, num_images: int
     Raises:
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
-    plain = config.data.split(split).model_copy(update={"mix": None, "repeats": 1})
-    # One by one, so that no last batch is dropped.
-    data = config.data.with_split(split, plain).model_copy(update={"batch_size": 1})
+    untaught = Untaught.of(config.seed, config.data, split)
     images: list[Tensor] = []
-    with KDDataLoader.from_config(_Untaught(config.seed, data), split, shard=Shard()) as loader:
+    with KDDataLoader.from_config(untaught, split, shard=Shard()) as loader:
         for batch in loader:
             images.append(batch.images[batch.valid].float().cpu())
-            if sum(map(len, images)) == num_images:
+            if sum(map(len, images)) >= num_images:
                 break
-    return torch.cat(images)
-
-
-@dataclass(frozen=True, slots=True)
-class _Untaught:
-    """The part of a config that gives a loader without a teacher."""
-
-    seed: int
-    data: DataSettings
-    run_dir: Path | None = None
-    teacher: None = None
+    return torch.cat(images)[:num_images]
 
 
 @dataclass(frozen=True, slots=True)

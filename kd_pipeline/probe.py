@@ -4,7 +4,6 @@ import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +13,14 @@ from torch import Tensor
 
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.source import Source, open_source
-from kd_pipeline.data_settings import DataSettings
+from kd_pipeline.data_settings import Untaught
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.loader import KDDataLoader, LoaderConfig
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded import RecordedTeacher
 
-__all__ = ["ProbeReport", "ProbeSettings", "probe_teacher"]
+__all__ = ["ProbeReport", "ProbeSettings", "ask_teacher", "probe_teacher"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -67,12 +66,50 @@ class ProbeReport:
 def probe_teacher(
     config: LoaderConfig, teacher: Teacher, settings: ProbeSettings | None = None, *, training: Source | None = None
 ) -> ProbeReport | None:
+    """Ask `teacher` about training images before a run, and say what came of it.
+
+    A teacher that passes gets one line in the log, any other a warning for each problem.
+
+    Args:
+        config, teacher, settings, training: as `ask_teacher`.
+
+    Returns:
+        What was found, or None where nothing could be.
+
+    Raises:
+        TeacherError: the settings are strict and there is a problem, or the teacher does not fit the data.
+        ConfigError, DataError: as `KDDataLoader.from_config`.
+    """
+    report = ask_teacher(config, teacher, settings, training=training)
+    if report is None:
+        return None
+    for problem in report.problems:
+        _logger.warning("teacher probe: %s", problem)
+    if report.problems and settings is not None and settings.strict:
+        raise TeacherError(
+            f"the teacher failed its probe on {report.num_samples} training images: {'; '.join(report.problems)}. "
+            "Correct it, or let it pass with probe.strict: false"
+        )
+    if not report.problems:
+        _logger.info(
+            "teacher probe: top-1 %.1f%% on %d training images (chance %.1f%%), mean confidence %.2f",
+            100 * report.top1,
+            report.num_samples,
+            100 * report.chance,
+            report.mean_confidence,
+        )
+    return report
+
+
+def ask_teacher(
+    config: LoaderConfig, teacher: Teacher, settings: ProbeSettings | None = None, *, training: Source | None = None
+) -> ProbeReport | None:
     """Ask `teacher` about training images, in the training transform's views, and compare with their labels.
 
     The images are the first of a shuffled epoch, not mixed, and the same on every rank, so that all ranks come to the
     same verdict. They are read by a loader of the probe's own: the position, the records and the random numbers of the
-    run are not touched. A teacher that passes gets one line in the log, any other a warning for each problem. A
-    recorded teacher has no other answers than those of the run, and shows some of its first epoch.
+    run are not touched. A recorded teacher has no other answers than those of the run, and shows some of its first
+    epoch.
 
     Args:
         config: the run; of it the seed and the split `train` are used.
@@ -84,7 +121,7 @@ def probe_teacher(
         What was found, or None where the training data has no labels, or a recording mixed images alone.
 
     Raises:
-        TeacherError: the settings are strict and there is a problem, or the teacher does not fit the data.
+        TeacherError: the teacher does not fit the data.
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
     settings = settings or ProbeSettings()
@@ -101,47 +138,11 @@ def probe_teacher(
             return None
         labels_N, logits_NK = _recorded_rows(teacher, training.labels, settings.num_samples)
     else:
-        probed = _Probed.of(config)
-        with KDDataLoader.from_config(probed, "train", shard=Shard(), teacher=teacher, training=training) as loader:
+        # Shuffled, as a folder has one class after another.
+        plain = Untaught.of(config.seed, config.data, "train", shuffle=True)
+        with KDDataLoader.from_config(plain, "train", shard=Shard(), teacher=teacher, training=training) as loader:
             labels_N, logits_NK = _first_rows(loader, settings.num_samples)
-    report = _judge(labels_N, logits_NK, settings.min_factor, training.classes)
-    for problem in report.problems:
-        _logger.warning("teacher probe: %s", problem)
-    if report.problems and settings.strict:
-        raise TeacherError(
-            f"the teacher failed its probe on {report.num_samples} training images: {'; '.join(report.problems)}. "
-            "Correct it, or let it pass with probe.strict: false"
-        )
-    if not report.problems:
-        _logger.info(
-            "teacher probe: top-1 %.1f%% on %d training images (chance %.1f%%), mean confidence %.2f",
-            100 * report.top1,
-            report.num_samples,
-            100 * report.chance,
-            report.mean_confidence,
-        )
-    return report
-
-
-@dataclass(frozen=True, slots=True)
-class _Probed:
-    """The part of a config that the probe's loader sees."""
-
-    seed: int
-    data: DataSettings
-    run_dir: Path | None = None
-    teacher: None = None
-
-    @classmethod
-    def of(cls, config: LoaderConfig) -> "_Probed":
-        """As the run reads its training images, but each once, alone and in mixed order."""
-        data = config.data
-        if data.train is not None:
-            # Shuffled, as a folder has one class after another; unmixed, as a mixed image has no one label.
-            update = {"shuffle": True, "last_batch": "keep", "mix": None, "repeats": 1}
-            train = data.train.model_copy(update=update)
-            data = data.model_copy(update={"train": train})
-        return cls(config.seed, data)
+    return _judge(labels_N, logits_NK, settings.min_factor, training.classes)
 
 
 def _first_rows(loader: KDDataLoader, num_samples: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kd_pipeline import __version__
-from kd_pipeline.cli import bench, build_engine, demo, doctor, predict, record, train
+from kd_pipeline.cli import bench, build_engine, check, demo, doctor, predict, record, train
 from kd_pipeline.cli import eval as evaluation
 from kd_pipeline.errors import KDPipelineError
 
@@ -37,6 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kd-pipeline", description="Knowledge distillation on NVIDIA DALI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, train, record, evaluation, predict, build_engine, bench, doctor):
+    for command in (demo, check, train, record, evaluation, predict, build_engine, bench, doctor):
         command.add_to(commands, common)
     return parser

@@ -79,5 +79,5 @@ def _class_of(label: Tensor) -> int:
 
 
 def _name(label: int, classes: Sequence[str] | None) -> str:
-    name = str(label) if classes is None else classes[label]
+    name = classes[label] if classes is not None and label < len(classes) else str(label)
     return name if len(name) <= 10 else name[:9] + "…"

@@ -24,7 +24,7 @@ def test_the_version_is_the_package_s() -> None:
 def test_help_names_every_command() -> None:
     result = run("--help")
     assert result.returncode == 0
-    for command in ("demo", "train", "record", "eval", "build-engine", "bench", "doctor"):
+    for command in ("demo", "check", "train", "record", "eval", "predict", "build-engine", "bench", "doctor"):
         assert command in result.stdout
 
 

@@ -1,0 +1,93 @@
+"""`kd-pipeline check`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kd_pipeline.check import CheckReport, SplitReport, TeacherReport
+
+__all__ = ["add_to"]
+
+_EXAMPLES = """\
+examples:
+  kd-pipeline check -c my.yaml
+  kd-pipeline check -c my.yaml --images 10000 data.batch_size=64
+
+The exit status is 1 where there is a problem.
+"""
+_MOST_NAMED = 10
+"""Unreadable files of a split that are shown; all are in `check.json`."""
+
+
+def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command to the parser of all."""
+    parser = commands.add_parser(
+        "check",
+        parents=[common],
+        help="before a training: does every image decode, what do the models see, does the teacher know it",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument("--images", metavar="N", help="decode N images of each split, drawn at random; else all")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where; the folder check in run_dir unless given")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="brings factories")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the file")
+    parser.set_defaults(run=_run)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from kd_pipeline.check import CheckSettings, check
+    from kd_pipeline.cli.arguments import checked
+    from kd_pipeline.config import load_config
+
+    options = {"num_images": "images"}
+    settings = checked(CheckSettings, options, num_images=parsed.images, out=parsed.out)
+    config = load_config(parsed.config, parsed.overrides)
+    found = check(config, settings, plugins=parsed.plugin, report=lambda line: print(line, file=sys.stderr, flush=True))
+    for line in _lines(found):
+        print(line)
+    return 1 if found.problems else 0
+
+
+def _lines(found: "CheckReport") -> list[str]:
+    lines = [
+        f"{'split':<12}{'images':>12}{'decoded':>12}{'unreadable':>12}{'classes':>9}{'of each':>16}{'images/s':>10}"
+    ]
+    lines += [_row(split) for split in found.splits]
+    for split in found.splits:
+        for sample in split.unreadable[:_MOST_NAMED]:
+            lines.append(f"{split.split}: {sample.path} ({_size(sample.num_bytes)}): {sample.reason}")
+        if more := len(split.unreadable) - _MOST_NAMED:
+            lines += [f"{split.split}: and {more} more"] if more > 0 else []
+    if found.teacher is not None:
+        lines.append(_teacher(found.teacher))
+    if found.grid is not None:
+        lines.append(f"the first training batch, as the models get it: {found.grid}")
+    lines += [f"problem: {problem}" for problem in found.problems] or ["no problems"]
+    return lines
+
+
+def _row(split: "SplitReport") -> str:
+    sizes = split.class_sizes
+    classes, of_each = ("", "") if sizes is None else (f"{len(sizes):,}", f"{min(sizes):,}-{max(sizes):,}")
+    return (
+        f"{split.split:<12}{split.num_images:>12,}{split.num_decoded:>12,}{len(split.unreadable):>12,}"
+        f"{classes:>9}{of_each:>16}{split.images_per_s:>10,.0f}"
+    )
+
+
+def _teacher(teacher: "TeacherReport") -> str:
+    known = ""
+    if (probe := teacher.probe) is not None:
+        known = (
+            f": top-1 {probe.top1:.1%} on {probe.num_samples} training images (chance {probe.chance:.1%}), mean "
+            f"confidence {probe.mean_confidence:.2f}"
+        )
+    return f"teacher, {teacher.backend} in {teacher.precision}{known}"
+
+
+def _size(num_bytes: int | None) -> str:
+    return "no file" if num_bytes is None else f"{num_bytes:,} bytes"
