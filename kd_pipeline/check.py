@@ -22,7 +22,7 @@ from kd_pipeline.report.grid import save_grid
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.permuted import matched
-from kd_pipeline.training.teacher import is_trained_first, open_run_teacher
+from kd_pipeline.training.teacher import begins_without_teacher, open_run_teacher
 from kd_pipeline.whole_file import write_whole
 
 __all__ = ["CheckReport", "CheckSettings", "SplitReport", "TeacherReport", "Unreadable", "check"]
@@ -68,7 +68,7 @@ class SplitReport:
     remarks: tuple[str, ...]
     """What the source skipped or found odd, a sentence each."""
     images_per_s: float
-    """Decoded and augmented, from the first batch on."""
+    """Decoded and augmented, the start of DALI included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class CheckReport:
     grid: Path | None
     """Picture of the first training batch, with the teacher's answers; None where there is no such batch."""
     problems: tuple[str, ...]
-    """What would stop a training or make it worthless, a sentence each with a hint; empty where nothing would."""
+    """What would stop a training or spoil it, a sentence each with a hint; empty where nothing would."""
 
     def save(self, folder: Path) -> Path:
         """Write everything as JSON, and return the path."""
@@ -117,10 +117,12 @@ def check(
         report: gets lines of progress.
 
     Raises:
-        ConfigError: there is no folder for the findings, or a split cannot be meant.
+        ConfigError: there is no folder for the findings, or no split.
         DataError: a source is not what the config says, or none of its images decodes.
     """
     settings = settings or CheckSettings()
+    if not config.data.splits:
+        raise ConfigError("there is nothing to check: set data.train, or another split")
     out = _folder(config, settings)
     training = None if config.data.train is None else open_source(config.data.train.source)
     found = {name: _decode(config, name, settings.num_images, training, report) for name in config.data.splits}
@@ -220,7 +222,7 @@ def _first_batch(
 ) -> tuple[TeacherReport | None, Path | None, list[str]]:
     """The teacher, the picture of the first training batch, and what is wrong with either."""
     problems: list[str] = []
-    if config.teacher is not None and not is_trained_first(config):
+    if config.teacher is not None and not begins_without_teacher(config):
         try:
             teacher, grid = _teach(config, training, out, plugins)
         except KDPipelineError as exc:

@@ -53,8 +53,8 @@ class ProbeReport:
     """What `top1` would be if labels and predictions had nothing to do with each other; at least 1 / K."""
     wanted_top1: float
     """A teacher passes from here on."""
-    mean_confidence: float
-    """Mean of its largest softmax probability over the rows without NaN or inf; NaN where there are none."""
+    mean_confidence: float | None
+    """Mean of its largest softmax probability over the rows without NaN or inf; None where there are none."""
     num_bad_rows: int
     """Rows of logits with NaN or inf."""
     predicted: tuple[int, ...]
@@ -206,7 +206,7 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
         top1=top1,
         chance=chance,
         wanted_top1=wanted_top1,
-        mean_confidence=float(logits_NK[finite_N].softmax(dim=1).amax(dim=1).mean()),
+        mean_confidence=float(logits_NK[finite_N].softmax(dim=1).amax(dim=1).mean()) if finite_N.any() else None,
         num_bad_rows=num_bad_rows,
         predicted=tuple(predicted_K.tolist()),
         problems=tuple(problems),

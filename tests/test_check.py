@@ -170,6 +170,11 @@ def test_progress_is_told_with_split_and_share(
     assert any(line.startswith("train: 100.0% of 37") for line in lines)
 
 
+def test_a_config_without_a_split_has_nothing_to_check(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        check(Config(run_dir=tmp_path, data={"batch_size": 8}))
+
+
 def test_a_check_without_a_folder_is_refused(photo_folder: Path, tmp_path: Path) -> None:
     config = photographs(tmp_path, photo_folder).model_copy(update={"run_dir": None})
     with pytest.raises(ConfigError, match="--out"):

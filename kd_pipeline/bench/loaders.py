@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -17,17 +18,20 @@ from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.loader import KDDataLoader, resolve_device
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
 from kd_pipeline.threads import num_cores
 
-__all__ = ["LOADERS", "BenchLoaderSettings", "bench_loader", "torchvision_pil", "torchvision_tensor"]
+__all__ = ["LOADERS", "BenchLoaderSettings", "LoadTask", "bench_loader", "torchvision_pil", "torchvision_tensor"]
 
 _PREFETCH = 2
 """Batches ahead: of DALI, and of every worker of torch; what both do by default."""
 _LARGE_BATCH = 256
 """As on a GPU, where what a batch costs the thread that takes it must not be in the way."""
+_SWEPT = ("KDDataLoader", "bare DALI graph")
+"""What is measured at several loads of the hardware decoder; the others have no use for it."""
 
 
 class BenchLoaderSettings(Settings):
@@ -44,12 +48,16 @@ class BenchLoaderSettings(Settings):
     repeats: int = Field(default=7, gt=0)
     num_threads: int | None = Field(default=None, gt=0)
     """Threads of DALI and worker processes of torch; the cores this process may use where left out."""
+    device: str = "auto"
+    """Where the batches are wanted: `cpu`, `cuda`, or `auto` for a GPU where there is one."""
+    hw_decoder_loads: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """Shares of the JPEG files for a GPU's hardware decoder, from 0 to 1, that get rows of their own."""
     out: Path | None = None
     """JSON file for the result."""
 
 
 def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], object] = lambda line: None) -> BenchResult:
-    """Measure how fast loaders give batches `[N, 3, size, size]` float32 on the CPU; `report` gets lines of progress.
+    """Measure how fast loaders give batches `[N, 3, size, size]` float32; `report` gets lines of progress.
 
     All do the same work: random resized crop with an antialiased bilinear filter, horizontal flip, normalise. All read
     the same files, from the page cache, in an order that is shuffled anew in every epoch, in whole batches, with as
@@ -58,35 +66,43 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     how much that costs depends on the size of the dataset, and it has nothing to do with loading.
 
     Raises:
-        ConfigError: `out` is a folder.
+        ConfigError: `out` is a folder, there is no such device, or a CPU was to have a hardware decoder.
         DataError: the folder holds other images than JPEG, or too few for one batch.
         MissingPackageError: a package of the extra `bench` is not installed.
     """
     require("torchvision", extra="bench")
     prepare_out(settings.out)
+    device = resolve_device(settings.device)
+    if settings.hw_decoder_loads and device.type == "cpu":
+        raise ConfigError("hw_decoder_load: only a GPU has a hardware decoder for JPEG; leave it out, or set device")
     root = photographs(settings.root, report)
     num_files = _read_all(root)
     report(f"{num_files:,} files read once, so that every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
-    transform = TrainTransform(size=settings.size)
+    task = LoadTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device)
+    rows = {name: (open_stream, task) for name, open_stream in LOADERS.items()}
+    if num_files >= _LARGE_BATCH != settings.batch_size:
+        large = replace(task, batch_size=_LARGE_BATCH)
+        rows[f"KDDataLoader, batch of {_LARGE_BATCH}"] = (LOADERS["KDDataLoader"], large)
+    for load in settings.hw_decoder_loads:
+        for name in _SWEPT:
+            rows[f"{name}, hw_decoder_load {load:g}"] = (LOADERS[name], replace(task, hw_decoder_load=load))
     with ExitStack() as stack:
-        contenders = []
-        rows = [(name, open_stream, settings.batch_size) for name, open_stream in LOADERS.items()]
-        if num_files >= _LARGE_BATCH != settings.batch_size:
-            rows.append((f"KDDataLoader, batch of {_LARGE_BATCH}", _kd_data_loader, _LARGE_BATCH))
-        for name, open_stream, batch_size in rows:
-            stream = open_stream(root, transform, batch_size, num_threads)
-            contenders.append(Contender(name, _Runner(stack.enter_context(closing(stream)))))
+        contenders = [
+            Contender(name, _Runner(stack.enter_context(closing(open_stream(own))), device))
+            for name, (open_stream, own) in rows.items()
+        ]
         # Workers of torch each make a batch of their own and may deliver all at once, and so does `KDDataLoader` with
         # small batches: only whole rounds are fair.
-        at_once = math.lcm(num_threads, group_size(settings.batch_size, transform))
+        at_once = math.lcm(num_threads, group_size(settings.batch_size, task.transform))
         result = measure(
             contenders,
             repeats=settings.repeats,
             num_batches=-(-settings.num_batches // at_once) * at_once,
             # Ready ahead: `_PREFETCH` rounds; with DALI those, its reader's and the teacher's.
             num_warm_up=(_PREFETCH + 2) * at_once,
-            settings=settings.model_dump(mode="json") | {"root": str(root), "num_threads": num_threads},
+            settings=settings.model_dump(mode="json")
+            | {"root": str(root), "num_threads": num_threads, "device": str(device)},
             report=report,
         )
     if settings.out is not None:
@@ -94,31 +110,59 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     return result
 
 
+@dataclass(frozen=True, slots=True)
+class LoadTask:
+    """Loading, as every loader does it."""
+
+    root: Path
+    """JPEG files in class folders."""
+    transform: TrainTransform
+    batch_size: int
+    num_threads: int
+    """Of DALI; also worker processes of torch's `DataLoader`."""
+    device: torch.device
+    """Where the batches are wanted."""
+    hw_decoder_load: float = 0.65
+    """Share of the files for a GPU's hardware decoder."""
+
+
 _Stream = Generator[Tensor, None, None]
 
 
-def _kd_data_loader(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
+def _kd_data_loader(task: LoadTask) -> _Stream:
     with KDDataLoader(
-        ImageFolder(root),
-        transform,
-        batch_size=batch_size,
+        ImageFolder(task.root),
+        task.transform,
+        batch_size=task.batch_size,
         last_batch="drop",
-        device="cpu",
-        num_threads=num_threads,
+        device=task.device,
+        num_threads=task.num_threads,
         prefetch=_PREFETCH,
+        hw_decoder_load=task.hw_decoder_load,
     ) as loader:
         while True:
             for batch in loader:
                 yield batch.images
 
 
-def _dali_graph(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
+def _dali_graph(task: LoadTask) -> _Stream:
     """The shortest graph that does the work: DALI reads, shuffles and draws by itself."""
     dali = require("nvidia.dali", extra="cpu")
     fn, types = require("nvidia.dali.fn", extra="cpu"), dali.types
-    source = ImageFolder(root)
+    source, transform = ImageFolder(task.root), task.transform
     assert source.labels is not None
-    pipeline = dali.Pipeline(batch_size=batch_size, num_threads=num_threads, seed=0, prefetch_queue_depth=_PREFETCH)
+    stream: torch.cuda.Stream | None = None
+    decoder: dict[str, Any] = {"device": "cpu"}
+    if task.device.type == "cuda":
+        stream = torch.cuda.current_stream(task.device)
+        decoder = {"device": "mixed", "hw_decoder_load": task.hw_decoder_load}
+    pipeline = dali.Pipeline(
+        batch_size=task.batch_size,
+        num_threads=task.num_threads,
+        device_id=task.device.index,
+        seed=0,
+        prefetch_queue_depth=_PREFETCH,
+    )
     with pipeline:
         encoded, labels = fn.readers.file(
             files=[source.name(index) for index in range(len(source))],
@@ -126,7 +170,11 @@ def _dali_graph(root: Path, transform: TrainTransform, batch_size: int, num_thre
             shuffle_after_epoch=True,
         )
         images = fn.decoders.image_random_crop(
-            encoded, random_area=transform.area, random_aspect_ratio=transform.ratio, output_type=types.RGB
+            encoded,
+            random_area=transform.area,
+            random_aspect_ratio=transform.ratio,
+            output_type=types.RGB,
+            **decoder,
         )
         images = fn.resize(
             images, size=[transform.size, transform.size], interp_type=types.INTERP_TRIANGULAR, antialias=True
@@ -141,59 +189,62 @@ def _dali_graph(root: Path, transform: TrainTransform, batch_size: int, num_thre
         )
         pipeline.set_outputs(images, labels)
     while True:
-        images, labels = pipeline.run()
+        images, labels = pipeline.run(stream)
         from_dlpack(labels.as_tensor())
         yield from_dlpack(images.as_tensor())
 
 
-def torchvision_pil(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
+def torchvision_pil(task: LoadTask) -> _Stream:
     """What torchvision's `ImageFolder` and torch's `DataLoader` give: batches `[N, 3, H, W]` without end."""
     datasets = require("torchvision.datasets", extra="bench")
     v2 = require("torchvision.transforms.v2", extra="bench")
-    steps = [*_torchvision_crop(transform), v2.ToImage(), *_torchvision_normalise(transform)]
-    return _torch_batches(datasets.ImageFolder(root, v2.Compose(steps)), batch_size, num_threads)
+    steps = [*_torchvision_crop(task.transform), v2.ToImage(), *_torchvision_normalise(task.transform)]
+    return _torch_batches(datasets.ImageFolder(task.root, v2.Compose(steps)), task)
 
 
-def torchvision_tensor(root: Path, transform: TrainTransform, batch_size: int, num_threads: int) -> _Stream:
+def torchvision_tensor(task: LoadTask) -> _Stream:
     """The same from tensors that `decode_jpeg` gives, without PIL."""
     datasets = require("torchvision.datasets", extra="bench")
     v2 = require("torchvision.transforms.v2", extra="bench")
-    steps = [*_torchvision_crop(transform), *_torchvision_normalise(transform)]
-    return _torch_batches(datasets.ImageFolder(root, v2.Compose(steps), loader=_read_jpeg), batch_size, num_threads)
+    steps = [*_torchvision_crop(task.transform), *_torchvision_normalise(task.transform)]
+    return _torch_batches(datasets.ImageFolder(task.root, v2.Compose(steps), loader=_read_jpeg), task)
 
 
-LOADERS: dict[str, Callable[[Path, TrainTransform, int, int], _Stream]] = {
+LOADERS: dict[str, Callable[[LoadTask], _Stream]] = {
     "KDDataLoader": _kd_data_loader,
     "bare DALI graph": _dali_graph,
     "torchvision, PIL": torchvision_pil,
     "torchvision, decode_jpeg": torchvision_tensor,
 }
-"""What is compared: each takes folder, transform, batch size and number of threads, and gives batches without end."""
+"""What is compared; each gives batches without end."""
 
 
 class _Runner:
-    def __init__(self, stream: _Stream) -> None:
-        self._stream = stream
+    def __init__(self, stream: _Stream, device: torch.device) -> None:
+        self._stream, self._device = stream, device
 
     def __call__(self, num_batches: int) -> int:
-        return sum(len(next(self._stream)) for _ in range(num_batches))
+        num_images = sum(len(next(self._stream)) for _ in range(num_batches))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the batches are there, and not only promised
+        return num_images
 
 
-def _torch_batches(dataset: Any, batch_size: int, num_workers: int) -> _Stream:
+def _torch_batches(dataset: Any, task: LoadTask) -> _Stream:
     loader = DataLoader(
         dataset,
-        batch_size,
+        task.batch_size,
         # One permutation behind the other, for longer than anybody waits.
         sampler=RandomSampler(dataset, num_samples=2**62, generator=torch.Generator().manual_seed(0)),
-        num_workers=num_workers,
+        num_workers=task.num_threads,
         prefetch_factor=_PREFETCH,
         drop_last=True,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=task.device.type == "cuda",
         # Forking a process in which DALI's threads run is not safe.
         multiprocessing_context="spawn",
     )
     for images, _ in loader:
-        yield images
+        yield images.to(task.device, non_blocking=True)
 
 
 def _torchvision_crop(transform: TrainTransform) -> list[Any]:

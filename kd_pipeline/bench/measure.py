@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 import kd_pipeline
 from kd_pipeline.errors import ConfigError
 
@@ -111,8 +113,8 @@ class BenchResult:
             )
         lines.append(
             f"Medians of {len(self.rows[0].images_per_s)} interleaved repeats on {self.environment['num_cores']} "
-            f"core(s). Times as fast: as {self.rows[0].name}. Own: CPU time of Python, planning and "
-            "handing over. Memory: this process, second half over first."
+            f"core(s), {self.settings['device']}. Times as fast: as {self.rows[0].name}. Own: CPU time of Python, "
+            "planning and handing over. Memory: this process, second half over first."
         )
         return "\n".join(lines)
 
@@ -208,6 +210,7 @@ def environment() -> dict[str, Any]:
     return {
         "cpu": cpu_models[0] if cpu_models else platform.processor(),
         "num_cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "versions": versions,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

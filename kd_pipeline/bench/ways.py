@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd_pipeline import losses
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.bench.loaders import torchvision_pil, torchvision_tensor
+from kd_pipeline.bench.loaders import LoadTask, torchvision_pil, torchvision_tensor
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import TrainTransform
 from kd_pipeline.loader import KDDataLoader
@@ -136,15 +136,16 @@ def _best_torch(task: StepTask, opened: ExitStack) -> Step:
 def _plain(
     task: StepTask,
     opened: ExitStack,
-    open_stream: Callable[[Path, TrainTransform, int, int], Generator[Tensor, None, None]],
+    open_stream: Callable[[LoadTask], Generator[Tensor, None, None]],
     teacher: Callable[[Tensor], Tensor],
     student: "_Student",
 ) -> Step:
     torch.set_num_threads(task.num_threads)
-    stream = opened.enter_context(closing(open_stream(task.root, task.transform, task.batch_size, task.num_threads)))
+    loading = LoadTask(task.root, task.transform, task.batch_size, task.num_threads, torch.device(task.device))
+    stream = opened.enter_context(closing(open_stream(loading)))
 
     def step(clock: Clock) -> int:
-        images = next(stream).to(task.device, non_blocking=True)
+        images = next(stream)
         clock.mark("loader")
         with torch.no_grad():
             logits = teacher(images)

@@ -26,6 +26,16 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     loader.add_argument("--num-batches", type=int, default=20, help="timed batches of each loader in each repeat")
     loader.add_argument("--repeats", type=int, default=7)
     loader.add_argument("--num-threads", type=int, help="threads or worker processes; the cores if left out")
+    loader.add_argument("--device", default="auto", help="cpu or cuda; a GPU where there is one if left out")
+    loader.add_argument(
+        "--hw-decoder-load",
+        type=float,
+        nargs="+",
+        default=(),
+        dest="hw_decoder_loads",
+        metavar="SHARE",
+        help="of the files for a GPU's hardware decoder; rows of their own",
+    )
     loader.add_argument("--out", type=Path, default=Path("runs/bench_loader.json"), help="where the JSON goes")
     loader.set_defaults(run=_run_loader)
     _add_teacher(subjects, common)
@@ -96,7 +106,7 @@ def _run_loader(parsed: argparse.Namespace) -> int:
     from kd_pipeline.bench import BenchLoaderSettings, bench_loader
 
     values = _said(parsed, BenchLoaderSettings)
-    settings = checked(BenchLoaderSettings, **values)
+    settings = checked(BenchLoaderSettings, {"hw_decoder_loads": "hw-decoder-load"}, **values)
     print(bench_loader(settings, report=_tell).table())
     print(f"every repeat: {settings.out}")
     return 0

@@ -82,10 +82,7 @@ def _row(split: "SplitReport") -> str:
 def _teacher(teacher: "TeacherReport") -> str:
     known = ""
     if (probe := teacher.probe) is not None:
-        known = (
-            f": top-1 {probe.top1:.1%} on {probe.num_samples} training images (chance {probe.chance:.1%}), mean "
-            f"confidence {probe.mean_confidence:.2f}"
-        )
+        known = f": top-1 {probe.top1:.1%} on {probe.num_samples} training images (chance {probe.chance:.1%})"
     return f"teacher, {teacher.backend} in {teacher.precision}{known}"
 
 

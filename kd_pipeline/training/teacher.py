@@ -14,13 +14,13 @@ from kd_pipeline.teachers import TeacherSettings, open_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.training.folder import RunFolder
 
-__all__ = ["is_trained_first", "open_run_teacher", "refuse_adapter", "with_trained_weights"]
+__all__ = ["begins_without_teacher", "open_run_teacher", "refuse_adapter", "with_trained_weights"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 
-def is_trained_first(config: Config) -> bool:
-    """Whether the stage of `config` needs no teacher to begin with: it trains one, or the student alone."""
+def begins_without_teacher(config: Config) -> bool:
+    """Whether the stage of `config` trains a teacher first, or the student alone."""
     if config.stage == "all":
         return config.run_dir is None or not (RunFolder(config.run_dir / "teacher").exported / ABOUT).is_file()
     return config.stage != "distill"

@@ -16,13 +16,14 @@ from torch import Tensor
 from kd_pipeline.bench import BenchLoaderSettings, BenchResult, bench_loader
 from kd_pipeline.bench import loaders as room
 from kd_pipeline.bench import photographs as photographs_room
-from kd_pipeline.bench.loaders import LOADERS
+from kd_pipeline.bench.loaders import LOADERS, LoadTask
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.data.transform import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, MissingPackageError
 
 NUM_FILES, BATCH_SIZE, SIZE = 24, 12, 48
 TRANSFORM = TrainTransform(size=SIZE)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def numbered(photos: tuple[NDArray[np.uint8], NDArray[np.uint8]], tmp_path_facto
 @pytest.fixture(params=LOADERS, scope="module")
 def batches(request: pytest.FixtureRequest, numbered: Path) -> Iterator[list[Tensor]]:
     """The first three epochs of every loader, two batches each."""
-    stream = LOADERS[request.param](numbered, TRANSFORM, BATCH_SIZE, 1)
+    stream = LOADERS[request.param](LoadTask(numbered, TRANSFORM, BATCH_SIZE, 1, CPU))
     yield [next(stream) for _ in range(6)]
     stream.close()
 
@@ -88,7 +89,7 @@ def test_every_loader_reads_each_file_of_the_folder_once_an_epoch_in_new_order(b
 
 @pytest.mark.parametrize("name", ["KDDataLoader", "bare DALI graph"])
 def test_batches_are_whole_where_the_files_do_not_divide(name: str, numbered: Path) -> None:
-    stream = LOADERS[name](numbered, TRANSFORM, 10, 1)
+    stream = LOADERS[name](LoadTask(numbered, TRANSFORM, 10, 1, CPU))
     assert [len(next(stream)) for _ in range(7)] == [10] * 7
     stream.close()
 
@@ -138,6 +139,8 @@ def test_the_result_says_what_it_was_measured_with(measured: tuple[BenchResult, 
         "num_batches": 2,
         "repeats": 2,
         "num_threads": 1,
+        "device": "cpu",
+        "hw_decoder_loads": [],
         "out": str(here / "a/b.json"),
     }
 
@@ -193,6 +196,34 @@ def test_more_batches_go_by_untimed_than_anyone_has_ready(
     monkeypatch.setattr(room, "measure", lambda contenders, **options: got.update(options))
     bench_loader(BenchLoaderSettings(root=photographs, num_threads=num_threads))
     assert got["num_warm_up"] > 2 * num_threads and got["num_warm_up"] >= 4 * 4
+
+
+def test_each_load_of_a_gpus_decoder_gets_rows_of_its_own(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks: list[LoadTask] = []
+
+    def remember(task: LoadTask) -> Generator[Tensor, None, None]:
+        tasks.append(task)
+        return (tensor for tensor in ())
+
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(room, "resolve_device", lambda device: gpu)
+    monkeypatch.setattr(room, "LOADERS", dict.fromkeys(LOADERS, remember))
+    monkeypatch.setattr(room, "measure", lambda contenders, **options: [one.name for one in contenders])
+    names = bench_loader(BenchLoaderSettings(root=photographs, hw_decoder_loads=(0, 0.75)))
+    assert names == [
+        *LOADERS,
+        "KDDataLoader, hw_decoder_load 0",
+        "bare DALI graph, hw_decoder_load 0",
+        "KDDataLoader, hw_decoder_load 0.75",
+        "bare DALI graph, hw_decoder_load 0.75",
+    ]
+    assert [task.hw_decoder_load for task in tasks] == [0.65] * 4 + [0, 0, 0.75, 0.75]
+    assert all(task.device == gpu for task in tasks)
+
+
+def test_a_hardware_decoder_of_a_cpu_is_refused(photographs: Path) -> None:
+    with pytest.raises(ConfigError, match="only a GPU has a hardware decoder"):
+        bench_loader(BenchLoaderSettings(root=photographs, device="cpu", hw_decoder_loads=(0.5,)))
 
 
 def test_a_file_that_is_no_jpeg_is_refused_by_name(photo_folder: Path) -> None:

@@ -14,7 +14,7 @@ ROWS = (
     BenchRow("ours", (100.0, 50.0, 400.0), (0.010, 0.020, 0.012), (2**30, 2**29, 2**30 + 3 * 2**20), (0.5, 0.6, 0.9)),
     BenchRow("theirs", (50.0, 20.0, 100.0), (0.030, 0.020, 0.040), (2**30, 2**29, 2**30 - 2**20), (0.1, 0.2, 0.7)),
 )
-RESULT = BenchResult(ROWS, {"batch_size": 8}, environment())
+RESULT = BenchResult(ROWS, {"batch_size": 8, "device": "cpu"}, environment())
 
 
 class Stream:
@@ -141,12 +141,12 @@ def test_the_table_shows_medians_extremes_ratios_cpu_time_and_memory() -> None:
     assert len(header) == len(ours) == len(theirs)
     assert ours.split() == ["ours", "100", "50", "400", "1.00", "12.00", "600.00", "3.0"]
     assert theirs.split() == ["theirs", "50", "20", "100", "0.40", "30.00", "200.00", "-1.0"]
-    assert "3 interleaved repeats" in notes[0] and f"{len(os.sched_getaffinity(0))} core(s)" in notes[0]
+    assert "3 interleaved repeats" in notes[0] and f"{len(os.sched_getaffinity(0))} core(s), cpu." in notes[0]
 
 
 def test_json_holds_every_repeat_and_what_the_table_shows() -> None:
     read = json.loads(RESULT.to_json())
-    assert read["settings"] == {"batch_size": 8}
+    assert read["settings"] == {"batch_size": 8, "device": "cpu"}
     assert read["environment"] == RESULT.environment
     assert read["rows"][1] == {
         "name": "theirs",

@@ -1,0 +1,35 @@
+"""The benchmarks on a real GPU: every loader delivers there, and the decoder's load can be swept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kd_pipeline.bench import BenchLoaderSettings, bench_loader
+from kd_pipeline.bench.loaders import LOADERS, LoadTask
+from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.data.transform import TrainTransform
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photographs(tmp_path_factory.mktemp("bench") / "photographs", num_files=40)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_loader_gives_whole_batches_on_the_gpu(name: str, photographs: Path, device: torch.device) -> None:
+    stream = LOADERS[name](LoadTask(photographs, TrainTransform(size=32), 8, 2, device))
+    for _ in range(6):
+        images = next(stream)
+        assert images.shape == (8, 3, 32, 32) and images.device == device and images.isfinite().all()
+    stream.close()
+
+
+def test_the_load_of_the_hardware_decoder_can_be_swept(photographs: Path) -> None:
+    settings = BenchLoaderSettings(
+        root=photographs, batch_size=8, size=32, num_batches=2, repeats=2, hw_decoder_loads=(0, 1)
+    )
+    result = bench_loader(settings)
+    assert len(result.rows) == len(LOADERS) + 4
+    assert all(min(row.images_per_s) > 0 for row in result.rows)
+    assert result.environment["gpus"]
