@@ -22,6 +22,7 @@ from kd_pipeline.report.grid import save_grid
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.permuted import matched
+from kd_pipeline.teachers.recorded import RecordedTeacher
 from kd_pipeline.training.teacher import begins_without_teacher, open_run_teacher
 from kd_pipeline.whole_file import write_whole
 
@@ -153,11 +154,9 @@ def _decode(
     config: Config, split: str, num_images: int | None, training: Source | None, report: Callable[[str], object]
 ) -> tuple[SplitReport, str]:
     """Every image of a split, or so many of them, once through the graph of its loader; with its fingerprint."""
-    # Whatever the run would do about them, here all that are unreadable are to be found.
-    data = config.data.model_copy(update={"on_bad_sample": "substitute", "max_bad_fraction": 1.0})
     with tempfile.TemporaryDirectory(prefix="kd_pipeline-check-") as folder:
         shuffle = num_images is not None  # the first ones of a folder are all of one class
-        plain = Untaught.of(config.seed, data, split, shuffle=shuffle, run_dir=Path(folder))
+        plain = Untaught.of(config.seed, _lenient(config.data), split, shuffle=shuffle, run_dir=Path(folder))
         with KDDataLoader.from_config(plain, split, shard=Shard(), training=training) as loader:
             source = loader.source
             wanted = min(len(source), num_images or len(source))
@@ -233,7 +232,7 @@ def _first_batch(
     try:
         return None, _draw(config, training, out), problems
     except KDPipelineError as exc:
-        # A batch with an unreadable file fails with a teacher and without one.
+        # What is wrong with the data is so with a teacher and without one.
         return None, None, list(dict.fromkeys([*problems, str(exc)]))
 
 
@@ -241,16 +240,23 @@ def _teach(config: Config, training: Source, out: Path, plugins: Collection[str]
     with closing(open_run_teacher(config, plugins=plugins)) as opened:
         teacher = matched(opened, training.classes)
         grid = _draw(config, training, out, teacher)
-        probe = ask_teacher(_untaught(config), teacher, config.probe, training=training)
+        probe = ask_teacher(_untaught(config, teacher), teacher, config.probe, training=training)
         return TeacherReport(teacher.backend, teacher.precision, probe), grid
 
 
 def _draw(config: Config, training: Source, out: Path, teacher: Teacher | None = None) -> Path:
-    with KDDataLoader.from_config(_untaught(config), teacher=teacher, training=training) as loader:
+    with KDDataLoader.from_config(_untaught(config, teacher), teacher=teacher, training=training) as loader:
         batch = next(iter(loader))
         return save_grid(batch, out / "train_batch.png", transform=loader.transform, classes=loader.classes)
 
 
-def _untaught(config: Config) -> Config:
-    """Without the folder too, so that nothing of the run's is written."""
-    return config.model_copy(update={"teacher": None, "run_dir": None})
+def _untaught(config: Config, teacher: Teacher | None) -> Config:
+    """The run for a loader with `teacher`, without a folder, so that nothing of the run's is written."""
+    # A recording is of images that were read as the run reads them.
+    data = config.data if isinstance(teacher, RecordedTeacher) else _lenient(config.data)
+    return config.model_copy(update={"teacher": None, "run_dir": None, "data": data})
+
+
+def _lenient(data: DataSettings) -> DataSettings:
+    """Go on past whatever is unreadable, as all of it is to be found."""
+    return data.model_copy(update={"on_bad_sample": "substitute", "max_bad_fraction": 1.0})

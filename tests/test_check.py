@@ -15,6 +15,8 @@ from kd_pipeline.engine import export_onnx
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers import TeacherSettings
 from tests.corpus import BROKEN, photo_of
+from tests.recordings import config as recorded_config
+from tests.recordings import recorded
 from tests.streams import EVAL, TRAIN
 from tests.test_probe import CLASSES, SIZE, ColourNet, colours
 
@@ -66,7 +68,8 @@ def test_every_unreadable_file_is_found_whatever_a_run_would_do_about_it(
     reasons = unreadable(found)
     assert reasons.keys() == wanted.keys()
     assert all(reason in reasons[name] for name, reason in wanted.items())
-    (problem, *_) = found.problems
+    (problem,) = found.problems
+    assert found.grid is not None  # with stand-ins
     assert f"data.train: {len(wanted)} of {30 + len(wanted)} images cannot be read" in problem
     assert ("data.on_bad_sample=substitute" if policy == "raise" else "data.max_bad_fraction=0.001") in problem
 
@@ -124,6 +127,19 @@ def test_what_keeps_a_teacher_from_opening_is_a_problem_beside_what_was_found(
     assert found.splits[0].num_decoded == 400 and found.teacher is None and found.grid is not None
     (problem,) = found.problems
     assert "nowhere.onnx" in problem
+
+
+def test_a_recording_is_checked_against_the_images_and_asked_for_its_answers(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    recording = recorded(photo_folder, tmp_path / "recording")
+    run = {"run_dir": tmp_path / "run", "teacher": {"path": recording}}
+    found = check(recorded_config(photo_folder, **run))
+    assert found.teacher is not None and found.teacher.backend == "recorded" and found.grid is not None
+    (problem,) = found.problems  # the network was never trained
+    assert problem.startswith("teacher: top-1")
+    (problem,) = check(recorded_config(photo_folder, max_pixels=10**6, **run)).problems
+    assert "is of other images" in problem and "max_pixels" in problem
 
 
 @pytest.mark.parametrize("stage", ["all", "teacher", "baseline"])

@@ -204,6 +204,7 @@ def environment() -> dict[str, Any]:
     """The machine, the versions of what runs on it, the command, and the time (UTC)."""
     cpu_models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     versions = {"kd_pipeline": kd_pipeline.__version__, "python": platform.python_version()}
+    program = Path(sys.argv[0]).name
     for package in _PACKAGES:
         for distribution in metadata.distributions(name=package):
             versions[package] = distribution.version
@@ -213,7 +214,7 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "versions": versions,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"{'python -m kd_pipeline' if program == '__main__.py' else program} {shlex.join(sys.argv[1:])}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
