@@ -13,7 +13,10 @@ from kd_pipeline.data.transform import TransformSettings
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.settings import Settings
 
-__all__ = ["SPLITS", "DataSettings", "SplitSettings", "Untaught"]
+__all__ = ["HW_DECODER_LOAD", "SPLITS", "DataSettings", "SplitSettings", "Untaught"]
+
+HW_DECODER_LOAD = 0.65
+"""Share of JPEG images for a GPU's hardware decoder, where nobody says another."""
 
 SPLITS = ("train", "val", "test")
 """Splits with a key of their own; others have their names under `more`."""
@@ -52,7 +55,7 @@ class DataSettings(Settings):
     """Batches, or groups of small ones, in DALI's queue, the one that is taken among them."""
     ahead: int = Field(default=1, ge=0)
     """Batches for which the teacher has been started ahead of the one handed out."""
-    hw_decoder_load: float = Field(default=0.65, ge=0, le=1)
+    hw_decoder_load: float = Field(default=HW_DECODER_LOAD, ge=0, le=1)
     """Share of JPEG images for a GPU's hardware decoder."""
     on_bad_sample: Literal["raise", "substitute"] = "raise"
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
@@ -110,6 +113,7 @@ class Untaught:
             ConfigError: there is no such split.
         """
         settings = data.split(split)
-        plain = {"mix": None, "repeats": 1, "last_batch": "keep"}
-        shuffled = {"shuffle": settings.shuffle if shuffle is None else shuffle}
-        return cls(seed, data.with_split(split, settings.model_copy(update=plain | shuffled)), run_dir)
+        update = {"mix": None, "repeats": 1, "last_batch": "keep"}
+        if shuffle is not None:
+            update["shuffle"] = shuffle
+        return cls(seed, data.with_split(split, settings.model_copy(update=update)), run_dir)

@@ -21,7 +21,7 @@ from kd_pipeline.data.plan import LastBatch, Plan, Shard
 from kd_pipeline.data.reader import INDEX, LABEL, MIXING, Read, Reader
 from kd_pipeline.data.source import Source, open_source, save_classes
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
-from kd_pipeline.data_settings import SPLITS, DataSettings, Untaught
+from kd_pipeline.data_settings import HW_DECODER_LOAD, SPLITS, DataSettings, Untaught
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.input_adapter import Normalisation
 from kd_pipeline.optional import require
@@ -105,7 +105,7 @@ class KDDataLoader:
         num_threads: int | None = None,
         prefetch: int = 2,
         ahead: int = 1,
-        hw_decoder_load: float = 0.65,
+        hw_decoder_load: float = HW_DECODER_LOAD,
         # What to do about unreadable samples
         on_bad_sample: Literal["raise", "substitute"] = "raise",
         max_bad_fraction: float = 0.001,
@@ -512,7 +512,9 @@ def sample_images(config: LoaderConfig, split: str = "train", *, num_images: int
     Raises:
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
-    untaught = Untaught.of(config.seed, config.data, split)
+    # Nothing is decoded that is not asked for, however large the run's batches are.
+    data = config.data.model_copy(update={"batch_size": min(config.data.batch_size, num_images)})
+    untaught = Untaught.of(config.seed, data, split)
     images: list[Tensor] = []
     with KDDataLoader.from_config(untaught, split, shard=Shard()) as loader:
         for batch in loader:

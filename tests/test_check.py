@@ -13,6 +13,8 @@ from kd_pipeline.check import CheckReport, CheckSettings, check
 from kd_pipeline.config import Config
 from kd_pipeline.engine import export_onnx
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.report.grid import save_grid
 from kd_pipeline.teachers import TeacherSettings
 from tests.corpus import BROKEN, photo_of
 from tests.recordings import config as recorded_config
@@ -168,9 +170,16 @@ def test_the_findings_are_all_that_is_written(known: Callable[..., Config], tmp_
     assert written["teacher"]["probe"]["top1"] == found.teacher.probe.top1  # type: ignore[union-attr]
 
 
-def test_the_picture_shows_the_images_with_their_labels(known: Callable[..., Config]) -> None:
-    found = check(known(batch_size=8))
+def test_the_picture_shows_the_first_training_batch_with_labels_and_answers(
+    known: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = known(batch_size=8)
+    found = check(config)
     assert found.grid is not None
+    with KDDataLoader.from_config(config) as loader:
+        shown = {"transform": loader.transform, "classes": loader.classes}
+        wanted = save_grid(next(iter(loader)), tmp_path / "wanted.png", **shown)
+    assert found.grid.read_bytes() == wanted.read_bytes()
     with Image.open(found.grid) as picture:
         colours_shown = {tuple(colour) for colour in np.asarray(picture).reshape(-1, 3).tolist()}
     assert len(colours_shown) > 1000  # noise, where an empty grid has a handful

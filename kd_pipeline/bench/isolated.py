@@ -1,17 +1,14 @@
 """One way of `bench step` in a process of its own, which stands still until it is asked for steps."""
 
-import json
 import multiprocessing
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kd_pipeline.bench.measure import peak_memory_bytes, reset_peak_memory, wait_until_idle
+from kd_pipeline.bench.measure import peak_memory_bytes, reset_peak_memory, traced, wait_until_idle
 from kd_pipeline.bench.ways import PHASES, WAYS, Clock, Step, StepTask
 from kd_pipeline.errors import KDPipelineError
 
@@ -150,15 +147,10 @@ def _free_bytes(device: torch.device) -> int | None:
 
 
 def _copied_bytes_per_image(step: Step, device: torch.device) -> float:
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile(activities=activities) as profiler:
-        clock = _started(device)
-        num_images = sum(step(clock) for _ in range(_NUM_PROFILED))
-        torch.cuda.synchronize(device)
-        profiler.stop()
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    clock, num_images = _started(device), 0
+    with traced(device) as events:
+        for _ in range(_NUM_PROFILED):
+            num_images += step(clock)
     copies = [event for event in events if event.get("cat") == "gpu_memcpy"]
     over_the_bus = [copy for copy in copies if "HtoD" in copy["name"] or "DtoH" in copy["name"]]
     return float(sum(copy["args"]["bytes"] for copy in over_the_bus) / num_images)

@@ -18,6 +18,7 @@ from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data_settings import HW_DECODER_LOAD
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader import KDDataLoader, resolve_device
 from kd_pipeline.optional import require
@@ -122,7 +123,7 @@ class LoadTask:
     """Of DALI; also worker processes of torch's `DataLoader`."""
     device: torch.device
     """Where the batches are wanted."""
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: float = HW_DECODER_LOAD
     """Share of the files for a GPU's hardware decoder."""
 
 

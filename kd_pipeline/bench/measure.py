@@ -6,10 +6,11 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,6 +34,7 @@ __all__ = [
     "ratio_within_repeats",
     "reset_peak_memory",
     "spread",
+    "traced",
     "wait_until_idle",
 ]
 
@@ -285,6 +287,20 @@ def peak_memory_bytes(process: int | str = "self") -> int:
     # Not getrusage: its maximum may be that of the process that started this one.
     peak = next(line for line in _lines(f"/proc/{process}/status") if line.startswith("VmHWM:"))
     return int(peak.split()[1]) * 1024
+
+
+@contextmanager
+def traced(device: torch.device) -> Iterator[list[dict[str, Any]]]:
+    """What the GPU `device` does inside: a list that gets the events of torch's profiler at the end."""
+    events: list[dict[str, Any]] = []
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield events
+        torch.cuda.synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events += json.loads(path.read_text())["traceEvents"]
 
 
 def _lines(path: str) -> list[str]:

@@ -60,8 +60,8 @@ def _lines(found: "CheckReport") -> list[str]:
     for split in found.splits:
         for sample in split.unreadable[:_MOST_NAMED]:
             lines.append(f"{split.split}: {sample.path} ({_size(sample.num_bytes)}): {sample.reason}")
-        if more := len(split.unreadable) - _MOST_NAMED:
-            lines += [f"{split.split}: and {more} more"] if more > 0 else []
+        if (more := len(split.unreadable) - _MOST_NAMED) > 0:
+            lines.append(f"{split.split}: and {more} more")
     if found.teacher is not None:
         lines.append(_teacher(found.teacher))
     if found.grid is not None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
@@ -22,7 +23,7 @@ _logger = logging.getLogger("kd_pipeline")
 def begins_without_teacher(config: Config) -> bool:
     """Whether the stage of `config` trains a teacher first, or the student alone."""
     if config.stage == "all":
-        return config.run_dir is None or not (RunFolder(config.run_dir / "teacher").exported / ABOUT).is_file()
+        return config.run_dir is None or not _is_trained(config.run_dir)
     return config.stage != "distill"
 
 
@@ -64,9 +65,9 @@ def with_trained_weights(config: Config, teacher: TeacherSettings) -> TeacherSet
     model = teacher.model
     if model is None or config.run_dir is None:
         return teacher
-    exported = RunFolder(config.run_dir / "teacher").exported
+    exported = _exported(config.run_dir)
     weights = exported / WEIGHTS
-    if not (exported / ABOUT).is_file():
+    if not _is_trained(config.run_dir):
         if model.pretrained or (model.checkpoint is not None and not model.reset):
             return teacher
         raise ConfigError(
@@ -94,3 +95,12 @@ def refuse_adapter(teacher: TeacherSettings) -> None:
             "teacher.input_adapter is for a teacher that was trained on other images, and stage: teacher trains it on "
             "those of this run; remove it, or take a run_dir without a trained teacher"
         )
+
+
+def _exported(run_dir: Path) -> Path:
+    """Where `stage: teacher` leaves the teacher."""
+    return RunFolder(run_dir / "teacher").exported
+
+
+def _is_trained(run_dir: Path) -> bool:
+    return (_exported(run_dir) / ABOUT).is_file()

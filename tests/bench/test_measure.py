@@ -6,6 +6,7 @@ from multiprocessing.synchronize import Event
 
 import numpy as np
 import pytest
+import torch
 
 from kd_pipeline.bench import measure as room
 from kd_pipeline.bench.measure import BenchResult, BenchRow, Contender, environment, measure
@@ -168,9 +169,19 @@ def test_the_environment_names_processor_cores_versions_command_and_date() -> No
     found = environment()
     assert found["cpu"] and found["system"] and found["command"]
     assert found["num_cores"] == len(os.sched_getaffinity(0))
+    assert len(found["gpus"]) == torch.cuda.device_count()
     assert found["date"].endswith("+00:00")
     assert {"kd_pipeline", "python", "numpy", "pillow", "torch", "torchvision"} <= found["versions"].keys()
     assert any(name.startswith("nvidia-dali-cuda") for name in found["versions"])
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"),
+    [("/opt/bin/kd-pipeline", "kd-pipeline"), ("/opt/kd_pipeline/__main__.py", "python -m kd_pipeline")],
+)
+def test_the_command_is_one_that_can_be_typed(program: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.sys, "argv", [program, "bench", "loader", "--root", "my photographs"])
+    assert environment()["command"] == f"{typed} bench loader --root 'my photographs'"
 
 
 def test_the_cpu_time_of_workers_counts() -> None:

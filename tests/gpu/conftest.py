@@ -1,7 +1,5 @@
 """Teachers on a real GPU. Without one everything here is skipped; without a TensorRT for it, TensorRT's tests are."""
 
-import json
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from kd_pipeline.bench.measure import traced
 from kd_pipeline.engine import export_onnx
 from kd_pipeline.errors import MissingPackageError
 from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
@@ -125,15 +124,10 @@ def nothing_may_wait() -> Iterator[None]:
 
 def copies_in(work: Callable[[], object]) -> list[tuple[str, int]]:
     """What the driver copied meanwhile: its own word for the direction, such as "HtoD", and the bytes."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profiler:
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.synchronize(device)
+    with traced(device) as events:
         work()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
     assert any(event.get("cat") == "kernel" for event in events), "the profiler saw nothing of the GPU"
     return [(event["name"], event["args"]["bytes"]) for event in events if event.get("cat") == "gpu_memcpy"]
 

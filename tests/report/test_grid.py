@@ -65,6 +65,13 @@ def test_class_names_stand_for_numbers(tmp_path: Path) -> None:
     assert (named != numbered).any()
 
 
+def test_a_choice_beyond_the_datas_classes_is_shown_by_its_number(tmp_path: Path) -> None:
+    batch = a_batch(torch.full((1, 3), 0.5), labels=None, choices=[9])
+    named = pixels_of(save_grid(batch, tmp_path / "a.png", transform=TRANSFORM, classes=["cat", "dog"]))
+    numbered = pixels_of(save_grid(batch, tmp_path / "b.png", transform=TRANSFORM))
+    assert (named == numbered).all()
+
+
 def test_a_large_batch_shows_only_its_first_images(tmp_path: Path) -> None:
     batch = a_batch(torch.rand(50, 3), labels=[0] * 50, choices=None)
     small = pixels_of(save_grid(batch, tmp_path / "small.png", transform=TRANSFORM, num_images=2))
