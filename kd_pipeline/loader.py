@@ -512,7 +512,7 @@ def sample_images(config: LoaderConfig, split: str = "train", *, num_images: int
     Raises:
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
-    # Nothing is decoded that is not asked for, however large the run's batches are.
+    # No batch is larger than what is asked for, however large the run's are.
     data = config.data.model_copy(update={"batch_size": min(config.data.batch_size, num_images)})
     untaught = Untaught.of(config.seed, data, split)
     images: list[Tensor] = []

@@ -650,6 +650,25 @@ def test_the_samples_for_a_teacher_are_neither_mixed_nor_repeated(config, split)
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("batch_size", [1, 5, 30])
+def test_the_samples_for_a_teacher_are_as_many_as_asked_whatever_the_runs_batches_are(
+    config, photo_folder, tmp_path, batch_size
+):
+    names = sorted(str(path) for path in photo_folder.rglob("*.jpg"))[:10] + [str(tmp_path / "missing.jpg")] * 20
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(names) + "\n")
+    train = {
+        "source": {"kind": "file_list", "path": tmp_path / "list.csv"},
+        "transform": {"preset": "train", "size": SIZE},
+        "shuffle": False,
+        "last_batch": "drop",
+    }
+    described = config(train=train, without=("teacher",))
+    data = described.data.model_copy(update={"batch_size": batch_size})
+    found = sample_images(described.model_copy(update={"data": data}), num_images=7)  # and none that is missing is met
+    with KDDataLoader.from_config(described) as loader:
+        assert torch.equal(found, next(iter(loader)).images[:7])
+
+
 def test_a_validation_class_that_training_does_not_know_is_refused(config, tmp_path):
     settings = config()
     shutil.copytree(tmp_path / "val" / "sky", tmp_path / "val" / "sun")
