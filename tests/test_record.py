@@ -413,9 +413,20 @@ def test_two_processes_record_what_one_does(digits: Path, tmp_path: Path) -> Non
     config_file = tmp_path / "digits.yaml"
     described = settings(digits, str(tmp_path / "run"), data__batch_size=8)
     config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kd_pipeline"]
+    torchrun = ["torch.distributed.run", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, "record", "-c", str(config_file), "--out", str(tmp_path / "shared")],
+        [
+            sys.executable,
+            "-m",
+            *torchrun,
+            "-m",
+            "kd_pipeline",
+            "record",
+            "-c",
+            str(config_file),
+            "--out",
+            str(tmp_path / "shared"),
+        ],
         capture_output=True,
         text=True,
         timeout=200,

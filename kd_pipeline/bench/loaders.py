@@ -31,8 +31,9 @@ _PREFETCH = 2
 """Batches ahead: of DALI, and of every worker of torch; what both do by default."""
 _LARGE_BATCH = 256
 """As on a GPU, where what a batch costs the thread that takes it must not be in the way."""
-_SWEPT = ("KDDataLoader", "bare DALI graph")
-"""What is measured at several loads of the hardware decoder; the others have no use for it."""
+_ON_DALI = ("KDDataLoader", "bare DALI graph")
+"""What gets further rows: for the large batch, where the second says how much of the cost of taking one is DALI's own,
+and for loads of the hardware decoder, which the others have no use for."""
 
 
 class BenchLoaderSettings(Settings):
@@ -83,10 +84,10 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     task = LoadTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device)
     rows = {name: (open_stream, task) for name, open_stream in LOADERS.items()}
     if num_files >= _LARGE_BATCH != settings.batch_size:
-        large = replace(task, batch_size=_LARGE_BATCH)
-        rows[f"KDDataLoader, batch of {_LARGE_BATCH}"] = (LOADERS["KDDataLoader"], large)
+        for name in _ON_DALI:
+            rows[f"{name}, batch of {_LARGE_BATCH}"] = (LOADERS[name], replace(task, batch_size=_LARGE_BATCH))
     for load in settings.hw_decoder_loads:
-        for name in _SWEPT:
+        for name in _ON_DALI:
             rows[f"{name}, hw_decoder_load {load:g}"] = (LOADERS[name], replace(task, hw_decoder_load=load))
     with ExitStack() as stack:
         contenders = [

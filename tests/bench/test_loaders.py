@@ -116,17 +116,18 @@ def test_every_loader_has_a_row_with_a_figure_for_each_repeat(measured: tuple[Be
         assert min(row.images_per_s) > 0 and min(row.peak_memory_bytes) > 2**26
 
 
-def test_a_folder_that_is_large_enough_gets_a_row_for_a_batch_as_on_a_gpu(
+def test_a_folder_that_is_large_enough_gets_rows_for_a_batch_as_on_a_gpu_also_of_dali_alone(
     numbered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "LOADERS", {"KDDataLoader": LOADERS["KDDataLoader"]})
-    for large, batch_size, expected in [(NUM_FILES, 12, 2), (NUM_FILES + 1, 12, 1), (12, 12, 1)]:
+    names = ["KDDataLoader", "bare DALI graph"]
+    monkeypatch.setattr(room, "LOADERS", {name: LOADERS[name] for name in names})
+    for large, batch_size, expected in [(NUM_FILES, 12, 4), (NUM_FILES + 1, 12, 2), (12, 12, 2)]:
         monkeypatch.setattr(room, "_LARGE_BATCH", large)
         settings = BenchLoaderSettings(
             root=numbered, batch_size=batch_size, size=16, num_batches=1, repeats=1, num_threads=1
         )
         rows = bench_loader(settings).rows
-        assert [row.name for row in rows] == ["KDDataLoader", f"KDDataLoader, batch of {large}"][:expected]
+        assert [row.name for row in rows] == [*names, *(f"{name}, batch of {large}" for name in names)][:expected]
         assert all(own > 0 for row in rows for own in row.own_s_per_batch)
 
 

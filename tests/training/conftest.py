@@ -36,7 +36,8 @@ def write_data(folder: Path) -> None:
 
 def start(folder: Path, *arguments: str, ranks: int = 1) -> "subprocess.Popen[str]":
     """`kd-pipeline train -c tiny.yaml ...` in `folder`, by torchrun where there are several ranks."""
-    launcher = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m"]
+    torchrun = ["-m", "torch.distributed.run", "--log-dir", "torchrun", "--nproc-per-node", str(ranks), "-m"]
+    launcher = ["-m"] if ranks == 1 else torchrun
     return subprocess.Popen(
         [sys.executable, *launcher, "kd_pipeline", "train", "-c", "tiny.yaml", *arguments],
         cwd=folder,
