@@ -250,11 +250,11 @@ def _draw(config: Config, training: Source, out: Path, teacher: Teacher | None =
         return save_grid(batch, out / "train_batch.png", transform=loader.transform, classes=loader.classes)
 
 
-def _untaught(config: Config, teacher: Teacher | None) -> Config:
-    """The run for a loader with `teacher`, without a folder, so that nothing of the run's is written."""
+def _untaught(config: Config, teacher: Teacher | None) -> Untaught:
+    """For a loader with `teacher`, without a folder, so that nothing of the run's is written."""
     # A recording is of images that were read as the run reads them.
     data = config.data if isinstance(teacher, RecordedTeacher) else _lenient(config.data)
-    return config.model_copy(update={"teacher": None, "run_dir": None, "data": data})
+    return Untaught(config.seed, data)
 
 
 def _lenient(data: DataSettings) -> DataSettings:

@@ -74,6 +74,11 @@ class DataSettings(Settings):
         own = {split: getattr(self, split) for split in SPLITS}
         return {split: found for split, found in own.items() if found is not None} | self.more
 
+    @property
+    def validated(self) -> tuple[str, ...]:
+        """Names of the splits that a training is measured on as it goes: all but `train` and `test`."""
+        return tuple(name for name in self.splits if name not in ("train", "test"))
+
     def split(self, name: str) -> SplitSettings:
         """The split of that name.
 
@@ -96,7 +101,7 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Untaught:
-    """The part of a config that gives a loader of a split's images as they are, without a teacher."""
+    """The part of a config that gives a loader, without the teacher."""
 
     seed: int
     data: DataSettings
@@ -107,7 +112,7 @@ class Untaught:
     def of(
         cls, seed: int, data: DataSettings, split: str, *, shuffle: bool | None = None, run_dir: Path | None = None
     ) -> Self:
-        """Each image of the split once, alone, in the order that `shuffle` says or else the split itself.
+        """For each image of the split once, alone, in the order that `shuffle` says or else the split itself.
 
         Raises:
             ConfigError: there is no such split.

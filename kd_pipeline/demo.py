@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from kd_pipeline.config import Config, load_config
+from kd_pipeline.data_settings import Untaught
 from kd_pipeline.engine import export_onnx
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader import KDDataLoader
@@ -110,7 +111,7 @@ def _train(
 ) -> tuple[nn.Module, float]:
     """A network of that width, trained by the loop of tools/distill.py, and the images it saw per second."""
     torch.manual_seed(config.seed)
-    alone = config.model_copy(update={"teacher": None})
+    alone = Untaught(config.seed, config.data, config.run_dir)
     with KDDataLoader.from_config(alone, "train", teacher=teacher) as loader:
         net = small_resnet(len(loader.classes or ()), width=width).to(loader.device)
         num_images = config.train.epochs * len(loader) * loader.batch_size

@@ -18,6 +18,7 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.config import Config
 from kd_pipeline.data.plan import BatchPlan, EpochPlan
 from kd_pipeline.data.source import open_source
+from kd_pipeline.data_settings import Untaught
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.settings import Settings
@@ -230,8 +231,8 @@ def _open_loader(config: Config, plugins: Collection[str], opened: ExitStack) ->
     # What a training drops is recorded too, so that the recording serves any batch size and number of ranks.
     train = train.model_copy(update={"last_batch": "pad" if train.last_batch in (None, "drop") else train.last_batch})
     data = config.data.with_split("train", train)
-    config = config.model_copy(update={"teacher": None, "data": data})
-    loader = KDDataLoader.from_config(config, "train", teacher=matched(teacher, source.classes), training=source)
+    untaught = Untaught(config.seed, data, config.run_dir)
+    loader = KDDataLoader.from_config(untaught, "train", teacher=matched(teacher, source.classes), training=source)
     return opened.enter_context(loader)
 
 

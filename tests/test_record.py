@@ -414,19 +414,9 @@ def test_two_processes_record_what_one_does(digits: Path, tmp_path: Path) -> Non
     described = settings(digits, str(tmp_path / "run"), data__batch_size=8)
     config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
     torchrun = ["torch.distributed.run", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]
+    command = ["kd_pipeline", "record", "-c", str(config_file), "--out", str(tmp_path / "shared")]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *torchrun,
-            "-m",
-            "kd_pipeline",
-            "record",
-            "-c",
-            str(config_file),
-            "--out",
-            str(tmp_path / "shared"),
-        ],
+        [sys.executable, "-m", *torchrun, "-m", *command],
         capture_output=True,
         text=True,
         timeout=200,

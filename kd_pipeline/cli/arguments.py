@@ -1,15 +1,30 @@
-"""From parsed arguments to a room's settings, with errors that name the option."""
+"""What the commands share: options, a room's settings out of them, and lines of progress."""
 
+import argparse
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["checked"]
+__all__ = ["add_config", "checked", "tell"]
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def add_config(parser: argparse.ArgumentParser, *, plugins: str = "factories") -> None:
+    """The options of a command that does what a config says; `plugins` is what modules of the user's bring to it."""
+    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help=f"brings {plugins}")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the file")
+
+
+def tell(line: str) -> None:
+    """Show a line of progress, beside what a command prints as its result."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def checked(model: Callable[..., Model], options: Mapping[str, str] | None = None, /, **values: Any) -> Model:

@@ -1,11 +1,10 @@
 """`kd-pipeline bench`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from kd_pipeline.cli.arguments import checked
+from kd_pipeline.cli.arguments import checked, tell
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.settings import Settings
 
@@ -81,7 +80,7 @@ def _run_step(parsed: argparse.Namespace) -> int:
     settings = checked(BenchStepSettings, **given)
     if parsed.config is not None:
         settings = step_settings(load_config(parsed.config, parsed.overrides), settings, given)
-    print(bench_step(settings, report=_tell).table())
+    print(bench_step(settings, report=tell).table())
     print(f"every repeat: {parsed.out}; where the time goes: {parsed.out.with_suffix('.png')}")
     return 0
 
@@ -89,10 +88,6 @@ def _run_step(parsed: argparse.Namespace) -> int:
 def _said(parsed: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
     """Those of the arguments that are settings of this kind."""
     return {name: value for name, value in vars(parsed).items() if name in kind.model_fields}
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _network(name: str) -> dict[str, str]:
@@ -107,7 +102,7 @@ def _run_loader(parsed: argparse.Namespace) -> int:
 
     values = _said(parsed, BenchLoaderSettings)
     settings = checked(BenchLoaderSettings, {"hw_decoder_loads": "hw-decoder-load"}, **values)
-    print(bench_loader(settings, report=_tell).table())
+    print(bench_loader(settings, report=tell).table())
     print(f"every repeat: {settings.out}")
     return 0
 
@@ -154,7 +149,7 @@ def _run_teacher(parsed: argparse.Namespace) -> int:
             f"--{next(iter(about)).replace('_', '-')} is for a model by name, and {parsed.onnx} is a file"
         )
     settings = checked(BenchTeacherSettings, **values)
-    print(bench_teacher(settings, report=_tell).table())
+    print(bench_teacher(settings, report=tell).table())
     print(f"every repeat: {settings.out}; the curves: {parsed.out.with_suffix('.png')}")
     return 0
 
@@ -182,6 +177,6 @@ def _run_scale(parsed: argparse.Namespace) -> int:
 
     values = _said(parsed, BenchScaleSettings)
     settings = checked(BenchScaleSettings, **values)
-    print(bench_scale(settings, report=_tell).table())
+    print(bench_scale(settings, report=tell).table())
     print(f"every process and repeat: {settings.out}")
     return 0

@@ -2,13 +2,12 @@
 
 import argparse
 import re
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_pipeline.cli.arguments import checked
+from kd_pipeline.cli.arguments import checked, tell
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,14 +108,10 @@ def _run(parsed: argparse.Namespace) -> int:
         open_tensorrt(settings.runtime)
         _export(parsed, settings.onnx)
     engine = parsed.save_engine or settings.onnx.parent / f"{settings.onnx.stem}.{settings.precision}.engine"
-    built = build_engine(settings, save_engine=engine, samples=samples, report=_say)
+    built = build_engine(settings, save_engine=engine, samples=samples, report=tell)
     for name, value in _table(built, read_manifest(built)):
         print(f"{name:<11}{value}")
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _settings(parsed: argparse.Namespace) -> "BuildSettings":
@@ -200,15 +195,15 @@ def _export(parsed: argparse.Namespace, onnx: Path) -> None:
     # Who types the factory's name allows it to run.
     module = open_model(settings, plugins=[str(parsed.factory).partition(":")[0]])
     if parsed.factory is None and not (parsed.pretrained or parsed.checkpoint):
-        _say(f"{name} has random weights; give --pretrained or --checkpoint for trained ones")
+        tell(f"{name} has random weights; give --pretrained or --checkpoint for trained ones")
     expected = default_input(module)
     size = parsed.input_size or parsed.image_size or (expected.size[0] if expected else _DEFAULT_SIZE)
     if expected is not None and parsed.input_mean is None and not _is_imagenet(expected.mean, expected.std):
-        _say(
+        tell(
             f"timm says that {name} was trained with --input-mean {' '.join(map(str, expected.mean))} "
             f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalised otherwise"
         )
-    _say(f"exporting {name} for images of {size} x {size} to {onnx}")
+    tell(f"exporting {name} for images of {size} x {size} to {onnx}")
     if not onnx.exists():
         export_onnx(module, onnx, image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
         return

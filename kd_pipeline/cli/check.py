@@ -1,9 +1,10 @@
 """`kd-pipeline check`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kd_pipeline.cli.arguments import add_config, checked, tell
 
 if TYPE_CHECKING:
     from kd_pipeline.check import CheckReport, SplitReport, TeacherReport
@@ -30,23 +31,20 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the YAML file")
+    add_config(parser)
     parser.add_argument("--images", metavar="N", help="decode N images of each split, drawn at random; else all")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where; the folder check in run_dir unless given")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="brings factories")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the file")
     parser.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.check import CheckSettings, check
-    from kd_pipeline.cli.arguments import checked
     from kd_pipeline.config import load_config
 
     options = {"num_images": "images"}
     settings = checked(CheckSettings, options, num_images=parsed.images, out=parsed.out)
     config = load_config(parsed.config, parsed.overrides)
-    found = check(config, settings, plugins=parsed.plugin, report=lambda line: print(line, file=sys.stderr, flush=True))
+    found = check(config, settings, plugins=parsed.plugin, report=tell)
     for line in _lines(found):
         print(line)
     return 1 if found.problems else 0

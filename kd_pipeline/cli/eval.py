@@ -50,18 +50,19 @@ def _run(parsed: argparse.Namespace) -> int:
 
     from kd_pipeline.comparison import Compared, compare, measure_cost
     from kd_pipeline.config import load_config
+    from kd_pipeline.data_settings import Untaught
     from kd_pipeline.evaluation import MetricSettings, evaluate, open_metrics
     from kd_pipeline.loader import KDDataLoader
     from kd_pipeline.model_files import OpenedModel, open_model_file
     from kd_pipeline.teachers import TeacherSettings, open_teacher
 
-    config = load_config(parsed.config, parsed.set).model_copy(update={"teacher": None, "run_dir": None})
+    config = load_config(parsed.config, parsed.set)
     options = {"name": "metric"}
     metrics = open_metrics(
         [checked(MetricSettings, options, name=name) for name in parsed.metric], plugins=parsed.plugin
     )
     with ExitStack() as opened:
-        loader = opened.enter_context(KDDataLoader.from_config(config, parsed.split))
+        loader = opened.enter_context(KDDataLoader.from_config(Untaught(config.seed, config.data), parsed.split))
         size = loader.transform.size
         images: dict[str, Any] = {"device": loader.device, "dtype": getattr(torch, loader.transform.dtype)}
 

@@ -1,9 +1,10 @@
 """`kd-pipeline record`."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kd_pipeline.cli.arguments import add_config, checked, tell
 
 if TYPE_CHECKING:
     from kd_pipeline.record import Progress
@@ -29,20 +30,17 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the YAML file")
+    add_config(parser)
     parser.add_argument("--top-k", metavar="K", help="keep the K largest logits of an image; all unless given")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of what is kept")
     parser.add_argument("--epochs", metavar="N", help="epochs to record; train.epochs unless given")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where; the folder recording in run_dir unless given"
     )
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="brings factories")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the file")
     parser.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.cli.arguments import checked
     from kd_pipeline.config import load_config
     from kd_pipeline.record import RecordSettings, record
     from kd_pipeline.teachers.recording import Manifest
@@ -59,9 +57,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _show(progress: "Progress") -> None:
     minutes, seconds = divmod(round(progress.left_s), 60)
-    print(
+    tell(
         f"epoch {progress.epoch + 1} of {progress.epochs}: {progress.done:.1%} recorded, "
-        f"{progress.images_per_s:.0f} images/s, {minutes // 60}:{minutes % 60:02}:{seconds:02} left",
-        file=sys.stderr,
-        flush=True,
+        f"{progress.images_per_s:.0f} images/s, {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
     )

@@ -1,8 +1,9 @@
 """`kd-pipeline train`."""
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from kd_pipeline.cli.arguments import add_config
 
 __all__ = ["add_to"]
 
@@ -25,9 +26,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the YAML file")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="brings factories and losses")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the file")
+    add_config(parser, plugins="factories and losses")
     parser.set_defaults(run=_run)
 
 

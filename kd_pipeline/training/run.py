@@ -15,7 +15,7 @@ from torch import nn
 from kd_pipeline.config import Config
 from kd_pipeline.data.source import open_source
 from kd_pipeline.data.transform import EvalTransform
-from kd_pipeline.data_settings import DataSettings
+from kd_pipeline.data_settings import DataSettings, Untaught
 from kd_pipeline.distillation import Distillation
 from kd_pipeline.engine.parity import Samples
 from kd_pipeline.errors import ConfigError
@@ -130,7 +130,7 @@ class _Run(ExitStack):
         self._source = open_source(config.data.train.source)
         loader = self._open_loader("train", self._open_teacher() if self._stage == "distill" else None)
         if loader.teacher is not None and config.probe is not None:
-            probe_teacher(_untaught(config), loader.teacher, config.probe, training=self._source)
+            probe_teacher(config, loader.teacher, config.probe, training=self._source)
         torch.manual_seed(config.seed % 2**63)  # the weights that the student begins with
         student, settings = self._open_student(loader)
         facts = {
@@ -170,7 +170,7 @@ class _Run(ExitStack):
         return opened
 
     def _open_loader(self, split: str, teacher: Teacher | None) -> KDDataLoader:
-        config = _untaught(self._config).model_copy(update={"run_dir": self._folder.path})
+        config = Untaught(self._config.seed, self._config.data, self._folder.path)
         if teacher is not None:
             teacher = matched(teacher, self._source.classes)
         return self.enter_context(KDDataLoader.from_config(config, split, teacher=teacher, training=self._source))
@@ -233,14 +233,12 @@ class _Run(ExitStack):
 
     def _evaluate(self, model: nn.Module, teacher: Teacher | None) -> dict[str, Evaluation]:
         """On every split but the training and the test images."""
-        data = self._config.data
-        names = [*(["val"] if data.val is not None else []), *data.more]
         limit = self._config.train.limit_val_batches
         return {
             name: evaluate(
                 model, self._validation_loader(name), reference=teacher, metrics=self._metrics, max_batches=limit
             )
-            for name in names
+            for name in self._config.data.validated
         }
 
     def _validation_loader(self, name: str) -> KDDataLoader:
@@ -251,7 +249,7 @@ class _Run(ExitStack):
     def _trainer(self, module: DistillModule, step: int | None) -> Any:
         """Lightning's, which goes on from `step` where there is one."""
         train, folder = self._config.train, self._folder
-        has_figures = self._config.data.val is not None or self._config.data.more
+        has_figures = bool(self._config.data.validated)
         keep = SaveLastAndBest(
             folder.checkpoints,
             student=lambda: whole_weights(module.model),
@@ -317,7 +315,7 @@ class _Run(ExitStack):
                 self._folder.exported,
                 classes=loader.classes,
                 transform=transform,
-                samples=lambda: Samples(sample_images(_untaught(self._config), split), f"the split {split} of the run"),
+                samples=lambda: Samples(sample_images(self._config, split), f"the split {split} of the run"),
                 wanted=self._config.train.export,
             )
         return Outcome(self._stage, self._folder.path, figures)
@@ -333,7 +331,7 @@ def _check_batchnorm(config: Config) -> None:
 
 def _check_figures(config: Config) -> None:
     """Refuse to choose by a figure that no validation measures, before an epoch is spent on it."""
-    train, splits = config.train, [*(["val"] if config.data.val is not None else []), *config.data.more]
+    train, splits = config.train, config.data.validated
     if any(metric.names_a_function for metric in train.metrics):
         return  # what it returns is known when it has been called
     figures = ["top1", "top5", "macro_f1", "loss", *(metric.name for metric in train.metrics)]
@@ -412,10 +410,6 @@ def _cluster() -> Any:
     """How Lightning learns of the other processes: not from SLURM, which it would ask by itself and otherwise."""
     environments = require("lightning.fabric.plugins.environments", extra="train")
     return environments.TorchElasticEnvironment() if num_processes() > 1 else environments.LightningEnvironment()
-
-
-def _untaught(config: Config) -> Config:
-    return config.model_copy(update={"teacher": None})
 
 
 def _quiet() -> None:
