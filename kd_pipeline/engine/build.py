@@ -13,7 +13,7 @@ import torch
 
 from kd_pipeline.data.labels import class_names
 from kd_pipeline.engine.build_settings import BuildSettings
-from kd_pipeline.engine.cache import cache_folder, folder_beside, locked
+from kd_pipeline.engine.cache import cache_folder, folder_beside
 from kd_pipeline.engine.compile import CompileJob, run_compiler
 from kd_pipeline.engine.edit import edit_onnx
 from kd_pipeline.engine.load import capability_of, complete_parity
@@ -34,6 +34,7 @@ from kd_pipeline.teachers.engine_file import (
 from kd_pipeline.teachers.onnx_file import OnnxFile, read_onnx
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
 from kd_pipeline.tensorrt_package import TensorRT, open_tensorrt
+from kd_pipeline.whole_file import locked
 
 __all__ = ["build_engine"]
 
@@ -75,7 +76,7 @@ def build_engine(
         name = f"{file.path.stem}-{settings.precision}-{recipe.key[:16]}.engine"
         engine = cache_folder() / name if save_engine is None else save_engine.absolute()
         _check_places(settings, engine)
-        with locked(engine, report):
+        with locked(engine, lambda: report(f"waiting for another process that builds {engine}")):
             if not _is_there(engine, recipe, report):
                 with folder_beside(engine) as folder:
                     _Build(settings, file, recipe, samples, tensorrt, report).run(folder, engine)

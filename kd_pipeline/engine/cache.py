@@ -1,16 +1,14 @@
-"""Where engines lie, and how one process builds an engine while the others wait for it."""
+"""Where engines lie, and the folder that one is built in."""
 
-import fcntl
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kd_pipeline.errors import EngineError
 from kd_pipeline.user_cache import user_cache
 
-__all__ = ["cache_folder", "folder_beside", "locked"]
+__all__ = ["cache_folder", "folder_beside"]
 
 
 def cache_folder() -> Path:
@@ -24,27 +22,6 @@ def cache_folder() -> Path:
         return user_cache("engines")
     except RuntimeError as exc:
         raise EngineError(f"there is no place for engines ({exc}); set XDG_CACHE_HOME, or give save_engine") from None
-
-
-@contextmanager
-def locked(engine: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Hold the right to write `engine`; a process that dies gives it back.
-
-    The lock file stays: if the last holder deleted it, one waiting for the old file and one opening a new file of the
-    same name would both go on.
-    """
-    path = engine.with_name(f".{engine.name}.lock")
-    # Not through a symlink, with which another user could have us touch a file of ours.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            report(f"waiting for another process that builds {engine}")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
