@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from kd_pipeline.data.decode import Decode
 from kd_pipeline.data.mix import MixSettings
 from kd_pipeline.data.plan import LastBatch
 from kd_pipeline.data.source import SourceSettings
@@ -13,10 +14,7 @@ from kd_pipeline.data.transform import TransformSettings
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.settings import Settings
 
-__all__ = ["HW_DECODER_LOAD", "SPLITS", "DataSettings", "SplitSettings", "Untaught"]
-
-HW_DECODER_LOAD = 0.65
-"""Share of JPEG images for a GPU's hardware decoder, where nobody says another."""
+__all__ = ["SPLITS", "DataSettings", "SplitSettings", "Untaught"]
 
 SPLITS = ("train", "val", "test")
 """Splits with a key of their own; others have their names under `more`."""
@@ -55,8 +53,12 @@ class DataSettings(Settings):
     """Batches, or groups of small ones, in DALI's queue, the one that is taken among them."""
     ahead: int = Field(default=1, ge=0)
     """Batches for which the teacher has been started ahead of the one handed out."""
-    hw_decoder_load: float = Field(default=HW_DECODER_LOAD, ge=0, le=1)
-    """Share of JPEG images for a GPU's hardware decoder."""
+    decode: Decode = "auto"
+    """`window` decodes only the crop's window of a file, `full` the whole image, which is cut afterwards. `auto` is
+    `window` on a CPU, where both give the same pixels; on a GPU a short trial finds out what works there."""
+    hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
+    """Share of the JPEG images of a batch for a GPU's hardware decoder. With any but 0, who decodes an image depends
+    on its batch, and so do the last bits of its pixels: batch size, resuming and ranks change them."""
     on_bad_sample: Literal["raise", "substitute"] = "raise"
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     max_pixels: int = Field(default=89_478_485, gt=0)

@@ -1,35 +1,39 @@
 """What this machine has, what is usable, and what to install."""
 
-import ctypes
-import io
 import json
 import os
 import platform
-import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, product
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kd_pipeline import __version__
+from kd_pipeline.child_process import open_report, run_child
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.nvidia_driver import ask_driver
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    # Elsewhere in functions: they stand on NumPy, Pillow and torch, and a broken one is what a doctor is called for.
+    from kd_pipeline.data.decode_trial import DecodeTrial
 
 __all__ = ["Ability", "Check", "Gpu", "Report", "diagnose"]
 
 _GIB = 2**30
 _GROUPS = (
     ("torch", "torch.cuda", "torchvision", "timm", "lightning"),
-    ("nvidia.dali", "nvidia.dali (GPU)", "cuda.core"),
+    ("nvidia.dali", "cuda.core"),
     ("onnx", "onnxscript", "onnxruntime", "openvino"),
     ("tensorrt",),
     ("tensorrt_rtx",),
 )
 """What is tried, each group in a process of its own; within one, what is imported once need not be again."""
+_HW_DECODER_LOADS = (0.0, 1.0)
+"""Shares of the hardware decoder that are tried: the default, and all that it takes."""
 _TENSORRT_SINCE = (7, 5)
 """The lowest compute capability of TensorRT 10 and later; TensorRT-RTX names its own."""
 _PRECISIONS = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
@@ -132,10 +136,13 @@ def diagnose(*, timeout_s: float = 60.0) -> Report:
     """
     (driver,) = _ask(["NVIDIA driver"], has_gpu=False, timeout_s=timeout_s)
     cuda_driver, found = driver.pop("cuda", None), driver.pop("gpus", [])
-    groups = [[name for name in group if found or name not in ("torch.cuda", "nvidia.dali (GPU)")] for group in _GROUPS]
+    groups = [[name for name in group if found or name != "torch.cuda"] for group in _GROUPS]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         answers = pool.map(lambda names: list(_ask(names, has_gpu=bool(found), timeout_s=timeout_s)), groups)
         checks = [Check(**answer) for answer in [driver, *chain.from_iterable(answers)]]
+        has_dali = any(check.name == "nvidia.dali" and check.status == "ok" for check in checks)
+        trials = _try_decoding(pool, timeout_s) if found and has_dali else []
+        checks += map(_check_of_trial, trials)
     checks = [
         check.model_copy(update={"install": _install_line(check.name, cuda_driver)})
         if check.status == "missing"
@@ -154,7 +161,7 @@ def diagnose(*, timeout_s: float = 60.0) -> Report:
         cuda_driver=cuda_driver,
         gpus=gpus,
         checks=tuple(checks),
-        abilities=tuple(_abilities(by_name, gpus)),
+        abilities=tuple(_abilities(by_name, gpus, trials)),
     )
 
 
@@ -180,7 +187,46 @@ def _serving(compute_capability: str, checks: Mapping[str, Check]) -> Iterator[s
         yield "tensorrt_rtx"
 
 
-def _abilities(checks: Mapping[str, Check], gpus: Sequence[Gpu]) -> list[Ability]:
+def _try_decoding(pool: ThreadPoolExecutor, timeout_s: float) -> "list[DecodeTrial]":
+    """Every way to decode on the first GPU, each in a process of its own."""
+    from kd_pipeline.data.decode_trial import try_decoding
+
+    ways: tuple[Literal["window", "full"], ...] = ("window", "full")
+    trials = [
+        pool.submit(try_decoding, way, device_id=0, hw_decoder_load=load, timeout_s=2 * timeout_s)
+        for load, way in product(_HW_DECODER_LOADS, ways)
+    ]
+    return [trial.result() for trial in trials]
+
+
+def _check_of_trial(trial: "DecodeTrial") -> Check:
+    """A way to decode on the first GPU, as a check like those of the packages."""
+    share = f", hw_decoder_load {trial.hw_decoder_load:g}" if trial.hw_decoder_load else ""
+    version = None if trial.nvjpeg is None else f"nvJPEG {trial.nvjpeg[0]}.{trial.nvjpeg[1]}"
+    status: Literal["ok", "broken"] = "ok" if trial.works else "broken"
+    return Check(name=f"decode: {trial.decode} (GPU{share})", status=status, version=version, detail=trial.detail)
+
+
+def _decoding(trials: "Sequence[DecodeTrial]") -> Iterator[Ability]:
+    """What the trials on the first GPU mean for its loaders; the answer of the default settings is kept for them."""
+    from kd_pipeline.data.decode import keep_choice, pick_decode
+
+    window, full = (trial for trial in trials if trial.hw_decoder_load == 0)
+    try:
+        choice = pick_decode(window, lambda: full)
+    except ConfigError as exc:
+        yield Ability(kind="loader", name="gpu", works=False, detail=str(exc))
+        return
+    keep_choice(0, 0.0, choice)
+    yield Ability(kind="loader", name="gpu", works=True, detail="")
+    yield Ability(kind="setting", name="decode: auto", works=True, detail=f"takes {choice.decode}; {choice.reason}")
+    with_hardware = [trial for trial in trials if trial.hw_decoder_load and trial.decode == choice.decode]
+    for trial in with_hardware:
+        detail = f"{trial}; pixels then depend on the batch" if trial.works else str(trial)
+        yield Ability(kind="setting", name="hw_decoder_load", works=trial.works, detail=detail)
+
+
+def _abilities(checks: Mapping[str, Check], gpus: Sequence[Gpu], trials: "Sequence[DecodeTrial]" = ()) -> list[Ability]:
     def ability(kind: _Kind, name: str, *needed: str) -> Ability:
         """It needs the packages named; anything else that is named is known to be lacking."""
         status = {one: checks[one].status if one in checks else "" for one in needed}
@@ -193,7 +239,7 @@ def _abilities(checks: Mapping[str, Check], gpus: Sequence[Gpu]) -> list[Ability
     builder = [] if built else ["tensorrt_rtx, or tensorrt and a GPU"]
     found = [
         ability("loader", "cpu", "nvidia.dali"),
-        *([ability("loader", "gpu", "nvidia.dali (GPU)")] if gpus else []),
+        *(_decoding(trials) if trials else [ability("loader", "gpu", "nvidia.dali")] if gpus else []),
         ability("teacher", "pytorch", "torch"),
         ability("teacher", "openvino", "openvino", "onnx"),
         ability("teacher", "onnxruntime", "onnxruntime", "onnx"),
@@ -215,43 +261,22 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 def _ask(names: Sequence[str], *, has_gpu: bool, timeout_s: float) -> Iterator[_Answer]:
     """One answer for each name, from a process that tries them in turn; after a crash, another one goes on."""
     while names:
-        lines, failure = _try_out(names, has_gpu, timeout_s)
-        yield from map(json.loads, lines)
-        names = names[len(lines) :]
+        gpu = "gpu" if has_gpu else "no gpu"
+        child = run_child(f"{__name__}:{_answer.__name__}", gpu, *names, timeout_s=timeout_s)
+        yield from map(json.loads, child.lines)
+        names = names[len(child.lines) :]
         if names:
-            yield {"name": names[0], "status": "broken", "detail": failure}
+            yield {"name": names[0], "status": "broken", "detail": child.failure or "ended Python early"}
             names = names[1:]
 
 
-def _try_out(names: Sequence[str], has_gpu: bool, timeout_s: float) -> tuple[list[str], str]:
-    """The answers that a process gave, and why it gave no more."""
-    code = "import sys; from kd_pipeline.doctor import _answer; _answer(sys.argv[1] == 'gpu', sys.argv[2:])"
-    try:
-        done = subprocess.run(
-            # It finds the very modules that this process would, and none because of the folder it starts in.
-            [sys.executable, "-P", "-c", code, "gpu" if has_gpu else "no gpu", *names],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=timeout_s,
-        )
-    except subprocess.TimeoutExpired as exc:
-        return (exc.stdout or b"").decode().splitlines(), f"no answer within {timeout_s:g} s"
-    if done.returncode < 0:
-        failure = f"crashed with {signal.Signals(-done.returncode).name}"
-    else:
-        failure = f"ended Python with exit status {done.returncode}"
-    return done.stdout.decode().splitlines(), failure
-
-
-def _answer(has_gpu: bool, names: Sequence[str]) -> None:
-    """Try these packages and write a line of JSON about each; runs in the process of `_try_out`."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what packages print goes elsewhere
+def _answer(gpu: str, *names: str) -> None:
+    """Try these packages and report a line of JSON about each; runs in a process of its own."""
+    answers = open_report()
     for name in names:
         answer: _Answer = {"name": name}
         try:
-            answer |= {"status": "ok", **_PROBES[name](has_gpu)}
+            answer |= {"status": "ok", **_PROBES[name](gpu == "gpu")}
         except Exception as exc:
             cause = exc.__cause__ if isinstance(exc, ImportError) and exc.__cause__ else exc
             module = cause.name if isinstance(cause, ModuleNotFoundError) else None
@@ -266,44 +291,11 @@ def _answer(has_gpu: bool, names: Sequence[str]) -> None:
 def _probe_driver(has_gpu: bool) -> _Answer:
     """Ask the driver itself, so that no CUDA package need be there."""
     try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        driver = ask_driver()
     except OSError:
         return {"status": "missing", "detail": "no libcuda.so.1; everything runs on the CPU"}
-
-    def call(function: str, *arguments: Any) -> None:
-        if code := getattr(cuda, function)(*arguments):
-            text = ctypes.c_char_p()
-            cuda.cuGetErrorString(code, ctypes.byref(text))
-            raise RuntimeError(f"{function}: {(text.value or b'').decode() or code}")
-
-    def number(function: str, *arguments: Any) -> int:
-        value = ctypes.c_int()
-        call(function, ctypes.byref(value), *arguments)
-        return value.value
-
-    call("cuInit", 0)
-    gpus = []
-    for index in range(number("cuDeviceGetCount")):
-        name, memory = ctypes.create_string_buffer(256), ctypes.c_size_t()
-        call("cuDeviceGetName", name, len(name), index)
-        call("cuDeviceTotalMem_v2", ctypes.byref(memory), index)
-        major, minor = (number("cuDeviceGetAttribute", attribute, index) for attribute in (75, 76))
-        gpus.append(
-            {"name": name.value.decode(), "compute_capability": f"{major}.{minor}", "memory_bytes": memory.value}
-        )
-    cuda_version = number("cuDriverGetVersion")
-    newest = f"{cuda_version // 1000}.{cuda_version % 1000 // 10}"
-    return {"version": _driver_version(), "detail": f"serves CUDA {newest}", "cuda": newest, "gpus": gpus}
-
-
-def _driver_version() -> str | None:
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    text = ctypes.create_string_buffer(96)
-    failed = nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text))
-    return None if failed else text.value.decode()
+    gpus = [gpu.model_dump() for gpu in driver.gpus]
+    return {"version": driver.version, "detail": f"serves CUDA {driver.cuda}", "cuda": driver.cuda, "gpus": gpus}
 
 
 def _probe_torch(has_gpu: bool) -> _Answer:
@@ -323,32 +315,13 @@ def _probe_torch_cuda(has_gpu: bool) -> _Answer:
 
 
 def _probe_dali(has_gpu: bool) -> _Answer:
-    return _decode("cpu")
+    dali = require("nvidia.dali", extra="cpu")
+    from kd_pipeline.data.decode_trial import compare_decoding
 
-
-def _probe_dali_gpu(has_gpu: bool) -> _Answer:
-    return _decode("mixed")
-
-
-def _decode(device: str) -> _Answer:
-    """Have DALI decode windows of small JPEG files and resize them, as the loader does."""
-    import numpy as np  # here, because a broken one is what a doctor is called for
-    from PIL import Image
-
-    dali, fn = require("nvidia.dali", extra="cpu"), require("nvidia.dali.fn", extra="cpu")
-    jpeg = io.BytesIO()
-    Image.new("RGB", (640, 480)).save(jpeg, "JPEG")
-    batch = [np.frombuffer(jpeg.getvalue(), np.uint8)] * 64
-    window = {"start": [100, 200], "shape": [333, 222], "axes": (0, 1)}
-    pipeline = dali.Pipeline(batch_size=len(batch), num_threads=2, device_id=None if device == "cpu" else 0)
-    with pipeline:
-        encoded = fn.external_source(source=lambda: batch)
-        pipeline.set_outputs(fn.resize(fn.decoders.image_slice(encoded, device=device, **window), size=16))
-    pipeline.build()
-    (images,) = pipeline.run()
-    if tuple(images.shape()[0]) != (16, 16, 3):
-        raise RuntimeError(f"a JPEG came out of it with shape {images.shape()[0]}")
-    return {"version": dali.__version__, "detail": f"decodes on the {'CPU' if device == 'cpu' else 'GPU'}"}
+    works, detail = compare_decoding("full", device_id=None)  # with windows, the CPU's other way
+    if not works:
+        raise RuntimeError(f"windows and whole images differ: {detail}")
+    return {"version": dali.__version__, "detail": "decodes on the CPU"}
 
 
 def _probe_cuda_core(has_gpu: bool) -> _Answer:
@@ -415,7 +388,6 @@ _PROBES: dict[str, Callable[[bool], _Answer]] = {
     "timm": lambda has_gpu: _probe_import(require("timm", extra="timm")),
     "lightning": lambda has_gpu: _probe_import(require("lightning", extra="train")),
     "nvidia.dali": _probe_dali,
-    "nvidia.dali (GPU)": _probe_dali_gpu,
     "cuda.core": _probe_cuda_core,
     "onnx": lambda has_gpu: _probe_import(require("onnx", extra="cpu")),
     "onnxscript": lambda has_gpu: _probe_import(require("onnxscript", extra="cpu")),

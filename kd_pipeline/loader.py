@@ -15,13 +15,14 @@ from torch import Tensor
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSamplePolicy
-from kd_pipeline.data.graph import GraphSettings
+from kd_pipeline.data.decode import Decode, resolve_decode
+from kd_pipeline.data.graph import DecodeWay, GraphSettings
 from kd_pipeline.data.mix import MixSettings, mix_images, mix_labels
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
-from kd_pipeline.data.reader import INDEX, LABEL, MIXING, Read, Reader
+from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, Read, Reader
 from kd_pipeline.data.source import Source, open_source, save_classes
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
-from kd_pipeline.data_settings import HW_DECODER_LOAD, SPLITS, DataSettings, Untaught
+from kd_pipeline.data_settings import SPLITS, DataSettings, Untaught
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.input_adapter import Normalisation
 from kd_pipeline.optional import require
@@ -105,7 +106,8 @@ class KDDataLoader:
         num_threads: int | None = None,
         prefetch: int = 2,
         ahead: int = 1,
-        hw_decoder_load: float = HW_DECODER_LOAD,
+        decode: Decode = "auto",
+        hw_decoder_load: float = 0.0,
         # What to do about unreadable samples
         on_bad_sample: Literal["raise", "substitute"] = "raise",
         max_bad_fraction: float = 0.001,
@@ -130,14 +132,17 @@ class KDDataLoader:
             num_threads: CPU threads for DALI; by default the cores this process may use.
             prefetch: batches, or groups of small ones, in DALI's queue; with 1 nothing is decoded ahead.
             ahead: batches for which the teacher has been started ahead of the one handed out.
-            hw_decoder_load: share of JPEG images for a GPU's hardware decoder.
+            decode: "window" decodes only the crop's window of a file, "full" the whole image, which is cut
+                afterwards; "auto" is "window" on a CPU, and on a GPU what a short trial finds to work there.
+            hw_decoder_load: share of a batch's JPEG images for a GPU's hardware decoder; with any but 0, the last bits
+                of an image depend on the batch that it is in.
             on_bad_sample: "raise", or "substitute" the next readable sample with `valid=False`.
             max_bad_fraction: part of the dataset that may be substituted.
             max_pixels: larger images count as unreadable and are never decoded.
             run_dir: gets `bad_samples.jsonl`; no file is written without it.
 
         Raises:
-            ConfigError: a value is out of range.
+            ConfigError: a value is out of range, or the GPU decodes pictures in neither way.
             DataError: there is not one batch.
             TeacherError: the teacher takes other images, or knows other classes.
             StateError: a recorded teacher has answered for other images.
@@ -148,8 +153,8 @@ class KDDataLoader:
         _check_range("max_pixels", max_pixels, 1)
         _check_range("max_bad_fraction", max_bad_fraction, 0, 1)
         _check_range("hw_decoder_load", hw_decoder_load, 0, 1)
-        if on_bad_sample not in ("raise", "substitute"):
-            raise ConfigError(f"on_bad_sample must be 'raise' or 'substitute', got {on_bad_sample!r}")
+        _check_choice("on_bad_sample", on_bad_sample, ("raise", "substitute"))
+        _check_choice("decode", decode, ("auto", "window", "full"))
         self.source, self.transform, self.teacher, self.mix = source, transform, teacher, mix
         self.device = resolve_device(device)
         self._ahead = ahead
@@ -180,20 +185,25 @@ class KDDataLoader:
             max_pixels=max_pixels,
             record=None if run_dir is None else Path(run_dir) / "bad_samples.jsonl",
         )
-        settings = GraphSettings(
+        self._settings = GraphSettings(
             max_batch=batch_size,
             device_id=self.device.index,
             num_threads=num_threads or num_cores(),
             prefetch=prefetch,
             max_pixels=max_pixels,
+            decode=resolve_decode(
+                decode if source.stores == "files" else "window",
+                device_id=self.device.index,
+                hw_decoder_load=hw_decoder_load,
+            ),
             hw_decoder_load=hw_decoder_load,
         )
-        self._reader = Reader(source, transform, self._plan, settings, self._policy, mix)
-        self._lane = open_lane(self.device)
+        self._reader = Reader(source, transform, self._plan, self._settings, self._policy, mix)
+        self._lane = open_lane(self.device, ahead=ahead)
         self._owns_teacher = False
         self._is_closed = False
         if isinstance(teacher, RecordedTeacher):
-            self._check_recording(teacher, settings)
+            self._check_recording(teacher)
 
         self._epoch, self._batch = 0, 0
         self._is_fresh = True
@@ -294,6 +304,11 @@ class KDDataLoader:
     def plan(self) -> Plan:
         """Which sample comes when."""
         return self._plan
+
+    @property
+    def decode(self) -> DecodeWay:
+        """How files are decoded: the setting, or what `auto` has turned out to be."""
+        return self._settings.decode
 
     @property
     def stream_fingerprint(self) -> dict[str, Any]:
@@ -435,7 +450,7 @@ class KDDataLoader:
                 images=pixels,
                 labels=labels,
                 index=facts[INDEX],
-                valid=self._lane.upload(read.valid),
+                valid=facts[VALID].bool(),
                 teacher=self._answers(pixels, read),
             )
             owned = [batch.index, batch.valid, *batch.teacher.values(), *([] if labels is None else [labels])]
@@ -453,7 +468,7 @@ class KDDataLoader:
             case teacher:
                 return teacher(images)
 
-    def _check_recording(self, recorded: RecordedTeacher, settings: GraphSettings) -> None:
+    def _check_recording(self, recorded: RecordedTeacher) -> None:
         """Refuse at once a recording of other images."""
         check_stream(recorded, self.stream_fingerprint)
         check_pixels(
@@ -462,7 +477,7 @@ class KDDataLoader:
             self.transform,
             self._plan,
             self.mix,
-            settings=settings,
+            settings=self._settings,
             policy=self._policy,
             lane=self._lane,
         )
@@ -482,6 +497,7 @@ class KDDataLoader:
 
         What came with a later release is None where it is not used, which is what an older state says of it.
         """
+        depends_on_decoder = self.device.type == "cuda" and self.source.stores == "files"
         return {
             "source": self.source.fingerprint,
             "num_samples": len(self.source),
@@ -496,6 +512,9 @@ class KDDataLoader:
             "on_bad_sample": self._policy.on_bad_sample,
             "max_pixels": self._policy.max_pixels,
             "device": self.device.type,
+            # On a CPU both ways give the same pixels; a GPU's decoder may round windows and whole images differently.
+            "decode": self._settings.decode if depends_on_decoder else None,
+            "hw_decoder_load": self._settings.hw_decoder_load or None,
             "dali": require("nvidia.dali", extra="cpu").__version__,
         }
 
@@ -558,6 +577,11 @@ def _check_range(name: str, number: float, least: float, most: float = math.inf)
     if not least <= number <= most:
         limits = f"at least {least}" if most == math.inf else f"in {least}..{most}"
         raise ConfigError(f"{name} must be {limits}, got {number}")
+
+
+def _check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ConfigError(f"{name} must be {' or '.join(map(repr, choices))}, got {choice!r}")
 
 
 def _check_teacher(teacher: Teacher, loader: KDDataLoader) -> None:

@@ -21,6 +21,7 @@ from kd_pipeline.data.source import open_source
 from kd_pipeline.data_settings import Untaught
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.replay import require_repeatable
 from kd_pipeline.settings import Settings
 from kd_pipeline.state import differences
 from kd_pipeline.teachers.permuted import matched
@@ -221,6 +222,7 @@ class _Recording:
 def _open_loader(config: Config, plugins: Collection[str], opened: ExitStack) -> KDDataLoader:
     """The training images with the live teacher, each place of an epoch once."""
     train = config.data.split("train")
+    require_repeatable(config.data.hw_decoder_load)
     if config.teacher is None:
         raise ConfigError("there is no teacher to record: set teacher")
     teacher = open_run_teacher(config, plugins=plugins)

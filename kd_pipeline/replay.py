@@ -15,13 +15,13 @@ from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.reader import INDEX, MIXING, Reader
 from kd_pipeline.data.source import Source
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
-from kd_pipeline.errors import StateError
+from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.state import differences
 from kd_pipeline.stream import Lane
 from kd_pipeline.teachers.recorded import RecordedTeacher
 from kd_pipeline.teachers.recording import checksums
 
-__all__ = ["check_pixels", "check_stream", "cut_of_mixed_batch"]
+__all__ = ["check_pixels", "check_stream", "cut_of_mixed_batch", "require_repeatable"]
 
 
 def cut_of_mixed_batch(plan: Plan, mix: MixSettings | None) -> str | None:
@@ -36,12 +36,27 @@ def cut_of_mixed_batch(plan: Plan, mix: MixSettings | None) -> str | None:
     return f"the last {rest} places of an epoch are cut for {plan.shard.world_size} ranks"
 
 
+def require_repeatable(hw_decoder_load: float | None) -> None:
+    """Refuse to record or replay images whose last bits depend on their batch.
+
+    Raises:
+        ConfigError: a GPU's hardware decoder has a share of them.
+    """
+    if hw_decoder_load:
+        raise ConfigError(
+            f"data.hw_decoder_load is {hw_decoder_load:g}, with which the pixels of an image depend on its batch, and "
+            "a recorded teacher's outputs belong to pixels that are the same in every run; set it to 0"
+        )
+
+
 def check_stream(recorded: RecordedTeacher, stream: Mapping[str, Any]) -> None:
     """Compare everything that the images depend on, `KDDataLoader.stream_fingerprint`, with the recording's manifest.
 
     Raises:
         StateError: one line for each field that differs, recorded → now.
+        ConfigError: the images are not the same in every run.
     """
+    require_repeatable(stream["hw_decoder_load"])
     different = differences(recorded.manifest.stream, stream)
     if different:
         lines = "\n".join(f"  {line}" for line in different.values())

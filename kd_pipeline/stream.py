@@ -1,9 +1,10 @@
 """Every call that orders work between DALI, the teacher and the consumer; nothing else in the library waits.
 
 On the CPU there is no order to keep. On a GPU DALI's output is bound to the teacher's stream, the teacher is queued
-there, and the consumer's stream, never the host, waits for it. DALI's buffer is kept until the consumer's stream has
+there, and the consumer's stream, not the host, waits for it. DALI's buffer is kept until the consumer's stream has
 passed the point where it came back for the next batch: `Tensor.record_stream` would do nothing for memory that torch
-did not allocate.
+did not allocate. A host that runs far ahead of its GPU would keep ever more buffers, so there is a bound, at which it
+waits for the oldest one.
 """
 
 from collections import deque
@@ -81,10 +82,12 @@ class CpuLane:
 class CudaLane:
     """One stream for the teacher, and events between it and whatever stream the consumer works on."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        # Not the default stream: there TensorRT synchronises the device at every call.
+    def __init__(self, device: torch.device, *, most_kept: int) -> None:
+        self._device, self._most_kept = device, most_kept
+        # Not the default stream: there TensorRT synchronizes the device at every call.
         self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # The teacher's weights came to the device on the stream that is current now.
+        self.stream.wait_stream(torch.cuda.current_stream(device))
         self._kept: deque[tuple[torch.cuda.Event, object]] = deque()
 
     def teaching(self) -> AbstractContextManager[Any]:
@@ -112,19 +115,28 @@ class CudaLane:
             tensor.record_stream(consumer)
 
     def take_back(self, buffer: object) -> None:
-        """Keeps the buffer until an event on the consumer's stream has passed, and drops those that have."""
+        """Keeps the buffer until an event on the consumer's stream has passed, and drops those that have.
+
+        Where more than `most_kept` are kept, the host waits for the oldest.
+        """
         self._kept.append((torch.cuda.current_stream(self._device).record_event(), buffer))
         while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
             self._kept.popleft()
+        while len(self._kept) > self._most_kept:
+            done, _ = self._kept.popleft()
+            done.synchronize()
 
     def close(self) -> None:
-        """Waits for the work on the kept buffers; the one place where the host does."""
+        """Waits for the work on the kept buffers."""
         while self._kept:
             done, _ = self._kept.popleft()
             done.synchronize()
         self.stream.synchronize()
 
 
-def open_lane(device: torch.device) -> Lane:
-    """The lane for batches on `device`."""
-    return CudaLane(device) if device.type == "cuda" else CpuLane()
+def open_lane(device: torch.device, *, ahead: int) -> Lane:
+    """The lane for batches on `device`, with the teacher `ahead` batches in front of the consumer.
+
+    On a GPU at most `2 * (ahead + 2)` batches are kept for a consumer whose work on them is still queued.
+    """
+    return CudaLane(device, most_kept=2 * (ahead + 2)) if device.type == "cuda" else CpuLane()

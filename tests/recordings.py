@@ -49,7 +49,7 @@ def config(root: Path, **changes: Any) -> Config:
     for name, value in changes.items():
         if name in ("source", "transform", "mix", "repeats", "shuffle", "last_batch"):
             split[name] = value
-        elif name in ("batch_size", "on_bad_sample", "max_bad_fraction", "max_pixels"):
+        elif name in ("batch_size", "on_bad_sample", "max_bad_fraction", "max_pixels", "hw_decoder_load"):
             data[name] = value
         else:
             found[name] = value

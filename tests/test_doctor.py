@@ -4,15 +4,24 @@ import os
 import sys
 from pathlib import Path
 
-import onnx
-import onnxruntime
-import onnxscript
-import openvino
 import pytest
 import torch
-import torchvision
 
-from kd_pipeline.doctor import Ability, Check, Gpu, Report, _abilities, _install_line, _serving, diagnose
+from kd_pipeline.data import decode
+from kd_pipeline.data.decode import choose_decode
+from kd_pipeline.data.decode_trial import DecodeTrial
+from kd_pipeline.doctor import (
+    Ability,
+    Check,
+    Gpu,
+    Report,
+    _abilities,
+    _check_of_trial,
+    _install_line,
+    _serving,
+    diagnose,
+)
+from kd_pipeline.nvidia_driver import Driver, DriverGpu
 
 BLOCK = """
 import sys
@@ -72,19 +81,24 @@ def test_the_versions_are_those_that_are_installed(report: Report) -> None:
     assert report.python == ".".join(map(str, sys.version_info[:3]))
     assert 1 <= report.num_usable_cores == len(os.sched_getaffinity(0)) <= report.num_cores
     assert report.memory_bytes > 2**28
-    for package in (torch, torchvision, onnx, onnxscript, onnxruntime):
-        check = check_of(report, package.__name__)
-        assert (check.status, check.version, check.install) == ("ok", package.__version__, None)
+    for name in ("torch", "torchvision", "onnx", "onnxscript", "onnxruntime"):
+        check = check_of(report, name)
+        if check.status != "missing":
+            assert (check.status, check.install) == ("ok", None)
+            assert check.version == __import__(name).__version__
 
 
 def test_what_runs_in_the_tests_is_usable(report: Report) -> None:
     assert ability_of(report, "loader", "cpu").works
-    assert all(ability_of(report, "teacher", name).works for name in ("pytorch", "openvino", "onnxruntime"))
+    assert check_of(report, "nvidia.dali").detail == "decodes on the CPU"
+    assert all(ability_of(report, "teacher", name).works for name in ("pytorch", "onnxruntime"))
+    assert ability_of(report, "teacher", "openvino").works == (check_of(report, "openvino").status == "ok")
     assert ability_of(report, "command", "export").works
     assert report.is_usable
 
 
 def test_openvino_names_the_precisions_that_this_cpu_has(report: Report) -> None:
+    openvino = pytest.importorskip("openvino")
     found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     wanted = {name.lower() for name in found} & {"fp32", "bf16", "fp16"}
     assert set(check_of(report, "openvino").capabilities) == wanted
@@ -118,6 +132,78 @@ def test_tensorrt_rtx_builds_without_a_gpu(report: Report) -> None:
     assert check.status == "ok", check.detail
     assert {"8.6", "8.9"} <= set(check.capabilities) and "9.0" not in check.capabilities
     assert ability_of(report, "command", "build-engine").works
+
+
+def trials(**faults: str) -> list[DecodeTrial]:
+    """Of all ways on a GPU; `window_0="black"` is one that fails."""
+    return [
+        DecodeTrial(
+            decode=way,
+            hw_decoder_load=load,
+            works=f"{way}_{load:g}" not in faults,
+            detail=faults.get(f"{way}_{load:g}", "all images are right"),
+            nvjpeg=(13, 3),
+        )
+        for load in (0.0, 1.0)
+        for way in ("window", "full")
+    ]
+
+
+GPU = Gpu(name="NVIDIA H100", compute_capability="9.0", memory_bytes=2**36, served_by=())
+
+
+@pytest.fixture
+def fake_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose kept answers are the test's own."""
+    gpu = DriverGpu(name=GPU.name, compute_capability=GPU.compute_capability, memory_bytes=GPU.memory_bytes)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(decode, "ask_driver", lambda: Driver(version="580", cuda="13.0", gpus=(gpu,)))
+
+
+def decoding_of(report: Report, found: list[DecodeTrial]) -> dict[tuple[str, str], Ability]:
+    checks = {check.name: check for check in report.checks}
+    abilities = _abilities(checks, [GPU], found)
+    return {(item.kind, item.name): item for item in abilities if "decode" in item.name or item.name == "gpu"}
+
+
+def test_the_way_that_auto_takes_is_said_with_the_reason_and_kept_for_loaders(
+    report: Report, fake_driver: None
+) -> None:
+    found = decoding_of(report, trials())
+    assert found["loader", "gpu"].works
+    assert found["setting", "decode: auto"].detail == "takes window; windows: all images are right"
+    assert found["setting", "hw_decoder_load"].detail.endswith("pixels then depend on the batch")
+    assert choose_decode(0, 0.0).decode == "window"
+
+    found = decoding_of(report, trials(window_0="3 of 384 images are wrong (3 of one color)"))
+    assert found["loader", "gpu"].works
+    assert found["setting", "decode: auto"].detail == (
+        "takes full; windows: 3 of 384 images are wrong (3 of one color); whole images: all images are right"
+    )
+    assert choose_decode(0, 0.0).decode == "full"
+
+
+def test_a_hardware_decoder_that_is_wrong_is_said_and_spoils_nothing_else(report: Report, fake_driver: None) -> None:
+    found = decoding_of(report, trials(window_1="crashed with SIGSEGV"))
+    assert found["loader", "gpu"].works and not found["setting", "hw_decoder_load"].works
+    assert found["setting", "hw_decoder_load"].detail == "windows with hw_decoder_load 1: crashed with SIGSEGV"
+
+
+def test_a_gpu_that_decodes_in_neither_way_has_no_loader(report: Report, fake_driver: None) -> None:
+    found = decoding_of(report, trials(window_0="crashed with SIGSEGV", full_0="no answer within 60 s"))
+    assert not found["loader", "gpu"].works and ("setting", "decode: auto") not in found
+    assert "crashed with SIGSEGV" in found["loader", "gpu"].detail
+
+
+def test_every_way_of_decoding_is_a_check_of_its_own(report: Report) -> None:
+    checks = [_check_of_trial(trial) for trial in trials(full_1="crashed with SIGSEGV")]
+    assert [(check.name, check.status) for check in checks] == [
+        ("decode: window (GPU)", "ok"),
+        ("decode: full (GPU)", "ok"),
+        ("decode: window (GPU, hw_decoder_load 1)", "ok"),
+        ("decode: full (GPU, hw_decoder_load 1)", "broken"),
+    ]
+    assert checks[0].version == "nvJPEG 13.3" and checks[3].detail == "crashed with SIGSEGV"
 
 
 def test_a_report_survives_a_round_trip_through_json(report: Report) -> None:
@@ -233,7 +319,7 @@ def test_a_gpu_runs_engines_of_the_packages_that_support_it(
             status="ok" if name in installed else "missing",
             capabilities=rtx if name == "tensorrt_rtx" and name in installed else (),
         )
-        for name in ("tensorrt", "tensorrt_rtx", "cuda.core", "nvidia.dali (GPU)")
+        for name in ("tensorrt", "tensorrt_rtx", "cuda.core", "nvidia.dali")
     }
     checks["cuda.core"] = Check(name="cuda.core", status="ok")
     assert list(_serving(compute_capability, checks)) == serving
@@ -242,4 +328,4 @@ def test_a_gpu_runs_engines_of_the_packages_that_support_it(
     assert found["teacher", "tensorrt"].works == bool(serving)
     assert found["setting", "backend: auto"].works == bool(serving)
     assert "tensorrt for an engine" in found["setting", "backend: auto"].detail
-    assert not found["loader", "gpu"].works
+    assert not found["loader", "gpu"].works and "missing" in found["loader", "gpu"].detail

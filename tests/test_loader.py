@@ -263,6 +263,7 @@ OUT_OF_RANGE = {
     "num_threads": [0, -1],
     "last_batch": ["leave"],
     "on_bad_sample": ["skip"],
+    "decode": ["half", "FULL"],
     "max_bad_fraction": [-0.1, 1.1],
     "max_pixels": [0, -1],
     "hw_decoder_load": [-0.1, 1.1],

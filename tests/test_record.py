@@ -488,6 +488,7 @@ def test_a_write_that_comes_through_in_part_is_finished(
     [
         ({"top_k": 3}, {}, "--top-k must be below the number of classes, got 3 of 3"),
         ({}, {"teacher": None}, "there is no teacher to record"),
+        ({}, {"hw_decoder_load": 0.5}, "data.hw_decoder_load is 0.5, with which .* depend on its batch.*set it to 0"),
     ],
     ids=str,
 )

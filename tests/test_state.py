@@ -7,14 +7,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from kd_pipeline.data.source import ImageFolder
+from kd_pipeline.data.decode import DecodeChoice
+from kd_pipeline.data.source import Arrays, ImageFolder
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.errors import StateError
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.state import check_fingerprint
+from kd_pipeline.stream import CpuLane
 from tests.streams import (
     SIZE,
     conv_teacher,
@@ -22,6 +25,7 @@ from tests.streams import (
 
 TEACHER = conv_teacher()
 TRANSFORM = TrainTransform(size=SIZE)
+FULL = {"decode": "full", "reason": "windows crash here", "is_certain": True}
 
 
 def open_loader(source, **options: Any) -> KDDataLoader:
@@ -91,6 +95,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"last_batch": "pad"}, {"last_batch": "'keep' → 'pad'"}),
     ({"on_bad_sample": "substitute"}, {"on_bad_sample": "'raise' → 'substitute'"}),
     ({"max_pixels": 10**6}, {"max_pixels": "89478485 → 1000000"}),
+    ({"hw_decoder_load": 0.65}, {"hw_decoder_load": "None → 0.65"}),
     ({"seed": 6, "shuffle": False}, {"seed": "5 → 6", "shuffle": "True → False"}),
 ]
 
@@ -162,9 +167,39 @@ def test_another_device_or_dali_is_named(source, state, name):
     assert differences(refusal(source, older)) == {name: f"'another' → {current!r}"}
 
 
-@pytest.mark.parametrize("options", [{"num_threads": 3}, {"prefetch": 5}, {"ahead": 4}, {"max_bad_fraction": 0.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_threads": 3}, {"prefetch": 5}, {"ahead": 4}, {"max_bad_fraction": 0.5}, {"decode": "full"}],
+    ids=str,
+)
 def test_what_does_not_change_the_stream_may_differ(source, state, options):
     with open_loader(source, **options) as loader:
+        loader.load_state_dict(state)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch) -> None:
+    """Loaders believe that they have a GPU; they say what they would do there, and cannot do it."""
+    monkeypatch.setattr("kd_pipeline.loader.resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("kd_pipeline.loader.open_lane", lambda device, ahead: CpuLane())
+    monkeypatch.setattr("kd_pipeline.data.decode.choose_decode", lambda *_: DecodeChoice(**FULL))
+
+
+def test_on_a_gpu_the_way_of_decoding_belongs_to_the_stream(source, on_a_gpu):
+    with open_loader(source, teacher=None, decode="window") as loader:
+        assert loader.decode == "window"
+        state = loader.state_dict()
+    with open_loader(source, teacher=None) as loader, pytest.raises(StateError) as info:
+        assert loader.decode == "full"
+        loader.load_state_dict(state)
+    assert differences(str(info.value)) == {"decode": "'window' → 'full'"}
+
+
+def test_pixels_that_are_no_files_are_decoded_nowhere(on_a_gpu):
+    images = Arrays(np.zeros((9, 40, 40, 3), dtype=np.uint8))
+    with open_loader(images, teacher=None, decode="window") as loader:
+        state = loader.state_dict()
+    with open_loader(images, teacher=None) as loader:
         loader.load_state_dict(state)
 
 

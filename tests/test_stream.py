@@ -34,6 +34,9 @@ class Stream:
         self._calls.append(f"record {self.events[-1].name}")
         return self.events[-1]
 
+    def wait_stream(self, other):
+        self._calls.append(f"the {self.name}'s stream waits for the {other.name}'s stream")
+
     def wait_event(self, event):
         self._calls.append(f"the {self.name}'s stream waits for {event.name}")
 
@@ -101,22 +104,41 @@ def test_the_real_classes_have_every_method_that_is_recorded_here():
 
 
 def test_teaching_is_queued_on_a_stream_of_its_own_that_dali_gets_too(cuda):
-    lane = CudaLane(DEVICE)
+    lane = CudaLane(DEVICE, most_kept=6)
     assert cuda.made == [lane.stream] and lane.stream is not cuda.consumer
     with lane.teaching():
         assert cuda.current is lane.stream
     assert cuda.current is cuda.consumer
 
 
+def test_the_teachers_stream_waits_for_the_work_that_moved_its_weights(cuda):
+    CudaLane(DEVICE, most_kept=6)
+    assert cuda.calls == ["the teacher's stream waits for the consumer's stream"]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_a_consumer_far_behind_keeps_a_bounded_number_of_buffers(cuda, ahead):
+    lane, dropped, most_kept = open_lane(DEVICE, ahead=ahead), [], 2 * (ahead + 2)
+    cuda.calls.clear()
+    for number in range(most_kept):
+        lane.take_back(Buffer(number, dropped))
+    assert dropped == [] and not any("host" in call for call in cuda.calls)
+    for number in range(most_kept, 50):
+        lane.take_back(Buffer(number, dropped))
+    assert dropped == list(range(50 - most_kept))
+    waits = [call for call in cuda.calls if "host" in call]
+    assert waits == [f"the host waits for event {number} on the consumer's stream" for number in dropped]
+
+
 def test_the_mark_is_an_event_on_the_teachers_stream(cuda):
-    lane = CudaLane(DEVICE)
+    lane = CudaLane(DEVICE, most_kept=6)
     with lane.teaching():
         mark = lane.taught()
     assert lane.stream.events == [mark] and cuda.consumer.events == []
 
 
 def test_the_consumer_waits_for_the_mark_before_it_gets_a_batch_and_the_host_never_does(cuda):
-    lane = CudaLane(DEVICE)
+    lane = CudaLane(DEVICE, most_kept=6)
     mark = lane.taught()
     cuda.calls.clear()
     lane.hand_over(mark, [])
@@ -127,7 +149,7 @@ def test_the_consumer_waits_for_the_mark_before_it_gets_a_batch_and_the_host_nev
 
 def test_torch_is_told_who_uses_each_tensor_that_it_allocated(cuda):
     """With the consumer's stream: memory allocated on the teacher's must not be given out again before."""
-    lane = CudaLane(DEVICE)
+    lane = CudaLane(DEVICE, most_kept=6)
     mark = lane.taught()
     cuda.calls.clear()
     lane.hand_over(mark, [Tensor(cuda.calls), Tensor(cuda.calls)])
@@ -136,13 +158,14 @@ def test_torch_is_told_who_uses_each_tensor_that_it_allocated(cuda):
 
 
 def test_whoever_consumes_on_another_stream_is_the_one_who_waits(cuda):
-    lane = CudaLane(DEVICE)
+    lane = CudaLane(DEVICE, most_kept=6)
     mark = lane.taught()
     own = Stream("third", cuda.calls)
+    cuda.calls.clear()
     with cuda.stream(own):
         lane.hand_over(mark, [Tensor(cuda.calls)])
         lane.take_back(object())
-    assert cuda.calls[1:] == [
+    assert cuda.calls == [
         "the third's stream waits for event 0 on the teacher's stream",
         "torch is told of the third's stream",
         "record event 0 on the third's stream",
@@ -150,7 +173,7 @@ def test_whoever_consumes_on_another_stream_is_the_one_who_waits(cuda):
 
 
 def test_a_buffer_is_kept_until_the_consumer_has_passed_the_point_where_it_came_back(cuda):
-    lane, dropped = CudaLane(DEVICE), []
+    lane, dropped = CudaLane(DEVICE, most_kept=6), []
     for name in "abc":
         lane.take_back(Buffer(name, dropped))
     assert dropped == [] and len(cuda.consumer.events) == 3
@@ -164,7 +187,7 @@ def test_a_buffer_is_kept_until_the_consumer_has_passed_the_point_where_it_came_
 
 
 def test_a_buffer_does_not_overtake_one_that_is_still_in_use(cuda):
-    lane, dropped = CudaLane(DEVICE), []
+    lane, dropped = CudaLane(DEVICE, most_kept=6), []
     for name in "abc":
         lane.take_back(Buffer(name, dropped))
     cuda.consumer.events[1].is_done = True
@@ -173,7 +196,7 @@ def test_a_buffer_does_not_overtake_one_that_is_still_in_use(cuda):
 
 
 def test_closing_waits_for_the_work_on_every_buffer_before_it_drops_it_and_for_the_teacher(cuda):
-    lane = CudaLane(DEVICE)
+    lane = CudaLane(DEVICE, most_kept=6)
     for name in "ab":
         lane.take_back(Buffer(name, cuda.calls))
     cuda.calls.clear()
@@ -191,7 +214,7 @@ def test_closing_waits_for_the_work_on_every_buffer_before_it_drops_it_and_for_t
 
 
 def test_on_a_cpu_nothing_is_ordered_and_nothing_is_kept():
-    lane, dropped = open_lane(torch.device("cpu")), []
+    lane, dropped = open_lane(torch.device("cpu"), ahead=1), []
     assert isinstance(lane, CpuLane) and lane.stream is None
     with lane.teaching():
         mark = lane.taught()
@@ -202,4 +225,4 @@ def test_on_a_cpu_nothing_is_ordered_and_nothing_is_kept():
 
 
 def test_a_gpu_gets_the_lane_with_streams(cuda):
-    assert isinstance(open_lane(DEVICE), CudaLane)
+    assert isinstance(open_lane(DEVICE, ahead=1), CudaLane)

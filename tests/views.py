@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.graph import Graph, GraphSettings, Probe, Samples
+from kd_pipeline.data.graph import DecodeWay, Graph, GraphSettings, Probe, Samples
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transform import EvalTransform, TrainTransform, parameters_of
 
@@ -17,7 +17,9 @@ PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 """Settings that leave pixels on their scale from 0 to 255."""
 
 
-def graph_settings(max_batch: int, *, max_pixels: int = 10**7, prefetch: int = 1) -> GraphSettings:
+def graph_settings(
+    max_batch: int, *, max_pixels: int = 10**7, prefetch: int = 1, decode: DecodeWay = "window"
+) -> GraphSettings:
     """For a graph on the CPU."""
     return GraphSettings(
         max_batch=max_batch,
@@ -25,6 +27,7 @@ def graph_settings(max_batch: int, *, max_pixels: int = 10**7, prefetch: int = 1
         num_threads=2,
         prefetch=prefetch,
         max_pixels=max_pixels,
+        decode=decode,
         hw_decoder_load=0.0,
     )
 
@@ -62,10 +65,11 @@ def render(
     draws: NDArray[np.float32] | None = None,
     *,
     max_pixels: int = 10**7,
+    decode: DecodeWay = "window",
 ) -> NDArray[np.floating]:
     """The batch that the graph makes of the images, `[N, 3, size, size]`."""
     samples = itertools.repeat(samples_of(transform, images, draws))
-    settings = graph_settings(len(images), max_pixels=max_pixels)
+    settings = graph_settings(len(images), max_pixels=max_pixels, decode=decode)
     graph = open_graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
     try:
         return np.array(graph.take())

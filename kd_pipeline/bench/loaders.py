@@ -15,10 +15,11 @@ from torch.utils.dlpack import from_dlpack
 
 from kd_pipeline.bench.measure import BenchResult, Contender, measure, prepare_out
 from kd_pipeline.bench.photographs import photographs, read_jpeg
+from kd_pipeline.data.decode import resolve_decode
+from kd_pipeline.data.graph import DecodeWay
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.source import ImageFolder
 from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.data_settings import HW_DECODER_LOAD
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader import KDDataLoader, resolve_device
 from kd_pipeline.optional import require
@@ -33,7 +34,7 @@ _LARGE_BATCH = 256
 """As on a GPU, where what a batch costs the thread that takes it must not be in the way."""
 _ON_DALI = ("KDDataLoader", "bare DALI graph")
 """What gets further rows: for the large batch, where the second says how much of the cost of taking one is DALI's own,
-and for loads of the hardware decoder, which the others have no use for."""
+and for ways to decode and loads of the hardware decoder, which the others have no use for."""
 
 
 class BenchLoaderSettings(Settings):
@@ -52,6 +53,8 @@ class BenchLoaderSettings(Settings):
     """Threads of DALI and worker processes of torch; the cores this process may use where left out."""
     device: str = "auto"
     """Where the batches are wanted: `cpu`, `cuda`, or `auto` for a GPU where there is one."""
+    decode: tuple[DecodeWay, ...] = ()
+    """Ways to decode that get rows of their own; the other rows take what `data.decode: auto` takes."""
     hw_decoder_loads: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
     """Shares of the JPEG files for a GPU's hardware decoder, from 0 to 1, that get rows of their own."""
     out: Path | None = None
@@ -81,14 +84,26 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     num_files = _read_all(root)
     report(f"{num_files:,} files read once, so that every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
-    task = LoadTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device)
+    way = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
+    task = LoadTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, way)
     rows = {name: (open_stream, task) for name, open_stream in LOADERS.items()}
     if num_files >= _LARGE_BATCH != settings.batch_size:
         for name in _ON_DALI:
             rows[f"{name}, batch of {_LARGE_BATCH}"] = (LOADERS[name], replace(task, batch_size=_LARGE_BATCH))
-    for load in settings.hw_decoder_loads:
+    for way in settings.decode:
         for name in _ON_DALI:
-            rows[f"{name}, hw_decoder_load {load:g}"] = (LOADERS[name], replace(task, hw_decoder_load=load))
+            rows[f"{name}, decode {way}"] = (LOADERS[name], replace(task, decode=way))
+    for load in settings.hw_decoder_loads:
+        try:
+            way = resolve_decode("auto", device_id=device.index, hw_decoder_load=load)
+        except ConfigError as exc:
+            report(f"no rows for hw_decoder_load {load:g}: {exc}")
+            continue
+        for name in _ON_DALI:
+            rows[f"{name}, hw_decoder_load {load:g}"] = (
+                LOADERS[name],
+                replace(task, decode=way, hw_decoder_load=load),
+            )
     with ExitStack() as stack:
         contenders = [
             Contender(name, _Runner(stack.enter_context(closing(open_stream(own))), device))
@@ -124,7 +139,8 @@ class LoadTask:
     """Of DALI; also worker processes of torch's `DataLoader`."""
     device: torch.device
     """Where the batches are wanted."""
-    hw_decoder_load: float = HW_DECODER_LOAD
+    decode: DecodeWay = "window"
+    hw_decoder_load: float = 0.0
     """Share of the files for a GPU's hardware decoder."""
 
 
@@ -140,6 +156,7 @@ def _kd_data_loader(task: LoadTask) -> _Stream:
         device=task.device,
         num_threads=task.num_threads,
         prefetch=_PREFETCH,
+        decode=task.decode,
         hw_decoder_load=task.hw_decoder_load,
     ) as loader:
         while True:
@@ -171,16 +188,18 @@ def _dali_graph(task: LoadTask) -> _Stream:
             labels=source.labels.tolist(),
             shuffle_after_epoch=True,
         )
-        images = fn.decoders.image_random_crop(
-            encoded,
-            random_area=transform.area,
-            random_aspect_ratio=transform.ratio,
-            output_type=types.RGB,
-            **decoder,
-        )
-        images = fn.resize(
-            images, size=[transform.size, transform.size], interp_type=types.INTERP_TRIANGULAR, antialias=True
-        )
+        crop = {"random_area": transform.area, "random_aspect_ratio": transform.ratio}
+        resize = {
+            "size": [transform.size, transform.size],
+            "interp_type": types.INTERP_TRIANGULAR,
+            "antialias": True,
+        }
+        if task.decode == "full":
+            images = fn.decoders.image(encoded, output_type=types.RGB, **decoder)
+            images = fn.random_resized_crop(images, **crop, **resize)
+        else:
+            images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **crop, **decoder)
+            images = fn.resize(images, **resize)
         images = fn.crop_mirror_normalize(
             images,
             mirror=fn.random.coin_flip(probability=transform.flip),

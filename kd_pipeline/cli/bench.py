@@ -27,6 +27,13 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     loader.add_argument("--num-threads", type=int, help="threads or worker processes; the cores if left out")
     loader.add_argument("--device", default="auto", help="cpu or cuda; a GPU where there is one if left out")
     loader.add_argument(
+        "--decode",
+        nargs="+",
+        choices=("window", "full"),
+        default=(),
+        help="only windows of the files, or whole images; rows of their own",
+    )
+    loader.add_argument(
         "--hw-decoder-load",
         type=float,
         nargs="+",

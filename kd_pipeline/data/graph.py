@@ -1,7 +1,7 @@
 """The only file that builds a DALI pipeline: planned samples in, finished images out."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +13,10 @@ from kd_pipeline.data.transform import EvalTransform, Node, TrainTransform, ops_
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.optional import require
 
-__all__ = ["Graph", "GraphSettings", "Probe", "Samples"]
+__all__ = ["DecodeWay", "Graph", "GraphSettings", "Probe", "Samples"]
+
+DecodeWay = Literal["window", "full"]
+"""Decode only the crop's window of a file, or the whole image, from which the window is cut afterwards."""
 
 _JPEG_START, _JPEG_END = np.frombuffer(b"\xff\xd8\xff\xd9", np.uint16)
 _DOUBTFUL = np.frombuffer(b"IIMM\xff\x4f\x00\x00BM", np.uint16)
@@ -34,6 +37,8 @@ class GraphSettings:
     """How many batches are in DALI's queue, the one that is taken among them."""
     max_pixels: int
     """Images with more pixels than this are refused from their header."""
+    decode: DecodeWay
+    """On a CPU both give the same pixels; windows are faster."""
     hw_decoder_load: float
     """Share of JPEG images that a GPU's hardware decoder gets."""
 
@@ -143,15 +148,15 @@ class Graph:
         fn = require("nvidia.dali.fn", extra="cpu")
         if stores == "files":
             images = fn.external_source(self._next_images, ndim=1, no_copy=True)  # what was read is used where it lies
-            cut = partial(fn.decoders.image_slice, **_decoder(settings))
+            cut: Callable[..., Node] = partial(_decode_windows, settings)
         else:
             images = fn.external_source(self._next_images, ndim=3, layout="HWC")
             images = images if settings.device_id is None else images.gpu()
-            cut = fn.slice
+            cut = _cut
         ops = (self._transform.crop, *ops_of(self._transform))
         ndims = [1, 1, *(ndim for op in ops for ndim in op.ndims)]
         corner, extent, *inputs = fn.external_source(self._next_inputs, num_outputs=len(ndims), ndim=ndims)
-        images = cut(images, corner, extent, **_IN_PIXELS)
+        images = cut(images, corner, extent)
         for op in ops:
             images = op.apply(images, *inputs[: len(op.ndims)])
             inputs = inputs[len(op.ndims) :]
@@ -314,9 +319,9 @@ class Probe:
             if at == "header":
                 seen = fn.peek_image_shape(encoded)
             else:
-                # By the same op as in the graph, whose decoders refuse some files that others would take.
+                # In the same way as the graph: what one decoder refuses, another may take.
                 extent = fn.external_source(lambda: self._extent[None], ndim=1)
-                seen = fn.decoders.image_slice(encoded, extent * 0, extent, **_IN_PIXELS, **_decoder(self._settings))
+                seen = _decode_windows(self._settings, encoded, extent * 0, extent)
             pipeline.set_outputs(seen)
         return pipeline
 
@@ -346,6 +351,19 @@ def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> 
         # Only this executor leaves a buffer alone while somebody holds it.
         raise ConfigError("DALI's dynamic executor is off; unset DALI_* variables that select another executor")
     return pipeline
+
+
+def _decode_windows(settings: GraphSettings, encoded: Node, corner: Node, extent: Node) -> Node:
+    """Windows of encoded images, uint8 HWC."""
+    fn, decoder = require("nvidia.dali.fn", extra="cpu"), _decoder(settings)
+    if settings.decode == "full":
+        return _cut(fn.decoders.image(encoded, **decoder), corner, extent)
+    return fn.decoders.image_slice(encoded, corner, extent, **_IN_PIXELS, **decoder)
+
+
+def _cut(images: Node, corner: Node, extent: Node) -> Node:
+    """Windows of images that are pixels already."""
+    return require("nvidia.dali.fn", extra="cpu").slice(images, corner, extent, **_IN_PIXELS)
 
 
 def _decoder(settings: GraphSettings) -> dict[str, Any]:

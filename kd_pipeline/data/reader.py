@@ -18,11 +18,12 @@ from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan, uniforms
 from kd_pipeline.data.source import Source
 from kd_pipeline.data.transform import EvalTransform, TrainTransform, parameters_of
 
-__all__ = ["INDEX", "LABEL", "MIXING", "Read", "Reader", "group_size"]
+__all__ = ["INDEX", "LABEL", "MIXING", "VALID", "Read", "Reader", "group_size"]
 
-INDEX, LABEL = range(2)
-"""Rows of the facts that belong to a batch's images; the label is -1 for unlabelled data."""
-MIXING = slice(2, None)
+INDEX, LABEL, VALID = range(3)
+"""Rows of the facts that belong to a batch's images, which reach a GPU in one copy: the label is -1 for unlabeled data,
+and valid is 0 for padding and substitutes."""
+MIXING = slice(3, None)
 """Rows that say how images are mixed, where they are."""
 
 _GROUP_IMAGES, _GROUP_PIXELS, _GROUP_FILE_PIXELS = 256, 256 * 224**2, 2**26
@@ -47,8 +48,6 @@ class Read:
     """Which of its images are this batch's."""
     facts: NDArray[np.int64]
     """`[F, N]`, what is shown in the images, stand-ins included; its rows are named above."""
-    valid: NDArray[np.bool_]
-    """`[N]`, False for padding and stand-ins."""
     plan: BatchPlan
     """What was to be shown."""
 
@@ -59,7 +58,6 @@ class _Planned:
 
     plan: BatchPlan
     facts: NDArray[np.int64]
-    valid: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +77,13 @@ class _Group:
     @property
     def ends(self) -> list[int]:
         """0, and behind how many of the group's images each batch ends."""
-        return list(accumulate((len(batch.valid) for batch in self.batches), initial=0))
+        return list(accumulate((batch.facts.shape[1] for batch in self.batches), initial=0))
 
     def reads(self, images: Any) -> dict[tuple[int, int], Read]:
         """The batches among the group's `images`, by epoch and number."""
         rows = [slice(*ends) for ends in pairwise(self.ends)]
         return {
-            (self.epoch, number): Read(images, own, batch.facts, batch.valid, batch.plan)
+            (self.epoch, number): Read(images, own, batch.facts, batch.plan)
             for number, (own, batch) in enumerate(zip(rows, self.batches, strict=True), self.number)
         }
 
@@ -114,6 +112,7 @@ class Reader:
         self._pulled: deque[_Group] = deque()
         self._next: tuple[int, int] | None = None
         self._ungrouped: int | None = None
+        self._retried: tuple[int, int] | None = None
         self._ready: dict[tuple[int, int], Read] = {}
 
     def read(self, epoch: int, number: int, stream: Any = None) -> Read:
@@ -122,7 +121,7 @@ class Reader:
         Raises:
             BadSampleError: a sample cannot be read, and the policy is to raise.
             TooManyBadSamplesError: more samples are unreadable than the policy allows.
-            RuntimeError: DALI failed, and no sample was the reason.
+            RuntimeError: DALI failed twice on the batch, and no sample was the reason.
             IndexError: an epoch has no such batch.
         """
         if not 0 <= number < len(self._plan):
@@ -140,7 +139,7 @@ class Reader:
         try:
             images = self._graph.take(stream)
             reads = self._pulled.popleft().reads(images)
-            self._next = self._behind(max(reads))
+            self._next, self._retried = self._behind(max(reads)), None
             return reads
         except RuntimeError as failure:
             batches = self._pulled[0].batches if self._pulled else []  # none where the source itself failed
@@ -151,8 +150,13 @@ class Reader:
                 self._ungrouped = epoch
                 return {}
             if not any(self.bad_samples.examine(self.bad_samples.replace(it.plan.index)[0]) for it in batches):
-                failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
-                raise
+                if not batches or self._retried == (epoch, number):
+                    self._retried = None
+                    failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
+                    raise
+                # Each image alone decodes: as where other processes have the memory for a moment.
+                _logger.warning("DALI failed on batch %d of epoch %d and on no image of it; once more", number, epoch)
+                self._retried = epoch, number
             return {}
         except BaseException:
             self.stop()  # what was pulled may have been lost on the way, as by an interrupt
@@ -223,11 +227,10 @@ class Reader:
         count = num_draws if self._mix is None else max(num_draws, self._mix.num_draws)
         draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=repeat).astype(np.float64)
         cuts = np.cumsum([len(plan.index) for plan in plans])[:-1]
-        valids = np.split(valid, cuts)
-        facts = np.split(np.stack([index, self._labels[index]]), cuts, axis=1)
+        facts = np.split(np.stack([index, self._labels[index], valid]), cuts, axis=1)
         if self._mix is not None:
             size, repeats = self._transform.size, self._plan.repeats
-            parts = zip(np.split(draws, cuts), valids, strict=True)
+            parts = zip(np.split(draws, cuts), np.split(valid, cuts), strict=True)
             mixed = [mixing(self._mix, *part, size=size, repeats=repeats) for part in parts]
             facts = [np.concatenate([own, columns.T]) for own, columns in zip(facts, mixed, strict=True)]
         samples = Samples(
@@ -236,7 +239,7 @@ class Reader:
             crop=self._transform.crop.parameters(draws[:, :num_draws]),
             parameters=parameters_of(self._transform, draws[:, :num_draws]),
         )
-        rows = zip(plans, map(np.ascontiguousarray, facts), valids, strict=True)
+        rows = zip(plans, map(np.ascontiguousarray, facts), strict=True)
         return [_Planned(*row) for row in rows], samples
 
 

@@ -141,6 +141,7 @@ def test_the_result_says_what_it_was_measured_with(measured: tuple[BenchResult, 
         "repeats": 2,
         "num_threads": 1,
         "device": "cpu",
+        "decode": [],
         "hw_decoder_loads": [],
         "out": str(here / "a/b.json"),
     }
@@ -208,9 +209,19 @@ def test_each_load_of_a_gpus_decoder_gets_rows_of_its_own(photographs: Path, mon
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(room, "resolve_device", lambda device: gpu)
+
+    def find(decode: str, *, device_id: int, hw_decoder_load: float) -> str:
+        assert (decode, device_id) == ("auto", 0)
+        if hw_decoder_load == 1:
+            raise ConfigError("this GPU decodes pictures in neither way")
+        return "full" if hw_decoder_load else "window"
+
+    monkeypatch.setattr(room, "resolve_decode", find)
     monkeypatch.setattr(room, "LOADERS", dict.fromkeys(LOADERS, remember))
     monkeypatch.setattr(room, "measure", lambda contenders, **options: [one.name for one in contenders])
-    names = bench_loader(BenchLoaderSettings(root=photographs, hw_decoder_loads=(0, 0.75)))
+    lines: list[str] = []
+    names = bench_loader(BenchLoaderSettings(root=photographs, hw_decoder_loads=(0, 0.75, 1)), report=lines.append)
+    assert lines[-1] == "no rows for hw_decoder_load 1: this GPU decodes pictures in neither way"
     assert names == [
         *LOADERS,
         "KDDataLoader, hw_decoder_load 0",
@@ -218,8 +229,26 @@ def test_each_load_of_a_gpus_decoder_gets_rows_of_its_own(photographs: Path, mon
         "KDDataLoader, hw_decoder_load 0.75",
         "bare DALI graph, hw_decoder_load 0.75",
     ]
-    assert [task.hw_decoder_load for task in tasks] == [0.65] * 4 + [0, 0, 0.75, 0.75]
+    assert [task.hw_decoder_load for task in tasks] == [0] * 6 + [0.75] * 2
+    assert [task.decode for task in tasks] == ["window"] * 6 + ["full"] * 2
     assert all(task.device == gpu for task in tasks)
+
+
+def test_both_ways_to_decode_are_measured_side_by_side(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "LOADERS", {name: LOADERS[name] for name in ("KDDataLoader", "bare DALI graph")})
+    settings = BenchLoaderSettings(
+        root=photographs, batch_size=8, size=16, num_batches=1, repeats=1, num_threads=1, decode=("window", "full")
+    )
+    rows = bench_loader(settings).rows
+    assert [row.name for row in rows] == [
+        "KDDataLoader",
+        "bare DALI graph",
+        "KDDataLoader, decode window",
+        "bare DALI graph, decode window",
+        "KDDataLoader, decode full",
+        "bare DALI graph, decode full",
+    ]
+    assert all(min(row.images_per_s) > 0 for row in rows)
 
 
 def test_a_hardware_decoder_of_a_cpu_is_refused(photographs: Path) -> None:

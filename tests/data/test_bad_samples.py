@@ -94,11 +94,15 @@ def contents(root: Path) -> dict[str, tuple[str, int]]:
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
-def test_an_unreadable_file_is_named_with_its_size_and_the_reason_whatever_the_view(broken: Broken, photos, tmp_path):
+def test_an_unreadable_file_is_named_with_size_and_reason_whatever_view_and_way(broken: Broken, photos, tmp_path):
     path = tmp_path / broken.name
     broken.put(path, photo_of(photos))
     source = list_of(tmp_path, broken.name)
-    errors = [refusal(source, EVAL), *(refusal(source, SMALL_WINDOWS, seed=seed) for seed in range(4))]
+    errors = [
+        refusal(source, transform, seed=seed, decode=decode)
+        for decode in ("window", "full")
+        for transform, seed in [(EVAL, 0), *((SMALL_WINDOWS, seed) for seed in range(4))]
+    ]
     assert {str(error) for error in errors} == {str(errors[0])}
     assert errors[0].index == 0 and errors[0].path == str(path) and str(path) in str(errors[0])
     assert broken.reason in errors[0].reason and "\n" not in errors[0].reason
@@ -116,8 +120,8 @@ def test_a_large_batch_with_an_unreadable_file_brings_nothing_down(broken: Broke
     bad = 43  # the first one of the third that DALI's calling thread takes, beside two others with a third each
     names = ["good.jpg"] * 64
     names[bad] = broken.name
-    for seed in range(4):
-        options = {"batch_size": 64, "shuffle": False, "seed": seed, "num_threads": 2}
+    for seed, decode in enumerate(("window", "full") * 2):
+        options = {"batch_size": 64, "shuffle": False, "seed": seed, "num_threads": 2, "decode": decode}
         with open_loader(list_of(tmp_path, *names), SMALL_WINDOWS, **options) as loader:
             (batch,) = loader
         assert (~batch.valid).nonzero().tolist() == [[bad]]

@@ -12,14 +12,27 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image, ImageOps
 
+from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.graph import Graph, Probe
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
+from tests.corpus import ODD
 from tests.views import PIXELS, graph_settings, open_graph, render, samples_of
 
 EVAL = EvalTransform(size=32, resize=36, **PIXELS)
 TRAIN = TrainTransform(size=32, **PIXELS)
+ALL_TRANSFORMS = {
+    "eval": EVAL,
+    "eval bicubic float16": EvalTransform(size=32, interpolation="bicubic", dtype="float16"),
+    "train": TRAIN,
+    "every op": TrainTransform(
+        size=32, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5, erase=0.5
+    ),
+    "every op float16": TrainTransform(size=32, hue=0.1, grayscale=0.2, blur=0.5, erase=0.5, dtype="float16"),
+    "randaugment": TrainTransform(size=32, auto_augment=RandAugment()),
+    "trivialaugment": TrainTransform(size=32, auto_augment=TrivialAugment(), erase=0.5),
+}
 ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was held."""
 
@@ -118,6 +131,42 @@ def test_images_of_all_sizes_share_a_batch(photo_folder):
     draws = uniforms(np.arange(37), seed=0, epoch=0, count=TRAIN.num_draws)
     for row in (0, 17, 36):
         np.testing.assert_array_equal(render(TRAIN, [paths[row]], draws[row : row + 1])[0], together[row])
+
+
+# Windows or whole images
+
+
+@pytest.fixture(scope="module")
+def corpus(photo, tmp_path_factory):
+    """A file of every kind that can be read: formats, orientations, subsamplings, and those that are odd."""
+    folder = tmp_path_factory.mktemp("corpus")
+    image = Image.fromarray(photo)
+    paths = [save(convert(image), folder / name)[0] for name, convert in FORMATS.items()]
+    for orientation, kind in itertools.product(range(2, 9), ("jpg", "png", "tif", "webp")):
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        paths.append(save(image, folder / f"turned {orientation}.{kind}", exif=exif)[0])
+    for subsampling, progressive in itertools.product(range(3), (False, True)):
+        path = folder / f"subsampled {subsampling} {progressive}.jpg"
+        paths.append(save(image, path, subsampling=subsampling, progressive=progressive)[0])
+    for odd in ODD:
+        paths.append(folder / odd.name)
+        paths[-1].write_bytes(odd.encode(photo))
+    return paths
+
+
+@pytest.mark.parametrize("transform", ALL_TRANSFORMS.values(), ids=ALL_TRANSFORMS)
+def test_windows_and_whole_images_give_the_same_pixels(corpus, transform):
+    for seed in range(3):
+        draws = uniforms(np.arange(len(corpus)), seed=seed, epoch=0, count=transform.num_draws)
+        windows, whole = (render(transform, corpus, draws, decode=way) for way in ("window", "full"))
+        np.testing.assert_array_equal(windows, whole)
+    assert len(windows) == len(corpus) > 60
+
+
+def test_pixels_that_are_no_files_are_cut_whatever_the_way_of_decoding(photos):
+    images = np.stack([photo[:71, :90] for photo in photos])
+    np.testing.assert_array_equal(*(render(TRAIN, images, decode=way) for way in ("window", "full")))
 
 
 # What DALI does with a window
@@ -315,8 +364,8 @@ def test_a_pipeline_without_the_dynamic_executor_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that such a graph is simply built")
-@pytest.mark.parametrize("stores", ["files", "pixels"])
-@pytest.mark.parametrize("transform", [EVAL, TrainTransform(size=32, hue=0.1, blur=0.5, erase=0.5)])
-def test_a_graph_for_a_gpu_is_defined_in_full_before_the_gpu_is_missed(stores, transform):
+@pytest.mark.parametrize(("stores", "decode"), [("files", "window"), ("files", "full"), ("pixels", "window")])
+@pytest.mark.parametrize("transform", ALL_TRANSFORMS.values(), ids=ALL_TRANSFORMS)
+def test_a_graph_for_a_gpu_is_defined_in_full_before_the_gpu_is_missed(stores, decode, transform):
     with pytest.raises(RuntimeError, match="CUDA is not available"):
-        open_graph(iter(()), stores, transform, replace(graph_settings(2), device_id=0))
+        open_graph(iter(()), stores, transform, replace(graph_settings(2, decode=decode), device_id=0))

@@ -14,7 +14,7 @@ from PIL import Image
 from kd_pipeline.data.bad_samples import BadSamplePolicy
 from kd_pipeline.data.graph import Graph
 from kd_pipeline.data.plan import Plan
-from kd_pipeline.data.reader import INDEX, Read, Reader, group_size
+from kd_pipeline.data.reader import INDEX, VALID, Read, Reader, group_size
 from kd_pipeline.data.source import Arrays, ImageFolder
 from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.errors import BadSampleError
@@ -88,7 +88,7 @@ def test_the_first_batch_comes_alone_and_each_group_after_it_is_twice_as_large(o
     reads = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
     assert sizes_of_groups(reads) == [1, 2, 4, 3, 10]  # no group reaches into the next epoch
     for read in reads:
-        assert len(pixels(read)) == len(read.valid) == read.facts.shape[1] == len(read.plan.index)
+        assert len(pixels(read)) == read.facts.shape[1] == len(read.plan.index)
 
 
 def test_a_batch_is_the_same_from_whichever_one_on_they_are_read(open_reader: Open) -> None:
@@ -170,6 +170,41 @@ def test_where_a_group_failed_batches_come_one_by_one_up_to_the_next_epoch(
     assert sizes_of_groups(reads[NUM_BATCHES:]) == [1, 2, 4, 3]
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_batch_that_fails_without_a_bad_sample_is_tried_once_more(
+    open_reader: Open, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    wanted = [pixels(read) for read in map(open_reader().read, [0] * NUM_BATCHES, range(NUM_BATCHES))]
+    take, failures = Graph.take, []
+
+    def fail_once(graph: Graph, stream: object = None) -> object:
+        if len(taken) == number and not failures:
+            failures.append(number)
+            raise RuntimeError("out of memory")
+        return take(graph, stream)
+
+    monkeypatch.setattr(Graph, "take", fail_once)
+    monkeypatch.setattr("kd_pipeline.data.reader._GROUP_IMAGES", BATCH_SIZE)
+    reader, taken = open_reader(), []
+    for batch in range(NUM_BATCHES):
+        taken.append(pixels(reader.read(0, batch)))
+    assert failures == [number] and reader.bad_samples.known == []
+    np.testing.assert_array_equal(np.concatenate(taken), np.concatenate(wanted))
+
+
+def test_a_batch_that_fails_twice_is_an_error_with_its_number(
+    open_reader: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kd_pipeline.data.reader._GROUP_IMAGES", BATCH_SIZE)
+    calls = []
+    monkeypatch.setattr(Graph, "take", lambda graph, stream=None: (calls.append(1), fail(RuntimeError("no memory"))))
+    reader = open_reader(on_bad_sample="substitute")
+    for tries in (2, 4):
+        with pytest.raises(RuntimeError, match="no memory") as info:
+            reader.read(1, 2)
+        assert "batch 2 of epoch 1" in info.value.__notes__[0] and len(calls) == tries
+
+
 def test_what_was_read_before_a_stop_is_not_handed_out_after_it(open_reader: Open) -> None:
     reader = open_reader(on_bad_sample="substitute", max_bad_fraction=0.2)
     for number in range(4):
@@ -178,7 +213,7 @@ def test_what_was_read_before_a_stop_is_not_handed_out_after_it(open_reader: Ope
     reader.stop()
     reader.bad_samples.learn([17])
     after = reader.read(0, 4)
-    assert 17 in after.plan.index and 17 not in after.facts[INDEX] and after.valid.sum() == BATCH_SIZE - 1
+    assert 17 in after.plan.index and 17 not in after.facts[INDEX] and after.facts[VALID].sum() == BATCH_SIZE - 1
 
 
 @pytest.mark.parametrize("bad", [0, 5, 11, 16, 27, 36])
@@ -209,6 +244,6 @@ def test_bad_files_anywhere_in_a_group_are_stood_in_for_alike(
     for number in range(NUM_BATCHES):
         met, known = meets.read(0, number), knows.read(0, number)
         np.testing.assert_array_equal(pixels(met), pixels(known))
-        np.testing.assert_array_equal(met.valid, ~np.isin(met.plan.index, bad))
+        np.testing.assert_array_equal(met.facts[VALID], ~np.isin(met.plan.index, bad))
         assert not np.isin(met.facts[INDEX], bad).any()
     assert meets.bad_samples.known == list(bad)

@@ -1,0 +1,104 @@
+"""A trial finds what a decoder does wrong: nothing, black, skipped and overwritten images, crashes and hangs."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kd_pipeline.data import decode_trial
+from kd_pipeline.data.decode_trial import compare_decoding, describe_faults, make_pictures, try_decoding
+from tests.views import graph_settings
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory: pytest.TempPathFactory):
+    """What the CPU makes of the pictures; do not write to it."""
+    paths = make_pictures(tmp_path_factory.mktemp("pictures"))
+    return decode_trial._render(paths, graph_settings(len(paths)))
+
+
+def test_the_pictures_differ_in_size_and_kind(tmp_path: Path) -> None:
+    paths = make_pictures(tmp_path)
+    with ExitStack() as opened:
+        images = [opened.enter_context(Image.open(path)) for path in paths]
+    assert len(images) == 64 and {path.suffix for path in paths} == {".jpg", ".png"}
+    assert len({image.size for image in images}) > 50 and any(side % 2 for image in images for side in image.size)
+    assert {image.mode for image in images} == {"RGB", "L"}
+    jpegs = [image for image in images if image.format == "JPEG" and image.mode == "RGB"]
+    assert {tuple(layer[1:3] for layer in image.layer) for image in jpegs} == {
+        ((1, 1), (1, 1), (1, 1)),
+        ((2, 1), (1, 1), (1, 1)),
+        ((2, 2), (1, 1), (1, 1)),
+    }
+    assert any(image.info.get("progressive") for image in jpegs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decode", ["window", "full"])
+def test_the_cpu_is_right_in_both_ways(decode: str) -> None:
+    works, detail = compare_decoding(decode, device_id=None)
+    assert works and detail == "384 images are right, each at most 0.00/255 from the CPU's pixels on average"
+
+
+def spoiled(views, spoil):
+    found = views.copy()
+    spoil(found)
+    return found
+
+
+SPOIL = {
+    "black": (lambda found: found[7].fill(0), "1 of 384 images are wrong (1 of one color)"),
+    "gray": (lambda found: found[7:9].fill(128), "2 of 384 images are wrong (2 of one color)"),
+    "stale": (lambda found: np.copyto(found[64:67], found[0:3]), "3 of 384 images are wrong (3 another image's)"),
+    "half": (lambda found: found[70, :, 32:].fill(0), "1 of 384 images are wrong"),
+    "one corner": (lambda found: found[70, :, 56:, 56:].fill(0), "1 of 384 images are wrong"),
+    "noise": (lambda found: np.copyto(found[5], found[5][:, ::-1]), "1 of 384 images are wrong"),
+    "all of them": (lambda found: found.fill(0), "384 of 384 images are wrong (384 of one color)"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), SPOIL.values(), ids=SPOIL)
+def test_an_image_that_was_not_written_is_found(views, spoil, words: str) -> None:
+    assert describe_faults(spoiled(views, spoil), views) == words
+
+
+def test_rounding_is_no_fault(views) -> None:
+    noise = np.random.default_rng(0).normal(0, 3, views.shape)
+    assert describe_faults((views + noise).astype(np.float32), views) == ""
+    assert describe_faults(views, views) == ""
+
+
+@pytest.mark.slow
+def test_a_trial_runs_in_a_process_of_its_own_and_names_nvjpeg() -> None:
+    trial = try_decoding("full", device_id=None)
+    assert trial.works and trial.has_answered
+    assert trial.nvjpeg is not None and trial.nvjpeg >= (12, 0)
+    assert str(trial).startswith("whole images: 384 images are right")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("child", "detail"),
+    [
+        ("crash", "crashed with SIGSEGV"),
+        ("hang", "no answer within 4 s"),
+        ("talk", "reported '{}'"),
+        ("say_nothing", "ended without a report"),
+        ("fail", "ended Python with exit status 3"),
+    ],
+)
+def test_a_process_that_misbehaves_is_a_finding(monkeypatch: pytest.MonkeyPatch, child: str, detail: str) -> None:
+    monkeypatch.setattr(decode_trial, "_CHILD", f"tests.children:{child}")
+    trial = try_decoding("window", device_id=0, hw_decoder_load=0.5, timeout_s=4)
+    assert (trial.works, trial.has_answered, trial.detail) == (False, True, detail)
+    assert str(trial) == f"windows with hw_decoder_load 0.5: {detail}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to try")
+def test_a_trial_that_cannot_be_made_says_nothing_about_the_decoder() -> None:
+    trial = try_decoding("window", device_id=0)
+    assert not trial.works and not trial.has_answered and "CUDA is not available" in trial.detail
