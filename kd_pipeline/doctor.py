@@ -36,6 +36,7 @@ _HW_DECODER_LOADS = (0.0, 1.0)
 """Shares of the hardware decoder that are tried: the default, and all that it takes."""
 _TENSORRT_SINCE = (7, 5)
 """The lowest compute capability of TensorRT 10 and later; TensorRT-RTX names its own."""
+_CUDA_PROVIDER = "CUDAExecutionProvider"
 _PRECISIONS = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
 _EXTRAS = {"lightning": "train", "timm": "timm", "torchvision": "timm", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
 """What brings a package that `cpu`, `cu12` and `cu13` do not bring."""
@@ -234,6 +235,8 @@ def _abilities(checks: Mapping[str, Check], gpus: Sequence[Gpu], trials: "Sequen
         return Ability(kind=kind, name=name, works=not lacking, detail=lacking and f"needs {lacking}")
 
     served = [] if any(gpu.served_by for gpu in gpus) else ["a GPU that an installed TensorRT supports"]
+    runs_onnx = not gpus or ("onnxruntime" in checks and _CUDA_PROVIDER in checks["onnxruntime"].capabilities)
+    provider = [] if runs_onnx else ["onnxruntime-gpu in the place of onnxruntime"]
     # TensorRT-RTX builds without a GPU.
     built = checks["tensorrt_rtx"].status == "ok" or (gpus and checks["tensorrt"].status == "ok")
     builder = [] if built else ["tensorrt_rtx, or tensorrt and a GPU"]
@@ -242,15 +245,21 @@ def _abilities(checks: Mapping[str, Check], gpus: Sequence[Gpu], trials: "Sequen
         *(_decoding(trials) if trials else [ability("loader", "gpu", "nvidia.dali")] if gpus else []),
         ability("teacher", "pytorch", "torch"),
         ability("teacher", "openvino", "openvino", "onnx"),
-        ability("teacher", "onnxruntime", "onnxruntime", "onnx"),
+        ability("teacher", "onnxruntime", "onnxruntime", "onnx", *provider),
         ability("teacher", "tensorrt", "cuda.core", *served),
         ability("command", "export", "onnx", "onnxscript", "onnxruntime"),
         ability("command", "build-engine", "onnx", "onnxscript", "onnxruntime", *builder),
     ]
-    backend, file = ("tensorrt", "an engine or an ONNX file") if gpus else ("openvino", "an ONNX file")
-    works = all(item.works for item in found if item.kind == "teacher" and item.name in ("pytorch", backend))
-    takes = f"takes pytorch for a module and {backend} for {file}"
-    return [*found, Ability(kind="setting", name="backend: auto", works=works, detail=takes)]
+    works = {item.name: item.works for item in found if item.kind == "teacher"}
+    if not gpus:
+        backend = "openvino"
+    elif works["onnxruntime"] and not works["tensorrt"]:
+        backend = "onnxruntime"
+    else:
+        backend = "tensorrt"
+    takes = f"takes pytorch for a module and {backend} for an ONNX file"
+    is_usable = works["pytorch"] and works[backend]
+    return [*found, Ability(kind="setting", name="backend: auto", works=is_usable, detail=takes)]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -334,7 +343,26 @@ def _probe_cuda_core(has_gpu: bool) -> _Answer:
 def _probe_onnxruntime(has_gpu: bool) -> _Answer:
     onnxruntime = require("onnxruntime", extra="cpu")
     providers = onnxruntime.get_available_providers()
-    return {"version": onnxruntime.__version__, "detail": ", ".join(providers), "capabilities": providers}
+    detail = ", ".join(providers)
+    if _CUDA_PROVIDER in providers and not _has_working_cuda_provider(onnxruntime, has_gpu):
+        providers.remove(_CUDA_PROVIDER)
+        detail = f"{detail}; the one for CUDA does not load here" if has_gpu else ", ".join(providers)
+    return {"version": onnxruntime.__version__, "detail": detail, "capabilities": providers}
+
+
+def _has_working_cuda_provider(onnxruntime: ModuleType, has_gpu: bool) -> bool:
+    """Run a model of one node on the first GPU."""
+    if not has_gpu:
+        return False
+    import torch  # noqa: F401  # which loads the CUDA libraries that ONNX Runtime uses
+
+    onnx = require("onnx", extra="cpu")
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "relu", values[:1], values[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[_CUDA_PROVIDER])
+    session.run(None, {"x": onnx.numpy_helper.to_array(onnx.helper.make_tensor("x", 1, [1], [1.0]))})
+    return _CUDA_PROVIDER in session.get_providers()
 
 
 def _probe_openvino(has_gpu: bool) -> _Answer:

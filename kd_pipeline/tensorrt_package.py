@@ -10,12 +10,14 @@ from typing import Any, Literal, TypeVar
 from kd_pipeline.errors import EngineError, MissingPackageError
 from kd_pipeline.optional import require
 
-__all__ = ["Runtime", "TensorRT", "open_tensorrt"]
+__all__ = ["Runtime", "TensorRT", "open_tensorrt", "why_unusable"]
 
 Runtime = Literal["tensorrt", "tensorrt_rtx"]
 
 _logger = logging.getLogger("kd_pipeline.tensorrt")
 
+_LOWEST_CAPABILITY = (7, 5)
+"""Of TensorRT 10 and later; TensorRT-RTX names its own."""
 _MOST_ERRORS = 8
 """Of one failure; the first ones name the cause, and TensorRT may go on for long."""
 
@@ -68,6 +70,26 @@ def open_tensorrt(runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto")
             return _open("tensorrt_rtx")
         except MissingPackageError as tensorrt_rtx:
             raise MissingPackageError(f"no TensorRT is installed: {tensorrt}, or else {tensorrt_rtx}") from None
+
+
+def why_unusable(
+    capability: tuple[int, int], runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+) -> str | None:
+    """Why the installed TensorRT builds and runs no engines on GPUs of a compute capability; None where it does.
+
+    Args:
+        capability: such as `(9, 0)`.
+        runtime: as for `open_tensorrt`.
+    """
+    try:
+        tensorrt = open_tensorrt(runtime)
+    except MissingPackageError as exc:
+        return str(exc)
+    name = ".".join(map(str, capability))
+    if tensorrt.runtime == "tensorrt_rtx":
+        known = tensorrt.module.ComputeCapability
+        return None if hasattr(known, f"SM{name.replace('.', '')}") else f"tensorrt_rtx is not made for {name}"
+    return None if capability >= _LOWEST_CAPABILITY else f"tensorrt is not made for {name}"
 
 
 @cache

@@ -1,8 +1,10 @@
 """Real photographs, from the two that scikit-learn brings, and a small network as ONNX files."""
 
 import os
+import re
 from collections.abc import Callable
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,35 @@ from tests.models import IMAGE_SHAPE, ConvNet
 # the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+
+
+def unpinned() -> list[str]:
+    """Installed packages of another version than constraints.txt has."""
+    found = []
+    for name, wanted in re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE):
+        try:
+            version = metadata.version(name).partition("+")[0]  # a build such as +cpu or +cu130 is no other version
+        except metadata.PackageNotFoundError:
+            continue
+        if version != wanted:
+            found.append(f"{name} {version}, not {wanted}")
+    return found
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In the pinned environment every warning is an error; in another, what others deprecate is their news."""
+    if not config.getini("filterwarnings") and not unpinned():
+        config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_report_header() -> str:
+    others = unpinned()
+    if not others:
+        return "warnings are errors: all packages are those of constraints.txt"
+    return f"warnings are shown: {len(others)} packages are not those of constraints.txt ({'; '.join(others[:5])})"
+
 
 NUM_PHOTOS = 37
 CLASSES = ("flower", "roof", "sky")

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import accelerate
-import lightning
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +17,8 @@ from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.training.module import DistillModule
 from tests.training import nets
 
+accelerate = pytest.importorskip("accelerate")
+lightning = pytest.importorskip("lightning")
 # Lightning has advice on workers, loggers and the trainer's options, none of which is about batches.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 

@@ -322,10 +322,17 @@ def test_a_gpu_runs_engines_of_the_packages_that_support_it(
         for name in ("tensorrt", "tensorrt_rtx", "cuda.core", "nvidia.dali")
     }
     checks["cuda.core"] = Check(name="cuda.core", status="ok")
+    checks["onnxruntime"] = Check(name="onnxruntime", status="ok", capabilities=("CPUExecutionProvider",))
     assert list(_serving(compute_capability, checks)) == serving
     gpu = Gpu(name="GPU", compute_capability=compute_capability, memory_bytes=2**34, served_by=tuple(serving))
     found = {(item.kind, item.name): item for item in _abilities(checks, [gpu])}
     assert found["teacher", "tensorrt"].works == bool(serving)
     assert found["setting", "backend: auto"].works == bool(serving)
-    assert "tensorrt for an engine" in found["setting", "backend: auto"].detail
+    assert "tensorrt for an ONNX file" in found["setting", "backend: auto"].detail
+    assert found["teacher", "onnxruntime"].detail.endswith("needs onnxruntime-gpu in the place of onnxruntime")
+    provider = Check(name="onnxruntime", status="ok", capabilities=("CUDAExecutionProvider", "CPUExecutionProvider"))
+    with_provider = {(item.kind, item.name): item for item in _abilities({**checks, "onnxruntime": provider}, [gpu])}
+    assert with_provider["teacher", "onnxruntime"].works and with_provider["setting", "backend: auto"].works
+    taken = "tensorrt" if serving else "onnxruntime"
+    assert f"{taken} for an ONNX file" in with_provider["setting", "backend: auto"].detail
     assert not found["loader", "gpu"].works and "missing" in found["loader", "gpu"].detail

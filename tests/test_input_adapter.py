@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from kd_pipeline.models import ModelSettings
 from kd_pipeline.teachers import EnsembleSettings, Teacher, TeacherSettings, open_teacher
 from tests.models import IMAGE_SHAPE, ConvNet
 
+timm = pytest.importorskip("timm")
 OURS = Normalisation((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
 THEIRS = WantedInput(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 HALVES = (0.5, 0.5, 0.5)

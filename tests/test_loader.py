@@ -109,6 +109,8 @@ class Recorder(Teacher):
 def recorder(request, onnx) -> Iterator[Recorder]:
     """The same teacher in every runtime."""
     runs_module = request.param == "pytorch"
+    if request.param == "openvino":
+        pytest.importorskip("openvino")
     settings = TeacherSettings(backend=request.param, onnx=None if runs_module else onnx, max_batch=16)
     module = photo_net() if runs_module else None
     teacher = Recorder(open_teacher(settings, module=module, image_shape=IMAGE_SHAPE))

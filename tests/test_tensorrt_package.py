@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ import torch
 
 from kd_pipeline import tensorrt_package
 from kd_pipeline.errors import EngineError, MissingPackageError
-from kd_pipeline.tensorrt_package import open_tensorrt
+from kd_pipeline.tensorrt_package import open_tensorrt, why_unusable
 from tests.teachers import fake_tensorrt
 
 PACKAGE = Path(tensorrt_package.__file__).parent
-REAL_STREAM, REAL_EVENT = torch.cuda.Stream, torch.cuda.Event
+REAL_STREAM, REAL_EVENT, REAL_GRAPH = torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +300,49 @@ def test_the_fake_cuda_has_the_real_methods_with_the_real_parameters() -> None:
 
 
 def test_the_fake_torch_has_the_real_methods() -> None:
-    for real, fake in {REAL_STREAM: fake_tensorrt.TorchStream, REAL_EVENT: fake_tensorrt.TorchEvent}.items():
+    pairs = {
+        REAL_STREAM: fake_tensorrt.TorchStream,
+        REAL_EVENT: fake_tensorrt.TorchEvent,
+        REAL_GRAPH: fake_tensorrt.CUDAGraph,
+    }
+    for real, fake in pairs.items():
         assert public(fake) and all(callable(getattr(real, name)) for name in public(fake))
+    parameters = list(inspect.signature(fake_tensorrt.Gpu.capture).parameters)[1:]
+    assert set(parameters) <= set(inspect.signature(torch.cuda.graph).parameters)
     assert hasattr(REAL_STREAM, "__cuda_stream__") and hasattr(REAL_STREAM, "cuda_stream")
+
+
+# GPUs
+
+
+@pytest.mark.parametrize(
+    ("flavours", "capability", "runtime", "reason"),
+    [
+        (("tensorrt",), (9, 0), "auto", None),
+        (("tensorrt",), (7, 5), "auto", None),
+        (("tensorrt",), (7, 0), "auto", "tensorrt is not made for 7.0"),
+        (("tensorrt", "tensorrt_rtx"), (9, 0), "auto", None),
+        (("tensorrt_rtx",), (9, 0), "auto", "tensorrt_rtx is not made for 9.0"),
+        (("tensorrt", "tensorrt_rtx"), (9, 0), "tensorrt_rtx", "tensorrt_rtx is not made for 9.0"),
+        (("tensorrt_rtx",), (8, 9), "auto", None),
+        (("tensorrt_rtx",), (12, 0), "auto", None),
+    ],
+)
+def test_a_gpu_that_tensorrt_is_not_made_for_is_known(
+    installed: Any, flavours: tuple[str, ...], capability: tuple[int, int], runtime: Any, reason: str | None
+) -> None:
+    installed(*flavours)
+    if "tensorrt_rtx" in flavours:
+        capabilities = SimpleNamespace(SM75=0, SM80=1, SM86=2, SM89=3, SM120=4)
+        sys.modules["tensorrt_rtx"].ComputeCapability = capabilities
+    assert why_unusable(capability, runtime) == reason
+
+
+def test_without_tensorrt_the_reason_is_what_to_install(installed: Any) -> None:
+    installed()
+    assert "kd_pipeline[trt]" in why_unusable((9, 0)) and "kd_pipeline[rtx]" in why_unusable((9, 0))
+
+
+def test_the_real_rtx_names_its_gpus(tensorrt_rtx: Any) -> None:
+    assert why_unusable((8, 9), "tensorrt_rtx") is None
+    assert why_unusable((9, 0), "tensorrt_rtx") == "tensorrt_rtx is not made for 9.0"

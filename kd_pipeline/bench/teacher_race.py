@@ -124,7 +124,7 @@ class Race:
         """A contender that has answered in batches of that size; None, and the reason noted, where there is none."""
         started_s = time.perf_counter()
         try:
-            teacher = self._opened(backend, precision, compile)
+            teacher = self._opened(backend, precision, batch_size, compile)
             opened.callback(teacher.close)
             teacher(self._images[:batch_size])
             self._wait()
@@ -144,7 +144,7 @@ class Race:
         self.rows.setdefault(name, row)  # a compiled one is opened for each batch size
         return teacher
 
-    def _opened(self, backend: str, precision: str, compile: bool) -> Teacher:
+    def _opened(self, backend: str, precision: str, batch_size: int, compile: bool) -> Teacher:
         about: dict[str, Any] = {"backend": backend, "precision": precision}
         if reason := self._obstacle(backend, precision):
             raise ConfigError(reason)
@@ -160,7 +160,7 @@ class Race:
             image_shape=(3, *self._images.shape[2:]),
             device=self._images.device,
             dtype=self._images.dtype,
-            batch_size=self._largest,
+            batch_size=batch_size,
             samples=lambda: self._images[:NUM_COMPARED].float().cpu(),
         )
 
@@ -177,7 +177,7 @@ class Race:
             return self._model.onnx_reason
         if backend == "tensorrt":
             return "" if kind == "cuda" else f"it runs on an NVIDIA GPU, and this is measured on the {kind.upper()}"
-        if kind != "cpu":
+        if kind != "cpu" and backend == "openvino":
             return "it runs on the CPU, and this is measured on a GPU; set device to cpu"
         if backend == "onnxruntime" and (found := read_onnx(onnx).precision) != precision:
             return f"ONNX Runtime runs a file as it is, and this one has {found} weights"

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,17 +12,18 @@ import torch
 from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.input_adapter import AdaptInput, Normalisation, WantedInput
 from kd_pipeline.models import ModelSettings, default_input, open_model
 from kd_pipeline.settings import Settings
 from kd_pipeline.teachers.base import Teacher, TensorSpec
 from kd_pipeline.teachers.engine_file import Precision, Profile
 from kd_pipeline.teachers.ensemble import EnsembleTeacher
-from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
+from kd_pipeline.teachers.ort import OnnxRuntimeTeacher, why_no_cuda
 from kd_pipeline.teachers.ov import OpenVINOTeacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.recorded import RecordedTeacher
+from kd_pipeline.tensorrt_package import why_unusable
 
 __all__ = ["EnsembleSettings", "Teacher", "TeacherSettings", "TensorSpec", "open_teacher"]
 
@@ -30,13 +32,17 @@ _logger = logging.getLogger("kd_pipeline")
 _USED_BY_ALL = {"backend"}
 _USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch"}
 _USED_BY = {
-    "pytorch": _USED_BY_RUNTIMES | {"model", "features", "input_adapter", "channels_last", "compile"},
+    "pytorch": _USED_BY_RUNTIMES | {"model", "features", "input_adapter", "channels_last", "compile", "cuda_graph"},
     "openvino": _USED_BY_RUNTIMES | {"onnx", "num_threads"},
     "onnxruntime": _USED_BY_RUNTIMES | {"onnx", "num_threads"},
     "tensorrt": _USED_BY_RUNTIMES | {"onnx", "engine", "runtime", "cuda_graph", "trust_engine"},
     "recorded": _USED_BY_ALL | {"path", "verify"},
 }
+_ON_A_CPU = ("openvino", "recorded")
+"""What never computes on a GPU."""
 _MAX_BATCH = 1024
+_SMALL_BATCH = 2
+"""That a module on a GPU is tried on where nobody says how many images come."""
 _ENGINE_BATCH = 64
 """Of an engine that is built on the way, where neither the settings nor the loader say."""
 
@@ -45,8 +51,9 @@ class TeacherSettings(Settings):
     """Which runtime runs the teacher, and how. A setting that the chosen runtime does not use is an error."""
 
     backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt", "recorded"] = "auto"
-    """`auto` takes PyTorch for a model, TensorRT for an engine or on a GPU, OpenVINO for an ONNX file on a CPU, and a
-    recording where there is a `path`."""
+    """`auto` takes PyTorch for a model, TensorRT for an engine, and a recording where there is a `path`. For an ONNX
+    file it takes OpenVINO on a CPU; on a GPU, TensorRT where one is installed that is made for it, or else ONNX
+    Runtime."""
     model: ModelSettings | None = None
     """A network by name and its weights, for `pytorch`."""
     features: tuple[str, ...] = ()
@@ -64,8 +71,9 @@ class TeacherSettings(Settings):
     verify: int = Field(default=32, ge=0)
     """How many images, drawn anew at every start, are compared with those that were recorded."""
     precision: Precision | None = None
-    """Precision of the arithmetic; fp32 unless given, or what an engine was built in. `onnxruntime` and an engine
-    cannot change it, and `int8` and `fp8` are TensorRT's alone."""
+    """Precision of the arithmetic. It defaults to fp32, for `pytorch` on a GPU to half precision (bf16, or fp16 where
+    the GPU has no bf16), and to what an engine or an ONNX file of `onnxruntime` has, which neither can change. `int8`
+    and `fp8` are TensorRT's alone."""
     max_batch: int | None = Field(default=None, ge=1)
     """Largest number of images in one call; unless given 1024, and the loader's batch for an engine that is built on
     the way."""
@@ -73,12 +81,14 @@ class TeacherSettings(Settings):
     """Threads of the CPU runtimes; the cores of this process unless given."""
     channels_last: bool = True
     """Run PyTorch's convolutions in NHWC, which is the faster layout for most of them."""
-    compile: bool = False
-    """Compile the PyTorch module with `torch.compile`; worth it from a few thousand images on."""
+    compile: bool | None = None
+    """Compile the PyTorch module with `torch.compile`, which is worth it from a few thousand images on; defaults to
+    true on a GPU, as far as that works there, and to false on a CPU."""
     runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
     """Which TensorRT builds the engine; `auto` is `tensorrt` where it is installed and `tensorrt_rtx` otherwise."""
     cuda_graph: bool = False
-    """Replay the engine as a CUDA graph; worth it where launches are slow beside the work, as with small batches."""
+    """Replay the engine, or the PyTorch module at the loader's batch size, as a CUDA graph; worth it where launches
+    are slow beside the work, as with small batches."""
     trust_engine: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
     """sha256 of an engine that somebody else made, or that has no manifest, and that you know to be good."""
 
@@ -197,6 +207,8 @@ def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, wanted:
 def _open(settings: TeacherSettings, module: nn.Module | None, wanted: _Wanted) -> Teacher:
     backend, reason = _choose(settings, module, wanted.device)
     _refuse_unused(settings, backend)
+    if backend not in _ON_A_CPU and wanted.device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"the {backend} backend needs {wanted.device}, and torch sees no GPU; see kd-pipeline doctor")
     if settings.model is not None:
         model = settings.model
         if model.factory is None and model.checkpoint is None and not model.pretrained:
@@ -212,16 +224,25 @@ def _open(settings: TeacherSettings, module: nn.Module | None, wanted: _Wanted) 
             if settings.path is None:
                 raise ConfigError("the recorded backend replays a recording; set path to the folder that has it")
             teacher = RecordedTeacher(settings.path, device=wanted.device, num_verified=settings.verify)
-        case (("openvino" | "onnxruntime"), None, Path() as onnx):
+        case "openvino", None, Path() as onnx:
             if wanted.device.type != "cpu":
                 raise ConfigError(
-                    f"the {backend} backend reads images in CPU memory and they are on {wanted.device}; put the loader "
-                    "on the CPU, or take backend: tensorrt"
+                    f"the openvino backend reads images in CPU memory and they are on {wanted.device}; put the loader "
+                    "on the CPU, or take backend: tensorrt or onnxruntime"
                 )
-            runtime = OpenVINOTeacher if backend == "openvino" else OnnxRuntimeTeacher
-            teacher = runtime(
+            teacher = OpenVINOTeacher(
                 onnx,
                 precision=settings.precision or "fp32",
+                max_batch=settings.max_batch or _MAX_BATCH,
+                num_threads=settings.num_threads,
+            )
+        case "onnxruntime", None, Path() as onnx:
+            if wanted.device.type == "cuda" and (obstacle := why_no_cuda()):
+                raise ConfigError(f"the onnxruntime backend cannot use {wanted.device}: {obstacle}")
+            teacher = OnnxRuntimeTeacher(
+                onnx,
+                device=wanted.device,
+                precision=settings.precision,
                 max_batch=settings.max_batch or _MAX_BATCH,
                 num_threads=settings.num_threads,
             )
@@ -243,16 +264,37 @@ def _open_module(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) 
     adapter = _adapter(settings, module, wanted)
     if settings.features:
         module = with_features(module, settings.features)
-    return PyTorchTeacher(
+    on_gpu = wanted.device.type == "cuda"
+    if settings.cuda_graph and not (on_gpu and wanted.batch_size):
+        raise ConfigError(
+            f"cuda_graph needs a GPU and a fixed number of images; the images are on {wanted.device}, and batch_size "
+            f"is {wanted.batch_size}"
+        )
+    open_module = partial(
+        PyTorchTeacher,
         module if adapter is None else nn.Sequential(adapter, module),
         image_shape=wanted.image_shape,
         device=wanted.device,
         dtype=wanted.dtype,
-        precision=settings.precision or "fp32",
+        precision=settings.precision or (_half_precision(wanted.device) if on_gpu else "fp32"),
         max_batch=settings.max_batch or _MAX_BATCH,
         channels_last=settings.channels_last,
-        compile=settings.compile,
+        batch_size=(wanted.batch_size or _SMALL_BATCH) if on_gpu else None,
+        cuda_graph=settings.cuda_graph,
     )
+    if settings.compile is not None or not on_gpu:
+        return open_module(compile=bool(settings.compile))
+    try:
+        return open_module(compile=True)
+    except TeacherError as exc:
+        teacher = open_module(compile=False)  # which fails alike where compiling was not the reason
+        _logger.warning("torch.compile fails on the teacher, which runs without it; set teacher.compile: %s", exc)
+        return teacher
+
+
+def _half_precision(device: torch.device) -> Literal["bf16", "fp16"]:
+    """What a GPU computes in with its fastest units and bfloat16's range, where it has them."""
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def _adapter(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) -> AdaptInput | None:
@@ -295,8 +337,6 @@ def _open_tensorrt(settings: TeacherSettings, wanted: _Wanted) -> Teacher:
             f"the tensorrt backend reads images in the memory of an NVIDIA GPU and they are on {wanted.device}; put "
             "the loader on a GPU, or take backend: openvino with an ONNX file"
         )
-    if not torch.cuda.is_available():
-        raise ConfigError(f"the tensorrt backend needs {wanted.device}, and torch sees no GPU; see kd-pipeline doctor")
     engine = settings.engine
     if engine is None:
         assert settings.onnx is not None  # as _choose has seen
@@ -352,8 +392,23 @@ def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.d
     if settings.path is not None:
         return "recorded", "because the teacher is a recording"
     if device.type == "cuda":
-        return "tensorrt", "because the teacher is an ONNX file and the images are on a GPU"
+        return _choose_on_gpu(settings, device)
     return "openvino", "because the teacher is an ONNX file and the images are on the CPU"
+
+
+def _choose_on_gpu(settings: TeacherSettings, device: torch.device) -> tuple[str, str]:
+    """What runs an ONNX file on a GPU, and why it is that."""
+    if settings.runtime != "auto" or not torch.cuda.is_available():
+        return "tensorrt", "because the teacher is an ONNX file and the images are on a GPU"
+    if (no_tensorrt := why_unusable(torch.cuda.get_device_capability(device))) is None:
+        return "tensorrt", "because the teacher is an ONNX file and the images are on a GPU"
+    if (no_onnxruntime := why_no_cuda()) is None:
+        return "onnxruntime", f"because the teacher is an ONNX file and no TensorRT runs on this GPU ({no_tensorrt})"
+    raise ConfigError(
+        f"nothing that is installed runs {settings.onnx} on {torch.cuda.get_device_name(device)}. TensorRT: "
+        f"{no_tensorrt}. ONNX Runtime: {no_onnxruntime}. Install one of them, or give the teacher as a network "
+        "(teacher.model) or a module, which PyTorch runs"
+    )
 
 
 def _refuse_unused(settings: TeacherSettings, backend: str) -> None:

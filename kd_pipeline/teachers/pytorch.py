@@ -2,7 +2,9 @@
 
 import copy
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 
 import torch
@@ -13,6 +15,10 @@ from kd_pipeline.teachers.base import Teacher, TensorSpec
 
 __all__ = ["PyTorchTeacher", "frozen_copy", "named_outputs"]
 
+_logger = logging.getLogger("kd_pipeline")
+
+_NUM_WARM_UP = 3
+"""Passes before a capture, in which libraries choose kernels and allocate; what PyTorch's own examples take."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -22,7 +28,10 @@ class PyTorchTeacher(Teacher):
     The module returns a tensor, which becomes `"logits"`, or a mapping of tensors with `"logits"` among its keys;
     all outputs are converted to float32. `precision` is the dtype of its parameters and of the images it sees, also
     where the caller runs under autocast. On a GPU, `"fp32"` follows the TF32 switches in `torch.backends`.
-    `compile` passes the copy to `torch.compile`, which works during the first call and at the next batch size.
+    `compile` passes the copy to `torch.compile`, which works at the first call and again at another batch size.
+    With `batch_size`, the usual number of images in a call, the first call is made here. With `cuda_graph` too, calls
+    with just so many images replay one captured CUDA graph, and others run without it; https://pytorch.org/docs/
+    stable/notes/cuda.html#cuda-graphs has the conditions that a module must fulfill.
     """
 
     @torch.inference_mode(False)
@@ -38,6 +47,8 @@ class PyTorchTeacher(Teacher):
         max_batch: int = 1024,
         channels_last: bool = True,
         compile: bool = False,
+        batch_size: int | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         model = frozen_copy(module)
         fingerprint = _fingerprint(model, precision)
@@ -57,16 +68,23 @@ class PyTorchTeacher(Teacher):
         )
         if compile:
             self._model = torch.compile(self._model)
+        self._graphed: _Graphed | None = None
+        if batch_size is not None:
+            usual = zeros.new_zeros(batch_size, *image_shape)
+            self(usual)
+            if cuda_graph:
+                self._graphed = _capture(self._forward, self._cast(usual))
+        if zeros.is_cuda:
+            # Whatever stream the first call is on, the weights are there.
+            torch.cuda.synchronize(zeros.device)
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        # A copy in every case: a module may return a view of the images or of its own buffers.
-        return {
-            name: output.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-            for name, output in self._forward(self._cast(images)).items()
-        }
+        if self._graphed is not None and len(images) == self._graphed.num_images:
+            return self._graphed.run(images)
+        return _owned(self._forward(self._cast(images)))
 
     def _release(self) -> None:
-        del self._model
+        del self._model, self._graphed
 
     def _cast(self, images: Tensor) -> Tensor:
         return images.to(self._dtype, memory_format=self._memory_format)
@@ -95,6 +113,55 @@ class PyTorchTeacher(Teacher):
                 wanted = "[2, K]" if key == "logits" else "[2, ...]"
                 raise TeacherError(f"the teacher {name} gives {key!r} {list(output.shape)} for 2 images, not {wanted}")
         return {key: TensorSpec((None, *output.shape[1:]), torch.float32) for key, output in outputs.items()}
+
+
+class _Graphed:
+    """The forward pass of one batch size as a CUDA graph, over images and outputs at fixed addresses."""
+
+    def __init__(self, forward: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> None:
+        self._images, self._device = images, images.device
+        self._done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._device):
+            beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            beside.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(beside):
+                for _ in range(_NUM_WARM_UP):
+                    forward(images)
+            torch.cuda.current_stream(self._device).wait_stream(beside)
+            self._graph = torch.cuda.CUDAGraph()
+            # In this mode other threads, such as DALI's, may allocate and copy meanwhile.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._outputs = forward(images)
+
+    @property
+    def num_images(self) -> int:
+        """How many images it takes: just so many."""
+        return len(self._images)
+
+    def run(self, images: Tensor) -> dict[str, Tensor]:
+        """Queue the graph on the current stream, behind its earlier runs on whatever stream they were."""
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(self._done)
+            self._images.copy_(images)  # the cast to the module's dtype and layout
+            self._graph.replay()
+            outputs = _owned(self._outputs)
+            current.record_event(self._done)
+            return outputs
+
+
+def _capture(forward: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> _Graphed | None:
+    try:
+        return _Graphed(forward, images)
+    except Exception as exc:  # whatever a module does that a graph cannot hold
+        _logger.warning("no CUDA graph for the teacher, which runs without one: %s", exc)
+        return None
+
+
+def _owned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """float32 copies in every case: a module may return a view of the images or of its own buffers."""
+    to_own = partial(Tensor.to, dtype=torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return {name: to_own(output) for name, output in outputs.items()}
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
-import psutil
 import pytest
 from onnx import helper
 
@@ -19,6 +18,8 @@ from kd_pipeline.errors import EngineError
 from kd_pipeline.teachers.engine_file import manifest_path, read_engine
 from tests.models import IMAGE_SHAPE
 from tests.teachers.onnx_models import linear_model
+
+psutil = pytest.importorskip("psutil")
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_engine.py"
 
@@ -52,7 +53,7 @@ def finish(*arguments: object) -> int:
     return process.returncode
 
 
-def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def descendants(process: subprocess.Popen[str]) -> "list[psutil.Process]":
     try:
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:

@@ -17,6 +17,7 @@ from kd_pipeline.teachers.engine_file import EngineFile, Manifest, Profile, mani
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
 from kd_pipeline.tensorrt_package import open_tensorrt
 
+pytest.importorskip("tensorrt_rtx")
 GPU = torch.device("cuda", 0)
 HERE = open_tensorrt("tensorrt_rtx").version
 

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tensorrt_rtx
 import torch
 from onnx import TensorProto, numpy_helper, parser
 from torch import Tensor
@@ -20,6 +19,7 @@ from kd_pipeline.teachers.onnx_file import read_onnx
 from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
 from tests.models import CLASSES, IMAGE_SHAPE, ConvNet, random_images
 
+tensorrt_rtx = pytest.importorskip("tensorrt_rtx")
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 HALF_TYPE = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 PRECISIONS = sorted(HALF)

@@ -125,6 +125,7 @@ class Gpu(TorchDispatchMode):
         super().__init__()
         self.host_waits = 0
         self.captures_to_break = 0
+        self._is_capturing = False
         self.builders: list[GraphBuilder] = []
         self.events: dict[int, Event] = {}
         self._blocks: list[_Block] = []
@@ -160,7 +161,7 @@ class Gpu(TorchDispatchMode):
         if func.is_view:
             return func(*args, **kwargs)
         queue = self.queue(self._current)
-        assert queue.graph is None and not any(queue.graph is not None for queue in self.queues.values())
+        assert self._is_capturing or not any(queue.graph is not None for queue in self.queues.values())
         raw_args = tree_map_only(Tensor, self._raw, args)
         if func._schema.is_mutable:
             queue.add(partial(_call, func, raw_args, kwargs))
@@ -188,7 +189,8 @@ class Gpu(TorchDispatchMode):
         """Let every stream come to its end, one as far as it gets before the next."""
         for _ in range(10**6):
             queues = list(self.queues.values())
-            if not any(queue.advance(most) for queue in (reversed(queues) if latest_first else queues)):
+            # All of them in each round, not only up to the first that advances.
+            if not any([queue.advance(most) for queue in (reversed(queues) if latest_first else queues)]):
                 break
         assert not any(map(len, self.queues.values())), "streams wait for each other"
 
@@ -215,6 +217,22 @@ class Gpu(TorchDispatchMode):
     def event(self) -> "TorchEvent":
         return TorchEvent(self)
 
+    @contextmanager
+    def capture(self, cuda_graph: "CUDAGraph", capture_error_mode: str) -> Iterator[None]:
+        """`torch.cuda.graph`: what is queued inside, on a stream of its own, is kept in place of being done."""
+        assert capture_error_mode == "thread_local"
+        stream = TorchStream(self)
+        queue = self.queue(stream)
+        queue.graph, self._is_capturing = [], True
+        with self.on(stream):
+            try:
+                yield
+            finally:
+                cuda_graph._work, queue.graph, self._is_capturing = queue.graph, None, False
+        if self.captures_to_break:
+            self.captures_to_break -= 1
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
 
 def _call(func: Any, args: Any, kwargs: Any, result: _Address | None = None) -> bool:
     value = func(*tree_map_only(_Address, _Address.tensor, args), **kwargs)
@@ -236,9 +254,14 @@ class TorchStream:
     def wait_event(self, event: "TorchEvent") -> None:
         event._event.hold_back(self._queue)
 
-    def record_event(self, event: "TorchEvent") -> "TorchEvent":
+    def record_event(self, event: "TorchEvent | None" = None) -> "TorchEvent":
+        event = TorchEvent(self._gpu) if event is None else event
         event._event.add_to(self._queue)
         return event
+
+    def synchronize(self) -> None:
+        self._gpu.host_waits += 1
+        self._gpu.run()
 
     def wait_stream(self, stream: "TorchStream") -> None:
         self.wait_event(stream.record_event(TorchEvent(self._gpu)))
@@ -252,6 +275,21 @@ class TorchEvent:
 
     def synchronize(self) -> None:
         self._event.wait_on_host()
+
+    def query(self) -> bool:
+        return self._event.num_passed == self._event.num_recorded
+
+
+class CUDAGraph:
+    """`torch.cuda.CUDAGraph`."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu, self._work, self._num_replays = gpu, [], 0
+
+    def replay(self) -> None:
+        self._num_replays += 1
+        for work in self._work:
+            self._gpu.queue(self._gpu._current).add(work)
 
 
 class Device:

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
+import kd_pipeline.teachers as room
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.teachers import EnsembleSettings, Teacher, TeacherSettings, open_teacher
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from tests.models import CLASSES, IMAGE_SHAPE, ConvNet, random_images
 
 ONNX, ENGINE = Path("teacher.onnx"), Path("teacher.engine")
@@ -110,10 +113,144 @@ def test_two_files_for_one_teacher_are_refused_when_they_are_written() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is another way")
-def test_tensorrt_without_a_gpu_is_an_error_before_anything_is_built() -> None:
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_built() -> None:
     for settings in (TeacherSettings(onnx=ONNX), TeacherSettings(engine=ENGINE)):
         with pytest.raises(ConfigError, match="the tensorrt backend needs cuda, and torch sees no GPU"):
             open_teacher(settings, device="cuda")
+    with pytest.raises(ConfigError, match="the pytorch backend needs cuda:0, and torch sees no GPU"):
+        open_teacher(TeacherSettings(), module=ConvNet(), image_shape=IMAGE_SHAPE, device="cuda:0")
+
+
+# On a GPU, here one that only says what it is
+
+
+class Opened(Exception):
+    """What a runtime was asked for."""
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`pretend_gpu((9, 0), tensorrt=..., onnxruntime=...)`: a GPU, and why each runtime cannot be used there."""
+
+    def make(capability: tuple[int, int], *, tensorrt: str | None = None, onnxruntime: str | None = None) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+        monkeypatch.setattr(room, "why_unusable", lambda found: tensorrt)
+        monkeypatch.setattr(room, "why_no_cuda", lambda: onnxruntime)
+
+        def opened(name: str) -> Callable[..., None]:
+            def runtime(*arguments: object, **settings: object) -> None:
+                raise Opened(name, arguments, settings)
+
+            return runtime
+
+        monkeypatch.setattr(room, "_open_tensorrt", opened("tensorrt"))
+        monkeypatch.setattr(room, "OnnxRuntimeTeacher", opened("onnxruntime"))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "onnxruntime", "settings", "taken"),
+    [
+        (None, None, {}, "tensorrt"),
+        (None, "not installed", {}, "tensorrt"),
+        ("tensorrt_rtx is not made for 9.0", None, {}, "onnxruntime"),
+        ("tensorrt_rtx is not made for 9.0", None, {"runtime": "tensorrt_rtx"}, "tensorrt"),
+        (None, None, {"backend": "onnxruntime"}, "onnxruntime"),
+    ],
+)
+def test_an_onnx_file_on_a_gpu_is_run_by_tensorrt_or_else_by_onnxruntime(
+    pretend_gpu: Callable[..., None],
+    tensorrt: str | None,
+    onnxruntime: str | None,
+    settings: dict[str, object],
+    taken: str,
+) -> None:
+    pretend_gpu((9, 0), tensorrt=tensorrt, onnxruntime=onnxruntime)
+    with pytest.raises(Opened) as info:
+        open_teacher(TeacherSettings(onnx=ONNX, **settings), device="cuda:0")
+    assert info.value.args[0] == taken
+    if taken == "onnxruntime":
+        assert info.value.args[1:] == (
+            (ONNX,),
+            {"device": torch.device("cuda:0"), "precision": None, "max_batch": 1024, "num_threads": None},
+        )
+
+
+def test_a_gpu_without_a_runtime_for_onnx_is_an_error_with_all_ways_out(pretend_gpu: Callable[..., None]) -> None:
+    pretend_gpu((9, 0), tensorrt="tensorrt_rtx is not made for 9.0", onnxruntime="pip install 'onnxruntime-gpu>=1.27'")
+    with pytest.raises(ConfigError) as info:
+        open_teacher(TeacherSettings(onnx=ONNX), device="cuda:0")
+    assert str(info.value) == (
+        f"nothing that is installed runs {ONNX} on NVIDIA H100. TensorRT: tensorrt_rtx is not made for 9.0. ONNX "
+        "Runtime: pip install 'onnxruntime-gpu>=1.27'. Install one of them, or give the teacher as a network "
+        "(teacher.model) or a module, which PyTorch runs"
+    )
+    with pytest.raises(ConfigError, match="the onnxruntime backend cannot use cuda:0: pip install"):
+        open_teacher(TeacherSettings(onnx=ONNX, backend="onnxruntime"), device="cuda:0")
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")])
+def test_a_module_on_a_gpu_is_compiled_in_half_precision(
+    pretend_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
+) -> None:
+    pretend_gpu(capability)
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(
+        room, "PyTorchTeacher", lambda module, **settings: (asked.append(settings), open_module(module))[1]
+    )
+
+    def open_module(module: nn.Module) -> Teacher:
+        return PyTorchTeacher(module, image_shape=IMAGE_SHAPE)
+
+    options = {"module": ConvNet(), "image_shape": IMAGE_SHAPE, "device": "cuda:0"}
+    wanted = {"precision": precision, "compile": True, "channels_last": True, "cuda_graph": False, "batch_size": 8}
+    for settings, more, changes in [
+        (TeacherSettings(), {"batch_size": 8}, {}),
+        (TeacherSettings(), {}, {"batch_size": 2}),
+        (TeacherSettings(precision="fp32", compile=False), {"batch_size": 8}, {"precision": "fp32", "compile": False}),
+        (TeacherSettings(cuda_graph=True), {"batch_size": 8}, {"cuda_graph": True}),
+    ]:
+        with pytest.raises(TeacherError, match="reads from cpu"):  # as this stand-in does
+            open_teacher(settings, **options, **more)
+        assert {name: asked[-1][name] for name in wanted} == {**wanted, **changes}
+
+
+def test_a_module_that_does_not_compile_runs_without_it_unless_compiling_was_asked_for(
+    pretend_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_gpu((9, 0))
+    monkeypatch.setattr(
+        torch, "compile", lambda model: lambda images: (_ for _ in ()).throw(RuntimeError("no C compiler"))
+    )
+    real = PyTorchTeacher
+    monkeypatch.setattr(
+        room, "PyTorchTeacher", lambda module, **settings: real(module, **{**settings, "device": "cpu"})
+    )
+    options = {"module": ConvNet(), "image_shape": IMAGE_SHAPE, "device": "cuda:0", "batch_size": 4}
+    with caplog.at_level(logging.WARNING, "kd_pipeline"), pytest.raises(TeacherError, match="reads from cpu"):
+        open_teacher(TeacherSettings(), **options)
+    (line,) = caplog.messages
+    assert "torch.compile fails on the teacher, which runs without it" in line and "no C compiler" in line
+    with pytest.raises(TeacherError, match="no C compiler"):
+        open_teacher(TeacherSettings(compile=True), **options)
+
+
+@pytest.mark.parametrize(("device", "batch_size"), [("cpu", 8), ("cuda:0", None)])
+def test_a_cuda_graph_needs_a_gpu_and_a_batch_size(
+    pretend_gpu: Callable[..., None], device: str, batch_size: int | None
+) -> None:
+    pretend_gpu((9, 0))
+    with pytest.raises(ConfigError, match="cuda_graph needs a GPU and a fixed number of images"):
+        open_teacher(
+            TeacherSettings(cuda_graph=True),
+            module=ConvNet(),
+            image_shape=IMAGE_SHAPE,
+            device=device,
+            batch_size=batch_size,
+        )
 
 
 def test_an_ensemble_answers_with_the_mean_of_its_members(exported: Callable[[int], Path]) -> None:

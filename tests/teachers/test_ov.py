@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
-import openvino
 import pytest
 import torch
 from onnx import TensorProto
@@ -13,6 +12,7 @@ from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.ov import OpenVINOTeacher
 from tests.teachers.onnx_models import linear_model
 
+openvino = pytest.importorskip("openvino")
 CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 

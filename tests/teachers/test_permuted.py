@@ -30,6 +30,7 @@ def five(path: Path, classes: Sequence[str] | None = ANIMALS, backend: str = "on
 
 @pytest.fixture(params=["openvino", "onnxruntime"])
 def teacher(request, tmp_path) -> Iterator[Teacher]:
+    pytest.importorskip(request.param)
     opened = five(tmp_path / "teacher.onnx", backend=request.param)
     yield opened
     opened.close()

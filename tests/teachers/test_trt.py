@@ -3,8 +3,7 @@
 import logging
 import os
 import stat
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -50,18 +49,6 @@ MANIFEST = Manifest.model_construct(
     command="kd-pipeline build-engine teacher.onnx",
 )
 """Of a manifest, what the teacher reads."""
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    gpu = Gpu()
-    monkeypatch.setattr(torch.cuda, "device", gpu.device)
-    monkeypatch.setattr(torch.cuda, "current_stream", gpu.current_stream)
-    monkeypatch.setattr(torch.cuda, "Stream", gpu.stream)
-    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
-    monkeypatch.setitem(sys.modules, "cuda.core", gpu.core)
-    yield gpu
-    assert all(builder._is_closed for builder in gpu.builders)
 
 
 class Bench:

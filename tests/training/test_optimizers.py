@@ -5,7 +5,6 @@ import io
 import sys
 
 import pytest
-import timm
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -15,6 +14,7 @@ from kd_pipeline.errors import ConfigError, MissingPackageError
 from kd_pipeline.training.optimizers import OptimizerSettings, build_optimizer
 from tests.models import ConvNet, LogitsOnly, random_images
 
+timm = pytest.importorskip("timm")
 NAMES = ["sgd", "adam", "adamw", "rmsprop", "lamb", "lion"]
 SETTINGS = {"momentum": 0.9, "nesterov": True, "betas": (0.8, 0.95), "eps": 1e-5}
 
