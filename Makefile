@@ -1,11 +1,11 @@
-# Two commands, each from nothing: `make demo` and `make test`.
+# Two commands, each from nothing: `make demo` and `make test`; and `make gpu` for what only an NVIDIA GPU can show.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test format clean
+.PHONY: demo test gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
@@ -16,12 +16,18 @@ test: $(VENV)/installed-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
+# In an environment of its own: one package of ONNX Runtime is for CPUs, another one for GPUs.
+gpu:
+	@$(PYTHON) tools/gpu_check.py --look
+	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/installed-gpu
+	.venv-gpu/bin/python tools/gpu_check.py $(ARGS)
+
 format: $(VENV)/installed-test
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-gpu build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "kd_pipeline needs Python 3.11 or later: make PYTHON=python3.12 ...")'
@@ -35,4 +41,9 @@ $(VENV)/installed-demo: $(METADATA) | $(BIN)/python
 $(VENV)/installed-test: $(METADATA) | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes a few minutes and about 7 GB, most of it torch's CUDA libraries"
 	$(INSTALL) '.[cpu,rtx,train,timm,demo,bench,dev]'
+	@touch $@
+
+$(VENV)/installed-gpu: $(METADATA) | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes a few minutes and about 8 GB, most of it CUDA libraries"
+	$(INSTALL) '.[cu13,rtx,train,timm,demo,bench,dev]'
 	@touch $@

@@ -6,6 +6,7 @@ import platform
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import chain, product
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
@@ -303,7 +304,7 @@ def _probe_driver(has_gpu: bool) -> _Answer:
         driver = ask_driver()
     except OSError:
         return {"status": "missing", "detail": "no libcuda.so.1; everything runs on the CPU"}
-    gpus = [gpu.model_dump() for gpu in driver.gpus]
+    gpus = [asdict(gpu) for gpu in driver.gpus]
     return {"version": driver.version, "detail": f"serves CUDA {driver.cuda}", "cuda": driver.cuda, "gpus": gpus}
 
 

@@ -1,16 +1,16 @@
-"""What the NVIDIA driver says of itself and its GPUs, asked without any CUDA package."""
+"""What the NVIDIA driver says of itself and its GPUs, asked without any package at all."""
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
-
-from kd_pipeline.settings import Settings
 
 __all__ = ["Driver", "DriverGpu", "ask_driver"]
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
-class DriverGpu(Settings):
+@dataclass(frozen=True, slots=True)
+class DriverGpu:
     """One GPU that this process may use."""
 
     name: str
@@ -18,7 +18,8 @@ class DriverGpu(Settings):
     memory_bytes: int
 
 
-class Driver(Settings):
+@dataclass(frozen=True, slots=True)
+class Driver:
     """The driver, and its GPUs in the order of CUDA, which is torch's."""
 
     version: str | None

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from kd_pipeline.errors import DataError
 from kd_pipeline.optional import require
+from kd_pipeline.threads import num_cores
 
 __all__ = ["make_photographs", "photographs", "read_jpeg"]
 
@@ -66,11 +68,16 @@ def make_photographs(root: Path, *, num_files: int = 2000, seed: int = 0) -> Pat
 def _write_crops(folder: Path, num_files: int, rng: np.random.Generator) -> None:
     datasets = require("sklearn.datasets", extra="bench")
     photographs = datasets.load_sample_images().images
-    for number in range(num_files):
-        photograph = photographs[number % len(photographs)]
-        width, height = rng.integers(*_WIDTHS, endpoint=True), rng.integers(*_HEIGHTS, endpoint=True)
-        top = rng.integers(photograph.shape[0] - height, endpoint=True)
-        left = rng.integers(photograph.shape[1] - width, endpoint=True)
-        path = folder / f"class {number // 2 % _NUM_CLASSES}" / f"{number:05}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photograph[top : top + height, left : left + width]).save(path, quality=_QUALITY)
+    with ThreadPoolExecutor(num_cores()) as pool:  # Pillow lets other threads run while it encodes
+        saved = []
+        for number in range(num_files):
+            photograph = photographs[number % len(photographs)]
+            width, height = rng.integers(*_WIDTHS, endpoint=True), rng.integers(*_HEIGHTS, endpoint=True)
+            top = rng.integers(photograph.shape[0] - height, endpoint=True)
+            left = rng.integers(photograph.shape[1] - width, endpoint=True)
+            path = folder / f"class {number // 2 % _NUM_CLASSES}" / f"{number:05}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            crop = Image.fromarray(photograph[top : top + height, left : left + width])
+            saved.append(pool.submit(crop.save, path, quality=_QUALITY))
+        for each in saved:
+            each.result()

@@ -12,11 +12,11 @@ import torch
 
 from kd_pipeline.bench.measure import traced
 from kd_pipeline.engine import export_onnx
-from kd_pipeline.errors import MissingPackageError
 from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
 from kd_pipeline.teachers.engine_file import Profile
+from kd_pipeline.teachers.ort import OnnxRuntimeTeacher, why_no_cuda
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from kd_pipeline.tensorrt_package import open_tensorrt
+from kd_pipeline.tensorrt_package import why_unusable
 from tests.models import CLASSES, IMAGE_SHAPE, ConvNet
 
 MAX_BATCH = 16
@@ -30,19 +30,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-@cache
-def why_no_tensorrt() -> str | None:
-    """Why no TensorRT runs on this GPU, or None where one should, and where its failure is a failure."""
-    try:
-        runtime = open_tensorrt().runtime
-    except MissingPackageError as exc:
-        return str(exc)
-    major, minor = torch.cuda.get_device_capability()
-    if runtime == "tensorrt_rtx" and major not in (8, 12) and (major, minor) != (7, 5):
-        return f"TensorRT-RTX is not made for compute capability {major}.{minor}"
-    return None
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +52,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory, exported: Callable[[int], Path]) -> Callable[..., Path]:
     """`engine(precision)` is an engine of `ConvNet(seed)` for 1 to 16 images, tuned for 8."""
-    if reason := why_no_tensorrt():
+    if reason := why_unusable(torch.cuda.get_device_capability()):
         pytest.skip(reason)
     from kd_pipeline.engine.build import BuildSettings, build_engine
 
@@ -99,13 +86,20 @@ def open_engine(engine: Callable[..., Path], device: torch.device) -> Iterator[C
         teacher.close()
 
 
-@pytest.fixture(params=["pytorch", "tensorrt"])
-def teacher(request: pytest.FixtureRequest, device: torch.device) -> Iterator[Teacher]:
+@pytest.fixture(params=["pytorch", "pytorch graph", "onnxruntime", "tensorrt"])
+def teacher(request: pytest.FixtureRequest, device: torch.device, exported: Callable[[int], Path]) -> Iterator[Teacher]:
     """`ConvNet(0)` on the GPU, by each runtime that there is."""
-    if request.param == "pytorch":
-        opened: Teacher = PyTorchTeacher(ConvNet(), image_shape=IMAGE_SHAPE, device=device)
-    else:
-        opened = request.getfixturevalue("open_engine")()
+    opened: Teacher
+    match request.param:
+        case "tensorrt":
+            opened = request.getfixturevalue("open_engine")()
+        case "onnxruntime":
+            if reason := why_no_cuda():
+                pytest.skip(reason)
+            opened = OnnxRuntimeTeacher(exported(0), device=device)
+        case _:
+            graph = {"cuda_graph": True, "batch_size": 8} if request.param == "pytorch graph" else {}
+            opened = PyTorchTeacher(ConvNet(), image_shape=IMAGE_SHAPE, device=device, **graph)
     yield opened
     opened.close()
 

@@ -4,12 +4,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
-from kd_pipeline.data.source import FileList, ImageFolder
+from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
+from kd_pipeline.data.mix import MixSettings
+from kd_pipeline.data.source import Arrays, FileList, ImageFolder
+from kd_pipeline.data.transform import TrainTransform
 from kd_pipeline.loader import KDDataLoader
 from kd_pipeline.teachers import Teacher
 from tests.corpus import BROKEN, Broken, photo_of
@@ -76,18 +80,46 @@ def test_a_new_loader_goes_on_with_the_very_next_batch(
     assert_same(epoch(resumed), epoch(open_loader(TRAIN, teacher))[number:])
 
 
-@pytest.mark.parametrize("transform", [EVAL, TRAIN])
+TRANSFORMS = {
+    "eval": (EVAL, 1),
+    "every op": (TRAIN, 1),
+    "float16": (TrainTransform(size=EVAL.size, dtype="float16"), 1),
+    "randaugment": (TrainTransform(size=EVAL.size, auto_augment=RandAugment()), 3),
+    "trivialaugment": (TrainTransform(size=EVAL.size, auto_augment=TrivialAugment()), 3),
+}
+"""Transforms, and how many levels of 255 the GPU's pixels may be off on average: some ops amplify a difference."""
+ARRAYS = Arrays(np.random.default_rng(0).integers(0, 256, (37, 40, 40, 3), dtype=np.uint8), np.arange(37) % 3)
+
+
+@pytest.mark.parametrize(("transform", "levels"), TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("stores", ["files", "pixels"])
 def test_the_gpu_shows_what_the_cpu_shows(
-    open_loader: Callable[..., KDDataLoader], photo_folder: Any, transform: Any
+    photo_folder: Any, device: torch.device, transform: Any, levels: float, stores: str
 ) -> None:
-    """Less than a level of 255 apart on average: the decoders and filters round differently."""
+    """The decoders and filters round differently."""
+    source = ARRAYS if stores == "pixels" else ImageFolder(photo_folder)
+    found = []
+    for where in (device, "cpu"):
+        with KDDataLoader(source, transform, device=where, batch_size=8, seed=5) as loader:
+            found.append(epoch(loader))
     level = 1 / 255 / min(transform.std)
-    with KDDataLoader(ImageFolder(photo_folder), transform, device="cpu", batch_size=8, seed=5) as loader:
-        wanted = epoch(loader)
-    for batch, theirs in zip(epoch(open_loader(transform)), wanted, strict=True):
-        images, their_images = batch.pop("images"), theirs.pop("images")
-        assert_same([batch], [theirs])
-        assert (images - their_images).abs().mean() < level
+    for ours, theirs in zip(*found, strict=True):
+        images, their_images = ours.pop("images").float(), theirs.pop("images").float()
+        assert_same([ours], [theirs])
+        assert (images - their_images).abs().mean() < levels * level
+
+
+def test_mixed_images_and_labels_are_those_of_the_cpu(device: torch.device) -> None:
+    found = []
+    for where in (device, "cpu"):
+        mix = MixSettings(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+        with KDDataLoader(ARRAYS, EVAL, device=where, batch_size=8, seed=5, mix=mix) as loader:
+            found.append(epoch(loader))
+    level = 1 / 255 / min(EVAL.std)
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours["images"] - theirs["images"]).abs().mean() < level
+        torch.testing.assert_close(ours["labels"], theirs["labels"])
+        assert torch.equal(ours["index"], theirs["index"]) and torch.equal(ours["valid"], theirs["valid"])
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=str)

@@ -1,0 +1,303 @@
+"""Run everything that only a GPU can show, most valuable first, and keep each result as soon as it is there.
+
+    python tools/gpu_check.py                          # what `make gpu` does once the environment is set up
+    python tools/gpu_check.py --limit-s 480 --out DIR  # within eight minutes; later stages get what time is left
+    python tools/gpu_check.py --device cpu             # tries the stages themselves on a machine without a GPU
+
+Each stage is a process of its own with a time limit; whatever becomes of it, the next one runs. Everything that a stage
+prints is in `<stage>.log`, its result beside it, and the table of all stages in `summary.json`.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+# Only what needs no package: `make gpu` looks for a GPU before there is an environment.
+from kd_pipeline.nvidia_driver import Driver, ask_driver
+
+ROOT = Path(__file__).resolve().parent.parent
+GRACE_S = 5.0
+"""How long a stage may take to disappear once it is killed."""
+LEAST_S = 5.0
+"""A stage that has less than this left is not begun."""
+PHOTOGRAPHS = Path("data/photographs")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process, and how to read its result in a line."""
+
+    name: str
+    command: Sequence[str]
+    limit_s: float
+    summarize: Callable[[Path], str] = lambda out: ""
+    """Reads what the stage has left in the folder of results, also where it was stopped."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a stage."""
+
+    name: str
+    status: str
+    """`ok`, `exit 3`, `killed by SIGSEGV`, `stopped after 60 s` or `no time left`."""
+    seconds: float
+    summary: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages; return 0 where all of them ended well."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--look", action="store_true", help="only look whether there is a GPU that can be used")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/<name of the GPU> if left out")
+    parser.add_argument("--limit-s", type=float, default=1800.0, help="seconds for all stages together")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="some of them, in their own order")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parsed = parser.parse_args(arguments)
+    name = "cpu"
+    if parsed.device == "cuda":
+        driver, problem = find_gpu()
+        if driver is None:
+            print(f"make gpu needs an NVIDIA GPU with a driver for CUDA 13: {problem}", file=sys.stderr)
+            return 1
+        name = driver.gpus[0].name
+        print(f"{name}, driver {driver.version}, CUDA {driver.cuda}")
+    if parsed.look:
+        return 0
+    out = (parsed.out or Path("benchmarks") / re.sub(r"\W+", "_", name.lower()).strip("_")).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    stages = all_stages(parsed.device, out)
+    if unknown := set(parsed.stages or ()) - {stage.name for stage in stages}:
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(stage.name for stage in stages)}")
+    stages = [stage for stage in stages if not parsed.stages or stage.name in parsed.stages]
+    outcomes = run_stages(stages, out, limit_s=parsed.limit_s, root=ROOT)
+    print("\n" + table(outcomes) + f"\nresults in {out}")
+    return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
+
+
+def find_gpu() -> tuple[Driver | None, str]:
+    """The driver where it has a GPU for this library's packages, or why it has none."""
+    try:
+        driver = ask_driver()
+    except OSError:
+        return None, "there is no driver here"
+    except RuntimeError as exc:
+        return None, f"the driver says {exc}"
+    if not driver.gpus:
+        return None, "the driver has no GPU for this process (CUDA_VISIBLE_DEVICES?)"
+    if int(driver.cuda.partition(".")[0]) < 13:
+        return None, f"this one serves CUDA {driver.cuda}"
+    return driver, ""
+
+
+def all_stages(device: str, out: Path) -> list[Stage]:
+    """Most valuable first. On a CPU they are short: there it is the stages themselves that are tried."""
+    on_gpu, this = device == "cuda", [sys.executable, str(Path(__file__).resolve()), "--run"]
+    pytest = [sys.executable, "-m", "pytest", "-k", "gpu or cuda", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
+    if find_spec("xdist"):
+        pytest += ["-n", "3"]  # where a crash costs one test
+    if find_spec("pytest_timeout"):
+        pytest += ["--timeout", "90"]
+    tests = ["tests/gpu", "tests/teachers/test_contract.py", "tests/teachers/test_ensemble.py"]
+
+    def bench(subject: str, *options: str) -> Stage:
+        name = f"bench_{subject}"
+        where = ["--root", str(PHOTOGRAPHS), "--device", device, "--out", str(out / f"{name}.json")]
+        command = [sys.executable, "-m", "kd_pipeline", "bench", subject, *where, *options]
+        return Stage(name, command, 300, read_rates(name))
+
+    loader, step, teacher = (
+        ("--batch-size 256 --num-batches 16 --repeats 5 --hw-decoder-load 0 0.65 1", "--batch 64", "--batch-sizes 64")
+        if on_gpu
+        else ("--batch-size 8 --num-batches 2 --repeats 1", "--batch 4 --size 64", "--batch-sizes 2 --repeats 1")
+    )
+    return [
+        Stage("environment", [*this, "environment", str(out)], 60, last_line("environment")),
+        Stage("decode", [*this, "decode", str(out), device], 120, read_decode),
+        Stage("doctor", [*this, "doctor", str(out)], 240, read_doctor),
+        Stage("tests", [*pytest, "--junitxml", str(out / "tests.xml"), *tests], 420, last_line("tests")),
+        Stage("photographs", [*this, "photographs", str(out), "2000" if on_gpu else "40"], 240),
+        bench("loader", "--decode", "window", "full", *loader.split()),
+        bench(
+            "step", *["--rows", "c", "f", "--num-steps", "6", "--repeats", "3", "--precision", "bf16"], *step.split()
+        ),
+        bench("teacher", *teacher.split()),
+    ]
+
+
+def run_stages(stages: Sequence[Stage], out: Path, *, limit_s: float, root: Path) -> list[Outcome]:
+    """One after the other, none longer than its own limit and what is left of `limit_s`."""
+    outcomes: list[Outcome] = []
+    ends = time.monotonic() + limit_s
+    for stage in stages:
+        most_s = min(stage.limit_s, ends - time.monotonic())
+        print(f"{stage.name}: at most {max(most_s, 0):.0f} s", flush=True)
+        status, seconds = ("no time left", 0.0) if most_s < LEAST_S else run_stage(stage, out, most_s, root)
+        try:
+            summary = stage.summarize(out)
+        except Exception as exc:  # a result that was cut off, or none
+            summary = f"no result ({type(exc).__name__}); see {stage.name}.log"
+        outcomes.append(Outcome(stage.name, status, round(seconds, 1), summary))
+        print(f"{stage.name}: {status}, {seconds:.0f} s; {summary}", flush=True)
+        (out / "summary.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=2) + "\n")
+    return outcomes
+
+
+def run_stage(stage: Stage, out: Path, most_s: float, root: Path) -> tuple[str, float]:
+    """How the stage ended, and after how many seconds."""
+    started = time.monotonic()
+    with (out / f"{stage.name}.log").open("wb") as log:
+        log.write(f"$ {' '.join(stage.command)}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            stage.command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that what it has started goes with it
+        )  # fmt: skip
+        try:
+            status = describe(process.wait(most_s))
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {most_s:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+    return status, time.monotonic() - started
+
+
+def describe(status: int) -> str:
+    """An exit status in words."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    return f"exit {status}" if status else "ok"
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """A line for each stage."""
+    rows = [("stage", "status", "seconds", "result")]
+    rows += [(each.name, each.status, f"{each.seconds:.0f}", each.summary) for each in outcomes]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    )
+
+
+# What the stages do that are no command of the library, each in its own process
+
+
+def run_environment(out: str) -> int:
+    """Versions of the machine and of every installed package."""
+    from importlib import metadata
+
+    import torch
+
+    smi = "name,driver_version,memory.total,clocks.sm,clocks.mem,persistence_mode"
+    for command in (["nvidia-smi", f"--query-gpu={smi}", "--format=csv"], ["uname", "-a"], ["nproc"]):
+        with suppress(OSError):
+            print(subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip())
+    packages = {each.metadata["Name"]: each.version for each in metadata.distributions()}
+    gpus = [
+        {"name": torch.cuda.get_device_name(number), "capability": torch.cuda.get_device_capability(number)}
+        for number in range(torch.cuda.device_count())
+    ]
+    about = {"python": sys.version, "gpus": gpus, "packages": dict(sorted(packages.items()))}
+    Path(out, "environment.json").write_text(json.dumps(about, indent=2) + "\n")
+    print(f"torch {torch.__version__} on {', '.join(gpu['name'] for gpu in gpus) or 'no GPU'}")
+    return 0
+
+
+def run_decode(out: str, device: str) -> int:
+    """Every way to decode, all at once, each in a process of its own; a line of JSON as soon as one is through."""
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    from kd_pipeline.data.decode_trial import try_decoding
+
+    gpu = 0 if device == "cuda" else None
+    ways = [(load, way) for load in ((0.0, 0.65, 1.0) if device == "cuda" else (0.0,)) for way in ("window", "full")]
+    with ThreadPoolExecutor(len(ways)) as pool, Path(out, "decode.jsonl").open("w") as file:
+        trials = [
+            pool.submit(try_decoding, way, device_id=gpu, hw_decoder_load=load, timeout_s=90) for load, way in ways
+        ]
+        found = []
+        for trial in as_completed(trials):
+            found.append(trial.result())
+            print(found[-1].model_dump_json(), file=file, flush=True)
+            print(found[-1], flush=True)
+    return 0 if any(trial.works and not trial.hw_decoder_load for trial in found) else 1
+
+
+def run_doctor(out: str) -> int:
+    """The doctor's report, for people in the log and for programs in a file."""
+    from kd_pipeline.doctor import diagnose
+
+    report = diagnose()
+    Path(out, "doctor.json").write_text(report.model_dump_json(indent=2) + "\n")
+    print(report.to_text())
+    return 0 if report.is_usable else 1
+
+
+def run_photographs(out: str, num_files: str) -> int:
+    """The JPEG files that the benchmarks read."""
+    from kd_pipeline.bench.photographs import make_photographs
+
+    make_photographs(PHOTOGRAPHS, num_files=int(num_files))
+    return 0
+
+
+RUN = {"environment": run_environment, "decode": run_decode, "doctor": run_doctor, "photographs": run_photographs}
+
+# One line of each result
+
+
+def last_line(name: str) -> Callable[[Path], str]:
+    """What the stage said last."""
+    return lambda out: (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1][:200]
+
+
+def read_decode(out: Path) -> str:
+    """Which ways work."""
+    trials = [json.loads(line) for line in (out / "decode.jsonl").read_text().splitlines()]
+    ways = [f"{each['decode']} at load {each['hw_decoder_load']:g}" for each in trials if each["works"]]
+    return f"{len(ways)} of {len(trials)} ways are right: {', '.join(sorted(ways)) or 'none'}"
+
+
+def read_doctor(out: Path) -> str:
+    """What `auto` takes."""
+    abilities = json.loads((out / "doctor.json").read_text())["abilities"]
+    return "; ".join(f"{each['name']} {each['detail']}" for each in abilities if each["kind"] == "setting")[:200]
+
+
+def read_rates(name: str) -> Callable[[Path], str]:
+    """Median images per second of each row."""
+
+    def read(out: Path) -> str:
+        rows = json.loads((out / f"{name}.json").read_text())["rows"]
+        return ", ".join(f"{row.get('name') or row['letter']} {median_of(row['images_per_s'])}" for row in rows)[:400]
+
+    return read
+
+
+def median_of(rates: object) -> str:
+    """Of a benchmark's spread, or of its spreads by batch size."""
+    if isinstance(rates, dict) and "median" in rates:
+        return f"{rates['median']:,.0f}"
+    return "/".join(median_of(each) for each in rates.values()) if isinstance(rates, dict) else "?"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        sys.exit(RUN[sys.argv[2]](*sys.argv[3:]))
+    sys.exit(main())
