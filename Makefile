@@ -16,9 +16,16 @@ test: $(VENV)/installed-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(ARGS)
 
+# Without a GPU it ends here: its line on stderr is all that is shown, and -q lets make itself end with status 1.
+ifneq ($(filter gpu,$(MAKECMDGOALS)),)
+$(shell $(PYTHON) tools/gpu_check.py --look >&2)
+ifeq ($(.SHELLSTATUS),1)
+MAKEFLAGS += -q
+endif
+endif
+
 # In an environment of its own: one package of ONNX Runtime is for CPUs, another one for GPUs.
 gpu:
-	@$(PYTHON) tools/gpu_check.py --look
 	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/installed-gpu
 	.venv-gpu/bin/python tools/gpu_check.py $(ARGS)
 

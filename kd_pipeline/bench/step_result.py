@@ -111,7 +111,7 @@ class StepResult:
             case "loader":
                 return (
                     f"{share} waiting for the loader: raise data.num_threads up to the cores there are, lower "
-                    "transform.size, store smaller images, or on a GPU raise data.hw_decoder_load or data.ahead"
+                    "transform.size, store smaller images, or on a GPU raise data.ahead"
                 )
         faster = "set train.precision to bf16-mixed, or " if self.settings["precision"] == "fp32" else ""
         return (
