@@ -1,4 +1,4 @@
-"""Every call that orders work between DALI, the teacher and the consumer; nothing else in the library waits.
+"""Every call that orders work between DALI, the teacher and the consumer; nothing else waits while batches flow.
 
 On the CPU there is no order to keep. On a GPU DALI's output is bound to the teacher's stream, the teacher is queued
 there, and the consumer's stream, not the host, waits for it. DALI's buffer is kept until the consumer's stream has

@@ -26,6 +26,7 @@ from kd_pipeline.data.transform import EvalTransform, TrainTransform
 from kd_pipeline.engine import export_onnx
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.loader import KDDataLoader, sample_images
+from kd_pipeline.stream import CpuLane
 from kd_pipeline.teachers import TeacherSettings, open_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
@@ -281,6 +282,16 @@ def test_a_value_out_of_range_is_refused_at_once_by_name(open_loader, name, valu
     assert name in str(info.value) and str(value) in str(info.value)
 
 
+@pytest.mark.parametrize("mix", [None, MixSettings(mixup=0.5)], ids=["plain", "mixed"])
+def test_everything_that_is_said_of_a_batch_goes_to_the_device_in_one_copy(open_loader, monkeypatch, mix):
+    uploads = []
+    upload = CpuLane.upload
+    monkeypatch.setattr(CpuLane, "upload", lambda lane, numbers: (uploads.append(numbers), upload(lane, numbers))[1])
+    for number, batch in enumerate(open_loader(SMALL, mix=mix, ahead=0), start=1):
+        assert len(uploads) == number
+        assert batch.valid.dtype == torch.bool and batch.index.dtype == torch.int64
+
+
 # Teachers that do not fit
 
 
@@ -299,7 +310,7 @@ def test_a_batch_above_the_teachers_maximum_is_refused_at_once(open_loader):
 def test_a_teacher_with_the_classes_in_another_order_is_refused_with_the_first_difference(
     open_loader, photo_folder, onnx
 ):
-    teacher = open_teacher(TeacherSettings(onnx=onnx), image_shape=IMAGE_SHAPE)
+    teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=onnx), image_shape=IMAGE_SHAPE)
     open_loader(teacher=teacher)
     other = ImageFolder(photo_folder, classes=("flower", "sky", "roof"))
     with pytest.raises(TeacherError, match="where the data has 'sky' the teacher has 'roof'"):

@@ -84,8 +84,8 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     num_files = _read_all(root)
     report(f"{num_files:,} files read once, so that every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
-    way = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
-    task = LoadTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, way)
+    taken = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
+    task = LoadTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, taken)
     rows = {name: (open_stream, task) for name, open_stream in LOADERS.items()}
     if num_files >= _LARGE_BATCH != settings.batch_size:
         for name in _ON_DALI:
@@ -119,7 +119,7 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
             # Ready ahead: `_PREFETCH` rounds; with DALI those, its reader's and the teacher's.
             num_warm_up=(_PREFETCH + 2) * at_once,
             settings=settings.model_dump(mode="json")
-            | {"root": str(root), "num_threads": num_threads, "device": str(device)},
+            | {"root": str(root), "num_threads": num_threads, "device": str(device), "decode_auto": taken},
             report=report,
         )
     if settings.out is not None:

@@ -54,7 +54,7 @@ class DecodeTrial(Settings):
 
 
 def try_decoding(
-    decode: DecodeWay, *, device_id: int | None, hw_decoder_load: float = 0.0, timeout_s: float = 120.0
+    decode: DecodeWay, *, device_id: int | None, hw_decoder_load: float = 0.0, timeout_s: float = 60.0
 ) -> DecodeTrial:
     """Decode pictures in a process of its own, whose crash or hang is a finding like any other.
 
@@ -95,7 +95,7 @@ def make_pictures(folder: Path) -> list[Path]:
 
 def describe_faults(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> str:
     """What is wrong with views `[N, 3, H, W]` on the scale from 0 to 255; empty where nothing is."""
-    wrong = np.flatnonzero(_worst_tile(found, wanted) > _WRONG)
+    wrong = np.flatnonzero(~(_worst_tile(found, wanted) <= _WRONG))  # NaN is wrong too
     if not len(wrong):
         return ""
     blank = [row for row in wrong if np.ptp(found[row], axis=(1, 2)).max() < _BLANK]

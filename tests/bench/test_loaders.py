@@ -142,6 +142,7 @@ def test_the_result_says_what_it_was_measured_with(measured: tuple[BenchResult, 
         "num_threads": 1,
         "device": "cpu",
         "decode": [],
+        "decode_auto": "window",
         "hw_decoder_loads": [],
         "out": str(here / "a/b.json"),
     }

@@ -56,6 +56,7 @@ SPOIL = {
     "half": (lambda found: found[70, :, 32:].fill(0), "1 of 384 images are wrong"),
     "one corner": (lambda found: found[70, :, 56:, 56:].fill(0), "1 of 384 images are wrong"),
     "noise": (lambda found: np.copyto(found[5], found[5][:, ::-1]), "1 of 384 images are wrong"),
+    "not a number": (lambda found: found[9].fill(np.nan), "1 of 384 images are wrong"),
     "all of them": (lambda found: found.fill(0), "384 of 384 images are wrong (384 of one color)"),
 }
 

@@ -82,6 +82,7 @@ def test_one_member_alone_answers_for_itself(average: str) -> None:
 
 
 def test_members_of_different_runtimes_and_precisions_join(exported: Callable[[int], Path]) -> None:
+    pytest.importorskip("openvino")
     teachers = [
         member(0, precision="bf16"),
         open_teacher(TeacherSettings(backend="openvino", onnx=exported(1))),

@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
@@ -15,7 +16,8 @@ from kd_pipeline.teachers.ov import OpenVINOTeacher
 from tests.models import CLASSES
 from tests.teachers.onnx_models import IMAGES, LOGITS, linear_model, point_at, write_external
 
-BOTH = pytest.mark.parametrize("open_file", [OpenVINOTeacher, OnnxRuntimeTeacher])
+NO_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
+BOTH = pytest.mark.parametrize("open_file", [pytest.param(OpenVINOTeacher, marks=NO_OPENVINO), OnnxRuntimeTeacher])
 
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 

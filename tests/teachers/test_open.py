@@ -2,6 +2,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from kd_pipeline.teachers import EnsembleSettings, Teacher, TeacherSettings, ope
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from tests.models import CLASSES, IMAGE_SHAPE, ConvNet, random_images
 
+NO_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 ONNX, ENGINE = Path("teacher.onnx"), Path("teacher.engine")
 
 
@@ -25,6 +27,7 @@ def test_auto_runs_a_module_with_pytorch_and_says_why(caplog: pytest.LogCaptureF
     assert caplog.messages == ["teacher: pytorch in bf16 on cpu, because the teacher is a module"]
 
 
+@NO_OPENVINO
 def test_auto_runs_an_onnx_file_with_openvino_and_says_why(
     exported: Callable[[int], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -54,6 +57,7 @@ def test_the_settings_of_pytorch_and_the_dtype_of_the_images_reach_it() -> None:
     assert str(teacher.images) == "[any, 3, 32, 32] float16"
 
 
+@NO_OPENVINO
 def test_the_number_of_threads_reaches_both_cpu_runtimes(exported: Callable[[int], Path]) -> None:
     ov = open_teacher(TeacherSettings(backend="openvino", onnx=exported(0), num_threads=1))
     assert ov._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
@@ -268,7 +272,8 @@ def test_an_ensemble_that_does_not_fit_together_is_refused(exported: Callable[[i
     with pytest.raises(ConfigError, match="an ensemble opens its members by their settings and got a module"):
         open_teacher(EnsembleSettings(members=[TeacherSettings(onnx=ONNX)]), module=ConvNet())
     with pytest.raises(TeacherError, match=r"teacher.onnx: there is no such file"):
-        open_teacher(EnsembleSettings(members=[TeacherSettings(onnx=exported(0)), TeacherSettings(onnx=ONNX)]))
+        onnx = [exported(0), ONNX]
+        open_teacher(EnsembleSettings(members=[TeacherSettings(backend="onnxruntime", onnx=each) for each in onnx]))
 
 
 def test_settings_survive_a_round_trip_through_a_file(exported: Callable[[int], Path]) -> None:
@@ -307,7 +312,7 @@ def test_images_that_do_not_fit_are_refused_when_opening_with_both(
 
 def test_a_file_for_other_images_is_refused_when_opening(exported: Callable[[int], Path]) -> None:
     with pytest.raises(TeacherError, match=r"takes images \[any, 3, 32, 32\] float32, got \[1, 3, 48, 48\]"):
-        open_teacher(TeacherSettings(onnx=exported(0)), image_shape=(3, 48, 48))
+        open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)), image_shape=(3, 48, 48))
 
 
 def test_the_room_imports_without_any_runtime() -> None:

@@ -106,7 +106,7 @@ def test_a_background_class_before_a_thousand_is_found_by_name(tmp_path: Path) -
     torch.manual_seed(0)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 1001))
     path = export_onnx(net, tmp_path / "t.onnx", image_shape=SHAPE, classes=("background", *names))
-    teacher = open_teacher(TeacherSettings(onnx=path))
+    teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=path))
     images = random_images(3, shape=SHAPE)
     assert torch.equal(matched(teacher, names)(images)["logits"], teacher(images)["logits"][:, 1:])
 
