@@ -235,21 +235,18 @@ def test_each_load_of_a_gpus_decoder_gets_rows_of_its_own(photographs: Path, mon
     assert all(task.device == gpu for task in tasks)
 
 
-def test_both_ways_to_decode_are_measured_side_by_side(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_way_to_decode_gets_rows_of_its_own(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "LOADERS", {name: LOADERS[name] for name in ("KDDataLoader", "bare DALI graph")})
-    settings = BenchLoaderSettings(
-        root=photographs, batch_size=8, size=16, num_batches=1, repeats=1, num_threads=1, decode=("window", "full")
-    )
-    rows = bench_loader(settings).rows
-    assert [row.name for row in rows] == [
-        "KDDataLoader",
-        "bare DALI graph",
-        "KDDataLoader, decode window",
-        "bare DALI graph, decode window",
-        "KDDataLoader, decode full",
-        "bare DALI graph, decode full",
-    ]
-    assert all(min(row.images_per_s) > 0 for row in rows)
+    monkeypatch.setattr(room, "measure", lambda contenders, **options: {one.name: one.run(1) for one in contenders})
+    settings = BenchLoaderSettings(root=photographs, batch_size=8, size=16, num_threads=1, decode=("window", "full"))
+    assert bench_loader(settings) == {
+        "KDDataLoader": 8,
+        "bare DALI graph": 8,
+        "KDDataLoader, decode window": 8,
+        "bare DALI graph, decode window": 8,
+        "KDDataLoader, decode full": 8,
+        "bare DALI graph, decode full": 8,
+    }
 
 
 def test_a_hardware_decoder_of_a_cpu_is_refused(photographs: Path) -> None:
