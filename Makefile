@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+WORKERS ?= 2
 METADATA := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: demo test gpu format clean
@@ -14,7 +15,7 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 # Without a GPU it ends here: its line on stderr is all that is shown, and -q lets make itself end with status 1.
 ifneq ($(filter gpu,$(MAKECMDGOALS)),)

@@ -345,16 +345,19 @@ def _probe_onnxruntime(has_gpu: bool) -> _Answer:
     onnxruntime = require("onnxruntime", extra="cpu")
     providers = onnxruntime.get_available_providers()
     detail = ", ".join(providers)
-    if _CUDA_PROVIDER in providers and not _has_working_cuda_provider(onnxruntime, has_gpu):
-        providers.remove(_CUDA_PROVIDER)
-        detail = f"{detail}; the one for CUDA does not load here" if has_gpu else ", ".join(providers)
-    return {"version": onnxruntime.__version__, "detail": detail, "capabilities": providers}
+    if has_gpu and _CUDA_PROVIDER in providers:
+        try:
+            works = _runs_on_gpu(onnxruntime)
+        except Exception as exc:
+            works, detail = False, f"{detail}; {_CUDA_PROVIDER}: {exc}"
+        if not works:
+            providers.remove(_CUDA_PROVIDER)
+            detail = f"{detail}; {_CUDA_PROVIDER} does not run here"
+    return {"version": onnxruntime.__version__, "detail": textwrap.shorten(detail, 300), "capabilities": providers}
 
 
-def _has_working_cuda_provider(onnxruntime: ModuleType, has_gpu: bool) -> bool:
-    """Run a model of one node on the first GPU."""
-    if not has_gpu:
-        return False
+def _runs_on_gpu(onnxruntime: ModuleType) -> bool:
+    """Whether ONNX Runtime runs a model of one node on the first GPU."""
     import torch  # noqa: F401  # which loads the CUDA libraries that ONNX Runtime uses
 
     onnx = require("onnx", extra="cpu")

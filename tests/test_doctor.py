@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kd_pipeline import doctor
 from kd_pipeline.data import decode
 from kd_pipeline.data.decode import choose_decode
 from kd_pipeline.data.decode_trial import DecodeTrial
@@ -132,6 +133,21 @@ def test_tensorrt_rtx_builds_without_a_gpu(report: Report) -> None:
     assert check.status == "ok", check.detail
     assert {"8.6", "8.9"} <= set(check.capabilities) and "9.0" not in check.capabilities
     assert ability_of(report, "command", "build-engine").works
+
+
+def test_a_provider_that_does_not_run_on_the_gpu_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the CPU's provider stands for the one that is tried."""
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(doctor, "_CUDA_PROVIDER", "CPUExecutionProvider")
+    assert "CPUExecutionProvider" in doctor._probe_onnxruntime(True)["capabilities"]
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: ["another"])
+    found = doctor._probe_onnxruntime(True)
+    assert "CPUExecutionProvider" not in found["capabilities"]
+    assert found["detail"].endswith("CPUExecutionProvider does not run here")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", None)
+    assert "NoneType" in doctor._probe_onnxruntime(True)["detail"]
+    assert "CPUExecutionProvider" in doctor._probe_onnxruntime(False)["capabilities"]
 
 
 def trials(**faults: str) -> list[DecodeTrial]:

@@ -177,8 +177,9 @@ def test_a_step_returns_while_the_student_is_still_at_work(
     open_loader: Callable[..., KDDataLoader], teacher: Teacher, device: torch.device
 ) -> None:
     loader = open_loader(TRAIN, teacher, ahead=1)
-    for _ in loader:
-        pass
+    for _ in range(3):  # until DALI needs no more memory, for which it would wait
+        for _ in loader:
+            pass
     batches = iter(loader)
     next(batches)
     torch.cuda._sleep(10 * LONG)
