@@ -77,11 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.look:
         return 0
     out = (parsed.out or Path("benchmarks") / re.sub(r"\W+", "_", name.lower()).strip("_")).absolute()
-    out.mkdir(parents=True, exist_ok=True)
     stages = all_stages(parsed.device, out)
     if unknown := set(parsed.stages or ()) - {stage.name for stage in stages}:
         parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(stage.name for stage in stages)}")
     stages = [stage for stage in stages if not parsed.stages or stage.name in parsed.stages]
+    out.mkdir(parents=True, exist_ok=True)
     outcomes = run_stages(stages, out, limit_s=parsed.limit_s, root=ROOT)
     print("\n" + table(outcomes) + f"\nresults in {out}")
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
