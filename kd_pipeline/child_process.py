@@ -1,4 +1,4 @@
-"""A function of this library in a Python of its own: whether it crashes, hangs or raises, its caller hears of it."""
+"""A function of this library in a Python of its own: whether it crashes, hangs or raises, its caller learns why."""
 
 import os
 import signal

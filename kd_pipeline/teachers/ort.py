@@ -166,7 +166,7 @@ class _OnCuda:
         """What the runtime queues inside comes after the caller's earlier work and before its later work.
 
         So the caller's stream owns images and outputs as if it had done the work itself. Memory that is not torch's is
-        used anew once nobody holds it, so the images are held until they have been read.
+        reused once nobody holds it, so the images are held until they have been read.
         """
         while self._held and self._held[0][0].query():  # type: ignore[no-untyped-call]
             self._held.popleft()
