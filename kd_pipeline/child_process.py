@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TextIO
 
-__all__ = ["ChildResult", "open_report", "run_child"]
+__all__ = ["ChildResult", "kill_session", "open_report", "run_child"]
 
 _GRACE_S = 5.0
 """How long a killed child may take to disappear; one that waits for a hung driver never does."""
@@ -45,13 +45,13 @@ def run_child(function: str, *arguments: str, timeout_s: float) -> ChildResult:
         output, log = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         failure = f"no answer within {timeout_s:g} s"
-        _kill(child)
+        kill_session(child)
         try:
             output, log = child.communicate(timeout=_GRACE_S)
         except subprocess.TimeoutExpired as exc:
             output, log = exc.stdout or b"", exc.stderr or b""
     except BaseException:
-        _kill(child)
+        kill_session(child)
         raise
     else:
         failure = _how_it_ended(child.returncode)
@@ -65,7 +65,8 @@ def open_report() -> TextIO:
     return report
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def kill_session(child: subprocess.Popen[bytes]) -> None:
+    """End a process that was started in a session of its own, and whatever it has started there."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):

@@ -17,6 +17,7 @@ from kd_pipeline.errors import ConfigError
 from kd_pipeline.nvidia_driver import ask_driver
 from kd_pipeline.optional import require
 from kd_pipeline.settings import Settings
+from kd_pipeline.tensorrt_package import LOWEST_CAPABILITY
 
 if TYPE_CHECKING:
     # Elsewhere in functions: they stand on NumPy, Pillow and torch, and a broken one is what a doctor is called for.
@@ -35,8 +36,6 @@ _GROUPS = (
 """What is tried, each group in a process of its own; within one, what is imported once need not be again."""
 _HW_DECODER_LOADS = (0.0, 1.0)
 """Shares of the hardware decoder that are tried: the default, and all that it takes."""
-_TENSORRT_SINCE = (7, 5)
-"""The lowest compute capability of TensorRT 10 and later; TensorRT-RTX names its own."""
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _PRECISIONS = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
 _EXTRAS = {"lightning": "train", "timm": "timm", "torchvision": "timm", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
@@ -183,7 +182,7 @@ def _install_line(name: str, cuda_driver: str | None) -> str | None:
 def _serving(compute_capability: str, checks: Mapping[str, Check]) -> Iterator[str]:
     """The TensorRT packages that work here and support such a GPU."""
     major, minor = map(int, compute_capability.split("."))
-    if checks["tensorrt"].status == "ok" and (major, minor) >= _TENSORRT_SINCE:
+    if checks["tensorrt"].status == "ok" and (major, minor) >= LOWEST_CAPABILITY:
         yield "tensorrt"
     if compute_capability in checks["tensorrt_rtx"].capabilities:
         yield "tensorrt_rtx"

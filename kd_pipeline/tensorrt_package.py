@@ -10,13 +10,13 @@ from typing import Any, Literal, TypeVar
 from kd_pipeline.errors import EngineError, MissingPackageError
 from kd_pipeline.optional import require
 
-__all__ = ["Runtime", "TensorRT", "open_tensorrt", "why_unusable"]
+__all__ = ["LOWEST_CAPABILITY", "Runtime", "TensorRT", "open_tensorrt", "why_unusable"]
 
 Runtime = Literal["tensorrt", "tensorrt_rtx"]
 
 _logger = logging.getLogger("kd_pipeline.tensorrt")
 
-_LOWEST_CAPABILITY = (7, 5)
+LOWEST_CAPABILITY = (7, 5)
 """Of TensorRT 10 and later; TensorRT-RTX names its own."""
 _MOST_ERRORS = 8
 """Of one failure; the first ones name the cause, and TensorRT may go on for long."""
@@ -89,7 +89,7 @@ def why_unusable(
     if tensorrt.runtime == "tensorrt_rtx":
         known = tensorrt.module.ComputeCapability
         return None if hasattr(known, f"SM{name.replace('.', '')}") else f"tensorrt_rtx is not made for {name}"
-    return None if capability >= _LOWEST_CAPABILITY else f"tensorrt is not made for {name}"
+    return None if capability >= LOWEST_CAPABILITY else f"tensorrt is not made for {name}"
 
 
 @cache

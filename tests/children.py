@@ -24,7 +24,8 @@ def talk(*arguments: str) -> None:
 
 
 def say_nothing(*arguments: str) -> None:
-    print("a package prints this", file=open_report() and None)
+    open_report()
+    print("a package prints this")
 
 
 def fail(*arguments: str) -> None:

@@ -10,7 +10,6 @@ prints is in `<stage>.log`, its result beside it, and the table of all stages in
 
 import argparse
 import json
-import os
 import re
 import signal
 import subprocess
@@ -25,11 +24,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 # Only what needs no package: `make gpu` looks for a GPU before there is an environment.
+from kd_pipeline.child_process import kill_session
 from kd_pipeline.nvidia_driver import Driver, ask_driver
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE_S = 5.0
-"""How long a stage may take to disappear once it is killed."""
 LEAST_S = 5.0
 """A stage that has less than this left is not begun."""
 PHOTOGRAPHS = Path("data/photographs")
@@ -170,10 +168,7 @@ def run_stage(stage: Stage, out: Path, most_s: float, root: Path) -> tuple[str, 
         except subprocess.TimeoutExpired:
             status = f"stopped after {most_s:.0f} s"
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
+            kill_session(process)
     return status, time.monotonic() - started
 
 
@@ -208,7 +203,7 @@ def run_environment(out: str) -> int:
     for command in (["nvidia-smi", f"--query-gpu={smi}", "--format=csv"], ["uname", "-a"], ["nproc"]):
         with suppress(OSError):
             print(subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip())
-    packages = {each.metadata["Name"]: each.version for each in metadata.distributions()}
+    packages = {each.name: each.version for each in metadata.distributions() if each.name}
     gpus = [
         {"name": torch.cuda.get_device_name(number), "capability": torch.cuda.get_device_capability(number)}
         for number in range(torch.cuda.device_count())
@@ -285,7 +280,7 @@ def read_rates(name: str) -> Callable[[Path], str]:
 
     def read(out: Path) -> str:
         rows = json.loads((out / f"{name}.json").read_text())["rows"]
-        return ", ".join(f"{row.get('name') or row['letter']} {median_of(row['images_per_s'])}" for row in rows)[:400]
+        return ", ".join(f"{row['name']} {median_of(row['images_per_s'])}" for row in rows)[:400]
 
     return read
 

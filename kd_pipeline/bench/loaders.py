@@ -16,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 from kd_pipeline.bench.measure import BenchResult, Contender, measure, prepare_out
 from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.data.decode import resolve_decode
+from kd_pipeline.data.decode_trial import try_decoding
 from kd_pipeline.data.graph import DecodeWay
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.source import ImageFolder
@@ -87,23 +88,25 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     taken = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
     task = LoadTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, taken)
     rows = {name: (open_stream, task) for name, open_stream in LOADERS.items()}
+
+    def add(label: str, **changes: Any) -> None:
+        rows.update({f"{name}, {label}": (LOADERS[name], replace(task, **changes)) for name in _ON_DALI})
+
     if num_files >= _LARGE_BATCH != settings.batch_size:
-        for name in _ON_DALI:
-            rows[f"{name}, batch of {_LARGE_BATCH}"] = (LOADERS[name], replace(task, batch_size=_LARGE_BATCH))
+        add(f"batch of {_LARGE_BATCH}", batch_size=_LARGE_BATCH)
     for way in settings.decode:
-        for name in _ON_DALI:
-            rows[f"{name}, decode {way}"] = (LOADERS[name], replace(task, decode=way))
+        # A way that crashes on this GPU would end all rows.
+        if device.type == "cuda" and not (trial := try_decoding(way, device_id=device.index)).works:
+            report(f"no rows for decode {way}: {trial}")
+            continue
+        add(f"decode {way}", decode=way)
     for load in settings.hw_decoder_loads:
         try:
             way = resolve_decode("auto", device_id=device.index, hw_decoder_load=load)
         except ConfigError as exc:
             report(f"no rows for hw_decoder_load {load:g}: {exc}")
             continue
-        for name in _ON_DALI:
-            rows[f"{name}, hw_decoder_load {load:g}"] = (
-                LOADERS[name],
-                replace(task, decode=way, hw_decoder_load=load),
-            )
+        add(f"hw_decoder_load {load:g}", decode=way, hw_decoder_load=load)
     with ExitStack() as stack:
         contenders = [
             Contender(name, _Runner(stack.enter_context(closing(open_stream(own))), device))

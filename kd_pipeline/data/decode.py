@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -71,10 +72,7 @@ def choose_decode(device_id: int, hw_decoder_load: float) -> DecodeChoice:
             _logger.info("data.decode: auto takes %s on GPU %d: %s", kept.decode, device_id, kept.reason)
             return kept
         _logger.info("trying out how GPU %d decodes, once for this driver and DALI", device_id)
-
-        def trial(way: DecodeWay) -> DecodeTrial:
-            return try_decoding(way, device_id=device_id, hw_decoder_load=hw_decoder_load)
-
+        trial = partial(try_decoding, device_id=device_id, hw_decoder_load=hw_decoder_load)
         choice = pick_decode(trial("window"), lambda: trial("full"))
         level = logging.INFO if choice.decode == "window" else logging.WARNING
         _logger.log(level, "data.decode: auto takes %s on GPU %d: %s", choice.decode, device_id, choice.reason)

@@ -32,6 +32,7 @@ _NO_ANSWER = ("out of memory", "bad_alloc", "memoryerror", "cuda is not availabl
 """What errors say that are not the decoder's."""
 _TRANSFORM = TrainTransform(size=_SIZE, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
 _MAX_PIXELS = 10**7
+_LOG_LENGTH = 2000
 
 
 class DecodeTrial(Settings):
@@ -46,6 +47,8 @@ class DecodeTrial(Settings):
     """False where the trial could not be made, as with too little memory: that says nothing about the decoder."""
     nvjpeg: tuple[int, int] | None = None
     """Version of the nvJPEG library that nvImageCodec has loaded."""
+    log: str = ""
+    """The end of what the process printed, where it did not come to report."""
 
     def __str__(self) -> str:
         way = {"window": "windows", "full": "whole images"}[self.decode]
@@ -73,7 +76,8 @@ def try_decoding(
             failure = f"reported {child.lines[-1]!r:.80}"
     else:
         failure = child.failure or "ended without a report"
-    return DecodeTrial(decode=decode, hw_decoder_load=hw_decoder_load, works=False, detail=failure)
+    log = child.log.strip()[-_LOG_LENGTH:]
+    return DecodeTrial(decode=decode, hw_decoder_load=hw_decoder_load, works=False, detail=failure, log=log)
 
 
 def make_pictures(folder: Path) -> list[Path]:
@@ -124,7 +128,6 @@ def report_trial(decode: DecodeWay, device: str, hw_decoder_load: str) -> None:
         nvjpeg=_loaded_nvjpeg(),
     )
     print(trial.model_dump_json(), file=report)
-    report.flush()
 
 
 def compare_decoding(decode: DecodeWay, *, device_id: int | None, hw_decoder_load: float = 0.0) -> tuple[bool, str]:

@@ -144,23 +144,33 @@ class Reader:
         except RuntimeError as failure:
             batches = self._pulled[0].batches if self._pulled else []  # none where the source itself failed
             self.stop()
-            if len(batches) > 1:
-                # So that what is wrong with a batch is said at its turn.
-                _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", len(batches), epoch + 1)
-                self._ungrouped = epoch
-                return {}
-            if not any(self.bad_samples.examine(self.bad_samples.replace(it.plan.index)[0]) for it in batches):
-                if not batches or self._retried == (epoch, number):
-                    self._retried = None
-                    failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
-                    raise
-                # Each image alone decodes: as where other processes have the memory for a moment.
-                _logger.warning("DALI failed on batch %d of epoch %d and on no image of it; once more", number, epoch)
-                self._retried = epoch, number
+            self._explain(failure, batches, epoch, number)
             return {}
         except BaseException:
             self.stop()  # what was pulled may have been lost on the way, as by an interrupt
             raise
+
+    def _explain(self, failure: RuntimeError, batches: Sequence[_Planned], epoch: int, number: int) -> None:
+        """Find out why DALI failed on some batches from `number` on; returns where they are to be asked for again.
+
+        Raises:
+            BadSampleError, TooManyBadSamplesError: a sample is the reason.
+            RuntimeError: `failure` itself, of a source or for the second time.
+        """
+        if len(batches) > 1:
+            # So that what is wrong with a batch is said at its turn.
+            _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", len(batches), epoch + 1)
+            self._ungrouped = epoch
+            return
+        if any(self.bad_samples.examine(self.bad_samples.replace(it.plan.index)[0]) for it in batches):
+            return
+        if not batches or self._retried == (epoch, number):
+            self._retried = None
+            failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
+            raise failure
+        # Each image alone decodes: as where other processes have the memory for a moment.
+        _logger.warning("DALI failed on batch %d of epoch %d and on no image of it; once more", number, epoch)
+        self._retried = epoch, number
 
     def _behind(self, position: tuple[int, int]) -> tuple[int, int]:
         """The position of the batch that follows."""

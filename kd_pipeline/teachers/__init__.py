@@ -288,7 +288,10 @@ def _open_module(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) 
         return open_module(compile=True)
     except TeacherError as exc:
         teacher = open_module(compile=False)  # which fails alike where compiling was not the reason
-        _logger.warning("torch.compile fails on the teacher, which runs without it; set teacher.compile: %s", exc)
+        _logger.warning(
+            "torch.compile fails on the teacher, which runs without it (teacher.compile: false spares the attempt): %s",
+            exc,
+        )
         return teacher
 
 
@@ -398,9 +401,10 @@ def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.d
 
 def _choose_on_gpu(settings: TeacherSettings, device: torch.device) -> tuple[str, str]:
     """What runs an ONNX file on a GPU, and why it is that."""
-    if settings.runtime != "auto" or not torch.cuda.is_available():
-        return "tensorrt", "because the teacher is an ONNX file and the images are on a GPU"
-    if (no_tensorrt := why_unusable(torch.cuda.get_device_capability(device))) is None:
+    no_tensorrt = None
+    if settings.runtime == "auto" and torch.cuda.is_available():
+        no_tensorrt = why_unusable(torch.cuda.get_device_capability(device))
+    if no_tensorrt is None:
         return "tensorrt", "because the teacher is an ONNX file and the images are on a GPU"
     if (no_onnxruntime := why_no_cuda()) is None:
         return "onnxruntime", f"because the teacher is an ONNX file and no TensorRT runs on this GPU ({no_tensorrt})"

@@ -18,6 +18,7 @@ from kd_pipeline.bench import loaders as room
 from kd_pipeline.bench import photographs as photographs_room
 from kd_pipeline.bench.loaders import LOADERS, LoadTask
 from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.data.decode_trial import DecodeTrial
 from kd_pipeline.data.transform import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, MissingPackageError
 
@@ -217,21 +218,29 @@ def test_each_load_of_a_gpus_decoder_gets_rows_of_its_own(photographs: Path, mon
             raise ConfigError("this GPU decodes pictures in neither way")
         return "full" if hw_decoder_load else "window"
 
+    def trial(way: str, *, device_id: int) -> DecodeTrial:
+        return DecodeTrial(decode=way, hw_decoder_load=0, works=way == "full", detail="crashed with SIGSEGV")
+
     monkeypatch.setattr(room, "resolve_decode", find)
+    monkeypatch.setattr(room, "try_decoding", trial)
     monkeypatch.setattr(room, "LOADERS", dict.fromkeys(LOADERS, remember))
     monkeypatch.setattr(room, "measure", lambda contenders, **options: [one.name for one in contenders])
     lines: list[str] = []
-    names = bench_loader(BenchLoaderSettings(root=photographs, hw_decoder_loads=(0, 0.75, 1)), report=lines.append)
+    settings = BenchLoaderSettings(root=photographs, decode=("window", "full"), hw_decoder_loads=(0, 0.75, 1))
+    names = bench_loader(settings, report=lines.append)
+    assert lines[-2] == "no rows for decode window: windows: crashed with SIGSEGV"
     assert lines[-1] == "no rows for hw_decoder_load 1: this GPU decodes pictures in neither way"
     assert names == [
         *LOADERS,
+        "KDDataLoader, decode full",
+        "bare DALI graph, decode full",
         "KDDataLoader, hw_decoder_load 0",
         "bare DALI graph, hw_decoder_load 0",
         "KDDataLoader, hw_decoder_load 0.75",
         "bare DALI graph, hw_decoder_load 0.75",
     ]
-    assert [task.hw_decoder_load for task in tasks] == [0] * 6 + [0.75] * 2
-    assert [task.decode for task in tasks] == ["window"] * 6 + ["full"] * 2
+    assert [task.hw_decoder_load for task in tasks] == [0] * 8 + [0.75] * 2
+    assert [task.decode for task in tasks] == ["window"] * 4 + ["full"] * 2 + ["window"] * 2 + ["full"] * 2
     assert all(task.device == gpu for task in tasks)
 
 

@@ -96,6 +96,7 @@ def test_a_process_that_misbehaves_is_a_finding(monkeypatch: pytest.MonkeyPatch,
     trial = try_decoding("window", device_id=0, hw_decoder_load=0.5, timeout_s=4)
     assert (trial.works, trial.has_answered, trial.detail) == (False, True, detail)
     assert str(trial) == f"windows with hw_decoder_load 0.5: {detail}"
+    assert trial.log == {"say_nothing": "a package prints this"}.get(child, "")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 from kd_pipeline.bench import BenchLoaderSettings, bench_loader
 from kd_pipeline.bench.loaders import LOADERS, LoadTask
 from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.data.transform import TrainTransform
 
 
@@ -18,7 +19,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_every_loader_gives_whole_batches_on_the_gpu(name: str, photographs: Path, device: torch.device) -> None:
-    stream = LOADERS[name](LoadTask(photographs, TrainTransform(size=32), 8, 2, device))
+    way = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
+    stream = LOADERS[name](LoadTask(photographs, TrainTransform(size=32), 8, 2, device, way))
     for _ in range(6):
         images = next(stream)
         assert images.shape == (8, 3, 32, 32) and images.device == device and images.isfinite().all()
