@@ -4,7 +4,7 @@ import ctypes
 import os
 import time
 
-from kd_pipeline.child_process import open_report
+from kd_pipeline._core.child_process import open_report
 from kd_pipeline.data.decode_trial import report_trial
 
 

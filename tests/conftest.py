@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from kd_pipeline.engine import export_onnx
-from tests.models import CLASSES as CLASS_NAMES
-from tests.models import IMAGE_SHAPE, ConvNet
+from kd_pipeline.onnx.export import export_onnx
+from tests import runs
+from tests.networks import CLASSES as CLASS_NAMES
+from tests.networks import IMAGE_SHAPE, ConvNet
 
 # The tensors here are tiny: with more threads, torch's mostly wait for one another and for DALI's. The variable is for
 # the processes that tests start.
@@ -90,3 +91,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
         return export_onnx(ConvNet(seed), folder / f"{seed}.onnx", image_shape=IMAGE_SHAPE, classes=CLASS_NAMES)
 
     return export
+
+
+@pytest.fixture(scope="session")
+def trained_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the teacher has been trained; do not change it."""
+    folder = tmp_path_factory.mktemp("trained_teacher")
+    runs.write_data(folder)
+    (folder / "tiny.yaml").write_text(runs.CONFIG, encoding="utf-8")
+    status, said = runs.finish(runs.start(folder, "stage=teacher"))
+    assert status == 0, said
+    return folder

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_pipeline.config import Config
+from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.loader import KDDataLoader
-from kd_pipeline.record import RecordSettings, record
-from kd_pipeline.teachers.recording import Manifest
-from kd_pipeline.training.teacher import open_run_teacher
-from tests.models import ConvNet
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.teachers.recorded.files import Manifest
+from kd_pipeline.workflows._record import RecordSettings, record
+from kd_pipeline.workflows.teacher import open_run_teacher
+from tests.networks import ConvNet
 from tests.streams import TRAIN, Fields, run
 
 NUM_EPOCHS = 2

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.data.transform import EvalTransform, TrainTransform
-from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from tests.models import IMAGE_SHAPE, ConvNet
+from tests.networks import IMAGE_SHAPE, ConvNet
 
 Fields = dict[str, Tensor]
 """All tensors of a batch, or of one row, by name."""

@@ -1,6 +1,7 @@
-"""FLOORS, read from top to bottom, is the map of the library: a room imports only from the floors above its own."""
+"""PACKAGES, read from top to bottom, is the map of the library: a package imports only from those above it."""
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,109 +10,72 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "kd_pipeline"
 
-FLOORS = [
+PACKAGES = [
     "errors",
-    "child_process known_names optional settings threads user_cache whole_file",
-    "nvidia_driver plugins ramp tensorrt_package",
-    "batch data",
-    "data.fingerprint data.index_cache data.labels",
-    "data.arrays data.files data.plain_pickle",
-    "data.cifar",
-    "data.file_list data.image_folder",
-    "data.source",
-    "data.plan",
-    "data.auto_augment",
-    "data.transform",
-    "input_adapter data.mix",
-    "data.graph",
-    "data.decode_trial",
-    "data.decode",
-    "data_settings",
-    "data.bad_samples",
-    "data.reader",
+    "batch",
+    "_core",
+    "data",
     "models",
-    "teachers.base teachers.engine_file",
-    "teachers.recording",
-    "teachers.recorded",
-    "teachers.ensemble teachers.onnx_file teachers.permuted teachers.pytorch",
-    "taps",
-    "teachers.trt_engine",
-    "teachers.ort teachers.ov teachers.trt",
-    "engine.cache engine.compile engine.export engine.parity",
-    "engine.build_settings engine.edit engine.load",
-    "engine.precision engine.quantize",
-    "engine.build",
-    "engine",
-    "teachers",
-    "losses._rows",
-    "losses.hard losses.similarity losses.soft",
-    "losses.features",
+    "onnx",
     "losses",
-    "state stream",
-    "replay",
+    "teachers",
     "loader",
-    "distill_settings",
-    "distillation evaluation probe model_files",
-    "comparison prediction",
-    "report.canvas",
-    "report report.curves report.grid report.scaling bench.measure bench.photographs",
-    "bench.loaders bench.starts bench.teacher_race",
-    "bench.scale bench.teachers",
-    "bench",
-    "report.bars",
-    "plain_yaml",
-    "config_file",
-    "training training.optimizers training.processes training.schedules training.rng training.sharding",
-    "training.ema",
-    "training.checkpoint training.train_settings",
-    "training.early_stopping training.signals",
+    "evaluation",
+    "report",
+    "training",
     "config",
-    "training.export training.folder training.metrics training.module",
-    "training.loggers training.teacher",
-    "check record training.run",
-    "bench.ways",
-    "bench.isolated",
-    "bench.step_result",
-    "bench.step",
-    "demo doctor",
-    "cli.arguments",
-    "cli.bench cli.build_engine cli.check cli.demo cli.doctor cli.eval cli.predict cli.record cli.train",
+    "workflows",
+    "bench",
     "cli",
     "__main__",
 ]
-FLOOR_OF = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 
 EVERYWHERE = {"PIL", "numpy", "pydantic", "pydantic_core", "torch", "yaml"}
 """What the library cannot do without, from setup.cfg."""
 WRAPPED_IN = {
     "comet_ml": {"training.loggers"},
-    "cuda": {"doctor", "teachers.trt"},
-    "lightning": {"doctor"} | {f"training.{room}" for room in ("checkpoint", "loggers", "metrics", "module", "run")},
+    "cuda": {"teachers.tensorrt.teacher", "workflows.doctor"},
+    "lightning": {
+        "training.checkpoint",
+        "training.loggers",
+        "training.metrics_csv",
+        "training.module",
+        "workflows._train",
+        "workflows.doctor",
+    },
     "mlflow": {"training.loggers"},
-    "nvidia": {"bench.loaders", "data.auto_augment", "data.decode", "data.graph", "data.transform", "doctor", "loader"},
-    "onnx": {"doctor", "engine.edit", "engine.export", "engine.precision", "teachers.onnx_file"},
-    "onnx_ir": {"engine.edit", "engine.precision", "engine.quantize"},
-    "onnxruntime": {"doctor", "engine.export", "engine.precision", "engine.quantize", "teachers.ort"},
-    "onnxscript": {"doctor", "engine.export"},
-    "openvino": {"doctor", "teachers.ov"},
-    "rich": {"demo"},
-    "safetensors": {"models", "training.export"},
-    "sklearn": {"bench.photographs", "demo"},
-    "tensorrt": {"doctor", "tensorrt_package"},
-    "tensorrt_rtx": {"doctor", "tensorrt_package"},
-    "timm": {"doctor", "models", "training.optimizers"},
-    "torchmetrics": {"evaluation"},
-    "torchvision": {"bench.loaders", "bench.step", "doctor", "models"},
+    "nvidia": {
+        "bench.loaders",
+        "data.auto_augment",
+        "data.dali",
+        "data.decode",
+        "data.transforms",
+        "loader.loader",
+        "workflows.doctor",
+    },
+    "onnx": {"onnx.edit", "onnx.export", "onnx.file", "onnx.half_precision", "workflows.doctor"},
+    "onnx_ir": {"onnx.edit", "onnx.half_precision", "onnx.quantize"},
+    "onnxruntime": {"onnx.export", "onnx.session", "teachers.onnxruntime", "workflows.doctor"},
+    "onnxscript": {"onnx.export", "workflows.doctor"},
+    "openvino": {"teachers.openvino", "workflows.doctor"},
+    "rich": {"workflows.demo"},
+    "safetensors": {"models.registry", "workflows.exported"},
+    "sklearn": {"bench.photographs", "workflows.demo"},
+    "tensorrt": {"teachers.tensorrt.package", "workflows.doctor"},
+    "tensorrt_rtx": {"teachers.tensorrt.package", "workflows.doctor"},
+    "timm": {"models.registry", "training.optimizers", "workflows.doctor"},
+    "torchmetrics": {"evaluation._evaluate"},
+    "torchvision": {"bench.loaders", "bench.step", "models.registry", "workflows.doctor"},
     "wandb": {"training.loggers"},
 }
-"""Optional packages, and the rooms that may ask for them through `require`."""
+"""Optional packages, and the modules that may ask for them through `require`."""
 
 
-def room_of(path: Path) -> str:
+def module_of(path: Path) -> str:
     return ".".join(part for part in path.relative_to(PACKAGE).with_suffix("").parts if part != "__init__")
 
 
-ROOMS = {room_of(path): path for path in PACKAGE.rglob("*.py") if room_of(path)}
+MODULES = {module_of(path): path for path in PACKAGE.rglob("*.py") if module_of(path)}
 """Every module but the package itself, which looks its names up when they are first used."""
 
 
@@ -124,7 +88,7 @@ def nodes_that_run(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imported_by(path: Path) -> Iterator[str]:
-    """The full names that import statements name, wherever they stand; a relative import keeps its dots."""
+    """The full names that import statements name, inside functions too; a relative import keeps its dots."""
     for node in nodes_that_run(ast.parse(path.read_text())):
         match node:
             case ast.Import(names=names):
@@ -133,14 +97,14 @@ def imported_by(path: Path) -> Iterator[str]:
                 yield from (f"{'.' * level}{module or ''}.{alias.name}" for alias in names)
 
 
-def rooms_imported_by(path: Path) -> Iterator[str]:
+def modules_imported_by(path: Path) -> Iterator[str]:
     for name in imported_by(path):
         package, _, rest = name.partition(".")
         if package == "kd_pipeline":
-            # A room itself, as in `from kd_pipeline import losses`, or something that is in one.
-            room = rest if rest in ROOMS else rest.rpartition(".")[0]
-            if room:
-                yield room
+            # A module itself, as in `from kd_pipeline import losses`, or something that is in one.
+            module = rest if rest in MODULES else rest.rpartition(".")[0]
+            if module:
+                yield module
 
 
 def required_by(path: Path) -> Iterator[str]:
@@ -158,25 +122,33 @@ def required_by(path: Path) -> Iterator[str]:
             yield from (name.partition(".")[0] for name in names)
 
 
-def test_every_module_is_on_the_map_and_the_map_shows_nothing_else():
-    assert sorted(ROOMS) == sorted(FLOOR_OF)
+def test_map_is_complete():
+    assert {module.partition(".")[0] for module in MODULES} == set(PACKAGES)
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS))
-def test_a_room_imports_only_from_the_floors_above_it(room):
-    below = [other for other in rooms_imported_by(ROOMS[room]) if FLOOR_OF[other] >= FLOOR_OF[room]]
-    assert not below, f"{room} imports {below}, which are not above it"
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_go_up_the_map(package):
+    above = PACKAGES[: PACKAGES.index(package) + 1]
+    for module, path in MODULES.items():
+        if module.partition(".")[0] == package:
+            wrong = [other for other in modules_imported_by(path) if other.partition(".")[0] not in above]
+            assert not wrong, f"{module} imports {wrong}, which are not above it"
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS))
-def test_import_statements_name_only_what_is_always_installed(room):
-    packages = {name.partition(".")[0] for name in imported_by(ROOMS[room])}
-    assert packages <= EVERYWHERE | sys.stdlib_module_names | {"kd_pipeline"}
+def test_no_import_cycle():
+    graphlib.TopologicalSorter({module: set(modules_imported_by(path)) for module, path in MODULES.items()}).prepare()
 
 
-def test_optional_packages_are_asked_for_only_in_the_rooms_that_wrap_them():
+def test_import_statements_name_only_what_is_always_installed():
+    allowed = EVERYWHERE | sys.stdlib_module_names | {"kd_pipeline"}
+    for module, path in MODULES.items():
+        packages = {name.partition(".")[0] for name in imported_by(path)}
+        assert packages <= allowed, f"{module} imports {packages - allowed}"
+
+
+def test_optional_packages_are_required_only_where_they_are_wrapped():
     found: dict[str, set[str]] = {}
-    for room, path in ROOMS.items():
+    for module, path in MODULES.items():
         for package in required_by(path):
-            found.setdefault(package, set()).add(room)
+            found.setdefault(package, set()).add(module)
     assert found == WRAPPED_IN

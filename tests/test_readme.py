@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from kd_pipeline import export_onnx, load_config
-from kd_pipeline.demo import write_digits
-from kd_pipeline.models import small_resnet
+from kd_pipeline.models.resnet import small_resnet
+from kd_pipeline.workflows.demo import write_digits
+from tests.test_layering import PACKAGES
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -59,10 +60,10 @@ def test_every_make_target_that_the_readme_names_exists() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_every_room_that_the_readme_names_exists() -> None:
-    house = README.split("## The house")[1].split("\n## ")[0]
-    rooms = re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:\.py|/))`", house)
-    assert len(rooms) > 12
-    for room in rooms:
-        in_package = REPOSITORY / "kd_pipeline" / room
-        assert in_package.exists() or (REPOSITORY / room).exists(), room
+def test_architecture_is_the_map_of_packages() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)(?:\.py|/)` \|", README.split("## Architecture")[1].split("\n## ")[0], flags=re.MULTILINE
+    )
+    assert rows == [package for package in PACKAGES if package != "__main__"]
+    for path in re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:\.py|/))`", README):
+        assert (REPOSITORY / "kd_pipeline" / path).exists() or (REPOSITORY / path).exists(), path

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.graph import DecodeWay, Graph, GraphSettings, Probe, Samples
+from kd_pipeline.data.dali import DecodeWay, Graph, GraphSettings, Probe, Samples
 from kd_pipeline.data.plan import uniforms
-from kd_pipeline.data.transform import EvalTransform, TrainTransform, parameters_of
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
 
 PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 """Settings that leave pixels on their scale from 0 to 255."""

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from kd_pipeline import load_config
-from kd_pipeline.training.run import train
+from kd_pipeline.workflows._train import train
 
 STAGES = ("teacher", "baseline", "distill")
 

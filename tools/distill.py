@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline import KDDataLoader, load_config, losses
-from kd_pipeline.config import DistillSettings, TrainSettings
-from kd_pipeline.models import small_resnet
+from kd_pipeline.config.config import DistillSettings, TrainSettings
+from kd_pipeline.models.resnet import small_resnet
 
 
 def loss_of(logits: Tensor, batch, distill: DistillSettings) -> Tensor:

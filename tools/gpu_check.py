@@ -24,8 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
 # Only what needs no package: `make gpu` looks for a GPU before there is an environment.
-from kd_pipeline.child_process import kill_session
-from kd_pipeline.nvidia_driver import Driver, ask_driver
+from kd_pipeline._core.child_process import kill_session
+from kd_pipeline._core.nvidia_driver import Driver, ask_driver
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAST_S = 5.0
@@ -236,7 +236,7 @@ def run_decode(out: str, device: str) -> int:
 
 def run_doctor(out: str) -> int:
     """The doctor's report, for people in the log and for programs in a file."""
-    from kd_pipeline.doctor import diagnose
+    from kd_pipeline.workflows.doctor import diagnose
 
     report = diagnose()
     Path(out, "doctor.json").write_text(report.model_dump_json(indent=2) + "\n")

@@ -13,19 +13,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.dlpack import from_dlpack
 
+from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.optional import require
+from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import BenchResult, Contender, measure, prepare_out
 from kd_pipeline.bench.photographs import photographs, read_jpeg
+from kd_pipeline.data.dali import DecodeWay
 from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.data.decode_trial import try_decoding
-from kd_pipeline.data.graph import DecodeWay
 from kd_pipeline.data.reader import group_size
-from kd_pipeline.data.source import ImageFolder
-from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data.sources.base import ImageFolder
+from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.loader import KDDataLoader, resolve_device
-from kd_pipeline.optional import require
-from kd_pipeline.settings import Settings
-from kd_pipeline.threads import num_cores
+from kd_pipeline.loader.loader import KDDataLoader
 
 __all__ = ["LOADERS", "BenchLoaderSettings", "LoadTask", "bench_loader", "torchvision_pil", "torchvision_tensor"]
 

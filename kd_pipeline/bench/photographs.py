@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.optional import require
 from kd_pipeline.errors import DataError
-from kd_pipeline.optional import require
-from kd_pipeline.threads import num_cores
 
 __all__ = ["make_photographs", "photographs", "read_jpeg"]
 

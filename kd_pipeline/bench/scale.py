@@ -12,13 +12,13 @@ from typing import Any
 from PIL import Image
 from pydantic import Field, PositiveInt
 
+from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, prepare_out, spread
 from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.bench.starts import RESUMED_AT, Case, Start, in_process, run_ranks
-from kd_pipeline.data.source import ImageFolder
+from kd_pipeline.data.sources.base import ImageFolder
 from kd_pipeline.errors import ConfigError, DataError
-from kd_pipeline.settings import Settings
-from kd_pipeline.threads import num_cores
 
 __all__ = ["BenchScaleSettings", "RanksRow", "ScaleResult", "ScaleRow", "bench_scale"]
 

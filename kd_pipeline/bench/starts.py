@@ -18,10 +18,10 @@ import numpy as np
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench.measure import peak_memory_bytes
 from kd_pipeline.data.plan import Plan, Shard, uniforms
-from kd_pipeline.data.source import FileList
-from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data.sources.base import FileList
+from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import DataError
-from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.loader.loader import KDDataLoader
 
 __all__ = ["RESUMED_AT", "Case", "Start", "in_process", "run_ranks"]
 

@@ -9,26 +9,26 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.optional import require
+from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.isolated import Isolated, StepSample
 from kd_pipeline.bench.measure import environment, prepare_out
 from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.bench.step_result import StepResult, StepRow
 from kd_pipeline.bench.ways import WAYS, StepTask
-from kd_pipeline.config import Config
+from kd_pipeline.config.config import Config
 from kd_pipeline.data.reader import group_size
-from kd_pipeline.data.source import ImageFolder, ImageFolderSettings
-from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.data_settings import DataSettings, SplitSettings
-from kd_pipeline.engine.export import export_onnx
+from kd_pipeline.data.settings import DataSettings, SplitSettings
+from kd_pipeline.data.sources.base import ImageFolder, ImageFolderSettings
+from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, KDPipelineError
-from kd_pipeline.loader import resolve_device
-from kd_pipeline.models import ModelSettings, open_model
-from kd_pipeline.optional import require
-from kd_pipeline.record import RecordSettings, record
-from kd_pipeline.settings import Settings
-from kd_pipeline.teachers import TeacherSettings
-from kd_pipeline.teachers.onnx_file import read_onnx
-from kd_pipeline.threads import num_cores
+from kd_pipeline.models.registry import ModelSettings, open_model
+from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.onnx.file import read_onnx
+from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.workflows._record import RecordSettings, record
 
 __all__ = ["BenchStepSettings", "bench_step", "step_settings"]
 

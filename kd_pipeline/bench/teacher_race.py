@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.bench.measure import Contender, measure
-from kd_pipeline.engine.parity import likeness
 from kd_pipeline.errors import ConfigError, KDPipelineError, TeacherError
-from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
-from kd_pipeline.teachers.onnx_file import read_onnx
+from kd_pipeline.onnx.file import read_onnx
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.teachers.tensorrt.parity import likeness
 
 __all__ = ["NUM_COMPARED", "ExportedModel", "Race", "TeacherRow"]
 

@@ -14,19 +14,20 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
+from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, prepare_out, spread
 from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.bench.teacher_race import NUM_COMPARED, ExportedModel, Race, TeacherRow
-from kd_pipeline.data.source import ImageFolder
-from kd_pipeline.data.transform import EvalTransform
-from kd_pipeline.engine.export import export_onnx
+from kd_pipeline.data.sources.base import ImageFolder
+from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ExportError, MissingPackageError
-from kd_pipeline.loader import KDDataLoader, resolve_device
-from kd_pipeline.models import ModelSettings, default_input, open_model
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.models.registry import ModelSettings, default_input, open_model
+from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.report.scaling import save_scaling
-from kd_pipeline.settings import Settings
-from kd_pipeline.teachers.onnx_file import read_onnx
-from kd_pipeline.threads import num_cores
 
 __all__ = ["BenchTeacherSettings", "TeacherResult", "bench_teacher"]
 

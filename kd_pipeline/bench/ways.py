@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline import losses
+from kd_pipeline._core.settings import Settings
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench.loaders import LoadTask, torchvision_pil, torchvision_tensor
-from kd_pipeline.data.source import ImageFolder
-from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.loader import KDDataLoader
-from kd_pipeline.models import ModelSettings, open_model
-from kd_pipeline.settings import Settings
-from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
+from kd_pipeline.data.sources.base import ImageFolder
+from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.models.registry import ModelSettings, open_model
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.settings import TeacherSettings
 
 __all__ = ["PHASES", "WAYS", "Clock", "Step", "StepTask", "Way"]
 

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from kd_pipeline import __version__
+from kd_pipeline._core.version import __version__
 from kd_pipeline.cli import bench, build_engine, check, demo, doctor, predict, record, train
 from kd_pipeline.cli import eval as evaluation
 from kd_pipeline.errors import KDPipelineError

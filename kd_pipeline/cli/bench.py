@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kd_pipeline._core.settings import Settings
 from kd_pipeline.cli.arguments import checked, tell
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.settings import Settings
 
 __all__ = ["add_to"]
 
@@ -72,8 +72,8 @@ def _add_step(subjects: Any, common: argparse.ArgumentParser) -> None:
 
 def _run_step(parsed: argparse.Namespace) -> int:
     from kd_pipeline.bench.step import BenchStepSettings, bench_step, step_settings
-    from kd_pipeline.config import load_config
-    from kd_pipeline.data.transform import TrainTransform
+    from kd_pipeline.config.config import load_config
+    from kd_pipeline.data.transforms import TrainTransform
 
     if parsed.config is None and parsed.overrides:
         raise ConfigError(f"{parsed.overrides[0]} changes a config, and there is none; give one with -c")
@@ -144,7 +144,7 @@ def _add_teacher(subjects: Any, common: argparse.ArgumentParser) -> None:
 
 def _run_teacher(parsed: argparse.Namespace) -> int:
     from kd_pipeline.bench import BenchTeacherSettings, bench_teacher
-    from kd_pipeline.models import ModelSettings
+    from kd_pipeline.models.registry import ModelSettings
 
     values = _said(parsed, BenchTeacherSettings)
     about = {name: value for name, value in vars(parsed).items() if name in ModelSettings.model_fields and value}

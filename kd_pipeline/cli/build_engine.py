@@ -11,10 +11,10 @@ from kd_pipeline.cli.arguments import checked, tell
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kd_pipeline.engine.build_settings import BuildSettings
-    from kd_pipeline.engine.export import InputAdapter
-    from kd_pipeline.engine.parity import Samples
-    from kd_pipeline.teachers.engine_file import Manifest, Profile
+    from kd_pipeline.models.input_adapter import InputAdapter
+    from kd_pipeline.teachers.tensorrt.manifest import Manifest, Profile
+    from kd_pipeline.teachers.tensorrt.parity import Samples
+    from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["add_to"]
 
@@ -98,9 +98,9 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.engine.build import build_engine
-    from kd_pipeline.teachers.engine_file import read_manifest
-    from kd_pipeline.tensorrt_package import open_tensorrt
+    from kd_pipeline.teachers.tensorrt.build import build_engine
+    from kd_pipeline.teachers.tensorrt.manifest import read_manifest
+    from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 
     # All that was typed is checked before a model is exported, which can take minutes.
     settings, samples = _settings(parsed), _samples(parsed)
@@ -115,7 +115,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _settings(parsed: argparse.Namespace) -> "BuildSettings":
-    from kd_pipeline.engine.build_settings import BuildSettings
+    from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
     onnx = _onnx(parsed)
     profiles, size = _profiles(parsed)
@@ -140,8 +140,8 @@ def _settings(parsed: argparse.Namespace) -> "BuildSettings":
 
 
 def _adapter(parsed: argparse.Namespace) -> "InputAdapter | None":
-    from kd_pipeline.data.transform import IMAGENET_MEAN, IMAGENET_STD
-    from kd_pipeline.engine.export import InputAdapter
+    from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+    from kd_pipeline.models.input_adapter import InputAdapter
 
     mean, std, size = parsed.input_mean, parsed.input_std, parsed.input_size
     if mean is None and std is None and size is None:
@@ -178,9 +178,9 @@ def _export(parsed: argparse.Namespace, onnx: Path) -> None:
     """Export the model that was named to `onnx`; what lies there already is kept, and must be that model."""
     import torch
 
-    from kd_pipeline.engine.export import export_onnx
-    from kd_pipeline.models import ModelSettings, default_input, open_model
-    from kd_pipeline.teachers.onnx_file import read_onnx
+    from kd_pipeline.models.registry import ModelSettings, default_input, open_model
+    from kd_pipeline.onnx.export import export_onnx
+    from kd_pipeline.onnx.file import read_onnx
 
     names = {name: getattr(parsed, name) for name in _MODELS}
     (name,) = (name for name in names.values() if name is not None)
@@ -217,14 +217,14 @@ def _export(parsed: argparse.Namespace, onnx: Path) -> None:
 
 
 def _is_imagenet(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
-    from kd_pipeline.data.transform import IMAGENET_MEAN, IMAGENET_STD
+    from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 
     return (mean, std) == (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _profiles(parsed: argparse.Namespace) -> "tuple[tuple[Profile, ...], int | None]":
     """The profiles asked for, and the size of the images where the shapes say it."""
-    from kd_pipeline.teachers.engine_file import Profile
+    from kd_pipeline.teachers.tensorrt.manifest import Profile
 
     shapes = [parsed.min_shapes, parsed.opt_shapes, parsed.max_shapes]
     if shapes == [None, None, None]:
@@ -243,7 +243,7 @@ def _profiles(parsed: argparse.Namespace) -> "tuple[tuple[Profile, ...], int | N
 
 
 def _shape(text: str, onnx: Path | None) -> tuple[int, int, int, int]:
-    from kd_pipeline.teachers.onnx_file import read_onnx
+    from kd_pipeline.onnx.file import read_onnx
 
     match = re.fullmatch(r"(.+):(\d+)x(\d+)x(\d+)x(\d+)", text)
     if match is None:
@@ -263,9 +263,9 @@ def _samples(parsed: argparse.Namespace) -> "Callable[[], Samples] | None":
         if parsed.precision in ("int8", "fp8"):
             raise ConfigError(f"{parsed.precision} takes its ranges from real images; give --calibrate CONFIG")
         return None
-    from kd_pipeline.config import load_config
-    from kd_pipeline.engine.parity import Samples
-    from kd_pipeline.loader import sample_images
+    from kd_pipeline.config.config import load_config
+    from kd_pipeline.loader.loader import sample_images
+    from kd_pipeline.teachers.tensorrt.parity import Samples
 
     path: Path = parsed.calibrate
     config = load_config(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kd_pipeline.cli.arguments import add_config, checked, tell
 
 if TYPE_CHECKING:
-    from kd_pipeline.check import CheckReport, SplitReport, TeacherReport
+    from kd_pipeline.workflows._check import CheckReport, SplitReport, TeacherReport
 
 __all__ = ["add_to"]
 
@@ -38,8 +38,8 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.check import CheckSettings, check
-    from kd_pipeline.config import load_config
+    from kd_pipeline.config.config import load_config
+    from kd_pipeline.workflows._check import CheckSettings, check
 
     options = {"num_images": "images"}
     settings = checked(CheckSettings, options, num_images=parsed.images, out=parsed.out)

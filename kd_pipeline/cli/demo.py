@@ -16,7 +16,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.demo import run_demo
+    from kd_pipeline.workflows.demo import run_demo
 
     summary = run_demo(parsed.overrides)
     print()

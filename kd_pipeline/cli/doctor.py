@@ -16,7 +16,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.doctor import diagnose
+    from kd_pipeline.workflows.doctor import diagnose
 
     report = diagnose()
     print(report.model_dump_json(indent=2) if parsed.json else report.to_text())

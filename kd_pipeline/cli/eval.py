@@ -48,13 +48,14 @@ def _run(parsed: argparse.Namespace) -> int:
 
     import torch
 
-    from kd_pipeline.comparison import Compared, compare, measure_cost
-    from kd_pipeline.config import load_config
-    from kd_pipeline.data_settings import Untaught
-    from kd_pipeline.evaluation import MetricSettings, evaluate, open_metrics
-    from kd_pipeline.loader import KDDataLoader
-    from kd_pipeline.model_files import OpenedModel, open_model_file
-    from kd_pipeline.teachers import TeacherSettings, open_teacher
+    from kd_pipeline.config.config import load_config
+    from kd_pipeline.data.settings import Untaught
+    from kd_pipeline.evaluation._compare import Compared, compare, measure_cost
+    from kd_pipeline.evaluation._evaluate import MetricSettings, evaluate, open_metrics
+    from kd_pipeline.loader.loader import KDDataLoader
+    from kd_pipeline.teachers.open import open_teacher
+    from kd_pipeline.teachers.settings import TeacherSettings
+    from kd_pipeline.workflows.exported import OpenedModel, open_model_file
 
     config = load_config(parsed.config, parsed.set)
     options = {"name": "metric"}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kd_pipeline.data.transform import EvalTransform
-    from kd_pipeline.prediction import Prediction
+    from kd_pipeline.data.transforms import EvalTransform
+    from kd_pipeline.evaluation._predict import Prediction
 
 __all__ = ["add_to"]
 
@@ -48,9 +48,9 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     import torch
 
-    from kd_pipeline.loader import resolve_device
-    from kd_pipeline.model_files import open_model_file
-    from kd_pipeline.prediction import find_images, predict
+    from kd_pipeline._core.device import resolve_device
+    from kd_pipeline.evaluation._predict import find_images, predict
+    from kd_pipeline.workflows.exported import open_model_file
 
     if parsed.top < 1:
         raise ConfigError(f"--top: at least one class, got {parsed.top}")
@@ -82,9 +82,9 @@ def _run(parsed: argparse.Namespace) -> int:
 
 def _transform(parsed: argparse.Namespace) -> "EvalTransform":
     """What the model wants done to an image: what its run says, or else the config."""
-    from kd_pipeline.config import load_config
-    from kd_pipeline.data.transform import EvalTransform
-    from kd_pipeline.model_files import read_exported
+    from kd_pipeline.config.config import load_config
+    from kd_pipeline.data.transforms import EvalTransform
+    from kd_pipeline.workflows.exported import read_exported
 
     if parsed.config is not None:
         transform = load_config(parsed.config).data.split(parsed.split).transform

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kd_pipeline.cli.arguments import add_config, checked, tell
 
 if TYPE_CHECKING:
-    from kd_pipeline.record import Progress
+    from kd_pipeline.workflows._record import Progress
 
 __all__ = ["add_to"]
 
@@ -41,9 +41,9 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.config import load_config
-    from kd_pipeline.record import RecordSettings, record
-    from kd_pipeline.teachers.recording import Manifest
+    from kd_pipeline.config.config import load_config
+    from kd_pipeline.teachers.recorded.files import Manifest
+    from kd_pipeline.workflows._record import RecordSettings, record
 
     settings = checked(RecordSettings, top_k=parsed.top_k, dtype=parsed.dtype, epochs=parsed.epochs, out=parsed.out)
     folder = record(load_config(parsed.config, parsed.overrides), settings, plugins=parsed.plugin, report=_show)

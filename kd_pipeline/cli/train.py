@@ -31,8 +31,8 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.config import load_config
-    from kd_pipeline.training.run import train
+    from kd_pipeline.config.config import load_config
+    from kd_pipeline.workflows._train import train
 
     outcome = train(load_config(parsed.config, parsed.overrides), plugins=parsed.plugin)
     for name, figures in outcome.figures.items():

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kd_pipeline.optional import require
-from kd_pipeline.settings import Settings
+from kd_pipeline._core.optional import require
+from kd_pipeline._core.settings import Settings
 
 __all__ = ["OPS", "AutoAugment", "AutoAugmentSettings", "RandAugment", "Ranges", "TrivialAugment", "numbers_of"]
 
@@ -268,6 +268,6 @@ _SMOOTH = [weight / 13 for weight in (1, 1, 1, 1, 5, 1, 1, 1, 1)]
 """Pillow's smoothing filter."""
 _SAME = [0, 0, 0, 0, 1, 0, 0, 0, 0]
 
-# Slots of the plan's uniform numbers, after those of `kd_pipeline.data.mix`; each op has so many: which op, two for
+# Slots of the plan's uniform numbers, after those of `kd_pipeline.data.mixing`; each op has so many: which op, two for
 # its strength, and its sign.
 _FIRST, _PER_OP = 40, 4

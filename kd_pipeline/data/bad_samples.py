@@ -9,10 +9,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.graph import Probe
-from kd_pipeline.data.source import Source
+from kd_pipeline._core.settings import Settings
+from kd_pipeline.data.dali import Probe
+from kd_pipeline.data.sources.base import Source
 from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
-from kd_pipeline.settings import Settings
 
 __all__ = ["BadSamplePolicy", "BadSamples"]
 

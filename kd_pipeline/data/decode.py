@@ -10,14 +10,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from kd_pipeline._core.atomic_write import locked, write_whole
+from kd_pipeline._core.nvidia_driver import ask_driver
+from kd_pipeline._core.optional import require
+from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.user_cache import user_cache
+from kd_pipeline.data.dali import DecodeWay
 from kd_pipeline.data.decode_trial import DecodeTrial, try_decoding
-from kd_pipeline.data.graph import DecodeWay
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.nvidia_driver import ask_driver
-from kd_pipeline.optional import require
-from kd_pipeline.settings import Settings
-from kd_pipeline.user_cache import user_cache
-from kd_pipeline.whole_file import locked, write_whole
 
 __all__ = ["Decode", "DecodeChoice", "choose_decode", "keep_choice", "pick_decode", "resolve_decode"]
 

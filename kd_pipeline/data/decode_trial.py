@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kd_pipeline.child_process import open_report, run_child
-from kd_pipeline.data.graph import DecodeWay, Graph, GraphSettings, Probe, Samples
-from kd_pipeline.data.transform import TrainTransform, parameters_of
-from kd_pipeline.settings import Settings
+from kd_pipeline._core.child_process import open_report, run_child
+from kd_pipeline._core.settings import Settings
+from kd_pipeline.data.dali import DecodeWay, Graph, GraphSettings, Probe, Samples
+from kd_pipeline.data.transforms import TrainTransform, parameters_of
 
 __all__ = ["DecodeTrial", "compare_decoding", "describe_faults", "make_pictures", "try_decoding"]
 

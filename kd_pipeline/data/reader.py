@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.data.bad_samples import BadSamplePolicy, BadSamples
-from kd_pipeline.data.graph import Graph, GraphSettings, Probe, Samples
-from kd_pipeline.data.mix import MixSettings, mixing
+from kd_pipeline.data.dali import Graph, GraphSettings, Probe, Samples
+from kd_pipeline.data.mixing import MixSettings, mixing
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan, uniforms
-from kd_pipeline.data.source import Source
-from kd_pipeline.data.transform import EvalTransform, TrainTransform, parameters_of
+from kd_pipeline.data.sources.base import Source
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
 
 __all__ = ["INDEX", "LABEL", "MIXING", "VALID", "Read", "Reader", "group_size"]
 

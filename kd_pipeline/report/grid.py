@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.data.transform import EvalTransform, TrainTransform
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 
 __all__ = ["save_grid"]
 

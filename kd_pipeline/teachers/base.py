@@ -3,34 +3,14 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import EngineError, TeacherError
 
 __all__ = ["Teacher", "TensorSpec"]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Shape and dtype of a tensor; None in the shape stands for any size."""
-
-    shape: tuple[int | None, ...]
-    dtype: torch.dtype
-
-    def accepts(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Whether a tensor of this shape and dtype fits."""
-        return (
-            dtype == self.dtype
-            and len(shape) == len(self.shape)
-            and all(want is None or want == got for want, got in zip(self.shape, shape, strict=True))
-        )
-
-    def __str__(self) -> str:
-        sizes = ", ".join("any" if size is None else str(size) for size in self.shape)
-        return f"[{sizes}] {str(self.dtype).removeprefix('torch.')}"
 
 
 class Teacher(ABC):

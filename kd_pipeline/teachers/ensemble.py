@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.teachers.base import Teacher, TensorSpec
+from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["EnsembleTeacher"]
 

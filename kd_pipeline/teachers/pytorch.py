@@ -1,6 +1,5 @@
 """PyTorch as the teacher's runtime: any `nn.Module`, on any device."""
 
-import copy
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
@@ -10,10 +9,12 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.teachers.base import Teacher, TensorSpec
+from kd_pipeline.models.modules import frozen_copy, named_outputs
+from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["PyTorchTeacher", "frozen_copy", "named_outputs"]
+__all__ = ["PyTorchTeacher"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -162,39 +163,6 @@ def _owned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """float32 copies in every case: a module may return a view of the images or of its own buffers."""
     to_own = partial(Tensor.to, dtype=torch.float32, memory_format=torch.contiguous_format, copy=True)
     return {name: to_own(output) for name, output in outputs.items()}
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of `module` in eval mode that needs no gradient; `module` stays as it is.
-
-    Raises:
-        TeacherError: the module cannot be copied.
-    """
-    try:
-        return copy.deepcopy(module).eval().requires_grad_(False)
-    except Exception as exc:
-        raise TeacherError(f"the teacher {type(module).__qualname__} cannot be copied: {exc}") from exc
-
-
-def named_outputs(output: object) -> Mapping[str, Tensor]:
-    """What a module returned, by name: a tensor is `"logits"`, a mapping keeps its keys.
-
-    Raises:
-        TeacherError: it is something else, or has no `"logits"`.
-    """
-    if isinstance(output, Tensor):
-        return {"logits": output}
-    if not isinstance(output, Mapping):
-        raise TeacherError(
-            f"a teacher returns a tensor or a mapping of tensors with 'logits', got {type(output).__qualname__}; "
-            "wrap the module so that it does"
-        )
-    if "logits" not in output:
-        raise TeacherError(f"a teacher returns 'logits' among its outputs, got {', '.join(map(repr, output))}")
-    for key, value in output.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise TeacherError(f"a teacher returns tensors by name, got {type(value).__qualname__} for {key!r}")
-    return output
 
 
 def _fingerprint(model: nn.Module, precision: str) -> str:

@@ -17,10 +17,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.atomic_write import whole_file
+from kd_pipeline._core.optional import require
 from kd_pipeline.errors import ConfigError, StateError
-from kd_pipeline.optional import require
 from kd_pipeline.training.rng import capture_rng, restore_rng
-from kd_pipeline.whole_file import whole_file
 
 __all__ = [
     "CheckpointCallback",

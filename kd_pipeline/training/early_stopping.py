@@ -5,7 +5,7 @@ from typing import Any
 
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.training.checkpoint import CheckpointCallback
-from kd_pipeline.training.train_settings import EarlyStoppingSettings
+from kd_pipeline.training.settings import EarlyStoppingSettings
 
 __all__ = ["StopEarly"]
 

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import StateError
-from kd_pipeline.settings import Settings
 from kd_pipeline.training.sharding import whole
 
 __all__ = ["EmaSettings", "StudentEma"]

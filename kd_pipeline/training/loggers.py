@@ -5,12 +5,13 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from kd_pipeline.config import Config
-from kd_pipeline.evaluation import Evaluation
-from kd_pipeline.optional import require
-from kd_pipeline.training.folder import RunFolder
-from kd_pipeline.training.metrics import MetricsFile
-from kd_pipeline.training.train_settings import LoggerName
+from pydantic import BaseModel
+
+from kd_pipeline._core.optional import require
+from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.training.metrics_csv import MetricsFile
+from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.training.settings import LoggerName
 
 __all__ = ["log_outcome", "log_settings", "open_loggers"]
 
@@ -32,7 +33,7 @@ def open_loggers(names: Collection[LoggerName], folder: RunFolder, step: int | N
     return [logger for name in dict.fromkeys(names) if (logger := _open(name, folder, step)) is not None]
 
 
-def log_settings(loggers: Iterable[Any], config: Config) -> None:
+def log_settings(loggers: Iterable[Any], config: BaseModel) -> None:
     """Record all that was set, by dotted names; `config.yaml` beside `metrics.csv` has it anyway."""
     found = _flat(config.model_dump(mode="json", exclude_none=True))
     for logger in _services(loggers):
@@ -44,7 +45,7 @@ def log_settings(loggers: Iterable[Any], config: Config) -> None:
             logger.log_hyperparams(found)
 
 
-def log_outcome(loggers: Iterable[Any], config: Config, found: Mapping[str, Evaluation], step: int) -> None:
+def log_outcome(loggers: Iterable[Any], config: BaseModel, found: Mapping[str, Evaluation], step: int) -> None:
     """Record what came of the exported network on each split, such as `final/val/top1`, and close the loggers."""
     final = {f"final/{split}/{name}": value for split, each in found.items() for name, value in each.figures().items()}
     for logger in _services(loggers):

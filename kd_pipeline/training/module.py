@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.optional import require
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.config import TrainSettings
-from kd_pipeline.distillation import Distillation, LossTerms
-from kd_pipeline.evaluation import Evaluation, images_for
-from kd_pipeline.optional import require
+from kd_pipeline.evaluation._evaluate import Evaluation, images_for
+from kd_pipeline.losses.distillation import Distillation, LossTerms
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.training.ema import StudentEma
 from kd_pipeline.training.optimizers import build_optimizer
 from kd_pipeline.training.schedules import build_schedule
+from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import is_sharded, shard, whole
 
 __all__ = ["DistillModule"]

@@ -10,10 +10,10 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
+from kd_pipeline._core.optional import require
+from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.known_names import suggest
-from kd_pipeline.optional import require
-from kd_pipeline.settings import Settings
 
 __all__ = ["OptimizerSettings", "build_optimizer"]
 

@@ -7,8 +7,8 @@ from pydantic import Field, PositiveFloat, model_validator
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.settings import Settings
 
 __all__ = ["ScheduleSettings", "build_schedule", "check_length", "factor"]
 

@@ -19,7 +19,7 @@ from kd_pipeline.bench import photographs as photographs_room
 from kd_pipeline.bench.loaders import LOADERS, LoadTask
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.data.decode_trial import DecodeTrial
-from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, MissingPackageError
 
 NUM_FILES, BATCH_SIZE, SIZE = 24, 12, 48

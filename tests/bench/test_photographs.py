@@ -6,7 +6,7 @@ from PIL import Image
 
 from kd_pipeline.bench import photographs as room
 from kd_pipeline.bench.photographs import make_photographs
-from kd_pipeline.data.source import ImageFolder
+from kd_pipeline.data.sources.base import ImageFolder
 from kd_pipeline.errors import MissingPackageError
 from tests.bench.conftest import NUM_PHOTOGRAPHS
 

@@ -13,7 +13,7 @@ from kd_pipeline.bench import scale as room
 from kd_pipeline.bench.scale import RanksRow, ScaleResult, ScaleRow
 from kd_pipeline.bench.starts import Case, Start
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.source import FileList
+from kd_pipeline.data.sources.base import FileList
 from kd_pipeline.errors import ConfigError, DataError
 
 NUM_SHORT, NUM_LONG = 1_000, 50_000

@@ -11,11 +11,11 @@ from kd_pipeline.bench.isolated import StepSample
 from kd_pipeline.bench.step import BenchStepSettings, bench_step, step_settings
 from kd_pipeline.bench.step_result import StepResult, StepRow
 from kd_pipeline.bench.ways import PHASES, WAYS, Clock
-from kd_pipeline.config import Config
-from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.engine.export import export_onnx
+from kd_pipeline.config.config import Config
+from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError
-from kd_pipeline.models import ModelSettings, open_model
+from kd_pipeline.models.registry import ModelSettings, open_model
+from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.report.canvas import COLOURS
 
 SMALL = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})

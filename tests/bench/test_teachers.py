@@ -16,8 +16,8 @@ from kd_pipeline.bench import teacher_race as race
 from kd_pipeline.bench.teacher_race import ExportedModel, Race, TeacherRow
 from kd_pipeline.bench.teachers import TeacherResult
 from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.models import ModelSettings
-from tests.models import LogitsOnly, random_images
+from kd_pipeline.models.registry import ModelSettings
+from tests.networks import LogitsOnly, random_images
 
 MODEL = ModelSettings(builtin="small_resnet", kwargs={"width": 4})
 ON_A_CPU = ["pytorch fp32", "onnxruntime fp32", "openvino fp32", "pytorch bf16"]

@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from kd_pipeline.cli import main
-from kd_pipeline.engine.parity import exam_path
-from kd_pipeline.teachers.engine_file import read_engine, read_manifest
-from tests.models import NUM_CLASSES
+from kd_pipeline.teachers.tensorrt.manifest import read_engine, read_manifest
+from kd_pipeline.teachers.tensorrt.parity import exam_path
+from tests.networks import NUM_CLASSES
 from tests.teachers.onnx_models import linear_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_engine.py"
@@ -101,7 +101,7 @@ def test_a_factory_s_own_module_is_allowed_by_its_name_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     engine = tmp_path / "own.engine"
-    arguments = ["--factory", "tests.models:LogitsOnly", "--image-size", "32", "--save-engine", str(engine)]
+    arguments = ["--factory", "tests.networks:LogitsOnly", "--image-size", "32", "--save-engine", str(engine)]
     assert main(["build-engine", *arguments, "--classes", "names.json"]) == 1
     assert "names.json" in capsys.readouterr().err
     Path("names.json").write_text(json.dumps([f"kind {number}" for number in range(NUM_CLASSES)]))
@@ -114,11 +114,11 @@ def test_a_model_by_name_does_not_take_the_place_of_another_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["build-engine", "--factory", "tests.models:LogitsOnly", "--image-size", "32"]
+    arguments = ["build-engine", "--factory", "tests.networks:LogitsOnly", "--image-size", "32"]
     onnx.save(linear_model(), "own.onnx")
     before = Path("own.onnx").read_bytes()
     assert main([*arguments, "--save-engine", "own.engine"]) == 1
-    assert "own.onnx is there already and is not what tests.models:LogitsOnly becomes" in capsys.readouterr().err
+    assert "own.onnx is there already and is not what tests.networks:LogitsOnly becomes" in capsys.readouterr().err
     assert Path("own.onnx").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["own.onnx"]
     assert main([*arguments, "--save-engine", "new.engine"]) == 0
@@ -133,7 +133,7 @@ def test_what_was_typed_is_checked_before_a_model_is_exported(
     wrong: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["build-engine", "--factory", "tests.models:LogitsOnly", "--image-size", "32", *wrong]) == 1
+    assert main(["build-engine", "--factory", "tests.networks:LogitsOnly", "--image-size", "32", *wrong]) == 1
     assert "exporting" not in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -105,7 +105,7 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     def interrupted(overrides: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kd_pipeline.demo.run_demo", interrupted)
+    monkeypatch.setattr("kd_pipeline.workflows.demo.run_demo", interrupted)
     assert cli.main(["demo"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -114,6 +114,6 @@ def test_a_data_error_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def failing(overrides: object) -> None:
         raise DataError("no such folder: /data")
 
-    monkeypatch.setattr("kd_pipeline.demo.run_demo", failing)
+    monkeypatch.setattr("kd_pipeline.workflows.demo.run_demo", failing)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().err == "kd-pipeline: no such folder: /data\n"

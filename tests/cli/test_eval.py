@@ -9,11 +9,11 @@ import pytest
 from torch import Tensor
 
 from kd_pipeline.cli import main
-from kd_pipeline.data.transform import EvalTransform
-from kd_pipeline.engine import export_onnx
-from kd_pipeline.models import ModelSettings, open_model
-from kd_pipeline.training.export import export_student
-from kd_pipeline.training.train_settings import ExportSettings
+from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.models.registry import ModelSettings, open_model
+from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.training.settings import ExportSettings
+from kd_pipeline.workflows.exported import export_student
 
 CONFIG = """
 data:

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from kd_pipeline.cli import main
-from kd_pipeline.data.transform import EvalTransform
-from kd_pipeline.model_files import open_model_file
-from kd_pipeline.models import ModelSettings, open_model
-from kd_pipeline.prediction import find_images, predict
-from kd_pipeline.training.export import export_student
-from kd_pipeline.training.train_settings import ExportSettings
+from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.evaluation._predict import find_images, predict
+from kd_pipeline.models.registry import ModelSettings, open_model
+from kd_pipeline.training.settings import ExportSettings
+from kd_pipeline.workflows.exported import export_student, open_model_file
 
 EVAL = EvalTransform(size=32, resize=48)
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from kd_pipeline import record as room
 from kd_pipeline.cli import main
 from kd_pipeline.cli import record as command
-from kd_pipeline.teachers.recording import Manifest
+from kd_pipeline.teachers.recorded.files import Manifest
+from kd_pipeline.workflows import _record as room
 from tests.training.nets import settings, write_digits
 
 

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 
 from kd_pipeline.data.auto_augment import OPS, AutoAugment, RandAugment, TrivialAugment, numbers_of
 from kd_pipeline.data.plan import uniforms
-from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data.transforms import TrainTransform
 from tests.views import PIXELS, graph_settings, open_graph, render
 
 SIZE = 128

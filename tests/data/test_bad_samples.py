@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.source import FileList, ImageFolder
-from kd_pipeline.data.transform import EvalTransform, TrainTransform
+from kd_pipeline.data.sources.base import FileList, ImageFolder
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
-from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.loader.loader import KDDataLoader
 from tests.corpus import BROKEN, ODD, Broken, Odd, cut_in_half, photo_of
 from tests.streams import (
     EVAL,
@@ -155,8 +155,8 @@ def test_an_image_of_exactly_max_pixels_is_read_and_one_more_row_is_refused(phot
 BOMB_SCRIPT = """
 import sys
 from pathlib import Path
-from kd_pipeline.data.source import ImageFolder
-from kd_pipeline.data.transform import EvalTransform
+from kd_pipeline.data.sources import ImageFolder
+from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import BadSampleError
 from kd_pipeline.loader import KDDataLoader
 

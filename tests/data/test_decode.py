@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from kd_pipeline._core.nvidia_driver import Driver, DriverGpu
 from kd_pipeline.data import decode, decode_trial
 from kd_pipeline.data.decode import DecodeChoice, choose_decode, keep_choice, pick_decode, resolve_decode
 from kd_pipeline.data.decode_trial import DecodeTrial
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.nvidia_driver import Driver, DriverGpu
 
 
 def trial(way: str, *, works: bool = True, detail: str = "all right", **more: object) -> DecodeTrial:

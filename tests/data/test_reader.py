@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kd_pipeline.data.bad_samples import BadSamplePolicy
-from kd_pipeline.data.graph import Graph
+from kd_pipeline.data.dali import Graph
 from kd_pipeline.data.plan import Plan
 from kd_pipeline.data.reader import INDEX, VALID, Read, Reader, group_size
-from kd_pipeline.data.source import Arrays, ImageFolder
-from kd_pipeline.data.transform import EvalTransform, TrainTransform
+from kd_pipeline.data.sources.base import Arrays, ImageFolder
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import BadSampleError
 from tests.corpus import cut_in_half
 from tests.views import graph_settings

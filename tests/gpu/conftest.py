@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from kd_pipeline.bench.measure import traced
-from kd_pipeline.engine import export_onnx
-from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
-from kd_pipeline.teachers.engine_file import Profile
-from kd_pipeline.teachers.ort import OnnxRuntimeTeacher, why_no_cuda
+from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher, why_no_cuda
+from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from kd_pipeline.tensorrt_package import why_unusable
-from tests.models import CLASSES, IMAGE_SHAPE, ConvNet
+from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.teachers.tensorrt.manifest import Profile
+from kd_pipeline.teachers.tensorrt.package import why_unusable
+from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet
 
 MAX_BATCH = 16
 SMALL = 4096
@@ -54,7 +56,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory, exported: Callable[[int], P
     """`engine(precision)` is an engine of `ConvNet(seed)` for 1 to 16 images, tuned for 8."""
     if reason := why_unusable(torch.cuda.get_device_capability()):
         pytest.skip(reason)
-    from kd_pipeline.engine.build import BuildSettings, build_engine
+    from kd_pipeline.teachers.tensorrt.build import BuildSettings, build_engine
 
     folder = tmp_path_factory.mktemp("engines")
 

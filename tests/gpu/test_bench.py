@@ -9,7 +9,7 @@ from kd_pipeline.bench import BenchLoaderSettings, bench_loader
 from kd_pipeline.bench.loaders import LOADERS, LoadTask
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.data.decode import resolve_decode
-from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data.transforms import TrainTransform
 
 
 @pytest.fixture(scope="module")

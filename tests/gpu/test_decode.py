@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kd_pipeline.data.decode import choose_decode
 from kd_pipeline.data.decode_trial import DecodeTrial, try_decoding
-from kd_pipeline.data.source import Arrays, ImageFolder
-from kd_pipeline.data.transform import EvalTransform, TrainTransform
-from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.data.sources.base import Arrays, ImageFolder
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.loader.loader import KDDataLoader
 from tests.streams import EVAL, TRAIN, Fields, assert_same, fields, rows
 
 GIB = 2**30

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
-from kd_pipeline.data.mix import MixSettings
-from kd_pipeline.data.source import Arrays, FileList, ImageFolder
-from kd_pipeline.data.transform import TrainTransform
-from kd_pipeline.loader import KDDataLoader
-from kd_pipeline.teachers import Teacher
+from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.sources.base import Arrays, FileList, ImageFolder
+from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.teachers.base import Teacher
 from tests.corpus import BROKEN, Broken, photo_of
 from tests.gpu.conftest import SMALL, copies_in, nothing_may_wait
-from tests.models import ConvNet
+from tests.networks import ConvNet
 from tests.streams import EVAL, TRAIN, assert_same, fields
 
 LONG = 200_000_000

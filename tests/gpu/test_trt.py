@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_pipeline.teachers import Teacher
-from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
-from kd_pipeline.tensorrt_package import open_tensorrt
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
+from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from tests.gpu.conftest import MAX_BATCH, SMALL, copies_in, nothing_may_wait, recycled
-from tests.models import NUM_CLASSES, random_images
+from tests.networks import NUM_CLASSES, random_images
 
 Open = Callable[..., Teacher]
 

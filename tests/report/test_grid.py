@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.data.transform import EvalTransform
+from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.report.grid import save_grid
 
 TRANSFORM = EvalTransform(size=8)

@@ -11,11 +11,13 @@ import torch
 from nvidia.dali import Pipeline, fn
 from torch import Tensor, nn
 
-from kd_pipeline.engine import export_onnx
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
-from kd_pipeline.teachers.ort import why_no_cuda
-from tests.models import IMAGE_SHAPE, NUM_CLASSES, ConvNet, random_images
+from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.onnxruntime import why_no_cuda
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.settings import TeacherSettings
+from tests.networks import IMAGE_SHAPE, NUM_CLASSES, ConvNet, random_images
 
 MAX_BATCH = 16
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.teachers import Teacher, TeacherSettings, open_teacher
+from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.ensemble import EnsembleTeacher
-from tests.models import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.settings import TeacherSettings
+from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images
 from tests.teachers.onnx_models import linear_model
 
 WEIGHTS = [3.0, 1.0, 2.0]

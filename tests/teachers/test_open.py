@@ -10,11 +10,13 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-import kd_pipeline.teachers as room
 from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.teachers import EnsembleSettings, Teacher, TeacherSettings, open_teacher
+from kd_pipeline.teachers import open as room
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from tests.models import CLASSES, IMAGE_SHAPE, ConvNet, random_images
+from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
+from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images
 
 NO_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 ONNX, ENGINE = Path("teacher.onnx"), Path("teacher.engine")
@@ -315,17 +317,17 @@ def test_a_file_for_other_images_is_refused_when_opening(exported: Callable[[int
         open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)), image_shape=(3, 48, 48))
 
 
-def test_the_room_imports_without_any_runtime() -> None:
+def test_opening_without_any_runtime_says_what_to_install() -> None:
     script = (
         "import sys\n"
         "for name in ('openvino', 'onnxruntime', 'onnx', 'onnxscript', 'nvidia.dali'): sys.modules[name] = None\n"
-        "import kd_pipeline.teachers, kd_pipeline.engine\n"
+        "import kd_pipeline\n"
         "from pathlib import Path\n"
         "from kd_pipeline.errors import MissingPackageError\n"
         "for backend in ('openvino', 'onnxruntime'):\n"
         "    try:\n"
-        "        settings = kd_pipeline.teachers.TeacherSettings(backend=backend, onnx=Path('teacher.onnx'))\n"
-        "        kd_pipeline.teachers.open_teacher(settings)\n"
+        "        settings = kd_pipeline.TeacherSettings(backend=backend, onnx=Path('teacher.onnx'))\n"
+        "        kd_pipeline.open_teacher(settings)\n"
         "    except MissingPackageError as exc:\n"
         "        assert backend in str(exc) and \"pip install 'kd_pipeline[cpu]'\" in str(exc), exc\n"
         "    else:\n"

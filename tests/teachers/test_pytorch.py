@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from tests.models import IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
+from tests.networks import IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
 
 
 class Returns(nn.Module):

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from kd_pipeline.nvidia_driver import Driver, DriverGpu
+from kd_pipeline._core.nvidia_driver import Driver, DriverGpu
 
 ROOT = Path(__file__).parents[2]
 

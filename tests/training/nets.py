@@ -12,9 +12,9 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from kd_pipeline.config import Config
-from kd_pipeline.engine import export_onnx
-from kd_pipeline.training.run import Outcome, train
+from kd_pipeline.config.config import Config
+from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.workflows._train import Outcome, train
 
 Weights = dict[str, Tensor]
 

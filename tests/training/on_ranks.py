@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import distributed
 
-from kd_pipeline.data.source import Arrays
-from kd_pipeline.data.transform import TrainTransform
+from kd_pipeline.data.sources.base import Arrays
+from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import DataError
-from kd_pipeline.loader import KDDataLoader
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.training.module import DistillModule
 from tests.training import nets
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from kd_pipeline.errors import StateError
 from kd_pipeline.training.ema import EmaSettings, StudentEma
-from tests.models import ConvNet, random_images
+from tests.networks import ConvNet, random_images
 
 
 def train_step(student, seed):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kd_pipeline.errors import MissingPackageError
-from kd_pipeline.training.run import Outcome
+from kd_pipeline.workflows._train import Outcome
 from tests.training import nets
 from tests.training.nets import logged, run
 

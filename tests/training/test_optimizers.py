@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from kd_pipeline.config_file import read_config
+from kd_pipeline.config.reader import read_config
 from kd_pipeline.errors import ConfigError, MissingPackageError
 from kd_pipeline.training.optimizers import OptimizerSettings, build_optimizer
-from tests.models import ConvNet, LogitsOnly, random_images
+from tests.networks import ConvNet, LogitsOnly, random_images
 
 timm = pytest.importorskip("timm")
 NAMES = ["sgd", "adam", "adamw", "rmsprop", "lamb", "lion"]

@@ -11,9 +11,9 @@ from torch import nn
 
 from kd_pipeline import losses
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.evaluation import evaluate
-from kd_pipeline.loader import KDDataLoader
-from kd_pipeline.teachers.ort import OnnxRuntimeTeacher
+from kd_pipeline.evaluation._evaluate import evaluate
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
 from tests.training import nets
 from tests.training.nets import NUM_TRAIN, NUM_VAL, Weights, distance, logged, run, settings, weights

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kd_pipeline.models import small_resnet
+from kd_pipeline.models.resnet import small_resnet
 from kd_pipeline.training.checkpoint import load_checkpoint
+from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import _blocks, is_sharded, whole, whole_weights
-from kd_pipeline.training.train_settings import TrainSettings
-from tests.training.conftest import finish, start
+from tests.runs import finish, start
 
 RUN = Path("runs/tiny")
 OPTIONS = (
@@ -38,9 +38,9 @@ def assert_close(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> N
 
 
 @pytest.mark.slow
-def test_two_shares_learn_what_two_copies_learn_and_a_killed_run_goes_on(taught: Path, tmp_path: Path) -> None:
+def test_two_shares_learn_what_two_copies_learn_and_a_killed_run_goes_on(trained_teacher: Path, tmp_path: Path) -> None:
     for name in ("copies", "shares", "killed"):
-        shutil.copytree(taught, tmp_path / name)
+        shutil.copytree(trained_teacher, tmp_path / name)
     for name, strategy in (("copies", "ddp"), ("shares", "fsdp")):
         status, said = finish(start(tmp_path / name, *OPTIONS, f"train.strategy={strategy}", ranks=2))
         assert status == 0, said
@@ -69,8 +69,8 @@ def test_two_shares_learn_what_two_copies_learn_and_a_killed_run_goes_on(taught:
 
 
 @pytest.mark.slow
-def test_without_a_moving_average_the_best_student_is_exported_whole(taught: Path, tmp_path: Path) -> None:
-    shutil.copytree(taught, tmp_path / "work")
+def test_without_a_moving_average_the_best_student_is_exported_whole(trained_teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained_teacher, tmp_path / "work")
     arguments = ("data.batch_size=16", "train.strategy=fsdp", "train.epochs=1")
     status, said = finish(start(tmp_path / "work", *arguments, ranks=2))
     assert status == 0, said

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_pipeline.data.arrays import Arrays
-from kd_pipeline.data.transform import EvalTransform
+from kd_pipeline.data.sources.arrays import Arrays
+from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, MissingPackageError
-from kd_pipeline.model_files import read_exported
-from kd_pipeline.teachers.engine_file import read_engine
-from kd_pipeline.teachers.onnx_file import read_onnx
+from kd_pipeline.onnx.file import read_onnx
+from kd_pipeline.teachers.tensorrt.manifest import read_engine
 from kd_pipeline.training.checkpoint import load_checkpoint
-from kd_pipeline.training.run import train
+from kd_pipeline.workflows._train import train
+from kd_pipeline.workflows.exported import read_exported
 from tests.training import nets
 from tests.training.nets import NUM_TRAIN, distance, logged, settings, weights
 

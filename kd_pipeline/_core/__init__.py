@@ -1,0 +1,1 @@
+"""Plumbing that every package uses; nothing here is public."""

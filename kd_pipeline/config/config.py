@@ -1,0 +1,62 @@
+"""Compose the rooms' settings into one config; read it from YAML, with overrides."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from kd_pipeline._core.settings import Settings
+from kd_pipeline.config.reader import read_config
+from kd_pipeline.data.settings import DataSettings
+from kd_pipeline.evaluation.probe import ProbeSettings
+from kd_pipeline.losses.distillation import DistillSettings
+from kd_pipeline.models.registry import ModelSettings
+from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
+from kd_pipeline.training.settings import TrainSettings
+
+__all__ = ["Config", "DistillSettings", "TrainSettings", "load_config"]
+
+
+def _kind(teacher: Any) -> str:
+    has_members = "members" in teacher if isinstance(teacher, Mapping) else isinstance(teacher, EnsembleSettings)
+    return EnsembleSettings.__name__ if has_members else TeacherSettings.__name__
+
+
+OneOrMoreTeachers = Annotated[
+    Annotated[TeacherSettings, Tag(TeacherSettings.__name__)]
+    | Annotated[EnsembleSettings, Tag(EnsembleSettings.__name__)],
+    Discriminator(_kind),
+]
+"""One teacher, or `members` that answer as one."""
+
+
+class Config(Settings):
+    """A whole run. `data` alone is enough for a loader without a teacher."""
+
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """Order and views of the images follow from it."""
+    run_dir: Path | None = None
+    """Where a run writes what it has to say: `classes.json`, `bad_samples.jsonl` and the like."""
+    data: DataSettings
+    teacher: OneOrMoreTeachers | None = None
+    stage: Literal["teacher", "baseline", "distill", "all"] = "distill"
+    """What `kd-pipeline train` does: train the teacher's `model`, train the student alone, or distil it; `all` does
+    the first and the last."""
+    student: ModelSettings | None = None
+    student_from_teacher: dict[str, str] = Field(default_factory=dict)
+    """Layers of the student, by name, that start with the weights of the teacher's layer of the other name."""
+    distill: DistillSettings = DistillSettings()
+    train: TrainSettings = TrainSettings()
+    probe: ProbeSettings | None = ProbeSettings()
+    """How the teacher is tried on labelled images before a run; null leaves it out."""
+
+
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read the YAML file `path`, changed by overrides such as `data.batch_size=128`.
+
+    Raises:
+        ConfigError: every problem on a line of its own: file and line, dotted key, what was expected and found.
+    """
+    return read_config(Config, path, overrides)

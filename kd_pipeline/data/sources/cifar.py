@@ -1,0 +1,274 @@
+"""CIFAR-10 and CIFAR-100 as their authors publish them: binary or Python version, packed or unpacked."""
+
+import gzip
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_pipeline._core.suggestions import some
+from kd_pipeline.data.sources.arrays import Arrays
+from kd_pipeline.data.sources.safe_pickle import Call, read_pickle
+from kd_pipeline.errors import DataError
+
+__all__ = ["Cifar"]
+
+Split = Literal["train", "test"]
+
+_SITE = "https://www.cs.toronto.edu/~kriz/"
+_TIMEOUT_S = 60
+_NUM_IMAGES: Mapping[Split, int] = {"train": 50_000, "test": 10_000}
+_NUM_CLASSES = {"label": 10, "fine_label": 100, "coarse_label": 20}
+"""By kind of label, as the files spell it."""
+_PIXELS = 3 * 32 * 32
+_NUMPY = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
+"""What the Python version needs to say what its array of pixels is."""
+
+
+class Cifar(Arrays):
+    """CIFAR-10 or CIFAR-100, held in memory as one uint8 array `[N, 32, 32, 3]` with the authors' class names.
+
+    Files are taken from `root`, from the folder below it that the archive unpacks to, or straight out of the archive;
+    the binary version comes before the Python one. Pickles are read, never executed, and archives never unpacked.
+
+    Args:
+        dataset: "cifar10" or "cifar100".
+        root: the folder, or the archive itself.
+        split: 50,000 images to train on, or 10,000 to test on.
+        labels: the 100 fine or the 20 coarse classes of CIFAR-100.
+        download: fetch the binary archive into `root` where `root` has no version of the dataset.
+
+    Raises:
+        DataError: the dataset is not there or cannot be downloaded, or a file of it is damaged.
+    """
+
+    def __init__(
+        self,
+        dataset: Literal["cifar10", "cifar100"],
+        root: str | os.PathLike[str],
+        *,
+        split: Split,
+        labels: Literal["fine", "coarse"] = "fine",
+        download: bool = False,
+    ) -> None:
+        version, self._place = _find(dataset, Path(root).expanduser(), download=download)
+        self._files = version.files[split]
+        self._num_per_file = _NUM_IMAGES[split] // len(self._files)
+        label = "label" if dataset == "cifar10" else f"{labels}_label"
+        images = np.empty((_NUM_IMAGES[split], 32, 32, 3), dtype=np.uint8)
+        targets = np.empty(_NUM_IMAGES[split], dtype=np.int64)
+        names = version.names.format(label=label)
+        classes: list[str] = []
+        try:
+            for name, file in _opened(self._place, version, (*self._files, names)):
+                where = f"{self._place}/{name}"
+                if name == names:
+                    classes = _checked_names(version.read_names(file, where, label), where, _NUM_CLASSES[label])
+                    continue
+                pixels, found = version.read_images(file, where, label, self._num_per_file)
+                start = self._files.index(name) * self._num_per_file
+                part = slice(start, start + self._num_per_file)
+                images[part] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+                targets[part] = _checked_labels(found, where, _NUM_CLASSES[label])
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as exc:
+            raise DataError(f"{self._place}: cannot be read ({exc}); get {version.url} again") from exc
+        super().__init__(images, targets, classes=classes)
+
+    def name(self, index: int) -> str:
+        """See `Source.name`."""
+        file, row = divmod(index, self._num_per_file)
+        return f"{self._place}/{self._files[file]}[{row}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Version:
+    """What a dataset is called in one of its two formats."""
+
+    archive: str
+    md5: str
+    """The authors' own checksum: against damage only, as nothing that is in a file gets executed."""
+    folder: str
+    """Where the archive has its files."""
+    files: Mapping[Split, tuple[str, ...]]
+    names: str
+    """The file with the class names; `{label}` stands for the kind of label."""
+
+    @property
+    def url(self) -> str:
+        return f"{_SITE}{self.archive}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Binary(_Version):
+    """Records of a byte for each kind of label and 3072 for the pixels; a line for each class name."""
+
+    labels: tuple[str, ...]
+
+    def read_images(self, file: IO[bytes], where: str, label: str, num: int) -> tuple[NDArray[np.uint8], list[Any]]:
+        """Pixels `[num, 3072]` and labels."""
+        num_bytes = num * (len(self.labels) + _PIXELS)
+        raw = file.read(num_bytes + 1)
+        if len(raw) != num_bytes:
+            found = "more" if len(raw) > num_bytes else len(raw)
+            raise DataError(f"{where}: has {found} bytes, expected {num_bytes} for {num} images; get {self.url} again")
+        records = np.frombuffer(raw, dtype=np.uint8).reshape(num, -1)
+        return records[:, len(self.labels) :], records[:, self.labels.index(label)].tolist()
+
+    def read_names(self, file: IO[bytes], where: str, label: str) -> list[Any]:
+        """Class names as bytes."""
+        return [line.strip() for line in file.read(2**16).splitlines() if line.strip()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pickled(_Version):
+    """Pickled dicts of lists and one array."""
+
+    def read_images(self, file: IO[bytes], where: str, label: str, num: int) -> tuple[NDArray[np.uint8], list[Any]]:
+        """Pixels `[num, 3072]` and labels."""
+        content = read_pickle(file, where, functions=_NUMPY)
+        labels = content.get(f"{label}s".encode()) if isinstance(content, dict) else None
+        match content:
+            case {
+                b"data": Call(state=(_, (int(rows), int(columns)), Call(arguments=(b"u1", *_)), is_fortran, bytes(raw)))
+            } if columns == _PIXELS and len(raw) == rows * columns and isinstance(labels, list):
+                if not rows == len(labels) == num:
+                    raise DataError(
+                        f"{where}: has {rows} images and {len(labels)} labels, expected {num}; get {self.url} again"
+                    )
+                order: Literal["C", "F"] = "F" if is_fortran else "C"
+                return np.frombuffer(raw, dtype=np.uint8).reshape(rows, columns, order=order), labels
+        raise DataError(
+            f"{where}: has no uint8 array data [{num}, {_PIXELS}] with a list {label}s; get {self.url} again"
+        )
+
+    def read_names(self, file: IO[bytes], where: str, label: str) -> list[Any]:
+        """Class names as bytes."""
+        match read_pickle(file, where, functions=()):
+            case {**content} if isinstance(names := content.get(f"{label}_names".encode()), list):
+                return names
+        raise DataError(f"{where}: has no list called {label}_names; get {self.url} again")
+
+
+_VERSIONS: Mapping[str, tuple[_Binary, _Pickled]] = {
+    "cifar10": (
+        _Binary(
+            archive="cifar-10-binary.tar.gz",
+            md5="c32a1d4ab5d03f1284b67883e8d87530",
+            folder="cifar-10-batches-bin",
+            files={"train": tuple(f"data_batch_{n}.bin" for n in range(1, 6)), "test": ("test_batch.bin",)},
+            names="batches.meta.txt",
+            labels=("label",),
+        ),
+        _Pickled(
+            archive="cifar-10-python.tar.gz",
+            md5="c58f30108f718f92721af3b95e74349a",
+            folder="cifar-10-batches-py",
+            files={"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "test": ("test_batch",)},
+            names="batches.meta",
+        ),
+    ),
+    "cifar100": (
+        _Binary(
+            archive="cifar-100-binary.tar.gz",
+            md5="03b5dce01913d631647c71ecec9e9cb8",
+            folder="cifar-100-binary",
+            files={"train": ("train.bin",), "test": ("test.bin",)},
+            names="{label}_names.txt",
+            labels=("coarse_label", "fine_label"),
+        ),
+        _Pickled(
+            archive="cifar-100-python.tar.gz",
+            md5="eb9058c3a382ffc7106e4002c42a8d85",
+            folder="cifar-100-python",
+            files={"train": ("train",), "test": ("test",)},
+            names="meta",
+        ),
+    ),
+}
+
+
+def _find(dataset: str, root: Path, *, download: bool) -> tuple[_Binary | _Pickled, Path]:
+    """A version that is there and its folder or archive; a folder is read faster than an archive."""
+    versions = _VERSIONS[dataset]
+    for version in versions:
+        files = [name for names in version.files.values() for name in names]
+        for folder in (root, root / version.folder):
+            if any(os.path.isfile(folder / name) for name in files):
+                return version, folder
+    for version in versions:
+        for archive in (root, root / version.archive):
+            if archive.name == version.archive and os.path.isfile(archive):
+                return version, archive
+    if download:
+        return versions[0], _download(versions[0], root)
+    known = some([name for version in versions for name in (version.folder, version.archive)])
+    raise DataError(f"{root}: no {dataset} here, none of {known}; put {versions[0].url} there, or set download: true")
+
+
+def _download(version: _Version, root: Path) -> Path:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        # A folder of its own, so that processes do not meet in it, and nothing is left of a download that failed.
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+            part = Path(folder) / version.archive
+            with urllib.request.urlopen(version.url, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
+                shutil.copyfileobj(answer, file)
+            with part.open("rb") as file:
+                md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            if md5 != version.md5:
+                raise DataError(
+                    f"{version.url}: what came has the MD5 {md5}, expected {version.md5}, so it broke off or was "
+                    "changed on the way; try again"
+                )
+            return part.replace(root / version.archive)
+    except (OSError, HTTPException) as exc:
+        raise DataError(
+            f"{version.url}: cannot be downloaded ({exc}); download it on another machine and put it into {root}, "
+            "packed or unpacked"
+        ) from exc
+
+
+def _opened(place: Path, version: _Version, wanted: tuple[str, ...]) -> Iterator[tuple[str, IO[bytes]]]:
+    """The wanted files by name, in any order: out of the folder or the archive at `place`."""
+    if place.is_dir():
+        for name in wanted:
+            with (place / name).open("rb") as file:
+                yield name, file
+        return
+    missing = set(wanted)
+    with gzip.open(place) as unpacked, tarfile.open(fileobj=unpacked) as archive:
+        for member in archive:  # in its own order, as going back means unpacking it again
+            name = member.name.removeprefix("./").removeprefix(f"{version.folder}/")
+            content = archive.extractfile(member) if member.isreg() and name in missing else None
+            if content is not None:
+                missing.remove(name)
+                yield name, content
+        while unpacked.read(2**20):  # to the end, where the checksum is
+            pass
+    if missing:
+        raise DataError(f"{place}: has no {some(sorted(missing))} in {version.folder}/; get {version.url} again")
+
+
+def _checked_names(names: list[Any], where: str, num_classes: int) -> list[str]:
+    if len(names) != num_classes or not all(isinstance(name, bytes) for name in names):
+        raise DataError(f"{where}: has {len(names)} class names, expected {num_classes} texts; get the file again")
+    return [name.decode("latin-1") for name in names]
+
+
+def _checked_labels(labels: list[Any], where: str, num_classes: int) -> list[int]:
+    for row, label in enumerate(labels):
+        if type(label) is not int or not 0 <= label < num_classes:
+            found = label if type(label) is int else f"of type {type(label).__name__}"
+            raise DataError(f"{where}[{row}]: the label {found} is not a class index from 0 to {num_classes - 1}")
+    return labels

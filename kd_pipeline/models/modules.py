@@ -1,0 +1,43 @@
+"""What is done to any module: a frozen copy, outputs by name."""
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from kd_pipeline.errors import TeacherError
+
+__all__ = ["frozen_copy", "named_outputs"]
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of `module` in eval mode that needs no gradient; `module` stays as it is.
+
+    Raises:
+        TeacherError: the module cannot be copied.
+    """
+    try:
+        return copy.deepcopy(module).eval().requires_grad_(False)
+    except Exception as exc:
+        raise TeacherError(f"the teacher {type(module).__qualname__} cannot be copied: {exc}") from exc
+
+
+def named_outputs(output: object) -> Mapping[str, Tensor]:
+    """What a module returned, by name: a tensor is `"logits"`, a mapping keeps its keys.
+
+    Raises:
+        TeacherError: it is something else, or has no `"logits"`.
+    """
+    if isinstance(output, Tensor):
+        return {"logits": output}
+    if not isinstance(output, Mapping):
+        raise TeacherError(
+            f"a teacher returns a tensor or a mapping of tensors with 'logits', got {type(output).__qualname__}; "
+            "wrap the module so that it does"
+        )
+    if "logits" not in output:
+        raise TeacherError(f"a teacher returns 'logits' among its outputs, got {', '.join(map(repr, output))}")
+    for key, value in output.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TeacherError(f"a teacher returns tensors by name, got {type(value).__qualname__} for {key!r}")
+    return output

@@ -1,0 +1,1 @@
+"""TensorRT engines: build, trust, load and run."""

@@ -1,0 +1,208 @@
+"""From the checked bytes of an engine file to TensorRT's engine, and what goes in and comes out of it."""
+
+import logging
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kd_pipeline.errors import EngineError
+from kd_pipeline.teachers.tensorrt.manifest import EngineFile, Profile, TensorIO
+from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
+
+__all__ = ["LoadedEngine", "load_engine"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """An engine that TensorRT has accepted, and that is what its manifest says."""
+
+    tensorrt: TensorRT
+    image: TensorIO
+    outputs: dict[str, TensorIO]
+    """By the teacher's name for the output; `logits` is among them."""
+    profiles: tuple[Profile, ...]
+    _runtime: Any
+    _engine: Any
+    _rtx: "_RtxConfig | None"
+
+    def create_context(self) -> Any:
+        """A new execution context of TensorRT's, of no profile yet.
+
+        Raises:
+            EngineError: TensorRT cannot make one.
+        """
+        arguments = [] if self._rtx is None else [self._rtx.config]
+        context = self._engine.create_execution_context(*arguments)
+        return self.tensorrt.check(context, "TensorRT cannot make an execution context")
+
+    def keep_kernels(self) -> None:
+        """Write what TensorRT-RTX compiled for this GPU to `<engine>.rtxcache`, for the next time."""
+        if self._rtx is not None:
+            self._rtx.save()
+
+
+def load_engine(
+    file: EngineFile, *, runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto", cuda_graph: bool = False
+) -> LoadedEngine:
+    """Let TensorRT load an engine on the current GPU.
+
+    Args:
+        file: the engine; without a manifest its single output counts as the logits.
+        runtime: the flavour of TensorRT; the manifest's unless given.
+        cuda_graph: have TensorRT-RTX run the engine as CUDA graphs of its own.
+
+    Raises:
+        EngineError: TensorRT refuses the engine, or it is no teacher, or not what its manifest says.
+        MissingPackageError: TensorRT is not installed.
+    """
+    tensorrt = _open_tensorrt(file, runtime)
+    loader, engine = _deserialise(tensorrt, file)
+    image, outputs, profiles = _read_io(tensorrt, engine, file)
+    is_rtx = tensorrt.runtime == "tensorrt_rtx"
+    rtx = _RtxConfig(tensorrt, engine, file.path, cuda_graph=cuda_graph) if is_rtx else None
+    return LoadedEngine(tensorrt, image, outputs, profiles, loader, engine, rtx)
+
+
+class _RtxConfig:
+    """How TensorRT-RTX runs an engine, and the kernels that it compiled for this GPU, kept in `<engine>.rtxcache`."""
+
+    def __init__(self, tensorrt: TensorRT, engine: Any, path: Path, *, cuda_graph: bool) -> None:
+        self.config = tensorrt.check(engine.create_runtime_config(), "TensorRT-RTX cannot make a runtime config")
+        if cuda_graph:
+            self.config.cuda_graph_strategy = tensorrt.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._path = path.with_name(f"{path.name}.rtxcache")
+        self._cache = tensorrt.check(self.config.create_runtime_cache(), "TensorRT-RTX cannot make a runtime cache")
+        content = _read_private(self._path)
+        if content is not None and not self._cache.deserialize(content):
+            _logger.info("%s was written by another TensorRT, GPU or driver; its kernels are compiled anew", self._path)
+        tensorrt.check(self.config.set_runtime_cache(self._cache), "TensorRT-RTX refuses its runtime cache")
+
+    def save(self) -> None:
+        """Write the compiled kernels beside the engine; where that fails they are compiled again next time."""
+        content = self._cache.serialize()
+        whole = None
+        try:
+            with tempfile.NamedTemporaryFile(
+                dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
+            ) as file:
+                whole = file.name
+                file.write(content)
+            os.replace(whole, self._path)
+        except (OSError, TypeError) as exc:
+            _logger.warning("the kernels of TensorRT-RTX could not be kept in %s: %s", self._path, exc)
+            if whole is not None:
+                Path(whole).unlink(missing_ok=True)
+
+
+def _open_tensorrt(file: EngineFile, runtime: Literal["auto", "tensorrt", "tensorrt_rtx"]) -> TensorRT:
+    manifest = file.manifest
+    if manifest is None:
+        return open_tensorrt(runtime)
+    if runtime not in ("auto", manifest.runtime):
+        raise EngineError(
+            f"{file.path} was built by {manifest.runtime}, and the settings ask for {runtime}; set the teacher's "
+            f"runtime to {manifest.runtime}, or build it again: {manifest.command}"
+        )
+    return open_tensorrt(manifest.runtime)
+
+
+def _deserialise(tensorrt: TensorRT, file: EngineFile) -> tuple[Any, Any]:
+    """TensorRT's runtime, and the engine it made of the file's content."""
+    tensorrt.take_errors()  # of others
+    command = "kd-pipeline build-engine" if file.manifest is None else file.manifest.command
+    does_not_run = f"{file.path} does not run on {tensorrt.runtime} {tensorrt.version}, build it again here: {command}"
+    runtime = tensorrt.module.Runtime(tensorrt.logger)
+    runtime.engine_host_code_allowed = False
+    if hasattr(runtime, "get_engine_validity"):  # TensorRT-RTX alone can tell beforehand
+        validity, diagnostics = runtime.get_engine_validity(file.content)
+        if validity == tensorrt.module.EngineValidity.INVALID:
+            kinds = tensorrt.module.EngineInvalidityDiagnostics.__members__.items()
+            found = [name.lower().replace("_", " ") for name, kind in kinds if diagnostics & int(kind)]
+            reasons = [*found, *filter(None, [tensorrt.take_errors()])]
+            raise EngineError(f"{does_not_run}: {', '.join(reasons) or 'it does not say why'}")
+    return runtime, tensorrt.check(runtime.deserialize_cuda_engine(file.content), does_not_run)
+
+
+def _read_io(
+    tensorrt: TensorRT, engine: Any, file: EngineFile
+) -> tuple[TensorIO, dict[str, TensorIO], tuple[Profile, ...]]:
+    """What the engine says of its input, outputs and profiles, which is what its manifest says of them."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    inputs = [name for name in names if engine.get_tensor_mode(name) == tensorrt.module.TensorIOMode.INPUT]
+    if len(inputs) != 1:
+        raise EngineError(f"{file.path} takes {len(inputs)} inputs ({', '.join(inputs)}); a teacher takes images alone")
+    image = _tensor_io(tensorrt, engine, file, inputs[0])
+    if len(image.shape) != 4 or image.shape[1] != 3:
+        raise EngineError(f"{file.path}: the input is {image}; a teacher takes images [N, 3, H, W]")
+    outputs = _named(file, [_tensor_io(tensorrt, engine, file, name) for name in names if name != image.name])
+    profiles = []
+    for index in range(engine.num_optimization_profiles):
+        least, best, most = (shape[0] for shape in engine.get_tensor_profile_shape(image.name, index))
+        profiles.append(Profile(min=least, opt=best, max=most))
+    found = {"image": image, "outputs": outputs, "profiles": tuple(profiles)}
+    for name, value in found.items():
+        if file.manifest is not None and value != getattr(file.manifest, name):
+            raise EngineError(
+                f"{file.path}: {name}: found {_shown(value)} in the engine and "
+                f"{_shown(getattr(file.manifest, name))} in its manifest; build it again: {file.manifest.command}"
+            )
+    return image, outputs, tuple(profiles)
+
+
+def _tensor_io(tensorrt: TensorRT, engine: Any, file: EngineFile, name: str) -> TensorIO:
+    module = tensorrt.module
+    dtypes: dict[Any, Literal["float32", "float16"]]
+    dtypes = {module.DataType.FLOAT: "float32", module.DataType.HALF: "float16"}
+    shape = tuple(engine.get_tensor_shape(name))
+    dtype, layout = engine.get_tensor_dtype(name), engine.get_tensor_format(name)
+    if dtype not in dtypes or layout != module.TensorFormat.LINEAR or len(shape) < 2 or min(shape[1:]) < 1:
+        raise EngineError(
+            f"{file.path}: {name!r} is {list(shape)} of {dtype} in {layout}; a teacher's inputs and outputs are dense "
+            "float32 or float16 tensors of which only the batch varies: build the engine from such an ONNX file"
+        )
+    return TensorIO(name=name, shape=(None, *shape[1:]), dtype=dtypes[dtype])
+
+
+def _named(file: EngineFile, outputs: list[TensorIO]) -> dict[str, TensorIO]:
+    """Outputs by the teacher's names for them."""
+    if file.manifest is not None:
+        named = {name: output.name for name, output in file.manifest.outputs.items()}
+    else:
+        named = {"logits" if len(outputs) == 1 else output.name: output.name for output in outputs}
+    by_name = {output.name: output for output in outputs}
+    if named.get("logits") not in by_name or sorted(named.values()) != sorted(by_name):
+        wanted = ", ".join(named.values()) if file.manifest is not None else "one that is called logits among them"
+        raise EngineError(f"{file.path}: found the outputs {', '.join(by_name)}, wanted {wanted}; build it again")
+    found = {name: by_name[own] for name, own in named.items()}
+    if len(found["logits"].shape) != 2:
+        raise EngineError(f"{file.path}: the logits are {found['logits']}, wanted [N, K]")
+    return found
+
+
+def _shown(value: object) -> str:
+    match value:
+        case TensorIO():
+            return f"{value.name!r} {value}"
+        case dict():
+            return ", ".join(f"{name}: {_shown(each)}" for name, each in value.items())
+    return str(value)
+
+
+def _read_private(path: Path) -> bytes | None:
+    """The content of a file that no other user can have written; compiled kernels are programs."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                return file.read()
+        _logger.warning("%s is not read: it belongs to another user, or others may write to it; delete it", path)
+    except FileNotFoundError:
+        pass
+    except OSError as exc:
+        _logger.warning("%s is not read: %s", path, exc)
+    return None

@@ -1,0 +1,429 @@
+"""The files here have the authors' formats and names, and a few random images."""
+
+import hashlib
+import io
+import os
+import tarfile
+import tracemalloc
+import urllib.request
+
+import numpy as np
+import pytest
+from torchvision import datasets
+
+from kd_pipeline.data.sources import cifar
+from kd_pipeline.data.sources.cifar import Cifar
+from kd_pipeline.errors import DataError
+from tests.cifar_files import (
+    ARCHIVES,
+    CIFAR10,
+    COARSE,
+    FINE,
+    FOLDERS,
+    NUM_IMAGES,
+    batch,
+    class_names,
+    content,
+    meta,
+    pack,
+    pickled,
+    write,
+)
+
+VERSIONS = list(FOLDERS)
+PIXELS = np.arange(10 * 3072, dtype=np.uint64).astype(np.uint8).reshape(10, 3072)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """50 and 10 images where the real files have 50,000 and 10,000."""
+    monkeypatch.setattr(cifar, "_NUM_IMAGES", NUM_IMAGES)
+
+
+def refusal(*args, **kwargs):
+    with pytest.raises(DataError) as info:
+        Cifar(*args, **kwargs)
+    return str(info.value)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+# What is read
+
+
+@pytest.mark.parametrize(("dataset", "version"), VERSIONS)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_every_version_in_every_place_is_the_same_source(tmp_path, few, dataset, version, split):
+    folder = write(dataset, version, tmp_path / "unpacked" / FOLDERS[dataset, version])
+    (tmp_path / "packed").mkdir()
+    archive = pack(folder, tmp_path / "packed" / ARCHIVES[dataset, version])
+    images, labels = content(dataset, split)
+    for kind in ("fine", "coarse") if dataset == "cifar100" else ("fine",):
+        expected = labels["labels" if dataset == "cifar10" else f"{kind}_labels"]
+        names = CIFAR10 if dataset == "cifar10" else {"fine": FINE, "coarse": COARSE}[kind]
+        for root in (folder, folder.parent, str(archive), archive.parent):
+            source = Cifar(dataset, root, split=split, labels=kind)
+            assert len(source) == NUM_IMAGES[split] and source.classes == tuple(names)
+            assert source.num_classes == len(names) and source.stores == "pixels" and source.reports == ()
+            assert source.labels.dtype == np.int64 and source.labels.tolist() == expected.tolist()
+            order = np.random.default_rng(0).permutation(len(source))
+            np.testing.assert_array_equal(source.read(order), images[order])
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_both_versions_have_the_same_fingerprint_and_other_splits_and_labels_others(tmp_path, few, dataset):
+    prints = []
+    for version in ("binary", "python"):
+        root = write(dataset, version, tmp_path / version)
+        prints.append([Cifar(dataset, root, split=split).fingerprint for split in ("train", "test")])
+        if dataset == "cifar100":
+            prints[-1].append(Cifar(dataset, root, split="test", labels="coarse").fingerprint)
+    assert prints[0] == prints[1] and len(set(prints[0])) == len(prints[0])
+
+
+@pytest.mark.parametrize(("split", "num", "last"), [("train", 50_000, "train.bin"), ("test", 10_000, "test.bin")])
+def test_the_real_cifar_100_has_so_many_images(tmp_path, split, num, last):
+    write("cifar100", "binary", tmp_path)
+    (tmp_path / last).write_bytes(b"")
+    os.truncate(tmp_path / last, num * 3074)  # zeros that take no space on the disk
+    source = Cifar("cifar100", tmp_path, split=split)
+    assert len(source) == num and source.name(num - 1) == f"{tmp_path}/{last}[{num - 1}]"
+
+
+@pytest.mark.parametrize(
+    ("split", "num", "last"), [("train", 50_000, "data_batch_5.bin"), ("test", 10_000, "test_batch.bin")]
+)
+def test_the_real_cifar_10_has_so_many_images_and_holds_them_once(tmp_path, split, num, last):
+    write("cifar10", "binary", tmp_path)
+    for path in tmp_path.glob("*.bin"):
+        path.write_bytes(b"")
+        os.truncate(path, 10_000 * 3073)
+    tracemalloc.start()
+    source = Cifar("cifar10", tmp_path, split=split)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == num and source.name(num - 1) == f"{tmp_path}/{last}[9999]"
+    assert held < num * 3072 + 2**20
+
+
+def test_python_files_in_fortran_order_are_read_too(tmp_path, few):
+    write("cifar10", "python", tmp_path)
+    (tmp_path / "test_batch").write_bytes(pickled(batch(np.asfortranarray(PIXELS), {"labels": range(10)})))
+    images = PIXELS.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(Cifar("cifar10", tmp_path, split="test").read(np.arange(10)), images)
+
+
+def test_samples_are_named_by_file_and_place_in_it(tmp_path, few, monkeypatch):
+    write("cifar10", "python", tmp_path / "cifar-10-batches-py")
+    monkeypatch.chdir(tmp_path)
+    source = Cifar("cifar10", "cifar-10-batches-py", split="train")
+    assert source.name(0) == "cifar-10-batches-py/data_batch_1[0]"
+    assert source.name(29) == "cifar-10-batches-py/data_batch_3[9]"
+    pack(tmp_path / "cifar-10-batches-py", tmp_path / "cifar-10-python.tar.gz")
+    source = Cifar("cifar10", "cifar-10-python.tar.gz", split="test")
+    assert source.name(3) == "cifar-10-python.tar.gz/test_batch[3]"
+
+
+def test_folders_come_before_archives_and_the_binary_version_before_the_python_one(tmp_path, few):
+    places = []
+    for version in ("python", "binary"):
+        folder = write("cifar10", version, tmp_path / "elsewhere" / FOLDERS["cifar10", version])
+        pack(folder, tmp_path / ARCHIVES["cifar10", version])
+        places.append(Cifar("cifar10", tmp_path, split="test").name(0))
+    for version in ("python", "binary"):
+        write("cifar10", version, tmp_path / FOLDERS["cifar10", version])
+        places.append(Cifar("cifar10", tmp_path, split="test").name(0))
+    assert [place.removeprefix(f"{tmp_path}/") for place in places] == [
+        "cifar-10-python.tar.gz/test_batch[0]",
+        "cifar-10-binary.tar.gz/test_batch.bin[0]",
+        "cifar-10-batches-py/test_batch[0]",
+        "cifar-10-batches-bin/test_batch.bin[0]",
+    ]
+
+
+def test_one_folder_may_have_both_datasets(tmp_path, few):
+    for dataset, version in VERSIONS:
+        write(dataset, version, tmp_path / FOLDERS[dataset, version])
+    assert Cifar("cifar10", tmp_path, split="test").num_classes == 10
+    assert Cifar("cifar100", tmp_path, split="test").num_classes == 100
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("version", ["binary", "python"])
+def test_a_dataset_that_is_not_there_is_refused_with_what_to_put_where(tmp_path, few, version):
+    write("cifar100", version, tmp_path / FOLDERS["cifar100", version])
+    (tmp_path / "none/train").mkdir(parents=True)  # a folder of images, not a file with that name
+    message = refusal("cifar10", tmp_path, split="train")
+    assert message.startswith(f"{tmp_path}: no cifar10 here, none of cifar-10-batches-bin, cifar-10-binary.tar.gz,")
+    assert "put https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz there, or set download: true" in message
+    assert "no cifar100 here" in refusal("cifar100", tmp_path / "none", split="train")
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [
+        ("binary", "data_batch_4.bin"),
+        ("binary", "batches.meta.txt"),
+        ("python", "data_batch_4"),
+        ("python", "batches.meta"),
+    ],
+)
+def test_a_file_that_is_missing_is_named(tmp_path, few, version, name):
+    folder = write("cifar10", version, tmp_path / FOLDERS["cifar10", version])
+    (folder / name).unlink()
+    assert f"{folder / name}" in refusal("cifar10", folder, split="train")
+    archive = pack(folder, tmp_path / ARCHIVES["cifar10", version])
+    assert refusal("cifar10", archive, split="train").startswith(f"{archive}: has no {name} in {folder.name}/")
+
+
+@pytest.mark.parametrize("size", [0, 3073 * 9, 3073 * 10 - 1, 3073 * 10 + 1, 3073 * 20])
+def test_a_binary_file_of_another_size_is_refused_with_both_sizes(tmp_path, few, size):
+    write("cifar10", "binary", tmp_path)
+    os.truncate(tmp_path / "data_batch_2.bin", size)
+    message = refusal("cifar10", tmp_path, split="train")
+    found = size if size < 30730 else "more"
+    assert message.startswith(f"{tmp_path}/data_batch_2.bin: has {found} bytes, expected 30730 for 10 images")
+
+
+BATCHES = {
+    "images": (batch(PIXELS[:9], {"labels": range(10)}), "has 9 images and 10 labels, expected 10"),
+    "labels": (batch(PIXELS, {"labels": range(9)}), "has 10 images and 9 labels, expected 10"),
+    "both": (batch(PIXELS[:9], {"labels": range(9)}), "has 9 images and 9 labels, expected 10"),
+    "no labels": (batch(PIXELS, {}), "no uint8 array data [10, 3072] with a list labels"),
+    "other labels": (batch(PIXELS, {"fine_labels": range(10)}), "with a list labels"),
+    "no data": ({b"labels": [0] * 10}, "no uint8 array data"),
+    "data of another kind": ({b"labels": [0] * 10, b"data": [0]}, "no uint8 array data"),
+    "other dtype": (batch(PIXELS.view(np.int8), {"labels": range(10)}), "no uint8 array data"),
+    "wider dtype": (batch(PIXELS.astype(np.uint16), {"labels": range(10)}), "no uint8 array data"),
+    "other shape": (batch(PIXELS[:, :3071], {"labels": range(10)}), "no uint8 array data"),
+    "other size": (batch(PIXELS.reshape(5, 6144), {"labels": range(10)}), "no uint8 array data"),
+    "no dict": ([1], "no uint8 array data"),
+}
+
+
+@pytest.mark.parametrize(("value", "words"), BATCHES.values(), ids=BATCHES)
+def test_a_python_file_with_other_contents_is_refused_with_what_it_has(tmp_path, few, value, words):
+    write("cifar10", "python", tmp_path)
+    (tmp_path / "data_batch_2").write_bytes(pickled(value))
+    message = refusal("cifar10", tmp_path, split="train")
+    assert message.startswith(f"{tmp_path}/data_batch_2: has ") and words in message
+
+
+def test_an_array_with_fewer_bytes_than_its_shape_says_is_refused(tmp_path, few):
+    write("cifar10", "python", tmp_path)
+    data = pickled(batch(PIXELS, {"labels": range(10)}))
+    short = data.replace(b"T" + (30720).to_bytes(4, "little") + b"\0", b"T" + (30719).to_bytes(4, "little"))
+    assert len(short) == len(data) - 1
+    (tmp_path / "test_batch").write_bytes(short)
+    assert "test_batch: has no uint8 array data" in refusal("cifar10", tmp_path, split="test")
+
+
+@pytest.mark.parametrize("label", [10, -1, 255, 2**31 - 1])
+def test_a_label_out_of_range_is_refused_by_file_and_place(tmp_path, few, label):
+    write("cifar10", "python", tmp_path / "python")
+    (tmp_path / "python/data_batch_3").write_bytes(pickled(batch(PIXELS, {"labels": [0] * 7 + [label] * 3})))
+    message = f"data_batch_3[7]: the label {label} is not a class index from 0 to 9"
+    assert message in refusal("cifar10", tmp_path / "python", split="train")
+    if 0 <= label < 256:
+        path = write("cifar10", "binary", tmp_path / "binary") / "test_batch.bin"
+        data = bytearray(path.read_bytes())
+        data[9 * 3073] = label
+        path.write_bytes(data)
+        assert f"test_batch.bin[9]: the label {label} is" in refusal("cifar10", tmp_path / "binary", split="test")
+
+
+@pytest.mark.parametrize(("kind", "at", "limit"), [("coarse", 0, 20), ("fine", 1, 100)])
+def test_a_kind_of_label_is_checked_against_its_own_classes(tmp_path, few, kind, at, limit):
+    path = write("cifar100", "binary", tmp_path) / "test.bin"
+    data = bytearray(path.read_bytes())
+    data[5 * 3074 + at] = limit
+    path.write_bytes(data)
+    message = refusal("cifar100", tmp_path, split="test", labels=kind)
+    assert f"test.bin[5]: the label {limit} is not a class index from 0 to {limit - 1}" in message
+    Cifar("cifar100", tmp_path, split="test", labels="coarse" if kind == "fine" else "fine")
+
+
+def test_a_label_that_is_no_number_is_refused_by_its_type(tmp_path, few):
+    write("cifar10", "python", tmp_path)
+    (tmp_path / "test_batch").write_bytes(pickled({**batch(PIXELS, {}), b"labels": [0] * 9 + [b"cat"]}))
+    assert "test_batch[9]: the label of type bytes is not" in refusal("cifar10", tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({**meta(), b"label_names": [b"cat"] * 9}, "has 9 class names, expected 10"),
+        ({**meta(), b"label_names": [1] * 10}, "has 10 class names, expected 10 texts"),
+        ({b"num_vis": 3072}, "has no list called label_names"),
+        ([b"cat"] * 10, "has no list called label_names"),
+    ],
+)
+def test_class_names_that_are_none_are_refused_by_file(tmp_path, few, value, words):
+    write("cifar10", "python", tmp_path)
+    (tmp_path / "batches.meta").write_bytes(pickled(value))
+    message = refusal("cifar10", tmp_path, split="test")
+    assert message.startswith(f"{tmp_path}/batches.meta: ") and words in message
+
+
+def test_a_text_file_with_other_class_names_is_refused_with_their_number(tmp_path, few):
+    write("cifar100", "binary", tmp_path)
+    (tmp_path / "fine_label_names.txt").write_bytes(class_names("cifar100", "binary")["coarse_label_names.txt"])
+    assert "fine_label_names.txt: has 20 class names, expected 100" in refusal("cifar100", tmp_path, split="test")
+
+
+def test_a_pickle_that_would_run_something_is_refused_by_file_and_runs_nothing(tmp_path, few):
+    marker = tmp_path / "owned"
+    trap = b"cos\nmkdir\nS" + repr(str(marker)).encode() + b"\n\x85R"
+    for name in ("data_batch_5", "batches.meta"):
+        folder = write("cifar10", "python", tmp_path / name / "cifar-10-batches-py")
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:4] + b"(U\x04trap" + trap + b"u" + data[4:])
+        for root in (folder, pack(folder, tmp_path / name / "cifar-10-python.tar.gz")):
+            message = refusal("cifar10", root, split="train")
+            assert message.startswith(f"{root}/{name}: not a whole Python 2 pickle") and "'os mkdir'" in message
+    assert not marker.exists()
+
+
+# Archives
+
+
+def test_an_archive_that_is_cut_off_or_none_is_refused_by_name(tmp_path, few):
+    whole = pack(write("cifar10", "binary", tmp_path / "cifar-10-batches-bin"), tmp_path / "whole.tar.gz").read_bytes()
+    (tmp_path / "root").mkdir()
+    archive = tmp_path / "root/cifar-10-binary.tar.gz"
+    for data in [
+        b"",
+        b"text",
+        whole[:100],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:2000] + bytes(100) + whole[2100:],
+    ]:
+        archive.write_bytes(data)
+        message = refusal("cifar10", archive.parent, split="train")
+        assert message.startswith(f"{archive}: ") and "cifar-10-binary.tar.gz again" in message
+
+
+def test_a_damaged_archive_is_refused_or_gives_the_very_same_data(tmp_path, few):
+    archive = tmp_path / "cifar-100-python.tar.gz"
+    pack(write("cifar100", "python", tmp_path / "cifar-100-python"), archive)
+    data, whole = archive.read_bytes(), Cifar("cifar100", archive, split="test").fingerprint
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(100):
+        damaged = bytearray(data)
+        damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        archive.write_bytes(damaged)
+        try:
+            assert Cifar("cifar100", archive, split="test").fingerprint == whole
+        except DataError as exc:
+            assert str(exc).startswith(str(archive))
+            refused += 1
+    assert refused > 90
+
+
+def test_nothing_of_an_archive_reaches_the_disk(tmp_path, few):
+    folder = write("cifar10", "binary", tmp_path / "made/cifar-10-batches-bin")
+    root = tmp_path / "a/b/root"
+    root.mkdir(parents=True)
+    archive = root / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in ("../../evil", "/tmp/kd_pipeline_evil", "cifar-10-batches-bin/../../../evil"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            tar.addfile(member, io.BytesIO(b"evil"))
+        tar.add(folder, "cifar-10-batches-bin")
+    before = names_in(tmp_path)
+    assert len(Cifar("cifar10", root, split="test")) == 10
+    assert names_in(tmp_path) == before and not os.path.exists("/tmp/kd_pipeline_evil")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
+def test_only_regular_files_of_an_archive_are_read(tmp_path, few, kind):
+    folder = write("cifar10", "binary", tmp_path / "cifar-10-batches-bin")
+    secret = tmp_path / "secret"
+    (folder / "test_batch.bin").rename(secret)
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as tar:
+        member = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+        member.type, member.linkname = kind, str(secret)
+        tar.addfile(member)
+        tar.add(folder, "cifar-10-batches-bin")
+    message = refusal("cifar10", tmp_path / "cifar-10-binary.tar.gz", split="test")
+    assert "has no test_batch.bin in cifar-10-batches-bin/" in message
+
+
+# Downloads
+
+
+@pytest.fixture
+def site(tmp_path, few, monkeypatch):
+    """A folder in place of the authors' site, with a small archive of which they publish the right checksum."""
+    folder = tmp_path / "site"
+    archive = pack(write("cifar10", "binary", folder / "cifar-10-batches-bin"), folder / "cifar-10-binary.tar.gz")
+    monkeypatch.setattr(cifar, "_SITE", f"{folder.as_uri()}/")
+    binary, python = cifar._VERSIONS["cifar10"]
+    fields = {name: getattr(binary, name) for name in binary.__dataclass_fields__}
+    fields["md5"] = hashlib.md5(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(cifar._VERSIONS, "cifar10", (type(binary)(**fields), python))
+    return archive
+
+
+def test_a_download_is_kept_as_the_archive_and_used_the_next_time(tmp_path, site):
+    root = tmp_path / "new/root"
+    source = Cifar("cifar10", root, split="test", download=True)
+    np.testing.assert_array_equal(source.read(np.arange(10)), content("cifar10", "test").images)
+    assert names_in(root) == ["cifar-10-binary.tar.gz"]
+    assert (root / "cifar-10-binary.tar.gz").stat().st_mode & 0o777 == site.stat().st_mode & 0o777
+    site.unlink()
+    for download in (True, False):
+        assert Cifar("cifar10", root, split="train", download=download).fingerprint
+
+
+def test_nothing_is_downloaded_unasked_or_where_the_dataset_is_there(tmp_path, site, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("connected")
+
+    monkeypatch.setattr(urllib.request, "urlopen", never)
+    assert "set download: true" in refusal("cifar10", tmp_path / "root", split="test")
+    write("cifar10", "python", tmp_path / "root")
+    Cifar("cifar10", tmp_path / "root", split="test", download=True)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b""])
+def test_a_download_with_another_checksum_is_refused_with_both_and_leaves_nothing(tmp_path, site, change):
+    expected = hashlib.md5(site.read_bytes()).hexdigest()
+    site.write_bytes(change(site.read_bytes()))
+    message = refusal("cifar10", tmp_path / "root", split="test", download=True)
+    found = hashlib.md5(site.read_bytes()).hexdigest()
+    assert message.startswith(f"{site.as_uri()}: what came has the MD5 {found}, expected {expected}")
+    assert names_in(tmp_path / "root") == []
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/", "file:///nowhere/"])
+def test_without_a_network_the_message_says_what_to_get_and_where_to_put_it(tmp_path, few, monkeypatch, address):
+    monkeypatch.setattr(cifar, "_SITE", address)
+    message = refusal("cifar100", tmp_path / "root", split="test", download=True)
+    assert message.startswith(f"{address}cifar-100-binary.tar.gz: cannot be downloaded (")
+    assert f"download it on another machine and put it into {tmp_path}/root, packed or unpacked" in message
+    assert names_in(tmp_path / "root") == []
+
+
+def test_a_root_that_cannot_be_written_is_refused(tmp_path, site):
+    (tmp_path / "file").write_text("")
+    assert "cannot be downloaded (" in refusal("cifar10", tmp_path / "file", split="test", download=True)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_names_and_checksums_are_those_that_torchvision_has(dataset):
+    theirs = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    _, ours = cifar._VERSIONS[dataset]
+    assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)
+    assert ours.files == {
+        "train": tuple(name for name, _ in theirs.train_list),
+        "test": tuple(name for name, _ in theirs.test_list),
+    }
+    assert ours.names == theirs.meta["filename"]

@@ -1,0 +1,83 @@
+"""The table is made of real networks and teachers; times are only required to be times."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kd_pipeline.evaluation._compare import Compared, Cost, compare, measure_cost
+from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.settings import TeacherSettings
+from tests.networks import ConvNet, random_images
+
+UNKNOWN = dict.fromkeys(
+    ("top1", "top5", "macro_f1", "loss", "agreement", "kl", "class_accuracy", "confusion", "classes")
+)
+
+
+def evaluation(**known) -> Evaluation:
+    return Evaluation(**{**UNKNOWN, "num_samples": 360, "num_bad_rows": 0, "metrics": {}, **known})
+
+
+def cost(**known) -> Cost:
+    unknown = {"num_parameters": None, "num_bytes": None}
+    return Cost(**{**unknown, "ms_per_image": 1.5, "batch_size": 8, "device": "cpu", **known})
+
+
+class Counter(nn.Module):
+    """Counts its calls and sees whether autograd is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(7, 3))
+        self.num_calls, self.is_recorded = 0, False
+
+    def forward(self, images):
+        self.num_calls += 1
+        self.is_recorded |= torch.is_grad_enabled()
+        return images.mean((2, 3)) @ self.weight.T
+
+
+def test_a_network_is_timed_on_one_batch_and_weighed_by_its_parameters() -> None:
+    net = Counter()
+    found = measure_cost(net, random_images(8))
+    assert found.num_parameters == 21 and found.num_bytes is None
+    assert (found.batch_size, found.device) == (8, "cpu") and found.ms_per_image > 0
+    assert net.num_calls == 33 and not net.is_recorded
+
+
+def test_a_network_gets_images_of_another_dtype_in_that_of_its_weights() -> None:
+    assert measure_cost(ConvNet().eval(), random_images(4).half()).ms_per_image > 0
+
+
+def test_a_teacher_is_weighed_by_its_files(exported, tmp_path: Path) -> None:
+    teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)))
+    extra = tmp_path / "weights.bin"
+    extra.write_bytes(b"x" * 1000)
+    found = measure_cost(teacher, random_images(4), files=[exported(0), extra])
+    assert found.num_bytes == exported(0).stat().st_size + 1000 and found.num_parameters is None
+    assert measure_cost(ConvNet().eval(), random_images(4)).num_parameters == sum(
+        parameter.numel() for parameter in ConvNet().parameters()
+    )
+
+
+def test_every_model_has_a_line_and_every_figure_its_column() -> None:
+    known = evaluation(top1=0.91666, top5=0.99, macro_f1=0.9, loss=0.3, agreement=0.95, kl=0.0213)
+    big = cost(num_parameters=25_557_032, num_bytes=102_400, batch_size=64, device="NVIDIA X")
+    table = compare(
+        [
+            Compared(name="student", evaluation=known, cost=cost(num_parameters=999, num_bytes=7_654)),
+            Compared(name="a longer teacher", evaluation=evaluation(num_samples=12), cost=big),
+        ]
+    )
+    header, student, teacher, footnote = table.splitlines()
+    found = [" ".join(line.split()) for line in (header, student, teacher)]
+    assert found == [
+        "samples top-1 top-5 macro F1 loss agreement KL ms/image batch parameters bytes on",
+        "student 360 91.67% 99.00% 0.9000 0.3000 95.00% 0.0213 1.500 8 999 7.65 k cpu",
+        "a longer teacher 12 - - - - - - 1.500 64 25.6 M 102 k NVIDIA X",
+    ]
+    assert header.index("top-1") + len("top-1") == student.index("91.67%") + len("91.67%")
+    assert len(header) == len(student) == len(teacher)
+    assert "median of 30 runs" in footnote

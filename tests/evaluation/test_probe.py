@@ -1,0 +1,291 @@
+"""A teacher that knows ten colours by heart, a real loader over arrays of them, and ways to spoil either."""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.settings import DataSettings, SplitSettings
+from kd_pipeline.data.sources.base import ArraysSettings
+from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.errors import TeacherError
+from kd_pipeline.evaluation.probe import ProbeReport, ProbeSettings, _judge, probe_teacher
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.settings import TeacherSettings
+from tests.streams import assert_same, fields
+
+NUM_CLASSES = 10
+CLASSES = tuple(f"colour {number}" for number in range(NUM_CLASSES))
+PALETTE = np.random.default_rng(8).permutation(
+    np.stack(np.meshgrid([40, 128, 215], [40, 215], [40, 215]), -1).reshape(-1, 3)
+)
+SIZE = 16
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+class ColourNet(nn.Module):
+    """The nearer the mean colour to that of a class, the larger its logit."""
+
+    def __init__(self, *, num_logits: int = NUM_CLASSES, order: list[int] | None = None) -> None:
+        super().__init__()
+        palette = torch.tensor(PALETTE[order or range(NUM_CLASSES)] / 255, dtype=torch.float32)
+        others = torch.full((num_logits - NUM_CLASSES, 3), 9.0)
+        self.register_buffer("palette", torch.cat([palette, others]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return -40 * (images.mean((2, 3))[:, None] - self.palette).norm(dim=2)
+
+
+class Spoilt(nn.Module):
+    """A `ColourNet` whose logits something happens to."""
+
+    def __init__(self, spoil) -> None:
+        super().__init__()
+        self.net, self.spoil = ColourNet(), spoil
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.spoil(self.net(images))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a loader reads of a config."""
+
+    data: DataSettings
+    run_dir: Path | None = None
+    seed: int = 3
+    teacher: None = None
+
+
+def colours(folder: Path, *, num_samples: int = 400, label_of=lambda k: k, **options) -> RunConfig:
+    """Noisy images of one colour each, class after class as a folder has them."""
+    rng = np.random.default_rng(0)
+    colour = np.sort(np.arange(num_samples) % NUM_CLASSES)
+    noise = rng.integers(-30, 31, size=(num_samples, SIZE, SIZE, 3))
+    np.save(folder / "images.npy", (PALETTE[colour][:, None, None] + noise).clip(0, 255).astype(np.uint8))
+    np.save(folder / "labels.npy", np.array([label_of(int(k)) for k in colour]))
+    source = ArraysSettings(
+        images=folder / "images.npy",
+        labels=folder / "labels.npy" if options.pop("labelled", True) else None,
+        classes=options.pop("classes", CLASSES),
+    )
+    transform = TrainTransform(size=SIZE, **{**PLAIN, **options.pop("transform", {})})
+    split = SplitSettings(source=source, transform=transform, **options.pop("split", {}))
+    run_dir = options.pop("run_dir", None)
+    return RunConfig(DataSettings(train=split, device="cpu", num_threads=1, **{"batch_size": 64, **options}), run_dir)
+
+
+def teacher_of(net: nn.Module) -> Teacher:
+    return open_teacher(TeacherSettings(), module=net, image_shape=(3, SIZE, SIZE))
+
+
+def probed(config: RunConfig, net: nn.Module, **settings) -> ProbeReport:
+    report = probe_teacher(config, teacher_of(net), ProbeSettings(**settings))
+    assert report is not None
+    return report
+
+
+def test_a_teacher_that_knows_the_images_passes_with_one_line(tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, "kd_pipeline")
+    config = colours(tmp_path)
+    teacher = teacher_of(ColourNet())
+    caplog.clear()
+    report = probe_teacher(config, teacher, ProbeSettings(strict=True))
+    assert report.problems == () and report.top1 > 0.95 and report.num_samples == 400
+    assert report.chance == pytest.approx(0.1, abs=0.01) and report.wanted_top1 == pytest.approx(0.5, abs=0.05)
+    assert report.mean_confidence is not None and 0.3 < report.mean_confidence < 1 and report.num_bad_rows == 0
+    assert sum(report.predicted) == 400 and min(report.predicted) > 30
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.getMessage().startswith("teacher probe: top-1 ") and "400 training images" in record.getMessage()
+
+
+def test_it_asks_about_so_many_images_and_no_more_whatever_the_batch(tmp_path) -> None:
+    reports = [probed(colours(tmp_path, batch_size=size), ColourNet(), num_samples=150) for size in (1, 64, 256)]
+    assert [report.num_samples for report in reports] == [150] * 3
+    assert len({(report.top1, report.predicted) for report in reports}) == 1
+    assert sum(count > 0 for count in reports[0].predicted) == NUM_CLASSES
+
+
+def test_the_classes_are_mixed_even_if_the_run_does_not_shuffle_or_drops_a_small_rest(tmp_path) -> None:
+    config = colours(tmp_path, num_samples=100, batch_size=128, split={"shuffle": False, "last_batch": "drop"})
+    assert probed(config, ColourNet()).num_samples == 100
+    config = colours(tmp_path, split={"shuffle": False})
+    assert sum(count > 0 for count in probed(config, ColourNet(), num_samples=60).predicted) == NUM_CLASSES
+
+
+@pytest.mark.parametrize(
+    ("shift", "sentence"), [(1, "by +1: label k is the teacher's class k+1"), (-1, "by -1: label k")]
+)
+def test_a_shift_by_one_is_called_a_shift(tmp_path, shift: int, sentence: str) -> None:
+    if shift == 1:  # a background class in front, in a teacher that does not name its classes
+        config = colours(tmp_path, classes=None)
+        net = Spoilt(lambda logits: torch.cat([logits.new_full((len(logits), 1), -99.0), logits], dim=1))
+    else:  # labels that count from 1
+        config, net = colours(tmp_path, classes=None, label_of=lambda k: k + 1), ColourNet(num_logits=NUM_CLASSES + 1)
+    (problem,) = probed(config, net).problems
+    assert f"the classes look shifted {sentence}" in problem
+    assert "background" in problem and "top-1 is " in problem
+
+
+def test_mixing_and_repeats_are_left_to_training(tmp_path) -> None:
+    plain = probed(colours(tmp_path), ColourNet(), num_samples=64)
+    split = {"mix": MixSettings(mixup=8.0, cutmix=0.0), "repeats": 4}
+    assert probed(colours(tmp_path, split=split), ColourNet(), num_samples=64) == plain
+
+
+def test_a_permutation_is_called_one_with_the_classes_that_moved(tmp_path) -> None:
+    order = [3, 1, 2, 7, 4, 5, 6, 8, 0, 9]  # logit k is colour order[k]
+    config = colours(tmp_path)
+    report = probed(config, ColourNet(order=order))
+    assert report.top1 > report.wanted_top1  # six classes of ten are right, which is well above chance
+    (problem,) = report.problems
+    moved = "'colour 0' -> 'colour 8', 'colour 3' -> 'colour 0', 'colour 7' -> 'colour 3', 'colour 8' -> 'colour 7' ("
+    assert f"the classes look permuted, label -> the teacher's class: {moved}" in problem
+    assert "give the source the teacher's order as `classes`" in problem
+
+
+def test_a_permutation_is_found_among_a_few_samples_of_many_classes(tmp_path) -> None:
+    config = colours(tmp_path, num_samples=60)
+    (problem,) = probed(config, ColourNet(order=[5, 6, 7, 8, 9, 0, 1, 2, 3, 4])).problems
+    assert "look permuted" in problem
+
+
+def test_images_in_the_wrong_normalisation_look_constant(tmp_path) -> None:
+    config = colours(tmp_path, transform={"std": (0.01, 0.01, 0.01)})
+    (problem,) = probed(config, Spoilt(lambda logits: logits + torch.eye(NUM_CLASSES)[2] * 99999)).problems
+    assert "nearly all predictions are 'colour 2'; are mean and std" in problem
+
+
+def test_random_answers_are_at_chance_and_never_a_permutation(tmp_path) -> None:
+    def noise(logits: Tensor) -> Tensor:
+        seed = int(logits.abs().sum() * 1e4)
+        return torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+
+    for num_samples in (30, 400):
+        report = probed(colours(tmp_path, num_samples=num_samples), Spoilt(noise))
+        (problem,) = report.problems
+        assert report.top1 < 0.3
+        assert "the teacher hardly knows these images; are its weights loaded" in problem
+
+
+@pytest.mark.parametrize(("num_classes", "num_samples", "accuracy"), [(3, 60, 0.7), (10, 60, 0.6), (100, 120, 0.01)])
+def test_mistakes_at_random_are_never_called_a_permutation(num_classes: int, num_samples: int, accuracy: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        labels = rng.integers(0, num_classes, size=num_samples)
+        is_right = rng.random(num_samples) < accuracy
+        choices = np.where(is_right, labels, rng.integers(0, num_classes, size=num_samples))
+        report = _judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None)
+        assert "permuted" not in " ".join(report.problems)
+
+
+def test_a_teacher_of_coarser_classes_is_not_permuted(tmp_path) -> None:
+    def coarse(logits: Tensor) -> Tensor:
+        return torch.eye(NUM_CLASSES)[logits.argmax(dim=1) // 2 * 2 + 1]
+
+    (problem,) = probed(colours(tmp_path), Spoilt(coarse), min_factor=10.0).problems
+    assert "hardly knows these images" in problem
+
+
+def test_of_two_classes_three_quarters_right_are_enough(tmp_path) -> None:
+    config = colours(tmp_path, label_of=lambda k: k % 2, classes=("even", "odd"))
+    report = probed(config, Spoilt(lambda logits: logits.view(-1, 5, 2).amax(dim=1)))
+    assert report.problems == () and report.wanted_top1 == pytest.approx(0.75, abs=0.01)
+
+
+def test_rows_with_nan_or_inf_are_counted_whatever_the_rest_says(tmp_path) -> None:
+    def spoil(logits: Tensor) -> Tensor:
+        is_first = logits.argmax(dim=1, keepdim=True) == 0
+        is_last = logits.argmax(dim=1, keepdim=True) == NUM_CLASSES - 1
+        return logits.masked_fill(is_first, math.nan).masked_fill(is_last, math.inf)
+
+    report = probed(colours(tmp_path), Spoilt(spoil))
+    assert 60 < report.num_bad_rows < 100 and math.isfinite(report.mean_confidence or math.nan)
+    (problem,) = report.problems
+    assert f"{report.num_bad_rows} of 400 rows of logits hold NaN or inf" in problem
+    all_bad = probed(colours(tmp_path), Spoilt(lambda logits: logits * math.nan))
+    assert all_bad.num_bad_rows == 400 and len(all_bad.problems) == 1 and all_bad.mean_confidence is None
+
+
+def test_the_hint_is_that_of_the_rows_without_nan(tmp_path) -> None:
+    def spoil(logits: Tensor) -> Tensor:
+        return logits.masked_fill(logits.argmax(dim=1, keepdim=True) < 7, math.nan)
+
+    config = colours(tmp_path, classes=None, label_of=lambda k: max(k - 1, 0))
+    problems = probed(config, Spoilt(spoil)).problems
+    assert len(problems) == 2 and "look shifted by +1" in problems[1]
+
+
+def test_labels_beyond_the_logits_are_a_problem(tmp_path) -> None:
+    net = Spoilt(lambda logits: logits[:, :6])
+    assert "labels go up to 9 and the teacher has 6 logits" in probed(colours(tmp_path, classes=None), net).problems[0]
+
+
+def test_always_naming_the_commonest_class_is_chance(tmp_path) -> None:
+    config = colours(tmp_path, label_of=lambda k: int(k == 9))
+    report = probed(config, Spoilt(lambda logits: logits + torch.eye(NUM_CLASSES)[0] * 999), num_samples=400)
+    assert report.top1 == report.chance == pytest.approx(0.9)
+    assert report.problems
+
+
+def test_strict_stops_and_otherwise_a_warning_is_all(tmp_path, caplog) -> None:
+    config, net = colours(tmp_path), ColourNet(order=[1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
+    report = probed(config, net)
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [f"teacher probe: {problem}" for problem in report.problems]
+    with pytest.raises(TeacherError, match=r"failed its probe on 400 training images: top-1 is .*probe\.strict: false"):
+        probed(config, net, strict=True)
+
+
+def test_unlabelled_data_skips_the_probe_and_says_so(tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, "kd_pipeline")
+    config = colours(tmp_path, labelled=False)
+    assert probe_teacher(config, teacher_of(ColourNet()), ProbeSettings(strict=True)) is None
+    assert caplog.messages[-1] == "teacher probe: skipped, as the training data has no labels"
+
+
+def test_the_run_is_as_if_there_had_been_no_probe(tmp_path) -> None:
+    config = colours(tmp_path, num_samples=80, batch_size=16, run_dir=tmp_path / "run")
+    teacher = teacher_of(ColourNet())
+    with KDDataLoader.from_config(config, teacher=teacher) as loader:
+        wanted = [fields(batch) for _ in range(2) for batch in loader]
+    with KDDataLoader.from_config(config, teacher=teacher) as loader:
+        batches = iter(loader)
+        found = [fields(next(batches)), fields(next(batches))]
+        kept = torch.get_rng_state(), np.random.get_state()[1].copy(), loader.state_dict()
+        files = sorted((tmp_path / "run").iterdir())
+        probe_teacher(config, teacher)
+        assert torch.equal(torch.get_rng_state(), kept[0]) and (np.random.get_state()[1] == kept[1]).all()
+        assert json.dumps(loader.state_dict()) == json.dumps(kept[2])
+        assert sorted((tmp_path / "run").iterdir()) == files
+        found += [fields(batch) for batch in batches]
+        found += [fields(batch) for batch in loader]
+    assert_same(found, wanted)
+    teacher(torch.zeros(1, 3, SIZE, SIZE))  # still open
+
+
+def test_the_probe_writes_nothing(tmp_path) -> None:
+    probe_teacher(colours(tmp_path, run_dir=tmp_path / "run"), teacher_of(ColourNet()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_rank_comes_to_the_same_verdict(tmp_path) -> None:
+    config, teacher = colours(tmp_path, num_samples=100), teacher_of(ColourNet())
+    alone = probe_teacher(config, teacher)
+    # A group that says it has four ranks; nobody talks to anybody.
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
+    try:
+        assert probe_teacher(config, teacher) == alone
+    finally:
+        torch.distributed.destroy_process_group()

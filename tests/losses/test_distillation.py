@@ -1,0 +1,478 @@
+"""The loss of a run: the sum of its terms, over the course of the run, and what is refused before the first batch."""
+
+import copy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from kd_pipeline import losses
+from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline.batch import KDBatch
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.distillation import Distillation, DistillSettings
+from kd_pipeline.models.features import with_features
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
+from tests.networks import IMAGE_SHAPE, NUM_CLASSES, LogitsOnly, random_images
+
+MAP_LAYER = "net.body.2"
+"""`[N, 16, 16, 16]` in a `LogitsOnly`."""
+END_LAYER = "net.body.5"
+"""`[N, 32, 8, 8]`."""
+
+
+class WideNet(nn.Module):
+    """A teacher with other widths than the student's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(9)
+            self.layer1 = nn.Sequential(nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.ReLU())
+            self.layer2 = nn.Sequential(nn.Conv2d(24, 40, 3, stride=2, padding=1), nn.ReLU())
+            self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.head = nn.Linear(40, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.pooled(self.layer2(self.layer1(images))))
+
+
+class Two(nn.Module):
+    def forward(self, images):
+        return images, images
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return PyTorchTeacher(with_features(WideNet(), ["layer1", "layer2", "pooled"]), image_shape=IMAGE_SHAPE)
+
+
+def make_batch(teacher=None, *, valid=(True, True, False, True), labels=(3, 1, 4, 1), seed=0) -> KDBatch:
+    images = random_images(len(valid), seed=seed)
+    return KDBatch(
+        images=images,
+        labels=None if labels is None else torch.tensor(labels),
+        index=torch.arange(len(valid)),
+        valid=torch.tensor(valid),
+        teacher={} if teacher is None else teacher(images),
+    )
+
+
+def make(settings, teacher=None, *, student=None, kind=Distillation, **arguments) -> Distillation:
+    return kind(
+        DistillSettings.model_validate(settings),
+        student=LogitsOnly() if student is None else student,
+        teacher_outputs=None if teacher is None else teacher.outputs,
+        image_shape=IMAGE_SHAPE,
+        num_classes=NUM_CLASSES,
+        **arguments,
+    )
+
+
+def run(distillation, student, batch, *, epoch=0.0, epochs=10):
+    with distillation.student_features(student) as features:
+        logits = student(batch.images)
+    return logits, features, distillation(logits, features, batch, epoch=epoch, epochs=epochs)
+
+
+# The sum of the terms.
+
+
+def test_the_loss_is_the_weighted_sum_of_task_and_distillation(teacher):
+    student, batch = LogitsOnly(), make_batch(teacher)
+    distillation = make(
+        {"temperature": 3.0, "distill_weight": 0.7, "task_weight": 0.2, "label_smoothing": 0.1}, teacher
+    )
+    logits, features, result = run(distillation, student, batch)
+    task = losses.task(logits, batch.labels, label_smoothing=0.1, valid=batch.valid)
+    soft = losses.soft_target(logits, batch.teacher["logits"], temperature=3.0, valid=batch.valid)
+    assert not features
+    assert result.terms == {"task": task, "distill": soft}
+    assert result.weights == {"task": 0.2, "distill": 0.7}
+    assert result.temperature == 3.0
+    torch.testing.assert_close(result.total, 0.2 * task + 0.7 * soft)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"loss": "dkd", "temperature": 2.0}, lambda s, t, y, v: losses.dkd(s, t, y, temperature=2.0, valid=v)),
+        (
+            {"loss": "dkd", "options": {"alpha": 0.5, "beta": 2.0}},
+            lambda s, t, y, v: losses.dkd(s, t, y, alpha=0.5, beta=2.0, temperature=4.0, valid=v),
+        ),
+        (
+            {"loss": "dist", "temperature": 1.0, "options": {"intra_weight": 2.0}},
+            lambda s, t, y, v: losses.dist(s, t, intra_weight=2.0, valid=v),
+        ),
+        ({"loss": "logit_mse"}, lambda s, t, y, v: losses.logit_mse(s, t, valid=v)),
+        ({"loss": "cosine"}, lambda s, t, y, v: losses.cosine(s, t, valid=v)),
+        (
+            {"loss": "hard_label", "options": {"label_smoothing": 0.1}},
+            lambda s, t, y, v: losses.hard_label(s, t, label_smoothing=0.1, valid=v),
+        ),
+        (
+            {"options": {"standardise": True, "form": "cross_entropy"}},
+            lambda s, t, y, v: losses.soft_target(s, t, standardise=True, form="cross_entropy", valid=v),
+        ),
+    ],
+)
+def test_the_named_loss_gets_its_options_and_the_temperature_if_it_has_one(teacher, settings, expected):
+    student, batch = LogitsOnly(), make_batch(teacher)
+    logits, _, result = run(make(settings, teacher), student, batch)
+    torch.testing.assert_close(
+        result.terms["distill"], expected(logits, batch.teacher["logits"], batch.labels, batch.valid)
+    )
+    has_temperature = settings.get("loss") in (None, "dist", "dkd")
+    assert result.temperature == (settings.get("temperature", 4.0) if has_temperature else None)
+
+
+def test_features_are_further_terms_under_the_names_of_loss_and_layer(teacher):
+    student, batch = LogitsOnly(), make_batch(teacher)
+    settings = {
+        "features": [
+            {"loss": "attention_transfer", "student": MAP_LAYER, "teacher": "layer1", "weight": 1000},
+            {"loss": "feature_mse", "student": END_LAYER, "teacher": "layer2", "weight": 2, "projector": "conv"},
+            {"loss": "dist", "weight": 0.5, "temperature": 3},
+        ]
+    }
+    distillation = make(settings, teacher)
+    logits, features, result = run(distillation, student, batch)
+    attention, distance, correlation = list(result.terms.values())[2:]
+    assert list(result.terms)[2:] == [f"attention_transfer.{MAP_LAYER}", f"feature_mse.{END_LAYER}", "dist"]
+    answer, valid = batch.teacher, batch.valid
+    assert attention == losses.attention_transfer(features[MAP_LAYER], answer["layer1"], valid=valid)
+    projected = distillation.projectors[1](features[END_LAYER])
+    assert distance == losses.feature_mse(projected, answer["layer2"], valid=valid)
+    assert correlation == losses.dist(logits, answer["logits"], temperature=3.0, valid=valid)
+    by_hand = 0.1 * result.terms["task"] + 0.9 * result.terms["distill"] + 1000 * attention + 2 * distance
+    torch.testing.assert_close(result.total, by_hand + 0.5 * correlation)
+
+
+def test_embeddings_meet_through_a_linear_projector(teacher):
+    student = WideNet()
+    student.pooled.append(nn.Linear(40, 12))
+    student.head = nn.Linear(12, NUM_CLASSES)
+    term = {"loss": "feature_cosine", "student": "pooled", "teacher": "pooled", "projector": "linear"}
+    distillation = make({"features": [term]}, teacher, student=student)
+    _, features, result = run(distillation, student, make_batch(teacher))
+    assert distillation.projectors[0].weight.shape == (40, 12)
+    assert features["pooled"].shape == (4, 12)
+    assert result.terms["feature_cosine.pooled"] > 0
+
+
+def test_gradients_reach_student_and_projectors_and_are_finite(teacher):
+    student, batch = LogitsOnly(), make_batch(teacher)
+    terms = [
+        {"loss": loss, "student": END_LAYER, "teacher": "layer2", "projector": "conv"}
+        for loss in ("feature_mse", "feature_cosine", "channel_wise")
+    ]
+    distillation = make({"features": terms, "loss": "dist"}, teacher)
+    run(distillation, student, batch)[2].total.backward()
+    for parameter in (*student.parameters(), *distillation.parameters()):
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_the_parameters_are_those_of_the_projectors_and_never_the_students(teacher):
+    term = {"student": END_LAYER, "teacher": "layer2"}
+    settings = {
+        "features": [
+            {"loss": "attention_transfer", **term},
+            {"loss": "feature_mse", "projector": "conv", **term},
+        ]
+    }
+    distillation = make(settings, teacher)
+    shapes = {name: list(parameter.shape) for name, parameter in distillation.named_parameters()}
+    assert shapes == {"projectors.1.weight": [40, 32, 1, 1], "projectors.1.bias": [40]}
+    assert set(distillation.state_dict()) == set(shapes)
+    twin = make(settings, teacher)
+    twin.load_state_dict(distillation.state_dict())
+    assert twin.projectors[1].weight.equal(distillation.projectors[1].weight)
+    assert not list(make({}, teacher).parameters())
+
+
+def test_a_term_whose_weight_is_zero_is_left_out_with_its_projector(teacher):
+    student = LogitsOnly()
+    term = {"loss": "feature_mse", "student": END_LAYER, "teacher": "layer2", "projector": "conv", "weight": 0}
+    distillation = make({"task_weight": 0, "features": [term]}, teacher)
+    _, features, result = run(distillation, student, make_batch(teacher, labels=None))
+    assert list(result.terms) == ["distill"]
+    assert not features
+    assert not list(distillation.parameters())
+
+
+# Labels.
+
+
+def test_without_a_teacher_the_loss_is_the_cross_entropy_alone_in_full():
+    student, batch = LogitsOnly(), make_batch()
+    settings = {"task_weight": 0.1, "label_smoothing": 0.1, "features": [{"loss": "feature_mse", "student": "nowhere"}]}
+    logits, _, result = run(make(settings), student, batch)
+    assert result.total == losses.task(logits, batch.labels, label_smoothing=0.1, valid=batch.valid)
+    assert (list(result.terms), result.weights, result.temperature) == (["task"], {"task": 1.0}, None)
+
+
+def test_mixed_labels_reach_the_task_loss_as_they_are(teacher):
+    student, batch = LogitsOnly(), make_batch(teacher)
+    mixed = torch.rand(4, NUM_CLASSES).softmax(1)
+    logits, _, result = run(make({}, teacher, labels_are_soft=True), student, replace(batch, labels=mixed))
+    assert result.terms["task"] == losses.task(logits, mixed, valid=batch.valid)
+
+
+@pytest.mark.parametrize("settings", [{"loss": "dkd"}, {"features": [{"loss": "dkd"}]}])
+def test_a_loss_that_needs_one_class_refuses_mixed_labels_at_once(teacher, settings):
+    make(settings, teacher, labels_are_soft=False)
+    with pytest.raises(ConfigError, match=r"dkd needs one class for each image.*leave mixup and cutmix out"):
+        make(settings, teacher, labels_are_soft=True)
+    make({"loss": "dkd", "task_weight": 1.0}, teacher, labels_are_soft=True)
+
+
+def test_unlabelled_images_train_on_the_teacher_alone_and_on_nothing_else(teacher):
+    student, batch = LogitsOnly(), make_batch(teacher, labels=None)
+    assert list(run(make({"task_weight": 0.0}, teacher), student, batch)[2].terms) == ["distill"]
+    for settings in ({}, {"loss": "dkd", "task_weight": 0.0}):
+        with pytest.raises(ConfigError, match="needs labels and the batch has none"):
+            run(make(settings, teacher), student, batch)
+
+
+def test_rows_that_do_not_count_may_hold_anything_in_every_term(teacher):
+    settings = {
+        "features": [
+            {"loss": "attention_transfer", "student": MAP_LAYER, "teacher": "layer1"},
+            {"loss": "feature_mse", "student": END_LAYER, "teacher": "layer2", "projector": "conv"},
+        ]
+    }
+    student, batch = LogitsOnly().eval(), make_batch(teacher)
+    distillation = make(settings, teacher)
+    expected = run(distillation, student, batch)[2]
+    garbage = {name: tensor.clone() for name, tensor in batch.teacher.items()}
+    for tensor in garbage.values():
+        tensor[2] = float("nan")
+    labels = batch.labels.clone()
+    labels[2] = -5
+    found = run(distillation, student, replace(batch, teacher=garbage, labels=labels))[2]
+    assert found.total == expected.total
+    assert found.total.isfinite()
+
+
+# The course of the run.
+
+
+def test_temperature_and_weights_change_within_an_epoch(teacher):
+    settings = {
+        "temperature": {"start": 10, "end": 2},
+        "distill_weight": {"start": 0, "end": 1, "epochs": 5},
+        "task_weight": {"start": 1, "end": 0, "epochs": 5},
+        "features": [
+            {"loss": "soft_target", "temperature": {"start": 1, "end": 3}, "weight": {"start": 4, "end": 8}},
+        ],
+    }
+    student, batch = LogitsOnly().eval(), make_batch(teacher)
+    distillation = make(settings, teacher)
+    for epoch, temperature, weight in ((0.0, 10, 0), (0.25, 9.8, 0.05), (2.5, 8, 0.5), (7.5, 4, 1), (10.0, 2, 1)):
+        logits, _, result = run(distillation, student, batch, epoch=epoch)
+        assert result.temperature == pytest.approx(temperature)
+        further = pytest.approx(4 + 0.4 * epoch)
+        assert result.weights == {
+            "task": pytest.approx(1 - weight),
+            "distill": pytest.approx(weight),
+            "soft_target": further,
+        }
+        answer = batch.teacher["logits"]
+        soft = losses.soft_target(logits, answer, temperature=temperature, valid=batch.valid)
+        torch.testing.assert_close(result.terms["distill"], soft)
+        second = losses.soft_target(logits, answer, temperature=1 + 0.2 * epoch, valid=batch.valid)
+        torch.testing.assert_close(result.terms["soft_target"], second)
+        by_hand = (1 - weight) * result.terms["task"] + weight * soft + (4 + 0.4 * epoch) * second
+        torch.testing.assert_close(result.total, by_hand)
+
+
+# Losses of the user's own.
+
+
+def far_off(logits: Tensor, batch: KDBatch) -> Tensor:
+    return (logits - batch.teacher["logits"]).abs().mean(1)[batch.valid].mean()
+
+
+def test_a_function_takes_the_place_of_the_named_loss(teacher):
+    student, batch = LogitsOnly(), make_batch(teacher)
+    logits, _, result = run(make({"task_weight": 0.4}, teacher, loss=far_off), student, batch)
+    assert result.terms["distill"] == far_off(logits, batch)
+    assert result.weights == {"task": 0.4, "distill": 0.6}
+    assert result.temperature is None
+
+
+def test_a_subclass_overrides_one_method(teacher):
+    class Doubled(Distillation):
+        def distill_loss(self, logits, features, batch, temperature):
+            return 2 * super().distill_loss(logits, features, batch, temperature)
+
+    student, batch = LogitsOnly().eval(), make_batch(teacher)
+    expected = run(make({}, teacher), student, batch)[2].terms["distill"]
+    assert run(make({}, teacher, kind=Doubled), student, batch)[2].terms["distill"] == 2 * expected
+
+
+def test_a_function_in_a_config_runs_only_if_its_module_is_a_plugin(teacher, tmp_path, monkeypatch):
+    (tmp_path / "my_kd_losses.py").write_text("def mine(logits, batch):\n    return logits.square().mean()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = {"loss": "my_kd_losses:mine"}
+    with pytest.raises(ConfigError, match=r"would run code of the module my_kd_losses; allow it with --plugin"):
+        make(settings, teacher)
+    assert "my_kd_losses" not in sys.modules
+    student, batch = LogitsOnly(), make_batch(teacher)
+    logits, _, result = run(make(settings, teacher, plugins=["my_kd_losses"]), student, batch)
+    assert result.terms["distill"] == logits.square().mean()
+    monkeypatch.delitem(sys.modules, "my_kd_losses")
+    with pytest.raises(ConfigError, match=r"my_kd_losses.py has no function called 'yours'"):
+        make({"loss": "my_kd_losses:yours"}, teacher, plugins=["my_kd_losses"])
+    with pytest.raises(ConfigError, match=r"the plugin no_such_losses cannot be imported"):
+        make({"loss": "no_such_losses:mine"}, teacher, plugins=["no_such_losses"])
+
+
+@pytest.mark.parametrize(("returned", "found"), [(lambda s, b: s.mean(1), r"\[4\]"), (lambda s, b: 1.0, "float")])
+def test_a_function_that_returns_no_scalar_is_refused(teacher, returned, found):
+    with pytest.raises(ConfigError, match=f"should return a scalar tensor, got {found}"):
+        run(make({}, teacher, loss=returned), LogitsOnly(), make_batch(teacher))
+
+
+# What is refused before the first batch.
+
+
+def spec(*shape) -> TensorSpec:
+    return TensorSpec((None, *shape), torch.float32)
+
+
+FEATURE = {"loss": "feature_mse", "student": END_LAYER, "teacher": "layer2", "projector": "conv"}
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ({"student": "net.body.9"}, ["no layer called 'net.body.9'", "did you mean 'net.body"]),
+        ({"teacher": "layer3"}, ["no output called 'layer3'", "did you mean 'layer2' or 'layer1'"]),
+        ({"projector": "none"}, [f"feature_mse.{END_LAYER}", "[2, 32, 8, 8]", "[2, 40, 8, 8]", "projector"]),
+        ({"projector": "linear"}, ["projector: linear", "[2, 32, 8, 8]", "[any, 40, 8, 8]", "tokens [N, L, D]"]),
+        ({"teacher": "pooled"}, ["projector: conv", "[2, 32, 8, 8]", "[any, 40]", "maps [N, C, H, W]"]),
+        ({"teacher": "layer1", "loss": "channel_wise"}, ["[2, 24, 8, 8]", "[2, 24, 16, 16]", "same size"]),
+        ({"loss": "dist"}, ["[2, 40, 8, 8]", "dist."]),
+        ({"student": "net.body.1"}, ["'net.body.1'", "in place"]),
+    ],
+)
+def test_a_term_that_cannot_be_computed_is_refused_with_names_and_shapes(teacher, term, words):
+    make({"features": [FEATURE]}, teacher)
+    with pytest.raises(ConfigError) as caught:
+        make({"features": [FEATURE | term]}, teacher)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_options_that_the_loss_itself_refuses_are_refused_at_once(teacher):
+    with pytest.raises(ConfigError, match=r"distill: label_smoothing must be .* got 1.5"):
+        make({"loss": "hard_label", "options": {"label_smoothing": 1.5}}, teacher)
+
+
+def test_a_teacher_or_a_student_of_other_classes_is_refused_with_both_numbers():
+    arguments = {"student": LogitsOnly(), "image_shape": IMAGE_SHAPE}
+    with pytest.raises(ConfigError, match="answers with 1001 classes and the data has 10"):
+        Distillation(DistillSettings(), teacher_outputs={"logits": spec(1001)}, num_classes=10, **arguments)
+    with pytest.raises(ConfigError, match=r"should give logits \[2, 7\] for 2 images of 7 classes, got \[2, 10\]"):
+        Distillation(DistillSettings(), teacher_outputs=None, num_classes=7, **arguments)
+
+
+def test_a_student_that_returns_no_tensor_or_fails_is_refused():
+    with pytest.raises(ConfigError, match=r"the student Two should give logits \[2, 10\] .* got tuple"):
+        make({}, student=Two())
+    with pytest.raises(ConfigError, match=r"the student Conv2d fails on zeros \[2, 3, 32, 32\]"):
+        make({}, student=nn.Conv2d(4, 4, 1))
+
+
+def test_teacher_maps_of_open_size_are_checked_with_the_first_batch(teacher):
+    outputs = teacher.outputs | {"layer2": TensorSpec((None, 40, None, None), torch.float32)}
+    student, batch = LogitsOnly(), make_batch(teacher)
+    distillation = Distillation(
+        DistillSettings.model_validate({"features": [FEATURE]}),
+        student=student,
+        teacher_outputs=outputs,
+        image_shape=IMAGE_SHAPE,
+        num_classes=NUM_CLASSES,
+    )
+    assert run(distillation, student, batch)[2].total.isfinite()
+
+
+def test_features_that_are_not_handed_over_are_asked_for_by_name(teacher):
+    student, batch = LogitsOnly(), make_batch(teacher)
+    distillation = make({"features": [FEATURE]}, teacher)
+    logits, features, _ = run(distillation, student, batch)
+    with pytest.raises(ConfigError, match=rf"'{END_LAYER}' among the student's features .*student_features.* nothing"):
+        distillation(logits, {}, batch, epoch=0, epochs=1)
+    with pytest.raises(ConfigError, match=r"'logits' among the batch's teacher outputs .* found nothing"):
+        distillation(logits, features, replace(batch, teacher={}), epoch=0, epochs=1)
+
+
+# What a look at the student must not do, and what a step must not do.
+
+
+def test_the_student_is_the_same_after_its_shapes_were_learnt(teacher):
+    student = LogitsOnly().train()
+    student.net.head.eval()
+    before = copy.deepcopy(student.state_dict())
+    torch.manual_seed(0)
+    position = torch.get_rng_state()
+    make({"features": [FEATURE | {"loss": "attention_transfer", "projector": "none"}]}, teacher, student=student)
+    assert all(before[name].equal(tensor) for name, tensor in student.state_dict().items())
+    assert student.net.body.training
+    assert not student.net.head.training
+    assert torch.get_rng_state().equal(position)
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["wrapper", "in place"])
+def test_a_compiled_student_learns_from_features_as_a_plain_one_does(teacher, in_place):
+    torch.compiler.reset()
+    plain, student = LogitsOnly().eval(), LogitsOnly().eval()
+    compiled = student
+    if in_place:
+        student.compile(backend="aot_eager")
+    else:
+        compiled = torch.compile(student, backend="aot_eager")
+    distillation = make({"features": [FEATURE]}, teacher, student=compiled)
+    for seed in range(3):
+        batch = make_batch(teacher, seed=seed)
+        expected = run(distillation, plain, batch)[2].total
+        found = run(distillation, compiled, batch)[2].total
+        torch.testing.assert_close(found, expected)
+        expected.backward()
+        found.backward()
+    for ours, theirs in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_no_value_of_a_tensor_is_ever_asked_for(teacher):
+    """Fake tensors have no values: `.item()`, a Python branch and a boolean index all raise here, and on a GPU wait."""
+    settings = {
+        "loss": "dkd",
+        "temperature": {"start": 4, "end": 1},
+        "features": [
+            FEATURE,
+            {"loss": "attention_transfer", "student": MAP_LAYER, "teacher": "layer2"},
+            {"loss": "channel_wise", "student": END_LAYER, "teacher": "layer2", "projector": "conv"},
+            {"loss": "feature_cosine"},
+        ],
+    }
+    distillation, student = make(settings, teacher), LogitsOnly()
+    batch = make_batch(teacher)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = replace(
+            batch,
+            images=mode.from_tensor(batch.images),
+            labels=mode.from_tensor(batch.labels),
+            valid=mode.from_tensor(batch.valid),
+            teacher={name: mode.from_tensor(tensor) for name, tensor in batch.teacher.items()},
+        )
+        result = run(distillation, student, fake, epoch=0.5)[2]
+        assert result.total.shape == ()
+        result.total.backward()

@@ -1,0 +1,148 @@
+"""What a config may say about the loss, and what it is told when it says it wrongly."""
+
+import pytest
+from pydantic import ValidationError
+
+from kd_pipeline import losses
+from kd_pipeline._core.settings import Settings
+from kd_pipeline.config.reader import read_config
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.ramp import Ramp, value_at
+from kd_pipeline.losses.settings import DistillSettings, TermSettings
+
+FALLING = {"start": 1.0, "end": 0.25, "kind": "cosine"}
+
+
+def test_the_keys_of_a_plain_config_mean_what_they_always_did():
+    settings = DistillSettings.model_validate({"temperature": 4.0, "distill_weight": 0.9, "task_weight": 0.1})
+    assert (settings.loss, settings.temperature, settings.weights) == ("soft_target", 4.0, (0.9, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("given", "distill_weight", "task_weight"),
+    [
+        ({}, 0.9, 0.1),
+        ({"distill_weight": 0.5}, 0.5, 1.0),
+        ({"distill_weight": 3.0}, 3.0, 1.0),
+        ({"task_weight": 0.3}, 0.7, 0.3),
+        ({"task_weight": 1.0}, 0.0, 1.0),
+        ({"task_weight": 0.0}, 1.0, 0.0),
+        ({"distill_weight": 2.0, "task_weight": 0.5}, 2.0, 0.5),
+    ],
+)
+def test_a_weight_that_is_left_out_follows_timms_rule(given, distill_weight, task_weight):
+    weights = DistillSettings(**given).weights
+    assert weights == pytest.approx((distill_weight, task_weight))
+
+
+@pytest.mark.parametrize("kind", [{"kind": "linear"}, {"kind": "cosine"}, {"kind": "decay", "rate": 0.5}])
+def test_the_rest_of_a_task_weight_that_changes_is_one_minus_it_all_along(kind):
+    distill, task = DistillSettings(task_weight={"start": 1.0, "end": 0.25, **kind}).weights
+    for epoch in (0, 1.5, 3, 10):
+        assert value_at(distill, epoch, 10) == pytest.approx(1 - value_at(task, epoch, 10))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task_weight": 1.5}, r"1 - task_weight falls to -0.5; give distill_weight too"),
+        ({"task_weight": {"start": 0.5, "end": 2}}, r"1 - task_weight falls to -1; give distill_weight too"),
+        ({"task_weight": {"start": 1, "end": 0.1, "kind": "exponential"}}, r"no exponential ramp; give distill_weight"),
+        ({"distill_weight": -1.0}, r"should not fall below 0, got -1"),
+        ({"task_weight": {"start": 1, "end": -0.5}}, r"should not fall below 0, got -0.5"),
+        ({"temperature": 0.0}, r"should stay above 0, got 0"),
+        ({"temperature": {"start": 4, "end": 0}}, r"should stay above 0, got 0"),
+        ({"distill_weight": 0.0, "task_weight": 0.0}, r"all weights are 0"),
+        ({"loss": "soft_targets"}, r"no loss called 'soft_targets'; did you mean 'soft_target'"),
+        ({"loss": "kullback"}, r"no loss called 'kullback'; there are 'cosine', 'dist', 'dkd'"),
+        ({"loss": "feature_mse"}, r"no loss called 'feature_mse'"),
+        ({"loss": "task"}, r"no loss called 'task'"),
+        ({"loss": "dkd", "options": {"gamma": 2.0}}, r"dkd has no option 'gamma'; .*'alpha'"),
+        ({"loss": "dkd", "options": {"alhpa": 2.0}}, r"dkd has no option 'alhpa'; did you mean 'alpha'"),
+        ({"loss": "dkd", "options": {"alpha": "big"}}, r"alpha: Input should be a valid number, got 'big'"),
+        ({"loss": "dkd", "options": {"temperature": 2.0}}, r"dkd has no option 'temperature'"),
+        ({"options": {"form": "mse"}}, r"form: Input should be 'kl' or 'cross_entropy', got 'mse'"),
+        ({"options": {"standardise": 1.0}}, r"standardise: Input should be a valid boolean, got 1.0"),
+        ({"loss": "cosine", "temperature": 2.0}, r"temperature means nothing to cosine"),
+        ({"loss": "mine.losses:far", "temperature": 2.0}, r"temperature means nothing to mine.losses:far"),
+        ({"loss": "mine.losses:far", "options": {"a": 1.0}}, r"mine.losses:far gets the logits and the batch alone"),
+        ({"label_smoothing": 1.0}, r"less than 1"),
+        ({"features": [{"loss": "feature_mes"}]}, r"no loss called 'feature_mes'; did you mean 'feature_mse'"),
+        ({"features": [{"loss": "task"}]}, r"no loss called 'task'"),
+        ({"features": [{"loss": "feature_mse", "temperature": 2.0}]}, r"temperature means nothing to feature_mse"),
+        ({"features": [{"loss": "feature_mse", "weight": -2.0}]}, r"should not fall below 0, got -2"),
+        ({"features": [{"loss": "feature_mse", "student": "a"}] * 2}, r"two terms called feature_mse.a"),
+    ],
+)
+def test_settings_that_make_no_loss_are_refused_with_what_was_found(given, message):
+    with pytest.raises(ValidationError, match=message):
+        DistillSettings(**given)
+
+
+def test_every_loss_but_the_labels_own_can_be_named():
+    named = set()
+    for name in losses.__all__:
+        try:
+            named.add(TermSettings(loss=name).loss)
+        except ValidationError:
+            assert name == "task"
+    assert named == set(losses.__all__) - {"task"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"loss": "cosine"},
+        {"loss": "dkd", "options": {"alpha": 1, "beta": 2.5, "standardise": True}, "temperature": FALLING},
+        {"task_weight": FALLING},
+        {"features": [{"loss": "channel_wise", "student": "a", "teacher": "b", "temperature": 3, "weight": FALLING}]},
+    ],
+)
+def test_what_is_written_out_reads_back_as_it_was(given):
+    settings = DistillSettings(**given)
+    assert DistillSettings.model_validate_json(settings.model_dump_json()) == settings
+
+
+class Run(Settings):
+    distill: DistillSettings = DistillSettings()
+
+
+def test_a_yaml_file_spells_all_of_it(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        """
+distill:
+  loss: dkd
+  temperature: {start: 10, end: 1, kind: decay, rate: 0.9}
+  options: {alpha: 1, beta: 8, standardise: true}
+  distill_weight: {start: 0, end: 1, epochs: 20}
+  label_smoothing: 0.1
+  features:
+    - {loss: feature_mse, student: layer3, teacher: layer3, weight: 100, projector: conv}
+    - {loss: channel_wise, student: layer2, teacher: layer2, temperature: 3}
+"""
+    )
+    settings = read_config(Run, path).distill
+    assert settings.temperature == Ramp(start=10, end=1, kind="decay", rate=0.9)
+    assert settings.options == {"alpha": 1.0, "beta": 8.0, "standardise": True}
+    assert settings.weights == (Ramp(start=0, end=1, epochs=20), 1.0)
+    assert [term.name for term in settings.features] == ["feature_mse.layer3", "channel_wise.layer2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("distill: {loss: dkdd}", ["run.yaml:1", "distill.loss", "did you mean 'dkd'"]),
+        ("distill:\n  temperature: hot", ["run.yaml:2", "distill.temperature", "a number", "'hot'"]),
+        ("distill:\n  options: {aplha: 2}\n  loss: dkd", ["run.yaml:2", "distill.options", "did you mean 'alpha'"]),
+        ("distill:\n  features:\n    - {loss: dist, wieght: 2}", ["run.yaml:3", "distill.features.0.wieght"]),
+        ("distill: {temperature: {start: 4, stop: 1}}", ["run.yaml:1", "distill.temperature.stop"]),
+    ],
+)
+def test_what_is_wrong_in_a_yaml_file_is_said_with_line_and_key(tmp_path, text, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_config(Run, path)
+    for word in words:
+        assert word in str(caught.value)

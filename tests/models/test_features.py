@@ -1,0 +1,212 @@
+"""Outputs of layers by name: of a student while it trains, compiled or not, and of a teacher as further outputs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from kd_pipeline.errors import ConfigError, TeacherError
+from kd_pipeline.models.features import tapped, with_features
+from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.onnx.file import read_onnx
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
+from tests.networks import IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
+
+
+def small_net(seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 225, 5)
+        )
+
+
+def num_hooks(module: nn.Module) -> int:
+    return sum(len(layer._forward_hooks) for layer in module.modules())
+
+
+def test_a_tap_holds_what_its_layer_returned_with_its_graph():
+    net, images = small_net(), random_images(2)
+    with tapped(net, ["2", "0"]) as features:
+        net(images)
+    assert features["2"].equal(net[:3](images))
+    assert features["0"].equal(net[0](images))
+    features["2"].sum().backward()
+    assert net[0].weight.grad.abs().sum() > 0
+
+
+def test_nothing_is_left_on_the_network_even_when_its_forward_pass_fails():
+    net = small_net()
+    with tapped(net, ["2"]):
+        net(random_images(2))
+    with pytest.raises(RuntimeError), tapped(net, ["2"]):
+        net(random_images(2, shape=(7, 32, 32)))
+    assert num_hooks(net) == 0
+
+
+def test_layers_inside_layers_have_dotted_names():
+    net = LogitsOnly()
+    with tapped(net, ["net.body.2"]) as features:
+        net(random_images(2))
+    assert features["net.body.2"].shape == (2, 16, 16, 16)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["wrapper", "in place"])
+def test_a_compiled_network_gives_the_same_features_and_gradients_at_every_step(in_place):
+    torch.compiler.reset()
+    plain, net = small_net(), small_net()
+    compiled = net
+    if in_place:
+        net.compile(backend="aot_eager")
+    else:
+        compiled = torch.compile(net, backend="aot_eager")
+    for step in range(4):
+        images = random_images(2 + step % 2, seed=step)
+        for module, layers in ((plain, plain), (compiled, compiled if step % 2 else net)):
+            with tapped(layers, ["1", "2"]) as features:
+                logits = module(images)
+            (logits.square().mean() + features["1"].square().mean()).backward()
+            if module is plain:
+                expected = dict(features)
+        for layer in ("1", "2"):
+            torch.testing.assert_close(features[layer], expected[layer])
+        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+        compiled.eval()(images)  # validation, which has no taps, must not disturb training
+        compiled.train()
+    assert num_hooks(net) == 0
+
+
+def test_a_network_that_was_compiled_without_its_taps_is_refused():
+    torch.compiler.reset()
+    net = torch.compile(small_net(), backend="eager")
+    net(random_images(2))
+    with pytest.raises(ConfigError, match=r"'2' gave no output: .* compiled"), tapped(net, ["2"]):
+        net(random_images(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("boddy", "did you mean 'body'"), ("x", "there are 'body', 'body.0'"), ("", "there are 'body'")]
+)
+def test_an_unknown_layer_is_refused_with_the_nearest_names(name, hint):
+    with pytest.raises(ConfigError, match=f"ConvNet has no layer called '{name}'; {hint}"), tapped(ConvNet(), [name]):
+        pass
+    with pytest.raises(ConfigError, match=f"ConvNet has no layer called '{name}'; {hint}"):
+        with_features(ConvNet(), [name])
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.unused = nn.Linear(3, 3)
+        self.attention = nn.MultiheadAttention(3, 1)
+
+    def forward(self, rows):
+        twice = self.layer(self.layer(rows))
+        return twice + self.attention(twice, twice, twice)[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        ("layer", "'layer' runs more than once"),
+        ("unused", "'unused' gave no output"),
+        ("attention", "'attention' returns tuple and no tensor"),
+    ],
+)
+def test_a_layer_without_a_single_tensor_is_refused_by_name(layer, words):
+    net = Recurrent()
+    with pytest.raises(ConfigError, match=words), tapped(net, [layer]):
+        net(torch.zeros(2, 3))
+
+
+def test_a_layer_whose_output_a_later_one_overwrites_is_refused():
+    """The ReLU behind the BatchNorm works in place: what the tap holds is no longer what the BatchNorm returned."""
+    net = LogitsOnly()
+    with pytest.raises(ConfigError, match=r"'net.body.1' returns is overwritten in place"), tapped(net, ["net.body.1"]):
+        net(random_images(2))
+    with tapped(net, ["net.body.2"]) as features:
+        net(random_images(2))
+    assert (features["net.body.2"] >= 0).all()
+    with pytest.raises(ConfigError, match=r"'net.body.1' returns is overwritten in place"):
+        with_features(net, ["net.body.1"])(random_images(2))
+
+
+def test_taps_work_in_inference_mode():
+    net = small_net()
+    with torch.inference_mode(), tapped(net, ["2"]) as features:
+        net(random_images(2))
+    assert features["2"].shape == (2, 4, 15, 15)
+
+
+def test_a_module_with_features_returns_logits_and_layers_by_name():
+    net = small_net().eval()
+    outputs = with_features(net, ["2", "0"])(random_images(3))
+    assert list(outputs) == ["logits", "2", "0"]
+    assert outputs["logits"].equal(net(random_images(3)))
+    assert outputs["2"].equal(net[:3](random_images(3)))
+
+
+def test_a_module_with_features_keeps_the_outputs_that_the_network_had():
+    outputs = with_features(ConvNet(), ["body.2"])(random_images(2))
+    assert set(outputs) == {"logits", "features", "body.2"}
+
+
+def test_a_layer_with_the_name_of_an_output_is_refused():
+    net = ConvNet()
+    net.features = net.body
+    with pytest.raises(ConfigError, match="'features' has the name of an output"):
+        with_features(net, ["features"])(random_images(2))
+
+
+def test_a_module_with_features_is_a_frozen_copy_that_later_changes_do_not_reach():
+    net = small_net()
+    module = with_features(net, ["2"])
+    before = module(random_images(2))
+    with torch.no_grad():
+        net[0].weight.zero_()
+    after = module(random_images(2))
+    assert all(after[name].equal(before[name]) for name in before)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not module.training
+    assert num_hooks(net) == 0
+
+
+def test_a_copy_of_a_module_with_features_has_taps_of_its_own():
+    module = with_features(small_net(), ["2"])
+    twin = copy.deepcopy(module)
+    first, second = random_images(2, seed=1), random_images(2, seed=2)
+    assert twin(first)["2"].equal(module(first)["2"])
+    assert not twin(second)["2"].equal(module(first)["2"])
+
+
+def test_a_module_with_features_compiles_to_one_graph():
+    torch.compiler.reset()
+    module = with_features(small_net(), ["2"])
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for seed in range(3):
+        images = random_images(2, seed=seed)
+        torch.testing.assert_close(compiled(images), module(images))
+
+
+def test_a_pytorch_teacher_opens_a_module_with_features_and_its_fingerprint_tells_the_layers():
+    teacher = PyTorchTeacher(with_features(LogitsOnly(), ["net.body.2"]), image_shape=IMAGE_SHAPE)
+    assert teacher.outputs["net.body.2"].shape == (None, 16, 16, 16)
+    first = teacher(random_images(2))["net.body.2"].clone()
+    again = teacher(random_images(2))
+    assert again["net.body.2"].equal(first)
+    other = PyTorchTeacher(with_features(LogitsOnly(), ["net.body.5"]), image_shape=IMAGE_SHAPE)
+    assert other.fingerprint != teacher.fingerprint
+    with pytest.raises(TeacherError, match=r"'net.body.1' returns is overwritten in place"):
+        PyTorchTeacher(with_features(LogitsOnly(), ["net.body.1"]), image_shape=IMAGE_SHAPE)
+
+
+def test_an_exported_module_with_features_has_them_as_outputs(tmp_path):
+    path = export_onnx(with_features(LogitsOnly(), ["net.body.2"]), tmp_path / "net.onnx", image_shape=IMAGE_SHAPE)
+    outputs = read_onnx(path).outputs
+    assert {name: spec.shape for name, spec in outputs.items()} == {
+        "logits": (None, 10),
+        "net.body.2": (None, 16, 16, 16),
+    }

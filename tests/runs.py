@@ -1,0 +1,53 @@
+"""A run small enough to be started many times: digits, a tiny teacher and a tinier student."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+CONFIG = """
+seed: 3
+run_dir: runs/tiny
+data:
+  batch_size: 32
+  train:
+    source: {kind: arrays, images: train.npz}
+    transform: {preset: train, size: 16, area: [0.5, 1.0], flip: 0.0}
+  val:
+    source: {kind: arrays, images: val.npz}
+    transform: {preset: eval, size: 16, resize: 16}
+teacher: {model: {builtin: small_resnet, kwargs: {width: 8}}}
+student: {builtin: small_resnet, kwargs: {width: 4}}
+train: {epochs: 2, optimizer: {lr: 1.0e-2}, log_every_steps: 2, save_every_steps: 3, loggers: [csv]}
+"""
+
+
+def write_data(folder: Path) -> None:
+    digits = load_digits()
+    images = (digits.images * 255 / 16).round().astype(np.uint8)
+    images = images.repeat(2, 1).repeat(2, 2)
+    np.savez(folder / "train.npz", images=images[:330], labels=digits.target[:330])
+    np.savez(folder / "val.npz", images=images[330:400], labels=digits.target[330:400])
+
+
+def start(folder: Path, *arguments: str, ranks: int = 1) -> "subprocess.Popen[str]":
+    """`kd-pipeline train -c tiny.yaml ...` in `folder`, by torchrun where there are several ranks."""
+    torchrun = ["-m", "torch.distributed.run", "--log-dir", "torchrun", "--nproc-per-node", str(ranks), "-m"]
+    launcher = ["-m"] if ranks == 1 else torchrun
+    return subprocess.Popen(
+        [sys.executable, *launcher, "kd_pipeline", "train", "-c", "tiny.yaml", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    """Its exit status, and all that it said."""
+    output, error = process.communicate(timeout=300)
+    return process.returncode, output + error

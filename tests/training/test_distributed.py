@@ -1,0 +1,117 @@
+"""Processes find one another, whether torchrun or SLURM has started them."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.training.checkpoint import load_checkpoint
+from kd_pipeline.training.distributed import _first_host, _slurm_step, is_first, num_machines, num_processes
+from tests.runs import finish
+
+RUN = Path("runs/tiny")
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_a_step_of_slurm_is_told_in_the_words_of_torchrun(slurm: pytest.MonkeyPatch) -> None:
+    assert (num_processes(), num_machines(), is_first()) == (8, 2, False)
+    wanted = ("5", "8", "1", "4", "node07", str(15_000 + 4711))
+    assert tuple(_slurm_step()[name] for name in TORCHRUN) == wanted
+    slurm.setenv("MASTER_PORT", "1234")
+    slurm.setenv("MASTER_ADDR", "10.0.0.1")
+    assert (_slurm_step()["MASTER_ADDR"], _slurm_step()["MASTER_PORT"]) == ("10.0.0.1", "1234")
+
+
+def test_torchrun_counts_where_both_are_there(slurm: pytest.MonkeyPatch) -> None:
+    slurm.setenv("RANK", "0")
+    slurm.setenv("WORLD_SIZE", "6")
+    slurm.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (num_processes(), num_machines(), is_first()) == (6, 3, True)
+
+
+def test_a_batch_script_is_one_process_however_many_tasks_the_job_has(slurm: pytest.MonkeyPatch) -> None:
+    slurm.delenv("SLURM_STEP_NUM_TASKS")
+    slurm.delenv("SLURM_STEP_NUM_NODES")
+    slurm.setenv("SLURM_NTASKS", "8")
+    slurm.setenv("SLURM_PROCID", "0")
+    assert (num_processes(), num_machines(), is_first()) == (1, 1, True)
+
+
+def test_machines_with_different_numbers_of_processes_are_refused(slurm: pytest.MonkeyPatch) -> None:
+    slurm.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")
+    with pytest.raises(ConfigError, match=r"started 4\(x2\),3 processes on the machines of this job"):
+        _slurm_step()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("alone", "alone"), ("a,b", "a"), ("node[01-04,7],other", "node01"), ("gpu-a[10,12]", "gpu-a10")],
+)
+def test_the_first_host_of_a_list_is_the_one_to_meet_at(hosts: str, first: str) -> None:
+    assert _first_host(hosts) == first
+
+
+def start_by_slurm(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
+    """`srun --ntasks 2 kd-pipeline train -c tiny.yaml ...` in a job with more tasks than that."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    environment = {**own, "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "4711"}
+    environment |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
+    environment |= {"MASTER_PORT": str(port), "SLURM_NODEID": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "kd_pipeline", "train", "-c", "tiny.yaml", *arguments],
+            cwd=folder,
+            env={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_slurm_tasks_train_together_and_stop_together(trained_teacher: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(trained_teacher, work)
+    last = work / RUN / "checkpoints" / "last.ckpt"
+    processes = start_by_slurm(work, "data.batch_size=16")
+    while not last.exists() and all(process.poll() is None for process in processes):
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGUSR1)  # SLURM sends it to all; one is enough
+    for status, said in map(finish, processes):
+        assert status == 143 and "Traceback" not in said, said
+    num_steps = 330 // (2 * 16)
+    assert 0 < load_checkpoint(last)["global_step"] < 2 * num_steps
+    for status, said in map(finish, start_by_slurm(work, "data.batch_size=16")):
+        assert status == 0, said
+    assert load_checkpoint(last)["global_step"] == 2 * num_steps

@@ -1,0 +1,549 @@
+"""A recording is written once, whatever stops it on the way, and a student cannot tell it from its teacher."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kd_pipeline import losses
+from kd_pipeline.config.config import Config
+from kd_pipeline.errors import ConfigError, StateError
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.teachers.recorded.files import Manifest
+from kd_pipeline.workflows import _record as room
+from kd_pipeline.workflows._record import Progress, RecordSettings, record
+from kd_pipeline.workflows.teacher import open_run_teacher
+from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, net, recorded, replayed
+from tests.streams import rows
+from tests.training.nets import run, settings, weights, write_digits
+
+FILES = ["manifest.json", "sample.bin", "checksum.bin", "logits.values.bin", "features.values.bin"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and a teacher; runs may be added."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of photographs, undisturbed; do not change it."""
+    return recorded(photo_folder, tmp_path_factory.mktemp("whole") / "recording")
+
+
+@pytest.fixture
+def always_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch counts at once."""
+    monkeypatch.setattr(room, "_COMMIT_S", -1.0)
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    for name in FILES:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+# Training with it
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"data__train__mix": {"mixup": 0.4}, "distill": {"task_weight": 0.0}}, {"data__train__last_batch": "keep"}],
+    ids=["plain", "mixed", "keep"],
+)
+def test_a_student_ends_with_the_weights_that_the_teacher_itself_gives_it(
+    digits: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    source = {"kind": "arrays", "images": digits / "train.npz"}
+    changes = {"data__train__source": source, "data__batch_size": 20 if "keep" in str(changes) else 16, **changes}
+    live = run(digits, str(tmp_path / "live"), **changes)
+    recording = record(settings(digits, str(tmp_path / "live"), **changes))
+    replayed = run(digits, str(tmp_path / "replayed"), teacher={"path": recording}, probe={}, **changes)
+    first, second = weights(live.folder), weights(replayed.folder)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert live.figures["val"].top1 == replayed.figures["val"].top1
+    # It has no answers for validation images.
+    assert live.figures["val"].agreement is not None and replayed.figures["val"].agreement is None
+
+
+def test_so_does_a_student_in_a_loop_of_ones_own(photo_folder: Path, whole: Path) -> None:
+    described = config(photo_folder)
+    untaught = described.model_copy(update={"teacher": None})
+
+    def train(loader: KDDataLoader) -> dict[str, torch.Tensor]:
+        student = net()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9)
+        torch.manual_seed(0)  # for the dropout
+        with loader:
+            for _ in range(NUM_EPOCHS):
+                for batch in loader:
+                    loss = losses.soft_target(student(batch.images)["logits"], batch.teacher["logits"], temperature=4.0)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+        return student.state_dict()
+
+    teacher = open_run_teacher(described, plugins=PLUGINS)
+    live = train(KDDataLoader.from_config(untaught, teacher=teacher))
+    again = train(KDDataLoader.from_config(config(photo_folder, teacher={"path": whole})))
+    assert all(torch.equal(live[name], again[name]) for name in live)
+    assert not all(torch.equal(weight, net().state_dict()[name]) for name, weight in live.items())
+
+
+@pytest.mark.parametrize("begun_with", ["teacher", "recording"])
+def test_a_run_goes_on_with_a_recording(digits: Path, tmp_path: Path, begun_with: str) -> None:
+    recording = record(settings(digits, str(tmp_path / "whole")))
+    straight = run(digits, str(tmp_path / "whole"))
+    first = {"teacher": {"path": recording}} if begun_with == "recording" else {}
+    run(digits, str(tmp_path / "parts"), train__epochs=1, **first)
+    parts = run(digits, str(tmp_path / "parts"), teacher={"path": recording})
+    ours, theirs = weights(straight.folder), weights(parts.folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_too_few_recorded_epochs_are_told_before_the_training(digits: Path, tmp_path: Path) -> None:
+    recording = record(settings(digits, str(tmp_path / "run"), train__epochs=1))
+    with pytest.raises(ConfigError, match=r"train\.epochs is 2 and the recording in .* has 1 whole epochs"):
+        run(digits, str(tmp_path / "run"), teacher={"path": recording})
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_recording_cannot_be_compared_with_in_validation(digits: Path, tmp_path: Path) -> None:
+    recording = record(settings(digits, str(tmp_path / "run")))
+    with pytest.raises(ConfigError, match=r"train\.compare_with_teacher asks the teacher about validation images"):
+        run(digits, str(tmp_path / "run"), teacher={"path": recording}, train__compare_with_teacher=True)
+
+
+# What is written
+
+
+def test_files_are_as_large_as_the_manifest_says(photo_folder: Path, tmp_path: Path) -> None:
+    # The last batch of an epoch is padded, and padding is not written.
+    folder = recorded(photo_folder, tmp_path / "small", kept={"top_k": 2, "dtype": "float16"}, last_batch="drop")
+    manifest = Manifest.load(folder)
+    sizes = {column.file: (folder / column.file).stat().st_size for column in manifest.columns.values()}
+    assert sizes == {
+        "sample.bin": 4 * 74, "checksum.bin": 4 * 74, "logits.values.bin": 2 * 2 * 74,
+        "logits.classes.bin": 2 * 2 * 74, "logits.rest.bin": 2 * 74, "features.values.bin": 2 * 32 * 8 * 8 * 74,
+    }  # fmt: skip
+    assert sum(sizes.values()) == manifest.num_bytes
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *sizes}
+
+
+def test_the_largest_logits_in_float16_are_replayed_within_rounding(photo_folder: Path, tmp_path: Path) -> None:
+    full = rows(replayed(photo_folder, recorded(photo_folder, tmp_path / "full")))
+    folder = recorded(photo_folder, tmp_path / "small", kept={"top_k": 2, "dtype": "float16"})
+    for ours, theirs in zip(rows(replayed(photo_folder, folder)), full, strict=True):
+        # One class is left, and gets all of the rest.
+        torch.testing.assert_close(ours["logits"], theirs["logits"], rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(ours["features"], theirs["features"], rtol=2e-3, atol=2e-3)
+
+
+def test_sizes_of_a_large_recording_are_what_the_readme_says() -> None:
+    """ImageNet for 100 epochs."""
+    facts = {"fingerprint": "f", "backend": "tensorrt", "precision": "fp16", "classes": None}
+    common = {"teacher": facts, "outputs": {"logits": (1000,)}, "stream": {}, "num_rows": 1_281_167, "epochs": 100}
+    found = [
+        Manifest.model_validate({**common, "top_k": top_k, "dtype": dtype})
+        for top_k, dtype in [(None, "float32"), (None, "float16"), (16, "float16")]
+    ]
+    assert [each.row_bytes for each in found] == [4008, 2008, 74]
+    assert [round(each.num_bytes / 1e9, 1) for each in found] == [513.5, 257.3, 9.5]
+
+
+# Going on
+
+
+class Killed(BaseException):
+    """As if by SIGKILL: from some write on, no other comes through."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
+    """`kill_at(n)`: the n-th write from now on is the first that fails; None for no end."""
+    pwrite, left = os.pwrite, [0.0]
+
+    def counted(*arguments: Any) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    yield lambda number: left.__setitem__(0, float("inf") if number is None else number)
+
+
+@pytest.mark.parametrize("num_writes", [0, 1, 4, 5, 6, 13, 19, 20, 27, 38])
+def test_a_recording_that_is_killed_anywhere_goes_on_to_the_same_bytes(
+    photo_folder: Path,
+    whole: Path,
+    tmp_path: Path,
+    kill_at: Callable[[int | None], None],
+    always_committed: None,
+    num_writes: int,
+) -> None:
+    folder = tmp_path / "recording"
+    kill_at(num_writes)
+    with pytest.raises(Killed):
+        recorded(photo_folder, folder)
+    kill_at(None)
+    recorded(photo_folder, folder)
+    assert_same_files(folder, whole)
+
+
+@pytest.mark.parametrize("num_saves", [0, 1, 2, 3])
+@pytest.mark.parametrize("looked_at", [0, -1], ids=["the first batch", "the last batch"])
+def test_a_recording_that_is_killed_before_it_says_that_an_epoch_is_whole_goes_on_behind_it(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_saves: int, looked_at: int
+) -> None:
+    whole = recorded(photo_folder, tmp_path / "whole", kept={"epochs": 4})
+    save, left = Manifest.save, [num_saves]
+
+    def counted(manifest: Manifest, folder: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        save(manifest, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Manifest, "save", counted)
+        recorded(photo_folder, tmp_path / "recording", kept={"epochs": 4})
+
+    class Chosen:
+        """Where it is checked that the teacher answers as before."""
+
+        def integers(self, end: int) -> int:
+            return looked_at % end
+
+    monkeypatch.setattr(np.random, "default_rng", Chosen)
+    recorded(photo_folder, tmp_path / "recording", kept={"epochs": 4})
+    assert_same_files(tmp_path / "recording", whole)
+
+
+def test_what_was_not_committed_does_not_count(
+    photo_folder: Path, whole: Path, tmp_path: Path, kill_at: Callable[[int | None], None]
+) -> None:
+    """Ten seconds have not passed, so that the rows have their values and are not there yet."""
+    kill_at(6)
+    with pytest.raises(Killed):
+        recorded(photo_folder, tmp_path / "recording")
+    assert (tmp_path / "recording" / "logits.values.bin").read_bytes().strip(b"\0")
+    assert not (tmp_path / "recording" / "sample.bin").read_bytes().strip(b"\0")
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_what_was_answered_before_ctrl_c_or_an_error_is_kept(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+) -> None:
+    write, left = room.RecordingWriter.write, [2]
+
+    def counted(*arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise failure
+        write(*arguments)
+
+    monkeypatch.setattr(room.RecordingWriter, "write", counted)
+    with pytest.raises(failure):
+        recorded(photo_folder, tmp_path / "recording")
+    samples = np.fromfile(tmp_path / "recording" / "sample.bin", "<i4")
+    assert samples[:16].all() and not samples[16:].any()
+
+
+def test_half_an_epoch_is_not_replayed(
+    photo_folder: Path, tmp_path: Path, kill_at: Callable[[int | None], None], always_committed: None
+) -> None:
+    kill_at(30)  # of forty
+    with pytest.raises(Killed):
+        recorded(photo_folder, tmp_path / "recording")
+    with pytest.raises(StateError, match=r"epoch 1 was not recorded.* has 1 whole epochs"):
+        replayed(photo_folder, tmp_path / "recording")
+
+
+def test_only_what_is_missing_is_recorded(
+    photo_folder: Path,
+    tmp_path: Path,
+    kill_at: Callable[[int | None], None],
+    always_committed: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kill_at(13)  # three batches have all of their four columns
+    with pytest.raises(Killed):
+        recorded(photo_folder, tmp_path / "recording")
+    kill_at(None)
+    places: list[tuple[int, int]] = []
+    write = room.RecordingWriter.write
+    monkeypatch.setattr(
+        room.RecordingWriter,
+        "write",
+        lambda writer, epoch, place, rows: (places.append((epoch, place)), write(writer, epoch, place, rows))[1],
+    )
+    recorded(photo_folder, tmp_path / "recording")
+    assert places == [(0, 24), (0, 32), *((1, place) for place in (0, 8, 16, 24, 32))]
+    places.clear()
+    recorded(photo_folder, tmp_path / "recording")
+    assert not places
+
+
+def test_more_epochs_are_added_to_what_is_there(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "recording"
+    recorded(photo_folder, folder, kept={"epochs": 1})
+    assert Manifest.load(folder).epochs_done == 1
+    recorded(photo_folder, folder, kept={"epochs": 2})
+    assert_same_files(folder, whole)
+    recorded(photo_folder, folder, kept={"epochs": 1})
+    assert_same_files(folder, whole)
+
+
+def test_another_batch_size_goes_on(
+    photo_folder: Path, whole: Path, tmp_path: Path, kill_at: Callable[[int | None], None], always_committed: None
+) -> None:
+    kill_at(13)
+    with pytest.raises(Killed):
+        recorded(photo_folder, tmp_path / "recording")
+    kill_at(None)
+    recorded(photo_folder, tmp_path / "recording", batch_size=5)
+    for name in ("sample.bin", "checksum.bin"):
+        assert (tmp_path / "recording" / name).read_bytes() == (whole / name).read_bytes()
+    ours, theirs = (np.fromfile(folder / "logits.values.bin", "<f4") for folder in (tmp_path / "recording", whole))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kept", "changes", "line"),
+    [
+        ({"top_k": 2}, {}, "top_k: None → 2"),
+        ({"dtype": "float16"}, {}, "dtype: 'float32' → 'float16'"),
+        ({}, {"seed": 6}, "stream.seed: 5 → 6"),
+        ({}, {"teacher": {"model": {"factory": "tests.recordings:other_net"}}}, "teacher.fingerprint: "),
+    ],
+    ids=str,
+)
+def test_a_recording_of_something_else_is_not_gone_on_with(
+    photo_folder: Path, whole: Path, kept: dict[str, Any], changes: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(StateError, match="choose another folder with --out") as caught:
+        recorded(photo_folder, whole, kept=kept, **changes)
+    assert f"  {line}" in str(caught.value)
+
+
+def test_a_teacher_that_answers_otherwise_under_the_same_name_is_not_gone_on_with(
+    photo_folder: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording")
+    values = np.fromfile(folder / "logits.values.bin", "<f4")
+    (values + np.float32(0.5)).tofile(folder / "logits.values.bin")
+    with pytest.raises(StateError, match=r"does not answer as it did: in batch \d of epoch [01], its logits"):
+        recorded(photo_folder, folder)
+    (values * np.float32(1 + 1e-5)).tofile(folder / "logits.values.bin")
+    recorded(photo_folder, folder)
+    assert "rounds differently from before" in caplog.text
+    caplog.clear()
+    values.tofile(folder / "logits.values.bin")
+    recorded(photo_folder, folder)
+    assert not caplog.text
+
+
+def test_images_that_have_changed_are_not_gone_on_with(photo_folder: Path, tmp_path: Path) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1})
+    sums = np.fromfile(folder / "checksum.bin", "<u4")
+    (sums + np.uint32(1)).tofile(folder / "checksum.bin")
+    with pytest.raises(StateError, match="the checksum in row 0 was"):
+        recorded(photo_folder, folder)
+
+
+def test_files_without_a_manifest_are_written_anew(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording", seed=8)
+    (folder / "manifest.json").unlink()
+    recorded(photo_folder, folder)
+    assert_same_files(folder, whole)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(digits: Path, tmp_path: Path) -> None:
+    config_file = tmp_path / "digits.yaml"
+    described = settings(digits, str(tmp_path / "run"), train__epochs=150)
+    config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
+
+    def start(out: str) -> "subprocess.Popen[str]":
+        code = (
+            "from kd_pipeline.cli import main\n"
+            "from kd_pipeline.workflows import _record\n"
+            "_record._COMMIT_S = 0.02\n"
+            "main()"
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", code, "record", "-c", str(config_file), "--out", str(tmp_path / out)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    undisturbed = start("undisturbed")
+    assert undisturbed.communicate(timeout=120)[1].count("recorded") and undisturbed.returncode == 0
+    numbers, kills = random.Random(1), 0
+    for _ in range(20):
+        process = start("killed")
+        assert process.stderr is not None
+        while process.poll() is None and not process.stderr.readline():
+            time.sleep(0.01)
+        time.sleep(numbers.uniform(0, 0.2))
+        if kills == 3:
+            process.communicate(timeout=120)
+            break
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 3
+    for name in ("manifest.json", "sample.bin", "checksum.bin", "logits.values.bin"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_record_what_one_does(digits: Path, tmp_path: Path) -> None:
+    alone = record(settings(digits, str(tmp_path / "run")))
+    config_file = tmp_path / "digits.yaml"
+    described = settings(digits, str(tmp_path / "run"), data__batch_size=8)
+    config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
+    torchrun = ["torch.distributed.run", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]
+    command = ["kd_pipeline", "record", "-c", str(config_file), "--out", str(tmp_path / "shared")]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, "-m", *command],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("manifest.json", "sample.bin", "checksum.bin"):
+        assert (tmp_path / "shared" / name).read_bytes() == (alone / name).read_bytes(), name
+    ours, theirs = (np.fromfile(folder / "logits.values.bin", "<f4") for folder in (tmp_path / "shared", alone))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# The disk, and other reasons not to begin
+
+
+def test_a_disk_that_is_too_small_is_told_at_once_with_what_would_fit(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 100_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ConfigError) as caught:
+        recorded(photo_folder, tmp_path / "recording")
+    message = str(caught.value)
+    assert "needs 608 kB more" in message and "37 images x 2 epochs x 8212 bytes" in message
+    assert "100 kB are free" in message and "--dtype float16 would need 304 kB" in message
+    assert not (tmp_path / "recording").exists()
+
+
+def test_the_largest_logits_are_proposed_where_there_are_many() -> None:
+    facts = {"fingerprint": "f", "backend": "tensorrt", "precision": "fp16", "classes": None}
+    manifest = Manifest.model_validate(
+        {"teacher": facts, "outputs": {"logits": (1000,)}, "stream": {}, "num_rows": 10**9, "epochs": 100}
+    )
+    with pytest.raises(ConfigError, match=r"needs 401 TB more .*--top-k 16 --dtype float16 would need 7\.4 TB"):
+        room._check_space(Path("/nowhere/recording"), manifest)
+
+
+def test_a_disk_that_fills_up_on_the_way_is_an_error_that_can_be_put_right(
+    photo_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always_committed: None
+) -> None:
+    pwrite, left = os.pwrite, [13]
+
+    def full(*arguments: Any) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(
+        StateError, match=r"\.bin cannot be written: No space left on device.*run the same command again"
+    ):
+        recorded(photo_folder, tmp_path / "recording")
+    monkeypatch.undo()
+    recorded(photo_folder, tmp_path / "recording")
+    assert_same_files(tmp_path / "recording", whole)
+
+
+def test_a_write_that_comes_through_in_part_is_finished(
+    photo_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:1000], offset))
+    assert_same_files(recorded(photo_folder, tmp_path / "recording"), whole)
+
+
+@pytest.mark.parametrize(
+    ("kept", "changes", "message"),
+    [
+        ({"top_k": 3}, {}, "--top-k must be below the number of classes, got 3 of 3"),
+        ({}, {"teacher": None}, "there is no teacher to record"),
+        ({}, {"hw_decoder_load": 0.5}, "data.hw_decoder_load is 0.5, with which .* depend on its batch.*set it to 0"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_recorded_is_told_at_once(
+    photo_folder: Path, tmp_path: Path, kept: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recorded(photo_folder, tmp_path / "recording", kept=kept, **changes)
+
+
+def test_a_recording_is_not_recorded(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the teacher is a recording already"):
+        recorded(photo_folder, tmp_path / "recording", teacher={"path": whole})
+
+
+def test_a_recording_needs_a_folder(photo_folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set run_dir.*or pass --out"):
+        record(config(photo_folder), plugins=PLUGINS)
+
+
+def test_the_folder_is_in_the_run_unless_given(digits: Path, tmp_path: Path) -> None:
+    described: Config = settings(digits, str(tmp_path / "run"), train__epochs=1)
+    assert record(described) == tmp_path / "run" / "recording"
+    assert record(described, RecordSettings(out=tmp_path / "here")) == tmp_path / "here"
+
+
+def test_progress_is_told_with_speed_and_time(photo_folder: Path, tmp_path: Path, always_committed: None) -> None:
+    told: list[Progress] = []
+    record(config(photo_folder), RecordSettings(out=tmp_path / "recording"), plugins=PLUGINS, report=told.append)
+    done = [each.done for each in told]
+    assert done == sorted(done) and done[-1] == 1 and len(told) == 2 * (5 + 1)
+    assert all(each.images_per_s > 0 and each.left_s >= 0 for each in told) and told[-1].left_s == 0
+
+
+@pytest.mark.parametrize(
+    "started",
+    [{"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}],
+    ids=["torchrun", "srun"],
+)
+def test_processes_on_several_machines_are_refused(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: dict[str, str]
+) -> None:
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="one machine"):
+        recorded(photo_folder, tmp_path / "recording")
+
+
+def test_a_manifest_of_more_epochs_than_are_there_is_no_way_around(photo_folder: Path, tmp_path: Path) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1})
+    edit(folder, epochs=2, epochs_done=2)
+    with pytest.raises(Exception, match="is damaged"):
+        replayed(photo_folder, folder)
