@@ -19,9 +19,9 @@ class KDBatch:
     """
 
     images: Tensor
-    """`[N, 3, H, W]`, float32 or float16, normalised as the transform says."""
+    """`[N, 3, H, W]`, float32 or float16, normalized as the transform says."""
     labels: Tensor | None
-    """`[N]` int64 class indices, `[N, K]` float32 weights after mixing, or None for unlabelled data."""
+    """`[N]` int64 class indices, `[N, K]` float32 weights after mixing, or None for unlabeled data."""
     index: Tensor
     """`[N]` int64, position of the sample in its dataset."""
     valid: Tensor

@@ -96,7 +96,7 @@ def _png_that_claims(photo: Photo, height: int, width: int) -> bytes:
 
 
 def _bmp_of_15_bits(photo: Photo) -> bytes:
-    """Five bits for each colour, which Pillow reads and DALI does not."""
+    """Five bits for each color, which Pillow reads and DALI does not."""
     rows = photo[::-1, : photo.shape[1] // 2 * 2].astype(np.uint16) >> 3
     body = (rows[..., 0] << 10 | rows[..., 1] << 5 | rows[..., 2]).astype("<u2").tobytes()
     height, width, _ = rows.shape
@@ -108,7 +108,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
-def _grey(photo: Photo) -> Photo:
+def _gray(photo: Photo) -> Photo:
     return np.asarray(Image.fromarray(photo).convert("L"))
 
 
@@ -151,12 +151,12 @@ BROKEN = [
 ]
 
 ODD = [
-    Odd("grey.jpg", lambda photo: encoded(_grey(photo), "JPEG", quality=95), _grey),
+    Odd("gray.jpg", lambda photo: encoded(_gray(photo), "JPEG", quality=95), _gray),
     Odd("cmyk.jpg", lambda photo: encoded(_converted("CMYK")(photo), "JPEG", quality=95)),
     Odd("palette.png", lambda photo: encoded(_converted("P")(photo), "PNG")),
     Odd("transparent.png", lambda photo: encoded(_converted("RGBA")(photo), "PNG")),
-    Odd("grey_transparent.png", lambda photo: encoded(_converted("LA")(photo), "PNG"), _grey),
-    Odd("sixteen_bits.png", lambda photo: encoded(Image.fromarray(_grey(photo).astype(np.uint16) * 257), "PNG"), _grey),
+    Odd("gray_transparent.png", lambda photo: encoded(_converted("LA")(photo), "PNG"), _gray),
+    Odd("sixteen_bits.png", lambda photo: encoded(Image.fromarray(_gray(photo).astype(np.uint16) * 257), "PNG"), _gray),
     Odd("progressive.jpg", lambda photo: encoded(photo, "JPEG", quality=95, progressive=True)),
     Odd("photo.webp", lambda photo: encoded(photo, "WEBP", quality=95)),
     Odd("photo.bmp", lambda photo: encoded(photo, "BMP")),

@@ -66,7 +66,7 @@ class BenchLoaderSettings(Settings):
 def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], object] = lambda line: None) -> BenchResult:
     """Measure how fast loaders give batches `[N, 3, size, size]` float32; `report` gets lines of progress.
 
-    All do the same work: random resized crop with an antialiased bilinear filter, horizontal flip, normalise. All read
+    All do the same work: random resized crop with an antialiased bilinear filter, horizontal flip, normalize. All read
     the same files, from the page cache, in an order that is shuffled anew in every epoch, in whole batches, with as
     many threads or workers as there are cores. Each runs on as one stream through all repeats. For torch's
     `DataLoader` that takes a sampler without an end, which spares it the restart at every epoch that its users have:
@@ -223,7 +223,7 @@ def torchvision_pil(task: LoadTask) -> _Stream:
     """What torchvision's `ImageFolder` and torch's `DataLoader` give: batches `[N, 3, H, W]` without end."""
     datasets = require("torchvision.datasets", extra="bench")
     v2 = require("torchvision.transforms.v2", extra="bench")
-    steps = [*_torchvision_crop(task.transform), v2.ToImage(), *_torchvision_normalise(task.transform)]
+    steps = [*_torchvision_crop(task.transform), v2.ToImage(), *_torchvision_normalize(task.transform)]
     return _torch_batches(datasets.ImageFolder(task.root, v2.Compose(steps)), task)
 
 
@@ -231,7 +231,7 @@ def torchvision_tensor(task: LoadTask) -> _Stream:
     """The same from tensors that `decode_jpeg` gives, without PIL."""
     datasets = require("torchvision.datasets", extra="bench")
     v2 = require("torchvision.transforms.v2", extra="bench")
-    steps = [*_torchvision_crop(task.transform), *_torchvision_normalise(task.transform)]
+    steps = [*_torchvision_crop(task.transform), *_torchvision_normalize(task.transform)]
     return _torch_batches(datasets.ImageFolder(task.root, v2.Compose(steps), loader=_read_jpeg), task)
 
 
@@ -280,7 +280,7 @@ def _torchvision_crop(transform: TrainTransform) -> list[Any]:
     ]
 
 
-def _torchvision_normalise(transform: TrainTransform) -> list[Any]:
+def _torchvision_normalize(transform: TrainTransform) -> list[Any]:
     v2 = require("torchvision.transforms.v2", extra="bench")
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(transform.mean, transform.std)]
 

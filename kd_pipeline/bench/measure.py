@@ -185,7 +185,7 @@ def measure(
 def ratio_within_repeats(own: Sequence[float], other: Sequence[float]) -> float:
     """How many times as large as `other`: the median of the ratios within each repeat.
 
-    What else the machine does slows down neighbours in time alike, so it hardly touches a ratio within a repeat.
+    What else the machine does slows down neighbors in time alike, so it hardly touches a ratio within a repeat.
     """
     return median(mine / its for mine, its in zip(own, other, strict=True))
 

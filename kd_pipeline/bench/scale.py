@@ -184,7 +184,7 @@ def bench_scale(settings: BenchScaleSettings, *, report: Callable[[str], object]
 
 def _write_images(folder: Path, root: Path) -> bytes:
     """Write small copies of images below `root`; return the lines of a list that refer to each once."""
-    source, lines = ImageFolder(root, labelled=False), []
+    source, lines = ImageFolder(root, labeled=False), []
     for number in range(_NUM_FILES):
         original = source.name(number * len(source) // _NUM_FILES)
         name = f"class {number % _NUM_CLASSES}"

@@ -52,7 +52,7 @@ class BenchStepSettings(Settings):
     root: Path | None = None
     """JPEG files in class folders; `data/photographs`, which is made where it is not there yet, where left out."""
     transform: TrainTransform = TrainTransform(size=224)
-    """Crop, flip and normalise are taken from it; all ways do just these."""
+    """Crop, flip and normalize are taken from it; all ways do just these."""
     teacher: ModelSettings | None = ModelSettings(torchvision="resnet50")
     onnx: Path | None = None
     """The exported teacher; made of `teacher` where left out."""
@@ -105,7 +105,7 @@ def step_settings(config: Config, settings: BenchStepSettings, given: Collection
 def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] = lambda line: None) -> StepResult:
     """Measure every way of doing the step, interleaved, each in a process of its own; `report` gets lines of progress.
 
-    All read the same JPEG files from the page cache, crop, flip and normalise them alike, and train the same student
+    All read the same JPEG files from the page cache, crop, flip and normalize them alike, and train the same student
     with the same loss and optimizer. (a) runs it eagerly, as its teacher; all others compile it and keep it in
     channels last, so that they differ in loader and teacher alone.
 
@@ -159,7 +159,7 @@ def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], obj
 
 
 def _comparable(transform: TrainTransform, report: Callable[[str], object]) -> TrainTransform:
-    """What torchvision's way does as well: crop, flip, normalise."""
+    """What torchvision's way does as well: crop, flip, normalize."""
     kept = {name: getattr(transform, name) for name in ("size", "area", "ratio", "flip", "mean", "std")}
     plain = TrainTransform(**kept)
     left_out = [name for name in TrainTransform.model_fields if getattr(plain, name) != getattr(transform, name)]
@@ -186,7 +186,7 @@ def _record(task: StepTask, settings: BenchStepSettings) -> None:
     """The compiled teacher's answers to as many epochs as row (g) will see."""
     num_batches = _NUM_READY + settings.repeats * (_NUM_WARM_UP + settings.num_steps)
     batches_in_epoch = len(ImageFolder(task.root)) // task.batch_size
-    train = SplitSettings(source=ImageFolderSettings(root=task.root, labelled=False), transform=task.transform)
+    train = SplitSettings(source=ImageFolderSettings(root=task.root, labeled=False), transform=task.transform)
     config = Config(
         data=DataSettings(batch_size=task.batch_size, train=train, device=task.device),
         teacher=TeacherSettings(onnx=task.onnx, precision=task.teacher_precision),

@@ -145,7 +145,7 @@ def bench_teacher(
 ) -> TeacherResult:
     """Measure one teacher on all that can run it: PyTorch eager and compiled, ONNX Runtime, OpenVINO and TensorRT.
 
-    All get the same photographs, resized, cropped and normalised as for evaluation, and none has more threads than
+    All get the same photographs, resized, cropped and normalized as for evaluation, and none has more threads than
     another. At each batch size they take turns: every repeat times each one once, after a batch that is not timed,
     while the others stand still. A figure is the wall clock time until the device has finished, copies of the images
     not counted, as they are there already.
@@ -239,7 +239,7 @@ def _photographs(
     root = photographs(settings.root, report)
     largest = max(settings.batch_sizes)
     number = -(-NUM_COMPARED // largest) * largest
-    source, found = ImageFolder(root, labelled=False), []
+    source, found = ImageFolder(root, labeled=False), []
     with KDDataLoader(source, teacher.transform, batch_size=1, device="cpu", num_threads=num_threads) as loader:
         for batch in loader:
             found.append(batch.images.clone())

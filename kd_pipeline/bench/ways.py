@@ -291,7 +291,7 @@ def _open(task: StepTask, settings: TeacherSettings, module: nn.Module | None = 
 
 def _batches(task: StepTask, teacher: Teacher | None, ahead: int) -> Generator[KDBatch, None, None]:
     with KDDataLoader(
-        ImageFolder(task.root, labelled=False),
+        ImageFolder(task.root, labeled=False),
         task.transform,
         teacher,
         batch_size=task.batch_size,

@@ -201,7 +201,7 @@ def _export(parsed: argparse.Namespace, onnx: Path) -> None:
     if expected is not None and parsed.input_mean is None and not _is_imagenet(expected.mean, expected.std):
         tell(
             f"timm says that {name} was trained with --input-mean {' '.join(map(str, expected.mean))} "
-            f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalised otherwise"
+            f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalized otherwise"
         )
     tell(f"exporting {name} for images of {size} x {size} to {onnx}")
     if not onnx.exists():

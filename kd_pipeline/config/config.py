@@ -50,7 +50,7 @@ class Config(Settings):
     distill: DistillSettings = DistillSettings()
     train: TrainSettings = TrainSettings()
     probe: ProbeSettings | None = ProbeSettings()
-    """How the teacher is tried on labelled images before a run; null leaves it out."""
+    """How the teacher is tried on labeled images before a run; null leaves it out."""
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:

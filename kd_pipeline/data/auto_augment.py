@@ -2,7 +2,7 @@
 
 The plan's numbers choose op and strength in NumPy; DALI applies them to uint8 images, each op only to the images that
 got it. Every op is torchvision's of the same name up to rounding, with these differences: warped images are
-interpolated bilinearly and filled with mid-grey, as timm does it; `sharpness` also sharpens the outermost row of
+interpolated bilinearly and filled with mid-gray, as timm does it; `sharpness` also sharpens the outermost row of
 pixels, which Pillow leaves; `equalize` is OpenCV's formula, about 4 of 255 levels from Pillow's on photographs, and
 more where much of an image has its brightest value.
 """
@@ -159,14 +159,14 @@ def numbers_of(op: Array, strength: Array, sign: Array, ranges: Ranges, size: in
     signed, zero, one = strength * sign, np.zeros_like(strength), np.ones_like(strength)
     shear, shift, factor = ranges.shear * signed, np.trunc(ranges.translate * signed), 1 + ranges.enhance * signed
     angle = np.deg2rad(ranges.rotate * signed)
-    cos, sin, centre = np.cos(angle), np.sin(angle), size / 2
+    cos, sin, center = np.cos(angle), np.sin(angle), size / 2
     bits = 255 - (2.0 ** np.round(ranges.posterize * strength) - 1)
     rows = {
         "shear_x": [one, shear, zero, zero, one, zero],
         "shear_y": [one, zero, zero, shear, one, zero],
         "translate_x": [one, zero, -shift, zero, one, zero],
         "translate_y": [one, zero, zero, zero, one, -shift],
-        "rotate": [cos, -sin, centre * (1 - cos + sin), sin, cos, centre * (1 - sin - cos)],
+        "rotate": [cos, -sin, center * (1 - cos + sin), sin, cos, center * (1 - sin - cos)],
         "brightness": [factor, one],
         "color": [one, factor],
         "contrast": [factor],
@@ -204,7 +204,7 @@ def _warp(images: Node, numbers: Node) -> Node:
     return fn.warp_affine(images, matrix=fn.reshape(numbers[:6], shape=[2, 3]), fill_value=128, inverse_map=True)
 
 
-def _colour(images: Node, numbers: Node) -> Node:
+def _color(images: Node, numbers: Node) -> Node:
     return _fn().color_twist(images, brightness=numbers[0], saturation=numbers[1])
 
 
@@ -212,12 +212,12 @@ def _contrast(images: Node, numbers: Node) -> Node:
     """About the mean lightness of the image."""
     fn, types = _fn(), _types()
     mean = fn.reductions.mean(images, axis_names="HW", keep_dims=True)
-    centre = 0.299 * mean[:, :, 0:1] + 0.587 * mean[:, :, 1:2] + 0.114 * mean[:, :, 2:3]
-    return fn.cast(centre + (images - centre) * numbers[0], dtype=types.UINT8)
+    center = 0.299 * mean[:, :, 0:1] + 0.587 * mean[:, :, 1:2] + 0.114 * mean[:, :, 2:3]
+    return fn.cast(center + (images - center) * numbers[0], dtype=types.UINT8)
 
 
 def _sharpness(images: Node, numbers: Node) -> Node:
-    """Towards Pillow's smoothing filter below a factor of 1, away from it above."""
+    """Toward Pillow's smoothing filter below a factor of 1, away from it above."""
     fn, types = _fn(), _types()
     kernel = fn.reshape(numbers, shape=[3, 3])
     return fn.filter(images, kernel.gpu() if images.device == "gpu" else kernel, dtype=types.UINT8)
@@ -254,7 +254,7 @@ def _types() -> Any:
 _SIDES = (
     ("identity", _identity),
     ("rotate", _warp),
-    ("color", _colour),
+    ("color", _color),
     ("contrast", _contrast),
     ("sharpness", _sharpness),
     ("solarize", _posterize_and_solarize),

@@ -16,7 +16,7 @@ from kd_pipeline.errors import ConfigError
 __all__ = ["DecodeWay", "Graph", "GraphSettings", "Probe", "Samples"]
 
 DecodeWay = Literal["window", "full"]
-"""Decode only the crop's window of a file, or the whole image, from which the window is cut afterwards."""
+"""Decode only the crop's window of a file, or the whole image, from which the window is cut afterward."""
 
 _JPEG_START, _JPEG_END = np.frombuffer(b"\xff\xd8\xff\xd9", np.uint16)
 _DOUBTFUL = np.frombuffer(b"IIMM\xff\x4f\x00\x00BM", np.uint16)

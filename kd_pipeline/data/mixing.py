@@ -1,7 +1,7 @@
 """Mixup and CutMix: planned on the host from the plan's numbers, done on the device to whole batches.
 
 Rows 2k and 2k + 1 of a batch are partners: each gets something of the other, by numbers of its own. As batches have
-an even size, partners are neighbours in the epoch's order, whatever the batch size, the rank and the number of ranks.
+an even size, partners are neighbors in the epoch's order, whatever the batch size, the rank and the number of ranks.
 Where an epoch shows every sample `repeats` times in a row, partners are that far apart, so that none is partner of
 itself, and batches hold a multiple of `2 * repeats`. There is one exception: the smaller last batch of
 `last_batch: keep` is cut into nearly equal parts for several ranks, and a cut may come between partners.

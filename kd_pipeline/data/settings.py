@@ -54,7 +54,7 @@ class DataSettings(Settings):
     ahead: int = Field(default=1, ge=0)
     """Batches for which the teacher has been started ahead of the one handed out."""
     decode: Decode = "auto"
-    """`window` decodes only the crop's window of a file, `full` the whole image, which is cut afterwards. `auto` is
+    """`window` decodes only the crop's window of a file, `full` the whole image, which is cut afterward. `auto` is
     `window` on a CPU, where both give the same pixels; on a GPU a short trial finds out what works there."""
     hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
     """Share of the JPEG images of a batch for a GPU's hardware decoder. With any but 0, who decodes an image depends

@@ -20,11 +20,11 @@ from kd_pipeline.data.auto_augment import AutoAugment, AutoAugmentSettings
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "CentreCrop",
-    "ColourJitter",
+    "CenterCrop",
+    "ColorJitter",
     "EvalTransform",
     "GaussianBlur",
-    "Normalise",
+    "Normalize",
     "RandomErasing",
     "RandomResizedCrop",
     "TrainTransform",
@@ -57,7 +57,7 @@ class _Output(Settings):
     mean: Triple = IMAGENET_MEAN
     """Subtracted from each channel, on a scale from 0 to 1."""
     std: Triple = IMAGENET_STD
-    """Divides each channel afterwards."""
+    """Divides each channel afterward."""
     dtype: Literal["float32", "float16"] = "float32"
 
     @model_validator(mode="after")
@@ -68,7 +68,7 @@ class _Output(Settings):
 
 
 class TrainTransform(_Output):
-    """Random resized crop, flip, automatic augmentation, colour jitter, grayscale, blur, erasing, normalise."""
+    """Random resized crop, flip, automatic augmentation, color jitter, grayscale, blur, erasing, normalize."""
 
     preset: Literal["train"] = "train"
     area: Range = (0.08, 1.0)
@@ -90,7 +90,7 @@ class TrainTransform(_Output):
     """Standard deviation of the blur in pixels of the finished image."""
     erase: Probability = 0.0
     erase_area: Range = (0.02, 1 / 3)
-    """Share of the finished image that is erased, filled with the mean colour."""
+    """Share of the finished image that is erased, filled with the mean color."""
     erase_ratio: Range = (0.3, 3.3)
 
     @model_validator(mode="after")
@@ -118,12 +118,12 @@ class TrainTransform(_Output):
 
     @property
     def ops(self) -> tuple["PixelOp", ...]:
-        """What happens to the pixels between the crop and the normalisation; ops that would do nothing are left out."""
+        """What happens to the pixels between the crop and the normalization; ops that would do nothing are left out."""
         ops: list[PixelOp] = []
         if self.auto_augment is not None:
             ops.append(AutoAugment(self.auto_augment, self.size))
         if self.brightness or self.contrast or self.saturation or self.hue or self.grayscale:
-            ops.append(ColourJitter(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale))
+            ops.append(ColorJitter(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale))
         if self.blur:
             ops.append(GaussianBlur(self.blur, self.blur_sigma))
         if self.erase:
@@ -131,13 +131,13 @@ class TrainTransform(_Output):
         return tuple(ops)
 
     @property
-    def normalise(self) -> "Normalise":
+    def normalize(self) -> "Normalize":
         """The last op, which also flips."""
-        return Normalise(self.mean, self.std, self.dtype, self.flip)
+        return Normalize(self.mean, self.std, self.dtype, self.flip)
 
 
 class EvalTransform(_Output):
-    """Resize the shorter side, crop the centre, normalise; pixel by pixel what torchvision does."""
+    """Resize the shorter side, crop the center, normalize; pixel by pixel what torchvision does."""
 
     preset: Literal["eval"] = "eval"
     resize: int | None = Field(default=None, gt=0)
@@ -155,9 +155,9 @@ class EvalTransform(_Output):
         return 0
 
     @property
-    def crop(self) -> "CentreCrop":
+    def crop(self) -> "CenterCrop":
         """How the image is resized and cut."""
-        return CentreCrop(self.size, self.interpolation, self.resize or round(self.size / 0.875))
+        return CenterCrop(self.size, self.interpolation, self.resize or round(self.size / 0.875))
 
     @property
     def ops(self) -> tuple["PixelOp", ...]:
@@ -165,9 +165,9 @@ class EvalTransform(_Output):
         return ()
 
     @property
-    def normalise(self) -> "Normalise":
+    def normalize(self) -> "Normalize":
         """The last op."""
-        return Normalise(self.mean, self.std, self.dtype, None)
+        return Normalize(self.mean, self.std, self.dtype, None)
 
 
 TransformSettings = Annotated[TrainTransform | EvalTransform, Field(discriminator="preset")]
@@ -175,8 +175,8 @@ TransformSettings = Annotated[TrainTransform | EvalTransform, Field(discriminato
 
 
 def ops_of(transform: TrainTransform | EvalTransform) -> tuple[Any, ...]:
-    """What happens to the pixels after the crop, the normalisation last."""
-    return (*transform.ops, transform.normalise)
+    """What happens to the pixels after the crop, the normalization last."""
+    return (*transform.ops, transform.normalize)
 
 
 def parameters_of(transform: TrainTransform | EvalTransform, draws: Array) -> tuple[NDArray[Any], ...]:
@@ -237,10 +237,10 @@ class RandomResizedCrop:
 
 
 @dataclass(frozen=True)
-class CentreCrop:
+class CenterCrop:
     """Shorter side to `shorter`, then the square in the middle, with torchvision's rounding of both.
 
-    DALI's own "not_smaller" resize and centred crop round differently, which moves the picture by up to a pixel and
+    DALI's own "not_smaller" resize and centered crop round differently, which moves the picture by up to a pixel and
     costs up to 6/255 of mean absolute difference on a photograph; computed like this it is 0.15/255.
     """
 
@@ -255,14 +255,14 @@ class CentreCrop:
         return ()
 
     def cut(self, size: Array) -> tuple[Array, ...]:
-        """Corner and extent of whole images of `size` `[N, 2]`, then where in them the centre begins and ends."""
+        """Corner and extent of whole images of `size` `[N, 2]`, then where in them the center begins and ends."""
         resized = self.shorter * size // size.min(axis=1, keepdims=True)
         step = size / resized
         corner = np.rint((resized - self.size) / 2)
         return np.zeros_like(size), size, corner * step, (corner + self.size) * step
 
     def apply(self, images: Node, start: Node, end: Node) -> Node:
-        """Resize the centres of whole images; all of a resized 1x30000 image would be 6 GB."""
+        """Resize the centers of whole images; all of a resized 1x30000 image would be 6 GB."""
         fn, _ = _dali()
         return fn.resize(
             images, size=[self.size, self.size], roi_start=start, roi_end=end, **_filter(self.interpolation)
@@ -270,10 +270,10 @@ class CentreCrop:
 
 
 @dataclass(frozen=True)
-class ColourJitter:
-    """Brightness, contrast, saturation and hue in one linear map of the colours, and grayscale as saturation zero.
+class ColorJitter:
+    """Brightness, contrast, saturation and hue in one linear map of the colors, and grayscale as saturation zero.
 
-    Contrast turns about mid-grey (128), where torchvision turns about the mean of each image.
+    Contrast turns about mid-gray (128), where torchvision turns about the mean of each image.
     """
 
     brightness: float
@@ -286,14 +286,14 @@ class ColourJitter:
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """Factors of brightness, contrast and saturation, and the turn of the hue in degrees, `[N]` each."""
-        signed = 2 * draws[:, _COLOUR] - 1
+        signed = 2 * draws[:, _COLOR] - 1
         strengths = np.array([self.brightness, self.contrast, self.saturation])
         brightness, contrast, saturation = np.maximum(1 + signed[:, :3] * strengths, 0).T
         saturation = saturation * (draws[:, _GRAYSCALE] >= self.grayscale)
         return brightness, contrast, saturation, signed[:, 3] * 360 * self.hue
 
     def apply(self, images: Node, brightness: Node, contrast: Node, saturation: Node, hue: Node) -> Node:
-        """Map the colours of uint8 images."""
+        """Map the colors of uint8 images."""
         fn, _ = _dali()
         return fn.color_twist(images, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
 
@@ -322,7 +322,7 @@ class GaussianBlur:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """Fill a random rectangle of some images with the mean colour (Zhong et al., arXiv 1708.04896)."""
+    """Fill a random rectangle of some images with the mean color (Zhong et al., arXiv 1708.04896)."""
 
     probability: float
     area: Range
@@ -349,8 +349,8 @@ class RandomErasing:
 
 
 @dataclass(frozen=True)
-class Normalise:
-    """uint8 HWC to normalised float CHW, some flipped left to right: the last op, which writes the batch."""
+class Normalize:
+    """uint8 HWC to normalized float CHW, some flipped left to right: the last op, which writes the batch."""
 
     mean: Triple
     std: Triple
@@ -368,7 +368,7 @@ class Normalise:
         return () if self.flip is None else ((draws[:, _FLIP] < self.flip).astype(np.int32),)
 
     def apply(self, images: Node, mirror: Node = 0) -> Node:
-        """Normalise uint8 images."""
+        """Normalize uint8 images."""
         fn, types = _dali()
         return fn.crop_mirror_normalize(
             images,
@@ -380,14 +380,14 @@ class Normalise:
         )
 
 
-PixelOp = AutoAugment | ColourJitter | GaussianBlur | RandomErasing
+PixelOp = AutoAugment | ColorJitter | GaussianBlur | RandomErasing
 
 # Slots of the plan's uniform numbers. New ops take new slots at the end; moving one changes every run ever made.
 # The crop and the flip come first: where they are all there is, the plan makes no other numbers. Slots 35 to 39 are
 # those of `kd_pipeline.data.mixing`, and the ones from 40 on those of `kd_pipeline.data.auto_augment`.
 _PLACE_Y, _PLACE_X, _FLIP = 0, 1, 2
 _AREA, _RATIO = slice(3, 3 + NUM_TRIES), slice(13, 13 + NUM_TRIES)
-_GRAYSCALE, _COLOUR = 23, slice(24, 28)
+_GRAYSCALE, _COLOR = 23, slice(24, 28)
 _BLUR, _BLUR_SIGMA = 28, 29
 _ERASE, _ERASE_AREA, _ERASE_RATIO, _ERASE_PLACE = 30, 31, 32, slice(33, 35)
 

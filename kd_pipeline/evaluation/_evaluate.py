@@ -90,7 +90,7 @@ class Evaluation:
     kl: float | None
     """Mean KL(teacher || model) of the softmax at T = 4, in nats and not times T²; None without a teacher."""
     class_accuracy: tuple[float | None, ...] | None
-    """Part of each class that was recognised; None for a class without samples."""
+    """Part of each class that was recognized; None for a class without samples."""
     confusion: tuple[tuple[int, ...], ...] | None
     """`[K][K]`: rows are labels, columns predictions."""
     classes: tuple[str, ...] | None
@@ -141,7 +141,7 @@ def evaluate(
 
     Counts are exact, and sums of numbers rounded to 2**-24 are too, so that the result is the same for every batch
     size and number of ranks, as far as the model's own answers are. Where the loader reads one shard of several and
-    `torch.distributed` is initialised, all ranks get the result for the whole split. Nothing waits for the GPU before
+    `torch.distributed` is initialized, all ranks get the result for the whole split. Nothing waits for the GPU before
     the end. `metrics` need all logits at once, which stay on the device until then.
 
     Args:

@@ -50,7 +50,7 @@ def find_images(places: Sequence[Path]) -> list[str]:
     found: list[str] = []
     for place in places:
         if place.is_dir():
-            folder = ImageFolder(place, labelled=False)
+            folder = ImageFolder(place, labeled=False)
             # As it was written, relative or not.
             found += [str(place / os.path.relpath(folder.name(index), place)) for index in range(len(folder))]
         else:

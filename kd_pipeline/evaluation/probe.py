@@ -46,7 +46,7 @@ class ProbeReport:
     """How the teacher did."""
 
     num_samples: int
-    """Labelled images that it was asked about."""
+    """Labeled images that it was asked about."""
     top1: float
     """Part of them whose label is its first choice; from 0 to 1."""
     chance: float
@@ -182,7 +182,7 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
     if num_bad_rows:
         problems.append(
             f"{num_bad_rows} of {num_samples} rows of logits hold NaN or inf; check the teacher's weights and the "
-            "images' normalisation, and run it in fp32 or bf16 if it runs in fp16"
+            "images' normalization, and run it in fp32 or bf16 if it runs in fp16"
         )
     if int(labels_N.max()) >= num_classes:
         problems.append(
@@ -215,11 +215,11 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
 
 def _constant(predicted_N: Tensor, classes: tuple[str, ...] | None) -> str | None:
     """What to say where one class gets nearly all predictions."""
-    favourite = int(predicted_N.mode().values)
-    if _agreement(predicted_N, torch.tensor(favourite)) < _CONSTANT:
+    favorite = int(predicted_N.mode().values)
+    if _agreement(predicted_N, torch.tensor(favorite)) < _CONSTANT:
         return None
     return (
-        f"nearly all predictions are {_name(favourite, classes)}; are mean and std of the transform those that the "
+        f"nearly all predictions are {_name(favorite, classes)}; are mean and std of the transform those that the "
         "teacher was trained with, and are its weights loaded?"
     )
 

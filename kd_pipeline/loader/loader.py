@@ -30,7 +30,7 @@ from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.loader.state import check_fingerprint, check_position, read_position
 from kd_pipeline.loader.streams import open_lane
 from kd_pipeline.loader.verify_recording import check_pixels, check_stream, cut_of_mixed_batch
-from kd_pipeline.models.input_adapter import Normalisation
+from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.class_order import matched
 from kd_pipeline.teachers.open import open_teacher
@@ -127,7 +127,7 @@ class KDDataLoader:
             seed: 0 to 2**64 - 1; equal on all ranks.
             shuffle: a new order every epoch, or the dataset's own.
             shard: this process among those that share the epoch; by default what `torch.distributed` says, where it
-                is initialised, or else what `torchrun` has said, or else the only one.
+                is initialized, or else what `torchrun` has said, or else the only one.
             last_batch: see `LastBatch`.
             repeats: how often in a row an epoch shows a sample; see `Plan`.
             device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
@@ -135,7 +135,7 @@ class KDDataLoader:
             prefetch: batches, or groups of small ones, in DALI's queue; with 1 nothing is decoded ahead.
             ahead: batches for which the teacher has been started ahead of the one handed out.
             decode: "window" decodes only the crop's window of a file, "full" the whole image, which is cut
-                afterwards; "auto" is "window" on a CPU, and on a GPU what a short trial finds to work there.
+                afterward; "auto" is "window" on a CPU, and on a GPU what a short trial finds to work there.
             hw_decoder_load: share of a batch's JPEG images for a GPU's hardware decoder; with any but 0, the last bits
                 of an image depend on the batch that it is in.
             on_bad_sample: "raise", or "substitute" the next readable sample with `valid=False`.
@@ -263,7 +263,7 @@ class KDDataLoader:
                 dtype=dtype,
                 batch_size=data.batch_size,
                 samples=lambda: sample_images(config),
-                normalisation=Normalisation(settings.transform.mean, settings.transform.std),
+                normalization=Normalization(settings.transform.mean, settings.transform.std),
             )
         try:
             if opened is not None:
@@ -337,7 +337,7 @@ class KDDataLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next loop run `epoch`, from its start unless the loader stands within it already."""
-        if self._normalised(self._epoch, self._batch)[0] != epoch:
+        if self._normalized(self._epoch, self._batch)[0] != epoch:
             self._stand_before(epoch, 0)
             self._loop += 1
 
@@ -353,7 +353,7 @@ class KDDataLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the batch last handed out: plain numbers, strings, lists and dicts."""
-        epoch, batch = self._normalised(self._epoch, self._batch)
+        epoch, batch = self._normalized(self._epoch, self._batch)
         return {
             "version": _STATE_VERSION,
             "epoch": epoch,
@@ -434,10 +434,10 @@ class KDDataLoader:
 
     def _stand_before(self, epoch: int, batch: int) -> None:
         """Let the next loop begin with `batch` of `epoch`; behind the last batch is before the next epoch."""
-        self._epoch, self._batch = self._normalised(epoch, batch)
+        self._epoch, self._batch = self._normalized(epoch, batch)
         self._is_fresh = True
 
-    def _normalised(self, epoch: int, batch: int) -> tuple[int, int]:
+    def _normalized(self, epoch: int, batch: int) -> tuple[int, int]:
         return (epoch, batch) if batch < len(self) else (epoch + 1, 0)
 
     def _teach(self, number: int) -> _Taught:

@@ -27,7 +27,7 @@ __all__ = ["check_pixels", "check_stream", "cut_of_mixed_batch", "require_repeat
 def cut_of_mixed_batch(plan: Plan, mix: MixSettings | None) -> str | None:
     """What the images of an epoch's last batch depend on besides their places, or None where there is no such thing.
 
-    Partners in mixing are neighbours in the epoch's order, wherever batches begin, as each holds whole pairs. The one
+    Partners in mixing are neighbors in the epoch's order, wherever batches begin, as each holds whole pairs. The one
     exception is a last batch that is cut into parts for several ranks: it depends on where it begins and on the cuts.
     """
     rest = plan.num_samples % plan.global_batch_size

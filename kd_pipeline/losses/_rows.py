@@ -66,7 +66,7 @@ def label_rows(labels: Tensor | None, student: Tensor, valid: Tensor) -> Tensor:
         ConfigError: they are neither, or there are none.
     """
     if labels is None:
-        raise ConfigError("this loss needs labels and the batch has none; use labelled data or a loss without them")
+        raise ConfigError("this loss needs labels and the batch has none; use labeled data or a loss without them")
     if labels.shape == student.shape[:1] and labels.dtype == torch.int64:
         return blank(labels, valid)
     if labels.shape == student.shape and labels.is_floating_point():

@@ -108,7 +108,7 @@ class DistillSettings(Settings):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of each label that the cross-entropy with the labels spreads over all classes."""
     options: Options = Field(default_factory=dict)
-    """Further arguments of the loss, such as `alpha` and `beta` of `dkd`, or `standardise`."""
+    """Further arguments of the loss, such as `alpha` and `beta` of `dkd`, or `standardize`."""
     features: tuple[TermSettings, ...] = ()
     """Further terms: intermediate features, or a second comparison of the logits."""
 
@@ -130,7 +130,7 @@ class DistillSettings(Settings):
             if names.count(name) > 1:
                 raise ValueError(f"features: two terms called {name}; give one of them another layer, or leave it out")
         if all(weight == 0 for weight in (*self.weights, *(term.weight for term in self.features))):
-            raise ValueError("all weights are 0, so that nothing is learnt; give one of the terms a weight")
+            raise ValueError("all weights are 0, so that nothing is learned; give one of the terms a weight")
         return self
 
     @property

@@ -68,7 +68,7 @@ def dist(
     Intra looks at the samples of this process only, and is 0 when fewer than two rows count. As in the authors' code a
     row or column that is constant in either model correlates with nothing, so one that both models keep constant costs
     1 although they agree; the gradient is finite there, but steep for a student that gives all classes the same
-    probability, such as one with a zero-initialised head.
+    probability, such as one with a zero-initialized head.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
@@ -90,8 +90,8 @@ def dist(
         teacher_NK = teacher_rows(teacher_logits_NK, student_NK, valid_N)
         student_NK = (student_NK / temperature).softmax(dim=1)
         teacher_NK = (teacher_NK / temperature).softmax(dim=1)
-        inter_N = 1 - _correlation(_centre_rows(student_NK), _centre_rows(teacher_NK), dim=1)
-        intra_K = 1 - _correlation(_centre_columns(student_NK, valid_N), _centre_columns(teacher_NK, valid_N), dim=0)
+        inter_N = 1 - _correlation(_center_rows(student_NK), _center_rows(teacher_NK), dim=1)
+        intra_K = 1 - _correlation(_center_columns(student_NK, valid_N), _center_columns(teacher_NK, valid_N), dim=0)
         intra = intra_K.mean().where(valid_N.sum() >= 2, 0.0)
         return temperature**2 * (inter_weight * batch_mean(inter_N, valid_N) + intra_weight * intra)
 
@@ -101,16 +101,16 @@ def _unit(rows_ND: Tensor) -> Tensor:
     return rows_ND / norm_N1.where(norm_N1 > 0, 1.0)
 
 
-def _centre_rows(probability_NK: Tensor) -> Tensor:
+def _center_rows(probability_NK: Tensor) -> Tensor:
     return probability_NK - probability_NK.mean(dim=1, keepdim=True)
 
 
-def _centre_columns(probability_NK: Tensor, valid_N: Tensor) -> Tensor:
+def _center_columns(probability_NK: Tensor, valid_N: Tensor) -> Tensor:
     mean_K = blank(probability_NK, valid_N).sum(dim=0) / valid_N.sum().clamp(min=1)
     return blank(probability_NK - mean_K, valid_N)
 
 
 def _correlation(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
-    """Pearson's correlation along `dim` of tensors that are centred along it, with the authors' 1e-8."""
+    """Pearson's correlation along `dim` of tensors that are centered along it, with the authors' 1e-8."""
     norms: Tensor = vector_norm(student, dim=dim) * vector_norm(teacher, dim=dim)
     return (student * teacher).sum(dim=dim) / (norms + 1e-8)

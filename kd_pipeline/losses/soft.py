@@ -26,7 +26,7 @@ def soft_target(
     *,
     temperature: float = 4.0,
     form: Literal["kl", "cross_entropy"] = "kl",
-    standardise: bool = False,
+    standardize: bool = False,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Soft targets (Hinton et al., arXiv 1503.02531): T² · Σ_k p_k · (log p_k - log q_k), batch mean.
@@ -39,10 +39,10 @@ def soft_target(
         temperature: T, above 0. The default is timm's.
         form: `"kl"` is 0 when the two agree; `"cross_entropy"` is T² · -Σ_k p_k · log q_k, which is larger by T² times
             the teacher's entropy and has the same gradient.
-        standardise: subtract each row's mean from the logits and divide by their standard deviation first, on both
+        standardize: subtract each row's mean from the logits and divide by their standard deviation first, on both
             sides (LSKD, Sun et al., arXiv 2403.01427; there with T = 2), so that only the shape of the row counts.
             The gradient is finite but steep for a student that gives all classes the same logit, such as one with a
-            zero-initialised head.
+            zero-initialized head.
         valid: `[N]` bool, the rows that count; None means all.
 
     Returns:
@@ -55,8 +55,8 @@ def soft_target(
     with full_precision(student_logits_NK):
         student_NK, valid_N = student_rows(student_logits_NK, valid, min_columns=2)
         teacher_NK = teacher_rows(teacher_logits_NK, student_NK, valid_N)
-        student_NK = _soften(student_NK, temperature, standardise)
-        teacher_NK = _soften(teacher_NK, temperature, standardise)
+        student_NK = _soften(student_NK, temperature, standardize)
+        teacher_NK = _soften(teacher_NK, temperature, standardize)
         match form:
             case "kl":
                 loss_N = _kl_divergence(student_NK, teacher_NK)
@@ -75,14 +75,14 @@ def dkd(
     alpha: float = 1.0,
     beta: float = 8.0,
     temperature: float = 4.0,
-    standardise: bool = False,
+    standardize: bool = False,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Decoupled KD (Zhao et al., arXiv 2203.08679): T² · (alpha · TCKD + beta · NCKD), batch mean.
 
-    TCKD is the divergence between the two-way distributions (labelled class, all others together); NCKD the divergence
+    TCKD is the divergence between the two-way distributions (labeled class, all others together); NCKD the divergence
     between the distributions over the other classes alone. Soft targets weigh NCKD by the teacher's doubt in the
-    labelled class; here beta does. With two classes only one other class is left, and NCKD is 0.
+    labeled class; here beta does. With two classes only one other class is left, and NCKD is 0.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
@@ -91,7 +91,7 @@ def dkd(
         alpha: weight of TCKD.
         beta: weight of NCKD; the authors' code has 8 with T = 4 for CIFAR-100 and 0.5 with T = 1 for ImageNet.
         temperature: T, above 0.
-        standardise: as in `soft_target`.
+        standardize: as in `soft_target`.
         valid: `[N]` bool, the rows that count; None means all.
 
     Returns:
@@ -106,19 +106,19 @@ def dkd(
         teacher_NK = teacher_rows(teacher_logits_NK, student_NK, valid_N)
         labels = label_rows(labels, student_NK, valid_N)
         label_N = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        student_two_way, student_others = _decouple(_soften(student_NK, temperature, standardise), label_N)
-        teacher_two_way, teacher_others = _decouple(_soften(teacher_NK, temperature, standardise), label_N)
+        student_two_way, student_others = _decouple(_soften(student_NK, temperature, standardize), label_N)
+        teacher_two_way, teacher_others = _decouple(_soften(teacher_NK, temperature, standardize), label_N)
         target_N = _kl_divergence(student_two_way, teacher_two_way)
         others_N = _kl_divergence(student_others, teacher_others)
         return temperature**2 * batch_mean(alpha * target_N + beta * others_N, valid_N)
 
 
-def _soften(logits_NK: Tensor, temperature: float, standardise: bool) -> Tensor:
-    if standardise:
+def _soften(logits_NK: Tensor, temperature: float, standardize: bool) -> Tensor:
+    if standardize:
         # The authors' code: unbiased deviation, and 1e-7 for rows in which all logits are equal.
-        centred_NK = logits_NK - logits_NK.mean(dim=1, keepdim=True)
-        deviation_N1 = vector_norm(centred_NK, dim=1, keepdim=True) / math.sqrt(logits_NK.shape[1] - 1)
-        logits_NK = centred_NK / (deviation_N1 + 1e-7)
+        centered_NK = logits_NK - logits_NK.mean(dim=1, keepdim=True)
+        deviation_N1 = vector_norm(centered_NK, dim=1, keepdim=True) / math.sqrt(logits_NK.shape[1] - 1)
+        logits_NK = centered_NK / (deviation_N1 + 1e-7)
     return logits_NK / temperature
 
 
@@ -130,9 +130,9 @@ def _kl_divergence(student_logits_NK: Tensor, teacher_logits_NK: Tensor) -> Tens
 
 
 def _decouple(logits_NK: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of (the labelled class, all others together), `[N, 2]`, and of the others alone, `[N, K - 1]`.
+    """Logits of (the labeled class, all others together), `[N, 2]`, and of the others alone, `[N, K - 1]`.
 
-    The labelled class is left out by index: pushing its logit down by a constant, as public code does, overflows
+    The labeled class is left out by index: pushing its logit down by a constant, as public code does, overflows
     in half precision and fails for logits larger than the constant.
     """
     other_K = torch.arange(logits_NK.shape[1] - 1, device=logits_NK.device)

@@ -1,4 +1,4 @@
-"""What stands between the student's images and a teacher that was trained on others: normalisation and size."""
+"""What stands between the student's images and a teacher that was trained on others: normalization and size."""
 
 from typing import Annotated, NamedTuple
 
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.settings import Settings
 
-__all__ = ["AdaptInput", "InputAdapter", "Normalisation", "WantedInput"]
+__all__ = ["AdaptInput", "InputAdapter", "Normalization", "WantedInput"]
 
 _Mean = Annotated[float, Field(le=1)]  # more is meant for the scale 0 to 255
 _Means = tuple[_Mean, _Mean, _Mean]
 _Stds = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
-class Normalisation(NamedTuple):
-    """How images were normalised, on the scale 0 to 1."""
+class Normalization(NamedTuple):
+    """How images were normalized, on the scale 0 to 1."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from each channel; ImageNet's unless given."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Divides each channel afterwards, likewise."""
+    """Divides each channel afterward, likewise."""
 
 
 class WantedInput(Settings):
@@ -36,19 +36,19 @@ class WantedInput(Settings):
     size: int | None = Field(default=None, ge=1)
     """Height and width that the teacher wants; the images' own unless given."""
 
-    def adapter(self, images: Normalisation) -> "InputAdapter":
-        """What makes them of images that are normalised otherwise."""
+    def adapter(self, images: Normalization) -> "InputAdapter":
+        """What makes them of images that are normalized otherwise."""
         return InputAdapter(**self.model_dump(), from_mean=images.mean, from_std=images.std)
 
 
 class InputAdapter(WantedInput):
-    """What stands between the student's images and a teacher trained on others: normalisation and size.
+    """What stands between the student's images and a teacher trained on others: normalization and size.
 
     It becomes the first layer of the teacher, so that both read one buffer.
     """
 
     from_mean: _Means = IMAGENET_MEAN
-    """Mean per channel that the incoming images were normalised with; ImageNet's unless given."""
+    """Mean per channel that the incoming images were normalized with; ImageNet's unless given."""
     from_std: _Stds = IMAGENET_STD
     """Standard deviation per channel, likewise."""
 

@@ -111,7 +111,7 @@ def _add_adapter(model: Any, file: OnnxFile, adapter: InputAdapter) -> None:
         )
     images = _images(model, file)
     readers = list(images.uses())
-    nodes = _normalise(model, images, adapter)
+    nodes = _normalize(model, images, adapter)
     if adapter.size is not None:
         if any(size not in (None, adapter.size) for size in file.images.shape[2:]):
             raise EngineError(
@@ -132,7 +132,7 @@ def _images(model: Any, file: OnnxFile) -> Any:
     return next(value for value in model.graph.inputs if value.name == file.input_name)
 
 
-def _normalise(model: Any, images: Any, adapter: InputAdapter) -> list[Any]:
+def _normalize(model: Any, images: Any, adapter: InputAdapter) -> list[Any]:
     """Nodes for `(x · from_std + from_mean - mean) / std` per channel, in the type of the images."""
     ir = require("onnx_ir", extra="cpu")
     mean, std, from_mean, from_std = (

@@ -97,7 +97,7 @@ def emulate_precision(source: Path, target: Path) -> Path:
     """Write `source`, made by `convert_precision`, as `target` in float32 with every result rounded to half precision.
 
     Each value in half precision is computed in float32, then cast to half precision and back. ONNX Runtime does such
-    Casts to the letter, if its optimiser is off, while of half precision itself it knows too little: its CPU provider
+    Casts to the letter, if its optimizer is off, while of half precision itself it knows too little: its CPU provider
     lacks most operators in bfloat16, and float16 it widens and fuses, so that an overflow goes unseen. Names and
     types of inputs and outputs are those of `source`.
 

@@ -20,7 +20,7 @@ from kd_pipeline.onnx.session import open_session
 __all__ = ["quantize_onnx"]
 
 _LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""Largest magnitude of the quantised type; int8 goes without -128, so that zero lies in the middle."""
+"""Largest magnitude of the quantized type; int8 goes without -128, so that zero lies in the middle."""
 _MIN_OPSET = {"int8": 13, "fp8": 19}
 """Operator set that brought QuantizeLinear per channel, and to float8."""
 _LAYERS = ("Conv", "Gemm", "MatMul")
@@ -32,7 +32,7 @@ _ERRORS_ONLY = 3
 
 
 def quantize_onnx(source: Path, target: Path, precision: Literal["int8", "fp8"], samples: Tensor) -> Path:
-    """Write the float32 teacher `source` as `target` with its layers quantised; `source` may be `target`.
+    """Write the float32 teacher `source` as `target` with its layers quantized; `source` may be `target`.
 
     Every Conv, Gemm and MatMul with constant weights reads its activation and its weights through a pair of
     QuantizeLinear and DequantizeLinear, symmetric, activations per tensor and weights per output channel. Biases, the
@@ -52,7 +52,7 @@ def quantize_onnx(source: Path, target: Path, precision: Literal["int8", "fp8"],
         samples: `[N, 3, H, W]` images as in training, some 100 or more; they set the range of each activation.
 
     Raises:
-        EngineError: not a float32 file, nothing in it to quantise, samples that do not fit, an operator set without
+        EngineError: not a float32 file, nothing in it to quantize, samples that do not fit, an operator set without
             the type, or numbers that are not finite; `target` stays as it was.
         TeacherError: `source` is not an image classifier in ONNX.
         MissingPackageError: `onnx`, `onnx_ir` or `onnxruntime` is not installed.
@@ -70,7 +70,7 @@ def quantize_onnx(source: Path, target: Path, precision: Literal["int8", "fp8"],
     ranges = _observe(file, {layer.inputs[0].name for layer in layers}, samples, target.parent)
     pairs: dict[tuple[str, int | None], Any] = {}
     for layer in layers:
-        _quantise_inputs(model, layer, ranges, precision, pairs)
+        _quantize_inputs(model, layer, ranges, precision, pairs)
     return save_model(model, target)
 
 
@@ -94,14 +94,14 @@ def _check(file: OnnxFile, opset: int, precision: str, samples: Tensor) -> None:
 
 
 def _layers(graph: Any, file: OnnxFile, precision: str) -> list[Any]:
-    """The nodes to quantise, in the order in which they run."""
+    """The nodes to quantize, in the order in which they run."""
     # Measured on a small ResNet and a small ViT trained on digits, 3 sets of 128 samples each: the logits were off by
-    # 1.3 % and 1.2 % of their root mean square in int8, by 4.0 % and 3.4 % in fp8. To quantise the last layer as well
+    # 1.3 % and 1.2 % of their root mean square in int8, by 4.0 % and 3.4 % in fp8. To quantize the last layer as well
     # added 4 to 18 % to that error, and the products in attention 15 to 145 %.
     ir = require("onnx_ir", extra="cpu")
     last = _last_layers(graph, file.output_names["logits"])
 
-    def is_quantised(node: Any) -> bool:
+    def is_quantized(node: Any) -> bool:
         if node.op_type not in _LAYERS or node.domain or node in last:
             return False
         activation, weight = (ir.convenience.get_const_tensor(value) for value in node.inputs[:2])
@@ -112,7 +112,7 @@ def _layers(graph: Any, file: OnnxFile, precision: str) -> list[Any]:
         num_out, num_in, *kernel = map(int, weight.shape)
         return num_out % _FP8_CHANNELS == num_in % _FP8_CHANNELS == 0 and math.prod(kernel) <= _FP8_TAPS
 
-    return [node for node in graph if is_quantised(node)]
+    return [node for node in graph if is_quantized(node)]
 
 
 def _last_layers(graph: Any, logits: str) -> set[Any]:
@@ -162,7 +162,7 @@ def _observe(file: OnnxFile, names: set[str], samples: Tensor, folder: Path) -> 
     return {value.name: largest for value, largest in zip(observed, np.max(found, axis=0), strict=True)}
 
 
-def _quantise_inputs(
+def _quantize_inputs(
     model: Any,
     layer: Any,
     ranges: Mapping[str, NDArray[np.float32]],
@@ -206,5 +206,5 @@ def _pair(model: Any, value: Any, axis: int | None, largest: NDArray[np.float32]
         add_constant(model, f"{name}.zero_point", np.zeros(scale.shape, dtype.numpy())),
     ]
     attributes = {} if axis is None else {"axis": axis}
-    quantise = ir.node("QuantizeLinear", [value, *parameters], attributes)
-    return [quantise, ir.node("DequantizeLinear", [quantise.outputs[0], *parameters], attributes)]
+    quantize = ir.node("QuantizeLinear", [value, *parameters], attributes)
+    return [quantize, ir.node("DequantizeLinear", [quantize.outputs[0], *parameters], attributes)]

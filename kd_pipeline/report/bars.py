@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_pipeline.report.canvas import BLACK, COLOURS, GREY, PALE, WHITE, Canvas, text_width, ticks
+from kd_pipeline.report.canvas import BLACK, COLORS, GRAY, PALE, WHITE, Canvas, text_width, ticks
 
 __all__ = ["Bar", "save_bars"]
 
@@ -35,23 +35,23 @@ def save_bars(bars: Sequence[Bar], path: Path, *, title: str, unit: str) -> Path
     scale = _PLOT_WIDTH / marks[-1]
     bottom = _TOP + _ROW * len(bars)
     canvas.text((left, 18), title, size=14)
-    colours = dict(zip(bars[0].parts, COLOURS, strict=False))
+    colors = dict(zip(bars[0].parts, COLORS, strict=False))
     place = left
-    for name, colour in colours.items():
-        canvas.box((place, 39), (place + 12, 51), colour=colour, fill=colour)
+    for name, color in colors.items():
+        canvas.box((place, 39), (place + 12, 51), color=color, fill=color)
         canvas.text((place + 18, 45), name)
         place += text_width(name, 11) + 44
     for mark in marks:
-        canvas.line([(left + mark * scale, _TOP - 8), (left + mark * scale, bottom)], colour=PALE)
-        canvas.text((left + mark * scale, bottom + 8), f"{mark:,.0f} {unit}", anchor="mt", colour=GREY)
+        canvas.line([(left + mark * scale, _TOP - 8), (left + mark * scale, bottom)], color=PALE)
+        canvas.text((left + mark * scale, bottom + 8), f"{mark:,.0f} {unit}", anchor="mt", color=GRAY)
     for number, bar in enumerate(bars):
         middle = _TOP + _ROW * number + _BAR / 2
         canvas.text((left - 10, middle), bar.name, anchor="rm")
         end = left
         for name, length in bar.parts.items():
             start, end = end, end + max(length, 0) * scale
-            canvas.box((start, middle - _BAR / 2), (end, middle + _BAR / 2), colour=colours[name], fill=colours[name])
+            canvas.box((start, middle - _BAR / 2), (end, middle + _BAR / 2), color=colors[name], fill=colors[name])
             if end - start >= _NARROW:
-                canvas.text(((start + end) / 2, middle), f"{length:,.0f}", anchor="mm", colour=WHITE, size=10)
-        canvas.text((end + 8, middle), bar.note, colour=BLACK)
+                canvas.text(((start + end) / 2, middle), f"{length:,.0f}", anchor="mm", color=WHITE, size=10)
+        canvas.text((end + 8, middle), bar.note, color=BLACK)
     return canvas.save(path)

@@ -1,4 +1,4 @@
-"""A white picture to draw on with Pillow, and the colours that the pictures of this room share."""
+"""A white picture to draw on with Pillow, and the colors that the pictures of this room share."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["BLACK", "COLOURS", "GREY", "PALE", "WHITE", "Canvas", "Colour", "Point", "text_width", "ticks"]
+__all__ = ["BLACK", "COLORS", "GRAY", "PALE", "WHITE", "Canvas", "Color", "Point", "text_width", "ticks"]
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 Point = tuple[float, float]
 
-BLACK, GREY, PALE, WHITE = (32, 32, 32), (120, 120, 120), (226, 226, 226), (255, 255, 255)
-COLOURS: tuple[Colour, ...] = (
+BLACK, GRAY, PALE, WHITE = (32, 32, 32), (120, 120, 120), (226, 226, 226), (255, 255, 255)
+COLORS: tuple[Color, ...] = (
     (0, 114, 178),
     (213, 94, 0),
     (0, 158, 115),
@@ -24,7 +24,7 @@ COLOURS: tuple[Colour, ...] = (
     (110, 80, 60),
     (90, 90, 90),
 )
-"""Those of Okabe and Ito, which colour-blind people can tell apart."""
+"""Those of Okabe and Ito, which color-blind people can tell apart."""
 
 _SCALE = 2
 """Pixels of a picture for each unit of length here."""
@@ -40,27 +40,27 @@ class Canvas:
         self._image = Image.new("RGB", (round(width * self._factor), round(height * self._factor)), WHITE)
         self._draw = ImageDraw.Draw(self._image)
 
-    def line(self, points: Sequence[Point], *, colour: Colour = BLACK, width: float = 1) -> None:
+    def line(self, points: Sequence[Point], *, color: Color = BLACK, width: float = 1) -> None:
         """Draw through `points`."""
         places = [self._place(point) for point in points]
-        self._draw.line(places, fill=colour, width=round(width * self._factor), joint="curve")
+        self._draw.line(places, fill=color, width=round(width * self._factor), joint="curve")
 
-    def box(self, first: Point, last: Point, *, colour: Colour, fill: Colour | None = None) -> None:
+    def box(self, first: Point, last: Point, *, color: Color, fill: Color | None = None) -> None:
         """Outline the rectangle between two opposite corners."""
-        self._draw.rectangle([self._place(first), self._place(last)], fill, colour, self._factor // 2)
+        self._draw.rectangle([self._place(first), self._place(last)], fill, color, self._factor // 2)
 
-    def dot(self, centre: Point, *, colour: Colour, radius: float) -> None:
+    def dot(self, center: Point, *, color: Color, radius: float) -> None:
         """Draw a filled circle."""
-        x, y = centre
+        x, y = center
         corners = [self._place((x - radius, y - radius)), self._place((x + radius, y + radius))]
-        self._draw.ellipse(corners, colour)
+        self._draw.ellipse(corners, color)
 
-    def text(self, place: Point, text: str, *, size: float = 11, colour: Colour = BLACK, anchor: str = "lm") -> None:
+    def text(self, place: Point, text: str, *, size: float = 11, color: Color = BLACK, anchor: str = "lm") -> None:
         """Write `text` with `place` at what Pillow calls its anchor: by default the middle of its left edge."""
-        self._draw.text(self._place(place), text, colour, ImageFont.load_default(size * self._factor), anchor)
+        self._draw.text(self._place(place), text, color, ImageFont.load_default(size * self._factor), anchor)
 
     def text_upwards(
-        self, place: Point, text: str, *, size: float = 11, colour: Colour = BLACK, anchor: str = "mt"
+        self, place: Point, text: str, *, size: float = 11, color: Color = BLACK, anchor: str = "mt"
     ) -> None:
         """Write `text` from the bottom up, with `place` at the middle of its upper end, or of all of it (`mm`)."""
         font = ImageFont.load_default(size * self._factor)
@@ -70,7 +70,7 @@ class Canvas:
         turned = mask.rotate(90, expand=True)
         x, y = self._place(place)
         rise = turned.height / 2 if anchor == "mm" else 0
-        self._image.paste(colour, (round(x - turned.width / 2), round(y - rise)), turned)
+        self._image.paste(color, (round(x - turned.width / 2), round(y - rise)), turned)
 
     def paste(self, pixels: NDArray[np.uint8], place: Point, size: Point) -> None:
         """Put pixels `[H, W, 3]` at `place`, stretched to `size` with sharp edges."""

@@ -10,17 +10,17 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.report.canvas import BLACK, COLOURS, GREY, PALE, WHITE, Canvas, Point, text_width, ticks
+from kd_pipeline.report.canvas import BLACK, COLORS, GRAY, PALE, WHITE, Canvas, Point, text_width, ticks
 
 __all__ = ["save_confusion", "save_curves"]
 
 _DARKEST = (8, 48, 107)
-"""Of the matrix, for a class that is always taken for another, or always recognised."""
+"""Of the matrix, for a class that is always taken for another, or always recognized."""
 
 _WIDTH, _PLOT_LEFT, _PLOT_WIDTH, _PLOT_HEIGHT = 860, 62, 600, 190
 _PANEL_HEIGHT = 262
 _MAX_POINTS = 400
-"""Longer curves are drawn through the means of equally many neighbours."""
+"""Longer curves are drawn through the means of equally many neighbors."""
 _MAX_MARKED = 40
 """Shorter ones have a dot at each point."""
 
@@ -63,7 +63,7 @@ def save_curves(metrics_csv: Path | str, path: Path | str) -> Path:
     for number, panel in enumerate(panels):
         _draw_panel(canvas, panel, top=number * _PANEL_HEIGHT + 34, last_step=last_step)
     if not panels:
-        canvas.text((_WIDTH / 2, _PANEL_HEIGHT / 2), "nothing was logged", anchor="mm", colour=GREY)
+        canvas.text((_WIDTH / 2, _PANEL_HEIGHT / 2), "nothing was logged", anchor="mm", color=GRAY)
     return canvas.save(Path(path))
 
 
@@ -89,7 +89,7 @@ def save_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str] | Non
 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     canvas.paste(_shades(shares), (left, top), (side, side))
-    canvas.box((left, top), (left + side, top + side), colour=GREY)
+    canvas.box((left, top), (left + side, top + side), color=GRAY)
     for label in shown:
         middle = (label + 0.5) * cell
         canvas.text((left - 6, top + middle), names[label], size=size, anchor="rm")
@@ -99,9 +99,9 @@ def save_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str] | Non
     _draw_scale(canvas, (left + side + 22, top), min(side, 160))
     total, right = int(counts.sum()), int(np.trace(counts))
     canvas.text((left, 14), f"{right:,} of {total:,} right ({right / max(total, 1):.1%})", size=15)
-    canvas.text((left, 36), "the shade is the part of a label's samples", size=11, colour=GREY)
-    canvas.text_upwards((12, top + side / 2), "label", size=12, colour=GREY, anchor="mm")
-    canvas.text((left + side / 2, top + side + margin + 12), "prediction", size=12, colour=GREY, anchor="mm")
+    canvas.text((left, 36), "the shade is the part of a label's samples", size=11, color=GRAY)
+    canvas.text_upwards((12, top + side / 2), "label", size=12, color=GRAY, anchor="mm")
+    canvas.text((left + side / 2, top + side + margin + 12), "prediction", size=12, color=GRAY, anchor="mm")
     return canvas.save(Path(path))
 
 
@@ -133,25 +133,25 @@ def _draw_panel(canvas: Canvas, panel: _Panel, *, top: float, last_step: float) 
     canvas.text((_PLOT_LEFT, top - 18), panel.title, size=14)
     for tick in y_ticks:
         _, y = place((0, tick))
-        canvas.line([(_PLOT_LEFT, y), (right, y)], colour=PALE)
+        canvas.line([(_PLOT_LEFT, y), (right, y)], color=PALE)
         canvas.text((_PLOT_LEFT - 8, y), panel.label(tick), anchor="rm")
     for tick in x_ticks:
         if tick > last_step:
             break
         x, _ = place((tick, low))
-        canvas.line([(x, bottom), (x, bottom + 4)], colour=GREY)
+        canvas.line([(x, bottom), (x, bottom + 4)], color=GRAY)
         canvas.text((x, bottom + 8), f"{tick:,.0f}", anchor="mt")
-    canvas.line([(_PLOT_LEFT, bottom), (right, bottom)], colour=GREY)
-    canvas.text((right, bottom + 24), "step", colour=GREY, anchor="rt")
+    canvas.line([(_PLOT_LEFT, bottom), (right, bottom)], color=GRAY)
+    canvas.text((right, bottom + 24), "step", color=GRAY, anchor="rt")
     for number, (name, points) in enumerate(panel.curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         drawn = [place(point) for point in _thinned(points)]
-        canvas.line(drawn, colour=colour, width=1.6)
+        canvas.line(drawn, color=color, width=1.6)
         if len(drawn) <= _MAX_MARKED:
             for point in drawn:
-                canvas.dot(point, colour=colour, radius=2.4)
+                canvas.dot(point, color=color, radius=2.4)
         y = top + 8 + number * min(18.0, _PLOT_HEIGHT / len(panel.curves))
-        canvas.line([(right + 16, y), (right + 36, y)], colour=colour, width=2.4)
+        canvas.line([(right + 16, y), (right + 36, y)], color=color, width=2.4)
         canvas.text((right + 44, y), f"{name}  {panel.label(points[-1][1])}")
 
 
@@ -182,18 +182,18 @@ def _draw_counts(
     for (row, column), count in np.ndenumerate(counts):
         if count:
             middle = place[0] + (column + 0.5) * cell, place[1] + (row + 0.5) * cell
-            colour = WHITE if shares[row, column] > 0.2 else BLACK
-            canvas.text(middle, str(count), size=min(13.0, 1.4 * cell / longest), colour=colour, anchor="mm")
+            color = WHITE if shares[row, column] > 0.2 else BLACK
+            canvas.text(middle, str(count), size=min(13.0, 1.4 * cell / longest), color=color, anchor="mm")
 
 
 def _draw_scale(canvas: Canvas, place: Point, height: float) -> None:
     left, top = place
     canvas.paste(_shades(np.linspace(1, 0, 200)[:, None]), place, (12, height))
-    canvas.box(place, (left + 12, top + height), colour=GREY)
+    canvas.box(place, (left + 12, top + height), color=GRAY)
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         canvas.text((left + 18, top + height * (1 - share)), f"{share:.0%}", size=10)
 
 
 def _shortened(name: str) -> str:
-    """With both its ends, one of which mostly tells it from its neighbours."""
+    """With both its ends, one of which mostly tells it from its neighbors."""
     return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"

@@ -17,7 +17,7 @@ __all__ = ["save_grid"]
 _TILE = 112
 _MARGIN = 6
 _TEXT_HEIGHT = 30
-_BLACK, _GREEN, _RED, _GREY = (20, 20, 20), (0, 110, 40), (190, 20, 20), (130, 130, 130)
+_BLACK, _GREEN, _RED, _GRAY = (20, 20, 20), (0, 110, 40), (190, 20, 20), (130, 130, 130)
 
 
 def save_grid(
@@ -28,10 +28,10 @@ def save_grid(
     classes: Sequence[str] | None = None,
     num_images: int = 32,
 ) -> Path:
-    """Write the first images of `batch`, with the normalisation of `transform` undone, as a PNG to `path`.
+    """Write the first images of `batch`, with the normalization of `transform` undone, as a PNG to `path`.
 
     Under each image stand its label and, where there is a teacher, the teacher's top-1 with its probability: green
-    where both agree, red where not, grey for rows that do not count.
+    where both agree, red where not, gray for rows that do not count.
     """
     num_images = min(num_images, len(batch))
     num_columns = math.ceil(math.sqrt(num_images * 2))
@@ -44,8 +44,8 @@ def save_grid(
         row, column = divmod(position, num_columns)
         x, y = _MARGIN + column * cell_width, _MARGIN + row * cell_height
         grid.paste(Image.fromarray(pixels).resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, y))
-        for line, (text, colour) in enumerate(_captions(batch, position, classes)):
-            draw.text((x, y + _TILE + 1 + line * 14), text, fill=colour, font=font)
+        for line, (text, color) in enumerate(_captions(batch, position, classes)):
+            draw.text((x, y + _TILE + 1 + line * 14), text, fill=color, font=font)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
@@ -53,7 +53,7 @@ def save_grid(
 
 
 def _visible(batch: KDBatch, transform: TrainTransform | EvalTransform, num_images: int) -> np.ndarray:
-    """`[num_images, H, W, 3]` uint8, normalisation undone."""
+    """`[num_images, H, W, 3]` uint8, normalization undone."""
     images = batch.images[:num_images].float().cpu()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (transform.mean, transform.std))
     visible = (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -65,11 +65,11 @@ def _captions(batch: KDBatch, position: int, classes: Sequence[str] | None) -> l
     label = None if batch.labels is None else _class_of(batch.labels[position])
     counts = bool(batch.valid[position])
     if label is not None:
-        lines.append((f"label {_name(label, classes)}", _BLACK if counts else _GREY))
+        lines.append((f"label {_name(label, classes)}", _BLACK if counts else _GRAY))
     if "logits" in batch.teacher:
         probability, choice = batch.teacher["logits"][position].softmax(dim=0).max(dim=0)
-        colour = _GREY if label is None or not counts else _GREEN if int(choice) == label else _RED
-        lines.append((f"teacher {_name(int(choice), classes)} {float(probability):.0%}", colour))
+        color = _GRAY if label is None or not counts else _GREEN if int(choice) == label else _RED
+        lines.append((f"teacher {_name(int(choice), classes)} {float(probability):.0%}", color))
     return lines
 
 

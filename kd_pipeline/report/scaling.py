@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kd_pipeline.report.canvas import COLOURS, GREY, PALE, Canvas, Point, text_width, ticks
+from kd_pipeline.report.canvas import COLORS, GRAY, PALE, Canvas, Point, text_width, ticks
 
 __all__ = ["save_scaling"]
 
@@ -38,23 +38,23 @@ def save_scaling(curves: Mapping[str, Sequence[Point]], path: Path | str, *, tit
     canvas.text((_LEFT, 20), title, size=14)
     for height in heights:
         _, level = place((sizes[0], height))
-        canvas.line([(_LEFT, level), (right, level)], colour=PALE)
+        canvas.line([(_LEFT, level), (right, level)], color=PALE)
         canvas.text((_LEFT - 8, level), f"{height:,.4g}", anchor="rm")
     for size in sizes:
         along, _ = place((size, 0))
-        canvas.line([(along, bottom), (along, bottom + 4)], colour=GREY)
+        canvas.line([(along, bottom), (along, bottom + 4)], color=GRAY)
         canvas.text((along, bottom + 8), f"{size:,.0f}", anchor="mt")
-    canvas.line([(_LEFT, bottom), (right, bottom)], colour=GREY)
-    canvas.text((right, bottom + 28), x, colour=GREY, anchor="rt")
-    canvas.text_upwards((14, _TOP + _HEIGHT / 2), y, colour=GREY, anchor="mm")
+    canvas.line([(_LEFT, bottom), (right, bottom)], color=GRAY)
+    canvas.text((right, bottom + 28), x, color=GRAY, anchor="rt")
+    canvas.text_upwards((14, _TOP + _HEIGHT / 2), y, color=GRAY, anchor="mm")
     for number, (name, points) in enumerate(drawn.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        color = COLORS[number % len(COLORS)]
         places = [place(point) for point in points]
         if len(places) > 1:
-            canvas.line(places, colour=colour, width=1.6)
+            canvas.line(places, color=color, width=1.6)
         for dot in places:
-            canvas.dot(dot, colour=colour, radius=3)
+            canvas.dot(dot, color=color, radius=3)
         level = _TOP + 8 + number * _LINE
-        canvas.line([(right + 16, level), (right + 36, level)], colour=colour, width=2.4)
+        canvas.line([(right + 16, level), (right + 36, level)], color=color, width=2.4)
         canvas.text((right + 44, level), name)
     return canvas.save(Path(path))

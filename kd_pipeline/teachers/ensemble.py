@@ -41,7 +41,7 @@ class EnsembleTeacher(Teacher):
             TeacherError: two members take different images or name different classes; says which, and both values.
         """
         self._members = tuple(teachers)
-        self._weights = _normalised(weights, len(self._members))
+        self._weights = _normalized(weights, len(self._members))
         self._average = average
         images = _merge(self._members, "images", [member.images for member in self._members])
         logits = _merge(self._members, "logits", [member.outputs["logits"] for member in self._members])
@@ -77,7 +77,7 @@ class EnsembleTeacher(Teacher):
         return digest.hexdigest()
 
 
-def _normalised(weights: Sequence[float] | None, num_members: int) -> list[float]:
+def _normalized(weights: Sequence[float] | None, num_members: int) -> list[float]:
     if num_members == 0:
         raise ConfigError("an ensemble of no teachers; give at least one")
     weights = [1.0] * num_members if weights is None else weights

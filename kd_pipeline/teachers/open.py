@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.models.features import with_features
-from kd_pipeline.models.input_adapter import AdaptInput, Normalisation, WantedInput
+from kd_pipeline.models.input_adapter import AdaptInput, Normalization, WantedInput
 from kd_pipeline.models.registry import default_input, open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.ensemble import EnsembleTeacher
@@ -52,7 +52,7 @@ def open_teacher(
     batch_size: int | None = None,
     samples: Callable[[], Tensor] | None = None,
     plugins: Collection[str] = (),
-    normalisation: Normalisation | None = None,
+    normalization: Normalization | None = None,
 ) -> Teacher:
     """Open the teacher that `settings` describe, for images `[N, *image_shape]` of `dtype` on `device`.
 
@@ -68,7 +68,7 @@ def open_teacher(
         samples: gives images `[N, 3, H, W]` float32 as the teacher will see them, on which such an engine is compared
             with the float32 file and which give int8 and fp8 their ranges.
         plugins: modules that a model's `factory` may come from.
-        normalisation: of the images, for an `input_adapter`; ImageNet's unless given. A pretrained model that wants
+        normalization: of the images, for an `input_adapter`; ImageNet's unless given. A pretrained model that wants
             another one and gets no adapter is a warning.
 
     Raises:
@@ -77,7 +77,7 @@ def open_teacher(
         MissingPackageError: the backend's package is not installed.
     """
     wanted = _Wanted(
-        image_shape, torch.device(device), dtype, batch_size, samples, plugins, normalisation or Normalisation()
+        image_shape, torch.device(device), dtype, batch_size, samples, plugins, normalization or Normalization()
     )
     match settings:
         case Teacher() if module is not None:
@@ -104,7 +104,7 @@ class _Wanted:
     batch_size: int | None
     samples: Callable[[], Tensor] | None
     plugins: Collection[str]
-    normalisation: Normalisation
+    normalization: Normalization
 
 
 def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, wanted: _Wanted) -> Teacher:
@@ -217,7 +217,7 @@ def _adapter(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) -> A
     """What makes the images that `module` was trained on; None where it sees the loader's own."""
     known = default_input(module)
     if isinstance(settings.input_adapter, WantedInput):
-        return AdaptInput(settings.input_adapter.adapter(wanted.normalisation))
+        return AdaptInput(settings.input_adapter.adapter(wanted.normalization))
     if settings.input_adapter == "auto":
         if known is None:
             raise ConfigError(
@@ -225,17 +225,17 @@ def _adapter(settings: TeacherSettings, module: nn.Module, wanted: _Wanted) -> A
                 "say what it was trained on; give mean and std"
             )
         size = known.size[0] if known.is_only_size and known.size != (wanted.image_shape or (0,))[1:] else None
-        if size is None and Normalisation(*known[:2]) == wanted.normalisation:
+        if size is None and Normalization(*known[:2]) == wanted.normalization:
             return None
-        return AdaptInput(WantedInput(mean=known.mean, std=known.std, size=size).adapter(wanted.normalisation))
+        return AdaptInput(WantedInput(mean=known.mean, std=known.std, size=size).adapter(wanted.normalization))
     is_pretrained = settings.model is not None and settings.model.pretrained
-    if is_pretrained and known is not None and Normalisation(*known[:2]) != wanted.normalisation:
+    if is_pretrained and known is not None and Normalization(*known[:2]) != wanted.normalization:
         _logger.warning(
             "the teacher was trained on images with mean %s and std %s, and gets images with mean %s and std %s; set "
             "teacher.input_adapter: auto, or mean and std of the transforms",
             known.mean,
             known.std,
-            *wanted.normalisation,
+            *wanted.normalization,
         )
     return None
 

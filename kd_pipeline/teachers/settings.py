@@ -37,7 +37,7 @@ class TeacherSettings(Settings):
     """Layers of the model, by name, whose outputs the teacher returns beside the logits."""
     input_adapter: WantedInput | Literal["auto"] | None = None
     """The images that the model was trained on, where the loader's are others: a first layer brings them to that
-    normalisation and size. `auto` takes what timm knows of its pretrained networks, with the size only of those that
+    normalization and size. `auto` takes what timm knows of its pretrained networks, with the size only of those that
     take no other. For an ONNX file or an engine, fold it in when it is made."""
     onnx: Path | None = None
     """The exported teacher, for every backend but `pytorch`; `tensorrt` builds an engine from it when first asked."""

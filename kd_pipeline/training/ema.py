@@ -1,4 +1,4 @@
-"""An exponential moving average of the student's weights, which often generalises better than the weights."""
+"""An exponential moving average of the student's weights, which often generalizes better than the weights."""
 
 import copy
 from collections.abc import Mapping

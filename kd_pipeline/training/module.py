@@ -46,7 +46,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             student: `[N, 3, H, W]` to logits `[N, K]`.
             distillation: its loss.
             settings: how to train.
-            steps_per_epoch: steps of the optimiser in an epoch.
+            steps_per_epoch: steps of the optimizer in an epoch.
             teacher: whose share of the time is logged; it is not kept as a module.
             facts: what identifies the run, for its checkpoints.
             validate: evaluates a model on every validation set, by name.
@@ -74,7 +74,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
                     shard(module, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimiser over student and projectors, and its schedule in steps."""
+        """The optimizer over student and projectors, and its schedule in steps."""
         settings = self._settings
         optimizer = build_optimizer(self.student, settings.optimizer, extra=self.distillation.parameters())
         schedule = build_schedule(

@@ -43,7 +43,7 @@ class OptimizerSettings(Settings):
     weight_decay: float | None = Field(default=None, ge=0)
     """The optimizer's own unless given: 0.01 for `adamw` and `lamb`, 0 for the others."""
     decay_norm_and_bias: bool = False
-    """Let weight decay act on parameters of one dimension too, which are biases and the scales of normalisation, and
+    """Let weight decay act on parameters of one dimension too, which are biases and the scales of normalization, and
     on those that a network lists in its `no_weight_decay()`, as timm's transformers do."""
     momentum: _Share | None = None
     """For `sgd` and `rmsprop`; 0 unless given."""

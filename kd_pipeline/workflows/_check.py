@@ -79,7 +79,7 @@ class TeacherReport:
     backend: str
     precision: str
     probe: ProbeReport | None
-    """How it did on labelled training images; None where there are none."""
+    """How it did on labeled training images; None where there are none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -325,7 +325,7 @@ class _Run(ExitStack):
 def _check_batchnorm(config: Config) -> None:
     if config.train.sync_batchnorm and num_processes() > 1 and _device(config).type == "cpu":
         raise ConfigError(
-            f"train.sync_batchnorm: torch synchronises BatchNorm on GPUs only, and this run is on {num_processes()} "
+            f"train.sync_batchnorm: torch synchronizes BatchNorm on GPUs only, and this run is on {num_processes()} "
             "processes of a CPU; set it to false, or data.device to cuda"
         )
 

@@ -10,7 +10,7 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import sample_images
-from kd_pipeline.models.input_adapter import Normalisation
+from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
@@ -51,7 +51,7 @@ def open_run_teacher(config: Config, *, plugins: Collection[str] = ()) -> Teache
         image_shape=(3, images.size, images.size),
         device=resolve_device(config.data.device),
         dtype=getattr(torch, images.dtype),
-        normalisation=Normalisation(images.mean, images.std),
+        normalization=Normalization(images.mean, images.std),
         batch_size=config.data.batch_size,
         samples=lambda: sample_images(config),
         plugins=plugins,

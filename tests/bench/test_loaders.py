@@ -50,7 +50,7 @@ def batches(request: pytest.FixtureRequest, numbered: Path) -> Iterator[list[Ten
 
 
 def pixels(batches: list[Tensor]) -> Tensor:
-    """The images of all batches without their normalisation, from 0 to 255."""
+    """The images of all batches without their normalization, from 0 to 255."""
     mean, std = torch.tensor(TRANSFORM.mean).view(3, 1, 1), torch.tensor(TRANSFORM.std).view(3, 1, 1)
     return 255 * (torch.cat(batches) * std + mean)
 
@@ -62,7 +62,7 @@ def test_every_loader_gives_whole_dense_float32_batches(batches: list[Tensor]) -
         assert images.device.type == "cpu" and images.is_contiguous()
 
 
-def test_every_loader_gives_normalised_photographs(batches: list[Tensor]) -> None:
+def test_every_loader_gives_normalized_photographs(batches: list[Tensor]) -> None:
     assert pixels(batches).min() > -1 and pixels(batches).max() < 256
     red = pixels(batches)[:, 0]
     assert red.min() < 20 and red.max() > 235, "from dark to bright"

@@ -16,7 +16,7 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
-from kd_pipeline.report.canvas import COLOURS
+from kd_pipeline.report.canvas import COLORS
 
 SMALL = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})
 LETTERS = list("abcdefg")
@@ -90,8 +90,8 @@ def test_the_files_hold_the_result_and_the_picture(measured: tuple[StepResult, l
     assert [row["row"] for row in found["rows"]] == [*LETTERS, "loader", "teacher"]
     assert len(found["rows"][0]["images_per_s"]["repeats"]) == 2 and "cpu" in found["environment"]
     pixels = np.asarray(Image.open(out.with_suffix(".png")).convert("RGB"))
-    for colour in COLOURS[: len(PHASES)]:
-        assert (pixels == colour).all(axis=-1).sum() > 50
+    for color in COLORS[: len(PHASES)]:
+        assert (pixels == color).all(axis=-1).sum() > 50
 
 
 def test_the_table_names_every_row_and_where_the_time_goes(measured: tuple[StepResult, list[str], Path]) -> None:

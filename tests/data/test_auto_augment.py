@@ -118,7 +118,7 @@ CASES = [(RAND, WEAK, 1), (RAND, WEAK, -1), (RAND, STRONG, 1), (RAND, STRONG, -1
 
 @pytest.mark.parametrize("name", [name for name in OPS if name not in ("sharpness", "equalize", *OPS[1:6])])
 @pytest.mark.parametrize(("policy", "strength", "sign"), CASES)
-def test_an_op_on_colours_is_torchvisions(pieces, name, policy, strength, sign):
+def test_an_op_on_colors_is_torchvisions(pieces, name, policy, strength, sign):
     difference = np.abs(
         apply(pieces, [name] * 20, strength, sign, policy) - torchvisions(pieces, name, strength, sign, policy)
     )
@@ -173,7 +173,7 @@ def test_an_op_without_strength_changes_nothing(pieces, name):
 
 
 @pytest.mark.parametrize("name", ["autocontrast", "equalize", "contrast"])
-def test_a_picture_of_one_colour_stays_one_colour(name):
+def test_a_picture_of_one_color_stays_one_color(name):
     plain = np.full((20, SIZE, SIZE, 3), (10, 128, 250), dtype=np.uint8)
     changed = apply(plain, [name] * 20, STRONG, 1)
     assert (np.ptp(changed, axis=(1, 2)) == 0).all()
@@ -252,7 +252,7 @@ def test_switching_it_on_leaves_the_parameters_of_the_other_ops():
     alone, together = TrainTransform(**settings), TrainTransform(**settings, auto_augment=RAND)
     draws = [uniforms(np.arange(50), seed=5, epoch=2, count=each.num_draws).astype(float) for each in (alone, together)]
     assert isinstance(together.ops[0], AutoAugment) and together.ops[1:] == alone.ops
-    for op in (alone.crop, *alone.ops, alone.normalise):
+    for op in (alone.crop, *alone.ops, alone.normalize):
         for ours, theirs in zip(op.parameters(draws[0]), op.parameters(draws[1]), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 

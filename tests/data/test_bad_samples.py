@@ -165,7 +165,7 @@ def most_memory():
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
-source = ImageFolder(sys.argv[1], labelled=False)
+source = ImageFolder(sys.argv[1], labeled=False)
 bomb = [source.name(index) for index in range(len(source))].index(sys.argv[2])
 with KDDataLoader(source, EvalTransform(size=32), batch_size=1, shuffle=False) as loader:
     iterator = iter(loader)

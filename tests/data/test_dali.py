@@ -290,7 +290,7 @@ def test_a_bomb_is_refused_from_its_header_before_anything_is_unpacked(photo, tm
     assert words == ["refused"] * 4 and growth_mb < 300
 
 
-def test_of_an_image_that_is_one_long_line_only_the_centre_is_made(photo, tmp_path):
+def test_of_an_image_that_is_one_long_line_only_the_center_is_made(photo, tmp_path):
     """Resized as a whole, 1x100000 pixels would become 37x3700000, which are 411 MB."""
     small = lossless(photo, tmp_path / "small.png")
     line = lossless(np.full((1, 100_000, 3), 7, dtype=np.uint8), tmp_path / "line.png")
@@ -303,7 +303,7 @@ def test_of_an_image_that_is_one_long_line_only_the_centre_is_made(photo, tmp_pa
 
 
 def batches(num_batches, num_images, transform=EVAL, folder=None):
-    """Images of one colour, the number of the batch, as pixels or as files in a folder."""
+    """Images of one color, the number of the batch, as pixels or as files in a folder."""
     for number in range(num_batches):
         images = np.full((num_images - number % 2, 40, 40, 3), number, dtype=np.uint8)
         files = [lossless(image, folder / f"{number}_{row}.png") for row, image in enumerate(images)] if folder else []

@@ -91,7 +91,7 @@ def test_rectangles_of_cutmix_cover_a_share_that_follows_the_beta_distribution(a
     assert (columns[:, WEIGHT] == ONE).all()
 
 
-def test_rectangles_are_everywhere_and_centred_evenly():
+def test_rectangles_are_everywhere_and_centered_evenly():
     columns = plan(CUTMIX, 20_000)
     some = columns[area(columns) > 0]
     for first, last in ((TOP, BOTTOM), (LEFT, RIGHT)):
@@ -119,7 +119,7 @@ def test_with_one_of_both_the_switch_says_nothing(switch):
 # Who with whom
 
 
-def test_partners_are_neighbours_and_nobody_is_left_out():
+def test_partners_are_neighbors_and_nobody_is_left_out():
     for settings in (BOTH, MIXUP, CUTMIX):
         assert plan(settings, 8)[:, PARTNER].tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
 
@@ -158,7 +158,7 @@ def test_what_becomes_of_a_pair_does_not_depend_on_the_rows_before_it():
 
 @pytest.fixture(scope="module")
 def views(photos):
-    """64 normalised pieces of the photographs, `[64, 3, 32, 32]`."""
+    """64 normalized pieces of the photographs, `[64, 3, 32, 32]`."""
     pieces = np.stack([photos[n % 2][5 * n : 5 * n + SIZE, 9 * n : 9 * n + SIZE] for n in range(64)])
     return torch.from_numpy(pieces).permute(0, 3, 1, 2).contiguous() / 128 - 1
 

@@ -15,7 +15,7 @@ from torchvision.transforms import functional
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import (
-    ColourJitter,
+    ColorJitter,
     EvalTransform,
     GaussianBlur,
     RandomErasing,
@@ -295,7 +295,7 @@ def test_switching_an_op_on_leaves_the_parameters_of_the_others(name):
     jitter = {key: value for key, value in EVERYTHING.items() if key not in ("blur", "erase")}
     own = {"brightness": jitter, "blur": {"blur": 0.5}, "erase": {"erase": 0.5}, "flip": {}}[name]
     alone = TrainTransform(size=32, **own)
-    pairs = [(alone.crop, together.crop), (alone.normalise, together.normalise)]
+    pairs = [(alone.crop, together.crop), (alone.normalize, together.normalize)]
     pairs += [(op, other) for op, other in product(alone.ops, together.ops) if type(op) is type(other)]
     assert len(pairs) == (2 if name == "flip" else 3)
     draws = [uniforms(index, seed=5, epoch=2, count=transform.num_draws) for transform in (alone, together)]
@@ -348,9 +348,9 @@ def test_a_view_is_flipped_where_its_own_number_is_below_the_probability(pieces)
     np.testing.assert_array_equal(some, np.where(flipped[:, None, None, None], never[..., ::-1], never))
 
 
-# Colour
+# Color
 
-JITTER = ColourJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2)
+JITTER = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2)
 
 
 def jittered(images, *, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
@@ -359,7 +359,7 @@ def jittered(images, *, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0):
     return apply(JITTER, images, *rows).astype(int)
 
 
-def test_colours_stay_with_neutral_factors_and_after_a_whole_turn_of_the_hue(pieces):
+def test_colors_stay_with_neutral_factors_and_after_a_whole_turn_of_the_hue(pieces):
     assert np.abs(jittered(pieces) - pieces).max() == 0
     for hue in (360, -360):
         assert np.abs(jittered(pieces, hue=hue) - pieces).max() <= 1
@@ -375,7 +375,7 @@ def test_brightness_and_saturation_are_torchvisions(pieces, factor):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.4])
-def test_contrast_turns_about_mid_grey(pieces, factor):
+def test_contrast_turns_about_mid_gray(pieces, factor):
     expected = np.clip((pieces - 128.0) * factor + 128, 0, 255)
     assert np.abs(jittered(pieces, contrast=factor) - expected).max() <= 0.51
 
@@ -395,15 +395,15 @@ def test_gray_has_three_equal_channels_of_the_right_lightness(pieces):
     assert np.abs(gray - expected[..., None].astype(int)).max() <= 2
 
 
-def test_colour_factors_are_spread_evenly_around_one_and_never_negative():
+def test_color_factors_are_spread_evenly_around_one_and_never_negative():
     draws = uniforms(np.arange(20_000), seed=2, epoch=0, count=35)
-    brightness, contrast, saturation, hue = ColourJitter(0.4, 0.2, 0.1, 0.05, 0.0).parameters(draws)
+    brightness, contrast, saturation, hue = ColorJitter(0.4, 0.2, 0.1, 0.05, 0.0).parameters(draws)
     for factor, strength in [(brightness - 1, 0.4), (contrast - 1, 0.2), (saturation - 1, 0.1), (hue, 18)]:
         assert abs(factor.mean()) < 0.02 * strength and -strength <= factor.min() < factor.max() <= strength
         assert abs(factor.std() - strength / math.sqrt(3)) < 0.02 * strength
-    strong = ColourJitter(3.0, 3.0, 3.0, 0.5, 0.25).parameters(draws)
+    strong = ColorJitter(3.0, 3.0, 3.0, 0.5, 0.25).parameters(draws)
     assert min(factor.min() for factor in strong[:3]) == 0
-    untouched = ColourJitter(0.0, 0.0, 0.0, 0.0, 0.25).parameters(draws)
+    untouched = ColorJitter(0.0, 0.0, 0.0, 0.0, 0.25).parameters(draws)
     assert (untouched[0] == 1).all() and (untouched[3] == 0).all()
     assert set(untouched[2]) == {0, 1} and abs((untouched[2] == 0).mean() - 0.25) < 0.02
 
@@ -450,7 +450,7 @@ def test_exactly_the_rectangle_is_erased():
     np.testing.assert_array_equal(erased, expected)
 
 
-def test_what_is_erased_is_the_mean_colour_so_zero_after_normalising(pieces):
+def test_what_is_erased_is_the_mean_color_so_zero_after_normalizing(pieces):
     """To half a level of 255, which is what uint8 can hold."""
     whole = TrainTransform(size=32, erase=1.0, erase_area=(1.0, 1.0), erase_ratio=(1.0, 1.0))
     views = render(whole, pieces) * np.reshape(IMAGENET_STD, (3, 1, 1)) * 255
@@ -477,7 +477,7 @@ def test_erasing_from_a_view_of_a_few_pixels_is_possible(pieces, size):
     assert render(TrainTransform(size=size, erase=1.0), pieces).shape == (40, 3, size, size)
 
 
-# Normalise
+# Normalize
 
 
 @pytest.mark.parametrize("preset", [TrainTransform, EvalTransform])

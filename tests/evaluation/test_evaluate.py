@@ -262,7 +262,7 @@ def test_a_teacher_of_any_runtime_is_as_good_as_the_network_it_came_from(photo_f
     assert len(of_network.confusion) == NUM_CLASSES == len(CLASSES)
 
 
-def test_a_network_is_in_eval_mode_meanwhile_and_as_before_afterwards(photo_folder) -> None:
+def test_a_network_is_in_eval_mode_meanwhile_and_as_before_afterward(photo_folder) -> None:
     net = ConvNet().train()
     net.body[1].eval()  # a frozen norm, as people have them
     modes = [module.training for module in net.modules()]

@@ -1,4 +1,4 @@
-"""A teacher that knows ten colours by heart, a real loader over arrays of them, and ways to spoil either."""
+"""A teacher that knows ten colors by heart, a real loader over arrays of them, and ways to spoil either."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from kd_pipeline.teachers.settings import TeacherSettings
 from tests.streams import assert_same, fields
 
 NUM_CLASSES = 10
-CLASSES = tuple(f"colour {number}" for number in range(NUM_CLASSES))
+CLASSES = tuple(f"color {number}" for number in range(NUM_CLASSES))
 PALETTE = np.random.default_rng(8).permutation(
     np.stack(np.meshgrid([40, 128, 215], [40, 215], [40, 215]), -1).reshape(-1, 3)
 )
@@ -33,8 +33,8 @@ SIZE = 16
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
-class ColourNet(nn.Module):
-    """The nearer the mean colour to that of a class, the larger its logit."""
+class ColorNet(nn.Module):
+    """The nearer the mean color to that of a class, the larger its logit."""
 
     def __init__(self, *, num_logits: int = NUM_CLASSES, order: list[int] | None = None) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class ColourNet(nn.Module):
 
 
 class Spoilt(nn.Module):
-    """A `ColourNet` whose logits something happens to."""
+    """A `ColorNet` whose logits something happens to."""
 
     def __init__(self, spoil) -> None:
         super().__init__()
-        self.net, self.spoil = ColourNet(), spoil
+        self.net, self.spoil = ColorNet(), spoil
 
     def forward(self, images: Tensor) -> Tensor:
         return self.spoil(self.net(images))
@@ -67,16 +67,16 @@ class RunConfig:
     teacher: None = None
 
 
-def colours(folder: Path, *, num_samples: int = 400, label_of=lambda k: k, **options) -> RunConfig:
-    """Noisy images of one colour each, class after class as a folder has them."""
+def colors(folder: Path, *, num_samples: int = 400, label_of=lambda k: k, **options) -> RunConfig:
+    """Noisy images of one color each, class after class as a folder has them."""
     rng = np.random.default_rng(0)
-    colour = np.sort(np.arange(num_samples) % NUM_CLASSES)
+    color = np.sort(np.arange(num_samples) % NUM_CLASSES)
     noise = rng.integers(-30, 31, size=(num_samples, SIZE, SIZE, 3))
-    np.save(folder / "images.npy", (PALETTE[colour][:, None, None] + noise).clip(0, 255).astype(np.uint8))
-    np.save(folder / "labels.npy", np.array([label_of(int(k)) for k in colour]))
+    np.save(folder / "images.npy", (PALETTE[color][:, None, None] + noise).clip(0, 255).astype(np.uint8))
+    np.save(folder / "labels.npy", np.array([label_of(int(k)) for k in color]))
     source = ArraysSettings(
         images=folder / "images.npy",
-        labels=folder / "labels.npy" if options.pop("labelled", True) else None,
+        labels=folder / "labels.npy" if options.pop("labeled", True) else None,
         classes=options.pop("classes", CLASSES),
     )
     transform = TrainTransform(size=SIZE, **{**PLAIN, **options.pop("transform", {})})
@@ -97,8 +97,8 @@ def probed(config: RunConfig, net: nn.Module, **settings) -> ProbeReport:
 
 def test_a_teacher_that_knows_the_images_passes_with_one_line(tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO, "kd_pipeline")
-    config = colours(tmp_path)
-    teacher = teacher_of(ColourNet())
+    config = colors(tmp_path)
+    teacher = teacher_of(ColorNet())
     caplog.clear()
     report = probe_teacher(config, teacher, ProbeSettings(strict=True))
     assert report.problems == () and report.top1 > 0.95 and report.num_samples == 400
@@ -111,17 +111,17 @@ def test_a_teacher_that_knows_the_images_passes_with_one_line(tmp_path, caplog) 
 
 
 def test_it_asks_about_so_many_images_and_no_more_whatever_the_batch(tmp_path) -> None:
-    reports = [probed(colours(tmp_path, batch_size=size), ColourNet(), num_samples=150) for size in (1, 64, 256)]
+    reports = [probed(colors(tmp_path, batch_size=size), ColorNet(), num_samples=150) for size in (1, 64, 256)]
     assert [report.num_samples for report in reports] == [150] * 3
     assert len({(report.top1, report.predicted) for report in reports}) == 1
     assert sum(count > 0 for count in reports[0].predicted) == NUM_CLASSES
 
 
 def test_the_classes_are_mixed_even_if_the_run_does_not_shuffle_or_drops_a_small_rest(tmp_path) -> None:
-    config = colours(tmp_path, num_samples=100, batch_size=128, split={"shuffle": False, "last_batch": "drop"})
-    assert probed(config, ColourNet()).num_samples == 100
-    config = colours(tmp_path, split={"shuffle": False})
-    assert sum(count > 0 for count in probed(config, ColourNet(), num_samples=60).predicted) == NUM_CLASSES
+    config = colors(tmp_path, num_samples=100, batch_size=128, split={"shuffle": False, "last_batch": "drop"})
+    assert probed(config, ColorNet()).num_samples == 100
+    config = colors(tmp_path, split={"shuffle": False})
+    assert sum(count > 0 for count in probed(config, ColorNet(), num_samples=60).predicted) == NUM_CLASSES
 
 
 @pytest.mark.parametrize(
@@ -129,42 +129,42 @@ def test_the_classes_are_mixed_even_if_the_run_does_not_shuffle_or_drops_a_small
 )
 def test_a_shift_by_one_is_called_a_shift(tmp_path, shift: int, sentence: str) -> None:
     if shift == 1:  # a background class in front, in a teacher that does not name its classes
-        config = colours(tmp_path, classes=None)
+        config = colors(tmp_path, classes=None)
         net = Spoilt(lambda logits: torch.cat([logits.new_full((len(logits), 1), -99.0), logits], dim=1))
     else:  # labels that count from 1
-        config, net = colours(tmp_path, classes=None, label_of=lambda k: k + 1), ColourNet(num_logits=NUM_CLASSES + 1)
+        config, net = colors(tmp_path, classes=None, label_of=lambda k: k + 1), ColorNet(num_logits=NUM_CLASSES + 1)
     (problem,) = probed(config, net).problems
     assert f"the classes look shifted {sentence}" in problem
     assert "background" in problem and "top-1 is " in problem
 
 
 def test_mixing_and_repeats_are_left_to_training(tmp_path) -> None:
-    plain = probed(colours(tmp_path), ColourNet(), num_samples=64)
+    plain = probed(colors(tmp_path), ColorNet(), num_samples=64)
     split = {"mix": MixSettings(mixup=8.0, cutmix=0.0), "repeats": 4}
-    assert probed(colours(tmp_path, split=split), ColourNet(), num_samples=64) == plain
+    assert probed(colors(tmp_path, split=split), ColorNet(), num_samples=64) == plain
 
 
 def test_a_permutation_is_called_one_with_the_classes_that_moved(tmp_path) -> None:
-    order = [3, 1, 2, 7, 4, 5, 6, 8, 0, 9]  # logit k is colour order[k]
-    config = colours(tmp_path)
-    report = probed(config, ColourNet(order=order))
+    order = [3, 1, 2, 7, 4, 5, 6, 8, 0, 9]  # logit k is color order[k]
+    config = colors(tmp_path)
+    report = probed(config, ColorNet(order=order))
     assert report.top1 > report.wanted_top1  # six classes of ten are right, which is well above chance
     (problem,) = report.problems
-    moved = "'colour 0' -> 'colour 8', 'colour 3' -> 'colour 0', 'colour 7' -> 'colour 3', 'colour 8' -> 'colour 7' ("
+    moved = "'color 0' -> 'color 8', 'color 3' -> 'color 0', 'color 7' -> 'color 3', 'color 8' -> 'color 7' ("
     assert f"the classes look permuted, label -> the teacher's class: {moved}" in problem
     assert "give the source the teacher's order as `classes`" in problem
 
 
 def test_a_permutation_is_found_among_a_few_samples_of_many_classes(tmp_path) -> None:
-    config = colours(tmp_path, num_samples=60)
-    (problem,) = probed(config, ColourNet(order=[5, 6, 7, 8, 9, 0, 1, 2, 3, 4])).problems
+    config = colors(tmp_path, num_samples=60)
+    (problem,) = probed(config, ColorNet(order=[5, 6, 7, 8, 9, 0, 1, 2, 3, 4])).problems
     assert "look permuted" in problem
 
 
-def test_images_in_the_wrong_normalisation_look_constant(tmp_path) -> None:
-    config = colours(tmp_path, transform={"std": (0.01, 0.01, 0.01)})
+def test_images_in_the_wrong_normalization_look_constant(tmp_path) -> None:
+    config = colors(tmp_path, transform={"std": (0.01, 0.01, 0.01)})
     (problem,) = probed(config, Spoilt(lambda logits: logits + torch.eye(NUM_CLASSES)[2] * 99999)).problems
-    assert "nearly all predictions are 'colour 2'; are mean and std" in problem
+    assert "nearly all predictions are 'color 2'; are mean and std" in problem
 
 
 def test_random_answers_are_at_chance_and_never_a_permutation(tmp_path) -> None:
@@ -173,7 +173,7 @@ def test_random_answers_are_at_chance_and_never_a_permutation(tmp_path) -> None:
         return torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
 
     for num_samples in (30, 400):
-        report = probed(colours(tmp_path, num_samples=num_samples), Spoilt(noise))
+        report = probed(colors(tmp_path, num_samples=num_samples), Spoilt(noise))
         (problem,) = report.problems
         assert report.top1 < 0.3
         assert "the teacher hardly knows these images; are its weights loaded" in problem
@@ -194,12 +194,12 @@ def test_a_teacher_of_coarser_classes_is_not_permuted(tmp_path) -> None:
     def coarse(logits: Tensor) -> Tensor:
         return torch.eye(NUM_CLASSES)[logits.argmax(dim=1) // 2 * 2 + 1]
 
-    (problem,) = probed(colours(tmp_path), Spoilt(coarse), min_factor=10.0).problems
+    (problem,) = probed(colors(tmp_path), Spoilt(coarse), min_factor=10.0).problems
     assert "hardly knows these images" in problem
 
 
 def test_of_two_classes_three_quarters_right_are_enough(tmp_path) -> None:
-    config = colours(tmp_path, label_of=lambda k: k % 2, classes=("even", "odd"))
+    config = colors(tmp_path, label_of=lambda k: k % 2, classes=("even", "odd"))
     report = probed(config, Spoilt(lambda logits: logits.view(-1, 5, 2).amax(dim=1)))
     assert report.problems == () and report.wanted_top1 == pytest.approx(0.75, abs=0.01)
 
@@ -210,11 +210,11 @@ def test_rows_with_nan_or_inf_are_counted_whatever_the_rest_says(tmp_path) -> No
         is_last = logits.argmax(dim=1, keepdim=True) == NUM_CLASSES - 1
         return logits.masked_fill(is_first, math.nan).masked_fill(is_last, math.inf)
 
-    report = probed(colours(tmp_path), Spoilt(spoil))
+    report = probed(colors(tmp_path), Spoilt(spoil))
     assert 60 < report.num_bad_rows < 100 and math.isfinite(report.mean_confidence or math.nan)
     (problem,) = report.problems
     assert f"{report.num_bad_rows} of 400 rows of logits hold NaN or inf" in problem
-    all_bad = probed(colours(tmp_path), Spoilt(lambda logits: logits * math.nan))
+    all_bad = probed(colors(tmp_path), Spoilt(lambda logits: logits * math.nan))
     assert all_bad.num_bad_rows == 400 and len(all_bad.problems) == 1 and all_bad.mean_confidence is None
 
 
@@ -222,25 +222,25 @@ def test_the_hint_is_that_of_the_rows_without_nan(tmp_path) -> None:
     def spoil(logits: Tensor) -> Tensor:
         return logits.masked_fill(logits.argmax(dim=1, keepdim=True) < 7, math.nan)
 
-    config = colours(tmp_path, classes=None, label_of=lambda k: max(k - 1, 0))
+    config = colors(tmp_path, classes=None, label_of=lambda k: max(k - 1, 0))
     problems = probed(config, Spoilt(spoil)).problems
     assert len(problems) == 2 and "look shifted by +1" in problems[1]
 
 
 def test_labels_beyond_the_logits_are_a_problem(tmp_path) -> None:
     net = Spoilt(lambda logits: logits[:, :6])
-    assert "labels go up to 9 and the teacher has 6 logits" in probed(colours(tmp_path, classes=None), net).problems[0]
+    assert "labels go up to 9 and the teacher has 6 logits" in probed(colors(tmp_path, classes=None), net).problems[0]
 
 
 def test_always_naming_the_commonest_class_is_chance(tmp_path) -> None:
-    config = colours(tmp_path, label_of=lambda k: int(k == 9))
+    config = colors(tmp_path, label_of=lambda k: int(k == 9))
     report = probed(config, Spoilt(lambda logits: logits + torch.eye(NUM_CLASSES)[0] * 999), num_samples=400)
     assert report.top1 == report.chance == pytest.approx(0.9)
     assert report.problems
 
 
 def test_strict_stops_and_otherwise_a_warning_is_all(tmp_path, caplog) -> None:
-    config, net = colours(tmp_path), ColourNet(order=[1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
+    config, net = colors(tmp_path), ColorNet(order=[1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
     report = probed(config, net)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warnings == [f"teacher probe: {problem}" for problem in report.problems]
@@ -248,16 +248,16 @@ def test_strict_stops_and_otherwise_a_warning_is_all(tmp_path, caplog) -> None:
         probed(config, net, strict=True)
 
 
-def test_unlabelled_data_skips_the_probe_and_says_so(tmp_path, caplog) -> None:
+def test_unlabeled_data_skips_the_probe_and_says_so(tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO, "kd_pipeline")
-    config = colours(tmp_path, labelled=False)
-    assert probe_teacher(config, teacher_of(ColourNet()), ProbeSettings(strict=True)) is None
+    config = colors(tmp_path, labeled=False)
+    assert probe_teacher(config, teacher_of(ColorNet()), ProbeSettings(strict=True)) is None
     assert caplog.messages[-1] == "teacher probe: skipped, as the training data has no labels"
 
 
 def test_the_run_is_as_if_there_had_been_no_probe(tmp_path) -> None:
-    config = colours(tmp_path, num_samples=80, batch_size=16, run_dir=tmp_path / "run")
-    teacher = teacher_of(ColourNet())
+    config = colors(tmp_path, num_samples=80, batch_size=16, run_dir=tmp_path / "run")
+    teacher = teacher_of(ColorNet())
     with KDDataLoader.from_config(config, teacher=teacher) as loader:
         wanted = [fields(batch) for _ in range(2) for batch in loader]
     with KDDataLoader.from_config(config, teacher=teacher) as loader:
@@ -276,12 +276,12 @@ def test_the_run_is_as_if_there_had_been_no_probe(tmp_path) -> None:
 
 
 def test_the_probe_writes_nothing(tmp_path) -> None:
-    probe_teacher(colours(tmp_path, run_dir=tmp_path / "run"), teacher_of(ColourNet()))
+    probe_teacher(colors(tmp_path, run_dir=tmp_path / "run"), teacher_of(ColorNet()))
     assert not (tmp_path / "run").exists()
 
 
 def test_every_rank_comes_to_the_same_verdict(tmp_path) -> None:
-    config, teacher = colours(tmp_path, num_samples=100), teacher_of(ColourNet())
+    config, teacher = colors(tmp_path, num_samples=100), teacher_of(ColorNet())
     alone = probe_teacher(config, teacher)
     # A group that says it has four ranks; nobody talks to anybody.
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)

@@ -199,9 +199,9 @@ def test_half_precision_images_are_those_of_single_precision_rounded(open_loader
 # Sources
 
 
-def test_unlabelled_data_gives_no_labels(open_loader, photo_folder):
-    unlabelled = ImageFolder(photo_folder, labelled=False)
-    loader = open_loader(of=unlabelled, teacher=conv_teacher())
+def test_unlabeled_data_gives_no_labels(open_loader, photo_folder):
+    unlabeled = ImageFolder(photo_folder, labeled=False)
+    loader = open_loader(of=unlabeled, teacher=conv_teacher())
     assert loader.classes is None
     for batch in loader:
         assert batch.labels is None and batch.teacher["logits"].shape == (len(batch), 10)
@@ -691,9 +691,9 @@ def test_a_validation_class_that_training_does_not_know_is_refused(config, tmp_p
         KDDataLoader.from_config(settings, "val")
 
 
-def test_a_config_can_ask_for_unlabelled_half_precision_data(config, photo_folder):
+def test_a_config_can_ask_for_unlabeled_half_precision_data(config, photo_folder):
     train = {
-        "source": {"kind": "image_folder", "root": photo_folder, "labelled": False},
+        "source": {"kind": "image_folder", "root": photo_folder, "labeled": False},
         "transform": {"preset": "train", "size": SIZE, "dtype": "float16"},
     }
     with KDDataLoader.from_config(config(train=train, without=("teacher",))) as loader:

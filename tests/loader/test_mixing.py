@@ -144,8 +144,8 @@ def test_half_precision_images_stay_so(open_loader):
         assert all(batch.images.dtype == torch.float16 for batch in loader)
 
 
-def test_unlabelled_images_are_mixed_and_have_no_labels(open_loader, photo_folder, whole):
-    for batch in read(open_loader(of=ImageFolder(photo_folder, labelled=False)), 1):
+def test_unlabeled_images_are_mixed_and_have_no_labels(open_loader, photo_folder, whole):
+    for batch in read(open_loader(of=ImageFolder(photo_folder, labeled=False)), 1):
         assert "labels" not in batch
         for row, index in enumerate(batch["index"].tolist()):
             (same,) = (other for other in whole[:37] if int(other["index"]) == index)

@@ -115,8 +115,8 @@ def test_the_loss_is_the_weighted_sum_of_task_and_distillation(teacher):
             lambda s, t, y, v: losses.hard_label(s, t, label_smoothing=0.1, valid=v),
         ),
         (
-            {"options": {"standardise": True, "form": "cross_entropy"}},
-            lambda s, t, y, v: losses.soft_target(s, t, standardise=True, form="cross_entropy", valid=v),
+            {"options": {"standardize": True, "form": "cross_entropy"}},
+            lambda s, t, y, v: losses.soft_target(s, t, standardize=True, form="cross_entropy", valid=v),
         ),
     ],
 )
@@ -231,7 +231,7 @@ def test_a_loss_that_needs_one_class_refuses_mixed_labels_at_once(teacher, setti
     make({"loss": "dkd", "task_weight": 1.0}, teacher, labels_are_soft=True)
 
 
-def test_unlabelled_images_train_on_the_teacher_alone_and_on_nothing_else(teacher):
+def test_unlabeled_images_train_on_the_teacher_alone_and_on_nothing_else(teacher):
     student, batch = LogitsOnly(), make_batch(teacher, labels=None)
     assert list(run(make({"task_weight": 0.0}, teacher), student, batch)[2].terms) == ["distill"]
     for settings in ({}, {"loss": "dkd", "task_weight": 0.0}):
@@ -416,7 +416,7 @@ def test_features_that_are_not_handed_over_are_asked_for_by_name(teacher):
 # What a look at the student must not do, and what a step must not do.
 
 
-def test_the_student_is_the_same_after_its_shapes_were_learnt(teacher):
+def test_the_student_is_the_same_after_its_shapes_were_learned(teacher):
     student = LogitsOnly().train()
     student.net.head.eval()
     before = copy.deepcopy(student.state_dict())

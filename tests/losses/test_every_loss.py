@@ -39,13 +39,13 @@ LOSSES = {
     "soft_target cross_entropy": lambda b: losses.soft_target(
         b.student, b.teacher, temperature=b.temperature, form="cross_entropy", valid=b.valid
     ),
-    "soft_target standardised": lambda b: losses.soft_target(
-        b.student, b.teacher, temperature=b.temperature, standardise=True, valid=b.valid
+    "soft_target standardized": lambda b: losses.soft_target(
+        b.student, b.teacher, temperature=b.temperature, standardize=True, valid=b.valid
     ),
     "dkd": lambda b: losses.dkd(b.student, b.teacher, b.labels, temperature=b.temperature, valid=b.valid),
     "dkd soft labels": lambda b: losses.dkd(b.student, b.teacher, b.weights, temperature=b.temperature, valid=b.valid),
-    "dkd standardised": lambda b: losses.dkd(
-        b.student, b.teacher, b.labels, temperature=b.temperature, standardise=True, valid=b.valid
+    "dkd standardized": lambda b: losses.dkd(
+        b.student, b.teacher, b.labels, temperature=b.temperature, standardize=True, valid=b.valid
     ),
     "dist": lambda b: losses.dist(b.student, b.teacher, temperature=b.temperature, valid=b.valid),
     "hard_label": lambda b: losses.hard_label(b.student, b.teacher, valid=b.valid),

@@ -113,7 +113,7 @@ def test_attention_sees_where_a_map_is_strong_and_neither_how_strong_nor_in_whic
     assert abs(attention_transfer(student.flip(3), teacher) / expected - 1) > 0.01
 
 
-def test_attention_is_normalised_for_each_sample_alone():
+def test_attention_is_normalized_for_each_sample_alone():
     student, teacher = two_models_torch((2, 3, 2, 4))
     brightness = torch.tensor([1.0, 1000.0], dtype=torch.float64).view(2, 1, 1, 1)
     torch.testing.assert_close(attention_transfer(student * brightness, teacher), attention_transfer(student, teacher))

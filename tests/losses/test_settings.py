@@ -62,7 +62,7 @@ def test_the_rest_of_a_task_weight_that_changes_is_one_minus_it_all_along(kind):
         ({"loss": "dkd", "options": {"alpha": "big"}}, r"alpha: Input should be a valid number, got 'big'"),
         ({"loss": "dkd", "options": {"temperature": 2.0}}, r"dkd has no option 'temperature'"),
         ({"options": {"form": "mse"}}, r"form: Input should be 'kl' or 'cross_entropy', got 'mse'"),
-        ({"options": {"standardise": 1.0}}, r"standardise: Input should be a valid boolean, got 1.0"),
+        ({"options": {"standardize": 1.0}}, r"standardize: Input should be a valid boolean, got 1.0"),
         ({"loss": "cosine", "temperature": 2.0}, r"temperature means nothing to cosine"),
         ({"loss": "mine.losses:far", "temperature": 2.0}, r"temperature means nothing to mine.losses:far"),
         ({"loss": "mine.losses:far", "options": {"a": 1.0}}, r"mine.losses:far gets the logits and the batch alone"),
@@ -93,7 +93,7 @@ def test_every_loss_but_the_labels_own_can_be_named():
     "given",
     [
         {"loss": "cosine"},
-        {"loss": "dkd", "options": {"alpha": 1, "beta": 2.5, "standardise": True}, "temperature": FALLING},
+        {"loss": "dkd", "options": {"alpha": 1, "beta": 2.5, "standardize": True}, "temperature": FALLING},
         {"task_weight": FALLING},
         {"features": [{"loss": "channel_wise", "student": "a", "teacher": "b", "temperature": 3, "weight": FALLING}]},
     ],
@@ -114,7 +114,7 @@ def test_a_yaml_file_spells_all_of_it(tmp_path):
 distill:
   loss: dkd
   temperature: {start: 10, end: 1, kind: decay, rate: 0.9}
-  options: {alpha: 1, beta: 8, standardise: true}
+  options: {alpha: 1, beta: 8, standardize: true}
   distill_weight: {start: 0, end: 1, epochs: 20}
   label_smoothing: 0.1
   features:
@@ -124,7 +124,7 @@ distill:
     )
     settings = read_config(Run, path).distill
     assert settings.temperature == Ramp(start=10, end=1, kind="decay", rate=0.9)
-    assert settings.options == {"alpha": 1.0, "beta": 8.0, "standardise": True}
+    assert settings.options == {"alpha": 1.0, "beta": 8.0, "standardize": True}
     assert settings.weights == (Ramp(start=0, end=1, epochs=20), 1.0)
     assert [term.name for term in settings.features] == ["feature_mse.layer3", "channel_wise.layer2"]
 

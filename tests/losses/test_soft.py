@@ -17,7 +17,7 @@ def softmax(row):
     return [power / sum(powers) for power in powers]
 
 
-def standardised(row):
+def standardized(row):
     mean = sum(row) / len(row)
     deviation = sqrt(sum((logit - mean) ** 2 for logit in row) / (len(row) - 1))
     return [(logit - mean) / (deviation + 1e-7) for logit in row]
@@ -27,13 +27,13 @@ def divergence(teacher, student):
     return sum(p * (log(p) - log(q)) for p, q in zip(teacher, student, strict=True))
 
 
-def softened(logits, temperature, standardise):
-    rows = [standardised(row) if standardise else row for row in logits]
+def softened(logits, temperature, standardize):
+    rows = [standardized(row) if standardize else row for row in logits]
     return [softmax([logit / temperature for logit in row]) for row in rows]
 
 
-def soft_target_formula(student, teacher, temperature, standardise):
-    rows = zip(softened(teacher, temperature, standardise), softened(student, temperature, standardise), strict=True)
+def soft_target_formula(student, teacher, temperature, standardize):
+    rows = zip(softened(teacher, temperature, standardize), softened(student, temperature, standardize), strict=True)
     return temperature**2 * sum(divergence(p, q) for p, q in rows) / len(student)
 
 
@@ -43,9 +43,9 @@ def cross_entropy_formula(student, teacher, temperature):
     return temperature**2 * sum(entropies) / len(student)
 
 
-def dkd_formula(student, teacher, labels, alpha, beta, temperature, standardise):
+def dkd_formula(student, teacher, labels, alpha, beta, temperature, standardize):
     total = 0.0
-    rows = zip(softened(teacher, temperature, standardise), softened(student, temperature, standardise), strict=True)
+    rows = zip(softened(teacher, temperature, standardize), softened(student, temperature, standardize), strict=True)
     for (p, q), label in zip(rows, labels, strict=True):
         others = [k for k in range(len(p)) if k != label]
         p_rest, q_rest = sum(p[k] for k in others), sum(q[k] for k in others)
@@ -67,13 +67,13 @@ def two_models_torch(shape=(6, 5), seed=0):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
-@pytest.mark.parametrize("standardise", [False, True])
-def test_soft_target_is_the_papers_formula(assert_matches, shape, temperature, standardise):
+@pytest.mark.parametrize("standardize", [False, True])
+def test_soft_target_is_the_papers_formula(assert_matches, shape, temperature, standardize):
     student, teacher, _ = two_models(shape)
     loss = partial(
-        soft_target, teacher_logits_NK=torch.tensor(teacher), temperature=temperature, standardise=standardise
+        soft_target, teacher_logits_NK=torch.tensor(teacher), temperature=temperature, standardize=standardize
     )
-    formula = partial(soft_target_formula, teacher=teacher, temperature=temperature, standardise=standardise)
+    formula = partial(soft_target_formula, teacher=teacher, temperature=temperature, standardize=standardize)
     assert_matches(loss, formula, student)
 
 
@@ -87,10 +87,10 @@ def test_the_cross_entropy_form_is_its_formula(assert_matches, shape, temperatur
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-@pytest.mark.parametrize("standardise", [False, True])
-def test_dkd_is_the_papers_formula(assert_matches, shape, temperature, standardise):
+@pytest.mark.parametrize("standardize", [False, True])
+def test_dkd_is_the_papers_formula(assert_matches, shape, temperature, standardize):
     student, teacher, labels = two_models(shape)
-    settings = {"alpha": 0.7, "beta": 2.5, "temperature": temperature, "standardise": standardise}
+    settings = {"alpha": 0.7, "beta": 2.5, "temperature": temperature, "standardize": standardize}
     loss = partial(dkd, teacher_logits_NK=torch.tensor(teacher), labels=torch.tensor(labels), **settings)
     assert_matches(loss, partial(dkd_formula, teacher=teacher, labels=labels, **settings), student)
 
@@ -129,21 +129,21 @@ def test_the_squared_temperature_is_a_factor_of_every_term(loss, temperature):
     torch.testing.assert_close(scaled, temperature**2 * loss(student, teacher, labels, 1.0))
 
 
-def test_standardised_soft_target_carries_the_squared_temperature():
+def test_standardized_soft_target_carries_the_squared_temperature():
     student, teacher, _ = two_models_torch()
     by_hand = [
-        torch.tensor([standardised(row) for row in side.tolist()], dtype=torch.float64) for side in (student, teacher)
+        torch.tensor([standardized(row) for row in side.tolist()], dtype=torch.float64) for side in (student, teacher)
     ]
     expected = 9 * soft_target(by_hand[0] / 3, by_hand[1] / 3, temperature=1.0)
-    torch.testing.assert_close(soft_target(student, teacher, temperature=3.0, standardise=True), expected)
+    torch.testing.assert_close(soft_target(student, teacher, temperature=3.0, standardize=True), expected)
 
 
-def test_at_high_temperature_soft_target_is_half_the_squared_distance_of_centred_logits_over_k():
+def test_at_high_temperature_soft_target_is_half_the_squared_distance_of_centered_logits_over_k():
     """Hinton et al., equation 4; without T² the loss would vanish instead."""
     student, teacher, _ = two_models_torch()
-    centred = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
+    centered = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
     torch.testing.assert_close(
-        soft_target(student, teacher, temperature=1e4), centred.square().mean() / 2, rtol=1e-3, atol=0
+        soft_target(student, teacher, temperature=1e4), centered.square().mean() / 2, rtol=1e-3, atol=0
     )
 
 
@@ -157,36 +157,36 @@ def test_classes_that_nobody_believes_in_do_not_dilute_soft_target(form):
     torch.testing.assert_close(dkd(*wider, labels), dkd(student, teacher, labels))
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_the_kl_losses_are_exactly_zero_for_equal_logits_and_positive_otherwise(standardise):
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_kl_losses_are_exactly_zero_for_equal_logits_and_positive_otherwise(standardize):
     student, teacher, labels = two_models_torch()
-    assert soft_target(teacher, teacher, standardise=standardise) == 0
-    assert dkd(teacher, teacher, labels, standardise=standardise) == 0
-    assert soft_target(student, teacher, standardise=standardise) > 0.01
-    assert dkd(student, teacher, labels, standardise=standardise) > 0.01
+    assert soft_target(teacher, teacher, standardize=standardize) == 0
+    assert dkd(teacher, teacher, labels, standardize=standardize) == 0
+    assert soft_target(student, teacher, standardize=standardize) > 0.01
+    assert dkd(student, teacher, labels, standardize=standardize) > 0.01
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_shifting_a_row_of_either_model_changes_nothing(standardise):
+@pytest.mark.parametrize("standardize", [False, True])
+def test_shifting_a_row_of_either_model_changes_nothing(standardize):
     student, teacher, labels = two_models_torch()
     shift = torch.linspace(-50, 50, len(student), dtype=torch.float64)[:, None]
     for loss in (
-        partial(soft_target, standardise=standardise),
-        partial(dkd, labels=labels, standardise=standardise),
+        partial(soft_target, standardize=standardize),
+        partial(dkd, labels=labels, standardize=standardize),
     ):
         expected = loss(student, teacher)
         torch.testing.assert_close(loss(student + shift, teacher), expected)
         torch.testing.assert_close(loss(student, teacher + shift), expected)
 
 
-def test_standardised_losses_ignore_the_scale_of_each_row_and_plain_ones_do_not():
+def test_standardized_losses_ignore_the_scale_of_each_row_and_plain_ones_do_not():
     student, teacher, labels = two_models_torch()
     scale = torch.linspace(0.5, 8, len(student), dtype=torch.float64)[:, None]
     for loss in (soft_target, partial(dkd, labels=labels)):
-        expected = loss(student, teacher, standardise=True)
+        expected = loss(student, teacher, standardize=True)
         close = {"rtol": 1e-5, "atol": 0}  # The 1e-7 beside the deviation does not scale.
-        torch.testing.assert_close(loss(student * scale, teacher, standardise=True), expected, **close)
-        torch.testing.assert_close(loss(student, teacher * scale, standardise=True), expected, **close)
+        torch.testing.assert_close(loss(student * scale, teacher, standardize=True), expected, **close)
+        torch.testing.assert_close(loss(student, teacher * scale, standardize=True), expected, **close)
         assert abs(loss(student * scale, teacher) / loss(student, teacher) - 1) > 0.05
 
 
@@ -200,7 +200,7 @@ def test_dkd_with_beta_equal_to_the_teachers_doubt_is_soft_target():
     )
 
 
-def test_nckd_pulls_on_every_class_but_the_labelled_one():
+def test_nckd_pulls_on_every_class_but_the_labeled_one():
     student, teacher, labels = two_models_torch((4, 5))
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(dkd(student, teacher, labels, alpha=0.0, beta=1.0), student)
@@ -224,8 +224,8 @@ def test_dkd_takes_the_largest_weight_of_a_soft_label_as_its_class():
     assert dkd(student, teacher, (labels + 1) % 5) != dkd(student, teacher, labels)
 
 
-def test_dkd_leaves_out_a_labelled_class_that_leads_by_more_than_any_constant():
-    """Subtracting 1000 from the labelled class, as public code does, would leave it in front here."""
+def test_dkd_leaves_out_a_labeled_class_that_leads_by_more_than_any_constant():
+    """Subtracting 1000 from the labeled class, as public code does, would leave it in front here."""
     student = torch.tensor([[50000.0, 1.0, 2.0]], requires_grad=True)
     teacher = torch.tensor([[60000.0, 2.0, 1.0]])
     value = dkd(student, teacher, torch.tensor([0]), alpha=0.0, beta=1.0, temperature=1.0)

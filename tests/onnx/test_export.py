@@ -80,7 +80,7 @@ def test_the_adapter_gives_the_teacher_the_images_it_was_trained_on(tmp_path: Pa
     mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
     from_mean, from_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-    def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    def normalize(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
     path = export_onnx(
@@ -91,13 +91,13 @@ def test_the_adapter_gives_the_teacher_the_images_it_was_trained_on(tmp_path: Pa
     )
     pixels = torch.rand(5, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(0))
     resized = F.interpolate(pixels, size=(20, 20), mode="bilinear", align_corners=False)
-    wanted = ConvNet().eval()(normalise(resized, mean, std))
-    found = run(path, normalise(pixels, from_mean, from_std))
+    wanted = ConvNet().eval()(normalize(resized, mean, std))
+    found = run(path, normalize(pixels, from_mean, from_std))
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=1e-4)
 
 
-def test_the_adapter_takes_the_normalisation_of_the_incoming_images(tmp_path: Path) -> None:
+def test_the_adapter_takes_the_normalization_of_the_incoming_images(tmp_path: Path) -> None:
     same = InputAdapter(mean=(0.1, 0.2, 0.3), std=(1, 2, 3), from_mean=(0.1, 0.2, 0.3), from_std=(1, 2, 3))
     path = export_onnx(ConvNet(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE, input_adapter=same)
     images = random_images(3)

@@ -239,7 +239,7 @@ def test_the_acted_file_answers_like_the_module_in_half_precision(convnet: Path,
     acted = act_out(convert(convnet, precision)[0], images)
     wanted = ConvNet().eval().to(dtype)(images.to(dtype))
     for name, value in wanted.items():
-        # The order of sums differs, so some numbers round to a neighbour; a plain float32 file agrees on almost none.
+        # The order of sums differs, so some numbers round to a neighbor; a plain float32 file agrees on almost none.
         assert (acted[name] - value.float()).abs().max() <= 2 * torch.finfo(dtype).eps * value.abs().max()
         assert (acted[name] == value.float()).float().mean() > 0.2
 

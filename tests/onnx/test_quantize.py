@@ -75,14 +75,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def quantised(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Precision], Path]:
-    folder = tmp_path_factory.mktemp("quantised")
+def quantized(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Precision], Path]:
+    folder = tmp_path_factory.mktemp("quantized")
 
-    def quantise(name: str, precision: Precision) -> Path:
+    def quantize(name: str, precision: Precision) -> Path:
         path = folder / f"{name}.{precision}.onnx"
         return path if path.exists() else quantize_onnx(sources[name], path, precision, SAMPLES)
 
-    return quantise
+    return quantize
 
 
 def run(path: Path, images: Tensor) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def weights_of(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
 
 
-def quantised_layers(path: Path) -> dict[str, bool]:
+def quantized_layers(path: Path) -> dict[str, bool]:
     """For each Conv, Gemm and MatMul, by output, whether both inputs are pairs; half a pair is an error."""
     graph = onnx.load(path).graph
     made_by = {name: node for node in graph.node for name in node.output}
@@ -108,17 +108,17 @@ def quantised_layers(path: Path) -> dict[str, bool]:
         producers = [made_by.get(name) for name in node.input[:2]]
         paired = [producer is not None and producer.op_type == "DequantizeLinear" for producer in producers]
         assert paired in ([True, True], [False, False])
-        for dequantise in producers if all(paired) else ():
-            quantise = made_by[dequantise.input[0]]
-            assert quantise.op_type == "QuantizeLinear"
-            assert quantise.input[1:] == dequantise.input[1:]
+        for dequantize in producers if all(paired) else ():
+            quantize = made_by[dequantize.input[0]]
+            assert quantize.op_type == "QuantizeLinear"
+            assert quantize.input[1:] == dequantize.input[1:]
         assert not any(name in made_by and "Linear" in made_by[name].op_type for name in node.input[2:])  # the bias
         found[node.output[0]] = all(paired)
     return found
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "num_quantised", "num_float"),
+    ("name", "precision", "num_quantized", "num_float"),
     [
         ("conv", "int8", 2, 1),
         ("conv", "fp8", 1, 2),  # and the convolution with 3 channels
@@ -128,15 +128,15 @@ def quantised_layers(path: Path) -> dict[str, bool]:
 )
 def test_every_layer_with_weights_but_the_last_reads_both_inputs_through_pairs(
     sources: dict[str, Path],
-    quantised: Callable[[str, Precision], Path],
+    quantized: Callable[[str, Precision], Path],
     name: str,
     precision: Precision,
-    num_quantised: int,
+    num_quantized: int,
     num_float: int,
 ) -> None:
-    path = quantised(name, precision)
-    layers = quantised_layers(path)
-    assert Counter(layers.values()) == {True: num_quantised, False: num_float}
+    path = quantized(name, precision)
+    layers = quantized_layers(path)
+    assert Counter(layers.values()) == {True: num_quantized, False: num_float}
     assert not layers["logits"]
     before, after = (Counter(node.op_type for node in onnx.load(file).graph.node) for file in (sources[name], path))
     assert set(after - before) == {"QuantizeLinear", "DequantizeLinear"}
@@ -145,21 +145,21 @@ def test_every_layer_with_weights_but_the_last_reads_both_inputs_through_pairs(
 
 @BOTH
 def test_readers_of_one_tensor_share_its_pair(
-    quantised: Callable[[str, Precision], Path], precision: Precision
+    quantized: Callable[[str, Precision], Path], precision: Precision
 ) -> None:
-    num_pairs = Counter(node.op_type for node in onnx.load(quantised("vit", precision)).graph.node)["QuantizeLinear"]
-    num_weights = sum(quantised_layers(quantised("vit", precision)).values())
+    num_pairs = Counter(node.op_type for node in onnx.load(quantized("vit", precision)).graph.node)["QuantizeLinear"]
+    num_weights = sum(quantized_layers(quantized("vit", precision)).values())
     num_activations = num_weights - 2  # query, key and value read the same tokens
     assert num_pairs == num_weights + num_activations
 
 
 @BOTH
 def test_weights_have_a_scale_per_output_channel_and_activations_one(
-    quantised: Callable[[str, Precision], Path], precision: Precision
+    quantized: Callable[[str, Precision], Path], precision: Precision
 ) -> None:
     wanted = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}[precision]
     for name in ("conv", "vit"):
-        graph = onnx.load(quantised(name, precision)).graph
+        graph = onnx.load(quantized(name, precision)).graph
         tensors = {tensor.name: tensor for tensor in graph.initializer}
         for node in graph.node:
             if node.op_type != "QuantizeLinear":
@@ -190,7 +190,7 @@ def rounded(values: Tensor, largest: Tensor, precision: Precision) -> Tensor:
 
 @BOTH
 def test_the_answers_are_those_of_activations_and_weights_rounded_to_their_ranges(
-    sources: dict[str, Path], quantised: Callable[[str, Precision], Path], precision: Precision
+    sources: dict[str, Path], quantized: Callable[[str, Precision], Path], precision: Precision
 ) -> None:
     weights = {array.shape: torch.tensor(array) for array in weights_of(sources["conv"]).values()}
 
@@ -205,7 +205,7 @@ def test_the_answers_are_those_of_activations_and_weights_rounded_to_their_range
     exact = convolve(convolve(images, 3, 16, None), 16, 32, None)
     inner = convolve(images, 3, 16, SAMPLES if precision == "int8" else None)
     wanted = convolve(inner, 16, 32, convolve(SAMPLES, 3, 16, None))
-    found = run(quantised("conv", precision), images)
+    found = run(quantized("conv", precision), images)
     torch.testing.assert_close(run(sources["conv"], images)["features"], exact, atol=1e-5, rtol=1e-5)
     # A value on the edge between two steps may fall on either side.
     assert (found["features"] - wanted).abs().mean() < 0.05 * (exact - wanted).abs().mean()
@@ -217,22 +217,22 @@ def test_the_answers_are_those_of_activations_and_weights_rounded_to_their_range
 @pytest.mark.parametrize(("precision", "allowed"), [("int8", 0.03), ("fp8", 0.06)])
 def test_the_logits_stay_near_those_of_the_float32_file(
     sources: dict[str, Path],
-    quantised: Callable[[str, Precision], Path],
+    quantized: Callable[[str, Precision], Path],
     name: str,
     precision: Precision,
     allowed: float,
 ) -> None:
     images = random_images(32, seed=3)
     wanted = run(sources[name], images)["logits"]
-    error = (run(quantised(name, precision), images)["logits"] - wanted).pow(2).mean().sqrt()
+    error = (run(quantized(name, precision), images)["logits"] - wanted).pow(2).mean().sqrt()
     assert 0 < error < allowed * wanted.std()
 
 
 @BOTH
 def test_every_scale_is_positive_even_of_dead_channels(
-    quantised: Callable[[str, Precision], Path], precision: Precision
+    quantized: Callable[[str, Precision], Path], precision: Precision
 ) -> None:
-    path = quantised("dead", precision)
+    path = quantized("dead", precision)
     scales = [array for name, array in weights_of(path).items() if name.endswith(".scale")]
     assert len(scales) == {"int8": 4, "fp8": 2}[precision]
     tiny = np.finfo(np.float32).tiny
@@ -249,7 +249,7 @@ def test_activations_that_are_all_zero_on_the_samples_get_a_scale(tmp_path: Path
     model.graph.node[3].input[0] = "hidden"
     onnx.save(model, tmp_path / "source.onnx")
     target = quantize_onnx(tmp_path / "source.onnx", tmp_path / "target.onnx", precision, torch.zeros(2, 3, 8, 8))
-    assert quantised_layers(target) == {"hidden": True, "product": False}
+    assert quantized_layers(target) == {"hidden": True, "product": False}
     assert all(array > 0 for name, array in weights_of(target).items() if name.startswith("flat.quantize.scale"))
     assert torch.equal(run(target, torch.zeros(1, 3, 8, 8))["logits"], torch.zeros(1, 5))
 
@@ -292,8 +292,8 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
-def test_tensorrt_builds_every_quantised_file(quantised: Callable[[str, Precision], Path]) -> None:
-    paths = [quantised(name, precision) for name in ("conv", "vit", "dead") for precision in ("int8", "fp8")]
+def test_tensorrt_builds_every_quantized_file(quantized: Callable[[str, Precision], Path]) -> None:
+    paths = [quantized(name, precision) for name in ("conv", "vit", "dead") for precision in ("int8", "fp8")]
     # In a process of its own, because TensorRT keeps the first logger that a process gives it.
     built = subprocess.run([sys.executable, "-c", BUILD, *paths], capture_output=True, text=True)
     assert (built.returncode, built.stderr) == (0, "")
@@ -312,17 +312,17 @@ def test_fp8_leaves_out_convolutions_that_tensorrt_has_no_kernels_for(tmp_path: 
     net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     source = export_onnx(net, tmp_path / "source.onnx", image_shape=(3, 8, 8))
     images = random_images(2, shape=(3, 8, 8))
-    int8 = quantised_layers(quantize_onnx(source, tmp_path / "int8.onnx", "int8", images))
-    fp8 = quantised_layers(quantize_onnx(source, tmp_path / "fp8.onnx", "fp8", images))
+    int8 = quantized_layers(quantize_onnx(source, tmp_path / "int8.onnx", "int8", images))
+    fp8 = quantized_layers(quantize_onnx(source, tmp_path / "fp8.onnx", "fp8", images))
     assert list(int8.values()) == [True] * 7 + [False]
     assert list(fp8.values()) == [*convolutions.values(), False]
 
 
 @BOTH
 def test_names_shapes_and_metadata_stay(
-    sources: dict[str, Path], quantised: Callable[[str, Precision], Path], precision: Precision
+    sources: dict[str, Path], quantized: Callable[[str, Precision], Path], precision: Precision
 ) -> None:
-    before, after = read_onnx(sources["adapted"]), read_onnx(quantised("adapted", precision))
+    before, after = read_onnx(sources["adapted"]), read_onnx(quantized("adapted", precision))
     assert after.classes == CLASSES
     assert (after.input_name, after.images, after.outputs) == (before.input_name, before.images, before.outputs)
     metadata = {entry.key: entry.value for entry in onnx.load(after.path).metadata_props}
@@ -330,7 +330,7 @@ def test_names_shapes_and_metadata_stay(
     onnx.checker.check_model(after.path, full_check=True)
 
 
-def test_quantising_is_silent_and_leaves_nothing_but_the_file(
+def test_quantizing_is_silent_and_leaves_nothing_but_the_file(
     tmp_path: Path, sources: dict[str, Path], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     beside = sorted(sources["conv"].parent.iterdir())
@@ -348,23 +348,23 @@ def test_equal_files_and_samples_give_equal_files(tmp_path: Path, sources: dict[
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_file_can_be_quantised_in_place(
-    tmp_path: Path, sources: dict[str, Path], quantised: Callable[[str, Precision], Path]
+def test_a_file_can_be_quantized_in_place(
+    tmp_path: Path, sources: dict[str, Path], quantized: Callable[[str, Precision], Path]
 ) -> None:
     path = tmp_path / "teacher.onnx"
     path.write_bytes(sources["conv"].read_bytes())
     quantize_onnx(path, path, "int8", SAMPLES)
-    assert path.read_bytes() == quantised("conv", "int8").read_bytes()
+    assert path.read_bytes() == quantized("conv", "int8").read_bytes()
 
 
-def test_weights_outside_the_file_are_quantised_too(
-    tmp_path: Path, sources: dict[str, Path], quantised: Callable[[str, Precision], Path]
+def test_weights_outside_the_file_are_quantized_too(
+    tmp_path: Path, sources: dict[str, Path], quantized: Callable[[str, Precision], Path]
 ) -> None:
     path = tmp_path / "teacher.onnx"
     onnx.save(onnx.load(sources["conv"]), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     target = quantize_onnx(path, tmp_path / "target.onnx", "int8", SAMPLES)
     images = random_images(3)
-    assert torch.equal(run(target, images)["logits"], run(quantised("conv", "int8"), images)["logits"])
+    assert torch.equal(run(target, images)["logits"], run(quantized("conv", "int8"), images)["logits"])
 
 
 def old_opset() -> onnx.ModelProto:
@@ -404,7 +404,7 @@ SMALL = torch.zeros(1, 3, 8, 8)
         (linear_model(), "int8", SMALL[:0], r"the samples are \[0, 3, 8, 8\] float32"),
     ],
 )
-def test_what_cannot_be_quantised_is_refused_and_the_old_file_stays(
+def test_what_cannot_be_quantized_is_refused_and_the_old_file_stays(
     tmp_path: Path, model: onnx.ModelProto, precision: Precision, samples: Tensor, message: str
 ) -> None:
     source, target = tmp_path / "source.onnx", tmp_path / "target.onnx"

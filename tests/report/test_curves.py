@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kd_pipeline.report import canvas, curves
-from kd_pipeline.report.canvas import COLOURS, GREY
+from kd_pipeline.report.canvas import COLORS, GRAY
 from kd_pipeline.report.curves import save_confusion, save_curves
 
 PANEL = curves._PANEL_HEIGHT * canvas._SCALE
@@ -23,9 +23,9 @@ def pixels_of(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def places_of(pixels: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Rows and columns `[n, 2]` of that colour."""
-    return np.argwhere(np.abs(pixels - np.array(colour)).max(axis=2) <= 4)
+def places_of(pixels: np.ndarray, color: tuple[int, int, int]) -> np.ndarray:
+    """Rows and columns `[n, 2]` of that color."""
+    return np.argwhere(np.abs(pixels - np.array(color)).max(axis=2) <= 4)
 
 
 def write(path: Path, rows: list[dict[str, float]]) -> Path:
@@ -47,7 +47,7 @@ def in_plot(pixels: np.ndarray, number: int = 0) -> np.ndarray:
 
 def test_a_curve_goes_through_its_points(tmp_path: Path) -> None:
     rows = [{"step": step, "train/loss": step / 100} for step in range(0, 101, 10)]
-    places = places_of(in_plot(drawn(tmp_path, rows)), COLOURS[0])
+    places = places_of(in_plot(drawn(tmp_path, rows)), COLORS[0])
     rise = 1 - places[:, 0] / (BOTTOM - TOP)
     along = (places[:, 1] + 8) / (RIGHT - LEFT)
     assert len(places) > 1000 and np.abs(rise - along).max() < 0.03
@@ -59,7 +59,7 @@ def test_every_kind_of_number_has_its_panel_and_what_was_not_logged_has_none(tmp
     for names, num_panels in ((whole, 3), ({"step": 1, "val/top1": 0.5}, 1), ({"step": 1, "train/x": 0.5}, 1)):
         pixels = drawn(tmp_path, [names, {**names, "step": 2}])
         assert round((len(pixels) - 16) / PANEL) == num_panels
-    assert not len(places_of(pixels, COLOURS[0]))  # of the last one, where nothing is to be drawn
+    assert not len(places_of(pixels, COLORS[0]))  # of the last one, where nothing is to be drawn
 
 
 def test_a_loss_term_is_known_by_its_weight(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_a_loss_term_is_known_by_its_weight(tmp_path: Path) -> None:
     without = in_plot(drawn(tmp_path, [{"step": step, **row} for step in (1, 2)]))
     row["train/soft_target_weight"] = 0.9
     with_term = in_plot(drawn(tmp_path, [{"step": step, **row} for step in (1, 2)]))
-    assert not len(places_of(without, COLOURS[1])) and len(places_of(with_term, COLOURS[1]))
-    assert not len(places_of(with_term, COLOURS[2]))
+    assert not len(places_of(without, COLORS[1])) and len(places_of(with_term, COLORS[1]))
+    assert not len(places_of(with_term, COLORS[2]))
 
 
 def test_empty_cells_and_numbers_that_are_none_are_passed_over(tmp_path: Path) -> None:
@@ -79,31 +79,31 @@ def test_empty_cells_and_numbers_that_are_none_are_passed_over(tmp_path: Path) -
         rows[4]["train/loss"] = value
         found.append(drawn(tmp_path, rows))
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
-    assert len(places_of(in_plot(found[0]), COLOURS[0])) > 1000
+    assert len(places_of(in_plot(found[0]), COLORS[0])) > 1000
 
 
 def test_a_long_curve_is_drawn_through_means(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [{"step": step, "train/loss": float(rng.normal(5, 1))} for step in range(40_000)]
     rows[20_000]["train/loss"] = 50.0
-    places = places_of(in_plot(drawn(tmp_path, rows)), COLOURS[0])
+    places = places_of(in_plot(drawn(tmp_path, rows)), COLORS[0])
     middle = 1 - places[:, 0] / (BOTTOM - TOP)
     assert np.quantile(middle, 0.95) - np.quantile(middle, 0.05) < 0.05
 
 
 def test_one_step_and_a_constant_are_drawn_too(tmp_path: Path) -> None:
     pixels = drawn(tmp_path, [{"step": 7, "train/loss": 0.0, "val/top1": 1.0}])
-    assert len(places_of(pixels, COLOURS[0])) > 100
-    assert len(places_of(in_plot(drawn(tmp_path, [{"step": s, "val/top1": 0.5} for s in (0, 9)])), COLOURS[0]))
+    assert len(places_of(pixels, COLORS[0])) > 100
+    assert len(places_of(in_plot(drawn(tmp_path, [{"step": s, "val/top1": 0.5} for s in (0, 9)])), COLORS[0]))
 
 
 # The confusion matrix
 
 
 def cells(path: Path, num_classes: int, size: float) -> np.ndarray:
-    """The colour at an inner corner of each cell, `[K, K, 3]`, off its count."""
+    """The color at an inner corner of each cell, `[K, K, 3]`, off its count."""
     pixels = pixels_of(path)
-    frame = places_of(pixels, GREY)
+    frame = places_of(pixels, GRAY)
     columns, counts = np.unique(frame[:, 1], return_counts=True)
     left = columns[counts > 0.9 * size * num_classes][0]
     rows, counts = np.unique(frame[:, 0], return_counts=True)

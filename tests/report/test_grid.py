@@ -13,11 +13,11 @@ from kd_pipeline.report.grid import save_grid
 TRANSFORM = EvalTransform(size=8)
 
 
-def a_batch(colours: torch.Tensor, *, labels: list[int] | None, choices: list[int] | None) -> KDBatch:
-    """One image of one colour, from 0 to 1, for each row of `colours` `[N, 3]`."""
+def a_batch(colors: torch.Tensor, *, labels: list[int] | None, choices: list[int] | None) -> KDBatch:
+    """One image of one color, from 0 to 1, for each row of `colors` `[N, 3]`."""
     mean, std = torch.tensor(TRANSFORM.mean), torch.tensor(TRANSFORM.std)
-    images = ((colours - mean) / std)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
-    number = len(colours)
+    images = ((colors - mean) / std)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
+    number = len(colors)
     teacher = {} if choices is None else {"logits": torch.nn.functional.one_hot(torch.tensor(choices), 10) * 9.0}
     return KDBatch(
         images=images,
@@ -33,25 +33,25 @@ def pixels_of(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB")).astype(int)
 
 
-def count_of(pixels: np.ndarray, colour: tuple[int, int, int]) -> int:
-    return int((np.abs(pixels - np.array(colour)).max(axis=2) <= 2).sum())
+def count_of(pixels: np.ndarray, color: tuple[int, int, int]) -> int:
+    return int((np.abs(pixels - np.array(color)).max(axis=2) <= 2).sum())
 
 
-def test_the_normalisation_is_undone(tmp_path: Path) -> None:
-    colours = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.4, 0.8]])
-    path = save_grid(a_batch(colours, labels=None, choices=None), tmp_path / "grid.png", transform=TRANSFORM)
+def test_the_normalization_is_undone(tmp_path: Path) -> None:
+    colors = torch.tensor([[1.0, 0.0, 0.0], [0.2, 0.4, 0.8]])
+    path = save_grid(a_batch(colors, labels=None, choices=None), tmp_path / "grid.png", transform=TRANSFORM)
     pixels = pixels_of(path)
     assert count_of(pixels, (255, 0, 0)) >= 100 * 100
     assert count_of(pixels, (51, 102, 204)) >= 100 * 100
 
 
 def test_agreement_is_green_and_disagreement_red(tmp_path: Path) -> None:
-    grey = torch.full((1, 3), 0.5)
+    gray = torch.full((1, 3), 0.5)
     agreeing = pixels_of(
-        save_grid(a_batch(grey, labels=[3], choices=[3]), tmp_path / "agreeing.png", transform=TRANSFORM)
+        save_grid(a_batch(gray, labels=[3], choices=[3]), tmp_path / "agreeing.png", transform=TRANSFORM)
     )
     differing = pixels_of(
-        save_grid(a_batch(grey, labels=[3], choices=[5]), tmp_path / "differing.png", transform=TRANSFORM)
+        save_grid(a_batch(gray, labels=[3], choices=[5]), tmp_path / "differing.png", transform=TRANSFORM)
     )
     green, red = (0, 110, 40), (190, 20, 20)
     assert count_of(agreeing, green) > 0 and count_of(agreeing, red) == 0

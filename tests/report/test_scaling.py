@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from kd_pipeline.report import scaling
-from kd_pipeline.report.canvas import COLOURS
+from kd_pipeline.report.canvas import COLORS
 from kd_pipeline.report.scaling import save_scaling
 
 SCALE = 2
@@ -24,7 +24,7 @@ def drawn(tmp_path: Path, curves: dict[str, list[tuple[float, float]]]) -> np.nd
 
 def places_of(pixels: np.ndarray, number: int) -> np.ndarray:
     """Rows and columns `[n, 2]` of a curve within the axes, in the canvas's units."""
-    places = np.argwhere(np.abs(pixels - np.array(COLOURS[number])).max(axis=2) <= 4) / SCALE
+    places = np.argwhere(np.abs(pixels - np.array(COLORS[number])).max(axis=2) <= 4) / SCALE
     return places[places[:, 1] <= scaling._LEFT + scaling._WIDTH]
 
 
@@ -44,7 +44,7 @@ def test_one_size_alone_is_a_dot(tmp_path: Path, size: float) -> None:
     assert 50 < len(places) < 300 and np.ptp(places[:, 0]) < 8
 
 
-def test_curves_have_colours_and_names_of_their_own_and_share_the_axes(tmp_path: Path) -> None:
+def test_curves_have_colors_and_names_of_their_own_and_share_the_axes(tmp_path: Path) -> None:
     pixels = drawn(tmp_path, {"low": [(1.0, 1.0), (2.0, 1.0)], "high": [(1.0, 2.0), (2.0, 2.0)]})
     low, high = places_of(pixels, 0), places_of(pixels, 1)
     height = scaling._TOP + scaling._HEIGHT - np.median(high[:, 0])

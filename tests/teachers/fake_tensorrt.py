@@ -633,7 +633,7 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         self._library.calls.append(("execute", stream_handle))
-        assert stream_handle, "TensorRT would synchronise the device on the default stream"
+        assert stream_handle, "TensorRT would synchronize the device on the default stream"
         queue = self._library.gpu.queues[stream_handle]
         if queue.graph is not None and self._has_run_with != self._shape:
             return not self._library.fail("execute_async_v3", "deferred updates in a capture")

@@ -131,7 +131,7 @@ def noise(num_images: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 
 
 def teach(gpu: Gpu, teacher: OnnxRuntimeTeacher, values: Tensor) -> dict[str, Tensor]:
-    """Have the teacher answer for a buffer that nobody holds afterwards; past the check of the device, a CPU here."""
+    """Have the teacher answer for a buffer that nobody holds afterward; past the check of the device, a CPU here."""
     images = gpu.images(values)
     with gpu.device(DEVICE):
         return teacher._infer(images)

@@ -24,7 +24,7 @@ EVAL = {"preset": "eval", "size": 8, "resize": 8}
 
 
 def plain(num_classes: int = 10, width: int = 8) -> nn.Module:
-    """Without BatchNorm, so that an image's gradient does not depend on its neighbours."""
+    """Without BatchNorm, so that an image's gradient does not depend on its neighbors."""
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, num_classes)
     )
@@ -107,7 +107,7 @@ def write_digits(folder: Path) -> None:
     end = NUM_TRAIN + NUM_VAL
     np.savez(folder / "train.npz", images=images[:NUM_TRAIN], labels=digits.target[:NUM_TRAIN])
     np.savez(folder / "val.npz", images=images[NUM_TRAIN:end], labels=digits.target[NUM_TRAIN:end])
-    np.savez(folder / "unlabelled.npz", images=images[:NUM_TRAIN])
+    np.savez(folder / "unlabeled.npz", images=images[:NUM_TRAIN])
     for size in (19, 67):
         np.savez(folder / f"odd{size}.npz", images=images[:size], labels=digits.target[:size])
     with torch.random.fork_rng():

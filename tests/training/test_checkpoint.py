@@ -166,7 +166,7 @@ def test_the_version_marks_of_a_state_dict_come_back(tmp_path):
     assert load_checkpoint(tmp_path / "a.ckpt")["state_dict"]._metadata == state._metadata
 
 
-class Colour(StrEnum):
+class Color(StrEnum):
     RED = "red"
 
 
@@ -184,7 +184,7 @@ class OwnTensor(torch.Tensor):
         frozenset([1]),
         defaultdict(int),
         range(2),
-        Colour.RED,
+        Color.RED,
         torch.zeros(2).as_subclass(OwnTensor),
         ConfigError("a"),
         len,

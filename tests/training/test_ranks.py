@@ -85,10 +85,10 @@ def test_two_ranks_by_32_learn_what_one_learns_by_64_even_from_a_last_batch_that
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
-def test_batchnorm_of_several_processes_of_a_cpu_cannot_be_synchronised_and_is_refused(
+def test_batchnorm_of_several_processes_of_a_cpu_cannot_be_synchronized_and_is_refused(
     digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(digits, "sync alone", train__sync_batchnorm=True, train__epochs=1, train__limit_train_batches=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"train\.sync_batchnorm: torch synchronises BatchNorm on GPUs only"):
+    with pytest.raises(ConfigError, match=r"train\.sync_batchnorm: torch synchronizes BatchNorm on GPUs only"):
         run(digits, "sync", train__sync_batchnorm=True)

@@ -175,20 +175,20 @@ def test_a_baseline_is_the_student_alone_with_the_labels_and_asks_for_no_teacher
     assert (outcome.folder / "exported" / "model.onnx").is_file()
 
 
-UNLABELLED: dict[str, Any] = {
+UNLABELED: dict[str, Any] = {
     "distill": {"distill_weight": 1.0, "task_weight": 0.0},
     "probe": {"num_samples": 32, "strict": True},
 }
 
 
 def test_images_without_labels_teach_by_the_teacher_alone(digits: Path, start: Weights) -> None:
-    bare = nets.split(digits, "unlabelled", nets.TRAIN)
-    with_val = run(digits, "unlabelled", **UNLABELLED, data__train=bare)
-    without = run(digits, "unlabelled, no val", **UNLABELLED, data__train=bare, data__val=None)
-    labelled = run(digits, "labels not used", distill=UNLABELLED["distill"])
+    bare = nets.split(digits, "unlabeled", nets.TRAIN)
+    with_val = run(digits, "unlabeled", **UNLABELED, data__train=bare)
+    without = run(digits, "unlabeled, no val", **UNLABELED, data__train=bare, data__val=None)
+    labeled = run(digits, "labels not used", distill=UNLABELED["distill"])
     assert distance(weights(with_val.folder), start) > 1e-3
     assert distance(weights(with_val.folder), weights(without.folder)) == 0
-    assert distance(weights(with_val.folder), weights(labelled.folder)) == 0
+    assert distance(weights(with_val.folder), weights(labeled.folder)) == 0
     top1 = with_val.figures["val"].top1
     assert top1 is not None and not without.figures
     for folder in (with_val.folder, without.folder):
@@ -199,8 +199,8 @@ def test_images_without_labels_teach_by_the_teacher_alone(digits: Path, start: W
 def test_validation_images_may_have_no_labels_either(digits: Path) -> None:
     outcome = run(
         digits,
-        "val unlabelled",
-        data__val=nets.split(digits, "unlabelled", nets.EVAL),
+        "val unlabeled",
+        data__val=nets.split(digits, "unlabeled", nets.EVAL),
         train__compare_with_teacher=True,
         train__select_by="val/agreement",
     )

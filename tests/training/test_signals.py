@@ -266,13 +266,13 @@ def launch_both(launch: Callable[..., Child], folder: Path, **options: Any) -> l
     ]
 
 
-@pytest.mark.parametrize("signalled", [0, 1])
-def test_all_ranks_leave_together_when_one_gets_a_signal_and_go_on_exactly(launch, tmp_path, signalled):
+@pytest.mark.parametrize("signaled", [0, 1])
+def test_all_ranks_leave_together_when_one_gets_a_signal_and_go_on_exactly(launch, tmp_path, signaled):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert [child.end() for child in launch_both(launch, whole, pause=int)] == [0, 0]
     children = launch_both(launch, stopped)
-    children[signalled].wait_for_step(2)
-    children[signalled].send(signal.SIGTERM)
+    children[signaled].wait_for_step(2)
+    children[signaled].send(signal.SIGTERM)
     assert [child.end() for child in children] == [143, 143]
     assert load_checkpoint(stopped / LAST)["global_step"] == children[0].num_steps == children[1].num_steps < 6
     assert [child.end() for child in launch_both(launch, stopped, pause=int, resume=stopped / LAST)] == [0, 0]

@@ -29,7 +29,7 @@ STEPS = NUM_TRAIN // 16
 CALLS: list[float] = []
 """Values that `scripted` gave."""
 SCRIPT: list[float] = []
-"""Values that it is to give, one for each call; 0 afterwards."""
+"""Values that it is to give, one for each call; 0 afterward."""
 
 
 class Crash(BaseException):

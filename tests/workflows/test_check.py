@@ -1,4 +1,4 @@
-"""`check` on photographs among which are unreadable ones, and on colours that a teacher knows by heart."""
+"""`check` on photographs among which are unreadable ones, and on colors that a teacher knows by heart."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from kd_pipeline.report.grid import save_grid
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows._check import CheckReport, CheckSettings, check
 from tests.corpus import BROKEN, photo_of
-from tests.evaluation.test_probe import CLASSES, SIZE, ColourNet, colours
+from tests.evaluation.test_probe import CLASSES, SIZE, ColorNet, colors
 from tests.recordings import config as recorded_config
 from tests.recordings import recorded
 from tests.streams import EVAL, TRAIN
@@ -44,11 +44,11 @@ def spoilt(photos: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def known(tmp_path: Path) -> Callable[..., Config]:
-    """`known(labels)` is a run on colours with a teacher that knows them."""
-    onnx = export_onnx(ColourNet(), tmp_path / "teacher.onnx", image_shape=(3, SIZE, SIZE), classes=CLASSES)
+    """`known(labels)` is a run on colors with a teacher that knows them."""
+    onnx = export_onnx(ColorNet(), tmp_path / "teacher.onnx", image_shape=(3, SIZE, SIZE), classes=CLASSES)
 
     def make(**options: Any) -> Config:
-        run = colours(tmp_path, **options)
+        run = colors(tmp_path, **options)
         return Config(seed=run.seed, run_dir=tmp_path / "run", data=run.data, teacher=TeacherSettings(onnx=onnx))
 
     return make
@@ -86,7 +86,7 @@ def test_every_image_of_every_split_is_decoded_once_whatever_the_run_leaves_out(
 ) -> None:
     source = {"kind": "image_folder", "root": photo_folder}
     train = {"source": source, "transform": TRAIN, "repeats": 2, "last_batch": "drop", "mix": {"cutmix": 1.0}}
-    other = {"source": {**source, "labelled": False}, "transform": EVAL, "last_batch": "pad"}
+    other = {"source": {**source, "labeled": False}, "transform": EVAL, "last_batch": "pad"}
     found = check(photographs(tmp_path, photo_folder, train=train, more={"other": other}))
     facts = {report.split: (report.num_images, report.num_decoded, report.class_sizes) for report in found.splits}
     assert facts == {"train": (37, 37, (13, 12, 12)), "other": (37, 37, None)}
@@ -181,8 +181,8 @@ def test_the_picture_shows_the_first_training_batch_with_labels_and_answers(
         wanted = save_grid(next(iter(loader)), tmp_path / "wanted.png", **shown)
     assert found.grid.read_bytes() == wanted.read_bytes()
     with Image.open(found.grid) as picture:
-        colours_shown = {tuple(colour) for colour in np.asarray(picture).reshape(-1, 3).tolist()}
-    assert len(colours_shown) > 1000  # noise, where an empty grid has a handful
+        colors_shown = {tuple(color) for color in np.asarray(picture).reshape(-1, 3).tolist()}
+    assert len(colors_shown) > 1000  # noise, where an empty grid has a handful
 
 
 def test_progress_is_told_with_split_and_share(

@@ -43,7 +43,7 @@ class ImageFolderSettings(Settings):
     """The folder that holds the class folders."""
     classes: tuple[str, ...] | Path | None = None
     """Class names in label order, or a JSON file that lists them; sorted folder names where left out."""
-    labelled: bool = True
+    labeled: bool = True
     """False: every image below `root`, without labels."""
 
 
@@ -110,7 +110,7 @@ class Source(Protocol):
     """
 
     labels: NDArray[np.int64] | None
-    """`[N]` int64 class indices from 0 to `num_classes - 1`, or None for unlabelled samples."""
+    """`[N]` int64 class indices from 0 to `num_classes - 1`, or None for unlabeled samples."""
     classes: tuple[str, ...] | None
     """Class names in label order, or None where nobody gave any."""
     num_classes: int | None
@@ -126,7 +126,7 @@ class Source(Protocol):
         """The samples at `indices` `[n]` int64, each from 0 to N - 1, in a fresh array.
 
         Files: `[n, L]` uint8, absolute paths in the file system's encoding, NUL-padded to the longest of the batch.
-        Pixels: `[n, H, W, 3]` uint8; a grey image is repeated in the three channels.
+        Pixels: `[n, H, W, 3]` uint8; a gray image is repeated in the three channels.
         """
 
     def name(self, index: int) -> str:
@@ -157,7 +157,7 @@ def open_source(settings: AnySourceSettings, *, classes: Sequence[str] | None = 
     _check_mapping(names, classes, "leave out `classes` to take the training data's")
     match settings:
         case ImageFolderSettings():
-            return ImageFolder(settings.root, classes=names, labelled=settings.labelled)
+            return ImageFolder(settings.root, classes=names, labeled=settings.labeled)
         case FileListSettings():
             return FileList(settings.path, root=settings.root, classes=names)
         case ArraysSettings():

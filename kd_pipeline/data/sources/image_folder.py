@@ -29,17 +29,17 @@ class ImageFolder(FileSource):
         root: the folder.
         classes: names in label order, or a JSON file that lists them; sorted folder names where None. A name without
             a folder is reported, a folder without a name is an error.
-        labelled: False takes every image below `root`, without labels.
+        labeled: False takes every image below `root`, without labels.
 
     Raises:
         DataError: no such folder, no images, an empty class, or a class folder that `classes` does not name.
     """
 
-    def __init__(self, root: str | os.PathLike[str], *, classes: Classes | None = None, labelled: bool = True) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, classes: Classes | None = None, labeled: bool = True) -> None:
         top = os.path.abspath(os.path.expanduser(root))
         names = None if classes is None else class_names(classes)
         paths, skipped = Paths(top), _Skipped(top)
-        if not labelled:
+        if not labeled:
             if not paths.extend(_images_below(top, skipped)):
                 raise DataError(f"{top}: no images at or below this folder{skipped.sentence('; ')}")
             super().__init__(paths, None, names, skipped.reports())
@@ -103,7 +103,7 @@ def _class_folders(top: str, skipped: _Skipped) -> list[str]:
     if not folders:
         raise DataError(
             f"{top}: no class folders, {loose} files; put the images of each class into a folder with its name, "
-            "or set labelled: false to use them without labels"
+            "or set labeled: false to use them without labels"
         )
     return sorted(folders)
 

@@ -91,7 +91,7 @@ def load_index(key: str) -> Index | None:
     return Index(
         blob=blob,
         ends=ends.cast("q"),
-        labels=np.frombuffer(labels, dtype=np.int64).copy() if header["is_labelled"] else None,
+        labels=np.frombuffer(labels, dtype=np.int64).copy() if header["is_labeled"] else None,
         classes=None if header["classes"] is None else tuple(header["classes"]),
     )
 
@@ -108,7 +108,7 @@ def save_index(key: str, index: Index) -> None:
             "ends": len(ends),
             "labels": len(labels),
             "blob": len(index.blob),
-            "is_labelled": index.labels is not None,
+            "is_labeled": index.labels is not None,
             "classes": index.classes,
         }
     ).encode()

@@ -192,7 +192,7 @@ class _Build:
         reference = OnnxRuntimeTeacher(edited)
         exam = set_exam(reference, samples)
         reference.close()
-        # ONNX Runtime's optimiser would take roundings out.
+        # ONNX Runtime's optimizer would take roundings out.
         teacher = OnnxRuntimeTeacher(acted, as_written=self.settings.precision != "fp32")
         batch_sizes = tuple(sorted(sizes))
         figures = compare(

@@ -34,7 +34,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
 class Profile(Settings):
-    """Batch sizes that one optimisation profile of an engine serves, and the one it is tuned for."""
+    """Batch sizes that one optimization profile of an engine serves, and the one it is tuned for."""
 
     min: int = Field(ge=1)
     opt: int = Field(ge=1)

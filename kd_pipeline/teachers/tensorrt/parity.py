@@ -56,7 +56,7 @@ class Samples:
     """Images that a teacher is tried on."""
 
     images: Tensor
-    """`[N, 3, H, W]` float32 on the CPU, normalised as the teacher gets them."""
+    """`[N, 3, H, W]` float32 on the CPU, normalized as the teacher gets them."""
     source: str
     """Where they came from, for the manifest."""
     config: Path | None = None
@@ -102,13 +102,13 @@ def set_exam(reference: Callable[[Tensor], Mapping[str, Tensor]], samples: Sampl
         raise EngineError(f"there are no images to compare the teacher on in {samples.source}")
     images = samples.images.half().float()
     if not images.isfinite().all():
-        raise EngineError(f"the images of {samples.source} leave the range of float16; normalise them")
+        raise EngineError(f"the images of {samples.source} leave the range of float16; normalize them")
     answers = _ask(reference, images, NUM_IMAGES)
     for name, answer in answers.items():
         if not answer.isfinite().all():
             raise EngineError(
                 f"the float32 teacher itself answers {name!r} with NaN or inf for {_num_bad(answer)} of {len(images)} "
-                f"images ({samples.source}); its weights or the images' normalisation are wrong"
+                f"images ({samples.source}); its weights or the images' normalization are wrong"
             )
     return Exam(images, answers, samples.source)
 

@@ -53,7 +53,7 @@ def load_engine(
 
     Args:
         file: the engine; without a manifest its single output counts as the logits.
-        runtime: the flavour of TensorRT; the manifest's unless given.
+        runtime: the flavor of TensorRT; the manifest's unless given.
         cuda_graph: have TensorRT-RTX run the engine as CUDA graphs of its own.
 
     Raises:
@@ -61,7 +61,7 @@ def load_engine(
         MissingPackageError: TensorRT is not installed.
     """
     tensorrt = _open_tensorrt(file, runtime)
-    loader, engine = _deserialise(tensorrt, file)
+    loader, engine = _deserialize(tensorrt, file)
     image, outputs, profiles = _read_io(tensorrt, engine, file)
     is_rtx = tensorrt.runtime == "tensorrt_rtx"
     rtx = _RtxConfig(tensorrt, engine, file.path, cuda_graph=cuda_graph) if is_rtx else None
@@ -111,7 +111,7 @@ def _open_tensorrt(file: EngineFile, runtime: Literal["auto", "tensorrt", "tenso
     return open_tensorrt(manifest.runtime)
 
 
-def _deserialise(tensorrt: TensorRT, file: EngineFile) -> tuple[Any, Any]:
+def _deserialize(tensorrt: TensorRT, file: EngineFile) -> tuple[Any, Any]:
     """TensorRT's runtime, and the engine it made of the file's content."""
     tensorrt.take_errors()  # of others
     command = "kd-pipeline build-engine" if file.manifest is None else file.manifest.command

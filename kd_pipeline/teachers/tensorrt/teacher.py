@@ -67,7 +67,7 @@ class TensorRTTeacher(Teacher):
             fingerprint=_fingerprint(engine),
         )
         if self._captures:
-            # Now, because DALI synchronises the device from a thread of its own, which breaks a capture.
+            # Now, because DALI synchronizes the device from a thread of its own, which breaks a capture.
             for profile in loaded.profiles:
                 self(torch.zeros(profile.opt, *self._sizes, dtype=self.images.dtype, device=device))
 
@@ -150,7 +150,7 @@ class _Cuda:
     def stream(self) -> Iterator[Any]:
         """A `cuda.core.Stream` for TensorRT that is torch's current one, or stands in for it.
 
-        On the default stream TensorRT synchronises the device at each call, so there it works on a stream beside it.
+        On the default stream TensorRT synchronizes the device at each call, so there it works on a stream beside it.
         """
         current = torch.cuda.current_stream(self._torch_device)
         if current.cuda_stream:
@@ -240,7 +240,7 @@ class _Graphed:
     def _capture(self) -> None:
         self._captures_left -= 1
         try:
-            # The mode with which other threads may allocate and copy; none lets them synchronise the device.
+            # The mode with which other threads may allocate and copy; none lets them synchronize the device.
             builder = self._cuda.graph_builder().begin_building(mode="thread_local")
             try:
                 self._runner.enqueue(self._images, self._outputs, builder.stream)

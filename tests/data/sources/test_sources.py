@@ -193,11 +193,11 @@ def test_a_folder_without_classes_is_refused(tmp_path, tree, words):
 
 def test_a_root_that_is_missing_or_a_file_is_refused_by_name(tmp_path):
     grow(tmp_path, "file")
-    for labelled in (True, False):
-        assert refusal(ImageFolder, tmp_path / "none", labelled=labelled).startswith(
+    for labeled in (True, False):
+        assert refusal(ImageFolder, tmp_path / "none", labeled=labeled).startswith(
             f"{tmp_path}/none: cannot be listed (No "
         )
-        assert refusal(ImageFolder, tmp_path / "file", labelled=labelled).startswith(
+        assert refusal(ImageFolder, tmp_path / "file", labeled=labeled).startswith(
             f"{tmp_path}/file: cannot be listed (Not"
         )
 
@@ -215,15 +215,15 @@ def test_a_folder_that_may_not_be_listed_is_refused_and_not_skipped(tmp_path, mo
     assert f"{tmp_path}/cat/locked: cannot be listed (Permission denied)" in refusal(ImageFolder, tmp_path)
 
 
-def test_unlabelled_takes_every_image_below_the_root(tmp_path):
-    source = ImageFolder(grow(tmp_path, "b/1.jpg", "2.jpg", "a/deep/1.jpg", "x.txt", ".h/1.jpg"), labelled=False)
+def test_unlabeled_takes_every_image_below_the_root(tmp_path):
+    source = ImageFolder(grow(tmp_path, "b/1.jpg", "2.jpg", "a/deep/1.jpg", "x.txt", ".h/1.jpg"), labeled=False)
     assert names_of(source, tmp_path) == ["2.jpg", "a/deep/1.jpg", "b/1.jpg"]
     assert source.labels is None and source.classes is None and source.num_classes is None
     assert "1 without a known extension (x.txt)" in source.reports[0]
 
 
-def test_an_unlabelled_folder_without_images_is_refused(tmp_path):
-    message = refusal(ImageFolder, grow(tmp_path, "a/x.gif"), labelled=False)
+def test_an_unlabeled_folder_without_images_is_refused(tmp_path):
+    message = refusal(ImageFolder, grow(tmp_path, "a/x.gif"), labeled=False)
     assert message == f"{tmp_path}: no images at or below this folder; skipped 1 without a known extension (a/x.gif)"
 
 
@@ -471,10 +471,10 @@ def test_arrays_in_memory_and_in_every_kind_of_file_are_the_same_source(tmp_path
     assert len({source.fingerprint for source in sources}) == 1
 
 
-def test_grey_images_are_repeated_in_three_channels(pixels):
-    grey = pixels[..., 0]
-    for images in (grey, grey[..., None]):
-        assert np.array_equal(Arrays(images).read(np.array([2, 1])), np.stack([grey[[2, 1]]] * 3, axis=-1))
+def test_gray_images_are_repeated_in_three_channels(pixels):
+    gray = pixels[..., 0]
+    for images in (gray, gray[..., None]):
+        assert np.array_equal(Arrays(images).read(np.array([2, 1])), np.stack([gray[[2, 1]]] * 3, axis=-1))
 
 
 def test_arrays_name_their_samples_by_file_and_position(tmp_path, pixels, monkeypatch):
@@ -592,7 +592,7 @@ def test_labels_and_class_names_are_part_of_the_fingerprint(tmp_path, pixels):
         ImageFolder(tmp_path).fingerprint,
         ImageFolder(tmp_path, classes=("dog", "cat")).fingerprint,
         ImageFolder(tmp_path, classes=("cat", "dog", "eel")).fingerprint,
-        ImageFolder(tmp_path, labelled=False).fingerprint,
+        ImageFolder(tmp_path, labeled=False).fingerprint,
         Arrays(pixels).fingerprint,
         Arrays(pixels, np.zeros(7, int)).fingerprint,
         Arrays(pixels, np.ones(7, int)).fingerprint,
@@ -750,8 +750,8 @@ def test_open_source_makes_what_the_settings_say(tmp_path, pixels):
 
     folder = open_source(read({"kind": "image_folder", "root": root, "classes": tmp_path / "classes.json"}))
     assert isinstance(folder, ImageFolder) and folder.labels.tolist() == [1, 0] and folder.stores == "files"
-    unlabelled = open_source(read({"kind": "image_folder", "root": root, "labelled": False}))
-    assert unlabelled.labels is None and len(unlabelled) == 2
+    unlabeled = open_source(read({"kind": "image_folder", "root": root, "labeled": False}))
+    assert unlabeled.labels is None and len(unlabeled) == 2
     listed = open_source(read({"kind": "file_list", "path": path, "root": root, "classes": ["dog", "cat"]}))
     assert (
         isinstance(listed, FileList) and listed.name(0) == str(root / "cat/1.jpg") and listed.classes == ("dog", "cat")

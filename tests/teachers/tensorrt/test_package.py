@@ -112,19 +112,19 @@ def test_what_was_opened_is_named(tensorrt_rtx: Any) -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make believe that these flavours are installed, and no others."""
+    """Make believe that these flavors are installed, and no others."""
     monkeypatch.setattr(tensorrt_package, "_open", tensorrt_package._open.__wrapped__)
 
-    def install(*flavours: str) -> None:
-        for flavour in ("tensorrt", "tensorrt_rtx"):
-            library = fake_tensorrt.Library(fake_tensorrt.Gpu(), flavour, {})
-            monkeypatch.setitem(sys.modules, flavour, library.module if flavour in flavours else None)
+    def install(*flavors: str) -> None:
+        for flavor in ("tensorrt", "tensorrt_rtx"):
+            library = fake_tensorrt.Library(fake_tensorrt.Gpu(), flavor, {})
+            monkeypatch.setitem(sys.modules, flavor, library.module if flavor in flavors else None)
 
     return install
 
 
 @pytest.mark.parametrize(
-    ("flavours", "asked", "opened"),
+    ("flavors", "asked", "opened"),
     [
         (("tensorrt", "tensorrt_rtx"), "auto", "tensorrt"),
         (("tensorrt",), "auto", "tensorrt"),
@@ -132,8 +132,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
         (("tensorrt", "tensorrt_rtx"), "tensorrt_rtx", "tensorrt_rtx"),
     ],
 )
-def test_auto_takes_tensorrt_before_rtx(installed: Any, flavours: tuple[str, ...], asked: Any, opened: str) -> None:
-    installed(*flavours)
+def test_auto_takes_tensorrt_before_rtx(installed: Any, flavors: tuple[str, ...], asked: Any, opened: str) -> None:
+    installed(*flavors)
     tensorrt = open_tensorrt(asked)
     assert tensorrt.runtime == opened and tensorrt.module is sys.modules[opened]
 
@@ -259,13 +259,13 @@ def test_the_fake_tensorrt_has_the_real_methods_with_the_real_parameters(tensorr
             assert parameters in [names[: len(parameters)] for names in signatures(getattr(real, name))]
 
 
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
-def test_the_fake_objects_have_only_the_properties_of_the_real_ones(tensorrt_rtx: Any, flavour: str) -> None:
-    library = fake_tensorrt.Library(fake_tensorrt.Gpu(), flavour, {b"": fake_tensorrt.Plan()})
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt_rtx"])
+def test_the_fake_objects_have_only_the_properties_of_the_real_ones(tensorrt_rtx: Any, flavor: str) -> None:
+    library = fake_tensorrt.Library(fake_tensorrt.Gpu(), flavor, {b"": fake_tensorrt.Plan()})
     runtime = library.module.Runtime(fake_tensorrt.ILogger())
     engine = runtime.deserialize_cuda_engine(b"")
     objects = {"Runtime": runtime, "ICudaEngine": engine}
-    if flavour == "tensorrt_rtx":
+    if flavor == "tensorrt_rtx":
         objects["IRuntimeConfig"] = engine.create_runtime_config()
     for kind, each in objects.items():
         names = [name for name in vars(each) if not name.startswith("_")]
@@ -273,7 +273,7 @@ def test_the_fake_objects_have_only_the_properties_of_the_real_ones(tensorrt_rtx
 
 
 def test_only_rtx_has_what_only_rtx_has() -> None:
-    """The functions that TensorRT 10 and 11 lack are looked for, or called for the other flavour alone."""
+    """The functions that TensorRT 10 and 11 lack are looked for, or called for the other flavor alone."""
     assert not hasattr(fake_tensorrt.Runtime, "get_engine_validity")
     assert not hasattr(fake_tensorrt.ICudaEngine, "create_runtime_config")
 
@@ -316,7 +316,7 @@ def test_the_fake_torch_has_the_real_methods() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flavours", "capability", "runtime", "reason"),
+    ("flavors", "capability", "runtime", "reason"),
     [
         (("tensorrt",), (9, 0), "auto", None),
         (("tensorrt",), (7, 5), "auto", None),
@@ -329,10 +329,10 @@ def test_the_fake_torch_has_the_real_methods() -> None:
     ],
 )
 def test_a_gpu_that_tensorrt_is_not_made_for_is_known(
-    installed: Any, flavours: tuple[str, ...], capability: tuple[int, int], runtime: Any, reason: str | None
+    installed: Any, flavors: tuple[str, ...], capability: tuple[int, int], runtime: Any, reason: str | None
 ) -> None:
-    installed(*flavours)
-    if "tensorrt_rtx" in flavours:
+    installed(*flavors)
+    if "tensorrt_rtx" in flavors:
         capabilities = SimpleNamespace(SM75=0, SM80=1, SM86=2, SM89=3, SM120=4)
         sys.modules["tensorrt_rtx"].ComputeCapability = capabilities
     assert why_unusable(capability, runtime) == reason

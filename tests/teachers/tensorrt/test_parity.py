@@ -198,7 +198,7 @@ def test_no_images_and_images_beyond_float16_make_no_exam() -> None:
         set_exam(NET, Samples(SAMPLES.images * 1e6, "raw"))
 
 
-def test_generated_images_are_always_the_same_and_normalised() -> None:
+def test_generated_images_are_always_the_same_and_normalized() -> None:
     first, second = generated_samples(IMAGE_SHAPE), generated_samples(IMAGE_SHAPE)
     assert torch.equal(first.images, second.images)
     assert first.images.shape == (64, *IMAGE_SHAPE)

@@ -63,15 +63,15 @@ class Bench:
         self,
         plan: Plan | None = None,
         *,
-        flavour: str = "tensorrt",
+        flavor: str = "tensorrt",
         manifest: Manifest | None = None,
         fails: set[str] | None = None,
         content: bytes = CONTENT,
         **options: Any,
     ) -> TensorRTTeacher:
-        self.library = library = Library(self.gpu, flavour, {CONTENT: plan or Plan()})
+        self.library = library = Library(self.gpu, flavor, {CONTENT: plan or Plan()})
         library.fails = fails or set()
-        tensorrt = TensorRT(library.module, flavour, "12.3", _make_logger(ILogger))
+        tensorrt = TensorRT(library.module, flavor, "12.3", _make_logger(ILogger))
         self._monkeypatch.setattr(trt_engine, "open_tensorrt", lambda runtime: tensorrt)
         return TensorRTTeacher(EngineFile(self.path, content, manifest), device=CPU, **options)
 
@@ -86,7 +86,7 @@ def noise(num_images: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 
 
 def teach(gpu: Gpu, teacher: TensorRTTeacher, values: Tensor) -> dict[str, Tensor]:
-    """Call the teacher with a buffer that nobody holds afterwards."""
+    """Call the teacher with a buffer that nobody holds afterward."""
     return teacher(gpu.images(values))
 
 
@@ -289,12 +289,12 @@ def test_calls_on_several_streams_do_not_disturb_each_other(
         assert_answers(found, noise(4, seed=seed))
 
 
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt_rtx"])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_a_long_run_of_dropped_buffers_short_batches_and_changing_streams_is_answered_right(
-    bench: Bench, gpu: Gpu, flavour: str, cuda_graph: bool
+    bench: Bench, gpu: Gpu, flavor: str, cuda_graph: bool
 ) -> None:
-    teacher = bench.open(Plan(outputs=BOTH, profiles=((2, 4, 4), (5, 8, 8))), flavour=flavour, cuda_graph=cuda_graph)
+    teacher = bench.open(Plan(outputs=BOTH, profiles=((2, 4, 4), (5, 8, 8))), flavor=flavor, cuda_graph=cuda_graph)
     generator = torch.Generator().manual_seed(0)
     kept = []
     for seed in range(60):
@@ -387,7 +387,7 @@ def test_after_three_broken_captures_a_batch_size_runs_without_a_graph(bench: Be
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_rtx_makes_its_own_graphs_where_they_are_wanted(bench: Bench, gpu: Gpu, cuda_graph: bool) -> None:
-    teacher = bench.open(flavour="tensorrt_rtx", cuda_graph=cuda_graph)
+    teacher = bench.open(flavor="tensorrt_rtx", cuda_graph=cuda_graph)
     outputs = teach(gpu, teacher, noise(4))
     gpu.run()
     assert_answers(outputs, noise(4))
@@ -399,7 +399,7 @@ def test_rtx_makes_its_own_graphs_where_they_are_wanted(bench: Bench, gpu: Gpu, 
 def test_rtx_keeps_its_kernels_beside_the_engine_and_finds_them_again(bench: Bench, gpu: Gpu) -> None:
     kernels = bench.path.with_name("teacher.engine.rtxcache")
     for number in (1, 2):
-        teacher = bench.open(flavour="tensorrt_rtx")
+        teacher = bench.open(flavor="tensorrt_rtx")
         assert bench.library.caches[0].content == b"compiled;" * (number - 1)
         teach(gpu, teacher, noise(4))
         teacher.close()
@@ -416,7 +416,7 @@ def test_kernels_that_others_could_have_written_are_not_loaded(
     kernels.write_bytes(b"compiled;by others;")
     kernels.chmod(mode)
     with caplog.at_level(logging.WARNING):
-        bench.open(flavour="tensorrt_rtx")
+        bench.open(flavor="tensorrt_rtx")
     assert bench.library.caches[0].content == b""
     assert "others may write to it; delete it" in caplog.text
 
@@ -429,12 +429,12 @@ def test_kernels_of_another_user_or_behind_a_link_are_not_loaded(
     target.chmod(0o600)
     kernels.symlink_to(target)
     with caplog.at_level(logging.WARNING):
-        bench.open(flavour="tensorrt_rtx")
+        bench.open(flavor="tensorrt_rtx")
     assert bench.library.caches[0].content == b"" and "is not read" in caplog.text
     kernels.unlink()
     target.rename(kernels)
     monkeypatch.setattr(os, "geteuid", lambda: kernels.stat().st_uid + 1)
-    bench.open(flavour="tensorrt_rtx")
+    bench.open(flavor="tensorrt_rtx")
     assert bench.library.caches[0].content == b""
 
 
@@ -443,7 +443,7 @@ def test_kernels_of_another_machine_are_compiled_anew(bench: Bench, gpu: Gpu, ca
     kernels.write_bytes(b"another driver's")
     kernels.chmod(0o600)
     with caplog.at_level(logging.INFO):
-        teacher = bench.open(flavour="tensorrt_rtx")
+        teacher = bench.open(flavor="tensorrt_rtx")
     assert [record.getMessage().partition("; ")[2] for record in caplog.records] == ["its kernels are compiled anew"]
     teach(gpu, teacher, noise(4))
     teacher.close()
@@ -452,14 +452,14 @@ def test_kernels_of_another_machine_are_compiled_anew(bench: Bench, gpu: Gpu, ca
 
 def test_where_kernels_cannot_be_kept_closing_only_warns(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     bench.path = bench.path.parent / "no such folder" / "teacher.engine"
-    teacher = bench.open(flavour="tensorrt_rtx")
+    teacher = bench.open(flavor="tensorrt_rtx")
     with caplog.at_level(logging.WARNING):
         teacher.close()
     assert "could not be kept" in caplog.text and not bench.path.parent.exists()
 
 
 def test_a_write_that_breaks_off_leaves_no_file(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    teacher = bench.open(flavour="tensorrt_rtx")
+    teacher = bench.open(flavor="tensorrt_rtx")
     bench.library.caches[0].content = None  # TensorRT's way to say that it failed
     with caplog.at_level(logging.WARNING):
         teacher.close()
@@ -503,11 +503,11 @@ def test_after_a_refused_shape_the_one_before_it_is_set_anew(bench: Bench, gpu: 
     assert_answers(outputs, noise(2))
 
 
-@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
-def test_an_engine_that_tensorrt_does_not_know_is_an_error_with_its_reason(bench: Bench, flavour: str) -> None:
-    reason = "magicTag is wrong" if flavour == "tensorrt" else "version mismatch"
-    with pytest.raises(EngineError, match=rf"teacher.engine does not run on {flavour} 12\.3, build .*: .*{reason}"):
-        bench.open(flavour=flavour, content=b"garbage")
+@pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt_rtx"])
+def test_an_engine_that_tensorrt_does_not_know_is_an_error_with_its_reason(bench: Bench, flavor: str) -> None:
+    reason = "magicTag is wrong" if flavor == "tensorrt" else "version mismatch"
+    with pytest.raises(EngineError, match=rf"teacher.engine does not run on {flavor} 12\.3, build .*: .*{reason}"):
+        bench.open(flavor=flavor, content=b"garbage")
 
 
 def test_an_engine_is_not_blamed_for_what_went_wrong_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,7 +522,7 @@ def test_an_engine_is_not_blamed_for_what_went_wrong_before_it(monkeypatch: pyte
 
 def test_rtx_names_everything_that_speaks_against_an_engine(bench: Bench) -> None:
     with pytest.raises(EngineError, match=r"build it again here: kd-pipeline .*: version mismatch, unsupported cc"):
-        bench.open(Plan(invalidity=3), flavour="tensorrt_rtx")
+        bench.open(Plan(invalidity=3), flavor="tensorrt_rtx")
 
 
 def test_an_engine_may_not_bring_code_for_the_host(bench: Bench) -> None:
@@ -571,7 +571,7 @@ def test_an_engine_that_is_not_what_its_manifest_says_is_refused_with_both(bench
         bench.open(plan, manifest=MANIFEST)
 
 
-def test_the_flavour_of_tensorrt_is_the_manifests(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flavor_of_tensorrt_is_the_manifests(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.open(manifest=MANIFEST, runtime="tensorrt")
     with pytest.raises(EngineError, match="was built by tensorrt, and the settings ask for tensorrt_rtx"):
         bench.open(manifest=MANIFEST, runtime="tensorrt_rtx")
