@@ -1,12 +1,13 @@
-# Two commands, each from nothing: `make demo` and `make test`; and `make gpu` for what only an NVIDIA GPU can show.
+# `make demo` and `make test` set up all they need; `make gpu` checks what needs an NVIDIA GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test gpu format clean
+.PHONY: demo test test-slow test-all gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
@@ -15,9 +16,14 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
 
-# Without a GPU it ends here: its line on stderr is all that is shown, and -q lets make itself end with status 1.
+test-slow: $(VENV)/installed-test
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-slow
+
+# Without a GPU it ends here, with one line on stderr; -q makes make exit with status 1.
 ifneq ($(filter gpu,$(MAKECMDGOALS)),)
 $(shell $(PYTHON) tools/gpu_check.py --look >&2)
 ifeq ($(.SHELLSTATUS),1)
@@ -25,7 +31,7 @@ MAKEFLAGS += -q
 endif
 endif
 
-# In an environment of its own: one package of ONNX Runtime is for CPUs, another one for GPUs.
+# In a separate environment, as ONNX Runtime has different packages for CPUs and GPUs.
 gpu:
 	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/installed-gpu
 	.venv-gpu/bin/python tools/gpu_check.py $(ARGS)

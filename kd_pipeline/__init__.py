@@ -3,101 +3,67 @@
 from typing import TYPE_CHECKING
 
 from kd_pipeline._core.lazy import lazy_exports
-from kd_pipeline._core.version import __version__
 
 if TYPE_CHECKING:
-    from kd_pipeline import losses
-    from kd_pipeline.batch import KDBatch
-    from kd_pipeline.config import Config, load_config
-    from kd_pipeline.data.mixing import MixSettings
-    from kd_pipeline.data.plan import Shard
-    from kd_pipeline.data.sources import Arrays, Cifar, FileList, ImageFolder, Source, open_source
-    from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-    from kd_pipeline.evaluation import compare, evaluate, predict
-    from kd_pipeline.loader import KDDataLoader
-    from kd_pipeline.losses.distillation import Distillation
-    from kd_pipeline.losses.settings import DistillSettings
-    from kd_pipeline.models import InputAdapter, ModelSettings, open_model
-    from kd_pipeline.onnx.export import export_onnx
-    from kd_pipeline.teachers.base import Teacher
-    from kd_pipeline.teachers.open import open_teacher
-    from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
-    from kd_pipeline.teachers.tensorrt.build import build_engine
-    from kd_pipeline.teachers.tensorrt.settings import BuildSettings
-    from kd_pipeline.workflows import check, record, train
+    from kd_pipeline import losses as losses
+    from kd_pipeline._core.version import __version__ as __version__
+    from kd_pipeline.batch import KDBatch as KDBatch
+    from kd_pipeline.config import Config as Config
+    from kd_pipeline.config import load_config as load_config
+    from kd_pipeline.data.mixing import MixSettings as MixSettings
+    from kd_pipeline.data.plan import Shard as Shard
+    from kd_pipeline.data.sources import Arrays as Arrays
+    from kd_pipeline.data.sources import Cifar as Cifar
+    from kd_pipeline.data.sources import FileList as FileList
+    from kd_pipeline.data.sources import ImageFolder as ImageFolder
+    from kd_pipeline.data.sources import Source as Source
+    from kd_pipeline.data.sources import open_source as open_source
+    from kd_pipeline.data.transforms import EvalTransform as EvalTransform
+    from kd_pipeline.data.transforms import TrainTransform as TrainTransform
+    from kd_pipeline.evaluation import compare as compare
+    from kd_pipeline.evaluation import evaluate as evaluate
+    from kd_pipeline.evaluation import predict as predict
+    from kd_pipeline.loader import KDDataLoader as KDDataLoader
+    from kd_pipeline.losses.distillation import Distillation as Distillation
+    from kd_pipeline.losses.settings import DistillSettings as DistillSettings
+    from kd_pipeline.models import InputAdapter as InputAdapter
+    from kd_pipeline.models import ModelSettings as ModelSettings
+    from kd_pipeline.models import open_model as open_model
+    from kd_pipeline.onnx.export import export_onnx as export_onnx
+    from kd_pipeline.teachers.base import Teacher as Teacher
+    from kd_pipeline.teachers.open import open_teacher as open_teacher
+    from kd_pipeline.teachers.recorded.recording import Recording as Recording
+    from kd_pipeline.teachers.settings import EnsembleSettings as EnsembleSettings
+    from kd_pipeline.teachers.settings import TeacherSettings as TeacherSettings
+    from kd_pipeline.teachers.tensorrt.build import build_engine as build_engine
+    from kd_pipeline.teachers.tensorrt.settings import BuildSettings as BuildSettings
+    from kd_pipeline.workflows import check as check
+    from kd_pipeline.workflows import record as record
+    from kd_pipeline.workflows import train as train
 
-_HOMES = {
-    "Arrays": "kd_pipeline.data.sources",
-    "BuildSettings": "kd_pipeline.teachers.tensorrt.settings",
-    "Cifar": "kd_pipeline.data.sources",
-    "Config": "kd_pipeline.config",
-    "DistillSettings": "kd_pipeline.losses.settings",
-    "Distillation": "kd_pipeline.losses.distillation",
-    "EnsembleSettings": "kd_pipeline.teachers.settings",
-    "EvalTransform": "kd_pipeline.data.transforms",
-    "FileList": "kd_pipeline.data.sources",
-    "ImageFolder": "kd_pipeline.data.sources",
-    "InputAdapter": "kd_pipeline.models",
-    "KDBatch": "kd_pipeline.batch",
-    "KDDataLoader": "kd_pipeline.loader",
-    "MixSettings": "kd_pipeline.data.mixing",
-    "ModelSettings": "kd_pipeline.models",
-    "Shard": "kd_pipeline.data.plan",
-    "Source": "kd_pipeline.data.sources",
-    "Teacher": "kd_pipeline.teachers.base",
-    "TeacherSettings": "kd_pipeline.teachers.settings",
-    "TrainTransform": "kd_pipeline.data.transforms",
-    "build_engine": "kd_pipeline.teachers.tensorrt.build",
-    "check": "kd_pipeline.workflows",
-    "compare": "kd_pipeline.evaluation",
-    "evaluate": "kd_pipeline.evaluation",
-    "export_onnx": "kd_pipeline.onnx.export",
-    "load_config": "kd_pipeline.config",
-    "losses": "kd_pipeline.losses",
-    "open_model": "kd_pipeline.models",
-    "open_source": "kd_pipeline.data.sources",
-    "open_teacher": "kd_pipeline.teachers.open",
-    "predict": "kd_pipeline.evaluation",
-    "record": "kd_pipeline.workflows",
-    "train": "kd_pipeline.workflows",
-}
-"""Where each public name lives; looked up when first used, so that importing this package loads nothing heavy."""
-
-__all__ = [
-    "Arrays",
-    "BuildSettings",
-    "Cifar",
-    "Config",
-    "DistillSettings",
-    "Distillation",
-    "EnsembleSettings",
-    "EvalTransform",
-    "FileList",
-    "ImageFolder",
-    "InputAdapter",
-    "KDBatch",
-    "KDDataLoader",
-    "MixSettings",
-    "ModelSettings",
-    "Shard",
-    "Source",
-    "Teacher",
-    "TeacherSettings",
-    "TrainTransform",
-    "__version__",
-    "build_engine",
-    "check",
-    "compare",
-    "evaluate",
-    "export_onnx",
-    "load_config",
-    "losses",
-    "open_model",
-    "open_source",
-    "open_teacher",
-    "predict",
-    "record",
-    "train",
-]
-
-__getattr__, __dir__ = lazy_exports(__name__, _HOMES)
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "kd_pipeline._core.version": ["__version__"],
+        "kd_pipeline.batch": ["KDBatch"],
+        "kd_pipeline.config": ["Config", "load_config"],
+        "kd_pipeline.data.mixing": ["MixSettings"],
+        "kd_pipeline.data.plan": ["Shard"],
+        "kd_pipeline.data.sources": ["Arrays", "Cifar", "FileList", "ImageFolder", "Source", "open_source"],
+        "kd_pipeline.data.transforms": ["EvalTransform", "TrainTransform"],
+        "kd_pipeline.evaluation": ["compare", "evaluate", "predict"],
+        "kd_pipeline.loader": ["KDDataLoader"],
+        "kd_pipeline.losses": ["losses"],
+        "kd_pipeline.losses.distillation": ["Distillation"],
+        "kd_pipeline.losses.settings": ["DistillSettings"],
+        "kd_pipeline.models": ["InputAdapter", "ModelSettings", "open_model"],
+        "kd_pipeline.onnx.export": ["export_onnx"],
+        "kd_pipeline.teachers.base": ["Teacher"],
+        "kd_pipeline.teachers.open": ["open_teacher"],
+        "kd_pipeline.teachers.recorded.recording": ["Recording"],
+        "kd_pipeline.teachers.settings": ["EnsembleSettings", "TeacherSettings"],
+        "kd_pipeline.teachers.tensorrt.build": ["build_engine"],
+        "kd_pipeline.teachers.tensorrt.settings": ["BuildSettings"],
+        "kd_pipeline.workflows": ["check", "record", "train"],
+    },
+)

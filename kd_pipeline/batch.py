@@ -1,4 +1,4 @@
-"""What the loader hands to the training loop."""
+"""The batch that the loader yields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,36 +12,34 @@ __all__ = ["KDBatch"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KDBatch:
-    """One batch; every row describes one sample, in all fields alike.
+    """One batch; row i of every field belongs to the same sample.
 
-    `images` is the very buffer that the teacher read: DALI's own or, where images are mixed, one of torch's. It stays
-    valid for as long as it is held, and nobody writes to it; whoever wants to change it in place clones it first.
+    `images` is the buffer that the teacher read: DALI's own, or torch's if images are mixed. It is not overwritten
+    while it is referenced. Clone it before changing it in place.
     """
 
     images: Tensor
-    """`[N, 3, H, W]`, float32 or float16, normalized as the transform says."""
+    """`[N, 3, H, W]`, float32 or float16, normalized by the transform."""
     labels: Tensor | None
     """`[N]` int64 class indices, `[N, K]` float32 weights after mixing, or None for unlabeled data."""
     index: Tensor
-    """`[N]` int64, position of the sample in its dataset."""
+    """`[N]` int64, index of the sample in the dataset."""
     valid: Tensor
-    """`[N]` bool; False for a row that must not count: padding, or a substitute for an unreadable image."""
+    """`[N]` bool; False for a row to ignore: padding, or the substitute for an unreadable image."""
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
-    """The teacher's outputs by name, `"logits"` `[N, K]` float32 always among them; empty without a teacher."""
+    """The teacher's outputs by name, always including `"logits"` `[N, K]` float32; empty without a teacher."""
 
     def to(self, device: torch.device | str) -> Self:
-        """This batch on `device`; itself where it is there already, which spares Lightning and accelerate a copy."""
+        """The batch on `device`; returns `self` if it is there already, as Lightning and accelerate expect."""
         if self.images.device == torch.device(device):
             return self
-        moved = {name: tensor.to(device) for name, tensor in self.teacher.items()}
-        labels = None if self.labels is None else self.labels.to(device)
         return replace(
             self,
             images=self.images.to(device),
-            labels=labels,
+            labels=None if self.labels is None else self.labels.to(device),
             index=self.index.to(device),
             valid=self.valid.to(device),
-            teacher=moved,
+            teacher={name: tensor.to(device) for name, tensor in self.teacher.items()},
         )
 
     def __len__(self) -> int:

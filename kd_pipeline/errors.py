@@ -1,17 +1,15 @@
-"""Everything that can go wrong, as one tree.
+"""The exceptions of kd_pipeline. Messages say what is wrong, where (file, key, sample, rank) and what to do.
 
-    KDPipelineError
-    ├── ConfigError             a setting, a config file or an override is wrong         (also a ValueError)
-    ├── MissingPackageError     an optional package is not installed                     (also an ImportError)
-    ├── DataError               a dataset is not what it claims to be
-    │   ├── BadSampleError      one sample cannot be read; names path, byte size, reason
-    │   └── TooManyBadSamplesError   more unreadable samples than `max_bad_fraction` allows
-    ├── TeacherError            a teacher cannot be opened, refuses its input or failed
-    │   └── EngineError         a TensorRT engine cannot be built, trusted, loaded or run
-    ├── ExportError             a model could not be exported to ONNX, or the file disagrees with the model
-    └── StateError              a saved position or checkpoint does not fit; names each field old → new
-
-Every message says what is wrong, where (file, key, sample, rank) and what to do about it.
+KDPipelineError
+├── ConfigError (also a ValueError)
+├── MissingPackageError (also an ImportError)
+├── DataError
+│   ├── BadSampleError
+│   └── TooManyBadSamplesError
+├── TeacherError
+│   └── EngineError
+├── ExportError
+└── StateError
 """
 
 from pathlib import Path
@@ -31,11 +29,11 @@ __all__ = [
 
 
 class KDPipelineError(Exception):
-    """Base of every error that kd_pipeline raises on purpose."""
+    """Base class of all exceptions that kd_pipeline raises on purpose."""
 
 
 class ConfigError(KDPipelineError, ValueError):
-    """A setting, a config file or an override is wrong."""
+    """A setting, a config file or an override is invalid."""
 
 
 class MissingPackageError(KDPipelineError, ImportError):
@@ -43,16 +41,16 @@ class MissingPackageError(KDPipelineError, ImportError):
 
 
 class DataError(KDPipelineError):
-    """A dataset is not what it claims to be: no such folder, an empty class, labels out of range."""
+    """A dataset is invalid: a missing folder, an empty class, labels out of range."""
 
 
 class BadSampleError(DataError):
     """One sample cannot be read.
 
     Attributes:
-        index: position of the sample in its dataset.
-        path: the file, or a description such as `images.npy[17]` for samples that are not files.
-        num_bytes: size of the file in bytes, or None where there is no such file.
+        index: index of the sample in the dataset.
+        path: the file, or a description such as `images.npy[17]` for a sample that is not a file.
+        num_bytes: size of the file in bytes, or None if it does not exist.
         reason: why it cannot be read, in one line.
     """
 
@@ -70,16 +68,16 @@ class TooManyBadSamplesError(DataError):
 
 
 class TeacherError(KDPipelineError):
-    """A teacher cannot be opened, refuses its input, failed, or is already closed."""
+    """A teacher cannot be opened, rejects its input, fails, or is already closed."""
 
 
 class EngineError(TeacherError):
-    """A TensorRT engine cannot be built, trusted, loaded or run; the message holds TensorRT's own text."""
+    """A TensorRT engine cannot be built, verified, loaded or run; the message holds TensorRT's own text."""
 
 
 class ExportError(KDPipelineError):
-    """A model could not be exported to ONNX, or the exported file disagrees with the model."""
+    """A model cannot be exported to ONNX, or the outputs of the exported file differ from the model's."""
 
 
 class StateError(KDPipelineError):
-    """A saved loader position or a checkpoint does not fit, cannot be read or cannot be written."""
+    """A saved loader state or a checkpoint does not match, cannot be read or cannot be written."""

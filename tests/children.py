@@ -1,4 +1,4 @@
-"""What processes do in tests: crash, hang, or say something else than what they were started for."""
+"""Functions for child processes: some crash, hang, or report something other than they should."""
 
 import ctypes
 import os
@@ -18,12 +18,12 @@ def hang(*arguments: str) -> None:
     time.sleep(600)
 
 
-def talk(*arguments: str) -> None:
+def report_garbage(*arguments: str) -> None:
     os.write(1, b"[nvimgcodec] \xff loaded\n")
     print("{}", file=open_report())
 
 
-def say_nothing(*arguments: str) -> None:
+def report_nothing(*arguments: str) -> None:
     open_report()
     print("a package prints this")
 
@@ -38,14 +38,14 @@ def echo(*arguments: str) -> None:
     print(*arguments, sep="\n", file=report)
 
 
-def _only_whole(misbehave):
+def _on_windows(misbehave):
     def child(decode: str, device: str, load: str) -> None:
         misbehave() if decode == "window" else report_trial(decode, "cpu", load)
 
     return child
 
 
-crash_on_windows, hang_on_windows, talk_on_windows = map(_only_whole, (crash, hang, talk))
+crash_on_windows, hang_on_windows, report_garbage_on_windows = map(_on_windows, (crash, hang, report_garbage))
 
 
 def decode_on_the_cpu(decode: str, device: str, load: str) -> None:

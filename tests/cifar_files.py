@@ -1,4 +1,4 @@
-"""CIFAR files as the authors write them, with a few random images instead of theirs."""
+"""CIFAR files in the authors' formats, with a few random images."""
 
 import tarfile
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 NUM_IMAGES = {"train": 50, "test": 10}
-"""To put in place of `kd_pipeline.data.sources.cifar._NUM_IMAGES`."""
+"""Replaces `kd_pipeline.data.sources.cifar._NUM_IMAGES`."""
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 FINE = [f"fine_{number}" for number in range(100)]
 COARSE = [f"coarse_{number}" for number in range(20)]
@@ -29,11 +29,11 @@ class Content(NamedTuple):
     images: np.ndarray
     """`[N, 32, 32, 3]`."""
     labels: dict[str, np.ndarray]
-    """By the name that the files have for them."""
+    """By the name that the files give them."""
 
 
 def content(dataset: str, split: str) -> Content:
-    """The same each time."""
+    """Random, but the same in every call."""
     rng = np.random.default_rng([len(dataset), len(split)])
     num = NUM_IMAGES[split]
     kinds = {"labels": 10} if dataset == "cifar10" else {"coarse_labels": 20, "fine_labels": 100}
@@ -42,7 +42,7 @@ def content(dataset: str, split: str) -> Content:
 
 
 def write(dataset: str, version: str, folder: Path) -> Path:
-    """All files of the dataset into `folder`."""
+    """Write all files of the dataset into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     end = ".bin" if version == "binary" else ""
     for split in ("train", "test"):
@@ -65,7 +65,7 @@ def write(dataset: str, version: str, folder: Path) -> Path:
 
 
 def batch(pixels: np.ndarray, labels: dict[str, Any]) -> dict[bytes, Any]:
-    """What a file of the Python version holds."""
+    """The content of a file of the Python version."""
     lists = {kind.encode(): list(map(int, values)) for kind, values in labels.items()}
     names = [b"image_%d.png" % number for number in range(len(pixels))]
     return {b"batch_label": b"a batch", **lists, b"data": pixels, b"filenames": names}
@@ -92,7 +92,7 @@ def meta() -> dict[bytes, Any]:
 
 
 def pack(folder: Path, archive: Path) -> Path:
-    """`folder` as a `.tar.gz`, with the files in an order that suits nobody."""
+    """Pack `folder` as a `.tar.gz`, with the files in reverse order."""
     with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
         tar.add(folder, folder.name, recursive=False)
         for path in sorted(folder.iterdir(), reverse=True):

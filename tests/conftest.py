@@ -1,4 +1,4 @@
-"""Real photographs, from the two that scikit-learn brings, and a small network as ONNX files."""
+"""Shared data: photographs made from the two in scikit-learn, exported networks, and a trained teacher."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from tests import runs
 from tests.networks import CLASSES as CLASS_NAMES
 from tests.networks import IMAGE_SHAPE, ConvNet
 
-# The tensors here are tiny: with more threads, torch's mostly wait for one another and for DALI's. The variable is for
+# The tensors are tiny: several threads of torch would mostly wait for each other and for DALI's. The variable is for
 # the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,11 +28,11 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 
 def unpinned() -> list[str]:
-    """Installed packages of another version than constraints.txt has."""
+    """Installed packages whose version is not that of constraints.txt."""
     found = []
     for name, wanted in re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE):
         try:
-            version = metadata.version(name).partition("+")[0]  # a build such as +cpu or +cu130 is no other version
+            version = metadata.version(name).partition("+")[0]  # not the build, such as +cpu or +cu130
         except metadata.PackageNotFoundError:
             continue
         if version != wanted:
@@ -41,16 +41,16 @@ def unpinned() -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In the pinned environment every warning is an error; in another, what others deprecate is their news."""
+    """Turn warnings into errors, but only with the pinned packages: newer ones may deprecate something."""
     if not config.getini("filterwarnings") and not unpinned():
         config.addinivalue_line("filterwarnings", "error")
 
 
 def pytest_report_header() -> str:
-    others = unpinned()
-    if not others:
-        return "warnings are errors: all packages are those of constraints.txt"
-    return f"warnings are shown: {len(others)} packages are not those of constraints.txt ({'; '.join(others[:5])})"
+    found = unpinned()
+    if not found:
+        return "warnings are errors: all packages match constraints.txt"
+    return f"warnings are not errors: {len(found)} packages differ from constraints.txt ({'; '.join(found[:5])})"
 
 
 NUM_PHOTOS = 37
@@ -59,7 +59,7 @@ CLASSES = ("flower", "roof", "sky")
 
 @pytest.fixture(scope="session")
 def photos() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A temple in China and a flower, `[427, 640, 3]` uint8 each; do not write to them."""
+    """A temple in China and a flower, `[427, 640, 3]` uint8 each; read only."""
     china, flower = load_sample_images().images
     for photo in (china, flower):
         photo.flags.writeable = False
@@ -68,7 +68,7 @@ def photos() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 @pytest.fixture(scope="session")
 def photo_folder(photos: tuple[NDArray[np.uint8], NDArray[np.uint8]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """37 JPEG and PNG photographs in three class folders, sides of 60 to 200 pixels, even and odd; do not change it."""
+    """37 JPEG and PNG photographs in three class folders, with sides of 60 to 200 pixels; read only."""
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(20)
     for number in range(NUM_PHOTOS):
@@ -83,7 +83,7 @@ def photo_folder(photos: tuple[NDArray[np.uint8], NDArray[np.uint8]], tmp_path_f
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """`exported(seed)` is the ONNX file of `ConvNet(seed)`; do not change it."""
+    """`exported(seed)` is the ONNX file of `ConvNet(seed)`; read only."""
     folder = tmp_path_factory.mktemp("exported")
 
     @cache
@@ -95,10 +95,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 
 @pytest.fixture(scope="session")
 def trained_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the teacher has been trained; do not change it."""
+    """A folder of a run whose teacher is trained; read only."""
     folder = tmp_path_factory.mktemp("trained_teacher")
     runs.write_data(folder)
     (folder / "tiny.yaml").write_text(runs.CONFIG, encoding="utf-8")
-    status, said = runs.finish(runs.start(folder, "stage=teacher"))
-    assert status == 0, said
+    status, output = runs.finish(runs.start(folder, "stage=teacher"))
+    assert status == 0, output
     return folder

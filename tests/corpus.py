@@ -1,4 +1,4 @@
-"""Files that cannot be read, and odd ones that can, made from a photograph."""
+"""Unreadable files, and odd but readable ones, made from a photograph."""
 
 import io
 import struct
@@ -20,11 +20,11 @@ BOMB_SIDE = 30_000
 
 @dataclass(frozen=True)
 class Broken:
-    """Something at a path that is no image."""
+    """An unreadable file."""
 
     name: str
     reason: str
-    """Words that the error must use."""
+    """Text that the error must contain."""
     put: Callable[[Path, Photo], object]
     """Writes it."""
 
@@ -34,12 +34,12 @@ class Broken:
 
 @dataclass(frozen=True)
 class Odd:
-    """An unusual file that is a good image."""
+    """An unusual but readable image file."""
 
     name: str
     encode: Callable[[Photo], bytes]
     shows: Callable[[Photo], Photo] = lambda photo: photo
-    """What the image is of the photograph."""
+    """The pixels that it shows."""
 
     def __str__(self) -> str:
         return self.name
@@ -59,7 +59,7 @@ def encoded(image: Photo | Image.Image, kind: str, **options: Any) -> bytes:
 
 
 def cut_in_half(path: Path) -> None:
-    """What is left of a file after a download that broke off."""
+    """Truncate a file, like an interrupted download."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -82,7 +82,7 @@ def _jpeg_that_claims(photo: Photo, height: int, width: int) -> bytes:
 
 
 def _png_bomb() -> bytes:
-    """A valid PNG of a few kilobytes that would be 2.7 GB of pixels."""
+    """A valid PNG of a few kilobytes with 2.7 GB of pixels."""
     row = bytes(1 + -(-BOMB_SIDE // 8))
     compressor = zlib.compressobj(9)
     pixels = b"".join([*(compressor.compress(row) for _ in range(BOMB_SIDE)), compressor.flush()])
@@ -96,7 +96,7 @@ def _png_that_claims(photo: Photo, height: int, width: int) -> bytes:
 
 
 def _bmp_of_15_bits(photo: Photo) -> bytes:
-    """Five bits for each color, which Pillow reads and DALI does not."""
+    """A BMP with five bits per color, which Pillow reads and DALI does not."""
     rows = photo[::-1, : photo.shape[1] // 2 * 2].astype(np.uint16) >> 3
     body = (rows[..., 0] << 10 | rows[..., 1] << 5 | rows[..., 2]).astype("<u2").tobytes()
     height, width, _ = rows.shape

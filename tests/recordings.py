@@ -10,7 +10,7 @@ from torch import nn
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.teachers.recorded.files import Manifest
+from kd_pipeline.teachers.recorded.files import RecordingManifest
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.networks import ConvNet
@@ -21,7 +21,7 @@ PLUGINS = [__name__]
 
 
 def net(num_classes: int = 3) -> nn.Module:
-    """Three logits and a feature map."""
+    """A network with three logits and a feature map."""
     found = ConvNet()
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -30,7 +30,7 @@ def net(num_classes: int = 3) -> nn.Module:
 
 
 def other_net() -> nn.Module:
-    """The same with other weights."""
+    """The same network with different weights."""
     found = net()
     with torch.no_grad():
         found.head.bias += 1
@@ -38,7 +38,7 @@ def other_net() -> nn.Module:
 
 
 def config(root: Path, **changes: Any) -> Config:
-    """A teacher on the photographs in `root`; `changes` are of `data`, of its split `train`, or whole keys."""
+    """A teacher on the photographs in `root`; `changes` replace keys of `data`, of `data.train` or of the config."""
     split = {"source": {"kind": "image_folder", "root": root}, "transform": TRAIN.model_dump(), "last_batch": "keep"}
     data: dict[str, Any] = {"batch_size": 8, "num_threads": 1, "device": "cpu"}
     found: dict[str, Any] = {
@@ -57,35 +57,34 @@ def config(root: Path, **changes: Any) -> Config:
 
 
 def recorded(root: Path, out: Path, *, kept: Mapping[str, Any] | None = None, **changes: Any) -> Path:
-    """Record it into `out`."""
+    """Record the config into `out`."""
     return record(config(root, **changes), RecordSettings(out=out, **(kept or {})), plugins=PLUGINS)
 
 
 def live(root: Path, num_epochs: int = NUM_EPOCHS, **changes: Any) -> list[Fields]:
-    """What the teacher itself answers."""
+    """Batches with the outputs of the live teacher."""
     described = config(root, **changes)
     teacher = open_run_teacher(described, plugins=PLUGINS)
-    untaught = described.model_copy(update={"teacher": None})
-    with KDDataLoader.from_config(untaught, teacher=teacher) as loader:
+    with KDDataLoader.from_config(described, teacher=teacher) as loader:
         return run(loader, num_epochs)
 
 
 def replaying(
     root: Path, recording: Path, *, shard: Shard | None = None, verify: int = 5, **changes: Any
 ) -> KDDataLoader:
-    """A loader that replays."""
+    """A loader that replays a recording."""
     return KDDataLoader.from_config(config(root, teacher={"path": recording, "verify": verify}, **changes), shard=shard)
 
 
 def replayed(root: Path, recording: Path, num_epochs: int = NUM_EPOCHS, **options: Any) -> list[Fields]:
-    """What a recording answers."""
+    """Batches with the outputs of a recording."""
     with replaying(root, recording, **options) as loader:
         return run(loader, num_epochs)
 
 
 def edit(recording: Path, **changes: Any) -> None:
-    """Write other values into the manifest; `stream__dali="1"` one within another."""
-    manifest = Manifest.load(recording)
+    """Change values in the manifest; `stream__dali="1"` changes a nested one."""
+    manifest = RecordingManifest.load(recording)
     stream = dict(manifest.stream)
     for name in [name for name in changes if name.startswith("stream__")]:
         stream[name.removeprefix("stream__")] = changes.pop(name)

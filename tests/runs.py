@@ -1,4 +1,4 @@
-"""A run small enough to be started many times: digits, a tiny teacher and a tinier student."""
+"""Runs of `kd-pipeline train` as a command, small enough to be started many times: a tiny teacher, a tinier student."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def write_data(folder: Path) -> None:
 
 
 def start(folder: Path, *arguments: str, ranks: int = 1) -> "subprocess.Popen[str]":
-    """`kd-pipeline train -c tiny.yaml ...` in `folder`, by torchrun where there are several ranks."""
+    """Start `kd-pipeline train -c tiny.yaml ...` in `folder`, under torchrun if there are several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--log-dir", "torchrun", "--nproc-per-node", str(ranks), "-m"]
     launcher = ["-m"] if ranks == 1 else torchrun
     return subprocess.Popen(
@@ -48,6 +48,6 @@ def start(folder: Path, *arguments: str, ranks: int = 1) -> "subprocess.Popen[st
 
 
 def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Its exit status, and all that it said."""
+    """Wait for the exit status and the output."""
     output, error = process.communicate(timeout=300)
     return process.returncode, output + error

@@ -1,4 +1,4 @@
-"""Streams of batches: run to the end, and compared bit by bit."""
+"""Run streams of batches, and compare them bit by bit."""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,12 +19,12 @@ SIZE = IMAGE_SHAPE[1]
 TRAIN = TrainTransform(
     size=SIZE, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2, blur=0.5, erase=0.5
 )
-"""Every random op there is."""
+"""All random ops."""
 EVAL = EvalTransform(size=SIZE)
 
 
 def conv_teacher(seed: int = 0) -> Teacher:
-    """`ConvNet(seed)`, ten logits, on PyTorch."""
+    """`ConvNet(seed)` with ten logits, in PyTorch."""
     return PyTorchTeacher(ConvNet(seed), image_shape=IMAGE_SHAPE)
 
 
@@ -34,24 +34,24 @@ def fields(batch: KDBatch) -> Fields:
 
 
 def run(loader: KDDataLoader, num_epochs: int = 3) -> list[Fields]:
-    """What is left of the first `num_epochs` epochs."""
+    """The remaining batches of the first `num_epochs` epochs."""
     return [fields(batch) for _ in range(loader.epoch, num_epochs) for batch in loader]
 
 
 def rows(batches: Iterable[Fields]) -> list[Fields]:
-    """The same stream sample by sample."""
+    """The same stream, sample by sample."""
     return [
         {name: tensor[row] for name, tensor in batch.items()} for batch in batches for row in range(len(batch["index"]))
     ]
 
 
 def global_rows(ranks: Sequence[Sequence[Fields]]) -> list[Fields]:
-    """The streams of all ranks as one, sample by sample in the order of the epochs."""
+    """The streams of all ranks merged, sample by sample in the order of the epochs."""
     return rows(batch for batches in zip(*ranks, strict=True) for batch in batches)
 
 
 def assert_same(found: Sequence[Fields], wanted: Sequence[Fields]) -> None:
-    """Equally many, and all tensors equal to the last bit."""
+    """Equal length, and all tensors equal to the last bit."""
     assert len(found) == len(wanted)
     for number, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
         assert ours.keys() == theirs.keys()

@@ -1,4 +1,4 @@
-"""Importing is silent and light, and works with nothing optional installed."""
+"""Imports print nothing, are fast, and need no optional package."""
 
 import importlib
 import pkgutil
@@ -27,14 +27,16 @@ MODULES = [
         if not module.name.endswith("__main__")
     ),
 ]
-ON_LIGHTNING = {f"kd_pipeline.training.{name}" for name in ("loggers", "metrics_csv", "module")} | {
-    "kd_pipeline.workflows._train"
+NEEDS_LIGHTNING = {"kd_pipeline.workflows._train"} | {
+    f"kd_pipeline.training.{name}"
+    for name in ("checkpoint_callback", "early_stopping", "loggers", "metrics_csv", "module", "signals", "trainer")
 }
-"""Modules whose classes are Lightning's, so that they cannot be there without it."""
+"""Modules with subclasses of Lightning's classes."""
 OPTIONAL = {
     "comet_ml",
     "cuda",
     "lightning",
+    "matplotlib",
     "mlflow",
     "nvidia",
     "onnx",
@@ -72,7 +74,7 @@ for name in sys.argv[2].split(","):
 
 
 def run_python(code: str, *arguments: str) -> str:
-    """What a fresh interpreter prints, to both streams."""
+    """Everything that a new interpreter prints."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *arguments],
         cwd=Path(kd_pipeline.__file__).parent.parent,
@@ -85,29 +87,29 @@ def run_python(code: str, *arguments: str) -> str:
 
 
 def loaded_after(statement: str, modules: set[str]) -> str:
-    """Which of the modules a statement loads, and whatever it prints."""
+    """Which of `modules` a statement loads, and anything that it prints."""
     return run_python(f"{statement}\nimport sys\nprint(*sorted({modules} & set(sys.modules)))").strip()
 
 
-def test_importing_the_package_is_silent_and_loads_nothing_heavy():
+def test_import_is_light():
     assert loaded_after("import kd_pipeline", OPTIONAL | {"torch", "numpy", "pydantic", "PIL", "yaml"}) == ""
 
 
-def test_looking_up_every_public_name_is_silent_and_loads_nothing_optional():
-    """`nvidia` alone is torch's: its own libraries are there."""
-    names = sorted(set(kd_pipeline.__all__) - {"train"})  # which is Lightning's
+def test_public_names_load_nothing_optional():
+    """`nvidia` and `cuda` do not count: torch installs its own libraries there."""
+    names = sorted(set(kd_pipeline.__all__) - {"train"})  # needs Lightning
     statement = f"import kd_pipeline\nfor name in {names}: getattr(kd_pipeline, name)"
     assert loaded_after(statement, OPTIONAL - {"nvidia", "cuda"} | {"nvidia.dali", "torch"}) == "torch"
 
 
-def test_every_module_imports_silently_with_nothing_optional_installed():
+def test_every_module_imports_without_optional_packages():
     assert len(MODULES) > 20
-    modules = [name for name in MODULES if name not in ON_LIGHTNING]
+    modules = [name for name in MODULES if name not in NEEDS_LIGHTNING]
     assert run_python(WITHOUT, ",".join(OPTIONAL), ",".join(modules)) == ""
 
 
-@pytest.mark.parametrize("name", sorted(ON_LIGHTNING))
-def test_a_module_that_stands_on_lightning_says_what_to_type_without_it(name):
+@pytest.mark.parametrize("name", sorted(NEEDS_LIGHTNING))
+def test_missing_lightning(name):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, "lightning", name],
         cwd=Path(kd_pipeline.__file__).parent.parent,
@@ -119,7 +121,7 @@ def test_a_module_that_stands_on_lightning_says_what_to_type_without_it(name):
     assert re.search(r"MissingPackageError: lightning\S* is needed .* pip install 'kd_pipeline\[train\]'", done.stderr)
 
 
-def test_every_public_name_resolves_and_dir_shows_it():
+def test_public_names_resolve():
     for name in set(kd_pipeline.__all__) - {"__version__"}:
         assert getattr(kd_pipeline, name).__name__.rpartition(".")[2] == name
     assert set(kd_pipeline.__all__) <= set(dir(kd_pipeline))
@@ -128,8 +130,8 @@ def test_every_public_name_resolves_and_dir_shows_it():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_what_a_module_exports_is_there_and_sorted(name):
-    """Constants, then classes, then functions, as ruff sorts `__all__`."""
+def test_exports_exist_and_are_sorted(name):
+    """In the order of ruff's RUF022: constants, classes, functions."""
     module = importlib.import_module(name)
     exported = list(getattr(module, "__all__", []))
 
@@ -155,7 +157,7 @@ MISSING = {
 
 
 @pytest.mark.parametrize("package", MISSING)
-def test_using_what_is_not_installed_says_what_to_type(monkeypatch, package):
+def test_missing_package(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=rf"^{package} is needed .* pip install 'kd_pipeline\[cpu\]'$"):
         MISSING[package]()

@@ -73,7 +73,7 @@ DOCS = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_files_and_tests_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for path in re.findall(r"`([a-z_]+(?:/\w+)*(?:\.py|/))`", text):
+    for path in re.findall(r"`([a-z_]+(?:/\w+)*\.py)`", text):
         assert (REPOSITORY / "kd_pipeline" / path).exists() or (REPOSITORY / path).exists(), path
     for path, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)", text):
         assert f"def {test}(" in (REPOSITORY / path).read_text(encoding="utf-8"), f"{path}::{test}"

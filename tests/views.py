@@ -1,4 +1,4 @@
-"""What a transform makes of images, straight from the graph."""
+"""Render transformed images with a DALI graph alone."""
 
 import itertools
 import os
@@ -9,18 +9,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.dali import DecodeWay, Graph, GraphSettings, Probe, Samples
+from kd_pipeline.data.dali import DecodeMode, FileChecker, Graph, GraphInput, GraphSettings
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
 
 PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
-"""Settings that leave pixels on their scale from 0 to 255."""
+"""Settings that keep pixels on the scale from 0 to 255."""
 
 
 def graph_settings(
-    max_batch: int, *, max_pixels: int = 10**7, prefetch: int = 1, decode: DecodeWay = "window"
+    max_batch: int, *, max_pixels: int = 10**7, prefetch: int = 1, decode: DecodeMode = "window"
 ) -> GraphSettings:
-    """For a graph on the CPU."""
+    """Settings of a graph on the CPU."""
     return GraphSettings(
         max_batch=max_batch,
         device_id=None,
@@ -36,12 +36,12 @@ def samples_of(
     transform: TrainTransform | EvalTransform,
     images: Sequence[Path] | NDArray[np.uint8],
     draws: NDArray[np.float32] | None = None,
-) -> Samples:
-    """Files, or pixels `[N, H, W, 3]`, as the samples 0 to N - 1; `draws` are those of epoch 0 where left out."""
+) -> GraphInput:
+    """Files or pixels `[N, H, W, 3]` as the samples 0 to N - 1; `draws` defaults to those of epoch 0."""
     index = np.arange(len(images))
     if draws is None:
         draws = uniforms(index, seed=0, epoch=0, count=transform.num_draws)
-    return Samples(
+    return GraphInput(
         index=index,
         data=images if isinstance(images, np.ndarray) else _padded(images),
         crop=transform.crop.parameters(draws.astype(np.float64)),
@@ -50,13 +50,13 @@ def samples_of(
 
 
 def open_graph(
-    samples: Iterator[Samples],
+    inputs: Iterator[GraphInput],
     stores: Literal["files", "pixels"],
     transform: TrainTransform | EvalTransform,
     settings: GraphSettings,
 ) -> Graph:
-    """A graph that knows nothing yet about the files."""
-    return Graph(samples, stores, transform, settings, Probe(settings))
+    """A graph with a new `FileChecker`."""
+    return Graph(inputs, stores, transform, settings, FileChecker(settings))
 
 
 def render(
@@ -65,9 +65,9 @@ def render(
     draws: NDArray[np.float32] | None = None,
     *,
     max_pixels: int = 10**7,
-    decode: DecodeWay = "window",
+    decode: DecodeMode = "window",
 ) -> NDArray[np.floating]:
-    """The batch that the graph makes of the images, `[N, 3, size, size]`."""
+    """The transformed images, `[N, 3, size, size]`."""
     samples = itertools.repeat(samples_of(transform, images, draws))
     settings = graph_settings(len(images), max_pixels=max_pixels, decode=decode)
     graph = open_graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)

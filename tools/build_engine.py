@@ -1,4 +1,4 @@
-"""Build a TensorRT engine from an ONNX file or a model by name; the same as `kd-pipeline build-engine`.
+"""Build a TensorRT engine from an ONNX file or a model by name, like `kd-pipeline build-engine`.
 
 python tools/build_engine.py --onnx teacher.onnx --precision fp16
 """
@@ -6,7 +6,7 @@ python tools/build_engine.py --onnx teacher.onnx --precision fp16
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 from kd_pipeline.cli import main
 

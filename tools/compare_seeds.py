@@ -1,8 +1,8 @@
-"""Train the student of a config alone and distilled, with several seeds, and write a table of validation accuracies.
+"""Train the student of a config alone and distilled with several seeds, and write a table of validation accuracies.
 
     python tools/compare_seeds.py configs/digits_all_stages.yaml results.md 1 2 3
 
-The teacher is trained once for each seed.
+The teacher is also trained once for each seed.
 """
 
 import statistics
@@ -16,13 +16,13 @@ STAGES = ("teacher", "baseline", "distill")
 
 
 def main(config: str, out: str, *seeds: str) -> None:
-    """Run every stage for every seed, each in a folder of its own below the config's `run_dir`."""
+    """Run every stage for every seed, each in its own folder below the config's `run_dir`."""
     run_dir = load_config(config).run_dir
     top1: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for seed in seeds:
         for stage in STAGES:
             overrides = [f"seed={seed}", f"run_dir={run_dir}/seed_{seed}", f"stage={stage}"]
-            found = train(load_config(config, overrides)).figures["val"].top1
+            found = train(load_config(config, overrides)).evaluations["val"].top1
             assert found is not None
             top1[stage].append(found)
     lines = [
@@ -31,7 +31,7 @@ def main(config: str, out: str, *seeds: str) -> None:
         f"| top-1 on val | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | standard deviation |",
         "|---|" + "---|" * (len(seeds) + 2),
         *(
-            f"| {stage} | {' | '.join(f'{each:.1%}' for each in found)} | {statistics.mean(found):.1%} | "
+            f"| {stage} | {' | '.join(f'{value:.1%}' for value in found)} | {statistics.mean(found):.1%} | "
             f"{statistics.stdev(found) if len(found) > 1 else 0:.1%} |"
             for stage, found in top1.items()
         ),

@@ -1,8 +1,8 @@
-"""A distillation loop to copy: train a student on what KDDataLoader hands out, with or without a teacher.
+"""A distillation loop to copy: train a student on the batches of KDDataLoader, with or without a teacher.
 
     python tools/distill.py configs/digits.yaml train.epochs=3
 
-needs the teacher that the config names; `kd-pipeline demo` makes the one of configs/digits.yaml.
+needs the teacher that the config names; `kd-pipeline demo` trains the one of configs/digits.yaml.
 """
 
 import sys
@@ -17,7 +17,7 @@ from kd_pipeline.models.resnet import small_resnet
 
 
 def loss_of(logits: Tensor, batch, distill: DistillSettings) -> Tensor:
-    """Cross-entropy with the labels; with a teacher, weighed against the distance to its soft targets."""
+    """Cross-entropy with the labels and, with a teacher, the weighted distance to its soft targets."""
     task = losses.task(logits, batch.labels, valid=batch.valid)
     if not batch.teacher:
         return task
@@ -33,7 +33,7 @@ def fit(
     distill: DistillSettings,
     on_step: Callable[[int, Tensor], None] = lambda num_images, loss: None,
 ) -> None:
-    """Train the student in place; `on_step` hears the number of images and the loss, still on its device."""
+    """Train the student in place; `on_step` receives the number of images and the loss, still on its device."""
     lr, num_steps = train.optimizer.lr, train.epochs * len(loader)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
@@ -50,21 +50,21 @@ def fit(
 
 @torch.no_grad()
 def evaluate(student: nn.Module, loader: KDDataLoader) -> tuple[float, float | None]:
-    """Top-1 accuracy on the labels and, where the loader has a teacher, agreement with its top-1; from 0 to 1."""
+    """Return top-1 accuracy and, if the loader has a teacher, agreement with its top-1; both from 0 to 1."""
     student.eval()
-    num_right = num_agreed = num_images = torch.zeros((), device=loader.device)
+    num_correct = num_agreed = num_images = torch.zeros((), device=loader.device)
     for batch in loader:
         predicted = student(batch.images).argmax(dim=1)
         num_images = num_images + batch.valid.sum()
-        num_right = num_right + (predicted.eq(batch.labels) & batch.valid).sum()
+        num_correct = num_correct + (predicted.eq(batch.labels) & batch.valid).sum()
         if batch.teacher:
             num_agreed = num_agreed + (predicted.eq(batch.teacher["logits"].argmax(dim=1)) & batch.valid).sum()
     agreement = float(num_agreed / num_images) if loader.teacher else None
-    return float(num_right / num_images), agreement
+    return float(num_correct / num_images), agreement
 
 
 def main(path: str, *overrides: str) -> None:
-    """Distil the small student that the config at `path` describes, and print how it does."""
+    """Train a small student with the config at `path`, and print its accuracy."""
     config = load_config(path, overrides)
     torch.manual_seed(config.seed)
     with KDDataLoader.from_config(config, "train") as train:

@@ -1,11 +1,11 @@
-"""Run everything that only a GPU can show, most valuable first, and keep each result as soon as it is there.
+"""Run everything that needs a GPU, most valuable first, and save each result immediately.
 
-    python tools/gpu_check.py                          # what `make gpu` does once the environment is set up
-    python tools/gpu_check.py --limit-s 480 --out DIR  # within eight minutes; later stages get what time is left
-    python tools/gpu_check.py --device cpu             # tries the stages themselves on a machine without a GPU
+    python tools/gpu_check.py                          # what `make gpu` runs once the environment is set up
+    python tools/gpu_check.py --limit-s 480 --out DIR  # within eight minutes; later stages get the remaining time
+    python tools/gpu_check.py --device cpu             # check the stages themselves on a machine without a GPU
 
-Each stage is a process of its own with a time limit; whatever becomes of it, the next one runs. Everything that a stage
-prints is in `<stage>.log`, its result beside it, and the table of all stages in `summary.json`.
+Each stage is a separate process with a time limit; however it ends, the next one runs. `<stage>.log` has everything
+that a stage prints, with its result next to it, and `summary.json` the table of all stages.
 """
 
 import argparse
@@ -21,32 +21,32 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-# Only what needs no package: `make gpu` looks for a GPU before there is an environment.
+# Only modules that need no package: `make gpu` looks for a GPU before it sets up the environment.
 from kd_pipeline._core.child_process import kill_session
-from kd_pipeline._core.nvidia_driver import Driver, ask_driver
+from kd_pipeline._core.nvidia_driver import Driver, query_driver
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAST_S = 5.0
-"""A stage that has less than this left is not begun."""
+MIN_S = 5.0
+"""A stage with less time left than this is not started."""
 PHOTOGRAPHS = Path("data/photographs")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process, and how to read its result in a line."""
+    """One process, and how to summarize its result in a line."""
 
     name: str
     command: Sequence[str]
     limit_s: float
     summarize: Callable[[Path], str] = lambda out: ""
-    """Reads what the stage has left in the folder of results, also where it was stopped."""
+    """Reads what the stage wrote to the results folder, even if it was stopped."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage."""
+    """How a stage ended."""
 
     name: str
     status: str
@@ -56,12 +56,12 @@ class Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the stages; return 0 where all of them ended well."""
+    """Run the stages; return 0 if all of them succeeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--look", action="store_true", help="only look whether there is a GPU that can be used")
-    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/<name of the GPU> if left out")
+    parser.add_argument("--look", action="store_true", help="only look for a usable GPU")
+    parser.add_argument("--out", type=Path, help="results folder; default: benchmarks/<name of the GPU>")
     parser.add_argument("--limit-s", type=float, default=1800.0, help="seconds for all stages together")
-    parser.add_argument("--stages", nargs="+", metavar="NAME", help="some of them, in their own order")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="some of them; their order stays")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parsed = parser.parse_args(arguments)
     name = "cpu"
@@ -86,66 +86,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def find_gpu() -> tuple[Driver | None, str]:
-    """The driver where it has a GPU for this library's packages, or why it has none."""
+    """The driver, or the reason why there is no GPU for this library's packages."""
     try:
-        driver = ask_driver()
+        driver = query_driver()
     except OSError:
-        return None, "there is no driver here"
+        return None, "no driver is installed"
     except RuntimeError as exc:
-        return None, f"the driver says {exc}"
+        return None, f"the driver reports {exc}"
     if not driver.gpus:
-        return None, "the driver has no GPU for this process (CUDA_VISIBLE_DEVICES?)"
+        return None, "the driver shows no GPU to this process (CUDA_VISIBLE_DEVICES?)"
     if int(driver.cuda.partition(".")[0]) < 13:
-        return None, f"this one serves CUDA {driver.cuda}"
+        return None, f"this driver supports CUDA {driver.cuda}"
     return driver, ""
 
 
 def all_stages(device: str, out: Path) -> list[Stage]:
-    """Most valuable first. On a CPU they are short: there it is the stages themselves that are tried."""
-    on_gpu, this = device == "cuda", [sys.executable, str(Path(__file__).resolve()), "--run"]
-    pytest = [sys.executable, "-m", "pytest", "-k", "gpu or cuda", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
+    """Most valuable first; short on a CPU, where only the stages themselves are checked."""
+    python, on_gpu = [sys.executable, "-m"], device == "cuda"
+    this = [sys.executable, str(Path(__file__).resolve()), "--run"]
+    pytest = [*python, "pytest", "-k", "gpu or cuda", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
     if find_spec("xdist"):
-        pytest += ["-n", "3"]  # where a crash costs one test
+        pytest += ["-n", "3"]  # a crash costs only one test
     if find_spec("pytest_timeout"):
         pytest += ["--timeout", "90"]
     tests = ["tests/gpu", "tests/teachers/test_contract.py", "tests/teachers/test_ensemble.py"]
 
-    def bench(subject: str, *options: str) -> Stage:
-        name = f"bench_{subject}"
+    def bench(name: str, *command: str) -> Stage:
         where = ["--root", str(PHOTOGRAPHS), "--device", device, "--out", str(out / f"{name}.json")]
-        command = [sys.executable, "-m", "kd_pipeline", "bench", subject, *where, *options]
-        return Stage(name, command, 300, read_rates(name))
+        return Stage(name, [*python, *command, *where], 300, read_rates(name))
 
     loader, step, teacher = (
         ("--batch-size 256 --num-batches 16 --repeats 5 --hw-decoder-load 0 0.65 1", "--batch 64", "--batch-sizes 64")
         if on_gpu
         else ("--batch-size 8 --num-batches 2 --repeats 1", "--batch 4 --size 64", "--batch-sizes 2 --repeats 1")
     )
+    rows = "--rows c f --num-steps 6 --repeats 3 --precision bf16"
     return [
         Stage("environment", [*this, "environment", str(out)], 60, last_line("environment")),
         Stage("decode", [*this, "decode", str(out), device], 120, read_decode),
         Stage("doctor", [*this, "doctor", str(out)], 240, read_doctor),
         Stage("tests", [*pytest, "--junitxml", str(out / "tests.xml"), *tests], 420, last_line("tests")),
         Stage("photographs", [*this, "photographs", str(out), "2000" if on_gpu else "40"], 240),
-        bench("loader", "--decode", "window", "full", *loader.split()),
-        bench(
-            "step", *["--rows", "c", "f", "--num-steps", "6", "--repeats", "3", "--precision", "bf16"], *step.split()
-        ),
-        bench("teacher", *teacher.split()),
+        bench("bench_loader", "benchmarks.loader", "--decode", "window", "full", *loader.split()),
+        bench("bench_step", "kd_pipeline", "bench", "step", *rows.split(), *step.split()),
+        bench("bench_teacher", "kd_pipeline", "bench", "teacher", *teacher.split()),
     ]
 
 
 def run_stages(stages: Sequence[Stage], out: Path, *, limit_s: float, root: Path) -> list[Outcome]:
-    """One after the other, none longer than its own limit and what is left of `limit_s`."""
+    """Run one after the other, none longer than its own limit and what is left of `limit_s`."""
     outcomes: list[Outcome] = []
     ends = time.monotonic() + limit_s
     for stage in stages:
         most_s = min(stage.limit_s, ends - time.monotonic())
         print(f"{stage.name}: at most {max(most_s, 0):.0f} s", flush=True)
-        status, seconds = ("no time left", 0.0) if most_s < LEAST_S else run_stage(stage, out, most_s, root)
+        status, seconds = ("no time left", 0.0) if most_s < MIN_S else run_stage(stage, out, most_s, root)
         try:
             summary = stage.summarize(out)
-        except Exception as exc:  # a result that was cut off, or none
+        except Exception as exc:  # the result is incomplete or missing
             summary = f"no result ({type(exc).__name__}); see {stage.name}.log"
         outcomes.append(Outcome(stage.name, status, round(seconds, 1), summary))
         print(f"{stage.name}: {status}, {seconds:.0f} s; {summary}", flush=True)
@@ -154,14 +152,14 @@ def run_stages(stages: Sequence[Stage], out: Path, *, limit_s: float, root: Path
 
 
 def run_stage(stage: Stage, out: Path, most_s: float, root: Path) -> tuple[str, float]:
-    """How the stage ended, and after how many seconds."""
+    """Run a stage; return how it ended, and after how many seconds."""
     started = time.monotonic()
     with (out / f"{stage.name}.log").open("wb") as log:
         log.write(f"$ {' '.join(stage.command)}\n".encode())
         log.flush()
         process = subprocess.Popen(
             stage.command, cwd=root, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that what it has started goes with it
+            start_new_session=True,  # its children end with it
         )  # fmt: skip
         try:
             status = describe(process.wait(most_s))
@@ -180,7 +178,7 @@ def describe(status: int) -> str:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A line for each stage."""
+    """Plain text, a line for each stage."""
     rows = [("stage", "status", "seconds", "result")]
     rows += [(each.name, each.status, f"{each.seconds:.0f}", each.summary) for each in outcomes]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -190,11 +188,11 @@ def table(outcomes: Sequence[Outcome]) -> str:
     )
 
 
-# What the stages do that are no command of the library, each in its own process
+# Stages that are not commands of the library, each in its own process
 
 
 def run_environment(out: str) -> int:
-    """Versions of the machine and of every installed package."""
+    """Save the versions of the machine and of every installed package."""
     from importlib import metadata
 
     import torch
@@ -215,16 +213,16 @@ def run_environment(out: str) -> int:
 
 
 def run_decode(out: str, device: str) -> int:
-    """Every way to decode, all at once, each in a process of its own; a line of JSON as soon as one is through."""
+    """Try every decode mode, all at once, each in its own process; write a line of JSON as soon as one is done."""
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     from kd_pipeline.data.decode_trial import try_decoding
 
     gpu = 0 if device == "cuda" else None
-    ways = [(load, way) for load in ((0.0, 0.65, 1.0) if device == "cuda" else (0.0,)) for way in ("window", "full")]
-    with ThreadPoolExecutor(len(ways)) as pool, Path(out, "decode.jsonl").open("w") as file:
+    modes = [(load, mode) for load in ((0.0, 0.65, 1.0) if device == "cuda" else (0.0,)) for mode in ("window", "full")]
+    with ThreadPoolExecutor(len(modes)) as pool, Path(out, "decode.jsonl").open("w") as file:
         trials = [
-            pool.submit(try_decoding, way, device_id=gpu, hw_decoder_load=load, timeout_s=90) for load, way in ways
+            pool.submit(try_decoding, mode, device_id=gpu, hw_decoder_load=load, timeout_s=90) for load, mode in modes
         ]
         found = []
         for trial in as_completed(trials):
@@ -235,7 +233,7 @@ def run_decode(out: str, device: str) -> int:
 
 
 def run_doctor(out: str) -> int:
-    """The doctor's report, for people in the log and for programs in a file."""
+    """Save the doctor's report, as text in the log and as JSON in a file."""
     from kd_pipeline.workflows.doctor import diagnose
 
     report = diagnose()
@@ -245,7 +243,7 @@ def run_doctor(out: str) -> int:
 
 
 def run_photographs(out: str, num_files: str) -> int:
-    """The JPEG files that the benchmarks read."""
+    """Make the JPEG files that the benchmarks read."""
     from kd_pipeline.bench.photographs import make_photographs
 
     make_photographs(PHOTOGRAPHS, num_files=int(num_files))
@@ -254,25 +252,25 @@ def run_photographs(out: str, num_files: str) -> int:
 
 RUN = {"environment": run_environment, "decode": run_decode, "doctor": run_doctor, "photographs": run_photographs}
 
-# One line of each result
+# One line for each result
 
 
 def last_line(name: str) -> Callable[[Path], str]:
-    """What the stage said last."""
+    """The last line that the stage printed."""
     return lambda out: (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1][:200]
 
 
 def read_decode(out: Path) -> str:
-    """Which ways work."""
+    """Which decode modes work."""
     trials = [json.loads(line) for line in (out / "decode.jsonl").read_text().splitlines()]
-    ways = [f"{each['decode']} at load {each['hw_decoder_load']:g}" for each in trials if each["works"]]
-    return f"{len(ways)} of {len(trials)} ways are right: {', '.join(sorted(ways)) or 'none'}"
+    modes = [f"{each['decode']} at load {each['hw_decoder_load']:g}" for each in trials if each["works"]]
+    return f"{len(modes)} of {len(trials)} decode modes work: {', '.join(sorted(modes)) or 'none'}"
 
 
 def read_doctor(out: Path) -> str:
-    """What `auto` takes."""
-    abilities = json.loads((out / "doctor.json").read_text())["abilities"]
-    return "; ".join(f"{each['name']} {each['detail']}" for each in abilities if each["kind"] == "setting")[:200]
+    """What `auto` chooses."""
+    found = json.loads((out / "doctor.json").read_text())["capabilities"]
+    return "; ".join(f"{each['name']} {each['detail']}" for each in found if each["kind"] == "setting")[:200]
 
 
 def read_rates(name: str) -> Callable[[Path], str]:

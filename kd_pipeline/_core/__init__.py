@@ -1,1 +1,1 @@
-"""Plumbing that every package uses; nothing here is public."""
+"""Private utilities that every package uses."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the right to write one."""
+"""Atomic file writes, and a lock that allows one writer at a time."""
 
 import fcntl
 import os
@@ -8,44 +8,44 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-__all__ = ["locked", "whole_file", "write_whole"]
+__all__ = ["atomic_file", "locked", "write_atomic"]
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` at the end: whoever reads there finds the old or the new one.
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file that replaces `path` when the `with` ends; readers see the old content or the new, never a part.
 
-    It lies in the same folder, where a rename is atomic (TMPDIR may be on another disk), and its bytes reach the disk
-    before its name does. After an error there is only the old one. A process that is killed may leave `.NAME.*.tmp`.
+    It is in the folder of `path`, because a rename is atomic only within one disk, and its bytes reach the disk before
+    its name does. After an error `path` is unchanged. A process that is killed may leave `.NAME.*.tmp`.
     """
-    # Not the number of the process, which containers that share a folder have alike.
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    # A UUID and no process ID: containers that share a folder may have equal ones.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        with unfinished.open("xb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(temporary, path)
     finally:
         with suppress(OSError):
-            unfinished.unlink()
+            temporary.unlink()
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write the bytes, or the text in UTF-8, as the file `path`, whole or not at all."""
-    with whole_file(path) as file:
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write bytes, or text as UTF-8, to `path` as `atomic_file` does."""
+    with atomic_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], object]) -> Iterator[None]:
-    """Hold the right to write `path`; a process that dies gives it back. `on_wait` is called where another holds it.
+    """Hold the exclusive lock for writing `path`; the kernel releases it if the process dies.
 
-    The lock file stays: if the last holder deleted it, one waiting for the old file and one opening a new file of the
-    same name would both go on.
+    `on_wait` is called once if another process holds the lock. The lock file is never deleted: a process that waits
+    for the deleted file and one that creates it again would both hold a lock.
     """
     lock = path.with_name(f".{path.name}.lock")
-    # Not through a symlink, with which another user could have us touch a file of ours.
+    # O_NOFOLLOW: another user could point a symlink at one of our files.
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:

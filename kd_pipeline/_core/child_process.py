@@ -1,4 +1,4 @@
-"""A function of this library in a Python of its own: whether it crashes, hangs or raises, its caller learns why."""
+"""Run a function in a child process, and report how it ended: a result, an exception, a crash or a timeout."""
 
 import os
 import signal
@@ -12,25 +12,25 @@ from typing import TextIO
 __all__ = ["ChildResult", "kill_session", "open_report", "run_child"]
 
 _GRACE_S = 5.0
-"""How long a killed child may take to disappear; one that waits for a hung driver never does."""
+"""How long to wait for a killed child; one that is stuck in a driver call never exits."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChildResult:
-    """What a child reported, and how it ended."""
+    """What a child process reported, and how it ended."""
 
     lines: Sequence[str]
-    """What it wrote to `open_report()`; possibly less than it had to say where `failure` is not empty."""
+    """Lines written to `open_report()`; may be incomplete if `failure` is not empty."""
     failure: str
-    """Why it ended early, such as `crashed with SIGSEGV`; empty after exit status 0."""
+    """Why it ended early, such as `crashed with SIGSEGV`; empty for exit status 0."""
     log: str
-    """Everything else that it printed, and what libraries in it did."""
+    """All other output, including that of libraries."""
 
 
 def run_child(function: str, *arguments: str, timeout_s: float) -> ChildResult:
-    """Call `function`, spelled `package.module:name`, with strings in a new process, and wait for its end.
+    """Call `function`, written `package.module:name`, with string arguments in a new process, and wait for it.
 
-    The child finds the modules that this process would find, and none because of the folder that it starts in.
+    The child has the import path of this process; its working directory is not on it.
     """
     module, _, name = function.partition(":")
     child = subprocess.Popen(
@@ -39,12 +39,12 @@ def run_child(function: str, *arguments: str, timeout_s: float) -> ChildResult:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a Ctrl-C is for the parent, which kills the child and whatever it has started
+        start_new_session=True,  # Ctrl-C reaches the parent only, which kills the child's session
     )
     try:
         output, log = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        failure = f"no answer within {timeout_s:g} s"
+        failure = f"timed out after {timeout_s:g} s"
         kill_session(child)
         try:
             output, log = child.communicate(timeout=_GRACE_S)
@@ -54,26 +54,26 @@ def run_child(function: str, *arguments: str, timeout_s: float) -> ChildResult:
         kill_session(child)
         raise
     else:
-        failure = _how_it_ended(child.returncode)
+        failure = _describe_exit(child.returncode)
     return ChildResult(output.decode(errors="replace").splitlines(), failure, log.decode(errors="replace"))
 
 
 def open_report() -> TextIO:
-    """For the child: where its parent reads lines, apart from what packages print to stdout."""
+    """In the child: the stream that the parent reads. Ordinary prints go to the log instead."""
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return report
 
 
 def kill_session(child: subprocess.Popen[bytes]) -> None:
-    """End a process that was started in a session of its own, and whatever it has started there."""
+    """Kill a process that leads its own session, with all processes that it started there."""
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         child.wait(_GRACE_S)
 
 
-def _how_it_ended(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status < 0:
         return f"crashed with {signal.Signals(-status).name}"
-    return f"ended Python with exit status {status}" if status else ""
+    return f"exited with status {status}" if status else ""

@@ -1,4 +1,4 @@
-"""How many cores there are for this process, which DALI, a teacher on the CPU and torch share."""
+"""The number of CPU cores that this process may use."""
 
 import math
 import os
@@ -10,31 +10,30 @@ from kd_pipeline.errors import ConfigError
 __all__ = ["NUM_CORES_VARIABLE", "num_cores"]
 
 NUM_CORES_VARIABLE = "KD_PIPELINE_NUM_CORES"
-"""Environment variable that sets the number of cores for each process."""
+"""Environment variable that sets the number of cores per process."""
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def num_cores() -> int:
-    """Cores that this process may keep busy.
+    """Cores that this process may use: its CPU affinity, limited by the container's quota.
 
-    What `KD_PIPELINE_NUM_CORES` says; else those that the process may run on, no more than its container's quota pays
-    for, and of the processes that `torchrun` has started on this machine an equal share for each. DALI, a teacher on
-    the CPU and torch each get so many threads unless told otherwise: teacher and student work in turns, and DALI fills
-    what they leave. `bench step` shows what that costs over the parts alone.
+    The processes that `torchrun` starts on one machine get equal shares. `KD_PIPELINE_NUM_CORES` overrides all of it.
+    This is the default number of threads of DALI, of a teacher on the CPU and of torch. The three do not add up:
+    teacher and student take turns, and DALI fills the gaps. `bench step` measures the cost.
 
     Raises:
-        ConfigError: the variable is no positive number.
+        ConfigError: the variable is not a positive integer.
     """
-    if (told := os.environ.get(NUM_CORES_VARIABLE)) is not None:
-        if not told.isdecimal() or int(told) < 1:
-            raise ConfigError(f"{NUM_CORES_VARIABLE} must be a number of cores of at least 1, got {told!r}")
-        return int(told)
+    if (given := os.environ.get(NUM_CORES_VARIABLE)) is not None:
+        if not given.isdecimal() or int(given) < 1:
+            raise ConfigError(f"{NUM_CORES_VARIABLE} must be a number of cores of at least 1, got {given!r}")
+        return int(given)
     cores = min(len(os.sched_getaffinity(0)), _quota(_CGROUP))
     return max(1, math.floor(cores / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _quota(cgroup: Path) -> float:
-    """Cores that the control group's quota pays for, rounded up; both versions of the kernel's interface are tried.
+    """The cgroup's CPU quota in cores, rounded up, by version 2 or 1 of the kernel's interface; infinite without one.
 
     docs.kernel.org/admin-guide/cgroup-v2.html (`cpu.max`), docs.kernel.org/scheduler/sched-bwc.html (`cpu.cfs_*`).
     """

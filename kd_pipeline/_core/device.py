@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""torch devices by name."""
 
 import torch
 
@@ -8,7 +8,11 @@ __all__ = ["resolve_device"]
 
 
 def resolve_device(device: torch.device | str) -> torch.device:
-    """A device with its index; "auto" is a GPU where there is one."""
+    """A CPU or CUDA device, with its index; `"auto"` is the current GPU if there is one.
+
+    Raises:
+        ConfigError: not a device, or torch has no such GPU.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -18,5 +22,5 @@ def resolve_device(device: torch.device | str) -> torch.device:
     if resolved.type == "cpu":
         return torch.device("cpu")
     if resolved.type != "cuda" or not torch.cuda.is_available():
-        raise ConfigError(f"device {device!r} is not there: torch sees no such GPU; use 'cpu' or 'auto'")
+        raise ConfigError(f"device {device!r} is not available: torch finds no such GPU; use 'cpu' or 'auto'")
     return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)

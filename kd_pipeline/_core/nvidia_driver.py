@@ -1,10 +1,10 @@
-"""What the NVIDIA driver says of itself and its GPUs, asked without any package at all."""
+"""Version of the NVIDIA driver and properties of its GPUs, through ctypes: no CUDA package is needed."""
 
 import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Driver", "DriverGpu", "ask_driver"]
+__all__ = ["Driver", "DriverGpu", "query_driver"]
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
@@ -20,20 +20,21 @@ class DriverGpu:
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """The driver, and its GPUs in the order of CUDA, which is torch's."""
+    """The driver, and its GPUs in CUDA's order, which is torch's too."""
 
     version: str | None
+    """None without NVML."""
     cuda: str
-    """Newest CUDA version that it serves."""
+    """Newest CUDA version that it supports."""
     gpus: tuple[DriverGpu, ...]
 
 
-def ask_driver() -> Driver:
-    """Ask libcuda and NVML.
+def query_driver() -> Driver:
+    """Query libcuda and NVML.
 
     Raises:
         OSError: there is no NVIDIA driver.
-        RuntimeError: there is one and it does not work; holds its own words.
+        RuntimeError: the driver does not work; the message is its own.
     """
     cuda = ctypes.CDLL("libcuda.so.1")
 

@@ -1,4 +1,4 @@
-"""Import an optional package, or say what to install."""
+"""Imports of optional packages."""
 
 import importlib
 from types import ModuleType
@@ -9,10 +9,10 @@ __all__ = ["require"]
 
 
 def require(module: str, *, extra: str) -> ModuleType:
-    """Import `module`, which the extra `extra` of this package installs.
+    """Import `module`, which `pip install 'kd_pipeline[extra]'` installs.
 
     Raises:
-        MissingPackageError: it is not installed or does not import; the message says what to type.
+        MissingPackageError: it cannot be imported; the message holds the `pip install` line.
     """
     try:
         return importlib.import_module(module)

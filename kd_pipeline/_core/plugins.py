@@ -1,4 +1,4 @@
-"""The user's own functions by name, from modules that the user has allowed to run."""
+"""Import the user's functions by name, from modules that the user has allowed."""
 
 import importlib
 from collections.abc import Callable, Collection
@@ -10,19 +10,19 @@ __all__ = ["import_function"]
 
 
 def import_function(key: str, path: str, plugins: Collection[str], *, caller: str) -> Callable[..., Any]:
-    """The function at `path`, written `package.module:function`.
+    """Import the function at `path`, which is `package.module:function`.
 
-    A config file is data and cannot allow code to run by itself, so that the module must be among `plugins`, which
-    come from what the user typed.
+    A config file is data and must not run code by itself. The module must therefore be among `plugins`, which the user
+    gives on the command line or in Python.
 
     Args:
-        key: the setting that names it, for messages.
-        path: where it is.
-        plugins: names of the modules that may run.
-        caller: what takes `plugins` in Python, for messages.
+        key: the setting that names the function, for messages.
+        path: the function.
+        plugins: names of the allowed modules.
+        caller: the Python function that takes `plugins`, for messages.
 
     Raises:
-        ConfigError: its module is not allowed or cannot be imported, or has no such function.
+        ConfigError: the module is not allowed or cannot be imported, or has no such function.
     """
     name, _, function = path.partition(":")
     if name not in plugins:
@@ -34,7 +34,7 @@ def import_function(key: str, path: str, plugins: Collection[str], *, caller: st
         module = importlib.import_module(name)
     except ImportError as exc:
         raise ConfigError(f"the plugin {name} cannot be imported ({exc}); add its folder to PYTHONPATH") from exc
-    except Exception as exc:  # it is the user's own code
+    except Exception as exc:  # the user's code can raise anything
         raise ConfigError(f"the plugin {name} cannot be imported ({type(exc).__name__}: {exc}); correct it") from exc
     found: object = getattr(module, function, None)
     if not callable(found):

@@ -1,4 +1,4 @@
-"""The base of every settings class: frozen, and unknown keys are errors."""
+"""Base class of all settings."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -6,6 +6,6 @@ __all__ = ["Settings"]
 
 
 class Settings(BaseModel):
-    """Plain, frozen values that a YAML file can spell; each room keeps its own subclass beside its code."""
+    """Frozen, validated values from a config file; unknown keys are errors. Subclasses are next to their code."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)

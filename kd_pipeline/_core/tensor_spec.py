@@ -9,7 +9,7 @@ __all__ = ["TensorSpec"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape and dtype of a tensor; None in the shape stands for any size."""
+    """Shape and dtype of a tensor; None in the shape means any size."""
 
     shape: tuple[int | None, ...]
     dtype: torch.dtype
@@ -19,7 +19,7 @@ class TensorSpec:
         return (
             dtype == self.dtype
             and len(shape) == len(self.shape)
-            and all(want is None or want == got for want, got in zip(self.shape, shape, strict=True))
+            and all(expected in (None, size) for expected, size in zip(self.shape, shape, strict=True))
         )
 
     def __str__(self) -> str:

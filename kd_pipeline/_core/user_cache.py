@@ -1,4 +1,4 @@
-"""Where this user's machine keeps what can be made again."""
+"""The user's cache folder."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ __all__ = ["user_cache"]
 
 
 def user_cache(kind: str) -> Path:
-    """`kd_pipeline/<kind>` in `$XDG_CACHE_HOME` or `~/.cache`; made for this user alone if it is not there.
+    """The folder `kd_pipeline/<kind>` in `$XDG_CACHE_HOME` or `~/.cache`, created with access for this user only.
 
     Raises:
-        RuntimeError: this user has no home folder.
-        OSError: it cannot be made.
+        RuntimeError: the user has no home folder.
+        OSError: the folder cannot be created.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base.absolute() / "kd_pipeline" / kind

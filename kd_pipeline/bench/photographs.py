@@ -1,4 +1,4 @@
-"""A folder of photographs to measure on, made from the two that scikit-learn brings."""
+"""A folder of photographs for benchmarks, made from the two that scikit-learn has."""
 
 import tempfile
 from collections.abc import Callable
@@ -16,35 +16,35 @@ __all__ = ["make_photographs", "photographs", "read_jpeg"]
 
 _NUM_CLASSES = 10
 _WIDTHS, _HEIGHTS = (400, 600), (325, 425)
-"""From, to. The middle is 500x375, the most common size in ImageNet."""
+"""Smallest and largest. The mean is 500x375, the most common size in ImageNet."""
 _QUALITY = 90
 
 
 def photographs(root: Path | None, report: Callable[[str], object]) -> Path:
-    """`root`, or where it is left out `data/photographs`, made if it is not there yet."""
+    """Return `root`; None is `data/photographs`, which is created if it does not exist."""
     if root is not None:
         return root
     root = Path("data/photographs")
-    report(f"photographs: {root}, made if they are not there yet")
+    report(f"photographs: {root}, created if it does not exist")
     return make_photographs(root)
 
 
 def read_jpeg(path: Path) -> None:
-    """Read a file, so that it is found in the page cache.
+    """Read a file into the page cache.
 
     Raises:
-        DataError: it is no JPEG file by its name.
+        DataError: its name is not that of a JPEG file.
     """
     if path.suffix.lower() not in (".jpg", ".jpeg"):
-        raise DataError(f"{path}: only JPEG files are compared, because torchvision's decode_jpeg reads no others")
+        raise DataError(f"{path}: only JPEG files can be compared, as torchvision's decode_jpeg reads no others")
     path.read_bytes()
 
 
 def make_photographs(root: Path, *, num_files: int = 2000, seed: int = 0) -> Path:
     """Write random crops of two photographs as JPEG files of varied sizes, in ten class folders; return `root`.
 
-    A `root` that is there already is left as it is. It appears in one step once all of its files are written, so what
-    is there is whole, also after a crash and where several processes make it at once.
+    An existing `root` is not changed. A new one is moved into place when all files are written, so it is complete even
+    after a crash, or if several processes create it at once.
 
     Raises:
         MissingPackageError: scikit-learn is not installed.
@@ -61,14 +61,14 @@ def make_photographs(root: Path, *, num_files: int = 2000, seed: int = 0) -> Pat
         except OSError:
             if not root.exists():
                 raise
-            # Another process was faster, and its files are the same.
+            # Another process created it first, with the same files.
     return root
 
 
 def _write_crops(folder: Path, num_files: int, rng: np.random.Generator) -> None:
     datasets = require("sklearn.datasets", extra="bench")
     photographs = datasets.load_sample_images().images
-    with ThreadPoolExecutor(num_cores()) as pool:  # Pillow lets other threads run while it encodes
+    with ThreadPoolExecutor(num_cores()) as pool:  # Pillow releases the GIL while it encodes
         saved = []
         for number in range(num_files):
             photograph = photographs[number % len(photographs)]

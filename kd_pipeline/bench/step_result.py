@@ -1,26 +1,27 @@
-"""What `bench step` found: rows, how they compare, the bottleneck in plain words, and a picture of where time goes."""
+"""The result of `bench step`: rows, their ratios, the bottleneck in words, and a plot of where the time goes."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kd_pipeline.bench.isolated import StepSample
-from kd_pipeline.bench.measure import ratio_within_repeats, spread
-from kd_pipeline.bench.ways import PHASES
-from kd_pipeline.report.bars import Bar, save_bars
+from kd_pipeline.bench.measure import format_table, paired_ratio, spread
+from kd_pipeline.bench.step_variants import PARTS, PHASES
+from kd_pipeline.bench.step_worker import StepSample
+from kd_pipeline.report.plots import Bar, plot_bars
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["StepResult", "StepRow"]
 
-_MIB = 2**20
-_PARTS = ("loader", "teacher")
+_RATIOS = (("e", "a"), ("e", "b"), ("e", "c"), ("e", "d"), ("e", "f"), ("g", "e"), ("g", "f"), ("b", "a"))
 
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """What was measured of one way, a sample for each repeat."""
+    """What was measured of one variant, a sample for each repeat."""
 
     letter: str
     name: str
@@ -33,102 +34,99 @@ class StepRow:
 
     @property
     def phases_ms(self) -> dict[str, float]:
-        """Milliseconds of a step, the median of each phase."""
+        """Milliseconds of a step, the median for each phase."""
         return {phase: median(sample.phases_ms[phase] for sample in self.samples) for phase in PHASES}
 
     def ratio(self, other: "StepRow") -> float:
         """How many times as fast as `other`."""
-        return ratio_within_repeats(self.images_per_s, other.images_per_s)
+        return paired_ratio(self.images_per_s, other.images_per_s)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every repeat of every figure."""
-        first = self.samples[0]
-        found: dict[str, Any] = {
-            "row": self.letter,
-            "name": self.name,
-            "images_per_s": spread(self.images_per_s),
-            "ms_per_step": spread([sample.ms_per_step for sample in self.samples]),
-            "phases_ms": {phase: spread([sample.phases_ms[phase] for sample in self.samples]) for phase in PHASES},
-            "host_bytes": spread([sample.host_bytes for sample in self.samples]),
-        }
-        if first.device_bytes is not None:
-            found["device_bytes"] = spread([sample.device_bytes or 0 for sample in self.samples])
-        if first.copied_bytes_per_image is not None:
-            found["copied_bytes_per_image"] = spread([sample.copied_bytes_per_image or 0.0 for sample in self.samples])
+        """All numbers with all repeats."""
+        found: dict[str, Any] = {"row": self.letter, "name": self.name}
+        for name in ("images_per_s", "ms_per_step", "host_bytes", "device_bytes", "copied_bytes_per_image"):
+            if getattr(self.samples[0], name) is not None:
+                found[name] = spread([getattr(sample, name) for sample in self.samples])
+        found["phases_ms"] = {phase: spread([sample.phases_ms[phase] for sample in self.samples]) for phase in PHASES}
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """All rows in the order of their letters, then the parts; and the circumstances."""
+    """All rows in the order of their letters, then the parts; the settings and the environment."""
 
     rows: tuple[StepRow, ...]
     settings: Mapping[str, Any]
     environment: Mapping[str, Any]
 
     def row(self, letter: str) -> StepRow | None:
-        """The row of that letter, where it was measured."""
+        """The row of that letter, if it was measured."""
         return next((row for row in self.rows if row.letter == letter), None)
 
     @property
     def overhead(self) -> float | None:
-        """How much longer an image takes in (e) than at the limit, as a part of that.
+        """How much longer an image takes in (e) than at the limit, as a fraction of the limit.
 
         On a CPU, where all share the cores, the limit is the sum of loading, teacher and student alone; on a GPU the
-        largest of them. The median over the repeats; None where (e) or a part was not measured.
+        largest of them. The median over the repeats; None if (e) or a part was not measured.
         """
-        found = [self.row(letter) for letter in ("e", "f", *_PARTS)]
-        rows = [row for row in found if row is not None]
-        if len(rows) < len(found):
+        rows = [row for letter in ("e", *PARTS) if (row := self.row(letter)) is not None]
+        if len(rows) <= len(PARTS):
             return None
         limit: Callable[[list[float]], float] = sum if self.settings["device"] == "cpu" else max
         times_s = [[1 / rate for rate in row.images_per_s] for row in rows]
-        return float(median(whole / limit(parts) - 1 for whole, *parts in zip(*times_s, strict=True)))
+        return float(median(step_s / limit(parts_s) - 1 for step_s, *parts_s in zip(*times_s, strict=True)))
 
     @property
     def ratios(self) -> dict[str, float]:
-        """How many times as fast as the other one row is, by both letters, of those that were measured."""
-        pairs = (("e", "a"), ("e", "b"), ("e", "c"), ("e", "d"), ("e", "f"), ("g", "e"), ("g", "f"), ("b", "a"))
+        """How many times as fast one row is as another, for those that were measured, such as `e/a`."""
         rows = {row.letter: row for row in self.rows}
-        return {f"{one}/{other}": rows[one].ratio(rows[other]) for one, other in pairs if {one, other} <= rows.keys()}
+        return {f"{one}/{other}": rows[one].ratio(rows[other]) for one, other in _RATIOS if {one, other} <= rows.keys()}
 
     @property
     def advice(self) -> str:
-        """What takes most of the time of (e), or of the row that comes nearest to it, and the setting to change."""
+        """What takes most of the time of (e), or of the closest row to it, and which setting to change."""
         row = next((row for letter in "edcgba" if (row := self.row(letter)) is not None), None)
         if row is None:
-            return "nothing to advise: no row with all of the step was measured"
+            return "no advice: no row with the complete step was measured"
         phases_ms = row.phases_ms
-        total_ms = sum(phases_ms.values())
         phase = max(phases_ms, key=lambda phase: phases_ms[phase])
-        share = f"In ({row.letter}) {phases_ms[phase] / total_ms:.0%} of the time goes into"
+        share = f"In ({row.letter}) {phases_ms[phase] / sum(phases_ms.values()):.0%} of the time goes into"
         match phase:
             case "teacher":
                 return (
-                    f"{share} the teacher: lower teacher.precision, take a smaller teacher, or record its answers once "
-                    "with kd-pipeline record where epochs are few"
+                    f"{share} the teacher: lower teacher.precision, take a smaller teacher, or with few epochs record "
+                    "its outputs once with kd-pipeline record"
                 )
             case "loader":
                 return (
-                    f"{share} waiting for the loader: raise data.num_threads up to the cores there are, lower "
+                    f"{share} waiting for the loader: raise data.num_threads up to the number of cores, lower "
                     "transform.size, store smaller images, or on a GPU raise data.ahead"
                 )
         faster = "set train.precision to bf16-mixed, or " if self.settings["precision"] == "fp32" else ""
         return (
             f"{share} the {phase}, which no loader and no teacher can change: {faster}take a smaller student or "
-            "smaller images; train.compile is worth its time, as it is in these rows"
+            "smaller images; train.compile is worth its time, as in these rows"
         )
 
     def table(self) -> str:
-        """Plain text: a line for each row, and below how they compare."""
-        width = max(len(row.name) for row in self.rows)
+        """Plain text: a line for each row, and below them how they compare."""
         first = self.rows[0]
-        lines = [f"{'':{width + 4}}  images/s (lowest-highest)   x ({first.letter})  {_phase_titles()}  host MiB"]
+        on_gpu = first.samples[0].device_bytes is not None
+        header = ["", "images/s", "lowest", "highest", f"x ({first.letter})", *(f"{phase} ms" for phase in PHASES)]
+        header += ["host MiB", *(["GPU MiB", "B/image copied"] if on_gpu else [])]
+        rows = []
         for row in self.rows:
-            label = f"({row.letter})" if len(row.letter) == 1 else "   "
-            lines.append(f"{label} {row.name:{width}}  {self._figures(row)}")
+            label, rates, last = f"({row.letter})" if len(row.letter) == 1 else "   ", row.images_per_s, row.samples[-1]
+            cells = [f"{label} {row.name}", *(f"{rate:,.1f}" for rate in (median(rates), min(rates), max(rates)))]
+            cells += [f"{row.ratio(first):.2f}", *(f"{row.phases_ms[phase]:,.0f}" for phase in PHASES)]
+            cells.append(f"{max(sample.host_bytes for sample in row.samples) / 2**20:,.0f}")
+            if on_gpu:
+                cells += [f"{(last.device_bytes or 0) / 2**20:,.0f}", f"{last.copied_bytes_per_image or 0:,.0f}"]
+            rows.append(cells)
+        lines = format_table(header, rows)
         lines.append(
-            f"Medians of {len(first.samples)} interleaved repeats, each row in a process of its own, on "
+            f"Medians of {len(first.samples)} interleaved repeats, each row in its own process, on "
             f"{self.environment['num_cores']} core(s), {self.settings['device']}. Student in "
             f"{self.settings['precision']}, compiled teachers in {self.settings['teacher_precision']}, batch "
             f"{self.settings['batch_size']}."
@@ -136,11 +134,10 @@ class StepResult:
         if self.overhead is not None:
             limit = "the sum of its parts" if self.settings["device"] == "cpu" else "its largest part"
             lines.append(f"(e) takes {self.overhead:+.1%} of time over {limit} alone.")
-        lines.append(self.advice)
-        return "\n".join(lines)
+        return "\n".join([*lines, self.advice])
 
     def to_json(self) -> str:
-        """Everything, every repeat included."""
+        """Everything, including every repeat."""
         found = {
             "rows": [row.to_dict() for row in self.rows],
             "ratios": self.ratios,
@@ -151,34 +148,11 @@ class StepResult:
         }
         return json.dumps(found, indent=2)
 
-    def save(self, path: Path) -> None:
-        """Write the JSON file, and beside it the picture of where the time of each row goes."""
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+    def plot(self) -> "Figure":
+        """Draw how the time of a step splits into phases, a bar for each row."""
         bars = [
             Bar(f"({row.letter}) {row.name}", row.phases_ms, f"{median(row.images_per_s):,.1f} images/s")
             for row in self.rows
-            if row.letter not in _PARTS
+            if len(row.letter) == 1
         ]
-        save_bars(bars, path.with_suffix(".png"), title="milliseconds of a step", unit="ms")
-
-    def _figures(self, row: StepRow) -> str:
-        rates = row.images_per_s
-        phases = "  ".join(f"{row.phases_ms[phase]:{_width(phase)},.0f}" for phase in PHASES)
-        line = (
-            f"{median(rates):8,.1f} ({min(rates):,.1f}-{max(rates):,.1f})".ljust(27)
-            + f"{row.ratio(self.rows[0]):6.2f}  {phases}  {max(it.host_bytes for it in row.samples) / _MIB:8,.0f}"
-        )
-        last = row.samples[-1]
-        if last.device_bytes is not None and last.copied_bytes_per_image is not None:
-            line += (
-                f"  {last.device_bytes / _MIB:,.0f} MiB on the GPU, {last.copied_bytes_per_image:,.0f} B/image copied"
-            )
-        return line
-
-
-def _phase_titles() -> str:
-    return "  ".join(f"{phase} ms".rjust(_width(phase)) for phase in PHASES)
-
-
-def _width(phase: str) -> int:
-    return len(phase) + 3
+        return plot_bars(bars, title="Where the time of a step goes", x="milliseconds")

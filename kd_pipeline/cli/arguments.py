@@ -1,39 +1,105 @@
-"""What the commands share: options, a room's settings out of them, and lines of progress."""
+"""Shared by the commands: options made from fields of settings, settings made from options, and progress lines."""
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["add_config", "checked", "tell"]
+__all__ = ["CommandParser", "add_config", "add_options", "add_plugin", "checked", "given", "print_progress"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command, which adds its options when it is used.
+
+    The settings that options are made from import torch. `kd-pipeline --help` and the other commands do without it.
+
+    Args:
+        run: runs the command and returns its exit status.
+        add_options: adds the options; defaults to none.
+        arguments: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: Callable[[argparse.Namespace], int] | None = None,
+        add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
+        self._add_options = add_options
+        if run is not None:
+            self.set_defaults(run=run)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Add the options, and parse."""
+        add_options, self._add_options = self._add_options, None
+        if add_options is not None:
+            add_options(self)
+        return super().parse_known_args(args, namespace)
+
+
 def add_config(parser: argparse.ArgumentParser, *, plugins: str = "factories") -> None:
-    """The options of a command that does what a config says; `plugins` is what modules of the user's bring to it."""
+    """Add `--config`, `--plugin` and overrides; `plugins` is what the user's modules provide."""
     parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the YAML file")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help=f"brings {plugins}")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the file")
+    add_plugin(parser, plugins)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the file")
 
 
-def tell(line: str) -> None:
-    """Show a line of progress, beside what a command prints as its result."""
-    print(line, file=sys.stderr, flush=True)
+def add_plugin(parser: argparse.ArgumentParser, plugins: str) -> None:
+    """Add `--plugin`; `plugins` is what the user's modules provide."""
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help=f"module with {plugins}")
+
+
+def add_options(
+    parser: argparse._ActionsContainer,
+    model: type[BaseModel],
+    *fields: str,
+    prefix: str = "",
+    flags: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Add an option for each of the `fields` of `model`, with the field's type, default and docstring.
+
+    Values stay strings for pydantic to convert, and None if not given; `given` collects the others.
+
+    Args:
+        parser: the parser, or a group of its options.
+        model: the settings.
+        fields: names of fields.
+        prefix: of the options and of the parsed attributes.
+        flags: spellings of an option, by field; defaults to `--` and the name of the field.
+    """
+    for name in fields:
+        field = model.model_fields[name]
+        option = f"--{prefix}{name}".replace("_", "-")
+        parser.add_argument(
+            *(flags or {}).get(name, [option]), dest=f"{prefix}{name}", help=_help(field), **_syntax(field.annotation)
+        )
+
+
+def given(parsed: argparse.Namespace, model: type[BaseModel], *, prefix: str = "") -> dict[str, Any]:
+    """The fields of `model` that options gave."""
+    values = {name: getattr(parsed, f"{prefix}{name}", None) for name in model.model_fields}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def checked(model: Callable[..., Model], options: Mapping[str, str] | None = None, /, **values: Any) -> Model:
-    """`model(**values)`, where a value that it refuses is an error of the option of that name.
+    """`model(**values)`, with errors that name the option.
 
     Args:
         model: the settings.
-        options: the option by field, where its name is another one.
-        values: what was typed.
+        options: the option of a field whose name differs.
+        values: the fields as typed.
 
     Raises:
         ConfigError: what is wrong with which option.
@@ -50,3 +116,39 @@ def checked(model: Callable[..., Model], options: Mapping[str, str] | None = Non
                 option = (options or {}).get(field, field.replace("_", "-"))
                 problems.append(f"--{option}: {each['msg']}, got {each['input']!r}")
         raise ConfigError("; ".join(problems)) from None
+
+
+def print_progress(line: str) -> None:
+    """Print a line of progress to stderr; stdout is for the command's result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _help(field: FieldInfo) -> str:
+    """The docstring of a field in argparse's style, and its default."""
+    text = " ".join((field.description or "").replace("`", "").split()).removesuffix(".")
+    if text[1:2].islower():
+        text = text[0].lower() + text[1:]
+    if field.default not in (None, False, (), PydanticUndefined) and "defaults to" not in text:
+        text = f"{text} (default: {field.default})".strip()
+    return text.replace("%", "%%")
+
+
+def _syntax(annotation: Any) -> dict[str, Any]:
+    """The arguments of `add_argument` for a value of this type; of a union, the type that is easiest to type."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = tuple(kind for kind in kinds if kind is not NoneType)
+    kind = Path if Path in kinds else kinds[0]
+    if kind is bool:
+        return {"action": "store_true", "default": None}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if get_origin(kind) is tuple:
+        item, *rest = get_args(kind)
+        return {"nargs": "+" if rest == [Ellipsis] else 1 + len(rest), "metavar": _metavar(item)}
+    return {"metavar": _metavar(kind)}
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is not None:  # Annotated
+        kind = get_args(kind)[0]
+    return {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")

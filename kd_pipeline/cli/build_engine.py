@@ -1,4 +1,4 @@
-"""`kd-pipeline build-engine`, which `tools/build_engine.py` is too."""
+"""`kd-pipeline build-engine`, also available as `tools/build_engine.py`."""
 
 import argparse
 import re
@@ -7,21 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_pipeline.cli.arguments import checked, tell
+from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+from kd_pipeline.cli.arguments import add_options, checked, given, print_progress
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from kd_pipeline.models.input_adapter import InputAdapter
-    from kd_pipeline.teachers.tensorrt.manifest import Manifest, Profile
-    from kd_pipeline.teachers.tensorrt.parity import Samples
+    from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, Profile
+    from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["add_to"]
 
 _DEFAULT_SIZE = 224
 _EXPORT_BATCH = 8
-"""Largest batch that the export is tried on; the build tries larger ones."""
+"""Largest batch that the export is tested with; the build tests larger ones."""
 _MODELS = ("timm", "torchvision", "factory")
+_TRTEXEC = {
+    "builder_optimization_level": ("--builder-optimization-level", "--builderOptimizationLevel"),
+    "timing_cache": ("--timing-cache", "--timingCacheFile"),
+    "version_compatible": ("--version-compatible", "--versionCompatible"),
+}
+"""Options that trtexec spells differently."""
 _EXAMPLES = """\
 examples:
   kd-pipeline build-engine --onnx teacher.onnx --precision fp16
@@ -31,26 +38,28 @@ examples:
 
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command to the parser of all."""
-    parser = commands.add_parser(
+    """Add the command to `commands`."""
+    commands.add_parser(
         "build-engine",
         parents=[common],
-        help="a TensorRT engine from an ONNX file or a model by name, checked against float32",
+        help="build a TensorRT engine from an ONNX file or a model by name, and check it against float32",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_options=_add_options,
+        run=_run,
     )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    from kd_pipeline.models.input_adapter import InputAdapter
+    from kd_pipeline.models.registry import ModelSettings
+    from kd_pipeline.teachers.tensorrt.settings import BuildSettings
+
     model = parser.add_argument_group("the model, one of")
-    model.add_argument("--onnx", type=Path, metavar="FILE", help="a float32 classifier with a dynamic batch")
-    model.add_argument("--timm", metavar="NAME", help="a model of timm's")
-    model.add_argument("--torchvision", metavar="NAME", help="a model of torchvision's")
-    model.add_argument("--factory", metavar="MODULE:FUNCTION", help="a function of your own that returns the model")
+    model.add_argument("--onnx", type=Path, metavar="FILE", help="a float32 classifier with a dynamic batch size")
+    add_options(model, ModelSettings, *_MODELS)
 
     named = parser.add_argument_group("a model by name")
-    named.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="weights, as torch.save or safetensors wrote them"
-    )
-    named.add_argument("--pretrained", action="store_true", help="weights that timm or torchvision downloads")
-    named.add_argument("--num-classes", type=int, metavar="K")
+    add_options(named, ModelSettings, "checkpoint", "pretrained", "num_classes")
 
     shapes = parser.add_argument_group("batches and images")
     shapes.add_argument(
@@ -59,42 +68,24 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
         nargs=3,
         action="append",
         metavar=("MIN", "OPT", "MAX"),
-        help="batch sizes to serve, 1 32 64 unless given; more than once for several profiles",
+        help="batch sizes, repeated for several profiles (default: 1 32 64)",
     )
     for name in ("min", "opt", "max"):
-        shapes.add_argument(f"--{name}-shapes", f"--{name}Shapes", metavar="NAME:NxCxHxW", help="as trtexec spells it")
-    shapes.add_argument(
-        "--image-size", type=int, metavar="SIZE", help="height and width, where the model leaves it open"
-    )
-    shapes.add_argument("--input-mean", type=float, nargs=3, metavar="M", help="what the model was trained with")
-    shapes.add_argument("--input-std", type=float, nargs=3, metavar="S", help="likewise")
-    shapes.add_argument("--input-size", type=int, metavar="SIZE", help="resize to this inside the engine")
-    shapes.add_argument("--from-mean", type=float, nargs=3, metavar="M", help="what the loader uses; ImageNet's")
-    shapes.add_argument("--from-std", type=float, nargs=3, metavar="S", help="likewise")
+        shapes.add_argument(f"--{name}-shapes", f"--{name}Shapes", metavar="NAME:NxCxHxW", help="as in trtexec")
+    add_options(shapes, BuildSettings, "image_size")
+    add_options(shapes, InputAdapter, "mean", "std", "size", prefix="input_")
+    add_options(shapes, InputAdapter, "from_mean", "from_std")
 
     numbers = parser.add_argument_group("numbers")
-    numbers.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8", "fp8"), default="fp32")
-    numbers.add_argument("--half-io", action="store_true", help="take float16 images")
-    numbers.add_argument("--outputs", nargs="+", default=[], metavar="NAME", help="tensors inside that become outputs")
-    numbers.add_argument("--classes", type=Path, metavar="FILE", help="JSON list of class names in logit order")
+    add_options(numbers, BuildSettings, "precision", "half_io", "outputs", "classes")
     numbers.add_argument(
-        "--calibrate", type=Path, metavar="CONFIG", help="take the images for ranges and comparison from this config"
+        "--calibrate", type=Path, metavar="CONFIG", help="calibrate and compare on training images of this config"
     )
 
     engine = parser.add_argument_group("the engine")
-    engine.add_argument("--save-engine", "--saveEngine", type=Path, metavar="FILE", help="where it goes")
-    engine.add_argument("--runtime", choices=("auto", "tensorrt", "tensorrt_rtx"), default="auto")
-    engine.add_argument("--workspace", type=int, metavar="MIB", help="most scratch memory of a layer")
-    engine.add_argument("--builder-optimization-level", "--builderOptimizationLevel", type=int, metavar="0..5")
-    engine.add_argument("--timing-cache", "--timingCacheFile", type=Path, metavar="FILE")
-    engine.add_argument(
-        "--version-compatible", "--versionCompatible", action="store_true", help="for later versions too"
-    )
-    engine.add_argument("--hardware-compatible", action="store_true", help="for every GPU from Ampere on")
-    engine.add_argument(
-        "--compute-capability", nargs="+", default=[], metavar="X.Y", help="GPUs to build for, with tensorrt_rtx"
-    )
-    parser.set_defaults(run=_run)
+    engine.add_argument("--save-engine", "--saveEngine", type=Path, metavar="FILE", help="the file to write")
+    add_options(engine, BuildSettings, "runtime", "workspace", *_TRTEXEC, flags=_TRTEXEC)
+    add_options(engine, BuildSettings, "hardware_compatible", "compute_capability")
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -102,13 +93,13 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.teachers.tensorrt.manifest import read_manifest
     from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 
-    # All that was typed is checked before a model is exported, which can take minutes.
-    settings, samples = _settings(parsed), _samples(parsed)
+    # Check every option before the export, which can take minutes.
+    settings, calibration_set = _settings(parsed), _calibration_set(parsed)
     if parsed.onnx is None:
         open_tensorrt(settings.runtime)
-        _export(parsed, settings.onnx)
+        _export(parsed, settings)
     engine = parsed.save_engine or settings.onnx.parent / f"{settings.onnx.stem}.{settings.precision}.engine"
-    built = build_engine(settings, save_engine=engine, samples=samples, report=tell)
+    built = build_engine(settings, save_engine=engine, calibration_set=calibration_set, report=print_progress)
     for name, value in _table(built, read_manifest(built)):
         print(f"{name:<11}{value}")
     return 0
@@ -117,55 +108,41 @@ def _run(parsed: argparse.Namespace) -> int:
 def _settings(parsed: argparse.Namespace) -> "BuildSettings":
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
-    onnx = _onnx(parsed)
+    values = given(parsed, BuildSettings) | {"onnx": _onnx(parsed), "input_adapter": _input_adapter(parsed)}
     profiles, size = _profiles(parsed)
-    return checked(
-        BuildSettings,
-        onnx=onnx,
-        precision=parsed.precision,
-        half_io=parsed.half_io,
-        **({"profiles": profiles} if profiles else {}),
-        image_size=size or parsed.image_size,
-        outputs=tuple(parsed.outputs),
-        input_adapter=_adapter(parsed),
-        classes=parsed.classes,
-        runtime=parsed.runtime,
-        workspace=parsed.workspace,
-        builder_optimization_level=parsed.builder_optimization_level,
-        timing_cache=parsed.timing_cache,
-        version_compatible=parsed.version_compatible,
-        hardware_compatible=parsed.hardware_compatible,
-        compute_capability=tuple(parsed.compute_capability),
-    )
+    if profiles:
+        values["profiles"] = profiles
+    if size is not None:
+        values["image_size"] = size
+    return checked(BuildSettings, **values)
 
 
-def _adapter(parsed: argparse.Namespace) -> "InputAdapter | None":
-    from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+def _input_adapter(parsed: argparse.Namespace) -> "InputAdapter | None":
     from kd_pipeline.models.input_adapter import InputAdapter
 
-    mean, std, size = parsed.input_mean, parsed.input_std, parsed.input_size
-    if mean is None and std is None and size is None:
-        if parsed.from_mean or parsed.from_std:
-            raise ConfigError("--from-mean and --from-std say what --input-mean and --input-std start from; give those")
+    values, source = given(parsed, InputAdapter, prefix="input_"), given(parsed, InputAdapter)
+    if not values:
+        if source:
+            raise ConfigError("--from-mean and --from-std go with --input-mean and --input-std; give those too")
         return None
-    if (mean is None) != (std is None):
+    if ("mean" in values) != ("std" in values):
         raise ConfigError("--input-mean and --input-std belong together; give both, three numbers each")
-    from_mean, from_std = parsed.from_mean or IMAGENET_MEAN, parsed.from_std or IMAGENET_STD
+    if "mean" not in values:  # only resize
+        values |= {"mean": source.get("from_mean", IMAGENET_MEAN), "std": source.get("from_std", IMAGENET_STD)}
     options = {name: f"input-{name}" for name in ("mean", "std", "size")}
-    values = {"mean": mean or from_mean, "std": std or from_std, "size": size}
-    return checked(InputAdapter, options, **values, from_mean=from_mean, from_std=from_std)
+    return checked(InputAdapter, options, **values, **source)
 
 
 def _onnx(parsed: argparse.Namespace) -> Path:
-    """The ONNX file: the one that was named, or where the model that was named will be exported."""
+    """The ONNX file that was given, or the one to export the model to."""
     names = ("onnx", *_MODELS)
-    given = [name for name in names if getattr(parsed, name) is not None]
-    if len(given) != 1:
-        found = " and ".join(f"--{name}" for name in given) or "none of them"
-        raise ConfigError(f"give one of {', '.join(f'--{name}' for name in names)}, got {found}")
+    found = [name for name in names if getattr(parsed, name) is not None]
+    if len(found) != 1:
+        found_names = " and ".join(f"--{name}" for name in found) or "none of them"
+        raise ConfigError(f"give one of {', '.join(f'--{name}' for name in names)}, got {found_names}")
     onnx: Path | None = parsed.onnx
     if onnx is None:
-        stem = re.sub(r"[^\w.-]+", "_", getattr(parsed, given[0]))
+        stem = re.sub(r"[^\w.-]+", "_", getattr(parsed, found[0]))
         engine: Path = parsed.save_engine or Path(f"{stem}.engine")
         return engine.parent / f"{engine.stem}.onnx"
     for name in ("checkpoint", "pretrained", "num_classes"):
@@ -174,36 +151,31 @@ def _onnx(parsed: argparse.Namespace) -> Path:
     return onnx
 
 
-def _export(parsed: argparse.Namespace, onnx: Path) -> None:
-    """Export the model that was named to `onnx`; what lies there already is kept, and must be that model."""
+def _export(parsed: argparse.Namespace, settings: "BuildSettings") -> None:
+    """Export the model that was named to `settings.onnx`; an existing file is kept, and must be that model."""
     import torch
 
-    from kd_pipeline.models.registry import ModelSettings, default_input, open_model
+    from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
     from kd_pipeline.onnx.export import export_onnx
     from kd_pipeline.onnx.file import read_onnx
 
-    names = {name: getattr(parsed, name) for name in _MODELS}
-    (name,) = (name for name in names.values() if name is not None)
-    settings = checked(
-        ModelSettings,
-        **names,
-        num_classes=parsed.num_classes,
-        pretrained=parsed.pretrained,
-        checkpoint=parsed.checkpoint,
+    onnx, adapter = settings.onnx, settings.input_adapter
+    (name,) = (name for name in map(vars(parsed).get, _MODELS) if name is not None)
+    torch.manual_seed(0)  # the same random weights in every call
+    # Typing the factory's name allows its module to run.
+    module = open_model(
+        checked(ModelSettings, **given(parsed, ModelSettings)), plugins=[str(parsed.factory).partition(":")[0]]
     )
-    torch.manual_seed(0)  # the same random weights at every call
-    # Who types the factory's name allows it to run.
-    module = open_model(settings, plugins=[str(parsed.factory).partition(":")[0]])
     if parsed.factory is None and not (parsed.pretrained or parsed.checkpoint):
-        tell(f"{name} has random weights; give --pretrained or --checkpoint for trained ones")
-    expected = default_input(module)
-    size = parsed.input_size or parsed.image_size or (expected.size[0] if expected else _DEFAULT_SIZE)
-    if expected is not None and parsed.input_mean is None and not _is_imagenet(expected.mean, expected.std):
-        tell(
+        print_progress(f"{name} has random weights; give --pretrained or --checkpoint for trained ones")
+    expected = pretrained_input(module)
+    size = (adapter and adapter.size) or settings.image_size or (expected.size[0] if expected else _DEFAULT_SIZE)
+    if expected and parsed.input_mean is None and (expected.mean, expected.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        print_progress(
             f"timm says that {name} was trained with --input-mean {' '.join(map(str, expected.mean))} "
-            f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalized otherwise"
+            f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalized differently"
         )
-    tell(f"exporting {name} for images of {size} x {size} to {onnx}")
+    print_progress(f"exporting {name} for images of {size} x {size} to {onnx}")
     if not onnx.exists():
         export_onnx(module, onnx, image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
         return
@@ -211,26 +183,21 @@ def _export(parsed: argparse.Namespace, onnx: Path) -> None:
         made = export_onnx(module, Path(folder, onnx.name), image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
         if read_onnx(made).sha256 != read_onnx(onnx).sha256:
             raise ConfigError(
-                f"{onnx} is there already and is not what {name} becomes; remove it, or give another name with "
+                f"{onnx} already exists and is not the export of {name}; remove it, or give a different name with "
                 "--save-engine"
             )
 
 
-def _is_imagenet(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
-    from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
-
-    return (mean, std) == (IMAGENET_MEAN, IMAGENET_STD)
-
-
 def _profiles(parsed: argparse.Namespace) -> "tuple[tuple[Profile, ...], int | None]":
-    """The profiles asked for, and the size of the images where the shapes say it."""
+    """The optimization profiles, and the image size if `--min-shapes` and the like give it."""
     from kd_pipeline.teachers.tensorrt.manifest import Profile
 
     shapes = [parsed.min_shapes, parsed.opt_shapes, parsed.max_shapes]
     if shapes == [None, None, None]:
-        batches = parsed.batch or []
         options = dict.fromkeys(("min", "opt", "max"), "batch")
-        return tuple(checked(Profile, options, min=low, opt=opt, max=high) for low, opt, high in batches), None
+        return tuple(
+            checked(Profile, options, min=low, opt=opt, max=high) for low, opt, high in parsed.batch or ()
+        ), None
     if None in shapes or parsed.batch:
         raise ConfigError("give --min-shapes, --opt-shapes and --max-shapes together, or --batch MIN OPT MAX alone")
     sizes = [_shape(text, parsed.onnx) for text in shapes]
@@ -257,27 +224,27 @@ def _shape(text: str, onnx: Path | None) -> tuple[int, int, int, int]:
     return batch, channels, height, width
 
 
-def _samples(parsed: argparse.Namespace) -> "Callable[[], Samples] | None":
-    """The images of --calibrate, read when they are needed."""
+def _calibration_set(parsed: argparse.Namespace) -> "Callable[[], CalibrationSet] | None":
+    """Reads the images of `--calibrate`; None without it."""
     if parsed.calibrate is None:
         if parsed.precision in ("int8", "fp8"):
             raise ConfigError(f"{parsed.precision} takes its ranges from real images; give --calibrate CONFIG")
         return None
     from kd_pipeline.config.config import load_config
     from kd_pipeline.loader.loader import sample_images
-    from kd_pipeline.teachers.tensorrt.parity import Samples
+    from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
 
     path: Path = parsed.calibrate
     config = load_config(path)
-    return lambda: Samples(sample_images(config), f"the training split of {path}", config=path)
+    return lambda: CalibrationSet(sample_images(config), f"the training split of {path}", config=path)
 
 
-def _table(engine: Path, manifest: "Manifest") -> list[tuple[str, str]]:
+def _table(engine: Path, manifest: "EngineManifest") -> list[tuple[str, str]]:
     parity = manifest.parity
-    gpus = "any GPU that it supports" if manifest.gpu == "any" else manifest.gpu
+    gpus = "any supported GPU" if manifest.gpu == "any" else manifest.gpu
     capabilities = "" if manifest.compute_capability == ("any",) else f" ({', '.join(manifest.compute_capability)})"
     batches = ", ".join(f"{each.min} to {each.max} (best at {each.opt})" for each in manifest.profiles)
-    kept = f", {len(manifest.kept_float32)} nodes of it in fp32" if manifest.kept_float32 else ""
+    kept = f", {len(manifest.kept_float32)} nodes in fp32" if manifest.kept_float32 else ""
     rows = [
         ("engine", str(engine)),
         ("size", f"{manifest.engine_bytes / 1e6:.1f} MB, built in {manifest.build_s:.1f} s"),
@@ -292,5 +259,5 @@ def _table(engine: Path, manifest: "Manifest") -> list[tuple[str, str]]:
         ),
     ]
     if parity.measured_on == "onnx":
-        rows.append(("", "measured on the converted ONNX file; the engine is compared when a GPU first opens it"))
+        rows.append(("", "measured on the converted ONNX file; the engine is checked when a GPU first opens it"))
     return rows

@@ -1,10 +1,9 @@
 """`kd-pipeline check`."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_pipeline.cli.arguments import add_config, checked, tell
+from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
 
 if TYPE_CHECKING:
     from kd_pipeline.workflows._check import CheckReport, SplitReport, TeacherReport
@@ -16,37 +15,39 @@ examples:
   kd-pipeline check -c my.yaml
   kd-pipeline check -c my.yaml --images 10000 data.batch_size=64
 
-The exit status is 1 where there is a problem.
+The exit status is 1 if there is a problem.
 """
 _MOST_NAMED = 10
-"""Unreadable files of a split that are shown; all are in `check.json`."""
+"""Unreadable files to print per split; all are in `check.json`."""
 
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command to the parser of all."""
-    parser = commands.add_parser(
+    """Add the command to `commands`."""
+    commands.add_parser(
         "check",
         parents=[common],
-        help="before a training: does every image decode, what do the models see, does the teacher know it",
+        help="check a config before training: do all images decode, what do the models see, how good is the teacher",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_options=_add_options,
+        run=_run,
     )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    from kd_pipeline.workflows._check import CheckSettings
+
     add_config(parser)
-    parser.add_argument("--images", metavar="N", help="decode N images of each split, drawn at random; else all")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where; the folder check in run_dir unless given")
-    parser.set_defaults(run=_run)
+    add_options(parser, CheckSettings, "num_images", "out", flags={"num_images": ["--images"]})
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.config.config import load_config
     from kd_pipeline.workflows._check import CheckSettings, check
 
-    options = {"num_images": "images"}
-    settings = checked(CheckSettings, options, num_images=parsed.images, out=parsed.out)
+    settings = checked(CheckSettings, {"num_images": "images"}, **given(parsed, CheckSettings))
     config = load_config(parsed.config, parsed.overrides)
-    found = check(config, settings, plugins=parsed.plugin, report=tell)
-    for line in _lines(found):
-        print(line)
+    found = check(config, settings, plugins=parsed.plugin, report=print_progress)
+    print("\n".join(_lines(found)))
     return 1 if found.problems else 0
 
 
@@ -63,7 +64,7 @@ def _lines(found: "CheckReport") -> list[str]:
     if found.teacher is not None:
         lines.append(_teacher(found.teacher))
     if found.grid is not None:
-        lines.append(f"the first training batch, as the models get it: {found.grid}")
+        lines.append(f"first training batch as the models see it: {found.grid}")
     lines += [f"problem: {problem}" for problem in found.problems] or ["no problems"]
     return lines
 

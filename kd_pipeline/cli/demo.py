@@ -7,21 +7,17 @@ __all__ = ["add_to"]
 
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command to the parser of all."""
+    """Add the command to `commands`."""
     parser = commands.add_parser(
-        "demo", parents=[common], help="distil a small student on handwritten digits, in a minute or two"
+        "demo", parents=[common], run=_run, help="distill a small student on handwritten digits, in a minute or two"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to configs/digits.yaml")
-    parser.set_defaults(run=_run)
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of configs/digits.yaml")
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.workflows.demo import run_demo
 
-    summary = run_demo(parsed.overrides)
-    print()
-    for line in _table(summary):
-        print(line)
+    print("", *_table(run_demo(parsed.overrides)), sep="\n")
     return 0
 
 

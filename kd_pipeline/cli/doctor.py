@@ -7,12 +7,14 @@ __all__ = ["add_to"]
 
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command to the parser of all."""
-    parser = commands.add_parser(
-        "doctor", parents=[common], help="what this machine has, what is usable, and what to install"
+    """Add the command to `commands`."""
+    commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="report what this machine has, which backends work, and what to install",
+        add_options=lambda parser: parser.add_argument("--json", action="store_true", help="print JSON"),
+        run=_run,
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
-    parser.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_pipeline.cli.arguments import add_plugin
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,31 +19,42 @@ __all__ = ["add_to"]
 _EXAMPLES = """\
 examples:
   kd-pipeline predict runs/digits photo.png more/photos
-  kd-pipeline predict runs/digits/exported/model.onnx photos --top 1 --json > answers.jsonl
-  kd-pipeline predict other.onnx -c my.yaml photos --out answers.jsonl
+  kd-pipeline predict runs/digits/exported/model.onnx photos --top 1 --json > predictions.jsonl
+  kd-pipeline predict other.onnx -c my.yaml photos --out predictions.jsonl
 """
 
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command to the parser of all."""
-    parser = commands.add_parser(
+    """Add the command to `commands`."""
+    commands.add_parser(
         "predict",
         parents=[common],
-        help="the likeliest classes of images, by a trained student or another model",
+        help="predict the most likely classes of images with a trained student or any other model",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_options=_add_options,
+        run=_run,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="the folder of a run, an ONNX file or an engine")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders of them")
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="has the transform, for a file of no run")
-    parser.add_argument("--split", default="val", help="the split of the config whose transform it is")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes to show of each image; 5 unless given")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at once; 64 unless given")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 or auto")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help="brings the network's factory")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON for each image")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the lines of JSON go")
-    parser.set_defaults(run=_run)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a run, ONNX file or engine")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
+    parser.add_argument(
+        "-c",
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="take the transform from this config; for a file outside a run",
+    )
+    parser.add_argument("--split", default="val", help="split of the config with the transform (default: val)")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images per batch (default: 64)")
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, or auto for a GPU if there is one (default: auto)"
+    )
+    add_plugin(parser, "the network's factory")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON per image")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the lines of JSON to this file")
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -57,7 +69,7 @@ def _run(parsed: argparse.Namespace) -> int:
     images = find_images(parsed.images)
     transform = _transform(parsed)
     device = resolve_device(parsed.device)
-    num_unread = 0
+    num_unreadable = 0
     with ExitStack() as stack:
         dtype = getattr(torch, transform.dtype)
         opened = open_model_file(parsed.model, size=transform.size, device=device, dtype=dtype, plugins=parsed.plugin)
@@ -65,8 +77,8 @@ def _run(parsed: argparse.Namespace) -> int:
         out = None if parsed.out is None else stack.enter_context(parsed.out.open("w", encoding="utf-8"))
         found = predict(opened.model, images, transform, batch_size=parsed.batch_size, device=device)
         for prediction in found:
-            num_unread += prediction.problem is not None
-            line = json.dumps(_plain(prediction, opened.classes, parsed.top), ensure_ascii=False)
+            num_unreadable += prediction.problem is not None
+            line = json.dumps(_to_json(prediction, opened.classes, parsed.top), ensure_ascii=False)
             if out is not None:
                 out.write(line + "\n")
             if parsed.json:
@@ -75,13 +87,13 @@ def _run(parsed: argparse.Namespace) -> int:
                 print(_text(prediction, opened.classes, parsed.top))
             if prediction.problem is not None:
                 print(f"kd-pipeline: {prediction.image} cannot be read: {prediction.problem}", file=sys.stderr)
-    if num_unread:
-        print(f"kd-pipeline: {num_unread} of {len(images)} images cannot be read", file=sys.stderr)
-    return 1 if num_unread else 0
+    if num_unreadable:
+        print(f"kd-pipeline: {num_unreadable} of {len(images)} images cannot be read", file=sys.stderr)
+    return 1 if num_unreadable else 0
 
 
 def _transform(parsed: argparse.Namespace) -> "EvalTransform":
-    """What the model wants done to an image: what its run says, or else the config."""
+    """The transform of the config if one is given, else of the model's run."""
     from kd_pipeline.config.config import load_config
     from kd_pipeline.data.transforms import EvalTransform
     from kd_pipeline.workflows.exported import read_exported
@@ -89,18 +101,18 @@ def _transform(parsed: argparse.Namespace) -> "EvalTransform":
     if parsed.config is not None:
         transform = load_config(parsed.config).data.split(parsed.split).transform
         if not isinstance(transform, EvalTransform):
-            raise ConfigError(f"the split {parsed.split} has a random transform; take one with preset: eval")
+            raise ConfigError(f"the split {parsed.split} has a random transform; choose one with preset: eval")
         return transform
     exported = read_exported(parsed.model)
     if exported is None:
         raise ConfigError(
-            f"{parsed.model} does not say what is to be done to an image first; give the config of its data, with "
+            f"{parsed.model} does not describe the preprocessing of its images; give the config of its data with "
             "-c my.yaml"
         )
     return exported[1].transform
 
 
-def _plain(prediction: "Prediction", classes: tuple[str, ...] | None, count: int) -> dict[str, Any]:
+def _to_json(prediction: "Prediction", classes: tuple[str, ...] | None, count: int) -> dict[str, Any]:
     if prediction.problem is not None:
         return {"image": prediction.image, "problem": prediction.problem}
     top = [

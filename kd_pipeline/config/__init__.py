@@ -1,4 +1,4 @@
-"""One config, composed of the settings of all packages and read from YAML."""
+"""The config of a run, read from YAML."""
 
 from kd_pipeline.config.config import Config, load_config
 

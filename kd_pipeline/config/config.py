@@ -1,4 +1,4 @@
-"""Compose the rooms' settings into one config; read it from YAML, with overrides."""
+"""`Config`: the settings of all packages in one model, read from YAML with overrides."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -29,34 +29,34 @@ OneOrMoreTeachers = Annotated[
     | Annotated[EnsembleSettings, Tag(EnsembleSettings.__name__)],
     Discriminator(_kind),
 ]
-"""One teacher, or `members` that answer as one."""
+"""One teacher, or `members` whose outputs are averaged."""
 
 
 class Config(Settings):
     """A whole run. `data` alone is enough for a loader without a teacher."""
 
     seed: int = Field(default=0, ge=0, lt=2**64)
-    """Order and views of the images follow from it."""
+    """Determines the order and the augmentation of the images."""
     run_dir: Path | None = None
-    """Where a run writes what it has to say: `classes.json`, `bad_samples.jsonl` and the like."""
+    """Folder for what a run writes, such as `classes.json` and `bad_samples.jsonl`."""
     data: DataSettings
     teacher: OneOrMoreTeachers | None = None
     stage: Literal["teacher", "baseline", "distill", "all"] = "distill"
-    """What `kd-pipeline train` does: train the teacher's `model`, train the student alone, or distil it; `all` does
-    the first and the last."""
+    """What `kd-pipeline train` does: train the teacher's `model`, train the student alone (`baseline`), or distill the
+    student; `all` trains the teacher and then distills."""
     student: ModelSettings | None = None
     student_from_teacher: dict[str, str] = Field(default_factory=dict)
-    """Layers of the student, by name, that start with the weights of the teacher's layer of the other name."""
+    """Layers of the student to initialize from the teacher: the student's layer name to the teacher's."""
     distill: DistillSettings = DistillSettings()
     train: TrainSettings = TrainSettings()
     probe: ProbeSettings | None = ProbeSettings()
-    """How the teacher is tried on labeled images before a run; null leaves it out."""
+    """How the teacher is checked on labeled images before a run; null skips the check."""
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read the YAML file `path`, changed by overrides such as `data.batch_size=128`.
+    """Read the YAML file `path` and apply `overrides` such as `data.batch_size=128`.
 
     Raises:
-        ConfigError: every problem on a line of its own: file and line, dotted key, what was expected and found.
+        ConfigError: every problem on its own line: file and line, dotted key, what was expected and what was found.
     """
     return read_config(Config, path, overrides)

@@ -1,4 +1,4 @@
-"""Read a YAML file and overrides into a settings model, or say in one message what is wrong and where."""
+"""Read a YAML file and overrides into a settings model; report everything that is wrong, and where, in one message."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from kd_pipeline._core.suggestions import suggest
-from kd_pipeline.config.yaml import Key, Place, Problem, failure, parse
+from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["read_config"]
@@ -20,7 +20,7 @@ __all__ = ["read_config"]
 Model = TypeVar("Model", bound=BaseModel)
 
 _MAX_BYTES = 2**20
-_WISHES = {
+_EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
     "float_type": "a number",
@@ -30,36 +30,36 @@ _WISHES = {
     "string_type": "text",
     "tuple_type": "a list",
 }
-"""What should be there, by pydantic's type of error, where its own words are a programmer's."""
+"""What pydantic's error types expect, where its own message is in a programmer's terms."""
 
 
 def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequence[str] = ()) -> Model:
-    """Read the YAML file `path`, change it by `overrides` and check it against `model`.
+    """Read the YAML file `path`, apply `overrides`, and validate the result against `model`.
 
-    The YAML is plain data: no tags, no aliases, no key twice, at most 1 MiB. Only `true` and `false` are booleans, and
-    numbers are decimal without leading zeros; all else is text: `no`, `2020-01-01`, `010` and `1:30` stay as they are
-    written, while `1e-3` is a number. No value becomes another type: `"12"` is not a number, `5.0` not a whole number.
-    Relative paths stay as they are written, relative to the working directory.
+    The YAML is plain data: no tags, no aliases, no duplicate keys, at most 1 MiB. Only `true` and `false` are booleans,
+    and numbers are decimal without leading zeros. Everything else is text: `no`, `2020-01-01`, `010` and `1:30` stay as
+    written, while `1e-3` is a number. Nothing is converted: `"12"` is not a number, and `5.0` is not a whole number.
+    Relative paths stay as written, relative to the working directory.
 
     An override is `key.path=value` with the value in YAML; `ops.0.size=32` reaches into a list. Sections that the file
-    leaves out are made on the way.
+    does not have are created.
 
     Raises:
-        ConfigError: every problem on a line of its own, in the order of the file: place, key, what was expected, what
-            was found.
+        ConfigError: every problem on its own line, in the order of the file: place, key, what was expected, what was
+            found.
     """
     path = Path(path)
     data, places = parse(_read_text(path), lambda line: Place(line, f"{path}:{line}"))
     if not isinstance(data, dict):
         text = f"should be a mapping with keys of {', '.join(model.model_fields)}, {_found(data)}"
-        raise failure([Problem(places[()], (), text)])
+        raise config_error([Problem(places[()], (), text)])
     for number, text in enumerate(overrides):
         _override(data, places, text, Place(_MAX_BYTES + number, f"override {text!r}"))
     try:
-        # Strict JSON is strict about types, yet lets lists become tuples and texts become paths.
+        # Strict JSON mode is strict about types, yet lets lists become tuples and text become paths.
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as exc:
-        raise failure(_problems(exc.errors(include_url=False), model, places)) from None
+        raise config_error(_problems(exc.errors(include_url=False), model, places)) from None
 
 
 def _read_text(path: Path) -> str:
@@ -78,11 +78,11 @@ def _read_text(path: Path) -> str:
 
 
 def _override(data: dict[str, Any], places: dict[Key, Place], text: str, place: Place) -> None:
-    """Put the value of the override `text` into `data`, and its place into `places`."""
+    """Apply the override `text` to `data` in place, and record its keys in `places`."""
     name, equals, value = text.partition("=")
     parts = name.split(".")
     if not equals or not all(parts):
-        raise failure([Problem(place, (), "should be key.path=value, such as data.batch_size=64")])
+        raise config_error([Problem(place, (), "should be key.path=value, such as data.batch_size=64")])
     key: Key = ()
     node: Any = data
     for depth, part in enumerate(parts, start=1):
@@ -91,7 +91,7 @@ def _override(data: dict[str, Any], places: dict[Key, Place], text: str, place: 
         elif isinstance(node, dict):
             step = part
         else:
-            raise failure([Problem(place, key, f"has nothing called {part!r} in it, {_found(node)}")])
+            raise config_error([Problem(place, key, f"has no {part!r} in it, {_found(node)}")])
         key = (*key, step)
         if depth == len(parts):
             for stale in [other for other in places if other[:depth] == key]:
@@ -103,54 +103,54 @@ def _override(data: dict[str, Any], places: dict[Key, Place], text: str, place: 
         node = node[step]
 
 
-class _Spot(NamedTuple):
-    """What pydantic's location of an error means."""
+class _Location(NamedTuple):
+    """What a location in a pydantic error stands for."""
 
     key: Key
     annotation: Any
-    """What is expected at `key`."""
+    """The type at `key`."""
     owner: Any
-    """What is expected one level above."""
-    choice: Key | None
-    """Where the last union on the way was, whose members pydantic tries one by one."""
+    """The type one level above."""
+    union: Key | None
+    """The last union on the way, whose members pydantic tries one by one."""
 
 
 def _problems(errors: Sequence[ErrorDetails], model: type[BaseModel], places: dict[Key, Place]) -> Iterator[Problem]:
-    spots = [_spot(model, error["loc"]) for error in errors]
-    # Where one member of a union fits well enough to complain about its inside, the others have nothing to add.
-    fitting = {spot.choice for spot in spots if spot.choice is not None and spot.key != spot.choice}
-    wanted: dict[Key, tuple[Any, list[str]]] = {}
-    for spot, error in zip(spots, errors, strict=True):
-        if spot.key == spot.choice and spot.choice in fitting:
+    locations = [_resolve(model, error["loc"]) for error in errors]
+    # Once an error lies inside a union, one of its members matched; those that failed as a whole add nothing.
+    matched = {location.union for location in locations if location.union not in (None, location.key)}
+    expected_at: dict[Key, tuple[Any, list[str]]] = {}
+    for location, error in zip(locations, errors, strict=True):
+        if location.key == location.union and location.union in matched:
             continue
-        key, value, wish = _wish(spot, error)
-        if wish is None:
-            yield Problem(_place(key, places), key, _statement(spot, error))
+        key, value, expected = _expected(location, error)
+        if expected is None:
+            yield Problem(_place(key, places), key, _message(location, error))
         else:
-            wanted.setdefault(key, (value, []))[1].append(wish)
-    for key, (value, wishes) in wanted.items():
-        wish = " or ".join(dict.fromkeys(wishes))
-        yield Problem(_place(key, places), key, f"should be {wish}, {_found(value)}{_hint(wish, value)}")
+            expected_at.setdefault(key, (value, []))[1].append(expected)
+    for key, (value, parts) in expected_at.items():
+        expected = " or ".join(dict.fromkeys(parts))
+        yield Problem(_place(key, places), key, f"should be {expected}, {_found(value)}{_hint(expected, value)}")
 
 
-def _spot(model: type[BaseModel], location: Sequence[str | int]) -> _Spot:
-    """Follow pydantic's location, which also names the members of unions that it tried, through the types."""
+def _resolve(model: type[BaseModel], loc: Sequence[str | int]) -> _Location:
+    """Follow pydantic's `loc`, which also names the union members it tried, through the annotations."""
     key: Key = ()
     annotation: Any = model
     owner: Any = Any
-    choice = None
-    for part in location:
+    union = None
+    for part in loc:
         members = _members(annotation)
         if len(members) > 1:
-            choice = key
-            annotation = next((member for member in members if _is_called(member, part)), Any)
+            union = key
+            annotation = next((member for member in members if _is_tagged(member, part)), Any)
         else:
             owner, annotation, key = members[0], _inside(members[0], part), (*key, part)
-    return _Spot(key, annotation, owner, choice)
+    return _Location(key, annotation, owner, union)
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types that a union is made of, without None; other types alone."""
+    """The members of a union without None; any other type alone."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -158,8 +158,8 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def _is_called(member: Any, word: str | int) -> bool:
-    """Whether pydantic means the union member `member` by `word`: its tag, or its name with what validates it."""
+def _is_tagged(member: Any, word: str | int) -> bool:
+    """Whether pydantic calls the union member `member` `word`: its tag, or its class name within a validator's."""
     if not _is_model(member):
         return False
     tags = (tag for info in member.model_fields.values() for tag in get_args(info.annotation))
@@ -179,28 +179,28 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _wish(spot: _Spot, error: ErrorDetails) -> tuple[Key, Any, str | None]:
-    """The key that is wrong, what was found there, and what should be there, where pydantic puts it in such words."""
+def _expected(location: _Location, error: ErrorDetails) -> tuple[Key, Any, str | None]:
+    """The wrong key, the value found there, and what was expected; None where pydantic does not put it that way."""
     name = error.get("ctx", {}).get("discriminator", "").strip("'")
     if error["type"] == "union_tag_invalid" and name in error["input"]:
-        return (*spot.key, name), error["input"][name], f"one of {error['ctx']['expected_tags']}"
-    usual = "Input should be "
-    words = error["msg"].removeprefix(usual) if error["msg"].startswith(usual) else None
-    return spot.key, error["input"], _WISHES.get(error["type"], words)
+        return (*location.key, name), error["input"][name], f"one of {error['ctx']['expected_tags']}"
+    prefix = "Input should be "
+    usual = error["msg"].removeprefix(prefix) if error["msg"].startswith(prefix) else None
+    return location.key, error["input"], _EXPECTED.get(error["type"], usual)
 
 
-def _statement(spot: _Spot, error: ErrorDetails) -> str:
-    """What is wrong, where it is not the value alone."""
+def _message(location: _Location, error: ErrorDetails) -> str:
+    """What is wrong, where it is more than one value of the wrong kind."""
     context = error.get("ctx", {})
     match error["type"]:
         case "missing":
             return "missing"
-        case "extra_forbidden" if _is_model(spot.owner):
-            keys = list(spot.owner.model_fields)
-            return "unknown key" + suggest(str(spot.key[-1]), keys, otherwise=f"known keys: {', '.join(keys)}")
+        case "extra_forbidden" if _is_model(location.owner):
+            keys = list(location.owner.model_fields)
+            return "unknown key" + suggest(str(location.key[-1]), keys, otherwise=f"known keys: {', '.join(keys)}")
         case "union_tag_not_found":
             name = context["discriminator"].strip("'")
-            tags = [tag for member in _members(spot.annotation) for tag in get_args(_inside(member, name))]
+            tags = [tag for member in _members(location.annotation) for tag in get_args(_inside(member, name))]
             return f"has no {name}; should be one of {', '.join(map(repr, tags))}" if tags else error["msg"]
         case "value_error":
             return str(context["error"])
@@ -220,17 +220,17 @@ def _found(value: Any) -> str:
     return f"found {json.dumps(value):.60}"
 
 
-def _hint(wish: str, value: Any) -> str:
-    """A way out, where there is one to guess."""
-    if isinstance(value, str) and "number" in wish:
+def _hint(expected: str, value: Any) -> str:
+    """How to correct `value`, or nothing."""
+    if isinstance(value, str) and "number" in expected:
         return "; write decimal digits, without quotes or leading zeros"
     if isinstance(value, str):
-        return suggest(value, re.findall(r"'([^']*)'", wish), otherwise="")
-    return "; put it in quotes" if "text" in wish and isinstance(value, bool | int | float) else ""
+        return suggest(value, re.findall(r"'([^']*)'", expected), otherwise="")
+    return "; put it in quotes" if "text" in expected and isinstance(value, bool | int | float) else ""
 
 
 def _place(key: Key, places: dict[Key, Place]) -> Place:
-    """The place of `key`, or of the closest section around it where the file leaves it out."""
+    """The place of `key`, or of the closest section around it that the file has."""
     while key not in places:
         key = key[:-1]
     return places[key]

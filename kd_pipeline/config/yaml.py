@@ -1,4 +1,4 @@
-"""YAML as plain data with the place of every key: no tags, no aliases, no surprises."""
+"""YAML as plain data with the line of every key: no tags, no aliases, no type guessing beyond YAML 1.2."""
 
 import json
 import re
@@ -9,13 +9,13 @@ import yaml
 
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["Key", "Place", "Problem", "failure", "parse"]
+__all__ = ["Key", "Place", "Problem", "config_error", "parse"]
 
 Key = tuple[str | int, ...]
-"""Where a value is: the keys of mappings and the positions in lists that lead to it."""
+"""Path to a value: the keys of mappings and the indices of lists that lead to it."""
 
 _MAX_DEPTH = 32
-_MAX_LINES = 20
+_MAX_PROBLEMS = 20
 _MAX_VALUES = 30_000  # about a second of parsing
 _CONSTANTS = {
     **dict.fromkeys(["", "~", "null", "Null", "NULL"]),
@@ -27,10 +27,12 @@ _FLOAT = re.compile(r"(?=.*[.eE])[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE]
 
 
 class Place(NamedTuple):
-    """Where something is written: its rank in the report, and words for it."""
+    """Where a value is written."""
 
     order: int
-    words: str
+    """Rank in the report: the line, or for an override a number after all lines."""
+    name: str
+    """The file and line, or the override."""
 
 
 class Problem(NamedTuple):
@@ -41,43 +43,52 @@ class Problem(NamedTuple):
     text: str
 
 
-def failure(problems: Iterable[Problem]) -> ConfigError:
-    """One error for all `problems`, a line each, in the order of the file; twenty at most."""
+def config_error(problems: Iterable[Problem]) -> ConfigError:
+    """One error for all `problems`: a line each, in the order of the file, at most twenty."""
     lines = [
-        ": ".join(filter(None, [problem.place.words, _dotted(problem.key), problem.text]))
+        ": ".join(filter(None, [problem.place.name, _dotted(problem.key), problem.text]))
         for problem in sorted(problems, key=lambda problem: problem.place.order)
     ]
-    more = [f"and {len(lines) - _MAX_LINES} more problems"] if len(lines) > _MAX_LINES else []
-    return ConfigError("\n".join(lines[:_MAX_LINES] + more))
+    more = [f"and {len(lines) - _MAX_PROBLEMS} more problems"] if len(lines) > _MAX_PROBLEMS else []
+    return ConfigError("\n".join(lines[:_MAX_PROBLEMS] + more))
 
 
 def parse(text: str, place: Callable[[int], Place], key: Key = ()) -> tuple[Any, dict[Key, Place]]:
-    """The plain data in the YAML `text`, and the place of every key in it, all below `key`."""
+    """The plain data in the YAML document `text`, and the place of every key in it.
+
+    Args:
+        text: one document; an empty one is null.
+        place: the place of a line, which counts from 1.
+        key: prefix of all keys.
+
+    Raises:
+        ConfigError: `text` is not YAML, or is more than plain data.
+    """
     parser = _Parser(text, place)
     data = parser.document(key)
     if parser.problems:
-        raise failure(parser.problems)
+        raise config_error(parser.problems)
     return data, parser.places
 
 
 class _Parser:
-    """Builds plain data from YAML events: no tag is ever looked up and no alias expanded."""
+    """Builds plain data from PyYAML's events, so no tag is ever looked up and no alias expanded."""
 
     def __init__(self, text: str, place: Callable[[int], Place]) -> None:
         self.places: dict[Key, Place] = {}
         self.problems: list[Problem] = []
         self._text, self._place = text, place
         self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
-        self._latest: Key = ()
+        self._latest: Key = ()  # the key whose value was begun last
 
     def document(self, key: Key) -> Any:
         self.places[key], self._latest = self._place(1), key
         try:
-            next(self._events)  # the start of the stream
+            next(self._events)  # StreamStartEvent
             if isinstance(next(self._events), yaml.StreamEndEvent):
                 return None
             data = self._value(next(self._events), key)
-            next(self._events)  # the end of the document
+            next(self._events)  # DocumentEndEvent
             if not isinstance(end := next(self._events), yaml.StreamEndEvent):
                 self._complain(end, (), "a second document starts here; keep one in a file")
             return data
@@ -97,7 +108,7 @@ class _Parser:
     def _value(self, event: Any, key: Key) -> Any:
         self.places.setdefault(key, self._place(event.start_mark.line + 1))
         if len(self.places) > _MAX_VALUES:
-            raise failure(
+            raise config_error(
                 [Problem(self.places[key], key[:3], f"more than {_MAX_VALUES} values; is this a config file?")]
             )
         if isinstance(event, yaml.AliasEvent):
@@ -108,7 +119,7 @@ class _Parser:
         if event.tag is not None:
             self._complain(event, key, f"tags ({event.tag}) are not supported; write plain values")
         if len(key) > _MAX_DEPTH:
-            raise failure([Problem(self.places[key], key[:3], f"nested more than {_MAX_DEPTH} levels deep")])
+            raise config_error([Problem(self.places[key], key[:3], f"nested more than {_MAX_DEPTH} levels deep")])
         return self._list(key) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(key)
 
     def _scalar(self, event: Any, key: Key) -> Any:
@@ -129,14 +140,12 @@ class _Parser:
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             place = self._place(event.start_mark.line + 1)
             if not isinstance(event, yaml.ScalarEvent):
-                raise failure([Problem(place, key, "a key here is not a text but a list, a mapping or an alias")])
+                raise config_error([Problem(place, key, "a key must be text, not a list, a mapping or an alias")])
             child = (*key, event.value)
             if not isinstance(self._scalar(event, child), str):
-                self._complain(event, child, f"keys are texts; put it in quotes: {json.dumps(event.value)}")
+                self._complain(event, child, f"keys must be text; put it in quotes: {json.dumps(event.value)}")
             if event.value in data:
-                self._complain(
-                    event, child, f"this key is there twice, first at {self.places[child].words}; remove one"
-                )
+                self._complain(event, child, f"duplicate key, first at {self.places[child].name}; remove one")
             self.places.setdefault(child, place)
             self._latest = child
             data[event.value] = self._value(next(self._events), child)
@@ -147,11 +156,11 @@ class _Parser:
 
     def _syntax_error(self, line: int, reason: str) -> ConfigError:
         after = f"after {_dotted(self._latest)}: " if self._latest else ""
-        return failure([Problem(self._place(line), (), f"{after}not YAML: {reason}")])
+        return config_error([Problem(self._place(line), (), f"{after}not YAML: {reason}")])
 
 
 def _plain(text: str) -> Any:
-    """What an unquoted scalar stands for."""
+    """The value of an unquoted scalar."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     if _INTEGER.fullmatch(text):

@@ -1,1 +1,1 @@
-"""The data path: source, plan, transform, graph, reader; each imports only from those before it."""
+"""The data path, in import order: sources, plan, transforms, DALI graph, reader."""

@@ -1,15 +1,15 @@
-"""RandAugment and TrivialAugment: one of fourteen ops, of a strength of its own, for every image and layer.
+"""RandAugment and TrivialAugment: each image gets random ops of random strength out of fourteen.
 
-The plan's numbers choose op and strength in NumPy; DALI applies them to uint8 images, each op only to the images that
-got it. Every op is torchvision's of the same name up to rounding, with these differences: warped images are
-interpolated bilinearly and filled with mid-gray, as timm does it; `sharpness` also sharpens the outermost row of
-pixels, which Pillow leaves; `equalize` is OpenCV's formula, about 4 of 255 levels from Pillow's on photographs, and
-more where much of an image has its brightest value.
+Op and strength are computed in NumPy from the plan's uniform numbers. DALI applies them to uint8 images, each op only
+to the images that drew it. Every op equals torchvision's of the same name up to rounding, with three differences:
+warped images are interpolated bilinearly and filled with mid-gray, as in timm; `sharpness` also sharpens the outermost
+pixels, which Pillow leaves unchanged; `equalize` uses OpenCV's formula, about 4 of 255 levels from Pillow's on
+photographs, and more if a large part of the image has its maximum value.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,53 +18,42 @@ from pydantic import Field
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 
-__all__ = ["OPS", "AutoAugment", "AutoAugmentSettings", "RandAugment", "Ranges", "TrivialAugment", "numbers_of"]
+__all__ = ["OPS", "AutoAugment", "AutoAugmentSettings", "RandAugment", "Ranges", "TrivialAugment", "op_arguments"]
 
 OPS = (
-    "identity",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "rotate",
-    "brightness",
-    "color",
-    "contrast",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "autocontrast",
-    "equalize",
-)
-"""What may happen to an image, equally likely; the list of both papers."""
+    "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
+    "sharpness", "posterize", "solarize", "autocontrast", "equalize",
+)  # fmt: skip
+"""The ops of both papers, all with the same probability."""
 
 Array = NDArray[np.float64]
+"""Draws and parameters, in double precision because NumPy releases differ in when they promote float32."""
 Node = Any
 """A node of a DALI graph."""
-Side = Callable[[Node, Node], Node]
-"""Images and their numbers to new images."""
+_Branch = Callable[[Node, Node], Node]
+"""From images and arguments to new images."""
 
 
 class RandAugment(Settings):
-    """Some random ops one after the other, all about as strong (Cubuk et al., arXiv 1909.13719).
+    """A sequence of random ops, all of about the same strength (Cubuk et al., arXiv 1909.13719).
 
-    Every one is applied, as in the paper; timm leaves out each with probability 0.5.
+    Every op is applied, as in the paper; timm skips each with probability 0.5.
     """
 
     kind: Literal["randaugment"] = "randaugment"
     num_ops: int = Field(default=2, ge=1)
-    """How many ops an image goes through."""
+    """Ops per image."""
     magnitude: float = Field(default=9.0, ge=0, le=10)
-    """Mean strength on the scale of timm and of the authors' code, 0 to 10; torchvision's goes to 30."""
+    """Mean strength from 0 to 10, as in timm and in the authors' code; torchvision's scale ends at 30."""
     magnitude_std: float = Field(default=0.5, ge=0)
-    """Standard deviation of the strength, which is cut off at 0 and 10."""
+    """Standard deviation of the strength, which is clipped to 0 and 10."""
 
     def ranges(self, size: int) -> "Ranges":
-        """As in torchvision, and as timm's variants that grow with the magnitude."""
+        """As in torchvision, and as timm's "increasing" variants."""
         return Ranges(shear=0.3, translate=0.45 * size, rotate=30.0, enhance=0.9, posterize=4)
 
     def strengths(self, draws: Array) -> Array:
-        """`[N]` from 0 to 1, out of two uniform numbers each `[N, 2]`."""
+        """`[N]` from 0 to 1, from two uniform numbers each, `[N, 2]`."""
         normal: Array = np.sqrt(-2 * np.log1p(-draws[:, 0])) * np.cos(2 * np.pi * draws[:, 1])  # Box and Muller
         return np.clip((self.magnitude + self.magnitude_std * normal) / 10, 0, 1)
 
@@ -74,87 +63,84 @@ class TrivialAugment(Settings):
 
     kind: Literal["trivialaugment"] = "trivialaugment"
 
-    @property
-    def num_ops(self) -> int:
-        """One."""
-        return 1
+    num_ops: ClassVar[int] = 1
 
     def ranges(self, size: int) -> "Ranges":
-        """The paper's "wide" ones."""
+        """The paper's "wide" search space."""
         return Ranges(shear=0.99, translate=32.0, rotate=135.0, enhance=0.99, posterize=6)
 
     def strengths(self, draws: Array) -> Array:
-        """`[N]` from 0 to 1 in steps of 1/30, out of two uniform numbers each `[N, 2]`."""
+        """`[N]` from 0 to 1 in steps of 1/30, from the first of two uniform numbers each, `[N, 2]`."""
         return np.floor(draws[:, 0] * 31) / 30
 
 
 AutoAugmentSettings = Annotated[RandAugment | TrivialAugment, Field(discriminator="kind")]
-"""What a config file may say under `auto_augment`."""
+"""What a config may have under `auto_augment`."""
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """What the ops do at full strength; solarize starts at 255 and ends at 0, the last three have no strength."""
+    """What the ops do at full strength; solarize goes from 255 to 0, autocontrast and equalize have no strength."""
 
     shear: float
-    """Pixels sideways for each pixel along."""
+    """Horizontal pixels per vertical pixel, or the reverse."""
     translate: float
-    """Pixels, cut to whole ones."""
+    """Pixels, truncated to an integer."""
     rotate: float
     """Degrees."""
     enhance: float
-    """Distance from 1 of the factor of brightness, color, contrast and sharpness."""
+    """Distance of the factor of brightness, color, contrast and sharpness from 1."""
     posterize: int
-    """Bits taken from every channel."""
+    """Bits removed from each channel."""
 
 
 @dataclass(frozen=True)
 class AutoAugment:
-    """The ops of a policy on uint8 images of `size`."""
+    """The ops of a policy on uint8 images of height and width `size`."""
 
     policy: RandAugment | TrivialAugment
     size: int
 
     @property
     def ndims(self) -> tuple[int, ...]:
-        """Dimensions of a sample's part of each parameter."""
+        """Dimensions per sample of each array that `apply` takes."""
         return (0, 1) * self.policy.num_ops
 
     @property
     def num_draws(self) -> int:
-        """How many of a view's uniform numbers are used, from the first on."""
-        return _FIRST + _PER_OP * self.policy.num_ops
+        """Uniform numbers that a view needs, those of all other ops included."""
+        return _FIRST_SLOT + _SLOTS_PER_OP * self.policy.num_ops
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
-        """For each of the policy's ops its place in `OPS` `[N]`, and the numbers that it takes `[N, 9]`."""
-        found = []
-        for first in range(_FIRST, self.num_draws, _PER_OP):
-            op = np.floor(draws[:, first] * len(OPS))
-            strength = self.policy.strengths(draws[:, first + 1 : first + 3])
-            sign = np.where(draws[:, first + 3] < 0.5, -1.0, 1.0)
-            found += [op, numbers_of(op, strength, sign, self.policy.ranges(self.size), self.size)]
-        return tuple(found)
+        """For each of the policy's ops its position in `OPS` `[N]` and its arguments `[N, 9]`."""
+        parameters = []
+        for slot in range(_FIRST_SLOT, self.num_draws, _SLOTS_PER_OP):
+            op = np.floor(draws[:, slot] * len(OPS))
+            strength = self.policy.strengths(draws[:, slot + 1 : slot + 3])
+            sign = np.where(draws[:, slot + 3] < 0.5, -1.0, 1.0)
+            parameters += [op, op_arguments(op, strength, sign, self.policy.ranges(self.size), self.size)]
+        return tuple(parameters)
 
     def apply(self, images: Node, *parameters: Node) -> Node:
         """Apply the ops one after the other to uint8 images."""
-        for op, numbers in zip(parameters[::2], parameters[1::2], strict=True):
-            images = _apply((images, op, numbers), _SIDES)
+        for op, arguments in zip(parameters[::2], parameters[1::2], strict=True):
+            images = _dispatch((images, op, arguments), _BRANCHES)
         return images
 
 
-def numbers_of(op: Array, strength: Array, sign: Array, ranges: Ranges, size: int) -> Array:
-    """What the op of each image takes, `[N, 9]`.
+def op_arguments(op: Array, strength: Array, sign: Array, ranges: Ranges, size: int) -> Array:
+    """Arguments of the op of each image, `[N, 9]`, padded with zeros.
 
-    A warp: the matrix from places in the new image to places in the old one, row by row. Brightness and color: the
-    factors of both. Contrast: the factor. Sharpness: the filter, row by row. Posterize and solarize: the bits that
-    stay, and the threshold. The rest is zero.
+    A warp has the 2x3 matrix from output to input coordinates, row by row; brightness and color the factors of both;
+    contrast its factor; sharpness its 3x3 filter; posterize and solarize the mask of the bits to keep and the
+    threshold.
 
     Args:
-        op: `[N]`, place in `OPS`.
+        op: `[N]`, positions in `OPS`.
         strength: `[N]` from 0 to 1.
-        sign: `[N]`, -1 or 1, for the ops that go either way.
+        sign: `[N]`, -1 or 1, the direction of ops that have one.
         ranges: what full strength means.
-        size: height and width of the images.
+        size: height and width of the images in pixels.
     """
     signed, zero, one = strength * sign, np.zeros_like(strength), np.ones_like(strength)
     shear, shift, factor = ranges.shear * signed, np.trunc(ranges.translate * signed), 1 + ranges.enhance * signed
@@ -170,67 +156,67 @@ def numbers_of(op: Array, strength: Array, sign: Array, ranges: Ranges, size: in
         "brightness": [factor, one],
         "color": [one, factor],
         "contrast": [factor],
-        "sharpness": [(1 - factor) * smooth + factor * same for smooth, same in zip(_SMOOTH, _SAME, strict=True)],
+        "sharpness": [(1 - factor) * smooth + factor * same for smooth, same in zip(_SMOOTH, _UNCHANGED, strict=True)],
         "posterize": [bits, 256 * one],
         "solarize": [255 * one, 255 * (1 - strength)],
     }
-    numbers = np.zeros((len(op), _NUM_NUMBERS))
+    arguments = np.zeros((len(op), len(_SMOOTH)))
     for name, columns in rows.items():
         chosen = op == OPS.index(name)
-        numbers[chosen, : len(columns)] = np.stack(columns, axis=1)[chosen]
-    return numbers
+        arguments[chosen, : len(columns)] = np.stack(columns, axis=1)[chosen]
+    return arguments
 
 
-def _apply(nodes: Sequence[Node], sides: Sequence[tuple[str, Side]]) -> Node:
-    """Halve images, ops and numbers by op until one side is left; DALI runs each on the images that came there."""
-    images, op, numbers = nodes
-    if len(sides) == 1:
-        return sides[0][1](images, numbers)
-    half = len(sides) // 2
-    is_low = op < OPS.index(sides[half - 1][0]) + 0.5
-    # What DALI makes of an `if`. Written out, as DALI's own translation would have to read all of the library's code.
+def _dispatch(nodes: Sequence[Node], branches: Sequence[tuple[str, _Branch]]) -> Node:
+    """Split images, ops and arguments by op until one branch is left; DALI runs each on the images that reach it."""
+    images, op, arguments = nodes
+    if len(branches) == 1:
+        return branches[0][1](images, arguments)
+    half = len(branches) // 2
+    is_low = op < OPS.index(branches[half - 1][0]) + 0.5
+    # What DALI makes of an `if`. Written out, because DALI's own translation would have to parse the whole library.
     conditional = _fn()._conditional
     forks = [conditional.split(node, predicate=is_low, _if_stmt=True) for node in nodes]
     low, high = ([fork[number] for fork in forks] for number in (0, 1))
-    return conditional.merge(_apply(low, sides[:half]), _apply(high, sides[half:]), predicate=is_low)
+    return conditional.merge(_dispatch(low, branches[:half]), _dispatch(high, branches[half:]), predicate=is_low)
 
 
-def _identity(images: Node, numbers: Node) -> Node:
+def _identity(images: Node, arguments: Node) -> Node:
     return images
 
 
-def _warp(images: Node, numbers: Node) -> Node:
+def _warp(images: Node, arguments: Node) -> Node:
     fn = _fn()
-    return fn.warp_affine(images, matrix=fn.reshape(numbers[:6], shape=[2, 3]), fill_value=128, inverse_map=True)
+    return fn.warp_affine(images, matrix=fn.reshape(arguments[:6], shape=[2, 3]), fill_value=128, inverse_map=True)
 
 
-def _color(images: Node, numbers: Node) -> Node:
-    return _fn().color_twist(images, brightness=numbers[0], saturation=numbers[1])
+def _color(images: Node, arguments: Node) -> Node:
+    return _fn().color_twist(images, brightness=arguments[0], saturation=arguments[1])
 
 
-def _contrast(images: Node, numbers: Node) -> Node:
-    """About the mean lightness of the image."""
+def _contrast(images: Node, arguments: Node) -> Node:
+    """Scale around the mean lightness of the image."""
     fn, types = _fn(), _types()
     mean = fn.reductions.mean(images, axis_names="HW", keep_dims=True)
     center = 0.299 * mean[:, :, 0:1] + 0.587 * mean[:, :, 1:2] + 0.114 * mean[:, :, 2:3]
-    return fn.cast(center + (images - center) * numbers[0], dtype=types.UINT8)
+    return fn.cast(center + (images - center) * arguments[0], dtype=types.UINT8)
 
 
-def _sharpness(images: Node, numbers: Node) -> Node:
-    """Toward Pillow's smoothing filter below a factor of 1, away from it above."""
+def _sharpness(images: Node, arguments: Node) -> Node:
+    """Toward Pillow's smoothing filter for a factor below 1, away from it above 1."""
     fn, types = _fn(), _types()
-    kernel = fn.reshape(numbers, shape=[3, 3])
+    kernel = fn.reshape(arguments, shape=[3, 3])
     return fn.filter(images, kernel.gpu() if images.device == "gpu" else kernel, dtype=types.UINT8)
 
 
-def _posterize_and_solarize(images: Node, numbers: Node) -> Node:
+def _posterize_and_solarize(images: Node, arguments: Node) -> Node:
     fn, types = _fn(), _types()
-    inverted = fn.cast(images >= numbers[1], dtype=types.UINT8) * types.Constant(255, dtype=types.UINT8)
-    return (images & fn.cast(numbers[0], dtype=types.UINT8)) ^ inverted
+    inverted = fn.cast(images >= arguments[1], dtype=types.UINT8) * types.Constant(255, dtype=types.UINT8)
+    return (images & fn.cast(arguments[0], dtype=types.UINT8)) ^ inverted
 
 
-def _autocontrast(images: Node, numbers: Node) -> Node:
-    """Every channel from 0 to 255; one of a single value stays."""
+def _autocontrast(images: Node, arguments: Node) -> Node:
+    """Stretch each channel to 0 to 255; a channel with a single value stays unchanged."""
     fn, types = _fn(), _types()
     low = fn.cast(fn.reductions.min(images, axis_names="HW", keep_dims=True), dtype=types.FLOAT)
     high = fn.reductions.max(images, axis_names="HW", keep_dims=True)
@@ -239,7 +225,7 @@ def _autocontrast(images: Node, numbers: Node) -> Node:
     return fn.cast((images - low * (high > low)) * scale, dtype=types.UINT8)
 
 
-def _equalize(images: Node, numbers: Node) -> Node:
+def _equalize(images: Node, arguments: Node) -> Node:
     return _fn().equalize(images)
 
 
@@ -251,7 +237,7 @@ def _types() -> Any:
     return require("nvidia.dali.types", extra="cpu")
 
 
-_SIDES = (
+_BRANCHES = (
     ("identity", _identity),
     ("rotate", _warp),
     ("color", _color),
@@ -261,13 +247,13 @@ _SIDES = (
     ("autocontrast", _autocontrast),
     ("equalize", _equalize),
 )
-"""In the order of `OPS`: the last of the ops that a function applies, and the function."""
+"""In the order of `OPS`, the last op that a function applies, and the function."""
 
-_NUM_NUMBERS = 9
 _SMOOTH = [weight / 13 for weight in (1, 1, 1, 1, 5, 1, 1, 1, 1)]
-"""Pillow's smoothing filter."""
-_SAME = [0, 0, 0, 0, 1, 0, 0, 0, 0]
+"""Pillow's 3x3 smoothing filter, row by row."""
+_UNCHANGED = [0, 0, 0, 0, 1, 0, 0, 0, 0]
+"""The filter that changes nothing."""
 
-# Slots of the plan's uniform numbers, after those of `kd_pipeline.data.mixing`; each op has so many: which op, two for
-# its strength, and its sign.
-_FIRST, _PER_OP = 40, 4
+# Slots of the plan's uniform numbers, after those of `kd_pipeline.data.mixing`. Each op has four: one for the op, two
+# for its strength, and one for its sign.
+_FIRST_SLOT, _SLOTS_PER_OP = 40, 4

@@ -1,165 +1,164 @@
-"""Which samples cannot be read, why, and which ones stand in for them."""
+"""Samples that cannot be read: which ones, why, and which samples replace them."""
 
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline._core.settings import Settings
-from kd_pipeline.data.dali import Probe
-from kd_pipeline.data.sources.base import Source
+from kd_pipeline.data.dali import FileChecker
+from kd_pipeline.data.settings import LoaderSettings
+from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
 
-__all__ = ["BadSamplePolicy", "BadSamples"]
+__all__ = ["BadSample", "BadSamples"]
 
 
-class BadSamplePolicy(Settings):
-    """What happens when a sample cannot be read."""
+@dataclass(frozen=True, slots=True)
+class BadSample:
+    """A sample that cannot be read."""
 
-    on_bad_sample: Literal["raise", "substitute"] = "raise"
-    """Stop with the file's name, or put the next readable sample in its place with `valid=False`."""
-    max_bad_fraction: float = 0.001
-    """More unreadable samples than this part of the dataset are an error even when substituting."""
-    max_pixels: int = 89_478_485
-    """Larger images count as unreadable and are never decoded; Pillow's limit for decompression bombs."""
-    record: Path | None = None
-    """JSON lines file that gets one line for each unreadable sample; none where left out."""
+    index: int
+    """Index in the dataset."""
+    path: str
+    num_bytes: int | None
+    """Size of the file; None if it does not exist."""
+    reason: str
 
 
 class BadSamples:
-    """The unreadable samples met so far.
+    """The unreadable samples found so far.
 
-    Whether a sample is readable depends on its file alone, never on its view or batch, and its stand-in on the
-    dataset alone. So a run that meets a bad file midway goes on exactly like one that knew it from the start.
+    Whether a sample is readable depends on its file alone, never on its view or batch, and its substitute depends on
+    the dataset alone. A run that finds a bad file midway therefore continues like one that knew it from the start.
     """
 
-    def __init__(self, source: Source, policy: BadSamplePolicy, probe: Probe) -> None:
-        self._source = source
-        self._policy = policy
-        self._probe = probe
-        self._bad: set[int] = set()
-        self._recorded: set[int] = set()
+    def __init__(
+        self, source: Source, settings: LoaderSettings, checker: FileChecker, record: Path | None = None
+    ) -> None:
+        """`record` is a JSON lines file, which gets one line for each unreadable sample."""
+        self._source, self._settings, self._checker, self._record = source, settings, checker, record
+        self._substituted: set[int] = set()
+        self._found: dict[int, BadSample] = {}
+        """Those that were diagnosed here, including the one that was one too many."""
 
     @property
-    def known(self) -> list[int]:
-        """Positions of the unreadable samples, in order."""
-        return sorted(self._bad)
+    def indices(self) -> list[int]:
+        """Indices of the samples that are substituted, in order."""
+        return sorted(self._substituted)
 
-    def learn(self, known: Iterable[int]) -> None:
-        """Take over the unreadable samples that an earlier run met."""
-        self._bad = set(known)
+    @property
+    def samples(self) -> tuple[BadSample, ...]:
+        """All that are known, by index; the reason of those that an earlier run found is not."""
+        return tuple(
+            self._found[index] if index in self._found else self._found_earlier(index)
+            for index in sorted(self._substituted | self._found.keys())
+        )
 
-    def replace(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """`index` `[N]` with stand-ins for the unreadable samples, and `[N]` False where one stands in."""
-        bad = _members(index, self._bad)
+    def restore(self, indices: Iterable[int]) -> None:
+        """Substitute exactly these samples, which an earlier run found, until more are found."""
+        self._substituted = set(indices)
+
+    def substitute(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """`index` `[N]` with the unreadable samples replaced, and `[N]`, False where one was."""
+        bad = np.isin(index, self.indices)
         if bad.any():
             index = index.copy()
-            index[bad] = [self._stand_in(int(position)) for position in index[bad]]
+            index[bad] = [self._next_readable(int(sample)) for sample in index[bad]]
         return index, ~bad
 
     def examine(self, index: NDArray[np.int64]) -> bool:
-        """Find out which of the samples at `index` made DALI fail; False if it was none of them.
+        """Find out which of the samples at `index` made DALI fail; False if none did.
 
         Raises:
-            BadSampleError: there is one, and the policy is to raise.
-            TooManyBadSamplesError: there are now more than the policy allows.
+            BadSampleError: a sample is unreadable, and `on_bad_sample` is `raise`.
+            TooManyBadSamplesError: more are now unreadable than `max_bad_fraction` allows.
         """
         if self._source.stores == "pixels":
             return False
-        before = len(self._bad)
-        for position in dict.fromkeys(index.tolist()):
-            (path,) = self._source.read(np.array([position]))
+        before = len(self._substituted)
+        for sample in dict.fromkeys(index.tolist()):
+            (path,) = self._source.read(np.array([sample]))
             try:
-                self._probe.decode(path)
+                self._checker.decode(path)
             except RuntimeError as exc:
-                self._add(position, path, exc)
-        return len(self._bad) > before
+                self._add(self._diagnose(sample, path, exc), exc)
+        return len(self._substituted) > before
 
-    def _add(self, position: int, path: NDArray[np.uint8], failure: RuntimeError) -> None:
-        name = self._source.name(position)
-        num_bytes, reason = self._diagnose(name, path, failure)
-        error = BadSampleError(position, name, num_bytes, reason)
-        if self._policy.on_bad_sample == "raise":
+    def _add(self, sample: BadSample, failure: RuntimeError) -> None:
+        error = BadSampleError(*astuple(sample))
+        if self._settings.on_bad_sample == "raise":
             raise error from failure
-        self._record({"index": position, "path": name, "num_bytes": num_bytes, "reason": reason})
-        num_bad, num_samples = len(self._bad) + 1, len(self._source)
-        if num_bad / num_samples > self._policy.max_bad_fraction or num_bad == num_samples:
+        if sample.index not in self._found:
+            self._found[sample.index] = sample
+            self._write(sample)
+        num_bad, num_samples = len(self._substituted) + 1, len(self._source)
+        if num_bad / num_samples > self._settings.max_bad_fraction or num_bad == num_samples:
             raise TooManyBadSamplesError(
                 f"{num_bad} of {num_samples} samples cannot be read, which is more than "
-                f"max_bad_fraction={self._policy.max_bad_fraction:g} allows; the last one: {error}"
+                f"max_bad_fraction={self._settings.max_bad_fraction:g} allows; the last one: {error}"
             ) from failure
-        self._bad.add(position)
+        self._substituted.add(sample.index)
 
-    def _record(self, line: dict[str, Any]) -> None:
-        if self._policy.record is None or line["index"] in self._recorded:
+    def _write(self, sample: BadSample) -> None:
+        if self._record is None:
             return
-        self._recorded.add(line["index"])
-        self._policy.record.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode, so that the ranks of a run can share the file.
-        with self._policy.record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._record.parent.mkdir(parents=True, exist_ok=True)
+        # One write in append mode, so the ranks of a run can share the file.
+        with self._record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(sample)) + "\n")
 
-    def _stand_in(self, position: int) -> int:
+    def _next_readable(self, index: int) -> int:
         """The next readable sample in the dataset's order, which in a folder mostly has the same class."""
         num_samples = len(self._source)
-        return next(
-            candidate
-            for candidate in ((position + step) % num_samples for step in range(1, num_samples))
-            if candidate not in self._bad
-        )
+        following = ((index + step) % num_samples for step in range(1, num_samples))
+        return next(candidate for candidate in following if candidate not in self._substituted)
 
-    def _diagnose(self, name: str, path: NDArray[np.uint8], failure: RuntimeError) -> tuple[int | None, str]:
-        """Size of the file in bytes, and why it cannot be read."""
-        file = Path(name)
+    def _found_earlier(self, index: int) -> BadSample:
+        name = self._source.name(index)
+        return BadSample(index, name, _num_bytes(Path(name)), "an earlier run could not read it")
+
+    def _diagnose(self, index: int, path: NDArray[np.uint8], failure: RuntimeError) -> BadSample:
+        name = self._source.name(index)
+        return BadSample(index, name, _num_bytes(Path(name)), self._reason(Path(name), path, failure))
+
+    def _reason(self, file: Path, path: NDArray[np.uint8], failure: RuntimeError) -> str:
         if not file.exists():
-            return None, "the file does not exist"
-        num_bytes = file.stat().st_size
+            return "the file does not exist"
         if file.is_dir():
-            return num_bytes, "this is a directory"
-        if num_bytes == 0:
-            return num_bytes, "the file is empty"
+            return "this is a directory"
+        if file.stat().st_size == 0:
+            return "the file is empty"
         if not os.access(file, os.R_OK):
-            return num_bytes, "no permission to read it"
+            return "no permission to read it"
         try:
-            height, width = self._probe.size(path)
+            height, width = self._checker.size(path)
         except RuntimeError:
-            return (
-                num_bytes,
-                f"DALI does not know this kind of file, or its header is broken; it starts with {_start(file, 8)!r}",
-            )
-        if height * width > self._policy.max_pixels:
-            return (
-                num_bytes,
-                f"its header claims {width}x{height} pixels, more than max_pixels={self._policy.max_pixels}",
-            )
-        if _start(file, 2) == b"\xff\xd8" and not _ends_like_jpeg(file):
-            return num_bytes, f"the file is cut off: {width}x{height} JPEG without an end"
-        return num_bytes, f"{width}x{height} image that does not decode: {_last_words(failure)}"
+            start = _read(file, 8)
+            return f"DALI does not know this kind of file, or its header is broken; it starts with {start!r}"
+        if height * width > self._settings.max_pixels:
+            return f"its header claims {width}x{height} pixels, more than max_pixels={self._settings.max_pixels}"
+        if _read(file, 2) == b"\xff\xd8" and _read(file, 2, whence=os.SEEK_END) != b"\xff\xd9":
+            return f"the file is cut off: {width}x{height} JPEG without an end"
+        return f"{width}x{height} image that does not decode: {_dali_reason(failure)}"
 
 
-def _members(index: NDArray[np.int64], members: set[int]) -> NDArray[np.bool_]:
-    if not members:
-        return np.zeros(len(index), dtype=np.bool_)
-    return np.isin(index, np.fromiter(members, dtype=np.int64))
+def _num_bytes(file: Path) -> int | None:
+    return file.stat().st_size if file.exists() else None
 
 
-def _ends_like_jpeg(file: Path) -> bool:
+def _read(file: Path, num_bytes: int, *, whence: int = os.SEEK_SET) -> bytes:
+    """The first bytes of a file, or its last ones."""
     with file.open("rb") as stream:
-        stream.seek(-2, os.SEEK_END)
-        return stream.read() == b"\xff\xd9"
-
-
-def _start(file: Path, num_bytes: int) -> bytes:
-    with file.open("rb") as stream:
+        stream.seek(-num_bytes if whence == os.SEEK_END else 0, whence)
         return stream.read(num_bytes)
 
 
-def _last_words(failure: RuntimeError) -> str:
-    """What DALI says it encountered, without the stack of the graph's definition."""
-    _, _, words = str(failure).partition("encountered:")
-    lines = [line.strip() for line in (words or str(failure)).splitlines() if line.strip()]
+def _dali_reason(failure: RuntimeError) -> str:
+    """The reason in DALI's message, without the stack of the graph's definition."""
+    _, _, reason = str(failure).partition("encountered:")
+    lines = [line.strip() for line in (reason or str(failure)).splitlines() if line.strip()]
     return lines[0].rstrip(" :") if lines else "DALI gives no reason"

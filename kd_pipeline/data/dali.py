@@ -1,4 +1,4 @@
-"""The only file that builds a DALI pipeline: planned samples in, finished images out."""
+"""The only module that builds DALI pipelines: planned samples in, transformed images out."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,102 +10,103 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.optional import require
-from kd_pipeline.data.transforms import EvalTransform, Node, TrainTransform, ops_of
+from kd_pipeline.data.auto_augment import Node
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["DecodeWay", "Graph", "GraphSettings", "Probe", "Samples"]
+__all__ = ["DecodeMode", "FileChecker", "Graph", "GraphInput", "GraphSettings"]
 
-DecodeWay = Literal["window", "full"]
-"""Decode only the crop's window of a file, or the whole image, from which the window is cut afterward."""
+DecodeMode = Literal["window", "full"]
+"""Decode only the crop's window of a file, or the whole image, which is cropped afterward."""
 
 _JPEG_START, _JPEG_END = np.frombuffer(b"\xff\xd8\xff\xd9", np.uint16)
-_DOUBTFUL = np.frombuffer(b"IIMM\xff\x4f\x00\x00BM", np.uint16)
-"""What TIFF and JPEG 2000 files start with, which are decoded in part, and BMP files, whose header says too little."""
+_PARTLY_DECODED = np.frombuffer(b"IIMM\xff\x4f\x00\x00BM", np.uint16)
+"""The start of TIFF and JPEG 2000 files, which DALI decodes in part, and of BMP files, whose header is short."""
 _IN_PIXELS = {"axes": (0, 1), "normalized_anchor": False, "normalized_shape": False}
-"""How windows are given."""
+"""Arguments of the operators that take windows in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphSettings:
-    """What a graph is built for, besides source and transform."""
+    """How a graph is built."""
 
     max_batch: int
     device_id: int | None
     """Ordinal of the GPU, or None for the CPU."""
     num_threads: int
     prefetch: int
-    """How many batches are in DALI's queue, the one that is taken among them."""
+    """Batches in DALI's queue, including the one that is taken next."""
     max_pixels: int
-    """Images with more pixels than this are refused from their header."""
-    decode: DecodeWay
-    """On a CPU both give the same pixels; windows are faster."""
+    """Larger images are refused by their header."""
+    decode: DecodeMode
+    """Both give the same pixels on a CPU; windows are faster."""
     hw_decoder_load: float
-    """Share of JPEG images that a GPU's hardware decoder gets."""
+    """Share of the JPEG images for the GPU's hardware decoder."""
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
-    """One batch as the graph takes it."""
+class GraphInput:
+    """Samples as a graph takes them: one batch of it, or several in a row."""
 
     index: NDArray[np.int64]
     """`[N]`, positions in the dataset."""
     data: NDArray[np.uint8]
     """`[N, L]` file names, NUL-padded, or `[N, H, W, 3]` pixels."""
     crop: tuple[NDArray[np.float64], ...]
-    """`[N, ...]` each, what the transform's crop makes of the samples' uniform numbers."""
+    """`[N, ...]` each, parameters of the transform's crop."""
     parameters: tuple[NDArray[Any], ...]
-    """`[N, ...]` each, what `parameters_of` makes of them for all that follows the crop."""
+    """`[N, ...]` each, parameters of all that follows the crop; see `parameters_of`."""
 
-    def part(self, rows: slice) -> "Samples":
-        """Some of them; nothing is copied."""
+    def part(self, rows: slice) -> "GraphInput":
+        """Some of the samples, as views."""
         crop, parameters = (tuple(part[rows] for part in parts) for parts in (self.crop, self.parameters))
-        return Samples(self.index[rows], self.data[rows], crop, parameters)
+        return GraphInput(self.index[rows], self.data[rows], crop, parameters)
 
 
 class Graph:
-    """Built DALI pipelines; batches are pulled from `samples` and come out in the same order.
+    """Two DALI pipelines, which pull batches from an iterator and return their images in the same order.
 
-    One pipeline reads a batch of files and their headers. From the sizes of its images NumPy computes the windows,
-    and with them the second pipeline decodes and augments: the same arithmetic within a pipeline takes one node for
-    each step, and each node more time than NumPy needs for all of them. Both work in DALI's own threads while the
-    caller does something else, the first one batch ahead of the second, and that up to `prefetch` batches.
+    The first pipeline reads the files of a batch and their headers. NumPy computes the windows from the sizes of the
+    images, and the second pipeline decodes and augments these: in a pipeline, the same arithmetic takes one node for
+    each step, and each node takes longer than NumPy does for all of them. Both run in DALI's own threads. The first is
+    one batch ahead of the second, and the second up to `prefetch` batches ahead of the caller.
     """
 
     def __init__(
         self,
-        samples: Iterator[Samples],
+        inputs: Iterator[GraphInput],
         stores: Literal["files", "pixels"],
         transform: TrainTransform | EvalTransform,
         settings: GraphSettings,
-        probe: "Probe",
+        checker: "FileChecker",
     ) -> None:
         self._transform = transform
-        # DALI asks for the two parts of a batch separately, in an order of its own.
+        # DALI asks for the two parts of a batch separately, in any order.
         self._images: deque[Any] = deque()
-        self._inputs: deque[tuple[NDArray[Any], ...]] = deque()
+        self._parameters: deque[tuple[NDArray[Any], ...]] = deque()
         self._failure: Exception | None = None
         self._pipeline = _pipeline(settings, settings.device_id, settings.prefetch)
         with self._pipeline:
             self._pipeline.set_outputs(self._define(stores, settings))
         self._pipeline.build()
-        self._read = _Files(samples, settings, probe) if stores == "files" else _Pixels(samples)
+        self._read = _Files(inputs, settings, checker) if stores == "files" else _Pixels(inputs)
 
     @property
     def mean_area(self) -> float:
-        """Pixels of the images that were read last, before anything is cut off; NaN before the first."""
+        """Mean number of pixels of the images read last, before cropping; NaN before the first batch."""
         return self._read.mean_area
 
     def take(self, stream: Any = None) -> Any:
-        """Images of the next batch, as a dense DALI tensor.
+        """Images of the next batch, `[N, 3, H, W]`, as a dense DALI tensor.
 
-        On a GPU they are ordered on `stream` and nothing waits; on the CPU they are finished.
+        On a GPU they are ordered on `stream` and the host does not wait.
 
         Raises:
-            RuntimeError: DALI could not read or decode a sample of this batch; the graph is to be thrown away.
-            StopIteration: `samples` has ended.
+            RuntimeError: DALI cannot read or decode a sample of this batch; close the graph and build a new one.
+            StopIteration: there are no more inputs.
         """
         try:
-            # The two halves of `run`, which itself adds a tenth of a millisecond of Python.
+            # The two halves of `run`, which would add a tenth of a millisecond of Python.
             self._pipeline.schedule_run()
             (images,) = self._pipeline.outputs(stream)
         except StopIteration:
@@ -115,61 +116,57 @@ class Graph:
         return images.as_tensor()
 
     def close(self) -> None:
-        """Stop DALI's threads; batches that somebody still holds stay valid."""
-        del self._pipeline
+        """Stop DALI's threads. Batches in use stay valid, and a second call does nothing."""
+        self._pipeline = None
         self._read.close()
 
     def _advance(self) -> None:
-        """Get the next batch ready for DALI to ask for."""
+        """Prepare the next batch for DALI."""
         if self._failure is not None:
             raise StopIteration
         try:
             batch = self._read.next()
         except Exception as failure:
-            self._failure = failure  # its turn comes when the batches before it have been taken
+            self._failure = failure  # raised after the batches before it have been taken
             raise StopIteration from None
-        cut = self._transform.crop.cut(batch.size, *batch.samples.crop)
+        window = self._transform.crop.windows(batch.size, *batch.inputs.crop)
         self._images.append(batch.images)
-        self._inputs.append((*(part.astype(np.float32) for part in cut), *batch.samples.parameters))
+        self._parameters.append((*(part.astype(np.float32) for part in window), *batch.inputs.parameters))
 
     def _next_images(self) -> Any:
-        """What DALI's external source calls for the images of the next batch."""
         if not self._images:
             self._advance()
         return self._images.popleft()
 
-    def _next_inputs(self) -> tuple[NDArray[Any], ...]:
-        """What it calls for the numbers that belong to them."""
-        if not self._inputs:
+    def _next_parameters(self) -> tuple[NDArray[Any], ...]:
+        if not self._parameters:
             self._advance()
-        return self._inputs.popleft()
+        return self._parameters.popleft()
 
     def _define(self, stores: Literal["files", "pixels"], settings: GraphSettings) -> Node:
         fn = require("nvidia.dali.fn", extra="cpu")
         if stores == "files":
-            images = fn.external_source(self._next_images, ndim=1, no_copy=True)  # what was read is used where it lies
+            images = fn.external_source(self._next_images, ndim=1, no_copy=True)
             cut: Callable[..., Node] = partial(_decode_windows, settings)
         else:
             images = fn.external_source(self._next_images, ndim=3, layout="HWC")
             images = images if settings.device_id is None else images.gpu()
             cut = _cut
-        ops = (self._transform.crop, *ops_of(self._transform))
+        ops = (self._transform.crop, *self._transform.ops)
         ndims = [1, 1, *(ndim for op in ops for ndim in op.ndims)]
-        corner, extent, *inputs = fn.external_source(self._next_inputs, num_outputs=len(ndims), ndim=ndims)
+        corner, extent, *rest = fn.external_source(self._next_parameters, num_outputs=len(ndims), ndim=ndims)
         images = cut(images, corner, extent)
         for op in ops:
-            images = op.apply(images, *inputs[: len(op.ndims)])
-            inputs = inputs[len(op.ndims) :]
+            images = op.apply(images, *rest[: len(op.ndims)])
+            rest = rest[len(op.ndims) :]
         return images
 
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What was read of `samples`."""
-
-    samples: Samples
+    inputs: GraphInput
     images: Any
-    """Files or pixels as DALI takes them."""
+    """Encoded files or pixels, as DALI takes them."""
     size: NDArray[np.float64]
     """`[N, 2]`, height and width."""
 
@@ -177,99 +174,92 @@ class _Batch:
 class _Files:
     """Reads the files of each batch and their headers, one batch ahead."""
 
-    def __init__(self, samples: Iterator[Samples], settings: GraphSettings, probe: "Probe") -> None:
-        self._samples, self._max_pixels, self._probe = samples, settings.max_pixels, probe
-        self._asked: deque[Samples] = deque()
+    def __init__(self, inputs: Iterator[GraphInput], settings: GraphSettings, checker: "FileChecker") -> None:
+        self._inputs, self._max_pixels, self._checker = inputs, settings.max_pixels, checker
+        self._requested: deque[GraphInput] = deque()
         self._failure: Exception | None = None
         self.mean_area = float("nan")
         fn = require("nvidia.dali.fn", extra="cpu")
         self._pipeline = _pipeline(settings, None, prefetch=1)
         with self._pipeline:
-            # Reading a file at once is quicker than mapping it: all of it is needed, page by page.
+            # Faster than mapping, as the whole file is needed.
             encoded = fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True)
             self._pipeline.set_outputs(encoded, fn.peek_image_shape(encoded), encoded[:2], encoded[-2:])
         self._pipeline.build()
         self._pipeline.schedule_run()
 
     def next(self) -> _Batch:
-        """The next batch; the one behind it is being read when this returns.
+        """The next batch; the one after it is being read when this returns.
 
         Raises:
-            RuntimeError: a file cannot be read, has no header that DALI knows, has too many pixels, or has no end.
-            StopIteration: there is none.
+            RuntimeError: a file cannot be read, has no header that DALI knows, has too many pixels, or is cut off.
+            StopIteration: there are no more batches.
         """
         if self._failure is not None:
             raise self._failure
-        encoded, *facts = self._pipeline.outputs()
-        samples = self._asked.popleft()
-        shape, start, end = (np.asarray(fact.as_tensor()) for fact in facts)
+        encoded, *headers = self._pipeline.outputs()
+        inputs = self._requested.popleft()
+        shape, start, end = (np.asarray(part.as_tensor()) for part in headers)
         size = shape[:, :2].astype(np.float64)
         area = size[:, 0] * size[:, 1]
         self.mean_area = area.mean()
         try:
             self._pipeline.schedule_run()
         except Exception as failure:
-            self._failure = failure  # the next batch's
-        # Refused here and not by the decoder, although it would do so for a window outside of the image: where one of
-        # DALI's threads refuses a sample of a large batch, the others may go on in memory that is gone by then
-        # (DALI 2.4, `ImageDecoder::SetupImpl` in dali/operators/imgcodec).
+            self._failure = failure  # of the next batch
+        # Not left to the decoder, which would refuse a window outside of the image: when one of DALI's threads refuses
+        # a sample of a large batch, the others may continue in memory that was freed (DALI 2.4,
+        # `ImageDecoder::SetupImpl` in dali/operators/imgcodec).
         (refused,) = np.nonzero((size.min(axis=1) < 1) | (area > self._max_pixels))
         if len(refused):
-            raise RuntimeError(f"no pixels, or more than {self._max_pixels}: samples {samples.index[refused]}")
-        for place in np.flatnonzero(_may_hide_damage(start, end)):
-            self._probe.vouch(int(samples.index[place]), samples.data[place])
-        return _Batch(samples, encoded, size)
+            raise RuntimeError(f"no pixels, or more than {self._max_pixels}: samples {inputs.index[refused]}")
+        for row in np.flatnonzero(_may_hide_damage(start, end)):
+            self._checker.require_intact(int(inputs.index[row]), inputs.data[row])
+        return _Batch(inputs, encoded, size)
 
     def close(self) -> None:
-        """Stop DALI's threads."""
-        del self._pipeline
+        self._pipeline = None
 
     def _next_names(self) -> NDArray[np.uint8]:
-        """What DALI's external source calls for the next batch."""
-        self._asked.append(next(self._samples))
-        return self._asked[-1].data
+        self._requested.append(next(self._inputs))
+        return self._requested[-1].data
 
 
 class _Pixels:
-    """Hands on images that are pixels already."""
+    """Passes on images that are pixels already."""
 
-    def __init__(self, samples: Iterator[Samples]) -> None:
-        self._samples = samples
+    def __init__(self, inputs: Iterator[GraphInput]) -> None:
+        self._inputs = inputs
         self.mean_area = float("nan")
 
     def next(self) -> _Batch:
-        """The next batch.
-
-        Raises:
-            StopIteration: there is none.
-        """
-        samples = next(self._samples)
-        num_images, *size, _ = samples.data.shape
+        inputs = next(self._inputs)
+        num_images, *size, _ = inputs.data.shape
         sizes = np.tile(np.array(size, dtype=np.float64), (num_images, 1))
         self.mean_area = sizes[0].prod()
-        return _Batch(samples, samples.data, sizes)
+        return _Batch(inputs, inputs.data, sizes)
 
     def close(self) -> None:
-        """Nothing runs."""
+        pass
 
 
-class Probe:
-    """Looks at one file at a time, with the decoder that the graph uses: at its header, or at all of its pixels."""
+class FileChecker:
+    """Reads the header or all pixels of one file at a time, with the decoder that the graph uses."""
 
     def __init__(self, settings: GraphSettings) -> None:
         self._settings = settings
-        self._sound: set[int] = set()
+        self._intact: set[int] = set()
         self._path: NDArray[np.uint8]
         self._extent = np.zeros(2, dtype=np.float32)
         self._pipelines: dict[str, Any] = {}
 
     def size(self, path: NDArray[np.uint8]) -> tuple[int, int]:
-        """Height and width that the header of the file `path` `[L]` claims.
+        """Height and width in the header of the file `path` `[L]`.
 
         Raises:
-            RuntimeError: the file cannot be opened, or DALI does not know such a header.
+            RuntimeError: the file cannot be opened, or DALI does not know the header.
         """
-        (shape,) = self._look("header", path)
+        (shape,) = self._run("header", path)
         height, width, _ = np.asarray(shape[0])
         return int(height), int(width)
 
@@ -281,62 +271,59 @@ class Probe:
         """
         height, width = self.size(path)
         if min(height, width) < 1 or height * width > self._settings.max_pixels:
-            raise RuntimeError(f"{width}x{height} pixels, where there may be 1 to {self._settings.max_pixels}")
+            raise RuntimeError(f"{width}x{height} pixels, not 1 to {self._settings.max_pixels}")
         self._extent = np.array([height, width], dtype=np.float32)
-        self._look("pixels", path)
+        self._run("pixels", path)
 
-    def vouch(self, index: int, path: NDArray[np.uint8]) -> None:
-        """Decode all of the file `path` `[L]` of sample `index`, unless that is known to succeed.
+    def require_intact(self, index: int, path: NDArray[np.uint8]) -> None:
+        """Decode all of the file `path` `[L]` of sample `index`, unless it was decoded before.
 
         Raises:
             RuntimeError: as `decode`.
         """
-        if index not in self._sound:
+        if index not in self._intact:
             self.decode(path)
-            self._sound.add(index)
+            self._intact.add(index)
 
     def close(self) -> None:
-        """Stop DALI's threads; the next look starts new ones."""
+        """Stop DALI's threads; the next file starts new ones."""
         self._pipelines.clear()
 
-    def _look(self, at: Literal["header", "pixels"], path: NDArray[np.uint8]) -> Any:
-        """What DALI makes of the file."""
+    def _run(self, part: Literal["header", "pixels"], path: NDArray[np.uint8]) -> Any:
         self._path = path
-        if at not in self._pipelines:
-            self._pipelines[at] = self._build(at)
+        if part not in self._pipelines:
+            self._pipelines[part] = self._build(part)
         try:
-            return self._pipelines[at].run()
+            return self._pipelines[part].run()
         except RuntimeError:
-            # Nobody promises that a pipeline outlives an error.
-            del self._pipelines[at]
+            # A pipeline may not survive an error.
+            del self._pipelines[part]
             raise
 
-    def _build(self, at: Literal["header", "pixels"]) -> Any:
+    def _build(self, part: Literal["header", "pixels"]) -> Any:
         fn = require("nvidia.dali.fn", extra="cpu")
         pipeline = _pipeline(replace(self._settings, max_batch=1, num_threads=1), self._settings.device_id, prefetch=1)
         with pipeline:
             encoded = fn.io.file.read(fn.external_source(lambda: self._path[None], ndim=1), dont_use_mmap=True)
-            if at == "header":
-                seen = fn.peek_image_shape(encoded)
+            if part == "header":
+                output = fn.peek_image_shape(encoded)
             else:
-                # In the same way as the graph: what one decoder refuses, another may take.
+                # In the mode of the graph: a file that one decoder refuses may be fine for the other.
                 extent = fn.external_source(lambda: self._extent[None], ndim=1)
-                seen = _decode_windows(self._settings, encoded, extent * 0, extent)
-            pipeline.set_outputs(seen)
+                output = _decode_windows(self._settings, encoded, extent * 0, extent)
+            pipeline.set_outputs(output)
         return pipeline
 
 
 def _may_hide_damage(start: NDArray[np.uint8], end: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """`[N]`, True for files that may be damaged although one of their windows decodes well.
+    """`[N]`, True for files of which a window may decode although they are damaged.
 
-    Of their first and last bytes, `[N, 2]` each. Whether a sample is readable is not to depend on its view, so these
-    are decoded in full once: JPEG files without their end, and all of the doubtful formats.
+    They are JPEG files without an end, and all files of `_PARTLY_DECODED` formats, and are decoded in full once:
+    whether a sample is readable must not depend on its view. `start` and `end` `[N, 2]` are their first and last bytes.
     """
     first, last = (two.view(np.uint16)[:, 0] for two in (start, end))
     may: NDArray[np.bool_] = (first == _JPEG_START) & (last != _JPEG_END)
-    for start_of_kind in _DOUBTFUL:
-        may |= first == start_of_kind
-    return may
+    return may | np.isin(first, _PARTLY_DECODED)
 
 
 def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> Any:
@@ -348,13 +335,13 @@ def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> 
         prefetch_queue_depth=prefetch,
     )
     if not pipeline.exec_dynamic:
-        # Only this executor leaves a buffer alone while somebody holds it.
+        # Only this executor does not reuse a buffer that is still held.
         raise ConfigError("DALI's dynamic executor is off; unset DALI_* variables that select another executor")
     return pipeline
 
 
 def _decode_windows(settings: GraphSettings, encoded: Node, corner: Node, extent: Node) -> Node:
-    """Windows of encoded images, uint8 HWC."""
+    """Windows of encoded images, as uint8 HWC."""
     fn, decoder = require("nvidia.dali.fn", extra="cpu"), _decoder(settings)
     if settings.decode == "full":
         return _cut(fn.decoders.image(encoded, **decoder), corner, extent)
@@ -362,7 +349,6 @@ def _decode_windows(settings: GraphSettings, encoded: Node, corner: Node, extent
 
 
 def _cut(images: Node, corner: Node, extent: Node) -> Node:
-    """Windows of images that are pixels already."""
     return require("nvidia.dali.fn", extra="cpu").slice(images, corner, extent, **_IN_PIXELS)
 
 
@@ -374,6 +360,6 @@ def _decoder(settings: GraphSettings) -> dict[str, Any]:
         "device": "mixed",
         "output_type": types.RGB,
         "hw_decoder_load": settings.hw_decoder_load,
-        # What libjpeg-turbo does on the CPU, so that both devices give the same pixels.
+        # As libjpeg-turbo on the CPU, for the same pixels on both devices.
         "jpeg_fancy_upsampling": True,
     }

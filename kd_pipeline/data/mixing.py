@@ -1,10 +1,10 @@
-"""Mixup and CutMix: planned on the host from the plan's numbers, done on the device to whole batches.
+"""Mixup and CutMix: planned on the host from the plan's uniform numbers, applied on the device to whole batches.
 
-Rows 2k and 2k + 1 of a batch are partners: each gets something of the other, by numbers of its own. As batches have
-an even size, partners are neighbors in the epoch's order, whatever the batch size, the rank and the number of ranks.
-Where an epoch shows every sample `repeats` times in a row, partners are that far apart, so that none is partner of
-itself, and batches hold a multiple of `2 * repeats`. There is one exception: the smaller last batch of
-`last_batch: keep` is cut into nearly equal parts for several ranks, and a cut may come between partners.
+Rows 2k and 2k + 1 of a batch are partners, and each is mixed with the other by its own numbers. Batches have an even
+size, so partners are neighbors in the epoch's order for any batch size, rank and number of ranks. If an epoch repeats
+each sample `repeats` times in a row, partners are `repeats` rows apart, which keeps a sample from being its own
+partner, and batches are a multiple of `2 * repeats`. The only exception is the smaller last batch of
+`last_batch: keep`, whose split between ranks may separate partners.
 """
 
 from functools import cache
@@ -16,28 +16,29 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.data.transforms import Array
+from kd_pipeline.data.auto_augment import Array
 
-__all__ = ["MixSettings", "beta_quantiles", "mix_images", "mix_labels", "mixing"]
+__all__ = ["MixSettings", "beta_quantiles", "mix_images", "mix_labels", "plan_mixing"]
 
 
 class MixSettings(Settings):
-    """How training images are mixed; the words are timm's.
+    """Mixing of training images, with timm's terms.
 
-    An image is mixed by mixup (Zhang et al., arXiv 1710.09412), a weighted sum of two images, or by CutMix (Yun et
-    al., arXiv 1905.04899), a rectangle of one image in the other. Its label becomes the classes' shares in the pixels.
+    Mixup (Zhang et al., arXiv 1710.09412) is a weighted sum of two images, CutMix (Yun et al., arXiv 1905.04899) pastes
+    a rectangle of one image into the other. The label becomes the classes' fractions of the pixels.
     """
 
     mixup: float = Field(default=0.0, ge=0)
-    """An image keeps a share drawn from Beta(mixup, mixup); 0 for no mixup."""
+    """Alpha: an image keeps a fraction drawn from Beta(mixup, mixup); 0 for no mixup."""
     cutmix: float = Field(default=0.0, ge=0)
-    """The rectangle covers a share drawn from Beta(cutmix, cutmix) before it is cut off at the border; 0 for none."""
+    """Alpha: the rectangle, before clipping to the image, covers a fraction drawn from Beta(cutmix, cutmix); 0 for no
+    CutMix."""
     probability: float = Field(default=1.0, ge=0, le=1)
-    """Share of the images that are mixed."""
+    """Fraction of the images that are mixed."""
     switch: float = Field(default=0.5, ge=0, le=1)
-    """Share of CutMix where both are on."""
+    """Fraction of the mixed images that get CutMix if both are on."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of each label that is spread evenly over the classes, mixed or not; the task loss has one of its own."""
+    """Part of each label that is spread evenly over the classes, mixed or not; the task loss has its own setting."""
 
     @model_validator(mode="after")
     def _something_is_on(self) -> "MixSettings":
@@ -47,25 +48,25 @@ class MixSettings(Settings):
 
     @property
     def num_draws(self) -> int:
-        """How many of a view's uniform numbers are used, from the first on."""
+        """Uniform numbers that a view needs, those of the transform's ops included."""
         return _LEFT + 1
 
 
-def mixing(
+def plan_mixing(
     settings: MixSettings, draws: Array, valid: NDArray[np.bool_], *, size: int, repeats: int = 1
 ) -> NDArray[np.int64]:
-    """What becomes of each image of a batch, `[N, 6]`, for `mix_images` and `mix_labels`.
+    """How each image of a batch is mixed, `[N, 6]`, for `mix_images` and `mix_labels`.
 
-    The columns are the row of the partner; the weight of the image's own pixels in units of 2**-24; and top, left,
-    bottom and right of the rectangle that comes from the partner. A row without a partner, or where one of the two is
-    not valid, stays as it is: partner of itself, with its full weight and no rectangle.
+    The columns are the partner's row; the weight of the image's own pixels in units of 2**-24; and top, left, bottom
+    and right of the partner's rectangle. A row without a partner, or with an invalid image in the pair, is not mixed:
+    it is its own partner, with full weight and no rectangle.
 
     Args:
-        settings: which mixing, and how strong.
-        draws: `[N, settings.num_draws]`, the samples' own uniform numbers.
+        settings: the kind and strength of the mixing.
+        draws: `[N, settings.num_draws]`, uniform numbers of the samples.
         valid: `[N]`, False for padding and substitutes.
-        size: height and width of the images.
-        repeats: how often in a row each sample comes.
+        size: height and width of the images in pixels.
+        repeats: how often in a row each sample occurs.
     """
     rows = np.arange(len(draws))
     partner = np.where(rows // repeats % 2 == 0, rows + repeats, rows - repeats)
@@ -76,75 +77,77 @@ def mixing(
     own = np.where(is_summed, beta_quantiles(settings.mixup or 1.0, draws[:, _SHARE]), 1.0)
     covered = np.where(is_cut, 1 - beta_quantiles(settings.cutmix or 1.0, draws[:, _SHARE]), 0.0)
     extent = np.floor(size * np.sqrt(covered))[:, None]
-    first = np.floor(size * draws[:, [_TOP, _LEFT]]) - extent // 2
-    corners = np.clip(np.concatenate([first, first + extent], axis=1), 0, size)
-    weight = np.round(own * _ONE)
-    return np.concatenate([np.where(is_mixed, partner, rows)[:, None], weight[:, None], corners], axis=1).astype(
-        np.int64
-    )
+    start = np.floor(size * draws[:, [_TOP, _LEFT]]) - extent // 2
+    corners = np.clip(np.concatenate([start, start + extent], axis=1), 0, size)
+    columns = [np.where(is_mixed, partner, rows), np.round(own * _FULL_WEIGHT), *corners.T]
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
-def mix_images(images: Tensor, columns: Tensor) -> Tensor:
-    """Images `[N, 3, H, W]` mixed as `columns` `[N, 6]` say, in a new contiguous tensor of their dtype.
+def mix_images(images_NCHW: Tensor, mixing_N6: Tensor) -> Tensor:
+    """Mix images `[N, C, H, W]` as planned by `plan_mixing`, into a new contiguous tensor of their dtype.
 
-    Product and sum are separate calls, each rounded to the nearest number: pixels do not depend on their place in
-    memory, as they may where both are one instruction in some places.
+    Product and sum are separate calls, each rounded to nearest. Fused into one instruction on only some elements, they
+    would make a pixel depend on its address.
     """
-    weight = _weights(columns, images.shape[2], images.shape[3])
-    mixed = images * weight.to(images.dtype)
-    return mixed.add_(images.index_select(0, columns[:, 0]).mul_((1 - weight).to(images.dtype)))
+    weight_N1HW = _pixel_weights(mixing_N6, *images_NCHW.shape[2:])
+    mixed_NCHW = images_NCHW * weight_N1HW.to(images_NCHW.dtype)
+    partners_NCHW = images_NCHW.index_select(0, mixing_N6[:, 0])
+    return mixed_NCHW.add_(partners_NCHW.mul_((1 - weight_N1HW).to(images_NCHW.dtype)))
 
 
-def mix_labels(labels: Tensor, columns: Tensor, *, num_classes: int, label_smoothing: float, size: int) -> Tensor:
-    """Class indices `[N]` int64 to weights `[N, num_classes]` float32 that sum to 1, as the pixels were mixed."""
-    top, left, bottom, right = columns[:, 2:].unbind(dim=1)
-    uncovered = 1 - ((bottom - top) * (right - left)).float() / size**2
-    own = (columns[:, 1].float() / _ONE * uncovered)[:, None]
-    classes = torch.arange(num_classes, device=labels.device)
-    hard, other = (chosen[:, None] == classes for chosen in (labels, labels[columns[:, 0]]))
-    return (hard * own + other * (1 - own)) * (1 - label_smoothing) + label_smoothing / num_classes
+def mix_labels(labels_N: Tensor, mixing_N6: Tensor, *, num_classes: int, label_smoothing: float, size: int) -> Tensor:
+    """Class indices `[N]` int64 to mixed labels `[N, num_classes]` float32, each a distribution over the classes.
+
+    Their shares are the classes' fractions of the pixels, before smoothing. `size` is the images' height and width.
+    """
+    top_N, left_N, bottom_N, right_N = mixing_N6[:, 2:].unbind(dim=1)
+    uncovered_N = 1 - ((bottom_N - top_N) * (right_N - left_N)).float() / size**2
+    own_N1 = (mixing_N6[:, 1].float() / _FULL_WEIGHT * uncovered_N)[:, None]
+    classes_K = torch.arange(num_classes, device=labels_N.device)
+    own_NK, partner_NK = (chosen_N[:, None] == classes_K for chosen_N in (labels_N, labels_N[mixing_N6[:, 0]]))
+    return (own_NK * own_N1 + partner_NK * (1 - own_N1)) * (1 - label_smoothing) + label_smoothing / num_classes
 
 
 def beta_quantiles(alpha: float, uniforms: Array) -> Array:
-    """Where the distribution function of Beta(alpha, alpha) has the values `uniforms` `[N]`.
+    """Quantiles of Beta(alpha, alpha) at the probabilities `uniforms` `[N]`, with an error of about 1e-4.
 
-    Drawing from Beta by its definition takes a number of draws that is itself random. This takes one, from a table
-    of the integral of the density that is exact to about a ten-thousandth.
+    The usual samplers of a Beta distribution use a random number of uniform numbers. This uses one, by interpolating a
+    table of the integrated density.
     """
-    probability, place = _beta_table(alpha)
-    lower = np.interp(np.minimum(uniforms, 1 - uniforms), probability, place) ** _power(alpha) / 2
+    probability, t = _beta_table(alpha)
+    lower = np.interp(np.minimum(uniforms, 1 - uniforms), probability, t) ** _power(alpha) / 2
     return np.where(uniforms < 0.5, lower, 1 - lower)
 
 
 @cache
 def _beta_table(alpha: float) -> tuple[Array, Array]:
-    """Of the lower half x = t**power / 2: values of the distribution function, and of t.
+    """Values of the distribution function, and of t, for the lower half x = t**power / 2.
 
-    The power takes the pole that the density has at 0 for alpha below 1.
+    The power removes the pole that the density has at 0 for alpha below 1.
     """
-    place = np.linspace(0, 1, 2**12 + 1)
-    x = place ** _power(alpha) / 2
+    t = np.linspace(0, 1, 2**12 + 1)
+    x = t ** _power(alpha) / 2
     density = (1 - x) ** (alpha - 1) if alpha < 1 else (4 * x * (1 - x)) ** (alpha - 1)
     integral = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    return integral / integral[-1] / 2, place
+    return integral / integral[-1] / 2, t
 
 
 def _power(alpha: float) -> float:
     return max(1.0, 1 / alpha)
 
 
-def _weights(columns: Tensor, height: int, width: int) -> Tensor:
-    """Of each image's own pixels, `[N, 1, H, W]` float32: 0 in the rectangle."""
-    _, weight, top, left, bottom, right = columns[:, :, None].unbind(dim=1)
-    y, x = (torch.arange(length, device=columns.device) for length in (height, width))
+def _pixel_weights(mixing_N6: Tensor, height: int, width: int) -> Tensor:
+    """Weights of each image's own pixels, `[N, 1, H, W]` float32; 0 in the rectangle."""
+    _, weight, top, left, bottom, right = mixing_N6[:, :, None].unbind(dim=1)
+    y, x = (torch.arange(length, device=mixing_N6.device) for length in (height, width))
     is_row, is_column = (top <= y) & (y < bottom), (left <= x) & (x < right)
     is_outside = ~(is_row[:, :, None] & is_column[:, None, :])
-    return (is_outside * (weight.float() / _ONE)[:, :, None])[:, None]
+    return (is_outside * (weight.float() / _FULL_WEIGHT)[:, :, None])[:, None]
 
 
-_ONE = 2**24
-"""The weight 1; as fine as float32 has it."""
+_FULL_WEIGHT = 2**24
+"""The weight 1, at the resolution of float32."""
 
 # Slots of the plan's uniform numbers, between those of `kd_pipeline.data.transforms` and of
-# `kd_pipeline.data.auto_augment`: whether to mix, how, how much, and where.
+# `kd_pipeline.data.auto_augment`: whether to mix, mixup or CutMix, how much, and where.
 _GATE, _SWITCH, _SHARE, _TOP, _LEFT = range(35, 40)

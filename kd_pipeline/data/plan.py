@@ -1,7 +1,6 @@
-"""Which sample comes when, and its random numbers: pure functions of (seed, epoch, index, repeat).
+"""The order of samples and their random numbers, as pure functions of (seed, epoch, index, repeat).
 
-Nothing here is drawn from a generator with a state, so any batch of any epoch can be named and rebuilt at once,
-on any rank, whatever was read before it.
+No generator has a state here, so any rank can compute any batch of any epoch directly, whatever was read before.
 """
 
 from collections.abc import Sequence
@@ -17,14 +16,14 @@ from kd_pipeline.errors import ConfigError
 __all__ = ["BatchPlan", "EpochPlan", "LastBatch", "Plan", "Shard", "epoch_order", "philox", "uniforms"]
 
 LastBatch = Literal["drop", "keep", "pad"]
-"""What becomes of the samples that do not fill a whole batch on every rank.
+"""What happens to the samples that do not fill a batch on every rank.
 
-`drop` leaves them out of this epoch; `keep` hands them out in a smaller last batch; `pad` fills the last batch up
-with samples from the start of the epoch, marked `valid=False`.
+`drop` leaves them out of this epoch; `keep` makes a smaller last batch of them; `pad` fills the last batch with samples
+from the start of the epoch, marked `valid=False`.
 """
 
 _ORDER, _VIEW = 0, 1
-"""Second key words that keep the streams for order and for views apart."""
+"""The second word of the key, which separates the streams for order and views."""
 
 _MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 _KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
@@ -35,7 +34,7 @@ _HALF = np.uint64(32)
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Which part of every global batch this process reads: rank `rank` of `world_size`."""
+    """The part of every global batch that this process reads: that of `rank` out of `world_size`."""
 
     rank: int = 0
     world_size: int = 1
@@ -54,22 +53,25 @@ class BatchPlan:
     valid: NDArray[np.bool_]
     """`[N]`, False for padding."""
     repeat: NDArray[np.int64]
-    """`[N]`, how often the epoch showed the sample before: 0 to `repeats - 1`, so that every view is another one."""
-    place: NDArray[np.int64]
-    """`[N]`, places in the order that all ranks share; with the epoch they name the view, for any batch size."""
+    """`[N]`, earlier occurrences of the sample in the epoch, 0 to `repeats - 1`; each one is a different view."""
+    position: NDArray[np.int64]
+    """`[N]`, positions in the epoch's order, which all ranks share; with the epoch they identify a view."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The batches of one rank in every epoch.
 
-    A global batch is `batch_size * world_size` consecutive places of the epoch's order, and rank r takes the r-th
-    `batch_size` of them. So the order over all ranks together is the same for any world size, and every rank has the
-    same number of batches.
+    A global batch is `batch_size * world_size` consecutive positions of the epoch's order, and rank r takes the r-th
+    `batch_size` of them. The order over all ranks is therefore the same for any world size, and every rank has the same
+    number of batches.
 
-    With `repeats` an epoch shows a sample so many times in a row, each time in another view (Hoffer et al., "Augment
-    your batch", arXiv 1901.09335). An epoch stays as long as it is without, as in timm's `RepeatAugSampler`, so it
-    shows only the first `1 / repeats` of its shuffled samples; where that leaves a rest, the last one comes less often.
+    With `repeats`, each sample occurs that many times in a row, each time as a different view (Hoffer et al., "Augment
+    your batch", arXiv 1901.09335). The length of an epoch does not change, as in timm's `RepeatAugSampler`: it uses
+    only the first `1 / repeats` of its shuffled samples, and may cut off the repeats of the last one.
+
+    Raises:
+        ConfigError: a value is out of range.
     """
 
     num_samples: int
@@ -97,16 +99,16 @@ class Plan:
 
     @property
     def global_batch_size(self) -> int:
-        """Images in a batch of all ranks together."""
+        """Images in a batch, summed over all ranks."""
         return self.batch_size * self.shard.world_size
 
     def __len__(self) -> int:
-        """Number of batches in an epoch, equal on every rank; 0 when `drop` leaves nothing."""
-        whole, rest = divmod(self.num_samples, self.global_batch_size)
-        return whole + (1 if rest and self.last_batch != "drop" else 0)
+        """Batches in an epoch, the same on every rank; 0 if `drop` leaves none."""
+        num_full, rest = divmod(self.num_samples, self.global_batch_size)
+        return num_full + (1 if rest and self.last_batch != "drop" else 0)
 
     def epoch(self, epoch: int) -> "EpochPlan":
-        """The batches of one epoch; the order is computed once, so keep it while the epoch lasts."""
+        """The batches of one epoch. Keep it for the whole epoch, because the order is computed here."""
         order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
         if self.repeats > 1:
             order = np.repeat(order[: -(-self.num_samples // self.repeats)], self.repeats)[: self.num_samples]
@@ -115,11 +117,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class EpochPlan:
-    """The batches of one epoch on one rank, by number."""
+    """The batches of one epoch on one rank, as a sequence."""
 
     plan: Plan
     order: NDArray[np.int64]
-    """`[num_samples]`, the order over all ranks: every position once, or some of them `repeats` times in a row."""
+    """`[num_samples]` indices of all ranks: each sample once, or some of them `repeats` times in a row."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -128,40 +130,34 @@ class EpochPlan:
         """Batch `number` of this rank; never empty."""
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of an epoch of {len(self)} batches")
-        plan, size = self.plan, self.plan.global_batch_size
-        places = np.arange(number * size, min((number + 1) * size, plan.num_samples))
-        own = slice(plan.shard.rank * plan.batch_size, (plan.shard.rank + 1) * plan.batch_size)
-        if len(places) == size:
-            return self._batch(places[own])
-        if plan.last_batch == "keep":
-            return self._share_of(places)
-        padded = np.concatenate([places, np.arange(size - len(places)) % plan.num_samples])
-        return self._batch(padded[own], (np.arange(size) < len(places))[own])
+        plan, shard, size = self.plan, self.plan.shard, self.plan.global_batch_size
+        positions = np.arange(number * size, min((number + 1) * size, plan.num_samples))
+        if len(positions) < size and plan.last_batch == "keep":
+            # The r-th of nearly equal parts; a rank that would get nothing gets one row of padding.
+            ends = [len(positions) * rank // shard.world_size for rank in (shard.rank, shard.rank + 1)]
+            part = positions[slice(*ends)]
+            return self._batch(part, True) if len(part) else self._batch(positions[:1], False)
+        own = slice(shard.rank * plan.batch_size, (shard.rank + 1) * plan.batch_size)
+        padded = np.concatenate([positions, np.arange(size - len(positions)) % plan.num_samples])
+        return self._batch(padded[own], (np.arange(size) < len(positions))[own])
 
-    def _share_of(self, places: NDArray[np.int64]) -> BatchPlan:
-        """The r-th of `world_size` nearly equal parts; a rank that would get nothing gets one padding row."""
-        rank, world_size = self.plan.shard.rank, self.plan.shard.world_size
-        part = places[len(places) * rank // world_size : len(places) * (rank + 1) // world_size]
-        return self._batch(part) if len(part) else self._batch(places[:1], np.zeros(1, dtype=np.bool_))
-
-    def _batch(self, places: NDArray[np.int64], valid: NDArray[np.bool_] | None = None) -> BatchPlan:
-        """What is at `places` of the order."""
-        valid = np.ones(len(places), dtype=np.bool_) if valid is None else valid
-        return BatchPlan(self.order[places], valid, places % self.plan.repeats, places)
+    def _batch(self, positions: NDArray[np.int64], valid: NDArray[np.bool_] | bool) -> BatchPlan:
+        valid = np.broadcast_to(valid, positions.shape).copy()
+        return BatchPlan(self.order[positions], valid, positions % self.plan.repeats, positions)
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
-    """The order of the dataset's positions in one epoch, `[num_samples]` int64.
+    """The order of the dataset's indices in one epoch, `[num_samples]` int64.
 
-    Shuffled: the positions sorted by one 64-bit random key each, position p's key being word p of NumPy's own
-    Philox stream for (seed, epoch). NumPy promises that raw words of a bit generator never change between releases,
-    which it does not promise for `Generator.permutation`. Equal keys would keep the dataset's order.
+    If shuffled, indices are sorted by one 64-bit random key each: the key of index i is word i of NumPy's own Philox
+    stream for (seed, epoch). NumPy guarantees that raw words of a bit generator never change between releases, but not
+    `Generator.permutation`. Equal keys keep the dataset's order.
     """
     if not shuffle:
         return np.arange(num_samples, dtype=np.int64)
-    # A counter's first word moves with every four words, so the epoch sits in the second.
+    # The first word of the counter advances with every four words, so the epoch is in the second.
     stream = np.random.Philox(key=_key(seed, _ORDER), counter=np.array([0, epoch, 0, 0], dtype=np.uint64))
-    # Turning the highest bit makes them signed numbers in the same order, which torch sorts several times as fast.
+    # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
     keys = (stream.random_raw(num_samples) ^ np.uint64(2**63)).view(np.int64)
     order: NDArray[np.int64] = torch.argsort(torch.from_numpy(keys), stable=True).numpy()
     return order
@@ -170,10 +166,10 @@ def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> ND
 def uniforms(
     index: NDArray[np.int64], *, seed: int, epoch: int, count: int, repeat: NDArray[np.int64] | Literal[0] = 0
 ) -> NDArray[np.float32]:
-    """`count` random numbers in [0, 1) for each sample, `[N, count]` float32, whatever batch or rank it is in.
+    """`count` random numbers in [0, 1) per sample of `index` `[N]`, `[N, count]` float32, whatever the batch and rank.
 
-    Number j of a sample does not depend on `count`: it is 24 bits of half-word j of the Philox blocks whose counter
-    holds (block, epoch, index, repeat).
+    Number j of a sample does not depend on `count`: it is 24 bits of half-word j of the Philox blocks with the counter
+    (block, epoch, index, repeat). For `repeat` `[N]` see `BatchPlan`.
     """
     num_blocks = -(-count // 8)
     block = np.arange(num_blocks, dtype=np.uint64)[:, None]
@@ -184,15 +180,18 @@ def uniforms(
 
 
 def philox(key: NDArray[np.uint64], counter: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Philox4x64-10 of many counters at once: `[..., 4]` uint64 words.
+    """Philox4x64-10 for many counters at once (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 
-    Each row equals `np.random.Philox(key=key, counter=counter).random_raw(4)`; like NumPy, it adds one to the
-    counter before its first block. Algorithm: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    Each row equals `np.random.Philox(key=key, counter=counter).random_raw(4)`, so one is added to the counter before
+    the first block, as in NumPy.
 
     Args:
         key: `[2]` uint64.
-        counter: its four words, uint64 of shapes that broadcast to `[...]`, least significant first. What the first
-            rounds make of a word that many counters share is computed once.
+        counter: its four words, least significant first, uint64 with shapes that broadcast to `[...]`. A word that many
+            counters share should not be expanded, to let the first rounds process it once.
+
+    Returns:
+        `[..., 4]` uint64.
     """
     words = _increment(counter)
     key0, key1 = int(key[0]), int(key[1])
@@ -210,11 +209,11 @@ def _key(seed: int, stream: int) -> NDArray[np.uint64]:
 
 
 def _increment(counter: Sequence[NDArray[np.uint64]]) -> list[NDArray[np.uint64]]:
-    """The four words of counter + 1, with the carry that NumPy's 256-bit counter has."""
+    """The four words of counter + 1, with carry, as NumPy's 256-bit counter."""
     words = []
     carry = np.ones(1, dtype=np.uint64)
     for word in counter:
-        if carry.any():  # or else it keeps its shape
+        if carry.any():  # otherwise the word keeps its shape
             word = word + carry
         carry = (word < carry).astype(np.uint64)
         words.append(word)
@@ -222,7 +221,7 @@ def _increment(counter: Sequence[NDArray[np.uint64]]) -> list[NDArray[np.uint64]
 
 
 def _multiply(constant: int, word: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """High and low 64 bits of `constant * word`, from four 32-bit products, as NumPy has no 128-bit integers."""
+    """High and low 64 bits of `constant * word` from four 32-bit products, because NumPy has no 128-bit integers."""
     constant_high, constant_low = np.uint64(constant >> 32), np.uint64(constant & 0xFFFFFFFF)
     word_high, word_low = word >> _HALF, word & _LOW
     low = constant_low * word_low

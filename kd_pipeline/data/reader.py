@@ -1,4 +1,4 @@
-"""Batches of the plan out of DALI, with stand-ins for the samples that cannot be read."""
+"""Batches of the plan, read by DALI, with substitutes for samples that cannot be read."""
 
 import logging
 from collections import deque
@@ -6,104 +6,106 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.bad_samples import BadSamplePolicy, BadSamples
-from kd_pipeline.data.dali import Graph, GraphSettings, Probe, Samples
-from kd_pipeline.data.mixing import MixSettings, mixing
+from kd_pipeline.data.bad_samples import BadSamples
+from kd_pipeline.data.dali import FileChecker, Graph, GraphInput, GraphSettings
+from kd_pipeline.data.mixing import MixSettings, plan_mixing
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan, uniforms
-from kd_pipeline.data.sources.base import Source
+from kd_pipeline.data.settings import LoaderSettings
+from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
 
-__all__ = ["INDEX", "LABEL", "MIXING", "VALID", "Read", "Reader", "group_size"]
+__all__ = ["INDEX", "LABEL", "MIXING", "VALID", "ReadBatch", "Reader", "group_size"]
 
 INDEX, LABEL, VALID = range(3)
-"""Rows of the facts that belong to a batch's images, which reach a GPU in one copy: the label is -1 for unlabeled data,
-and valid is 0 for padding and substitutes."""
+"""Rows of a batch's metadata, which reach a GPU in one copy. The label is -1 for unlabeled data, and valid is 0 for
+padding and substitutes."""
 MIXING = slice(3, None)
-"""Rows that say how images are mixed, where they are."""
+"""Rows of the metadata that say how images are mixed, if they are."""
 
 _GROUP_IMAGES, _GROUP_PIXELS, _GROUP_FILE_PIXELS = 256, 256 * 224**2, 2**26
-"""What DALI works on at once at most, where a batch is less: images; their pixels when they are finished, 150 MiB in
-float32; and those that the files have, 200 MB."""
+"""Largest group of batches for DALI: images; their pixels after the transform, 150 MiB in float32; and the pixels of
+their files, 200 MB. A single batch may be larger."""
 _ALIGNMENT = 256
-"""Every batch begins at a multiple of so many bytes, or a TensorRT engine would need a copy of it."""
+"""Every batch starts at a multiple of so many bytes, or a TensorRT engine would need a copy of it."""
 _BLOCK = 4096
-"""Samples of files that are prepared at once: for 64 images, a call of NumPy takes as long as for a thousand."""
+"""Samples of files that are prepared at once: for 64 images, a NumPy call takes as long as for a thousand."""
 
 T = TypeVar("T")
 _logger = logging.getLogger("kd_pipeline")
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """A batch out of DALI."""
+class ReadBatch:
+    """A batch as DALI returns it."""
 
     images: Any
-    """DALI's dense tensor, of this batch and of others."""
+    """DALI's dense tensor, `[M, 3, H, W]`, of this batch and possibly others."""
     rows: slice
-    """Which of its images are this batch's."""
-    facts: NDArray[np.int64]
-    """`[F, N]`, what is shown in the images, stand-ins included; its rows are named above."""
+    """The rows of `images` that are this batch."""
+    metadata: NDArray[np.int64]
+    """`[F, N]`, what the images show, substitutes included; its rows are named above."""
     plan: BatchPlan
-    """What was to be shown."""
+    """What was planned."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """A batch that is to be read."""
-
+class _PlannedBatch:
     plan: BatchPlan
-    facts: NDArray[np.int64]
+    metadata: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Batches of one epoch that DALI works on at once."""
+    """Batches of one epoch that DALI processes at once."""
 
     epoch: int
     number: int
-    """Of the first of them."""
-    batches: Sequence[_Planned]
+    """Number of the first batch."""
+    batches: Sequence[_PlannedBatch]
 
     def split(self, size: int) -> tuple["_Group", "_Group"]:
-        """The first batches, so many, and the others."""
+        """The first `size` batches, and the rest."""
         first, rest = self.batches[:size], self.batches[size:]
         return _Group(self.epoch, self.number, first), _Group(self.epoch, self.number + len(first), rest)
 
     @property
     def ends(self) -> list[int]:
-        """0, and behind how many of the group's images each batch ends."""
-        return list(accumulate((batch.facts.shape[1] for batch in self.batches), initial=0))
+        """0, and the row after the last of each batch."""
+        return list(accumulate((batch.metadata.shape[1] for batch in self.batches), initial=0))
 
-    def reads(self, images: Any) -> dict[tuple[int, int], Read]:
-        """The batches among the group's `images`, by epoch and number."""
+    def unpack(self, images: Any) -> dict[tuple[int, int], ReadBatch]:
+        """The batches in the group's `images`, by epoch and number."""
         rows = [slice(*ends) for ends in pairwise(self.ends)]
         return {
-            (self.epoch, number): Read(images, own, batch.facts, batch.plan)
+            (self.epoch, number): ReadBatch(images, own, batch.metadata, batch.plan)
             for number, (own, batch) in enumerate(zip(rows, self.batches, strict=True), self.number)
         }
 
 
 class Reader:
-    """Reads any batch of any epoch; fast when the next one is asked for, because DALI is already working on it."""
+    """Reads any batch of any epoch, and the next one fast, as DALI is already processing it."""
 
     def __init__(
         self,
         source: Source,
         transform: TrainTransform | EvalTransform,
         plan: Plan,
-        settings: GraphSettings,
-        policy: BadSamplePolicy,
+        graph_settings: GraphSettings,
+        settings: LoaderSettings,
         mix: MixSettings | None = None,
+        record: Path | None = None,
     ) -> None:
-        self._probe = Probe(settings)
-        self.bad_samples = BadSamples(source, policy, self._probe)
+        """`record` is a JSON lines file that lists the unreadable samples."""
+        self._checker = FileChecker(graph_settings)
+        self.bad_samples = BadSamples(source, settings, self._checker, record)
         self._group_size = group_size(plan.batch_size, transform)
-        self._settings = replace(settings, max_batch=settings.max_batch * self._group_size)
+        self._settings = replace(graph_settings, max_batch=plan.batch_size * self._group_size)
         self._source, self._transform, self._plan, self._mix = source, transform, plan, mix
         self._labels = np.full(len(source), -1) if source.labels is None else source.labels
         self._epochs = _Epochs(plan)
@@ -112,16 +114,17 @@ class Reader:
         self._pulled: deque[_Group] = deque()
         self._next: tuple[int, int] | None = None
         self._ungrouped: int | None = None
+        """Epoch in which batches come one by one, after a group failed."""
         self._retried: tuple[int, int] | None = None
-        self._ready: dict[tuple[int, int], Read] = {}
+        self._ready: dict[tuple[int, int], ReadBatch] = {}
 
-    def read(self, epoch: int, number: int, stream: Any = None) -> Read:
+    def read(self, epoch: int, number: int, stream: Any = None) -> ReadBatch:
         """Batch `number` of `epoch`, with its images ordered on `stream`.
 
         Raises:
-            BadSampleError: a sample cannot be read, and the policy is to raise.
-            TooManyBadSamplesError: more samples are unreadable than the policy allows.
-            RuntimeError: DALI failed twice on the batch, and no sample was the reason.
+            BadSampleError: a sample cannot be read, and `on_bad_sample` is `raise`.
+            TooManyBadSamplesError: more samples are unreadable than `max_bad_fraction` allows.
+            RuntimeError: DALI failed twice on the batch, and on none of its samples alone.
             IndexError: an epoch has no such batch.
         """
         if not 0 <= number < len(self._plan):
@@ -130,55 +133,55 @@ class Reader:
             self._ready = self._take(epoch, number, stream)
         return self._ready.pop((epoch, number))
 
-    def _take(self, epoch: int, number: int, stream: Any) -> dict[tuple[int, int], Read]:
-        """Batch `number` of `epoch` and those in one group with it; nothing where it is to be asked for again."""
+    def _take(self, epoch: int, number: int, stream: Any) -> dict[tuple[int, int], ReadBatch]:
+        """Batch `number` of `epoch` and the others of its group; nothing if it must be requested again."""
         if self._graph is None or self._next != (epoch, number):
             self.stop()
-            samples = self._pull(epoch, number)
-            self._graph = Graph(samples, self._source.stores, self._transform, self._settings, self._probe)
+            inputs = self._pull(epoch, number)
+            self._graph = Graph(inputs, self._source.stores, self._transform, self._settings, self._checker)
         try:
             images = self._graph.take(stream)
-            reads = self._pulled.popleft().reads(images)
-            self._next, self._retried = self._behind(max(reads)), None
-            return reads
+            batches = self._pulled.popleft().unpack(images)
+            self._next, self._retried = self._after(max(batches)), None
+            return batches
         except RuntimeError as failure:
-            batches = self._pulled[0].batches if self._pulled else []  # none where the source itself failed
+            planned = self._pulled[0].batches if self._pulled else []  # none if the source itself failed
             self.stop()
-            self._explain(failure, batches, epoch, number)
+            self._explain(failure, planned, epoch, number)
             return {}
         except BaseException:
-            self.stop()  # what was pulled may have been lost on the way, as by an interrupt
+            self.stop()  # what was pulled may be lost, as after an interrupt
             raise
 
-    def _explain(self, failure: RuntimeError, batches: Sequence[_Planned], epoch: int, number: int) -> None:
-        """Find out why DALI failed on some batches from `number` on; returns where they are to be asked for again.
+    def _explain(self, failure: RuntimeError, batches: Sequence[_PlannedBatch], epoch: int, number: int) -> None:
+        """Find out why DALI failed on batches from `number` on; return if they should be requested again.
 
         Raises:
             BadSampleError, TooManyBadSamplesError: a sample is the reason.
-            RuntimeError: `failure` itself, of a source or for the second time.
+            RuntimeError: `failure` itself, if it is the source's or came for the second time.
         """
         if len(batches) > 1:
-            # So that what is wrong with a batch is said at its turn.
+            # An error is raised at the batch that it belongs to.
             _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", len(batches), epoch + 1)
             self._ungrouped = epoch
             return
-        if any(self.bad_samples.examine(self.bad_samples.replace(it.plan.index)[0]) for it in batches):
+        if any(self.bad_samples.examine(self.bad_samples.substitute(batch.plan.index)[0]) for batch in batches):
             return
         if not batches or self._retried == (epoch, number):
             self._retried = None
             failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
             raise failure
-        # Each image alone decodes: as where other processes have the memory for a moment.
-        _logger.warning("DALI failed on batch %d of epoch %d and on no image of it; once more", number, epoch)
+        # Each image alone decodes: other processes may have taken the memory for a moment.
+        _logger.warning("DALI failed on batch %d of epoch %d but on none of its images; trying again", number, epoch)
         self._retried = epoch, number
 
-    def _behind(self, position: tuple[int, int]) -> tuple[int, int]:
-        """The position of the batch that follows."""
+    def _after(self, position: tuple[int, int]) -> tuple[int, int]:
+        """Epoch and number of the batch after `position`."""
         epoch, number = position
         return (epoch, number + 1) if number + 1 < len(self._plan) else (epoch + 1, 0)
 
     def stop(self) -> None:
-        """Stop DALI and forget what it read ahead."""
+        """Stop DALI and drop what it read ahead."""
         self._pulled.clear()
         self._ready.clear()
         if self._graph is not None:
@@ -186,50 +189,50 @@ class Reader:
             self._graph = None
 
     def close(self) -> None:
-        """Stop for good, and let go of all threads."""
+        """Stop DALI and all threads for good."""
         self.stop()
         self._thread.shutdown(cancel_futures=True)
         self._epochs.close()
-        self._probe.close()
+        self._checker.close()
 
-    def _pull(self, epoch: int, number: int) -> Iterator[Samples]:
-        """What there is to read from a batch on, without end, as DALI asks for it.
+    def _pull(self, epoch: int, number: int) -> Iterator[GraphInput]:
+        """Endless inputs of the graph from batch `number` of `epoch` on, as DALI requests them.
 
-        The first group is one batch, which comes soon, and each one after it twice as large as long as it may be.
+        The first group is one batch, which comes soon, and each further group is twice as large, up to the limits.
         """
         size = 1
-        for block, samples in _ahead(self._blocks(epoch, number), self._thread):
+        for block, inputs in _one_ahead(self._blocks(epoch, number), self._thread):
             row = 0
             while block.batches:
                 group, block = block.split(size)
                 self._pulled.append(group)
                 row, first = row + group.ends[-1], row
-                yield samples.part(slice(first, row))
-                size = 1 if group.epoch == self._ungrouped else min(2 * size, self._most_batches())
+                yield inputs.part(slice(first, row))
+                size = 1 if group.epoch == self._ungrouped else min(2 * size, self._max_batches())
 
-    def _most_batches(self) -> int:
-        """How many batches may be one group, given the files that were read last."""
+    def _max_batches(self) -> int:
+        """How many batches may form a group, given the size of the files read last."""
         area = float("nan") if self._graph is None else self._graph.mean_area
         fitting = _GROUP_FILE_PIXELS // (area * self._plan.batch_size) if area > 0 else 1
         return max(1, min(self._group_size, int(fitting)))
 
-    def _blocks(self, epoch: int, number: int) -> Iterator[tuple[_Group, Samples]]:
-        """The batches from one on, many at once; the next epoch is begun while this one is used up.
+    def _blocks(self, epoch: int, number: int) -> Iterator[tuple[_Group, GraphInput]]:
+        """Many batches at once, without end.
 
-        Which samples are known to be unreadable never changes meanwhile: whoever learns of one stops, and begins anew.
+        The set of unreadable samples does not change meanwhile: whoever finds one stops and starts again.
         """
         size = max(1, _BLOCK // self._plan.batch_size) if self._source.stores == "files" else self._group_size
         while True:
             batches = self._epochs.at(epoch)
             for first in range(number, len(batches), size):
-                plans = [batches[place] for place in range(first, min(first + size, len(batches)))]
-                planned, samples = self._prepared(plans, epoch)
-                yield _Group(epoch, first, planned), samples
+                plans = [batches[index] for index in range(first, min(first + size, len(batches)))]
+                planned, inputs = self._prepare(plans, epoch)
+                yield _Group(epoch, first, planned), inputs
             epoch, number = epoch + 1, 0
 
-    def _prepared(self, plans: Sequence[BatchPlan], epoch: int) -> tuple[list[_Planned], Samples]:
-        """Batches with their facts, and the samples of all of them, computed in one go."""
-        index, readable = self.bad_samples.replace(np.concatenate([plan.index for plan in plans]))
+    def _prepare(self, plans: Sequence[BatchPlan], epoch: int) -> tuple[list[_PlannedBatch], GraphInput]:
+        """Batches with their metadata, and the samples of all of them as one input."""
+        index, readable = self.bad_samples.substitute(np.concatenate([plan.index for plan in plans]))
         data = self._source.read(index)
         valid = np.concatenate([plan.valid for plan in plans]) & readable
         repeat = np.concatenate([plan.repeat for plan in plans])
@@ -237,24 +240,23 @@ class Reader:
         count = num_draws if self._mix is None else max(num_draws, self._mix.num_draws)
         draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=repeat).astype(np.float64)
         cuts = np.cumsum([len(plan.index) for plan in plans])[:-1]
-        facts = np.split(np.stack([index, self._labels[index], valid]), cuts, axis=1)
+        metadata = np.split(np.stack([index, self._labels[index], valid]), cuts, axis=1)
         if self._mix is not None:
             size, repeats = self._transform.size, self._plan.repeats
             parts = zip(np.split(draws, cuts), np.split(valid, cuts), strict=True)
-            mixed = [mixing(self._mix, *part, size=size, repeats=repeats) for part in parts]
-            facts = [np.concatenate([own, columns.T]) for own, columns in zip(facts, mixed, strict=True)]
-        samples = Samples(
+            mixed = [plan_mixing(self._mix, *part, size=size, repeats=repeats) for part in parts]
+            metadata = [np.concatenate([own, columns.T]) for own, columns in zip(metadata, mixed, strict=True)]
+        inputs = GraphInput(
             index=index,
             data=data,
             crop=self._transform.crop.parameters(draws[:, :num_draws]),
             parameters=parameters_of(self._transform, draws[:, :num_draws]),
         )
-        rows = zip(plans, map(np.ascontiguousarray, facts), strict=True)
-        return [_Planned(*row) for row in rows], samples
+        return [_PlannedBatch(*pair) for pair in zip(plans, map(np.ascontiguousarray, metadata), strict=True)], inputs
 
 
 class _Epochs:
-    """The plans of the epochs; while one is used up, the next one is made: ten million samples take a second."""
+    """Plans of epochs. The next one is made in a thread: ten million samples take a second."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -270,15 +272,13 @@ class _Epochs:
         return self._known[epoch].result()
 
     def close(self) -> None:
-        """Let go of the thread."""
         self._thread.shutdown(cancel_futures=True)
 
 
 def group_size(batch_size: int, transform: TrainTransform | EvalTransform) -> int:
-    """How many batches DALI works on at once.
+    """How many batches DALI processes at once.
 
-    At the end of each op its threads wait for the slowest of the images, and Python takes as long for a few as for
-    many.
+    After each op its threads wait for the slowest image, and the time in Python hardly depends on the number of images.
     """
     pixels = transform.size**2
     batch_bytes = batch_size * 3 * pixels * np.dtype(transform.dtype).itemsize
@@ -287,8 +287,8 @@ def group_size(batch_size: int, transform: TrainTransform | EvalTransform) -> in
     return max(1, min(_GROUP_IMAGES, _GROUP_PIXELS // pixels) // batch_size)
 
 
-def _ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:
-    """The items of an endless iterator; while one is used up, `thread` makes the next."""
+def _one_ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:
+    """The items of an endless iterator; while one is used, `thread` makes the next."""
     coming = thread.submit(next, items)
     while True:
         item, coming = coming.result(), thread.submit(next, items)

@@ -1,12 +1,13 @@
-"""What a config says of the images: the splits, and how they are read."""
+"""Settings of the data: the splits, and how a loader reads their images."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Self
+from collections.abc import Iterable
+from typing import Literal, Self, TypedDict
 
-from pydantic import Field, model_validator
+import torch
+from pydantic import Field, ValidationError, model_validator
 
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.data.decode import Decode
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.plan import LastBatch
@@ -14,29 +15,90 @@ from kd_pipeline.data.sources.base import SourceSettings
 from kd_pipeline.data.transforms import TransformSettings
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["SPLITS", "DataSettings", "SplitSettings", "Untaught"]
+__all__ = ["SPLITS", "DataSettings", "LoaderOptions", "LoaderSettings", "OnBadSample", "SplitSettings"]
 
 SPLITS = ("train", "val", "test")
-"""Splits with a key of their own; others have their names under `more`."""
+"""Splits that are keys of `data` itself; others have their names under `data.more`."""
+
+OnBadSample = Literal["raise", "substitute"]
+
+
+class LoaderSettings(Settings):
+    """How a loader reads images: on which device, how far ahead, and what it does about unreadable files."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, or `auto` for a GPU if there is one."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """CPU threads for DALI; defaults to the cores that this process may use."""
+    prefetch: int = Field(default=2, ge=1)
+    """Batches, or groups of small batches, in DALI's queue, including the current one; 1 decodes nothing ahead."""
+    ahead: int = Field(default=1, ge=0)
+    """Batches for which the teacher has been started ahead of the current one."""
+    decode: Decode = "auto"
+    """`window` decodes only the crop's window of a file, `full` the whole image, which is cropped afterward. `auto` is
+    `window` on a CPU, where both give the same pixels; on a GPU a short trial finds out what works."""
+    hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
+    """Share of a batch's JPEG images for the GPU's hardware decoder. Unless it is 0, the last bits of an image depend
+    on its batch: a different batch size, a resumed run or different ranks change them."""
+    on_bad_sample: OnBadSample = "raise"
+    """`raise` an error with the file's name, or `substitute` the next readable sample, with `valid=False`."""
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    """With `substitute`, more unreadable samples than this fraction of the dataset are an error."""
+    max_pixels: int = Field(default=89_478_485, ge=1)
+    """Larger images count as unreadable and are never decoded; defaults to Pillow's limit for decompression bombs."""
+
+    @classmethod
+    def of(cls, options: "LoaderOptions", *, others: Iterable[str] = ()) -> Self:
+        """The settings of keyword arguments; `others` are further keywords of the function that takes them.
+
+        Raises:
+            ConfigError: names the first option that is unknown or out of range.
+        """
+        try:
+            return cls.model_validate(
+                {name: str(value) if name == "device" else value for name, value in options.items()}
+            )
+        except ValidationError as exc:
+            error = exc.errors()[0]
+        name = str(error["loc"][0])
+        if error["type"] == "extra_forbidden":
+            raise ConfigError(f"there is no option {name!r}{suggest(name, [*cls.model_fields, *others])}")
+        expected = error["msg"].removeprefix("Input should be ")
+        expected = expected.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+        raise ConfigError(f"{name} must be {expected}, got {error['input']!r}")
+
+
+class LoaderOptions(TypedDict, total=False):
+    """The fields of `LoaderSettings` as keyword arguments."""
+
+    device: torch.device | str
+    num_threads: int | None
+    prefetch: int
+    ahead: int
+    decode: Decode
+    hw_decoder_load: float
+    on_bad_sample: OnBadSample
+    max_bad_fraction: float
+    max_pixels: int
 
 
 class SplitSettings(Settings):
-    """Where the images of one split come from and what is done to them."""
+    """Where the images of a split come from, and how they are transformed."""
 
     source: SourceSettings
     transform: TransformSettings
     mix: MixSettings | None = None
-    """Mixup and CutMix of whole batches, before the teacher sees them; not at all where left out."""
+    """Mixup and CutMix of whole batches, before the teacher sees them; defaults to none."""
     repeats: int = Field(default=1, ge=1)
-    """How often in a row an epoch shows a sample, each time in another view; it stays as long and shows fewer."""
+    """Views of a sample in a row in an epoch. The epoch keeps its length and shows fewer samples."""
     shuffle: bool | None = None
-    """A new order every epoch; by default true for the split `train` and false for any other."""
+    """A new order in every epoch; defaults to true for the split `train` and to false for all others."""
     last_batch: LastBatch | None = None
-    """What becomes of samples that fill no whole batch; by default `drop` for `train` and `keep` for any other."""
+    """What to do with samples that do not fill a batch; defaults to `drop` for `train` and to `keep` for all others."""
 
 
-class DataSettings(Settings):
-    """Everything a loader needs to know, apart from the teacher."""
+class DataSettings(LoaderSettings):
+    """Everything that a loader needs except the teacher."""
 
     batch_size: int = Field(gt=0)
     """Images in a batch of one process."""
@@ -44,24 +106,7 @@ class DataSettings(Settings):
     val: SplitSettings | None = None
     test: SplitSettings | None = None
     more: dict[str, SplitSettings] = Field(default_factory=dict)
-    """More splits by names of their own, such as other validation sets."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, or `auto` for a GPU where there is one."""
-    num_threads: int | None = Field(default=None, gt=0)
-    """CPU threads for DALI; the cores this process may use where left out."""
-    prefetch: int = Field(default=2, ge=1)
-    """Batches, or groups of small ones, in DALI's queue, the one that is taken among them."""
-    ahead: int = Field(default=1, ge=0)
-    """Batches for which the teacher has been started ahead of the one handed out."""
-    decode: Decode = "auto"
-    """`window` decodes only the crop's window of a file, `full` the whole image, which is cut afterward. `auto` is
-    `window` on a CPU, where both give the same pixels; on a GPU a short trial finds out what works there."""
-    hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
-    """Share of the JPEG images of a batch for a GPU's hardware decoder. With any but 0, who decodes an image depends
-    on its batch, and so do the last bits of its pixels: batch size, resuming and ranks change them."""
-    on_bad_sample: Literal["raise", "substitute"] = "raise"
-    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
-    max_pixels: int = Field(default=89_478_485, gt=0)
+    """More splits by name, such as further validation sets."""
 
     @model_validator(mode="after")
     def _names_are_used_once(self) -> "DataSettings":
@@ -72,55 +117,26 @@ class DataSettings(Settings):
 
     @property
     def splits(self) -> dict[str, SplitSettings]:
-        """All splits that there are, by name."""
+        """All splits of the config, by name."""
         own = {split: getattr(self, split) for split in SPLITS}
         return {split: found for split, found in own.items() if found is not None} | self.more
 
     @property
     def validated(self) -> tuple[str, ...]:
-        """Names of the splits that a training is measured on as it goes: all but `train` and `test`."""
+        """Names of the splits for validation during training: all but `train` and `test`."""
         return tuple(name for name in self.splits if name not in ("train", "test"))
 
     def split(self, name: str) -> SplitSettings:
-        """The split of that name.
+        """The split called `name`.
 
         Raises:
-            ConfigError: there is none; names those that there are.
+            ConfigError: there is none; names those that exist.
         """
         splits = self.splits
         if name not in splits:
             key = f"data.{name}" if name in SPLITS else f"data.more.{name}"
             raise ConfigError(
-                f"the config has no split {name!r}; add {key} with a source and a transform, or take one that is "
-                f"there: {', '.join(splits) or 'none'}"
+                f"the config has no split {name!r}; add {key} with a source and a transform, or use an existing one: "
+                f"{', '.join(splits) or 'none'}"
             )
         return splits[name]
-
-    def with_split(self, name: str, settings: SplitSettings) -> Self:
-        """A copy in which the split of that name is another."""
-        return self.model_copy(update={name: settings} if name in SPLITS else {"more": {**self.more, name: settings}})
-
-
-@dataclass(frozen=True, slots=True)
-class Untaught:
-    """The part of a config that gives a loader, without the teacher."""
-
-    seed: int
-    data: DataSettings
-    run_dir: Path | None = None
-    teacher: None = None
-
-    @classmethod
-    def of(
-        cls, seed: int, data: DataSettings, split: str, *, shuffle: bool | None = None, run_dir: Path | None = None
-    ) -> Self:
-        """For each image of the split once, alone, in the order that `shuffle` says or else the split itself.
-
-        Raises:
-            ConfigError: there is no such split.
-        """
-        settings = data.split(split)
-        update = {"mix": None, "repeats": 1, "last_batch": "keep"}
-        if shuffle is not None:
-            update["shuffle"] = shuffle
-        return cls(seed, data.with_split(split, settings.model_copy(update=update)), run_dir)

@@ -1,8 +1,8 @@
-"""What is done to an image, as data: frozen settings, the random numbers they need, and their DALI calls.
+"""Image transforms: the two presets of a config and the ops that they consist of, run by DALI.
 
-An op turns uniform numbers from the plan into parameters with NumPy (`parameters`), one array for each input that
-its DALI calls take (`apply`). The crop alone needs to know how large an image is (`cut`). No op draws anything itself.
-Which of the plan's numbers an op reads is fixed, so switching one op on never changes what another does.
+No op draws anything itself. `parameters` turns a view's uniform numbers, which the plan makes, into parameters in
+NumPy, and `apply` passes these to DALI. Only the crop also needs the size of an image (`windows`). Each op reads fixed
+slots of the numbers, so switching one op on never changes what another does.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
 
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.data.auto_augment import AutoAugment, AutoAugmentSettings
+from kd_pipeline.data.auto_augment import Array, AutoAugment, AutoAugmentSettings, Node
 
 __all__ = [
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
     "CenterCrop",
     "ColorJitter",
     "EvalTransform",
@@ -29,96 +27,81 @@ __all__ = [
     "RandomResizedCrop",
     "TrainTransform",
     "TransformSettings",
-    "ops_of",
     "parameters_of",
 ]
 
 
-NUM_TRIES = 10
-"""How often a crop is drawn until it fits; torchvision's number."""
+def _check_range(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1]:
+        raise ValueError(f"must be [low, high] with 0 < low <= high, got {list(value)}")
+    return value
 
-Node = Any
-"""A node of a DALI graph."""
-Array = NDArray[np.float64]
-"""Draws and parameters; in double precision, as releases of NumPy differ in when they promote single."""
-Range = tuple[float, float]
-"""Low and high."""
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Triple = tuple[float, float, float]
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
+"""Low and high, both positive."""
+FractionRange = Annotated[tuple[float, Probability], AfterValidator(_check_range)]
+"""Low and high, 1 at most."""
+PerChannel = tuple[float, float, float]
+"""Red, green and blue, on a scale from 0 to 1."""
 
 
 class _Output(Settings):
-    """What both presets say about the finished image."""
+    """The format of the finished image, the same for both presets."""
 
     size: int = Field(gt=0)
     """Height and width of the finished image, in pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Filter of the resize; always antialiased."""
-    mean: Triple = IMAGENET_MEAN
+    """Filter of the resize, which is always antialiased."""
+    mean: PerChannel = IMAGENET_MEAN
     """Subtracted from each channel, on a scale from 0 to 1."""
-    std: Triple = IMAGENET_STD
-    """Divides each channel afterward."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
+    """Divides each channel after that."""
     dtype: Literal["float32", "float16"] = "float32"
-
-    @model_validator(mode="after")
-    def _std_is_positive(self) -> "_Output":
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be positive, got {self.std}")
-        return self
 
 
 class TrainTransform(_Output):
-    """Random resized crop, flip, automatic augmentation, color jitter, grayscale, blur, erasing, normalize."""
+    """Random resized crop, flip, RandAugment or TrivialAugment, color jitter, grayscale, blur, erasing, normalize."""
 
     preset: Literal["train"] = "train"
-    area: Range = (0.08, 1.0)
-    """Share of the image's area that the crop covers."""
+    area: FractionRange = (0.08, 1.0)
+    """Fraction of the image's area that the crop covers."""
     ratio: Range = (3 / 4, 4 / 3)
-    """Width of the crop over its height."""
+    """Aspect ratio of the crop, width over height."""
     flip: Probability = 0.5
     auto_augment: AutoAugmentSettings | None = None
-    """RandAugment or TrivialAugment, before all other changes of pixels."""
-    brightness: float = Field(default=0.0, ge=0.0)
-    """The factor is drawn from [1 - brightness, 1 + brightness], not below 0; contrast and saturation alike."""
-    contrast: float = Field(default=0.0, ge=0.0)
-    saturation: float = Field(default=0.0, ge=0.0)
-    hue: float = Field(default=0.0, ge=0.0, le=0.5)
-    """The hue is turned by up to this part of a full circle either way."""
+    """RandAugment or TrivialAugment, applied right after the crop."""
+    brightness: float = Field(default=0.0, ge=0)
+    """The factor is uniform in [1 - brightness, 1 + brightness], and at least 0; as for contrast and saturation."""
+    contrast: float = Field(default=0.0, ge=0)
+    saturation: float = Field(default=0.0, ge=0)
+    hue: float = Field(default=0.0, ge=0, le=0.5)
+    """The hue is rotated by up to this fraction of a full circle in either direction."""
     grayscale: Probability = 0.0
     blur: Probability = 0.0
     blur_sigma: Range = (0.1, 2.0)
     """Standard deviation of the blur in pixels of the finished image."""
     erase: Probability = 0.0
-    erase_area: Range = (0.02, 1 / 3)
-    """Share of the finished image that is erased, filled with the mean color."""
+    erase_area: FractionRange = (0.02, 1 / 3)
+    """Fraction of the finished image that is erased, which means filled with the mean color."""
     erase_ratio: Range = (0.3, 3.3)
-
-    @model_validator(mode="after")
-    def _ranges_make_sense(self) -> "TrainTransform":
-        for name in ("area", "ratio", "blur_sigma", "erase_area", "erase_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be [low, high] with 0 < low <= high, got [{low}, {high}]")
-        for name in ("area", "erase_area"):
-            if getattr(self, name)[1] > 1:
-                raise ValueError(f"{name} is a share and ends at 1, got {getattr(self, name)[1]}")
-        return self
+    """Aspect ratio of the erased rectangle, width over height."""
 
     @property
     def num_draws(self) -> int:
-        """How many of a view's uniform numbers are used."""
+        """Uniform numbers that a view needs."""
         if self.auto_augment is not None:
             return AutoAugment(self.auto_augment, self.size).num_draws
-        return 35 if self.ops else 23
+        return 35 if len(self.ops) > 1 else 23
 
     @property
     def crop(self) -> "RandomResizedCrop":
-        """Where the image is cut, and to what size it is brought."""
+        """The crop and resize."""
         return RandomResizedCrop(self.size, self.interpolation, self.area, self.ratio)
 
     @property
     def ops(self) -> tuple["PixelOp", ...]:
-        """What happens to the pixels between the crop and the normalization; ops that would do nothing are left out."""
+        """All ops after the crop that have an effect; `Normalize`, which also flips, is the last."""
         ops: list[PixelOp] = []
         if self.auto_augment is not None:
             ops.append(AutoAugment(self.auto_augment, self.size))
@@ -128,73 +111,58 @@ class TrainTransform(_Output):
             ops.append(GaussianBlur(self.blur, self.blur_sigma))
         if self.erase:
             ops.append(RandomErasing(self.erase, self.erase_area, self.erase_ratio, self.size, self.mean))
-        return tuple(ops)
-
-    @property
-    def normalize(self) -> "Normalize":
-        """The last op, which also flips."""
-        return Normalize(self.mean, self.std, self.dtype, self.flip)
+        return (*ops, Normalize(self.mean, self.std, self.dtype, self.flip))
 
 
 class EvalTransform(_Output):
-    """Resize the shorter side, crop the center, normalize; pixel by pixel what torchvision does."""
+    """Resize of the shorter side, center crop, normalize: torchvision's evaluation transform, pixel by pixel."""
 
     preset: Literal["eval"] = "eval"
     resize: int | None = Field(default=None, gt=0)
-    """Length of the shorter side before the crop; by default `size / 0.875`, which is 256 for 224."""
+    """Length of the shorter side before the crop; defaults to `size / 0.875`, which is 256 for 224."""
+
+    num_draws: ClassVar[int] = 0
+    """Uniform numbers that a view needs: evaluation is not random."""
 
     @model_validator(mode="after")
-    def _resize_covers_the_crop(self) -> "EvalTransform":
+    def _resize_covers_crop(self) -> "EvalTransform":
         if self.resize is not None and self.resize < self.size:
             raise ValueError(f"resize must be at least size, got resize {self.resize} for size {self.size}")
         return self
 
     @property
-    def num_draws(self) -> int:
-        """None: evaluation is not random."""
-        return 0
-
-    @property
     def crop(self) -> "CenterCrop":
-        """How the image is resized and cut."""
+        """The resize and crop."""
         return CenterCrop(self.size, self.interpolation, self.resize or round(self.size / 0.875))
 
     @property
     def ops(self) -> tuple["PixelOp", ...]:
-        """None: evaluation changes no pixels."""
-        return ()
-
-    @property
-    def normalize(self) -> "Normalize":
-        """The last op."""
-        return Normalize(self.mean, self.std, self.dtype, None)
+        """The only op after the crop, `Normalize`."""
+        return (Normalize(self.mean, self.std, self.dtype, None),)
 
 
 TransformSettings = Annotated[TrainTransform | EvalTransform, Field(discriminator="preset")]
-"""What a config file may say under `transform`."""
-
-
-def ops_of(transform: TrainTransform | EvalTransform) -> tuple[Any, ...]:
-    """What happens to the pixels after the crop, the normalization last."""
-    return (*transform.ops, transform.normalize)
+"""What a config may have under `transform`."""
 
 
 def parameters_of(transform: TrainTransform | EvalTransform, draws: Array) -> tuple[NDArray[Any], ...]:
-    """What the ops make of uniform numbers `[N, transform.num_draws]`: all their parameters, one behind the other."""
-    found = (part for op in ops_of(transform) for part in op.parameters(draws))
+    """Parameters of all ops after the crop, `[N, ...]` each, from uniform numbers `[N, transform.num_draws]`."""
+    parameters = (array for op in transform.ops for array in op.parameters(draws))
     # DALI has no use for double precision.
     return tuple(
-        np.ascontiguousarray(part, dtype=np.float32 if part.dtype == np.float64 else part.dtype) for part in found
+        np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float64 else array.dtype)
+        for array in parameters
     )
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A window of random area and shape, resized to a square (Szegedy et al., arXiv 1409.4842, section 6).
+    """A window of random area and aspect ratio, resized to a square (Szegedy et al., arXiv 1409.4842, section 6).
 
-    As in torchvision: area uniform, ratio log-uniform, drawn until the window fits, ten times at most. Where none
-    fits (an image far longer than the ratio allows), the window is as large as image and ratio permit; its place is
-    random too, where torchvision takes the middle. A window that rounds to nothing is one pixel.
+    As in torchvision, the area is uniform, the ratio log-uniform, and both are drawn until the window fits, at most
+    ten times. If none fits, in an image far longer than the ratio allows, the window is as large as the image and the
+    ratio permit. Its position is random even then, where torchvision takes the center. A window that rounds to nothing
+    is one pixel.
     """
 
     size: int
@@ -203,23 +171,19 @@ class RandomResizedCrop:
     ratio: Range
 
     ndims: ClassVar[tuple[int, ...]] = ()
-    """Of what `cut` returns beyond corner and extent, for `apply`: dimensions of a sample's part of each array."""
+    """Dimensions per sample of each array that `apply` takes."""
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
-        """Windows to try, and where to put the one that is taken.
+        """Candidate windows, and where to put the one that is chosen.
 
         Returns:
-            Height and width of every try over the root of the image's area `[N, 10, 2]`, the first try first, and the
-            place in the room that the window has, y and x from 0 to below 1, `[N, 2]`.
+            Height and width of each candidate divided by the root of the image's area, `[N, 10, 2]`, in the order in
+            which they are tried; and the position (y, x) as a fraction of the window's free range, `[N, 2]`.
         """
-        low, high = self.area
-        area = low + draws[:, _AREA] * (high - low)
-        log_low, log_high = np.log(self.ratio)
-        ratio = np.exp(log_low + draws[:, _RATIO] * (log_high - log_low))
-        tries = np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=2)
-        return tries[:, ::-1], draws[:, [_PLACE_Y, _PLACE_X]]
+        tries = _rectangles(_uniform(self.area, draws[:, _AREA]), self.ratio, draws[:, _RATIO])
+        return tries[:, ::-1], draws[:, [_CROP_Y, _CROP_X]]
 
-    def cut(self, size: Array, tries: Array, place: Array) -> tuple[Array, ...]:
+    def windows(self, size: Array, tries: Array, position: Array) -> tuple[Array, ...]:
         """Corner (y, x) and extent of the windows in images of `size` `[N, 2]`, in whole pixels, `[N, 2]` each."""
         extents = np.rint(tries * np.sqrt(size.prod(axis=1))[:, None, None])
         fits = (extents[..., 0] <= size[:, :1]) & (extents[..., 1] <= size[:, 1:])
@@ -228,20 +192,20 @@ class RandomResizedCrop:
         rows = np.arange(len(size))
         extent = np.where(fits[rows, first, None], extents[rows, first], longest)
         extent = np.clip(extent, 1, size)
-        return np.floor(place * (size - extent + 1)), extent
+        return np.floor(position * (size - extent + 1)), extent
 
     def apply(self, images: Node) -> Node:
-        """Bring the windows, of whatever size, to the final one."""
+        """Resize windows of any size."""
         fn, _ = _dali()
         return fn.resize(images, size=[self.size, self.size], **_filter(self.interpolation))
 
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Shorter side to `shorter`, then the square in the middle, with torchvision's rounding of both.
+    """Resize of the shorter side to `shorter`, then a center crop, both rounded as in torchvision.
 
-    DALI's own "not_smaller" resize and centered crop round differently, which moves the picture by up to a pixel and
-    costs up to 6/255 of mean absolute difference on a photograph; computed like this it is 0.15/255.
+    DALI's own "not_smaller" resize and centered crop round differently, which shifts the image by up to a pixel: a
+    mean absolute difference of up to 6/255 on a photograph, compared to 0.15/255 here.
     """
 
     size: int
@@ -251,29 +215,28 @@ class CenterCrop:
     ndims: ClassVar[tuple[int, ...]] = (1, 1)
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
-        """None: nothing here is random."""
+        """No parameters, because nothing is random."""
         return ()
 
-    def cut(self, size: Array) -> tuple[Array, ...]:
-        """Corner and extent of whole images of `size` `[N, 2]`, then where in them the center begins and ends."""
+    def windows(self, size: Array) -> tuple[Array, ...]:
+        """Corner and extent of whole images of `size` `[N, 2]`, then start and end of the center in them."""
         resized = self.shorter * size // size.min(axis=1, keepdims=True)
         step = size / resized
         corner = np.rint((resized - self.size) / 2)
         return np.zeros_like(size), size, corner * step, (corner + self.size) * step
 
     def apply(self, images: Node, start: Node, end: Node) -> Node:
-        """Resize the centers of whole images; all of a resized 1x30000 image would be 6 GB."""
+        """Resize only the centers of whole images; a 1x30000 image resized as a whole would take 6 GB."""
         fn, _ = _dali()
-        return fn.resize(
-            images, size=[self.size, self.size], roi_start=start, roi_end=end, **_filter(self.interpolation)
-        )
+        size = [self.size, self.size]
+        return fn.resize(images, size=size, roi_start=start, roi_end=end, **_filter(self.interpolation))
 
 
 @dataclass(frozen=True)
 class ColorJitter:
-    """Brightness, contrast, saturation and hue in one linear map of the colors, and grayscale as saturation zero.
+    """Brightness, contrast, saturation and hue as one linear map of the colors; grayscale is saturation 0.
 
-    Contrast turns about mid-gray (128), where torchvision turns about the mean of each image.
+    Contrast scales around mid-gray (128); torchvision scales around the mean of each image.
     """
 
     brightness: float
@@ -285,7 +248,7 @@ class ColorJitter:
     ndims: ClassVar[tuple[int, ...]] = (0, 0, 0, 0)
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
-        """Factors of brightness, contrast and saturation, and the turn of the hue in degrees, `[N]` each."""
+        """Factors of brightness, contrast and saturation, and the rotation of the hue in degrees, `[N]` each."""
         signed = 2 * draws[:, _COLOR] - 1
         strengths = np.array([self.brightness, self.contrast, self.saturation])
         brightness, contrast, saturation = np.maximum(1 + signed[:, :3] * strengths, 0).T
@@ -300,7 +263,7 @@ class ColorJitter:
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """Blur some of the images, with a window that reaches three standard deviations."""
+    """Blur some of the images, with a window that extends to three standard deviations."""
 
     probability: float
     sigma: Range
@@ -308,9 +271,8 @@ class GaussianBlur:
     ndims: ClassVar[tuple[int, ...]] = (0, 0)
 
     def parameters(self, draws: Array) -> tuple[NDArray[Any], ...]:
-        """Standard deviation and window in pixels, `[N]` each; a window of one pixel leaves the image as it is."""
-        low, high = self.sigma
-        sigma = low + draws[:, _BLUR_SIGMA] * (high - low)
+        """Standard deviation and window size in pixels, `[N]` each; a window of one pixel means no blur."""
+        sigma = _uniform(self.sigma, draws[:, _BLUR_SIGMA])
         window = np.where(draws[:, _BLUR] < self.probability, 2 * np.ceil(3 * sigma) + 1, 1)
         return sigma, window.astype(np.int32)
 
@@ -328,21 +290,19 @@ class RandomErasing:
     area: Range
     ratio: Range
     size: int
-    mean: Triple
+    mean: PerChannel
 
     ndims: ClassVar[tuple[int, ...]] = (1, 1)
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
-        """Corner (y, x) and extent (height, width) in pixels, `[N, 2]` each; the extent is 0 for no erasing."""
-        (area_low, area_high), (log_low, log_high) = self.area, np.log(self.ratio)
-        area = (area_low + draws[:, _ERASE_AREA] * (area_high - area_low)) * self.size**2
-        ratio = np.exp(log_low + draws[:, _ERASE_RATIO] * (log_high - log_low))
-        extent = np.clip(np.round(np.stack([np.sqrt(area / ratio), np.sqrt(area * ratio)], axis=1)), 1, self.size)
-        corner = np.floor(draws[:, _ERASE_PLACE] * (self.size - extent + 1))
+        """Corner (y, x) and extent (height, width) in pixels, `[N, 2]` each; extent 0 means no erasing."""
+        area = _uniform(self.area, draws[:, _ERASE_AREA]) * self.size**2
+        extent = np.clip(np.round(_rectangles(area, self.ratio, draws[:, _ERASE_RATIO])), 1, self.size)
+        corner = np.floor(draws[:, _ERASE_CORNER] * (self.size - extent + 1))
         return corner, extent * (draws[:, [_ERASE]] < self.probability)
 
     def apply(self, images: Node, corner: Node, extent: Node) -> Node:
-        """Erase from uint8 images."""
+        """Erase rectangles from uint8 images."""
         fn, _ = _dali()
         fill = [round(255 * channel) for channel in self.mean]
         return fn.erase(images, anchor=corner, shape=extent, axis_names="HW", fill_value=fill)
@@ -350,21 +310,21 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class Normalize:
-    """uint8 HWC to normalized float CHW, some flipped left to right: the last op, which writes the batch."""
+    """uint8 HWC to normalized float CHW, with some images flipped left to right; always the last op."""
 
-    mean: Triple
-    std: Triple
+    mean: PerChannel
+    std: PerChannel
     dtype: str
     flip: float | None
     """Probability of the flip; None for never."""
 
     @property
     def ndims(self) -> tuple[int, ...]:
-        """Dimensions of a sample's part of each parameter."""
+        """Dimensions per sample of each array that `apply` takes."""
         return () if self.flip is None else (0,)
 
     def parameters(self, draws: Array) -> tuple[NDArray[np.int32], ...]:
-        """`[N]`, 1 where the image is flipped."""
+        """`[N]`, 1 for images to flip."""
         return () if self.flip is None else ((draws[:, _FLIP] < self.flip).astype(np.int32),)
 
     def apply(self, images: Node, mirror: Node = 0) -> Node:
@@ -380,16 +340,30 @@ class Normalize:
         )
 
 
-PixelOp = AutoAugment | ColorJitter | GaussianBlur | RandomErasing
+PixelOp = AutoAugment | ColorJitter | GaussianBlur | RandomErasing | Normalize
 
-# Slots of the plan's uniform numbers. New ops take new slots at the end; moving one changes every run ever made.
-# The crop and the flip come first: where they are all there is, the plan makes no other numbers. Slots 35 to 39 are
-# those of `kd_pipeline.data.mixing`, and the ones from 40 on those of `kd_pipeline.data.auto_augment`.
-_PLACE_Y, _PLACE_X, _FLIP = 0, 1, 2
-_AREA, _RATIO = slice(3, 3 + NUM_TRIES), slice(13, 13 + NUM_TRIES)
+_NUM_TRIES = 10
+"""How often a crop is drawn until it fits, as in torchvision."""
+
+# Slots of the plan's uniform numbers. A new op takes new slots at the end, because moving one changes every run ever
+# made. Crop and flip come first, because a transform without other ops needs only their numbers. Slots 35 to 39 are in
+# `kd_pipeline.data.mixing`, those from 40 in `kd_pipeline.data.auto_augment`.
+_CROP_Y, _CROP_X, _FLIP = 0, 1, 2
+_AREA, _RATIO = slice(3, 3 + _NUM_TRIES), slice(13, 13 + _NUM_TRIES)
 _GRAYSCALE, _COLOR = 23, slice(24, 28)
 _BLUR, _BLUR_SIGMA = 28, 29
-_ERASE, _ERASE_AREA, _ERASE_RATIO, _ERASE_PLACE = 30, 31, 32, slice(33, 35)
+_ERASE, _ERASE_AREA, _ERASE_RATIO, _ERASE_CORNER = 30, 31, 32, slice(33, 35)
+
+
+def _uniform(limits: Range, draws: Array) -> Array:
+    return limits[0] + draws * (limits[1] - limits[0])
+
+
+def _rectangles(area: Array, ratio: Range, draws: Array) -> Array:
+    """Height and width `[..., 2]` of rectangles of `area` `[...]`, with a log-uniform aspect ratio."""
+    low, high = np.log(ratio)
+    aspect = np.exp(_uniform((low, high), draws))
+    return np.stack([np.sqrt(area / aspect), np.sqrt(area * aspect)], axis=-1)
 
 
 def _dali() -> tuple[Any, Any]:

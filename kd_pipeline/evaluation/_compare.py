@@ -1,7 +1,7 @@
-"""Models side by side: how good each is on a split, how long it takes for an image, and how large it is."""
+"""Compare models on one split: how good each is, how long it takes per image, and how large it is."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -9,87 +9,130 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline.evaluation._evaluate import TEMPERATURE, Evaluation, images_for
+from kd_pipeline.evaluation._evaluate import (
+    TEMPERATURE,
+    Evaluation,
+    Metric,
+    MetricSettings,
+    eval_mode,
+    evaluate,
+    images_for,
+)
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["Compared", "Cost", "compare", "measure_cost"]
+__all__ = ["Comparison", "ComparisonRow", "Cost", "compare", "measure_cost"]
 
-_NUM_WARM_UP = 3
+_NUM_WARMUP = 3
 _NUM_RUNS = 30
 _UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 _COLUMNS = (
-    "",
-    "samples",
-    "top-1",
-    "top-5",
-    "macro F1",
-    "loss",
-    "agreement",
-    "KL",
-    "ms/image",
-    "batch",
-    "parameters",
-    "bytes",
+    "", "samples", "top-1", "top-5", "macro F1", "loss", "agreement", "KL", "ms/image", "batch", "parameters", "bytes",
     "on",
-)
+)  # fmt: skip
 _FOOTNOTE = (
-    f"Agreement and KL (T = {TEMPERATURE:g}, in nats): with the teacher. ms/image: the time for a batch of that size "
-    f"over its images, median of {_NUM_RUNS} runs."
+    f"Agreement and KL (T = {TEMPERATURE:g}, in nats): with the teacher. ms/image: time of one batch of that size "
+    f"divided by its images, median of {_NUM_RUNS} runs."
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a model takes."""
+    """Latency and size of a model."""
 
     ms_per_image: float
-    """Milliseconds of one batch over its images; the median of the runs."""
+    """Milliseconds per batch divided by its images; median of the runs."""
     batch_size: int
     device: str
-    """Where it ran: `cpu`, or the name of the GPU."""
+    """`cpu`, or the name of the GPU."""
     num_parameters: int | None
-    """Of a network; None for a teacher, whose runtime does not say."""
+    """Of a network; None for a teacher, whose runtime does not report it."""
     num_bytes: int | None
-    """Of the model's files; None where it has none."""
+    """Size of the model's files; None without files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Compared:
-    """One model among others."""
+class ComparisonRow:
+    """One of the compared models."""
 
     name: str
     evaluation: Evaluation
     cost: Cost
 
 
-@torch.no_grad()
-def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[Path] = ()) -> Cost:
-    """Time `model` on the batch `images` `[N, 3, H, W]`, on the device where both are, and weigh it.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Models evaluated on one split, in the order given."""
 
-    A network should be in eval mode. Each run is timed by itself, until the device has finished; a few that are not
-    timed come first.
+    rows: tuple[ComparisonRow, ...]
+
+    def table(self) -> str:
+        """Plain text: a line per model, `-` for what cannot be known, and then a line per further metric."""
+        table = [_COLUMNS, *map(_cells, self.rows)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
+        metrics = [f"{row.name}: {name} {value}" for row in self.rows for name, value in row.evaluation.metrics.items()]
+        return "\n".join([*lines, _FOOTNOTE, *metrics])
+
+
+def compare(
+    models: Mapping[str, nn.Module | Teacher],
+    loader: KDDataLoader,
+    *,
+    reference: nn.Module | Teacher | None = None,
+    metrics: Sequence[MetricSettings | Metric] = (),
+    files: Mapping[str, Sequence[Path]] | None = None,
+    report: Callable[[str], object] = lambda line: None,
+) -> Comparison:
+    """Evaluate every model on one epoch of `loader`, and time it on one of its batches.
 
     Args:
-        model: what to run.
-        images: a batch such as a loader gives.
+        models: networks and teachers by name, on the loader's device.
+        loader: the split; see `evaluate`.
+        reference: the network or teacher for `agreement` and `kl`; defaults to the loader's teacher, if any.
+        metrics: see `evaluate`.
+        files: the files that a model was opened from, by its name, for its size.
+        report: called with a line of progress for each model.
+
+    Raises:
+        ConfigError, DataError, TeacherError: as `evaluate`.
+    """
+    rows = []
+    for name, model in models.items():
+        report(f"evaluating {name}")
+        evaluation = evaluate(model, loader, reference=reference, metrics=metrics)
+        cost = measure_cost(model, next(iter(loader)).images, files=(files or {}).get(name, ()))
+        rows.append(ComparisonRow(name=name, evaluation=evaluation, cost=cost))
+    return Comparison(tuple(rows))
+
+
+@torch.no_grad()
+def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[Path] = ()) -> Cost:
+    """Time `model`, in eval mode, on the batch `images` `[N, 3, H, W]` on its device, and determine its size.
+
+    Each run is timed on its own, until the device has finished, after a few warm-up runs.
+
+    Args:
+        model: a network or teacher.
+        images: a batch of a loader.
         files: the files that the model was opened from.
 
     Raises:
-        TeacherError: a teacher refuses the images.
+        TeacherError: a teacher rejects the images.
     """
     on_gpu = images.device.type == "cuda"
-    wait: Callable[[], object] = (lambda: torch.cuda.synchronize(images.device)) if on_gpu else (lambda: None)
     images = images_for(model, images)
     times_s = []
-    for _ in range(_NUM_WARM_UP + _NUM_RUNS):
-        wait()
-        start_s = time.perf_counter()
-        model(images)
-        wait()
-        times_s.append(time.perf_counter() - start_s)
+    with eval_mode(model):
+        for _ in range(_NUM_WARMUP + _NUM_RUNS):
+            start_s = time.perf_counter()
+            model(images)
+            if on_gpu:
+                torch.cuda.synchronize(images.device)
+            times_s.append(time.perf_counter() - start_s)
     num_parameters = sum(map(Tensor.numel, model.parameters())) if isinstance(model, nn.Module) else None
     return Cost(
-        ms_per_image=1000 * median(times_s[_NUM_WARM_UP:]) / len(images),
+        ms_per_image=1000 * median(times_s[_NUM_WARMUP:]) / len(images),
         batch_size=len(images),
         device=torch.cuda.get_device_name(images.device) if on_gpu else str(images.device),
         num_parameters=num_parameters,
@@ -97,39 +140,30 @@ def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[
     )
 
 
-def compare(models: Sequence[Compared]) -> str:
-    """A table as plain text, a line for each of `models`; `-` stands for what cannot be known."""
-    table = [tuple(_COLUMNS), *(tuple(_cells(model)) for model in models)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(row))
-        for row in (zip(cells, widths, strict=True) for cells in table)
-    ]
-    return "\n".join([*lines, _FOOTNOTE])
-
-
-def _cells(model: Compared) -> list[str]:
-    found, cost = model.evaluation, model.cost
-    return [
-        model.name,
-        str(found.num_samples),
-        *(_cell(share, "{:.2%}") for share in (found.top1, found.top5)),
-        *(_cell(figure, "{:.4f}") for figure in (found.macro_f1, found.loss)),
-        _cell(found.agreement, "{:.2%}"),
-        _cell(found.kl, "{:.4f}"),
+def _cells(row: ComparisonRow) -> tuple[str, ...]:
+    evaluation, cost = row.evaluation, row.cost
+    return (
+        row.name,
+        str(evaluation.num_samples),
+        _cell(evaluation.top1, ".2%"),
+        _cell(evaluation.top5, ".2%"),
+        _cell(evaluation.macro_f1, ".4f"),
+        _cell(evaluation.loss, ".4f"),
+        _cell(evaluation.agreement, ".2%"),
+        _cell(evaluation.kl, ".4f"),
         f"{cost.ms_per_image:.3f}",
         str(cost.batch_size),
-        _short(cost.num_parameters),
-        _short(cost.num_bytes),
+        _with_unit(cost.num_parameters),
+        _with_unit(cost.num_bytes),
         cost.device,
-    ]
+    )
 
 
-def _cell(figure: float | None, form: str) -> str:
-    return "-" if figure is None else form.format(figure)
+def _cell(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
 
 
-def _short(number: int | None) -> str:
+def _with_unit(number: int | None) -> str:
     """Three digits and a power of a thousand."""
     if number is None:
         return "-"

@@ -1,4 +1,4 @@
-"""How good a model is on a split: accuracy, F1, confusion, agreement with a teacher, and any other metric."""
+"""Evaluate a model on a split: accuracy, F1, confusion, agreement with a teacher, and further metrics."""
 
 import inspect
 import math
@@ -36,154 +36,156 @@ __all__ = [
 ]
 
 TEMPERATURE = 4.0
-"""Of both models in the KL divergence."""
+"""Softmax temperature of both models in the KL divergence."""
 _QUANTUM = 2.0**-24
-"""Sums of numbers are taken in whole multiples of this. In float64 such sums are exact up to 5e8, so they depend
-neither on the order of the samples nor on how they are split into batches and ranks."""
+"""Losses are rounded to multiples of this before they are summed. In float64 such sums are exact up to 5e8, so they do
+not depend on the order of the samples or on how they are split into batches and ranks."""
 
 Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
-"""The user's own: gets logits `[N, K]` float32 and labels `[N]` int64 of the whole split, returns values by name."""
+"""A custom metric: takes logits `[N, K]` float32 and labels `[N]` int64 of the whole split, returns values by name."""
 
 
 class MetricSettings(Settings):
-    """A classification metric of torchmetrics, or the user's own function."""
+    """A classification metric of torchmetrics, or a custom function."""
 
     name: str = Field(pattern=r"^\w+((\.\w+)*:\w+)?$")
-    """Its class in `torchmetrics.classification`, such as `CohenKappa`; or, as `package.module:function`, a `Metric` of
-    your own."""
+    """A class of `torchmetrics.classification`, such as `CohenKappa`, or a custom `Metric` as
+    `package.module:function`."""
     kwargs: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
-    """More arguments of the class; `task` is multiclass and `num_classes` the number of logits unless given."""
+    """More arguments of the class; `task` defaults to multiclass and `num_classes` to the number of logits."""
 
     @property
-    def names_a_function(self) -> bool:
-        """Whether it is the user's own."""
+    def is_custom(self) -> bool:
+        """Whether `name` is a custom function."""
         return ":" in self.name
 
     @model_validator(mode="after")
-    def _gives_arguments_to_a_class(self) -> Self:
-        if self.names_a_function and self.kwargs:
-            raise ValueError(f"{self.name} gets logits and labels alone; remove kwargs")
+    def _kwargs_need_a_class(self) -> Self:
+        if self.is_custom and self.kwargs:
+            raise ValueError(f"{self.name} gets only logits and labels; remove kwargs")
         return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What was found on a split. Fractions go from 0 to 1; None stands for what cannot be known.
+    """Metrics of a model on a split. Fractions are from 0 to 1; None means that a value cannot be known.
 
-    A row of logits with NaN or inf is a wrong answer in every figure, and in no column of the confusion matrix.
+    A row of logits with NaN or inf counts as wrong in every metric, and in no column of the confusion matrix.
     """
 
     num_samples: int
-    """Rows that count."""
+    """Valid rows."""
     num_bad_rows: int
     """Rows of logits with NaN or inf."""
     top1: float | None
-    """Part of the samples whose label is the first choice; None without labels, like all that follow from labels."""
+    """Fraction of samples whose label is the top prediction; None without labels, like every metric of labels."""
     top5: float | None
-    """Part of the samples whose label is among the first five choices; 1 where there are at most five classes."""
+    """Fraction of samples whose label is among the top five predictions; 1 with at most five classes."""
     macro_f1: float | None
-    """Mean of the classes' F1, over those that are a label or a prediction at least once."""
+    """Mean F1 over the classes that occur at least once as a label or a prediction."""
     loss: float | None
-    """Mean cross-entropy with the labels, in nats; NaN or inf where a row's is."""
+    """Mean cross-entropy with the labels, in nats; NaN or inf if a row's is."""
     agreement: float | None
-    """Part of the samples whose first choice is the teacher's; None without one."""
+    """Fraction of samples with the same top prediction as the teacher; None without a teacher."""
     kl: float | None
-    """Mean KL(teacher || model) of the softmax at T = 4, in nats and not times T²; None without a teacher."""
+    """Mean KL(teacher || model) of the softmax at T = 4, in nats, not multiplied by T²; None without a teacher."""
     class_accuracy: tuple[float | None, ...] | None
-    """Part of each class that was recognized; None for a class without samples."""
+    """Top-1 of each class; None for a class without samples."""
     confusion: tuple[tuple[int, ...], ...] | None
     """`[K][K]`: rows are labels, columns predictions."""
     classes: tuple[str, ...] | None
     """Names of the K classes."""
     metrics: dict[str, Any]
-    """What else was asked for, by name: numbers, or lists of them."""
+    """Further metrics by name: numbers, or lists of them."""
 
-    def figures(self) -> dict[str, float]:
-        """The single numbers that are known, by name, as a logger takes them."""
+    def scalars(self) -> dict[str, float]:
+        """Every known single number by name, for a logger."""
         named = {name: getattr(self, name) for name in ("top1", "top5", "macro_f1", "loss", "agreement", "kl")}
         return {name: float(value) for name, value in (named | self.metrics).items() if isinstance(value, float | int)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values that JSON can spell; NaN and inf become None."""
+        """All fields as JSON values; NaN and inf become None."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
 def open_metrics(settings: Sequence[MetricSettings], *, plugins: Collection[str] = ()) -> list[MetricSettings | Metric]:
-    """What `evaluate` takes as its metrics, once each name is known to stand for something.
+    """Look up each metric now rather than after an evaluation; returns what `evaluate` takes.
 
     Args:
-        settings: which ones.
-        plugins: modules that functions may come from.
+        settings: the metrics.
+        plugins: modules that custom functions may come from.
 
     Raises:
-        ConfigError: torchmetrics has no such class, or a function is not there or not allowed.
+        ConfigError: torchmetrics has no such class, or a function does not exist or is not allowed.
         MissingPackageError: torchmetrics is needed and not installed.
     """
-    found: list[MetricSettings | Metric] = []
+    opened: list[MetricSettings | Metric] = []
     for metric in settings:
-        if metric.names_a_function:
-            found.append(import_function("metrics", metric.name, plugins, caller="open_metrics"))
+        if metric.is_custom:
+            opened.append(import_function("metrics", metric.name, plugins, caller="open_metrics"))
         else:
-            _class_of(metric.name)
-            found.append(metric)
-    return found
+            _torchmetrics_class(metric.name)
+            opened.append(metric)
+    return opened
 
 
 def evaluate(
     model: nn.Module | Teacher,
     loader: KDDataLoader,
     *,
-    reference: Teacher | None = None,
+    reference: nn.Module | Teacher | None = None,
     metrics: Sequence[MetricSettings | Metric] = (),
     max_batches: int | None = None,
 ) -> Evaluation:
-    """Run one epoch of `loader` through `model`; rows that are not `valid` count nowhere.
+    """Evaluate `model` on one epoch of `loader`; rows that are not `valid` are ignored.
 
-    Counts are exact, and sums of numbers rounded to 2**-24 are too, so that the result is the same for every batch
-    size and number of ranks, as far as the model's own answers are. Where the loader reads one shard of several and
-    `torch.distributed` is initialized, all ranks get the result for the whole split. Nothing waits for the GPU before
-    the end. `metrics` need all logits at once, which stay on the device until then.
+    Counts are exact, and losses are rounded to 2**-24 before they are summed. The result is therefore the same for
+    every batch size and number of ranks, as far as the model's own outputs are. If the loader reads one shard of
+    several and `torch.distributed` is initialized, every rank returns the result for the whole split. Nothing waits for
+    the GPU before the end. `metrics` need all logits at once, which stay on the device until then.
 
     Args:
-        model: a student, which is in eval mode meanwhile, or any teacher. It returns logits `[N, K]` or a mapping with
+        model: a network, which is in eval mode meanwhile, or a teacher. Returns logits `[N, K]` or a mapping with
             `"logits"`.
-        loader: the split; its own teacher, if it has one, is what `agreement` and `kl` are measured by.
-        reference: a teacher that is asked for the same images instead.
-        metrics: names in torchmetrics, and functions of logits and labels.
-        max_batches: look at no more than so many, for trying things out.
+        loader: the split. `agreement` and `kl` are measured against its teacher, if it has one.
+        reference: measure `agreement` and `kl` against this network or teacher instead.
+        metrics: classes of torchmetrics, and functions of logits and labels.
+        max_batches: stop after this many batches.
 
     Raises:
-        ConfigError: the model returns no logits, or a metric is unknown, fails or has another's name.
-        DataError: labels exceed the logits, or a metric needs labels and there are none.
-        TeacherError: a teacher refuses the images or fails.
+        ConfigError: a model returns no logits, or a metric is unknown, fails or has the name of another one.
+        DataError: a label exceeds the logits, or a metric needs labels and there are none.
+        TeacherError: a teacher rejects the images or fails.
     """
     tally: _Tally | None = None
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), eval_mode(model), eval_mode(reference):
         for batch in islice(loader, max_batches):
             logits_NK = logits_of(model(images_for(model, batch.images)))
-            wanted_NK = (batch.teacher if reference is None else reference(batch.images)).get("logits")
+            teacher_NK = batch.teacher.get("logits")
+            if reference is not None:
+                teacher_NK = logits_of(reference(images_for(reference, batch.images)))
             if tally is None:
-                has_labels, has_teacher = batch.labels is not None, wanted_NK is not None
+                has_labels, has_teacher = batch.labels is not None, teacher_NK is not None
                 tally = _Tally.empty(logits_NK, has_labels=has_labels, has_teacher=has_teacher)
-            tally.add(batch, logits_NK, wanted_NK, keep_rows=bool(metrics))
+            tally.add(batch, logits_NK, teacher_NK, keep_rows=bool(metrics))
     assert tally is not None  # a loader has at least one batch
     if loader.shard.world_size > 1 and torch.distributed.is_initialized():
         tally.sum_over_ranks()
-    return _result(tally, loader, metrics)
+    return _result(tally, loader.classes, metrics)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tally:
-    """What was counted so far, on the model's device."""
+    """Running counts and sums, on the model's device."""
 
     confusion: Tensor
-    """`[K, K + 1]` int64, rows are labels; the last column is for rows with NaN or inf."""
+    """`[K, K + 1]` int64: rows are labels; the last column is for rows with NaN or inf."""
     counts: Mapping[str, Tensor]
     """Int64 scalars."""
     sums: Mapping[str, Tensor]
-    """Float64 scalars, in units of `_QUANTUM`; there is one for whatever the first batch could be held against."""
+    """Float64 scalars in units of `_QUANTUM`: `loss` if there are labels, `kl` if there is a teacher."""
     rows: list[tuple[Tensor, ...]]
-    """Index, valid, logits and labels of each batch; empty unless a metric wants them."""
+    """Index, valid, logits and labels of each batch; empty unless a metric needs them."""
 
     @classmethod
     def empty(cls, logits_NK: Tensor, *, has_labels: bool, has_teacher: bool) -> "_Tally":
@@ -197,58 +199,58 @@ class _Tally:
             [],
         )
 
-    def add(self, batch: KDBatch, logits_NK: Tensor, wanted_NK: Tensor | None, *, keep_rows: bool) -> None:
-        """Count one batch; nothing here waits for the device."""
+    def add(self, batch: KDBatch, logits_NK: Tensor, teacher_NK: Tensor | None, *, keep_rows: bool) -> None:
+        """Add one batch, without waiting for the device."""
         is_bad_N = ~logits_NK.isfinite().all(dim=1)
-        choice_N = logits_NK.argmax(dim=1).masked_fill(is_bad_N, logits_NK.shape[1])
+        predicted_N = logits_NK.argmax(dim=1).masked_fill(is_bad_N, logits_NK.shape[1])
         self._count("samples", batch.valid, batch.valid)
         self._count("bad_rows", is_bad_N, batch.valid)
         if batch.labels is not None:
-            labels = self._add_labels(batch.labels, logits_NK, choice_N, batch.valid)
+            labels = self._add_labels(batch.labels, logits_NK, predicted_N, batch.valid)
             if keep_rows:
                 self.rows.append((batch.index, batch.valid, logits_NK, labels))
-        if wanted_NK is not None:
-            self._add_teacher(wanted_NK, logits_NK, choice_N, batch.valid)
+        if teacher_NK is not None:
+            self._add_teacher(teacher_NK, logits_NK, predicted_N, batch.valid)
 
     def sum_over_ranks(self) -> None:
-        """Add up the tallies of all ranks, on every rank."""
+        """Add the tallies of all ranks, on every rank."""
         for tensor in (self.confusion, *self.counts.values(), *self.sums.values()):
             torch.distributed.all_reduce(tensor)
         if self.rows:
             self.rows[:] = [tuple(_of_all_ranks(torch.cat(column)) for column in zip(*self.rows, strict=True))]
 
     def logits_and_labels(self) -> tuple[Tensor, Tensor]:
-        """Those of the valid rows, in the order of the dataset."""
+        """Logits `[N, K]` and labels `[N]` of the valid rows, in the order of the dataset."""
         index, valid, logits, labels = (torch.cat(column) for column in zip(*self.rows, strict=True))
         order = index[valid].argsort()
         return logits[valid][order], labels[valid][order]
 
-    def _add_labels(self, labels: Tensor, logits_NK: Tensor, choice_N: Tensor, valid_N: Tensor) -> Tensor:
-        """Count what follows from labels, and return them as `[N]` int64."""
+    def _add_labels(self, labels: Tensor, logits_NK: Tensor, predicted_N: Tensor, valid_N: Tensor) -> Tensor:
+        """Add the metrics of labels; returns the labels as `[N]` int64."""
         num_classes = logits_NK.shape[1]
         is_hard = labels.ndim == 1
         label_N = labels if is_hard else labels.argmax(dim=1)
         is_outside_N = (label_N < 0) | (label_N >= num_classes)
         label_N = label_N.masked_fill(is_outside_N, 0)  # an index out of range would kill the CUDA context
         top5_N5 = logits_NK.topk(min(5, num_classes), dim=1).indices
-        is_in_top5_N = (top5_N5 == label_N[:, None]).any(dim=1) & (choice_N < num_classes)
+        is_in_top5_N = (top5_N5 == label_N[:, None]).any(dim=1) & (predicted_N < num_classes)
         self._count("bad_labels", is_outside_N, valid_N)
         self._count("in_top5", is_in_top5_N, valid_N)
-        self.confusion.view(-1).scatter_add_(0, label_N * (num_classes + 1) + choice_N, valid_N.long())
+        self.confusion.view(-1).scatter_add_(0, label_N * (num_classes + 1) + predicted_N, valid_N.long())
         loss_N = cross_entropy(logits_NK, label_N if is_hard else labels.to(logits_NK.dtype), reduction="none")
         self._sum("loss", loss_N, valid_N)
         return label_N
 
-    def _add_teacher(self, wanted_NK: Tensor, logits_NK: Tensor, choice_N: Tensor, valid_N: Tensor) -> None:
-        if wanted_NK.shape != logits_NK.shape:
+    def _add_teacher(self, teacher_NK: Tensor, logits_NK: Tensor, predicted_N: Tensor, valid_N: Tensor) -> None:
+        if teacher_NK.shape != logits_NK.shape:
             raise ConfigError(
-                f"the model gives logits {list(logits_NK.shape)}, the teacher that it is held against "
-                f"{list(wanted_NK.shape)}; compare models of the same classes"
+                f"the model returns logits {list(logits_NK.shape)}, the teacher {list(teacher_NK.shape)}; "
+                "compare models of the same classes"
             )
-        self._count("agreed", (choice_N == wanted_NK.argmax(dim=1)) & wanted_NK.isfinite().all(dim=1), valid_N)
+        self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & teacher_NK.isfinite().all(dim=1), valid_N)
         log_model_NK = (logits_NK / TEMPERATURE).log_softmax(dim=1)
-        log_wanted_NK = (wanted_NK / TEMPERATURE).log_softmax(dim=1)
-        self._sum("kl", (log_wanted_NK.exp() * (log_wanted_NK - log_model_NK)).sum(dim=1), valid_N)
+        log_teacher_NK = (teacher_NK / TEMPERATURE).log_softmax(dim=1)
+        self._sum("kl", (log_teacher_NK.exp() * (log_teacher_NK - log_model_NK)).sum(dim=1), valid_N)
 
     def _count(self, name: str, flags_N: Tensor, valid_N: Tensor) -> None:
         self.counts[name].add_((flags_N & valid_N).sum())
@@ -257,12 +259,12 @@ class _Tally:
         self.sums[name].add_((values_N.double() / _QUANTUM).round().masked_fill(~valid_N, 0).sum())
 
 
-def _result(tally: _Tally, loader: KDDataLoader, metrics: Sequence[MetricSettings | Metric]) -> Evaluation:
-    """Where the host waits for the numbers."""
+def _result(tally: _Tally, classes: tuple[str, ...] | None, metrics: Sequence[MetricSettings | Metric]) -> Evaluation:
+    """Wait for the device and compute the metrics."""
     counts = {name: int(count) for name, count in tally.counts.items()}
     num_samples = counts["samples"]
     if num_samples == 0:
-        raise DataError("no sample of this split can be read, so there is nothing to evaluate on")
+        raise DataError("no sample of this split can be read, so there is nothing to evaluate")
     means = {name: float(total) * _QUANTUM / num_samples for name, total in tally.sums.items()}
     confusion = tally.confusion.double().cpu()
     num_classes = len(confusion)
@@ -272,8 +274,8 @@ def _result(tally: _Tally, loader: KDDataLoader, metrics: Sequence[MetricSetting
             f"{num_classes} logits; evaluate a model of the data's classes"
         )
     has_labels = "loss" in means
-    right_K, label_K, choice_K = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)[:num_classes]
-    f1_K = 2 * right_K / (label_K + choice_K)  # 0 / 0 is NaN: a class that nobody mentions
+    right_K, label_K, predicted_K = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)[:num_classes]
+    f1_K = 2 * right_K / (label_K + predicted_K)  # NaN for a class that is neither a label nor a prediction
     accuracies = [
         None if num == 0 else right / num for right, num in zip(right_K.tolist(), label_K.tolist(), strict=True)
     ]
@@ -288,14 +290,14 @@ def _result(tally: _Tally, loader: KDDataLoader, metrics: Sequence[MetricSetting
         kl=means.get("kl"),
         class_accuracy=tuple(accuracies) if has_labels else None,
         confusion=tuple(map(tuple, tally.confusion[:, :num_classes].tolist())) if has_labels else None,
-        classes=loader.classes,
+        classes=classes,
         metrics=_measured(metrics, tally) if metrics else {},
     )
 
 
 def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict[str, Any]:
     if not tally.rows:
-        raise DataError("metrics compare logits with labels, and this split has no labels; leave out the metrics")
+        raise DataError("metrics compare logits with labels, and this split has no labels; remove the metrics")
     logits_NK, label_N = tally.logits_and_labels()
     found: dict[str, Any] = {}
     for metric in metrics:
@@ -306,13 +308,13 @@ def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict
             if not isinstance(values, Mapping):
                 raise ConfigError(f"the metric {metric} should return values by name, got {type(values).__qualname__}")
         if twice := found.keys() & values.keys():
-            raise ConfigError(f"two metrics are called {sorted(twice)[0]!r}; give one another name")
+            raise ConfigError(f"two metrics are called {sorted(twice)[0]!r}; rename one")
         found |= {name: _plain(value) for name, value in values.items()}
     return found
 
 
 def _torchmetric(settings: MetricSettings, logits_NK: Tensor, label_N: Tensor) -> Any:
-    kind = _class_of(settings.name)
+    kind = _torchmetrics_class(settings.name)
     arguments: dict[str, Any] = {"num_classes": logits_NK.shape[1], "sync_on_compute": False}
     if "task" in inspect.signature(kind).parameters:
         arguments["task"] = "multiclass"
@@ -324,8 +326,7 @@ def _torchmetric(settings: MetricSettings, logits_NK: Tensor, label_N: Tensor) -
         raise ConfigError(f"the metric {settings.name} fails: {exc}; check its kwargs {settings.kwargs}") from exc
 
 
-def _class_of(name: str) -> Any:
-    """The class in torchmetrics."""
+def _torchmetrics_class(name: str) -> Any:
     classification = require("torchmetrics.classification", extra="train")
     kind = getattr(classification, name, None)
     if name not in classification.__all__ or kind is None:
@@ -334,13 +335,13 @@ def _class_of(name: str) -> Any:
 
 
 def images_for(model: nn.Module | Teacher, images: Tensor) -> Tensor:
-    """Images of a loader, for a network in the dtype of its weights; a teacher takes them as they are."""
+    """`images` in the dtype of a network's weights; unchanged for a teacher."""
     weight = None if isinstance(model, Teacher) else next(model.parameters(), None)
     return images if weight is None else images.to(weight.dtype)
 
 
 def logits_of(output: object) -> Tensor:
-    """The logits among what a model returned, in float32, or float64 where they are.
+    """The logits `[N, K]` of a model's `output`, in float32, or in float64 if they are.
 
     Raises:
         ConfigError: there are none.
@@ -353,9 +354,9 @@ def logits_of(output: object) -> Tensor:
 
 
 @contextmanager
-def eval_mode(model: nn.Module | Teacher) -> Iterator[None]:
-    """Every module of a network in eval mode; each gets its own mode back."""
-    if isinstance(model, Teacher):
+def eval_mode(model: nn.Module | Teacher | None) -> Iterator[None]:
+    """Put every module of a network into eval mode, and restore each one's mode afterward."""
+    if not isinstance(model, nn.Module):
         yield
         return
     modes = {module: module.training for module in model.modules()}
@@ -368,7 +369,7 @@ def eval_mode(model: nn.Module | Teacher) -> Iterator[None]:
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:
-    """`rows` `[n, ...]` of all ranks, one after another; n may differ."""
+    """Concatenate the `rows` `[n, ...]` of all ranks; n may differ."""
     world_size = torch.distributed.get_world_size()
     number = torch.tensor([len(rows)], device=rows.device)
     numbers = [torch.zeros_like(number) for _ in range(world_size)]
@@ -380,7 +381,7 @@ def _of_all_ranks(rows: Tensor) -> Tensor:
 
 
 def _plain(value: Any) -> Any:
-    """Lists, dicts and finite numbers."""
+    """`value` as JSON values; NaN and inf become None."""
     match value:
         case Tensor():
             return _plain(value.tolist())

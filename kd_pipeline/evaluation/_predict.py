@@ -1,9 +1,7 @@
-"""What a model says of single images, prepared by the very transform that it was validated with."""
+"""Predictions of a model for single images, prepared by the transform that it was validated with."""
 
-import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources.image_folder import ImageFolder
-from kd_pipeline.data.sources.paths import FileSource, Paths
+from kd_pipeline.data.sources import ImageFolder
+from kd_pipeline.data.sources.paths import FileSource, PathTable
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import DataError, TooManyBadSamplesError
 from kd_pipeline.evaluation._evaluate import eval_mode, images_for, logits_of
@@ -24,37 +22,37 @@ __all__ = ["Prediction", "find_images", "predict"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What was said of one image, or why nothing was."""
+    """The logits for one image, or why there are none."""
 
     image: str
     """The file."""
     logits_K: Tensor | None
-    """`[K]` float32 on the CPU; None where the file cannot be read."""
+    """`[K]` float32 on the CPU; None if the file cannot be read."""
     problem: str | None
-    """Why it cannot."""
+    """Why the file cannot be read."""
 
     def top(self, count: int) -> list[tuple[int, float]]:
-        """The `count` likeliest classes and their softmax probabilities, the likeliest first; none without logits."""
+        """The `count` most likely classes with their softmax probabilities, sorted; empty without logits."""
         if self.logits_K is None:
             return []
-        found = self.logits_K.softmax(dim=0).topk(min(count, len(self.logits_K)))
-        return list(zip(found.indices.tolist(), found.values.tolist(), strict=True))
+        top = self.logits_K.softmax(dim=0).topk(min(count, len(self.logits_K)))
+        return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
-def find_images(places: Sequence[Path]) -> list[str]:
-    """The files among `places`, and for a folder all images at and below it, sorted; hidden ones are left out.
+def find_images(paths: Sequence[Path]) -> list[str]:
+    """The files in `paths`, and for each folder all images in and below it, sorted; hidden ones are skipped.
 
     Raises:
         DataError: a folder holds no image, or cannot be listed.
     """
     found: list[str] = []
-    for place in places:
-        if place.is_dir():
-            folder = ImageFolder(place, labeled=False)
-            # As it was written, relative or not.
-            found += [str(place / os.path.relpath(folder.name(index), place)) for index in range(len(folder))]
+    for path in paths:
+        if path.is_dir():
+            folder = ImageFolder(path, labeled=False)
+            # As given, relative or not.
+            found += [str(path / os.path.relpath(folder.name(index), path)) for index in range(len(folder))]
         else:
-            found.append(str(place))
+            found.append(str(path))
     return found
 
 
@@ -67,17 +65,17 @@ def predict(
     device: torch.device | str = "auto",
     num_threads: int | None = None,
 ) -> Iterator[Prediction]:
-    """Ask `model` about each of `images`, in their order; a file that cannot be read has a prediction that says why.
+    """Predict each of `images`, in their order; for a file that cannot be read, the prediction says why.
 
-    The logits are those that a validation on the same files in the same batches computes.
+    The logits are those of a validation on the same files in the same batches.
 
     Args:
         model: a network, which is in eval mode meanwhile, or a teacher.
-        images: the files.
-        transform: what the model wants done to an image.
-        batch_size: images that the model sees at once.
-        device: where the model is.
-        num_threads: CPU threads that decode; those that this process may use unless given.
+        images: paths of the files.
+        transform: the transform of the images for this model.
+        batch_size: images in a batch.
+        device: of the model.
+        num_threads: CPU threads for decoding; defaults to the cores of this process.
 
     Raises:
         ConfigError: the model returns no logits, or a value is out of range.
@@ -86,12 +84,11 @@ def predict(
     """
     if not images:
         raise DataError("there are no images to predict; name files or folders")
-    paths = Paths(os.sep)
-    paths.extend(map(os.path.abspath, images))
+    file_paths = PathTable(os.sep)
+    file_paths.extend(map(os.path.abspath, images))
     with (
-        tempfile.TemporaryDirectory() as folder,
         KDDataLoader(
-            FileSource(paths, None, None, ()),
+            FileSource(file_paths),
             transform,
             batch_size=batch_size,
             shuffle=False,
@@ -100,26 +97,20 @@ def predict(
             num_threads=num_threads,
             on_bad_sample="substitute",
             max_bad_fraction=1.0,
-            run_dir=folder,
         ) as loader,
         eval_mode(model),
     ):
-        record, done = Path(folder, "bad_samples.jsonl"), 0
+        num_done = 0
         try:
             for batch in loader:
                 with torch.no_grad():
                     logits_NK = logits_of(model(images_for(model, batch.images))).float().cpu()
-                problems = {} if bool(batch.valid.all()) else _problems(record)
-                for position, logits_K in enumerate(logits_NK, start=done):
-                    problem = problems.get(position)
-                    yield Prediction(images[position], None if problem else logits_K, problem)
-                done += len(batch)
-        except TooManyBadSamplesError:  # not one of them can be read, so that nothing stands in
-            problems = _problems(record)
-            yield from (Prediction(image, None, problems[position]) for position, image in enumerate(images))
-
-
-def _problems(record: Path) -> Mapping[int, str]:
-    """Why files cannot be read, by their positions, from what the loader has written down."""
-    lines = map(json.loads, record.read_text(encoding="utf-8").splitlines())
-    return {line["index"]: line["reason"] for line in lines}
+                bad_samples = () if bool(batch.valid.all()) else loader.bad_samples
+                problems = {sample.index: sample.reason for sample in bad_samples}
+                for index, logits_K in enumerate(logits_NK, start=num_done):
+                    problem = problems.get(index)
+                    yield Prediction(images[index], None if problem else logits_K, problem)
+                num_done += len(batch)
+        except TooManyBadSamplesError:  # not a single file can be read, so there is no substitute
+            for image, sample in zip(images, loader.bad_samples, strict=True):
+                yield Prediction(image, None, sample.reason)

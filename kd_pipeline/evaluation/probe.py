@@ -1,9 +1,10 @@
-"""The start-up probe: does the teacher know the training images, as the real graph delivers them?"""
+"""The start-up probe: how well does the teacher classify the training images, as the loader delivers them?"""
 
 import logging
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,74 +14,78 @@ from torch import Tensor
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.settings import Untaught
-from kd_pipeline.data.sources.base import Source, open_source
+from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.loader.loader import KDDataLoader, LoaderConfig
+from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.recorded.teacher import RecordedTeacher
+from kd_pipeline.teachers.recorded.recording import Recording
 
-__all__ = ["ProbeReport", "ProbeSettings", "ask_teacher", "probe_teacher"]
+if TYPE_CHECKING:
+    from kd_pipeline.config.config import Config
+
+__all__ = ["ProbeReport", "ProbeSettings", "probe_teacher", "run_probe"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 _CONSTANT = 0.9
-"""Part of the predictions that go to one class when they count as constant."""
+"""Share of one class among the predictions from which they count as constant."""
 _MAX_NAMED = 5
-"""Most pairs of a permutation that a message lists."""
+"""Pairs of a permutation to list in a message."""
 
 
 class ProbeSettings(Settings):
-    """How the teacher is tried at the start of a run."""
+    """How the teacher is probed at the start of a run."""
 
     num_samples: int = Field(default=512, ge=1)
-    """Training images that it is asked about; all of them where there are fewer."""
+    """Training images to run the teacher on; all if there are fewer."""
     min_factor: float = Field(default=5.0, ge=1)
-    """Top-1 must be this many times what chance gives, but never more than half-way from chance to 1."""
+    """Required top-1, as a multiple of chance; at most halfway from chance to 1."""
     strict: bool = False
-    """Stop a run whose teacher fails, rather than warn."""
+    """Stop the run if the teacher fails, instead of a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeReport:
-    """How the teacher did."""
+    """Results of a probe."""
 
     num_samples: int
-    """Labeled images that it was asked about."""
+    """Labeled images that the teacher was run on."""
     top1: float
-    """Part of them whose label is its first choice; from 0 to 1."""
+    """Fraction of samples whose label is the top prediction."""
     chance: float
-    """What `top1` would be if labels and predictions had nothing to do with each other; at least 1 / K."""
-    wanted_top1: float
-    """A teacher passes from here on."""
+    """Expected `top1` if labels and predictions were independent; at least 1 / K."""
+    required_top1: float
+    """The `top1` required to pass."""
     mean_confidence: float | None
-    """Mean of its largest softmax probability over the rows without NaN or inf; None where there are none."""
+    """Mean of the largest softmax probability over the rows without NaN or inf; None if there are none."""
     num_bad_rows: int
     """Rows of logits with NaN or inf."""
     predicted: tuple[int, ...]
-    """How often each of the K classes was its first choice."""
+    """Number of predictions of each of the K classes."""
     problems: tuple[str, ...]
     """What is wrong, a sentence each with a hint; empty for a teacher that passes."""
 
 
 def probe_teacher(
-    config: LoaderConfig, teacher: Teacher, settings: ProbeSettings | None = None, *, training: Source | None = None
+    config: "Config",
+    teacher: Teacher | Recording,
+    settings: ProbeSettings | None = None,
+    *,
+    training: Source | None = None,
 ) -> ProbeReport | None:
-    """Ask `teacher` about training images before a run, and say what came of it.
-
-    A teacher that passes gets one line in the log, any other a warning for each problem.
+    """Run `run_probe` before a run, and log its report: one line for a teacher that passes, else a warning per problem.
 
     Args:
-        config, teacher, settings, training: as `ask_teacher`.
+        config, teacher, settings, training: as for `run_probe`.
 
     Returns:
-        What was found, or None where nothing could be.
+        The report, or None if the data cannot show anything.
 
     Raises:
-        TeacherError: the settings are strict and there is a problem, or the teacher does not fit the data.
+        TeacherError: there is a problem and the settings are strict, or the teacher does not fit the data.
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
-    report = ask_teacher(config, teacher, settings, training=training)
+    report = run_probe(config, teacher, settings, training=training)
     if report is None:
         return None
     for problem in report.problems:
@@ -88,7 +93,7 @@ def probe_teacher(
     if report.problems and settings is not None and settings.strict:
         raise TeacherError(
             f"the teacher failed its probe on {report.num_samples} training images: {'; '.join(report.problems)}. "
-            "Correct it, or let it pass with probe.strict: false"
+            "Correct it, or continue anyway with probe.strict: false"
         )
     if not report.problems:
         _logger.info(
@@ -101,24 +106,27 @@ def probe_teacher(
     return report
 
 
-def ask_teacher(
-    config: LoaderConfig, teacher: Teacher, settings: ProbeSettings | None = None, *, training: Source | None = None
+def run_probe(
+    config: "Config",
+    teacher: Teacher | Recording,
+    settings: ProbeSettings | None = None,
+    *,
+    training: Source | None = None,
 ) -> ProbeReport | None:
-    """Ask `teacher` about training images, in the training transform's views, and compare with their labels.
+    """Run `teacher` on training images in the training transform's views, and compare its predictions with the labels.
 
-    The images are the first of a shuffled epoch, not mixed, and the same on every rank, so that all ranks come to the
-    same verdict. They are read by a loader of the probe's own: the position, the records and the random numbers of the
-    run are not touched. A recorded teacher has no other answers than those of the run, and shows some of its first
-    epoch.
+    The images are the first of a shuffled epoch, not mixed, and the same on every rank, so all ranks come to the same
+    result. The probe has a loader of its own and does not affect the run's position, files or random numbers. A
+    recording has no other outputs than those of the run; samples of its first epoch are taken.
 
     Args:
-        config: the run; of it the seed and the split `train` are used.
-        teacher: an open teacher, which stays open.
-        settings: how many images, and what is wanted of the teacher; the defaults where left out.
-        training: the source of the split `train`, where it is open already.
+        config: the run; its seed and split `train` are used.
+        teacher: an open teacher, which stays open, or a recording.
+        settings: number of images and requirements.
+        training: the source of the split `train`, if already open.
 
     Returns:
-        What was found, or None where the training data has no labels, or a recording mixed images alone.
+        The report, or None if the training data has no labels, or a recording only mixed images.
 
     Raises:
         TeacherError: the teacher does not fit the data.
@@ -128,19 +136,18 @@ def ask_teacher(
     train = config.data.split("train")
     training = training or open_source(train.source)
     if training.labels is None:
-        _logger.info("teacher probe: skipped, as the training data has no labels")
+        _logger.info("teacher probe: skipped, because the training data has no labels")
         return None
-    if isinstance(teacher, RecordedTeacher):
+    if isinstance(teacher, Recording):
         if train.mix is not None:
-            _logger.info(
-                "teacher probe: skipped, as the recorded teacher has seen mixed images, which have no one label"
-            )
+            _logger.info("teacher probe: skipped, because the recording is of mixed images, which have no single label")
             return None
         labels_N, logits_NK = _recorded_rows(teacher, training.labels, settings.num_samples)
     else:
-        # Shuffled, as a folder has one class after another.
-        plain = Untaught.of(config.seed, config.data, "train", shuffle=True)
-        with KDDataLoader.from_config(plain, "train", shard=Shard(), teacher=teacher, training=training) as loader:
+        # Shuffled, because a folder lists one class after another.
+        with KDDataLoader.from_config(
+            config, teacher=teacher, shard=Shard(), training=training, shuffle=True, **EACH_IMAGE_ONCE
+        ) as loader:
             labels_N, logits_NK = _first_rows(loader, settings.num_samples)
     return _judge(labels_N, logits_NK, settings.min_factor, training.classes)
 
@@ -158,13 +165,13 @@ def _first_rows(loader: KDDataLoader, num_samples: int) -> tuple[Tensor, Tensor]
     return torch.cat(labels)[:num_samples], torch.cat(logits)[:num_samples]
 
 
-def _recorded_rows(teacher: RecordedTeacher, labels: NDArray[np.int64], num_samples: int) -> tuple[Tensor, Tensor]:
-    """Labels `[N]` and logits `[N, K]` of places spread over the first recorded epoch, on the CPU."""
-    num_places = teacher.manifest.num_rows
-    # Spread, as an epoch that is not shuffled has one class after another.
-    place = np.arange(min(num_samples, num_places)) * num_places // min(num_samples, num_places)
-    sample = teacher.samples(0, place)
-    return torch.from_numpy(labels[sample]), teacher.answers(0, place)["logits"].cpu()
+def _recorded_rows(recording: Recording, labels: NDArray[np.int64], num_samples: int) -> tuple[Tensor, Tensor]:
+    """Labels `[N]` and logits `[N, K]` of positions spread over the first recorded epoch, on the CPU."""
+    num_rows = recording.manifest.num_rows
+    # Spread out, because an epoch without shuffling has one class after another.
+    position = np.arange(min(num_samples, num_rows)) * num_rows // min(num_samples, num_rows)
+    sample = recording.samples(0, position)
+    return torch.from_numpy(labels[sample]), recording.read(0, position)["logits"]
 
 
 def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tuple[str, ...] | None) -> ProbeReport:
@@ -173,7 +180,7 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
     predicted_K = predicted_N.bincount(minlength=num_classes)
     label_share_K = labels_N[labels_N < num_classes].bincount(minlength=num_classes) / num_samples
     chance = max(1 / num_classes, float((label_share_K * predicted_K / num_samples).sum()))
-    wanted_top1 = min(min_factor * chance, (1 + chance) / 2)
+    required_top1 = min(min_factor * chance, (1 + chance) / 2)
     top1 = _agreement(predicted_N, labels_N)
     finite_N = logits_NK.isfinite().all(dim=1)
     num_bad_rows = int((~finite_N).sum())
@@ -182,30 +189,30 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
     if num_bad_rows:
         problems.append(
             f"{num_bad_rows} of {num_samples} rows of logits hold NaN or inf; check the teacher's weights and the "
-            "images' normalization, and run it in fp32 or bf16 if it runs in fp16"
+            "images' normalization, and if it runs in fp16, use fp32 or bf16"
         )
     if int(labels_N.max()) >= num_classes:
         problems.append(
-            f"labels go up to {int(labels_N.max())} and the teacher has {num_classes} logits; take a teacher of these "
+            f"labels go up to {int(labels_N.max())} and the teacher has {num_classes} logits; use a teacher of these "
             "classes"
         )
     labels_N, predicted_N = labels_N[finite_N], predicted_N[finite_N]
-    permutation = _permutation(labels_N, predicted_N, wanted_top1, classes)
-    if num_bad_rows < num_samples and (top1 < wanted_top1 or permutation is not None):
-        facts = f"top-1 is {top1:.1%}, chance {chance:.1%}, wanted {wanted_top1:.1%}"
+    permutation = _permutation(labels_N, predicted_N, required_top1, classes)
+    if num_bad_rows < num_samples and (top1 < required_top1 or permutation is not None):
+        facts = f"top-1 is {top1:.1%}, chance {chance:.1%}, required {required_top1:.1%}"
         hint = (
             _constant(predicted_N, classes)
-            or _shift(labels_N, predicted_N, wanted_top1)
+            or _shift(labels_N, predicted_N, required_top1)
             or permutation
-            or "the teacher hardly knows these images; are its weights loaded, are its classes those of the data, and "
-            "are mean, std and size of the transform those that it was trained with?"
+            or "the teacher hardly recognizes these images; are its weights loaded, are its classes those of the data, "
+            "and was it trained with the mean, std and size of the transform?"
         )
         problems.append(f"{facts}: {hint}")
     return ProbeReport(
         num_samples=num_samples,
         top1=top1,
         chance=chance,
-        wanted_top1=wanted_top1,
+        required_top1=required_top1,
         mean_confidence=float(logits_NK[finite_N].softmax(dim=1).amax(dim=1).mean()) if finite_N.any() else None,
         num_bad_rows=num_bad_rows,
         predicted=tuple(predicted_K.tolist()),
@@ -214,59 +221,59 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
 
 
 def _constant(predicted_N: Tensor, classes: tuple[str, ...] | None) -> str | None:
-    """What to say where one class gets nearly all predictions."""
+    """The hint if nearly all predictions are of one class."""
     favorite = int(predicted_N.mode().values)
     if _agreement(predicted_N, torch.tensor(favorite)) < _CONSTANT:
         return None
     return (
-        f"nearly all predictions are {_name(favorite, classes)}; are mean and std of the transform those that the "
-        "teacher was trained with, and are its weights loaded?"
+        f"nearly all predictions are {_name(favorite, classes)}; was the teacher trained with the mean and std of the "
+        "transform, and are its weights loaded?"
     )
 
 
-def _shift(labels_N: Tensor, predicted_N: Tensor, wanted_top1: float) -> str | None:
-    """What to say where the predictions are off by one."""
+def _shift(labels_N: Tensor, predicted_N: Tensor, required_top1: float) -> str | None:
+    """The hint if the predictions are off by one."""
     for shift in (1, -1):
         shifted_top1 = _agreement(predicted_N, labels_N + shift)
-        if shifted_top1 >= wanted_top1:
+        if shifted_top1 >= required_top1:
             return (
                 f"the classes look shifted by {shift:+d}: label k is the teacher's class k{shift:+d} "
-                f"({shifted_top1:.1%} agree so); does the teacher have a background class, or do its classes count "
-                "from 1? Export it with its class names, and they are matched by name"
+                f"({shifted_top1:.1%} agree then); does the teacher have a background class, or do its classes count "
+                "from 1? Export it with its class names to match them by name"
             )
     return None
 
 
 def _permutation(
-    labels_N: Tensor, predicted_N: Tensor, wanted_top1: float, classes: tuple[str, ...] | None
+    labels_N: Tensor, predicted_N: Tensor, required_top1: float, classes: tuple[str, ...] | None
 ) -> str | None:
-    """What to say where most labels have a class of their own among the predictions, but not the same one.
+    """The hint if most labels correspond one to one to a different predicted class.
 
-    One to one by majority. The majorities are those of every other sample and are tried on the rest: with few samples
-    of each class anything would hold on the samples that it was read from.
+    The correspondence is the majority vote of every other sample, tested on the rest: with few samples of each class,
+    any correspondence fits the samples that it was taken from.
     """
     pairs = list(zip(labels_N.tolist(), predicted_N.tolist(), strict=True))
-    choice_of: dict[int, int] = {}
-    for (label, choice), _ in Counter(pairs[::2]).most_common():
-        if label not in choice_of and choice not in choice_of.values():
-            choice_of[label] = choice
-    tried = [(label, choice) for label, choice in pairs[1::2] if label in choice_of]
-    if not tried:
+    class_of: dict[int, int] = {}
+    for (label, predicted), _ in Counter(pairs[::2]).most_common():
+        if label not in class_of and predicted not in class_of.values():
+            class_of[label] = predicted
+    tested = [(label, predicted) for label, predicted in pairs[1::2] if label in class_of]
+    if not tested:
         return None
-    permuted_top1 = sum(choice_of[label] == choice for label, choice in tried) / len(tried)
-    gain = permuted_top1 - sum(label == choice for label, choice in tried) / len(tried)
-    # The share of n samples scatters by 1 / (2 √n) at most: four times that is no accident.
-    if permuted_top1 < wanted_top1 or gain < 2 / math.sqrt(len(tried)):
+    permuted_top1 = sum(class_of[label] == predicted for label, predicted in tested) / len(tested)
+    gain = permuted_top1 - sum(label == predicted for label, predicted in tested) / len(tested)
+    # The standard deviation of a share of n samples is at most 1 / (2 √n); four of them are no accident.
+    if permuted_top1 < required_top1 or gain < 2 / math.sqrt(len(tested)):
         return None
     moved = [
-        f"{_name(label, classes)} -> {_name(choice, classes)}"
-        for label, choice in sorted(choice_of.items())
-        if label != choice
+        f"{_name(label, classes)} -> {_name(predicted, classes)}"
+        for label, predicted in sorted(class_of.items())
+        if label != predicted
     ]
     return (
         f"the classes look permuted, label -> the teacher's class: {', '.join(moved[:_MAX_NAMED])}"
-        f"{', ...' if len(moved) > _MAX_NAMED else ''} ({permuted_top1:.1%} agree so); give the source the teacher's "
-        "order as `classes`, or export the teacher with its class names"
+        f"{', ...' if len(moved) > _MAX_NAMED else ''} ({permuted_top1:.1%} agree then); give the source the "
+        "teacher's order as `classes`, or export the teacher with its class names"
     )
 
 

@@ -1,17 +1,17 @@
-"""What a saved loader position says, and whether it fits the loader that loads it."""
+"""Checks of a saved loader state: whether it is one, and whether it fits the loader that loads it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kd_pipeline.errors import StateError
 
-__all__ = ["check_fingerprint", "check_position", "differences", "read_position"]
+__all__ = ["changed_fields", "check_fingerprint", "check_position", "read_position"]
 
 _LAST_EPOCH = 2**63 - 1
 
 
 def read_position(state: Any, *, version: int) -> tuple[int, int, list[int], Mapping[str, Any]]:
-    """Epoch, batch, unreadable samples and fingerprint out of a loader's state.
+    """Epoch, batch, unreadable samples and fingerprint of a saved state.
 
     Raises:
         StateError: this is no such state.
@@ -19,8 +19,8 @@ def read_position(state: Any, *, version: int) -> tuple[int, int, list[int], Map
     found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
     if type(found) is not int or found != version:
         raise StateError(f"this is no loader state of version {version}, found {found!r}; pass what state_dict() gave")
-    kinds = {"epoch": int, "batch": int, "bad_samples": list, "fingerprint": Mapping}
-    for name, kind in kinds.items():
+    types = {"epoch": int, "batch": int, "bad_samples": list, "fingerprint": Mapping}
+    for name, kind in types.items():
         if name not in state:
             raise StateError(f"the loader state is damaged: it has no {name!r}; pass what state_dict() gave")
         if not isinstance(state[name], kind) or isinstance(state[name], bool):
@@ -32,10 +32,10 @@ def read_position(state: Any, *, version: int) -> tuple[int, int, list[int], Map
 
 
 def check_position(epoch: int, batch: int, bad_samples: list[int], *, num_batches: int, num_samples: int) -> None:
-    """Hold a position against the loader that is to take it.
+    """Check a position against the size of the loader that loads it.
 
     Raises:
-        StateError: its numbers cannot be right for this loader.
+        StateError: its numbers are not possible for this loader.
     """
     limits = [("epoch", epoch, _LAST_EPOCH), ("batch", batch, num_batches)]
     limits += [("bad_samples", position, num_samples - 1) for position in bad_samples]
@@ -47,26 +47,26 @@ def check_position(epoch: int, batch: int, bad_samples: list[int], *, num_batche
 
 
 def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
-    """Compare field by field, nested ones under dotted names; fields named in `allow` may differ.
+    """Compare field by field, nested ones under dotted names; the fields or groups in `allow` may differ.
 
     Raises:
         StateError: one line for each field that differs, old → new.
     """
     accepted = tuple(allow)
-    different = {
+    changed = {
         name: line
-        for name, line in differences(saved, current).items()
+        for name, line in changed_fields(saved, current).items()
         if name not in accepted and name.split(".")[0] not in accepted
     }
-    if different:
-        lines = "\n".join(f"  {line}" for line in different.values())
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed.values())
         raise StateError(
-            f"the saved position belongs to another stream of batches:\n{lines}\n"
-            f"resume with the old values, start anew, or accept it: load_state_dict(state, allow={[*different]})"
+            f"the saved position belongs to a different stream of batches:\n{lines}\n"
+            f"resume with the old values, start over, or accept it: load_state_dict(state, allow={[*changed]})"
         )
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
     """The fields that differ, nested ones under dotted names, each with a line `name: old → new`."""
     old, new = dict(_flatten(saved)), dict(_flatten(current))
     return {

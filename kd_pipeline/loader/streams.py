@@ -1,142 +1,108 @@
-"""Every call that orders work between DALI, the teacher and the consumer; nothing else waits while batches flow.
+"""All synchronization between DALI, the teacher and the consumer of batches.
 
-On the CPU there is no order to keep. On a GPU DALI's output is bound to the teacher's stream, the teacher is queued
-there, and the consumer's stream, not the host, waits for it. DALI's buffer is kept until the consumer's stream has
-passed the point where it came back for the next batch: `Tensor.record_stream` would do nothing for memory that torch
-did not allocate. A host that runs far ahead of its GPU would keep ever more buffers, so there is a bound, at which it
-waits for the oldest one.
+On a GPU, DALI's output is ordered on the teacher's stream, the teacher is queued there, and the consumer's stream waits
+for it; the host does not. DALI's buffer is kept until the consumer's stream has passed the point where it requested the
+next batch, as `Tensor.record_stream` has no effect on memory that torch did not allocate. If the host runs far ahead of
+its GPU, the number of kept buffers is bounded: it then waits for the oldest one.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-__all__ = ["CpuLane", "CudaLane", "Lane", "open_lane"]
+__all__ = ["StreamSync", "open_stream_sync"]
 
 
-class Lane(Protocol):
-    """The road of a batch from DALI through the teacher to the consumer."""
+class StreamSync:
+    """The steps of a batch from DALI through the teacher to the consumer; on a CPU, each is done when it returns."""
 
-    stream: Any
-    """What DALI's output is ordered on; None on the CPU."""
+    stream: Any = None
+    """The stream of DALI's output and of the teacher; None on a CPU."""
 
-    def teaching(self) -> AbstractContextManager[Any]:
-        """Work that is queued inside goes behind DALI's output, on the teacher's stream."""
-
-    def view(self, images: Any) -> Tensor:
-        """DALI's tensor as torch's, of the same memory, ordered on the current stream."""
-
-    def upload(self, numbers: NDArray[Any]) -> Tensor:
-        """An array as a tensor on the device, copied there on the current stream."""
-
-    def taught(self) -> Any:
-        """A mark behind everything queued so far on the teacher's stream."""
-
-    def hand_over(self, mark: Any, tensors: Iterable[Tensor]) -> None:
-        """Let the consumer's current stream wait for `mark`; `tensors` are those that torch allocated."""
-
-    def take_back(self, buffer: object) -> None:
-        """The consumer has queued its work on a batch: keep `buffer` until that work is done."""
-
-    def close(self) -> None:
-        """Forget all buffers, once the work on them is done."""
-
-
-class CpuLane:
-    """Everything is done when its call returns."""
-
-    stream = None
-
-    def teaching(self) -> AbstractContextManager[Any]:
-        """Nothing to order."""
+    def on_teacher_stream(self) -> AbstractContextManager[Any]:
+        """Queue the work inside on the teacher's stream, after DALI's output."""
         return nullcontext()
 
-    def view(self, images: Any) -> Tensor:
-        """By its capsule: torch would first ask for what DALI does not know, which takes ten times as long."""
+    def as_tensor(self, images: Any) -> Tensor:
+        """DALI's tensor as a torch tensor of the same memory, ordered on the current stream."""
+        # From its capsule: torch would first ask for attributes that DALI lacks, which takes ten times as long.
         return from_dlpack(images.__dlpack__())
 
-    def upload(self, numbers: NDArray[Any]) -> Tensor:
-        """The same memory."""
-        return torch.from_numpy(numbers)
+    def to_device(self, array: NDArray[Any]) -> Tensor:
+        """An array as a tensor on the device, copied on the current stream; on a CPU it shares the memory."""
+        return torch.from_numpy(array)
 
-    def taught(self) -> Any:
-        """No mark is needed."""
+    def record_event(self) -> Any:
+        """An event after all work queued so far on the teacher's stream."""
         return None
 
-    def hand_over(self, mark: Any, tensors: Iterable[Tensor]) -> None:
-        """Nothing to wait for."""
+    def hand_over(self, event: Any, tensors: Iterable[Tensor]) -> None:
+        """Let the consumer's current stream wait for `event`; `tensors` are those that torch allocated."""
 
-    def take_back(self, buffer: object) -> None:
-        """Whoever still reads the buffer holds it by its tensor."""
+    def keep_until_used(self, buffer: object) -> None:
+        """Keep `buffer` until the work that the consumer has queued so far is done."""
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Wait for the work on all kept buffers, and drop them."""
 
 
-class CudaLane:
-    """One stream for the teacher, and events between it and whatever stream the consumer works on."""
+class _CudaSync(StreamSync):
+    """One stream for the teacher, and events between it and the consumer's current stream."""
 
-    def __init__(self, device: torch.device, *, most_kept: int) -> None:
-        self._device, self._most_kept = device, most_kept
-        # Not the default stream: there TensorRT synchronizes the device at every call.
+    def __init__(self, device: torch.device, max_kept: int) -> None:
+        self._device, self._max_kept = device, max_kept
+        # Not the default stream, on which TensorRT synchronizes the device at every call.
         self.stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # The teacher's weights came to the device on the stream that is current now.
+        # The teacher's weights were copied to the device on the stream that is current now.
         self.stream.wait_stream(torch.cuda.current_stream(device))
         self._kept: deque[tuple[torch.cuda.Event, object]] = deque()
 
-    def teaching(self) -> AbstractContextManager[Any]:
-        """Makes the teacher's stream the current one."""
+    def on_teacher_stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.stream)
 
-    def view(self, images: Any) -> Tensor:
-        """Torch tells DALI its current stream."""
-        return from_dlpack(images)
+    def as_tensor(self, images: Any) -> Tensor:
+        return from_dlpack(images)  # torch passes its current stream to DALI
 
-    def upload(self, numbers: NDArray[Any]) -> Tensor:
-        """From pinned memory the copy is only queued, and torch keeps the memory until it is done."""
-        return torch.from_numpy(numbers).pin_memory().to(self._device, non_blocking=True)
+    def to_device(self, array: NDArray[Any]) -> Tensor:
+        # From pinned memory the copy is only queued, and torch keeps the memory until it is done.
+        return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
 
-    def taught(self) -> torch.cuda.Event:
-        """An event on the teacher's stream."""
+    def record_event(self) -> torch.cuda.Event:
         event: torch.cuda.Event = self.stream.record_event()
         return event
 
-    def hand_over(self, mark: torch.cuda.Event, tensors: Iterable[Tensor]) -> None:
-        """The consumer's stream waits; torch is told that it uses what was allocated on the teacher's stream."""
+    def hand_over(self, event: torch.cuda.Event, tensors: Iterable[Tensor]) -> None:
         consumer = torch.cuda.current_stream(self._device)
-        consumer.wait_event(mark)
+        consumer.wait_event(event)
         for tensor in tensors:
             tensor.record_stream(consumer)
 
-    def take_back(self, buffer: object) -> None:
-        """Keeps the buffer until an event on the consumer's stream has passed, and drops those that have.
-
-        Where more than `most_kept` are kept, the host waits for the oldest.
-        """
+    def keep_until_used(self, buffer: object) -> None:
         self._kept.append((torch.cuda.current_stream(self._device).record_event(), buffer))
         while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
             self._kept.popleft()
-        while len(self._kept) > self._most_kept:
-            done, _ = self._kept.popleft()
-            done.synchronize()
+        while len(self._kept) > self._max_kept:
+            self._drop_oldest()
 
     def close(self) -> None:
-        """Waits for the work on the kept buffers."""
         while self._kept:
-            done, _ = self._kept.popleft()
-            done.synchronize()
+            self._drop_oldest()
         self.stream.synchronize()
 
+    def _drop_oldest(self) -> None:
+        done, _ = self._kept.popleft()
+        done.synchronize()
 
-def open_lane(device: torch.device, *, ahead: int) -> Lane:
-    """The lane for batches on `device`, with the teacher `ahead` batches in front of the consumer.
 
-    On a GPU at most `2 * (ahead + 2)` batches are kept for a consumer whose work on them is still queued.
+def open_stream_sync(device: torch.device, *, ahead: int) -> StreamSync:
+    """The synchronization of batches on `device`, with the teacher `ahead` batches ahead of the consumer.
+
+    On a GPU at most `2 * (ahead + 2)` buffers are kept for work that the consumer has queued.
     """
-    return CudaLane(device, most_kept=2 * (ahead + 2)) if device.type == "cuda" else CpuLane()
+    return _CudaSync(device, max_kept=2 * (ahead + 2)) if device.type == "cuda" else StreamSync()

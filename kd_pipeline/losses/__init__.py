@@ -1,18 +1,19 @@
-"""Distillation losses: pure functions of tensors, one number out.
+"""Distillation losses: pure functions of tensors that return a scalar.
 
-Every loss here keeps the same promises:
+All of them share this contract:
 
-- It is a mean over the batch: the sum of the rows' losses over the number of rows that count. A class more or less
-  changes no divisor, except in `logit_mse`, in the class term of `dist` and where features are compared, which say so.
-- Where there is a temperature T, the loss carries T², so that its gradient keeps its size when T changes
+- The loss is the mean over the batch: the sum over the valid rows divided by their number. The number of classes is not
+  in the divisor, except in `logit_mse`, in the class term of `dist` and in the feature losses, which say so.
+- A loss with a temperature T is multiplied by T², so the scale of its gradient does not depend on T
   (Hinton et al., arXiv 1503.02531, section 2).
-- `valid` `[N]` bool picks the rows that count; None means all. What stands in the other rows, NaN included, reaches
-  neither value nor gradient. When no row counts the loss is 0, with a graph whose gradients are 0.
-- It is computed and returned in float32, or in float64 for float64 students, whatever autocast says.
-- Gradients flow to the student alone; teacher and labels are constants.
-- Nothing waits for the GPU: only shapes and dtypes are checked, and what does not fit is a `ConfigError`.
+- `valid`, `[N]` bool, selects the rows that count; it defaults to all. Other rows may hold anything, even NaN: they
+  affect neither the value nor the gradient. Without any valid row the loss is 0, with a graph and zero gradients.
+- It is computed and returned in float32, or in float64 for a float64 student, whether autocast is on or off.
+- Gradients flow to the student only; the teacher's tensors and the labels are constants.
+- It never synchronizes with the GPU: only shapes and dtypes are checked. `ConfigError` is raised if a shape, a dtype or
+  an option is invalid.
 
-Shape suffixes: N rows (samples), K classes, D features.
+Shape suffixes: N samples, K classes, D features.
 """
 
 from kd_pipeline.losses.features import attention_transfer, channel_wise, feature_cosine, feature_mse

@@ -1,4 +1,4 @@
-"""Numbers that change in the course of training: the temperature, the weights of the loss terms."""
+"""Temperatures and loss weights that change during training."""
 
 import math
 from typing import Literal, Self
@@ -7,59 +7,59 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from kd_pipeline._core.settings import Settings
 
-__all__ = ["Ramp", "smallest", "value_at"]
+__all__ = ["Ramp", "min_value", "value_at"]
 
 
 class Ramp(Settings):
-    """A number that goes from `start` to `end`, and stays there.
+    """A number that changes from `start` to `end` and stays there.
 
-    `{start: 10, end: 1, kind: decay, rate: 0.9}` takes a temperature T to 1 + 0.9 · (T - 1) with each epoch.
+    `{start: 10, end: 1, kind: decay, rate: 0.9}` updates a temperature T to 1 + 0.9 · (T - 1) per epoch.
     """
 
     start: float
     end: float
     kind: Literal["linear", "cosine", "exponential", "decay"] = "linear"
-    """`linear` in equal steps, `cosine` slow at both ends, `exponential` in equal ratios, and `decay` a fixed part of
-    the distance with each epoch, so that `end` is approached and not reached."""
+    """`linear` changes in equal steps, `cosine` slowly at both ends, `exponential` by a constant factor, and `decay`
+    by a fixed fraction of the remaining distance per epoch, so it approaches `end` without reaching it."""
     epochs: PositiveFloat | None = None
-    """How long it takes; the whole run unless given. Not for `decay`."""
+    """Duration in epochs; defaults to the whole run. Not for `decay`."""
     rate: float | None = Field(default=None, gt=0, lt=1)
-    """What is left of the distance to `end` after an epoch. For `decay` alone, which needs it."""
+    """Fraction of the distance to `end` that remains after each epoch. Required for `decay`, and only for it."""
 
     @model_validator(mode="after")
-    def _knows_its_course(self) -> Self:
+    def _check_kind(self) -> Self:
         if self.kind == "decay" and self.rate is None:
             raise ValueError("kind: decay needs a rate, such as rate: 0.9")
         if self.kind == "decay" and self.epochs is not None:
-            raise ValueError(f"epochs: {self.epochs:g} means nothing to kind: decay, whose speed is its rate")
+            raise ValueError(f"epochs: {self.epochs:g} has no effect on kind: decay; set its rate instead")
         if self.kind != "decay" and self.rate is not None:
-            raise ValueError(f"rate: {self.rate:g} means nothing to kind: {self.kind}; set epochs, or take kind: decay")
-        if self.kind == "exponential" and smallest(self) <= 0:
+            raise ValueError(f"rate: {self.rate:g} has no effect on kind: {self.kind}; set epochs, or kind: decay")
+        if self.kind == "exponential" and min_value(self) <= 0:
             raise ValueError(
-                f"kind: exponential needs numbers above 0, got {self.start:g} and {self.end:g}; take kind: cosine"
+                f"kind: exponential needs numbers above 0, got {self.start:g} and {self.end:g}; use kind: cosine"
             )
         return self
 
 
 def value_at(value: float | Ramp, epoch: float, epochs: int) -> float:
-    """What `value` is after `epoch` epochs, a fraction within one, of a run of `epochs`."""
+    """`value` after `epoch` epochs, which may be fractional, of a run of `epochs`."""
     if not isinstance(value, Ramp):
         return value
     start, end = value.start, value.end
-    done = min(1.0, epoch / (value.epochs or epochs))
+    progress = min(1.0, epoch / (value.epochs or epochs))
     match value.kind:
         case "linear":
-            return (1 - done) * start + done * end
+            return (1 - progress) * start + progress * end
         case "cosine":
-            share = (1 - math.cos(math.pi * done)) / 2
+            share = (1 - math.cos(math.pi * progress)) / 2
             return (1 - share) * start + share * end
         case "exponential":
-            return float(start ** (1 - done) * end**done)
+            return float(start ** (1 - progress) * end**progress)
         case "decay":
-            assert value.rate is not None  # as the settings have seen
+            assert value.rate is not None  # checked by the settings
             return float(end + (start - end) * value.rate**epoch)
 
 
-def smallest(value: float | Ramp) -> float:
-    """The smallest number that `value` ever is, for settings that must stay above one."""
+def min_value(value: float | Ramp) -> float:
+    """The minimum of `value` over a run."""
     return min(value.start, value.end) if isinstance(value, Ramp) else value

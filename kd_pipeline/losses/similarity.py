@@ -1,53 +1,45 @@
-"""Losses that ask for the teacher's vector: the same values, the same direction, or the same correlations."""
+"""Losses that compare two models' vectors: by value, by direction or by correlation."""
 
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from kd_pipeline.losses._rows import batch_mean, blank, check_temperature, full_precision, student_rows, teacher_rows
+from kd_pipeline.losses._inputs import (
+    check_temperature,
+    mask_rows,
+    masked_mean,
+    no_autocast,
+    prepare_logits,
+)
 
 __all__ = ["cosine", "dist", "logit_mse"]
 
 
 def logit_mse(student_logits_NK: Tensor, teacher_logits_NK: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Squared distance of the logits themselves: mean over the K classes, then batch mean.
+    """Mean squared error of the logits (Ba & Caruana, arXiv 1312.6184): 1/K · Σ_k (z_k - t_k)², batch mean.
 
     Args:
-        student_logits_NK: `[N, K]` floating.
-        teacher_logits_NK: `[N, K]` floating.
-        valid: `[N]` bool, the rows that count; None means all.
-
-    Returns:
-        A scalar, float32 (float64 for float64 students).
-
-    Raises:
-        ConfigError: a shape or a dtype does not fit.
+        student_logits_NK: `[N, K]` floating, the z of the formula.
+        teacher_logits_NK: `[N, K]` floating, the t of the formula.
+        valid: `[N]` bool, the rows that count; defaults to all.
     """
-    with full_precision(student_logits_NK):
-        student_NK, valid_N = student_rows(student_logits_NK, valid, min_columns=1)
-        teacher_NK = teacher_rows(teacher_logits_NK, student_NK, valid_N)
-        return batch_mean((student_NK - teacher_NK).square().mean(dim=1), valid_N)
+    with no_autocast(student_logits_NK):
+        student_NK, teacher_NK, valid_N = prepare_logits(student_logits_NK, teacher_logits_NK, valid, min_columns=1)
+        return masked_mean((student_NK - teacher_NK).square().mean(dim=1), valid_N)
 
 
 def cosine(student_ND: Tensor, teacher_ND: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """One minus the cosine of the angle between the two rows, batch mean: from 0 (same direction) to 2 (opposite).
+    """Cosine distance: 1 - s · t / (‖s‖ ‖t‖), batch mean; from 0 (same direction) to 2 (opposite).
 
-    A row of zeros has no direction: its cosine is 0, and its gradient has at most the length 1 / N.
+    A row of zeros has no direction: its cosine is 0, and the norm of its gradient is at most 1 / N.
 
     Args:
-        student_ND: `[N, D]` floating: embeddings, or logits.
+        student_ND: `[N, D]` floating, embeddings or logits.
         teacher_ND: `[N, D]` floating.
-        valid: `[N]` bool, the rows that count; None means all.
-
-    Returns:
-        A scalar, float32 (float64 for float64 students).
-
-    Raises:
-        ConfigError: a shape or a dtype does not fit.
+        valid: `[N]` bool, the rows that count; defaults to all.
     """
-    with full_precision(student_ND):
-        student_ND, valid_N = student_rows(student_ND, valid, min_columns=1)
-        teacher_ND = teacher_rows(teacher_ND, student_ND, valid_N)
-        return batch_mean(1 - (_unit(student_ND) * _unit(teacher_ND)).sum(dim=1), valid_N)
+    with no_autocast(student_ND):
+        student_ND, teacher_ND, valid_N = prepare_logits(student_ND, teacher_ND, valid, min_columns=1)
+        return masked_mean(1 - (_normalize(student_ND) * _normalize(teacher_ND)).sum(dim=1), valid_N)
 
 
 def dist(
@@ -61,42 +53,33 @@ def dist(
 ) -> Tensor:
     """DIST (Huang et al., arXiv 2205.10536): T² · (inter_weight · inter + intra_weight · intra).
 
-    With the softmax of the logits over T as class probabilities, inter is one minus Pearson's correlation between the
-    two models' rows (the classes of one sample), batch mean; intra is one minus the correlation between their columns
-    (one class over the samples of the batch), mean over the K classes.
+    Both terms are one minus Pearson's correlation of the two models' softmax(logits / T). Inter compares rows (the
+    classes of one sample), batch mean; intra compares columns (one class over the batch), mean over the K classes.
 
-    Intra looks at the samples of this process only, and is 0 when fewer than two rows count. As in the authors' code a
-    row or column that is constant in either model correlates with nothing, so one that both models keep constant costs
-    1 although they agree; the gradient is finite there, but steep for a student that gives all classes the same
-    probability, such as one with a zero-initialized head.
+    Intra sees the samples of this process only, and is 0 with fewer than two valid rows. As in the authors' code, the
+    correlation with a constant row or column is 0, so it costs 1 even if both models keep it constant. The gradient is
+    finite there, but steep: a student with a zero-initialized head gives all classes the same probability.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
         teacher_logits_NK: `[N, K]` floating.
-        temperature: T, above 0. The default is the authors'.
-        inter_weight: the paper's beta.
-        intra_weight: the paper's gamma.
-        valid: `[N]` bool, the rows that count; None means all.
-
-    Returns:
-        A scalar, float32 (float64 for float64 students).
-
-    Raises:
-        ConfigError: a shape, a dtype or the temperature does not fit.
+        temperature: T, above 0; defaults to the authors' value.
+        inter_weight: beta of the paper.
+        intra_weight: gamma of the paper.
+        valid: `[N]` bool, the rows that count; defaults to all.
     """
     check_temperature(temperature)
-    with full_precision(student_logits_NK):
-        student_NK, valid_N = student_rows(student_logits_NK, valid, min_columns=2)
-        teacher_NK = teacher_rows(teacher_logits_NK, student_NK, valid_N)
+    with no_autocast(student_logits_NK):
+        student_NK, teacher_NK, valid_N = prepare_logits(student_logits_NK, teacher_logits_NK, valid)
         student_NK = (student_NK / temperature).softmax(dim=1)
         teacher_NK = (teacher_NK / temperature).softmax(dim=1)
         inter_N = 1 - _correlation(_center_rows(student_NK), _center_rows(teacher_NK), dim=1)
         intra_K = 1 - _correlation(_center_columns(student_NK, valid_N), _center_columns(teacher_NK, valid_N), dim=0)
         intra = intra_K.mean().where(valid_N.sum() >= 2, 0.0)
-        return temperature**2 * (inter_weight * batch_mean(inter_N, valid_N) + intra_weight * intra)
+        return temperature**2 * (inter_weight * masked_mean(inter_N, valid_N) + intra_weight * intra)
 
 
-def _unit(rows_ND: Tensor) -> Tensor:
+def _normalize(rows_ND: Tensor) -> Tensor:
     norm_N1: Tensor = vector_norm(rows_ND, dim=1, keepdim=True)
     return rows_ND / norm_N1.where(norm_N1 > 0, 1.0)
 
@@ -106,11 +89,11 @@ def _center_rows(probability_NK: Tensor) -> Tensor:
 
 
 def _center_columns(probability_NK: Tensor, valid_N: Tensor) -> Tensor:
-    mean_K = blank(probability_NK, valid_N).sum(dim=0) / valid_N.sum().clamp(min=1)
-    return blank(probability_NK - mean_K, valid_N)
+    mean_K = mask_rows(probability_NK, valid_N).sum(dim=0) / valid_N.sum().clamp(min=1)
+    return mask_rows(probability_NK - mean_K, valid_N)
 
 
 def _correlation(student: Tensor, teacher: Tensor, *, dim: int) -> Tensor:
-    """Pearson's correlation along `dim` of tensors that are centered along it, with the authors' 1e-8."""
+    """Pearson's correlation along `dim` of tensors that are centered along it, with the authors' epsilon of 1e-8."""
     norms: Tensor = vector_norm(student, dim=dim) * vector_norm(teacher, dim=dim)
     return (student * teacher).sum(dim=dim) / (norms + 1e-8)

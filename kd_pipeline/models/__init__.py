@@ -1,4 +1,4 @@
-"""Networks by name, what their layers return, and the images that they were trained on."""
+"""Models by name, features of their layers, and the input that a pretrained model expects."""
 
 from kd_pipeline.models.input_adapter import InputAdapter
 from kd_pipeline.models.registry import ModelSettings, open_model

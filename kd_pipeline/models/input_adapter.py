@@ -1,4 +1,4 @@
-"""What stands between the student's images and a teacher that was trained on others: normalization and size."""
+"""Adapts the student's images to a teacher that was trained with a different normalization or image size."""
 
 from typing import Annotated, NamedTuple
 
@@ -10,51 +10,49 @@ from torch import Tensor, nn
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.settings import Settings
 
-__all__ = ["AdaptInput", "InputAdapter", "Normalization", "WantedInput"]
+__all__ = ["ExpectedInput", "InputAdapter", "InputAdapterLayer", "Normalization"]
 
-_Mean = Annotated[float, Field(le=1)]  # more is meant for the scale 0 to 255
+_Mean = Annotated[float, Field(le=1)]  # a larger one is meant for pixels in [0, 255]
 _Means = tuple[_Mean, _Mean, _Mean]
 _Stds = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class Normalization(NamedTuple):
-    """How images were normalized, on the scale 0 to 1."""
+    """Mean and standard deviation per channel that images were normalized with, for pixels in [0, 1]."""
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
-    """Subtracted from each channel; ImageNet's unless given."""
     std: tuple[float, float, float] = IMAGENET_STD
-    """Divides each channel afterward, likewise."""
 
 
-class WantedInput(Settings):
+class ExpectedInput(Settings):
     """The images that a teacher was trained on."""
 
     mean: _Means
-    """Mean per channel, on the scale 0 to 1, that the teacher was trained with."""
+    """Mean per channel of the teacher's normalization, for pixels in [0, 1]."""
     std: _Stds
-    """Standard deviation per channel, likewise."""
+    """Standard deviation per channel of the teacher's normalization."""
     size: int | None = Field(default=None, ge=1)
-    """Height and width that the teacher wants; the images' own unless given."""
+    """Height and width in pixels that the teacher expects; defaults to the size of the images."""
 
     def adapter(self, images: Normalization) -> "InputAdapter":
-        """What makes them of images that are normalized otherwise."""
+        """An adapter from images with another normalization."""
         return InputAdapter(**self.model_dump(), from_mean=images.mean, from_std=images.std)
 
 
-class InputAdapter(WantedInput):
-    """What stands between the student's images and a teacher trained on others: normalization and size.
-
-    It becomes the first layer of the teacher, so that both read one buffer.
-    """
+class InputAdapter(ExpectedInput):
+    """Renormalizes and resizes images for a teacher, as its first layer: teacher and student share one buffer."""
 
     from_mean: _Means = IMAGENET_MEAN
-    """Mean per channel that the incoming images were normalized with; ImageNet's unless given."""
+    """Mean per channel of the incoming images' normalization; defaults to ImageNet's."""
     from_std: _Stds = IMAGENET_STD
-    """Standard deviation per channel, likewise."""
+    """Standard deviation per channel of the incoming images' normalization; defaults to ImageNet's."""
 
 
-class AdaptInput(nn.Module):
-    """An `InputAdapter` as a layer: `(x · from_std + from_mean - mean) / std` per channel, then a bilinear resize."""
+class InputAdapterLayer(nn.Module):
+    """An `InputAdapter` as a layer: `(x · from_std + from_mean - mean) / std` per channel, then a bilinear resize.
+
+    Maps `[N, 3, H, W]` to `[N, 3, size, size]`, or to the same shape without a size.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -67,14 +65,14 @@ class AdaptInput(nn.Module):
         self.size = adapter.size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images `[N, 3, H, W]` as the teacher wants them."""
+        """Images `[N, 3, H, W]` as the teacher expects them."""
         images = images * self.scale + self.shift
         if self.size is None:
             return images
         return F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
 
     def extra_repr(self) -> str:
-        """For a fingerprint: the size is in no tensor."""
+        """The size, which is in no tensor, for fingerprints."""
         return f"size={self.size}"
 
 

@@ -1,4 +1,4 @@
-"""What is done to any module: a frozen copy, outputs by name."""
+"""Helpers for any `nn.Module`: layer names, a frozen copy, outputs by name."""
 
 import copy
 from collections.abc import Mapping
@@ -7,11 +7,16 @@ from torch import Tensor, nn
 
 from kd_pipeline.errors import TeacherError
 
-__all__ = ["frozen_copy", "named_outputs"]
+__all__ = ["frozen_copy", "is_in_layer", "named_outputs"]
+
+
+def is_in_layer(name: str, layer: str) -> bool:
+    """Whether `name`, of a parameter, buffer or module, is `layer` or inside it."""
+    return f"{name}.".startswith(f"{layer}.")
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of `module` in eval mode that needs no gradient; `module` stays as it is.
+    """A deep copy of `module` in eval mode, without gradients; `module` is unchanged.
 
     Raises:
         TeacherError: the module cannot be copied.
@@ -23,7 +28,7 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 
 def named_outputs(output: object) -> Mapping[str, Tensor]:
-    """What a module returned, by name: a tensor is `"logits"`, a mapping keeps its keys.
+    """The return value of a module by name: a tensor is `"logits"`, a mapping keeps its keys.
 
     Raises:
         TeacherError: it is something else, or has no `"logits"`.
@@ -33,7 +38,7 @@ def named_outputs(output: object) -> Mapping[str, Tensor]:
     if not isinstance(output, Mapping):
         raise TeacherError(
             f"a teacher returns a tensor or a mapping of tensors with 'logits', got {type(output).__qualname__}; "
-            "wrap the module so that it does"
+            "wrap the module to return one"
         )
     if "logits" not in output:
         raise TeacherError(f"a teacher returns 'logits' among its outputs, got {', '.join(map(repr, output))}")

@@ -1,1 +1,1 @@
-"""ONNX files: read, export, edit, convert to half precision, quantize."""
+"""ONNX files: read, export, edit, convert to half precision, quantize, run."""

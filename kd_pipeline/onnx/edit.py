@@ -1,8 +1,6 @@
-"""Changes to an ONNX file before it is built: an input adapter in front, extra outputs, class names."""
+"""Edits of an ONNX teacher: an input adapter in front, extra outputs, class names."""
 
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +12,14 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import EngineError, TeacherError
 from kd_pipeline.models.input_adapter import InputAdapter
-from kd_pipeline.onnx.export import ADAPTER_KEY
-from kd_pipeline.onnx.file import CLASSES_KEY, OnnxFile, read_onnx
+from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, OnnxFile, read_onnx, replace_onnx
 
 __all__ = ["add_constant", "edit_onnx", "save_model"]
 
-_LARGEST_INLINE = 1_500_000_000
-"""Bytes of weights up to which they lie inside the file; protobuf ends at 2 GB."""
+_MAX_INLINE_BYTES = 1_500_000_000
+"""Largest weights that are stored inside the file; protobuf's limit is 2 GB."""
 _RESIZE_OPSET = 11
-"""Operator set that brought the half-pixel Resize, which is PyTorch's."""
+"""First opset with a half-pixel Resize, which is PyTorch's."""
 
 
 def edit_onnx(
@@ -33,26 +30,25 @@ def edit_onnx(
     outputs: Sequence[str] = (),
     classes: Sequence[str] | None = None,
 ) -> Path:
-    """Write the teacher `source` once more as `target`, with the changes asked for; `source` may be `target`.
+    """Write the teacher `source` with changes to `target`, which may be the same file.
 
     Args:
         source: an image classifier that `read_onnx` accepts.
-        target: where the result goes; an existing file is replaced, missing folders are made.
-        input_adapter: put in front of the graph, whose input keeps its name and type. The file answers as if the
-            module had been exported with it. With a `size`, the new input takes images of any height and width.
-        outputs: names of float tensors `[N, ...]` inside the graph that become outputs under their own names. A single
-            output of any name is then renamed to `"logits"`, unless `outputs` holds that name.
-        classes: names of the K classes in logit order, kept in the file.
+        target: the file to write; an existing one is replaced, missing folders are created.
+        input_adapter: inserted before the graph; the input keeps its name and type. The outputs are those of the module
+            exported with the adapter. With a `size`, the new input accepts any height and width.
+        outputs: names of float tensors `[N, ...]` of the graph to add as outputs. A single output of any name is then
+            renamed to `"logits"`, unless `outputs` has that name.
+        classes: names of the K classes in logit order, stored in the file.
 
     Raises:
-        EngineError: the file has an adapter already, has another image size than the adapter gives, has no such
-            tensor or another number of classes; names both sides.
+        EngineError: the file already has an adapter, its image size is not the adapter's, it has no such tensor or
+            a different number of classes; the message has both sides.
         TeacherError: `source` is not an image classifier in ONNX.
         MissingPackageError: `onnx` or `onnx_ir` is not installed.
     """
-    ir = require("onnx_ir", extra="cpu")
     file = read_onnx(source)
-    model = ir.load(file.path)
+    model = require("onnx_ir", extra="cpu").load(file.path)
     if input_adapter is not None:
         _add_adapter(model, file, input_adapter)
     if outputs:
@@ -66,30 +62,25 @@ def edit_onnx(
 
 
 def save_model(model: Any, target: Path) -> Path:
-    """Write the `onnx_ir.Model` as `target`, whole or not at all, and checked as a teacher.
+    """Write the `onnx_ir.Model` to `target` atomically, after validating it as a teacher.
 
-    Weights lie inside the file; near 2 GB, ONNX's limit, in one file beside it.
+    Weights are stored in the file or, near ONNX's limit of 2 GB, in one file next to it.
 
     Raises:
-        EngineError: the model is not valid ONNX or not a teacher; `target` stays as it was.
+        EngineError: the model is not valid ONNX or not a teacher; `target` is unchanged.
     """
-    ir = require("onnx_ir", extra="cpu")
-    onnx = require("onnx", extra="cpu")
+    ir, onnx = require("onnx_ir", extra="cpu"), require("onnx", extra="cpu")
     num_bytes = sum(value.const_value.nbytes for graph in model.graphs() for value in graph.initializers.values())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".edit-", dir=target.parent) as folder:
-        file = Path(folder, target.name)
+    with replace_onnx(target) as path:
         try:
-            if num_bytes > _LARGEST_INLINE:
-                ir.save(model, file, external_data=f"{target.name}.data")
+            if num_bytes > _MAX_INLINE_BYTES:
+                ir.save(model, path, external_data=f"{target.name}.data")
             else:
-                ir.save(ir.external_data.load_to_model(model), file)
-            onnx.checker.check_model(file)
-            read_onnx(file)
+                ir.save(ir.external_data.load_to_model(model), path)
+            onnx.checker.check_model(path)
+            read_onnx(path)
         except (TeacherError, ValueError, OSError, onnx.checker.ValidationError) as exc:
             raise EngineError(f"{target} cannot be written: {exc}") from exc
-        for written in sorted(Path(folder).iterdir(), key=lambda written: written == file):  # the weights first
-            os.replace(written, target.parent / written.name)
     return target
 
 
@@ -102,38 +93,38 @@ def add_constant(model: Any, name: str, array: NDArray[Any]) -> Any:
 
 
 def _add_adapter(model: Any, file: OnnxFile, adapter: InputAdapter) -> None:
-    """Put `adapter` between the input and everything that reads it."""
+    """Insert `adapter` between the input and its consumers."""
     ir = require("onnx_ir", extra="cpu")
     if ADAPTER_KEY in model.metadata_props:
         raise EngineError(
-            f"{file.path} has an input adapter already, {model.metadata_props[ADAPTER_KEY]}, and got "
+            f"{file.path} already has an input adapter, {model.metadata_props[ADAPTER_KEY]}, and got "
             f"{adapter.model_dump_json()}; start from the file without one"
         )
-    images = _images(model, file)
-    readers = list(images.uses())
+    images = _find_input(model, file)
+    consumers = list(images.uses())
     nodes = _normalize(model, images, adapter)
     if adapter.size is not None:
         if any(size not in (None, adapter.size) for size in file.images.shape[2:]):
             raise EngineError(
                 f"{file.path} takes images {file.images}, and the adapter resizes them to {adapter.size} x "
-                f"{adapter.size}; set the adapter's size to what the file takes"
+                f"{adapter.size}; set the adapter's size to that of the file"
             )
         nodes += _resize(model, images, nodes[-1].outputs[0], adapter.size)
-        # Without names: the graph may use a name such as H for the size after the adapter.
+        # Unnamed sizes: the graph may use a name such as H for the size after the adapter.
         images.shape = ir.Shape([images.shape[0], 3, None, None])
-    for reader, position in readers:
-        reader.replace_input_with(position, nodes[-1].outputs[0])
+    for consumer, position in consumers:
+        consumer.replace_input_with(position, nodes[-1].outputs[0])
     model.graph.insert_before(model.graph[0], nodes)
     model.metadata_props[ADAPTER_KEY] = adapter.model_dump_json()
 
 
-def _images(model: Any, file: OnnxFile) -> Any:
-    """The input; old files list their weights beside it."""
+def _find_input(model: Any, file: OnnxFile) -> Any:
+    """The images; old files list weights among the inputs."""
     return next(value for value in model.graph.inputs if value.name == file.input_name)
 
 
 def _normalize(model: Any, images: Any, adapter: InputAdapter) -> list[Any]:
-    """Nodes for `(x · from_std + from_mean - mean) / std` per channel, in the type of the images."""
+    """Nodes for `(x · from_std + from_mean - mean) / std` per channel, in the dtype of the images."""
     ir = require("onnx_ir", extra="cpu")
     mean, std, from_mean, from_std = (
         np.array(values, np.float32).reshape(1, 3, 1, 1)
@@ -147,48 +138,48 @@ def _normalize(model: Any, images: Any, adapter: InputAdapter) -> list[Any]:
 
 
 def _resize(model: Any, images: Any, value: Any, size: int) -> list[Any]:
-    """Nodes that resize `value`, as large as `images`, to `size` as `F.interpolate(mode="bilinear")` does."""
+    """Nodes that resize `value`, of the shape of `images`, to `size` like `F.interpolate(mode="bilinear")`."""
     ir = require("onnx_ir", extra="cpu")
     if model.opset_imports[""] < _RESIZE_OPSET:
         raise EngineError(
-            f"the file uses operator set {model.opset_imports['']}, and a resize needs {_RESIZE_OPSET}; export it again"
+            f"the file has opset {model.opset_imports['']}, and a resize needs {_RESIZE_OPSET}; export it again"
         )
     start, end = (add_constant(model, f"input_adapter.{name}", np.array([n])) for name, n in (("start", 0), ("end", 2)))
     height_and_width = add_constant(model, "input_adapter.size", np.array([size, size]))
     shape = ir.node("Shape", [images])
     batch_and_channels = ir.node("Slice", [shape.outputs[0], start, end])
     sizes = ir.node("Concat", [batch_and_channels.outputs[0], height_and_width], {"axis": 0})
-    how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
-    return [shape, batch_and_channels, sizes, ir.node("Resize", [value, None, None, sizes.outputs[0]], how)]
+    attributes = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+    return [shape, batch_and_channels, sizes, ir.node("Resize", [value, None, None, sizes.outputs[0]], attributes)]
 
 
 def _add_outputs(model: Any, file: OnnxFile, names: Sequence[str]) -> None:
-    """Make outputs of the tensors `names`, and `"logits"` of an output that was alone until now."""
+    """Add the tensors `names` to the outputs, and rename a single output to `"logits"`."""
     require("onnx_ir.passes.common", extra="cpu").ShapeInferencePass(check_type=False, strict_mode=False)(model)
     graph = model.graph
-    inside = {value.name: value for node in graph for value in node.outputs if value.name}
+    computed = {value.name: value for node in graph for value in node.outputs if value.name}
     for name in names:
         if name in graph.initializers or any(name == value.name for value in graph.inputs):
             raise EngineError(f"{file.path}: {name!r} is an input or a weight, not a tensor that the graph computes")
-        if name not in inside:
-            # What comes last is nearest to the logits, and most often wanted.
-            raise EngineError(f"{file.path} computes no tensor {name!r}{suggest(name, reversed(inside))}")
-        if any(value is inside[name] for value in graph.outputs):
+        if name not in computed:
+            # Reversed: features near the logits are wanted most often.
+            raise EngineError(f"{file.path} computes no tensor {name!r}{suggest(name, reversed(computed))}")
+        if any(value is computed[name] for value in graph.outputs):
             raise EngineError(f"{file.path}: {name!r} is an output already; leave it out")
-        _check_feature(file, inside[name], _images(model, file).shape[0])
-        graph.outputs.append(inside[name])
+        _check_feature(file, computed[name], _find_input(model, file).shape[0])
+        graph.outputs.append(computed[name])
     if "logits" not in {*file.output_names.values(), *names}:
         graph.outputs[0].name = "logits"
 
 
 def _check_feature(file: OnnxFile, value: Any, batch: Any) -> None:
-    """Refuse a tensor that a teacher cannot return: one without a float type, or without the batch in front."""
+    """Reject a tensor that cannot be an output of a teacher: not floating, or without the batch as first dimension."""
     ir = require("onnx_ir", extra="cpu")
     first = value.shape[0] if value.shape else 0
-    # Shape inference makes up names such as unk__0; a product such as 4*batch counts something else than images.
+    # Shape inference invents names such as unk__0. A product such as 4*batch is not the number of images.
     has_batch = isinstance(first, ir.SymbolicDim) and (first in (None, batch) or str(first).isidentifier())
     if value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16) or not has_batch:
         raise EngineError(
             f"{file.path}: {value.name!r} is {value.type} {value.shape}, and an output must be float32 or float16 with "
-            "the batch in front; choose another tensor"
+            "the batch as its first dimension; choose another tensor"
         )

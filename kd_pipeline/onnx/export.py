@@ -1,8 +1,6 @@
-"""From a PyTorch module to an ONNX file that any teacher runtime opens, checked against the module."""
+"""Exports a PyTorch module to an ONNX file that every teacher backend can run, and checks the file's outputs."""
 
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,18 +10,15 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.errors import ExportError, TeacherError
-from kd_pipeline.models.input_adapter import AdaptInput, InputAdapter
+from kd_pipeline.models.input_adapter import InputAdapter, InputAdapterLayer
 from kd_pipeline.models.modules import frozen_copy, named_outputs
-from kd_pipeline.onnx.file import CLASSES_KEY, read_onnx
+from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, read_onnx, replace_onnx
 from kd_pipeline.onnx.session import open_session
 
-__all__ = ["ADAPTER_KEY", "export_onnx"]
-
-ADAPTER_KEY = "kd_pipeline.input_adapter"
-"""Metadata key under which a file carries the adapter that is folded into it, as JSON."""
+__all__ = ["export_onnx"]
 
 _TOLERANCE = 1e-4
-"""Largest error of an output, relative to its largest value; float32 runtimes that agree stay near 1e-6."""
+"""Largest allowed error of an output, relative to its largest magnitude; usual is 1e-6 between float32 runtimes."""
 
 
 def export_onnx(
@@ -36,35 +31,33 @@ def export_onnx(
     opset: int | None = None,
     max_batch: int = 64,
 ) -> Path:
-    """Write `module`, in eval mode, as an ONNX file with a dynamic batch, and check the file against the module.
+    """Export `module`, in eval mode and with a dynamic batch, and check the file against the module.
 
-    The file takes `"images"` `[N, 3, H, W]` float32 and returns `"logits"` `[N, K]`, and the other outputs by
-    name where the module returns a mapping. Weights lie inside it; near 2 GB, ONNX's limit, in one file beside it.
-    ONNX Runtime must agree with the module on 1, 2, 7 and `max_batch` random normal images, to 1e-4 of the largest
-    value of each output; one size alone would not show a batch that the export has baked in. `module` stays as it is,
-    and a failure leaves no file.
+    The file maps `"images"` `[N, 3, H, W]` float32 to `"logits"` `[N, K]`, and to more outputs by name if the module
+    returns a mapping. Weights are stored in the file or, near ONNX's limit of 2 GB, in one file next to it. ONNX
+    Runtime's outputs must equal the module's on 1, 2, 7 and `max_batch` random normal images, to 1e-4 of the largest
+    magnitude of each output. Several sizes, because one would not reveal a batch size that the export made constant.
+    `module` is unchanged, and no file is left after a failure.
 
     Args:
-        module: a float32 model; it returns what `PyTorchTeacher` describes.
-        path: where the file goes; an existing one is replaced, missing folders are made.
-        image_shape: `(3, H, W)` of the images that come in.
-        classes: names of the K classes in logit order, kept in the file.
-        input_adapter: folded into the graph in front of the module.
-        opset: ONNX operator set; torch's default unless given.
-        max_batch: largest batch that the check tries.
+        module: a float32 model that returns logits `[N, K]`, or a mapping of tensors with `"logits"`.
+        path: the file to write; an existing one is replaced, missing folders are created.
+        image_shape: `(3, H, W)` of the images.
+        classes: names of the K classes in logit order, stored in the file.
+        input_adapter: becomes the first layer of the graph.
+        opset: ONNX opset; defaults to torch's.
+        max_batch: largest batch size to check.
 
     Raises:
-        ExportError: the module cannot be exported, or the file disagrees with it; the message holds the numbers.
+        ExportError: the module cannot be exported, or the file's outputs differ; the message holds the numbers.
         MissingPackageError: `onnx`, `onnxscript` or `onnxruntime` is not installed.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="cpu")
     path = Path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
-            file = Path(folder, path.name)
-            adapter = nn.Identity() if input_adapter is None else AdaptInput(input_adapter)
+        with replace_onnx(path) as file:
+            adapter = nn.Identity() if input_adapter is None else InputAdapterLayer(input_adapter)
             model = frozen_copy(_NamedOutputs(nn.Sequential(adapter, module))).cpu()
             program = _trace(model, image_shape, classes, opset)
             if classes is not None:
@@ -72,16 +65,14 @@ def export_onnx(
             if input_adapter is not None:
                 program.model.metadata_props[ADAPTER_KEY] = input_adapter.model_dump_json()
             program.save(file)
-            _check(model, file, image_shape, max_batch)
-            for written in sorted(Path(folder).iterdir(), key=lambda written: written == file):  # the weights first
-                os.replace(written, path.parent / written.name)
+            _check_outputs(model, file, image_shape, max_batch)
     except (ExportError, TeacherError, OSError) as exc:
         raise ExportError(f"{type(module).__qualname__} cannot be exported to {path}: {exc}") from exc
     return path
 
 
 class _NamedOutputs(nn.Module):
-    """A module whose outputs have their names."""
+    """A module that returns its outputs as a dict."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -95,7 +86,7 @@ def _trace(
     model: nn.Module, image_shape: tuple[int, int, int], classes: Sequence[str] | None, opset: int | None
 ) -> torch.onnx.ONNXProgram:
     """`model` as an ONNX graph with a dynamic batch, without torch's prints and warnings."""
-    images = torch.zeros(2, *image_shape)  # two, because torch.export takes a size of 1 for a constant
+    images = torch.zeros(2, *image_shape)  # torch.export takes a size of 1 for a constant
     try:
         outputs = model(images)
         if classes is not None and len(classes) != outputs["logits"].shape[-1]:
@@ -118,30 +109,29 @@ def _trace(
         raise ExportError(str(exc.__cause__ or exc)) from exc
     assert program is not None  # torch returns one whenever dynamo=True
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # stack traces, which name the source files of this machine
+        node.metadata_props.clear()  # stack traces with paths of this machine
     return program
 
 
-def _check(model: nn.Module, file: Path, image_shape: tuple[int, int, int], max_batch: int) -> None:
-    """Compare `file` with `model` on random images, in batches of several sizes."""
-    contract = read_onnx(file)
-    session = open_session(file)
+def _check_outputs(model: nn.Module, path: Path, image_shape: tuple[int, int, int], max_batch: int) -> None:
+    """Compare the outputs of the file and of `model` on random images, for several batch sizes."""
+    file, session = read_onnx(path), open_session(path)
     generator = torch.Generator().manual_seed(0)
     for num_images in sorted({1, 2, 7, max_batch}):
         images = torch.randn(num_images, *image_shape, generator=generator)
-        outputs = session.run(list(contract.output_names.values()), {contract.input_name: images.numpy()})
-        found = {name: torch.from_numpy(output) for name, output in zip(contract.outputs, outputs, strict=True)}
-        for name, wanted in model(images).items():
-            if found[name].shape != wanted.shape:
+        outputs = session.run(list(file.output_names.values()), {file.input_name: images.numpy()})
+        found = {name: torch.from_numpy(output) for name, output in zip(file.outputs, outputs, strict=True)}
+        for name, expected in model(images).items():
+            if found[name].shape != expected.shape:
                 raise ExportError(
-                    f"for {num_images} images the file gives {name!r} {list(found[name].shape)} and the module "
-                    f"{list(wanted.shape)}"
+                    f"for {num_images} images the file returns {name!r} {list(found[name].shape)} and the module "
+                    f"{list(expected.shape)}"
                 )
-            if not wanted.isfinite().all():
-                raise ExportError(f"it answers {name!r} with NaN or inf on random images; check its weights")
-            error = (found[name] - wanted).abs().max().item()
-            largest = wanted.abs().max().item()
-            if not error <= _TOLERANCE * largest:  # not a plain >, so that NaN fails too
+            if not expected.isfinite().all():
+                raise ExportError(f"{name!r} is NaN or inf on random images; check the module's weights")
+            error = (found[name] - expected).abs().max().item()
+            largest = expected.abs().max().item()
+            if not error <= _TOLERANCE * largest:  # not a plain >, to catch NaN
                 raise ExportError(
                     f"for {num_images} images {name!r} of the file is off by {error:.3g}, with values up to "
                     f"{largest:.3g}; allowed is {_TOLERANCE:g} of that. Does the module branch on the batch size, "

@@ -1,9 +1,12 @@
-"""What an ONNX file says about itself, read and checked before any runtime parses it."""
+"""The interface of an image classifier in ONNX: reads and validates a file before any runtime parses it."""
 
 import hashlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
 
-__all__ = ["CLASSES_KEY", "OnnxFile", "read_onnx"]
+__all__ = ["ADAPTER_KEY", "CLASSES_KEY", "OnnxFile", "read_onnx", "replace_onnx"]
 
 CLASSES_KEY = "kd_pipeline.classes"
-"""Metadata key under which a file carries its class names, a JSON list in logit order."""
+"""Metadata key of the class names, a JSON list in logit order."""
+ADAPTER_KEY = "kd_pipeline.input_adapter"
+"""Metadata key of the input adapter that is part of the graph, as JSON."""
 
 _TORCH_DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16}
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
@@ -25,34 +30,35 @@ _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE":
 
 @dataclass(frozen=True, slots=True)
 class OnnxFile:
-    """One image classifier in ONNX: a dynamic batch of images in, logits and perhaps features out."""
+    """An image classifier in ONNX: a dynamic batch of images in, logits and possibly features out."""
 
     path: Path
-    """The file with symlinks resolved, so that a runtime looks for external weights where they were checked."""
+    """The file with symlinks resolved, so a runtime reads the external weights that were validated."""
     input_name: str
     images: TensorSpec
-    """`[N, 3, H, W]`, float32 or float16; H and W are None where the file leaves them open."""
+    """`[N, 3, H, W]`, float32 or float16; H and W are None if dynamic."""
     outputs: Mapping[str, TensorSpec]
-    """Shape and dtype in the file, float32 or float16, by the teacher's name for the output."""
+    """Shape and dtype, float32 or float16, by the teacher's name of the output."""
     output_names: Mapping[str, str]
-    """The file's own name for each of them; it differs where a single output counts as `"logits"`."""
+    """Name in the file by the teacher's name; they differ if a single output counts as `"logits"`."""
     precision: str
-    """`"fp32"`, `"fp16"`, `"bf16"` or `"fp64"`: the type of most of the floating weights."""
+    """`"fp32"`, `"fp16"`, `"bf16"` or `"fp64"`: the dtype of most floating weights."""
     classes: tuple[str, ...] | None
+    """Class names in logit order, if the file has them."""
     sha256: str
-    """Hex digest over the file and every external weight file."""
+    """Hex digest of the file and all external weight files."""
 
     def fingerprint(self, backend: str, precision: str) -> str:
-        """Digest of the content together with what else decides the answers."""
+        """Digest of the content, the backend and its precision, which together determine the outputs."""
         return hashlib.sha256(f"{backend} {precision} {self.sha256}".encode()).hexdigest()
 
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Read inputs, outputs, precision, class names and digest of the ONNX file `path`; the weights are not loaded.
+    """Read the inputs, outputs, precision, class names and digest of an ONNX file, without loading external weights.
 
     Raises:
-        TeacherError: no such file, not ONNX, weights outside its folder, or not an image classifier with a
-            dynamic batch; the message names the file.
+        TeacherError: the file does not exist, is not ONNX, has weights outside its folder, or is not an image
+            classifier with a dynamic batch; the message names the file.
         MissingPackageError: `onnx` is not installed.
     """
     if not path.is_file():
@@ -80,11 +86,25 @@ def read_onnx(path: Path) -> OnnxFile:
     )
 
 
+@contextmanager
+def replace_onnx(target: Path) -> Iterator[Path]:
+    """A temporary path to write an ONNX file to, which replaces `target` at the end of the `with`, unless it raises.
+
+    External weights in the same folder are moved along, before the file. Missing folders are created.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=target.parent) as folder:
+        path = Path(folder, target.name)
+        yield path
+        for written in sorted(Path(folder).iterdir(), key=lambda written: written == path):
+            os.replace(written, target.parent / written.name)
+
+
 def _parse(path: Path, content: bytes) -> Any:
     onnx = require("onnx", extra="cpu")
     try:
         model = onnx.load_model_from_string(content)
-    except Exception as exc:  # protobuf's own DecodeError, and whatever onnx makes of it
+    except Exception as exc:  # protobuf's DecodeError, or what onnx converts it to
         raise TeacherError(
             f"{path} ({len(content)} bytes) is not a readable ONNX file: {exc}; export the teacher again"
         ) from exc
@@ -94,7 +114,7 @@ def _parse(path: Path, content: bytes) -> Any:
 
 
 def _tensors(message: Any) -> Iterator[Any]:
-    """Every tensor in a protobuf message, wherever it hides: initializers, constants, branches, functions."""
+    """All tensors in a protobuf message: initializers, constants, those in subgraphs and functions."""
     if message.DESCRIPTOR.name == "TensorProto":
         yield message
         return
@@ -105,7 +125,7 @@ def _tensors(message: Any) -> Iterator[Any]:
 
 
 def _external_files(path: Path, tensors: Sequence[Any]) -> list[Path]:
-    """The files that hold external weights, sorted; each lies in the model's folder and exists."""
+    """The files with external weights, sorted, after checking that each exists and is in the model's folder."""
     files = set()
     for tensor in tensors:
         if tensor.data_location != tensor.EXTERNAL:
@@ -114,24 +134,24 @@ def _external_files(path: Path, tensors: Sequence[Any]) -> list[Path]:
         file = (path.parent / location).resolve()
         if Path(location).is_absolute() or ".." in Path(location).parts or not file.is_relative_to(path.parent):
             raise TeacherError(
-                f"{path}: the weights of {tensor.name!r} are said to lie in {location!r}; an absolute path, '..' or a "
-                "symlink out of the model's folder is refused, keep external data beside the file"
+                f"{path}: the weights of {tensor.name!r} are in {location!r}; absolute paths, '..' and symlinks out of "
+                "the model's folder are not allowed, keep external data next to the file"
             )
         if not file.is_file():
             raise TeacherError(
-                f"{path}: the weights of {tensor.name!r} are said to lie in {location!r}, and there is no such file; "
-                "copy the external data together with the model"
+                f"{path}: the weights of {tensor.name!r} are in {location!r}, and there is no such file; copy the "
+                "external data together with the model"
             )
         files.add(file)
     return sorted(files)
 
 
 def _read_input(path: Path, graph: Any) -> tuple[str, TensorSpec]:
-    weights = {tensor.name for tensor in graph.initializer}  # old files list their weights among the inputs
+    weights = {tensor.name for tensor in graph.initializer}  # old files list weights among the inputs
     inputs = [value for value in graph.input if value.name not in weights]
     if len(inputs) != 1:
         names = ", ".join(repr(value.name) for value in inputs)
-        raise TeacherError(f"{path} takes {len(inputs)} inputs ({names}); a teacher takes images alone")
+        raise TeacherError(f"{path} takes {len(inputs)} inputs ({names}); a teacher takes only images")
     images = _spec(path, inputs[0])
     if len(images.shape) != 4 or images.shape[1] != 3:
         raise TeacherError(f"{path}: the input {inputs[0].name!r} is {images}; a teacher takes images [N, 3, H, W]")
@@ -142,15 +162,15 @@ def _read_outputs(path: Path, graph: Any) -> tuple[dict[str, str], dict[str, Ten
     names = [value.name for value in graph.output]
     output_names = {"logits": names[0]} if len(names) == 1 else {name: name for name in names}
     if "logits" not in output_names:
-        raise TeacherError(f"{path} returns {', '.join(map(repr, names))}; one of several must be named 'logits'")
+        raise TeacherError(f"{path} returns {', '.join(map(repr, names))}; one of them must be named 'logits'")
     outputs = dict(zip(output_names, (_spec(path, value) for value in graph.output), strict=True))
     if len(outputs["logits"].shape) != 2:
-        raise TeacherError(f"{path}: the logits {output_names['logits']!r} are {outputs['logits']}, wanted [N, K]")
+        raise TeacherError(f"{path}: the logits {output_names['logits']!r} are {outputs['logits']}, expected [N, K]")
     return output_names, outputs
 
 
 def _spec(path: Path, value: Any) -> TensorSpec:
-    """Shape and dtype of an input or output, whose first dimension must be a dynamic batch."""
+    """Shape and dtype of an input or output; its first dimension must be a dynamic batch."""
     onnx = require("onnx", extra="cpu")
     tensor = value.type.tensor_type
     dtype_name = onnx.TensorProto.DataType.Name(tensor.elem_type)
@@ -161,13 +181,13 @@ def _spec(path: Path, value: Any) -> TensorSpec:
         )
     if not tensor.shape.dim:
         raise TeacherError(f"{path}: {value.name!r} has no shape; run onnx.shape_inference.infer_shapes on the file")
-    # Exporters write an unknown size as a name, as nothing or as -1.
+    # Exporters write a dynamic size as a name, as nothing or as -1.
     shape = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
     spec = TensorSpec(shape, _TORCH_DTYPES[dtype_name])
     if shape[0] is not None:
         raise TeacherError(
-            f"{path}: {value.name!r} is {spec}, a static batch of {shape[0]}; a teacher needs a dynamic one, "
-            "such as dynamic_shapes=({0: 'batch'},) gives in torch.onnx.export"
+            f"{path}: {value.name!r} is {spec}, a static batch of {shape[0]}; export the teacher with a dynamic batch, "
+            "such as dynamic_shapes=({0: 'batch'},) in torch.onnx.export"
         )
     return spec
 
@@ -188,7 +208,7 @@ def _read_classes(path: Path, model: Any, num_classes: int | None) -> tuple[str,
 
 
 def _precision(tensors: Sequence[Any]) -> str:
-    """Precision of most floating weights by number of elements; a few constants always stay in float32."""
+    """Precision of most floating weights by number of elements; some constants are always float32."""
     num_elements = dict.fromkeys(_PRECISIONS, 0)
     for tensor in tensors:
         dtype_name = tensor.DataType.Name(tensor.data_type)

@@ -1,4 +1,4 @@
-"""Open ONNX Runtime on an ONNX file."""
+"""ONNX Runtime sessions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.optional import require
 
-__all__ = ["ERRORS", "FATAL", "open_session"]
+__all__ = ["ERROR", "FATAL", "open_session"]
 
-ERRORS, FATAL = 3, 4
-"""ONNX Runtime's log levels: from errors on, and only what ends the process."""
+ERROR, FATAL = 3, 4
+"""ONNX Runtime's log levels: errors, and only those that end the process."""
 
 
 def open_session(
@@ -19,20 +19,20 @@ def open_session(
     providers: Sequence[Any] = (),
     num_threads: int | None = None,
     optimize: bool = True,
-    log_level: int = ERRORS,
+    log_level: int = ERROR,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` on the file `path`.
+    """An `onnxruntime.InferenceSession` for the file `path`.
 
     Args:
         path: the ONNX file.
-        providers: execution providers to use where they support a node; the CPU's runs the rest.
+        providers: execution providers in order of preference; nodes that none of them supports run on the CPU.
         num_threads: threads of the CPU provider; defaults to the cores of this process.
-        optimize: let the runtime fuse nodes. Without, each node runs as the file has it.
-        log_level: `ERRORS` or `FATAL`.
+        optimize: whether the runtime may fuse nodes. If False, it runs each node as the file has it.
+        log_level: `ERROR` or `FATAL`.
 
     Raises:
         MissingPackageError: `onnxruntime` is not installed.
-        Exception: the runtime cannot open the file; it has many error classes and no base of its own.
+        Exception: the runtime cannot open the file; its error classes have no common base.
     """
     onnxruntime = require("onnxruntime", extra="cpu")
     options = onnxruntime.SessionOptions()

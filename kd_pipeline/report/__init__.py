@@ -1,1 +1,1 @@
-"""What a run shows: pictures and tables."""
+"""Plots of runs and benchmarks, and image grids of batches."""

@@ -1,4 +1,4 @@
-"""Show a batch as the models see it: a PNG grid with each image's label and the teacher's first choice."""
+"""Draw a batch as the models see it: a grid of images with labels and teacher predictions."""
 
 import math
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def save_grid(
     classes: Sequence[str] | None = None,
     num_images: int = 32,
 ) -> Path:
-    """Write the first images of `batch`, with the normalization of `transform` undone, as a PNG to `path`.
+    """Write the first images of `batch` as a PNG file, with the normalization of `transform` undone.
 
-    Under each image stand its label and, where there is a teacher, the teacher's top-1 with its probability: green
-    where both agree, red where not, gray for rows that do not count.
+    Below each image are its label and, if the batch has teacher logits, the teacher's top-1 class and probability:
+    green if both agree, red if not, gray for rows that are not valid.
     """
     num_images = min(num_images, len(batch))
     num_columns = math.ceil(math.sqrt(num_images * 2))
@@ -40,7 +40,7 @@ def save_grid(
     grid = Image.new("RGB", (num_columns * cell_width + _MARGIN, num_rows * cell_height + _MARGIN), "white")
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=11)
-    for position, pixels in enumerate(_visible(batch, transform, num_images)):
+    for position, pixels in enumerate(_denormalized(batch, transform, num_images)):
         row, column = divmod(position, num_columns)
         x, y = _MARGIN + column * cell_width, _MARGIN + row * cell_height
         grid.paste(Image.fromarray(pixels).resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, y))
@@ -52,24 +52,24 @@ def save_grid(
     return path
 
 
-def _visible(batch: KDBatch, transform: TrainTransform | EvalTransform, num_images: int) -> np.ndarray:
-    """`[num_images, H, W, 3]` uint8, normalization undone."""
+def _denormalized(batch: KDBatch, transform: TrainTransform | EvalTransform, num_images: int) -> np.ndarray:
+    """The first images, `[num_images, H, W, 3]` uint8."""
     images = batch.images[:num_images].float().cpu()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (transform.mean, transform.std))
-    visible = (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return visible.permute(0, 2, 3, 1).contiguous().numpy()
+    pixels = (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _captions(batch: KDBatch, position: int, classes: Sequence[str] | None) -> list[tuple[str, tuple[int, int, int]]]:
     lines = []
     label = None if batch.labels is None else _class_of(batch.labels[position])
-    counts = bool(batch.valid[position])
+    is_valid = bool(batch.valid[position])
     if label is not None:
-        lines.append((f"label {_name(label, classes)}", _BLACK if counts else _GRAY))
+        lines.append((f"label {_name(label, classes)}", _BLACK if is_valid else _GRAY))
     if "logits" in batch.teacher:
-        probability, choice = batch.teacher["logits"][position].softmax(dim=0).max(dim=0)
-        color = _GRAY if label is None or not counts else _GREEN if int(choice) == label else _RED
-        lines.append((f"teacher {_name(int(choice), classes)} {float(probability):.0%}", color))
+        probability, top1 = batch.teacher["logits"][position].softmax(dim=0).max(dim=0)
+        color = _GRAY if label is None or not is_valid else _GREEN if int(top1) == label else _RED
+        lines.append((f"teacher {_name(int(top1), classes)} {float(probability):.0%}", color))
     return lines
 
 

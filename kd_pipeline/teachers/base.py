@@ -1,4 +1,4 @@
-"""The teacher contract: images in, named tensors out, frozen for good."""
+"""The contract of every teacher: a batch of images in, named float32 tensors out."""
 
 import time
 from abc import ABC, abstractmethod
@@ -10,25 +10,26 @@ from torch import Tensor
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import EngineError, TeacherError
 
-__all__ = ["Teacher", "TensorSpec"]
+__all__ = ["Teacher"]
 
 
 class Teacher(ABC):
-    """A frozen model that turns a batch of images into named tensors.
+    """A frozen model that maps a batch of images to named tensors.
 
-    The laws, which one test holds every backend to:
+    The contract, which the same tests check for every backend:
 
-    - `"logits"` `[N, K]` float32 is always among the outputs; features may join it under names of their own.
-    - Any batch from 1 to `max_batch` is accepted; anything else is refused, naming what was found and what is wanted.
-    - Outputs are fresh and owned by the caller: a later call never changes them, and none carries a gradient.
-    - The images are only read, at the address they came with; nothing is copied where the runtime can avoid it.
-    - On a GPU the work is queued on the caller's current stream and nothing waits for it; CPU runtimes
-      return when the answer is there.
-    - Nothing the user does to a model after handing it over changes the answers.
-    - `close()` frees the runtime and may be called twice; a call after it raises `TeacherError`.
+    1. `"logits"` `[N, K]` float32 is always among the outputs; features join it under their own names.
+    2. Every batch size from 1 to `max_batch` works. Images that do not match `images` raise a `TeacherError` that says
+       what the teacher takes and what it got.
+    3. Outputs are new tensors that the caller owns: no later call changes them, and none requires a gradient.
+    4. Images are read in place and never written to. They are copied only where the runtime cannot read them as is.
+    5. On a GPU the work is queued on the caller's current stream and the host does not wait for it. CPU runtimes
+       return when the outputs are there.
+    6. Changes to a model after it was handed over do not change the outputs.
+    7. `close()` frees the runtime and may be called twice. Calling a closed teacher raises a `TeacherError`.
 
-    A teacher is not an `nn.Module`, so that it cannot slip into an optimizer, a checkpoint or `train()`.
-    Subclasses implement `_infer` and `_release`, and nothing else.
+    A teacher is not an `nn.Module`, to keep it out of optimizers, checkpoints and `train()`. Subclasses implement
+    `_infer` and `_release`.
     """
 
     def __init__(
@@ -44,21 +45,21 @@ class Teacher(ABC):
         fingerprint: str,
     ) -> None:
         self.backend = backend
-        """Name of the runtime, as `open_teacher` knows it."""
+        """Name of the runtime, as in `TeacherSettings.backend`."""
         self.precision = precision
-        """What the arithmetic really runs in: `"fp32"`, `"bf16"` or `"fp16"`; read back from the runtime."""
+        """Precision of the arithmetic as the runtime reports it, such as `"fp32"`, `"bf16"` or `"fp16"`."""
         self.device = device
         self.images = images
-        """What the teacher accepts, `[N, 3, H, W]`."""
+        """Shape `[N, 3, H, W]` and dtype of its input."""
         self.outputs = dict(outputs)
-        """What it returns, by name."""
+        """Shape and dtype of each output, by name."""
         self.max_batch = max_batch
         self.classes = classes
-        """Names of the K classes in logit order, where the model's file carries them."""
+        """Names of the K classes in logit order; None if the model does not carry them."""
         self.fingerprint = fingerprint
-        """Hex digest of the model's content; two teachers that answer differently differ here."""
+        """Hex digest of model, precision and backend; teachers with different outputs have different ones."""
         self.busy_s = 0.0
-        """Seconds of the host in all calls so far; on a GPU that is the queueing alone."""
+        """Host time of all calls so far, in seconds; on a GPU only the time to queue the work."""
         self._closed = False
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ class Teacher(ABC):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 return self._infer(images)
-        except Exception as exc:  # each runtime has errors of its own
+        except Exception as exc:  # each runtime has its own error classes
             found = TensorSpec(tuple(images.shape), images.dtype)
             kind = EngineError if isinstance(exc, EngineError) else TeacherError
             raise kind(f"the {self.backend} teacher failed on images {found}: {exc}") from exc
@@ -80,24 +81,24 @@ class Teacher(ABC):
             self.busy_s += time.perf_counter() - started
 
     def close(self) -> None:
-        """Free the runtime; a second call does nothing."""
+        """Free the runtime. A second call does nothing."""
         if not self._closed:
             self._closed = True
             self._release()
 
     @abstractmethod
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        """Run the model; `images` has been checked and autograd is off."""
+        """Run the model. `images` has been checked, and autograd is off."""
 
     @abstractmethod
     def _release(self) -> None:
-        """Drop what the runtime holds; called once."""
+        """Free what the runtime holds. Called once."""
 
     def check_fits(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """Refuse images of this shape, dtype and device now rather than at the first batch.
+        """Raise now, rather than at the first batch, if the teacher cannot take such images.
 
         Raises:
-            TeacherError: they do not fit; says what was found and what is wanted.
+            TeacherError: shape, dtype or device do not fit; says what the teacher takes and what it got.
         """
         if not self.images.accepts(shape, dtype):
             raise TeacherError(

@@ -1,38 +1,36 @@
-"""A teacher whose class names are the data's in another order, or hold them all: its logits in the data's order."""
+"""Teachers whose class order differs from the data's: their logits reordered by class name."""
 
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from kd_pipeline._core.suggestions import some
+from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.recorded.teacher import RecordedTeacher
 
-__all__ = ["PermutedTeacher", "matched"]
+__all__ = ["PermutedTeacher", "match_classes"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 
 class PermutedTeacher(Teacher):
-    """An open teacher that answers for `classes`, by name, in that order.
+    """An open teacher with its logits selected and reordered by class name.
 
-    Logit k `[N, K]` is the teacher's logit for `classes[k]`; its logits for other classes, such as a background class,
-    are left out, so that a softmax shares their probability among the rest. Other outputs are the teacher's own.
-    `close()` closes the teacher too.
+    Column k of the logits `[N, K]` is the teacher's logit of `classes[k]`. Logits of other classes, such as a
+    background class, are dropped, and a softmax distributes their probability over the rest. Other outputs pass
+    through. `close()` also closes the wrapped teacher.
     """
 
     def __init__(self, teacher: Teacher, classes: Sequence[str]) -> None:
-        """Put the logits of `teacher` into the order of `classes`.
+        """Wrap `teacher`, with logits in the order of `classes`.
 
         Raises:
-            TeacherError: the teacher does not know its classes, lacks one of `classes` or has it twice.
+            TeacherError: the teacher has no class names, or has one of `classes` not exactly once.
         """
         positions = _positions(teacher, classes)
         self._teacher = teacher
@@ -57,15 +55,15 @@ class PermutedTeacher(Teacher):
         self._teacher.close()
 
 
-def matched(teacher: Teacher, classes: Sequence[str] | None) -> Teacher:
-    """`teacher` with its logits in the order of `classes`, the data's; itself where they are in that order already.
+def match_classes(teacher: Teacher, classes: Sequence[str] | None) -> Teacher:
+    """Return `teacher` with its logits in the order of `classes`, those of the data; as it is if they match already.
 
-    Names decide where both sides have them, and a warning says what was reordered or left out. Where the teacher has
-    no names only the number of logits can be compared, and where the data has none nothing can.
+    Classes are matched by name, and a warning reports what was reordered or dropped. Without names on the teacher's
+    side only the number of logits is checked, and without names on the data's side nothing.
 
     Raises:
-        TeacherError: the teacher lacks a class of the data, or has another number of logits; names the first
-            differences and says what to do.
+        TeacherError: the teacher lacks a class of the data, or its number of logits differs; names the first
+            differences and what to do.
     """
     if classes is None or teacher.classes == tuple(classes):
         return teacher
@@ -74,33 +72,28 @@ def matched(teacher: Teacher, classes: Sequence[str] | None) -> Teacher:
         if num_logits not in (None, len(classes)):
             raise TeacherError(
                 f"the {teacher.backend} teacher has {num_logits} logits and no class names, the data has "
-                f"{len(classes)} classes; export the teacher with its class names, which finds the logits of the "
-                "data's classes among them, or take a teacher of these classes"
+                f"{len(classes)} classes; export the teacher with its class names, by which its logits are matched to "
+                "the data's classes, or use a teacher of these classes"
             )
         return teacher
-    if isinstance(teacher, RecordedTeacher):
-        label, here, there = _first_difference(classes, teacher.classes)
-        raise TeacherError(
-            f"the recording in {teacher.path} was made for other classes ({len(teacher.classes)} there, {len(classes)} "
-            f"in the data): class {label} is {here!r} in the data and {there!r} there; record the teacher again"
-        )
     permuted = PermutedTeacher(teacher, classes)
     ours = set(classes)
     dropped = [repr(name) for name in teacher.classes if name not in ours]
     if dropped:
         _logger.warning(
-            "the %s teacher knows %d classes, the data %d of them: its logits are brought to the data's order, and "
-            "those of %s are left out",
+            "the %s teacher has %d classes, of which the data has %d: its logits are reordered to match the data, and "
+            "those of %s are dropped",
             teacher.backend,
             len(teacher.classes),
             len(classes),
-            some(dropped),
+            first_few(dropped),
         )
     else:
-        label, here, there = _first_difference(classes, teacher.classes)
+        pairs = enumerate(zip(classes, teacher.classes, strict=True))
+        label, (here, there) = next((label, names) for label, names in pairs if names[0] != names[1])
         _logger.warning(
-            "the %s teacher has the data's %d classes in another order (class %d is %r in the data and %r in the "
-            "teacher): its logits are brought to the data's order",
+            "the %s teacher has the data's %d classes in a different order (class %d is %r in the data and %r in the "
+            "teacher): its logits are reordered to match the data",
             teacher.backend,
             len(classes),
             label,
@@ -111,30 +104,24 @@ def matched(teacher: Teacher, classes: Sequence[str] | None) -> Teacher:
 
 
 def _positions(teacher: Teacher, classes: Sequence[str]) -> list[int]:
-    """Where among the teacher's logits each of `classes` is."""
+    """The column of each of `classes` in the teacher's logits."""
     if teacher.classes is None:
-        raise TeacherError(f"the {teacher.backend} teacher does not know its classes; export it with their names")
+        raise TeacherError(f"the {teacher.backend} teacher has no class names; export it with them")
     counts = Counter(teacher.classes)
     missing = [repr(name) for name in classes if name not in counts]
     if missing:
         ours = set(classes)
         others = [repr(name) for name in teacher.classes if name not in ours]
         raise TeacherError(
-            f"the teacher's {len(teacher.classes)} classes are not the data's {len(classes)}: it does not know "
-            f"{some(missing)}" + (f", and the data has no {some(others)}" if others else "") + "; "
-            "give the source `classes` with the teacher's names, or take a teacher of the data's classes"
+            f"the teacher's {len(teacher.classes)} classes are not the data's {len(classes)}: it lacks "
+            f"{first_few(missing)}" + (f", and the data has no {first_few(others)}" if others else "") + "; "
+            "give the source `classes` with the teacher's names, or use a teacher of the data's classes"
         )
     twice = [repr(name) for name in classes if counts[name] > 1]
     if twice:
         raise TeacherError(
-            f"the teacher has {some(twice)} more than once among its {len(teacher.classes)} classes, so its logits "
-            "cannot be matched to the data by name; export it with names that differ"
+            f"the teacher has {first_few(twice)} more than once among its {len(teacher.classes)} classes, and its "
+            "logits cannot be matched to the data by name; export it with unique names"
         )
     position_of = {name: position for position, name in enumerate(teacher.classes)}
     return [position_of[name] for name in classes]
-
-
-def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, str | None, str | None]:
-    """The first label whose class differs, and its names, None for one too many; there is one."""
-    pairs = enumerate(zip_longest(ours, theirs))
-    return next((label, here, there) for label, (here, there) in pairs if here != there)

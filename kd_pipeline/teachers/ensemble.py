@@ -1,4 +1,4 @@
-"""Several teachers as one: a weighted average of their softmax or of their logits, on the device."""
+"""Several teachers as one: the weighted average of their softmax or of their logits."""
 
 import hashlib
 import math
@@ -16,15 +16,15 @@ __all__ = ["EnsembleTeacher"]
 
 
 class EnsembleTeacher(Teacher):
-    """Open teachers that answer together; all read the same images.
+    """Open teachers whose averaged logits `[N, K]` are the output.
 
-    The logits `[N, K]` are those whose softmax is an average of the members' softmax, as Hinton et al. (arXiv
-    1503.02531, section 1) take it for soft targets. `average="softmax"` is the arithmetic mean: exact at temperature 1,
-    while a loss at temperature T softens the mean and not each member. `average="logits"` is the geometric mean, the
-    weighted mean of the logits, and commutes with temperature.
+    Hinton et al. (arXiv 1503.02531, section 1) average the predictions of an ensemble for soft targets.
+    `average="softmax"` is the arithmetic mean of the softmax, `log(sum_i w_i softmax(z_i))`: exact at temperature 1,
+    while a loss at temperature T softens the mean rather than each member. `average="logits"` is the geometric mean,
+    `sum_i w_i z_i`, and commutes with temperature.
 
-    Features are left out, since those of different networks share no axes. Class names may be missing from some members
-    and must be the same in the others. `max_batch` is the smallest one. `close()` closes the members too.
+    Features are dropped, as those of different networks have different axes. Members without class names take those of
+    the others, which must agree. `max_batch` is the smallest of all. `close()` also closes the members.
     """
 
     def __init__(
@@ -34,17 +34,19 @@ class EnsembleTeacher(Teacher):
         weights: Sequence[float] | None = None,
         average: Literal["softmax", "logits"] = "softmax",
     ) -> None:
-        """Join `teachers`, with equal `weights` unless given; weights are positive and count relative to their sum.
+        """Combine `teachers`. `weights` are positive, are divided by their sum, and default to equal ones.
 
         Raises:
-            ConfigError: there are no teachers, or the weights do not fit them.
-            TeacherError: two members take different images or name different classes; says which, and both values.
+            ConfigError: there are no teachers, or not one positive weight for each.
+            TeacherError: two members differ in images, number of logits, class names or device; names both.
         """
         self._members = tuple(teachers)
         self._weights = _normalized(weights, len(self._members))
         self._average = average
         images = _merge(self._members, "images", [member.images for member in self._members])
         logits = _merge(self._members, "logits", [member.outputs["logits"] for member in self._members])
+        weighted = zip(self._members, self._weights, strict=True)
+        content = [f"ensemble {average}", *(f"{member.fingerprint} {weight.hex()}" for member, weight in weighted)]
         super().__init__(
             backend="ensemble",
             precision="+".join(dict.fromkeys(member.precision for member in self._members)),
@@ -53,28 +55,20 @@ class EnsembleTeacher(Teacher):
             outputs={"logits": logits},
             max_batch=min(member.max_batch for member in self._members),
             classes=_common_classes(self._members),
-            fingerprint=self._digest(),
+            fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         )
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        answers = [member(images)["logits"] for member in self._members]
+        logits = [member(images)["logits"] for member in self._members]
+        weighted = list(zip(self._weights, logits, strict=True))
         if self._average == "logits":
-            weighted = [weight * logits for weight, logits in zip(self._weights, answers, strict=True)]
-            return {"logits": torch.stack(weighted).sum(0)}
-        shares = [
-            math.log(weight) + logits.log_softmax(1) for weight, logits in zip(self._weights, answers, strict=True)
-        ]
-        return {"logits": torch.stack(shares).logsumexp(0)}
+            return {"logits": torch.stack([weight * logits_NK for weight, logits_NK in weighted]).sum(0)}
+        log_shares = [math.log(weight) + logits_NK.log_softmax(1) for weight, logits_NK in weighted]
+        return {"logits": torch.stack(log_shares).logsumexp(0)}
 
     def _release(self) -> None:
         for member in self._members:
             member.close()
-
-    def _digest(self) -> str:
-        digest = hashlib.sha256(f"ensemble {self._average}".encode())
-        for member, weight in zip(self._members, self._weights, strict=True):
-            digest.update(f"\n{member.fingerprint} {weight.hex()}".encode())
-        return digest.hexdigest()
 
 
 def _normalized(weights: Sequence[float] | None, num_members: int) -> list[float]:
@@ -91,14 +85,14 @@ def _normalized(weights: Sequence[float] | None, num_members: int) -> list[float
 
 
 def _merge(members: Sequence[Teacher], what: str, specs: Sequence[TensorSpec]) -> TensorSpec:
-    """The one spec that fits all; a size that some leave open is that of the others."""
+    """The one spec that fits all; a size that some leave open is the others'."""
     merged = specs[0]
     for number, spec in enumerate(specs):
         pairs = list(zip(merged.shape, spec.shape, strict=False))
         fits = len(merged.shape) == len(spec.shape) and merged.dtype == spec.dtype
         if not fits or any(None not in pair and pair[0] != pair[1] for pair in pairs):
             raise TeacherError(
-                f"the members of an ensemble share their {what}: teacher {number} ({members[number].backend}) has "
+                f"the members of an ensemble must share their {what}: teacher {number} ({members[number].backend}) has "
                 f"{spec}, those before it {merged}; export or open them for the same {what}"
             )
         merged = TensorSpec(tuple(known if size is None else size for known, size in pairs), merged.dtype)
@@ -110,24 +104,23 @@ def _common_device(members: Sequence[Teacher]) -> torch.device:
     for number, member in enumerate(members):
         if member.device != device:
             raise TeacherError(
-                f"the members of an ensemble read the same images: teacher {number} ({member.backend}) is on "
+                f"the members of an ensemble must be on one device: teacher {number} ({member.backend}) is on "
                 f"{member.device}, teacher 0 on {device}; open them on the same device"
             )
     return device
 
 
 def _common_classes(members: Sequence[Teacher]) -> tuple[str, ...] | None:
-    first: tuple[int, tuple[str, ...]] | None = None
-    for number, member in enumerate(members):
-        if member.classes is None:
-            continue
-        if first is None:
-            first = number, member.classes
-        # As long as each other: both have a name for each of the K logits.
-        for index, (known, found) in enumerate(zip(first[1], member.classes, strict=True)):
+    named = [(number, member.classes) for number, member in enumerate(members) if member.classes is not None]
+    if not named:
+        return None
+    first, classes = named[0]
+    for number, names in named:
+        # Equally long: both have a name for each of the K logits.
+        for index, (known, found) in enumerate(zip(classes, names, strict=True)):
             if found != known:
                 raise TeacherError(
-                    f"the members of an ensemble answer for the same classes: logit {index} is {found!r} for teacher "
-                    f"{number} ({member.backend}) and {known!r} for teacher {first[0]}; reorder the classes of one"
+                    f"the members of an ensemble must have the same classes: logit {index} is {found!r} for teacher "
+                    f"{number} ({members[number].backend}) and {known!r} for teacher {first}; reorder one of them"
                 )
-    return None if first is None else first[1]
+    return classes

@@ -22,19 +22,14 @@ __all__ = ["OnnxRuntimeTeacher", "why_no_cuda"]
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16}
 _CUDA = "CUDAExecutionProvider"
 _CUDA_13_SINCE = "1.27"
-"""The first onnxruntime-gpu on PyPI that is built for CUDA 13; those before it are for CUDA 12."""
+"""The first onnxruntime-gpu on PyPI for CUDA 13; earlier ones are for CUDA 12."""
 
 
 class OnnxRuntimeTeacher(Teacher):
     """An ONNX file run by ONNX Runtime's CPU provider, or on a GPU by its CUDA provider.
 
-    The runtime reads the images where they lie and writes outputs that are the caller's. On a GPU its work is queued
-    between two waits of the caller's stream, and the host waits for nothing.
-
-    `precision` must be that of the file's weights, because the runtime changes nothing about it; None takes whatever
-    it is. `num_threads` defaults to the cores of this process. `as_written` runs each node as the file has it: the
-    runtime's optimizer would join nodes, and leave out roundings between them that a file asks for to emulate another
-    precision.
+    The runtime reads the images in place and writes to output tensors that the caller gets. On a GPU it works on a
+    stream of its own, which waits for the caller's stream and which the caller's stream waits for; the host does not.
     """
 
     def __init__(
@@ -45,8 +40,22 @@ class OnnxRuntimeTeacher(Teacher):
         precision: str | None = "fp32",
         max_batch: int = 1024,
         num_threads: int | None = None,
-        as_written: bool = False,
+        optimize: bool = True,
     ) -> None:
+        """Open the file `onnx`.
+
+        Args:
+            onnx: the exported teacher.
+            device: a CPU or an NVIDIA GPU.
+            precision: that of the file's weights, which the runtime cannot change; None takes any.
+            max_batch: largest number of images in one call.
+            num_threads: threads of the CPU provider; defaults to the cores of this process.
+            optimize: let the runtime fuse nodes, which drops the roundings with which a file emulates a precision.
+
+        Raises:
+            TeacherError: the file is no teacher, has a different precision, or the runtime cannot load it.
+            MissingPackageError: ONNX Runtime is not installed.
+        """
         onnxruntime = require("onnxruntime", extra="cpu")
         self._file = file = read_onnx(onnx)
         if precision not in (None, file.precision):
@@ -54,28 +63,27 @@ class OnnxRuntimeTeacher(Teacher):
                 f"{file.path} holds {file.precision} weights, wanted {precision}; ONNX Runtime runs a file as it is: "
                 f"set the teacher's precision to {file.precision}, or export the teacher in {precision}"
             )
-        where = torch.device(device)
-        if where.type == "cuda" and where.index is None:
-            where = torch.device("cuda", torch.cuda.current_device())
-        self._order = _OnCuda(where) if where.type == "cuda" else _OnCpu()
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = _CudaStream(device) if device.type == "cuda" else None
+        providers = [] if self._stream is None else [self._stream.provider]
         try:
-            self._session = open_session(
-                file.path, providers=self._order.providers, num_threads=num_threads, optimize=not as_written
-            )
+            self._session = open_session(file.path, providers=providers, num_threads=num_threads, optimize=optimize)
         except Exception as exc:
             raise TeacherError(f"ONNX Runtime cannot load {file.path}: {exc}") from exc
-        if where.type == "cuda" and _CUDA not in self._session.get_providers():
+        if self._stream is not None and _CUDA not in self._session.get_providers():
             raise TeacherError(
-                f"ONNX Runtime cannot use {where}: {why_no_cuda() or 'its CUDA provider does not load, as it has said'}"
+                f"ONNX Runtime cannot use {device}: {why_no_cuda() or 'its CUDA provider does not load, see its log'}"
             )
         self._run_options = onnxruntime.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._sizes: dict[torch.Size, list[tuple[int, ...]]] = {}
-        """Of the outputs for one image, by the size of the image."""
+        self._output_sizes: dict[torch.Size, list[tuple[Any, ...]]] = {}
+        """Of each output for one image, by the size of the image."""
         super().__init__(
             backend="onnxruntime",
             precision=file.precision,
-            device=where,
+            device=device,
             images=file.images,
             outputs={name: TensorSpec(spec.shape, torch.float32) for name, spec in file.outputs.items()},
             max_batch=max_batch,
@@ -84,39 +92,36 @@ class OnnxRuntimeTeacher(Teacher):
         )
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        dtypes = [spec.dtype for spec in self._file.outputs.values()]
         outputs = [
-            torch.empty(len(images), *sizes, dtype=dtype, device=images.device)
-            for dtype, sizes in zip(dtypes, self._sizes_of(images), strict=True)
+            torch.empty(len(images), *sizes, dtype=spec.dtype, device=images.device)
+            for spec, sizes in zip(self._file.outputs.values(), self._sizes_for(images), strict=True)
         ]
         binding = self._bind(images)
-        for own, output in zip(self._file.output_names.values(), outputs, strict=True):
-            binding.bind_output(own, *self._place(output))
-        with self._order.turn(images):
+        for own_name, output in zip(self._file.output_names.values(), outputs, strict=True):
+            binding.bind_output(own_name, *self._place(output))
+        with self._ordered(images):
             self._session.run_with_iobinding(binding, self._run_options)
         return {name: output.float() for name, output in zip(self.outputs, outputs, strict=True)}
 
     def _release(self) -> None:
-        self._order.wait()
+        if self._stream is not None:
+            self._stream.synchronize()
         del self._session
 
-    def _sizes_of(self, images: Tensor) -> list[tuple[int, ...]]:
-        """Of each output for one image; where the file leaves them open, the runtime is asked once."""
+    def _sizes_for(self, images: Tensor) -> list[tuple[Any, ...]]:
+        """Size of each output for one image; if the file leaves one open, the model is run once to learn it."""
         size = images.shape[1:]
-        if size not in self._sizes:
-            known = [spec.shape[1:] for spec in self._file.outputs.values()]
-            self._sizes[size] = (
-                self._ask_sizes(images[:1]) if any(None in sizes for sizes in known) else known  # type: ignore[assignment]
-            )
-        return self._sizes[size]
-
-    def _ask_sizes(self, image: Tensor) -> list[tuple[int, ...]]:
-        binding = self._bind(image)
-        for own in self._file.output_names.values():
-            binding.bind_output(own)  # in the runtime's own memory, on the CPU
-        with self._order.turn(image):
-            self._session.run_with_iobinding(binding)
-        return [tuple(value.shape())[1:] for value in binding.get_outputs()]
+        if size not in self._output_sizes:
+            sizes = [spec.shape[1:] for spec in self._file.outputs.values()]
+            if any(None in each for each in sizes):
+                binding = self._bind(images[:1])
+                for own_name in self._file.output_names.values():
+                    binding.bind_output(own_name)  # in the runtime's own CPU memory
+                with self._ordered(images):
+                    self._session.run_with_iobinding(binding)
+                sizes = [tuple(value.shape())[1:] for value in binding.get_outputs()]
+            self._output_sizes[size] = sizes
+        return self._output_sizes[size]
 
     def _bind(self, images: Tensor) -> Any:
         binding = self._session.io_binding()
@@ -128,22 +133,12 @@ class OnnxRuntimeTeacher(Teacher):
         dtype = _NUMPY_DTYPES[tensor.dtype]
         return self.device.type, self.device.index or 0, dtype, tuple(tensor.shape), tensor.data_ptr()
 
-
-class _OnCpu:
-    """Nothing to order: the runtime returns when the outputs are there."""
-
-    providers: tuple[Any, ...] = ()
-
-    def turn(self, images: Tensor) -> AbstractContextManager[None]:
-        """The runtime's call."""
-        return nullcontext()
-
-    def wait(self) -> None:
-        """Nothing is left to wait for."""
+    def _ordered(self, images: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._stream is None else self._stream.ordered(images)
 
 
-class _OnCuda:
-    """A stream for the runtime, which takes one only when a session is made, and its order with the caller's."""
+class _CudaStream:
+    """The stream that the runtime works on, which it takes only when a session is made, synchronized with torch's."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -152,17 +147,17 @@ class _OnCuda:
             "device_id": str(device.index),
             "user_compute_stream": str(self._stream.cuda_stream),
             "use_tf32": "0",  # float32 is what the file says
-            "cudnn_conv_algo_search": "HEURISTIC",  # the default measures, and waits for it, at every new batch size
+            "cudnn_conv_algo_search": "HEURISTIC",  # the default benchmarks, and waits, at every new batch size
         }
-        self.providers = ((_CUDA, options),)
+        self.provider = (_CUDA, options)
         self._held: deque[tuple[torch.cuda.Event, Tensor]] = deque()
 
     @contextmanager
-    def turn(self, images: Tensor) -> Iterator[None]:
-        """What the runtime queues inside comes after the caller's earlier work and before its later work.
+    def ordered(self, images: Tensor) -> Iterator[None]:
+        """Order what the runtime queues inside after the caller's earlier work and before its later work.
 
-        So the caller's stream owns images and outputs as if it had done the work itself. Memory that is not torch's is
-        reused once nobody holds it, so the images are held until they have been read.
+        So the caller's stream owns images and outputs as if it had done the work itself. Memory that torch did not
+        allocate is reused as soon as nobody holds it, so the images are held until they have been read.
         """
         while self._held and self._held[0][0].query():  # type: ignore[no-untyped-call]
             self._held.popleft()
@@ -174,14 +169,14 @@ class _OnCuda:
             current.wait_stream(self._stream)
             self._held.append((self._stream.record_event(), images))
 
-    def wait(self) -> None:
-        """Let the host wait for all turns."""
+    def synchronize(self) -> None:
+        """Let the host wait for all queued work."""
         self._stream.synchronize()
         self._held.clear()
 
 
 def why_no_cuda() -> str | None:
-    """Why ONNX Runtime runs nothing on an NVIDIA GPU, and what to type; None where its package is made for one."""
+    """Why the installed ONNX Runtime cannot use an NVIDIA GPU, and the command that fixes it; None if it can."""
     try:
         onnxruntime = require("onnxruntime", extra="cpu")
     except MissingPackageError:
@@ -192,6 +187,6 @@ def why_no_cuda() -> str | None:
 
 
 def _install_line() -> str:
-    """For the CUDA version of torch, whose libraries ONNX Runtime uses."""
+    """Depends on torch's CUDA version, as ONNX Runtime uses torch's libraries."""
     version = f"<{_CUDA_13_SINCE}" if (torch.version.cuda or "").startswith("12.") else f">={_CUDA_13_SINCE}"
     return f"pip install 'onnxruntime-gpu{version}'"

@@ -20,21 +20,31 @@ _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
 class OpenVINOTeacher(Teacher):
-    """An ONNX file compiled by OpenVINO's CPU plugin.
-
-    `precision` is that of the arithmetic, whatever the file's weights are stored in; inputs and outputs keep the
-    file's type and outputs are handed over in float32. `num_threads` is the cores of this process unless given.
-    """
+    """An ONNX file run by OpenVINO's CPU plugin."""
 
     def __init__(
         self, onnx: Path, *, precision: str = "fp32", max_batch: int = 1024, num_threads: int | None = None
     ) -> None:
+        """Compile the file `onnx` for this CPU.
+
+        Args:
+            onnx: the exported teacher, with weights of any precision.
+            precision: that of the arithmetic: `fp32`, `bf16` or `fp16`.
+            max_batch: largest number of images in one call.
+            num_threads: defaults to the cores of this process.
+
+        Raises:
+            TeacherError: the file is no teacher, OpenVINO cannot load it, or the CPU lacks the precision.
+            MissingPackageError: OpenVINO is not installed.
+        """
         openvino = require("openvino", extra="cpu")
         file = read_onnx(onnx)
-        # Left alone, the plugin picks bfloat16 wherever the CPU has it, and the logits move by some percent.
-        hint = next(own for own, name in _PRECISIONS.items() if name == precision)
-        options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-        options["INFERENCE_NUM_THREADS"] = str(num_threads or num_cores())
+        options = {
+            # By default the plugin takes bfloat16 where the CPU has it, which changes the logits by some percent.
+            "INFERENCE_PRECISION_HINT": next(own for own, name in _PRECISIONS.items() if name == precision),
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": str(num_threads or num_cores()),
+        }
         try:
             compiled = _core().compile_model(file.path, "CPU", options)
         except Exception as exc:
@@ -61,8 +71,8 @@ class OpenVINOTeacher(Teacher):
         )
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        # OpenVINO reads the images where they lie. It copies each output once into an array of ours: small beside
-        # the arithmetic, and it spares us from knowing the shapes in advance.
+        # OpenVINO reads the images in place. It copies each output into a new array, which costs little next to the
+        # arithmetic and needs no shapes in advance.
         arrays = self._request.infer(self._tensor(images.numpy(), shared_memory=True), share_outputs=False)
         return {name: torch.from_numpy(arrays[own]).float() for name, own in self._output_names.items()}
 
@@ -72,10 +82,10 @@ class OpenVINOTeacher(Teacher):
 
 @cache
 def _core() -> Any:
-    """One for the life of the process.
+    """The only `openvino.Core` of this process.
 
-    The CPU plugin gives its thread a signal stack, and puts the one before it back when its `Core` goes. With two of
-    them, closed in the order in which they were opened, that is the freed one of the first, and the next signal, a
-    Ctrl-C say, ends the process with a segmentation fault.
+    The CPU plugin sets a signal stack for its thread, and restores the previous one when its `Core` is freed. If two
+    are freed in the order in which they were made, the restored stack is the freed one of the first, and the next
+    signal, such as a Ctrl-C, ends the process with a segmentation fault.
     """
     return require("openvino", extra="cpu").Core()

@@ -1,4 +1,4 @@
-"""PyTorch as the teacher's runtime: any `nn.Module`, on any device."""
+"""PyTorch as the teacher's runtime: an `nn.Module`, on any device."""
 
 import hashlib
 import logging
@@ -19,21 +19,12 @@ __all__ = ["PyTorchTeacher"]
 _logger = logging.getLogger("kd_pipeline")
 
 _NUM_WARM_UP = 3
-"""Passes before a capture, in which libraries choose kernels and allocate; what PyTorch's own examples take."""
+"""Forward passes before a capture, in which libraries select kernels and allocate; as in PyTorch's own examples."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PyTorchTeacher(Teacher):
-    """A private, frozen copy of a module.
-
-    The module returns a tensor, which becomes `"logits"`, or a mapping of tensors with `"logits"` among its keys;
-    all outputs are converted to float32. `precision` is the dtype of its parameters and of the images it sees, also
-    where the caller runs under autocast. On a GPU, `"fp32"` follows the TF32 switches in `torch.backends`.
-    `compile` passes the copy to `torch.compile`, which works at the first call and again at another batch size.
-    With `batch_size`, the usual number of images in a call, the first call is made here. With `cuda_graph` too, calls
-    with just so many images replay one captured CUDA graph, and others run without it; https://pytorch.org/docs/
-    stable/notes/cuda.html#cuda-graphs has the conditions that a module must fulfill.
-    """
+    """A frozen copy of a module that returns the logits, or a mapping of tensors with `"logits"` among its keys."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -51,6 +42,25 @@ class PyTorchTeacher(Teacher):
         batch_size: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
+        """Copy `module`, and run the copy once to learn its outputs.
+
+        Args:
+            module: the model; it stays as it is.
+            image_shape: `(3, H, W)`.
+            device: where to run.
+            dtype: of the images: float32 or float16.
+            precision: dtype of the parameters and of the images that the module sees: `fp32`, `bf16` or `fp16`, even
+                under autocast. On a GPU, `fp32` follows the TF32 switches in `torch.backends`.
+            max_batch: largest number of images in one call.
+            channels_last: run in NHWC.
+            compile: use `torch.compile`, which compiles at the first call and again at a new batch size.
+            batch_size: usual number of images in one call; runs the first such call here.
+            cuda_graph: replay calls with `batch_size` images as one captured CUDA graph, and run others without it.
+                https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs lists the conditions for the module.
+
+        Raises:
+            TeacherError: the module cannot be copied, fails, writes to its input, or returns something else.
+        """
         model = frozen_copy(module)
         fingerprint = _fingerprint(model, precision)
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -69,23 +79,23 @@ class PyTorchTeacher(Teacher):
         )
         if compile:
             self._model = torch.compile(self._model)
-        self._graphed: _Graphed | None = None
+        self._cuda_graph: _CudaGraph | None = None
         if batch_size is not None:
             usual = zeros.new_zeros(batch_size, *image_shape)
             self(usual)
             if cuda_graph:
-                self._graphed = _capture(self._forward, self._cast(usual))
+                self._cuda_graph = _capture(self._forward, self._cast(usual))
         if zeros.is_cuda:
-            # Whatever stream the first call is on, the weights are there.
+            # The weights are there for the first call, on whatever stream it is.
             torch.cuda.synchronize(zeros.device)
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        if self._graphed is not None and len(images) == self._graphed.num_images:
-            return self._graphed.run(images)
+        if self._cuda_graph is not None and len(images) == self._cuda_graph.num_images:
+            return self._cuda_graph.run(images)
         return _owned(self._forward(self._cast(images)))
 
     def _release(self) -> None:
-        del self._model, self._graphed
+        del self._model, self._cuda_graph
 
     def _cast(self, images: Tensor) -> Tensor:
         return images.to(self._dtype, memory_format=self._memory_format)
@@ -95,7 +105,7 @@ class PyTorchTeacher(Teacher):
             return named_outputs(self._model(images))
 
     def _learn_outputs(self, zeros: Tensor) -> dict[str, TensorSpec]:
-        """Run the module once and hold it to the contract."""
+        """Run the module once and check its outputs."""
         name, images = type(self._model).__qualname__, self._cast(zeros)
         version = images._version
         try:
@@ -112,35 +122,37 @@ class PyTorchTeacher(Teacher):
         for key, output in outputs.items():
             if output.ndim == 0 or len(output) != 2 or (key == "logits" and output.ndim != 2):
                 wanted = "[2, K]" if key == "logits" else "[2, ...]"
-                raise TeacherError(f"the teacher {name} gives {key!r} {list(output.shape)} for 2 images, not {wanted}")
+                raise TeacherError(
+                    f"the teacher {name} returns {key!r} {list(output.shape)} for 2 images, not {wanted}"
+                )
         return {key: TensorSpec((None, *output.shape[1:]), torch.float32) for key, output in outputs.items()}
 
 
-class _Graphed:
-    """The forward pass of one batch size as a CUDA graph, over images and outputs at fixed addresses."""
+class _CudaGraph:
+    """The forward pass of one batch size as a CUDA graph, with images and outputs at fixed addresses."""
 
     def __init__(self, forward: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> None:
         self._images, self._device = images, images.device
         self._done: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device):
-            beside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            beside.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(beside):
+            side_stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            side_stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(side_stream):
                 for _ in range(_NUM_WARM_UP):
                     forward(images)
-            torch.cuda.current_stream(self._device).wait_stream(beside)
+            torch.cuda.current_stream(self._device).wait_stream(side_stream)
             self._graph = torch.cuda.CUDAGraph()
-            # In this mode other threads, such as DALI's, may allocate and copy meanwhile.
+            # This mode lets other threads, such as DALI's, allocate and copy during the capture.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = forward(images)
 
     @property
     def num_images(self) -> int:
-        """How many images it takes: just so many."""
+        """The one batch size that it can run."""
         return len(self._images)
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
-        """Queue the graph on the current stream, behind its earlier runs on whatever stream they were."""
+        """Queue the graph on the current stream, after its earlier runs on any stream."""
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._done)
@@ -151,22 +163,22 @@ class _Graphed:
             return outputs
 
 
-def _capture(forward: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> _Graphed | None:
+def _capture(forward: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) -> _CudaGraph | None:
     try:
-        return _Graphed(forward, images)
-    except Exception as exc:  # whatever a module does that a graph cannot hold
+        return _CudaGraph(forward, images)
+    except Exception as exc:  # a module may do anything that a graph cannot capture
         _logger.warning("no CUDA graph for the teacher, which runs without one: %s", exc)
         return None
 
 
 def _owned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """float32 copies in every case: a module may return a view of the images or of its own buffers."""
+    """Float32 copies in any case: a module may return a view of the images or of its own buffers."""
     to_own = partial(Tensor.to, dtype=torch.float32, memory_format=torch.contiguous_format, copy=True)
     return {name: to_own(output) for name, output in outputs.items()}
 
 
 def _fingerprint(model: nn.Module, precision: str) -> str:
-    """Digest of the layers with their settings, of all parameters and buffers, and of backend and precision."""
+    """Digest of backend, precision, layers with their settings, parameters and buffers."""
     digest = hashlib.sha256(f"pytorch {precision}".encode())
     for name, layer in model.named_modules(remove_duplicate=False):
         digest.update(f"{name} {type(layer).__qualname__} {layer.extra_repr()}\n".encode())

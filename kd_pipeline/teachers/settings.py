@@ -1,17 +1,17 @@
-"""What a config says of the teacher: which runtime runs it, and how."""
+"""Settings of the teacher: what to run, and with which runtime."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeGuard
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models.input_adapter import WantedInput
+from kd_pipeline.models.input_adapter import ExpectedInput
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.tensorrt.manifest import Precision
 
-__all__ = ["EnsembleSettings", "TeacherSettings", "refuse_unused"]
+__all__ = ["EnsembleSettings", "TeacherSettings", "is_recording", "refuse_unused"]
 
 _USED_BY_ALL = {"backend"}
 _USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch"}
@@ -25,88 +25,90 @@ _USED_BY = {
 
 
 class TeacherSettings(Settings):
-    """Which runtime runs the teacher, and how. A setting that the chosen runtime does not use is an error."""
+    """What the teacher is, and which runtime runs it. A setting that the runtime does not use is an error."""
 
     backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt", "recorded"] = "auto"
-    """`auto` takes PyTorch for a model, TensorRT for an engine, and a recording where there is a `path`. For an ONNX
-    file it takes OpenVINO on a CPU; on a GPU, TensorRT where one is installed that is made for it, or else ONNX
-    Runtime."""
+    """`auto` picks PyTorch for a model, TensorRT for an engine and `recorded` for a `path`. For an ONNX file it picks
+    OpenVINO on a CPU, and on a GPU TensorRT if one is installed that supports it, else ONNX Runtime."""
     model: ModelSettings | None = None
-    """A network by name and its weights, for `pytorch`."""
+    """A network by name with its weights, for `pytorch`."""
     features: tuple[str, ...] = ()
-    """Layers of the model, by name, whose outputs the teacher returns beside the logits."""
-    input_adapter: WantedInput | Literal["auto"] | None = None
-    """The images that the model was trained on, where the loader's are others: a first layer brings them to that
-    normalization and size. `auto` takes what timm knows of its pretrained networks, with the size only of those that
-    take no other. For an ONNX file or an engine, fold it in when it is made."""
+    """Names of layers of the model whose outputs the teacher returns along with the logits."""
+    input_adapter: ExpectedInput | Literal["auto"] | None = None
+    """Normalization and size of the images that the model was trained on, if the loader's differ: a first layer
+    converts. `auto` uses what timm knows of its pretrained networks; the size only for those that take no other. For an
+    ONNX file or an engine, set it when exporting or building."""
     onnx: Path | None = None
-    """The exported teacher, for every backend but `pytorch`; `tensorrt` builds an engine from it when first asked."""
+    """An exported teacher, for `openvino`, `onnxruntime` and `tensorrt`, which first builds an engine from it."""
     engine: Path | None = None
-    """A TensorRT engine, made by `kd-pipeline build-engine`."""
+    """A TensorRT engine, built with `kd-pipeline build-engine`."""
     path: Path | None = None
-    """The folder of a recording, made by `kd-pipeline record`, whose answers are given again for the same images."""
+    """The folder of a recording made with `kd-pipeline record`, whose outputs are replayed for the same images."""
     verify: int = Field(default=32, ge=0)
-    """How many images, drawn anew at every start, are compared with those that were recorded."""
+    """How many images, drawn at random at every start, are compared with the recorded ones."""
     precision: Precision | None = None
-    """Precision of the arithmetic. It defaults to fp32, for `pytorch` on a GPU to half precision (bf16, or fp16 where
-    the GPU has no bf16), and to what an engine or an ONNX file of `onnxruntime` has, which neither can change. `int8`
-    and `fp8` are TensorRT's alone."""
+    """Precision of the arithmetic. It defaults to fp32, and for `pytorch` on a GPU to half precision: bf16, or fp16 if
+    the GPU has no bf16. An engine, and an ONNX file under `onnxruntime`, keep their own. `int8` and `fp8` are for
+    `tensorrt` only."""
     max_batch: int | None = Field(default=None, ge=1)
-    """Largest number of images in one call; unless given 1024, and the loader's batch for an engine that is built on
-    the way."""
+    """Largest number of images in one call. It defaults to 1024, and to the loader's batch size for an engine that is
+    built from an ONNX file."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Threads of the CPU runtimes; the cores of this process unless given."""
+    """Threads of the CPU runtimes; defaults to the cores of this process."""
     channels_last: bool = True
-    """Run PyTorch's convolutions in NHWC, which is the faster layout for most of them."""
+    """Run PyTorch's convolutions in NHWC, which is faster for most of them."""
     compile: bool | None = None
-    """Compile the PyTorch module with `torch.compile`, which is worth it from a few thousand images on; defaults to
-    true on a GPU, as far as that works there, and to false on a CPU."""
+    """Compile the PyTorch module with `torch.compile`, which pays off from a few thousand images. It defaults to false
+    on a CPU and to true on a GPU, where the module runs without it if it does not compile."""
     runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
-    """Which TensorRT builds the engine; `auto` is `tensorrt` where it is installed and `tensorrt_rtx` otherwise."""
+    """Which TensorRT builds the engine; `auto` is `tensorrt` if it is installed, else `tensorrt_rtx`."""
     cuda_graph: bool = False
-    """Replay the engine, or the PyTorch module at the loader's batch size, as a CUDA graph; worth it where launches
-    are slow beside the work, as with small batches."""
+    """Replay the engine, or the PyTorch module at the loader's batch size, as a CUDA graph. It pays off when launches
+    take long compared to the work, as with small batches."""
     trust_engine: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
-    """sha256 of an engine that somebody else made, or that has no manifest, and that you know to be good."""
+    """sha256 of an engine that you trust although somebody else built it or it has no manifest."""
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
         files = {"onnx": self.onnx, "engine": self.engine, "path": self.path}
-        given = [
-            *(f"{name}: {file}" for name, file in files.items() if file is not None),
-            *(["model"] if self.model else []),
-        ]
+        given = [f"{name}: {file}" for name, file in files.items() if file is not None]
+        given += ["model"] if self.model else []
         if len(given) > 1:
             raise ValueError(f"two teachers: {' and '.join(given)}; give one of them")
         if self.trust_engine is not None and self.engine is None:
-            raise ValueError("trust_engine names the sha256 of an engine, and there is no engine")
+            raise ValueError("trust_engine is the sha256 of an engine, and no engine is given")
         if self.backend != "auto":
             refuse_unused(self, self.backend)
         return self
 
 
 class EnsembleSettings(Settings):
-    """Several teachers that answer as one."""
+    """Several teachers whose averaged outputs count as one teacher's."""
 
     members: tuple[TeacherSettings, ...] = Field(min_length=1)
     weights: tuple[PositiveFloat, ...] | None = None
-    """How much each counts, relative to their sum; all the same unless given."""
+    """Weight of each member, divided by their sum; defaults to equal weights."""
     average: Literal["softmax", "logits"] = "softmax"
-    """What is averaged."""
+    """Average the softmax (arithmetic mean) or the logits (geometric mean)."""
 
     @model_validator(mode="after")
     def _has_a_weight_for_each(self) -> Self:
         if self.weights is not None and len(self.weights) != len(self.members):
             raise ValueError(f"{len(self.members)} members and {len(self.weights)} weights; give one for each")
-        if any(member.backend == "recorded" or member.path is not None for member in self.members):
-            raise ValueError("a recording cannot be a member; record the answers of the whole ensemble")
+        if any(map(is_recording, self.members)):
+            raise ValueError("a recording cannot be a member; record the outputs of the whole ensemble")
         return self
 
 
+def is_recording(settings: object) -> TypeGuard[TeacherSettings]:
+    """Whether `settings` name a recording, which `KDDataLoader` replays, and no teacher that can run."""
+    return isinstance(settings, TeacherSettings) and (settings.backend == "recorded" or settings.path is not None)
+
+
 def refuse_unused(settings: TeacherSettings, backend: str) -> None:
-    """Raise ConfigError if a setting is given that `backend` does not use."""
+    """Raise a ConfigError if a setting is not at its default and `backend` does not use it."""
     if settings.precision in ("int8", "fp8") and backend != "tensorrt":
-        raise ConfigError(f"precision: {settings.precision} is TensorRT's alone, and the backend is {backend}")
+        raise ConfigError(f"precision: {settings.precision} is for tensorrt only, and the backend is {backend}")
     for name, field in TeacherSettings.model_fields.items():
         if name not in _USED_BY[backend] and (value := getattr(settings, name)) != field.default:
             raise ConfigError(f"{name}: {value} means nothing to the {backend} backend; remove it or change backend")

@@ -1,1 +1,1 @@
-"""Training on Lightning: the module, its optimizer and schedule, checkpoints, and a whole run."""
+"""Training on Lightning: the module, its optimizer and schedule, checkpoints, logging and the run folder."""

@@ -1,4 +1,4 @@
-"""This process among those of a run: how many there are, which one it is, and how many cores are torch's."""
+"""The processes of a run under `torchrun` or SLURM: their ranks, and how many CPU threads each of them uses."""
 
 import os
 import re
@@ -8,78 +8,79 @@ import torch
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["is_first", "join_processes", "num_machines", "num_processes", "num_processes_here", "use_cores"]
+__all__ = ["init_distributed", "is_rank_zero", "local_world_size", "num_nodes", "set_num_threads", "world_size"]
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes what all share."""
-    return _number("RANK", "SLURM_PROCID", 0) == 0
+def is_rank_zero() -> bool:
+    """Whether this is the process that writes shared files."""
+    return _read_int("RANK", "SLURM_PROCID", 0) == 0
 
 
-def num_processes() -> int:
-    """Processes that `torchrun`, or `srun` in a job of SLURM, has started, on all machines; 1 without it."""
-    # Not SLURM_NTASKS, which a batch script has too, though it is one process.
-    return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
+def world_size() -> int:
+    """Processes that `torchrun`, or `srun` in a SLURM job, started on all nodes; 1 without them."""
+    # Not SLURM_NTASKS: a batch script has it too, although it is a single process.
+    return _read_int("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
 
 
-def join_processes() -> None:
-    """Meet the other processes that were started, before the loader asks which shard is ours.
+def local_world_size() -> int:
+    """Processes on this node; known after `init_distributed`."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    What `torchrun` puts into the environment is put there for `srun` too, so that the rest need not know of SLURM.
+
+def num_nodes() -> int:
+    """Nodes of the run; known before `init_distributed` too."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return world_size() // local_world_size()
+    return int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+
+
+def init_distributed() -> None:
+    """Initialize the default process group if there are several processes and none is initialized yet.
+
+    Call it before the loader is opened, which asks for its shard. Under `srun` it also sets the environment variables
+    of `torchrun`, so the rest of the program need not know about SLURM.
 
     Raises:
-        ConfigError: SLURM has started another number of processes on one machine than on another.
+        ConfigError: SLURM started a different number of processes on each node.
     """
-    if num_processes() > 1 and not torch.distributed.is_initialized():
+    if world_size() > 1 and not torch.distributed.is_initialized():
         if "RANK" not in os.environ:
-            os.environ.update(_slurm_step())
+            os.environ.update(_torchrun_environment())
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def num_processes_here() -> int:
-    """Those on this machine; known once they have been joined."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def num_machines() -> int:
-    """Machines that the processes are on, joined or not."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return num_processes() // num_processes_here()
-    return int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
-
-
-def use_cores(num_threads: int | None) -> None:
-    """Give torch so many CPU threads, or where None the cores of this process, unless `OMP_NUM_THREADS` is set."""
+def set_num_threads(num_threads: int | None) -> None:
+    """Set torch's CPU threads. None means `OMP_NUM_THREADS` if it is set, or else the cores of this process."""
     if num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads or num_cores())
 
 
-def _number(name: str, in_slurm: str, otherwise: int) -> int:
-    return int(os.environ.get(name) or os.environ.get(in_slurm) or otherwise)
+def _read_int(name: str, slurm_name: str, default: int) -> int:
+    return int(os.environ.get(name) or os.environ.get(slurm_name) or default)
 
 
-def _slurm_step() -> dict[str, str]:
-    """A step of a SLURM job in the words of `torchrun`."""
+def _torchrun_environment() -> dict[str, str]:
+    """The variables that `torchrun` would set, from those of a SLURM step."""
     slurm = os.environ
     counts = slurm["SLURM_STEP_TASKS_PER_NODE"]  # such as 4(x2), or 4(x2),3
     if not re.fullmatch(r"\d+(\(x\d+\))?", counts):
         raise ConfigError(
-            f"SLURM has started {counts} processes on the machines of this job, and a run needs as many on each; give "
+            f"SLURM started {counts} processes per node, and a run needs the same number on each node; set "
             "srun --ntasks-per-node"
         )
-    words = {
+    environment = {
         "RANK": slurm["SLURM_PROCID"],
         "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": counts.partition("(")[0],
         "GROUP_RANK": slurm["SLURM_NODEID"],
         "MASTER_ADDR": _first_host(slurm["SLURM_STEP_NODELIST"]),
-        # The same in all of the step, and another one in another job.
+        # The same for all processes of a job, and different for different jobs.
         "MASTER_PORT": str(15_000 + int(slurm["SLURM_JOB_ID"]) % 5_000),
     }
-    return words | {name: slurm[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in slurm}
+    return environment | {name: slurm[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in slurm}
 
 
 def _first_host(hosts: str) -> str:

@@ -1,20 +1,24 @@
-"""End a run before its last epoch when nothing gets better any more."""
+"""Stop a run when its metric no longer improves."""
 
 import math
 from typing import Any
 
+from kd_pipeline._core.optional import require
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.training.checkpoint import CheckpointCallback
 from kd_pipeline.training.settings import EarlyStoppingSettings
 
 __all__ = ["StopEarly"]
 
+_callbacks = require("lightning.pytorch.callbacks", extra="train")
 
-class StopEarly(CheckpointCallback):
-    """Looks at one figure after each epoch; to stand before `SaveLastAndBest`, which saves what was seen.
 
-    Not Lightning's `EarlyStopping`: a run that it has stopped trains one more epoch each time it is started again, and
-    the patience that it began with cannot be changed.
+class StopEarly(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
+    """Checks one metric after each epoch. List it before `SaveLastAndBest`, which then saves its state too.
+
+    It is a `Checkpoint` because Lightning calls those after all other callbacks.
+
+    Lightning's `EarlyStopping` does not fit: a stopped run trains one more epoch each time it is started again, and its
+    patience cannot be changed on resume.
     """
 
     def __init__(self, settings: EarlyStoppingSettings) -> None:
@@ -23,29 +27,29 @@ class StopEarly(CheckpointCallback):
         self._num_waited = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far, and the epochs since."""
+        """The best value so far and the number of epochs since then."""
         return {"metric": self._settings.metric, "best": self._best, "num_waited": self._num_waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on waiting, unless it was for another figure."""
+        """Resume, unless the state is of a different metric."""
         if state["metric"] == self._settings.metric:
             self._best, self._num_waited = state["best"], state["num_waited"]
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """A run that was stopped stays so."""
+        """Keep a stopped run stopped."""
         trainer.should_stop = self._is_over()
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Compare; NaN is no better than anything.
+        """Compare with the best epoch so far; NaN is never better.
 
         Raises:
-            ConfigError: nothing has logged the figure.
+            ConfigError: the metric was not logged.
         """
-        metric, figures = self._settings.metric, trainer.callback_metrics
-        if metric not in figures:
-            raise ConfigError(f"early_stopping.metric: there is no {metric!r}; there are {', '.join(sorted(figures))}")
-        # The first rank decides for all, as figures may differ in the last digit.
-        value = trainer.strategy.broadcast(float(figures[metric])) * (1 if self._settings.mode == "max" else -1)
+        metric, metrics = self._settings.metric, trainer.callback_metrics
+        if metric not in metrics:
+            raise ConfigError(f"early_stopping.metric: there is no {metric!r}; there are {', '.join(sorted(metrics))}")
+        # Rank zero decides for all, because the last digits may differ between ranks.
+        value = trainer.strategy.broadcast(float(metrics[metric])) * (1 if self._settings.mode == "max" else -1)
         self._num_waited = 0 if value > self._best else self._num_waited + 1
         self._best = value if value > self._best else self._best
         trainer.should_stop = trainer.should_stop or self._is_over()

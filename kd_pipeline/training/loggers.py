@@ -1,4 +1,4 @@
-"""Where a run's numbers go: `metrics.csv`, and loggers of Lightning's by name, which get its settings too."""
+"""Where a run logs: `metrics.csv`, and Lightning's loggers by name, which also get the settings."""
 
 import logging
 import os
@@ -13,84 +13,82 @@ from kd_pipeline.training.metrics_csv import MetricsFile
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.settings import LoggerName
 
-__all__ = ["log_outcome", "log_settings", "open_loggers"]
+__all__ = ["log_results", "log_settings", "open_loggers"]
 
 _logger = logging.getLogger("kd_pipeline")
+_loggers = require("lightning.pytorch.loggers", extra="train")
 
 
 def open_loggers(names: Collection[LoggerName], folder: RunFolder, step: int | None) -> list[Any]:
     """Loggers for a `Trainer`.
 
     Args:
-        names: which; `tensorboard` is left out, with a line, where it is not installed.
-        folder: gets their files. Where a service, a directory or a server is to be used instead is said in the
-            environment, in their own words: `WANDB_MODE`, `COMET_API_KEY`, `MLFLOW_TRACKING_URI` and so on.
-        step: where a run goes on; it does so in its `metrics.csv`.
+        names: which ones; `tensorboard` is skipped, with a log line, if it is not installed.
+        folder: where their files go. To log to a service, directory or server instead, set the environment variables
+            of the package: `WANDB_MODE`, `COMET_API_KEY`, `MLFLOW_TRACKING_URI` and so on.
+        step: the step that the run resumes from, for `metrics.csv`.
 
     Raises:
-        MissingPackageError: a logger is asked for by name and not installed.
+        MissingPackageError: a logger other than `tensorboard` is not installed.
     """
     return [logger for name in dict.fromkeys(names) if (logger := _open(name, folder, step)) is not None]
 
 
 def log_settings(loggers: Iterable[Any], config: BaseModel) -> None:
-    """Record all that was set, by dotted names; `config.yaml` beside `metrics.csv` has it anyway."""
-    found = _flat(config.model_dump(mode="json", exclude_none=True))
+    """Log all settings under dotted names; `metrics.csv` needs none, as `config.yaml` is beside it."""
+    settings = _flatten(config.model_dump(mode="json", exclude_none=True))
     for logger in _services(loggers):
         if logger.name == "tensorboard":
-            # Settings without a figure never reach its event file; the table of runs comes with the outcome.
-            text = "".join(f"    {name}: {value}\n" for name, value in found.items())
+            # Without a metric, hyperparameters never reach its event file; `log_results` logs them with one.
+            text = "".join(f"    {name}: {value}\n" for name, value in settings.items())
             logger.experiment.add_text("config", text)
         else:
-            logger.log_hyperparams(found)
+            logger.log_hyperparams(settings)
 
 
-def log_outcome(loggers: Iterable[Any], config: BaseModel, found: Mapping[str, Evaluation], step: int) -> None:
-    """Record what came of the exported network on each split, such as `final/val/top1`, and close the loggers."""
-    final = {f"final/{split}/{name}": value for split, each in found.items() for name, value in each.figures().items()}
+def log_results(loggers: Iterable[Any], config: BaseModel, results: Mapping[str, Evaluation], step: int) -> None:
+    """Log the metrics of the exported network on each split, such as `final/val/top1`, and close the loggers."""
+    final = {
+        f"final/{split}/{name}": value for split, each in results.items() for name, value in each.scalars().items()
+    }
     for logger in _services(loggers):
         if logger.name == "tensorboard" and final:
-            logger.log_hyperparams(_flat(config.model_dump(mode="json", exclude_none=True)), final, step)
+            logger.log_hyperparams(_flatten(config.model_dump(mode="json", exclude_none=True)), final, step)
         else:
             logger.log_metrics(final, step)
         _close(logger)
 
 
-def _loggers() -> Any:
-    return require("lightning.pytorch.loggers", extra="train")
-
-
 def _open(name: LoggerName, folder: RunFolder, step: int | None) -> Any:
-    loggers = _loggers()
     match name:
         case "csv":
             metrics = MetricsFile(folder.metrics)
             if step is not None:
-                metrics.go_on_from(step)
+                metrics.resume(step)
             return metrics
         case "tensorboard":
             try:
-                return loggers.TensorBoardLogger(folder.path, name="tensorboard", version="", default_hp_metric=False)
+                return _loggers.TensorBoardLogger(folder.path, name="tensorboard", version="", default_hp_metric=False)
             except ModuleNotFoundError:
-                _logger.info("no TensorBoard logs: pip install tensorboard")
+                _logger.info("TensorBoard is not installed, not logging to it: pip install tensorboard")
                 return None
         case "wandb":
             require("wandb", extra="loggers")
-            return loggers.WandbLogger(name=folder.path.name, save_dir=folder.path)
+            return _loggers.WandbLogger(name=folder.path.name, save_dir=folder.path)
         case "comet":
             require("comet_ml", extra="loggers")
-            return loggers.CometLogger(name=folder.path.name, offline_directory=str(folder.path))
+            return _loggers.CometLogger(name=folder.path.name, offline_directory=str(folder.path))
     require("mlflow", extra="loggers")
     uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.path / 'mlflow.db'}")
-    return loggers.MLFlowLogger(run_name=folder.path.name, tracking_uri=uri)
+    return _loggers.MLFlowLogger(run_name=folder.path.name, tracking_uri=uri)
 
 
 def _close(logger: Any) -> None:
-    """Also what Lightning would leave open until the process ends, so that the next stage gets a run of its own."""
+    """Also end what Lightning leaves open until the process exits, so the next stage gets a run of its own."""
     logger.finalize("success")
-    if isinstance(logger, _loggers().WandbLogger):
+    if isinstance(logger, _loggers.WandbLogger):
         logger.experiment.finish()
-    elif isinstance(logger, _loggers().CometLogger):
+    elif isinstance(logger, _loggers.CometLogger):
         logger.experiment.end()
 
 
@@ -98,12 +96,12 @@ def _services(loggers: Iterable[Any]) -> list[Any]:
     return [logger for logger in loggers if not isinstance(logger, MetricsFile)]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level, with dotted names, as they are written on the command line."""
-    found: dict[str, Any] = {}
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level with dotted names, as on the command line."""
+    flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= _flat(value, f"{prefix}{name}.")
+            flat |= _flatten(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+            flat[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat

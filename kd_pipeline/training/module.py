@@ -1,6 +1,5 @@
-"""The student and its loss as a Lightning module; the teacher is nowhere in it."""
+"""The student and its loss as a Lightning module. The teacher is no part of it: its outputs come with the batches."""
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,11 +11,13 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.evaluation._evaluate import Evaluation, images_for
 from kd_pipeline.losses.distillation import Distillation, LossTerms
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.ema import StudentEma
 from kd_pipeline.training.optimizers import build_optimizer
 from kd_pipeline.training.schedules import build_schedule
 from kd_pipeline.training.settings import TrainSettings
-from kd_pipeline.training.sharding import is_sharded, shard, whole
+from kd_pipeline.training.sharding import full_tensor, is_sharded, shard
+from kd_pipeline.training.throughput import Throughput
 
 __all__ = ["DistillModule"]
 
@@ -24,9 +25,9 @@ _lightning = require("lightning", extra="train")
 
 
 class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defined]
-    """Trains a student on what a `KDDataLoader` hands out.
+    """Trains a student on the batches of a `KDDataLoader`.
 
-    What its checkpoints hold is the student, the projectors of its loss and the moving average.
+    Its checkpoints hold the student, the projectors of the loss and the EMA.
     """
 
     def __init__(
@@ -36,45 +37,48 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         settings: TrainSettings,
         *,
         steps_per_epoch: int,
-        teacher: Teacher | None,
-        facts: Mapping[str, Any],
+        teacher: Teacher | Recording | None,
+        identity: Mapping[str, Any],
         validate: Callable[[nn.Module], Mapping[str, Evaluation]],
     ) -> None:
         """Wrap `student`.
 
         Args:
-            student: `[N, 3, H, W]` to logits `[N, K]`.
-            distillation: its loss.
+            student: maps images `[N, 3, H, W]` to logits `[N, K]`.
+            distillation: the loss.
             settings: how to train.
-            steps_per_epoch: steps of the optimizer in an epoch.
-            teacher: whose share of the time is logged; it is not kept as a module.
-            facts: what identifies the run, for its checkpoints.
+            steps_per_epoch: optimizer steps in an epoch.
+            teacher: only to log its share of the time; it is not kept as a submodule.
+            identity: what identifies the run, to save in its checkpoints.
             validate: evaluates a model on every validation set, by name.
         """
         super().__init__()
         self.student, self.distillation = student, distillation
         self.ema = None if settings.ema is None else StudentEma(student, settings.ema)
-        self._settings, self._steps_per_epoch, self._validate, self._facts = settings, steps_per_epoch, validate, facts
-        # In a list, so that it is no second submodule with the same weights.
+        self._settings, self._steps_per_epoch, self._identity = settings, steps_per_epoch, identity
+        self._validate = validate
+        # In a list, so it is not a second submodule with the same weights.
         self._compiled = [torch.compile(student)] if settings.compile else []
-        self._clock = _Clock(teacher)
-        self._num_right: Tensor | None = None
-        self._num_valid: Tensor | None = None
+        self._throughput = Throughput(teacher)
+        self._logs_throughput = False
+        """Whether the current batch ends with an optimizer step that is logged."""
+        self._train_counts: Tensor | None = None
+        """`[2]`, correct and valid rows of the epoch so far."""
 
     @property
     def model(self) -> nn.Module:
-        """What is evaluated and exported: the moving average where there is one, else the student."""
+        """The network to evaluate and export: the EMA if there is one, else the student."""
         return self.student if self.ema is None else self.ema.student
 
     def configure_model(self) -> None:
-        """Share out student and projectors where the strategy is to do so; Lightning calls it ahead of the rest."""
+        """Shard student and projectors if the strategy has a device mesh. Lightning calls this first."""
         if self.device_mesh is not None and not is_sharded(self.student):
             for module in (self.student, *self.distillation.projectors):
                 if any(True for _ in module.parameters()):
                     shard(module, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimizer over student and projectors, and its schedule in steps."""
+        """The optimizer of student and projectors, and its schedule in steps."""
         settings = self._settings
         optimizer = build_optimizer(self.student, settings.optimizer, extra=self.distillation.parameters())
         schedule = build_schedule(
@@ -83,183 +87,133 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        """Bring the moving average to where the student is."""
+        """Move the EMA to the device of the student."""
         if self.ema is not None:
             self.ema.student.to(self.device)
 
     def on_train_epoch_start(self) -> None:
-        """Start counting; the time of validation and checkpoints is not the loader's."""
-        self._clock.restart()
-        self._num_right = self._num_valid = None
+        """Reset the counters of the epoch."""
+        self._throughput.restart()
+        self._train_counts = None
 
     def on_train_batch_start(self, batch: KDBatch, number: int) -> None:
-        """Note how long the loader took."""
-        self._clock.waited()
+        """Time the loader."""
+        self._throughput.batch_loaded()
 
     def training_step(self, batch: KDBatch, number: int) -> Tensor:
-        """The loss of one batch; nothing here waits for the device."""
+        """The loss of one batch, without waiting for the device."""
         student = self._compiled[0] if self._compiled else self.student
         with self.distillation.student_features(self.student) as features:
-            logits = student(images_for(self.student, batch.images))
-        epoch = self._batches_done(number) / self.trainer.num_training_batches
-        terms = self.distillation(logits, features, batch, epoch=epoch, epochs=self._settings.epochs)
-        self._count(logits.detach(), batch)
-        share = self._share(batch)
-        if self._is_logged():
-            self._log_terms(terms, share)
-        total: Tensor = terms.total * share
-        return total
+            logits_NK = student(images_for(self.student, batch.images))
+        num_done = self.current_epoch * self.trainer.num_training_batches + number
+        epoch = num_done / self.trainer.num_training_batches
+        terms = self.distillation(logits_NK, features, batch, epoch=epoch, epochs=self._settings.epochs)
+        self._count_correct(logits_NK.detach(), batch)
+        weight = self._rank_weight(batch)
+        if self._is_log_step():
+            self._log_terms(terms, weight)
+        loss: Tensor = terms.total * weight
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm, before it is clipped."""
-        if self._settings.log_gradient_norm and self._is_logged():
-            norms = [whole(parameter.grad.norm()) for parameter in self.parameters() if parameter.grad is not None]
+        """Log the gradient norm before clipping."""
+        if self._settings.log_gradient_norm and self._is_log_step():
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            norms = [full_tensor(gradient.norm()) for gradient in gradients]
             self.log("train/gradient_norm", torch.stack(norms).norm())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Follow the student with its moving average; here, as checkpoints are written before the batch ends."""
-        self._clock.is_due = self._is_logged()
+        """Step, then update the EMA: here, because checkpoints are written before the end of the batch."""
+        self._logs_throughput = self._is_log_step()
         super().optimizer_step(*args, **kwargs)
         if self.ema is not None:
             self.ema.update(self.student)
 
     def on_train_batch_end(self, outputs: Any, batch: KDBatch, number: int) -> None:
-        """Note how long the step took."""
-        self._clock.worked(len(batch))
-        if self._clock.is_due:
-            self._clock.is_due = False
-            for name, figure in self._clock.figures().items():
-                self.log(f"train/{name}", figure)
+        """Time the step."""
+        self._throughput.batch_trained(len(batch))
+        if self._logs_throughput:
+            self._logs_throughput = False
+            for name, value in self._throughput.compute().items():
+                self.log(f"train/{name}", value)
 
     def on_train_epoch_end(self) -> None:
-        """Validate; checkpoints and early stopping look at these numbers next."""
-        if self._num_right is not None and self._num_valid is not None:
-            right = self.trainer.strategy.reduce(self._num_right.float(), reduce_op="sum")
-            valid = self.trainer.strategy.reduce(self._num_valid.float(), reduce_op="sum")
-            self.log("train/top1", right / valid.clamp(min=1))
-        for name, value in self._figures().items():
+        """Validate; early stopping and checkpoints read these metrics next."""
+        if self._train_counts is not None:
+            correct, valid = self.trainer.strategy.reduce(self._train_counts.float(), reduce_op="sum")
+            self.log("train/top1", correct / valid.clamp(min=1))
+        for name, value in self._validation_metrics().items():
             self.log(name, value, prog_bar=name.endswith("/top1"))
         self.student.train()
         if self.trainer.progress_bar_callback is not None:
-            # Lightning has drawn the epoch's last state before it called us, with the figures of the epoch before.
+            # Lightning drew the bar before this hook, with the metrics of the previous epoch.
             self.trainer.progress_bar_callback.on_train_epoch_end(self.trainer, self)
 
     def validate_now(self) -> Mapping[str, float]:
-        """Validate in the middle of an epoch, log it at once, and return the figures by name."""
-        self._agree_on_buffers()
-        figures = self._figures()
+        """Validate within an epoch, log the metrics at once and return them by name."""
+        metrics = self._validation_metrics()
         for logger in self.trainer.loggers:
-            # The row of the step that has just been taken; Lightning counts them from 0.
-            logger.log_metrics(figures, step=self.trainer.global_step - 1)
+            # In the row of the last step; Lightning counts them from 0.
+            logger.log_metrics(metrics, step=self.trainer.global_step - 1)
             logger.save()
-        self._clock.restart()
-        return figures
+        self._throughput.restart()
+        return metrics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the moving average, and what identifies the run."""
-        checkpoint["run"] = dict(self._facts)
+        """Add the EMA and the identity of the run."""
+        checkpoint["run"] = dict(self._identity)
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the EMA."""
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])
 
-    def _figures(self) -> dict[str, float]:
-        self._agree_on_buffers()
+    def _validation_metrics(self) -> dict[str, float]:
+        self._broadcast_buffers()
         return {
-            f"{name}/{figure}": value
-            for name, evaluation in self._validate(self.model).items()
-            for figure, value in evaluation.figures().items()
+            f"{split}/{name}": value
+            for split, evaluation in self._validate(self.model).items()
+            for name, value in evaluation.scalars().items()
         }
 
-    def _share(self, batch: KDBatch) -> Tensor | float:
-        """What this rank's mean over its valid rows counts, as the gradients of the ranks are averaged.
+    def _rank_weight(self, batch: KDBatch) -> Tensor | float:
+        """The weight of this rank's mean loss. DDP averages the gradients of the ranks.
 
-        With it their average is that of the mean over all valid rows, whose numbers may differ in a last batch.
+        With it, that average is the gradient of the mean over all valid rows, whose number may differ between ranks in
+        the last batch.
         """
         if self.trainer.world_size == 1:
             return 1.0
-        num_here = batch.valid.sum(dtype=torch.float32)
-        num_mean: Tensor = self.trainer.strategy.reduce(num_here.clone(), reduce_op="mean")
-        return num_here / num_mean.clamp(min=1 / self.trainer.world_size)
+        num_valid = batch.valid.sum(dtype=torch.float32)
+        mean_num_valid: Tensor = self.trainer.strategy.reduce(num_valid.clone(), reduce_op="mean")
+        return num_valid / mean_num_valid.clamp(min=1 / self.trainer.world_size)
 
-    def _agree_on_buffers(self) -> None:
-        """Take the first rank's, such as the statistics of BatchNorm, which each rank's last batch has changed."""
+    def _broadcast_buffers(self) -> None:
+        """Copy the buffers of rank zero to all ranks: BatchNorm statistics differ after the last batch of each."""
         if self.trainer.world_size > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def _batches_done(self, number: int) -> int:
-        done: int = self.current_epoch * self.trainer.num_training_batches + number
-        return done
-
-    def _is_logged(self) -> bool:
+    def _is_log_step(self) -> bool:
         return bool((self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0)
 
-    def _count(self, logits: Tensor, batch: KDBatch) -> None:
+    def _count_correct(self, logits_NK: Tensor, batch: KDBatch) -> None:
         if batch.labels is None:
             return
-        labels = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
-        num_right, num_valid = (logits.argmax(1).eq(labels) & batch.valid).sum(), batch.valid.sum()
-        self._num_right = num_right if self._num_right is None else self._num_right + num_right
-        self._num_valid = num_valid if self._num_valid is None else self._num_valid + num_valid
+        labels_N = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
+        counts = torch.stack([(logits_NK.argmax(1).eq(labels_N) & batch.valid).sum(), batch.valid.sum()])
+        self._train_counts = counts if self._train_counts is None else self._train_counts + counts
 
-    def _log_terms(self, terms: LossTerms, share: Tensor | float) -> None:
-        """The loss and its terms as means over the valid rows of all ranks, and what else the step went by."""
+    def _log_terms(self, terms: LossTerms, weight: Tensor | float) -> None:
+        """Log the loss and its terms as means over the valid rows of all ranks, and what else determined the step."""
         for name, value in {"loss": terms.total, **terms.terms}.items():
-            self.log(f"train/{name}", value.detach() * share, prog_bar=name == "loss", sync_dist=True)
-        for name, weight in terms.weights.items():
-            self.log(f"train/{name}_weight", float(weight))
+            self.log(f"train/{name}", value.detach() * weight, prog_bar=name == "loss", sync_dist=True)
+        for name, term_weight in terms.weights.items():
+            self.log(f"train/{name}_weight", float(term_weight))
         if terms.temperature is not None:
             self.log("train/temperature", float(terms.temperature))
         self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
         if self.device.type == "cuda":
             self.log("train/memory_gib", torch.cuda.max_memory_allocated(self.device) / 2**30)
-
-
-class _Clock:
-    """Wall-clock seconds of the host between one log line and the next: how fast, and what took how much of it."""
-
-    def __init__(self, teacher: Teacher | None) -> None:
-        self._teacher = teacher
-        self._wait_s = self._work_s = self._taught_s = 0.0
-        self._num_images = 0
-        self.is_due = False
-        """Whether the batch ends with a step of the optimizer that gets a line in the log."""
-        self.restart()
-
-    def restart(self) -> None:
-        """What has passed since the last batch counts as nothing, and so does what the teacher did meanwhile."""
-        self._last = time.perf_counter()
-        self._last_busy_s = self._busy_s()
-
-    def waited(self) -> None:
-        """The loader has handed over a batch."""
-        self._wait_s += self._lap()
-
-    def worked(self, num_images: int) -> None:
-        """The step on it has been queued, or on a CPU is done."""
-        self._work_s += self._lap()
-        self._num_images += num_images
-
-    def figures(self) -> dict[str, float]:
-        """Since the last call: images per second, and the shares of the loader with its teacher, and of the teacher."""
-        total_s = max(self._wait_s + self._work_s, 1e-9)
-        figures = {"images_per_s": self._num_images / total_s, "loader_share": self._wait_s / total_s}
-        if self._teacher is not None:
-            figures["teacher_share"] = self._taught_s / total_s
-        self._wait_s = self._work_s = self._taught_s = 0.0
-        self._num_images = 0
-        return figures
-
-    def _lap(self) -> float:
-        """Seconds since the last call; those of the teacher's among them are added up."""
-        last, last_busy_s = self._last, self._last_busy_s
-        self.restart()
-        self._taught_s += self._last_busy_s - last_busy_s
-        return self._last - last
-
-    def _busy_s(self) -> float:
-        return 0.0 if self._teacher is None else self._teacher.busy_s

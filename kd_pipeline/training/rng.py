@@ -1,4 +1,4 @@
-"""The random generators of torch, numpy and Python on all ranks, as plain data and back."""
+"""Save and restore the random state of torch, NumPy and Python on all ranks, as plain data."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -15,40 +15,43 @@ _logger = getLogger(__name__)
 
 
 def capture_rng() -> list[dict[str, Any]]:
-    """Where all generators stand, one entry per rank; to be called on all ranks, each of which gets the same list.
+    """The state of all generators, one entry per rank; call it on all ranks, each of which gets the same list.
 
-    Of a rank's GPUs only the current one is asked: a context on each of the others would cost memory there.
+    Of a rank's GPUs only the current one is read: a context on each of the others would cost memory there.
     """
     numpy_state: Any = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()  # a checkpoint holds no arrays
-    here = {
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()  # checkpoints hold no arrays
+    local = {
         "python": random.getstate(),
         "numpy": numpy_state,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
     if not _is_distributed():
-        return [here]
-    everywhere: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everywhere, here)
-    return everywhere
+        return [local]
+    states: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(states, local)
+    return states
 
 
 def restore_rng(states: Sequence[Mapping[str, Any]]) -> None:
-    """Put the generators of this rank where `capture_rng` found them.
+    """Restore the generators of this rank from what `capture_rng` returned.
 
-    On another number of ranks they are left alone: there a run goes on with the same samples, not with the same bits.
+    With a different number of ranks they are left alone: the run then resumes with the same samples, but not
+    bit for bit.
     """
     rank, num_ranks = (distributed.get_rank(), distributed.get_world_size()) if _is_distributed() else (0, 1)
     if len(states) != num_ranks:
-        _logger.warning("saved on %d ranks, resumed on %d: random numbers start anew", len(states), num_ranks)
+        _logger.warning(
+            "checkpoint saved on %d ranks, resumed on %d: random state not restored", len(states), num_ranks
+        )
         return
-    here = states[rank]
-    random.setstate(here["python"])
-    np.random.set_state(here["numpy"])
-    torch.set_rng_state(here["torch"])
-    if here["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(here["cuda"])
+    local = states[rank]
+    random.setstate(local["python"])
+    np.random.set_state(local["numpy"])
+    torch.set_rng_state(local["torch"])
+    if local["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(local["cuda"])
 
 
 def _is_distributed() -> bool:

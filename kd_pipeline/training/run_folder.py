@@ -1,4 +1,4 @@
-"""The folder of a run: what it was made from, what it said, and what came of it."""
+"""The folder of a run: its config, environment, log, checkpoints and results."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from kd_pipeline._core.atomic_write import write_whole
+from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["RunFolder"]
@@ -23,7 +23,7 @@ _logger = logging.getLogger("kd_pipeline")
 
 
 class RunFolder:
-    """Where a stage writes, and the names of the files there."""
+    """Where a stage writes, and the names of its files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,23 +34,28 @@ class RunFolder:
         self.result = path / "result.json"
 
     @property
-    def last(self) -> Path | None:
-        """The checkpoint to go on from, where there is one."""
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from, if there is one."""
         path = self.checkpoints / "last.ckpt"
         return path if path.is_file() else None
 
     def prepare(self, config: BaseModel) -> None:
-        """Make the folder, and write into it the whole config and the versions of everything that is installed."""
+        """Create the folder, and write the config and the versions of all installed packages into it.
+
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
+        settings = config.model_dump(mode="json", exclude_none=True)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / "config.yaml", yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True))
-            write_whole(self.path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+            write_atomic(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            write_atomic(self.path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
         except OSError as exc:
-            raise ConfigError(f"run_dir: {self.path} cannot be written to: {exc.strerror}; choose another") from None
+            raise ConfigError(f"run_dir: cannot write to {self.path}: {exc.strerror}; choose a different one") from None
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Everything that the library says meanwhile goes into `train.log` too."""
+        """Copy everything that the library logs to `train.log`."""
         handler = logging.FileHandler(self.log, encoding="utf-8", delay=True)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         level = _logger.level
@@ -64,13 +69,8 @@ class RunFolder:
             handler.close()
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """What came of the run, as JSON."""
-        write_whole(self.result, json.dumps(result, indent=2) + "\n")
-
-
-def _plain(config: BaseModel) -> dict[str, Any]:
-    """What was set, as YAML can spell it; what was left out stays out."""
-    return config.model_dump(mode="json", exclude_none=True)
+        """Write the final metrics to `result.json`."""
+        write_atomic(self.result, json.dumps(result, indent=2) + "\n")
 
 
 def _environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a run trains: everything but its data, its teacher and its loss."""
+"""How a run trains: everything but its data, teacher and loss."""
 
 from typing import Literal, Self
 
@@ -22,14 +22,14 @@ class EarlyStoppingSettings(Settings):
     metric: str = "val/top1"
     mode: Literal["max", "min"] = "max"
     patience: int = Field(default=10, ge=1)
-    """Epochs without a better value that are waited for."""
+    """Epochs without improvement before the run stops."""
 
 
 class EngineSettings(Settings):
-    """Which TensorRT engine to build of the student; the names are those of `kd-pipeline build-engine`."""
+    """The TensorRT engine to build from the student; the names are those of `kd-pipeline build-engine`."""
 
     precision: Precision = "fp16"
-    """`int8` and `fp8` take their ranges from images of the run."""
+    """`int8` and `fp8` are calibrated on images of the run."""
     profiles: tuple[Profile, ...] = Field(default=(Profile(min=1, opt=32, max=64),), min_length=1)
     """Batch sizes to serve."""
     runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
@@ -37,16 +37,16 @@ class EngineSettings(Settings):
 
 
 class ExportSettings(Settings):
-    """What a run writes into `exported/` beside the student's weights."""
+    """What a run writes into `exported/` besides the student's weights."""
 
     onnx: bool = True
     engine: EngineSettings | None = None
-    """Built from the ONNX file; none where left out."""
+    """Engine to build from the ONNX file; defaults to none."""
 
     @model_validator(mode="after")
-    def _has_what_it_builds_from(self) -> Self:
+    def _has_onnx_for_the_engine(self) -> Self:
         if self.engine is not None and not self.onnx:
-            raise ValueError("an engine is built from the ONNX file; leave out onnx: false")
+            raise ValueError("an engine is built from the ONNX file; remove onnx: false")
         return self
 
 
@@ -57,50 +57,50 @@ class TrainSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     accumulate: int = Field(default=1, ge=1)
-    """Batches whose gradients are added up for one step of the optimizer."""
+    """Batches to accumulate gradients over before an optimizer step."""
     clip: PositiveFloat | None = None
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"] = "32-true"
-    """Of the student, in Lightning's words."""
+    """Precision of the student, as Lightning names it."""
     compile: bool = False
     """Compile the student with `torch.compile`."""
     ema: EmaSettings | None = None
     """Evaluate and export a moving average of the student's weights."""
     early_stopping: EarlyStoppingSettings | None = None
     metrics: tuple[MetricSettings, ...] = ()
-    """What validation measures beside accuracy, loss and F1; logged as `val/` and the name."""
+    """Validation metrics besides accuracy, loss and F1; logged as `val/` and the name."""
     select_by: str = "val/top1"
-    """The validation figure that the best checkpoint has most of."""
+    """Validation metric that selects the best checkpoint."""
     select_mode: Literal["max", "min"] = "max"
-    """`min` where less is better, as of `val/loss`."""
+    """`min` if lower is better, as for `val/loss`."""
     compare_with_teacher: bool = False
     """Run the teacher in validation too, for its agreement with the student."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run."""
     save_every_steps: int | None = Field(default=None, ge=1)
-    """Save in the middle of an epoch as well."""
+    """Also save within an epoch, every so many optimizer steps."""
     validate_every_steps: int | None = Field(default=None, ge=1)
-    """Validate in the middle of an epoch as well; the best of these counts too."""
+    """Also validate within an epoch, every so many optimizer steps; the best checkpoint may be one of these."""
     num_threads: int | None = Field(default=None, ge=1)
-    """torch's CPU threads; the cores of this process unless given, or what `OMP_NUM_THREADS` says. Small networks on
-    few cores learn faster with fewer, as then DALI has cores of its own."""
+    """torch's CPU threads; defaults to `OMP_NUM_THREADS`, or else to the cores of this process. Small networks on few
+    cores train faster with fewer threads, which leaves cores to DALI."""
     log_every_steps: int = Field(default=50, ge=1)
     log_gradient_norm: bool = False
     loggers: tuple[LoggerName, ...] = ("csv", "tensorboard")
-    """`tensorboard` is left out where it is not installed."""
+    """`tensorboard` is skipped if it is not installed."""
     limit_train_batches: int | None = Field(default=None, ge=1)
-    """Batches of each epoch, for trying things out."""
+    """Batches per epoch, for a quick trial."""
     limit_val_batches: int | None = Field(default=None, ge=1)
     export: ExportSettings = ExportSettings()
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """What several processes do with the student: each has all of its weights, or, for one that fits in no GPU, a
-    share of them and of the state of the optimizer."""
+    """How several processes train: `ddp` replicates the student, `fsdp` shards it and the optimizer state, for a
+    student that does not fit on one GPU."""
     sync_batchnorm: bool = False
-    """Let BatchNorm of all processes see all their images."""
+    """Synchronize BatchNorm statistics over all processes."""
 
     @model_validator(mode="after")
-    def _can_be_shared_out(self) -> Self:
+    def _fits_the_strategy(self) -> Self:
         for name, value in (("compile", True), ("precision", "16-mixed")):
             if self.strategy == "fsdp" and getattr(self, name) == value:
-                raise ValueError(f"{name}: {str(value).lower()} goes with strategy: ddp; set one of them otherwise")
+                raise ValueError(f"{name}: {str(value).lower()} needs strategy: ddp; change one of them")
         return self

@@ -1,4 +1,4 @@
-"""A student whose weights are shared out among the processes (FSDP), and those weights made whole again."""
+"""Shard a student over processes (FSDP) and gather its full weights again."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,49 +6,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_sharded", "shard", "whole", "whole_weights"]
+__all__ = ["full_state_dict", "full_tensor", "is_sharded", "shard"]
 
 
 def shard(module: nn.Module, mesh: Any) -> None:
-    """Leave this process its share of the parameters of `module`, which is changed in place.
+    """Shard the parameters of `module` over `mesh`, in place.
 
-    A process has the whole of one block at a time, while it computes with it. Blocks are the members of a `Sequential`
-    or `ModuleList` that have layers of their own, such as those of residual networks and transformers.
+    Each block gathers its parameters only while it computes. Blocks are the members of a `Sequential` or `ModuleList`
+    that have layers of their own, such as the blocks of residual networks and transformers.
 
     Args:
-        module: a network that is called as a whole.
-        mesh: the processes.
+        module: the network; its `forward` must be the entry point.
+        mesh: the device mesh of the data-parallel processes.
     """
-    from torch.distributed.fsdp import fully_shard  # here, as it takes a second to import
+    from torch.distributed.fsdp import fully_shard  # here because importing it takes a second
 
     for block in _blocks(module):
         fully_shard(block, mesh=mesh)
-    # Kept whole between forward and backward, the root would be so in validation too, where nothing takes it apart.
+    # By default the root stays gathered after forward, and in validation no backward pass would reshard it.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` was here."""
+    """Whether `shard` was called on `module`."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(module, FSDPModule)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """`tensor` with the shares of all processes, each of which must ask; itself where it is not shared out."""
-    full_tensor = getattr(tensor, "full_tensor", None)  # a DTensor has it
-    found: Tensor = tensor if full_tensor is None else full_tensor()
-    return found
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a `DTensor`; call it on all ranks. Any other tensor is returned as it is."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
 
 
 @torch.no_grad()
-def whole_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of `module` with the shares of all processes, each of which must ask."""
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of `module` with every tensor gathered; call it on all ranks."""
+    return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Those inside others first."""
+    """The modules to shard one by one, inner ones first."""
     for child in module.children():
         yield from _blocks(child)
         if isinstance(module, nn.Sequential | nn.ModuleList) and _has_weights(child):

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C end a training where it can be resumed exactly, with a status that says so."""
+"""Stop a training on SIGTERM, SIGUSR1 or Ctrl-C where it can be resumed exactly, with an exit status that says so."""
 
 import os
 import signal
@@ -8,107 +8,106 @@ from logging import getLogger
 from types import FrameType
 from typing import Any
 
-from kd_pipeline.training.checkpoint import CheckpointCallback, is_resumable_after
+from kd_pipeline._core.optional import require
+from kd_pipeline.training.checkpoint_callback import is_resumable_after
 
 __all__ = ["StopOnSignal"]
 
 _logger = getLogger(__name__)
+_callbacks = require("lightning.pytorch.callbacks", extra="train")
 
 _EXIT_STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
-"""As shells write it, 128 and the signal; but a scheduler that asks in one way or the other gets one answer."""
+"""128 + signal, as in shells, but the same for both signals of a scheduler."""
 
 
-class StopOnSignal(CheckpointCallback):
-    """After a signal: save at the end of the batch, then leave the training by `SystemExit`.
+class StopOnSignal(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
+    """On a signal, saves at the end of the batch and then leaves the training by `SystemExit`.
 
-    SIGTERM and SIGUSR1 leave with status 143, Ctrl-C (SIGINT) with 130; a second Ctrl-C ends the process at once, and
-    the checkpoint before it stays whole. A signal that comes while the gradients of several batches are accumulated
-    waits for the optimizer's step, and one that comes in the last batch of an epoch or in its validation waits for the
-    checkpoint of the epoch: nothing else can be resumed exactly. All ranks leave together, whichever got the signal.
+    The exit status is 143 for SIGTERM and SIGUSR1 and 130 for Ctrl-C (SIGINT). A second Ctrl-C ends the process at
+    once; the previous checkpoint stays intact. A signal during gradient accumulation waits for the optimizer step, and
+    one in the last batch of an epoch or in its validation for the checkpoint of the epoch: only those can be resumed
+    exactly. All ranks leave together, whichever of them got the signal.
 
-    SLURM sends SIGUSR1 ahead of the time limit where the job says `--signal=USR1@120`. Nothing is put back into the
-    queue from here, which is for the job and the site to decide: `--requeue` and `PreemptMode=REQUEUE`, or a line such
-    as `[ $? -eq 143 ] && scontrol requeue $SLURM_JOB_ID` behind the command. The same command then resumes.
+    SLURM sends SIGUSR1 before the time limit with `--signal=USR1@120`. Requeueing is left to the job and the site:
+    `--requeue` and `PreemptMode=REQUEUE`, or a line such as `[ $? -eq 143 ] && scontrol requeue $SLURM_JOB_ID` after
+    the command. Run the same command to resume.
 
-    `trainer.should_stop` would be no way out: it makes Lightning validate and end the epoch in the middle. Nor are
-    Lightning's own handlers: they leave out the save, run collectives within the handler, and call `scontrol`
-    themselves. Lightning sets them just before `on_train_start`; these replace them, and however the training ends,
-    Lightning puts back what was there before its own.
+    `trainer.should_stop` does not fit: Lightning would then validate and end the epoch early. Nor do its own signal
+    handlers, which do not save, run collectives inside the handler and call `scontrol` themselves. Lightning installs
+    them just before `on_train_start`; these handlers replace them, and Lightning restores the original ones however
+    the training ends.
     """
 
     def __init__(self, save: Callable[[Any], None]) -> None:
         """Watch for signals from the start of the training to its end.
 
         Args:
-            save: takes the trainer, writes the checkpoint that the next start resumes from, and is called on all
-                ranks: `SaveLastAndBest.save_last`, whose owner is needed beside this one for the ends of epochs.
-
-        Raises:
-            MissingPackageError: Lightning is not installed.
+            save: called with the trainer on all ranks, writes the checkpoint to resume from: the `save_last` of a
+                `SaveLastAndBest` in the same trainer, which saves the ends of epochs.
         """
         self._save = save
         self._received: signal.Signals | None = None
-        self._leaving = False
-        self._process = 0
+        self._is_stopping = False
+        self._pid = 0
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        """Take over the signals; leave if Lightning has got SIGTERM while it set things up."""
+        """Install the handlers; stop if Lightning received SIGTERM during setup."""
         if trainer.received_sigterm:
             self._received = signal.SIGTERM
-        self._take_over()
-        self._leaving = self._agree(trainer)
+        self._install_handlers()
+        self._is_stopping = self._any_rank_received(trainer)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save if there was a signal; what Lightning does at the end of a batch is still to come."""
-        if is_resumable_after(trainer, batch_idx) and self._agree(trainer):
+        """Save if there was a signal; the rest of Lightning's batch end still runs."""
+        if is_resumable_after(trainer, batch_idx) and self._any_rank_received(trainer):
             self._save(trainer)
-            self._leaving = True
+            self._is_stopping = True
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Nothing to save here: an epoch is saved anyway."""
-        self._leaving = self._agree(trainer)
+        """Stop if there was a signal; `SaveLastAndBest` saves the epoch anyway."""
+        self._is_stopping = self._any_rank_received(trainer)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        """Leave before anything happens that the checkpoint does not know."""
-        self._leave_if_due()
+        """Leave before anything happens that is not in the checkpoint."""
+        self._exit_if_stopping()
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
-        """Leave likewise."""
-        self._leave_if_due()
+        """Leave before anything happens that is not in the checkpoint."""
+        self._exit_if_stopping()
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
-        """Leave even though the training is done, because more may follow it."""
-        self._leave_if_due()
+        """Leave although the training is done: more may follow it."""
+        self._exit_if_stopping()
 
-    def _agree(self, trainer: Any) -> bool:
-        """Whether any rank has got a signal: one small collective per step, where Lightning does another."""
+    def _any_rank_received(self, trainer: Any) -> bool:
+        """One small collective per step, at a point where Lightning runs another one."""
         return bool(trainer.strategy.reduce_boolean_decision(self._received is not None, all=False))
 
-    def _leave_if_due(self) -> None:
-        if self._leaving:
-            received = self._received or signal.SIGTERM  # another rank got it
-            _logger.info("%s: saved, leaving; the same command resumes", received.name)
+    def _exit_if_stopping(self) -> None:
+        if self._is_stopping:
+            received = self._received or signal.SIGTERM  # another rank received it
+            _logger.info("%s: checkpoint saved, exiting; run the same command to resume", received.name)
             raise SystemExit(_EXIT_STATUS[received])
 
-    def _take_over(self) -> None:
+    def _install_handlers(self) -> None:
         if threading.current_thread() is not threading.main_thread():
-            _logger.warning("not in the main thread: signals will end this training without a checkpoint")
+            _logger.warning("not in the main thread: a signal will end this training without a checkpoint")
             return
-        self._process = os.getpid()
+        self._pid = os.getpid()
         for number in _EXIT_STATUS:
-            # A shell that starts a job in the background has its Ctrl-C ignored, and so it stays.
+            # A shell ignores Ctrl-C for its background jobs; leave it that way.
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
+                signal.signal(number, self._handle)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
-        if os.getpid() != self._process:  # a worker that was forked from here, which must die of it
+        if os.getpid() != self._pid:  # a forked worker, which must die of it
             signal.signal(received, signal.SIG_DFL)
             signal.raise_signal(received)
             return
         self._received = self._received or received
         if received is signal.SIGINT:
-            signal.signal(received, signal.SIG_DFL)  # by the kernel, even if Python hangs in a library
+            signal.signal(received, signal.SIG_DFL)  # the kernel's default works even if Python hangs in a library
         # Neither print nor logging: the signal may have interrupted one of them.
-        again = "; Ctrl-C again ends at once" if received is signal.SIGINT else ""
-        os.write(2, f"\n{received.name}: stopping at the next checkpoint{again}\n".encode())
+        hint = "; press Ctrl-C again to exit at once" if received is signal.SIGINT else ""
+        os.write(2, f"\n{received.name}: stopping at the next checkpoint{hint}\n".encode())

@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING
 from kd_pipeline._core.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from kd_pipeline.workflows._check import check
-    from kd_pipeline.workflows._record import record
-    from kd_pipeline.workflows._train import train
-    from kd_pipeline.workflows.demo import run_demo
-    from kd_pipeline.workflows.doctor import diagnose
+    from kd_pipeline.workflows._check import check as check
+    from kd_pipeline.workflows._compare import compare_files as compare_files
+    from kd_pipeline.workflows._record import record as record
+    from kd_pipeline.workflows._train import train as train
+    from kd_pipeline.workflows.demo import run_demo as run_demo
+    from kd_pipeline.workflows.doctor import diagnose as diagnose
 
-__all__ = ["check", "diagnose", "record", "run_demo", "train"]
-
-__getattr__, __dir__ = lazy_exports(
+__getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "check": "kd_pipeline.workflows._check",
-        "diagnose": "kd_pipeline.workflows.doctor",
-        "record": "kd_pipeline.workflows._record",
-        "run_demo": "kd_pipeline.workflows.demo",
-        "train": "kd_pipeline.workflows._train",
+        "kd_pipeline.workflows._check": ["check"],
+        "kd_pipeline.workflows._compare": ["compare_files"],
+        "kd_pipeline.workflows._record": ["record"],
+        "kd_pipeline.workflows._train": ["train"],
+        "kd_pipeline.workflows.demo": ["run_demo"],
+        "kd_pipeline.workflows.doctor": ["diagnose"],
     },
 )

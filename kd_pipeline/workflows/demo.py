@@ -1,4 +1,4 @@
-"""The demo: real digits, a teacher, and a small student trained alone and distilled with the same budget."""
+"""The demo: train a teacher on real handwritten digits, then a small student alone and distilled, on equal terms."""
 
 import importlib.util
 import json
@@ -17,7 +17,6 @@ from torch import nn
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.config.config import Config, load_config
-from kd_pipeline.data.settings import Untaught
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.resnet import small_resnet
@@ -29,38 +28,38 @@ from kd_pipeline.teachers.settings import TeacherSettings
 
 __all__ = ["run_demo", "write_digits"]
 
-TEACHER_WIDTH, STUDENT_WIDTH = 32, 8
-VALIDATION_STEP = 5
+_TEACHER_WIDTH, _STUDENT_WIDTH = 32, 8
+_VALIDATION_STEP = 5
 """Every fifth image of each class is kept for validation."""
 
 
 def run_demo(overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Make the data, train teacher and students, and return what `<run_dir>/summary.json` then says too.
+    """Write the data, train teacher and students, and return the contents of `<run_dir>/summary.json`.
 
     Raises:
-        ConfigError: an override is wrong, or the demo's own files are not there.
+        ConfigError: an override is wrong, or the demo's own files are missing.
         MissingPackageError: an extra is missing.
     """
     config = load_config(_find("configs/digits.yaml"), overrides)
     run_dir = config.run_dir or Path("runs/demo")
-    loop = _load(_find("tools/distill.py"))
-    # Images this small are not worth sharing among threads, which would mostly wait for one another and for DALI's.
+    loop = _import_file(_find("tools/distill.py"))
+    # Images this small are not worth several threads, which would mostly wait for each other and for DALI's.
     torch.set_num_threads(1)
     started = time.perf_counter()
     num_train, num_val = write_digits(Path("data/digits"))
-    nets: dict[str, nn.Module] = {}
+    networks: dict[str, nn.Module] = {}
     rich = require("rich.progress", extra="demo")
     with rich.Progress() as progress:
 
         def train(name: str, width: int, teacher: Teacher | None) -> float:
-            nets[name], images_per_s = _train(config, loop, width, teacher, progress, name)
+            networks[name], images_per_s = _train(config, loop, width, teacher, progress, name)
             return images_per_s
 
-        train("teacher", TEACHER_WIDTH, None)
-        with closing(_open_teacher(nets["teacher"], config, run_dir)) as teacher:
-            train("alone", STUDENT_WIDTH, None)
-            images_per_s = train("distilled", STUDENT_WIDTH, teacher)
-            scores = {name: _evaluate(config, loop, net, teacher) for name, net in nets.items()}
+        train("teacher", _TEACHER_WIDTH, None)
+        with closing(_open_teacher(networks["teacher"], config, run_dir)) as teacher:
+            train("alone", _STUDENT_WIDTH, None)
+            images_per_s = train("distilled", _STUDENT_WIDTH, teacher)
+            scores = {name: _evaluate(config, loop, network, teacher) for name, network in networks.items()}
             grid = _draw_batch(config, teacher, run_dir / "train_batch.png")
             summary = {
                 "teacher_top1": scores["teacher"][0],
@@ -84,7 +83,7 @@ def run_demo(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def write_digits(root: Path) -> tuple[int, int]:
-    """Write scikit-learn's 1,797 handwritten digits as 32x32 PNG files below `root`, unless they are there already.
+    """Write scikit-learn's 1,797 handwritten digits as 32x32 PNG files to `root`, unless they exist.
 
     Every fifth image of each class, in scikit-learn's order, goes to `val` and the rest to `train`.
 
@@ -95,72 +94,70 @@ def write_digits(root: Path) -> tuple[int, int]:
     counts = {"train": 0, "val": 0}
     num_seen = [0] * 10
     for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        split = "val" if num_seen[label] % VALIDATION_STEP == 0 else "train"
+        split = "val" if num_seen[label] % _VALIDATION_STEP == 0 else "train"
         num_seen[label] += 1
         counts[split] += 1
         path = root / split / str(label) / f"{number:04d}.png"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray((pixels * 255 / 16).round().astype("uint8"))
-            whole = path.with_suffix(".tmp")
-            image.resize((32, 32), Image.Resampling.BICUBIC).save(whole, format="PNG")
-            whole.rename(path)
+            temporary = path.with_suffix(".tmp")
+            image.resize((32, 32), Image.Resampling.BICUBIC).save(temporary, format="PNG")
+            temporary.rename(path)
     return counts["train"], counts["val"]
 
 
 def _train(
     config: Config, loop: ModuleType, width: int, teacher: Teacher | None, progress: Any, name: str
 ) -> tuple[nn.Module, float]:
-    """A network of that width, trained by the loop of tools/distill.py, and the images it saw per second."""
+    """A network trained by the loop of tools/distill.py, and its images per second."""
     torch.manual_seed(config.seed)
-    alone = Untaught(config.seed, config.data, config.run_dir)
-    with KDDataLoader.from_config(alone, "train", teacher=teacher) as loader:
-        net = small_resnet(len(loader.classes or ()), width=width).to(loader.device)
+    with KDDataLoader.from_config(config, "train", teacher=teacher) as loader:
+        network = small_resnet(len(loader.classes or ()), width=width).to(loader.device)
         num_images = config.train.epochs * len(loader) * loader.batch_size
         bar = progress.add_task(f"{name:<10}", total=num_images)
         started = time.perf_counter()
-        loop.fit(net, loader, config.train, config.distill, lambda images, loss: progress.advance(bar, images))
-        return net, num_images / (time.perf_counter() - started)
+        loop.fit(network, loader, config.train, config.distill, lambda images, loss: progress.advance(bar, images))
+        return network, num_images / (time.perf_counter() - started)
 
 
-def _open_teacher(net: nn.Module, config: Config, run_dir: Path) -> Teacher:
-    """The trained teacher through the backend that suits the device: an ONNX file on a CPU, the module on a GPU."""
+def _open_teacher(network: nn.Module, config: Config, run_dir: Path) -> Teacher:
+    """The trained teacher in the backend that fits the device: as an ONNX file on a CPU, as a module on a GPU."""
     settings = config.teacher or TeacherSettings()
-    transform = config.data.train.transform if config.data.train else None
-    assert transform is not None
-    shape = (3, transform.size, transform.size)
-    device = next(net.parameters()).device
+    size = config.data.split("train").transform.size
+    shape = (3, size, size)
+    device = next(network.parameters()).device
     classes = tuple(str(digit) for digit in range(10))
-    path = export_onnx(net, run_dir / "teacher.onnx", image_shape=shape, classes=classes)
+    path = export_onnx(network, run_dir / "teacher.onnx", image_shape=shape, classes=classes)
     if device.type == "cpu":
         return open_teacher(settings.model_copy(update={"onnx": path}), image_shape=shape)
-    return open_teacher(settings.model_copy(update={"onnx": None}), module=net, image_shape=shape, device=device)
+    return open_teacher(settings.model_copy(update={"onnx": None}), module=network, image_shape=shape, device=device)
 
 
-def _evaluate(config: Config, loop: ModuleType, net: nn.Module, teacher: Teacher) -> tuple[float, float]:
+def _evaluate(config: Config, loop: ModuleType, network: nn.Module, teacher: Teacher) -> tuple[float, float]:
     """Top-1 on the validation images, and agreement with the teacher's top-1."""
     with KDDataLoader.from_config(config, "val", teacher=teacher) as loader:
-        scores: tuple[float, float] = loop.evaluate(net, loader)
+        scores: tuple[float, float] = loop.evaluate(network, loader)
         return scores
 
 
 def _draw_batch(config: Config, teacher: Teacher, path: Path) -> Path:
-    """The first training batch as the models see it."""
+    """The first training batch as teacher and student get it."""
     with KDDataLoader.from_config(config, "train", teacher=teacher) as loader:
         return save_grid(next(iter(loader)), path, transform=loader.transform, classes=loader.classes)
 
 
 def _find(name: str) -> Path:
     """A file of the repository, or the copy that was installed with the package."""
-    here = Path(__file__).parents[2] / name
+    source = Path(__file__).parents[2] / name
     installed = Path(sysconfig.get_path("data")) / "share" / "kd_pipeline" / name
-    for path in (here, installed):
+    for path in (source, installed):
         if path.is_file():
             return path
-    raise ConfigError(f"the demo needs {name}, which is neither at {here} nor at {installed}; reinstall kd_pipeline")
+    raise ConfigError(f"the demo needs {name}, which is neither at {source} nor at {installed}; reinstall kd_pipeline")
 
 
-def _load(path: Path) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"kd_pipeline_tools_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""What this machine has, what is usable, and what to install."""
+"""What this machine has, what works on it, and what to install."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from kd_pipeline._core.child_process import open_report, run_child
-from kd_pipeline._core.nvidia_driver import ask_driver
+from kd_pipeline._core.nvidia_driver import query_driver
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.version import __version__
@@ -20,43 +20,36 @@ from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers.tensorrt.package import LOWEST_CAPABILITY
 
 if TYPE_CHECKING:
-    # Elsewhere in functions: they stand on NumPy, Pillow and torch, and a broken one is what a doctor is called for.
+    # At run time inside functions: it needs NumPy, Pillow and torch, and the doctor must run where one is broken.
     from kd_pipeline.data.decode_trial import DecodeTrial
 
-__all__ = ["Ability", "Check", "Gpu", "Report", "diagnose"]
+__all__ = ["Capability", "Check", "Gpu", "Report", "diagnose"]
 
 _GIB = 2**30
-_GROUPS = (
-    ("torch", "torch.cuda", "torchvision", "timm", "lightning"),
-    ("nvidia.dali", "cuda.core"),
-    ("onnx", "onnxscript", "onnxruntime", "openvino"),
-    ("tensorrt",),
-    ("tensorrt_rtx",),
-)
-"""What is tried, each group in a process of its own; within one, what is imported once need not be again."""
 _HW_DECODER_LOADS = (0.0, 1.0)
-"""Shares of the hardware decoder that are tried: the default, and all that it takes."""
+"""Values of `hw_decoder_load` to try: the default, and the largest."""
 _CUDA_PROVIDER = "CUDAExecutionProvider"
-_PRECISIONS = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
+_OPENVINO_PRECISIONS = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
 _EXTRAS = {"lightning": "train", "timm": "timm", "torchvision": "timm", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
-"""What brings a package that `cpu`, `cu12` and `cu13` do not bring."""
+"""The extra that installs a package; the others are in `cpu`, `cu12` and `cu13`."""
 
 _Kind = Literal["loader", "teacher", "command", "setting"]
-_Answer = dict[str, Any]
+_Fields = dict[str, Any]
+"""Fields of a `Check`, as a child process reports them in JSON."""
 
 
 class Check(Settings):
-    """What became of importing one package and trying it out."""
+    """The result of importing one package and trying it out."""
 
     name: str
     status: Literal["ok", "missing", "broken"]
     version: str | None = None
     detail: str = ""
-    """What it can do here, or what went wrong in its own words."""
-    capabilities: tuple[str, ...] = ()
+    """What it can do here, or its own error message."""
+    supports: tuple[str, ...] = ()
     """Precisions of OpenVINO, providers of ONNX Runtime, compute capabilities that TensorRT-RTX builds for."""
     install: str | None = None
-    """The command that installs it, where it is missing."""
+    """The command that installs it, if it is missing."""
 
 
 class Gpu(Settings):
@@ -69,22 +62,22 @@ class Gpu(Settings):
     """Which of `tensorrt` and `tensorrt_rtx` work here and support it."""
 
     def __str__(self) -> str:
-        engines = " and ".join(self.served_by) or "no TensorRT that is installed"
+        engines = " and ".join(self.served_by) or "no installed TensorRT"
         return f"{self.name}, {self.memory_bytes / _GIB:.1f} GiB; supported by {engines}"
 
 
-class Ability(Settings):
+class Capability(Settings):
     """Something that the library can or cannot do here."""
 
     kind: _Kind
     name: str
     works: bool
     detail: str
-    """What it still needs, or what it means."""
+    """What is missing, or what it means."""
 
 
 class Report(Settings):
-    """All of it; `model_dump_json()` is for bug reports, `to_text()` for people."""
+    """The full report; `model_dump_json()` is for bug reports, `to_text()` for people."""
 
     kd_pipeline: str
     python: str
@@ -94,64 +87,56 @@ class Report(Settings):
     """Cores that this process may run on."""
     memory_bytes: int
     cuda_driver: str | None
-    """Newest CUDA version that the driver serves; None without a working driver."""
+    """Newest CUDA version that the driver supports; None without a working driver."""
     gpus: tuple[Gpu, ...]
     checks: tuple[Check, ...]
-    """The NVIDIA driver first, then the packages."""
-    abilities: tuple[Ability, ...]
+    """The NVIDIA driver, then the packages, then the ways to decode on the first GPU."""
+    capabilities: tuple[Capability, ...]
 
     @property
     def is_usable(self) -> bool:
-        """Whether a loader and at least one teacher run."""
-        working = {ability.kind for ability in self.abilities if ability.works}
-        return {"loader", "teacher"} <= working
+        """Whether a loader and at least one teacher backend work."""
+        return {"loader", "teacher"} <= {each.kind for each in self.capabilities if each.works}
 
     def to_text(self) -> str:
-        """Aligned lines for a terminal: the machine, the packages, what is usable."""
+        """Aligned lines for a terminal: the machine, the packages, and what is usable."""
         gpus = [("ok", f"GPU {number}", gpu.compute_capability, str(gpu)) for number, gpu in enumerate(self.gpus)]
         checks = [
             (check.status, check.name, check.version or "", "; ".join(filter(None, (check.detail, check.install))))
             for check in self.checks
         ]
-        abilities = [("yes" if item.works else "no", item.kind, item.name, item.detail) for item in self.abilities]
-        return "\n".join(
-            [
-                f"kd_pipeline {self.kd_pipeline}, Python {self.python}, {self.platform}",
-                f"{self.num_usable_cores} of {self.num_cores} cores, {self.memory_bytes / _GIB:.1f} GiB of memory",
-                "",
-                *_aligned([*checks[:1], *gpus, *checks[1:]]),
-                "",
-                "usable",
-                *_aligned(abilities),
-            ]
-        )
+        usable = [("yes" if each.works else "no", each.kind, each.name, each.detail) for each in self.capabilities]
+        lines = [
+            f"kd_pipeline {self.kd_pipeline}, Python {self.python}, {self.platform}",
+            f"{self.num_usable_cores} of {self.num_cores} cores, {self.memory_bytes / _GIB:.1f} GiB of memory",
+        ]
+        lines += ["", *_aligned([*checks[:1], *gpus, *checks[1:]]), "", "usable", *_aligned(usable)]
+        return "\n".join(lines)
 
 
 def diagnose(*, timeout_s: float = 60.0) -> Report:
-    """Import every package that the library can use, try each out, and say what works.
+    """Import every package that the library can use, try each of them out, and report what works.
 
-    This happens in processes of their own, so that a package that crashes or hangs is reported like one that raises.
+    The checks run in child processes, so a package that crashes or hangs is reported like one that raises.
 
     Args:
         timeout_s: seconds after which a package counts as hanging.
     """
-    (driver,) = _ask(["NVIDIA driver"], has_gpu=False, timeout_s=timeout_s)
-    cuda_driver, found = driver.pop("cuda", None), driver.pop("gpus", [])
-    groups = [[name for name in group if found or name != "torch.cuda"] for group in _GROUPS]
+    (driver,) = _run_checks(["NVIDIA driver"], has_gpu=False, timeout_s=timeout_s)
+    cuda_driver, found_gpus = driver.pop("cuda", None), driver.pop("gpus", [])
+    has_gpu = bool(found_gpus)
+    groups = [[name for name in group if has_gpu or name != "torch.cuda"] for group in _CHECKS]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        answers = pool.map(lambda names: list(_ask(names, has_gpu=bool(found), timeout_s=timeout_s)), groups)
-        checks = [Check(**answer) for answer in [driver, *chain.from_iterable(answers)]]
-        has_dali = any(check.name == "nvidia.dali" and check.status == "ok" for check in checks)
-        trials = _try_decoding(pool, timeout_s) if found and has_dali else []
-        checks += map(_check_of_trial, trials)
-    checks = [
-        check.model_copy(update={"install": _install_line(check.name, cuda_driver)})
-        if check.status == "missing"
-        else check
-        for check in checks
-    ]
-    by_name = {check.name: check for check in checks}
-    gpus = tuple(Gpu(**gpu, served_by=tuple(_serving(gpu["compute_capability"], by_name))) for gpu in found)
+        results = pool.map(lambda names: list(_run_checks(names, has_gpu=has_gpu, timeout_s=timeout_s)), groups)
+        checks = {
+            fields["name"]: Check(
+                **fields,
+                install=_install_command(fields["name"], cuda_driver) if fields["status"] == "missing" else None,
+            )
+            for fields in [driver, *chain.from_iterable(results)]
+        }
+        trials = _try_decoding(pool, timeout_s) if has_gpu and checks["nvidia.dali"].status == "ok" else []
+    gpus = tuple(Gpu(**gpu, served_by=tuple(_serving(gpu["compute_capability"], checks))) for gpu in found_gpus)
     return Report(
         kd_pipeline=__version__,
         python=platform.python_version(),
@@ -161,16 +146,16 @@ def diagnose(*, timeout_s: float = 60.0) -> Report:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cuda_driver=cuda_driver,
         gpus=gpus,
-        checks=tuple(checks),
-        abilities=tuple(_abilities(by_name, gpus, trials)),
+        checks=(*checks.values(), *map(_check_of_trial, trials)),
+        capabilities=tuple(_capabilities(checks, gpus, trials)),
     )
 
 
-def _install_line(name: str, cuda_driver: str | None) -> str | None:
-    """What brings a missing package, with the wheels that suit the driver."""
+def _install_command(name: str, cuda_driver: str | None) -> str | None:
+    """The command that installs a missing package, with the wheels that fit the driver."""
     if name == "NVIDIA driver":
         return None
-    if name == "torch" or (name == "openvino" and cuda_driver):  # no extra for a GPU brings OpenVINO
+    if name == "torch" or (name == "openvino" and cuda_driver):  # no extra for a GPU includes OpenVINO
         return f"pip install {name}"
     if cuda_driver:
         base = "cu12" if cuda_driver.startswith("12.") else "cu13"
@@ -184,12 +169,12 @@ def _serving(compute_capability: str, checks: Mapping[str, Check]) -> Iterator[s
     major, minor = map(int, compute_capability.split("."))
     if checks["tensorrt"].status == "ok" and (major, minor) >= LOWEST_CAPABILITY:
         yield "tensorrt"
-    if compute_capability in checks["tensorrt_rtx"].capabilities:
+    if compute_capability in checks["tensorrt_rtx"].supports:
         yield "tensorrt_rtx"
 
 
 def _try_decoding(pool: ThreadPoolExecutor, timeout_s: float) -> "list[DecodeTrial]":
-    """Every way to decode on the first GPU, each in a process of its own."""
+    """Every way to decode on the first GPU, each in a child process."""
     from kd_pipeline.data.decode_trial import try_decoding
 
     ways: tuple[Literal["window", "full"], ...] = ("window", "full")
@@ -201,65 +186,63 @@ def _try_decoding(pool: ThreadPoolExecutor, timeout_s: float) -> "list[DecodeTri
 
 
 def _check_of_trial(trial: "DecodeTrial") -> Check:
-    """A way to decode on the first GPU, as a check like those of the packages."""
-    share = f", hw_decoder_load {trial.hw_decoder_load:g}" if trial.hw_decoder_load else ""
+    load = f", hw_decoder_load {trial.hw_decoder_load:g}" if trial.hw_decoder_load else ""
     version = None if trial.nvjpeg is None else f"nvJPEG {trial.nvjpeg[0]}.{trial.nvjpeg[1]}"
     status: Literal["ok", "broken"] = "ok" if trial.works else "broken"
-    return Check(name=f"decode: {trial.decode} (GPU{share})", status=status, version=version, detail=trial.detail)
+    return Check(name=f"decode: {trial.decode} (GPU{load})", status=status, version=version, detail=trial.detail)
 
 
-def _decoding(trials: "Sequence[DecodeTrial]") -> Iterator[Ability]:
-    """What the trials on the first GPU mean for its loaders; the answer of the default settings is kept for them."""
+def _decoding(trials: "Sequence[DecodeTrial]") -> Iterator[Capability]:
+    """What the trials on the first GPU mean for loaders. The choice for the default settings is cached for them."""
     from kd_pipeline.data.decode import keep_choice, pick_decode
 
     window, full = (trial for trial in trials if trial.hw_decoder_load == 0)
     try:
         choice = pick_decode(window, lambda: full)
     except ConfigError as exc:
-        yield Ability(kind="loader", name="gpu", works=False, detail=str(exc))
+        yield Capability(kind="loader", name="gpu", works=False, detail=str(exc))
         return
     keep_choice(0, 0.0, choice)
-    yield Ability(kind="loader", name="gpu", works=True, detail="")
-    yield Ability(kind="setting", name="decode: auto", works=True, detail=f"takes {choice.decode}; {choice.reason}")
-    with_hardware = [trial for trial in trials if trial.hw_decoder_load and trial.decode == choice.decode]
-    for trial in with_hardware:
-        detail = f"{trial}; pixels then depend on the batch" if trial.works else str(trial)
-        yield Ability(kind="setting", name="hw_decoder_load", works=trial.works, detail=detail)
+    yield Capability(kind="loader", name="gpu", works=True, detail="")
+    yield Capability(kind="setting", name="decode: auto", works=True, detail=f"takes {choice.decode}; {choice.reason}")
+    for trial in trials:
+        if trial.hw_decoder_load and trial.decode == choice.decode:
+            detail = f"{trial}; pixels then depend on the batch" if trial.works else str(trial)
+            yield Capability(kind="setting", name="hw_decoder_load", works=trial.works, detail=detail)
 
 
-def _abilities(checks: Mapping[str, Check], gpus: Sequence[Gpu], trials: "Sequence[DecodeTrial]" = ()) -> list[Ability]:
-    def ability(kind: _Kind, name: str, *needed: str) -> Ability:
-        """It needs the packages named; anything else that is named is known to be lacking."""
-        status = {one: checks[one].status if one in checks else "" for one in needed}
-        lacking = ", ".join(f"{one} ({state})" if state else one for one, state in status.items() if state != "ok")
-        return Ability(kind=kind, name=name, works=not lacking, detail=lacking and f"needs {lacking}")
+def _capabilities(
+    checks: Mapping[str, Check], gpus: Sequence[Gpu], trials: "Sequence[DecodeTrial]" = ()
+) -> list[Capability]:
+    def capability(kind: _Kind, name: str, *needed: str) -> Capability:
+        """It works if the packages in `needed` do. Anything else in there is known to be missing."""
+        status = {need: checks[need].status if need in checks else "" for need in needed}
+        lacking = ", ".join(f"{need} ({state})" if state else need for need, state in status.items() if state != "ok")
+        return Capability(kind=kind, name=name, works=not lacking, detail=lacking and f"needs {lacking}")
 
     served = [] if any(gpu.served_by for gpu in gpus) else ["a GPU that an installed TensorRT supports"]
-    runs_onnx = not gpus or ("onnxruntime" in checks and _CUDA_PROVIDER in checks["onnxruntime"].capabilities)
-    provider = [] if runs_onnx else ["onnxruntime-gpu in the place of onnxruntime"]
+    has_provider = not gpus or ("onnxruntime" in checks and _CUDA_PROVIDER in checks["onnxruntime"].supports)
+    provider = [] if has_provider else ["onnxruntime-gpu in place of onnxruntime"]
     # TensorRT-RTX builds without a GPU.
-    built = checks["tensorrt_rtx"].status == "ok" or (gpus and checks["tensorrt"].status == "ok")
-    builder = [] if built else ["tensorrt_rtx, or tensorrt and a GPU"]
+    has_builder = checks["tensorrt_rtx"].status == "ok" or (gpus and checks["tensorrt"].status == "ok")
+    builder = [] if has_builder else ["tensorrt_rtx, or tensorrt and a GPU"]
     found = [
-        ability("loader", "cpu", "nvidia.dali"),
-        *(_decoding(trials) if trials else [ability("loader", "gpu", "nvidia.dali")] if gpus else []),
-        ability("teacher", "pytorch", "torch"),
-        ability("teacher", "openvino", "openvino", "onnx"),
-        ability("teacher", "onnxruntime", "onnxruntime", "onnx", *provider),
-        ability("teacher", "tensorrt", "cuda.core", *served),
-        ability("command", "export", "onnx", "onnxscript", "onnxruntime"),
-        ability("command", "build-engine", "onnx", "onnxscript", "onnxruntime", *builder),
+        capability("loader", "cpu", "nvidia.dali"),
+        *(_decoding(trials) if trials else [capability("loader", "gpu", "nvidia.dali")] if gpus else []),
+        capability("teacher", "pytorch", "torch"),
+        capability("teacher", "openvino", "openvino", "onnx"),
+        capability("teacher", "onnxruntime", "onnxruntime", "onnx", *provider),
+        capability("teacher", "tensorrt", "cuda.core", *served),
+        capability("command", "export", "onnx", "onnxscript", "onnxruntime"),
+        capability("command", "build-engine", "onnx", "onnxscript", "onnxruntime", *builder),
     ]
-    works = {item.name: item.works for item in found if item.kind == "teacher"}
-    if not gpus:
-        backend = "openvino"
-    elif works["onnxruntime"] and not works["tensorrt"]:
+    works = {each.name: each.works for each in found if each.kind == "teacher"}
+    backend = "tensorrt" if gpus else "openvino"
+    if gpus and works["onnxruntime"] and not works["tensorrt"]:
         backend = "onnxruntime"
-    else:
-        backend = "tensorrt"
-    takes = f"takes pytorch for a module and {backend} for an ONNX file"
+    detail = f"takes pytorch for a module and {backend} for an ONNX file"
     is_usable = works["pytorch"] and works[backend]
-    return [*found, Ability(kind="setting", name="backend: auto", works=is_usable, detail=takes)]
+    return [*found, Capability(kind="setting", name="backend: auto", works=is_usable, detail=detail)]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -267,11 +250,11 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def _ask(names: Sequence[str], *, has_gpu: bool, timeout_s: float) -> Iterator[_Answer]:
-    """One answer for each name, from a process that tries them in turn; after a crash, another one goes on."""
+def _run_checks(names: Sequence[str], *, has_gpu: bool, timeout_s: float) -> Iterator[_Fields]:
+    """Check packages one after the other in one child process, and in a new one after each crash."""
     while names:
         gpu = "gpu" if has_gpu else "no gpu"
-        child = run_child(f"{__name__}:{_answer.__name__}", gpu, *names, timeout_s=timeout_s)
+        child = run_child(f"{__name__}:{_report_checks.__name__}", gpu, *names, timeout_s=timeout_s)
         yield from map(json.loads, child.lines)
         names = names[len(child.lines) :]
         if names:
@@ -279,68 +262,69 @@ def _ask(names: Sequence[str], *, has_gpu: bool, timeout_s: float) -> Iterator[_
             names = names[1:]
 
 
-def _answer(gpu: str, *names: str) -> None:
-    """Try these packages and report a line of JSON about each; runs in a process of its own."""
-    answers = open_report()
+def _report_checks(gpu: str, *names: str) -> None:
+    """In the child process: check packages and report a line of JSON for each."""
+    report = open_report()
+    checks = {name: check for group in _CHECKS for name, check in group.items()} | {"NVIDIA driver": _check_driver}
     for name in names:
-        answer: _Answer = {"name": name}
+        fields: _Fields = {"name": name}
         try:
-            answer |= {"status": "ok", **_PROBES[name](gpu == "gpu")}
+            fields |= {"status": "ok", **checks[name](gpu == "gpu")}
         except Exception as exc:
             cause = exc.__cause__ if isinstance(exc, ImportError) and exc.__cause__ else exc
             module = cause.name if isinstance(cause, ModuleNotFoundError) else None
             if module is not None and f"{name}.".startswith((f"{module}.", f"{module} ")):
-                answer |= {"status": "missing"}
+                fields |= {"status": "missing"}
             else:
                 detail = textwrap.shorten(f"{type(cause).__name__}: {cause}", 200)
-                answer |= {"status": "broken", "detail": detail}
-        print(json.dumps(answer), file=answers, flush=True)
+                fields |= {"status": "broken", "detail": detail}
+        print(json.dumps(fields), file=report, flush=True)
 
 
-def _probe_driver(has_gpu: bool) -> _Answer:
-    """Ask the driver itself, so that no CUDA package need be there."""
+def _check_driver(has_gpu: bool) -> _Fields:
+    """Query the driver itself, which needs no CUDA package."""
     try:
-        driver = ask_driver()
+        driver = query_driver()
     except OSError:
         return {"status": "missing", "detail": "no libcuda.so.1; everything runs on the CPU"}
     gpus = [asdict(gpu) for gpu in driver.gpus]
-    return {"version": driver.version, "detail": f"serves CUDA {driver.cuda}", "cuda": driver.cuda, "gpus": gpus}
+    return {"version": driver.version, "detail": f"supports CUDA {driver.cuda}", "cuda": driver.cuda, "gpus": gpus}
 
 
-def _probe_torch(has_gpu: bool) -> _Answer:
+def _check_torch(has_gpu: bool) -> _Fields:
     import torch
 
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return {"version": torch.__version__, "detail": build}
 
 
-def _probe_torch_cuda(has_gpu: bool) -> _Answer:
+def _check_torch_cuda(has_gpu: bool) -> _Fields:
     import torch
 
     devices = [f"cuda:{index}" for index in range(max(1, torch.cuda.device_count()))]
-    for device in devices:  # the first one also where torch sees none: using it says why
+    for device in devices:  # the first one even if torch sees none: the error says why
         torch.ones(2, device=device).sum().item()
     return {"version": torch.version.cuda, "detail": f"computes on {', '.join(devices)}"}
 
 
-def _probe_dali(has_gpu: bool) -> _Answer:
+def _check_dali(has_gpu: bool) -> _Fields:
     dali = require("nvidia.dali", extra="cpu")
     from kd_pipeline.data.decode_trial import compare_decoding
 
-    works, detail = compare_decoding("full", device_id=None)  # with windows, the CPU's other way
+    works, detail = compare_decoding("full", device_id=None)  # against windows, the other way on a CPU
     if not works:
         raise RuntimeError(f"windows and whole images differ: {detail}")
     return {"version": dali.__version__, "detail": "decodes on the CPU"}
 
 
-def _probe_cuda_core(has_gpu: bool) -> _Answer:
+def _check_cuda_core(has_gpu: bool) -> _Fields:
     core, bindings = require("cuda.core", extra="cu13"), require("cuda.bindings", extra="cu13")
     if has_gpu:
         core.Device(0).set_current()
     return {"version": core.__version__, "detail": f"on cuda-bindings {bindings.__version__}"}
 
 
-def _probe_onnxruntime(has_gpu: bool) -> _Answer:
+def _check_onnxruntime(has_gpu: bool) -> _Fields:
     onnxruntime = require("onnxruntime", extra="cpu")
     providers = onnxruntime.get_available_providers()
     detail = ", ".join(providers)
@@ -352,12 +336,12 @@ def _probe_onnxruntime(has_gpu: bool) -> _Answer:
         if not works:
             providers.remove(_CUDA_PROVIDER)
             detail = f"{detail}; {_CUDA_PROVIDER} does not run here"
-    return {"version": onnxruntime.__version__, "detail": textwrap.shorten(detail, 300), "capabilities": providers}
+    return {"version": onnxruntime.__version__, "detail": textwrap.shorten(detail, 300), "supports": providers}
 
 
 def _runs_on_gpu(onnxruntime: ModuleType) -> bool:
     """Whether ONNX Runtime runs a model of one node on the first GPU."""
-    import torch  # noqa: F401  # which loads the CUDA libraries that ONNX Runtime uses
+    import torch  # noqa: F401  # loads the CUDA libraries that ONNX Runtime needs
 
     onnx = require("onnx", extra="cpu")
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
@@ -368,34 +352,31 @@ def _runs_on_gpu(onnxruntime: ModuleType) -> bool:
     return _CUDA_PROVIDER in session.get_providers()
 
 
-def _probe_openvino(has_gpu: bool) -> _Answer:
+def _check_openvino(has_gpu: bool) -> _Fields:
     openvino = require("openvino", extra="cpu")
     core = openvino.Core()
     found = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    precisions = [ours for own, ours in _PRECISIONS.items() if own in found]
-    name = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
-    return {
-        "version": openvino.__version__.partition("-")[0],
-        "detail": f"{', '.join(precisions)} on {name}",
-        "capabilities": precisions,
-    }
+    precisions = [name for theirs, name in _OPENVINO_PRECISIONS.items() if theirs in found]
+    cpu = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
+    version = openvino.__version__.partition("-")[0]
+    return {"version": version, "detail": f"{', '.join(precisions)} on {cpu}", "supports": precisions}
 
 
-def _probe_tensorrt(has_gpu: bool) -> _Answer:
+def _check_tensorrt(has_gpu: bool) -> _Fields:
     trt = require("tensorrt", extra="trt")
-    return _build(trt) if has_gpu else {"version": trt.__version__, "detail": "needs a GPU, also to build"}
+    return _build_engine(trt) if has_gpu else {"version": trt.__version__, "detail": "needs a GPU, also to build"}
 
 
-def _probe_tensorrt_rtx(has_gpu: bool) -> _Answer:
+def _check_tensorrt_rtx(has_gpu: bool) -> _Fields:
     trt = require("tensorrt_rtx", extra="rtx")
     numbers = [name.removeprefix("SM") for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
     capabilities = [f"{number[:-1]}.{number[-1]}" for number in numbers]
-    answer = _build(trt)
-    return answer | {"detail": f"{answer['detail']} for {', '.join(capabilities)}", "capabilities": capabilities}
+    fields = _build_engine(trt)
+    return fields | {"detail": f"{fields['detail']} for {', '.join(capabilities)}", "supports": capabilities}
 
 
-def _build(trt: ModuleType) -> _Answer:
-    """Construct TensorRT's runtime and build an engine of one layer."""
+def _build_engine(trt: ModuleType) -> _Fields:
+    """Create TensorRT's runtime and build an engine of one layer."""
     logger = trt.Logger(trt.Logger.ERROR)
     trt.Runtime(logger)
     builder = trt.Builder(logger)
@@ -407,24 +388,27 @@ def _build(trt: ModuleType) -> _Answer:
     return {"version": trt.__version__, "detail": "builds engines"}
 
 
-def _probe_import(module: ModuleType) -> _Answer:
+def _check_import(module: ModuleType) -> _Fields:
     return {"version": module.__version__}
 
 
-_PROBES: dict[str, Callable[[bool], _Answer]] = {
-    "NVIDIA driver": _probe_driver,
-    "torch": _probe_torch,
-    "torch.cuda": _probe_torch_cuda,
-    "torchvision": lambda has_gpu: _probe_import(require("torchvision", extra="timm")),
-    "timm": lambda has_gpu: _probe_import(require("timm", extra="timm")),
-    "lightning": lambda has_gpu: _probe_import(require("lightning", extra="train")),
-    "nvidia.dali": _probe_dali,
-    "cuda.core": _probe_cuda_core,
-    "onnx": lambda has_gpu: _probe_import(require("onnx", extra="cpu")),
-    "onnxscript": lambda has_gpu: _probe_import(require("onnxscript", extra="cpu")),
-    "onnxruntime": _probe_onnxruntime,
-    "openvino": _probe_openvino,
-    "tensorrt": _probe_tensorrt,
-    "tensorrt_rtx": _probe_tensorrt_rtx,
-}
-"""Each is told whether there is a GPU, and returns fields of a `Check` or raises what is wrong."""
+_CHECKS: tuple[dict[str, Callable[[bool], _Fields]], ...] = (
+    {
+        "torch": _check_torch,
+        "torch.cuda": _check_torch_cuda,
+        "torchvision": lambda has_gpu: _check_import(require("torchvision", extra="timm")),
+        "timm": lambda has_gpu: _check_import(require("timm", extra="timm")),
+        "lightning": lambda has_gpu: _check_import(require("lightning", extra="train")),
+    },
+    {"nvidia.dali": _check_dali, "cuda.core": _check_cuda_core},
+    {
+        "onnx": lambda has_gpu: _check_import(require("onnx", extra="cpu")),
+        "onnxscript": lambda has_gpu: _check_import(require("onnxscript", extra="cpu")),
+        "onnxruntime": _check_onnxruntime,
+        "openvino": _check_openvino,
+    },
+    {"tensorrt": _check_tensorrt},
+    {"tensorrt_rtx": _check_tensorrt_rtx},
+)
+"""By package, in groups that share a child process, where what one imports need not be imported again by the next. Each
+gets whether there is a GPU, and returns fields of a `Check` or raises."""

@@ -5,46 +5,46 @@ from pathlib import Path
 
 import pytest
 
-from kd_pipeline._core.atomic_write import locked, whole_file, write_whole
+from kd_pipeline._core.atomic_write import atomic_file, locked, write_atomic
 
 
-def test_text_and_bytes_take_the_place_of_what_was_there(tmp_path: Path) -> None:
+def test_write_atomic_replaces_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    for content, wanted in (("für\n", "für\n".encode()), (b"\x00\xff", b"\x00\xff")):
-        write_whole(path, content)
-        assert path.read_bytes() == wanted
+    for content, expected in (("für\n", "für\n".encode()), (b"\x00\xff", b"\x00\xff")):
+        write_atomic(path, content)
+        assert path.read_bytes() == expected
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_until_all_is_written_the_old_file_is_there(tmp_path: Path) -> None:
+def test_old_file_stays_until_end(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         file.write(b"new")
         file.flush()
         assert path.read_text() == "old"
     assert path.read_text() == "new"
 
 
-def test_after_an_error_only_the_old_file_is_there(tmp_path: Path) -> None:
+def test_error_keeps_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(RuntimeError, match="half way"), whole_file(path) as file:
+    with pytest.raises(RuntimeError, match="half way"), atomic_file(path) as file:
         file.write(b"new")
         raise RuntimeError("half way")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_the_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsync_before_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda source, target: (calls.append("replace"), replace(source, target)))
-    write_whole(tmp_path / "file", b"new")
+    write_atomic(tmp_path / "file", b"new")
     assert calls == ["fsync", "replace"]
 
 
-def test_one_at_a_time_holds_the_right_to_write_a_file(tmp_path: Path) -> None:
+def test_lock_is_exclusive(tmp_path: Path) -> None:
     path, waited = tmp_path / "number", []
     path.write_text("0")
 
@@ -59,7 +59,7 @@ def test_one_at_a_time_holds_the_right_to_write_a_file(tmp_path: Path) -> None:
     assert path.read_text() == "20" and waited
 
 
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+def test_lock_does_not_follow_symlink(tmp_path: Path) -> None:
     target = tmp_path / "target"
     (tmp_path / ".file.lock").symlink_to(target)
     with pytest.raises(OSError, match="symbolic link"), locked(tmp_path / "file", lambda: None):

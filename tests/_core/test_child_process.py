@@ -1,5 +1,3 @@
-"""Whatever becomes of a child, its parent gets what it had reported and the reason why there is no more."""
-
 import os
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from kd_pipeline._core.child_process import run_child
 pytestmark = pytest.mark.slow
 
 
-def test_what_a_child_reports_is_apart_from_what_it_prints() -> None:
+def test_report_is_separate_from_log() -> None:
     child = run_child("tests.children:echo", "one", "two three", timeout_s=30)
     assert (child.lines, child.failure) == (["one", "two three"], "")
     assert child.log == "not for the parent\n"
@@ -22,17 +20,17 @@ def test_what_a_child_reports_is_apart_from_what_it_prints() -> None:
     ("function", "timeout_s", "lines", "failure"),
     [
         ("crash", 30, ["so far so good"], "crashed with SIGSEGV"),
-        ("hang", 5, ["started"], "no answer within 5 s"),
-        ("fail", 30, [], "ended Python with exit status 3"),
-        ("no_such_function", 30, [], "ended Python with exit status 1"),
+        ("hang", 5, ["started"], "timed out after 5 s"),
+        ("fail", 30, [], "exited with status 3"),
+        ("no_such_function", 30, [], "exited with status 1"),
     ],
 )
-def test_a_child_that_ends_early_says_why(function: str, timeout_s: float, lines: list[str], failure: str) -> None:
+def test_failure_has_reason(function: str, timeout_s: float, lines: list[str], failure: str) -> None:
     child = run_child(f"tests.children:{function}", timeout_s=timeout_s)
     assert (child.lines, child.failure) == (lines, failure)
 
 
-def test_a_child_does_not_import_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "json.py").write_text("raise SystemExit(7)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
@@ -40,7 +38,7 @@ def test_a_child_does_not_import_from_the_working_directory(tmp_path: Path, monk
     assert (child.lines, child.failure) == (["fine"], "")
 
 
-def test_a_child_ends_with_its_interrupted_parent(tmp_path: Path) -> None:
+def test_interrupt_kills_child(tmp_path: Path) -> None:
     script = (
         "import signal, subprocess, sys\n"
         "communicate = subprocess.Popen.communicate\n"

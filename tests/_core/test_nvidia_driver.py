@@ -1,15 +1,15 @@
-"""The driver is asked by its C interface; here a recording of its answers."""
+"""libcuda and NVML are replaced by fake libraries."""
 
 import ctypes
 from typing import Any
 
 import pytest
 
-from kd_pipeline._core.nvidia_driver import Driver, DriverGpu, ask_driver
+from kd_pipeline._core.nvidia_driver import Driver, DriverGpu, query_driver
 
 
 class Library:
-    """Functions of libcuda and NVML that answer for a machine with two GPUs."""
+    """libcuda and NVML of a machine with two GPUs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -49,9 +49,9 @@ class Library:
         return 0
 
 
-def test_the_driver_and_all_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_driver_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", Library)
-    assert ask_driver() == Driver(
+    assert query_driver() == Driver(
         version="580.95.05",
         cuda="13.1",
         gpus=(
@@ -61,27 +61,27 @@ def test_the_driver_and_all_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_a_machine_without_a_driver_is_an_os_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Library:
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     with pytest.raises(OSError, match=r"libcuda\.so\.1"):
-        ask_driver()
+        query_driver()
 
 
-def test_a_driver_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_driver_error_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", Library)
     monkeypatch.setattr(Library, "cuInit", lambda self, flags: 802)
     with pytest.raises(RuntimeError, match="cuInit: system not yet initialized"):
-        ask_driver()
+        query_driver()
 
 
-def test_without_nvml_only_the_drivers_own_version_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     def only_cuda(name: str) -> Library:
         if "nvidia-ml" in name:
             raise OSError(name)
         return Library(name)
 
     monkeypatch.setattr(ctypes, "CDLL", only_cuda)
-    assert ask_driver().version is None
+    assert query_driver().version is None

@@ -1,8 +1,6 @@
-"""Of many names a few are listed; an unknown one is answered with what was probably meant."""
-
 import pytest
 
-from kd_pipeline._core.suggestions import some, suggest
+from kd_pipeline._core.suggestions import first_few, suggest
 
 NAMES = ["resnet18", "resnet34", "vit"]
 
@@ -16,11 +14,11 @@ NAMES = ["resnet18", "resnet34", "vit"]
         ("zzz", [], "; there are none"),
     ],
 )
-def test_the_names_most_like_it_are_proposed_or_else_the_first_few(word, known, rest):
+def test_suggest(word, known, rest):
     assert suggest(word, known) == rest
 
 
-def test_where_none_is_like_it_the_caller_may_say_something_else():
+def test_suggest_otherwise():
     assert suggest("zzz", NAMES, otherwise="read the list") == "; read the list"
     assert suggest("zzz", NAMES, otherwise="") == ""
     assert suggest("vitt", NAMES, otherwise="read the list") == "; did you mean 'vit'?"
@@ -30,6 +28,6 @@ def test_where_none_is_like_it_the_caller_may_say_something_else():
     ("names", "count", "text"),
     [(["a"], None, "a"), (["a", "b"], 2, "a, b"), (["a", "b"], 5, "a, b and 3 more"), ([], None, "")],
 )
-def test_names_are_listed_up_to_ten_and_the_rest_is_counted(names, count, text):
-    assert some(names, count) == text
-    assert some([*"abcdefghijkl"]) == "a, b, c, d, e, f, g, h, i, j and 2 more"
+def test_first_few(names, count, text):
+    assert first_few(names, count) == text
+    assert first_few([*"abcdefghijkl"]) == "a, b, c, d, e, f, g, h, i, j and 2 more"

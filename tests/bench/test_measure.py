@@ -1,25 +1,31 @@
-import json
 import multiprocessing
 import os
+import sys
 import time
 from multiprocessing.synchronize import Event
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kd_pipeline.bench import measure as room
-from kd_pipeline.bench.measure import BenchResult, BenchRow, Contender, environment, measure
-
-ROWS = (
-    BenchRow("ours", (100.0, 50.0, 400.0), (0.010, 0.020, 0.012), (2**30, 2**29, 2**30 + 3 * 2**20), (0.5, 0.6, 0.9)),
-    BenchRow("theirs", (50.0, 20.0, 100.0), (0.030, 0.020, 0.040), (2**30, 2**29, 2**30 - 2**20), (0.1, 0.2, 0.7)),
+from kd_pipeline.bench import measure as module
+from kd_pipeline.bench.measure import (
+    Candidate,
+    Measurement,
+    environment,
+    format_table,
+    measure,
+    paired_ratio,
+    save_result,
 )
-RESULT = BenchResult(ROWS, {"batch_size": 8, "device": "cpu"}, environment())
+from kd_pipeline.errors import MissingPackageError
 
 
 class Stream:
-    """Counts its batches of 3 images, on a clock that only it moves."""
+    """Records its calls; a batch has 3 images and advances the clock."""
 
     def __init__(self, name: str, seconds_per_batch: float, calls: list[tuple[str, int]], clock: list[float]) -> None:
         self.name, self.seconds_per_batch, self.calls, self.clock = name, seconds_per_batch, calls, clock
@@ -37,135 +43,125 @@ def calls() -> list[tuple[str, int]]:
 
 @pytest.fixture
 def pauses() -> list[int]:
-    """How many calls there were before each look at who still works."""
+    """Number of calls before each check of the CPU time."""
     return []
 
 
 @pytest.fixture
 def measured(
     calls: list[tuple[str, int]], pauses: list[int], monkeypatch: pytest.MonkeyPatch
-) -> tuple[BenchResult, list[str]]:
-    """Three contenders of 0.5, 1 and 0.25 s a batch in four repeats, and the lines of progress."""
+) -> tuple[list[Measurement], list[str]]:
+    """Three candidates with 0.5, 1 and 0.25 s per batch in four repeats, and the lines of progress."""
     clock = [0.0]
-    monkeypatch.setattr(room.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(room, "_cpu_s", lambda: 2 * clock[0])
-    monkeypatch.setattr(room.time, "thread_time", lambda: clock[0] / 4)
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: pauses.append(len(calls)))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module, "_cpu_s", lambda: 2 * clock[0])
+    monkeypatch.setattr(module.time, "thread_time", lambda: clock[0] / 4)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: pauses.append(len(calls)))
     lines: list[str] = []
-    contenders = [
-        Contender(name, Stream(name, seconds, calls, clock)) for name, seconds in [("a", 0.5), ("b", 1.0), ("c", 0.25)]
+    candidates = [
+        Candidate(name, Stream(name, seconds, calls, clock)) for name, seconds in [("a", 0.5), ("b", 1.0), ("c", 0.25)]
     ]
-    result = measure(contenders, repeats=4, num_batches=10, num_warm_up=2, settings={"size": 7}, report=lines.append)
+    result = measure(candidates, repeats=4, num_batches=10, num_warm_up=2, report=lines.append)
     return result, lines
 
 
-def test_images_per_second_are_those_of_the_timed_batches_alone(measured: tuple[BenchResult, list[str]]) -> None:
-    assert [row.images_per_s for row in measured[0].rows] == [(6.0,) * 4, (3.0,) * 4, (12.0,) * 4]
+def test_images_per_s_counts_timed_batches_only(measured: tuple[list[Measurement], list[str]]) -> None:
+    assert [row.images_per_s for row in measured[0]] == [(6.0,) * 4, (3.0,) * 4, (12.0,) * 4]
 
 
-def test_cpu_seconds_are_those_of_the_timed_batches_alone(measured: tuple[BenchResult, list[str]]) -> None:
-    for row, expected in zip(measured[0].rows, (1 / 3, 2 / 3, 1 / 6), strict=True):
+def test_cpu_s_counts_timed_batches_only(measured: tuple[list[Measurement], list[str]]) -> None:
+    for row, expected in zip(measured[0], (1 / 3, 2 / 3, 1 / 6), strict=True):
         assert row.cpu_s_per_image == pytest.approx([expected] * 4)
 
 
-def test_the_own_time_of_a_batch_is_that_of_the_thread_that_takes_the_timed_batches(
-    measured: tuple[BenchResult, list[str]],
+def test_own_s_is_cpu_time_of_the_consuming_thread(
+    measured: tuple[list[Measurement], list[str]],
 ) -> None:
-    assert [row.own_s_per_batch for row in measured[0].rows] == [(0.125,) * 4, (0.25,) * 4, (0.0625,) * 4]
+    assert [row.own_s_per_batch for row in measured[0]] == [(0.125,) * 4, (0.25,) * 4, (0.0625,) * 4]
 
 
-def test_all_are_started_first_and_each_is_warmed_up_before_every_start(
-    measured: tuple[BenchResult, list[str]], calls: list[tuple[str, int]]
+def test_warm_up_before_every_timing(
+    measured: tuple[list[Measurement], list[str]], calls: list[tuple[str, int]]
 ) -> None:
     assert calls[:3] == [("a", 2), ("b", 2), ("c", 2)]
     assert [number for _, number in calls[3:]] == [2, 10] * 12
     assert all(warm_up[0] == timed[0] for warm_up, timed in zip(calls[3::2], calls[4::2], strict=True))
 
 
-def test_before_every_warm_up_the_others_fall_idle(measured: tuple[BenchResult, list[str]], pauses: list[int]) -> None:
+def test_waits_until_idle_before_every_warm_up(
+    measured: tuple[list[Measurement], list[str]], pauses: list[int]
+) -> None:
     assert pauses == list(range(3, 3 + 2 * 12, 2))
 
 
-def test_contenders_take_turns_and_the_order_rotates(
-    measured: tuple[BenchResult, list[str]], calls: list[tuple[str, int]]
+def test_order_of_candidates_rotates(
+    measured: tuple[list[Measurement], list[str]], calls: list[tuple[str, int]]
 ) -> None:
     assert "".join(name for name, number in calls if number == 10) == "abcbcacababc"
 
 
-def test_a_line_is_reported_after_every_repeat(measured: tuple[BenchResult, list[str]]) -> None:
+def test_each_repeat_is_reported(measured: tuple[list[Measurement], list[str]]) -> None:
     assert measured[1] == [f"repeat {number} of 4, images/s: a 6, b 3, c 12" for number in (1, 2, 3, 4)]
 
 
-def test_the_settings_are_in_the_result(measured: tuple[BenchResult, list[str]]) -> None:
-    assert measured[0].settings == {"size": 7}
-
-
-def test_a_contender_that_still_works_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_candidate_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_s = iter([0.0, 0.1, 0.1, 0.15, 0.15, 0.15])  # busy, busy, idle
-    monkeypatch.setattr(room, "_cpu_s", lambda: next(cpu_s))
-    monkeypatch.setattr(room.time, "sleep", lambda seconds: None)
-    room.wait_until_idle()
+    monkeypatch.setattr(module, "_cpu_s", lambda: next(cpu_s))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    module.wait_until_idle()
     assert list(cpu_s) == []
 
 
-def test_waiting_for_those_who_never_fall_idle_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_idle_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
     def sleep(seconds: float) -> None:
         clock[0] += seconds
 
-    monkeypatch.setattr(room.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(room.time, "sleep", sleep)
-    monkeypatch.setattr(room, "_cpu_s", lambda: clock[0])
-    room.wait_until_idle()
-    assert clock[0] == pytest.approx(room._SETTLE_S, abs=0.2)
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    monkeypatch.setattr(module, "_cpu_s", lambda: clock[0])
+    module.wait_until_idle()
+    assert clock[0] == pytest.approx(module._MAX_SETTLE_S, abs=0.2)
 
 
-def test_the_ratio_is_the_median_of_the_ratios_within_each_repeat() -> None:
-    ours, theirs = ROWS
-    assert theirs.ratio(ours) == 0.4  # of 0.5, 0.4 and 0.25; the medians' ratio would be 0.5
-    assert ours.ratio(theirs) == 2.5
-    assert ours.ratio(ours) == 1.0
+def test_paired_ratio_is_the_median_within_repeats() -> None:
+    ours, theirs = (100.0, 50.0, 400.0), (50.0, 20.0, 100.0)
+    assert paired_ratio(theirs, ours) == 0.4  # of 0.5, 0.4 and 0.25; the ratio of the medians is 0.5
+    assert paired_ratio(ours, theirs) == 2.5
+
+
+def test_table_columns_are_aligned() -> None:
+    lines = format_table(["", "images/s", "s"], [["ours", "1", "1.25"], ["theirs, compiled", "12,345,678", ""]])
+    assert lines == [
+        "                    images/s     s",
+        "ours                       1  1.25",
+        "theirs, compiled  12,345,678",
+    ]
+
+
+def test_result_without_matplotlib_has_no_plot(tmp_path: Path) -> None:
+    def plot() -> Any:
+        raise MissingPackageError("matplotlib is needed here; pip install it")
+
+    lines: list[str] = []
+    save_result(tmp_path / "a.json", lambda: "{}", lines.append, plot)
+    assert (tmp_path / "a.json").read_text() == "{}\n" and len(list(tmp_path.iterdir())) == 1
+    assert lines == ["no plot was saved: matplotlib is needed here; pip install it"]
+    save_result(None, lambda: "{}", lines.append, plot)
+    assert len(lines) == 1
 
 
 @pytest.mark.parametrize(
     ("peaks", "growth"), [((5,), 0), ((5, 7), 2), ((5, 9, 6), 0), ((9, 5, 6), -3), ((1, 8, 8, 2), 0), ((1, 3, 8, 2), 5)]
 )
-def test_memory_growth_is_from_the_first_half_of_the_repeats_to_the_second(peaks: tuple[int, ...], growth: int) -> None:
+def test_memory_growth_compares_halves(peaks: tuple[int, ...], growth: int) -> None:
     ones = (1.0,) * len(peaks)
-    row = BenchRow("ours", ones, ones, peaks, ones)
+    row = Measurement("ours", ones, ones, peaks, ones)
     assert row.memory_growth_bytes == growth
 
 
-def test_the_table_shows_medians_extremes_ratios_cpu_time_and_memory() -> None:
-    header, ours, theirs, *notes = RESULT.table().splitlines()
-    assert len(header) == len(ours) == len(theirs)
-    assert ours.split() == ["ours", "100", "50", "400", "1.00", "12.00", "600.00", "3.0"]
-    assert theirs.split() == ["theirs", "50", "20", "100", "0.40", "30.00", "200.00", "-1.0"]
-    assert "3 interleaved repeats" in notes[0] and f"{len(os.sched_getaffinity(0))} core(s), cpu." in notes[0]
-
-
-def test_json_holds_every_repeat_and_what_the_table_shows() -> None:
-    read = json.loads(RESULT.to_json())
-    assert read["settings"] == {"batch_size": 8, "device": "cpu"}
-    assert read["environment"] == RESULT.environment
-    assert read["rows"][1] == {
-        "name": "theirs",
-        "images_per_s": {"median": 50.0, "min": 20.0, "max": 100.0, "repeats": [50.0, 20.0, 100.0]},
-        "ratio_to_first": 0.4,
-        "cpu_s_per_image": {"median": 0.03, "min": 0.02, "max": 0.04, "repeats": [0.03, 0.02, 0.04]},
-        "peak_memory_bytes": {
-            "median": 2**30 - 2**20,
-            "min": 2**29,
-            "max": 2**30,
-            "repeats": [2**30, 2**29, 2**30 - 2**20],
-        },
-        "memory_growth_bytes": -(2**20),
-        "own_s_per_batch": {"median": 0.2, "min": 0.1, "max": 0.7, "repeats": [0.1, 0.2, 0.7]},
-    }
-
-
-def test_the_environment_names_processor_cores_versions_command_and_date() -> None:
+def test_environment_has_machine_versions_and_command() -> None:
     found = environment()
     assert found["cpu"] and found["system"] and found["command"]
     assert found["num_cores"] == len(os.sched_getaffinity(0))
@@ -176,42 +172,48 @@ def test_the_environment_names_processor_cores_versions_command_and_date() -> No
 
 
 @pytest.mark.parametrize(
-    ("program", "typed"),
-    [("/opt/bin/kd-pipeline", "kd-pipeline"), ("/opt/kd_pipeline/__main__.py", "python -m kd_pipeline")],
+    ("started_as", "typed"),
+    [
+        (None, "kd-pipeline"),
+        ("kd_pipeline.__main__", "python -m kd_pipeline"),
+        ("benchmarks.loader", "python -m benchmarks.loader"),
+    ],
 )
-def test_the_command_is_one_that_can_be_typed(program: str, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.sys, "argv", [program, "bench", "loader", "--root", "my photographs"])
-    assert environment()["command"] == f"{typed} bench loader --root 'my photographs'"
+def test_command_can_be_repeated(started_as: str | None, typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = None if started_as is None else SimpleNamespace(name=started_as)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/kd-pipeline", "bench", "step", "--root", "my photographs"])
+    assert environment()["command"] == f"{typed} bench step --root 'my photographs'"
 
 
-def test_the_cpu_time_of_workers_counts() -> None:
+def test_cpu_s_includes_workers() -> None:
     context = multiprocessing.get_context("spawn")
     done, leave = context.Event(), context.Event()
     worker = context.Process(target=_work, args=(done, leave))
-    own_s, before_s = time.process_time(), room._cpu_s()
+    own_s, before_s = time.process_time(), module._cpu_s()
     worker.start()
     try:
         assert done.wait(60)
-        used_s = room._cpu_s() - before_s - (time.process_time() - own_s)
+        used_s = module._cpu_s() - before_s - (time.process_time() - own_s)
     finally:
         leave.set()
         worker.join()
     assert used_s >= 0.3
 
 
-def test_the_peak_of_memory_starts_anew_at_every_reset() -> None:
-    room.reset_peak_memory()
-    before = room.peak_memory_bytes()
+def test_peak_memory_is_reset() -> None:
+    module.reset_peak_memory()
+    before = module.peak_memory_bytes()
     block = bytearray(os.urandom(1)) * (256 * 2**20)
-    with_block = room.peak_memory_bytes()
+    with_block = module.peak_memory_bytes()
     del block
     assert with_block - before > 200 * 2**20
-    assert room.peak_memory_bytes() - before > 200 * 2**20
-    room.reset_peak_memory()
-    assert room.peak_memory_bytes() < with_block - 200 * 2**20
+    assert module.peak_memory_bytes() - before > 200 * 2**20
+    module.reset_peak_memory()
+    assert module.peak_memory_bytes() < with_block - 200 * 2**20
 
 
-def test_the_peak_of_memory_is_that_of_each_repeat_alone() -> None:
+def test_peak_memory_is_of_one_repeat() -> None:
     calls: list[int] = []
 
     def run(num_batches: int) -> int:
@@ -220,9 +222,9 @@ def test_the_peak_of_memory_is_that_of_each_repeat_alone() -> None:
             np.ones(2**28, dtype=np.uint8)
         return num_batches
 
-    contender = Contender("large at first", run)
-    result = measure([contender], repeats=2, num_batches=1, num_warm_up=1, settings={}, report=lambda line: None)
-    first, second = result.rows[0].peak_memory_bytes
+    candidate = Candidate("large at first", run)
+    result = measure([candidate], repeats=2, num_batches=1, num_warm_up=1, report=lambda line: None)
+    first, second = result[0].peak_memory_bytes
     assert first - second > 200 * 2**20
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kd_pipeline.bench import photographs as room
+from kd_pipeline.bench import photographs as module
 from kd_pipeline.bench.photographs import make_photographs
-from kd_pipeline.data.sources.base import ImageFolder
+from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.errors import MissingPackageError
 from tests.bench.conftest import NUM_PHOTOGRAPHS
 
@@ -15,14 +15,14 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.jpg"))}
 
 
-def test_there_are_as_many_files_as_asked_for_in_ten_equal_classes(photographs: Path) -> None:
+def test_ten_equal_classes(photographs: Path) -> None:
     source = ImageFolder(photographs)
     assert len(source) == NUM_PHOTOGRAPHS
     assert source.num_classes == 10
     assert source.labels.tolist() == sorted([*range(10)] * (NUM_PHOTOGRAPHS // 10))
 
 
-def test_files_are_jpeg_photographs_of_about_500x375_in_many_sizes(photographs: Path) -> None:
+def test_files_are_jpegs_of_about_500x375(photographs: Path) -> None:
     sizes = set()
     for path in photographs.rglob("*.jpg"):
         with Image.open(path) as image:
@@ -39,21 +39,21 @@ def test_both_photographs_are_in_every_class(photographs: Path) -> None:
         assert {number % 2 for number in numbers} == {0, 1}
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_gives_others(photographs: Path, tmp_path: Path) -> None:
+def test_files_depend_on_the_seed(photographs: Path, tmp_path: Path) -> None:
     again = contents(make_photographs(tmp_path / "again", num_files=NUM_PHOTOGRAPHS))
     other = contents(make_photographs(tmp_path / "other", num_files=NUM_PHOTOGRAPHS, seed=1))
     assert again == contents(photographs)
     assert other.keys() == again.keys() and other != again
 
 
-def test_a_folder_that_is_there_is_left_as_it_is(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_folder_is_not_changed(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in photographs.rglob("*")}
-    monkeypatch.setattr(Image.Image, "save", None)  # nothing can be written anew
+    monkeypatch.setattr(Image.Image, "save", None)  # nothing can be written
     assert make_photographs(photographs, num_files=8) == photographs
     assert {path: path.stat().st_mtime_ns for path in photographs.rglob("*")} == before
 
 
-def test_a_run_that_breaks_off_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
 
     def save(image: Image.Image, path: Path, **options: object) -> None:
@@ -71,9 +71,7 @@ def test_a_run_that_breaks_off_leaves_nothing_behind(tmp_path: Path, monkeypatch
     assert len(contents(make_photographs(tmp_path / "photographs", num_files=10))) == 10
 
 
-def test_the_folder_is_not_there_before_its_last_file_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_appears_when_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, save, seen = tmp_path / "photographs", Image.Image.save, []
 
     def watch(image: Image.Image, path: Path, **options: object) -> None:
@@ -86,22 +84,20 @@ def test_the_folder_is_not_there_before_its_last_file_is_written(
     assert len(contents(root)) == 6
 
 
-def test_a_process_that_was_slower_takes_the_folder_of_the_faster_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root, write = tmp_path / "photographs", room._write_crops
+def test_slower_process_uses_the_existing_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, write = tmp_path / "photographs", module._write_crops
 
     def write_slowly(*arguments: object) -> None:
         write(*arguments)
         write(root, *arguments[1:])
 
-    monkeypatch.setattr(room, "_write_crops", write_slowly)
+    monkeypatch.setattr(module, "_write_crops", write_slowly)
     assert make_photographs(root, num_files=3) == root
     assert len(contents(root)) == 3
     assert list(tmp_path.iterdir()) == [root]
 
 
-def test_a_folder_that_cannot_be_put_in_place_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_rename_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, target: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -111,7 +107,7 @@ def test_a_folder_that_cannot_be_put_in_place_is_an_error(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_scikit_learn_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_scikit_learn_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MissingPackageError, match=r"sklearn .* pip install 'kd_pipeline\[bench\]'"):
         make_photographs(tmp_path / "photographs")

@@ -2,21 +2,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kd_pipeline.bench.isolated import StepSample
 from kd_pipeline.bench.step import BenchStepSettings, bench_step, step_settings
 from kd_pipeline.bench.step_result import StepResult, StepRow
-from kd_pipeline.bench.ways import PHASES, WAYS, Clock
+from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer
+from kd_pipeline.bench.step_worker import StepSample
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
-from kd_pipeline.report.canvas import COLORS
 
 SMALL = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})
 LETTERS = list("abcdefg")
@@ -24,7 +22,7 @@ LETTERS = list("abcdefg")
 
 @pytest.fixture(scope="module")
 def measured(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[StepResult, list[str], Path]:
-    """All rows with small networks, nothing really compiled: the result, the lines of progress and the JSON file."""
+    """All rows with small networks, without compiling: the result, the lines of progress and the JSON file."""
     lines: list[str] = []
     out = tmp_path_factory.mktemp("step") / "made" / "step.json"
     settings = BenchStepSettings(
@@ -45,16 +43,16 @@ def measured(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         return bench_step(settings, report=lines.append), lines, out
 
 
-def test_every_way_and_every_part_has_a_row(measured: tuple[StepResult, list[str], Path]) -> None:
+def test_each_variant_and_part_has_a_row(measured: tuple[StepResult, list[str], Path]) -> None:
     result, lines, _ = measured
     assert [row.letter for row in result.rows] == [*LETTERS, "loader", "teacher"]
-    assert not [line for line in lines if "left out:" in line]
+    assert not [line for line in lines if "skipped:" in line]
     for row in result.rows:
         assert len(row.samples) == 2
         assert min(row.images_per_s) > 0 and min(sample.host_bytes for sample in row.samples) > 2**26
 
 
-def test_the_phases_of_a_step_are_all_of_its_time(measured: tuple[StepResult, list[str], Path]) -> None:
+def test_phases_add_up_to_the_step(measured: tuple[StepResult, list[str], Path]) -> None:
     for row in measured[0].rows:
         for sample in row.samples:
             assert sum(sample.phases_ms.values()) == pytest.approx(sample.ms_per_step, rel=0.02, abs=0.5)
@@ -71,7 +69,7 @@ def test_the_phases_of_a_step_are_all_of_its_time(measured: tuple[StepResult, li
         ("teacher", {"teacher"}),
     ],
 )
-def test_a_row_has_the_phases_of_what_it_does(
+def test_each_variant_has_its_phases(
     measured: tuple[StepResult, list[str], Path], letter: str, phases: set[str]
 ) -> None:
     row = measured[0].row(letter)
@@ -79,25 +77,27 @@ def test_a_row_has_the_phases_of_what_it_does(
     assert {phase for phase in PHASES if row.phases_ms[phase] > 0} == phases
 
 
-def test_what_not_all_ways_have_is_left_out_and_told(measured: tuple[StepResult, list[str], Path]) -> None:
-    assert "left out in every row, as not all ways have it: transform.hue" in measured[1]
+def test_other_augmentations_are_ignored_and_reported(measured: tuple[StepResult, list[str], Path]) -> None:
+    assert "ignored in every row, as not all variants have it: transform.hue" in measured[1]
 
 
-def test_the_files_hold_the_result_and_the_picture(measured: tuple[StepResult, list[str], Path]) -> None:
+def test_json_and_plot_are_saved(measured: tuple[StepResult, list[str], Path]) -> None:
     result, _, out = measured
     assert out.read_text() == result.to_json() + "\n"
     found = json.loads(out.read_text())
     assert [row["row"] for row in found["rows"]] == [*LETTERS, "loader", "teacher"]
     assert len(found["rows"][0]["images_per_s"]["repeats"]) == 2 and "cpu" in found["environment"]
-    pixels = np.asarray(Image.open(out.with_suffix(".png")).convert("RGB"))
-    for color in COLORS[: len(PHASES)]:
-        assert (pixels == color).all(axis=-1).sum() > 50
+    with Image.open(out.with_suffix(".png")) as plot:
+        assert plot.format == "PNG" and plot.width > 1000
+    (axes,) = result.plot().axes
+    assert [bars.get_label() for bars in axes.containers] == list(PHASES)
+    assert [label.get_text()[:3] for label in axes.get_yticklabels()] == [f"({letter})" for letter in LETTERS]
 
 
-def test_the_table_names_every_row_and_where_the_time_goes(measured: tuple[StepResult, list[str], Path]) -> None:
+def test_table_has_every_row_and_advice(measured: tuple[StepResult, list[str], Path]) -> None:
     lines = measured[0].table().splitlines()
     for line, letter in zip(lines[1:], LETTERS, strict=False):
-        assert line.startswith(f"({letter}) {WAYS[letter].name}")
+        assert line.startswith(f"({letter}) {VARIANTS[letter].name}")
     assert "over the sum of its parts alone" in lines[-2]
     assert lines[-1].startswith("In (e) ")
 
@@ -114,7 +114,7 @@ def sample(ms_per_step: float, batch_size: int = 10, **phases: float) -> StepSam
 
 
 def row(letter: str, *times_ms: float, **phases: float) -> StepRow:
-    return StepRow(letter, WAYS[letter].name, tuple(sample(time_ms, **phases) for time_ms in times_ms))
+    return StepRow(letter, VARIANTS[letter].name, tuple(sample(time_ms, **phases) for time_ms in times_ms))
 
 
 def result(*rows: StepRow, device: str = "cpu") -> StepResult:
@@ -125,20 +125,20 @@ def result(*rows: StepRow, device: str = "cpu") -> StepResult:
 PARTS = (row("f", 60, 66), row("loader", 10, 11), row("teacher", 30, 33))
 
 
-def test_the_limit_on_a_cpu_is_the_sum_of_the_parts_in_the_same_repeat() -> None:
+def test_limit_on_a_cpu_is_the_sum_of_the_parts() -> None:
     assert result(row("e", 110, 121), *PARTS).overhead == pytest.approx(0.1)
 
 
-def test_the_limit_on_a_gpu_is_the_largest_part() -> None:
+def test_limit_on_a_gpu_is_the_largest_part() -> None:
     assert result(row("e", 66, 72.6), *PARTS, device="cuda:0").overhead == pytest.approx(0.1)
 
 
-def test_without_one_of_the_parts_there_is_no_overhead() -> None:
+def test_overhead_needs_all_parts() -> None:
     found = result(row("e", 110, 121), *PARTS[:2])
     assert found.overhead is None and "over" not in found.table().partition("\n")[2].replace("lower", "")
 
 
-def test_rows_are_compared_within_their_repeats() -> None:
+def test_ratios_are_within_repeats() -> None:
     assert result(row("a", 100, 300, 100), row("e", 50, 100, 20)).ratios == {"e/a": pytest.approx(3.0)}
 
 
@@ -150,39 +150,37 @@ def test_rows_are_compared_within_their_repeats() -> None:
         ({"loader": 10, "teacher": 20, "student": 70}, ("student", "train.precision")),
     ],
 )
-def test_the_largest_phase_is_named_with_the_setting_to_change(
-    phases: dict[str, float], words: tuple[str, str]
-) -> None:
+def test_advice_is_on_the_largest_phase(phases: dict[str, float], words: tuple[str, str]) -> None:
     advice = result(row("a", 100, teacher=100), row("e", 100, **phases)).advice
     assert advice.startswith("In (e) 70% of the time")
     assert all(word in advice for word in words)
 
 
-def test_a_student_in_half_precision_is_not_told_to_take_it() -> None:
+def test_advice_for_half_precision_omits_it() -> None:
     found = result(row("e", 100))
     assert "bf16-mixed" in found.advice
     assert "bf16-mixed" not in replace(found, settings={**found.settings, "precision": "bf16"}).advice
 
 
-def test_a_clock_moves_host_time_from_one_phase_to_another() -> None:
-    clock = Clock(torch.device("cpu"))
-    clock.start()
-    clock.mark("loader")
-    clock.move(2.0, origin="loader", to="teacher")
-    totals_s = clock.totals_s()
+def test_timer_moves_host_time_between_phases() -> None:
+    timer = PhaseTimer(torch.device("cpu"))
+    timer.start()
+    timer.mark("loader")
+    timer.move(2.0, origin="loader", to="teacher")
+    totals_s = timer.totals_s()
     assert totals_s["teacher"] == 2.0 and totals_s["loader"] == pytest.approx(-2.0, abs=0.1)
-    clock.start()
-    assert sum(clock.totals_s().values()) == 0
+    timer.start()
+    assert sum(timer.totals_s().values()) == 0
 
 
-def test_a_way_that_cannot_be_opened_is_told_and_the_others_go_on(photographs: Path) -> None:
+def test_failing_variant_is_reported_and_skipped(photographs: Path) -> None:
     lines: list[str] = []
     settings = BenchStepSettings(
         root=photographs,
         transform=TrainTransform(size=32),
         teacher=SMALL,
         student=SMALL,
-        teacher_precision="fp16",  # which OpenVINO has not on every CPU, and which no CPU row needs
+        teacher_precision="fp16",  # OpenVINO does not support it on every CPU; (a) does not need it
         batch_size=8,
         rows=("a",),
         num_steps=1,
@@ -195,10 +193,10 @@ def test_a_way_that_cannot_be_opened_is_told_and_the_others_go_on(photographs: P
         found = bench_step(settings, report=lines.append)
     letters = [row.letter for row in found.rows]
     assert letters[0] == "a" and "f" in letters
-    assert ("teacher" in letters) != any("(teacher) is left out: " in line for line in lines)
+    assert ("teacher" in letters) != any("(teacher) skipped: " in line for line in lines)
 
 
-def test_a_teacher_from_a_file_has_no_rows_in_pytorch(photographs: Path, tmp_path: Path) -> None:
+def test_onnx_teacher_has_no_pytorch_rows(photographs: Path, tmp_path: Path) -> None:
     onnx = export_onnx(open_model(SMALL), tmp_path / "teacher.onnx", image_shape=(3, 32, 32))
     lines: list[str] = []
     settings = BenchStepSettings(
@@ -219,17 +217,17 @@ def test_a_teacher_from_a_file_has_no_rows_in_pytorch(photographs: Path, tmp_pat
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         found = bench_step(settings, report=lines.append)
     assert found.row("b") is None and found.row("d") is not None
-    assert any(line.startswith("(b) is left out: the teacher is an ONNX file") for line in lines)
+    assert any(line.startswith("(b) skipped: the teacher is an ONNX file") for line in lines)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
         ({"rows": ("a", "z")}, ConfigError, "rows: there is no 'z'"),
-        ({"batch_size": 1000}, DataError, "40 images, less than one batch of 1000"),
+        ({"batch_size": 1000}, DataError, "40 images, fewer than one batch of 1000"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_impossible_settings_are_errors(
     photographs: Path, change: dict[str, object], error: type[Exception], words: str
 ) -> None:
     settings = BenchStepSettings(root=photographs, transform=TrainTransform(size=32), teacher=SMALL, student=SMALL)
@@ -237,7 +235,7 @@ def test_what_cannot_be_measured_is_refused(
         bench_step(settings.model_copy(update=change))
 
 
-def test_a_folder_as_the_result_file_is_refused(photographs: Path, tmp_path: Path) -> None:
+def test_folder_as_out_is_an_error(photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a folder"):
         bench_step(BenchStepSettings(root=photographs, out=tmp_path))
 
@@ -252,14 +250,14 @@ CONFIG = {
 }
 
 
-def test_a_config_says_images_teacher_and_student() -> None:
+def test_config_sets_images_teacher_and_student() -> None:
     found = step_settings(Config.model_validate(CONFIG), BenchStepSettings())
     assert (found.root, found.transform.size, found.batch_size) == (Path("photos"), 96, 48)
     assert found.teacher == ModelSettings(torchvision="resnet50", pretrained=True)
     assert found.student == ModelSettings(timm="resnet18")
 
 
-def test_what_was_given_beside_the_config_counts_more() -> None:
+def test_given_settings_override_the_config() -> None:
     given = BenchStepSettings(batch_size=4, student=SMALL)
     found = step_settings(Config.model_validate(CONFIG), given, {"batch_size", "student"})
     assert (found.batch_size, found.student, found.transform.size) == (4, SMALL, 96)
@@ -273,6 +271,6 @@ def test_what_was_given_beside_the_config_counts_more() -> None:
         ("data", {"batch_size": 8}, "must be image_folder"),
     ],
 )
-def test_a_config_without_what_is_measured_is_refused(key: str, value: object, words: str) -> None:
+def test_incomplete_config_is_an_error(key: str, value: object, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         step_settings(Config.model_validate({**CONFIG, key: value}), BenchStepSettings())

@@ -11,7 +11,7 @@ import pytest
 
 from kd_pipeline.cli import main
 from kd_pipeline.teachers.tensorrt.manifest import read_engine, read_manifest
-from kd_pipeline.teachers.tensorrt.parity import exam_path
+from kd_pipeline.teachers.tensorrt.parity import parity_path
 from tests.networks import NUM_CLASSES
 from tests.teachers.onnx_models import linear_model
 
@@ -31,14 +31,14 @@ def build(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where models that were exported once are found again."""
+    """Keeps exported models for the next test."""
     return tmp_path_factory.mktemp("workplace")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
-def test_a_model_of_timm_becomes_an_engine_for_batches_of_1_to_64(workplace: Path, name: str, precision: str) -> None:
+def test_timm_model_becomes_engine(workplace: Path, name: str, precision: str) -> None:
     engine, file = workplace / f"{name}.{precision}.engine", workplace / f"{name}.onnx"
     model = ("--onnx", file) if file.exists() else ("--timm", name)
     result = build(workplace, *model, "--precision", precision, "--batch", 1, 32, 64)
@@ -57,9 +57,7 @@ def test_a_model_of_timm_becomes_an_engine_for_batches_of_1_to_64(workplace: Pat
 
 
 @pytest.mark.slow
-def test_int8_takes_its_images_from_a_config(
-    photo_folder: Path, exported: Callable[[int], Path], tmp_path: Path
-) -> None:
+def test_int8_calibrates_on_config_images(photo_folder: Path, exported: Callable[[int], Path], tmp_path: Path) -> None:
     config = tmp_path / "photos.yaml"
     config.write_text(
         f"""
@@ -78,10 +76,10 @@ def test_int8_takes_its_images_from_a_config(
     assert manifest.calibration_sha256 is not None
     assert f"--calibrate {config}" in manifest.command
     again = build(tmp_path, *arguments)
-    assert f"{engine} is there already" in again.stderr
+    assert f"{engine} already exists" in again.stderr
 
 
-def test_trtexec_s_words_for_shapes_and_files_are_understood(exported: Callable[[int], Path], tmp_path: Path) -> None:
+def test_accepts_trtexec_spellings(exported: Callable[[int], Path], tmp_path: Path) -> None:
     engine = tmp_path / "teacher.engine"
     shapes = [f"--{name}Shapes=images:{batch}x3x32x32" for name, batch in (("min", 2), ("opt", 4), ("max", 6))]
     assert main(["build-engine", f"--onnx={exported(0)}", f"--saveEngine={engine}", *shapes]) == 0
@@ -89,14 +87,14 @@ def test_trtexec_s_words_for_shapes_and_files_are_understood(exported: Callable[
     assert (profile.min, profile.opt, profile.max) == (2, 4, 6)
 
 
-def test_without_a_name_the_engine_lies_beside_the_model(exported: Callable[[int], Path], tmp_path: Path) -> None:
+def test_engine_defaults_to_models_folder(exported: Callable[[int], Path], tmp_path: Path) -> None:
     file = tmp_path / "my.teacher.onnx"
     file.write_bytes(exported(0).read_bytes())
     assert main(["build-engine", "--onnx", str(file)]) == 0
-    assert (tmp_path / "my.teacher.fp32.engine").exists() and exam_path(tmp_path / "my.teacher.fp32.engine").exists()
+    assert (tmp_path / "my.teacher.fp32.engine").exists() and parity_path(tmp_path / "my.teacher.fp32.engine").exists()
 
 
-def test_a_factory_s_own_module_is_allowed_by_its_name_alone(
+def test_factory_name_allows_its_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -110,7 +108,7 @@ def test_a_factory_s_own_module_is_allowed_by_its_name_alone(
     assert (tmp_path / "own.onnx").exists()
 
 
-def test_a_model_by_name_does_not_take_the_place_of_another_file(
+def test_export_keeps_different_onnx_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -118,18 +116,18 @@ def test_a_model_by_name_does_not_take_the_place_of_another_file(
     onnx.save(linear_model(), "own.onnx")
     before = Path("own.onnx").read_bytes()
     assert main([*arguments, "--save-engine", "own.engine"]) == 1
-    assert "own.onnx is there already and is not what tests.networks:LogitsOnly becomes" in capsys.readouterr().err
+    assert "own.onnx already exists and is not the export of tests.networks:LogitsOnly" in capsys.readouterr().err
     assert Path("own.onnx").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["own.onnx"]
     assert main([*arguments, "--save-engine", "new.engine"]) == 0
     assert main([*arguments, "--save-engine", "new.engine"]) == 0
-    assert "new.engine is there already" in capsys.readouterr().err
+    assert "new.engine already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "wrong", [["--workspace", "0"], ["--calibrate", "no.yaml"], ["--precision", "int8"], ["--batch", "4", "2", "8"]]
 )
-def test_what_was_typed_is_checked_before_a_model_is_exported(
+def test_options_are_checked_before_export(
     wrong: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -148,7 +146,7 @@ def test_what_was_typed_is_checked_before_a_model_is_exported(
         (["--onnx", "FILE", "--batch", "4", "2", "8"], "a profile needs min <= opt <= max, got 4, 2, 8"),
         (["--onnx", "FILE", "--batch", "0", "2", "8"], "--batch: Input should be greater than or equal to 1, got 0"),
         (["--onnx", "FILE", "--input-mean", *"000", "--input-std", *"110"], "--input-std: Input should be greater"),
-        (["--onnx", "FILE", "--from-mean", *"000"], "--from-mean and --from-std say what --input-mean and --input-std"),
+        (["--onnx", "FILE", "--from-mean", *"000"], "--from-mean and --from-std go with --input-mean and --input-std"),
         (["--onnx", ""], "there is no such file"),
         (["--onnx", "FILE", "--max-shapes", "images:8x3x8x8"], "give --min-shapes, --opt-shapes and --max-shapes tog"),
         (["--onnx", "FILE", *["--min-shapes", "a:1x3x8x8"], *["--opt-shapes", "a:1x3x8x8"], *["--max-shapes", "a:8"]],
@@ -156,7 +154,7 @@ def test_what_was_typed_is_checked_before_a_model_is_exported(
         (["--onnx", "FILE", *["--min-shapes", "1x3x8x8"], *["--opt-shapes", "x"], *["--max-shapes", "y"]],
          "a shape is NAME:NxCxHxW, such as images:1x3x224x224, got 1x3x8x8"),
         (["--onnx", "FILE", "--input-mean", "0.5", "0.5", "0.5"], "--input-mean and --input-std belong together"),
-        (["--onnx", "FILE", "--image-size", "16"], "takes images of 8 x 8, wanted are 16 x 16"),
+        (["--onnx", "FILE", "--image-size", "16"], "takes images of 8 x 8, wanted 16 x 16"),
         (["--onnx", "FILE", "--half-io"], "half_io goes with fp16 and bf16, and the precision is fp32"),
         (["--onnx", "FILE", "--builder-optimization-level", "9"], "--builder-optimization-level: Input should be less"),
         (["--onnx", "FILE", "--outputs", "polled"], "did you mean 'pooled'"),
@@ -166,7 +164,7 @@ def test_what_was_typed_is_checked_before_a_model_is_exported(
         (["--factory", "nowhere:f"], "nowhere"),
     ],
 )  # fmt: skip
-def test_a_bad_argument_is_one_message_without_a_traceback(
+def test_invalid_option_is_one_message(
     arguments: list[str],
     message: str,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""`kd-pipeline check` says what would go wrong, and its exit status whether anything would."""
+"""`kd-pipeline check`."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.corpus import photo_of
 
 @pytest.fixture
 def folder(photos: Any, tmp_path: Path) -> Path:
-    """A config over two classes of photographs, beside it."""
+    """A folder with `run.yaml` and photographs of two classes."""
     for number in range(20):
         path = tmp_path / "images" / ("flower" if number < 12 else "roof") / f"{number:02}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,9 +32,7 @@ data:
     return tmp_path
 
 
-def test_a_sound_config_gets_a_line_for_each_split_a_picture_and_status_0(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sound_config_exits_with_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "-c", str(folder / "run.yaml")]) == 0
     titles, train, picture, verdict = capsys.readouterr().out.splitlines()
     assert titles.split() == ["split", "images", "decoded", "unreadable", "classes", "of", "each", "images/s"]
@@ -43,9 +41,7 @@ def test_a_sound_config_gets_a_line_for_each_split_a_picture_and_status_0(
     assert json.loads((folder / "run" / "check" / "check.json").read_text())["problems"] == []
 
 
-def test_unreadable_files_are_named_ten_at_most_and_the_status_is_1(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_files_exit_with_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(12):
         (folder / "images" / "roof" / f"broken_{number:02}.jpg").write_bytes(b"\xff\xd8" if number else b"")
     assert main(["check", "-c", str(folder / "run.yaml")]) == 1
@@ -56,15 +52,13 @@ def test_unreadable_files_are_named_ten_at_most_and_the_status_is_1(
     assert lines[-1].startswith("problem: ") and "12 of 32 images cannot be read" in "\n".join(lines)
 
 
-def test_some_images_and_a_change_to_the_file_may_be_asked_for(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_and_overrides_reach_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--images", "5", "--out", str(folder / "findings"), "data.batch_size=2"]
     assert main(["check", "-c", str(folder / "run.yaml"), *options]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[1:3] == ["20", "6"]
     assert (folder / "findings" / "train_batch.png").is_file() and not (folder / "run").exists()
 
 
-def test_a_number_of_images_that_is_none_names_the_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_value_names_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "-c", str(folder / "run.yaml"), "--images", "few"]) == 1
     assert "--images" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: errors in one message, no traceback unless asked for, exit codes that mean something."""
+"""The command line: one message per error, no traceback without --debug, and the exit statuses."""
 
 import subprocess
 import sys
@@ -16,46 +16,52 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_version_is_the_package_s() -> None:
+def test_version() -> None:
     result = run("--version")
     assert (result.returncode, result.stdout.strip()) == (0, __version__)
 
 
-def test_help_names_every_command() -> None:
+def test_help_lists_commands() -> None:
     result = run("--help")
     assert result.returncode == 0
     for command in ("demo", "check", "train", "record", "eval", "predict", "build-engine", "bench", "doctor"):
         assert command in result.stdout
 
 
-def test_a_wrong_override_is_one_message_without_a_traceback(
+def test_help_is_light() -> None:
+    code = "import sys; from kd_pipeline.cli import main\ntry: main(['--help'])\nfinally: print(sorted(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert "'kd_pipeline.cli'" in result.stdout
+    assert not any(f"'{module}'" in result.stdout for module in ("torch", "nvidia.dali", "lightning", "onnx"))
+
+
+def test_invalid_override_is_one_message(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(["demo", "train.epoch=1"]) == 1
-    error = capsys.readouterr().err
+    _, error = capsys.readouterr().err.splitlines()
     assert error.startswith("kd-pipeline: ") and "train.epoch" in error and "epochs" in error
-    assert "Traceback" not in error
 
 
-def test_debug_shows_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"train\.epoch"):
         cli.main(["demo", "train.epoch=1", "--debug"])
 
 
-def test_a_bench_of_a_folder_that_is_not_there_names_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_bench_names_missing_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     root = tmp_path / "nowhere"
-    assert cli.main(["bench", "loader", "--root", str(root), "--out", str(tmp_path / "out.json")]) == 1
+    assert cli.main(["bench", "step", "--root", str(root), "--out", str(tmp_path / "out.json")]) == 1
     assert str(root) in capsys.readouterr().err
 
 
-def test_a_bench_setting_out_of_range_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "loader", "--batch-size", "0"]) == 1
-    assert "--batch-size" in capsys.readouterr().err
+def test_bench_names_option_out_of_range(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "step", "--repeats", "0"]) == 1
+    assert "--repeats" in capsys.readouterr().err
 
 
-def test_bench_teacher_takes_a_network_by_name_and_writes_table_json_and_picture(
+def test_bench_teacher_writes_table_json_and_plot(
     capsys: pytest.CaptureFixture[str], photo_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "teacher.json"
@@ -78,30 +84,14 @@ def test_bench_teacher_takes_a_network_by_name_and_writes_table_json_and_picture
         (["--onnx", "none.onnx"], "none.onnx: there is no such file"),
     ],
 )
-def test_a_bench_of_no_teacher_or_two_is_refused(
+def test_invalid_bench_teacher_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], words: str
 ) -> None:
     assert cli.main(["bench", "teacher", *arguments, "--out", str(tmp_path / "out.json")]) == 1
     assert words in capsys.readouterr().err
 
 
-def test_bench_scale_writes_a_table_and_json(
-    capsys: pytest.CaptureFixture[str], photo_folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "scale.json"
-    arguments = ["--root", str(photo_folder), "--sizes", "300", "--ranks", "--batch-size", "8", "--repeats", "1"]
-    assert cli.main(["bench", "scale", *arguments, "--out", str(out)]) == 0
-    shown = capsys.readouterr()
-    assert "300 entries, process 2 of 2" in shown.err and "resume 90% s" in shown.out
-    assert out.exists()
-
-
-def test_a_bench_of_no_entries_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "scale", "--sizes", "0"]) == 1
-    assert "--sizes" in capsys.readouterr().err
-
-
-def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(overrides: object) -> None:
         raise KeyboardInterrupt
 
@@ -110,10 +100,35 @@ def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_data_error_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_line_comes_before_heavy_imports(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from kd_pipeline.cli import main\n"
+        "class Torch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': sys.exit('torch')\n"
+        "sys.meta_path.insert(0, Torch())\n"
+        "main(['train', '-c', 'my run.yaml', 'stage=all'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr.splitlines() == [f"kd-pipeline {__version__}: train -c 'my run.yaml' stage=all", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "rank", "expected"), [("RANK", "0", 2), ("RANK", "1", 1), ("SLURM_PROCID", "3", 1)]
+)
+def test_one_rank_prints_first_line(
+    variable: str, rank: str, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, rank)
+    assert cli.main(["train", "-c", "missing.yaml"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == num_lines
+
+
+def test_data_error_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def failing(overrides: object) -> None:
         raise DataError("no such folder: /data")
 
     monkeypatch.setattr("kd_pipeline.workflows.demo.run_demo", failing)
     assert cli.main(["demo"]) == 1
-    assert capsys.readouterr().err == "kd-pipeline: no such folder: /data\n"
+    assert capsys.readouterr().err.splitlines()[1:] == ["kd-pipeline: no such folder: /data"]

@@ -1,4 +1,4 @@
-"""`kd-pipeline eval` puts models side by side, whatever they are."""
+"""`kd-pipeline eval`."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def config(photo_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """The folder of a run that is over."""
+    """The folder of a finished run."""
     settings = ModelSettings(builtin="small_resnet", num_classes=3, kwargs={"width": 4})
     folder = tmp_path / "run"
     export_student(
@@ -42,28 +42,28 @@ def run(tmp_path: Path) -> Path:
         folder / "exported",
         classes=("flower", "roof", "sky"),
         transform=EvalTransform(size=32),
-        samples=None,
-        wanted=ExportSettings(),
+        calibration_set=None,
+        export=ExportSettings(),
     )
     return folder
 
 
-def test_a_run_and_its_onnx_file_are_one_model(
+def test_run_and_its_onnx_file_agree(
     config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "figures.json"
+    out = tmp_path / "metrics.json"
     file = run / "exported" / "model.onnx"
     arguments = ["eval", "-c", str(config), str(run), str(file), "--teacher", str(file), "--metric", "CohenKappa"]
     assert main([*arguments, "--out", str(out)]) == 0
     table = capsys.readouterr().out
-    figures = json.loads(out.read_text())
-    assert figures[str(run)]["num_samples"] == 37
-    assert figures[str(run)]["top1"] == figures[str(file)]["top1"]
-    assert figures[str(run)]["agreement"] == figures[str(file)]["agreement"] == 1
+    metrics = json.loads(out.read_text())
+    assert metrics[str(run)]["num_samples"] == 37
+    assert metrics[str(run)]["top1"] == metrics[str(file)]["top1"]
+    assert metrics[str(run)]["agreement"] == metrics[str(file)]["agreement"] == 1
     assert str(run) in table and "ms/image" in table and "CohenKappa" in table
 
 
-def test_a_teacher_may_be_the_folder_of_a_run(config: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_teacher_can_be_a_run(config: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "-c", str(config), str(run), "--teacher", str(run)]) == 0
     assert "100.00%" in capsys.readouterr().out
 
@@ -76,7 +76,7 @@ def test_a_teacher_may_be_the_folder_of_a_run(config: Path, run: Path, capsys: p
         ("nowhere.onnx", "nowhere.onnx: there is no such file"),
     ],
 )
-def test_what_is_no_model_is_one_message(
+def test_invalid_model_is_one_message(
     config: Path, model: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(config.parent)
@@ -85,7 +85,7 @@ def test_what_is_no_model_is_one_message(
     assert message in error and "Traceback" not in error
 
 
-def test_a_model_for_other_images_is_refused_with_both(
+def test_mismatched_model_is_refused(
     config: Path, exported: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     net = open_model(ModelSettings(builtin="small_resnet", num_classes=3, kwargs={"width": 4}))
@@ -97,46 +97,42 @@ def test_a_model_for_other_images_is_refused_with_both(
 
 
 def spread(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """A metric of our own."""
+    """A custom metric."""
     return {"spread": float(logits.max() - logits.min()), "images": len(labels)}
 
 
-def test_a_metric_of_ones_own_needs_permission_for_its_module(
+def test_custom_metric_needs_plugin(
     config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["eval", "-c", str(config), str(run), "--metric", f"{__name__}:spread"]
     assert main(arguments) == 1
     assert f"allow it with --plugin {__name__}" in capsys.readouterr().err
-    out = tmp_path / "figures.json"
+    out = tmp_path / "metrics.json"
     assert main([*arguments, "--plugin", __name__, "--out", str(out)]) == 0
     metrics = json.loads(out.read_text())[str(run)]["metrics"]
     assert metrics["images"] == 37 and metrics["spread"] > 0
     assert "spread" in capsys.readouterr().out
 
 
-def test_a_metric_that_is_no_name_is_an_error_of_the_option(
-    config: Path, run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_metric_names_option(config: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "-c", str(config), str(run), "--metric", "a metric"]) == 1
     assert "--metric: " in capsys.readouterr().err
 
 
-def test_a_run_whose_classes_are_in_another_order_is_put_right(
-    config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reorders_classes_of_a_run(config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = run / "exported" / "model.json"
-    figures = {}
+    metrics = {}
     for classes in (["flower", "roof", "sky"], ["sky", "flower", "roof"]):
         about.write_text(json.dumps(json.loads(about.read_text()) | {"classes": classes}))
-        out = tmp_path / "figures.json"
+        out = tmp_path / "metrics.json"
         assert main(["eval", "-c", str(config), str(run), "--out", str(out)]) == 0
-        figures[classes[0]] = json.loads(out.read_text())[str(run)]["confusion"]
-    # The second of its logits is now for flowers, the first class of the data.
-    moved = [[row[1], row[2], row[0]] for row in figures["flower"]]
-    assert figures["sky"] == moved != figures["flower"]
+        metrics[classes[0]] = json.loads(out.read_text())[str(run)]["confusion"]
+    # The second logit is now for flowers, the first class of the data.
+    moved = [[row[1], row[2], row[0]] for row in metrics["flower"]]
+    assert metrics["sky"] == moved != metrics["flower"]
 
 
-def test_any_split_of_the_config_can_be_looked_at(config: Path, run: Path, tmp_path: Path) -> None:
+def test_evaluates_any_split(config: Path, run: Path, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "five.npz", images=images, labels=np.arange(5) % 3)
     five = f"{{source: {{kind: arrays, images: {tmp_path / 'five.npz'}}}, transform: {{preset: eval, size: 32}}}}"

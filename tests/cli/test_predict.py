@@ -1,4 +1,4 @@
-"""`kd-pipeline predict` names the likeliest classes of images."""
+"""`kd-pipeline predict`."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ EVAL = EvalTransform(size=32, resize=48)
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that is over; do not change it."""
+    """The folder of a finished run; do not change it."""
     settings = ModelSettings(builtin="small_resnet", num_classes=3, kwargs={"width": 4})
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(2)
@@ -29,64 +29,62 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "exported",
         classes=("flower", "roof", "sky"),
         transform=EVAL,
-        samples=lambda: 1 / 0,
-        wanted=ExportSettings(),
+        calibration_set=lambda: 1 / 0,
+        export=ExportSettings(),
     )
     return folder
 
 
-def test_each_image_gets_a_line_with_the_classes_of_the_run(
+def test_prints_a_line_per_image(
     run: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "answers.jsonl"
+    out = tmp_path / "predictions.jsonl"
     sky = photo_folder / "sky"
     assert main(["predict", str(run), str(sky), "--top", "2", "--device", "cpu", "--out", str(out)]) == 0
-    said = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out.splitlines()
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     model = open_model_file(run, size=32, device=torch.device("cpu")).model
     wanted = list(predict(model, find_images([sky]), EVAL, device="cpu"))
     assert [line["image"] for line in lines] == [each.image for each in wanted]
-    for line, each, text in zip(lines, wanted, said, strict=True):
+    for line, each, text in zip(lines, wanted, printed, strict=True):
         assert [(top["label"], top["probability"]) for top in line["top"]] == each.top(2)
         (label, probability), _ = each.top(2)
         name = ("flower", "roof", "sky")[label]
         assert line["top"][0]["class"] == name and text.startswith(f"{each.image}: {name} {probability:.1%}, ")
 
 
-def test_the_onnx_file_of_a_run_says_the_same(
-    run: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    answers = []
+def test_run_and_its_onnx_file_agree(run: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = []
     for model in (run, run / "exported" / "model.onnx"):
         assert main(["predict", str(model), str(photo_folder), "--top", "1", "--json", "--device", "cpu"]) == 0
-        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
-    assert len(answers[0]) == 37
-    for first, second in zip(*answers, strict=True):
+        predictions.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    assert len(predictions[0]) == 37
+    for first, second in zip(*predictions, strict=True):
         assert first["image"] == second["image"] and first["top"][0]["class"] == second["top"][0]["class"]
         assert first["top"][0]["probability"] == pytest.approx(second["top"][0]["probability"], abs=1e-4)
 
 
-def test_an_unreadable_image_is_told_by_name_and_the_others_are_answered(
+def test_unreadable_image_is_named_and_skipped(
     run: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     good = next((photo_folder / "sky").iterdir())
     arguments = [str(tmp_path / "bad.jpg"), str(good), str(tmp_path / "nowhere.png")]
     assert main(["predict", str(run), *arguments, "--json", "--device", "cpu"]) == 1
-    said = capsys.readouterr()
-    lines = [json.loads(line) for line in said.out.splitlines()]
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
     assert [line["image"] for line in lines] == arguments
     assert "problem" in lines[0] and "top" in lines[1] and lines[2]["problem"] == "the file does not exist"
-    assert f"{tmp_path / 'bad.jpg'} cannot be read" in said.err and "2 of 3 images cannot be read" in said.err
-    assert "Traceback" not in said.err
+    assert f"{tmp_path / 'bad.jpg'} cannot be read" in printed.err and "2 of 3 images cannot be read" in printed.err
+    assert "Traceback" not in printed.err
 
 
-def test_a_file_of_no_run_takes_the_transform_of_a_config(
+def test_lone_file_takes_transform_of_config(
     exported: Callable[[int], Path], photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sky = str(photo_folder / "sky")
     assert main(["predict", str(exported(0)), sky, "--device", "cpu"]) == 1
-    assert "does not say what is to be done to an image first; give the config" in capsys.readouterr().err
+    assert "does not describe the preprocessing of its images; give the config" in capsys.readouterr().err
     config = tmp_path / "photos.yaml"
     source = f"{{kind: image_folder, root: {photo_folder}}}"
     config.write_text(
@@ -107,7 +105,7 @@ def test_a_file_of_no_run_takes_the_transform_of_a_config(
         (["nowhere.onnx", "a.jpg", "--top", "0"], "--top: at least one class, got 0"),
     ],
 )
-def test_what_makes_no_prediction_is_one_message(
+def test_invalid_argument_is_one_message(
     run: Path,
     photo_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""Every config that comes with the repository is one, and its parts fit together."""
+"""The configs of the repository are valid, and their parts fit together."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from kd_pipeline.training.schedules import check_length
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
 
-def test_the_recipes_that_users_look_for_are_there() -> None:
+def test_expected_recipes_exist() -> None:
     assert {path.stem for path in CONFIGS} >= {
         "digits",
         "cifar10_resnet50_to_resnet18",
@@ -24,7 +24,7 @@ def test_the_recipes_that_users_look_for_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_recipe_loads_and_reads_back_the_same(path: Path) -> None:
+def test_recipe_round_trips(path: Path) -> None:
     config = load_config(path)
     assert config.model_validate(config.model_dump(mode="json")) == config
     assert config.data.train is not None and config.data.val is not None and config.run_dir is not None
@@ -32,7 +32,7 @@ def test_a_recipe_loads_and_reads_back_the_same(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_networks_of_a_recipe_exist(path: Path) -> None:
+def test_recipe_networks_build(path: Path) -> None:
     config = load_config(path)
     teacher = config.teacher.model if isinstance(config.teacher, TeacherSettings) else None
     for settings in (config.student, teacher):

@@ -1,4 +1,4 @@
-"""Every op against torchvision's on photographs, and how often and how strongly each is chosen."""
+"""Every op against torchvision's on photographs, and the distribution of ops and strengths."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from kd_pipeline.data.auto_augment import OPS, AutoAugment, RandAugment, TrivialAugment, numbers_of
+from kd_pipeline.data.auto_augment import OPS, AutoAugment, RandAugment, TrivialAugment, op_arguments
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import TrainTransform
 from tests.views import PIXELS, graph_settings, open_graph, render
@@ -21,13 +21,13 @@ from tests.views import PIXELS, graph_settings, open_graph, render
 SIZE = 128
 RAND, TRIVIAL = RandAugment(), TrivialAugment()
 SIGNED = OPS[1:10]
-"""Ops that go either way."""
+"""Ops with a direction."""
 WEAK, STRONG = 0.42, 1.0
 
 
 @pytest.fixture(scope="module")
 def pieces(photos):
-    """20 pieces of the photographs, `[20, 128, 128, 3]`."""
+    """20 crops of the photographs, `[20, 128, 128, 3]`."""
     return np.stack([photos[n % 2][12 * n : 12 * n + SIZE, 20 * n : 20 * n + SIZE] for n in range(20)])
 
 
@@ -35,8 +35,8 @@ def apply(images, ops, strength, sign, policy=RAND):
     """One op on each image, by name."""
     op = np.array([OPS.index(name) for name in ops], dtype=np.float64)
     full = np.ones(len(op))
-    numbers = numbers_of(op, strength * full, sign * full, policy.ranges(SIZE), SIZE)
-    arrays = images, op.astype(np.float32), numbers.astype(np.float32)
+    arguments = op_arguments(op, strength * full, sign * full, policy.ranges(SIZE), SIZE)
+    arrays = images, op.astype(np.float32), arguments.astype(np.float32)
     pipeline = Pipeline(batch_size=len(op), num_threads=2, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         nodes = fn.external_source(lambda: arrays, num_outputs=3, layout=["HWC", "", ""])
@@ -44,9 +44,9 @@ def apply(images, ops, strength, sign, policy=RAND):
     return pipeline.run()[0].as_array().astype(int)
 
 
-def torchvisions(images, name, strength, sign, policy):
+def torchvision_op(images, name, strength, sign, policy):
     """The op of that name as torchvision's `RandAugment` and `TrivialAugmentWide` call it."""
-    ranges, pictures = policy.ranges(SIZE), torch.from_numpy(images).permute(0, 3, 1, 2)
+    ranges, tensor = policy.ranges(SIZE), torch.from_numpy(images).permute(0, 3, 1, 2)
     signed, factor = strength * sign, 1 + ranges.enhance * strength * sign
     slope = math.degrees(math.atan(ranges.shear * signed))
     shift = int(ranges.translate * signed)
@@ -54,33 +54,33 @@ def torchvisions(images, name, strength, sign, policy):
     still = {"angle": 0.0, "scale": 1.0, **warp}
     match name:
         case "identity":
-            changed = pictures
+            changed = tensor
         case "shear_x":
-            changed = functional.affine(pictures, translate=[0, 0], shear=[slope, 0.0], center=[0, 0], **still)
+            changed = functional.affine(tensor, translate=[0, 0], shear=[slope, 0.0], center=[0, 0], **still)
         case "shear_y":
-            changed = functional.affine(pictures, translate=[0, 0], shear=[0.0, slope], center=[0, 0], **still)
+            changed = functional.affine(tensor, translate=[0, 0], shear=[0.0, slope], center=[0, 0], **still)
         case "translate_x":
-            changed = functional.affine(pictures, translate=[shift, 0], shear=[0.0, 0.0], **still)
+            changed = functional.affine(tensor, translate=[shift, 0], shear=[0.0, 0.0], **still)
         case "translate_y":
-            changed = functional.affine(pictures, translate=[0, shift], shear=[0.0, 0.0], **still)
+            changed = functional.affine(tensor, translate=[0, shift], shear=[0.0, 0.0], **still)
         case "rotate":
-            changed = functional.rotate(pictures, ranges.rotate * signed, **warp)
+            changed = functional.rotate(tensor, ranges.rotate * signed, **warp)
         case "brightness":
-            changed = functional.adjust_brightness(pictures, factor)
+            changed = functional.adjust_brightness(tensor, factor)
         case "color":
-            changed = functional.adjust_saturation(pictures, factor)
+            changed = functional.adjust_saturation(tensor, factor)
         case "contrast":
-            changed = functional.adjust_contrast(pictures, factor)
+            changed = functional.adjust_contrast(tensor, factor)
         case "sharpness":
-            changed = functional.adjust_sharpness(pictures, factor)
+            changed = functional.adjust_sharpness(tensor, factor)
         case "posterize":
-            changed = functional.posterize(pictures, 8 - round(ranges.posterize * strength))
+            changed = functional.posterize(tensor, 8 - round(ranges.posterize * strength))
         case "solarize":
-            changed = functional.solarize(pictures, 255 * (1 - strength))
+            changed = functional.solarize(tensor, 255 * (1 - strength))
         case "autocontrast":
-            changed = functional.autocontrast(pictures)
+            changed = functional.autocontrast(tensor)
         case "equalize":
-            changed = functional.equalize(pictures)
+            changed = functional.equalize(tensor)
     return changed.permute(0, 2, 3, 1).numpy().astype(int)
 
 
@@ -98,12 +98,12 @@ def torchvisions(images, name, strength, sign, policy):
         ({"kind": "autoaugment"}, "autoaugment.*'randaugment', 'trivialaugment'"),
     ],
 )
-def test_a_wrong_setting_is_refused_by_name_and_value(values, words):
+def test_wrong_settings_are_refused(values, words):
     with pytest.raises(ValidationError, match="(?s)" + words):
         TrainTransform(size=32, auto_augment=values)
 
 
-def test_settings_survive_json():
+def test_settings_json_round_trip():
     for policy in (RAND, TRIVIAL, RandAugment(num_ops=3, magnitude=5)):
         transform = TrainTransform(size=32, auto_augment=policy)
         assert TrainTransform.model_validate_json(transform.model_dump_json()) == transform
@@ -112,25 +112,25 @@ def test_settings_survive_json():
 # The ops
 
 ROUNDING = {"brightness": 1, "color": 3, "contrast": 2, "autocontrast": 1}
-"""Levels of 255 by which an op may differ from torchvision's, which cuts fractions off; others not at all."""
+"""Levels of 255 by which an op may differ from torchvision's, which truncates; the other ops must be equal."""
 CASES = [(RAND, WEAK, 1), (RAND, WEAK, -1), (RAND, STRONG, 1), (RAND, STRONG, -1), (TRIVIAL, STRONG, -1)]
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name not in ("sharpness", "equalize", *OPS[1:6])])
 @pytest.mark.parametrize(("policy", "strength", "sign"), CASES)
-def test_an_op_on_colors_is_torchvisions(pieces, name, policy, strength, sign):
+def test_color_ops_match_torchvision(pieces, name, policy, strength, sign):
     difference = np.abs(
-        apply(pieces, [name] * 20, strength, sign, policy) - torchvisions(pieces, name, strength, sign, policy)
+        apply(pieces, [name] * 20, strength, sign, policy) - torchvision_op(pieces, name, strength, sign, policy)
     )
     assert difference.max() <= ROUNDING.get(name, 0)
 
 
 @pytest.mark.parametrize("name", OPS[1:6])
 @pytest.mark.parametrize(("policy", "strength", "sign"), CASES)
-def test_a_warp_is_torchvisions_but_for_the_line_where_the_picture_ends(pieces, name, policy, strength, sign):
-    """There DALI blends the last pixels into the gray, and torchvision in another way."""
+def test_warps_match_torchvision_inside_the_image(pieces, name, policy, strength, sign):
+    """At the edge, DALI and torchvision blend the last pixels into the gray differently."""
     ours = apply(pieces, [name] * 20, strength, sign, policy)
-    difference = np.abs(ours - torchvisions(pieces, name, strength, sign, policy))
+    difference = np.abs(ours - torchvision_op(pieces, name, strength, sign, policy))
     assert (difference > 2).mean() < 0.02 and np.median(difference) == 0 and difference.mean() < 0.5
     ends = apply(np.zeros_like(pieces), [name] * 20, strength, sign, policy)
     inside = np.ones((20, SIZE, SIZE, 3), dtype=bool)
@@ -141,13 +141,13 @@ def test_a_warp_is_torchvisions_but_for_the_line_where_the_picture_ends(pieces, 
 
 
 @pytest.mark.parametrize(("policy", "strength", "sign"), CASES)
-def test_sharpness_is_torchvisions_but_for_the_outermost_pixels(pieces, policy, strength, sign):
+def test_sharpness_matches_torchvision_inside(pieces, policy, strength, sign):
     ours = apply(pieces, ["sharpness"] * 20, strength, sign, policy)
-    difference = np.abs(ours - torchvisions(pieces, "sharpness", strength, sign, policy))
+    difference = np.abs(ours - torchvision_op(pieces, "sharpness", strength, sign, policy))
     assert difference[:, 1:-1, 1:-1].max() <= 1
 
 
-def test_equalize_is_opencvs_and_not_far_from_torchvisions(pieces):
+def test_equalize_matches_opencv(pieces):
     """In the mean over photographs 4 levels of 255 away from torchvision's, which is Pillow's."""
     expected = np.empty(pieces.shape, dtype=int)
     for row, channel in product(range(20), range(3)):
@@ -157,23 +157,23 @@ def test_equalize_is_opencvs_and_not_far_from_torchvisions(pieces):
         expected[row, :, :, channel] = np.round(above_first * (255 / above_first[-1]))[levels]
     ours = apply(pieces, ["equalize"] * 20, 0.0, 1)
     assert np.abs(ours - expected).max() <= 1
-    assert np.abs(ours - torchvisions(pieces, "equalize", 0.0, 1, RAND)).mean() < 5
+    assert np.abs(ours - torchvision_op(pieces, "equalize", 0.0, 1, RAND)).mean() < 5
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_every_op_but_identity_changes_a_picture_at_full_strength(pieces, name):
+def test_ops_change_images_at_full_strength(pieces, name):
     dull = pieces // 2 + 20
     changed = (apply(dull, [name] * 20, STRONG, -1) != dull).any(axis=(1, 2, 3))
     assert changed.all() == (name != "identity") and changed.any() == changed.all()
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name not in ("solarize", "autocontrast", "equalize")])
-def test_an_op_without_strength_changes_nothing(pieces, name):
+def test_ops_without_strength_change_nothing(pieces, name):
     np.testing.assert_array_equal(apply(pieces, [name] * 20, 0.0, 1), pieces)
 
 
 @pytest.mark.parametrize("name", ["autocontrast", "equalize", "contrast"])
-def test_a_picture_of_one_color_stays_one_color(name):
+def test_uniform_image_stays_uniform(name):
     plain = np.full((20, SIZE, SIZE, 3), (10, 128, 250), dtype=np.uint8)
     changed = apply(plain, [name] * 20, STRONG, 1)
     assert (np.ptp(changed, axis=(1, 2)) == 0).all()
@@ -181,25 +181,25 @@ def test_a_picture_of_one_color_stays_one_color(name):
         np.testing.assert_array_equal(changed, plain)
 
 
-def test_each_picture_of_a_batch_gets_its_own_op(pieces):
+def test_each_image_gets_its_own_op(pieces):
     ops = [OPS[row % len(OPS)] for row in range(20)]
     together = apply(pieces, ops, WEAK, 1)
     for row, name in enumerate(ops):
         np.testing.assert_array_equal(together[row], apply(pieces[row : row + 1], [name], WEAK, 1)[0])
 
 
-# What is chosen
+# Distributions
 
 
 def chosen(policy, num_images=20_000):
-    """Ops, strengths and signs of many images, of each of the policy's ops `[N]`."""
+    """Ops and arguments of many images, `[N]` and `[N, 9]` for each of the policy's ops."""
     op = AutoAugment(policy, SIZE)
     draws = uniforms(np.arange(num_images), seed=3, epoch=0, count=op.num_draws).astype(np.float64)
     return op.parameters(draws)
 
 
 @pytest.mark.parametrize("policy", [RAND, RandAugment(num_ops=3), TRIVIAL])
-def test_all_ops_are_equally_likely_and_independent(policy):
+def test_ops_are_uniform_and_independent(policy):
     parameters = chosen(policy)
     assert len(parameters) == 2 * policy.num_ops
     for op, numbers in zip(parameters[::2], parameters[1::2], strict=True):
@@ -211,7 +211,7 @@ def test_all_ops_are_equally_likely_and_independent(policy):
 
 
 @pytest.mark.parametrize(("magnitude", "std"), [(9.0, 0.5), (5.0, 1.0), (5.0, 0.0), (10.0, 2.0)])
-def test_randaugments_strength_is_normal_about_the_magnitude_and_cut_off(magnitude, std):
+def test_randaugment_strength_is_a_clipped_normal(magnitude, std):
     draws = uniforms(np.arange(20_000), seed=3, epoch=0, count=2).astype(np.float64)
     strengths = 10 * RandAugment(magnitude=magnitude, magnitude_std=std).strengths(draws)
     assert strengths.min() >= 0 and strengths.max() <= 10
@@ -224,14 +224,14 @@ def test_randaugments_strength_is_normal_about_the_magnitude_and_cut_off(magnitu
         assert (strengths == magnitude).all()
 
 
-def test_trivialaugments_strength_is_one_of_31_equally_likely_ones():
+def test_trivialaugment_has_31_uniform_strengths():
     draws = uniforms(np.arange(31_000), seed=3, epoch=0, count=2).astype(np.float64)
     counts = Counter(np.round(30 * TRIVIAL.strengths(draws), 6).tolist())
     assert sorted(counts) == list(range(31)) and max(abs(count - 1000) for count in counts.values()) < 150
 
 
 @pytest.mark.parametrize("policy", [RAND, TRIVIAL])
-def test_an_op_goes_either_way_equally_often(policy):
+def test_signs_are_uniform(policy):
     op, numbers = chosen(policy)[:2]
     moved = numbers[op == OPS.index("translate_x"), 2]
     brightened = numbers[op == OPS.index("brightness"), 0]
@@ -242,23 +242,23 @@ def test_an_op_goes_either_way_equally_often(policy):
 # In a transform
 
 
-def test_without_it_nothing_is_done_and_no_number_is_made():
-    assert TrainTransform(size=32).ops == () and TrainTransform(size=32).num_draws == 23
+def test_off_by_default():
+    assert len(TrainTransform(size=32).ops) == 1 and TrainTransform(size=32).num_draws == 23
     assert TrainTransform(size=32, hue=0.1).num_draws == 35
 
 
-def test_switching_it_on_leaves_the_parameters_of_the_other_ops():
+def test_parameters_of_other_ops_do_not_change():
     settings = {"size": 32, "hue": 0.1, "blur": 0.5, "erase": 0.5}
     alone, together = TrainTransform(**settings), TrainTransform(**settings, auto_augment=RAND)
     draws = [uniforms(np.arange(50), seed=5, epoch=2, count=each.num_draws).astype(float) for each in (alone, together)]
     assert isinstance(together.ops[0], AutoAugment) and together.ops[1:] == alone.ops
-    for op in (alone.crop, *alone.ops, alone.normalize):
+    for op in (alone.crop, *alone.ops):
         for ours, theirs in zip(op.parameters(draws[0]), op.parameters(draws[1]), strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("policy", [RAND, TRIVIAL])
-def test_a_view_does_not_depend_on_the_others_of_its_batch(pieces, policy):
+def test_view_does_not_depend_on_batch(pieces, policy):
     transform = TrainTransform(size=48, auto_augment=policy, **PIXELS)
     draws = uniforms(np.arange(20), seed=1, epoch=0, count=transform.num_draws)
     together = render(transform, pieces, draws)
@@ -269,7 +269,7 @@ def test_a_view_does_not_depend_on_the_others_of_its_batch(pieces, policy):
     np.testing.assert_array_equal(backwards[::-1], together)
 
 
-def test_every_number_of_a_view_counts(pieces):
+def test_num_draws_is_exact(pieces):
     transform = TrainTransform(size=48, auto_augment=RAND, **PIXELS)
     draws = uniforms(np.arange(20), seed=1, epoch=0, count=transform.num_draws)
     first = render(transform, pieces, draws)
@@ -280,9 +280,9 @@ def test_every_number_of_a_view_counts(pieces):
         assert (render(transform, pieces, other) != first).any(), slot
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that such a graph is simply built")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the graph can be built on a GPU")
 @pytest.mark.parametrize("stores", ["files", "pixels"])
-def test_a_graph_for_a_gpu_is_defined_in_full_before_the_gpu_is_missed(stores):
+def test_gpu_graph_is_defined_without_a_gpu(stores):
     transform = TrainTransform(size=32, auto_augment=RAND)
     with pytest.raises(RuntimeError, match="CUDA is not available"):
         open_graph(iter(()), stores, transform, replace(graph_settings(2), device_id=0))

@@ -1,4 +1,4 @@
-"""Files that cannot be read, through the whole data path: named, refused, or stood in for."""
+"""Unreadable files in a loader: reported, refused or substituted."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources.base import FileList, ImageFolder
+from kd_pipeline.data.sources import FileList, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
 from kd_pipeline.loader.loader import KDDataLoader
@@ -33,14 +34,14 @@ from tests.streams import (
 
 ROOT = Path(__file__).parents[2]
 SMALL_WINDOWS = TrainTransform(size=SIZE, area=(0.05, 0.1))
-"""Views that mostly miss the place where a file is damaged."""
+"""Views that mostly miss the damaged part of a file."""
 BAD = (3, 8, 9, 36)
-"""One alone, two adjacent ones, and the last of the 37 photographs."""
+"""A single one, two adjacent ones, and the last of the 37 photographs."""
 
 
 @pytest.fixture
 def damaged(photo_folder, tmp_path) -> Callable[..., ImageFolder]:
-    """`damaged(3, 8)` is a copy of the photographs in which the files number 3 and 8 are cut in half."""
+    """`damaged(3, 8)` returns a copy of the photographs with the files 3 and 8 cut in half."""
 
     def make(*bad: int) -> ImageFolder:
         root = shutil.copytree(photo_folder, tmp_path / f"damaged-{'-'.join(map(str, bad))}")
@@ -90,11 +91,11 @@ def contents(root: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-# What can be read
+# Readable and unreadable files
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
-def test_an_unreadable_file_is_named_with_size_and_reason_whatever_view_and_way(broken: Broken, photos, tmp_path):
+def test_error_is_equal_for_any_view_and_decode_mode(broken: Broken, photos, tmp_path):
     path = tmp_path / broken.name
     broken.put(path, photo_of(photos))
     source = list_of(tmp_path, broken.name)
@@ -113,11 +114,11 @@ def test_an_unreadable_file_is_named_with_size_and_reason_whatever_view_and_way(
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
-def test_a_large_batch_with_an_unreadable_file_brings_nothing_down(broken: Broken, photos, tmp_path):
+def test_unreadable_file_in_large_batch(broken: Broken, photos, tmp_path):
     photo = photo_of(photos)
     Image.fromarray(photo).save(tmp_path / "good.jpg")
     broken.put(tmp_path / broken.name, photo)
-    bad = 43  # the first one of the third that DALI's calling thread takes, beside two others with a third each
+    bad = 43  # the first in the third of the batch that DALI's calling thread decodes
     names = ["good.jpg"] * 64
     names[bad] = broken.name
     for seed, decode in enumerate(("window", "full") * 2):
@@ -128,7 +129,7 @@ def test_a_large_batch_with_an_unreadable_file_brings_nothing_down(broken: Broke
 
 
 @pytest.mark.parametrize("odd", ODD, ids=str)
-def test_an_odd_but_good_file_shows_what_it_is(odd: Odd, photos, tmp_path):
+def test_odd_file_is_read(odd: Odd, photos, tmp_path):
     photo = photo_of(photos)
     (tmp_path / odd.name).write_bytes(odd.encode(photo))
     Image.fromarray(odd.shows(photo)).convert("RGB").save(tmp_path / "plain.png")
@@ -141,7 +142,7 @@ def test_an_odd_but_good_file_shows_what_it_is(odd: Odd, photos, tmp_path):
         assert len(run(loader)) == 3
 
 
-def test_an_image_of_exactly_max_pixels_is_read_and_one_more_row_is_refused(photos, tmp_path):
+def test_max_pixels_is_inclusive(photos, tmp_path):
     photo = photo_of(photos)
     Image.fromarray(photo[:100, :100]).save(tmp_path / "fits.png")
     Image.fromarray(photo[:101, :100]).save(tmp_path / "larger.png")
@@ -161,7 +162,7 @@ from kd_pipeline.errors import BadSampleError
 from kd_pipeline.loader import KDDataLoader
 
 def most_memory():
-    # Not getrusage, whose ru_maxrss a child process takes over from its parent.
+    # Not getrusage, whose ru_maxrss a child process inherits from its parent.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
@@ -179,7 +180,7 @@ with KDDataLoader(source, EvalTransform(size=32), batch_size=1, shuffle=False) a
 """
 
 
-def test_a_decompression_bomb_is_refused_without_unpacking_it(photos, tmp_path):
+def test_bomb_is_not_unpacked(photos, tmp_path):
     Image.fromarray(photo_of(photos)).save(tmp_path / "a.png")
     (bomb,) = (broken for broken in BROKEN if broken.name == "bomb.png")
     bomb.put(tmp_path / bomb.name, photo_of(photos))
@@ -188,11 +189,11 @@ def test_a_decompression_bomb_is_refused_without_unpacking_it(photos, tmp_path):
     assert float(finished.stdout) < 300  # MB; unpacked it is 2700
 
 
-# Raising
+# on_bad_sample="raise"
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
-def test_good_batches_before_a_bad_one_are_handed_out_first(damaged, ahead):
+def test_batches_before_bad_sample_are_returned(damaged, ahead):
     source = damaged(17)
     with open_loader(source, shuffle=False, on_bad_sample="raise", ahead=ahead) as loader:
         indices = []
@@ -203,7 +204,7 @@ def test_good_batches_before_a_bad_one_are_handed_out_first(damaged, ahead):
         assert (loader.epoch, loader.state_dict()["batch"]) == (0, 2)
 
 
-def test_after_a_bad_sample_the_loader_can_be_closed_and_a_new_one_works(damaged, photo_folder):
+def test_close_after_bad_sample(damaged, photo_folder):
     loader = open_loader(damaged(17), on_bad_sample="raise")
     with pytest.raises(BadSampleError):
         run(loader)
@@ -212,7 +213,7 @@ def test_after_a_bad_sample_the_loader_can_be_closed_and_a_new_one_works(damaged
         assert len(run(loader)) == 15
 
 
-def test_a_bad_file_that_is_repaired_is_read_when_its_batch_is_asked_for_again(damaged, photo_folder):
+def test_repaired_file_is_read(damaged, photo_folder):
     source = damaged(0)
     path = Path(source.name(0))
     with open_loader(source, shuffle=False, on_bad_sample="raise") as loader:
@@ -222,10 +223,10 @@ def test_a_bad_file_that_is_repaired_is_read_when_its_batch_is_asked_for_again(d
         assert len(run(loader, 1)) == 5
 
 
-# Substituting
+# on_bad_sample="substitute"
 
 
-def test_the_next_readable_sample_stands_in_with_everything_that_belongs_to_it(damaged):
+def test_substitute_brings_all_its_fields(damaged):
     source, teacher = damaged(*BAD), conv_teacher()
     with open_loader(source, teacher=teacher, shuffle=False, batch_size=len(source)) as loader:
         for batch in loader:
@@ -240,27 +241,49 @@ def test_the_next_readable_sample_stands_in_with_everything_that_belongs_to_it(d
                 torch.testing.assert_close(batch.teacher["logits"][bad], batch.teacher["logits"][own_row])
 
 
-def test_padding_that_is_unreadable_is_stood_in_for_too(damaged):
+def test_unreadable_padding_is_substituted(damaged):
     source = damaged(0)
     *_, last = stream(source, shuffle=False, last_batch="pad")
     assert last["index"].tolist() == [32, 33, 34, 35, 36, 1, 1, 2]
     assert last["valid"].tolist() == [True] * 5 + [False] * 3
 
 
-def test_every_bad_file_gets_one_line_in_the_record(damaged, tmp_path):
+def test_bad_samples_equal_jsonl_record(damaged, tmp_path):
     source = damaged(*BAD)
     with open_loader(source, run_dir=tmp_path / "new" / "run") as loader:
         run(loader)
-        assert loader.bad_samples == list(BAD)
+        found = loader.bad_samples
+    assert [sample.index for sample in found] == list(BAD)
     lines = [json.loads(line) for line in (tmp_path / "new" / "run" / "bad_samples.jsonl").read_text().splitlines()]
-    assert sorted(line["index"] for line in lines) == list(BAD)
+    assert sorted(lines, key=lambda line: line["index"]) == [asdict(sample) for sample in found]
     for line in lines:
         path = Path(source.name(line["index"]))
         assert set(line) == {"index", "path", "num_bytes", "reason"}
         assert line["path"] == str(path) and line["num_bytes"] == path.stat().st_size and line["reason"]
 
 
-def test_no_record_is_written_for_good_data_or_without_a_run_dir(damaged, photo_folder, tmp_path, monkeypatch):
+def test_bad_samples_of_a_resumed_run(damaged):
+    source = damaged(3, 8)
+    with open_loader(source, shuffle=False) as loader:
+        run(loader, 1)
+        state, found = loader.state_dict(), loader.bad_samples
+    with open_loader(source, shuffle=False) as loader:
+        loader.load_state_dict(state)
+        assert loader.bad_samples == tuple(
+            replace(sample, reason="an earlier run could not read it") for sample in found
+        )
+
+
+def test_bad_samples_include_the_one_too_many(damaged):
+    with open_loader(damaged(3, 8, 9), shuffle=False, max_bad_fraction=2 / 37) as loader:
+        for _ in range(2):
+            with pytest.raises(TooManyBadSamplesError):
+                run(loader)
+            assert [sample.index for sample in loader.bad_samples] == [3, 8, 9]
+        assert loader.state_dict()["bad_samples"] == [3, 8]
+
+
+def test_no_record_for_good_data_or_without_run_dir(damaged, photo_folder, tmp_path, monkeypatch):
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -269,7 +292,7 @@ def test_no_record_is_written_for_good_data_or_without_a_run_dir(damaged, photo_
     assert list(folder.iterdir()) == []
 
 
-def test_a_resumed_run_does_not_record_a_known_bad_file_again(damaged, tmp_path):
+def test_resumed_run_does_not_record_again(damaged, tmp_path):
     source = damaged(*BAD)
     with open_loader(source, run_dir=tmp_path) as loader:
         run(loader, 1)
@@ -280,7 +303,7 @@ def test_a_resumed_run_does_not_record_a_known_bad_file_again(damaged, tmp_path)
     assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == len(BAD)
 
 
-def test_a_bad_file_met_once_more_after_going_back_is_not_recorded_again(damaged, tmp_path):
+def test_rewound_run_does_not_record_again(damaged, tmp_path):
     source = damaged(*BAD)
     with open_loader(source, run_dir=tmp_path) as loader:
         start = loader.state_dict()
@@ -291,7 +314,7 @@ def test_a_bad_file_met_once_more_after_going_back_is_not_recorded_again(damaged
 
 
 @pytest.mark.parametrize("num_allowed", [0, 1, 2, 3])
-def test_more_bad_files_than_max_bad_fraction_are_an_error_with_both_numbers(damaged, num_allowed):
+def test_max_bad_fraction_is_enforced(damaged, num_allowed):
     source = damaged(3, 8, 9)
     fraction = num_allowed / len(source)
     with open_loader(source, max_bad_fraction=fraction) as loader:
@@ -305,7 +328,7 @@ def test_more_bad_files_than_max_bad_fraction_are_an_error_with_both_numbers(dam
             assert f"max_bad_fraction={fraction:g}" in str(info.value)
 
 
-def test_by_default_one_bad_file_in_a_thousand_is_allowed_and_one_in_37_is_not(damaged):
+def test_default_max_bad_fraction(damaged):
     with (
         KDDataLoader(damaged(3), TRAIN, batch_size=8, on_bad_sample="substitute") as loader,
         pytest.raises(TooManyBadSamplesError, match=r"max_bad_fraction=0\.001"),
@@ -313,7 +336,7 @@ def test_by_default_one_bad_file_in_a_thousand_is_allowed_and_one_in_37_is_not(d
         run(loader, 1)
 
 
-def test_nothing_stands_in_when_all_files_are_bad(photos, tmp_path):
+def test_all_files_bad(photos, tmp_path):
     names = ["a.jpg", "b.jpg", "c.jpg"]
     for name in names:
         (tmp_path / name).write_bytes(b"no image")
@@ -324,7 +347,7 @@ def test_nothing_stands_in_when_all_files_are_bad(photos, tmp_path):
         run(loader, 1)
 
 
-def test_only_one_readable_file_stands_in_for_all_the_others(photos, tmp_path):
+def test_only_one_readable_file(photos, tmp_path):
     names = ["a.jpg", "b.jpg", "c.jpg"]
     for name in names:
         (tmp_path / name).write_bytes(b"no image")
@@ -335,20 +358,20 @@ def test_only_one_readable_file_stands_in_for_all_the_others(photos, tmp_path):
 
 
 @pytest.mark.parametrize("ahead", [0, 3])
-def test_a_run_that_meets_bad_files_equals_one_that_knew_them(damaged, ahead):
+def test_known_bad_files_change_nothing(damaged, ahead):
     source = damaged(*BAD)
     with open_loader(source, teacher=conv_teacher(), ahead=ahead) as loader:
         found = run(loader)
         state = {**loader.state_dict(), "epoch": 0, "batch": 0}
         assert state["bad_samples"] == list(BAD)
-        loader.load_state_dict(state)  # one that has met them all
+        loader.load_state_dict(state)  # a loader that has found them all
         assert_same(run(loader), found)
     with open_loader(source, teacher=conv_teacher()) as loader:
-        loader.load_state_dict(state)  # one that was told
+        loader.load_state_dict(state)  # a loader that knows them from the start
         assert_same(run(loader), found)
 
 
-def test_the_good_samples_are_those_of_a_run_without_bad_files(damaged, photo_folder):
+def test_good_samples_unaffected_by_bad_files(damaged, photo_folder):
     found, wanted = rows(stream(damaged(*BAD))), rows(stream(ImageFolder(photo_folder)))
     assert [bool(row["valid"]) for row in found] == [int(row["index"]) not in BAD for row in wanted]
     good = [place for place, row in enumerate(found) if row["valid"]]
@@ -356,19 +379,19 @@ def test_the_good_samples_are_those_of_a_run_without_bad_files(damaged, photo_fo
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_stand_ins_do_not_depend_on_the_batch_size(damaged, batch_size):
+def test_substitutes_independent_of_batch_size(damaged, batch_size):
     source = damaged(*BAD)
     assert_same(rows(stream(source, batch_size=batch_size)), rows(stream(source)))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_stand_ins_do_not_depend_on_the_world_size(damaged, world_size):
+def test_substitutes_independent_of_ranks(damaged, world_size):
     source = damaged(*BAD)
     ranks = [stream(source, batch_size=4, shard=Shard(rank, world_size)) for rank in range(world_size)]
     assert_same(global_rows(ranks), rows(stream(source)))
 
 
-def test_a_run_with_bad_files_resumes_before_every_batch(damaged):
+def test_resume_with_bad_files(damaged):
     source, teacher = damaged(*BAD), conv_teacher()
     with open_loader(source, teacher=teacher) as loader:
         states, wanted = [loader.state_dict()], []
@@ -382,7 +405,7 @@ def test_a_run_with_bad_files_resumes_before_every_batch(damaged):
             assert_same(run(loader, 2), wanted[number:])
 
 
-def test_the_unreadable_samples_of_a_state_count_for_what_was_read_ahead_too(photo_folder):
+def test_restored_bad_samples_apply_to_batches_read_ahead(photo_folder):
     with open_loader(ImageFolder(photo_folder), shuffle=False, ahead=0) as loader:
         next(iter(loader))
         loader.load_state_dict({**loader.state_dict(), "bad_samples": [8]})
@@ -390,7 +413,7 @@ def test_the_unreadable_samples_of_a_state_count_for_what_was_read_ahead_too(pho
     assert batch.index.tolist() == [9, 9, 10, 11, 12, 13, 14, 15] and not batch.valid[0]
 
 
-# The user's files
+# Files
 
 
 def test_files_are_never_changed(damaged, tmp_path):

@@ -1,4 +1,4 @@
-"""Files and pixels through DALI: which file becomes which pixels, in what order, and what is refused."""
+"""DALI graphs: decoded pixels, order of batches, and refused files."""
 
 import itertools
 import subprocess
@@ -13,7 +13,7 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image, ImageOps
 
 from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
-from kd_pipeline.data.dali import Graph, Probe
+from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
@@ -34,7 +34,7 @@ ALL_TRANSFORMS = {
     "trivialaugment": TrainTransform(size=32, auto_augment=TrivialAugment(), erase=0.5),
 }
 ORIENTATION = 0x0112
-"""The EXIF tag that says how a camera was held."""
+"""EXIF tag of the camera's orientation."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def photo(photos):
 
 
 def save(image, path, **options):
-    """The file, and what Pillow takes it to be: upright and in three channels."""
+    """Save an image; returns the file, and its upright RGB pixels in Pillow."""
     image.save(path, **options)
     with Image.open(path) as saved:
         return path, np.asarray(ImageOps.exif_transpose(saved).convert("RGB"))
@@ -55,12 +55,12 @@ def lossless(image, path):
     return path
 
 
-# What a file is
+# File formats
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_from_a_turned_camera_is_upright_in_training_and_evaluation(photo, tmp_path, orientation, kind):
+def test_exif_orientation_is_applied(photo, tmp_path, orientation, kind):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     path, upright = save(Image.fromarray(photo), tmp_path / f"turned.{kind}", exif=exif)
@@ -91,15 +91,15 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_becomes_the_three_channels_that_pillow_makes_of_it(photo, tmp_path, name):
-    """To the last bit, but for a level where a filter rounds; transparency is ignored, as Pillow's `convert` does."""
+def test_formats_decode_as_in_pillow(photo, tmp_path, name):
+    """Up to rounding of a filter; transparency is ignored, as in Pillow's `convert`."""
     path, expected = save(FORMATS[name](Image.fromarray(photo)), tmp_path / name)
     plain = lossless(expected, tmp_path / "plain.png")
     for transform in (EVAL, TRAIN):
         np.testing.assert_allclose(render(transform, [path]), render(transform, [plain]), atol=1)
 
 
-def test_a_progressive_jpeg_becomes_what_pillow_makes_of_it(photo, tmp_path):
+def test_progressive_jpeg_decodes_as_in_pillow(photo, tmp_path):
     path, expected = save(Image.fromarray(photo), tmp_path / "progressive.jpg", progressive=True)
     plain = lossless(expected, tmp_path / "plain.png")
     for transform in (EVAL, TRAIN):
@@ -107,8 +107,8 @@ def test_a_progressive_jpeg_becomes_what_pillow_makes_of_it(photo, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "tif"])
-def test_sixteen_bits_of_gray_are_scaled_to_eight_and_not_clipped(tmp_path, kind):
-    """Pillow's `convert` would make everything above 255 white."""
+def test_sixteen_bit_gray_is_scaled(tmp_path, kind):
+    """Pillow's `convert` clips at 255."""
     deep = np.linspace(0, 65535, 90 * 121).round().astype(np.uint16).reshape(90, 121)
     Image.fromarray(deep).save(tmp_path / f"deep.{kind}")
     shallow = np.repeat(np.round(deep / 257).astype(np.uint8)[..., None], 3, axis=-1)
@@ -116,7 +116,7 @@ def test_sixteen_bits_of_gray_are_scaled_to_eight_and_not_clipped(tmp_path, kind
     np.testing.assert_allclose(render(EVAL, [tmp_path / f"deep.{kind}"]), render(EVAL, [plain]), atol=1)
 
 
-def test_files_and_pixels_of_the_same_images_give_the_same_views(photos, tmp_path):
+def test_files_and_pixels_give_equal_views(photos, tmp_path):
     images = np.stack([photo[y : y + 71, x : x + 90] for photo in photos for y, x in [(0, 0), (200, 30), (300, 500)]])
     paths = [lossless(image, tmp_path / f"{number}.png") for number, image in enumerate(images)]
     everything = TrainTransform(size=32, brightness=0.4, hue=0.1, grayscale=0.2, blur=0.5, erase=0.5)
@@ -124,7 +124,7 @@ def test_files_and_pixels_of_the_same_images_give_the_same_views(photos, tmp_pat
         np.testing.assert_array_equal(render(transform, paths), render(transform, images))
 
 
-def test_images_of_all_sizes_share_a_batch(photo_folder):
+def test_batch_of_different_image_sizes(photo_folder):
     paths = sorted(path for path in photo_folder.rglob("*.*"))
     together = render(TRAIN, paths)
     assert together.shape == (37, 3, 32, 32)
@@ -133,12 +133,12 @@ def test_images_of_all_sizes_share_a_batch(photo_folder):
         np.testing.assert_array_equal(render(TRAIN, [paths[row]], draws[row : row + 1])[0], together[row])
 
 
-# Windows or whole images
+# Decode modes
 
 
 @pytest.fixture(scope="module")
 def corpus(photo, tmp_path_factory):
-    """A file of every kind that can be read: formats, orientations, subsamplings, and those that are odd."""
+    """Readable files of all formats, orientations and subsamplings, and the odd ones."""
     folder = tmp_path_factory.mktemp("corpus")
     image = Image.fromarray(photo)
     paths = [save(convert(image), folder / name)[0] for name, convert in FORMATS.items()]
@@ -156,25 +156,25 @@ def corpus(photo, tmp_path_factory):
 
 
 @pytest.mark.parametrize("transform", ALL_TRANSFORMS.values(), ids=ALL_TRANSFORMS)
-def test_windows_and_whole_images_give_the_same_pixels(corpus, transform):
+def test_decode_modes_give_equal_pixels(corpus, transform):
     for seed in range(3):
         draws = uniforms(np.arange(len(corpus)), seed=seed, epoch=0, count=transform.num_draws)
-        windows, whole = (render(transform, corpus, draws, decode=way) for way in ("window", "full"))
+        windows, whole = (render(transform, corpus, draws, decode=mode) for mode in ("window", "full"))
         np.testing.assert_array_equal(windows, whole)
     assert len(windows) == len(corpus) > 60
 
 
-def test_pixels_that_are_no_files_are_cut_whatever_the_way_of_decoding(photos):
+def test_decode_mode_does_not_affect_pixels(photos):
     images = np.stack([photo[:71, :90] for photo in photos])
-    np.testing.assert_array_equal(*(render(TRAIN, images, decode=way) for way in ("window", "full")))
+    np.testing.assert_array_equal(*(render(TRAIN, images, decode=mode) for mode in ("window", "full")))
 
 
-# What DALI does with a window
+# Windows in DALI
 
 
 @pytest.mark.parametrize("extent", [1.0, 9.999, 10.0, 10.2, 10.5, 10.8, 39.6])
-def test_dali_cuts_off_fractions_of_a_window_and_rounds_its_place(tmp_path, extent):
-    """The decoder and the crop of pixels alike; the window is rounded before it gets there because of it."""
+def test_dali_truncates_extent_and_rounds_position(tmp_path, extent):
+    """In the decoder and in the crop of pixels, which is why windows are rounded before."""
     image = np.repeat(np.arange(40, dtype=np.uint8)[:, None, None], 3, axis=2).repeat(20, axis=1)
     encoded = np.fromfile(lossless(image, tmp_path / "rows.png"), dtype=np.uint8)
     places = np.float32([0, 0.1, 0.25, 0.37, 0.5, 0.51, 0.9, 1])
@@ -192,10 +192,10 @@ def test_dali_cuts_off_fractions_of_a_window_and_rounds_its_place(tmp_path, exte
             assert rows.tolist() == list(range(first, first + int(extent)))
 
 
-# What is refused
+# Refused files
 
 
-def test_an_image_of_exactly_max_pixels_is_decoded_and_of_one_more_refused(photo, tmp_path):
+def test_max_pixels_is_inclusive(photo, tmp_path):
     path = lossless(photo[:60, :50], tmp_path / "3000.png")
     for transform in (EVAL, TRAIN):
         assert render(transform, [path], max_pixels=3000).shape == (1, 3, 32, 32)
@@ -203,7 +203,7 @@ def test_an_image_of_exactly_max_pixels_is_decoded_and_of_one_more_refused(photo
             render(transform, [path], max_pixels=2999)
 
 
-def test_a_jpeg_without_an_end_is_refused_even_where_its_view_lies_above_the_cut(photo, tmp_path):
+def test_jpeg_without_end_is_refused_for_any_view(photo, tmp_path):
     whole = tmp_path / "whole.jpg"
     Image.fromarray(photo).save(whole)
     cut = tmp_path / "cut.jpg"
@@ -214,7 +214,7 @@ def test_a_jpeg_without_an_end_is_refused_even_where_its_view_lies_above_the_cut
         render(TRAIN, [cut], draws)
 
 
-def test_a_jpeg_with_something_behind_its_end_is_what_it_was_before(photo, tmp_path):
+def test_bytes_after_jpeg_end_are_ignored(photo, tmp_path):
     path = tmp_path / "junk.jpg"
     Image.fromarray(photo).save(path)
     expected = render(EVAL, [path])
@@ -223,18 +223,18 @@ def test_a_jpeg_with_something_behind_its_end_is_what_it_was_before(photo, tmp_p
 
 
 @pytest.mark.parametrize("name", ["whole.jpg", "junk.jpg", "photo.tif", "photo.png"])
-def test_a_file_that_may_hide_damage_is_decoded_in_full_once_and_no_other_ever(photo, tmp_path, monkeypatch, name):
+def test_doubtful_file_is_fully_decoded_once(photo, tmp_path, monkeypatch, name):
     path = tmp_path / name
     Image.fromarray(photo).save(path)
     if name == "junk.jpg":
         path.write_bytes(path.read_bytes() + b"junk")
     decoded = []
-    decode = Probe.decode
-    monkeypatch.setattr(Probe, "decode", lambda probe, path: (decoded.append(path), decode(probe, path)))
+    decode = FileChecker.decode
+    monkeypatch.setattr(FileChecker, "decode", lambda checker, path: (decoded.append(path), decode(checker, path)))
     settings = graph_settings(1)
-    probe = Probe(settings)
+    checker = FileChecker(settings)
     for _ in range(2):
-        graph = Graph(itertools.repeat(samples_of(EVAL, [path])), "files", EVAL, settings, probe)
+        graph = Graph(itertools.repeat(samples_of(EVAL, [path])), "files", EVAL, settings, checker)
         for _ in range(3):
             graph.take()
         graph.close()
@@ -249,7 +249,7 @@ from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from tests.views import render
 
 def most_memory_mb():
-    # Not getrusage, whose ru_maxrss a child process takes over from its parent.
+    # Not getrusage, whose ru_maxrss a child process inherits from its parent.
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) // 1024
 
@@ -269,7 +269,7 @@ print(most_memory_mb() - before)
 
 
 def run_measured(small, *others):
-    """What reading the others takes: words, and the growth of the largest memory in MB."""
+    """Read the others in a process; returns its words, and the growth of its peak memory in MB."""
     command = [sys.executable, "-c", MEASURED, str(small), *map(str, others)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -277,8 +277,8 @@ def run_measured(small, *others):
     return words, int(growth)
 
 
-def test_a_bomb_is_refused_from_its_header_before_anything_is_unpacked(photo, tmp_path):
-    """A PNG of 110 kB with 900 million pixels, which are 2.7 GB, and a JPEG that claims 4 billion, which are 13 GB."""
+def test_bomb_is_refused_by_header(photo, tmp_path):
+    """A PNG of 110 kB with 900 million pixels (2.7 GB), and a JPEG that claims 4 billion (13 GB)."""
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")
     small = lossless(photo, tmp_path / "small.png")
     Image.fromarray(photo).save(tmp_path / "header.jpg")
@@ -290,8 +290,8 @@ def test_a_bomb_is_refused_from_its_header_before_anything_is_unpacked(photo, tm
     assert words == ["refused"] * 4 and growth_mb < 300
 
 
-def test_of_an_image_that_is_one_long_line_only_the_center_is_made(photo, tmp_path):
-    """Resized as a whole, 1x100000 pixels would become 37x3700000, which are 411 MB."""
+def test_long_line_decodes_only_center(photo, tmp_path):
+    """Resized in full, 1x100000 pixels would become 37x3700000 (411 MB)."""
     small = lossless(photo, tmp_path / "small.png")
     line = lossless(np.full((1, 100_000, 3), 7, dtype=np.uint8), tmp_path / "line.png")
     column = lossless(np.full((100_000, 1, 3), 7, dtype=np.uint8), tmp_path / "column.png")
@@ -303,7 +303,7 @@ def test_of_an_image_that_is_one_long_line_only_the_center_is_made(photo, tmp_pa
 
 
 def batches(num_batches, num_images, transform=EVAL, folder=None):
-    """Images of one color, the number of the batch, as pixels or as files in a folder."""
+    """Images whose pixels are the number of their batch, as pixels or as files in a folder."""
     for number in range(num_batches):
         images = np.full((num_images - number % 2, 40, 40, 3), number, dtype=np.uint8)
         files = [lossless(image, folder / f"{number}_{row}.png") for row, image in enumerate(images)] if folder else []
@@ -313,7 +313,7 @@ def batches(num_batches, num_images, transform=EVAL, folder=None):
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 @pytest.mark.parametrize("transform", [EVAL, TRAIN])
 @pytest.mark.parametrize("stores", ["files", "pixels"])
-def test_batches_come_out_in_order_and_one_may_be_smaller(tmp_path, prefetch, transform, stores):
+def test_batches_come_in_order(tmp_path, prefetch, transform, stores):
     samples = batches(7, 5, transform, tmp_path if stores == "files" else None)
     graph = open_graph(samples, stores, transform, graph_settings(5, prefetch=prefetch))
     for number in range(7):
@@ -322,6 +322,14 @@ def test_batches_come_out_in_order_and_one_may_be_smaller(tmp_path, prefetch, tr
     for _ in range(2):
         with pytest.raises(StopIteration):
             graph.take()
+    graph.close()
+
+
+@pytest.mark.parametrize("stores", ["files", "pixels"])
+def test_graph_may_be_closed_twice(tmp_path, stores):
+    graph = open_graph(batches(3, 2, folder=tmp_path if stores == "files" else None), stores, EVAL, graph_settings(2))
+    graph.take()
+    graph.close()
     graph.close()
 
 
@@ -335,8 +343,8 @@ SPOIL = {
 @pytest.mark.parametrize("prefetch", [1, 2, 4])
 @pytest.mark.parametrize("number", [0, 1, 5, 6])
 @pytest.mark.parametrize("spoil", SPOIL.values(), ids=SPOIL)
-def test_a_bad_file_stops_its_own_batch_and_none_before_it(tmp_path, prefetch, number, spoil):
-    """Whether reading it, its header or its pixels fails."""
+def test_bad_file_fails_only_its_batch(tmp_path, prefetch, number, spoil):
+    """If the file, its header or its pixels cannot be read."""
     samples = list(batches(7, 5, folder=tmp_path))
     spoil(tmp_path / f"{number}_3.png")
     graph = open_graph(iter(samples), "files", EVAL, graph_settings(5, prefetch=prefetch))
@@ -347,8 +355,8 @@ def test_a_bad_file_stops_its_own_batch_and_none_before_it(tmp_path, prefetch, n
     graph.close()
 
 
-def test_a_batch_that_is_held_is_not_written_to_again_even_after_the_graph_is_closed():
-    """By torch, which shares DALI's memory."""
+def test_held_batches_survive_close():
+    """Held as torch tensors, which share DALI's memory."""
     graph = open_graph(batches(20, 4), "pixels", EVAL, graph_settings(4, prefetch=2))
     held = [torch.from_dlpack(graph.take()) for _ in range(20)]
     graph.close()
@@ -357,7 +365,7 @@ def test_a_batch_that_is_held_is_not_written_to_again_even_after_the_graph_is_cl
         assert (images == number).all()
 
 
-def test_a_pipeline_without_the_dynamic_executor_is_refused(monkeypatch):
+def test_disabled_dynamic_executor_is_refused(monkeypatch):
     monkeypatch.setattr(Pipeline, "exec_dynamic", False)
     with pytest.raises(ConfigError, match="dynamic executor"):
         open_graph(batches(1, 1), "pixels", EVAL, graph_settings(1))
@@ -366,6 +374,6 @@ def test_a_pipeline_without_the_dynamic_executor_is_refused(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that such a graph is simply built")
 @pytest.mark.parametrize(("stores", "decode"), [("files", "window"), ("files", "full"), ("pixels", "window")])
 @pytest.mark.parametrize("transform", ALL_TRANSFORMS.values(), ids=ALL_TRANSFORMS)
-def test_a_graph_for_a_gpu_is_defined_in_full_before_the_gpu_is_missed(stores, decode, transform):
+def test_gpu_graph_is_defined_without_gpu(stores, decode, transform):
     with pytest.raises(RuntimeError, match="CUDA is not available"):
         open_graph(iter(()), stores, transform, replace(graph_settings(2, decode=decode), device_id=0))

@@ -1,4 +1,4 @@
-"""Which way of decoding a loader takes on a GPU: what a trial finds, once for each driver, GPU and DALI."""
+"""The decode mode on a GPU: found by a trial, and cached by driver, GPU and packages."""
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
@@ -13,25 +13,25 @@ from kd_pipeline.data.decode_trial import DecodeTrial
 from kd_pipeline.errors import ConfigError
 
 
-def trial(way: str, *, works: bool = True, detail: str = "all right", **more: object) -> DecodeTrial:
-    return DecodeTrial(decode=way, hw_decoder_load=0, works=works, detail=detail, **{"nvjpeg": (13, 3), **more})
+def trial(mode: str, *, works: bool = True, detail: str = "all right", **more: object) -> DecodeTrial:
+    return DecodeTrial(decode=mode, hw_decoder_load=0, works=works, detail=detail, **{"nvjpeg": (13, 3), **more})
 
 
 class Gpu:
-    """A machine with a GPU whose trials end as the test says; counts them."""
+    """A fake GPU with given results of trials, which counts them."""
 
     def __init__(self) -> None:
         self.version, self.name = "580.95", "NVIDIA H100 80GB HBM3"
         self.trials: list[DecodeTrial] = []
         self.tried: list[tuple[str, float]] = []
 
-    def ask_driver(self) -> Driver:
+    def query_driver(self) -> Driver:
         gpu = DriverGpu(name=self.name, compute_capability="9.0", memory_bytes=1)
         return Driver(version=self.version, cuda="13.0", gpus=(gpu, gpu))
 
-    def try_decoding(self, way: str, *, device_id: int, hw_decoder_load: float) -> DecodeTrial:
-        self.tried.append((way, hw_decoder_load))
-        return next(trial for trial in self.trials if trial.decode == way)
+    def try_decoding(self, mode: str, *, device_id: int, hw_decoder_load: float) -> DecodeTrial:
+        self.tried.append((mode, hw_decoder_load))
+        return next(trial for trial in self.trials if trial.decode == mode)
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
-    monkeypatch.setattr(decode, "ask_driver", gpu.ask_driver)
+    monkeypatch.setattr(decode, "query_driver", gpu.query_driver)
     monkeypatch.setattr(decode, "try_decoding", gpu.try_decoding)
     gpu.trials = [trial("window"), trial("full")]
     return gpu
 
 
 CRASHED = {"works": False, "detail": "crashed with SIGSEGV", "nvjpeg": None}
-NO_ANSWER = {"works": False, "detail": "CUDA out of memory", "has_answered": False}
+INCONCLUSIVE = {"works": False, "detail": "CUDA out of memory", "is_conclusive": False}
 
 
 @pytest.mark.parametrize(
@@ -63,42 +63,42 @@ NO_ANSWER = {"works": False, "detail": "CUDA out of memory", "has_answered": Fal
         ({"nvjpeg": (13, 1)}, {}, "full", True),
         ({"nvjpeg": (12, 4)}, {}, "full", True),
         ({"nvjpeg": (12, 4)}, CRASHED, "window", True),
-        (NO_ANSWER, {}, "full", False),
-        ({"nvjpeg": (12, 4)}, NO_ANSWER, "window", False),
-        (NO_ANSWER, NO_ANSWER, "full", False),
+        (INCONCLUSIVE, {}, "full", False),
+        ({"nvjpeg": (12, 4)}, INCONCLUSIVE, "window", False),
+        (INCONCLUSIVE, INCONCLUSIVE, "full", False),
     ],
 )
-def test_windows_where_they_work_on_the_gpu_and_whole_images_elsewhere(
+def test_pick_decode_prefers_windows_on_gpu(
     window: dict[str, object], full: dict[str, object], taken: str, is_certain: bool
 ) -> None:
     choice = pick_decode(trial("window", **window), lambda: trial("full", **full))
     assert (choice.decode, choice.is_certain) == (taken, is_certain)
 
 
-def test_old_nvjpeg_is_said_with_both_versions() -> None:
+def test_old_nvjpeg_names_both_versions() -> None:
     choice = pick_decode(trial("window", nvjpeg=(12, 4)), lambda: trial("full"))
     assert choice.reason == (
-        "nvJPEG 12.4 would decode windows on the CPU, 13.2 and later do it on the GPU; whole images: all right"
+        "nvJPEG 12.4 decodes windows on the CPU, 13.2 and later do it on the GPU; whole images: all right"
     )
 
 
 @pytest.mark.parametrize("load", [0.0, 0.5])
-def test_a_gpu_that_decodes_in_neither_way_is_an_error_with_the_ways_out(load: float) -> None:
-    window, full = (trial(way, **CRASHED).model_copy(update={"hw_decoder_load": load}) for way in ("window", "full"))
-    with pytest.raises(ConfigError, match="neither way") as info:
+def test_no_working_mode_is_an_error(load: float) -> None:
+    window, full = (trial(mode, **CRASHED).model_copy(update={"hw_decoder_load": load}) for mode in ("window", "full"))
+    with pytest.raises(ConfigError, match="neither mode") as info:
         pick_decode(window, lambda: full)
     assert str(info.value).count("crashed with SIGSEGV") == 2 and "data.device: cpu" in str(info.value)
     assert ("data.hw_decoder_load: 0" in str(info.value)) == bool(load)
 
 
-def test_what_settings_say_is_taken_and_nothing_is_tried(gpu: Gpu) -> None:
-    for way in ("window", "full"):
-        assert resolve_decode(way, device_id=0, hw_decoder_load=0) == way
+def test_explicit_setting_needs_no_trial(gpu: Gpu) -> None:
+    for mode in ("window", "full"):
+        assert resolve_decode(mode, device_id=0, hw_decoder_load=0) == mode
     assert resolve_decode("auto", device_id=None, hw_decoder_load=0) == "window"
     assert gpu.tried == []
 
 
-def test_a_gpu_is_tried_once_and_the_answer_kept(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_is_cached(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
     gpu.trials[0] = trial("window", **CRASHED)
     with caplog.at_level(logging.WARNING, "kd_pipeline"):
         assert resolve_decode("auto", device_id=0, hw_decoder_load=0) == "full"
@@ -107,10 +107,10 @@ def test_a_gpu_is_tried_once_and_the_answer_kept(gpu: Gpu, caplog: pytest.LogCap
             assert resolve_decode("auto", device_id=device_id, hw_decoder_load=0) == "full"
     assert len(gpu.tried) == 2
     (line,) = caplog.messages
-    assert line == ("data.decode: auto takes full on GPU 0: windows: crashed with SIGSEGV; whole images: all right")
+    assert line == ("data.decode: auto uses full on GPU 0: windows: crashed with SIGSEGV; whole images: all right")
 
 
-def test_another_driver_gpu_dali_nvimagecodec_or_load_is_tried_anew(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_depends_on_driver_gpu_packages_and_load(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(load: float = 0.0) -> int:
         before = len(gpu.tried)
         choose_decode(0, load)
@@ -131,15 +131,15 @@ def test_another_driver_gpu_dali_nvimagecodec_or_load_is_tried_anew(gpu: Gpu, mo
     assert (ask(), ask()) == (1, 0)
 
 
-def test_an_answer_that_is_not_certain_is_not_kept(gpu: Gpu) -> None:
-    gpu.trials[0] = trial("window", **NO_ANSWER)
+def test_uncertain_choice_is_not_cached(gpu: Gpu) -> None:
+    gpu.trials[0] = trial("window", **INCONCLUSIVE)
     assert choose_decode(0, 0).decode == "full"
     gpu.trials[0] = trial("window")
     assert choose_decode(0, 0).decode == "window"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"decode": "both"}', b"\xff\xfe"])
-def test_a_damaged_answer_is_replaced(gpu: Gpu, cache: Path, content: bytes) -> None:
+def test_damaged_cache_is_replaced(gpu: Gpu, cache: Path, content: bytes) -> None:
     choose_decode(0, 0)
     (kept,) = (cache / "kd_pipeline" / "decode").glob("*.json")
     whole = kept.read_bytes()
@@ -148,28 +148,28 @@ def test_a_damaged_answer_is_replaced(gpu: Gpu, cache: Path, content: bytes) -> 
     assert kept.read_bytes() == whole
 
 
-def test_where_nothing_can_be_kept_it_is_tried_each_time(gpu: Gpu, cache: Path) -> None:
+def test_unwritable_cache_repeats_trial(gpu: Gpu, cache: Path) -> None:
     cache.parent.mkdir(exist_ok=True)
     cache.write_text("a file where the folder should be")
     for tried in (1, 2):
         assert choose_decode(0, 0).decode == "window" and len(gpu.tried) == tried
 
 
-def test_a_driver_that_does_not_answer_ends_nothing(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_driver_query_is_tolerated(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> Driver:
         raise RuntimeError("cuInit: unknown error")
 
-    monkeypatch.setattr(decode, "ask_driver", fail)
+    monkeypatch.setattr(decode, "query_driver", fail)
     assert choose_decode(0, 0).decode == "window"
 
 
-def test_what_the_doctor_found_is_what_loaders_find(gpu: Gpu) -> None:
+def test_doctor_choice_is_used(gpu: Gpu) -> None:
     choose_decode(0, 0)
     keep_choice(0, 0, DecodeChoice(decode="full", reason="the doctor says so", is_certain=True))
     assert choose_decode(0, 0).decode == "full" and len(gpu.tried) == 1
 
 
-def test_of_several_processes_that_ask_at_once_one_tries(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_processes_run_one_trial(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert {it.decode for it in pool.map(lambda _: choose_decode(0, 0), range(8))} == {"window"}
     assert gpu.tried == [("window", 0)]
@@ -180,11 +180,11 @@ def test_of_several_processes_that_ask_at_once_one_tries(gpu: Gpu, monkeypatch: 
     ("child", "finding"),
     [
         ("crash_on_windows", "windows: crashed with SIGSEGV"),
-        ("hang_on_windows", "windows: no answer within 4 s"),
-        ("talk_on_windows", "windows: reported '{}'"),
+        ("hang_on_windows", "windows: timed out after 4 s"),
+        ("report_garbage_on_windows", "windows: reported '{}'"),
     ],
 )
-def test_a_trial_that_dies_hangs_or_talks_nonsense_leads_to_whole_images_with_one_line(
+def test_failed_child_falls_back_to_full(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -192,19 +192,19 @@ def test_a_trial_that_dies_hangs_or_talks_nonsense_leads_to_whole_images_with_on
     finding: str,
 ) -> None:
     gpu, trial_of = Gpu(), decode_trial.try_decoding
-    monkeypatch.setattr(decode, "ask_driver", gpu.ask_driver)
+    monkeypatch.setattr(decode, "query_driver", gpu.query_driver)
     monkeypatch.setattr(decode_trial, "_CHILD", f"tests.children:{child}")
-    patience_s = {"window": 4, "full": 60}
-    monkeypatch.setattr(decode, "try_decoding", lambda way, **more: trial_of(way, timeout_s=patience_s[way], **more))
+    timeouts_s = {"window": 4, "full": 60}
+    monkeypatch.setattr(decode, "try_decoding", lambda mode, **more: trial_of(mode, timeout_s=timeouts_s[mode], **more))
     with caplog.at_level(logging.WARNING, "kd_pipeline"):
         assert resolve_decode("auto", device_id=0, hw_decoder_load=0) == "full"
     (line,) = caplog.messages
-    assert line.startswith(f"data.decode: auto takes full on GPU 0: {finding}; whole images: 384 images are right")
+    assert line.startswith(f"data.decode: auto uses full on GPU 0: {finding}; whole images: 384 images are right")
 
 
 @pytest.mark.slow
-def test_a_trial_that_succeeds_leads_to_windows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "ask_driver", Gpu().ask_driver)
+def test_successful_trial_picks_windows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "query_driver", Gpu().query_driver)
     monkeypatch.setattr(decode_trial, "_CHILD", "tests.children:decode_on_the_cpu")
     choice = choose_decode(0, 0)
     assert (choice.decode, choice.is_certain) == ("window", True)

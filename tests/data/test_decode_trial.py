@@ -1,4 +1,4 @@
-"""A trial finds what a decoder does wrong: nothing, black, skipped and overwritten images, crashes and hangs."""
+"""A trial finds black, stale and partly written images, crashes and hangs of a decoder."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,19 +9,19 @@ import torch
 from PIL import Image
 
 from kd_pipeline.data import decode_trial
-from kd_pipeline.data.decode_trial import compare_decoding, describe_faults, make_pictures, try_decoding
+from kd_pipeline.data.decode_trial import compare_decoding, describe_faults, make_images, try_decoding
 from tests.views import graph_settings
 
 
 @pytest.fixture(scope="module")
 def views(tmp_path_factory: pytest.TempPathFactory):
-    """What the CPU makes of the pictures; do not write to it."""
-    paths = make_pictures(tmp_path_factory.mktemp("pictures"))
+    """Views of the test images decoded on the CPU; do not change them."""
+    paths = make_images(tmp_path_factory.mktemp("images"))
     return decode_trial._render(paths, graph_settings(len(paths)))
 
 
-def test_the_pictures_differ_in_size_and_kind(tmp_path: Path) -> None:
-    paths = make_pictures(tmp_path)
+def test_images_differ_in_size_and_kind(tmp_path: Path) -> None:
+    paths = make_images(tmp_path)
     with ExitStack() as opened:
         images = [opened.enter_context(Image.open(path)) for path in paths]
     assert len(images) == 64 and {path.suffix for path in paths} == {".jpg", ".png"}
@@ -38,7 +38,7 @@ def test_the_pictures_differ_in_size_and_kind(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decode", ["window", "full"])
-def test_the_cpu_is_right_in_both_ways(decode: str) -> None:
+def test_cpu_is_right_in_both_modes(decode: str) -> None:
     works, detail = compare_decoding(decode, device_id=None)
     assert works and detail == "384 images are right, each at most 0.00/255 from the CPU's pixels on average"
 
@@ -62,7 +62,7 @@ SPOIL = {
 
 
 @pytest.mark.parametrize(("spoil", "words"), SPOIL.values(), ids=SPOIL)
-def test_an_image_that_was_not_written_is_found(views, spoil, words: str) -> None:
+def test_unwritten_image_is_found(views, spoil, words: str) -> None:
     assert describe_faults(spoiled(views, spoil), views) == words
 
 
@@ -73,9 +73,9 @@ def test_rounding_is_no_fault(views) -> None:
 
 
 @pytest.mark.slow
-def test_a_trial_runs_in_a_process_of_its_own_and_names_nvjpeg() -> None:
+def test_trial_reports_nvjpeg_from_child_process() -> None:
     trial = try_decoding("full", device_id=None)
-    assert trial.works and trial.has_answered
+    assert trial.works and trial.is_conclusive
     assert trial.nvjpeg is not None and trial.nvjpeg >= (12, 0)
     assert str(trial).startswith("whole images: 384 images are right")
 
@@ -85,22 +85,22 @@ def test_a_trial_runs_in_a_process_of_its_own_and_names_nvjpeg() -> None:
     ("child", "detail"),
     [
         ("crash", "crashed with SIGSEGV"),
-        ("hang", "no answer within 4 s"),
-        ("talk", "reported '{}'"),
-        ("say_nothing", "ended without a report"),
-        ("fail", "ended Python with exit status 3"),
+        ("hang", "timed out after 4 s"),
+        ("report_garbage", "reported '{}'"),
+        ("report_nothing", "ended without a report"),
+        ("fail", "exited with status 3"),
     ],
 )
-def test_a_process_that_misbehaves_is_a_finding(monkeypatch: pytest.MonkeyPatch, child: str, detail: str) -> None:
+def test_misbehaving_child_is_a_result(monkeypatch: pytest.MonkeyPatch, child: str, detail: str) -> None:
     monkeypatch.setattr(decode_trial, "_CHILD", f"tests.children:{child}")
     trial = try_decoding("window", device_id=0, hw_decoder_load=0.5, timeout_s=4)
-    assert (trial.works, trial.has_answered, trial.detail) == (False, True, detail)
+    assert (trial.works, trial.is_conclusive, trial.detail) == (False, True, detail)
     assert str(trial) == f"windows with hw_decoder_load 0.5: {detail}"
-    assert trial.log == {"say_nothing": "a package prints this"}.get(child, "")
+    assert trial.log == {"report_nothing": "a package prints this"}.get(child, "")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to try")
-def test_a_trial_that_cannot_be_made_says_nothing_about_the_decoder() -> None:
+def test_trial_without_gpu_is_inconclusive() -> None:
     trial = try_decoding("window", device_id=0)
-    assert not trial.works and not trial.has_answered and "CUDA is not available" in trial.detail
+    assert not trial.works and not trial.is_conclusive and "CUDA is not available" in trial.detail

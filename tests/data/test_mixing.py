@@ -1,4 +1,4 @@
-"""Mixup and CutMix against their definitions: who is mixed with whom, how much, and what the labels say of it."""
+"""Mixup and CutMix against their definitions: partners, weights, rectangles and labels."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from scipy.stats import beta
 
-from kd_pipeline.data.mixing import MixSettings, beta_quantiles, mix_images, mix_labels, mixing
+from kd_pipeline.data.mixing import MixSettings, beta_quantiles, mix_images, mix_labels, plan_mixing
 from kd_pipeline.data.plan import uniforms
 
 PARTNER, WEIGHT, TOP, LEFT, BOTTOM, RIGHT = range(6)
@@ -18,16 +18,16 @@ BOTH, MIXUP, CUTMIX = MixSettings(mixup=0.2, cutmix=1.0), MixSettings(mixup=0.2)
 def plan(settings, num_rows, *, valid=None, size=SIZE, **options):
     """The columns for samples 0 to `num_rows - 1`."""
     draws = uniforms(np.arange(num_rows), seed=4, epoch=1, count=settings.num_draws).astype(np.float64)
-    return mixing(settings, draws, np.ones(num_rows, dtype=bool) if valid is None else valid, size=size, **options)
+    return plan_mixing(settings, draws, np.ones(num_rows, dtype=bool) if valid is None else valid, size=size, **options)
 
 
 def area(columns):
-    """Share of the image that comes from the partner's rectangle."""
+    """Fraction of the image that the partner's rectangle covers."""
     return (columns[:, BOTTOM] - columns[:, TOP]) * (columns[:, RIGHT] - columns[:, LEFT]) / SIZE**2
 
 
-def largest_distance(values, distribution):
-    """Between the empirical distribution function of the values and the given one."""
+def ks_distance(values, distribution):
+    """Kolmogorov-Smirnov distance between the values and a distribution function."""
     expected = distribution(np.sort(values))
     places = np.arange(len(values) + 1) / len(values)
     return max(np.abs(expected - places[1:]).max(), np.abs(expected - places[:-1]).max())
@@ -48,16 +48,16 @@ def largest_distance(values, distribution):
         ({"mixup": 0.2, "prob": 0.5}, "prob.*not permitted"),
     ],
 )
-def test_a_wrong_setting_is_refused_by_name_and_value(values, words):
+def test_wrong_settings_are_refused(values, words):
     with pytest.raises(ValidationError, match="(?s)" + words):
         MixSettings(**values)
 
 
-# How much
+# Weights and rectangles
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 0.5, 1.0, 1.5, 4.0, 50.0])
-def test_quantiles_are_those_of_the_beta_distribution(alpha):
+def test_beta_quantiles_match_scipy(alpha):
     probabilities = np.concatenate([np.linspace(0, 1, 10_001), [1e-6, 1 - 1e-6]])
     found = beta_quantiles(alpha, probabilities)
     assert (np.diff(found[:-2]) >= 0).all() and found[0] == 0 and found[10_000] == 1
@@ -67,16 +67,16 @@ def test_quantiles_are_those_of_the_beta_distribution(alpha):
 
 
 @pytest.mark.parametrize("alpha", [0.4, 1.0, 3.0])
-def test_shares_of_mixup_follow_the_beta_distribution(alpha):
+def test_mixup_weights_follow_beta(alpha):
     """Bound: 1 % of samples are further away than 1.63 / sqrt(20000) = 0.0115."""
     columns = plan(MixSettings(mixup=alpha), 20_000)
-    assert largest_distance(columns[:, WEIGHT] / ONE, lambda x: beta.cdf(x, alpha, alpha)) < 0.0115
+    assert ks_distance(columns[:, WEIGHT] / ONE, lambda x: beta.cdf(x, alpha, alpha)) < 0.0115
     assert (area(columns) == 0).all()
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
-def test_rectangles_of_cutmix_cover_a_share_that_follows_the_beta_distribution(alpha):
-    """Where they are not cut off at the border, and down to whole pixels of so large an image."""
+def test_cutmix_areas_follow_beta(alpha):
+    """For rectangles that are not clipped at the border, up to rounding to whole pixels."""
     size = 10_000
     columns = plan(MixSettings(cutmix=alpha), 20_000, size=size)
     height, width = columns[:, BOTTOM] - columns[:, TOP], columns[:, RIGHT] - columns[:, LEFT]
@@ -87,11 +87,11 @@ def test_rectangles_of_cutmix_cover_a_share_that_follows_the_beta_distribution(a
     wanted = size * np.sqrt(1 - beta_quantiles(alpha, draws[:, 37]))
     assert np.abs(height[inside_y] - wanted[inside_y]).max() <= 1 and (height <= wanted + 1).all()
     assert np.abs(width[inside_x] - wanted[inside_x]).max() <= 1 and (width <= wanted + 1).all()
-    assert largest_distance((wanted / size) ** 2, lambda x: beta.cdf(x, alpha, alpha)) < 0.0115
+    assert ks_distance((wanted / size) ** 2, lambda x: beta.cdf(x, alpha, alpha)) < 0.0115
     assert (columns[:, WEIGHT] == ONE).all()
 
 
-def test_rectangles_are_everywhere_and_centered_evenly():
+def test_rectangle_centers_are_uniform():
     columns = plan(CUTMIX, 20_000)
     some = columns[area(columns) > 0]
     for first, last in ((TOP, BOTTOM), (LEFT, RIGHT)):
@@ -102,7 +102,7 @@ def test_rectangles_are_everywhere_and_centered_evenly():
 
 
 @pytest.mark.parametrize(("probability", "switch"), [(1.0, 0.5), (0.6, 0.2), (0.3, 1.0), (0.0, 0.5)])
-def test_as_many_are_mixed_and_cut_as_asked_for(probability, switch):
+def test_probability_and_switch(probability, switch):
     columns = plan(MixSettings(mixup=1.0, cutmix=1.0, probability=probability, switch=switch), 20_000)
     is_mixed, is_summed = columns[:, PARTNER] != np.arange(20_000), columns[:, WEIGHT] < ONE
     assert abs(is_mixed.mean() - probability) < 0.02
@@ -111,33 +111,33 @@ def test_as_many_are_mixed_and_cut_as_asked_for(probability, switch):
 
 
 @pytest.mark.parametrize("switch", [0.0, 0.5, 1.0])
-def test_with_one_of_both_the_switch_says_nothing(switch):
+def test_switch_is_ignored_for_a_single_kind(switch):
     assert (area(plan(MixSettings(mixup=0.2, switch=switch), 1000)) == 0).all()
     assert (plan(MixSettings(cutmix=1.0, switch=switch), 1000)[:, WEIGHT] == ONE).all()
 
 
-# Who with whom
+# Partners
 
 
-def test_partners_are_neighbors_and_nobody_is_left_out():
+def test_partners_are_neighbors():
     for settings in (BOTH, MIXUP, CUTMIX):
         assert plan(settings, 8)[:, PARTNER].tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
 
 
-def test_partners_are_as_far_apart_as_a_sample_is_repeated():
+def test_partners_are_repeats_apart():
     assert plan(BOTH, 12, repeats=3)[:, PARTNER].tolist() == [3, 4, 5, 0, 1, 2, 9, 10, 11, 6, 7, 8]
     samples = np.repeat(np.arange(40), 4)
     assert (samples[plan(BOTH, 160, repeats=4)[:, PARTNER]] != samples).all()
 
 
 @pytest.mark.parametrize(("num_rows", "repeats", "alone"), [(1, 1, [0]), (5, 1, [4]), (8, 3, [6, 7]), (10, 3, [7, 8])])
-def test_a_row_without_a_partner_stays_as_it_is(num_rows, repeats, alone):
+def test_row_without_partner_is_not_mixed(num_rows, repeats, alone):
     columns = plan(BOTH, num_rows, repeats=repeats)
     assert [row for row in range(num_rows) if columns[row, PARTNER] == row] == alone
     assert (columns[alone, WEIGHT] == ONE).all() and (area(columns)[alone] == 0).all()
 
 
-def test_a_row_that_does_not_count_is_mixed_with_nobody():
+def test_invalid_rows_are_not_mixed():
     valid = np.array([True, False, False, True, True, True, False, False])
     columns = plan(BOTH, 8, valid=valid)
     assert columns[:, PARTNER].tolist() == [0, 1, 2, 3, 5, 4, 6, 7]
@@ -145,12 +145,12 @@ def test_a_row_that_does_not_count_is_mixed_with_nobody():
     assert (columns[alone, WEIGHT] == ONE).all() and (area(columns)[alone] == 0).all()
 
 
-def test_what_becomes_of_a_pair_does_not_depend_on_the_rows_before_it():
-    whole = plan(BOTH, 40)
+def test_pair_does_not_depend_on_other_rows():
+    together = plan(BOTH, 40)
     draws = uniforms(np.arange(40), seed=4, epoch=1, count=BOTH.num_draws).astype(np.float64)
     for first in range(0, 40, 2):
-        alone = mixing(BOTH, draws[first : first + 2], np.ones(2, dtype=bool), size=SIZE)
-        np.testing.assert_array_equal(alone[:, 1:], whole[first : first + 2, 1:])
+        alone = plan_mixing(BOTH, draws[first : first + 2], np.ones(2, dtype=bool), size=SIZE)
+        np.testing.assert_array_equal(alone[:, 1:], together[first : first + 2, 1:])
 
 
 # Pixels and labels
@@ -158,13 +158,13 @@ def test_what_becomes_of_a_pair_does_not_depend_on_the_rows_before_it():
 
 @pytest.fixture(scope="module")
 def views(photos):
-    """64 normalized pieces of the photographs, `[64, 3, 32, 32]`."""
+    """64 normalized crops of the photographs, `[64, 3, 32, 32]`."""
     pieces = np.stack([photos[n % 2][5 * n : 5 * n + SIZE, 9 * n : 9 * n + SIZE] for n in range(64)])
     return torch.from_numpy(pieces).permute(0, 3, 1, 2).contiguous() / 128 - 1
 
 
 @pytest.mark.parametrize("settings", [BOTH, MIXUP, CUTMIX, BOTH.model_copy(update={"probability": 0.5})])
-def test_pixels_are_the_weighted_sum_and_in_the_rectangle_the_partners(views, settings):
+def test_mixed_pixels(views, settings):
     columns = plan(settings, 64)
     expected = views.double().numpy().copy()
     for row, (partner, weight, top, left, bottom, right) in enumerate(columns):
@@ -178,16 +178,16 @@ def test_pixels_are_the_weighted_sum_and_in_the_rectangle_the_partners(views, se
     assert mixed.untyped_storage().data_ptr() != views.untyped_storage().data_ptr()
 
 
-def test_rows_that_are_not_mixed_and_rectangles_are_exact(views):
+def test_unmixed_rows_and_rectangles_are_exact(views):
     columns = plan(MixSettings(cutmix=1.0, probability=0.5), 64)
     mixed = mix_images(views, torch.from_numpy(columns))
     for row, (partner, _, top, left, bottom, right) in enumerate(columns):
-        whole = views[row].clone()
-        whole[:, top:bottom, left:right] = views[partner, :, top:bottom, left:right]
-        assert torch.equal(mixed[row], whole)
+        expected = views[row].clone()
+        expected[:, top:bottom, left:right] = views[partner, :, top:bottom, left:right]
+        assert torch.equal(mixed[row], expected)
 
 
-def test_half_precision_is_mixed_in_half_precision(views):
+def test_float16_is_mixed_in_float16(views):
     columns = torch.from_numpy(plan(BOTH, 64))
     half = mix_images(views.half(), columns)
     assert half.dtype == torch.float16
@@ -195,8 +195,8 @@ def test_half_precision_is_mixed_in_half_precision(views):
 
 
 @pytest.mark.parametrize("settings", [BOTH, MIXUP, CUTMIX])
-def test_a_label_is_the_share_of_each_class_in_the_pixels(settings):
-    """Images of one value each, so that the mean of the mixed pixels tells the shares."""
+def test_labels_are_class_fractions_of_the_pixels(settings):
+    """With images of a single value, the mean of the mixed pixels is the fraction."""
     columns = torch.from_numpy(plan(settings, 64))
     labels = torch.arange(64) % 2
     images = labels.double()[:, None, None, None].expand(64, 3, SIZE, SIZE).contiguous()
@@ -208,7 +208,7 @@ def test_a_label_is_the_share_of_each_class_in_the_pixels(settings):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
-def test_labels_sum_to_one_and_are_smoothed_whether_mixed_or_not(smoothing):
+def test_labels_sum_to_one_and_are_smoothed(smoothing):
     settings = BOTH.model_copy(update={"probability": 0.5, "label_smoothing": smoothing})
     columns = torch.from_numpy(plan(settings, 64))
     labels = torch.arange(64) % 7
@@ -222,7 +222,7 @@ def test_labels_sum_to_one_and_are_smoothed_whether_mixed_or_not(smoothing):
     assert torch.equal(plain[alone], hard)
 
 
-def test_partners_of_one_class_keep_its_whole_label():
+def test_partners_of_one_class_keep_its_label():
     columns = torch.from_numpy(plan(BOTH, 64))
     weights = mix_labels(torch.full((64,), 3), columns, num_classes=5, label_smoothing=0.0, size=SIZE)
     torch.testing.assert_close(weights, torch.tensor([0.0, 0, 0, 1, 0]).expand(64, 5), rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Order and random numbers are pure functions of (seed, epoch, index), whoever asks and in whatever batch."""
+"""Order and random numbers are pure functions of (seed, epoch, index), on every rank and in every batch."""
 
 from dataclasses import replace
 from itertools import chain, product
@@ -21,12 +21,12 @@ def words(*rows):
 
 
 def ranks_of(plan):
-    """The plan as each of its ranks sees it."""
+    """The plan of each rank."""
     return [replace(plan, shard=Shard(rank, plan.shard.world_size)) for rank in range(plan.shard.world_size)]
 
 
 def read(plan, epoch=0):
-    """Batch by batch, and in each rank by rank: the `BatchPlan` of every rank."""
+    """For each batch, the `BatchPlan` of every rank."""
     epochs = [own.epoch(epoch) for own in ranks_of(plan)]
     return [[own[number] for own in epochs] for number in range(len(plan))]
 
@@ -34,7 +34,7 @@ def read(plan, epoch=0):
 # The generator
 
 
-def test_philox_equals_numpys_for_random_keys_and_counters():
+def test_philox_equals_numpy():
     rng = np.random.default_rng(1)
     for _ in range(20):
         key = rng.integers(0, LARGEST, size=2, dtype=np.uint64, endpoint=True)
@@ -43,13 +43,13 @@ def test_philox_equals_numpys_for_random_keys_and_counters():
 
 
 @pytest.mark.parametrize("key", [(0, 0), (1, LARGEST), (LARGEST, 1), (LARGEST, LARGEST)])
-def test_philox_equals_numpys_in_every_case_of_carry(key):
+def test_philox_equals_numpy_for_every_carry(key):
     counters = words(*product([0, 1, LARGEST - 1, LARGEST], repeat=4))
     expected = [numpy_words(words(key)[0], counter) for counter in counters]
     np.testing.assert_array_equal(philox(words(key)[0], counters.T), expected)
 
 
-def test_words_of_a_counter_that_others_share_may_be_given_once():
+def test_philox_broadcasts_counter_words():
     low, high = words([0, 1, LARGEST]).T, words([5, LARGEST])
     shared = (low, words(LARGEST), high, words(3))
     counters = np.stack(np.broadcast_arrays(*shared), axis=-1)
@@ -57,8 +57,8 @@ def test_words_of_a_counter_that_others_share_may_be_given_once():
     np.testing.assert_array_equal(philox(words(7, 8), shared), expected)
 
 
-def test_philox_gives_the_known_answer_of_its_authors_for_counter_zero():
-    """First line for philox4x64-10 in `kat_vectors` of Random123; NumPy's counter is one behind."""
+def test_philox_known_answer():
+    """First line for philox4x64-10 in `kat_vectors` of Random123; NumPy adds one to the counter first."""
     known = [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
     assert philox(words([0, 0])[0], words([LARGEST] * 4).T).tolist() == [known]
 
@@ -66,13 +66,13 @@ def test_philox_gives_the_known_answer_of_its_authors_for_counter_zero():
 # The random numbers of a sample
 
 
-def test_uniforms_are_float32_from_zero_to_below_one():
+def test_uniforms_dtype_and_range():
     numbers = uniforms(np.arange(5000), seed=3, epoch=0, count=35)
     assert numbers.shape == (5000, 35) and numbers.dtype == np.float32
     assert 0 <= numbers.min() < 1e-4 and 1 - 1e-4 < numbers.max() < 1
 
 
-def test_uniforms_of_a_sample_do_not_depend_on_the_batch_it_is_in():
+def test_uniforms_do_not_depend_on_batch():
     alone = [uniforms(np.array([index]), seed=3, epoch=2, count=35)[0] for index in range(50)]
     shuffled = np.random.default_rng(0).permutation(50)
     np.testing.assert_array_equal(uniforms(shuffled, seed=3, epoch=2, count=35), np.stack(alone)[shuffled])
@@ -81,26 +81,26 @@ def test_uniforms_of_a_sample_do_not_depend_on_the_batch_it_is_in():
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 23, 35])
-def test_uniforms_do_not_depend_on_how_many_are_asked_for(count):
+def test_uniforms_do_not_depend_on_count(count):
     index = np.array([0, 5, 2**40])
     all_of_them = uniforms(index, seed=3, epoch=1, count=64)
     np.testing.assert_array_equal(uniforms(index, seed=3, epoch=1, count=count), all_of_them[:, :count])
 
 
-def test_uniforms_of_no_samples_are_none():
+def test_uniforms_of_no_samples():
     assert uniforms(np.zeros(0, dtype=np.int64), seed=0, epoch=0, count=5).shape == (0, 5)
 
 
-def test_another_seed_epoch_or_index_gives_other_numbers():
-    places = [
+def test_uniforms_differ_by_seed_epoch_and_index():
+    arguments = [
         dict(index=np.array([index]), seed=seed, epoch=epoch)
         for index, seed, epoch in product([0, 1, 2**33], [0, 1, LARGEST], [0, 1, 2**33])
     ]
-    rows = {uniforms(**place, count=8).tobytes() for place in places}
-    assert len(rows) == len(places) == 27
+    rows = {uniforms(**each, count=8).tobytes() for each in arguments}
+    assert len(rows) == len(arguments) == 27
 
 
-def test_uniforms_are_spread_evenly_and_independent_between_slots_samples_and_epochs():
+def test_uniforms_are_uniform_and_independent():
     """Bounds are five standard errors of 20 000 truly uniform numbers; seeds are fixed."""
     size, bound = 20_000, 5 / np.sqrt(20_000)
     index = np.arange(size)
@@ -120,41 +120,41 @@ def test_uniforms_are_spread_evenly_and_independent_between_slots_samples_and_ep
 # The order of an epoch
 
 
-def test_an_epochs_order_has_every_position_once():
+def test_order_is_a_permutation():
     for num_samples in (0, 1, 2, 19, 1000):
         order = epoch_order(num_samples, seed=5, epoch=3, shuffle=True)
         assert order.dtype == np.int64 and sorted(order) == list(range(num_samples))
 
 
-def test_an_epochs_order_is_the_same_each_time_and_another_for_another_seed_or_epoch():
-    places = list(product([0, 1, LARGEST], [0, 1, 2, 2**40]))
-    orders = [epoch_order(500, seed=seed, epoch=epoch, shuffle=True) for seed, epoch in places]
-    assert len({order.tobytes() for order in orders}) == len(places) == 12
-    for (seed, epoch), order in zip(places, orders, strict=True):
+def test_order_depends_on_seed_and_epoch_only():
+    keys = list(product([0, 1, LARGEST], [0, 1, 2, 2**40]))
+    orders = [epoch_order(500, seed=seed, epoch=epoch, shuffle=True) for seed, epoch in keys]
+    assert len({order.tobytes() for order in orders}) == len(keys) == 12
+    for (seed, epoch), order in zip(keys, orders, strict=True):
         np.testing.assert_array_equal(order, epoch_order(500, seed=seed, epoch=epoch, shuffle=True))
 
 
-def test_the_order_sorts_positions_by_the_words_of_numpys_own_stream():
+def test_order_sorts_by_words_of_numpys_stream():
     stream = np.random.Philox(key=words([5, 0])[0], counter=words([0, 3, 0, 0])[0])
     expected = sorted(range(100), key=stream.random_raw(100).tolist().__getitem__)
     assert epoch_order(100, seed=5, epoch=3, shuffle=True).tolist() == expected
 
 
-def test_a_sample_is_at_every_place_equally_often():
-    """Mean place of each of 30 samples over 2000 epochs, within five standard errors."""
+def test_positions_of_a_sample_are_uniform():
+    """Mean position of each of 30 samples over 2000 epochs, within five standard errors."""
     orders = [epoch_order(30, seed=9, epoch=epoch, shuffle=True) for epoch in range(2000)]
-    places = np.argsort(orders, axis=1)
-    assert np.abs(places.mean(axis=0) - 14.5).max() < 5 * np.sqrt((30**2 - 1) / 12 / 2000)
-    assert abs(np.corrcoef(places[1:].ravel(), places[:-1].ravel())[0, 1]) < 5 / np.sqrt(places[1:].size)
+    positions = np.argsort(orders, axis=1)
+    assert np.abs(positions.mean(axis=0) - 14.5).max() < 5 * np.sqrt((30**2 - 1) / 12 / 2000)
+    assert abs(np.corrcoef(positions[1:].ravel(), positions[:-1].ravel())[0, 1]) < 5 / np.sqrt(positions[1:].size)
 
 
-def test_without_shuffling_the_order_is_the_datasets_own_in_every_epoch():
+def test_unshuffled_order_is_the_datasets_own():
     for epoch in (0, 1, 7):
         assert epoch_order(19, seed=5, epoch=epoch, shuffle=False).tolist() == list(range(19))
 
 
-def test_order_and_numbers_are_the_ones_that_earlier_releases_gave():
-    """Written down once; a change here makes every saved run another run."""
+def test_order_and_uniforms_never_change():
+    """A change here changes every saved run."""
     order = [16, 6, 17, 8, 7, 9, 5, 15, 11, 2, 1, 12, 0, 14, 13, 18, 3, 4, 10]
     assert epoch_order(19, seed=17, epoch=3, shuffle=True).tolist() == order
     numbers = [
@@ -181,7 +181,7 @@ def every_plan(*policies):
             )
 
 
-def test_every_rank_has_equally_many_batches_and_none_is_empty_or_too_large():
+def test_ranks_have_equally_many_nonempty_batches():
     for plan in every_plan("keep", "pad", "drop"):
         for own in ranks_of(plan):
             epoch = own.epoch(0)
@@ -193,13 +193,13 @@ def test_every_rank_has_equally_many_batches_and_none_is_empty_or_too_large():
 
 
 @pytest.mark.parametrize("policy", ["keep", "pad"])
-def test_all_ranks_together_read_every_sample_exactly_once(policy):
+def test_ranks_read_every_sample_once(policy):
     for plan in every_plan(policy):
         seen = [batch.index[batch.valid] for ranks in read(plan, epoch=1) for batch in ranks]
         assert sorted(np.concatenate(seen)) == list(range(plan.num_samples)), plan
 
 
-def test_drop_keeps_whole_global_batches_only_and_all_of_them():
+def test_drop_keeps_all_full_batches():
     for plan in every_plan("drop"):
         batches = read(plan)
         assert len(batches) == plan.num_samples // plan.global_batch_size
@@ -208,7 +208,7 @@ def test_drop_keeps_whole_global_batches_only_and_all_of_them():
         assert len(set(seen)) == len(seen) == len(batches) * plan.global_batch_size
 
 
-def test_pad_fills_every_batch_and_marks_what_it_added_as_invalid():
+def test_pad_fills_batches_with_invalid_rows():
     for plan in every_plan("pad"):
         order = plan.epoch(0).order
         batches = read(plan)
@@ -219,10 +219,10 @@ def test_pad_fills_every_batch_and_marks_what_it_added_as_invalid():
         np.testing.assert_array_equal(index, np.resize(order, len(index)))
 
 
-def test_keep_shares_the_last_samples_evenly_and_fills_up_only_ranks_without_any():
+def test_keep_splits_last_samples_evenly():
     for plan in every_plan("keep"):
-        *whole, last = read(plan)
-        assert all(len(batch.index) == plan.batch_size and batch.valid.all() for ranks in whole for batch in ranks)
+        *full, last = read(plan)
+        assert all(len(batch.index) == plan.batch_size and batch.valid.all() for ranks in full for batch in ranks)
         counts = [int(batch.valid.sum()) for batch in last]
         assert max(counts) - min(counts) <= 1
         for batch, count in zip(last, counts, strict=True):
@@ -231,7 +231,7 @@ def test_keep_shares_the_last_samples_evenly_and_fills_up_only_ranks_without_any
 
 @pytest.mark.parametrize("policy", ["keep", "pad", "drop"])
 @pytest.mark.parametrize("num_samples", [11, 12, 19, 101])
-def test_read_rank_by_rank_the_order_is_the_same_for_every_world_size(policy, num_samples):
+def test_order_does_not_depend_on_world_size(policy, num_samples):
     """12 images in a global batch: as 1 x 12, 2 x 6, 3 x 4, 4 x 3 and 12 x 1."""
     streams = []
     for world_size in (1, 2, 3, 4, 12):
@@ -244,7 +244,7 @@ def test_read_rank_by_rank_the_order_is_the_same_for_every_world_size(policy, nu
         assert list(chain(*streams[0])) == plan.epoch(5).order.tolist()
 
 
-def test_a_batch_can_be_asked_for_in_any_order_and_again():
+def test_batches_can_be_read_in_any_order():
     epoch = Plan(num_samples=19, batch_size=4).epoch(2)
     forwards = [epoch[number].index.tolist() for number in range(5)]
     again = Plan(num_samples=19, batch_size=4).epoch(2)
@@ -252,12 +252,12 @@ def test_a_batch_can_be_asked_for_in_any_order_and_again():
 
 
 @pytest.mark.parametrize("number", [-1, 5])
-def test_a_batch_that_the_epoch_does_not_have_is_an_index_error(number):
+def test_batch_outside_the_epoch_is_an_index_error(number):
     with pytest.raises(IndexError, match=f"batch {number} of an epoch of 5 batches"):
         Plan(num_samples=19, batch_size=4).epoch(0)[number]
 
 
-def test_an_unshuffled_plan_reads_the_dataset_in_its_own_order():
+def test_unshuffled_batches():
     plan = Plan(num_samples=10, batch_size=4, shuffle=False)
     assert [batch.index.tolist() for (batch,) in read(plan)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
@@ -265,34 +265,34 @@ def test_an_unshuffled_plan_reads_the_dataset_in_its_own_order():
 # Repeats
 
 
-def showings(plan, epoch):
-    """(sample, repeat) of every valid row in the epoch's order, whichever rank has it."""
+def samples_and_repeats(plan, epoch):
+    """(sample, repeat) of every valid row of all ranks, in the epoch's order."""
     rows = [
         np.stack([batch.index, batch.repeat], 1)[batch.valid] for ranks in read(plan, epoch=epoch) for batch in ranks
     ]
     return [tuple(row) for row in np.concatenate(rows).tolist()]
 
 
-def repeating(repeats, **others):
-    return Plan(**{"num_samples": 101, "batch_size": 8, "seed": 6, "repeats": repeats, **others})
+def repeating(repeats, **options):
+    return Plan(**{"num_samples": 101, "batch_size": 8, "seed": 6, "repeats": repeats, **options})
 
 
 @pytest.mark.parametrize("repeats", [2, 3, 4, 101])
-def test_repeats_show_the_first_samples_of_the_order_so_many_times_in_a_row(repeats):
+def test_repeats_follow_each_other(repeats):
     plan = repeating(repeats)
     plain = Plan(num_samples=101, batch_size=8, seed=6).epoch(4).order.tolist()
     expected = [(index, repeat) for index in plain for repeat in range(repeats)][:101]
-    assert showings(plan, 4) == expected
+    assert samples_and_repeats(plan, 4) == expected
     assert plan.epoch(4).order.tolist() == [index for index, _ in expected]
 
 
-def test_more_repeats_than_samples_show_one_sample_only():
+def test_more_repeats_than_samples():
     assert len(set(repeating(7, num_samples=5).epoch(0).order.tolist())) == 1
 
 
 @pytest.mark.parametrize("policy", ["keep", "pad", "drop"])
 @pytest.mark.parametrize("repeats", [2, 3, 5])
-def test_an_epoch_with_repeats_has_the_same_batches_as_one_without(policy, repeats):
+def test_repeats_do_not_change_batch_sizes(policy, repeats):
     for plan in every_plan(policy):
         for plain, own in zip(ranks_of(plan), ranks_of(replace(plan, repeats=repeats)), strict=True):
             before, after = plain.epoch(1), own.epoch(1)
@@ -304,17 +304,17 @@ def test_an_epoch_with_repeats_has_the_same_batches_as_one_without(policy, repea
 
 @pytest.mark.parametrize("policy", ["keep", "pad", "drop"])
 @pytest.mark.parametrize("num_samples", [12, 19, 101])
-def test_the_repeats_are_the_same_for_every_world_size(policy, num_samples):
+def test_repeats_do_not_depend_on_world_size(policy, num_samples):
     """12 images in a global batch: as 1 x 12, 2 x 6, 3 x 4, 4 x 3 and 12 x 1."""
     streams = []
     for world_size in (1, 2, 3, 4, 12):
         shard = Shard(0, world_size)
         plan = repeating(3, num_samples=num_samples, batch_size=12 // world_size, shard=shard, last_batch=policy)
-        streams.append(showings(plan, 5))
+        streams.append(samples_and_repeats(plan, 5))
     assert all(stream == streams[0] for stream in streams) and len(streams[0]) >= num_samples - 11
 
 
-def test_padding_shows_the_first_batch_again_with_its_repeats():
+def test_padding_includes_repeats():
     plan = repeating(3, num_samples=10, batch_size=8, last_batch="pad")
     first, last = plan.epoch(2)[0], plan.epoch(2)[1]
     assert last.valid.tolist() == [True] * 2 + [False] * 6
@@ -322,12 +322,12 @@ def test_padding_shows_the_first_batch_again_with_its_repeats():
     assert last.repeat.tolist() == [2, 0, 0, 1, 2, 0, 1, 2] and first.repeat.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
-def test_without_repeats_every_showing_is_the_first():
+def test_repeat_is_zero_without_repeats():
     for plan in every_plan("keep", "pad", "drop"):
         assert not any(batch.repeat.any() for ranks in read(plan) for batch in ranks)
 
 
-def test_every_sample_is_chosen_equally_often_over_the_epochs():
+def test_repeats_choose_samples_uniformly():
     """A third of 30 samples in each of 2000 epochs, within five standard errors of the sampling."""
     plan = repeating(3, num_samples=30)
     chosen = np.concatenate([np.unique(plan.epoch(epoch).order) for epoch in range(2000)])
@@ -335,7 +335,7 @@ def test_every_sample_is_chosen_equally_often_over_the_epochs():
     assert counts.sum() == 20_000 and np.abs(counts / 2000 - 1 / 3).max() < 5 * np.sqrt(2 / 9 / 2000)
 
 
-def test_the_first_repeat_has_the_numbers_of_a_plan_without_repeats_and_the_others_have_their_own():
+def test_each_repeat_has_its_own_uniforms():
     index, repeat = np.array([4, 4, 4, 9, 9]), np.array([0, 1, 2, 0, 1])
     views = uniforms(index, seed=3, epoch=2, count=35, repeat=repeat)
     plain = uniforms(index, seed=3, epoch=2, count=35)
@@ -345,7 +345,7 @@ def test_the_first_repeat_has_the_numbers_of_a_plan_without_repeats_and_the_othe
     np.testing.assert_array_equal(views, alone)
 
 
-def test_the_numbers_of_a_repeat_are_independent_of_those_of_the_others():
+def test_uniforms_of_repeats_are_independent():
     """Within five standard errors of 20 000 truly uniform numbers."""
     index = np.arange(20_000)
     views = [uniforms(index, seed=11, epoch=0, count=9, repeat=np.full(20_000, repeat)) for repeat in range(3)]
@@ -354,17 +354,17 @@ def test_the_numbers_of_a_repeat_are_independent_of_those_of_the_others():
         assert np.abs(across).max() < 5 / np.sqrt(20_000)
 
 
-# What is refused
+# Errors
 
 
-def test_repeats_without_shuffling_are_refused_as_they_would_leave_out_the_rest_for_good():
+def test_repeats_without_shuffling_are_refused():
     with pytest.raises(ConfigError, match=r"repeats must be 1 without shuffling, got 3.*set shuffle"):
         repeating(3, shuffle=False)
     assert len(repeating(1, shuffle=False)) == 13
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0), (0, -1)])
-def test_a_rank_outside_the_world_is_refused_with_both_numbers(rank, world_size):
+def test_rank_outside_the_world_is_refused(rank, world_size):
     with pytest.raises(ConfigError, match=f"rank {rank} of {world_size}"):
         Shard(rank, world_size)
 
@@ -373,10 +373,10 @@ def test_a_rank_outside_the_world_is_refused_with_both_numbers(rank, world_size)
     ("name", "value"),
     [("batch_size", 0), ("batch_size", -3), ("seed", -1), ("seed", 2**64), ("last_batch", "wrap"), ("repeats", 0)],
 )
-def test_a_wrong_value_is_refused_by_name_and_value(name, value):
+def test_wrong_values_are_refused(name, value):
     with pytest.raises(ConfigError, match=rf"{name} must be .*got '?{value}"):
         Plan(**{"num_samples": 10, "batch_size": 4, name: value})
 
 
-def test_the_largest_seed_is_taken():
+def test_largest_seed_is_accepted():
     assert len(Plan(num_samples=10, batch_size=4, seed=LARGEST).epoch(0)[0].index) == 4

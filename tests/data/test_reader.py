@@ -1,4 +1,4 @@
-"""Batches out of DALI are what they are alone, however many of them it works on at once."""
+"""Batches do not depend on how DALI groups them."""
 
 import io
 import itertools
@@ -11,11 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from kd_pipeline.data.bad_samples import BadSamplePolicy
 from kd_pipeline.data.dali import Graph
 from kd_pipeline.data.plan import Plan
-from kd_pipeline.data.reader import INDEX, VALID, Read, Reader, group_size
-from kd_pipeline.data.sources.base import Arrays, ImageFolder
+from kd_pipeline.data.reader import INDEX, VALID, ReadBatch, Reader, group_size
+from kd_pipeline.data.settings import LoaderSettings
+from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import BadSampleError
 from tests.corpus import cut_in_half
@@ -25,21 +25,21 @@ TRAIN = TrainTransform(size=24)
 BATCH_SIZE = 4
 ARRAYS = Arrays(np.random.default_rng(0).integers(0, 256, (37, 40, 40, 3), dtype=np.uint8))
 NUM_BATCHES = 10
-"""Of the 37 photographs; the last one has a single image."""
+"""Batches of the 37 photographs; the last one has a single image."""
 
 Open = Callable[..., Reader]
 
 
 @pytest.fixture
 def open_reader(photo_folder: Path) -> Iterator[Open]:
-    """Readers of the photographs, or of another source with as many images, in their own order."""
+    """Opens readers of the photographs, or of a different source with 37 images, unshuffled."""
     opened: list[Reader] = []
 
     def make(root: Path | Arrays = photo_folder, *, prefetch: int = 2, **policy: object) -> Reader:
         source = ImageFolder(root) if isinstance(root, Path) else root
         plan = Plan(num_samples=len(source), batch_size=BATCH_SIZE, seed=3, shuffle=False)
         settings = graph_settings(BATCH_SIZE, prefetch=prefetch)
-        opened.append(Reader(source, TRAIN, plan, settings, BadSamplePolicy(**policy)))
+        opened.append(Reader(source, TRAIN, plan, settings, LoaderSettings(**policy)))
         return opened[-1]
 
     yield make
@@ -48,17 +48,17 @@ def open_reader(photo_folder: Path) -> Iterator[Open]:
 
 
 def undecodable(path: Path) -> None:
-    """Put a PNG there whose header is fine, so that only the decoder sees what is missing."""
+    """Write a truncated PNG with an intact header, so only the decoder fails."""
     png = io.BytesIO()
     Image.fromarray(np.arange(90 * 80 * 3, dtype=np.uint8).reshape(90, 80, 3)).save(png, "PNG")
     path.write_bytes(png.getvalue()[:-30])
 
 
-def pixels(read: Read) -> NDArray[np.float32]:
+def pixels(read: ReadBatch) -> NDArray[np.float32]:
     return np.array(read.images)[read.rows]
 
 
-def sizes_of_groups(reads: Iterable[Read]) -> list[int]:
+def group_sizes(reads: Iterable[ReadBatch]) -> list[int]:
     held = list(reads)
     return [len(list(group)) for _, group in itertools.groupby(id(read.images) for read in held)]
 
@@ -71,11 +71,11 @@ def fail(error: BaseException) -> None:
     ("batch_size", "image_size", "num_batches"),
     [(64, 224, 4), (256, 224, 1), (100, 224, 2), (16, 512, 3), (128, 32, 2), (1, 32, 256), (5000, 8, 1), (8, 33, 1)],
 )
-def test_small_batches_are_worked_on_together_up_to_a_limit(batch_size: int, image_size: int, num_batches: int) -> None:
+def test_group_size_of_small_batches(batch_size: int, image_size: int, num_batches: int) -> None:
     assert group_size(batch_size, TrainTransform(size=image_size)) == num_batches
 
 
-def test_every_batch_of_a_group_begins_where_an_engine_can_read_it() -> None:
+def test_group_batches_are_aligned_for_engines() -> None:
     for batch_size, size, dtype in itertools.product((1, 3, 8, 20, 64), (17, 24, 32, 33, 224), ("float32", "float16")):
         transform = EvalTransform(size=size, dtype=dtype)
         batch_bytes = batch_size * 3 * size**2 * np.dtype(dtype).itemsize
@@ -83,15 +83,15 @@ def test_every_batch_of_a_group_begins_where_an_engine_can_read_it() -> None:
     assert group_size(64, EvalTransform(size=33)) == 4
 
 
-def test_the_first_batch_comes_alone_and_each_group_after_it_is_twice_as_large(open_reader: Open) -> None:
+def test_groups_double_after_first_batch(open_reader: Open) -> None:
     reader = open_reader()
     reads = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
-    assert sizes_of_groups(reads) == [1, 2, 4, 3, 10]  # no group reaches into the next epoch
+    assert group_sizes(reads) == [1, 2, 4, 3, 10]  # no group reaches into the next epoch
     for read in reads:
-        assert len(pixels(read)) == read.facts.shape[1] == len(read.plan.index)
+        assert len(pixels(read)) == read.metadata.shape[1] == len(read.plan.index)
 
 
-def test_a_batch_is_the_same_from_whichever_one_on_they_are_read(open_reader: Open) -> None:
+def test_batch_independent_of_first_batch_read(open_reader: Open) -> None:
     reader = open_reader()
     whole = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
     for first in range(2 * NUM_BATCHES - 3):
@@ -99,13 +99,13 @@ def test_a_batch_is_the_same_from_whichever_one_on_they_are_read(open_reader: Op
         for number in range(first, first + 4):
             read = other.read(*divmod(number, NUM_BATCHES))
             np.testing.assert_array_equal(pixels(read), pixels(whole[number]))
-            np.testing.assert_array_equal(read.facts, whole[number].facts)
+            np.testing.assert_array_equal(read.metadata, whole[number].metadata)
         other.close()
 
 
 @pytest.mark.parametrize("prefetch", [1, 3])
 @pytest.mark.parametrize("stores", ["files", "pixels"])
-def test_any_batch_may_be_asked_for_next(open_reader: Open, photo_folder: Path, stores: str, prefetch: int) -> None:
+def test_random_access(open_reader: Open, photo_folder: Path, stores: str, prefetch: int) -> None:
     source = ARRAYS if stores == "pixels" else photo_folder
     reader, other = open_reader(source), open_reader(source, prefetch=prefetch)
     whole = [pixels(reader.read(0, number)) for number in range(NUM_BATCHES)]
@@ -117,10 +117,10 @@ def test_any_batch_may_be_asked_for_next(open_reader: Open, photo_folder: Path, 
 
 @pytest.mark.parametrize("interrupted", [0, 1, 4])
 @pytest.mark.parametrize("source", ["files", "pixels"])
-def test_after_an_interrupt_the_same_batch_is_the_same(
+def test_interrupt_loses_no_batch(
     open_reader: Open, photo_folder: Path, monkeypatch: pytest.MonkeyPatch, source: str, interrupted: int
 ) -> None:
-    """Even where DALI had given the images away already."""
+    """Even if DALI has already returned the images."""
     taken = Graph.take
     of = ARRAYS if source == "pixels" else photo_folder
     reader, whole = open_reader(of), open_reader(of)
@@ -135,7 +135,7 @@ def test_after_an_interrupt_the_same_batch_is_the_same(
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError])
-def test_what_a_source_fails_with_is_said_as_often_as_it_is_asked(
+def test_source_error_is_raised_again(
     open_reader: Open, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     reader = open_reader(ARRAYS)
@@ -147,33 +147,27 @@ def test_what_a_source_fails_with_is_said_as_often_as_it_is_asked(
                 reader.read(1 + number // NUM_BATCHES, number % NUM_BATCHES)
 
 
-def test_files_with_many_pixels_are_not_worked_on_together(
-    open_reader: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_files_are_not_grouped(open_reader: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "class").mkdir()
     for index, image in enumerate(ARRAYS.read(np.arange(37))):
         Image.fromarray(image).save(tmp_path / "class" / f"{index:02}.png")
     for num_batches, groups in ((2, [1, 2, 2, 2, 2, 1]), (1.99, [1] * NUM_BATCHES)):
         monkeypatch.setattr("kd_pipeline.data.reader._GROUP_FILE_PIXELS", num_batches * BATCH_SIZE * 40 * 40)
         reader = open_reader(tmp_path)
-        assert sizes_of_groups(reader.read(0, number) for number in range(NUM_BATCHES)) == groups
+        assert group_sizes(reader.read(0, number) for number in range(NUM_BATCHES)) == groups
 
 
-def test_where_a_group_failed_batches_come_one_by_one_up_to_the_next_epoch(
-    open_reader: Open, photo_folder: Path, tmp_path: Path
-) -> None:
+def test_failed_group_is_read_batch_by_batch(open_reader: Open, photo_folder: Path, tmp_path: Path) -> None:
     root = shutil.copytree(photo_folder, tmp_path / "photos")
     cut_in_half(Path(ImageFolder(root).name(9)))
     reader = open_reader(root, on_bad_sample="substitute", max_bad_fraction=0.2)
     reads = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
-    assert sizes_of_groups(reads[:NUM_BATCHES]) == [1] * NUM_BATCHES
-    assert sizes_of_groups(reads[NUM_BATCHES:]) == [1, 2, 4, 3]
+    assert group_sizes(reads[:NUM_BATCHES]) == [1] * NUM_BATCHES
+    assert group_sizes(reads[NUM_BATCHES:]) == [1, 2, 4, 3]
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_batch_that_fails_without_a_bad_sample_is_tried_once_more(
-    open_reader: Open, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
+def test_failure_without_bad_sample_is_retried(open_reader: Open, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     wanted = [pixels(read) for read in map(open_reader().read, [0] * NUM_BATCHES, range(NUM_BATCHES))]
     take, failures = Graph.take, []
 
@@ -188,13 +182,11 @@ def test_a_batch_that_fails_without_a_bad_sample_is_tried_once_more(
     reader, taken = open_reader(), []
     for batch in range(NUM_BATCHES):
         taken.append(pixels(reader.read(0, batch)))
-    assert failures == [number] and reader.bad_samples.known == []
+    assert failures == [number] and reader.bad_samples.indices == []
     np.testing.assert_array_equal(np.concatenate(taken), np.concatenate(wanted))
 
 
-def test_a_batch_that_fails_twice_is_an_error_with_its_number(
-    open_reader: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_failure_names_the_batch(open_reader: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kd_pipeline.data.reader._GROUP_IMAGES", BATCH_SIZE)
     calls = []
     monkeypatch.setattr(Graph, "take", lambda graph, stream=None: (calls.append(1), fail(RuntimeError("no memory"))))
@@ -205,21 +197,19 @@ def test_a_batch_that_fails_twice_is_an_error_with_its_number(
         assert "batch 2 of epoch 1" in info.value.__notes__[0] and len(calls) == tries
 
 
-def test_what_was_read_before_a_stop_is_not_handed_out_after_it(open_reader: Open) -> None:
+def test_stop_drops_batches_read_ahead(open_reader: Open) -> None:
     reader = open_reader(on_bad_sample="substitute", max_bad_fraction=0.2)
     for number in range(4):
         last = reader.read(0, number)
-    assert len(np.array(last.images)) > last.rows.stop  # batch 4 is there already
+    assert len(np.array(last.images)) > last.rows.stop  # includes batch 4
     reader.stop()
-    reader.bad_samples.learn([17])
+    reader.bad_samples.restore([17])
     after = reader.read(0, 4)
-    assert 17 in after.plan.index and 17 not in after.facts[INDEX] and after.facts[VALID].sum() == BATCH_SIZE - 1
+    assert 17 in after.plan.index and 17 not in after.metadata[INDEX] and after.metadata[VALID].sum() == BATCH_SIZE - 1
 
 
 @pytest.mark.parametrize("bad", [0, 5, 11, 16, 27, 36])
-def test_every_batch_before_one_with_a_bad_file_is_handed_out(
-    open_reader: Open, photo_folder: Path, tmp_path: Path, bad: int
-) -> None:
+def test_batches_before_bad_file_are_returned(open_reader: Open, photo_folder: Path, tmp_path: Path, bad: int) -> None:
     root = shutil.copytree(photo_folder, tmp_path / "photos")
     cut_in_half(Path(ImageFolder(root).name(bad)))
     reader, whole = open_reader(root), open_reader()
@@ -232,7 +222,7 @@ def test_every_batch_before_one_with_a_bad_file_is_handed_out(
 
 @pytest.mark.parametrize("spoil", [cut_in_half, undecodable], ids=["no end", "no pixels"])
 @pytest.mark.parametrize("bad", [(0,), (5, 6, 16), (36,)])
-def test_bad_files_anywhere_in_a_group_are_stood_in_for_alike(
+def test_bad_files_in_group_are_substituted(
     open_reader: Open, photo_folder: Path, tmp_path: Path, bad: tuple[int, ...], spoil: Callable[[Path], object]
 ) -> None:
     root = shutil.copytree(photo_folder, tmp_path / "photos")
@@ -240,10 +230,10 @@ def test_bad_files_anywhere_in_a_group_are_stood_in_for_alike(
         spoil(Path(ImageFolder(root).name(index)))
     options = {"on_bad_sample": "substitute", "max_bad_fraction": 0.2}
     meets, knows = open_reader(root, **options), open_reader(root, **options)
-    knows.bad_samples.learn(bad)
+    knows.bad_samples.restore(bad)
     for number in range(NUM_BATCHES):
         met, known = meets.read(0, number), knows.read(0, number)
         np.testing.assert_array_equal(pixels(met), pixels(known))
-        np.testing.assert_array_equal(met.facts[VALID], ~np.isin(met.plan.index, bad))
-        assert not np.isin(met.facts[INDEX], bad).any()
-    assert meets.bad_samples.known == list(bad)
+        np.testing.assert_array_equal(met.metadata[VALID], ~np.isin(met.plan.index, bad))
+        assert not np.isin(met.metadata[INDEX], bad).any()
+    assert meets.bad_samples.indices == list(bad)

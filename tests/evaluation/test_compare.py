@@ -1,15 +1,19 @@
-"""The table is made of real networks and teachers; times are only required to be times."""
+"""Real networks and teachers; times are only required to be positive."""
 
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from kd_pipeline.evaluation._compare import Compared, Cost, compare, measure_cost
-from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.data.sources import ImageFolder
+from kd_pipeline.evaluation import compare, evaluate
+from kd_pipeline.evaluation._compare import Comparison, ComparisonRow, Cost, measure_cost
+from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from tests.networks import ConvNet, random_images
+from tests.streams import EVAL
 
 UNKNOWN = dict.fromkeys(
     ("top1", "top5", "macro_f1", "loss", "agreement", "kl", "class_accuracy", "confusion", "classes")
@@ -26,32 +30,33 @@ def cost(**known) -> Cost:
 
 
 class Counter(nn.Module):
-    """Counts its calls and sees whether autograd is on."""
+    """Counts its calls, and records whether autograd was on or it was in train mode."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(7, 3))
-        self.num_calls, self.is_recorded = 0, False
+        self.num_calls, self.had_grad, self.was_training = 0, False, False
 
     def forward(self, images):
         self.num_calls += 1
-        self.is_recorded |= torch.is_grad_enabled()
+        self.had_grad |= torch.is_grad_enabled()
+        self.was_training |= self.training
         return images.mean((2, 3)) @ self.weight.T
 
 
-def test_a_network_is_timed_on_one_batch_and_weighed_by_its_parameters() -> None:
+def test_network_cost() -> None:
     net = Counter()
     found = measure_cost(net, random_images(8))
     assert found.num_parameters == 21 and found.num_bytes is None
     assert (found.batch_size, found.device) == (8, "cpu") and found.ms_per_image > 0
-    assert net.num_calls == 33 and not net.is_recorded
+    assert net.num_calls == 33 and not net.had_grad and not net.was_training and net.training
 
 
-def test_a_network_gets_images_of_another_dtype_in_that_of_its_weights() -> None:
+def test_images_are_cast_to_network_dtype() -> None:
     assert measure_cost(ConvNet().eval(), random_images(4).half()).ms_per_image > 0
 
 
-def test_a_teacher_is_weighed_by_its_files(exported, tmp_path: Path) -> None:
+def test_teacher_size_is_that_of_its_files(exported, tmp_path: Path) -> None:
     teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)))
     extra = tmp_path / "weights.bin"
     extra.write_bytes(b"x" * 1000)
@@ -62,16 +67,14 @@ def test_a_teacher_is_weighed_by_its_files(exported, tmp_path: Path) -> None:
     )
 
 
-def test_every_model_has_a_line_and_every_figure_its_column() -> None:
+def test_table_has_line_per_model() -> None:
     known = evaluation(top1=0.91666, top5=0.99, macro_f1=0.9, loss=0.3, agreement=0.95, kl=0.0213)
     big = cost(num_parameters=25_557_032, num_bytes=102_400, batch_size=64, device="NVIDIA X")
-    table = compare(
-        [
-            Compared(name="student", evaluation=known, cost=cost(num_parameters=999, num_bytes=7_654)),
-            Compared(name="a longer teacher", evaluation=evaluation(num_samples=12), cost=big),
-        ]
+    rows = (
+        ComparisonRow(name="student", evaluation=known, cost=cost(num_parameters=999, num_bytes=7_654)),
+        ComparisonRow(name="a longer teacher", evaluation=evaluation(num_samples=12, metrics={"F": 0.5}), cost=big),
     )
-    header, student, teacher, footnote = table.splitlines()
+    header, student, teacher, footnote, metric = Comparison(rows).table().splitlines()
     found = [" ".join(line.split()) for line in (header, student, teacher)]
     assert found == [
         "samples top-1 top-5 macro F1 loss agreement KL ms/image batch parameters bytes on",
@@ -80,4 +83,21 @@ def test_every_model_has_a_line_and_every_figure_its_column() -> None:
     ]
     assert header.index("top-1") + len("top-1") == student.index("91.67%") + len("91.67%")
     assert len(header) == len(student) == len(teacher)
-    assert "median of 30 runs" in footnote
+    assert "median of 30 runs" in footnote and metric == "a longer teacher: F 0.5"
+
+
+def test_compare_evaluates_and_times_every_model(photo_folder: Path, exported) -> None:
+    teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)))
+    models, files = {"network": ConvNet(), "teacher": teacher}, {"teacher": [exported(0)]}
+    metrics = [MetricSettings(name="CohenKappa")]
+    lines: list[str] = []
+    with KDDataLoader(ImageFolder(photo_folder), EVAL, batch_size=8, shuffle=False, device="cpu") as loader:
+        found = compare(models, loader, reference=ConvNet(), metrics=metrics, files=files, report=lines.append)
+        wanted = evaluate(ConvNet(), loader, reference=ConvNet(), metrics=metrics)
+    network, of_teacher = found.rows
+    assert lines == ["evaluating network", "evaluating teacher"] and [row.name for row in found.rows] == list(models)
+    assert network.evaluation == wanted and (wanted.agreement, wanted.num_samples) == (1.0, 37)
+    assert of_teacher.evaluation.confusion == wanted.confusion and "CohenKappa" in wanted.metrics
+    assert network.cost.num_parameters and network.cost.num_bytes is None and network.cost.batch_size == 8
+    assert of_teacher.cost.num_bytes == exported(0).stat().st_size
+    assert len(found.table().splitlines()) == 6

@@ -1,4 +1,4 @@
-"""Real loaders over arrays of pixels; a network that reads its logits off the pixels, so that every figure is known."""
+"""Real loaders over arrays of pixels, and a network whose logits are the pixels, so every metric is known."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix, f1_score
 from torch import Tensor, nn
 
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources.base import Arrays, ImageFolder
+from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings, evaluate
@@ -30,7 +30,7 @@ PIXELS = EvalTransform(size=SIDE, resize=None, mean=(0.0, 0.0, 0.0), std=(0.02, 
 
 
 class Pixels(nn.Module):
-    """The twelve values of a 2x2 image are its logits, then `change` happens to them."""
+    """The logits are the twelve values of a 2x2 image, changed by `change`."""
 
     def __init__(self, change=lambda logits: logits) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Pixels(nn.Module):
 
 
 class LogitsAndLabels:
-    """The user's own metric; remembers what it was given."""
+    """A custom metric that keeps its arguments."""
 
     def __call__(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         self.logits, self.labels = logits, labels
@@ -49,10 +49,10 @@ class LogitsAndLabels:
 
 
 def pixel_arrays(folder: Path, num_samples: int = 101) -> Arrays:
-    """Random images and labels; half of the labels are the largest pixel."""
+    """Random images and labels; about half of the labels are the largest pixel."""
     rng = np.random.default_rng(num_samples)
     images = rng.integers(0, 256, size=(num_samples, SIDE, SIDE, 3), dtype=np.uint8)
-    images[:, 1, 1, 1] = 0  # the pixel of class 7, which nobody says
+    images[:, 1, 1, 1] = 0  # the pixel of class 7, which is never predicted
     labels = rng.integers(0, NUM_LOGITS, size=num_samples)
     is_right = rng.random(num_samples) < 0.5
     labels[is_right] = images.transpose(0, 3, 1, 2).reshape(num_samples, -1).argmax(1)[is_right]
@@ -78,7 +78,7 @@ def all_rows(source) -> tuple[Tensor, Tensor]:
         return batch.images.flatten(1), batch.labels
 
 
-def test_every_figure_is_what_its_definition_says(tmp_path) -> None:
+def test_metrics_match_their_definitions(tmp_path) -> None:
     source = pixel_arrays(tmp_path)
     logits, labels = all_rows(source)
     with open_loader(source) as loader:
@@ -98,7 +98,7 @@ def test_every_figure_is_what_its_definition_says(tmp_path) -> None:
     assert found.agreement is None and found.kl is None and found.metrics == {}
 
 
-def test_agreement_and_divergence_are_those_with_the_loaders_teacher_or_with_another(tmp_path) -> None:
+def test_agreement_with_own_or_different_teacher(tmp_path) -> None:
     source = pixel_arrays(tmp_path)
     logits, _ = all_rows(source)
     scaled, other = pixel_teacher(lambda x: x * 0.5), pixel_teacher(lambda x: x.roll(1, dims=0) + x)
@@ -129,7 +129,7 @@ def everything(source, **options) -> Evaluation:
 
 
 @pytest.mark.parametrize("num_samples", [1, 19, 101])
-def test_the_result_is_the_same_to_the_last_bit_for_every_batch_size_order_and_padding(tmp_path, num_samples) -> None:
+def test_result_independent_of_batches_and_order(tmp_path, num_samples) -> None:
     source = pixel_arrays(tmp_path, num_samples)
     wanted = everything(source)
     assert wanted.loss > 0 and wanted.kl > 0
@@ -156,7 +156,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_all_ranks_together_find_what_one_process_finds_to_the_last_bit(tmp_path) -> None:
+def test_ranks_match_one_process(tmp_path) -> None:
     wanted = []
     for size in SIZES:
         (tmp_path / str(size)).mkdir()
@@ -170,7 +170,7 @@ def test_all_ranks_together_find_what_one_process_finds_to_the_last_bit(tmp_path
             assert alone == one_process  # a loader that reads everything is not counted twice
 
 
-def test_rows_that_are_not_valid_count_nowhere(photo_folder, tmp_path) -> None:
+def test_invalid_rows_are_ignored(photo_folder, tmp_path) -> None:
     images = [path for path in sorted(photo_folder.rglob("*.*"))][:8]
     for number, path in enumerate(images):
         target = tmp_path / ("even" if number % 2 else "odd") / path.name
@@ -182,7 +182,7 @@ def test_rows_that_are_not_valid_count_nowhere(photo_folder, tmp_path) -> None:
     assert found.classes == ("even", "odd")
 
 
-def test_rows_with_nan_or_inf_are_wrong_answers_in_every_figure(tmp_path) -> None:
+def test_non_finite_rows_count_as_wrong(tmp_path) -> None:
     source = pixel_arrays(tmp_path)
     logits, labels = all_rows(source)
 
@@ -210,24 +210,24 @@ def test_rows_with_nan_or_inf_are_wrong_answers_in_every_figure(tmp_path) -> Non
     assert found.top5 == float(in_top5.double().mean())
 
 
-def test_it_becomes_json_and_figures_for_a_logger(tmp_path) -> None:
+def test_to_dict_and_scalars(tmp_path) -> None:
     found = everything(pixel_arrays(tmp_path))
     again = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert again["confusion"] == [list(row) for row in found.confusion] and again["metrics"] == found.metrics
-    figures = found.figures()
-    assert set(figures) == {
+    scalars = found.scalars()
+    assert set(scalars) == {
         *("top1", "top5", "macro_f1", "loss", "agreement", "kl"),
         *("CohenKappa", "MulticlassCalibrationError", "mean_margin"),
     }
-    assert all(type(value) is float for value in figures.values())
+    assert all(type(value) is float for value in scalars.values())
 
 
-def test_a_limit_on_batches_is_kept(tmp_path) -> None:
+def test_max_batches(tmp_path) -> None:
     with open_loader(pixel_arrays(tmp_path)) as loader:
         assert evaluate(Pixels(), loader, max_batches=2).num_samples == 32
 
 
-def test_five_classes_or_fewer_are_always_among_the_first_five(tmp_path) -> None:
+def test_top5_is_1_with_few_classes(tmp_path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((4, SIDE, SIDE, 3), dtype=np.uint8))
     np.save(tmp_path / "labels.npy", np.array([0, 1, 2, 1]))
     with open_loader(Arrays(tmp_path / "images.npy", tmp_path / "labels.npy")) as loader:
@@ -235,7 +235,7 @@ def test_five_classes_or_fewer_are_always_among_the_first_five(tmp_path) -> None
     assert (found.top1, found.top5) == (0.25, 1.0)
 
 
-def test_without_labels_only_the_teacher_is_left_to_agree_with(tmp_path) -> None:
+def test_without_labels_only_agreement(tmp_path) -> None:
     pixel_arrays(tmp_path)
     source = Arrays(tmp_path / "images.npy")
     with open_loader(source, teacher=pixel_teacher(lambda x: x * 2)) as loader:
@@ -250,7 +250,7 @@ def test_without_labels_only_the_teacher_is_left_to_agree_with(tmp_path) -> None
 
 
 @pytest.mark.parametrize("backend", ["pytorch", "openvino", "onnxruntime"])
-def test_a_teacher_of_any_runtime_is_as_good_as_the_network_it_came_from(photo_folder, exported, backend) -> None:
+def test_teacher_runtimes_match_network(photo_folder, exported, backend) -> None:
     module = ConvNet() if backend == "pytorch" else None
     settings = TeacherSettings(backend=backend, onnx=None if module else exported(0))
     teacher = open_teacher(settings, module=module, image_shape=IMAGE_SHAPE)
@@ -262,7 +262,7 @@ def test_a_teacher_of_any_runtime_is_as_good_as_the_network_it_came_from(photo_f
     assert len(of_network.confusion) == NUM_CLASSES == len(CLASSES)
 
 
-def test_a_network_is_in_eval_mode_meanwhile_and_as_before_afterward(photo_folder) -> None:
+def test_restores_train_mode(photo_folder) -> None:
     net = ConvNet().train()
     net.body[1].eval()  # a frozen norm, as people have them
     modes = [module.training for module in net.modules()]
@@ -276,18 +276,18 @@ def test_a_network_is_in_eval_mode_meanwhile_and_as_before_afterward(photo_folde
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_half_precision_logits_are_compared_in_float32(tmp_path) -> None:
+def test_half_logits_are_compared_in_float32(tmp_path) -> None:
     source = pixel_arrays(tmp_path)
     with open_loader(source) as loader:
         found = evaluate(Pixels(lambda x: x.round().bfloat16()), loader)
         assert found == evaluate(Pixels(lambda x: x.round().bfloat16().float()), loader)
 
 
-def test_what_does_not_fit_is_refused_with_both_values(tmp_path) -> None:
+def test_mismatch_names_both_shapes(tmp_path) -> None:
     source = pixel_arrays(tmp_path)
     seven = pixel_teacher(lambda x: x[:, :7])
     with open_loader(source) as loader:
-        with pytest.raises(ConfigError, match=r"gives logits \[16, 12\], the teacher .* \[16, 7\]"):
+        with pytest.raises(ConfigError, match=r"returns logits \[16, 12\], the teacher \[16, 7\]"):
             evaluate(Pixels(), loader, reference=seven)
         with pytest.raises(DataError, match=r"of 101 labels are not from 0 to 6, and the model has 7 logits"):
             evaluate(Pixels(lambda x: x[:, :7]), loader)
@@ -300,7 +300,7 @@ def test_what_does_not_fit_is_refused_with_both_values(tmp_path) -> None:
 # Metrics
 
 
-def test_a_metric_by_name_is_torchmetrics_own(tmp_path) -> None:
+def test_torchmetrics_metrics(tmp_path) -> None:
     source = pixel_arrays(tmp_path)
     logits, labels = all_rows(source)
     metrics = [
@@ -317,7 +317,7 @@ def test_a_metric_by_name_is_torchmetrics_own(tmp_path) -> None:
     assert found["Accuracy"] == pytest.approx(float(in_top3.double().mean()), rel=1e-5)
 
 
-def test_a_metric_by_name_gets_probabilities_even_of_small_logits(tmp_path) -> None:
+def test_torchmetrics_get_probabilities(tmp_path) -> None:
     source = pixel_arrays(tmp_path)
     logits, labels = all_rows(source)
     probabilities = (logits / 100).softmax(1)
@@ -329,7 +329,7 @@ def test_a_metric_by_name_gets_probabilities_even_of_small_logits(tmp_path) -> N
     assert found["MulticlassCalibrationError"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_the_users_metric_gets_all_rows_in_the_order_of_the_dataset(tmp_path) -> None:
+def test_custom_metric_gets_rows_in_dataset_order(tmp_path) -> None:
     source, metric = pixel_arrays(tmp_path), LogitsAndLabels()
     logits, labels = all_rows(source)
     with open_loader(source, shuffle=True, batch_size=12, last_batch="pad") as loader:
@@ -351,14 +351,14 @@ def test_the_users_metric_gets_all_rows_in_the_order_of_the_dataset(tmp_path) ->
         ([lambda logits, labels: 0.5], "should return values by name, got float"),
     ],
 )
-def test_a_metric_that_is_none_is_refused(tmp_path, metrics: Sequence, message: str) -> None:
+def test_invalid_metric_is_refused(tmp_path, metrics: Sequence, message: str) -> None:
     with open_loader(pixel_arrays(tmp_path)) as loader, pytest.raises(ConfigError, match=message):
         evaluate(Pixels(), loader, metrics=metrics)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_finds_the_same_and_counts_without_waiting(tmp_path, monkeypatch) -> None:
+def test_gpu_matches_cpu_without_sync(tmp_path, monkeypatch) -> None:
     from kd_pipeline.evaluation import _evaluate as evaluation
 
     source = pixel_arrays(tmp_path)

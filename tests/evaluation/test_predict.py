@@ -1,4 +1,4 @@
-"""What a model says of single files is what a validation on these files finds, to the bit."""
+"""Predictions for single files equal those of a validation on these files, to the bit."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline.data.sources.base import ImageFolder
+from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import DataError
 from kd_pipeline.evaluation._predict import Prediction, find_images, predict
@@ -17,11 +17,11 @@ from tests.networks import LogitsOnly
 EVAL = EvalTransform(size=32)
 
 
-def answers(images: list[str], model: nn.Module | None = None, **options: int) -> list[Prediction]:
+def predictions(images: list[str], model: nn.Module | None = None, **options: int) -> list[Prediction]:
     return list(predict(model or LogitsOnly(3), images, EVAL, device="cpu", num_threads=1, **options))
 
 
-def test_predictions_are_the_logits_of_a_validation_of_the_same_files_in_their_order(photo_folder: Path) -> None:
+def test_predictions_equal_validation_logits(photo_folder: Path) -> None:
     source = ImageFolder(photo_folder)
     model = LogitsOnly(3).eval()
     with (
@@ -29,31 +29,31 @@ def test_predictions_are_the_logits_of_a_validation_of_the_same_files_in_their_o
         KDDataLoader(source, EVAL, batch_size=8, shuffle=False, device="cpu", num_threads=1) as loader,
     ):
         wanted = torch.cat([model(batch.images) for batch in loader])
-    found = answers([source.name(index) for index in range(len(source))], model.train(), batch_size=8)
+    found = predictions([source.name(index) for index in range(len(source))], model.train(), batch_size=8)
     assert [each.image for each in found] == [source.name(index) for index in range(len(source))]
     assert torch.equal(torch.stack([each.logits_K for each in found if each.logits_K is not None]), wanted)
     assert model.training
 
 
-def test_a_network_gets_float16_images_in_the_dtype_of_its_weights(photo_folder: Path) -> None:
+def test_float16_images_for_float32_network(photo_folder: Path) -> None:
     half = EvalTransform(size=32, dtype="float16")
     images = find_images([photo_folder])[:4]
     found = list(predict(LogitsOnly(3), images, half, device="cpu", num_threads=1))
-    for one, other in zip(found, answers(images), strict=True):
+    for one, other in zip(found, predictions(images), strict=True):
         assert one.logits_K is not None and other.logits_K is not None
         torch.testing.assert_close(one.logits_K, other.logits_K, rtol=0, atol=0.01)
 
 
-def test_files_keep_the_order_and_the_number_in_which_they_were_named(photo_folder: Path) -> None:
+def test_files_keep_order_and_duplicates(photo_folder: Path) -> None:
     first, second, *_ = find_images([photo_folder / "sky"])
-    found = answers([second, first, second])
+    found = predictions([second, first, second])
     assert [each.image for each in found] == [second, first, second]
     assert found[0].logits_K is not None and found[1].logits_K is not None and found[2].logits_K is not None
     assert torch.equal(found[0].logits_K, found[2].logits_K)
     assert not torch.equal(found[0].logits_K, found[1].logits_K)
 
 
-def test_a_folder_stands_for_all_images_at_and_below_it(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_means_all_images_below(photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(photo_folder.parent)
     relative = Path(photo_folder.name)
     names = find_images([relative, Path("one.jpg")])
@@ -61,37 +61,35 @@ def test_a_folder_stands_for_all_images_at_and_below_it(photo_folder: Path, monk
     assert names[:-1] == sorted(str(path) for path in relative.rglob("*.*"))
 
 
-def test_a_folder_without_images_is_refused_by_name(tmp_path: Path) -> None:
+def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}: no images"):
         find_images([tmp_path])
     with pytest.raises(DataError, match="no images to predict"):
-        answers([])
+        predictions([])
 
 
-def test_a_file_that_cannot_be_read_says_why_and_the_others_are_answered(
-    photo_folder: Path, photos: tuple[Photo, Photo], tmp_path: Path
-) -> None:
+def test_unreadable_file_says_why(photo_folder: Path, photos: tuple[Photo, Photo], tmp_path: Path) -> None:
     good = find_images([photo_folder])[:10]
     for broken in BROKEN:
         broken.put(tmp_path / broken.name, photo_of(photos))
     bad = [str(tmp_path / broken.name) for broken in BROKEN]
     mixed = [*bad[:10], *good[:3], *bad[10:], *good[3:]]
-    found = {each.image: each for each in answers(mixed, batch_size=4)}
+    found = {each.image: each for each in predictions(mixed, batch_size=4)}
     assert list(found) == mixed
     for broken, path in zip(BROKEN, bad, strict=True):
         assert found[path].logits_K is None and broken.reason in str(found[path].problem), broken
-    for each, alone in zip((found[path] for path in good), answers(good, batch_size=4), strict=True):
+    for each, alone in zip((found[path] for path in good), predictions(good, batch_size=4), strict=True):
         assert each.problem is None and each.logits_K is not None and alone.logits_K is not None
         torch.testing.assert_close(each.logits_K, alone.logits_K, rtol=1e-5, atol=1e-5)
 
 
-def test_where_no_file_can_be_read_each_says_why(tmp_path: Path) -> None:
+def test_all_files_unreadable(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
-    found = answers([str(tmp_path / "empty.png"), str(tmp_path / "nowhere.jpg")], batch_size=1)
+    found = predictions([str(tmp_path / "empty.png"), str(tmp_path / "nowhere.jpg")], batch_size=1)
     assert [each.problem for each in found] == ["the file is empty", "the file does not exist"]
 
 
-def test_the_top_classes_are_the_likeliest_with_their_softmax_probabilities() -> None:
+def test_top_classes_with_probabilities() -> None:
     logits: Tensor = torch.tensor([1.0, 3.0, -1.0, 2.0])
     (first, one), (second, two) = Prediction("a.jpg", logits, None).top(2)
     assert (first, second) == (1, 3)
@@ -101,6 +99,6 @@ def test_the_top_classes_are_the_likeliest_with_their_softmax_probabilities() ->
     assert Prediction("a.jpg", None, "gone").top(2) == []
 
 
-def test_the_callers_gradients_are_not_switched_off_between_answers(photo_folder: Path) -> None:
+def test_caller_gradients_stay_enabled(photo_folder: Path) -> None:
     for _ in predict(LogitsOnly(3), find_images([photo_folder / "sky"]), EVAL, device="cpu", batch_size=4):
         assert torch.is_grad_enabled()

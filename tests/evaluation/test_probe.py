@@ -1,4 +1,4 @@
-"""A teacher that knows ten colors by heart, a real loader over arrays of them, and ways to spoil either."""
+"""A teacher that classifies ten colors, a real loader over arrays of them, and ways to spoil either."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 class ColorNet(nn.Module):
-    """The nearer the mean color to that of a class, the larger its logit."""
+    """The closer the mean color is to that of a class, the larger the logit."""
 
     def __init__(self, *, num_logits: int = NUM_CLASSES, order: list[int] | None = None) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ColorNet(nn.Module):
 
 
 class Spoilt(nn.Module):
-    """A `ColorNet` whose logits something happens to."""
+    """A `ColorNet` with changed logits."""
 
     def __init__(self, spoil) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class RunConfig:
 
 
 def colors(folder: Path, *, num_samples: int = 400, label_of=lambda k: k, **options) -> RunConfig:
-    """Noisy images of one color each, class after class as a folder has them."""
+    """Noisy images of one color each, class after class like in a folder."""
     rng = np.random.default_rng(0)
     color = np.sort(np.arange(num_samples) % NUM_CLASSES)
     noise = rng.integers(-30, 31, size=(num_samples, SIZE, SIZE, 3))
@@ -95,14 +95,14 @@ def probed(config: RunConfig, net: nn.Module, **settings) -> ProbeReport:
     return report
 
 
-def test_a_teacher_that_knows_the_images_passes_with_one_line(tmp_path, caplog) -> None:
+def test_good_teacher_passes_with_one_line(tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO, "kd_pipeline")
     config = colors(tmp_path)
     teacher = teacher_of(ColorNet())
     caplog.clear()
     report = probe_teacher(config, teacher, ProbeSettings(strict=True))
     assert report.problems == () and report.top1 > 0.95 and report.num_samples == 400
-    assert report.chance == pytest.approx(0.1, abs=0.01) and report.wanted_top1 == pytest.approx(0.5, abs=0.05)
+    assert report.chance == pytest.approx(0.1, abs=0.01) and report.required_top1 == pytest.approx(0.5, abs=0.05)
     assert report.mean_confidence is not None and 0.3 < report.mean_confidence < 1 and report.num_bad_rows == 0
     assert sum(report.predicted) == 400 and min(report.predicted) > 30
     (record,) = caplog.records
@@ -110,14 +110,14 @@ def test_a_teacher_that_knows_the_images_passes_with_one_line(tmp_path, caplog) 
     assert record.getMessage().startswith("teacher probe: top-1 ") and "400 training images" in record.getMessage()
 
 
-def test_it_asks_about_so_many_images_and_no_more_whatever_the_batch(tmp_path) -> None:
+def test_num_samples_independent_of_batch_size(tmp_path) -> None:
     reports = [probed(colors(tmp_path, batch_size=size), ColorNet(), num_samples=150) for size in (1, 64, 256)]
     assert [report.num_samples for report in reports] == [150] * 3
     assert len({(report.top1, report.predicted) for report in reports}) == 1
     assert sum(count > 0 for count in reports[0].predicted) == NUM_CLASSES
 
 
-def test_the_classes_are_mixed_even_if_the_run_does_not_shuffle_or_drops_a_small_rest(tmp_path) -> None:
+def test_samples_all_classes_of_unshuffled_runs(tmp_path) -> None:
     config = colors(tmp_path, num_samples=100, batch_size=128, split={"shuffle": False, "last_batch": "drop"})
     assert probed(config, ColorNet()).num_samples == 100
     config = colors(tmp_path, split={"shuffle": False})
@@ -127,7 +127,7 @@ def test_the_classes_are_mixed_even_if_the_run_does_not_shuffle_or_drops_a_small
 @pytest.mark.parametrize(
     ("shift", "sentence"), [(1, "by +1: label k is the teacher's class k+1"), (-1, "by -1: label k")]
 )
-def test_a_shift_by_one_is_called_a_shift(tmp_path, shift: int, sentence: str) -> None:
+def test_detects_shifted_classes(tmp_path, shift: int, sentence: str) -> None:
     if shift == 1:  # a background class in front, in a teacher that does not name its classes
         config = colors(tmp_path, classes=None)
         net = Spoilt(lambda logits: torch.cat([logits.new_full((len(logits), 1), -99.0), logits], dim=1))
@@ -138,36 +138,36 @@ def test_a_shift_by_one_is_called_a_shift(tmp_path, shift: int, sentence: str) -
     assert "background" in problem and "top-1 is " in problem
 
 
-def test_mixing_and_repeats_are_left_to_training(tmp_path) -> None:
+def test_ignores_mixing_and_repeats(tmp_path) -> None:
     plain = probed(colors(tmp_path), ColorNet(), num_samples=64)
     split = {"mix": MixSettings(mixup=8.0, cutmix=0.0), "repeats": 4}
     assert probed(colors(tmp_path, split=split), ColorNet(), num_samples=64) == plain
 
 
-def test_a_permutation_is_called_one_with_the_classes_that_moved(tmp_path) -> None:
+def test_detects_permuted_classes(tmp_path) -> None:
     order = [3, 1, 2, 7, 4, 5, 6, 8, 0, 9]  # logit k is color order[k]
     config = colors(tmp_path)
     report = probed(config, ColorNet(order=order))
-    assert report.top1 > report.wanted_top1  # six classes of ten are right, which is well above chance
+    assert report.top1 > report.required_top1  # six classes of ten are right, which is well above chance
     (problem,) = report.problems
     moved = "'color 0' -> 'color 8', 'color 3' -> 'color 0', 'color 7' -> 'color 3', 'color 8' -> 'color 7' ("
     assert f"the classes look permuted, label -> the teacher's class: {moved}" in problem
     assert "give the source the teacher's order as `classes`" in problem
 
 
-def test_a_permutation_is_found_among_a_few_samples_of_many_classes(tmp_path) -> None:
+def test_detects_permutation_in_few_samples(tmp_path) -> None:
     config = colors(tmp_path, num_samples=60)
     (problem,) = probed(config, ColorNet(order=[5, 6, 7, 8, 9, 0, 1, 2, 3, 4])).problems
     assert "look permuted" in problem
 
 
-def test_images_in_the_wrong_normalization_look_constant(tmp_path) -> None:
+def test_detects_wrong_normalization(tmp_path) -> None:
     config = colors(tmp_path, transform={"std": (0.01, 0.01, 0.01)})
     (problem,) = probed(config, Spoilt(lambda logits: logits + torch.eye(NUM_CLASSES)[2] * 99999)).problems
-    assert "nearly all predictions are 'color 2'; are mean and std" in problem
+    assert "nearly all predictions are 'color 2'; was the teacher trained with the mean and std" in problem
 
 
-def test_random_answers_are_at_chance_and_never_a_permutation(tmp_path) -> None:
+def test_random_outputs_are_chance(tmp_path) -> None:
     def noise(logits: Tensor) -> Tensor:
         seed = int(logits.abs().sum() * 1e4)
         return torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
@@ -176,11 +176,11 @@ def test_random_answers_are_at_chance_and_never_a_permutation(tmp_path) -> None:
         report = probed(colors(tmp_path, num_samples=num_samples), Spoilt(noise))
         (problem,) = report.problems
         assert report.top1 < 0.3
-        assert "the teacher hardly knows these images; are its weights loaded" in problem
+        assert "the teacher hardly recognizes these images; are its weights loaded" in problem
 
 
 @pytest.mark.parametrize(("num_classes", "num_samples", "accuracy"), [(3, 60, 0.7), (10, 60, 0.6), (100, 120, 0.01)])
-def test_mistakes_at_random_are_never_called_a_permutation(num_classes: int, num_samples: int, accuracy: float) -> None:
+def test_random_mistakes_are_no_permutation(num_classes: int, num_samples: int, accuracy: float) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         labels = rng.integers(0, num_classes, size=num_samples)
@@ -190,21 +190,21 @@ def test_mistakes_at_random_are_never_called_a_permutation(num_classes: int, num
         assert "permuted" not in " ".join(report.problems)
 
 
-def test_a_teacher_of_coarser_classes_is_not_permuted(tmp_path) -> None:
+def test_coarse_classes_are_no_permutation(tmp_path) -> None:
     def coarse(logits: Tensor) -> Tensor:
         return torch.eye(NUM_CLASSES)[logits.argmax(dim=1) // 2 * 2 + 1]
 
     (problem,) = probed(colors(tmp_path), Spoilt(coarse), min_factor=10.0).problems
-    assert "hardly knows these images" in problem
+    assert "hardly recognizes these images" in problem
 
 
-def test_of_two_classes_three_quarters_right_are_enough(tmp_path) -> None:
+def test_two_classes_need_three_quarters(tmp_path) -> None:
     config = colors(tmp_path, label_of=lambda k: k % 2, classes=("even", "odd"))
     report = probed(config, Spoilt(lambda logits: logits.view(-1, 5, 2).amax(dim=1)))
-    assert report.problems == () and report.wanted_top1 == pytest.approx(0.75, abs=0.01)
+    assert report.problems == () and report.required_top1 == pytest.approx(0.75, abs=0.01)
 
 
-def test_rows_with_nan_or_inf_are_counted_whatever_the_rest_says(tmp_path) -> None:
+def test_counts_non_finite_rows(tmp_path) -> None:
     def spoil(logits: Tensor) -> Tensor:
         is_first = logits.argmax(dim=1, keepdim=True) == 0
         is_last = logits.argmax(dim=1, keepdim=True) == NUM_CLASSES - 1
@@ -218,7 +218,7 @@ def test_rows_with_nan_or_inf_are_counted_whatever_the_rest_says(tmp_path) -> No
     assert all_bad.num_bad_rows == 400 and len(all_bad.problems) == 1 and all_bad.mean_confidence is None
 
 
-def test_the_hint_is_that_of_the_rows_without_nan(tmp_path) -> None:
+def test_hint_is_of_finite_rows(tmp_path) -> None:
     def spoil(logits: Tensor) -> Tensor:
         return logits.masked_fill(logits.argmax(dim=1, keepdim=True) < 7, math.nan)
 
@@ -227,19 +227,19 @@ def test_the_hint_is_that_of_the_rows_without_nan(tmp_path) -> None:
     assert len(problems) == 2 and "look shifted by +1" in problems[1]
 
 
-def test_labels_beyond_the_logits_are_a_problem(tmp_path) -> None:
+def test_labels_beyond_logits_are_a_problem(tmp_path) -> None:
     net = Spoilt(lambda logits: logits[:, :6])
     assert "labels go up to 9 and the teacher has 6 logits" in probed(colors(tmp_path, classes=None), net).problems[0]
 
 
-def test_always_naming_the_commonest_class_is_chance(tmp_path) -> None:
+def test_majority_class_is_chance(tmp_path) -> None:
     config = colors(tmp_path, label_of=lambda k: int(k == 9))
     report = probed(config, Spoilt(lambda logits: logits + torch.eye(NUM_CLASSES)[0] * 999), num_samples=400)
     assert report.top1 == report.chance == pytest.approx(0.9)
     assert report.problems
 
 
-def test_strict_stops_and_otherwise_a_warning_is_all(tmp_path, caplog) -> None:
+def test_strict_raises_else_warns(tmp_path, caplog) -> None:
     config, net = colors(tmp_path), ColorNet(order=[1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
     report = probed(config, net)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -248,14 +248,14 @@ def test_strict_stops_and_otherwise_a_warning_is_all(tmp_path, caplog) -> None:
         probed(config, net, strict=True)
 
 
-def test_unlabeled_data_skips_the_probe_and_says_so(tmp_path, caplog) -> None:
+def test_skips_unlabeled_data(tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO, "kd_pipeline")
     config = colors(tmp_path, labeled=False)
     assert probe_teacher(config, teacher_of(ColorNet()), ProbeSettings(strict=True)) is None
-    assert caplog.messages[-1] == "teacher probe: skipped, as the training data has no labels"
+    assert caplog.messages[-1] == "teacher probe: skipped, because the training data has no labels"
 
 
-def test_the_run_is_as_if_there_had_been_no_probe(tmp_path) -> None:
+def test_run_is_unaffected(tmp_path) -> None:
     config = colors(tmp_path, num_samples=80, batch_size=16, run_dir=tmp_path / "run")
     teacher = teacher_of(ColorNet())
     with KDDataLoader.from_config(config, teacher=teacher) as loader:
@@ -275,15 +275,15 @@ def test_the_run_is_as_if_there_had_been_no_probe(tmp_path) -> None:
     teacher(torch.zeros(1, 3, SIZE, SIZE))  # still open
 
 
-def test_the_probe_writes_nothing(tmp_path) -> None:
+def test_writes_nothing(tmp_path) -> None:
     probe_teacher(colors(tmp_path, run_dir=tmp_path / "run"), teacher_of(ColorNet()))
     assert not (tmp_path / "run").exists()
 
 
-def test_every_rank_comes_to_the_same_verdict(tmp_path) -> None:
+def test_ranks_agree(tmp_path) -> None:
     config, teacher = colors(tmp_path, num_samples=100), teacher_of(ColorNet())
     alone = probe_teacher(config, teacher)
-    # A group that says it has four ranks; nobody talks to anybody.
+    # A fake group of four ranks that do not communicate.
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
     try:
         assert probe_teacher(config, teacher) == alone

@@ -1,4 +1,4 @@
-"""Teachers on a real GPU. Without one everything here is skipped; without a TensorRT for it, TensorRT's tests are."""
+"""Teachers on a GPU. Without one all tests here are skipped; without a usable TensorRT, those of TensorRT."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet
 
 MAX_BATCH = 16
 SMALL = 4096
-"""Bytes; shapes and parameters of kernels stay below, images do not."""
+"""Bytes; shapes and parameters of kernels are smaller, images are larger."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,7 +75,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory, exported: Callable[[int], P
 
 @pytest.fixture
 def open_engine(engine: Callable[..., Path], device: torch.device) -> Iterator[Callable[..., Teacher]]:
-    """Opens engines, and closes them after the test."""
+    """Open engines, and close them after the test."""
     opened: list[Teacher] = []
 
     def make(precision: str = "fp32", seed: int = 0, **settings: Any) -> Teacher:
@@ -90,7 +90,7 @@ def open_engine(engine: Callable[..., Path], device: torch.device) -> Iterator[C
 
 @pytest.fixture(params=["pytorch", "pytorch graph", "onnxruntime", "tensorrt"])
 def teacher(request: pytest.FixtureRequest, device: torch.device, exported: Callable[[int], Path]) -> Iterator[Teacher]:
-    """`ConvNet(0)` on the GPU, by each runtime that there is."""
+    """`ConvNet(0)` on the GPU, on each available runtime."""
     opened: Teacher
     match request.param:
         case "tensorrt":
@@ -107,8 +107,8 @@ def teacher(request: pytest.FixtureRequest, device: torch.device, exported: Call
 
 
 @contextmanager
-def nothing_may_wait() -> Iterator[None]:
-    """Inside, an operation of torch's that waits for the GPU is an error."""
+def no_synchronization() -> Iterator[None]:
+    """Make torch operations that wait for the GPU an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
@@ -119,7 +119,7 @@ def nothing_may_wait() -> Iterator[None]:
 
 
 def copies_in(work: Callable[[], object]) -> list[tuple[str, int]]:
-    """What the driver copied meanwhile: its own word for the direction, such as "HtoD", and the bytes."""
+    """What the driver copied during `work`: the name, with a direction such as "HtoD", and the bytes."""
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize(device)
     with traced(device) as events:
@@ -129,10 +129,10 @@ def copies_in(work: Callable[[], object]) -> list[tuple[str, int]]:
 
 
 class Recycled:
-    """Device memory of somebody who fills it with NaN, on a stream of their own, when nobody holds it any more."""
+    """Device memory that is filled with NaN, on a different stream, once nothing refers to it."""
 
     kept: ClassVar[list[torch.Tensor]] = []
-    """All such memory, so that torch does not hand it out again."""
+    """All such memory, so torch does not reuse it."""
 
     def __init__(self, values: torch.Tensor) -> None:
         self._memory = values.clone()
@@ -147,5 +147,5 @@ class Recycled:
 
 
 def recycled(values: torch.Tensor) -> torch.Tensor:
-    """A copy of `values` on the GPU that is gone as soon as nobody holds it, as a buffer of DALI's may be."""
+    """A copy of `values` on the GPU that is lost once nothing refers to it, as a buffer of DALI may be."""
     return torch.as_tensor(Recycled(values), device=values.device)

@@ -1,4 +1,4 @@
-"""Decoding on a real GPU: both ways, whatever the batch, in memory that others have left."""
+"""Decoding on a GPU: both modes, in any batch, in reused memory."""
 
 import resource
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kd_pipeline.data.decode import choose_decode
 from kd_pipeline.data.decode_trial import DecodeTrial, try_decoding
-from kd_pipeline.data.sources.base import Arrays, ImageFolder
+from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.loader.loader import KDDataLoader
 from tests.streams import EVAL, TRAIN, Fields, assert_same, fields, rows
@@ -20,12 +20,12 @@ from tests.streams import EVAL, TRAIN, Fields, assert_same, fields, rows
 GIB = 2**30
 SMALL_VIEWS = TrainTransform(size=32)
 LEVEL = 1 / 255 / min(EVAL.std)
-"""One of 255 levels, in finished pixels."""
+"""One of 255 levels, in normalized pixels."""
 
 
 @pytest.fixture(scope="session")
 def trials(device: torch.device) -> dict[str, DecodeTrial]:
-    return {way: try_decoding(way, device_id=device.index) for way in ("window", "full")}
+    return {mode: try_decoding(mode, device_id=device.index) for mode in ("window", "full")}
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def epoch(loader: KDDataLoader) -> list[Fields]:
     return [{name: tensor.cpu() for name, tensor in fields(batch).items()} for batch in loader]
 
 
-def apart(found: list[Fields], wanted: list[Fields]) -> Tensor:
-    """`[N]`, the mean distance of each image in levels of 255; everything else is equal."""
+def distances_of(found: list[Fields], wanted: list[Fields]) -> Tensor:
+    """`[N]`, the mean distance of each image in levels of 255; asserts that all other fields are equal."""
     distances = []
     for ours, theirs in zip(rows(found), rows(wanted), strict=True):
         distances.append((ours.pop("images").float() - theirs.pop("images").float()).abs().mean() / LEVEL)
@@ -57,40 +57,38 @@ def apart(found: list[Fields], wanted: list[Fields]) -> Tensor:
     return torch.stack(distances)
 
 
-def test_the_way_that_auto_takes_gives_the_cpus_pictures(trials: dict[str, DecodeTrial], device: torch.device) -> None:
+def test_mode_chosen_by_auto_matches_the_cpu(trials: dict[str, DecodeTrial], device: torch.device) -> None:
     choice = choose_decode(device.index, 0.0)
     assert trials[choice.decode].works, choice.reason
 
 
-@pytest.mark.parametrize("way", ["window", "full"])
+@pytest.mark.parametrize("mode", ["window", "full"])
 @pytest.mark.parametrize("transform", [EVAL, SMALL_VIEWS], ids=["eval", "train"])
-def test_each_way_that_works_is_less_than_a_level_from_the_cpu(
-    open_loader: Callable[..., KDDataLoader], trials: dict[str, DecodeTrial], way: str, transform: Any
+def test_working_modes_are_within_a_level_of_the_cpu(
+    open_loader: Callable[..., KDDataLoader], trials: dict[str, DecodeTrial], mode: str, transform: Any
 ) -> None:
-    if not trials[way].works:
-        pytest.skip(f"auto does without it: {trials[way]}")
-    distance = apart(epoch(open_loader(transform, decode=way)), epoch(open_loader(transform, device="cpu")))
+    if not trials[mode].works:
+        pytest.skip(f"auto does not choose it: {trials[mode]}")
+    distance = distances_of(epoch(open_loader(transform, decode=mode)), epoch(open_loader(transform, device="cpu")))
     assert distance.mean() < 1 and distance.max() < 3
 
 
 @pytest.mark.parametrize("transform", [EVAL, SMALL_VIEWS, TRAIN], ids=["eval", "train", "every op"])
-def test_both_ways_agree_within_half_a_level(
+def test_modes_agree_within_half_a_level(
     open_loader: Callable[..., KDDataLoader], trials: dict[str, DecodeTrial], transform: Any
 ) -> None:
     if not all(trial.works for trial in trials.values()):
         pytest.skip("; ".join(map(str, trials.values())))
-    found = [epoch(open_loader(transform, decode=way)) for way in ("window", "full")]
-    distance = apart(*found)
+    found = [epoch(open_loader(transform, decode=mode)) for mode in ("window", "full")]
+    distance = distances_of(*found)
     assert distance.mean() < 0.5 and distance.max() < 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 37])
-def test_without_the_hardware_decoder_an_image_does_not_depend_on_its_batch(
-    open_loader: Callable[..., KDDataLoader], batch_size: int
-) -> None:
+def test_image_does_not_depend_on_its_batch(open_loader: Callable[..., KDDataLoader], batch_size: int) -> None:
     loader = open_loader(batch_size=batch_size)
     assert loader.state_dict()["fingerprint"]["hw_decoder_load"] is None
-    for _ in range(2):  # groups grow from one batch to many
+    for _ in range(2):  # the number of batches in a group grows
         assert_same(rows(epoch(loader)), rows(epoch_of(open_loader, loader.epoch - 1)))
 
 
@@ -101,10 +99,10 @@ def epoch_of(open_loader: Callable[..., KDDataLoader], number: int) -> list[Fiel
 
 
 @pytest.mark.parametrize("stores", ["files", "pixels"])
-def test_what_a_consumer_leaves_in_a_buffer_is_in_no_later_image(
+def test_buffers_keep_nothing_of_earlier_images(
     open_loader: Callable[..., KDDataLoader], device: torch.device, stores: str
 ) -> None:
-    """Each batch is overwritten with NaN as soon as it was read, on a stream that is far behind."""
+    """Each batch is overwritten with NaN after it is read, on a stream that is far behind."""
     if stores == "pixels":
         pixels = np.random.default_rng(0).integers(0, 256, (37, 40, 40, 3), dtype=np.uint8)
         loaders = [KDDataLoader(Arrays(pixels), TRAIN, device=device, batch_size=8, seed=5) for _ in range(2)]
@@ -130,16 +128,16 @@ def test_what_a_consumer_leaves_in_a_buffer_is_in_no_later_image(
 
 
 @pytest.mark.slow
-def test_two_thousand_fast_steps_take_no_more_memory_than_two_hundred(device: torch.device) -> None:
-    """Kept without a bound they would be 34 GB; other tests may use the GPU meanwhile."""
+def test_memory_is_constant_over_many_fast_steps(device: torch.device) -> None:
+    """Without a bound, batches would take 34 GB. Other tests may use the GPU at the same time."""
     pixels = np.random.default_rng(0).integers(0, 256, (320, 64, 64, 3), dtype=np.uint8)
     student, num_steps, used = torch.zeros((), device=device), 0, {}
     with KDDataLoader(Arrays(pixels), EvalTransform(size=224), device=device, batch_size=32, ahead=1) as loader:
         while num_steps < 2000:
             for batch in loader:
-                student += batch.images[0, 0, 0, 0]  # so that the host runs as far ahead as it may
+                student += batch.images[0, 0, 0, 0]  # lets the host run ahead as far as possible
                 num_steps += 1
-                assert len(loader._lane._kept) <= 2 * (1 + 2)
+                assert len(loader._sync._kept) <= 2 * (1 + 2)
                 if num_steps in (200, 2000):
                     torch.cuda.synchronize(device)
                     free, total = torch.cuda.mem_get_info(device)

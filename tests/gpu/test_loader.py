@@ -1,4 +1,4 @@
-"""The whole line on a real GPU: DALI decodes there, the teacher and the student read the one buffer, nothing waits."""
+"""The whole loader on a GPU: DALI decodes there, teacher and student share one buffer, and nothing synchronizes."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.mixing import MixSettings
-from kd_pipeline.data.sources.base import Arrays, FileList, ImageFolder
+from kd_pipeline.data.sources import Arrays, FileList, ImageFolder
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from tests.corpus import BROKEN, Broken, photo_of
-from tests.gpu.conftest import SMALL, copies_in, nothing_may_wait
+from tests.gpu.conftest import SMALL, copies_in, no_synchronization
 from tests.networks import ConvNet
 from tests.streams import EVAL, TRAIN, assert_same, fields
 
@@ -27,7 +27,7 @@ LONG = 200_000_000
 
 @pytest.fixture
 def open_loader(photo_folder: Any, device: torch.device) -> Iterator[Callable[..., KDDataLoader]]:
-    """Opens loaders over the photographs, and closes them after the test."""
+    """Open loaders of the photographs, and close them after the test."""
     source, opened = ImageFolder(photo_folder), []
 
     def make(transform: Any = TRAIN, teacher: Teacher | None = None, **options: Any) -> KDDataLoader:
@@ -44,7 +44,7 @@ def epoch(loader: KDDataLoader) -> list[dict[str, Tensor]]:
     return [{name: tensor.cpu() for name, tensor in fields(batch).items()} for batch in loader]
 
 
-def test_everything_is_on_the_gpu_and_the_last_batch_may_be_short(
+def test_batches_are_on_the_gpu(
     open_loader: Callable[..., KDDataLoader], teacher: Teacher, device: torch.device
 ) -> None:
     batches = [fields(batch) for batch in open_loader(EVAL, teacher, shuffle=False)]
@@ -52,9 +52,7 @@ def test_everything_is_on_the_gpu_and_the_last_batch_may_be_short(
     assert all(tensor.device == device for batch in batches for tensor in batch.values())
 
 
-def test_the_logits_of_a_batch_are_those_of_its_own_images(
-    open_loader: Callable[..., KDDataLoader], teacher: Teacher
-) -> None:
+def test_logits_belong_to_the_images_of_the_batch(open_loader: Callable[..., KDDataLoader], teacher: Teacher) -> None:
     network = ConvNet().eval()
     for batch in epoch(open_loader(TRAIN, teacher)):
         wanted = network(batch["images"])["logits"].detach()
@@ -62,14 +60,12 @@ def test_the_logits_of_a_batch_are_those_of_its_own_images(
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
-def test_how_far_the_teacher_is_ahead_changes_nothing(
-    open_loader: Callable[..., KDDataLoader], teacher: Teacher, ahead: int
-) -> None:
+def test_ahead_does_not_change_batches(open_loader: Callable[..., KDDataLoader], teacher: Teacher, ahead: int) -> None:
     assert_same(epoch(open_loader(TRAIN, teacher, ahead=ahead)), epoch(open_loader(TRAIN, teacher, ahead=0)))
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_a_new_loader_goes_on_with_the_very_next_batch(
+def test_resume_continues_with_next_batch(
     open_loader: Callable[..., KDDataLoader], teacher: Teacher, number: int
 ) -> None:
     stopped = open_loader(TRAIN, teacher, ahead=2)
@@ -87,16 +83,16 @@ TRANSFORMS = {
     "randaugment": (TrainTransform(size=EVAL.size, auto_augment=RandAugment()), 3),
     "trivialaugment": (TrainTransform(size=EVAL.size, auto_augment=TrivialAugment()), 3),
 }
-"""Transforms, and how many levels of 255 the GPU's pixels may be off on average: some ops amplify a difference."""
+"""Transforms, and by how many levels of 255 the GPU may differ on average: some ops amplify differences."""
 ARRAYS = Arrays(np.random.default_rng(0).integers(0, 256, (37, 40, 40, 3), dtype=np.uint8), np.arange(37) % 3)
 
 
 @pytest.mark.parametrize(("transform", "levels"), TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.parametrize("stores", ["files", "pixels"])
-def test_the_gpu_shows_what_the_cpu_shows(
+def test_images_match_the_cpu(
     photo_folder: Any, device: torch.device, transform: Any, levels: float, stores: str
 ) -> None:
-    """The decoders and filters round differently."""
+    """Decoders and filters round differently."""
     source = ARRAYS if stores == "pixels" else ImageFolder(photo_folder)
     found = []
     for where in (device, "cpu"):
@@ -109,7 +105,7 @@ def test_the_gpu_shows_what_the_cpu_shows(
         assert (images - their_images).abs().mean() < levels * level
 
 
-def test_mixed_images_and_labels_are_those_of_the_cpu(device: torch.device) -> None:
+def test_mixing_matches_the_cpu(device: torch.device) -> None:
     found = []
     for where in (device, "cpu"):
         mix = MixSettings(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
@@ -123,7 +119,7 @@ def test_mixed_images_and_labels_are_those_of_the_cpu(device: torch.device) -> N
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
-def test_an_unreadable_file_is_stood_in_for(broken: Broken, photos: Any, tmp_path: Path, device: torch.device) -> None:
+def test_unreadable_file_is_substituted(broken: Broken, photos: Any, tmp_path: Path, device: torch.device) -> None:
     photo = photo_of(photos)
     Image.fromarray(photo).save(tmp_path / "good.jpg")
     broken.put(tmp_path / broken.name, photo)
@@ -136,7 +132,7 @@ def test_an_unreadable_file_is_stood_in_for(broken: Broken, photos: Any, tmp_pat
             assert (~batch.valid).nonzero().tolist() == [[43]]
 
 
-def test_teacher_and_student_read_one_buffer(
+def test_teacher_and_student_share_one_buffer(
     open_loader: Callable[..., KDDataLoader], teacher: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -147,13 +143,13 @@ def test_teacher_and_student_read_one_buffer(
         return infer(images)
 
     monkeypatch.setattr(teacher, "_infer", spy)
-    handed_out = [batch.images.data_ptr() for batch in open_loader(TRAIN, teacher)]
-    assert handed_out == read
+    delivered = [batch.images.data_ptr() for batch in open_loader(TRAIN, teacher)]
+    assert delivered == read
     assert all(address % 256 == 0 for address in read)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the profiler's
-def test_finished_images_are_copied_nowhere(open_loader: Callable[..., KDDataLoader], teacher: Teacher) -> None:
+def test_images_are_not_copied(open_loader: Callable[..., KDDataLoader], teacher: Teacher) -> None:
     loader = open_loader(TRAIN, teacher)
     (image_bytes,) = {batch.images[0].nbytes for batch in loader}
     copies = copies_in(lambda: [batch.teacher["logits"].sum() for batch in loader])
@@ -162,22 +158,20 @@ def test_finished_images_are_copied_nowhere(open_loader: Callable[..., KDDataLoa
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2])
-def test_torch_never_waits_for_the_gpu_in_a_step(
-    open_loader: Callable[..., KDDataLoader], teacher: Teacher, ahead: int
-) -> None:
+def test_step_never_synchronizes(open_loader: Callable[..., KDDataLoader], teacher: Teacher, ahead: int) -> None:
     loader = open_loader(TRAIN, teacher, ahead=ahead)
     for _ in loader:
         pass
-    with nothing_may_wait():
+    with no_synchronization():
         sums = [batch.images.sum() + batch.teacher["logits"].sum() for batch in loader]
     assert torch.stack(sums).isfinite().all()
 
 
-def test_a_step_returns_while_the_student_is_still_at_work(
+def test_step_returns_while_the_student_runs(
     open_loader: Callable[..., KDDataLoader], teacher: Teacher, device: torch.device
 ) -> None:
     loader = open_loader(TRAIN, teacher, ahead=1)
-    for _ in range(3):  # until DALI needs no more memory, for which it would wait
+    for _ in range(3):  # until DALI has all its memory; allocating it synchronizes
         for _ in loader:
             pass
     batches = iter(loader)
@@ -189,10 +183,10 @@ def test_a_step_returns_while_the_student_is_still_at_work(
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_a_slow_student_reads_its_own_batch_however_far_the_loader_has_gone(
+def test_slow_student_reads_its_own_batch(
     open_loader: Callable[..., KDDataLoader], teacher: Teacher, device: torch.device, ahead: int
 ) -> None:
-    """Each batch is dropped before the student's stream has come to it, so its buffers could be used anew."""
+    """Each batch is dropped before the student's stream reaches it, so its buffers could be reused."""
     wanted = [
         batch["images"].double().sum() + batch["logits"].double().sum() for batch in epoch(open_loader(TRAIN, teacher))
     ]

@@ -1,4 +1,4 @@
-"""What only a real GPU can show of the TensorRT teacher: its numbers, its copies, and that nothing waits."""
+"""The TensorRT teacher on a GPU: its numbers, its copies, and that nothing synchronizes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
-from tests.gpu.conftest import MAX_BATCH, SMALL, copies_in, nothing_may_wait, recycled
+from tests.gpu.conftest import MAX_BATCH, SMALL, copies_in, no_synchronization, recycled
 from tests.networks import NUM_CLASSES, random_images
 
 Open = Callable[..., Teacher]
@@ -34,7 +34,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("num_images", [1, 2, 7, 8, MAX_BATCH])
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_every_precision_agrees_with_the_file_in_onnx_runtime(
+def test_outputs_match_onnx_runtime(
     open_engine: Open, reference: Teacher, precision: str, cuda_graph: bool, num_images: int
 ) -> None:
     teacher = open_engine(precision, cuda_graph=cuda_graph)
@@ -45,9 +45,7 @@ def test_every_precision_agrees_with_the_file_in_onnx_runtime(
         assert relative_error(outputs[name], wanted[name]) < TOLERANCES[precision]
 
 
-def test_the_engine_reads_the_images_at_their_own_address(
-    open_engine: Open, monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
+def test_engine_reads_images_in_place(open_engine: Open, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     addresses = []
     context = open_tensorrt().module.IExecutionContext
     set_address = context.set_tensor_address
@@ -66,7 +64,7 @@ def test_the_engine_reads_the_images_at_their_own_address(
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("default_stream", [False, True])
-def test_a_call_returns_while_the_gpu_is_still_at_earlier_work(
+def test_call_does_not_wait_for_earlier_work(
     open_engine: Open, device: torch.device, cuda_graph: bool, default_stream: bool
 ) -> None:
     teacher = open_engine(cuda_graph=cuda_graph)
@@ -75,9 +73,9 @@ def test_a_call_returns_while_the_gpu_is_still_at_earlier_work(
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         for num_images in (8, 7):
-            teacher(images[:num_images])  # which makes the contexts
+            teacher(images[:num_images])  # creates the contexts
         torch.cuda.synchronize(device)
-        with nothing_may_wait():
+        with no_synchronization():
             torch.cuda._sleep(LONG)
             earlier = stream.record_event()
             for num_images in (8, 7):
@@ -86,7 +84,7 @@ def test_a_call_returns_while_the_gpu_is_still_at_earlier_work(
 
 
 @pytest.mark.filterwarnings("ignore")  # of the profiler's
-def test_neither_images_nor_answers_are_copied(open_engine: Open, device: torch.device) -> None:
+def test_images_and_outputs_are_not_copied(open_engine: Open, device: torch.device) -> None:
     teacher = open_engine()
     images = random_images(8).to(device)
     teacher(images)
@@ -96,22 +94,22 @@ def test_neither_images_nor_answers_are_copied(open_engine: Open, device: torch.
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_buffers_that_are_recycled_as_soon_as_they_may_be_are_read_before(
+def test_inputs_are_read_before_they_are_recycled(
     open_engine: Open, reference: Teacher, device: torch.device, cuda_graph: bool
 ) -> None:
     teacher = open_engine(cuda_graph=cuda_graph)
-    answers = []
+    results = []
     for seed in range(50):
         images = random_images(1 + seed % MAX_BATCH, seed=seed)
         buffer = recycled(images.to(device))
-        torch.cuda._sleep(LONG // 500)  # the teacher comes to it long after the host has dropped it
-        answers.append((images, teacher(buffer)))
+        torch.cuda._sleep(LONG // 500)  # the teacher reads it long after the host has dropped it
+        results.append((images, teacher(buffer)))
         del buffer
-    for images, outputs in answers:
+    for images, outputs in results:
         assert relative_error(outputs["logits"], reference(images)["logits"]) < TOLERANCES["fp32"]
 
 
-def test_the_test_above_would_see_a_buffer_that_nobody_held(
+def test_recycling_overwrites_unheld_buffers(
     device: torch.device,
 ) -> None:
     buffer = recycled(torch.ones(1024, device=device))
@@ -126,7 +124,7 @@ def test_the_test_above_would_see_a_buffer_that_nobody_held(
 
 
 class _Raw:
-    """Memory at an address that nobody holds."""
+    """Memory at an address, without a reference to it."""
 
     def __init__(self, address: int, num_floats: int) -> None:
         self.__cuda_array_interface__ = {
@@ -137,7 +135,7 @@ class _Raw:
         }
 
 
-def test_graphs_change_nothing_about_the_answers(open_engine: Open, device: torch.device) -> None:
+def test_cuda_graphs_do_not_change_outputs(open_engine: Open, device: torch.device) -> None:
     plain, graphed = open_engine(), open_engine(cuda_graph=True)
     for num_images in (8, 8, 3, MAX_BATCH, 3, 8, 1):
         images = random_images(num_images, seed=num_images).to(device)
@@ -146,7 +144,7 @@ def test_graphs_change_nothing_about_the_answers(open_engine: Open, device: torc
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
 
 
-def test_a_slice_that_starts_anywhere_is_answered_like_its_copy(open_engine: Open, device: torch.device) -> None:
+def test_unaligned_slice_equals_its_copy(open_engine: Open, device: torch.device) -> None:
     teacher = open_engine()
     flat = torch.zeros(8 * 3 * 32 * 32 + 1, device=device)
     images = flat[1:].view(8, 3, 32, 32)
@@ -155,9 +153,7 @@ def test_a_slice_that_starts_anywhere_is_answered_like_its_copy(open_engine: Ope
     assert torch.equal(teacher(images)["logits"], teacher(images.clone())["logits"])
 
 
-def test_two_teachers_on_streams_of_their_own_do_not_disturb_each_other(
-    open_engine: Open, device: torch.device
-) -> None:
+def test_teachers_on_two_streams_are_independent(open_engine: Open, device: torch.device) -> None:
     teachers = [open_engine(seed=0), open_engine(seed=1)]
     batches = [random_images(8, seed=seed).to(device) for seed in range(20)]
     wanted = [[teacher(images)["logits"].clone() for images in batches] for teacher in teachers]
@@ -175,9 +171,7 @@ def test_two_teachers_on_streams_of_their_own_do_not_disturb_each_other(
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_one_teacher_on_changing_streams_answers_in_order(
-    open_engine: Open, device: torch.device, cuda_graph: bool
-) -> None:
+def test_one_teacher_on_changing_streams_is_ordered(open_engine: Open, device: torch.device, cuda_graph: bool) -> None:
     teacher = open_engine(cuda_graph=cuda_graph)
     batches = [random_images(8, seed=seed).to(device) for seed in range(30)]
     wanted = [teacher(images)["logits"].clone() for images in batches]
@@ -192,7 +186,7 @@ def test_one_teacher_on_changing_streams_answers_in_order(
     assert all(map(torch.equal, found, wanted))
 
 
-def test_answers_stay_when_the_teacher_is_closed(open_engine: Open, device: torch.device) -> None:
+def test_outputs_survive_closing_the_teacher(open_engine: Open, device: torch.device) -> None:
     teacher = open_engine()
     images = random_images(8).to(device)
     outputs = teacher(images)

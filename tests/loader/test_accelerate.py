@@ -1,4 +1,4 @@
-"""A loop of one's own, Lightning, accelerate and `train` get the very same batches from the same loader."""
+"""A plain loop, Lightning, accelerate and `train` get the same batches from the same loader."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -15,11 +15,12 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.training.module import DistillModule
-from tests.training import nets
+from kd_pipeline.workflows import train
+from tests.training import networks, tiny_run
 
 accelerate = pytest.importorskip("accelerate")
 lightning = pytest.importorskip("lightning")
-# Lightning has advice on workers, loggers and the trainer's options, none of which is about batches.
+# Lightning warns about workers, loggers and options of the trainer.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 NUM_BATCHES = 20
@@ -28,11 +29,11 @@ Seen = list[tuple[Any, ...]]
 
 
 def facts(batch: KDBatch) -> tuple[Any, ...]:
-    """Everything in a batch, as plain values."""
+    """All fields of a batch as plain values."""
     assert batch.labels is not None
     pixels = hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()
-    answers = {name: tensor.tolist() for name, tensor in batch.teacher.items()}
-    return batch.index.tolist(), batch.labels.tolist(), batch.valid.tolist(), pixels, answers
+    outputs = {name: tensor.tolist() for name, tensor in batch.teacher.items()}
+    return batch.index.tolist(), batch.labels.tolist(), batch.valid.tolist(), pixels, outputs
 
 
 def loss_of(student: torch.nn.Module, batch: KDBatch) -> Tensor:
@@ -42,11 +43,11 @@ def loss_of(student: torch.nn.Module, batch: KDBatch) -> Tensor:
 @contextmanager
 def opened(config: Config) -> Iterator[tuple[KDDataLoader, torch.nn.Module, torch.optim.Optimizer]]:
     with KDDataLoader.from_config(config, "train") as loader:
-        student = nets.plain()
+        student = networks.plain()
         yield loader, student, torch.optim.SGD(student.parameters(), lr=0.1)
 
 
-def own_loop(config: Config) -> Seen:
+def plain_loop(config: Config) -> Seen:
     seen = []
     with opened(config) as (loader, student, optimizer):
         for batch in islice(loader, NUM_BATCHES):
@@ -58,7 +59,7 @@ def own_loop(config: Config) -> Seen:
 
 
 def with_accelerate(config: Config) -> Seen:
-    """As its users write it."""
+    """The usual loop of accelerate."""
     seen = []
     accelerator = accelerate.Accelerator(cpu=True)
     with opened(config) as opened_parts:
@@ -104,30 +105,28 @@ def with_train(config: Config) -> Seen:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillModule, "training_step", recorded)
-        nets.train(config, plugins=[nets.__name__])
+        train(config, plugins=[networks.__name__])
     return seen
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     folder = tmp_path_factory.mktemp("digits")
-    nets.write_digits(folder)
-    return nets.settings(folder, "run", data__batch_size=4, train__epochs=1, train__limit_train_batches=NUM_BATCHES)
+    tiny_run.write_digits(folder)
+    return tiny_run.settings(folder, "run", data__batch_size=4, train__epochs=1, train__limit_train_batches=NUM_BATCHES)
 
 
 @pytest.fixture(scope="module")
 def wanted(config: Config) -> Seen:
-    return own_loop(config)
+    return plain_loop(config)
 
 
 @pytest.mark.parametrize("consume", [with_accelerate, with_lightning, with_train])
-def test_the_first_twenty_batches_are_those_of_a_loop_of_ones_own(
-    config: Config, wanted: Seen, consume: Callable[[Config], Seen]
-) -> None:
+def test_same_batches_as_plain_loop(config: Config, wanted: Seen, consume: Callable[[Config], Seen]) -> None:
     assert len(wanted) == NUM_BATCHES
     assert consume(config) == wanted
 
 
-def test_accelerate_hands_the_loader_back_as_it_is(config: Config) -> None:
+def test_accelerate_returns_loader_unchanged(config: Config) -> None:
     with opened(config) as (loader, *_):
         assert accelerate.Accelerator(cpu=True).prepare(loader) is loader

@@ -1,4 +1,4 @@
-"""Mixed, augmented and repeated images: the laws of the plain stream hold, and the teacher sees the mix."""
+"""Mixed, augmented and repeated images: the stream stays reproducible, and the teacher sees mixed images."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources.base import Arrays, ImageFolder
+from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses import task
@@ -54,13 +54,13 @@ def shares(row: Fields) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("batch_size", [2, 6, 38])
-def test_mixed_pixels_and_labels_do_not_depend_on_the_batch_size(open_loader, whole, batch_size):
+def test_mixing_independent_of_batch_size(open_loader, whole, batch_size):
     assert_same(rows(read(open_loader(batch_size=batch_size))), whole)
 
 
 @pytest.mark.parametrize("last_batch", ["drop", "pad"])
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 4), (4, 2), (3, 4)])
-def test_all_ranks_together_see_the_same_mixes(open_loader, whole, world_size, batch_size, last_batch):
+def test_mixing_independent_of_ranks(open_loader, whole, world_size, batch_size, last_batch):
     options = {"batch_size": batch_size, "last_batch": last_batch}
     ranks = [read(open_loader(shard=Shard(rank, world_size), **options)) for rank in range(world_size)]
     found = [row for row in global_rows(ranks) if row["valid"]]
@@ -69,7 +69,7 @@ def test_all_ranks_together_see_the_same_mixes(open_loader, whole, world_size, b
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_a_new_loader_goes_on_with_the_very_next_mix(open_loader, repeats):
+def test_resume_continues_with_next_mix(open_loader, repeats):
     options = {"last_batch": "keep", "repeats": repeats}
     with open_loader(conv_teacher(), **options) as loader:
         batches, states = [], [loader.state_dict()]
@@ -84,20 +84,20 @@ def test_a_new_loader_goes_on_with_the_very_next_mix(open_loader, repeats):
             assert_same(run(loader, NUM_EPOCHS), batches[stop:])
 
 
-def test_another_epoch_or_seed_mixes_otherwise(open_loader, whole):
+def test_epoch_and_seed_change_mixes(open_loader, whole):
     first, second = ({int(row["index"]): row["images"] for row in whole[start : start + 37]} for start in (0, 37))
     other = {int(row["index"]): row["images"] for row in rows(read(open_loader(seed=6), 1))}
     for index in range(37):
         assert not torch.equal(first[index], second[index]) and not torch.equal(first[index], other[index])
 
 
-# What a batch holds
+# Batches
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize("mix", [MIX, MixSettings(mixup=0.2), MixSettings(cutmix=1.0)])
-def test_an_image_is_mixed_with_the_view_that_its_partner_has_without_mixing(open_loader, mix, repeats):
-    """Each pixel lies between those of both views, and the labels are the two classes."""
+def test_image_is_mixed_with_partner_view(open_loader, mix, repeats):
+    """Each pixel is between those of both views, and the labels are the two classes."""
     options = {"batch_size": 12, "last_batch": "drop", "repeats": repeats}
     mixed, plain = read(open_loader(mix=mix, **options), 1), read(open_loader(mix=None, **options), 1)
     num_changed = 0
@@ -117,7 +117,7 @@ def test_an_image_is_mixed_with_the_view_that_its_partner_has_without_mixing(ope
 
 
 @pytest.mark.parametrize("ahead", [0, 2])
-def test_the_teacher_reads_the_very_tensor_that_is_handed_out(open_loader, monkeypatch, ahead):
+def test_teacher_reads_mixed_tensor(open_loader, monkeypatch, ahead):
     teacher, seen = conv_teacher(), []
     infer = teacher._infer
     monkeypatch.setattr(teacher, "_infer", lambda images: seen.append(images) or infer(images))
@@ -129,7 +129,7 @@ def test_the_teacher_reads_the_very_tensor_that_is_handed_out(open_loader, monke
         assert torch.equal(batch.teacher["logits"], conv_teacher()(batch.images)["logits"])
 
 
-def test_labels_are_weights_that_sum_to_one_and_images_are_contiguous(open_loader):
+def test_labels_are_distributions_and_images_contiguous(open_loader):
     with open_loader() as loader:
         for batch in loader:
             assert batch.images.is_contiguous() and batch.images.dtype == torch.float32
@@ -139,12 +139,12 @@ def test_labels_are_weights_that_sum_to_one_and_images_are_contiguous(open_loade
             assert task(torch.zeros(len(batch), 3), batch.labels).isfinite()
 
 
-def test_half_precision_images_stay_so(open_loader):
+def test_half_precision_is_kept(open_loader):
     with open_loader(transform=EVERYTHING.model_copy(update={"dtype": "float16"})) as loader:
         assert all(batch.images.dtype == torch.float16 for batch in loader)
 
 
-def test_unlabeled_images_are_mixed_and_have_no_labels(open_loader, photo_folder, whole):
+def test_unlabeled_images_are_mixed(open_loader, photo_folder, whole):
     for batch in read(open_loader(of=ImageFolder(photo_folder, labeled=False)), 1):
         assert "labels" not in batch
         for row, index in enumerate(batch["index"].tolist()):
@@ -152,8 +152,8 @@ def test_unlabeled_images_are_mixed_and_have_no_labels(open_loader, photo_folder
             assert torch.equal(batch["images"][row], same["images"])
 
 
-def test_padding_and_substitutes_are_mixed_into_nobody(photos, tmp_path):
-    """19 rows in batches of 8: the last row that counts has padding for a partner, so it is its own plain view."""
+def test_padding_is_mixed_into_nothing(photos, tmp_path):
+    """19 rows in batches of 8: the partner of the last valid row is padding, so that row is not mixed."""
     pieces = np.stack([photos[n % 2][n : n + 40, n : n + 40] for n in range(19)])
     options = {"batch_size": 8, "seed": 2, "last_batch": "pad"}
     with (
@@ -168,7 +168,7 @@ def test_padding_and_substitutes_are_mixed_into_nobody(photos, tmp_path):
     assert [row.argmax().item() for row in ours["labels"][2:]] == theirs["labels"][2:].tolist()
 
 
-def test_a_photograph_that_cannot_be_read_is_mixed_into_nobody(photo_folder, tmp_path, open_loader):
+def test_unreadable_image_is_mixed_into_nothing(photo_folder, tmp_path, open_loader):
     root = tmp_path / "photos"
     root.mkdir()
     for number, path in enumerate(sorted(photo_folder.rglob("*.*"))[:8]):
@@ -187,14 +187,14 @@ def test_a_photograph_that_cannot_be_read_is_mixed_into_nobody(photo_folder, tmp
 
 
 @pytest.mark.parametrize("mix", [None, MIX])
-def test_the_lane_is_told_of_every_tensor_that_torch_allocated_and_of_no_other(open_loader, monkeypatch, mix):
-    told: list[set[int]] = []
+def test_stream_sync_gets_tensors_torch_allocated(open_loader, monkeypatch, mix):
+    received: list[set[int]] = []
     with open_loader(conv_teacher(), mix=mix) as loader:
         monkeypatch.setattr(
-            loader._lane, "hand_over", lambda mark, tensors: told.append({tensor.data_ptr() for tensor in tensors})
+            loader._sync, "hand_over", lambda event, tensors: received.append({tensor.data_ptr() for tensor in tensors})
         )
         held = list(loader)
-    for batch, pointers in zip(held, told, strict=True):
+    for batch, pointers in zip(held, received, strict=True):
         owned = {name: tensor.data_ptr() for name, tensor in fields(batch).items()}
         images = owned.pop("images")
         assert pointers == {*owned.values(), *([images] if mix else [])}
@@ -203,7 +203,7 @@ def test_the_lane_is_told_of_every_tensor_that_torch_allocated_and_of_no_other(o
 # Repeats
 
 
-def test_repeated_samples_come_in_a_row_and_each_time_in_another_view(open_loader):
+def test_repeats_are_consecutive_different_views(open_loader):
     found = rows(read(open_loader(mix=None, repeats=3, batch_size=6), 1))
     assert len(found) == 37 and [int(row["index"]) for row in found[:36:3]] == [
         int(row["index"]) for row in found[2::3]
@@ -212,30 +212,30 @@ def test_repeated_samples_come_in_a_row_and_each_time_in_another_view(open_loade
     assert len({row["images"].numpy().tobytes() for row in found}) == 37
 
 
-def test_the_first_of_repeated_views_is_the_one_without_repeats(open_loader):
+def test_first_repeat_equals_view_without_repeats(open_loader):
     repeated, plain = (rows(read(open_loader(mix=None, repeats=repeats), 1)) for repeats in (3, 1))
     assert_same(repeated[::3], plain[:13])
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(12, 1), (6, 2), (18, 1)])
-def test_mixes_of_repeated_samples_do_not_depend_on_batch_size_and_ranks(open_loader, batch_size, world_size):
+def test_repeated_mixes_independent_of_batches_and_ranks(open_loader, batch_size, world_size):
     wanted = rows(read(open_loader(repeats=3, batch_size=6)))
     options = {"repeats": 3, "batch_size": batch_size, "last_batch": "pad"}
     ranks = [read(open_loader(shard=Shard(rank, world_size), **options)) for rank in range(world_size)]
     assert_same([row for row in global_rows(ranks) if row["valid"]], wanted)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(("batch_size", "repeats", "multiple"), [(7, 1, 2), (8, 3, 6), (1, 1, 2)])
-def test_a_batch_that_would_part_partners_is_refused_with_both_numbers(open_loader, batch_size, repeats, multiple):
-    with pytest.raises(ConfigError, match=f"a multiple of {multiple} where .* got {batch_size}"):
+def test_batch_that_separates_partners_is_refused(open_loader, batch_size, repeats, multiple):
+    with pytest.raises(ConfigError, match=f"a multiple of {multiple} when .* got {batch_size}"):
         open_loader(batch_size=batch_size, repeats=repeats)
     open_loader(batch_size=batch_size, repeats=repeats, mix=None).close()
 
 
-def test_repeats_out_of_range_are_refused_by_name(open_loader):
+def test_repeats_out_of_range_are_refused(open_loader):
     for repeats in (0, -1):
         with pytest.raises(ConfigError, match=f"repeats must be at least 1, got {repeats}"):
             open_loader(repeats=repeats)
@@ -244,7 +244,7 @@ def test_repeats_out_of_range_are_refused_by_name(open_loader):
 # The state
 
 
-def test_a_state_from_before_there_was_mixing_still_loads(open_loader):
+def test_state_from_before_mixing_loads(open_loader):
     with open_loader(transform=TRAIN, mix=None) as loader:
         state = deepcopy(loader.state_dict())
         assert state["fingerprint"].pop("mix") is None and state["fingerprint"].pop("repeats") is None
@@ -261,15 +261,15 @@ def test_a_state_from_before_there_was_mixing_still_loads(open_loader):
         ({"transform": TRAIN}, r"transform.auto_augment.kind: 'randaugment' → None"),
     ],
 )
-def test_a_state_of_another_mix_policy_or_repetition_is_refused_by_name(open_loader, change, field):
+def test_state_with_other_mix_or_repeats_is_refused(open_loader, change, field):
     with open_loader() as loader:
         state = loader.state_dict()
     with open_loader(**change) as loader, pytest.raises(StateError, match=field):
         loader.load_state_dict(state)
 
 
-def test_nothing_changes_where_none_of_it_is_asked_for(open_loader):
-    """The probability 0 mixes nobody, and then only the form of the labels is another."""
+def test_probability_zero_changes_only_label_format(open_loader):
+    """With probability 0 only the format of the labels differs."""
     never = rows(read(open_loader(mix=MIX.model_copy(update={"probability": 0.0})), 1))
     plain = rows(read(open_loader(mix=None), 1))
     for ours, theirs in zip(never, plain, strict=True):

@@ -1,4 +1,4 @@
-"""A stopped run goes on with the very next batch, in a new loader, on other ranks, and inside Lightning."""
+"""A stopped run continues with the next batch: in a new loader, on different ranks, and in Lightning."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources.base import ImageFolder
+from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.errors import StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
@@ -33,14 +33,14 @@ NUM_BATCHES = NUM_EPOCHS * PER_EPOCH
 
 
 @dataclass(frozen=True)
-class Recording:
-    """Three epochs without a stop."""
+class Uninterrupted:
+    """Batches and states of an uninterrupted run."""
 
     batches: list[Fields]
     states: list[dict[str, Any]]
-    """`states[n]` was taken in the loop, while batch n - 1 was in use."""
+    """`states[n]` was taken in the loop, after batch n - 1."""
     between: dict[int, dict[str, Any]]
-    """`between[n]` was taken after a loop had ended with batch n - 1."""
+    """`between[n]` was taken after a loop that ended with batch n - 1."""
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def open_loader(photo_folder, teacher) -> Callable[..., KDDataLoader]:
 
 
 @pytest.fixture(scope="module")
-def recording(open_loader) -> Recording:
+def whole_run(open_loader) -> Uninterrupted:
     with open_loader() as loader:
-        found = Recording([], [loader.state_dict()], {0: loader.state_dict()})
+        found = Uninterrupted([], [loader.state_dict()], {0: loader.state_dict()})
         for _ in range(NUM_EPOCHS):
             for batch in loader:
                 found.batches.append(fields(batch))
@@ -75,35 +75,35 @@ def recording(open_loader) -> Recording:
 
 
 @pytest.mark.parametrize("stop", range(NUM_BATCHES + 1))
-def test_a_new_loader_goes_on_with_the_very_next_batch(open_loader, recording, stop):
+def test_resume_continues_with_next_batch(open_loader, whole_run, stop):
     options = {"num_threads": 1 + stop % 2, "prefetch": 1 + stop % 3, "ahead": (0, 1, 3)[stop % 3]}
     with open_loader(**options) as loader:
-        loader.load_state_dict(json.loads(json.dumps(recording.states[stop])))
-        assert_same(run(loader, NUM_EPOCHS), recording.batches[stop:])
+        loader.load_state_dict(json.loads(json.dumps(whole_run.states[stop])))
+        assert_same(run(loader, NUM_EPOCHS), whole_run.batches[stop:])
         assert loader.epoch == NUM_EPOCHS
 
 
 @pytest.mark.parametrize("stop", [0, 5, 10, 15])
-def test_a_new_loader_goes_on_with_the_next_epoch_after_a_whole_one(open_loader, recording, stop):
+def test_resume_after_full_epoch(open_loader, whole_run, stop):
     with open_loader() as loader:
-        loader.load_state_dict(recording.between[stop])
+        loader.load_state_dict(whole_run.between[stop])
         assert loader.epoch == stop // PER_EPOCH
-        assert_same(run(loader, NUM_EPOCHS), recording.batches[stop:])
+        assert_same(run(loader, NUM_EPOCHS), whole_run.batches[stop:])
 
 
 @pytest.mark.parametrize(("ahead", "prefetch"), [(0, 4), (1, 1), (3, 2)])
-def test_threads_prefetch_and_ahead_change_nothing(open_loader, recording, ahead, prefetch):
+def test_threads_prefetch_and_ahead_change_nothing(open_loader, whole_run, ahead, prefetch):
     with open_loader(ahead=ahead, prefetch=prefetch, num_threads=3) as loader:
         states = [loader.state_dict()]
         for number, batch in enumerate(loader):
-            assert_same([fields(batch)], [recording.batches[number]])
+            assert_same([fields(batch)], [whole_run.batches[number]])
             states.append(loader.state_dict())
-    assert states == recording.states[: PER_EPOCH + 1]
+    assert states == whole_run.states[: PER_EPOCH + 1]
 
 
-def test_an_epoch_can_be_interrupted_again_and_again(open_loader, recording):
+def test_repeated_interruptions_of_an_epoch(open_loader, whole_run):
     seen: list[Fields] = []
-    state = recording.states[0]
+    state = whole_run.states[0]
     for _ in range(NUM_BATCHES):
         with open_loader() as loader:
             loader.load_state_dict(state)
@@ -111,59 +111,59 @@ def test_an_epoch_can_be_interrupted_again_and_again(open_loader, recording):
                 break
             seen += [fields(batch) for batch in islice(loader, 2)]
             state = loader.state_dict()
-    assert_same(seen, recording.batches)
+    assert_same(seen, whole_run.batches)
 
 
-def test_leaving_a_loop_at_its_last_batch_ends_the_epoch(open_loader, recording):
+def test_break_at_last_batch_ends_epoch(open_loader, whole_run):
     with open_loader() as loader:
         for number, _ in enumerate(loader, start=1):
             if number == len(loader):
                 break
         state = loader.state_dict()
-        assert_same([fields(batch) for batch in loader], recording.batches[PER_EPOCH : 2 * PER_EPOCH])
+        assert_same([fields(batch) for batch in loader], whole_run.batches[PER_EPOCH : 2 * PER_EPOCH])
     with open_loader() as loader:
         loader.load_state_dict(state)
         assert loader.epoch == 1
-        assert_same(run(loader, 2), recording.batches[PER_EPOCH : 2 * PER_EPOCH])
+        assert_same(run(loader, 2), whole_run.batches[PER_EPOCH : 2 * PER_EPOCH])
 
 
-def test_loops_that_take_just_as_many_batches_as_there_are_give_whole_epochs(open_loader, recording):
+def test_islice_of_full_length_is_one_epoch(open_loader, whole_run):
     with open_loader() as loader:
         seen = [[fields(batch) for batch in islice(loader, len(loader))] for _ in range(NUM_EPOCHS)]
     assert [len(epoch) for epoch in seen] == [PER_EPOCH] * NUM_EPOCHS
-    assert_same([batch for epoch in seen for batch in epoch], recording.batches)
+    assert_same([batch for epoch in seen for batch in epoch], whole_run.batches)
 
 
-def test_a_loop_after_one_that_was_left_early_is_the_next_epoch(open_loader, recording):
+def test_loop_after_break_is_next_epoch(open_loader, whole_run):
     with open_loader() as loader:
-        assert_same([fields(batch) for batch in islice(loader, 2)], recording.batches[:2])
-        assert_same([fields(batch) for batch in loader], recording.batches[PER_EPOCH : 2 * PER_EPOCH])
+        assert_same([fields(batch) for batch in islice(loader, 2)], whole_run.batches[:2])
+        assert_same([fields(batch) for batch in loader], whole_run.batches[PER_EPOCH : 2 * PER_EPOCH])
 
 
 # The state
 
 
 @pytest.mark.parametrize("stop", range(NUM_BATCHES + 1))
-def test_a_state_that_is_loaded_and_saved_again_is_the_same(open_loader, recording, stop):
+def test_loaded_state_is_saved_unchanged(open_loader, whole_run, stop):
     with open_loader() as loader:
-        loader.load_state_dict(recording.states[stop])
-        assert loader.state_dict() == recording.states[stop]
+        loader.load_state_dict(whole_run.states[stop])
+        assert loader.state_dict() == whole_run.states[stop]
 
 
-def test_a_state_is_the_same_after_json(recording):
-    for state in [*recording.states, *recording.between.values()]:
+def test_state_survives_json(whole_run):
+    for state in [*whole_run.states, *whole_run.between.values()]:
         assert json.loads(json.dumps(state)) == state
 
 
-def test_a_state_is_the_same_after_a_checkpoint_that_holds_no_code(recording):
-    for state in recording.states:
+def test_state_survives_weights_only_checkpoint(whole_run):
+    for state in whole_run.states:
         file = io.BytesIO()
         torch.save({"loader": state}, file)
         file.seek(0)
         assert torch.load(file, weights_only=True) == {"loader": state}
 
 
-def test_a_state_does_not_change_when_the_loader_goes_on(open_loader):
+def test_state_is_a_snapshot(open_loader):
     with open_loader() as loader:
         iterator = iter(loader)
         next(iterator)
@@ -173,48 +173,48 @@ def test_a_state_does_not_change_when_the_loader_goes_on(open_loader):
         assert json.dumps(state) == before
 
 
-def test_loading_in_mid_loop_moves_the_loader_and_the_old_loop_says_so(open_loader, recording):
+def test_loading_within_loop_ends_old_loop(open_loader, whole_run):
     with open_loader(ahead=2) as loader:
         old = iter(loader)
         next(old)
-        loader.load_state_dict(recording.states[7])
+        loader.load_state_dict(whole_run.states[7])
         with pytest.raises(StateError, match="this loop has lost its place"):
             next(old)
-        assert_same(run(loader, NUM_EPOCHS), recording.batches[7:])
+        assert_same(run(loader, NUM_EPOCHS), whole_run.batches[7:])
 
 
-def test_a_state_from_a_later_place_goes_back_too(open_loader, recording):
+def test_loading_goes_back(open_loader, whole_run):
     with open_loader() as loader:
         run(loader, 2)
-        loader.load_state_dict(recording.states[3])
+        loader.load_state_dict(whole_run.states[3])
         assert loader.epoch == 0
-        assert_same(run(loader, 1), recording.batches[3:PER_EPOCH])
+        assert_same(run(loader, 1), whole_run.batches[3:PER_EPOCH])
 
 
-def test_a_refused_state_leaves_the_loader_where_it_was(open_loader, recording):
+def test_refused_state_changes_nothing(open_loader, whole_run):
     with open_loader() as loader:
         iterator = iter(loader)
-        assert_same([fields(next(iterator))], recording.batches[:1])
+        assert_same([fields(next(iterator))], whole_run.batches[:1])
         with pytest.raises(StateError):
-            loader.load_state_dict({**recording.states[7], "batch": -1})
-        assert loader.state_dict() == recording.states[1]
-        assert_same([fields(batch) for batch in iterator], recording.batches[1:PER_EPOCH])
+            loader.load_state_dict({**whole_run.states[7], "batch": -1})
+        assert loader.state_dict() == whole_run.states[1]
+        assert_same([fields(batch) for batch in iterator], whole_run.batches[1:PER_EPOCH])
 
 
 # Ranks
 
-WAYS = [(1, 16), (2, 8), (4, 4)]
-"""World size and batch size of a rank: all make global batches of 16, of which an epoch has three."""
+SPLITS = [(1, 16), (2, 8), (4, 4)]
+"""World size and batch size per rank: all have global batches of 16, three in an epoch."""
 
 
 @pytest.fixture(scope="module")
-def ways(open_loader) -> dict[tuple[int, int], list[Recording]]:
-    """Two epochs of every rank in each of the ways."""
-    found: dict[tuple[int, int], list[Recording]] = {way: [] for way in WAYS}
+def runs_by_split(open_loader) -> dict[tuple[int, int], list[Uninterrupted]]:
+    """Two epochs of every rank, by world size and batch size."""
+    found: dict[tuple[int, int], list[Uninterrupted]] = {split: [] for split in SPLITS}
     for (world_size, batch_size), ranks in found.items():
         for rank in range(world_size):
             with open_loader(batch_size=batch_size, shard=Shard(rank, world_size)) as loader:
-                ranks.append(Recording([], [loader.state_dict()], {}))
+                ranks.append(Uninterrupted([], [loader.state_dict()], {}))
                 for _ in range(2):
                     for batch in loader:
                         ranks[-1].batches.append(fields(batch))
@@ -222,25 +222,25 @@ def ways(open_loader) -> dict[tuple[int, int], list[Recording]]:
     return found
 
 
-def test_all_ranks_of_all_worlds_have_the_same_state(ways):
-    states = [rank.states for ranks in ways.values() for rank in ranks]
+def test_state_is_equal_on_all_ranks(runs_by_split):
+    states = [rank.states for ranks in runs_by_split.values() for rank in ranks]
     assert len(states) == 7 and all(rank == states[0] for rank in states)
 
 
 @pytest.mark.parametrize("stop", [1, 4])
 @pytest.mark.parametrize(("old", "new"), [((2, 8), (1, 16)), ((1, 16), (4, 4)), ((4, 4), (2, 8))], ids=str)
-def test_a_run_goes_on_in_the_same_order_on_more_or_fewer_ranks(open_loader, ways, old, new, stop):
+def test_resume_on_more_or_fewer_ranks(open_loader, runs_by_split, old, new, stop):
     world_size, batch_size = new
     found = []
     for rank in range(world_size):
         with open_loader(batch_size=batch_size, shard=Shard(rank, world_size)) as loader:
-            loader.load_state_dict(ways[old][-1].states[stop])
+            loader.load_state_dict(runs_by_split[old][-1].states[stop])
             found.append(run(loader, 2))
-    assert_same(without_teacher(found), without_teacher([rank.batches[stop:] for rank in ways[old]]))
+    assert_same(without_teacher(found), without_teacher([rank.batches[stop:] for rank in runs_by_split[old]]))
 
 
 def without_teacher(ranks: list[list[Fields]]) -> list[Fields]:
-    """The global stream; logits may differ in the last bit in a batch of another size."""
+    """The global stream; logits may differ in the last bit in a batch of a different size."""
     return [{name: row[name] for name in ("index", "images", "labels", "valid")} for row in global_rows(ranks)]
 
 
@@ -313,27 +313,27 @@ def trained(fit, open_loader, tmp_path_factory) -> Lightning:
         return Lightning(fit(loader, every_step, every_epoch).seen, folder)
 
 
-# Lightning has advice on workers, loggers and open folders, none of which is about the batches.
+# Lightning warns about workers, loggers and existing folders.
 quiet = pytest.mark.filterwarnings("ignore:::lightning")
 
 
 @quiet
-def test_lightning_sees_the_batches_of_a_plain_loop(trained, recording):
-    assert_same(trained.seen, recording.batches)
+def test_lightning_sees_batches_of_plain_loop(trained, whole_run):
+    assert_same(trained.seen, whole_run.batches)
 
 
 @quiet
-def test_lightning_validates_on_every_batch_of_another_loader_after_every_epoch(fit, open_loader, recording):
+def test_lightning_validates_on_every_batch(fit, open_loader, whole_run):
     with open_loader() as loader, open_loader(shuffle=False) as val:
         student = fit(loader, val=val)
-    assert_same(student.seen, recording.batches)
+    assert_same(student.seen, whole_run.batches)
     order = [int(index) for batch in student.validated for index in batch["index"]]
     assert order == [*range(37)] * NUM_EPOCHS
 
 
 @quiet
 @pytest.mark.parametrize("step", [1, 4, 5, 7, 10, 14])
-def test_lightning_resumes_the_checkpoint_of_a_step_with_the_very_next_batch(fit, open_loader, trained, step):
+def test_lightning_resumes_step_checkpoint(fit, open_loader, trained, step):
     with open_loader() as loader:
         student = fit(loader, ckpt_path=trained.folder / f"step={step}.ckpt")
     assert_same(student.seen, trained.seen[step:])
@@ -341,13 +341,13 @@ def test_lightning_resumes_the_checkpoint_of_a_step_with_the_very_next_batch(fit
 
 @quiet
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_lightning_resumes_the_checkpoint_of_an_epoch_with_the_next_epoch(fit, open_loader, trained, epoch):
+def test_lightning_resumes_epoch_checkpoint(fit, open_loader, trained, epoch):
     with open_loader() as loader:
         student = fit(loader, ckpt_path=trained.folder / f"epoch={epoch}.ckpt")
     assert_same(student.seen, trained.seen[PER_EPOCH * (epoch + 1) :])
 
 
-def test_a_loop_that_set_epoch_moved_away_from_says_so(open_loader):
+def test_set_epoch_within_loop_ends_old_loop(open_loader):
     with open_loader() as loader:
         batches = iter(loader)
         next(batches)

@@ -1,4 +1,4 @@
-"""The same samples and the same views, however an epoch is cut into batches and ranks."""
+"""Samples and views do not depend on batch size and ranks."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources.base import Arrays, ImageFolder
+from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.loader.loader import KDDataLoader
 from tests.streams import (
@@ -37,7 +37,7 @@ def open_loader(source, transform=TRAIN, **options) -> KDDataLoader:
 
 
 def streams(source, world_size: int, *, num_epochs: int = 2, **options) -> list[list[Fields]]:
-    """What each rank gets to see."""
+    """The batches of each rank."""
     found = []
     for rank in range(world_size):
         with open_loader(source, shard=Shard(rank, world_size), **options) as loader:
@@ -47,7 +47,7 @@ def streams(source, world_size: int, *, num_epochs: int = 2, **options) -> list[
 
 @pytest.fixture(scope="module")
 def whole(photo_folder):
-    """`whole(transform)` is two epochs of the photographs, sample by sample."""
+    """`whole(transform)` returns two epochs of the photographs, sample by sample."""
 
     @cache
     def read(transform) -> list[Fields]:
@@ -59,19 +59,19 @@ def whole(photo_folder):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("transform", [TRAIN, EVAL], ids=["train", "eval"])
-def test_order_and_pixels_do_not_depend_on_the_batch_size(photo_folder, whole, transform, batch_size):
+def test_order_and_pixels_independent_of_batch_size(photo_folder, whole, transform, batch_size):
     with open_loader(ImageFolder(photo_folder), transform, batch_size=batch_size) as loader:
         assert_same(rows(run(loader, 2)), whole(transform))
 
 
 @pytest.mark.parametrize("batch_size", [2, 3])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_all_ranks_together_read_the_same_order_and_pixels(photo_folder, whole, world_size, batch_size):
+def test_order_and_pixels_independent_of_ranks(photo_folder, whole, world_size, batch_size):
     ranks = streams(ImageFolder(photo_folder), world_size, batch_size=batch_size)
     assert_same([row for row in global_rows(ranks) if row["valid"]], whole(TRAIN))
 
 
-def test_a_view_depends_on_epoch_and_seed(photo_folder, whole):
+def test_views_depend_on_epoch_and_seed(photo_folder, whole):
     views = {(place // 37, int(row["index"])): row["images"] for place, row in enumerate(whole(TRAIN))}
     assert not any(torch.equal(views[0, index], views[1, index]) for index in range(37))
     with open_loader(ImageFolder(photo_folder), seed=12) as loader:
@@ -79,7 +79,7 @@ def test_a_view_depends_on_epoch_and_seed(photo_folder, whole):
             assert not torch.equal(row["images"], views[0, int(row["index"])])
 
 
-def test_the_order_is_another_in_every_epoch_and_the_datasets_own_without_shuffle(photo_folder, whole):
+def test_order_changes_with_epoch_if_shuffled(photo_folder, whole):
     order = [int(row["index"]) for row in whole(TRAIN)]
     assert order[:37] != order[37:] and order[:37] != list(range(37))
     with open_loader(ImageFolder(photo_folder), shuffle=False) as loader:
@@ -91,7 +91,7 @@ CASES = [(world_size, size) for world_size in WORLD_SIZES for size in SIZES[worl
 
 @pytest.mark.parametrize(("world_size", "size"), CASES)
 @pytest.mark.parametrize("last_batch", ["keep", "pad"])
-def test_every_sample_is_valid_exactly_once_on_all_ranks_together(pieces, world_size, size, last_batch):
+def test_every_sample_is_valid_once_over_all_ranks(pieces, world_size, size, last_batch):
     labels = np.arange(size) % 7
     ranks = streams(Arrays(pieces[:size], labels), world_size, num_epochs=1, last_batch=last_batch)
     assert len({len(rank) for rank in ranks}) == 1
@@ -102,7 +102,7 @@ def test_every_sample_is_valid_exactly_once_on_all_ranks_together(pieces, world_
 
 
 @pytest.mark.parametrize(("world_size", "size"), CASES)
-def test_pad_fills_every_batch_up_with_rows_that_do_not_count(pieces, world_size, size):
+def test_pad_fills_batches_with_invalid_rows(pieces, world_size, size):
     ranks = streams(Arrays(pieces[:size]), world_size, num_epochs=1, last_batch="pad")
     assert {len(batch["index"]) for rank in ranks for batch in rank} == {4}
     num_rows = sum(len(batch["index"]) for rank in ranks for batch in rank)
@@ -111,14 +111,14 @@ def test_pad_fills_every_batch_up_with_rows_that_do_not_count(pieces, world_size
 
 
 @pytest.mark.parametrize(("world_size", "size"), CASES)
-def test_keep_repeats_a_sample_only_for_a_rank_that_would_get_nothing(pieces, world_size, size):
+def test_keep_repeats_only_for_empty_ranks(pieces, world_size, size):
     ranks = streams(Arrays(pieces[:size]), world_size, num_epochs=1, last_batch="keep")
     for batch in (batch for rank in ranks for batch in rank):
         assert batch["valid"].all() or (len(batch["valid"]) == 1 and size % (4 * world_size) < world_size)
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(1, 4), (1, 19), (2, 8), (2, 19), (4, 16), (4, 101)])
-def test_drop_leaves_out_what_fills_no_batch_and_nothing_else(pieces, world_size, size):
+def test_drop_skips_only_the_partial_batch(pieces, world_size, size):
     ranks = streams(Arrays(pieces[:size]), world_size, last_batch="drop", num_epochs=2)
     kept = size // (4 * world_size) * 4 * world_size
     seen = global_rows(ranks)
@@ -128,25 +128,25 @@ def test_drop_leaves_out_what_fills_no_batch_and_nothing_else(pieces, world_size
         assert len({int(row["index"]) for row in seen[epoch * kept : (epoch + 1) * kept]}) == kept
 
 
-def test_drop_leaves_out_other_samples_in_every_epoch(pieces):
+def test_drop_skips_different_samples_each_epoch(pieces):
     (seen,) = streams(Arrays(pieces[:19]), 1, last_batch="drop", num_epochs=6)
     assert {int(row["index"]) for row in rows(seen)} == set(range(19))
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(1, 1), (1, 3), (2, 7), (4, 15)])
-def test_drop_that_leaves_nothing_is_refused_with_the_numbers(pieces, world_size, size):
+def test_drop_of_all_samples_is_refused(pieces, world_size, size):
     with pytest.raises(DataError) as info:
         open_loader(Arrays(pieces[:size]), shard=Shard(0, world_size), last_batch="drop")
-    assert f"{size} samples make no whole batch of 4 on {world_size} rank(s)" in str(info.value)
+    assert f"{size} samples do not fill a batch of 4 on {world_size} rank(s)" in str(info.value)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (-1, 2), (0, 0), (1, 1)])
-def test_a_rank_outside_the_world_is_refused_with_both_numbers(rank, world_size):
+def test_rank_outside_world_is_refused(rank, world_size):
     with pytest.raises(ConfigError, match=f"rank {rank} of {world_size}"):
         Shard(rank, world_size)
 
 
-def test_a_loader_takes_its_rank_from_torch_distributed(pieces):
+def test_rank_from_torch_distributed(pieces):
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -160,9 +160,7 @@ def test_a_loader_takes_its_rank_from_torch_distributed(pieces):
         assert loader.shard == Shard(0, 1)
 
 
-def test_a_loader_that_is_made_before_the_processes_of_torchrun_have_met_takes_its_rank_all_the_same(
-    pieces, monkeypatch
-):
+def test_rank_from_torchrun_before_init(pieces, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with open_loader(Arrays(pieces)) as loader:

@@ -1,4 +1,4 @@
-"""Thousands of batches leave nothing behind."""
+"""No leaks over thousands of batches."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_pipeline.data.sources.base import FileList
+from kd_pipeline.data.sources import FileList
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
@@ -16,8 +16,8 @@ from tests.networks import ConvNet
 
 SIZE = 16
 NUM_BATCHES = 5000
-WARM = 1000
-"""Batches after which everything that grows at the start has its size."""
+NUM_WARMUP = 1000
+"""Batches after which caches and pools have their final size."""
 
 
 def resources() -> tuple[float, int, int]:
@@ -29,7 +29,7 @@ def resources() -> tuple[float, int, int]:
 
 
 @pytest.mark.slow
-def test_memory_threads_and_files_stay_flat_over_thousands_of_batches(photos, tmp_path):
+def test_memory_threads_and_files_stay_flat(photos, tmp_path):
     for number in range(16):
         Image.fromarray(photos[number % 2][number * 20 :, number * 20 :][:24, :24]).save(tmp_path / f"{number}.png")
     (tmp_path / "list.csv").write_text("".join(f"{number}.png,{number % 4}\n" for number in range(16)))
@@ -41,7 +41,7 @@ def test_memory_threads_and_files_stay_flat_over_thousands_of_batches(photos, tm
             for batch in loader:
                 assert torch.isfinite(batch.teacher["logits"]).all()
                 seen += 1
-                if seen == WARM:
+                if seen == NUM_WARMUP:
                     early = resources()
         late = resources()
     assert seen == NUM_BATCHES

@@ -1,4 +1,4 @@
-"""A saved position is taken by the loader it fits, and refused by any other with the reason."""
+"""A saved position is loaded if it fits, and otherwise refused with the reason."""
 
 import copy
 import shutil
@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from kd_pipeline.data.decode import DecodeChoice
-from kd_pipeline.data.sources.base import Arrays, ImageFolder
+from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.loader.state import check_fingerprint
-from kd_pipeline.loader.streams import CpuLane
+from kd_pipeline.loader.streams import StreamSync
 from tests.streams import (
     SIZE,
     conv_teacher,
@@ -40,7 +40,7 @@ def source(photo_folder) -> ImageFolder:
 
 @pytest.fixture(scope="module")
 def state(source) -> dict[str, Any]:
-    """Two batches into the first epoch."""
+    """After two batches of the first epoch."""
     with open_loader(source) as loader:
         list(islice(loader, 2))
         return loader.state_dict()
@@ -74,12 +74,12 @@ def refusal(source, state, **options: Any) -> str:
 
 
 def differences(message: str) -> dict[str, str]:
-    """Field by field what a refusal says, `old → new`."""
+    """The fields in a refusal, with `old → new`."""
     lines = [line.strip() for line in message.splitlines() if " → " in line]
     return dict(line.split(": ", 1) for line in lines)
 
 
-# Another stream of batches
+# Changed streams
 
 CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"transform": TrainTransform(size=SIZE, flip=0.25)}, {"transform.flip": "0.5 → 0.25"}),
@@ -101,7 +101,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("options", "wanted"), CHANGES, ids=[" and ".join(wanted) for _, wanted in CHANGES])
-def test_a_change_of_the_stream_is_named_with_both_values(source, state, options, wanted):
+def test_changed_field_is_named_with_both_values(source, state, options, wanted):
     found = differences(refusal(source, state, **options))
     for field, values in wanted.items():
         assert values in found[field]
@@ -110,7 +110,7 @@ def test_a_change_of_the_stream_is_named_with_both_values(source, state, options
 
 
 @pytest.mark.parametrize(("options", "wanted"), CHANGES, ids=[" and ".join(wanted) for _, wanted in CHANGES])
-def test_a_change_that_is_allowed_is_accepted(source, state, options, wanted):
+def test_allowed_change_is_accepted(source, state, options, wanted):
     with open_loader(source, **options) as loader:
         loader.load_state_dict(state, allow=[field.split(".")[0] for field in wanted])
         assert (loader.epoch, loader.state_dict()["batch"]) == (0, 2)
@@ -125,7 +125,7 @@ def test_a_change_that_is_allowed_is_accepted(source, state, options, wanted):
         ("other class", {"source"}),
     ],
 )
-def test_other_data_is_named(source, changed_source, state, change, wanted):
+def test_changed_data_is_named(source, changed_source, state, change, wanted):
     other = changed_source(change)
     found = differences(refusal(other, state))
     assert found.keys() == wanted
@@ -134,19 +134,19 @@ def test_other_data_is_named(source, changed_source, state, change, wanted):
         loader.load_state_dict(state, allow=wanted)
 
 
-def test_the_same_data_in_another_folder_is_the_same(changed_source, state):
+def test_moved_data_is_the_same(changed_source, state):
     with open_loader(changed_source("nothing")) as loader:
         loader.load_state_dict(state)
 
 
-def test_a_larger_batch_is_named_even_where_it_makes_the_epoch_shorter_than_the_position(source):
+def test_larger_batch_is_named_before_position(source):
     with open_loader(source, batch_size=4) as loader:
         list(islice(loader, 9))
         state = loader.state_dict()
     assert differences(refusal(source, state)) == {"global_batch_size": "4 → 8"}
 
 
-def test_a_position_behind_the_end_of_the_epoch_is_refused_even_where_the_batch_size_may_differ(source):
+def test_position_after_epoch_end_is_refused(source):
     with open_loader(source, batch_size=4) as loader:
         list(islice(loader, 9))
         state = loader.state_dict()
@@ -154,13 +154,13 @@ def test_a_position_behind_the_end_of_the_epoch_is_refused_even_where_the_batch_
         loader.load_state_dict(state, allow=["global_batch_size"])
 
 
-def test_fewer_samples_are_named_even_where_an_unreadable_one_was_the_last(changed_source, source, state):
+def test_fewer_samples_are_named_before_bad_samples(changed_source, source, state):
     found = differences(refusal(changed_source("one file less"), {**state, "bad_samples": [36]}))
     assert found.keys() == {"source", "num_samples"}
 
 
 @pytest.mark.parametrize("name", ["device", "dali"])
-def test_another_device_or_dali_is_named(source, state, name):
+def test_other_device_or_dali_is_named(source, state, name):
     older = copy.deepcopy(state)
     older["fingerprint"][name] = "another"
     current = state["fingerprint"][name]
@@ -172,20 +172,20 @@ def test_another_device_or_dali_is_named(source, state, name):
     [{"num_threads": 3}, {"prefetch": 5}, {"ahead": 4}, {"max_bad_fraction": 0.5}, {"decode": "full"}],
     ids=str,
 )
-def test_what_does_not_change_the_stream_may_differ(source, state, options):
+def test_settings_outside_the_stream_may_differ(source, state, options):
     with open_loader(source, **options) as loader:
         loader.load_state_dict(state)
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch) -> None:
-    """Loaders believe that they have a GPU; they say what they would do there, and cannot do it."""
+    """Loaders have a fake GPU: they can be opened but not run."""
     monkeypatch.setattr("kd_pipeline.loader.loader.resolve_device", lambda device: torch.device("cuda", 0))
-    monkeypatch.setattr("kd_pipeline.loader.loader.open_lane", lambda device, ahead: CpuLane())
+    monkeypatch.setattr("kd_pipeline.loader.loader.open_stream_sync", lambda device, ahead: StreamSync())
     monkeypatch.setattr("kd_pipeline.data.decode.choose_decode", lambda *_: DecodeChoice(**FULL))
 
 
-def test_on_a_gpu_the_way_of_decoding_belongs_to_the_stream(source, on_a_gpu):
+def test_decode_mode_belongs_to_stream_on_gpu(source, on_a_gpu):
     with open_loader(source, teacher=None, decode="window") as loader:
         assert loader.decode == "window"
         state = loader.state_dict()
@@ -195,7 +195,7 @@ def test_on_a_gpu_the_way_of_decoding_belongs_to_the_stream(source, on_a_gpu):
     assert differences(str(info.value)) == {"decode": "'window' → 'full'"}
 
 
-def test_pixels_that_are_no_files_are_decoded_nowhere(on_a_gpu):
+def test_decode_mode_is_ignored_for_pixels(on_a_gpu):
     images = Arrays(np.zeros((9, 40, 40, 3), dtype=np.uint8))
     with open_loader(images, teacher=None, decode="window") as loader:
         state = loader.state_dict()
@@ -203,34 +203,34 @@ def test_pixels_that_are_no_files_are_decoded_nowhere(on_a_gpu):
         loader.load_state_dict(state)
 
 
-def test_allowing_one_field_does_not_allow_another(source, state):
+def test_allowing_one_field_allows_no_other(source, state):
     with open_loader(source, seed=6, shuffle=False) as loader:
         with pytest.raises(StateError) as info:
             loader.load_state_dict(state, allow=["seed"])
         assert differences(str(info.value)) == {"shuffle": "True → False"}
 
 
-def test_a_refusal_says_how_to_accept_it(source, state):
+def test_refusal_says_how_to_accept(source, state):
     assert "load_state_dict(state, allow=['seed', 'shuffle'])" in refusal(source, state, seed=6, shuffle=False)
 
 
-# Damage
+# Damaged states
 
 NO_STATES = [None, [], 5, "state", {}, {"version": 2}, {"epoch": 0}]
 
 
 @pytest.mark.parametrize("found", NO_STATES, ids=repr)
-def test_what_is_no_state_is_refused(source, found):
+def test_wrong_object_is_refused(source, found):
     assert "no loader state of version 1" in refusal(source, found)
 
 
 @pytest.mark.parametrize("version", [None, 0, 2, -1, "1", [1], 10**30])
-def test_a_state_of_another_version_is_refused_with_that_version(source, state, version):
+def test_other_version_is_refused(source, state, version):
     assert f"version 1, found {version!r}" in refusal(source, {**state, "version": version})
 
 
 @pytest.mark.parametrize("key", ["version", "epoch", "batch", "bad_samples", "fingerprint"])
-def test_a_state_without_one_of_its_keys_is_refused_with_the_key(source, state, key):
+def test_missing_key_is_named(source, state, key):
     message = refusal(source, {name: value for name, value in state.items() if name != key})
     assert key in message and "pass what state_dict() gave" in message
 
@@ -246,16 +246,16 @@ WRONG: dict[str, list[Any]] = {
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values], ids=repr
 )
-def test_a_damaged_state_is_refused_with_the_key(source, state, key, value):
+def test_damaged_value_is_named(source, state, key, value):
     assert key in refusal(source, {**state, key: value})
 
 
-def test_a_state_in_which_all_samples_are_unreadable_is_refused(source, state):
+def test_all_samples_unreadable_is_refused(source, state):
     assert "bad_samples" in refusal(source, {**state, "bad_samples": list(range(37))})
 
 
 @pytest.mark.parametrize("field", ["source", "seed", "transform", "teacher"])
-def test_a_fingerprint_without_one_of_its_fields_is_refused_with_the_field(source, state, field):
+def test_missing_fingerprint_field_is_named(source, state, field):
     damaged = copy.deepcopy(state)
     del damaged["fingerprint"][field]
     assert field in refusal(source, damaged)
@@ -264,11 +264,11 @@ def test_a_fingerprint_without_one_of_its_fields_is_refused_with_the_field(sourc
 # The fingerprint
 
 
-def test_tuples_and_lists_are_the_same_in_a_fingerprint():
+def test_tuples_equal_lists_in_fingerprint():
     check_fingerprint({"mean": [0.5, 0.5], "more": {"a": [1]}}, {"mean": (0.5, 0.5), "more": {"a": (1,)}})
 
 
-def test_nested_fields_have_dotted_names_and_are_allowed_by_their_own_or_their_groups_name():
+def test_nested_fields_have_dotted_names():
     old, new = {"crop": {"area": 1, "ratio": 2}}, {"crop": {"area": 1, "ratio": 3}}
     with pytest.raises(StateError, match=r"crop\.ratio: 2 → 3"):
         check_fingerprint(old, new)
@@ -278,7 +278,7 @@ def test_nested_fields_have_dotted_names_and_are_allowed_by_their_own_or_their_g
         check_fingerprint(old, new, allow=["crop.area"])
 
 
-def test_a_field_that_only_one_side_has_is_a_difference():
+def test_field_of_one_side_is_a_difference():
     with pytest.raises(StateError, match="new: None → 1"):
         check_fingerprint({}, {"new": 1})
     with pytest.raises(StateError, match="gone: 1 → None"):

@@ -1,18 +1,18 @@
-"""The order of the calls that keep DALI, the teacher and the consumer apart on a GPU, on a recorder of such calls."""
+"""The order of synchronization calls on a GPU, with fakes of `torch.cuda` that record them."""
 
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from kd_pipeline.loader.streams import CpuLane, CudaLane, open_lane
+from kd_pipeline.loader.streams import StreamSync, open_stream_sync
 
 REAL_STREAM, REAL_EVENT = torch.cuda.Stream, torch.cuda.Event
 DEVICE = torch.device("cuda", 0)
 
 
 class Event:
-    """Done when the test says so, or when somebody waits for it."""
+    """Done when the test sets `is_done`, or after `synchronize`."""
 
     def __init__(self, name, calls):
         self.name, self.is_done, self._calls = name, False, calls
@@ -49,11 +49,11 @@ class Tensor:
         self._calls = calls
 
     def record_stream(self, stream):
-        self._calls.append(f"torch is told of the {stream.name}'s stream")
+        self._calls.append(f"record_stream for the {stream.name}'s stream")
 
 
 class Buffer:
-    """Something that can be seen to be dropped."""
+    """Records when it is freed."""
 
     def __init__(self, name, dropped):
         self._name, self._dropped = name, dropped
@@ -63,7 +63,7 @@ class Buffer:
 
 
 class Recorder:
-    """Stands in for `torch.cuda`: writes down what is called, in order."""
+    """Replaces `torch.cuda` and records all calls in order."""
 
     def __init__(self):
         self.calls = []
@@ -95,7 +95,7 @@ def cuda(monkeypatch):
     return recorder
 
 
-def test_the_real_classes_have_every_method_that_is_recorded_here():
+def test_fakes_have_only_real_methods():
     methods = {REAL_STREAM: Stream, REAL_EVENT: Event, torch.Tensor: Tensor}
     for real, fake in methods.items():
         names = [name for name in vars(fake) if not name.startswith("_")]
@@ -103,104 +103,104 @@ def test_the_real_classes_have_every_method_that_is_recorded_here():
     assert callable(torch.cuda.stream) and callable(torch.cuda.current_stream)
 
 
-def test_teaching_is_queued_on_a_stream_of_its_own_that_dali_gets_too(cuda):
-    lane = CudaLane(DEVICE, most_kept=6)
-    assert cuda.made == [lane.stream] and lane.stream is not cuda.consumer
-    with lane.teaching():
-        assert cuda.current is lane.stream
+def test_teacher_has_its_own_stream(cuda):
+    sync = open_stream_sync(DEVICE, ahead=1)
+    assert cuda.made == [sync.stream] and sync.stream is not cuda.consumer
+    with sync.on_teacher_stream():
+        assert cuda.current is sync.stream
     assert cuda.current is cuda.consumer
 
 
-def test_the_teachers_stream_waits_for_the_work_that_moved_its_weights(cuda):
-    CudaLane(DEVICE, most_kept=6)
+def test_teacher_stream_waits_for_its_weights(cuda):
+    open_stream_sync(DEVICE, ahead=1)
     assert cuda.calls == ["the teacher's stream waits for the consumer's stream"]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_a_consumer_far_behind_keeps_a_bounded_number_of_buffers(cuda, ahead):
-    lane, dropped, most_kept = open_lane(DEVICE, ahead=ahead), [], 2 * (ahead + 2)
+def test_number_of_kept_buffers_is_bounded(cuda, ahead):
+    sync, dropped, max_kept = open_stream_sync(DEVICE, ahead=ahead), [], 2 * (ahead + 2)
     cuda.calls.clear()
-    for number in range(most_kept):
-        lane.take_back(Buffer(number, dropped))
+    for number in range(max_kept):
+        sync.keep_until_used(Buffer(number, dropped))
     assert dropped == [] and not any("host" in call for call in cuda.calls)
-    for number in range(most_kept, 50):
-        lane.take_back(Buffer(number, dropped))
-    assert dropped == list(range(50 - most_kept))
+    for number in range(max_kept, 50):
+        sync.keep_until_used(Buffer(number, dropped))
+    assert dropped == list(range(50 - max_kept))
     waits = [call for call in cuda.calls if "host" in call]
     assert waits == [f"the host waits for event {number} on the consumer's stream" for number in dropped]
 
 
-def test_the_mark_is_an_event_on_the_teachers_stream(cuda):
-    lane = CudaLane(DEVICE, most_kept=6)
-    with lane.teaching():
-        mark = lane.taught()
-    assert lane.stream.events == [mark] and cuda.consumer.events == []
+def test_event_is_on_teacher_stream(cuda):
+    sync = open_stream_sync(DEVICE, ahead=1)
+    with sync.on_teacher_stream():
+        event = sync.record_event()
+    assert sync.stream.events == [event] and cuda.consumer.events == []
 
 
-def test_the_consumer_waits_for_the_mark_before_it_gets_a_batch_and_the_host_never_does(cuda):
-    lane = CudaLane(DEVICE, most_kept=6)
-    mark = lane.taught()
+def test_consumer_stream_waits_and_host_does_not(cuda):
+    sync = open_stream_sync(DEVICE, ahead=1)
+    event = sync.record_event()
     cuda.calls.clear()
-    lane.hand_over(mark, [])
+    sync.hand_over(event, [])
     assert cuda.calls == ["the consumer's stream waits for event 0 on the teacher's stream"]
-    lane.take_back(object())
+    sync.keep_until_used(object())
     assert not any("host" in call for call in cuda.calls)
 
 
-def test_torch_is_told_who_uses_each_tensor_that_it_allocated(cuda):
-    """With the consumer's stream: memory allocated on the teacher's must not be given out again before."""
-    lane = CudaLane(DEVICE, most_kept=6)
-    mark = lane.taught()
+def test_torch_tensors_are_recorded_on_consumer_stream(cuda):
+    """Memory allocated on the teacher's stream must not be reused before the consumer is done."""
+    sync = open_stream_sync(DEVICE, ahead=1)
+    event = sync.record_event()
     cuda.calls.clear()
-    lane.hand_over(mark, [Tensor(cuda.calls), Tensor(cuda.calls)])
+    sync.hand_over(event, [Tensor(cuda.calls), Tensor(cuda.calls)])
     assert cuda.calls[0].startswith("the consumer's stream waits")
-    assert cuda.calls[1:] == ["torch is told of the consumer's stream"] * 2
+    assert cuda.calls[1:] == ["record_stream for the consumer's stream"] * 2
 
 
-def test_whoever_consumes_on_another_stream_is_the_one_who_waits(cuda):
-    lane = CudaLane(DEVICE, most_kept=6)
-    mark = lane.taught()
+def test_current_stream_of_consumer_waits(cuda):
+    sync = open_stream_sync(DEVICE, ahead=1)
+    event = sync.record_event()
     own = Stream("third", cuda.calls)
     cuda.calls.clear()
     with cuda.stream(own):
-        lane.hand_over(mark, [Tensor(cuda.calls)])
-        lane.take_back(object())
+        sync.hand_over(event, [Tensor(cuda.calls)])
+        sync.keep_until_used(object())
     assert cuda.calls == [
         "the third's stream waits for event 0 on the teacher's stream",
-        "torch is told of the third's stream",
+        "record_stream for the third's stream",
         "record event 0 on the third's stream",
     ]
 
 
-def test_a_buffer_is_kept_until_the_consumer_has_passed_the_point_where_it_came_back(cuda):
-    lane, dropped = CudaLane(DEVICE, most_kept=6), []
+def test_buffer_is_kept_until_consumer_passed(cuda):
+    sync, dropped = open_stream_sync(DEVICE, ahead=1), []
     for name in "abc":
-        lane.take_back(Buffer(name, dropped))
+        sync.keep_until_used(Buffer(name, dropped))
     assert dropped == [] and len(cuda.consumer.events) == 3
     cuda.consumer.events[0].is_done = True
-    lane.take_back(Buffer("d", dropped))
+    sync.keep_until_used(Buffer("d", dropped))
     assert dropped == ["a"]
     for event in cuda.consumer.events:
         event.is_done = True
-    lane.take_back(Buffer("e", dropped))
+    sync.keep_until_used(Buffer("e", dropped))
     assert dropped == ["a", "b", "c", "d"]
 
 
-def test_a_buffer_does_not_overtake_one_that_is_still_in_use(cuda):
-    lane, dropped = CudaLane(DEVICE, most_kept=6), []
+def test_buffers_are_dropped_in_order(cuda):
+    sync, dropped = open_stream_sync(DEVICE, ahead=1), []
     for name in "abc":
-        lane.take_back(Buffer(name, dropped))
+        sync.keep_until_used(Buffer(name, dropped))
     cuda.consumer.events[1].is_done = True
-    lane.take_back(Buffer("d", dropped))
+    sync.keep_until_used(Buffer("d", dropped))
     assert dropped == []
 
 
-def test_closing_waits_for_the_work_on_every_buffer_before_it_drops_it_and_for_the_teacher(cuda):
-    lane = CudaLane(DEVICE, most_kept=6)
+def test_close_waits_for_buffers_and_teacher(cuda):
+    sync = open_stream_sync(DEVICE, ahead=1)
     for name in "ab":
-        lane.take_back(Buffer(name, cuda.calls))
+        sync.keep_until_used(Buffer(name, cuda.calls))
     cuda.calls.clear()
-    lane.close()
+    sync.close()
     waits = [call for call in cuda.calls if "waits" in call]
     assert waits == [
         "the host waits for event 0 on the consumer's stream",
@@ -209,20 +209,16 @@ def test_closing_waits_for_the_work_on_every_buffer_before_it_drops_it_and_for_t
     ]
     assert cuda.calls.index("a") > cuda.calls.index(waits[0]) and cuda.calls.index("b") > cuda.calls.index(waits[1])
     cuda.calls.clear()
-    lane.close()
+    sync.close()
     assert cuda.calls == waits[2:]
 
 
-def test_on_a_cpu_nothing_is_ordered_and_nothing_is_kept():
-    lane, dropped = open_lane(torch.device("cpu"), ahead=1), []
-    assert isinstance(lane, CpuLane) and lane.stream is None
-    with lane.teaching():
-        mark = lane.taught()
-    lane.hand_over(mark, [torch.zeros(1)])
-    lane.take_back(Buffer("a", dropped))
+def test_cpu_orders_and_keeps_nothing():
+    sync, dropped = open_stream_sync(torch.device("cpu"), ahead=1), []
+    assert type(sync) is StreamSync and sync.stream is None
+    with sync.on_teacher_stream():
+        event = sync.record_event()
+    sync.hand_over(event, [torch.zeros(1)])
+    sync.keep_until_used(Buffer("a", dropped))
     assert dropped == ["a"]
-    lane.close()
-
-
-def test_a_gpu_gets_the_lane_with_streams(cuda):
-    assert isinstance(open_lane(DEVICE, ahead=1), CudaLane)
+    sync.close()

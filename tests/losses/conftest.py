@@ -1,4 +1,4 @@
-"""Holds a loss to a formula written in NumPy: value and gradient."""
+"""Compares a loss with a reference formula in NumPy, in value and gradient."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def central_differences(formula: Callable[[numpy.ndarray], float], student: nump
 
 @pytest.fixture
 def assert_matches():
-    """Called with a loss and a formula of the student's logits, and the `[N, K]` float64 logits to try them on."""
+    """Compares a loss and a formula, both functions of the student, at float64 values of the student."""
 
     def check(loss, formula, student: numpy.ndarray) -> None:
         leaf = torch.tensor(student, requires_grad=True)

@@ -1,5 +1,3 @@
-"""The loss of a run: the sum of its terms, over the course of the run, and what is refused before the first batch."""
-
 import copy
 import sys
 from dataclasses import replace
@@ -25,7 +23,7 @@ END_LAYER = "net.body.5"
 
 
 class WideNet(nn.Module):
-    """A teacher with other widths than the student's."""
+    """A teacher with more channels than the student."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +38,7 @@ class WideNet(nn.Module):
         return self.head(self.pooled(self.layer2(self.layer1(images))))
 
 
-class Two(nn.Module):
+class ReturnsTuple(nn.Module):
     def forward(self, images):
         return images, images
 
@@ -78,10 +76,7 @@ def run(distillation, student, batch, *, epoch=0.0, epochs=10):
     return logits, features, distillation(logits, features, batch, epoch=epoch, epochs=epochs)
 
 
-# The sum of the terms.
-
-
-def test_the_loss_is_the_weighted_sum_of_task_and_distillation(teacher):
+def test_weighted_sum_of_task_and_distill(teacher):
     student, batch = LogitsOnly(), make_batch(teacher)
     distillation = make(
         {"temperature": 3.0, "distill_weight": 0.7, "task_weight": 0.2, "label_smoothing": 0.1}, teacher
@@ -120,7 +115,7 @@ def test_the_loss_is_the_weighted_sum_of_task_and_distillation(teacher):
         ),
     ],
 )
-def test_the_named_loss_gets_its_options_and_the_temperature_if_it_has_one(teacher, settings, expected):
+def test_options_and_temperature_reach_loss(teacher, settings, expected):
     student, batch = LogitsOnly(), make_batch(teacher)
     logits, _, result = run(make(settings, teacher), student, batch)
     torch.testing.assert_close(
@@ -130,7 +125,7 @@ def test_the_named_loss_gets_its_options_and_the_temperature_if_it_has_one(teach
     assert result.temperature == (settings.get("temperature", 4.0) if has_temperature else None)
 
 
-def test_features_are_further_terms_under_the_names_of_loss_and_layer(teacher):
+def test_features_are_extra_terms(teacher):
     student, batch = LogitsOnly(), make_batch(teacher)
     settings = {
         "features": [
@@ -143,16 +138,16 @@ def test_features_are_further_terms_under_the_names_of_loss_and_layer(teacher):
     logits, features, result = run(distillation, student, batch)
     attention, distance, correlation = list(result.terms.values())[2:]
     assert list(result.terms)[2:] == [f"attention_transfer.{MAP_LAYER}", f"feature_mse.{END_LAYER}", "dist"]
-    answer, valid = batch.teacher, batch.valid
-    assert attention == losses.attention_transfer(features[MAP_LAYER], answer["layer1"], valid=valid)
+    teacher_outputs, valid = batch.teacher, batch.valid
+    assert attention == losses.attention_transfer(features[MAP_LAYER], teacher_outputs["layer1"], valid=valid)
     projected = distillation.projectors[1](features[END_LAYER])
-    assert distance == losses.feature_mse(projected, answer["layer2"], valid=valid)
-    assert correlation == losses.dist(logits, answer["logits"], temperature=3.0, valid=valid)
-    by_hand = 0.1 * result.terms["task"] + 0.9 * result.terms["distill"] + 1000 * attention + 2 * distance
-    torch.testing.assert_close(result.total, by_hand + 0.5 * correlation)
+    assert distance == losses.feature_mse(projected, teacher_outputs["layer2"], valid=valid)
+    assert correlation == losses.dist(logits, teacher_outputs["logits"], temperature=3.0, valid=valid)
+    expected_total = 0.1 * result.terms["task"] + 0.9 * result.terms["distill"] + 1000 * attention + 2 * distance
+    torch.testing.assert_close(result.total, expected_total + 0.5 * correlation)
 
 
-def test_embeddings_meet_through_a_linear_projector(teacher):
+def test_linear_projector(teacher):
     student = WideNet()
     student.pooled.append(nn.Linear(40, 12))
     student.head = nn.Linear(12, NUM_CLASSES)
@@ -164,7 +159,7 @@ def test_embeddings_meet_through_a_linear_projector(teacher):
     assert result.terms["feature_cosine.pooled"] > 0
 
 
-def test_gradients_reach_student_and_projectors_and_are_finite(teacher):
+def test_gradients_reach_student_and_projectors(teacher):
     student, batch = LogitsOnly(), make_batch(teacher)
     terms = [
         {"loss": loss, "student": END_LAYER, "teacher": "layer2", "projector": "conv"}
@@ -177,7 +172,7 @@ def test_gradients_reach_student_and_projectors_and_are_finite(teacher):
         assert parameter.grad.abs().sum() > 0
 
 
-def test_the_parameters_are_those_of_the_projectors_and_never_the_students(teacher):
+def test_parameters_are_those_of_projectors(teacher):
     term = {"student": END_LAYER, "teacher": "layer2"}
     settings = {
         "features": [
@@ -195,7 +190,7 @@ def test_the_parameters_are_those_of_the_projectors_and_never_the_students(teach
     assert not list(make({}, teacher).parameters())
 
 
-def test_a_term_whose_weight_is_zero_is_left_out_with_its_projector(teacher):
+def test_zero_weight_disables_term(teacher):
     student = LogitsOnly()
     term = {"loss": "feature_mse", "student": END_LAYER, "teacher": "layer2", "projector": "conv", "weight": 0}
     distillation = make({"task_weight": 0, "features": [term]}, teacher)
@@ -205,10 +200,7 @@ def test_a_term_whose_weight_is_zero_is_left_out_with_its_projector(teacher):
     assert not list(distillation.parameters())
 
 
-# Labels.
-
-
-def test_without_a_teacher_the_loss_is_the_cross_entropy_alone_in_full():
+def test_without_teacher_loss_is_cross_entropy():
     student, batch = LogitsOnly(), make_batch()
     settings = {"task_weight": 0.1, "label_smoothing": 0.1, "features": [{"loss": "feature_mse", "student": "nowhere"}]}
     logits, _, result = run(make(settings), student, batch)
@@ -216,7 +208,7 @@ def test_without_a_teacher_the_loss_is_the_cross_entropy_alone_in_full():
     assert (list(result.terms), result.weights, result.temperature) == (["task"], {"task": 1.0}, None)
 
 
-def test_mixed_labels_reach_the_task_loss_as_they_are(teacher):
+def test_soft_labels_reach_task_loss(teacher):
     student, batch = LogitsOnly(), make_batch(teacher)
     mixed = torch.rand(4, NUM_CLASSES).softmax(1)
     logits, _, result = run(make({}, teacher, labels_are_soft=True), student, replace(batch, labels=mixed))
@@ -224,14 +216,14 @@ def test_mixed_labels_reach_the_task_loss_as_they_are(teacher):
 
 
 @pytest.mark.parametrize("settings", [{"loss": "dkd"}, {"features": [{"loss": "dkd"}]}])
-def test_a_loss_that_needs_one_class_refuses_mixed_labels_at_once(teacher, settings):
+def test_dkd_rejects_soft_labels(teacher, settings):
     make(settings, teacher, labels_are_soft=False)
-    with pytest.raises(ConfigError, match=r"dkd needs one class for each image.*leave mixup and cutmix out"):
+    with pytest.raises(ConfigError, match=r"dkd needs one class per image.*disable mixup and cutmix"):
         make(settings, teacher, labels_are_soft=True)
     make({"loss": "dkd", "task_weight": 1.0}, teacher, labels_are_soft=True)
 
 
-def test_unlabeled_images_train_on_the_teacher_alone_and_on_nothing_else(teacher):
+def test_unlabeled_images(teacher):
     student, batch = LogitsOnly(), make_batch(teacher, labels=None)
     assert list(run(make({"task_weight": 0.0}, teacher), student, batch)[2].terms) == ["distill"]
     for settings in ({}, {"loss": "dkd", "task_weight": 0.0}):
@@ -239,7 +231,7 @@ def test_unlabeled_images_train_on_the_teacher_alone_and_on_nothing_else(teacher
             run(make(settings, teacher), student, batch)
 
 
-def test_rows_that_do_not_count_may_hold_anything_in_every_term(teacher):
+def test_invalid_rows_are_ignored(teacher):
     settings = {
         "features": [
             {"loss": "attention_transfer", "student": MAP_LAYER, "teacher": "layer1"},
@@ -259,10 +251,7 @@ def test_rows_that_do_not_count_may_hold_anything_in_every_term(teacher):
     assert found.total.isfinite()
 
 
-# The course of the run.
-
-
-def test_temperature_and_weights_change_within_an_epoch(teacher):
+def test_ramps_change_within_epoch(teacher):
     settings = {
         "temperature": {"start": 10, "end": 2},
         "distill_weight": {"start": 0, "end": 1, "epochs": 5},
@@ -276,37 +265,34 @@ def test_temperature_and_weights_change_within_an_epoch(teacher):
     for epoch, temperature, weight in ((0.0, 10, 0), (0.25, 9.8, 0.05), (2.5, 8, 0.5), (7.5, 4, 1), (10.0, 2, 1)):
         logits, _, result = run(distillation, student, batch, epoch=epoch)
         assert result.temperature == pytest.approx(temperature)
-        further = pytest.approx(4 + 0.4 * epoch)
+        extra = pytest.approx(4 + 0.4 * epoch)
         assert result.weights == {
             "task": pytest.approx(1 - weight),
             "distill": pytest.approx(weight),
-            "soft_target": further,
+            "soft_target": extra,
         }
-        answer = batch.teacher["logits"]
-        soft = losses.soft_target(logits, answer, temperature=temperature, valid=batch.valid)
+        teacher_logits = batch.teacher["logits"]
+        soft = losses.soft_target(logits, teacher_logits, temperature=temperature, valid=batch.valid)
         torch.testing.assert_close(result.terms["distill"], soft)
-        second = losses.soft_target(logits, answer, temperature=1 + 0.2 * epoch, valid=batch.valid)
+        second = losses.soft_target(logits, teacher_logits, temperature=1 + 0.2 * epoch, valid=batch.valid)
         torch.testing.assert_close(result.terms["soft_target"], second)
-        by_hand = (1 - weight) * result.terms["task"] + weight * soft + (4 + 0.4 * epoch) * second
-        torch.testing.assert_close(result.total, by_hand)
+        expected_total = (1 - weight) * result.terms["task"] + weight * soft + (4 + 0.4 * epoch) * second
+        torch.testing.assert_close(result.total, expected_total)
 
 
-# Losses of the user's own.
-
-
-def far_off(logits: Tensor, batch: KDBatch) -> Tensor:
+def mean_absolute_error(logits: Tensor, batch: KDBatch) -> Tensor:
     return (logits - batch.teacher["logits"]).abs().mean(1)[batch.valid].mean()
 
 
-def test_a_function_takes_the_place_of_the_named_loss(teacher):
+def test_custom_loss_function(teacher):
     student, batch = LogitsOnly(), make_batch(teacher)
-    logits, _, result = run(make({"task_weight": 0.4}, teacher, loss=far_off), student, batch)
-    assert result.terms["distill"] == far_off(logits, batch)
+    logits, _, result = run(make({"task_weight": 0.4}, teacher, loss=mean_absolute_error), student, batch)
+    assert result.terms["distill"] == mean_absolute_error(logits, batch)
     assert result.weights == {"task": 0.4, "distill": 0.6}
     assert result.temperature is None
 
 
-def test_a_subclass_overrides_one_method(teacher):
+def test_subclass_overrides_distill_loss(teacher):
     class Doubled(Distillation):
         def distill_loss(self, logits, features, batch, temperature):
             return 2 * super().distill_loss(logits, features, batch, temperature)
@@ -316,7 +302,7 @@ def test_a_subclass_overrides_one_method(teacher):
     assert run(make({}, teacher, kind=Doubled), student, batch)[2].terms["distill"] == 2 * expected
 
 
-def test_a_function_in_a_config_runs_only_if_its_module_is_a_plugin(teacher, tmp_path, monkeypatch):
+def test_custom_loss_needs_plugin(teacher, tmp_path, monkeypatch):
     (tmp_path / "my_kd_losses.py").write_text("def mine(logits, batch):\n    return logits.square().mean()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = {"loss": "my_kd_losses:mine"}
@@ -334,12 +320,9 @@ def test_a_function_in_a_config_runs_only_if_its_module_is_a_plugin(teacher, tmp
 
 
 @pytest.mark.parametrize(("returned", "found"), [(lambda s, b: s.mean(1), r"\[4\]"), (lambda s, b: 1.0, "float")])
-def test_a_function_that_returns_no_scalar_is_refused(teacher, returned, found):
+def test_custom_loss_must_return_scalar(teacher, returned, found):
     with pytest.raises(ConfigError, match=f"should return a scalar tensor, got {found}"):
         run(make({}, teacher, loss=returned), LogitsOnly(), make_batch(teacher))
-
-
-# What is refused before the first batch.
 
 
 def spec(*shape) -> TensorSpec:
@@ -362,7 +345,7 @@ FEATURE = {"loss": "feature_mse", "student": END_LAYER, "teacher": "layer2", "pr
         ({"student": "net.body.1"}, ["'net.body.1'", "in place"]),
     ],
 )
-def test_a_term_that_cannot_be_computed_is_refused_with_names_and_shapes(teacher, term, words):
+def test_mismatched_term(teacher, term, words):
     make({"features": [FEATURE]}, teacher)
     with pytest.raises(ConfigError) as caught:
         make({"features": [FEATURE | term]}, teacher)
@@ -370,27 +353,27 @@ def test_a_term_that_cannot_be_computed_is_refused_with_names_and_shapes(teacher
         assert word in str(caught.value)
 
 
-def test_options_that_the_loss_itself_refuses_are_refused_at_once(teacher):
+def test_invalid_option_fails_early(teacher):
     with pytest.raises(ConfigError, match=r"distill: label_smoothing must be .* got 1.5"):
         make({"loss": "hard_label", "options": {"label_smoothing": 1.5}}, teacher)
 
 
-def test_a_teacher_or_a_student_of_other_classes_is_refused_with_both_numbers():
+def test_mismatched_num_classes():
     arguments = {"student": LogitsOnly(), "image_shape": IMAGE_SHAPE}
-    with pytest.raises(ConfigError, match="answers with 1001 classes and the data has 10"):
+    with pytest.raises(ConfigError, match="the teacher has 1001 classes and the data has 10"):
         Distillation(DistillSettings(), teacher_outputs={"logits": spec(1001)}, num_classes=10, **arguments)
-    with pytest.raises(ConfigError, match=r"should give logits \[2, 7\] for 2 images of 7 classes, got \[2, 10\]"):
+    with pytest.raises(ConfigError, match=r"should return logits \[2, 7\] for 2 images of 7 classes, got \[2, 10\]"):
         Distillation(DistillSettings(), teacher_outputs=None, num_classes=7, **arguments)
 
 
-def test_a_student_that_returns_no_tensor_or_fails_is_refused():
-    with pytest.raises(ConfigError, match=r"the student Two should give logits \[2, 10\] .* got tuple"):
-        make({}, student=Two())
+def test_invalid_student():
+    with pytest.raises(ConfigError, match=r"the student ReturnsTuple should return logits \[2, 10\] .* got tuple"):
+        make({}, student=ReturnsTuple())
     with pytest.raises(ConfigError, match=r"the student Conv2d fails on zeros \[2, 3, 32, 32\]"):
         make({}, student=nn.Conv2d(4, 4, 1))
 
 
-def test_teacher_maps_of_open_size_are_checked_with_the_first_batch(teacher):
+def test_dynamic_teacher_shape(teacher):
     outputs = teacher.outputs | {"layer2": TensorSpec((None, 40, None, None), torch.float32)}
     student, batch = LogitsOnly(), make_batch(teacher)
     distillation = Distillation(
@@ -403,7 +386,7 @@ def test_teacher_maps_of_open_size_are_checked_with_the_first_batch(teacher):
     assert run(distillation, student, batch)[2].total.isfinite()
 
 
-def test_features_that_are_not_handed_over_are_asked_for_by_name(teacher):
+def test_missing_features(teacher):
     student, batch = LogitsOnly(), make_batch(teacher)
     distillation = make({"features": [FEATURE]}, teacher)
     logits, features, _ = run(distillation, student, batch)
@@ -413,10 +396,7 @@ def test_features_that_are_not_handed_over_are_asked_for_by_name(teacher):
         distillation(logits, features, replace(batch, teacher={}), epoch=0, epochs=1)
 
 
-# What a look at the student must not do, and what a step must not do.
-
-
-def test_the_student_is_the_same_after_its_shapes_were_learned(teacher):
+def test_dry_run_leaves_student_unchanged(teacher):
     student = LogitsOnly().train()
     student.net.head.eval()
     before = copy.deepcopy(student.state_dict())
@@ -431,7 +411,7 @@ def test_the_student_is_the_same_after_its_shapes_were_learned(teacher):
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["wrapper", "in place"])
-def test_a_compiled_student_learns_from_features_as_a_plain_one_does(teacher, in_place):
+def test_compiled_student(teacher, in_place):
     torch.compiler.reset()
     plain, student = LogitsOnly().eval(), LogitsOnly().eval()
     compiled = student
@@ -447,12 +427,12 @@ def test_a_compiled_student_learns_from_features_as_a_plain_one_does(teacher, in
         torch.testing.assert_close(found, expected)
         expected.backward()
         found.backward()
-    for ours, theirs in zip(student.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+    for actual, desired in zip(student.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, desired.grad)
 
 
-def test_no_value_of_a_tensor_is_ever_asked_for(teacher):
-    """Fake tensors have no values: `.item()`, a Python branch and a boolean index all raise here, and on a GPU wait."""
+def test_no_gpu_sync(teacher):
+    """Fake tensors have no values: `.item()`, branches and boolean indexing raise. On a GPU they would synchronize."""
     settings = {
         "loss": "dkd",
         "temperature": {"start": 4, "end": 1},

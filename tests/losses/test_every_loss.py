@@ -1,4 +1,4 @@
-"""The promises of `kd_pipeline.losses`, held by every loss in every form."""
+"""The contract of `kd_pipeline.losses`, tested on every loss."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     temperature: float = 2.0
 
     def rows(self, keep: Tensor) -> "Batch":
-        """The same batch with the rows `keep` alone, given as bools or as positions."""
+        """The batch reduced to the rows `keep`, given as bools or indices."""
         valid = None if self.valid is None else self.valid[keep]
         return Batch(
             self.student.detach()[keep].requires_grad_(),
@@ -68,25 +68,25 @@ LOSSES = {
 }
 
 
-shaping = torch.autocast("cpu", enabled=False)
-"""What brings the batch to the shape of a map is no part of the loss."""
+no_autocast = torch.autocast("cpu", enabled=False)
+"""For the helpers that make maps of rows, which are not part of a loss."""
 
 
-@shaping
+@no_autocast
 def as_map(rows: Tensor) -> Tensor:
-    """The K numbers of a row as the positions of a map with one channel, `[N, 1, K, 1]`."""
+    """Rows `[N, K]` as maps with one channel, `[N, 1, K, 1]`."""
     return rows[:, None, :, None]
 
 
-@shaping
+@no_autocast
 def enlarged(rows: Tensor) -> Tensor:
-    """The same map three times as large, `[N, 1, K * 3, 3]`; pooling gives `as_map` back."""
+    """Three times the size, `[N, 1, K * 3, 3]`; pooling restores `as_map`."""
     return as_map(rows).repeat_interleave(3, dim=2).repeat(1, 1, 1, 3)
 
 
-@shaping
+@no_autocast
 def two_channels(rows: Tensor) -> Tensor:
-    """A map whose second channel is the first upside down, `[N, 2, K, 1]`: its directions depend on the numbers."""
+    """Maps whose second channel is the first one flipped, `[N, 2, K, 1]`."""
     return torch.stack([rows, rows.flip(1)], dim=1)[..., None]
 
 
@@ -114,26 +114,22 @@ def value_and_gradient(loss, batch: Batch) -> tuple[Tensor, Tensor]:
     return value.detach(), gradient
 
 
-def test_every_public_loss_is_held_to_these_laws():
+def test_every_public_loss_is_listed():
     assert {name.split()[0] for name in LOSSES} == set(losses.__all__)
     assert losses.__all__ == sorted(losses.__all__)
 
 
 @every_loss
-@pytest.mark.parametrize("shape", [(1, 3), (4, 2), (5, 4)])
-def test_the_gradient_is_the_derivative_of_the_value(loss, shape):
-    batch = make_batch(*shape, dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("shape", "valid"), [((1, 3), None), ((4, 2), None), ((5, 4), None), ((5, 4), [True, False, True, True, False])]
+)
+def test_gradcheck(loss, shape, valid):
+    batch = make_batch(*shape, dtype=torch.float64, valid=valid)
     assert torch.autograd.gradcheck(lambda student: loss(batch._replace(student=student)), batch.student)
 
 
 @every_loss
-def test_the_gradient_is_the_derivative_of_the_value_when_rows_are_left_out(loss):
-    batch = make_batch(5, 4, dtype=torch.float64, valid=[True, False, True, True, False])
-    assert torch.autograd.gradcheck(lambda student: loss(batch._replace(student=student)), batch.student)
-
-
-@every_loss
-def test_the_gradient_reaches_the_student_and_nobody_else(loss):
+def test_gradient_reaches_student_only(loss):
     batch = make_batch(dtype=torch.float64)
     batch.teacher.requires_grad_()
     batch.weights.requires_grad_()
@@ -144,22 +140,22 @@ def test_the_gradient_reaches_the_student_and_nobody_else(loss):
 
 
 @every_loss
-def test_repeating_the_batch_changes_nothing(loss):
-    """A sum over the rows would double."""
+def test_loss_is_mean_over_rows(loss):
+    """A sum over rows would double with the batch."""
     batch = make_batch(dtype=torch.float64)
     torch.testing.assert_close(loss(batch.rows(torch.arange(6).repeat(2))), loss(batch))
 
 
 @every_loss
-def test_the_order_of_the_rows_changes_nothing(loss):
+def test_row_order_does_not_matter(loss):
     batch = make_batch(dtype=torch.float64)
     torch.testing.assert_close(loss(batch.rows(torch.tensor([3, 1, 5, 0, 2, 4]))), loss(batch))
 
 
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_inputs_are_computed_in_float32(loss, dtype):
-    """Exactly as if the caller had upcast them; only the gradient is rounded, to the student's dtype."""
+def test_half_precision_is_upcast(loss, dtype):
+    """The value equals that of upcast inputs; the gradient is rounded to the student's dtype."""
     half = make_batch(dtype=dtype)
     upcast = half._replace(
         student=half.student.detach().float().requires_grad_(),
@@ -175,14 +171,14 @@ def test_half_precision_inputs_are_computed_in_float32(loss, dtype):
 
 
 @every_loss
-def test_a_half_precision_student_may_have_a_float32_teacher(loss):
+def test_half_student_with_float32_teacher(loss):
     batch = make_batch()
     mixed = batch._replace(student=batch.student.detach().half().requires_grad_())
     torch.testing.assert_close(value_and_gradient(loss, mixed)[0], loss(batch).detach(), rtol=0.01, atol=0.01)
 
 
 @every_loss
-def test_the_student_alone_decides_between_float32_and_float64(loss):
+def test_student_determines_dtype(loss):
     single, double = make_batch(), make_batch(dtype=torch.float64)
     assert loss(double).dtype == torch.float64
     assert loss(double._replace(teacher=single.teacher, weights=single.weights)).dtype == torch.float64
@@ -190,8 +186,8 @@ def test_the_student_alone_decides_between_float32_and_float64(loss):
 
 
 @every_loss
-def test_autocast_is_off_while_a_loss_is_computed_and_changes_no_bit(loss):
-    class SeesAutocast(TorchFunctionMode):
+def test_autocast_is_off(loss):
+    class AutocastDetector(TorchFunctionMode):
         seen: bool = False
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -202,7 +198,7 @@ def test_autocast_is_off_while_a_loss_is_computed_and_changes_no_bit(loss):
 
     batch = make_batch(dtype=torch.bfloat16)
     expected_value, expected_gradient = value_and_gradient(loss, batch)
-    with torch.autocast("cpu", dtype=torch.bfloat16), SeesAutocast() as mode:
+    with torch.autocast("cpu", dtype=torch.bfloat16), AutocastDetector() as mode:
         value = loss(batch)
     (gradient,) = torch.autograd.grad(value, batch.student)
     assert not mode.seen
@@ -212,7 +208,7 @@ def test_autocast_is_off_while_a_loss_is_computed_and_changes_no_bit(loss):
 
 
 @every_loss
-def test_leaving_rows_out_equals_never_having_had_them(loss):
+def test_invalid_rows_equal_removed_rows(loss):
     valid = torch.tensor([True, False, True, True, False, True])
     batch = make_batch(dtype=torch.float64)
     value, gradient = value_and_gradient(loss, batch._replace(valid=valid))
@@ -223,14 +219,14 @@ def test_leaving_rows_out_equals_never_having_had_them(loss):
 
 
 @every_loss
-def test_a_mask_that_leaves_nothing_out_is_no_mask(loss):
+def test_all_rows_valid(loss):
     batch = make_batch()
     assert loss(batch._replace(valid=torch.ones(6, dtype=torch.bool))) == loss(batch)
 
 
 @every_loss
 @pytest.mark.parametrize(("garbage", "label"), [(float("nan"), -100), (float("inf"), -1), (-float("inf"), 5)])
-def test_rows_that_do_not_count_may_hold_anything(loss, garbage, label):
+def test_invalid_rows_are_ignored(loss, garbage, label):
     valid = [True, False, True, True, False, True]
     clean, dirty = make_batch(valid=valid), make_batch(valid=valid)
     out = ~dirty.valid
@@ -238,7 +234,7 @@ def test_rows_that_do_not_count_may_hold_anything(loss, garbage, label):
         for tensor in (dirty.student, dirty.teacher, dirty.weights):
             tensor[out] = garbage
         dirty.labels[out] = label
-    with torch.autograd.set_detect_anomaly(True):  # No NaN on the way either.
+    with torch.autograd.set_detect_anomaly(True):  # no NaN in the backward pass either
         value, gradient = value_and_gradient(loss, dirty)
     expected_value, expected_gradient = value_and_gradient(loss, clean)
     assert value == expected_value
@@ -246,7 +242,7 @@ def test_rows_that_do_not_count_may_hold_anything(loss, garbage, label):
 
 
 @every_loss
-def test_float16_teacher_rows_that_overflowed_are_harmless_when_they_do_not_count(loss):
+def test_float16_overflow_in_invalid_row(loss):
     batch = make_batch(dtype=torch.float16, valid=[True, True, False, True, True, True])
     batch.teacher[2] = torch.tensor([70000.0, -70000.0, 0.0, 1.0, 2.0]).half()
     assert batch.teacher[2].isinf().any()
@@ -256,7 +252,7 @@ def test_float16_teacher_rows_that_overflowed_are_harmless_when_they_do_not_coun
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("task")])
-def test_a_teacher_that_answers_nan_in_a_row_that_counts_is_not_hidden(name):
+def test_teacher_nan_is_not_hidden(name):
     batch = make_batch(valid=[True, True, False, True, True, True])
     batch.teacher[1, 3] = float("nan")
     assert LOSSES[name](batch).isnan()
@@ -264,7 +260,7 @@ def test_a_teacher_that_answers_nan_in_a_row_that_counts_is_not_hidden(name):
 
 @every_loss
 @pytest.mark.parametrize("content", [1.0, float("nan")])
-def test_a_batch_in_which_no_row_counts_gives_exactly_zero_with_a_graph(loss, content):
+def test_no_valid_row(loss, content):
     batch = make_batch(valid=[False] * 6)
     with torch.no_grad():
         batch.student.mul_(content)
@@ -275,7 +271,7 @@ def test_a_batch_in_which_no_row_counts_gives_exactly_zero_with_a_graph(loss, co
 
 
 @every_loss
-def test_an_empty_batch_gives_exactly_zero_with_a_graph(loss):
+def test_empty_batch(loss):
     value, gradient = value_and_gradient(loss, make_batch(0, 5))
     assert value == 0
     assert gradient.shape == (0, 5)
@@ -284,7 +280,7 @@ def test_an_empty_batch_gives_exactly_zero_with_a_graph(loss):
 @every_loss
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1000.0])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 70000.0])
-def test_extreme_logits_and_temperatures_give_finite_values_and_gradients(loss, temperature, scale):
+def test_extreme_inputs_are_finite(loss, temperature, scale):
     signs = make_batch(8, 6)
     batch = signs._replace(
         student=(scale * signs.student.detach().sign()).requires_grad_(),
@@ -297,8 +293,8 @@ def test_extreme_logits_and_temperatures_give_finite_values_and_gradients(loss, 
 
 
 @every_loss
-def test_no_value_of_a_tensor_is_ever_asked_for(loss):
-    """Fake tensors have no values: `.item()`, a Python branch and a boolean index all raise here, and on a GPU wait."""
+def test_no_gpu_sync(loss):
+    """Fake tensors have no values: `.item()`, branches and boolean indexing raise. On a GPU they would synchronize."""
     with FakeTensorMode():
         for valid in (None, torch.ones(6, dtype=torch.bool)):
             value, gradient = value_and_gradient(loss, make_batch()._replace(valid=valid))
@@ -307,7 +303,7 @@ def test_no_value_of_a_tensor_is_ever_asked_for(loss):
 
 
 @every_loss
-def test_torch_compile_takes_the_whole_loss_as_one_graph(loss):
+def test_compiles_to_one_graph(loss):
     batch = make_batch(valid=[True, False, True, True, True, True])
     torch.compiler.reset()
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
@@ -326,7 +322,7 @@ S = torch.zeros(4, 3)
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize(
-    ("student", "teacher", "valid", "both"),
+    ("student", "teacher", "valid", "parts"),
     [
         (S, torch.zeros(4, 5), None, [r"\[4, 5\] float32", r"\[4, 3\] float32"]),
         (S, torch.zeros(3, 3), None, [r"\[3, 3\] float32", r"\[4, 3\] float32"]),
@@ -340,8 +336,8 @@ S = torch.zeros(4, 3)
         (S, S, torch.ones(4, 1, dtype=torch.bool), [r"\[4, 1\] bool", r"\[4\] bool"]),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused_with_what_came_and_what_fits(loss, student, teacher, valid, both):
-    for text in both:
+def test_invalid_tensors(loss, student, teacher, valid, parts):
+    for text in parts:
         with pytest.raises(ConfigError, match=text):
             loss(student, teacher, valid=valid)
 
@@ -358,25 +354,25 @@ def test_tensors_that_do_not_fit_are_refused_with_what_came_and_what_fits(loss, 
         (torch.zeros(4, 3, dtype=torch.int64), r"\[4, 3\] int64"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused_with_what_came_and_what_fits(loss, labels, found):
+def test_invalid_labels(loss, labels, found):
     with pytest.raises(ConfigError, match=rf"\[4\] int64 .* \[4, 3\] floating .* got {found}"):
         loss(S, labels)
 
 
 @pytest.mark.parametrize("name", ["soft_target", "hard_label", "dist", "dkd", "task"])
-def test_one_class_is_refused_because_its_probability_is_always_one(name):
+def test_one_class_is_rejected(name):
     batch = make_batch(4, 1)
     with pytest.raises(ConfigError, match=r"\[N, 2 or more\] tensor, got \[4, 1\] float32"):
         LOSSES.get(name, LOSSES["soft_target kl"])(batch)
 
 
-@pytest.mark.parametrize("name", ["soft_target kl", "dkd", "dist"])
+@pytest.mark.parametrize("name", ["soft_target kl", "dkd", "dist", "channel_wise"])
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_temperature_that_is_not_above_zero_is_refused_with_its_value(name, temperature):
+def test_invalid_temperature(name, temperature):
     with pytest.raises(ConfigError, match=f"above 0, got {temperature}"):
         LOSSES[name](make_batch()._replace(temperature=temperature))
 
 
-def test_an_unknown_form_is_refused_with_the_known_ones():
+def test_invalid_form():
     with pytest.raises(ConfigError, match="'kl' or 'cross_entropy', got 'mse'"):
         losses.soft_target(S, S, form="mse")

@@ -1,5 +1,3 @@
-"""Cross-entropy with the data's labels and with the teacher's choice."""
-
 from functools import partial
 from math import exp, log
 
@@ -33,7 +31,7 @@ def rng():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_task_with_class_indices_is_cross_entropy(assert_matches, rng, shape, label_smoothing):
+def test_task_with_class_indices(assert_matches, rng, shape, label_smoothing):
     labels = rng.integers(shape[1], size=shape[0])
     assert_matches(
         partial(task, labels=torch.tensor(labels), label_smoothing=label_smoothing),
@@ -44,7 +42,7 @@ def test_task_with_class_indices_is_cross_entropy(assert_matches, rng, shape, la
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_task_with_mixed_labels_is_cross_entropy_with_their_weights(assert_matches, rng, shape, label_smoothing):
+def test_task_with_soft_labels(assert_matches, rng, shape, label_smoothing):
     weights = rng.dirichlet(numpy.ones(shape[1]), size=shape[0])
     assert_matches(
         partial(task, labels=torch.tensor(weights), label_smoothing=label_smoothing),
@@ -55,7 +53,7 @@ def test_task_with_mixed_labels_is_cross_entropy_with_their_weights(assert_match
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_hard_label_is_cross_entropy_with_the_teachers_first_choice(assert_matches, rng, shape, label_smoothing):
+def test_hard_label_formula(assert_matches, rng, shape, label_smoothing):
     teacher = rng.normal(size=shape)
     weights = one_hot(teacher.argmax(axis=1), shape[1])
     assert_matches(
@@ -65,26 +63,26 @@ def test_hard_label_is_cross_entropy_with_the_teachers_first_choice(assert_match
     )
 
 
-def test_hard_label_sees_only_which_class_the_teacher_puts_first(rng):
+def test_hard_label_ignores_confidence(rng):
     student, teacher = torch.tensor(rng.normal(size=(5, 4))), torch.tensor(rng.normal(size=(5, 4)))
     assert hard_label(student, teacher * 1000 - 7) == hard_label(student, teacher)
     assert hard_label(student, -teacher) != hard_label(student, teacher)
 
 
-def test_half_precision_weights_count_like_their_float32_values(rng):
+def test_half_precision_soft_labels(rng):
     student, weights = torch.tensor(rng.normal(size=(5, 4))).float(), torch.tensor(rng.dirichlet(numpy.ones(4), size=5))
     assert task(student, weights.half()) == task(student, weights.half().float())
 
 
 @pytest.mark.parametrize("label", [-100, -1, 3])
-def test_a_label_outside_the_classes_is_never_skipped_in_a_row_that_counts(label):
-    """torch.nn.functional.cross_entropy skips -100 unless told otherwise."""
+def test_label_out_of_range(label):
+    """torch.nn.functional.cross_entropy ignores -100 by default."""
     with pytest.raises(IndexError, match=f"{label} is out of bounds"):
         task(torch.zeros(2, 3), torch.tensor([0, label]))
 
 
 @pytest.mark.parametrize("label_smoothing", [-0.1, 1.0, float("nan")])
-def test_a_label_smoothing_outside_its_range_is_refused_with_its_value(label_smoothing):
+def test_invalid_label_smoothing(label_smoothing):
     student, teacher, labels = torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ConfigError, match=f"below 1, got {label_smoothing}"):
         task(student, labels, label_smoothing=label_smoothing)

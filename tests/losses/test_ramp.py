@@ -1,5 +1,3 @@
-"""Ramps: where they begin and end, their shapes, and settings that make none."""
-
 import math
 
 import pytest
@@ -8,25 +6,25 @@ from pydantic import ValidationError
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.config.reader import read_config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.losses.ramp import Ramp, smallest, value_at
+from kd_pipeline.losses.ramp import Ramp, min_value, value_at
 
 BOUNDED = ["linear", "cosine", "exponential"]
 
 
 @pytest.mark.parametrize("epoch", [0, 0.3, 5, 100])
-def test_a_plain_number_never_changes(epoch):
+def test_plain_number(epoch):
     assert value_at(4.0, epoch, 10) == 4.0
 
 
 @pytest.mark.parametrize("kind", BOUNDED)
 @pytest.mark.parametrize(("start", "end"), [(0.7, 0.1), (0.1, 0.7), (10.0, 0.1), (3.0, 3.0)])
-def test_a_ramp_begins_at_start_and_stays_at_end_exactly(kind, start, end):
+def test_start_and_end_are_exact(kind, start, end):
     ramp = Ramp(start=start, end=end, kind=kind)
     assert [value_at(ramp, epoch, 10) for epoch in (0, 10, 10.5, 40)] == [start, end, end, end]
 
 
 @pytest.mark.parametrize("kind", BOUNDED)
-def test_a_ramp_takes_its_own_number_of_epochs_where_it_has_one(kind):
+def test_own_epochs(kind):
     ramp = Ramp(start=1.0, end=2.0, kind=kind, epochs=2.5)
     assert value_at(ramp, 2.4, 10) < 2.0 == value_at(ramp, 2.5, 10)
     assert value_at(ramp, 1.0, 10) == value_at(ramp, 1.0, 99)
@@ -36,13 +34,13 @@ def test_a_ramp_takes_its_own_number_of_epochs_where_it_has_one(kind):
     ("kind", "at_quarter", "at_half"),
     [("linear", 3.0, 5.0), ("cosine", 1 + 8 * (1 - math.sqrt(0.5)) / 2, 5.0), ("exponential", math.sqrt(3), 3.0)],
 )
-def test_the_shape_between_the_ends_is_the_one_that_was_asked_for(kind, at_quarter, at_half):
+def test_kinds(kind, at_quarter, at_half):
     ramp = Ramp(start=1.0, end=9.0, kind=kind)
     assert value_at(ramp, 2, 8) == pytest.approx(at_quarter)
     assert value_at(ramp, 4, 8) == pytest.approx(at_half)
 
 
-def test_decay_follows_the_rule_that_leaves_nine_tenths_of_the_distance_each_epoch():
+def test_decay():
     ramp = Ramp(start=10, end=1, kind="decay", rate=0.9)
     temperature = 10.0
     for epoch in range(31):
@@ -52,20 +50,20 @@ def test_decay_follows_the_rule_that_leaves_nine_tenths_of_the_distance_each_epo
 
 @pytest.mark.parametrize("kind", [*BOUNDED, "decay"])
 @pytest.mark.parametrize(("start", "end"), [(0.5, 8.0), (8.0, 0.5)])
-def test_no_value_lies_below_the_smallest(kind, start, end):
+def test_min_value(kind, start, end):
     ramp = Ramp(start=start, end=end, kind=kind, rate=0.5 if kind == "decay" else None)
     values = [value_at(ramp, step / 7, 10) for step in range(141)]
-    assert smallest(ramp) == 0.5 == pytest.approx(min(values), rel=1e-3)
+    assert min_value(ramp) == 0.5 == pytest.approx(min(values), rel=1e-3)
     assert min(values) >= 0.5 and max(values) <= 8.0
-    assert smallest(3.0) == 3.0
+    assert min_value(3.0) == 3.0
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"kind": "decay"}, "needs a rate"),
-        ({"kind": "decay", "rate": 0.9, "epochs": 3}, "epochs: 3 means nothing to kind: decay"),
-        ({"kind": "linear", "rate": 0.9}, "rate: 0.9 means nothing to kind: linear"),
+        ({"kind": "decay", "rate": 0.9, "epochs": 3}, "epochs: 3 has no effect on kind: decay"),
+        ({"kind": "linear", "rate": 0.9}, "rate: 0.9 has no effect on kind: linear"),
         ({"kind": "exponential", "end": 0}, "numbers above 0, got 1 and 0"),
         ({"kind": "decay", "rate": 1.0}, "less than 1"),
         ({"epochs": 0}, "greater than 0"),
@@ -73,14 +71,12 @@ def test_no_value_lies_below_the_smallest(kind, start, end):
         ({"start": math.inf}, "finite number"),
     ],
 )
-def test_settings_that_make_no_ramp_are_refused(settings, message):
+def test_invalid_ramp(settings, message):
     with pytest.raises(ValidationError, match=message):
         Ramp(**{"start": 1.0, "end": 2.0, **settings})
 
 
 class Holder(Settings):
-    """A settings class with a ramp in it."""
-
     temperature: float | Ramp = 4.0
 
 
@@ -92,13 +88,13 @@ class Holder(Settings):
         ("temperature: {start: 4, end: 1, kind: decay, rate: 0.5}", Ramp(start=4, end=1, kind="decay", rate=0.5)),
     ],
 )
-def test_a_config_file_spells_a_number_or_a_ramp(tmp_path, text, found):
+def test_number_or_ramp_in_yaml(tmp_path, text, found):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     assert read_config(Holder, path).temperature == found
 
 
-def test_a_ramp_with_an_unknown_key_is_one_problem_that_names_it(tmp_path):
+def test_unknown_key(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("temperature: {start: 4, stop: 1}")
     with pytest.raises(ConfigError) as caught:

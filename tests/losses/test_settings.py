@@ -1,5 +1,3 @@
-"""What a config may say about the loss, and what it is told when it says it wrongly."""
-
 import pytest
 from pydantic import ValidationError
 
@@ -13,7 +11,7 @@ from kd_pipeline.losses.settings import DistillSettings, TermSettings
 FALLING = {"start": 1.0, "end": 0.25, "kind": "cosine"}
 
 
-def test_the_keys_of_a_plain_config_mean_what_they_always_did():
+def test_plain_config():
     settings = DistillSettings.model_validate({"temperature": 4.0, "distill_weight": 0.9, "task_weight": 0.1})
     assert (settings.loss, settings.temperature, settings.weights) == ("soft_target", 4.0, (0.9, 0.1))
 
@@ -30,13 +28,13 @@ def test_the_keys_of_a_plain_config_mean_what_they_always_did():
         ({"distill_weight": 2.0, "task_weight": 0.5}, 2.0, 0.5),
     ],
 )
-def test_a_weight_that_is_left_out_follows_timms_rule(given, distill_weight, task_weight):
+def test_default_weights(given, distill_weight, task_weight):
     weights = DistillSettings(**given).weights
     assert weights == pytest.approx((distill_weight, task_weight))
 
 
 @pytest.mark.parametrize("kind", [{"kind": "linear"}, {"kind": "cosine"}, {"kind": "decay", "rate": 0.5}])
-def test_the_rest_of_a_task_weight_that_changes_is_one_minus_it_all_along(kind):
+def test_default_distill_weight_of_ramp(kind):
     distill, task = DistillSettings(task_weight={"start": 1.0, "end": 0.25, **kind}).weights
     for epoch in (0, 1.5, 3, 10):
         assert value_at(distill, epoch, 10) == pytest.approx(1 - value_at(task, epoch, 10))
@@ -45,9 +43,12 @@ def test_the_rest_of_a_task_weight_that_changes_is_one_minus_it_all_along(kind):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"task_weight": 1.5}, r"1 - task_weight falls to -0.5; give distill_weight too"),
-        ({"task_weight": {"start": 0.5, "end": 2}}, r"1 - task_weight falls to -1; give distill_weight too"),
-        ({"task_weight": {"start": 1, "end": 0.1, "kind": "exponential"}}, r"no exponential ramp; give distill_weight"),
+        ({"task_weight": 1.5}, r"1 - task_weight falls to -0.5; set distill_weight too"),
+        ({"task_weight": {"start": 0.5, "end": 2}}, r"1 - task_weight falls to -1; set distill_weight too"),
+        (
+            {"task_weight": {"start": 1, "end": 0.1, "kind": "exponential"}},
+            r"not an exponential ramp; set",
+        ),
         ({"distill_weight": -1.0}, r"should not fall below 0, got -1"),
         ({"task_weight": {"start": 1, "end": -0.5}}, r"should not fall below 0, got -0.5"),
         ({"temperature": 0.0}, r"should stay above 0, got 0"),
@@ -63,23 +64,23 @@ def test_the_rest_of_a_task_weight_that_changes_is_one_minus_it_all_along(kind):
         ({"loss": "dkd", "options": {"temperature": 2.0}}, r"dkd has no option 'temperature'"),
         ({"options": {"form": "mse"}}, r"form: Input should be 'kl' or 'cross_entropy', got 'mse'"),
         ({"options": {"standardize": 1.0}}, r"standardize: Input should be a valid boolean, got 1.0"),
-        ({"loss": "cosine", "temperature": 2.0}, r"temperature means nothing to cosine"),
-        ({"loss": "mine.losses:far", "temperature": 2.0}, r"temperature means nothing to mine.losses:far"),
-        ({"loss": "mine.losses:far", "options": {"a": 1.0}}, r"mine.losses:far gets the logits and the batch alone"),
+        ({"loss": "cosine", "temperature": 2.0}, r"temperature has no effect on cosine"),
+        ({"loss": "mine.losses:far", "temperature": 2.0}, r"temperature has no effect on mine.losses:far"),
+        ({"loss": "mine.losses:far", "options": {"a": 1.0}}, r"mine.losses:far gets the logits and the batch only"),
         ({"label_smoothing": 1.0}, r"less than 1"),
         ({"features": [{"loss": "feature_mes"}]}, r"no loss called 'feature_mes'; did you mean 'feature_mse'"),
         ({"features": [{"loss": "task"}]}, r"no loss called 'task'"),
-        ({"features": [{"loss": "feature_mse", "temperature": 2.0}]}, r"temperature means nothing to feature_mse"),
+        ({"features": [{"loss": "feature_mse", "temperature": 2.0}]}, r"temperature has no effect on feature_mse"),
         ({"features": [{"loss": "feature_mse", "weight": -2.0}]}, r"should not fall below 0, got -2"),
         ({"features": [{"loss": "feature_mse", "student": "a"}] * 2}, r"two terms called feature_mse.a"),
     ],
 )
-def test_settings_that_make_no_loss_are_refused_with_what_was_found(given, message):
+def test_invalid_settings(given, message):
     with pytest.raises(ValidationError, match=message):
         DistillSettings(**given)
 
 
-def test_every_loss_but_the_labels_own_can_be_named():
+def test_every_loss_but_task_can_be_a_term():
     named = set()
     for name in losses.__all__:
         try:
@@ -98,7 +99,7 @@ def test_every_loss_but_the_labels_own_can_be_named():
         {"features": [{"loss": "channel_wise", "student": "a", "teacher": "b", "temperature": 3, "weight": FALLING}]},
     ],
 )
-def test_what_is_written_out_reads_back_as_it_was(given):
+def test_json_round_trip(given):
     settings = DistillSettings(**given)
     assert DistillSettings.model_validate_json(settings.model_dump_json()) == settings
 
@@ -107,7 +108,7 @@ class Run(Settings):
     distill: DistillSettings = DistillSettings()
 
 
-def test_a_yaml_file_spells_all_of_it(tmp_path):
+def test_yaml(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         """
@@ -139,7 +140,7 @@ distill:
         ("distill: {temperature: {start: 4, stop: 1}}", ["run.yaml:1", "distill.temperature.stop"]),
     ],
 )
-def test_what_is_wrong_in_a_yaml_file_is_said_with_line_and_key(tmp_path, text, words):
+def test_yaml_errors_name_line_and_key(tmp_path, text, words):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:

@@ -1,20 +1,13 @@
-"""Squared distance, cosine and DIST against their formulas, and what each of them does not see."""
-
 from functools import partial
-from math import exp, sqrt
+from math import sqrt
 
-import numpy
 import pytest
 import torch
 
 from kd_pipeline.losses import cosine, dist, logit_mse
+from tests.losses.reference import softmax, two_models, two_models_torch
 
 SHAPES = [(1, 2), (1, 5), (2, 2), (4, 3), (6, 8)]
-
-
-def softmax(row):
-    powers = [exp(logit - max(row)) for logit in row]
-    return [power / sum(powers) for power in powers]
 
 
 def squared_distance_formula(student, teacher):
@@ -48,24 +41,15 @@ def dist_formula(student, teacher, temperature, inter_weight, intra_weight):
     return temperature**2 * (inter_weight * inter + intra_weight * intra)
 
 
-def two_models(shape=(6, 5), seed=2):
-    rng = numpy.random.default_rng(seed)
-    return rng.normal(size=shape) * 2, rng.normal(size=shape) * 3
-
-
-def two_models_torch(shape=(6, 5), seed=2):
-    return tuple(torch.from_numpy(array) for array in two_models(shape, seed))
-
-
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 1)])
-def test_logit_mse_is_the_mean_squared_distance(assert_matches, shape):
+def test_logit_mse_formula(assert_matches, shape):
     student, teacher = two_models(shape)
     loss = partial(logit_mse, teacher_logits_NK=torch.tensor(teacher))
     assert_matches(loss, partial(squared_distance_formula, teacher=teacher), student)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 1)])
-def test_cosine_is_one_minus_the_cosine_of_the_angle(assert_matches, shape):
+def test_cosine_formula(assert_matches, shape):
     student, teacher = two_models(shape)
     assert_matches(partial(cosine, teacher_ND=torch.tensor(teacher)), partial(cosine_formula, teacher=teacher), student)
 
@@ -73,39 +57,39 @@ def test_cosine_is_one_minus_the_cosine_of_the_angle(assert_matches, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize(("inter_weight", "intra_weight"), [(1.0, 1.0), (2.0, 0.0), (0.0, 0.5)])
-def test_dist_is_the_papers_formula(assert_matches, shape, temperature, inter_weight, intra_weight):
+def test_dist_formula(assert_matches, shape, temperature, inter_weight, intra_weight):
     student, teacher = two_models(shape)
     settings = {"temperature": temperature, "inter_weight": inter_weight, "intra_weight": intra_weight}
     loss = partial(dist, teacher_logits_NK=torch.tensor(teacher), **settings)
     assert_matches(loss, partial(dist_formula, teacher=teacher, **settings), student)
 
 
-def test_logit_mse_sees_the_logits_and_not_their_softmax():
-    """A shift of every logit by 3 is nothing to the softmax and 9 to the distance."""
+def test_logit_mse_compares_logits():
+    """Shifting every logit by 3 changes no softmax, but adds 9 to the squared distance."""
     student, _ = two_models_torch()
     torch.testing.assert_close(logit_mse(student + 3, student), torch.tensor(9.0, dtype=torch.float64))
 
 
-def test_logit_mse_is_quadratic_in_the_scale_of_both_models():
+def test_logit_mse_is_quadratic():
     student, teacher = two_models_torch()
     torch.testing.assert_close(logit_mse(5 * student, 5 * teacher), 25 * logit_mse(student, teacher))
 
 
-def test_cosine_ignores_the_length_of_each_row():
+def test_cosine_ignores_norm():
     student, teacher = two_models_torch()
     length = torch.logspace(-6, 6, len(student), dtype=torch.float64)[:, None]
     torch.testing.assert_close(cosine(student * length, teacher), cosine(student, teacher))
     torch.testing.assert_close(cosine(student, teacher * length), cosine(student, teacher))
 
 
-def test_cosine_runs_from_zero_to_two():
+def test_cosine_range():
     rows = torch.eye(3)
     assert cosine(rows, 7 * rows) == 0
     assert cosine(rows, rows.roll(1, 0)) == 1
     assert cosine(rows, -7 * rows) == 2
 
 
-def test_a_zero_row_costs_one_and_pulls_no_harder_than_one_over_n():
+def test_cosine_of_zero_row():
     student = torch.zeros(4, 3, requires_grad=True)
     teacher = torch.tensor([[0.0, 3.0, 4.0]]).expand(4, 3)
     value = cosine(student, teacher)
@@ -116,32 +100,32 @@ def test_a_zero_row_costs_one_and_pulls_no_harder_than_one_over_n():
     assert cosine(torch.zeros(4, 3), torch.zeros(4, 3)) == 1
 
 
-def test_the_squared_temperature_is_a_factor_of_both_dist_terms():
+def test_dist_scales_with_squared_temperature():
     student, teacher = two_models_torch()
     for weights in ({"inter_weight": 0.0}, {"intra_weight": 0.0}):
         scaled = dist(3 * student, 3 * teacher, temperature=3.0, **weights)
         torch.testing.assert_close(scaled, 9 * dist(student, teacher, temperature=1.0, **weights))
 
 
-def test_the_default_of_dist_is_temperature_one_and_both_terms_once():
+def test_dist_defaults():
     student, teacher = two_models_torch()
     assert dist(student, teacher) == dist(student, teacher, temperature=1.0, inter_weight=1.0, intra_weight=1.0)
 
 
-def test_dist_of_equal_logits_is_zero_up_to_the_eps():
+def test_dist_of_equal_logits():
     student, _ = two_models_torch()
     assert dist(student, student).abs() < 1e-6
 
 
-def test_mixing_all_probabilities_with_the_uniform_ones_alike_is_invisible_to_dist():
-    """Such a mixture is the same affine map of every row and of every column, which correlation does not see."""
+def test_dist_is_invariant_to_uniform_mixing():
+    """The same affine map of all rows and columns does not change correlations."""
     student, teacher = two_models_torch()
     mixed = (0.3 * teacher.softmax(1) + 0.7 / 5).log()
     torch.testing.assert_close(dist(student, mixed), dist(student, teacher), rtol=1e-6, atol=0)
     torch.testing.assert_close(dist(mixed, student), dist(teacher, student), rtol=1e-6, atol=0)
 
 
-def test_mixing_each_row_with_the_uniform_one_by_its_own_share_is_invisible_to_the_inter_term_alone():
+def test_inter_is_invariant_to_mixing_per_row():
     student, teacher = two_models_torch()
     share = torch.linspace(0.2, 0.9, len(teacher), dtype=torch.float64)[:, None]
     mixed = (share * teacher.softmax(1) + (1 - share) / 5).log()
@@ -150,13 +134,13 @@ def test_mixing_each_row_with_the_uniform_one_by_its_own_share_is_invisible_to_t
     assert abs(dist(student, mixed, **intra) - dist(student, teacher, **intra)) > 1e-3
 
 
-def test_dist_does_not_see_a_shift_of_the_logits_of_a_row():
+def test_dist_is_invariant_to_shift():
     student, teacher = two_models_torch()
     torch.testing.assert_close(dist(student + 40, teacher - 40), dist(student, teacher))
 
 
 @pytest.mark.parametrize("valid", [[True, False, False], [False, False, False]])
-def test_the_intra_term_is_zero_with_a_graph_when_fewer_than_two_rows_count(valid):
+def test_intra_needs_two_valid_rows(valid):
     student, teacher = two_models_torch((3, 4))
     student.requires_grad_()
     value = dist(student, teacher, inter_weight=0.0, valid=torch.tensor(valid))
@@ -165,7 +149,7 @@ def test_the_intra_term_is_zero_with_a_graph_when_fewer_than_two_rows_count(vali
     assert (gradient == 0).all()
 
 
-def test_the_intra_term_correlates_the_rows_that_count_and_no_others():
+def test_intra_ignores_invalid_rows():
     student, teacher = two_models_torch((5, 4))
     valid = torch.tensor([True, False, True, True, False])
     teacher[~valid] = 100 * torch.rand(2, 4, dtype=torch.float64)
@@ -173,7 +157,7 @@ def test_the_intra_term_correlates_the_rows_that_count_and_no_others():
     torch.testing.assert_close(dist(student, teacher, inter_weight=0.0, valid=valid), expected)
 
 
-def test_a_student_that_answers_the_same_everywhere_costs_one_per_term_and_has_a_finite_gradient():
+def test_dist_of_constant_student():
     _, teacher = two_models_torch()
     student = torch.zeros_like(teacher, requires_grad=True)
     value = dist(student, teacher)

@@ -1,20 +1,14 @@
-"""Soft targets and decoupled KD against their papers' formulas, and the scaling faults known from public code."""
-
 from functools import partial
-from math import exp, log, sqrt
+from math import log, sqrt
 
 import numpy
 import pytest
 import torch
 
 from kd_pipeline.losses import dkd, soft_target
+from tests.losses.reference import softmax, two_models, two_models_torch
 
 SHAPES = [(1, 2), (1, 5), (2, 2), (3, 4), (5, 9)]
-
-
-def softmax(row):
-    powers = [exp(logit - max(row)) for logit in row]
-    return [power / sum(powers) for power in powers]
 
 
 def standardized(row):
@@ -55,21 +49,19 @@ def dkd_formula(student, teacher, labels, alpha, beta, temperature, standardize)
     return temperature**2 * total / len(student)
 
 
-def two_models(shape=(6, 5), seed=0):
-    """Float64 logits of a student and a teacher, and labels."""
-    rng = numpy.random.default_rng(seed)
-    return rng.normal(size=shape) * 2, rng.normal(size=shape) * 3, rng.integers(shape[1], size=shape[0])
+def two_models_and_labels(shape=(6, 5)):
+    return *two_models(shape), numpy.random.default_rng(0).integers(shape[1], size=shape[0])
 
 
-def two_models_torch(shape=(6, 5), seed=0):
-    return tuple(torch.from_numpy(array) for array in two_models(shape, seed))
+def two_models_and_labels_torch(shape=(6, 5)):
+    return tuple(torch.from_numpy(array) for array in two_models_and_labels(shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("standardize", [False, True])
-def test_soft_target_is_the_papers_formula(assert_matches, shape, temperature, standardize):
-    student, teacher, _ = two_models(shape)
+def test_soft_target_formula(assert_matches, shape, temperature, standardize):
+    student, teacher = two_models(shape)
     loss = partial(
         soft_target, teacher_logits_NK=torch.tensor(teacher), temperature=temperature, standardize=standardize
     )
@@ -79,8 +71,8 @@ def test_soft_target_is_the_papers_formula(assert_matches, shape, temperature, s
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
-def test_the_cross_entropy_form_is_its_formula(assert_matches, shape, temperature):
-    student, teacher, _ = two_models(shape)
+def test_cross_entropy_formula(assert_matches, shape, temperature):
+    student, teacher = two_models(shape)
     loss = partial(soft_target, teacher_logits_NK=torch.tensor(teacher), temperature=temperature, form="cross_entropy")
     assert_matches(loss, partial(cross_entropy_formula, teacher=teacher, temperature=temperature), student)
 
@@ -88,23 +80,23 @@ def test_the_cross_entropy_form_is_its_formula(assert_matches, shape, temperatur
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("standardize", [False, True])
-def test_dkd_is_the_papers_formula(assert_matches, shape, temperature, standardize):
-    student, teacher, labels = two_models(shape)
+def test_dkd_formula(assert_matches, shape, temperature, standardize):
+    student, teacher, labels = two_models_and_labels(shape)
     settings = {"alpha": 0.7, "beta": 2.5, "temperature": temperature, "standardize": standardize}
     loss = partial(dkd, teacher_logits_NK=torch.tensor(teacher), labels=torch.tensor(labels), **settings)
     assert_matches(loss, partial(dkd_formula, teacher=teacher, labels=labels, **settings), student)
 
 
-def test_both_forms_of_soft_target_have_the_same_gradient():
-    student, teacher, _ = two_models_torch()
+def test_forms_have_equal_gradients():
+    student, teacher = two_models_torch()
     student.requires_grad_()
     (of_kl,) = torch.autograd.grad(soft_target(student, teacher, form="kl"), student)
     (of_cross_entropy,) = torch.autograd.grad(soft_target(student, teacher, form="cross_entropy"), student)
     torch.testing.assert_close(of_kl, of_cross_entropy)
 
 
-def test_the_default_temperatures_are_the_documented_ones():
-    student, teacher, labels = two_models_torch()
+def test_defaults():
+    student, teacher, labels = two_models_and_labels_torch()
     assert soft_target(student, teacher) == soft_target(student, teacher, temperature=4.0)
     assert dkd(student, teacher, labels) == dkd(student, teacher, labels, alpha=1.0, beta=8.0, temperature=4.0)
 
@@ -122,25 +114,25 @@ def test_the_default_temperatures_are_the_documented_ones():
     ],
     ids=["kl", "cross_entropy", "dkd without TCKD", "dkd without NCKD"],
 )
-def test_the_squared_temperature_is_a_factor_of_every_term(loss, temperature):
-    """Logits times T at temperature T are the logits themselves at temperature 1, so only the factor is left."""
-    student, teacher, labels = two_models_torch()
+def test_loss_scales_with_squared_temperature(loss, temperature):
+    """Logits times T at temperature T are the logits at temperature 1, except for the factor."""
+    student, teacher, labels = two_models_and_labels_torch()
     scaled = loss(temperature * student, temperature * teacher, labels, temperature)
     torch.testing.assert_close(scaled, temperature**2 * loss(student, teacher, labels, 1.0))
 
 
-def test_standardized_soft_target_carries_the_squared_temperature():
-    student, teacher, _ = two_models_torch()
-    by_hand = [
+def test_standardized_scales_with_squared_temperature():
+    student, teacher = two_models_torch()
+    standardized_logits = [
         torch.tensor([standardized(row) for row in side.tolist()], dtype=torch.float64) for side in (student, teacher)
     ]
-    expected = 9 * soft_target(by_hand[0] / 3, by_hand[1] / 3, temperature=1.0)
+    expected = 9 * soft_target(standardized_logits[0] / 3, standardized_logits[1] / 3, temperature=1.0)
     torch.testing.assert_close(soft_target(student, teacher, temperature=3.0, standardize=True), expected)
 
 
-def test_at_high_temperature_soft_target_is_half_the_squared_distance_of_centered_logits_over_k():
-    """Hinton et al., equation 4; without T² the loss would vanish instead."""
-    student, teacher, _ = two_models_torch()
+def test_high_temperature_limit():
+    """Half the mean squared error of centered logits (Hinton et al., equation 4); it would be 0 without T²."""
+    student, teacher = two_models_torch()
     centered = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
     torch.testing.assert_close(
         soft_target(student, teacher, temperature=1e4), centered.square().mean() / 2, rtol=1e-3, atol=0
@@ -148,18 +140,18 @@ def test_at_high_temperature_soft_target_is_half_the_squared_distance_of_centere
 
 
 @pytest.mark.parametrize("form", ["kl", "cross_entropy"])
-def test_classes_that_nobody_believes_in_do_not_dilute_soft_target(form):
-    """A mean over all N x K numbers would be half as large for twice the classes."""
-    student, teacher, labels = two_models_torch()
-    nobody = torch.full_like(student, -1e5)
-    wider = torch.cat([student, nobody], 1), torch.cat([teacher, nobody], 1)
+def test_impossible_classes_do_not_matter(form):
+    """A mean over N x K would be half as large with twice the classes."""
+    student, teacher, labels = two_models_and_labels_torch()
+    impossible = torch.full_like(student, -1e5)
+    wider = torch.cat([student, impossible], 1), torch.cat([teacher, impossible], 1)
     torch.testing.assert_close(soft_target(*wider, form=form), soft_target(student, teacher, form=form))
     torch.testing.assert_close(dkd(*wider, labels), dkd(student, teacher, labels))
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_the_kl_losses_are_exactly_zero_for_equal_logits_and_positive_otherwise(standardize):
-    student, teacher, labels = two_models_torch()
+def test_zero_only_for_equal_logits(standardize):
+    student, teacher, labels = two_models_and_labels_torch()
     assert soft_target(teacher, teacher, standardize=standardize) == 0
     assert dkd(teacher, teacher, labels, standardize=standardize) == 0
     assert soft_target(student, teacher, standardize=standardize) > 0.01
@@ -167,8 +159,8 @@ def test_the_kl_losses_are_exactly_zero_for_equal_logits_and_positive_otherwise(
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-def test_shifting_a_row_of_either_model_changes_nothing(standardize):
-    student, teacher, labels = two_models_torch()
+def test_shift_invariance(standardize):
+    student, teacher, labels = two_models_and_labels_torch()
     shift = torch.linspace(-50, 50, len(student), dtype=torch.float64)[:, None]
     for loss in (
         partial(soft_target, standardize=standardize),
@@ -179,37 +171,37 @@ def test_shifting_a_row_of_either_model_changes_nothing(standardize):
         torch.testing.assert_close(loss(student, teacher + shift), expected)
 
 
-def test_standardized_losses_ignore_the_scale_of_each_row_and_plain_ones_do_not():
-    student, teacher, labels = two_models_torch()
+def test_standardize_ignores_scale():
+    student, teacher, labels = two_models_and_labels_torch()
     scale = torch.linspace(0.5, 8, len(student), dtype=torch.float64)[:, None]
     for loss in (soft_target, partial(dkd, labels=labels)):
         expected = loss(student, teacher, standardize=True)
-        close = {"rtol": 1e-5, "atol": 0}  # The 1e-7 beside the deviation does not scale.
+        close = {"rtol": 1e-5, "atol": 0}  # the epsilon of 1e-7 does not scale
         torch.testing.assert_close(loss(student * scale, teacher, standardize=True), expected, **close)
         torch.testing.assert_close(loss(student, teacher * scale, standardize=True), expected, **close)
         assert abs(loss(student * scale, teacher) / loss(student, teacher) - 1) > 0.05
 
 
-def test_dkd_with_beta_equal_to_the_teachers_doubt_is_soft_target():
-    """The decomposition the paper starts from: KL = TCKD + (1 - p_label) NCKD."""
-    student, teacher, labels = two_models_torch((1, 6))
-    doubt = 1 - (teacher / 2).softmax(1)[0, labels[0]].item()
+def test_dkd_generalizes_soft_target():
+    """The decomposition in the paper: KL = TCKD + (1 - p_target) NCKD."""
+    student, teacher, labels = two_models_and_labels_torch((1, 6))
+    non_target_probability = 1 - (teacher / 2).softmax(1)[0, labels[0]].item()
     torch.testing.assert_close(
-        dkd(student, teacher, labels, alpha=1.0, beta=doubt, temperature=2.0),
+        dkd(student, teacher, labels, alpha=1.0, beta=non_target_probability, temperature=2.0),
         soft_target(student, teacher, temperature=2.0),
     )
 
 
-def test_nckd_pulls_on_every_class_but_the_labeled_one():
-    student, teacher, labels = two_models_torch((4, 5))
+def test_nckd_excludes_target_class():
+    student, teacher, labels = two_models_and_labels_torch((4, 5))
     student.requires_grad_()
     (gradient,) = torch.autograd.grad(dkd(student, teacher, labels, alpha=0.0, beta=1.0), student)
     assert (gradient.gather(1, labels[:, None]) == 0).all()
     assert (gradient != 0).sum() == gradient.numel() - len(labels)
 
 
-def test_two_classes_leave_nothing_for_nckd():
-    student, teacher, labels = two_models_torch((5, 2))
+def test_nckd_of_two_classes():
+    student, teacher, labels = two_models_and_labels_torch((5, 2))
     student.requires_grad_()
     value = dkd(student, teacher, labels, alpha=0.0, beta=8.0)
     (gradient,) = torch.autograd.grad(value, student)
@@ -217,15 +209,15 @@ def test_two_classes_leave_nothing_for_nckd():
     assert (gradient == 0).all()
 
 
-def test_dkd_takes_the_largest_weight_of_a_soft_label_as_its_class():
-    student, teacher, labels = two_models_torch()
+def test_dkd_with_soft_labels():
+    student, teacher, labels = two_models_and_labels_torch()
     weights = 0.6 * torch.nn.functional.one_hot(labels, 5) + 0.4 * torch.nn.functional.one_hot((labels + 1) % 5, 5)
     assert dkd(student, teacher, weights) == dkd(student, teacher, labels)
     assert dkd(student, teacher, (labels + 1) % 5) != dkd(student, teacher, labels)
 
 
-def test_dkd_leaves_out_a_labeled_class_that_leads_by_more_than_any_constant():
-    """Subtracting 1000 from the labeled class, as public code does, would leave it in front here."""
+def test_nckd_with_large_target_logit():
+    """Subtracting 1000 from the target's logit, as public code does, would not suffice here."""
     student = torch.tensor([[50000.0, 1.0, 2.0]], requires_grad=True)
     teacher = torch.tensor([[60000.0, 2.0, 1.0]])
     value = dkd(student, teacher, torch.tensor([0]), alpha=0.0, beta=1.0, temperature=1.0)
@@ -234,7 +226,7 @@ def test_dkd_leaves_out_a_labeled_class_that_leads_by_more_than_any_constant():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits_far_apart_give_the_loss_that_they_should_and_no_nan(dtype):
+def test_half_precision_extremes(dtype):
     """log(softmax(.)) is log(0) here."""
     student = torch.tensor([[-300.0, 300.0, 0.0]], dtype=dtype, requires_grad=True)
     teacher = torch.tensor([[300.0, -300.0, 0.0]], dtype=dtype)

@@ -1,5 +1,3 @@
-"""Outputs of layers by name: of a student while it trains, compiled or not, and of a teacher as further outputs."""
-
 import copy
 
 import pytest
@@ -7,7 +5,7 @@ import torch
 from torch import nn
 
 from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.models.features import tapped, with_features
+from kd_pipeline.models.features import capture_features, with_features
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
@@ -26,9 +24,9 @@ def num_hooks(module: nn.Module) -> int:
     return sum(len(layer._forward_hooks) for layer in module.modules())
 
 
-def test_a_tap_holds_what_its_layer_returned_with_its_graph():
+def test_features_have_graph():
     net, images = small_net(), random_images(2)
-    with tapped(net, ["2", "0"]) as features:
+    with capture_features(net, ["2", "0"]) as features:
         net(images)
     assert features["2"].equal(net[:3](images))
     assert features["0"].equal(net[0](images))
@@ -36,24 +34,24 @@ def test_a_tap_holds_what_its_layer_returned_with_its_graph():
     assert net[0].weight.grad.abs().sum() > 0
 
 
-def test_nothing_is_left_on_the_network_even_when_its_forward_pass_fails():
+def test_hooks_are_removed():
     net = small_net()
-    with tapped(net, ["2"]):
+    with capture_features(net, ["2"]):
         net(random_images(2))
-    with pytest.raises(RuntimeError), tapped(net, ["2"]):
+    with pytest.raises(RuntimeError), capture_features(net, ["2"]):
         net(random_images(2, shape=(7, 32, 32)))
     assert num_hooks(net) == 0
 
 
-def test_layers_inside_layers_have_dotted_names():
+def test_nested_layers():
     net = LogitsOnly()
-    with tapped(net, ["net.body.2"]) as features:
+    with capture_features(net, ["net.body.2"]) as features:
         net(random_images(2))
     assert features["net.body.2"].shape == (2, 16, 16, 16)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["wrapper", "in place"])
-def test_a_compiled_network_gives_the_same_features_and_gradients_at_every_step(in_place):
+def test_compiled_model(in_place):
     torch.compiler.reset()
     plain, net = small_net(), small_net()
     compiled = net
@@ -64,33 +62,36 @@ def test_a_compiled_network_gives_the_same_features_and_gradients_at_every_step(
     for step in range(4):
         images = random_images(2 + step % 2, seed=step)
         for module, layers in ((plain, plain), (compiled, compiled if step % 2 else net)):
-            with tapped(layers, ["1", "2"]) as features:
+            with capture_features(layers, ["1", "2"]) as features:
                 logits = module(images)
             (logits.square().mean() + features["1"].square().mean()).backward()
             if module is plain:
                 expected = dict(features)
         for layer in ("1", "2"):
             torch.testing.assert_close(features[layer], expected[layer])
-        for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad)
-        compiled.eval()(images)  # validation, which has no taps, must not disturb training
+        for actual, desired in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, desired.grad)
+        compiled.eval()(images)  # validation, without hooks, must not affect training
         compiled.train()
     assert num_hooks(net) == 0
 
 
-def test_a_network_that_was_compiled_without_its_taps_is_refused():
+def test_model_compiled_without_hooks():
     torch.compiler.reset()
     net = torch.compile(small_net(), backend="eager")
     net(random_images(2))
-    with pytest.raises(ConfigError, match=r"'2' gave no output: .* compiled"), tapped(net, ["2"]):
+    with pytest.raises(ConfigError, match=r"'2' gave no output: .* compiled"), capture_features(net, ["2"]):
         net(random_images(2))
 
 
 @pytest.mark.parametrize(
     ("name", "hint"), [("boddy", "did you mean 'body'"), ("x", "there are 'body', 'body.0'"), ("", "there are 'body'")]
 )
-def test_an_unknown_layer_is_refused_with_the_nearest_names(name, hint):
-    with pytest.raises(ConfigError, match=f"ConvNet has no layer called '{name}'; {hint}"), tapped(ConvNet(), [name]):
+def test_unknown_layer(name, hint):
+    with (
+        pytest.raises(ConfigError, match=f"ConvNet has no layer called '{name}'; {hint}"),
+        capture_features(ConvNet(), [name]),
+    ):
         pass
     with pytest.raises(ConfigError, match=f"ConvNet has no layer called '{name}'; {hint}"):
         with_features(ConvNet(), [name])
@@ -113,35 +114,35 @@ class Recurrent(nn.Module):
     [
         ("layer", "'layer' runs more than once"),
         ("unused", "'unused' gave no output"),
-        ("attention", "'attention' returns tuple and no tensor"),
+        ("attention", "'attention' returns tuple and not a tensor"),
     ],
 )
-def test_a_layer_without_a_single_tensor_is_refused_by_name(layer, words):
+def test_layer_without_single_output(layer, words):
     net = Recurrent()
-    with pytest.raises(ConfigError, match=words), tapped(net, [layer]):
+    with pytest.raises(ConfigError, match=words), capture_features(net, [layer]):
         net(torch.zeros(2, 3))
 
 
-def test_a_layer_whose_output_a_later_one_overwrites_is_refused():
-    """The ReLU behind the BatchNorm works in place: what the tap holds is no longer what the BatchNorm returned."""
+def test_output_modified_in_place():
+    """The ReLU after the BatchNorm modifies its output in place."""
     net = LogitsOnly()
-    with pytest.raises(ConfigError, match=r"'net.body.1' returns is overwritten in place"), tapped(net, ["net.body.1"]):
+    with pytest.raises(ConfigError, match=r"'net.body.1' is modified in place"), capture_features(net, ["net.body.1"]):
         net(random_images(2))
-    with tapped(net, ["net.body.2"]) as features:
+    with capture_features(net, ["net.body.2"]) as features:
         net(random_images(2))
     assert (features["net.body.2"] >= 0).all()
-    with pytest.raises(ConfigError, match=r"'net.body.1' returns is overwritten in place"):
+    with pytest.raises(ConfigError, match=r"'net.body.1' is modified in place"):
         with_features(net, ["net.body.1"])(random_images(2))
 
 
-def test_taps_work_in_inference_mode():
+def test_inference_mode():
     net = small_net()
-    with torch.inference_mode(), tapped(net, ["2"]) as features:
+    with torch.inference_mode(), capture_features(net, ["2"]) as features:
         net(random_images(2))
     assert features["2"].shape == (2, 4, 15, 15)
 
 
-def test_a_module_with_features_returns_logits_and_layers_by_name():
+def test_with_features_outputs():
     net = small_net().eval()
     outputs = with_features(net, ["2", "0"])(random_images(3))
     assert list(outputs) == ["logits", "2", "0"]
@@ -149,19 +150,19 @@ def test_a_module_with_features_returns_logits_and_layers_by_name():
     assert outputs["2"].equal(net[:3](random_images(3)))
 
 
-def test_a_module_with_features_keeps_the_outputs_that_the_network_had():
+def test_with_features_keeps_outputs():
     outputs = with_features(ConvNet(), ["body.2"])(random_images(2))
     assert set(outputs) == {"logits", "features", "body.2"}
 
 
-def test_a_layer_with_the_name_of_an_output_is_refused():
+def test_layer_named_like_output():
     net = ConvNet()
     net.features = net.body
     with pytest.raises(ConfigError, match="'features' has the name of an output"):
         with_features(net, ["features"])(random_images(2))
 
 
-def test_a_module_with_features_is_a_frozen_copy_that_later_changes_do_not_reach():
+def test_with_features_is_frozen_copy():
     net = small_net()
     module = with_features(net, ["2"])
     before = module(random_images(2))
@@ -174,7 +175,7 @@ def test_a_module_with_features_is_a_frozen_copy_that_later_changes_do_not_reach
     assert num_hooks(net) == 0
 
 
-def test_a_copy_of_a_module_with_features_has_taps_of_its_own():
+def test_copy_has_own_hooks():
     module = with_features(small_net(), ["2"])
     twin = copy.deepcopy(module)
     first, second = random_images(2, seed=1), random_images(2, seed=2)
@@ -182,7 +183,7 @@ def test_a_copy_of_a_module_with_features_has_taps_of_its_own():
     assert not twin(second)["2"].equal(module(first)["2"])
 
 
-def test_a_module_with_features_compiles_to_one_graph():
+def test_with_features_compiles_to_one_graph():
     torch.compiler.reset()
     module = with_features(small_net(), ["2"])
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -191,7 +192,7 @@ def test_a_module_with_features_compiles_to_one_graph():
         torch.testing.assert_close(compiled(images), module(images))
 
 
-def test_a_pytorch_teacher_opens_a_module_with_features_and_its_fingerprint_tells_the_layers():
+def test_pytorch_teacher_with_features():
     teacher = PyTorchTeacher(with_features(LogitsOnly(), ["net.body.2"]), image_shape=IMAGE_SHAPE)
     assert teacher.outputs["net.body.2"].shape == (None, 16, 16, 16)
     first = teacher(random_images(2))["net.body.2"].clone()
@@ -199,11 +200,11 @@ def test_a_pytorch_teacher_opens_a_module_with_features_and_its_fingerprint_tell
     assert again["net.body.2"].equal(first)
     other = PyTorchTeacher(with_features(LogitsOnly(), ["net.body.5"]), image_shape=IMAGE_SHAPE)
     assert other.fingerprint != teacher.fingerprint
-    with pytest.raises(TeacherError, match=r"'net.body.1' returns is overwritten in place"):
+    with pytest.raises(TeacherError, match=r"'net.body.1' is modified in place"):
         PyTorchTeacher(with_features(LogitsOnly(), ["net.body.1"]), image_shape=IMAGE_SHAPE)
 
 
-def test_an_exported_module_with_features_has_them_as_outputs(tmp_path):
+def test_export_with_features(tmp_path):
     path = export_onnx(with_features(LogitsOnly(), ["net.body.2"]), tmp_path / "net.onnx", image_shape=IMAGE_SHAPE)
     outputs = read_onnx(path).outputs
     assert {name: spec.shape for name, spec in outputs.items()} == {

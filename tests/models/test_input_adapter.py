@@ -1,5 +1,3 @@
-"""A teacher by name gets the images it was trained on, though the loader's are normalized for the student."""
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.models.input_adapter import Normalization, WantedInput
+from kd_pipeline.models.input_adapter import ExpectedInput, Normalization
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -21,8 +19,8 @@ from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from tests.networks import IMAGE_SHAPE, ConvNet
 
 timm = pytest.importorskip("timm")
-OURS = Normalization((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-THEIRS = WantedInput(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
+STUDENT = Normalization((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+TEACHER = ExpectedInput(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 HALVES = (0.5, 0.5, 0.5)
 
 
@@ -34,70 +32,70 @@ def pixels(num_images: int = 5) -> Tensor:
     return torch.rand(num_images, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def open_net(module: nn.Module, normalization: Normalization | None = OURS, **settings: object) -> Teacher:
+def open_net(module: nn.Module, normalization: Normalization | None = STUDENT, **settings: object) -> Teacher:
     found = TeacherSettings.model_validate(settings)
     return open_teacher(found, module=module, image_shape=IMAGE_SHAPE, normalization=normalization)
 
 
 @pytest.mark.parametrize("size", [None, 20])
-def test_the_module_sees_the_pixels_in_its_own_normalization_and_size(size: int | None) -> None:
-    teacher = open_net(ConvNet(), input_adapter=THEIRS.model_copy(update={"size": size}), features=["body.2"])
-    found = teacher(normalized(pixels(), *OURS))
+def test_normalization_and_size(size: int | None) -> None:
+    teacher = open_net(ConvNet(), input_adapter=TEACHER.model_copy(update={"size": size}), features=["body.2"])
+    found = teacher(normalized(pixels(), *STUDENT))
     seen = pixels() if size is None else F.interpolate(pixels(), size=(size, size), mode="bilinear")
     net = ConvNet().eval()
-    wanted = {**net(normalized(seen, THEIRS.mean, THEIRS.std))}
-    wanted["body.2"] = net.body[:3](normalized(seen, THEIRS.mean, THEIRS.std))
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    expected = {**net(normalized(seen, TEACHER.mean, TEACHER.std))}
+    expected["body.2"] = net.body[:3](normalized(seen, TEACHER.mean, TEACHER.std))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_images_are_normalized_with_is_imagenets_unless_given() -> None:
-    found = open_net(ConvNet(), None, input_adapter=THEIRS)(normalized(pixels(), IMAGENET_MEAN, IMAGENET_STD))
-    wanted = ConvNet().eval()(normalized(pixels(), THEIRS.mean, THEIRS.std))
-    torch.testing.assert_close(found["logits"], wanted["logits"], rtol=1e-4, atol=1e-4)
+def test_default_is_imagenet_normalization() -> None:
+    found = open_net(ConvNet(), None, input_adapter=TEACHER)(normalized(pixels(), IMAGENET_MEAN, IMAGENET_STD))
+    expected = ConvNet().eval()(normalized(pixels(), TEACHER.mean, TEACHER.std))
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-4, atol=1e-4)
 
 
-def test_teachers_that_see_other_images_have_other_fingerprints() -> None:
+def test_adapter_is_in_fingerprint() -> None:
     changes = ({}, {"size": 16}, {"size": 20}, {"mean": (0.4, 0.4, 0.3)})
-    adapters = [None, *(THEIRS.model_copy(update=change) for change in changes)]
+    adapters = [None, *(TEACHER.model_copy(update=change) for change in changes)]
     assert len({open_net(ConvNet(), input_adapter=adapter).fingerprint for adapter in adapters}) == 5
 
 
-def test_auto_takes_what_timm_knows_and_the_size_of_those_that_take_no_other() -> None:
+def test_auto_follows_timm() -> None:
     net = timm.create_model("vit_tiny_patch16_224").eval()
-    found = open_net(net, input_adapter="auto")(normalized(pixels(2), *OURS))
+    found = open_net(net, input_adapter="auto")(normalized(pixels(2), *STUDENT))
     seen = F.interpolate(pixels(2), size=(224, 224), mode="bilinear")
     torch.testing.assert_close(found["logits"], net(normalized(seen, HALVES, HALVES)), rtol=1e-3, atol=1e-3)
     free = timm.create_model("test_resnet").eval()
     assert free.pretrained_cfg["input_size"] != IMAGE_SHAPE
     mean, std = free.pretrained_cfg["mean"], free.pretrained_cfg["std"]
-    found = open_net(free, input_adapter="auto")(normalized(pixels(2), *OURS))
+    found = open_net(free, input_adapter="auto")(normalized(pixels(2), *STUDENT))
     torch.testing.assert_close(found["logits"], free(normalized(pixels(2), mean, std)), rtol=1e-4, atol=1e-4)
 
 
-def test_auto_adds_nothing_where_the_images_are_right_already() -> None:
+def test_auto_without_need() -> None:
     net = timm.create_model("test_resnet")
     right = Normalization(net.pretrained_cfg["mean"], net.pretrained_cfg["std"])
     plain = open_net(net, right)
     assert open_net(net, right, input_adapter="auto").fingerprint == plain.fingerprint
-    assert open_net(net, OURS, input_adapter="auto").fingerprint != plain.fingerprint
+    assert open_net(net, STUDENT, input_adapter="auto").fingerprint != plain.fingerprint
 
 
-def test_auto_is_refused_for_a_network_that_does_not_say() -> None:
+def test_auto_of_unknown_model() -> None:
     with pytest.raises(ConfigError, match="ConvNet does not say what it was trained on; give mean and std"):
         open_net(ConvNet(), input_adapter="auto")
 
 
-def test_a_file_gets_its_adapter_when_it_is_made() -> None:
+def test_onnx_backend_rejects_adapter() -> None:
     with pytest.raises(ConfigError, match=r"input_adapter: .* means nothing to the openvino backend"):
-        open_teacher(TeacherSettings(onnx=Path("teacher.onnx"), input_adapter=THEIRS))
+        open_teacher(TeacherSettings(onnx=Path("teacher.onnx"), input_adapter=TEACHER))
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
-@pytest.mark.parametrize("normalization", [OURS, Normalization(HALVES, HALVES)])
+@pytest.mark.parametrize("normalization", [STUDENT, Normalization(HALVES, HALVES)])
 @pytest.mark.parametrize("adapter", [None, "auto"])
-def test_pretrained_weights_that_want_other_images_are_a_warning_with_both(
+def test_mismatched_normalization_warns(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
@@ -105,14 +103,14 @@ def test_pretrained_weights_that_want_other_images_are_a_warning_with_both(
     normalization: Normalization,
     adapter: str | None,
 ) -> None:
-    net = timm.create_model("vit_tiny_patch16_224", img_size=32)  # stands for one whose weights were downloaded
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32)  # substitute for a downloaded model
     monkeypatch.setattr("kd_pipeline.teachers.open.open_model", lambda settings, plugins: net)
     weights = {"pretrained": True} if pretrained else {"checkpoint": tmp_path}
     model = ModelSettings(timm="vit_tiny_patch16_224", **weights)
-    settings = TeacherSettings.model_validate({"model": model, "input_adapter": adapter and THEIRS})
+    settings = TeacherSettings.model_validate({"model": model, "input_adapter": adapter and TEACHER})
     open_teacher(settings, image_shape=IMAGE_SHAPE, normalization=normalization)
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    if pretrained and normalization == OURS and adapter is None:
+    if pretrained and normalization == STUDENT and adapter is None:
         (warning,) = warnings
         assert "mean (0.5, 0.5, 0.5) and std (0.5, 0.5, 0.5)" in warning and "mean (0.1, 0.2, 0.3)" in warning
         assert "input_adapter: auto" in warning
@@ -121,12 +119,10 @@ def test_pretrained_weights_that_want_other_images_are_a_warning_with_both(
 
 
 @pytest.mark.parametrize("as_ensemble", [False, True])
-def test_a_loader_tells_its_teacher_how_its_images_are_normalized(
-    photo_folder: Path, tmp_path: Path, as_ensemble: bool
-) -> None:
+def test_loader_passes_normalization(photo_folder: Path, tmp_path: Path, as_ensemble: bool) -> None:
     torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), tmp_path / "net.pt")
     model = ModelSettings(timm="test_resnet", num_classes=3, checkpoint=tmp_path / "net.pt")
-    teacher: TeacherSettings | EnsembleSettings = TeacherSettings(model=model, input_adapter=THEIRS)
+    teacher: TeacherSettings | EnsembleSettings = TeacherSettings(model=model, input_adapter=TEACHER)
     if as_ensemble:
         teacher = EnsembleSettings(members=(teacher, teacher), average="logits")
     data = {
@@ -135,13 +131,13 @@ def test_a_loader_tells_its_teacher_how_its_images_are_normalized(
         "num_threads": 1,
         "train": {
             "source": {"kind": "image_folder", "root": photo_folder},
-            "transform": {"preset": "train", "size": 32, "mean": OURS.mean, "std": OURS.std},
+            "transform": {"preset": "train", "size": 32, "mean": STUDENT.mean, "std": STUDENT.std},
         },
     }
     net = timm.create_model("test_resnet", num_classes=3)
     net.load_state_dict(torch.load(tmp_path / "net.pt", weights_only=True))
     with KDDataLoader.from_config(Config(data=data, teacher=teacher)) as loader:
         batch = next(iter(loader))
-        seen = batch.images * torch.tensor(OURS.std).view(3, 1, 1) + torch.tensor(OURS.mean).view(3, 1, 1)
-        wanted = net.eval()(normalized(seen, THEIRS.mean, THEIRS.std))
-        torch.testing.assert_close(batch.teacher["logits"], wanted, rtol=1e-4, atol=1e-4)
+        seen = batch.images * torch.tensor(STUDENT.std).view(3, 1, 1) + torch.tensor(STUDENT.mean).view(3, 1, 1)
+        expected = net.eval()(normalized(seen, TEACHER.mean, TEACHER.std))
+        torch.testing.assert_close(batch.teacher["logits"], expected, rtol=1e-4, atol=1e-4)

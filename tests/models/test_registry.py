@@ -1,4 +1,4 @@
-"""The networks are real ones of timm, torchvision and this file; nothing is downloaded."""
+"""With real models of timm and torchvision, and no downloads."""
 
 import os
 import pickle
@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models.registry import ModelSettings, default_input, open_model
+from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
 from kd_pipeline.models.resnet import cifar_resnet, small_resnet
 
 FACTORY = f"{__name__}:tiny"
 
 
 class Tiny(nn.Module):
-    """A network whose own keys start with a prefix that wrappers use too."""
+    """A model whose own keys start with a prefix that wrappers use too."""
 
     def __init__(self, num_classes: int = 3, width: int = 4) -> None:
         super().__init__()
@@ -49,14 +49,14 @@ def saved(content: object, path: Path) -> Path:
     return path
 
 
-def same_weights(found: nn.Module, wanted: nn.Module) -> bool:
-    return found.state_dict().keys() == wanted.state_dict().keys() and all(
-        torch.equal(value, wanted.state_dict()[name]) for name, value in found.state_dict().items()
+def same_weights(found: nn.Module, expected: nn.Module) -> bool:
+    return found.state_dict().keys() == expected.state_dict().keys() and all(
+        torch.equal(value, expected.state_dict()[name]) for name, value in found.state_dict().items()
     )
 
 
 @pytest.mark.parametrize("settings", [{"timm": "test_resnet"}, {"torchvision": "squeezenet1_1"}])
-def test_a_network_of_a_library_comes_by_its_name_with_the_number_of_classes_asked_for(
+def test_library_model(
     settings: dict[str, str],
 ) -> None:
     model = open_model(ModelSettings(**settings, num_classes=7)).eval()
@@ -64,7 +64,7 @@ def test_a_network_of_a_library_comes_by_its_name_with_the_number_of_classes_ask
     assert next(model.parameters()).dtype == torch.float32
 
 
-def test_further_arguments_reach_the_network() -> None:
+def test_kwargs() -> None:
     model = open_model(ModelSettings(timm="test_resnet", kwargs={"in_chans": 1}))
     assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 1000)
 
@@ -80,15 +80,13 @@ def test_further_arguments_reach_the_network() -> None:
         ({"torchvision": "%"}, r"there are .*'alexnet'.* and \d+ more"),
     ],
 )
-def test_a_name_that_the_library_does_not_have_is_answered_with_the_closest_ones(
-    settings: dict[str, str], message: str
-) -> None:
+def test_unknown_model(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_model(ModelSettings(**settings))
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_an_argument_that_the_network_does_not_take_is_named(library: str) -> None:
+def test_unknown_argument(library: str) -> None:
     with pytest.raises(ConfigError, match=f"{library}'s resnet18 cannot be built: .*'depht'.*; check kwargs"):
         open_model(ModelSettings(**{library: "resnet18"}, kwargs={"depht": 3}))
 
@@ -98,27 +96,23 @@ def test_an_argument_that_the_network_does_not_take_is_named(library: str) -> No
     [
         ({}, "set one of timm, torchvision, builtin, factory, got none of them"),
         ({"timm": "resnet18", "torchvision": "resnet18"}, "got timm and torchvision"),
-        ({"factory": "nets:make", "pretrained": True}, "pretrained means nothing to a factory"),
+        ({"factory": "nets:make", "pretrained": True}, "pretrained has no effect on a factory"),
         ({"timm": "resnet18", "pretrained": True, "checkpoint": "a.pt"}, "two sets of weights: .* checkpoint: a.pt"),
         ({"factory": "nets.make"}, "should match pattern"),
         ({"factory": "os:system('true')"}, "should match pattern"),
     ],
 )
-def test_settings_that_describe_no_network_are_refused_when_they_are_written(
-    settings: dict[str, object], message: str
-) -> None:
+def test_invalid_settings(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelSettings(**settings)
 
 
-def test_settings_survive_a_round_trip_through_a_file() -> None:
+def test_json_round_trip() -> None:
     settings = ModelSettings(timm="resnet18", num_classes=10, checkpoint=Path("a.pt"), kwargs={"drop_rate": 0.1})
     assert ModelSettings.model_validate_json(settings.model_dump_json(), strict=True) == settings
 
 
-def test_a_factory_runs_only_with_permission_for_its_very_module(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_factory_needs_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_nets.py").write_text(
         "from torch import nn\ndef make(num_classes): return nn.Linear(1, num_classes)"
     )
@@ -140,7 +134,7 @@ def test_a_factory_runs_only_with_permission_for_its_very_module(
         (f"{__name__}:no_module", "should return an nn.Module, got str"),
     ],
 )
-def test_a_factory_that_gives_no_network_is_a_config_error(factory: str, message: str) -> None:
+def test_invalid_factory(factory: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_model(ModelSettings(factory=factory), plugins=[factory.partition(":")[0]])
 
@@ -148,9 +142,7 @@ def test_a_factory_that_gives_no_network_is_a_config_error(factory: str, message
 @pytest.mark.parametrize(
     ("code", "reason"), [("def make(:", "SyntaxError: "), ("1 / 0", "ZeroDivisionError: division")]
 )
-def test_a_factory_s_module_that_fails_is_a_config_error_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str
-) -> None:
+def test_plugin_that_fails_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str) -> None:
     (tmp_path / "broken_nets.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=rf"the plugin broken_nets cannot be imported \({reason}"):
@@ -159,45 +151,43 @@ def test_a_factory_s_module_that_fails_is_a_config_error_with_its_reason(
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "student", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "student.", "_orig_mod.", "module._orig_mod."])
-def test_weights_are_found_below_what_wraps_them_and_behind_what_prefixes_them(
-    tmp_path: Path, wrapper: str | None, prefix: str
-) -> None:
-    wanted = Tiny()
-    state = {prefix + name: tensor for name, tensor in wanted.state_dict().items()}
+def test_checkpoint_wrappers_and_prefixes(tmp_path: Path, wrapper: str | None, prefix: str) -> None:
+    expected = Tiny()
+    state = {prefix + name: tensor for name, tensor in expected.state_dict().items()}
     path = saved(
         state if wrapper is None else {wrapper: state, "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "a.pt"
     )
-    assert not same_weights(tiny(), wanted)
-    assert same_weights(with_weights(path), wanted)
+    assert not same_weights(tiny(), expected)
+    assert same_weights(with_weights(path), expected)
 
 
-def test_weights_in_a_safetensors_file_are_taken(tmp_path: Path) -> None:
-    wanted = Tiny()
-    save_file(wanted.state_dict(), tmp_path / "a.safetensors")
-    assert same_weights(with_weights(tmp_path / "a.safetensors"), wanted)
+def test_safetensors(tmp_path: Path) -> None:
+    expected = Tiny()
+    save_file(expected.state_dict(), tmp_path / "a.safetensors")
+    assert same_weights(with_weights(tmp_path / "a.safetensors"), expected)
 
 
-def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
+def test_partial_prefix_is_kept(tmp_path: Path) -> None:
     state = {f"module.{name}": tensor for name, tensor in Tiny().state_dict().items()} | {"loss.weight": torch.ones(1)}
     with pytest.raises(ConfigError, match=r"9 missing .*10 unexpected \(module\.model\.0\.weight"):
         with_weights(saved(state, tmp_path / "a.pt"))
 
 
-def test_a_checkpoint_of_another_network_is_refused_with_every_difference_counted(tmp_path: Path) -> None:
+def test_mismatched_checkpoint(tmp_path: Path) -> None:
     state = Tiny(num_classes=9).state_dict()
     state["model.0.wight"] = state.pop("model.0.weight")
     with pytest.raises(ConfigError) as caught:
         with_weights(saved(state, tmp_path / "a.pt"))
     assert str(caught.value) == (
         f"{tmp_path / 'a.pt'} does not fit Tiny: 1 missing (model.0.weight); 1 unexpected (model.0.wight); "
-        "2 of another shape (model.4.weight [9, 4] in the file, [3, 4] in the model, "
-        "model.4.bias [9] in the file, [3] in the model). Does it belong to another model, or to another num_classes? "
-        "Layers that are to start anew can be named in reset"
+        "2 of a different shape (model.4.weight [9, 4] in the file, [3, 4] in the model, "
+        "model.4.bias [9] in the file, [3] in the model). Is it the checkpoint of another model, or of another "
+        "num_classes? Name layers that should keep their random initialization in reset"
     )
 
 
-def test_of_many_differences_only_a_few_are_listed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"30 unexpected \(key 0, key 1, key 2, key 3, key 4, \.\.\.\)"):
+def test_many_differences(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"30 unexpected \(key 0, .*, key 9 and 20 more\)"):
         with_weights(saved({f"key {i}": torch.ones(1) for i in range(30)}, tmp_path / "a.pt"))
 
 
@@ -209,7 +199,7 @@ class Malicious:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
+def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     content = {"state_dict": Tiny().state_dict(), "extra": Malicious(marker)}
     with pytest.raises(ConfigError, match=r"a\.pt is not loaded: it holds the Python object \w+\.mkdir, and loading"):
@@ -225,7 +215,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"not weights\n", b"PK\x03\x04" + bytes(100), bytes(100)])
-def test_a_damaged_checkpoint_is_a_config_error(tmp_path: Path, name: str, content: bytes) -> None:
+def test_damaged_checkpoint(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=rf"{name} is not loaded: it is damaged or holds more than plain tensors"):
         with_weights(tmp_path / name)
@@ -235,34 +225,28 @@ def test_a_damaged_checkpoint_is_a_config_error(tmp_path: Path, name: str, conte
     ("content", "found"),
     [({"net": {}, "epoch": 1}, "a mapping of net, epoch"), ([1, 2], "list"), ({"state_dict": {"a": 1}}, "of a")],
 )
-def test_a_checkpoint_without_a_state_dict_is_refused_with_what_it_holds(
-    tmp_path: Path, content: object, found: str
-) -> None:
+def test_checkpoint_without_state_dict(tmp_path: Path, content: object, found: str) -> None:
     with pytest.raises(ConfigError, match=f"holds .*{found}, and no state dict, alone or under state_dict, model"):
         with_weights(saved(content, tmp_path / "a.pt"))
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"{re.escape(str(tmp_path))}/none\.pt: there is no such file"):
         with_weights(tmp_path / "none.pt")
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
-def test_without_a_connection_pretrained_weights_are_one_clear_error(
-    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_download(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     with pytest.raises(ConfigError, match=f"weights of {library}'s resnet18 cannot be downloaded .* set checkpoint"):
         open_model(ModelSettings(**{library: "resnet18"}, pretrained=True))
 
 
 @pytest.mark.parametrize("num_classes", [3, 9])
-def test_layers_that_are_reset_keep_their_own_weights_and_the_others_come_from_the_file(
-    tmp_path: Path, num_classes: int
-) -> None:
+def test_reset_layers(tmp_path: Path, num_classes: int) -> None:
     trained = Tiny(num_classes=num_classes)
     path = saved({f"module.{name}": tensor for name, tensor in trained.state_dict().items()}, tmp_path / "a.pt")
     torch.manual_seed(7)
@@ -270,11 +254,11 @@ def test_layers_that_are_reset_keep_their_own_weights_and_the_others_come_from_t
     torch.manual_seed(7)
     found = with_weights(path, reset=("model.4",)).state_dict()
     for name, tensor in found.items():
-        wanted = untouched if name.startswith("model.4.") else trained.state_dict()
-        assert torch.equal(tensor, wanted[name]), name
+        expected = untouched if name.startswith("model.4.") else trained.state_dict()
+        assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_head_that_the_file_lacks_may_be_reset_and_nothing_else_may_be_missing(tmp_path: Path) -> None:
+def test_only_reset_layers_may_be_missing(tmp_path: Path) -> None:
     state = {name: tensor for name, tensor in Tiny().state_dict().items() if not name.startswith("model.4")}
     with_weights(saved(state, tmp_path / "a.pt"), reset=("model.4",))
     del state["model.0.weight"]
@@ -283,33 +267,33 @@ def test_a_head_that_the_file_lacks_may_be_reset_and_nothing_else_may_be_missing
 
 
 @pytest.mark.parametrize(("layer", "hint"), [("model.9", "did you mean 'model"), ("model.2", ""), ("mod", "")])
-def test_a_layer_to_reset_that_has_no_weights_is_refused(tmp_path: Path, layer: str, hint: str) -> None:
+def test_reset_of_unknown_layer(tmp_path: Path, layer: str, hint: str) -> None:
     path = saved(Tiny().state_dict(), tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=rf"reset: Tiny has no weights in a layer '{layer}'.*{hint}"):
         with_weights(path, reset=(layer,))
 
 
-def test_without_a_checkpoint_there_is_nothing_to_reset() -> None:
-    with pytest.raises(ValidationError, match="reset: head are layers that a checkpoint does not fill; set checkpoint"):
+def test_reset_needs_checkpoint() -> None:
+    with pytest.raises(ValidationError, match="reset: head has no effect without a checkpoint; set checkpoint"):
         ModelSettings(timm="resnet18", reset=("head",))
 
 
-def test_a_timm_network_says_what_images_it_was_trained_on() -> None:
-    given = default_input(open_model(ModelSettings(timm="vit_tiny_patch16_224")))
+def test_pretrained_input() -> None:
+    given = pretrained_input(open_model(ModelSettings(timm="vit_tiny_patch16_224")))
     assert given is not None
     assert given == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), (224, 224), True)
-    free = default_input(open_model(ModelSettings(timm="resnet18")))
-    assert free is not None and not free.is_only_size
-    assert default_input(small_resnet(10, width=4)) is None
+    free = pretrained_input(open_model(ModelSettings(timm="resnet18")))
+    assert free is not None and not free.fixed_input_size
+    assert pretrained_input(small_resnet(10, width=4)) is None
 
 
 @pytest.mark.parametrize(("name", "num_parameters"), [("resnet8x4", 1_233_540), ("resnet32x4", 7_433_860)])
-def test_the_networks_of_the_papers_on_cifar_have_as_many_parameters_as_theirs(name: str, num_parameters: int) -> None:
+def test_cifar_resnet_num_parameters(name: str, num_parameters: int) -> None:
     net = open_model(ModelSettings(builtin=name, num_classes=100))
     assert sum(parameter.numel() for parameter in net.parameters()) == num_parameters
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
-def test_a_depth_that_makes_no_whole_stages_is_refused() -> None:
+def test_invalid_depth() -> None:
     with pytest.raises(ConfigError, match=r"is 8, 14, 20, .*, got 10"):
         cifar_resnet(10, 10)

@@ -9,9 +9,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from kd_pipeline.errors import EngineError
+from kd_pipeline.models.input_adapter import InputAdapter
 from kd_pipeline.onnx.edit import edit_onnx
-from kd_pipeline.onnx.export import ADAPTER_KEY, InputAdapter, export_onnx
-from kd_pipeline.onnx.file import CLASSES_KEY, read_onnx
+from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, read_onnx
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
 from tests.teachers.onnx_models import linear_model, write_external
@@ -30,10 +31,10 @@ def run(path: Path, images: Tensor) -> dict[str, Tensor]:
         teacher.close()
 
 
-def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=1e-5)
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
 
 
 def saved(tmp_path: Path, model: onnx.ModelProto) -> Path:
@@ -73,19 +74,19 @@ def single_output(tmp_path: Path, exported: dict[str, bytes]) -> Path:
         ({"size": 32}, (3, 20, 27)),
     ],
 )
-def test_an_edited_file_answers_like_a_module_exported_with_the_adapter(
+def test_adapter_equals_export_with_adapter(
     tmp_path: Path, source: Path, changes: dict[str, object], shape: tuple[int, int, int]
 ) -> None:
     adapter = InputAdapter(mean=MEAN, std=STD, **changes)
-    wanted = export_onnx(ConvNet(), tmp_path / "wanted.onnx", image_shape=shape, input_adapter=adapter)
+    expected = export_onnx(ConvNet(), tmp_path / "expected.onnx", image_shape=shape, input_adapter=adapter)
     edited = edit_onnx(source, tmp_path / "edited.onnx", input_adapter=adapter)
     for num_images in (1, 5):
         images = random_images(num_images, shape=shape)
-        assert_equal(run(edited, images), run(wanted, images))
+        assert_equal(run(edited, images), run(expected, images))
 
 
 @pytest.mark.parametrize("opset", [13, 18])
-def test_an_adapter_with_a_size_does_the_same_in_older_operator_sets(tmp_path: Path, opset: int) -> None:
+def test_resize_in_older_opsets(tmp_path: Path, opset: int) -> None:
     adapter = InputAdapter(mean=MEAN, std=STD, size=5)
     images = random_images(3, shape=(3, 9, 7))
     found = []
@@ -96,7 +97,7 @@ def test_an_adapter_with_a_size_does_the_same_in_older_operator_sets(tmp_path: P
     assert_equal(*found)
 
 
-def test_an_adapter_with_a_size_opens_the_input_and_one_without_keeps_its_shape(tmp_path: Path, source: Path) -> None:
+def test_input_shape_with_adapter(tmp_path: Path, source: Path) -> None:
     kept = read_onnx(edit_onnx(source, tmp_path / "kept.onnx", input_adapter=ADAPTER))
     resized = InputAdapter(mean=MEAN, std=STD, size=32)
     opened = read_onnx(edit_onnx(source, tmp_path / "opened.onnx", input_adapter=resized))
@@ -105,7 +106,7 @@ def test_an_adapter_with_a_size_opens_the_input_and_one_without_keeps_its_shape(
     assert opened.outputs == read_onnx(source).outputs
 
 
-def test_a_file_of_open_image_size_takes_an_adapter_of_any_size(tmp_path: Path) -> None:
+def test_adapter_on_dynamic_image_size(tmp_path: Path) -> None:
     sizes = ["N", 3, "H", "W"]
     path = saved(tmp_path, linear_model(inputs=[("pixels", FLOAT, sizes)]))
     adapter = InputAdapter(mean=MEAN, std=STD, size=5)
@@ -124,56 +125,56 @@ def test_a_file_of_open_image_size_takes_an_adapter_of_any_size(tmp_path: Path) 
     assert (same.input_name, str(same.images)) == ("pixels", "[any, 3, any, any] float32")
 
 
-def test_half_precision_images_stay_so(tmp_path: Path) -> None:
+def test_float16_images(tmp_path: Path) -> None:
     path = saved(tmp_path, linear_model(inputs=[("images", FLOAT16, ["N", 3, 8, 8])]))
     edited = edit_onnx(path, tmp_path / "edited.onnx", input_adapter=InputAdapter(mean=MEAN, std=STD, size=8))
     assert str(read_onnx(edited).images) == "[any, 3, any, any] float16"
     run(edited, random_images(2, shape=(3, 9, 9)).half())
 
 
-def test_the_adapter_is_kept_in_the_file_beside_what_was_there(tmp_path: Path, source: Path) -> None:
+def test_adapter_is_in_metadata(tmp_path: Path, source: Path) -> None:
     edited = edit_onnx(source, tmp_path / "edited.onnx", input_adapter=ADAPTER)
     metadata = {entry.key: entry.value for entry in onnx.load(edited).metadata_props}
     assert InputAdapter.model_validate_json(metadata[ADAPTER_KEY]) == ADAPTER
     assert read_onnx(edited).classes == CLASSES
 
 
-def test_a_second_adapter_is_refused_and_both_are_shown(tmp_path: Path) -> None:
+def test_second_adapter(tmp_path: Path) -> None:
     first, second = (InputAdapter(mean=MEAN, std=STD, size=size) for size in (32, 33))
     path = export_onnx(ConvNet(), tmp_path / "source.onnx", image_shape=IMAGE_SHAPE, input_adapter=first)
-    with pytest.raises(EngineError, match=r'source\.onnx has an input adapter already, .*"size":32.* got .*"size":33'):
+    with pytest.raises(EngineError, match=r'source\.onnx already has an input adapter, .*"size":32.* got .*"size":33'):
         edit_onnx(path, tmp_path / "edited.onnx", input_adapter=second)
 
 
-def test_an_adapter_of_another_size_than_the_file_is_refused(tmp_path: Path, source: Path) -> None:
+def test_mismatched_adapter_size(tmp_path: Path, source: Path) -> None:
     with pytest.raises(EngineError, match=r"takes images \[any, 3, 32, 32\] float32, .* resizes them to 33 x 33"):
         edit_onnx(source, tmp_path / "edited.onnx", input_adapter=InputAdapter(mean=MEAN, std=STD, size=33))
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_an_old_operator_set_takes_an_adapter_but_no_resize(tmp_path: Path) -> None:
+def test_opset_without_resize(tmp_path: Path) -> None:
     model = linear_model(inputs=[("images", FLOAT, ["N", 3, "H", "W"])])
     model.opset_import[0].version = 10
     path = saved(tmp_path, model)
     run(edit_onnx(path, tmp_path / "edited.onnx", input_adapter=ADAPTER), random_images(2))
-    with pytest.raises(EngineError, match="uses operator set 10, and a resize needs 11"):
+    with pytest.raises(EngineError, match="has opset 10, and a resize needs 11"):
         edit_onnx(path, tmp_path / "edited.onnx", input_adapter=InputAdapter(mean=MEAN, std=STD, size=8))
 
 
-def test_weights_listed_among_the_inputs_are_not_taken_for_images(tmp_path: Path) -> None:
+def test_weights_among_inputs(tmp_path: Path) -> None:
     listed, plain = linear_model(), linear_model()
     listed.graph.input.insert(0, helper.make_tensor_value_info("weight", FLOAT, [3, 5]))
     images = random_images(2, shape=(3, 8, 8))
-    found, wanted = (
+    found, expected = (
         run(
             edit_onnx(saved(tmp_path, model), tmp_path / "edited.onnx", input_adapter=ADAPTER, outputs=["flat"]), images
         )
         for model in (listed, plain)
     )
-    assert_equal(found, wanted)
+    assert_equal(found, expected)
 
 
-def test_extra_outputs_are_what_the_module_computes_inside(tmp_path: Path, single_output: Path) -> None:
+def test_extra_outputs(tmp_path: Path, single_output: Path) -> None:
     path = single_output
     computed = {node.op_type: node.output[0] for node in onnx.load(path).graph.node if node.op_type != "Gemm"}
     names = {computed["ReduceMean"]: (32,), computed["Relu"]: (32, 8, 8)}
@@ -184,21 +185,21 @@ def test_extra_outputs_are_what_the_module_computes_inside(tmp_path: Path, singl
     module.net.body.register_forward_hook(lambda layer, inputs, output: seen.append(output.detach()))
     images = random_images(3)
     logits = module(images).detach()
-    wanted = {"logits": logits, computed["ReduceMean"]: seen[0].mean((2, 3)), computed["Relu"]: seen[0]}
-    assert_equal(run(edited, images), wanted)
+    expected = {"logits": logits, computed["ReduceMean"]: seen[0].mean((2, 3)), computed["Relu"]: seen[0]}
+    assert_equal(run(edited, images), expected)
 
 
-def test_outputs_and_adapter_go_together(tmp_path: Path, single_output: Path) -> None:
+def test_extra_outputs_with_adapter(tmp_path: Path, single_output: Path) -> None:
     adapter = InputAdapter(mean=MEAN, std=STD, size=32)
     name = next(node.output[0] for node in onnx.load(single_output).graph.node if node.op_type == "ReduceMean")
     both = edit_onnx(single_output, tmp_path / "edited.onnx", input_adapter=adapter, outputs=[name])
-    wanted = export_onnx(ConvNet(), tmp_path / "wanted.onnx", image_shape=(3, 40, 40), input_adapter=adapter)
+    expected = export_onnx(ConvNet(), tmp_path / "expected.onnx", image_shape=(3, 40, 40), input_adapter=adapter)
     images = random_images(3, shape=(3, 40, 40))
-    features = run(wanted, images)["features"].mean((2, 3))
-    assert_equal(run(both, images), {"logits": run(wanted, images)["logits"], name: features})
+    features = run(expected, images)["features"].mean((2, 3))
+    assert_equal(run(both, images), {"logits": run(expected, images)["logits"], name: features})
 
 
-def test_a_single_output_becomes_logits_only_where_others_join_it(tmp_path: Path) -> None:
+def test_single_output_is_renamed(tmp_path: Path) -> None:
     path = saved(tmp_path, linear_model(outputs=[("scores", FLOAT, ["N", 5])]))
     alone = edit_onnx(path, tmp_path / "alone.onnx", classes=["a", "b", "c", "d", "e"])
     joined = edit_onnx(path, tmp_path / "joined.onnx", outputs=["flat"])
@@ -208,7 +209,7 @@ def test_a_single_output_becomes_logits_only_where_others_join_it(tmp_path: Path
     assert torch.equal(run(joined, images)["logits"], run(path, images)["logits"])
 
 
-def test_an_inner_tensor_called_logits_can_be_asked_for(tmp_path: Path) -> None:
+def test_inner_tensor_called_logits(tmp_path: Path) -> None:
     model = linear_model()
     model.graph.node.append(helper.make_node("Softmax", ["logits"], ["scores"]))
     model.graph.output[0].name = "scores"
@@ -221,7 +222,7 @@ def test_an_inner_tensor_called_logits_can_be_asked_for(tmp_path: Path) -> None:
 
 
 class Folds(LogitsOnly):
-    """Counts four rows for each image inside, as window attention does."""
+    """Has four rows per image inside, as window attention does."""
 
     def forward(self, images: Tensor) -> Tensor:
         rows = self.net(images)["features"].reshape(-1, 8, 8, 8).relu()
@@ -250,31 +251,31 @@ def model_with_odd_tensors() -> onnx.ModelProto:
         ("sizes", r"'sizes' is INT64 \[4\], and an output must be float32"),
         (
             "copy",
-            r"'copy' is FLOAT \[3,5\], and an output must be float32 or float16 with the batch in front",
+            r"'copy' is FLOAT \[3,5\], and an output must be float32 or float16 with the batch as its first dimension",
         ),
         ("scalar", r"'scalar' is FLOAT \[\], and an output must be"),
     ],
 )
-def test_a_tensor_that_cannot_be_an_output_is_refused_by_name(tmp_path: Path, name: str, message: str) -> None:
+def test_invalid_output(tmp_path: Path, name: str, message: str) -> None:
     path = saved(tmp_path, model_with_odd_tensors())
     with pytest.raises(EngineError, match=rf"source\.onnx:? .*{message}"):
         edit_onnx(path, tmp_path / "edited.onnx", outputs=[name])
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_name_asked_for_twice_is_refused(tmp_path: Path) -> None:
+def test_duplicate_output(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="'flat' is an output already"):
         edit_onnx(saved(tmp_path, linear_model()), tmp_path / "edited.onnx", outputs=["flat", "flat"])
 
 
-def test_a_tensor_with_several_rows_for_each_image_is_refused(tmp_path: Path) -> None:
+def test_output_with_several_rows_per_image(tmp_path: Path) -> None:
     path = export_onnx(Folds(), tmp_path / "source.onnx", image_shape=IMAGE_SHAPE)
     rows = [node.output[0] for node in onnx.load(path).graph.node if node.op_type == "Relu"][-1]
     with pytest.raises(EngineError, match=rf"'{rows}' is FLOAT \[4\*batch,8,8,8\]"):
         edit_onnx(path, tmp_path / "edited.onnx", outputs=[rows])
 
 
-def test_class_names_are_written_and_must_be_as_many_as_the_logits(tmp_path: Path, single_output: Path) -> None:
+def test_classes(tmp_path: Path, single_output: Path) -> None:
     edited = edit_onnx(single_output, tmp_path / "edited.onnx", classes=CLASSES)
     assert read_onnx(edited).classes == CLASSES
     with pytest.raises(EngineError, match=r"source\.onnx has 10 logits and got 9 class names"):
@@ -282,14 +283,14 @@ def test_class_names_are_written_and_must_be_as_many_as_the_logits(tmp_path: Pat
     assert not (tmp_path / "other.onnx").exists()
 
 
-def test_new_class_names_replace_the_old_ones(tmp_path: Path, source: Path) -> None:
+def test_classes_are_replaced(tmp_path: Path, source: Path) -> None:
     names = CLASSES[::-1]
     edited = edit_onnx(source, tmp_path / "edited.onnx", classes=names)
     (text,) = [entry.value for entry in onnx.load(edited).metadata_props if entry.key == CLASSES_KEY]
     assert json.loads(text) == list(names)
 
 
-def test_a_file_can_be_edited_in_place_and_missing_folders_are_made(tmp_path: Path, source: Path) -> None:
+def test_in_place_and_new_folder(tmp_path: Path, source: Path) -> None:
     images = random_images(2)
     elsewhere = edit_onnx(source, tmp_path / "a" / "b" / "edited.onnx", input_adapter=ADAPTER)
     assert edit_onnx(source, source, input_adapter=ADAPTER) == source
@@ -297,7 +298,7 @@ def test_a_file_can_be_edited_in_place_and_missing_folders_are_made(tmp_path: Pa
     assert sorted(tmp_path.rglob("*.onnx")) == sorted([source, elsewhere])
 
 
-def test_external_weights_of_a_small_file_move_into_it(tmp_path: Path) -> None:
+def test_small_external_weights_move_inside(tmp_path: Path) -> None:
     path = write_external(tmp_path / "source")
     edited = edit_onnx(path, tmp_path / "target" / "edited.onnx", outputs=["flat"])
     assert list(edited.parent.iterdir()) == [edited]
@@ -305,13 +306,11 @@ def test_external_weights_of_a_small_file_move_into_it(tmp_path: Path) -> None:
     assert torch.equal(run(edited, images)["logits"], run(path, images)["logits"])
 
 
-def test_weights_too_big_for_one_file_lie_beside_it(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kd_pipeline.onnx.edit._LARGEST_INLINE", 100)
+def test_large_weights_are_external(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd_pipeline.onnx.edit._MAX_INLINE_BYTES", 100)
     edited = edit_onnx(source, tmp_path / "target" / "edited.onnx", input_adapter=ADAPTER)
     assert sorted(file.name for file in edited.parent.iterdir()) == ["edited.onnx", "edited.onnx.data"]
-    again = edit_onnx(edited, edited, classes=CLASSES[::-1])  # the weights are read while they are replaced
+    again = edit_onnx(edited, edited, classes=CLASSES[::-1])  # reads the weights while replacing them
     assert sorted(file.name for file in edited.parent.iterdir()) == ["edited.onnx", "edited.onnx.data"]
     assert read_onnx(again).classes == CLASSES[::-1]
     inline = tmp_path / "inline.onnx"
@@ -320,7 +319,7 @@ def test_weights_too_big_for_one_file_lie_beside_it(
     assert_equal(run(again, random_images(2)), run(inline, random_images(2)))
 
 
-def test_a_failure_keeps_the_file_that_was_there(tmp_path: Path, source: Path) -> None:
+def test_failure_keeps_old_file(tmp_path: Path, source: Path) -> None:
     target = tmp_path / "target.onnx"
     target.write_bytes(b"the old one")
     with pytest.raises(EngineError):
@@ -329,6 +328,6 @@ def test_a_failure_keeps_the_file_that_was_there(tmp_path: Path, source: Path) -
     assert sorted(tmp_path.iterdir()) == [source, target]
 
 
-def test_editing_is_silent(tmp_path: Path, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_output(tmp_path: Path, source: Path, capfd: pytest.CaptureFixture[str]) -> None:
     edit_onnx(source, tmp_path / "edited.onnx", input_adapter=ADAPTER, classes=CLASSES)
     assert capfd.readouterr() == ("", "")

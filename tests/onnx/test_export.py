@@ -23,17 +23,17 @@ def run(path: Path, images: Tensor) -> dict[str, Tensor]:
     return teacher(images)
 
 
-def test_the_file_answers_like_the_module_in_eval_mode_at_any_batch(tmp_path: Path) -> None:
+def test_outputs_equal_module(tmp_path: Path) -> None:
     path = export_onnx(ConvNet().train(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     for num_images in (1, 3, 65):
         images = random_images(num_images)
-        found, wanted = run(path, images), ConvNet().eval()(images)
-        assert found.keys() == wanted.keys()
-        for name in wanted:
-            torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=1e-4)
+        found, expected = run(path, images), ConvNet().eval()(images)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
 
 
-def test_the_file_has_the_promised_names_and_a_dynamic_batch(tmp_path: Path) -> None:
+def test_names_and_dynamic_batch(tmp_path: Path) -> None:
     model = onnx.load(export_onnx(ConvNet(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE))
     (images,) = model.graph.input
     assert images.name == "images"
@@ -44,20 +44,18 @@ def test_the_file_has_the_promised_names_and_a_dynamic_batch(tmp_path: Path) -> 
     assert tuple(size.dim_value for size in sizes) == IMAGE_SHAPE
 
 
-def test_a_plain_tensor_becomes_the_logits(tmp_path: Path) -> None:
+def test_tensor_becomes_logits(tmp_path: Path) -> None:
     path = export_onnx(LogitsOnly(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     assert run(path, random_images(2)).keys() == {"logits"}
 
 
-def test_one_file_is_written_and_missing_folders_are_made(tmp_path: Path) -> None:
+def test_one_file_in_new_folder(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "teacher.onnx"
     assert export_onnx(LogitsOnly(), path, image_shape=IMAGE_SHAPE) == path
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_model_too_big_for_one_file_gets_its_weights_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_weights_are_external(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 100)
     path = export_onnx(LogitsOnly(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["teacher.onnx", "teacher.onnx.data"]
@@ -65,7 +63,7 @@ def test_a_model_too_big_for_one_file_gets_its_weights_beside_it(
     torch.testing.assert_close(run(path, images)["logits"], LogitsOnly().eval()(images))
 
 
-def test_class_names_and_adapter_are_kept_in_the_file(tmp_path: Path) -> None:
+def test_classes_and_adapter_in_metadata(tmp_path: Path) -> None:
     adapter = InputAdapter(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), size=16)
     path = export_onnx(
         ConvNet(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE, classes=CLASSES, input_adapter=adapter
@@ -76,7 +74,7 @@ def test_class_names_and_adapter_are_kept_in_the_file(tmp_path: Path) -> None:
     assert open_teacher(TeacherSettings(onnx=path)).classes == CLASSES
 
 
-def test_the_adapter_gives_the_teacher_the_images_it_was_trained_on(tmp_path: Path) -> None:
+def test_input_adapter(tmp_path: Path) -> None:
     mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
     from_mean, from_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,20 +89,20 @@ def test_the_adapter_gives_the_teacher_the_images_it_was_trained_on(tmp_path: Pa
     )
     pixels = torch.rand(5, *IMAGE_SHAPE, generator=torch.Generator().manual_seed(0))
     resized = F.interpolate(pixels, size=(20, 20), mode="bilinear", align_corners=False)
-    wanted = ConvNet().eval()(normalize(resized, mean, std))
+    expected = ConvNet().eval()(normalize(resized, mean, std))
     found = run(path, normalize(pixels, from_mean, from_std))
-    for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], atol=1e-4, rtol=1e-4)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4)
 
 
-def test_the_adapter_takes_the_normalization_of_the_incoming_images(tmp_path: Path) -> None:
+def test_input_adapter_from_normalization(tmp_path: Path) -> None:
     same = InputAdapter(mean=(0.1, 0.2, 0.3), std=(1, 2, 3), from_mean=(0.1, 0.2, 0.3), from_std=(1, 2, 3))
     path = export_onnx(ConvNet(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE, input_adapter=same)
     images = random_images(3)
     torch.testing.assert_close(run(path, images)["logits"], ConvNet().eval()(images)["logits"])
 
 
-def test_the_module_is_left_as_it_was(tmp_path: Path) -> None:
+def test_module_is_unchanged(tmp_path: Path) -> None:
     module = ConvNet().train()
     module.head.eval().requires_grad_(False)
     before = copy.deepcopy(module)
@@ -115,7 +113,7 @@ def test_the_module_is_left_as_it_was(tmp_path: Path) -> None:
         assert torch.equal(module.state_dict()[name], value)
 
 
-def test_exporting_is_silent_and_leaves_the_random_numbers_alone(
+def test_no_output_and_no_random_numbers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -136,32 +134,32 @@ def test_exporting_is_silent_and_leaves_the_random_numbers_alone(
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_file_names_no_source_file_of_this_machine(tmp_path: Path) -> None:
+def test_no_local_paths_in_file(tmp_path: Path) -> None:
     content = export_onnx(ConvNet(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE).read_bytes()
     assert Path(__file__).parents[1].as_posix().encode() not in content
     assert Path(torch.__file__).parent.as_posix().encode() not in content
 
 
-def test_equal_modules_give_equal_files(tmp_path: Path) -> None:
-    one, other = (
+def test_reproducible(tmp_path: Path) -> None:
+    first, second = (
         export_onnx(ConvNet(), tmp_path / f"{name}.onnx", image_shape=IMAGE_SHAPE, classes=CLASSES) for name in "ab"
     )
-    assert one.read_bytes() == other.read_bytes()
+    assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_opset_can_be_chosen(tmp_path: Path) -> None:
+def test_opset(tmp_path: Path) -> None:
     path = export_onnx(LogitsOnly(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE, opset=18)
     assert {entry.domain: entry.version for entry in onnx.load(path).opset_import}[""] == 18
 
 
-def test_exporting_under_inference_mode_works(tmp_path: Path) -> None:
+def test_inference_mode(tmp_path: Path) -> None:
     with torch.inference_mode():
         path = export_onnx(LogitsOnly(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     assert path.is_file()
 
 
 class BranchesOnBatch(LogitsOnly):
-    """Takes another way for more than four images, which the export cannot see."""
+    """Branches on the batch size, which the export cannot see."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
@@ -169,7 +167,7 @@ class BranchesOnBatch(LogitsOnly):
 
 
 class FixesBatch(LogitsOnly):
-    """Insists on two images."""
+    """Works for two images only."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) + torch.zeros(2, 1)
@@ -182,8 +180,8 @@ class Folds(nn.Module):
         return images.reshape(2, -1)[:, :10]
 
 
-class DrawsNumbers(LogitsOnly):
-    """Answers differently each time."""
+class DrawsRandomNumbers(LogitsOnly):
+    """Is not deterministic."""
 
     def forward(self, images: Tensor) -> Tensor:
         logits = super().forward(images)
@@ -191,20 +189,20 @@ class DrawsNumbers(LogitsOnly):
 
 
 class NotANumber(LogitsOnly):
-    """Answers with NaN."""
+    """Returns NaN."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * float("nan")
 
 
 class ReturnsTuple(LogitsOnly):
-    """Returns no names."""
+    """Returns no mapping."""
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         return (super().forward(images),)
 
 
-def test_a_place_that_takes_no_file_is_an_export_error(tmp_path: Path) -> None:
+def test_invalid_path(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"LogitsOnly cannot be exported to .*File exists"):
         export_onnx(LogitsOnly(), tmp_path / "file" / "teacher.onnx", image_shape=IMAGE_SHAPE)
@@ -214,8 +212,8 @@ def test_a_place_that_takes_no_file_is_an_export_error(tmp_path: Path) -> None:
     ("module", "message"),
     [
         (BranchesOnBatch(), r"for 7 images 'logits' of the file is off by [\d.]+, with values up to [\d.]+; allowed"),
-        (DrawsNumbers(), r"for 1 images 'logits' of the file is off by"),
-        (NotANumber(), r"it answers 'logits' with NaN or inf on random images; check its weights"),
+        (DrawsRandomNumbers(), r"for 1 images 'logits' of the file is off by"),
+        (NotANumber(), r"'logits' is NaN or inf on random images; check the module's weights"),
         (FixesBatch(), "FixesBatch cannot be exported to .*static shape of 2"),
         (Folds(), r"'logits' is \[2, 10\] float32, a static batch of 2"),
         (ReturnsTuple(), "got tuple"),
@@ -224,15 +222,13 @@ def test_a_place_that_takes_no_file_is_an_export_error(tmp_path: Path) -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_a_module_that_makes_no_faithful_file_is_refused_and_leaves_no_file(
-    tmp_path: Path, module: nn.Module, message: str
-) -> None:
+def test_invalid_module(tmp_path: Path, module: nn.Module, message: str) -> None:
     with pytest.raises(ExportError, match=f"(?s){message}"):
         export_onnx(module, tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+def test_failure_keeps_old_file(tmp_path: Path) -> None:
     path = tmp_path / "teacher.onnx"
     path.write_bytes(b"the old one")
     with pytest.raises(ExportError):
@@ -242,7 +238,7 @@ def test_a_failure_keeps_the_file_that_was_there(tmp_path: Path) -> None:
     assert run(path, random_images(1)).keys() == {"logits"}
 
 
-def test_the_largest_batch_is_checked_too(tmp_path: Path) -> None:
+def test_max_batch_is_checked(tmp_path: Path) -> None:
     class BranchesLate(LogitsOnly):
         def forward(self, images: Tensor) -> Tensor:
             logits = super().forward(images)
@@ -252,13 +248,13 @@ def test_the_largest_batch_is_checked_too(tmp_path: Path) -> None:
         export_onnx(BranchesLate(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE, max_batch=21)
 
 
-def test_class_names_must_be_as_many_as_the_logits(tmp_path: Path) -> None:
+def test_wrong_number_of_classes(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="it has 10 logits and got 9 class names"):
         export_onnx(ConvNet(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE, classes=CLASSES[:9])
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("changes", [{"std": (0.0, 1.0, 1.0)}, {"from_std": (1.0, -1.0, 1.0)}, {"size": 0}])
-def test_an_adapter_that_cannot_work_is_refused(changes: dict[str, object]) -> None:
+def test_invalid_adapter(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="greater than"):
         InputAdapter(**{"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), **changes})

@@ -1,4 +1,4 @@
-"""A GPU that runs late, for every teacher that works on one."""
+"""A fake GPU that runs late, for the teachers that run on one."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.teachers.fake_tensorrt import CUDAGraph, Gpu
+from tests.teachers.fake_gpu import CUDAGraph, Gpu
 
 
 @pytest.fixture

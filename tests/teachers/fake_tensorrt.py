@@ -1,380 +1,18 @@
-"""A GPU without a GPU: streams that run late, memory that turns to NaN when it is released, and TensorRT on them.
+"""A fake TensorRT and TensorRT-RTX on the fake GPU.
 
-torch's CPU tensors stand for device memory. Whatever is queued, an engine or one of torch's own operations, reads and
-writes by address, and only when `Gpu.run` comes to it; so a missing wait, or a buffer dropped too early, shows in the
-numbers. The classes have the methods and parameters of the real ones that `kd_pipeline` uses, and no others.
+The classes have the methods and parameters of the real ones that `kd_pipeline` uses, and no others.
 """
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-ALIGNMENT = 256
-_POISON = 0xFF  # four of these are a NaN in float32, two in float16
-
-Work = Callable[[], bool]
-"""Does its part and says whether it is through; False waits for another stream."""
-
-
-class _Block:
-    """Memory that stays, so that late work finds poison rather than somebody else's data."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._bytes = np.full(num_bytes + ALIGNMENT, _POISON, np.uint8)
-        self.start = -self._bytes.ctypes.data % ALIGNMENT
-        self.address, self.num_bytes = self._bytes.ctypes.data + self.start, num_bytes
-        self.bytes = self._bytes[self.start : self.start + num_bytes]
-
-    def poison(self) -> bool:
-        self.bytes[:] = _POISON
-        return True
-
-
-class _Owner:
-    """What a tensor holds of its block; when nobody does any more, the block is released."""
-
-    def __init__(self, block: _Block, release: Callable[[], object]) -> None:
-        self.__array_interface__ = block.bytes.__array_interface__
-        self._release = release
-
-    def __del__(self) -> None:
-        self._release()
-
-
-@dataclass(frozen=True)
-class _Address:
-    """A tensor as a kernel sees it."""
-
-    block: _Block
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def tensor(self) -> Tensor:
-        size = self.dtype.itemsize
-        end = self.offset + (self.block.num_bytes - self.offset) // size * size
-        flat = torch.from_numpy(self.block.bytes[self.offset : end]).view(self.dtype)
-        return flat.as_strided(self.shape, self.stride)
-
-
-class Queue:
-    """Work in order; while it is captured, work goes into `graph` instead."""
-
-    def __init__(self, handle: int) -> None:
-        self.handle, self.graph = handle, None
-        self._pending: list[Work] = []
-
-    def __len__(self) -> int:
-        return len(self._pending)
-
-    def add(self, work: Work) -> None:
-        (self._pending if self.graph is None else self.graph).append(work)
-
-    def advance(self, most: int) -> bool:
-        """Do up to `most` pieces of work; whether there was one that could be done."""
-        done = 0
-        while self._pending and done < most and self._pending[0]():
-            self._pending.pop(0)
-            done += 1
-        return done > 0
-
-
-class _Event:
-    def __init__(self, gpu: "Gpu") -> None:
-        self._gpu = gpu
-        self.num_recorded = self.num_passed = 0
-
-    def add_to(self, queue: Queue) -> None:
-        assert queue.graph is None, "an event that is recorded in a capture cannot be asked"
-        self.num_recorded += 1
-        queue.add(partial(self._pass, self.num_recorded))
-
-    def _pass(self, number: int) -> bool:
-        self.num_passed = max(self.num_passed, number)
-        return True
-
-    def hold_back(self, queue: Queue) -> None:
-        number = self.num_recorded
-        queue.add(lambda: self.num_passed >= number)
-
-    def wait_on_host(self) -> None:
-        self._gpu.host_waits += 1
-        self._gpu.run()
-
-
-class Gpu(TorchDispatchMode):
-    """Streams, memory, and everything of `torch.cuda` and `cuda.core` that works on them.
-
-    Inside of `with torch.cuda.device(...)` torch's operations are queued on the current stream, as they are for CUDA
-    tensors.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.host_waits = 0
-        self.captures_to_break = 0
-        self._is_capturing = False
-        self.builders: list[GraphBuilder] = []
-        self.events: dict[int, Event] = {}
-        self._blocks: list[_Block] = []
-        self._handles = count(1)
-        self.queues: dict[int, Queue] = {}
-        self.default, self.other = TorchStream(self, handle=0), TorchStream(self)
-        self._current = TorchStream(self)
-        self.core = SimpleNamespace(Device=partial(Device, self))
-
-    # Memory
-
-    def images(self, values: Tensor) -> Tensor:
-        """`values` in memory that torch does not know: it is used anew as soon as nobody holds it."""
-        tensor = self._allocate(values.shape, values.dtype, _Block.poison)
-        tensor.copy_(values)
-        return tensor
-
-    def _allocate(self, shape: Sequence[int], dtype: torch.dtype, release: Callable[[_Block], object]) -> Tensor:
-        block = _Block(int(np.prod(shape)) * dtype.itemsize)
-        self._blocks.append(block)
-        array = np.asarray(_Owner(block, partial(release, block)))
-        return torch.from_numpy(array).view(dtype).view(*shape)
-
-    def address(self, address: int, shape: Sequence[int], dtype: torch.dtype, stride: Any = None) -> _Address | None:
-        for block in self._blocks:
-            if block.address <= address < block.address + block.num_bytes:
-                dense = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
-                return _Address(block, address - block.address, tuple(shape), tuple(stride or dense), dtype)
-        return None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.is_view:
-            return func(*args, **kwargs)
-        queue = self.queue(self._current)
-        assert self._is_capturing or not any(queue.graph is not None for queue in self.queues.values())
-        raw_args = tree_map_only(Tensor, self._raw, args)
-        if func._schema.is_mutable:
-            queue.add(partial(_call, func, raw_args, kwargs))
-            return args[0]
-        example = func(*args, **kwargs)
-        # As in torch's allocator, memory is used anew only behind the work of the stream that it was allocated on.
-        result = self._allocate(example.shape, example.dtype, lambda block: queue.add(block.poison))
-        if func is not torch.ops.aten.empty.memory_format:
-            queue.add(partial(_call, func, raw_args, kwargs, self._raw(result)))
-        return result
-
-    def _raw(self, tensor: Tensor) -> Tensor | _Address:
-        return self.address(tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()) or tensor
-
-    # Streams
-
-    def new_queue(self, handle: int | None = None) -> Queue:
-        handle = next(self._handles) if handle is None else handle
-        return self.queues.setdefault(handle, Queue(handle))
-
-    def queue(self, stream: Any) -> Queue:
-        return self.queues[stream.__cuda_stream__()[1]]
-
-    def run(self, *, latest_first: bool = False, most: int = 10**9) -> None:
-        """Let every stream come to its end, one as far as it gets before the next."""
-        for _ in range(10**6):
-            queues = list(self.queues.values())
-            # All of them in each round, not only up to the first that advances.
-            if not any([queue.advance(most) for queue in (reversed(queues) if latest_first else queues)]):
-                break
-        assert not any(map(len, self.queues.values())), "streams wait for each other"
-
-    @contextmanager
-    def on(self, stream: "TorchStream") -> Iterator[None]:
-        """Make `stream` torch's current one."""
-        before, self._current = self._current, stream
-        yield
-        self._current = before
-
-    # torch.cuda
-
-    @contextmanager
-    def device(self, device: torch.device) -> Iterator[None]:
-        with self:
-            yield
-
-    def current_stream(self, device: torch.device) -> "TorchStream":
-        return self._current
-
-    def stream(self, device: torch.device) -> "TorchStream":
-        return TorchStream(self)
-
-    def event(self) -> "TorchEvent":
-        return TorchEvent(self)
-
-    @contextmanager
-    def capture(self, cuda_graph: "CUDAGraph", capture_error_mode: str) -> Iterator[None]:
-        """`torch.cuda.graph`: what is queued inside, on a stream of its own, is kept in place of being done."""
-        assert capture_error_mode == "thread_local"
-        stream = TorchStream(self)
-        queue = self.queue(stream)
-        queue.graph, self._is_capturing = [], True
-        with self.on(stream):
-            try:
-                yield
-            finally:
-                cuda_graph._work, queue.graph, self._is_capturing = queue.graph, None, False
-        if self.captures_to_break:
-            self.captures_to_break -= 1
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-
-
-def _call(func: Any, args: Any, kwargs: Any, result: _Address | None = None) -> bool:
-    value = func(*tree_map_only(_Address, _Address.tensor, args), **kwargs)
-    if result is not None:
-        result.tensor().copy_(value)
-    return True
-
-
-class TorchStream:
-    """`torch.cuda.Stream`."""
-
-    def __init__(self, gpu: Gpu, handle: int | None = None) -> None:
-        self._gpu, self._queue = gpu, gpu.new_queue(handle)
-        self.cuda_stream = self._queue.handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.cuda_stream
-
-    def wait_event(self, event: "TorchEvent") -> None:
-        event._event.hold_back(self._queue)
-
-    def record_event(self, event: "TorchEvent | None" = None) -> "TorchEvent":
-        event = TorchEvent(self._gpu) if event is None else event
-        event._event.add_to(self._queue)
-        return event
-
-    def synchronize(self) -> None:
-        self._gpu.host_waits += 1
-        self._gpu.run()
-
-    def wait_stream(self, stream: "TorchStream") -> None:
-        self.wait_event(stream.record_event(TorchEvent(self._gpu)))
-
-
-class TorchEvent:
-    """`torch.cuda.Event`."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._event = _Event(gpu)
-
-    def synchronize(self) -> None:
-        self._event.wait_on_host()
-
-    def query(self) -> bool:
-        return self._event.num_passed == self._event.num_recorded
-
-
-class CUDAGraph:
-    """`torch.cuda.CUDAGraph`."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu, self._work, self._num_replays = gpu, [], 0
-
-    def replay(self) -> None:
-        self._num_replays += 1
-        for work in self._work:
-            self._gpu.queue(self._gpu._current).add(work)
-
-
-class Device:
-    """`cuda.core.Device`."""
-
-    def __init__(self, gpu: Gpu, device_id: int | None) -> None:
-        self._gpu, self._is_current = gpu, False
-
-    def set_current(self) -> None:
-        self._is_current = True
-
-    def create_stream(self, obj: Any) -> "Stream":
-        assert self._is_current
-        return Stream(self._gpu.queue(obj))
-
-    def create_event(self) -> "Event":
-        assert self._is_current
-        return Event(self._gpu)
-
-    def create_graph_builder(self) -> "GraphBuilder":
-        assert self._is_current
-        return GraphBuilder(self._gpu)
-
-
-class Stream:
-    """`cuda.core.Stream`."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue, self.handle = queue, queue.handle
-
-    def record(self, event: "Event") -> "Event":
-        event._event.add_to(self._queue)
-        return event
-
-
-class Event:
-    """`cuda.core.Event`."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._event = _Event(gpu)
-        self.handle = id(self)
-        gpu.events[self.handle] = self
-
-    @property
-    def is_done(self) -> bool:
-        return self._event.num_passed == self._event.num_recorded
-
-
-class GraphBuilder:
-    """`cuda.core.graph.GraphBuilder`."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu, self._queue, self._is_closed = gpu, gpu.new_queue(), False
-        self.stream = Stream(self._queue)
-        gpu.builders.append(self)
-
-    def begin_building(self, mode: str) -> "GraphBuilder":
-        assert mode == "thread_local"
-        self._queue.graph = []
-        return self
-
-    def end_building(self) -> "GraphBuilder":
-        self._work, self._queue.graph = self._queue.graph, None
-        if self._gpu.captures_to_break:
-            self._gpu.captures_to_break -= 1
-            raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
-        return self
-
-    def complete(self) -> "Graph":
-        return Graph(self._work)
-
-    def close(self) -> None:
-        self._queue.graph, self._is_closed = None, True
-
-
-class Graph:
-    """`cuda.core.graph.Graph`."""
-
-    def __init__(self, work: list[Work]) -> None:
-        self._work, self.num_launches = work, 0
-
-    def launch(self, stream: Stream) -> None:
-        self.num_launches += 1
-        for work in self._work:
-            stream._queue.add(work)
+from tests.teachers.fake_gpu import ALIGNMENT, Address, Gpu
 
 
 class DataType(enum.Enum):
@@ -422,7 +60,7 @@ class CudaGraphStrategy(enum.Enum):
 
 @dataclass
 class Plan:
-    """What an engine file says, for the fake: the logits are the images' means, the features the images plus one."""
+    """Content of a fake engine file; the logits are the means of the images, the features are the images plus one."""
 
     image: tuple[str, tuple[int, ...], DataType] = ("images", (-1, 3, 5, 5), DataType.FLOAT)
     outputs: dict[str, tuple[tuple[int, ...], DataType]] = field(
@@ -435,13 +73,13 @@ class Plan:
 
 
 class Library:
-    """What is loaded and made, and how it is to fail; `module` is what `import tensorrt` gives."""
+    """The fake package, as `module`, with what it was called with, what it made, and what is to fail."""
 
     def __init__(self, gpu: Gpu, runtime: str, plans: dict[bytes, Plan]) -> None:
         self.gpu, self.plans = gpu, plans
         self.calls: list[tuple[Any, ...]] = []
         self.fails: set[str] = set()
-        """Names of methods that return None or False."""
+        """Names of methods that fail: they return None or False."""
         self.contexts: list[IExecutionContext] = []
         self.caches: list[IRuntimeCache] = []
         self.runtimes: list[Runtime] = []
@@ -455,21 +93,16 @@ class Library:
             DataType=DataType,
             TensorFormat=TensorFormat,
             TensorIOMode=TensorIOMode,
-            **(
-                {
-                    "EngineValidity": EngineValidity,
-                    "EngineInvalidityDiagnostics": EngineInvalidityDiagnostics,
-                    "CudaGraphStrategy": CudaGraphStrategy,
-                }
-                if is_rtx
-                else {}
-            ),
         )
+        if is_rtx:
+            self.module.EngineValidity = EngineValidity
+            self.module.EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
+            self.module.CudaGraphStrategy = CudaGraphStrategy
 
     def fail(self, method: str, reason: str = "") -> bool:
-        """Whether `method` is to fail; then the logger has heard why."""
+        """Whether `method` fails; logs the reason if it does."""
         if method in self.fails or reason:
-            self.logger.log(ILogger.ERROR, f"{method}: {reason or 'as told'}")
+            self.logger.log(ILogger.ERROR, f"{method}: {reason or 'failed'}")
             return True
         return False
 
@@ -595,7 +228,7 @@ class IRuntimeCache:
 
 
 class IExecutionContext:
-    """`tensorrt.IExecutionContext`; an engine reads its input first and writes its outputs from scratch memory."""
+    """`tensorrt.IExecutionContext`; an engine reads its input to scratch memory first, and then writes its outputs."""
 
     def __init__(self, library: Library, plan: Plan) -> None:
         self._library, self._plan = library, plan
@@ -652,16 +285,16 @@ class IExecutionContext:
         self._has_run_with = self._shape
         return True
 
-    def _read(self, images: _Address) -> bool:
+    def _read(self, images: Address) -> bool:
         self._scratch = images.tensor().float().clone()
         return True
 
-    def _write(self, outputs: dict[str, _Address]) -> bool:
+    def _write(self, outputs: dict[str, Address]) -> bool:
         for name, output in outputs.items():
-            output.tensor().copy_(answers(self._scratch)["features" if name == "features" else "logits"])
+            output.tensor().copy_(engine_outputs(self._scratch)["features" if name == "features" else "logits"])
         return True
 
 
-def answers(images: Tensor) -> dict[str, Tensor]:
+def engine_outputs(images: Tensor) -> dict[str, Tensor]:
     """What every fake engine computes."""
     return {"logits": images.float().mean((2, 3)), "features": images.float() + 1.0}

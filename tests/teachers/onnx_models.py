@@ -1,4 +1,4 @@
-"""Small ONNX files written node by node, to give a teacher what no exporter would."""
+"""Small ONNX models built node by node, with what no exporter would write."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def linear_model(
     seed: int = 0,
     metadata: dict[str, str] | None = None,
 ) -> onnx.ModelProto:
-    """Mean over height and width, then a linear map with weights of the given type; the first output is its result."""
+    """Global average pooling and a linear layer with weights of the given type; further outputs copy the input."""
     array = np.random.default_rng(seed).normal(size=(3, NUM_CLASSES)).astype(np.float32)
     weight = numpy_helper.from_array(array.astype(helper.tensor_dtype_to_np_dtype(weights)), "weight")
     nodes = [
@@ -48,7 +48,7 @@ def linear_model(
 def write_external(
     folder: Path, change: Callable[[TensorProto], None] | None = None, *, seed: int = 0, name: str = "weights.bin"
 ) -> Path:
-    """A linear model whose weights lie in a file of their own; `change` may edit the reference to it."""
+    """Write a linear model with its weights in a separate file; `change` may edit the reference to that file."""
     folder.mkdir(exist_ok=True)
     path = folder / "model.onnx"
     onnx.save(linear_model(seed=seed), path, save_as_external_data=True, location=name, size_threshold=0)
@@ -60,7 +60,7 @@ def write_external(
 
 
 def point_at(location: str) -> Callable[[TensorProto], None]:
-    """A change for `write_external`: the weights are said to lie at `location`."""
+    """A change for `write_external`: refer to the weights at `location`."""
 
     def change(tensor: TensorProto) -> None:
         next(entry for entry in tensor.external_data if entry.key == "location").value = location

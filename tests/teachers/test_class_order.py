@@ -1,4 +1,4 @@
-"""The teachers are real ONNX files of small networks, with their class names in them."""
+"""Teachers whose class order differs from the data's; they are ONNX files of small networks with class names."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from torch import nn
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.class_order import PermutedTeacher, matched
+from kd_pipeline.teachers.class_order import PermutedTeacher, match_classes
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images
@@ -38,82 +38,82 @@ def teacher(request, tmp_path) -> Iterator[Teacher]:
     opened.close()
 
 
-def test_every_logit_is_the_one_of_its_class_by_name(teacher: Teacher) -> None:
+def test_logits_are_matched_by_name(teacher: Teacher) -> None:
     order = ("dog", "ant", "eel", "cat", "bee")
     images = random_images(7, shape=SHAPE)
     wanted = teacher(images)["logits"]
-    logits = matched(teacher, order)(images)["logits"]
+    logits = match_classes(teacher, order)(images)["logits"]
     for position, name in enumerate(order):
         assert torch.equal(logits[:, position], wanted[:, ANIMALS.index(name)])
-    assert logits.is_contiguous() and matched(teacher, order).classes == order
+    assert logits.is_contiguous() and match_classes(teacher, order).classes == order
 
 
-def test_a_teacher_in_the_datas_order_is_taken_as_it_is(teacher: Teacher, caplog) -> None:
-    assert matched(teacher, ANIMALS) is teacher
-    assert matched(teacher, list(ANIMALS)) is teacher
-    assert matched(teacher, None) is teacher
+def test_same_order_returns_teacher(teacher: Teacher, caplog) -> None:
+    assert match_classes(teacher, ANIMALS) is teacher
+    assert match_classes(teacher, list(ANIMALS)) is teacher
+    assert match_classes(teacher, None) is teacher
     assert not caplog.records
 
 
-def test_another_order_is_said_with_the_first_difference(teacher: Teacher, caplog) -> None:
-    matched(teacher, ("ant", "cat", "bee", "dog", "eel"))
+def test_reordering_is_warned_with_first_difference(teacher: Teacher, caplog) -> None:
+    match_classes(teacher, ("ant", "cat", "bee", "dog", "eel"))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "the data's 5 classes in another order (class 1 is 'cat' in the data and 'bee' in the teacher)" in (
+    assert "the data's 5 classes in a different order (class 1 is 'cat' in the data and 'bee' in the teacher)" in (
         record.getMessage()
     )
 
 
-def test_logits_of_other_classes_are_left_out_and_that_is_said(tmp_path: Path, caplog) -> None:
+def test_extra_classes_are_dropped_with_warning(tmp_path: Path, caplog) -> None:
     teacher = five(tmp_path / "t.onnx", ("background", "bee", "ant", "cat", "dog"))
     images = random_images(4, shape=SHAPE)
-    found = matched(teacher, ("ant", "bee", "cat"))
+    found = match_classes(teacher, ("ant", "bee", "cat"))
     assert torch.equal(found(images)["logits"], teacher(images)["logits"][:, [2, 1, 3]])
     assert str(found.outputs["logits"]) == "[any, 3] float32"
     (record,) = caplog.records
-    assert "knows 5 classes, the data 3 of them" in record.getMessage()
-    assert "those of 'background', 'dog' are left out" in record.getMessage()
+    assert "has 5 classes, of which the data has 3" in record.getMessage()
+    assert "those of 'background', 'dog' are dropped" in record.getMessage()
 
 
-def test_classes_that_the_teacher_lacks_are_refused_by_name(teacher: Teacher) -> None:
+def test_missing_classes_are_refused(teacher: Teacher) -> None:
     with pytest.raises(
         TeacherError,
-        match=r"the teacher's 5 classes are not the data's 5: it does not know 'cow', 'fly', "
+        match=r"the teacher's 5 classes are not the data's 5: it lacks 'cow', 'fly', "
         r"and the data has no 'dog', 'eel'; give the source `classes`",
     ):
-        matched(teacher, ("ant", "bee", "cat", "cow", "fly"))
-    with pytest.raises(TeacherError, match=r"the data's 6: it does not know 'fly'; give"):
-        matched(teacher, (*ANIMALS, "fly"))
+        match_classes(teacher, ("ant", "bee", "cat", "cow", "fly"))
+    with pytest.raises(TeacherError, match=r"the data's 6: it lacks 'fly'; give"):
+        match_classes(teacher, (*ANIMALS, "fly"))
 
 
-def test_a_name_that_stands_for_two_logits_is_refused(tmp_path: Path) -> None:
+def test_duplicate_class_is_refused(tmp_path: Path) -> None:
     teacher = five(tmp_path / "t.onnx", ("crane", "bee", "crane", "ant", "eel"))
     with pytest.raises(TeacherError, match="the teacher has 'crane' more than once among its 5 classes"):
-        matched(teacher, ("bee", "crane", "ant"))
-    assert matched(teacher, ("eel", "bee")).classes == ("eel", "bee")
+        match_classes(teacher, ("bee", "crane", "ant"))
+    assert match_classes(teacher, ("eel", "bee")).classes == ("eel", "bee")
 
 
-def test_a_nameless_teacher_needs_as_many_logits_as_there_are_classes(tmp_path: Path) -> None:
+def test_nameless_teacher_needs_same_num_classes(tmp_path: Path) -> None:
     teacher = five(tmp_path / "t.onnx", None)
-    assert matched(teacher, ANIMALS) is teacher
+    assert match_classes(teacher, ANIMALS) is teacher
     for classes in (ANIMALS[:4], (*ANIMALS, "fly")):
         with pytest.raises(TeacherError, match=rf"5 logits and no class names, the data has {len(classes)} classes"):
-            matched(teacher, classes)
-    with pytest.raises(TeacherError, match="does not know its classes"):
+            match_classes(teacher, classes)
+    with pytest.raises(TeacherError, match="has no class names"):
         PermutedTeacher(teacher, ANIMALS)
 
 
-def test_a_background_class_before_a_thousand_is_found_by_name(tmp_path: Path) -> None:
+def test_background_class_is_dropped(tmp_path: Path) -> None:
     names = [f"n{number:08}" for number in range(1000)]
     torch.manual_seed(0)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 1001))
     path = export_onnx(net, tmp_path / "t.onnx", image_shape=SHAPE, classes=("background", *names))
     teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=path))
     images = random_images(3, shape=SHAPE)
-    assert torch.equal(matched(teacher, names)(images)["logits"], teacher(images)["logits"][:, 1:])
+    assert torch.equal(match_classes(teacher, names)(images)["logits"], teacher(images)["logits"][:, 1:])
 
 
-def test_it_keeps_the_laws_of_a_teacher(exported) -> None:
+def test_permuted_teacher_keeps_contract(exported) -> None:
     inner = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0), max_batch=5))
     teacher = PermutedTeacher(inner, CLASSES[::-1])
     images = random_images(4)
@@ -137,7 +137,7 @@ def test_it_keeps_the_laws_of_a_teacher(exported) -> None:
             closed(random_images(1))
 
 
-def test_the_fingerprint_follows_from_teacher_and_order(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_teacher_and_order(tmp_path: Path) -> None:
     first, other = five(tmp_path / "a.onnx"), five(tmp_path / "b.onnx", seed=1)
     orders = [("bee", "ant"), ("ant", "bee"), ANIMALS[::-1]]
     prints = [PermutedTeacher(first, order).fingerprint for order in orders]
@@ -147,7 +147,7 @@ def test_the_fingerprint_follows_from_teacher_and_order(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_nothing_waits_for_the_gpu() -> None:
+def test_no_gpu_sync() -> None:
     inner = open_teacher(TeacherSettings(), module=ConvNet(), image_shape=IMAGE_SHAPE, device="cuda")
     inner.classes = CLASSES
     teacher, images = PermutedTeacher(inner, CLASSES[::-1]), random_images(4).cuda()

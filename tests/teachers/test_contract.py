@@ -1,4 +1,4 @@
-"""The laws in `Teacher`'s docstring, held against every backend."""
+"""The contract in `Teacher`'s docstring, checked for every backend."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ NO_CUDA_PROVIDER = pytest.mark.skipif(why_no_cuda() is not None, reason=str(why_
 
 
 def openvino_precisions() -> set[str]:
-    """What OpenVINO computes in on this CPU; nothing where it is not installed."""
+    """The precisions of OpenVINO on this CPU; none if it is not installed."""
     if find_spec("openvino") is None:
         return set()
     import openvino
@@ -39,14 +39,14 @@ NO_OPENVINO = pytest.mark.skipif(not PRECISIONS, reason="OpenVINO is not install
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run `ConvNet`."""
+    """How to run `ConvNet`."""
 
     backend: str
     precision: str = "fp32"
     device: str = "cpu"
     tolerance: float = 1e-5
     """Largest error of an output, relative to its largest value."""
-    more: dict[str, object] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
     def open(self, exported: Callable[[int], Path], *, seed: int = 0) -> Teacher:
         runs_module = self.backend == "pytorch"
@@ -55,7 +55,7 @@ class Case:
             precision=self.precision,
             max_batch=MAX_BATCH,
             onnx=None if runs_module else exported(seed),
-            **self.more,
+            **self.options,
         )
         module = ConvNet(seed) if runs_module else None
         return open_teacher(settings, module=module, image_shape=IMAGE_SHAPE, device=self.device, batch_size=MAX_BATCH)
@@ -64,19 +64,19 @@ class Case:
 CASES = [
     pytest.param(Case("pytorch"), id="pytorch-fp32"),
     pytest.param(Case("pytorch", "bf16", tolerance=0.03), id="pytorch-bf16"),
-    pytest.param(Case("pytorch", more={"compile": True}), id="pytorch-compiled", marks=pytest.mark.slow),
+    pytest.param(Case("pytorch", options={"compile": True}), id="pytorch-compiled", marks=pytest.mark.slow),
     pytest.param(
-        Case("pytorch", device="cuda", tolerance=5e-3, more={"compile": False}),  # convolutions in TF32
+        Case("pytorch", device="cuda", tolerance=5e-3, options={"compile": False}),  # convolutions in TF32
         id="pytorch-cuda",
         marks=GPU,
     ),
     pytest.param(
-        Case("pytorch", "bf16", device="cuda", tolerance=0.03, more={"compile": True}),
+        Case("pytorch", "bf16", device="cuda", tolerance=0.03, options={"compile": True}),
         id="pytorch-cuda-compiled",
         marks=[*GPU, pytest.mark.slow],
     ),
     pytest.param(
-        Case("pytorch", device="cuda", tolerance=5e-3, more={"compile": False, "cuda_graph": True}),
+        Case("pytorch", device="cuda", tolerance=5e-3, options={"compile": False, "cuda_graph": True}),
         id="pytorch-cuda-graph",
         marks=GPU,
     ),
@@ -120,7 +120,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 7, MAX_BATCH])
-def test_every_output_agrees_with_the_module_at_any_batch(
+def test_outputs_match_module_at_any_batch_size(
     case: Case, teacher: Teacher, reference: nn.Module, num_images: int
 ) -> None:
     images = random_images(num_images, seed=num_images)
@@ -130,7 +130,7 @@ def test_every_output_agrees_with_the_module_at_any_batch(
         assert relative_error(outputs[name], wanted[name]) < case.tolerance
 
 
-def test_outputs_are_what_the_teacher_says_they_are(teacher: Teacher) -> None:
+def test_outputs_match_specs(teacher: Teacher) -> None:
     assert [str(teacher.outputs[name]) for name in ("logits", "features")] == [
         f"[any, {NUM_CLASSES}] float32",
         "[any, 32, 8, 8] float32",
@@ -141,9 +141,7 @@ def test_outputs_are_what_the_teacher_says_they_are(teacher: Teacher) -> None:
     assert all(output.is_contiguous() and output.device == teacher.device for output in outputs.values())
 
 
-def test_the_precision_is_the_one_asked_for_and_shows_in_the_answers(
-    case: Case, teacher: Teacher, reference: nn.Module
-) -> None:
+def test_precision_shows_in_outputs(case: Case, teacher: Teacher, reference: nn.Module) -> None:
     assert teacher.precision == case.precision
     images = random_images(8)
     error = relative_error(teacher(images.to(teacher.device))["logits"], reference(images)["logits"])
@@ -151,7 +149,7 @@ def test_the_precision_is_the_one_asked_for_and_shows_in_the_answers(
     assert (error > 1e-4) == (case.precision == "bf16" or has_tf32)
 
 
-def test_autocast_around_the_teacher_does_not_change_its_answers(teacher: Teacher) -> None:
+def test_autocast_does_not_change_outputs(teacher: Teacher) -> None:
     images = images_for(teacher, 4)
     wanted = teacher(images)
     with torch.autocast(teacher.device.type, dtype=torch.bfloat16):
@@ -159,14 +157,14 @@ def test_autocast_around_the_teacher_does_not_change_its_answers(teacher: Teache
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_no_output_carries_a_gradient(teacher: Teacher) -> None:
+def test_outputs_require_no_grad(teacher: Teacher) -> None:
     images = images_for(teacher, 2).requires_grad_()
     with torch.enable_grad():
         outputs = teacher(images)
     assert not any(output.requires_grad for output in outputs.values())
 
 
-def test_a_later_call_leaves_earlier_results_alone(teacher: Teacher) -> None:
+def test_later_call_keeps_earlier_outputs(teacher: Teacher) -> None:
     first = teacher(images_for(teacher, 4, seed=1))
     kept = {name: output.clone() for name, output in first.items()}
     second = teacher(images_for(teacher, 4, seed=2))
@@ -175,9 +173,9 @@ def test_a_later_call_leaves_earlier_results_alone(teacher: Teacher) -> None:
         assert torch.equal(first[name], kept[name])
 
 
-def test_outputs_belong_to_the_caller_even_after_close(case: Case, exported: Callable[[int], Path]) -> None:
-    if case.more.get("compile"):
-        pytest.skip("compiles once more and shares its outputs' code with pytorch-fp32")
+def test_outputs_survive_close(case: Case, exported: Callable[[int], Path]) -> None:
+    if case.options.get("compile"):
+        pytest.skip("would compile once more, and shares the code for outputs with pytorch-fp32")
     opened = case.open(exported)
     images = images_for(opened, 4)
     outputs = opened(images)
@@ -191,7 +189,7 @@ def test_outputs_belong_to_the_caller_even_after_close(case: Case, exported: Cal
     assert all(torch.equal(outputs[name], kept[name] + 1.0) for name in kept)
 
 
-def test_the_images_are_only_read(teacher: Teacher) -> None:
+def test_images_are_only_read(teacher: Teacher) -> None:
     images = images_for(teacher, 5)
     before, address = images.clone(), images.data_ptr()
     teacher(images)
@@ -200,7 +198,7 @@ def test_the_images_are_only_read(teacher: Teacher) -> None:
 
 
 @pytest.mark.parametrize("backend", [pytest.param("openvino", marks=NO_OPENVINO), "onnxruntime"])
-def test_the_cpu_runtimes_read_the_images_where_they_lie(backend: str, tmp_path: Path) -> None:
+def test_cpu_runtimes_read_images_in_place(backend: str, tmp_path: Path) -> None:
     shape, num_images = (3, 512, 512), 32
     averages = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, NUM_CLASSES))
     path = export_onnx(averages, tmp_path / "averages.onnx", image_shape=shape, max_batch=2)
@@ -223,7 +221,7 @@ def peak_memory_bytes(*, reset: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
-def test_images_in_memory_of_dali_are_taken_as_they_are(case: Case, teacher: Teacher, reference: nn.Module) -> None:
+def test_dali_memory_is_read(case: Case, teacher: Teacher, reference: nn.Module) -> None:
     source = random_images(6, seed=3).permute(0, 2, 3, 1).contiguous().numpy()
     pipeline = Pipeline(batch_size=6, num_threads=1, device_id=None)
     with pipeline:
@@ -238,7 +236,7 @@ def test_images_in_memory_of_dali_are_taken_as_they_are(case: Case, teacher: Tea
     assert np.array_equal(output.as_array(), before.numpy())
 
 
-def test_a_caller_in_inference_mode_gets_tensors_that_autograd_accepts(teacher: Teacher) -> None:
+def test_outputs_in_inference_mode_are_normal_tensors(teacher: Teacher) -> None:
     with torch.inference_mode():
         logits = teacher(images_for(teacher, 4))["logits"]
     assert not logits.is_inference()
@@ -247,12 +245,12 @@ def test_a_caller_in_inference_mode_gets_tensors_that_autograd_accepts(teacher: 
     assert torch.allclose(student.grad, -2 * logits.sum(0))
 
 
-def test_a_batch_above_the_maximum_is_refused_with_both_numbers(teacher: Teacher) -> None:
+def test_batch_above_max_is_refused(teacher: Teacher) -> None:
     with pytest.raises(TeacherError, match=f"takes 1 to {MAX_BATCH} images at a time, got {MAX_BATCH + 1}"):
         teacher(images_for(teacher, MAX_BATCH + 1))
 
 
-def test_an_empty_batch_is_refused(teacher: Teacher) -> None:
+def test_empty_batch_is_refused(teacher: Teacher) -> None:
     with pytest.raises(TeacherError, match=f"takes 1 to {MAX_BATCH} images at a time, got 0"):
         teacher(images_for(teacher, 0))
 
@@ -267,24 +265,22 @@ def test_an_empty_batch_is_refused(teacher: Teacher) -> None:
     ],
     ids=["dtype", "size", "channels", "no batch"],
 )
-def test_images_of_another_shape_or_dtype_are_refused_with_both(
-    teacher: Teacher, change: Callable[[Tensor], Tensor], found: str
-) -> None:
+def test_wrong_shape_or_dtype_is_refused(teacher: Teacher, change: Callable[[Tensor], Tensor], found: str) -> None:
     with pytest.raises(TeacherError, match=rf"takes images \[any, 3, 32, 32\] float32, got {found}"):
         teacher(change(images_for(teacher, 4)))
 
 
-def test_images_on_another_device_are_refused_with_both(teacher: Teacher) -> None:
+def test_wrong_device_is_refused(teacher: Teacher) -> None:
     with pytest.raises(TeacherError, match=f"reads from {teacher.device}, the images are on meta"):
         teacher(images_for(teacher, 4).to("meta"))
 
 
-def test_images_in_another_layout_are_refused(teacher: Teacher) -> None:
+def test_wrong_layout_is_refused(teacher: Teacher) -> None:
     with pytest.raises(TeacherError, match=r"dense NCHW buffer, got strides \(3072, 1, 96, 3\)"):
         teacher(images_for(teacher, 4).to(memory_format=torch.channels_last))
 
 
-def test_close_may_be_called_twice_and_ends_the_teacher(case: Case, exported: Callable[[int], Path]) -> None:
+def test_close_twice(case: Case, exported: Callable[[int], Path]) -> None:
     opened = case.open(exported)
     opened.close()
     opened.close()
@@ -292,22 +288,20 @@ def test_close_may_be_called_twice_and_ends_the_teacher(case: Case, exported: Ca
         opened(images_for(opened, 1))
 
 
-def test_the_fingerprint_is_equal_for_equal_content_only(
-    case: Case, teacher: Teacher, exported: Callable[[int], Path]
-) -> None:
+def test_fingerprint_depends_on_content(case: Case, teacher: Teacher, exported: Callable[[int], Path]) -> None:
     again, other = case.open(exported), case.open(exported, seed=1)
     assert again.fingerprint == teacher.fingerprint
     assert other.fingerprint != teacher.fingerprint
     images = images_for(teacher, 2)
-    if not case.more.get("compile"):  # each opening compiles anew
+    if not case.options.get("compile"):  # each opening compiles again
         assert not torch.equal(other(images)["logits"], teacher(images)["logits"])
 
 
-def test_fingerprints_differ_between_backends_and_precisions(exported: Callable[[int], Path]) -> None:
+def test_fingerprint_depends_on_backend_and_precision(exported: Callable[[int], Path]) -> None:
     cases = [Case("pytorch"), Case("pytorch", "bf16"), Case("onnxruntime"), *([Case("openvino")] if PRECISIONS else [])]
     fingerprints = {(case.backend, case.precision): case.open(exported).fingerprint for case in cases}
     assert len(set(fingerprints.values())) == len(fingerprints) >= 3
 
 
-def test_a_teacher_is_no_module(teacher: Teacher) -> None:
+def test_teacher_is_no_module(teacher: Teacher) -> None:
     assert not isinstance(teacher, nn.Module)

@@ -1,4 +1,4 @@
-"""The members are real teachers of real small networks."""
+"""Ensembles of real teachers, which run small networks."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def members(num: int = 3) -> list[Teacher]:
     return [member(seed) for seed in range(num)]
 
 
-def answers(images: Tensor, num: int = 3) -> list[Tensor]:
+def member_logits(images: Tensor, num: int = 3) -> list[Tensor]:
     return [ConvNet(seed).eval().requires_grad_(False)(images)["logits"] for seed in range(num)]
 
 
@@ -39,11 +39,11 @@ def linear(path: Path, **arguments: object) -> Teacher:
 
 @pytest.mark.parametrize("num_images", [1, 7])
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
-def test_the_softmax_is_the_weighted_mean_of_the_members_softmax(num_images: int, weights: list[float] | None) -> None:
+def test_softmax_is_weighted_mean(num_images: int, weights: list[float] | None) -> None:
     images = random_images(num_images)
     shares = weights or [1.0, 1.0, 1.0]
     wanted = sum(
-        w / sum(shares) * logits.double().softmax(1) for w, logits in zip(shares, answers(images), strict=True)
+        w / sum(shares) * logits.double().softmax(1) for w, logits in zip(shares, member_logits(images), strict=True)
     )
     logits = EnsembleTeacher(members(), weights=weights)(images)["logits"]
     torch.testing.assert_close(logits.double().softmax(1), wanted, rtol=1e-5, atol=1e-7)
@@ -51,10 +51,10 @@ def test_the_softmax_is_the_weighted_mean_of_the_members_softmax(num_images: int
 
 
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
-def test_the_logits_are_the_weighted_mean_of_the_members_logits(weights: list[float] | None) -> None:
+def test_logits_are_weighted_mean(weights: list[float] | None) -> None:
     images = random_images(5)
     shares = weights or [1.0, 1.0, 1.0]
-    wanted = sum(w / sum(shares) * logits for w, logits in zip(shares, answers(images), strict=True))
+    wanted = sum(w / sum(shares) * logits for w, logits in zip(shares, member_logits(images), strict=True))
     logits = EnsembleTeacher(members(), weights=weights, average="logits")(images)["logits"]
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-6)
 
@@ -77,13 +77,13 @@ def test_huge_logits_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_one_member_alone_answers_for_itself(average: str) -> None:
+def test_single_member_is_unchanged(average: str) -> None:
     images = random_images(4)
     logits = EnsembleTeacher([member()], average=average)(images)["logits"]
-    torch.testing.assert_close(logits.softmax(1), answers(images, 1)[0].softmax(1))
+    torch.testing.assert_close(logits.softmax(1), member_logits(images, 1)[0].softmax(1))
 
 
-def test_members_of_different_runtimes_and_precisions_join(exported: Callable[[int], Path]) -> None:
+def test_members_may_differ_in_backend_and_precision(exported: Callable[[int], Path]) -> None:
     pytest.importorskip("openvino")
     teachers = [
         member(0, precision="bf16"),
@@ -94,11 +94,11 @@ def test_members_of_different_runtimes_and_precisions_join(exported: Callable[[i
     assert (ensemble.backend, ensemble.precision) == ("ensemble", "bf16+fp32")
     assert ensemble.classes == CLASSES
     images = random_images(6)
-    wanted = sum(logits.softmax(1) for logits in answers(images)) / 3
+    wanted = sum(logits.softmax(1) for logits in member_logits(images)) / 3
     torch.testing.assert_close(ensemble(images)["logits"].softmax(1), wanted, rtol=0.05, atol=5e-3)
 
 
-def test_it_takes_the_images_and_batches_that_all_members_take(tmp_path: Path) -> None:
+def test_images_and_max_batch_fit_all_members(tmp_path: Path) -> None:
     open_size = ("images", onnx.TensorProto.FLOAT, ["N", 3, "H", "W"])
     wide, fixed = linear(tmp_path / "wide.onnx", inputs=[open_size]), linear(tmp_path / "fixed.onnx")
     for teachers in ([wide, fixed], [fixed, wide]):
@@ -112,7 +112,7 @@ def test_it_takes_the_images_and_batches_that_all_members_take(tmp_path: Path) -
         ensemble(random_images(5))
 
 
-def test_members_for_different_images_are_refused_with_both(tmp_path: Path) -> None:
+def test_different_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         TeacherError,
         match=r"teacher 1 \(onnxruntime\) has \[any, 3, 8, 8\] float32, those before it \[any, 3, 32, 32\] float32",
@@ -123,23 +123,23 @@ def test_members_for_different_images_are_refused_with_both(tmp_path: Path) -> N
         EnsembleTeacher([member(), half])
 
 
-def test_members_with_different_numbers_of_classes_are_refused_with_both() -> None:
+def test_different_num_classes_are_refused() -> None:
     five = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
     other = open_teacher(TeacherSettings(), module=five, image_shape=IMAGE_SHAPE)
     with pytest.raises(
-        TeacherError, match=r"share their logits: .*\[any, 5\] float32, those before it \[any, 10\] float32"
+        TeacherError, match=r"must share their logits: .*\[any, 5\] float32, those before it \[any, 10\] float32"
     ):
         EnsembleTeacher([member(), other])
 
 
-def test_members_on_different_devices_are_refused_with_both() -> None:
+def test_different_devices_are_refused() -> None:
     other = member(1)
     other.device = torch.device("meta")
     with pytest.raises(TeacherError, match=r"teacher 1 \(pytorch\) is on meta, teacher 0 on cpu"):
         EnsembleTeacher([member(0), other])
 
 
-def test_class_names_that_differ_are_refused_by_name(tmp_path: Path) -> None:
+def test_different_class_names_are_refused(tmp_path: Path) -> None:
     def named(name: str, classes: str) -> Teacher:
         return linear(tmp_path / f"{name}.onnx", metadata={"kd_pipeline.classes": classes})
 
@@ -163,18 +163,18 @@ def test_class_names_that_differ_are_refused_by_name(tmp_path: Path) -> None:
         ([math.inf, 1.0], "got inf"),
     ],
 )
-def test_weights_that_make_no_average_are_refused(weights: list[float], message: str) -> None:
+def test_invalid_weights_are_refused(weights: list[float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EnsembleTeacher(members(2), weights=weights)
 
 
-def test_no_members_make_no_ensemble() -> None:
+def test_empty_ensemble_is_refused() -> None:
     with pytest.raises(ConfigError, match="an ensemble of no teachers"):
         EnsembleTeacher([])
 
 
 @pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_it_keeps_the_laws_of_a_teacher(average: str) -> None:
+def test_ensemble_keeps_contract(average: str) -> None:
     ensemble = EnsembleTeacher(members(), average=average)
     images = random_images(4)
     before = images.clone()
@@ -199,7 +199,7 @@ def test_it_keeps_the_laws_of_a_teacher(average: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("average", ["softmax", "logits"])
-def test_nothing_waits_for_the_gpu(average: str) -> None:
+def test_no_gpu_sync(average: str) -> None:
     teachers = [
         open_teacher(TeacherSettings(), module=ConvNet(seed), image_shape=IMAGE_SHAPE, device="cuda")
         for seed in range(2)
@@ -213,7 +213,7 @@ def test_nothing_waits_for_the_gpu(average: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_close_closes_every_member_and_ends_the_ensemble() -> None:
+def test_close_closes_members() -> None:
     teachers = members(2)
     ensemble = EnsembleTeacher(teachers)
     ensemble.close()
@@ -223,7 +223,7 @@ def test_close_closes_every_member_and_ends_the_ensemble() -> None:
             closed(random_images(1))
 
 
-def test_a_member_that_was_closed_by_someone_else_is_named() -> None:
+def test_closed_member_is_named() -> None:
     teachers = members(2)
     ensemble = EnsembleTeacher(teachers)
     teachers[1].close()
@@ -231,7 +231,7 @@ def test_a_member_that_was_closed_by_someone_else_is_named() -> None:
         ensemble(random_images(1))
 
 
-def test_the_fingerprint_follows_from_members_weights_and_average() -> None:
+def test_fingerprint_depends_on_members_and_weights() -> None:
     ensemble = EnsembleTeacher(members(2))
     same = [EnsembleTeacher(members(2)), EnsembleTeacher(members(2), weights=[5.0, 5.0])]
     others = [

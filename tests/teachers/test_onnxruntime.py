@@ -14,7 +14,7 @@ from tests.teachers.onnx_models import LOGITS, linear_model
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
-def test_a_precision_other_than_the_files_is_refused_with_both(tmp_path: Path, exported: Callable[[int], Path]) -> None:
+def test_wrong_precision_is_refused(tmp_path: Path, exported: Callable[[int], Path]) -> None:
     with pytest.raises(TeacherError, match="holds fp32 weights, wanted fp16"):
         OnnxRuntimeTeacher(exported(0), precision="fp16")
     onnx.save(linear_model(weights=FLOAT16), tmp_path / "half.onnx")
@@ -23,7 +23,7 @@ def test_a_precision_other_than_the_files_is_refused_with_both(tmp_path: Path, e
 
 
 @pytest.mark.parametrize("io", [FLOAT, FLOAT16], ids=["float32 images", "float16 images"])
-def test_a_file_in_float16_runs_and_gives_float32(tmp_path: Path, io: int) -> None:
+def test_float16_file_gives_float32(tmp_path: Path, io: int) -> None:
     path = tmp_path / "half.onnx"
     model = linear_model(inputs=[("images", io, ["N", 3, 8, 8])], outputs=[("logits", io, ["N", 5])], weights=FLOAT16)
     onnx.save(model, path)
@@ -35,7 +35,7 @@ def test_a_file_in_float16_runs_and_gives_float32(tmp_path: Path, io: int) -> No
     torch.testing.assert_close(logits, weight.sum(0).expand(3, 5), atol=5e-3, rtol=5e-3)
 
 
-def test_an_output_whose_size_only_the_runtime_knows_comes_back_whole(tmp_path: Path) -> None:
+def test_open_output_size_is_learned(tmp_path: Path) -> None:
     path = tmp_path / "open.onnx"
     open_size = ["N", 3, "height", "width"]
     onnx.save(
@@ -49,14 +49,12 @@ def test_an_output_whose_size_only_the_runtime_knows_comes_back_whole(tmp_path: 
         assert outputs["features"].data_ptr() != images.data_ptr()
 
 
-def test_the_number_of_threads_reaches_the_runtime(exported: Callable[[int], Path]) -> None:
+def test_num_threads_is_set(exported: Callable[[int], Path]) -> None:
     teacher = OnnxRuntimeTeacher(exported(0), num_threads=1)
     assert teacher._session.get_session_options().intra_op_num_threads == 1
 
 
-def test_a_model_that_the_runtime_warns_about_opens_in_silence(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_runtime_warnings_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = linear_model()
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(3, np.float32), "used by no node"))
     onnx.save(model, tmp_path / "model.onnx")

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider on a GPU that runs late: the order with the caller's stream, memory, and refusals."""
+"""ONNX Runtime's CUDA provider on a fake GPU that runs late: stream order, memory, and errors."""
 
 import inspect
 import sys
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.onnx import session
-from kd_pipeline.teachers import onnxruntime as ort
+from kd_pipeline.teachers import onnxruntime as backend
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher, why_no_cuda
-from tests.teachers.fake_tensorrt import Gpu
+from tests.teachers.fake_gpu import Gpu
 from tests.teachers.onnx_models import linear_model
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -29,7 +29,7 @@ DTYPES = {np.float32: torch.float32, np.float16: torch.float16}
 
 
 class Binding:
-    """`onnxruntime.IOBinding` of memory on the fake GPU, or of the runtime's own where no address is given."""
+    """`onnxruntime.IOBinding` to memory of the fake GPU, or to the runtime's own if no address is given."""
 
     def __init__(self, session: "Session") -> None:
         self._session, self.inputs, self.outputs = session, {}, {}
@@ -50,7 +50,7 @@ class Binding:
 
 
 class Session:
-    """`onnxruntime.InferenceSession`: queues reading and writing on the stream it was given; the CPU computes."""
+    """`onnxruntime.InferenceSession`: queues reads and writes on its stream, and computes on the CPU."""
 
     def __init__(self, gpu: Gpu, has_cuda: bool, path: Path, options: Any, providers: list[Any]) -> None:
         self._gpu, self._has_cuda = gpu, has_cuda
@@ -72,7 +72,7 @@ class Session:
         ((name, (shape, dtype, address)),) = iobinding.inputs.items()
         images = self._gpu.address(address, shape, dtype)
         queue.add(partial(self._read, name, images))
-        if run_options is None:  # with the host waiting at the end
+        if run_options is None:  # the host waits at the end
             self._gpu.run()
             return
         assert run_options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
@@ -110,7 +110,7 @@ class Runtime:
 @pytest.fixture
 def runtime(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Runtime:
     runtime = Runtime(gpu)
-    for module in (ort, session):
+    for module in (backend, session):
         monkeypatch.setattr(module, "require", lambda name, extra: runtime.module)
     return runtime
 
@@ -130,8 +130,8 @@ def noise(num_images: int, seed: int = 0, dtype: torch.dtype = torch.float32) ->
     return torch.randn(num_images, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def teach(gpu: Gpu, teacher: OnnxRuntimeTeacher, values: Tensor) -> dict[str, Tensor]:
-    """Have the teacher answer for a buffer that nobody holds afterward; past the check of the device, a CPU here."""
+def infer(gpu: Gpu, teacher: OnnxRuntimeTeacher, values: Tensor) -> dict[str, Tensor]:
+    """Run the teacher on a buffer that nobody holds afterward; skips its check of the device, here a CPU."""
     images = gpu.images(values)
     with gpu.device(DEVICE):
         return teacher._infer(images)
@@ -144,11 +144,11 @@ def wanted(teacher: OnnxRuntimeTeacher, values: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("latest_first", [False, True])
 @pytest.mark.parametrize(("io", "dtype"), [(FLOAT, torch.float32), (FLOAT16, torch.float16)], ids=["fp32", "fp16"])
-def test_each_call_has_the_answers_to_its_own_images(
+def test_outputs_belong_to_their_call(
     gpu: Gpu, open_teacher: Callable[..., OnnxRuntimeTeacher], latest_first: bool, io: int, dtype: torch.dtype
 ) -> None:
     teacher = open_teacher(io)
-    found = [teach(gpu, teacher, noise(1 + seed, seed, dtype)) for seed in range(4)]
+    found = [infer(gpu, teacher, noise(1 + seed, seed, dtype)) for seed in range(4)]
     gpu.run(latest_first=latest_first)
     for seed, outputs in enumerate(found):
         assert list(outputs) == ["logits", "features"]
@@ -156,7 +156,7 @@ def test_each_call_has_the_answers_to_its_own_images(
         torch.testing.assert_close(list(outputs.values()), wanted(teacher, noise(1 + seed, seed, dtype)))
 
 
-def test_nothing_waits_and_the_images_are_read_at_their_own_address(
+def test_no_sync_and_images_read_in_place(
     gpu: Gpu, runtime: Runtime, open_teacher: Callable[..., OnnxRuntimeTeacher]
 ) -> None:
     teacher = open_teacher()
@@ -172,7 +172,7 @@ def test_nothing_waits_and_the_images_are_read_at_their_own_address(
 
 
 @pytest.mark.parametrize("latest_first", [False, True])
-def test_work_of_the_callers_before_and_after_keeps_its_place(
+def test_callers_work_keeps_its_order(
     gpu: Gpu, open_teacher: Callable[..., OnnxRuntimeTeacher], latest_first: bool
 ) -> None:
     teacher, images, values = open_teacher(), gpu.images(noise(3)), noise(3, seed=1)
@@ -185,50 +185,44 @@ def test_work_of_the_callers_before_and_after_keeps_its_place(
         torch.testing.assert_close(logits, wanted(teacher, values)[0])
 
 
-def test_images_are_let_go_once_they_have_been_read(gpu: Gpu, open_teacher: Callable[..., OnnxRuntimeTeacher]) -> None:
+def test_images_are_released_after_read(gpu: Gpu, open_teacher: Callable[..., OnnxRuntimeTeacher]) -> None:
     teacher = open_teacher()
     for seed in range(10):
-        teach(gpu, teacher, noise(2, seed))
+        infer(gpu, teacher, noise(2, seed))
         gpu.run()
-    assert len(teacher._order._held) <= 1
+    assert len(teacher._stream._held) <= 1
     teacher.close()
-    assert not teacher._order._held and gpu.host_waits
+    assert not teacher._stream._held and gpu.host_waits
 
 
-def test_sizes_that_the_file_leaves_open_are_asked_for_once(
+def test_open_sizes_are_learned_once(
     gpu: Gpu, runtime: Runtime, open_teacher: Callable[..., OnnxRuntimeTeacher]
 ) -> None:
     teacher = open_teacher(sizes=("height", "width"))
     for _ in range(2):
-        outputs = teach(gpu, teacher, noise(3))
+        outputs = infer(gpu, teacher, noise(3))
         gpu.run()
         assert outputs["features"].shape == (3, 3, 8, 8)
         torch.testing.assert_close(outputs["features"], noise(3))
     assert len(runtime.sessions[0].bindings) == 3
 
 
-def test_the_provider_gets_the_device_the_stream_and_full_float32(
-    gpu: Gpu, runtime: Runtime, open_teacher: Callable[..., OnnxRuntimeTeacher]
-) -> None:
+def test_provider_options(gpu: Gpu, runtime: Runtime, open_teacher: Callable[..., OnnxRuntimeTeacher]) -> None:
     teacher = open_teacher()
     settings = runtime.sessions[0].settings
     assert settings["device_id"] == "0" and settings["use_tf32"] == "0"
-    assert settings["user_compute_stream"] == str(teacher._order._stream.cuda_stream)
+    assert settings["user_compute_stream"] == str(teacher._stream._stream.cuda_stream)
     assert (teacher.device, teacher.precision, teacher.backend) == (DEVICE, "fp32", "onnxruntime")
 
 
-def test_a_provider_that_does_not_load_is_an_error(
-    runtime: Runtime, open_teacher: Callable[..., OnnxRuntimeTeacher]
-) -> None:
+def test_failing_provider_is_error(runtime: Runtime, open_teacher: Callable[..., OnnxRuntimeTeacher]) -> None:
     runtime.has_cuda = False
     with pytest.raises(TeacherError, match="ONNX Runtime cannot use cuda:0: its CUDA provider does not load"):
         open_teacher()
 
 
 @pytest.mark.parametrize(("cuda", "line"), [("13.0", "onnxruntime-gpu>=1.27"), ("12.8", "onnxruntime-gpu<1.27")])
-def test_what_is_missing_is_said_with_the_package_for_torchs_cuda(
-    monkeypatch: pytest.MonkeyPatch, cuda: str, line: str
-) -> None:
+def test_missing_package_matches_torch_cuda(monkeypatch: pytest.MonkeyPatch, cuda: str, line: str) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     package = SimpleNamespace(get_available_providers=lambda: ["CPUExecutionProvider"])
     monkeypatch.setitem(sys.modules, "onnxruntime", package)
@@ -241,10 +235,10 @@ def test_what_is_missing_is_said_with_the_package_for_torchs_cuda(
     assert why_no_cuda() == f"ONNX Runtime is not installed: pip install '{line}'"
 
 
-def test_the_fakes_have_the_parameters_of_the_real_ones() -> None:
+def test_fakes_have_real_signatures() -> None:
     for fake, real in ((Binding, onnxruntime.IOBinding), (Session, onnxruntime.InferenceSession)):
         names = [name for name, value in vars(fake).items() if inspect.isfunction(value) and not name.startswith("_")]
         for name in names:
             ours, theirs = (list(inspect.signature(getattr(kind, name)).parameters) for kind in (fake, real))
             assert theirs[: len(ours)] == ours
-    assert ort._CUDA in onnxruntime.capi._pybind_state.get_all_providers()
+    assert backend._CUDA in onnxruntime.capi._pybind_state.get_all_providers()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.teachers import open as room
+from kd_pipeline.teachers import open as opening
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
@@ -22,7 +22,7 @@ NO_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO
 ONNX, ENGINE = Path("teacher.onnx"), Path("teacher.engine")
 
 
-def test_auto_runs_a_module_with_pytorch_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_runs_module_with_pytorch(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kd_pipeline")
     teacher = open_teacher(TeacherSettings(precision="bf16"), module=ConvNet(), image_shape=IMAGE_SHAPE)
     assert teacher.backend == "pytorch"
@@ -30,9 +30,7 @@ def test_auto_runs_a_module_with_pytorch_and_says_why(caplog: pytest.LogCaptureF
 
 
 @NO_OPENVINO
-def test_auto_runs_an_onnx_file_with_openvino_and_says_why(
-    exported: Callable[[int], Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auto_runs_onnx_with_openvino(exported: Callable[[int], Path], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="kd_pipeline")
     teacher = open_teacher(TeacherSettings(onnx=exported(0)))
     assert teacher.backend == "openvino"
@@ -42,12 +40,12 @@ def test_auto_runs_an_onnx_file_with_openvino_and_says_why(
     ]
 
 
-def test_a_backend_by_name_is_taken(exported: Callable[[int], Path]) -> None:
+def test_named_backend_is_used(exported: Callable[[int], Path]) -> None:
     teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0), max_batch=5))
     assert (teacher.backend, teacher.max_batch) == ("onnxruntime", 5)
 
 
-def test_the_settings_of_pytorch_and_the_dtype_of_the_images_reach_it() -> None:
+def test_pytorch_settings_are_passed_on() -> None:
     teacher = open_teacher(
         TeacherSettings(channels_last=False, compile=True),
         module=ConvNet(),
@@ -60,17 +58,17 @@ def test_the_settings_of_pytorch_and_the_dtype_of_the_images_reach_it() -> None:
 
 
 @NO_OPENVINO
-def test_the_number_of_threads_reaches_both_cpu_runtimes(exported: Callable[[int], Path]) -> None:
-    ov = open_teacher(TeacherSettings(backend="openvino", onnx=exported(0), num_threads=1))
-    assert ov._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
-    ort = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0), num_threads=1))
-    assert ort._session.get_session_options().intra_op_num_threads == 1
+def test_num_threads_is_passed_on(exported: Callable[[int], Path]) -> None:
+    openvino = open_teacher(TeacherSettings(backend="openvino", onnx=exported(0), num_threads=1))
+    assert openvino._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
+    onnxruntime = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0), num_threads=1))
+    assert onnxruntime._session.get_session_options().intra_op_num_threads == 1
 
 
 @pytest.mark.parametrize(
     ("settings", "arguments", "message"),
     [
-        ({}, {}, "no teacher to open: set onnx to an exported file, engine to a built one, model to a network or path"),
+        ({}, {}, "no teacher to open: set onnx to an exported file, engine to a built one or model to a network"),
         ({"backend": "openvino"}, {}, "no teacher to open"),
         ({"onnx": ONNX}, {"module": ConvNet()}, "a module and teacher.onnx; give one of them"),
         ({}, {"module": ConvNet(), "image_shape": None}, r"pass image_shape=\(3, H, W\)"),
@@ -78,7 +76,7 @@ def test_the_number_of_threads_reaches_both_cpu_runtimes(exported: Callable[[int
         ({"engine": ENGINE}, {"module": ConvNet()}, "a module and teacher.engine; give one of them"),
         ({"engine": ENGINE}, {}, "in the memory of an NVIDIA GPU and they are on cpu; put the loader on a GPU"),
         ({"onnx": ONNX, "backend": "tensorrt"}, {}, "in the memory of an NVIDIA GPU and they are on cpu"),
-        ({"onnx": ONNX, "precision": "int8"}, {}, "precision: int8 is TensorRT's alone, and the backend is openvino"),
+        ({"onnx": ONNX, "precision": "int8"}, {}, "precision: int8 is for tensorrt only, and the backend is openvino"),
         ({"onnx": ONNX, "cuda_graph": True}, {}, "cuda_graph: True means nothing to the openvino backend"),
         ({"onnx": ONNX, "backend": "openvino"}, {"device": "cuda:1"}, "in CPU memory and they are on cuda:1"),
         ({"num_threads": 2}, {"module": ConvNet()}, "num_threads: 2 means nothing to the pytorch backend"),
@@ -86,7 +84,7 @@ def test_the_number_of_threads_reaches_both_cpu_runtimes(exported: Callable[[int
         ({"onnx": ONNX, "channels_last": False}, {}, "channels_last: False means nothing to the openvino backend"),
     ],
 )
-def test_a_combination_that_makes_no_teacher_is_a_config_error_that_says_what_to_give(
+def test_invalid_combinations_are_config_errors(
     settings: dict[str, object], arguments: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -104,22 +102,22 @@ def test_a_combination_that_makes_no_teacher_is_a_config_error_that_says_what_to
         {"backend": "tensorrt", "onnx": ONNX, "num_threads": 2},
     ],
 )
-def test_a_setting_that_the_named_backend_does_not_use_is_refused_when_it_is_written(
+def test_unused_settings_are_refused(
     settings: dict[str, object],
 ) -> None:
     with pytest.raises(ValidationError, match=f"means nothing to the {settings['backend']} backend"):
         TeacherSettings(**settings)
 
 
-def test_two_files_for_one_teacher_are_refused_when_they_are_written() -> None:
+def test_two_teacher_files_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"two teachers: onnx: teacher.onnx and engine: teacher.engine"):
         TeacherSettings(onnx=ONNX, engine=ENGINE)
-    with pytest.raises(ValidationError, match="trust_engine names the sha256 of an engine, and there is no engine"):
+    with pytest.raises(ValidationError, match="trust_engine is the sha256 of an engine, and no engine is given"):
         TeacherSettings(onnx=ONNX, trust_engine="0" * 64)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is another way")
-def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_built() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_config_error() -> None:
     for settings in (TeacherSettings(onnx=ONNX), TeacherSettings(engine=ENGINE)):
         with pytest.raises(ConfigError, match="the tensorrt backend needs cuda, and torch sees no GPU"):
             open_teacher(settings, device="cuda")
@@ -127,11 +125,11 @@ def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_built() -> None:
         open_teacher(TeacherSettings(), module=ConvNet(), image_shape=IMAGE_SHAPE, device="cuda:0")
 
 
-# On a GPU, here one that only says what it is
+# On a GPU, which is only pretended here
 
 
 class Opened(Exception):
-    """What a runtime was asked for."""
+    """The runtime that was opened, and how."""
 
 
 @pytest.fixture
@@ -142,8 +140,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-        monkeypatch.setattr(room, "why_unusable", lambda found: tensorrt)
-        monkeypatch.setattr(room, "why_no_cuda", lambda: onnxruntime)
+        monkeypatch.setattr(opening, "why_unusable", lambda found: tensorrt)
+        monkeypatch.setattr(opening, "why_no_cuda", lambda: onnxruntime)
 
         def opened(name: str) -> Callable[..., None]:
             def runtime(*arguments: object, **settings: object) -> None:
@@ -151,8 +149,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             return runtime
 
-        monkeypatch.setattr(room, "_open_tensorrt", opened("tensorrt"))
-        monkeypatch.setattr(room, "OnnxRuntimeTeacher", opened("onnxruntime"))
+        monkeypatch.setattr(opening, "_open_tensorrt", opened("tensorrt"))
+        monkeypatch.setattr(opening, "OnnxRuntimeTeacher", opened("onnxruntime"))
 
     return make
 
@@ -162,12 +160,12 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     [
         (None, None, {}, "tensorrt"),
         (None, "not installed", {}, "tensorrt"),
-        ("tensorrt_rtx is not made for 9.0", None, {}, "onnxruntime"),
-        ("tensorrt_rtx is not made for 9.0", None, {"runtime": "tensorrt_rtx"}, "tensorrt"),
+        ("no support for 9.0", None, {}, "onnxruntime"),
+        ("no support for 9.0", None, {"runtime": "tensorrt_rtx"}, "tensorrt"),
         (None, None, {"backend": "onnxruntime"}, "onnxruntime"),
     ],
 )
-def test_an_onnx_file_on_a_gpu_is_run_by_tensorrt_or_else_by_onnxruntime(
+def test_onnx_on_gpu_prefers_tensorrt(
     pretend_gpu: Callable[..., None],
     tensorrt: str | None,
     onnxruntime: str | None,
@@ -185,27 +183,27 @@ def test_an_onnx_file_on_a_gpu_is_run_by_tensorrt_or_else_by_onnxruntime(
         )
 
 
-def test_a_gpu_without_a_runtime_for_onnx_is_an_error_with_all_ways_out(pretend_gpu: Callable[..., None]) -> None:
-    pretend_gpu((9, 0), tensorrt="tensorrt_rtx is not made for 9.0", onnxruntime="pip install 'onnxruntime-gpu>=1.27'")
+def test_onnx_on_gpu_without_runtime_lists_remedies(pretend_gpu: Callable[..., None]) -> None:
+    pretend_gpu((9, 0), tensorrt="no support for 9.0", onnxruntime="pip install 'onnxruntime-gpu>=1.27'")
     with pytest.raises(ConfigError) as info:
         open_teacher(TeacherSettings(onnx=ONNX), device="cuda:0")
     assert str(info.value) == (
-        f"nothing that is installed runs {ONNX} on NVIDIA H100. TensorRT: tensorrt_rtx is not made for 9.0. ONNX "
-        "Runtime: pip install 'onnxruntime-gpu>=1.27'. Install one of them, or give the teacher as a network "
-        "(teacher.model) or a module, which PyTorch runs"
+        f"no installed runtime runs {ONNX} on NVIDIA H100. TensorRT: no support for 9.0. ONNX Runtime: pip install "
+        "'onnxruntime-gpu>=1.27'. Install one of them, or give the teacher as a network (teacher.model) or a module, "
+        "which PyTorch runs"
     )
     with pytest.raises(ConfigError, match="the onnxruntime backend cannot use cuda:0: pip install"):
         open_teacher(TeacherSettings(onnx=ONNX, backend="onnxruntime"), device="cuda:0")
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")])
-def test_a_module_on_a_gpu_is_compiled_in_half_precision(
+def test_module_on_gpu_is_compiled_in_half_precision(
     pretend_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], precision: str
 ) -> None:
     pretend_gpu(capability)
     asked: list[dict[str, object]] = []
     monkeypatch.setattr(
-        room, "PyTorchTeacher", lambda module, **settings: (asked.append(settings), open_module(module))[1]
+        opening, "PyTorchTeacher", lambda module, **settings: (asked.append(settings), open_module(module))[1]
     )
 
     def open_module(module: nn.Module) -> Teacher:
@@ -219,12 +217,12 @@ def test_a_module_on_a_gpu_is_compiled_in_half_precision(
         (TeacherSettings(precision="fp32", compile=False), {"batch_size": 8}, {"precision": "fp32", "compile": False}),
         (TeacherSettings(cuda_graph=True), {"batch_size": 8}, {"cuda_graph": True}),
     ]:
-        with pytest.raises(TeacherError, match="reads from cpu"):  # as this stand-in does
+        with pytest.raises(TeacherError, match="reads from cpu"):  # the substitute is on the CPU
             open_teacher(settings, **options, **more)
         assert {name: asked[-1][name] for name in wanted} == {**wanted, **changes}
 
 
-def test_a_module_that_does_not_compile_runs_without_it_unless_compiling_was_asked_for(
+def test_failed_compile_falls_back_unless_requested(
     pretend_gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pretend_gpu((9, 0))
@@ -233,7 +231,7 @@ def test_a_module_that_does_not_compile_runs_without_it_unless_compiling_was_ask
     )
     real = PyTorchTeacher
     monkeypatch.setattr(
-        room, "PyTorchTeacher", lambda module, **settings: real(module, **{**settings, "device": "cpu"})
+        opening, "PyTorchTeacher", lambda module, **settings: real(module, **{**settings, "device": "cpu"})
     )
     options = {"module": ConvNet(), "image_shape": IMAGE_SHAPE, "device": "cuda:0", "batch_size": 4}
     with caplog.at_level(logging.WARNING, "kd_pipeline"), pytest.raises(TeacherError, match="reads from cpu"):
@@ -245,7 +243,7 @@ def test_a_module_that_does_not_compile_runs_without_it_unless_compiling_was_ask
 
 
 @pytest.mark.parametrize(("device", "batch_size"), [("cpu", 8), ("cuda:0", None)])
-def test_a_cuda_graph_needs_a_gpu_and_a_batch_size(
+def test_cuda_graph_needs_gpu_and_batch_size(
     pretend_gpu: Callable[..., None], device: str, batch_size: int | None
 ) -> None:
     pretend_gpu((9, 0))
@@ -259,7 +257,7 @@ def test_a_cuda_graph_needs_a_gpu_and_a_batch_size(
         )
 
 
-def test_an_ensemble_answers_with_the_mean_of_its_members(exported: Callable[[int], Path]) -> None:
+def test_ensemble_settings_open_ensemble(exported: Callable[[int], Path]) -> None:
     members = [TeacherSettings(backend="onnxruntime", onnx=exported(seed)) for seed in (0, 1)]
     with_weights = EnsembleSettings(members=members, weights=(3, 1), average="logits")
     images = random_images(4)
@@ -268,22 +266,22 @@ def test_an_ensemble_answers_with_the_mean_of_its_members(exported: Callable[[in
     torch.testing.assert_close(found, 0.75 * first + 0.25 * second)
 
 
-def test_an_ensemble_that_does_not_fit_together_is_refused(exported: Callable[[int], Path]) -> None:
+def test_invalid_ensemble_is_refused(exported: Callable[[int], Path]) -> None:
     with pytest.raises(ValidationError, match="1 members and 2 weights"):
         EnsembleSettings(members=[TeacherSettings(onnx=ONNX)], weights=(1, 1))
-    with pytest.raises(ConfigError, match="an ensemble opens its members by their settings and got a module"):
+    with pytest.raises(ConfigError, match="an ensemble opens its members from their settings, and got a module"):
         open_teacher(EnsembleSettings(members=[TeacherSettings(onnx=ONNX)]), module=ConvNet())
     with pytest.raises(TeacherError, match=r"teacher.onnx: there is no such file"):
         onnx = [exported(0), ONNX]
         open_teacher(EnsembleSettings(members=[TeacherSettings(backend="onnxruntime", onnx=each) for each in onnx]))
 
 
-def test_settings_survive_a_round_trip_through_a_file(exported: Callable[[int], Path]) -> None:
+def test_settings_json_round_trip(exported: Callable[[int], Path]) -> None:
     for settings in (TeacherSettings(), TeacherSettings(backend="openvino", onnx=exported(0), num_threads=2)):
         assert TeacherSettings.model_validate_json(settings.model_dump_json()) == settings
 
 
-def test_an_open_teacher_is_handed_back() -> None:
+def test_open_teacher_is_returned() -> None:
     teacher = open_teacher(TeacherSettings(), module=ConvNet(), image_shape=IMAGE_SHAPE)
     assert open_teacher(teacher, image_shape=IMAGE_SHAPE) is teacher
     with pytest.raises(ConfigError, match="an open teacher and a module"):
@@ -299,7 +297,7 @@ def open_from_file(exported: Callable[[int], Path]) -> Teacher:
 
 
 @pytest.mark.parametrize("opened", [open_as_module, open_from_file])
-def test_images_that_do_not_fit_are_refused_when_opening_with_both(
+def test_wrong_images_are_refused_on_open(
     opened: Callable[[Callable[[int], Path]], Teacher], exported: Callable[[int], Path]
 ) -> None:
     teacher = opened(exported)
@@ -312,12 +310,12 @@ def test_images_that_do_not_fit_are_refused_when_opening_with_both(
             open_teacher(teacher, device=device)
 
 
-def test_a_file_for_other_images_is_refused_when_opening(exported: Callable[[int], Path]) -> None:
+def test_file_for_other_images_is_refused(exported: Callable[[int], Path]) -> None:
     with pytest.raises(TeacherError, match=r"takes images \[any, 3, 32, 32\] float32, got \[1, 3, 48, 48\]"):
         open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)), image_shape=(3, 48, 48))
 
 
-def test_opening_without_any_runtime_says_what_to_install() -> None:
+def test_missing_runtime_says_what_to_install() -> None:
     script = (
         "import sys\n"
         "for name in ('openvino', 'onnxruntime', 'onnx', 'onnxscript', 'nvidia.dali'): sys.modules[name] = None\n"

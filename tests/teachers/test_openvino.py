@@ -17,29 +17,27 @@ CAPABILITIES = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @pytest.mark.parametrize(("precision", "capability"), [("fp16", "FP16"), ("bf16", "BF16")])
-def test_a_precision_that_the_cpu_lacks_is_refused_with_both(
-    exported: Callable[[int], Path], precision: str, capability: str
-) -> None:
+def test_unsupported_precision_is_refused(exported: Callable[[int], Path], precision: str, capability: str) -> None:
     if capability in CAPABILITIES:
         pytest.skip(f"this CPU has {capability}")
     with pytest.raises(TeacherError, match=rf"runs .*0\.onnx in (fp32|bf16), wanted {precision}"):
         OpenVINOTeacher(exported(0), precision=precision)
 
 
-def test_float32_is_float32_on_a_cpu_that_would_pick_bfloat16(exported: Callable[[int], Path]) -> None:
+def test_float32_is_not_lowered_to_bfloat16(exported: Callable[[int], Path]) -> None:
     teacher = OpenVINOTeacher(exported(0))
     compiled = teacher._request.get_compiled_model()
     assert teacher.precision == "fp32"
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
 
 
-def test_the_number_of_threads_and_the_latency_hint_reach_the_runtime(exported: Callable[[int], Path]) -> None:
+def test_runtime_options(exported: Callable[[int], Path]) -> None:
     compiled = OpenVINOTeacher(exported(0), num_threads=1)._request.get_compiled_model()
     assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
     assert compiled.get_property("PERFORMANCE_HINT") == "LATENCY"
 
 
-def test_a_file_in_float16_takes_float16_and_gives_float32(tmp_path: Path) -> None:
+def test_float16_file_gives_float32(tmp_path: Path) -> None:
     half = TensorProto.FLOAT16
     path = tmp_path / "half.onnx"
     onnx.save(
@@ -54,10 +52,10 @@ def test_a_file_in_float16_takes_float16_and_gives_float32(tmp_path: Path) -> No
     torch.testing.assert_close(logits, weight.sum(0).expand(3, 5), atol=5e-3, rtol=5e-3)
 
 
-def test_teachers_closed_in_any_order_leave_a_process_that_survives_signals(
+def test_signals_survive_closing_in_any_order(
     exported: Callable[[int], Path],
 ) -> None:
-    """OpenVINO moves the thread's signal stack and puts the old one back, which by then may be another one's."""
+    """OpenVINO replaces the thread's signal stack and restores the old one, which may have been freed by then."""
     script = (
         "import gc, signal\n"
         "from pathlib import Path\n"

@@ -29,7 +29,7 @@ def logits_of(images: Tensor) -> Tensor:
     return images.mean((2, 3))
 
 
-def test_a_tensor_becomes_the_logits() -> None:
+def test_tensor_becomes_logits() -> None:
     images = random_images(3)
     outputs = open_module(LogitsOnly())(images)
     assert outputs.keys() == {"logits"}
@@ -42,44 +42,42 @@ def test_a_tensor_becomes_the_logits() -> None:
         (lambda images: {"features": images, "head": images}, "among its outputs, got 'features', 'head'"),
         (lambda images: (logits_of(images), images), "got tuple"),
         (lambda images: {"logits": logits_of(images), "count": 3}, "got int for 'count'"),
-        (lambda images: {"logits": images}, r"gives 'logits' \[2, 3, 32, 32\] for 2 images, not \[2, K\]"),
-        (lambda images: logits_of(images)[:1], r"gives 'logits' \[1, 3\] for 2 images, not \[2, K\]"),
-        (lambda images: {"logits": logits_of(images), "loss": images.mean()}, r"gives 'loss' \[\] for 2 images"),
+        (lambda images: {"logits": images}, r"returns 'logits' \[2, 3, 32, 32\] for 2 images, not \[2, K\]"),
+        (lambda images: logits_of(images)[:1], r"returns 'logits' \[1, 3\] for 2 images, not \[2, K\]"),
+        (lambda images: {"logits": logits_of(images), "loss": images.mean()}, r"returns 'loss' \[\] for 2 images"),
     ],
     ids=["no logits", "tuple", "not a tensor", "logits of rank 4", "batch lost", "scalar"],
 )
-def test_outputs_that_are_not_named_batches_are_refused_naming_what_came(
-    function: Callable[[Tensor], object], found: str
-) -> None:
+def test_invalid_outputs_are_refused(function: Callable[[Tensor], object], found: str) -> None:
     with pytest.raises(TeacherError, match=found):
         open_module(Returns(function))
 
 
-def test_a_module_that_fails_is_refused_with_the_size_it_was_given() -> None:
+def test_failing_module_is_refused() -> None:
     with pytest.raises(TeacherError, match=r"Returns fails on zeros \[2, 3, 32, 32\]: The size of tensor"):
         open_module(Returns(lambda images: images + torch.zeros(5)))
 
 
-def test_a_failure_while_teaching_is_a_teacher_error_with_its_cause() -> None:
+def test_failing_call_is_teacher_error_with_cause() -> None:
     teacher = open_module(Returns(lambda images: logits_of(images) if len(images) == 2 else 1 / 0))
     with pytest.raises(TeacherError, match=r"failed on images \[3, 3, 32, 32\] float32: division by zero") as caught:
         teacher(random_images(3))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_module_that_writes_to_its_input_is_refused() -> None:
+def test_in_place_module_is_refused() -> None:
     with pytest.raises(TeacherError, match="writes to its input in place"):
         open_module(Returns(lambda images: logits_of(images.sub_(0.5))))
 
 
-def test_a_module_that_cannot_be_copied_is_refused() -> None:
+def test_uncopyable_module_is_refused() -> None:
     module = LogitsOnly()
     module.cache = module(random_images(2))  # a tensor with a history
     with pytest.raises(TeacherError, match="LogitsOnly cannot be copied"):
         open_module(module)
 
 
-def test_nothing_done_to_the_module_later_changes_the_answers() -> None:
+def test_later_changes_to_module_do_not_matter() -> None:
     module, images = ConvNet(), random_images(4)
     teacher = open_module(module)
     wanted = teacher(images)
@@ -92,7 +90,7 @@ def test_nothing_done_to_the_module_later_changes_the_answers() -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_the_module_itself_is_left_as_it_was() -> None:
+def test_module_is_unchanged() -> None:
     module = ConvNet().train()
     module.head.eval()
     before = copy.deepcopy(module)
@@ -105,14 +103,14 @@ def test_the_module_itself_is_left_as_it_was() -> None:
         assert torch.equal(parameter, wanted)
 
 
-def test_a_module_in_train_mode_teaches_in_eval_mode() -> None:
+def test_train_mode_module_runs_in_eval_mode() -> None:
     images = random_images(4)
     teacher = open_module(ConvNet().train())
     torch.testing.assert_close(teacher(images)["logits"], ConvNet().eval()(images)["logits"])
     assert torch.equal(teacher(images)["logits"], teacher(images)["logits"])
 
 
-def test_outputs_are_fresh_where_the_module_returns_its_input_or_its_buffer() -> None:
+def test_shared_outputs_are_copied() -> None:
     class Shares(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -131,7 +129,7 @@ def test_outputs_are_fresh_where_the_module_returns_its_input_or_its_buffer() ->
     assert torch.equal(teacher(images)["logits"], torch.ones(2, 5))
 
 
-def test_channels_last_changes_the_layout_and_not_the_answers() -> None:
+def test_channels_last_changes_layout_only() -> None:
     images, seen = random_images(4), []
 
     def spy(images: Tensor) -> Tensor:
@@ -147,7 +145,7 @@ def test_channels_last_changes_the_layout_and_not_the_answers() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_reaches_the_module_and_float32_comes_back(precision: str) -> None:
+def test_half_precision_gives_float32_outputs(precision: str) -> None:
     seen = set()
 
     def spy(images: Tensor) -> Tensor:
@@ -159,7 +157,7 @@ def test_half_precision_reaches_the_module_and_float32_comes_back(precision: str
     assert outputs["logits"].dtype == torch.float32
 
 
-def test_float16_images_are_taken_where_the_teacher_is_opened_for_them() -> None:
+def test_float16_images() -> None:
     images = random_images(3)
     teacher = open_module(LogitsOnly(), dtype=torch.float16)
     wanted = LogitsOnly().eval()(images.half().float())
@@ -168,7 +166,7 @@ def test_float16_images_are_taken_where_the_teacher_is_opened_for_them() -> None
         teacher(images)
 
 
-def test_compile_passes_the_copy_to_torch_compile() -> None:
+def test_compile_uses_torch_compile() -> None:
     module = LogitsOnly()
     compiled, eager = (open_module(module, compile=flag)._model for flag in (True, False))
     assert isinstance(compiled, torch._dynamo.OptimizedModule)
@@ -176,7 +174,7 @@ def test_compile_passes_the_copy_to_torch_compile() -> None:
     assert not isinstance(module, torch._dynamo.OptimizedModule)
 
 
-def test_opening_under_inference_mode_gives_an_ordinary_teacher() -> None:
+def test_opening_in_inference_mode_works() -> None:
     with torch.inference_mode():
         teacher = open_module(ConvNet())
     assert not teacher(random_images(2))["logits"].is_inference()
@@ -190,7 +188,7 @@ def test_opening_under_inference_mode_gives_an_ordinary_teacher() -> None:
     ],
     ids=["a setting", "a layer without weights"],
 )
-def test_the_fingerprint_sees_what_is_not_a_weight(one: nn.Module, other: nn.Module) -> None:
+def test_fingerprint_sees_layer_settings(one: nn.Module, other: nn.Module) -> None:
     def fingerprint(body: nn.Module) -> str:
         return open_module(nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())).fingerprint
 
@@ -199,7 +197,7 @@ def test_the_fingerprint_sees_what_is_not_a_weight(one: nn.Module, other: nn.Mod
     assert fingerprint(one) != fingerprint(other)
 
 
-def test_the_fingerprint_sees_buffers_that_are_not_saved() -> None:
+def test_fingerprint_sees_non_persistent_buffers() -> None:
     module = LogitsOnly()
     module.register_buffer("offset", torch.zeros(()), persistent=False)
     before = open_module(module).fingerprint

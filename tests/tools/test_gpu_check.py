@@ -1,4 +1,4 @@
-"""The stages of `make gpu`: whatever becomes of one, its result is kept and the next one runs."""
+"""The stages of `make gpu`: however one ends, its result is saved and the next one runs."""
 
 import importlib.util
 import json
@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def room() -> ModuleType:
+def tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools" / "gpu_check.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # where its dataclasses look for themselves
+    sys.modules["gpu_check"] = module  # for its dataclasses
     spec.loader.exec_module(module)
     return module
 
@@ -36,18 +36,18 @@ def driver(cuda: str, num_gpus: int = 1) -> Driver:
 
 
 @pytest.mark.slow
-def test_each_stage_ends_in_its_own_way_and_the_next_one_runs(room: ModuleType, tmp_path: Path) -> None:
+def test_next_stage_runs_however_one_ends(tool: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     hang = "import subprocess, sys, time; print('begun', flush=True); time.sleep(600)"
     stages = [
-        room.Stage("good", python("print('all is well')"), 60, room.last_line("good")),
-        room.Stage("fails", python("raise SystemExit(3)"), 60, room.last_line("fails")),
-        room.Stage("crashes", python("import os; os.kill(os.getpid(), 11)"), 60),
-        room.Stage("hangs", python(hang), room.LEAST_S, room.last_line("hangs")),
-        room.Stage("no result", python("pass"), 60, room.read_doctor),
-        room.Stage("last", python("import pathlib; print(pathlib.Path().absolute())"), 60, room.last_line("last")),
+        tool.Stage("good", python("print('all is well')"), 60, tool.last_line("good")),
+        tool.Stage("fails", python("raise SystemExit(3)"), 60, tool.last_line("fails")),
+        tool.Stage("crashes", python("import os; os.kill(os.getpid(), 11)"), 60),
+        tool.Stage("hangs", python(hang), tool.MIN_S, tool.last_line("hangs")),
+        tool.Stage("no result", python("pass"), 60, tool.read_doctor),
+        tool.Stage("last", python("import pathlib; print(pathlib.Path().absolute())"), 60, tool.last_line("last")),
     ]
-    outcomes = room.run_stages(stages, tmp_path, limit_s=300, root=tmp_path / "work")
+    outcomes = tool.run_stages(stages, tmp_path, limit_s=300, root=tmp_path / "work")
     assert [(each.status, each.summary) for each in outcomes] == [
         ("ok", "all is well"),
         ("exit 3", f"$ {sys.executable} -c raise SystemExit(3)"),
@@ -58,17 +58,17 @@ def test_each_stage_ends_in_its_own_way_and_the_next_one_runs(room: ModuleType, 
     ]
     saved = json.loads((tmp_path / "summary.json").read_text())
     assert [each["status"] for each in saved] == [each.status for each in outcomes]
-    lines = room.table(outcomes).splitlines()
+    lines = tool.table(outcomes).splitlines()
     assert len(lines) == 7 and lines[0].split() == ["stage", "status", "seconds", "result"]
     shown = [line[lines[0].index("result") :].strip() for line in lines[1:]]
     assert shown == [each.summary for each in outcomes]
 
 
 @pytest.mark.slow
-def test_what_a_stage_has_started_ends_with_it(room: ModuleType, tmp_path: Path) -> None:
+def test_children_of_a_stage_end_with_it(tool: ModuleType, tmp_path: Path) -> None:
     child = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
-    stage = room.Stage("parent", python(f"{child}; print(p.pid, flush=True); time.sleep(600)"), room.LEAST_S)
-    room.run_stages([stage], tmp_path, limit_s=60, root=tmp_path)
+    stage = tool.Stage("parent", python(f"{child}; print(p.pid, flush=True); time.sleep(600)"), tool.MIN_S)
+    tool.run_stages([stage], tmp_path, limit_s=60, root=tmp_path)
     pid = int((tmp_path / "parent.log").read_text().splitlines()[-1])
     for _ in range(50):
         stat = Path(f"/proc/{pid}/stat")
@@ -79,9 +79,9 @@ def test_what_a_stage_has_started_ends_with_it(room: ModuleType, tmp_path: Path)
     pytest.fail("the child of a stopped stage is still running")
 
 
-def test_a_stage_is_not_begun_without_time(room: ModuleType, tmp_path: Path) -> None:
-    stages = [room.Stage(name, python("raise SystemExit(1)"), 60) for name in ("one", "two")]
-    outcomes = room.run_stages(stages, tmp_path, limit_s=room.LEAST_S / 2, root=tmp_path)
+def test_stage_without_time_is_not_started(tool: ModuleType, tmp_path: Path) -> None:
+    stages = [tool.Stage(name, python("raise SystemExit(1)"), 60) for name in ("one", "two")]
+    outcomes = tool.run_stages(stages, tmp_path, limit_s=tool.MIN_S / 2, root=tmp_path)
     assert [each.status for each in outcomes] == ["no time left"] * 2
     assert [each["name"] for each in json.loads((tmp_path / "summary.json").read_text())] == ["one", "two"]
 
@@ -89,15 +89,15 @@ def test_a_stage_is_not_begun_without_time(room: ModuleType, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("found", "problem"),
     [
-        (OSError("libcuda.so.1: cannot open shared object file"), "there is no driver here"),
-        (RuntimeError("cuInit: system not yet initialized"), "the driver says cuInit: system not yet initialized"),
-        (driver("13.0", num_gpus=0), "the driver has no GPU for this process (CUDA_VISIBLE_DEVICES?)"),
-        (driver("12.8"), "this one serves CUDA 12.8"),
+        (OSError("libcuda.so.1: cannot open shared object file"), "no driver is installed"),
+        (RuntimeError("cuInit: system not yet initialized"), "the driver reports cuInit: system not yet initialized"),
+        (driver("13.0", num_gpus=0), "the driver shows no GPU to this process (CUDA_VISIBLE_DEVICES?)"),
+        (driver("12.8"), "this driver supports CUDA 12.8"),
     ],
     ids=str,
 )
-def test_a_machine_without_a_usable_gpu_is_one_line_and_status_1(
-    room: ModuleType,
+def test_no_usable_gpu_is_one_line_and_status_1(
+    tool: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     found: object,
@@ -108,42 +108,40 @@ def test_a_machine_without_a_usable_gpu_is_one_line_and_status_1(
             raise found
         return found
 
-    monkeypatch.setattr(room, "ask_driver", ask)
+    monkeypatch.setattr(tool, "query_driver", ask)
     for arguments in ([], ["--look"]):
-        assert room.main(arguments) == 1
+        assert tool.main(arguments) == 1
         shown = capsys.readouterr()
         assert shown.err == f"make gpu needs an NVIDIA GPU with a driver for CUDA 13: {problem}\n"
         assert shown.out == ""
 
 
-def test_results_are_kept_under_the_name_of_the_gpu(
-    room: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_results_folder_is_named_after_the_gpu(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(room, "ask_driver", lambda: driver("13.1"))
-    monkeypatch.setattr(room, "all_stages", lambda device, out: [room.Stage(device, python("pass"), 60)])
-    assert room.main(["--look"]) == 0 and not (tmp_path / "benchmarks").exists()
-    assert room.main([]) == 0
+    monkeypatch.setattr(tool, "query_driver", lambda: driver("13.1"))
+    monkeypatch.setattr(tool, "all_stages", lambda device, out: [tool.Stage(device, python("pass"), 60)])
+    assert tool.main(["--look"]) == 0 and not (tmp_path / "benchmarks").exists()
+    assert tool.main([]) == 0
     assert (tmp_path / "benchmarks" / "nvidia_h100_80gb_hbm3" / "summary.json").is_file()
     assert "NVIDIA H100 80GB HBM3, driver 580.95, CUDA 13.1" in capsys.readouterr().out
-    monkeypatch.setattr(room, "all_stages", lambda device, out: [room.Stage(device, python("raise SystemExit(1)"), 9)])
-    assert room.main([]) == 1
+    monkeypatch.setattr(tool, "all_stages", lambda device, out: [tool.Stage(device, python("raise SystemExit(1)"), 9)])
+    assert tool.main([]) == 1
 
 
-def test_the_most_valuable_stages_come_first_and_a_name_that_is_none_is_refused(
-    room: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_order_and_names_of_the_stages(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for device in ("cuda", "cpu"):
-        names = [stage.name for stage in room.all_stages(device, tmp_path)]
+        names = [stage.name for stage in tool.all_stages(device, tmp_path)]
         assert names[:4] == ["environment", "decode", "doctor", "tests"]
         assert names[4:] == ["photographs", "bench_loader", "bench_step", "bench_teacher"]
     with pytest.raises(SystemExit):
-        room.main(["--device", "cpu", "--out", str(tmp_path), "--stages", "decode", "bench"])
+        tool.main(["--device", "cpu", "--out", str(tmp_path), "--stages", "decode", "bench"])
     assert "no stage bench; there are environment, decode" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_first_stages_run_on_a_cpu_too(tmp_path: Path) -> None:
+def test_first_stages_run_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run(
         [*command, "--stages", "environment", "decode"], capture_output=True, text=True, cwd=tmp_path, timeout=300
@@ -153,14 +151,14 @@ def test_the_first_stages_run_on_a_cpu_too(tmp_path: Path) -> None:
     assert {trial["decode"] for trial in trials} == {"window", "full"} and all(trial["works"] for trial in trials)
     about = json.loads((tmp_path / "environment.json").read_text())
     assert about["packages"]["torch"] == torch.__version__.partition("+")[0]
-    assert "2 of 2 ways are right: full at load 0, window at load 0" in done.stdout
+    assert "2 of 2 decode modes work: full at load 0, window at load 0" in done.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that it would all run")
-def test_make_gpu_without_a_gpu_ends_at_once_and_installs_nothing() -> None:
-    # As from a shell, and not as a part of the `make` that may run this test.
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it would run")
+def test_make_gpu_without_a_gpu_installs_nothing() -> None:
+    # Without the variables of a `make` that may run this test.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(["make", "gpu"], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    line = "make gpu needs an NVIDIA GPU with a driver for CUDA 13: there is no driver here\n"
+    line = "make gpu needs an NVIDIA GPU with a driver for CUDA 13: no driver is installed\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
     assert not (ROOT / ".venv-gpu").exists()

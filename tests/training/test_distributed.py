@@ -1,4 +1,4 @@
-"""Processes find one another, whether torchrun or SLURM has started them."""
+"""Process groups under torchrun and SLURM."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.training.checkpoint import load_checkpoint
-from kd_pipeline.training.distributed import _first_host, _slurm_step, is_first, num_machines, num_processes
+from kd_pipeline.training.distributed import _first_host, _torchrun_environment, is_rank_zero, num_nodes, world_size
 from tests.runs import finish
 
 RUN = Path("runs/tiny")
@@ -39,46 +39,46 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_a_step_of_slurm_is_told_in_the_words_of_torchrun(slurm: pytest.MonkeyPatch) -> None:
-    assert (num_processes(), num_machines(), is_first()) == (8, 2, False)
+def test_slurm_step_as_torchrun_environment(slurm: pytest.MonkeyPatch) -> None:
+    assert (world_size(), num_nodes(), is_rank_zero()) == (8, 2, False)
     wanted = ("5", "8", "1", "4", "node07", str(15_000 + 4711))
-    assert tuple(_slurm_step()[name] for name in TORCHRUN) == wanted
+    assert tuple(_torchrun_environment()[name] for name in TORCHRUN) == wanted
     slurm.setenv("MASTER_PORT", "1234")
     slurm.setenv("MASTER_ADDR", "10.0.0.1")
-    assert (_slurm_step()["MASTER_ADDR"], _slurm_step()["MASTER_PORT"]) == ("10.0.0.1", "1234")
+    assert (_torchrun_environment()["MASTER_ADDR"], _torchrun_environment()["MASTER_PORT"]) == ("10.0.0.1", "1234")
 
 
-def test_torchrun_counts_where_both_are_there(slurm: pytest.MonkeyPatch) -> None:
+def test_torchrun_takes_precedence(slurm: pytest.MonkeyPatch) -> None:
     slurm.setenv("RANK", "0")
     slurm.setenv("WORLD_SIZE", "6")
     slurm.setenv("LOCAL_WORLD_SIZE", "2")
-    assert (num_processes(), num_machines(), is_first()) == (6, 3, True)
+    assert (world_size(), num_nodes(), is_rank_zero()) == (6, 3, True)
 
 
-def test_a_batch_script_is_one_process_however_many_tasks_the_job_has(slurm: pytest.MonkeyPatch) -> None:
+def test_batch_script_is_one_process(slurm: pytest.MonkeyPatch) -> None:
     slurm.delenv("SLURM_STEP_NUM_TASKS")
     slurm.delenv("SLURM_STEP_NUM_NODES")
     slurm.setenv("SLURM_NTASKS", "8")
     slurm.setenv("SLURM_PROCID", "0")
-    assert (num_processes(), num_machines(), is_first()) == (1, 1, True)
+    assert (world_size(), num_nodes(), is_rank_zero()) == (1, 1, True)
 
 
-def test_machines_with_different_numbers_of_processes_are_refused(slurm: pytest.MonkeyPatch) -> None:
+def test_uneven_nodes_are_refused(slurm: pytest.MonkeyPatch) -> None:
     slurm.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")
-    with pytest.raises(ConfigError, match=r"started 4\(x2\),3 processes on the machines of this job"):
-        _slurm_step()
+    with pytest.raises(ConfigError, match=r"started 4\(x2\),3 processes per node"):
+        _torchrun_environment()
 
 
 @pytest.mark.parametrize(
     ("hosts", "first"),
     [("alone", "alone"), ("a,b", "a"), ("node[01-04,7],other", "node01"), ("gpu-a[10,12]", "gpu-a10")],
 )
-def test_the_first_host_of_a_list_is_the_one_to_meet_at(hosts: str, first: str) -> None:
+def test_first_host(hosts: str, first: str) -> None:
     assert _first_host(hosts) == first
 
 
 def start_by_slurm(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
-    """`srun --ntasks 2 kd-pipeline train -c tiny.yaml ...` in a job with more tasks than that."""
+    """Start `srun --ntasks 2 kd-pipeline train -c tiny.yaml ...` in a job with more tasks than that."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,18 +100,18 @@ def start_by_slurm(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]
 
 
 @pytest.mark.slow
-def test_slurm_tasks_train_together_and_stop_together(trained_teacher: Path, tmp_path: Path) -> None:
+def test_slurm_tasks_train_and_stop_together(trained_teacher: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(trained_teacher, work)
     last = work / RUN / "checkpoints" / "last.ckpt"
     processes = start_by_slurm(work, "data.batch_size=16")
     while not last.exists() and all(process.poll() is None for process in processes):
         time.sleep(0.02)
-    processes[1].send_signal(signal.SIGUSR1)  # SLURM sends it to all; one is enough
-    for status, said in map(finish, processes):
-        assert status == 143 and "Traceback" not in said, said
+    processes[1].send_signal(signal.SIGUSR1)  # SLURM sends it to all, but one is enough
+    for status, output in map(finish, processes):
+        assert status == 143 and "Traceback" not in output, output
     num_steps = 330 // (2 * 16)
     assert 0 < load_checkpoint(last)["global_step"] < 2 * num_steps
-    for status, said in map(finish, start_by_slurm(work, "data.batch_size=16")):
-        assert status == 0, said
+    for status, output in map(finish, start_by_slurm(work, "data.batch_size=16")):
+        assert status == 0, output
     assert load_checkpoint(last)["global_step"] == 2 * num_steps

@@ -1,4 +1,4 @@
-"""The average against its formula, what it leaves alone, and an exact resume."""
+"""The EMA follows its formula, leaves the student alone and resumes exactly."""
 
 import io
 
@@ -12,7 +12,7 @@ from tests.networks import ConvNet, random_images
 
 
 def train_step(student, seed):
-    """A step that changes all weights and the statistics of BatchNorm."""
+    """Change all weights and BatchNorm statistics."""
     generator = torch.Generator().manual_seed(seed)
     student.train()(random_images(4, seed=seed))
     with torch.no_grad():
@@ -20,20 +20,20 @@ def train_step(student, seed):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def everything_in(module):
+def state_of(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def constant(_):
     return 0.8
 
 
-def warming_up(num_before):
-    return min(0.4, (1 + num_before) / (10 + num_before))
+def warming_up(num_updates):
+    return min(0.4, (1 + num_updates) / (10 + num_updates))
 
 
 @pytest.mark.parametrize(
@@ -43,27 +43,27 @@ def warming_up(num_before):
         (EmaSettings(decay=0.4), warming_up),
         (EmaSettings(decay=0.4, every_steps=3), warming_up),
     ],
-    ids=["constant", "warm-up", "every third step"],
+    ids=["constant", "warmup", "every third step"],
 )
-def test_the_average_is_the_weighted_sum_of_all_weights_so_far(settings, decay):
+def test_average_matches_formula(settings, decay):
     student = ConvNet()
     ema = StudentEma(student, settings)
-    history = [everything_in(student)]
+    history = [state_of(student)]
     for step in range(1, 14):
         train_step(student, step)
         ema.update(student)
         if step % settings.every_steps == 0:
-            history.append(everything_in(student))
-    shares = [1.0]  # of each of the weights in the average
-    for num_before in range(len(history) - 1):
-        shares = [share * decay(num_before) for share in shares] + [1 - decay(num_before)]
+            history.append(state_of(student))
+    shares = [1.0]  # of each entry of the history in the average
+    for update in range(len(history) - 1):
+        shares = [share * decay(update) for share in shares] + [1 - decay(update)]
     assert sum(shares) == pytest.approx(1)
     for name, averaged in ema.student.named_parameters():
         wanted = sum(share * weights[name].double() for share, weights in zip(shares, history, strict=True))
         torch.testing.assert_close(averaged.double(), wanted, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_a_long_run_reaches_the_decay_that_was_asked_for():
+def test_warmup_reaches_decay():
     student = nn.Linear(1, 1, bias=False)
     ema = StudentEma(student, EmaSettings(decay=0.5))
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_long_run_reaches_the_decay_that_was_asked_for():
     assert ema.student.weight.item() == pytest.approx(0.5)
 
 
-def test_buffers_are_the_students_latest():
+def test_buffers_are_copied():
     student = ConvNet()
     ema = StudentEma(student, EmaSettings())
     for step in range(3):
@@ -86,29 +86,29 @@ def test_buffers_are_the_students_latest():
     assert same(dict(ema.student.named_buffers()), buffers)
 
 
-def test_weights_that_stay_the_same_are_averaged_without_any_rounding():
+def test_constant_weights_are_averaged_exactly():
     student = ConvNet()
     ema = StudentEma(student, EmaSettings())
-    before = everything_in(student)
+    before = state_of(student)
     for _ in range(200):
         ema.update(student)
-    assert same(everything_in(ema.student), before)
+    assert same(state_of(ema.student), before)
 
 
-def test_updates_leave_the_student_and_a_teacher_beside_it_untouched():
+def test_update_leaves_student_and_teacher_alone():
     student, teacher = ConvNet(), ConvNet(seed=1)
     student.teacher = (teacher,)  # not a submodule
     ema = StudentEma(student, EmaSettings(decay=0.1))
     train_step(student, 0)
-    before, taught = everything_in(student), everything_in(teacher)
+    before, teacher_before = state_of(student), state_of(teacher)
     ema.update(student)
-    assert same(everything_in(student), before) and same(everything_in(teacher), taught)
+    assert same(state_of(student), before) and same(state_of(teacher), teacher_before)
     assert ema.state_dict()["student"].keys() == before.keys()
-    assert not same(everything_in(ema.student), before)
+    assert not same(state_of(ema.student), before)
     assert student.training
 
 
-def test_the_average_needs_no_gradient_and_stays_in_eval_mode():
+def test_average_has_no_gradient_and_stays_in_eval():
     student = ConvNet().train()
     ema = StudentEma(student, EmaSettings())
     student(random_images(2))["logits"].sum().backward()
@@ -119,7 +119,7 @@ def test_the_average_needs_no_gradient_and_stays_in_eval_mode():
     assert all(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_a_buffer_is_copied_without_the_graph_behind_it():
+def test_buffer_is_copied_without_graph():
     student = nn.Linear(2, 1)
     student.register_buffer("doubled", torch.zeros(1, 2))
     ema = StudentEma(student, EmaSettings())
@@ -129,7 +129,7 @@ def test_a_buffer_is_copied_without_the_graph_behind_it():
     assert torch.equal(ema.student.doubled, student.doubled)
 
 
-def test_a_half_precision_student_is_averaged_in_full_precision():
+def test_half_precision_student_is_averaged_in_float32():
     student = nn.Linear(3, 2).to(torch.bfloat16)
     ema = StudentEma(student, EmaSettings(decay=0.999, warmup=False))
     before = ema.student.weight.clone()
@@ -140,7 +140,7 @@ def test_a_half_precision_student_is_averaged_in_full_precision():
 
 
 @pytest.mark.parametrize("every_steps", [1, 3])
-def test_a_state_loaded_without_code_goes_on_bit_for_bit(every_steps):
+def test_resume_is_exact(every_steps):
     settings = EmaSettings(decay=0.99, every_steps=every_steps)
     student = ConvNet()
     ema = StudentEma(student, settings)
@@ -154,24 +154,24 @@ def test_a_state_loaded_without_code_goes_on_bit_for_bit(every_steps):
 
     restarted = ConvNet(seed=1)
     restarted.load_state_dict(saved["student"])
-    other = StudentEma(restarted, settings)
-    other.load_state_dict(saved["ema"])
+    resumed = StudentEma(restarted, settings)
+    resumed.load_state_dict(saved["ema"])
     for step in range(7, 18):
         train_step(student, step)
         ema.update(student)
         train_step(restarted, step)
-        other.update(restarted)
-    assert same(everything_in(other.student), everything_in(ema.student))
-    assert other.state_dict()["num_steps"] == 18
+        resumed.update(restarted)
+    assert same(state_of(resumed.student), state_of(ema.student))
+    assert resumed.state_dict()["num_steps"] == 18
 
 
-def test_the_state_of_another_network_is_refused():
+def test_state_of_different_network_is_refused():
     ema = StudentEma(ConvNet(), EmaSettings())
-    with pytest.raises(StateError, match=r"that of another network(?s:.)*head"):
+    with pytest.raises(StateError, match=r"belongs to a different student(?s:.)*head"):
         ema.load_state_dict(StudentEma(nn.Linear(3, 2), EmaSettings()).state_dict())
 
 
-def test_the_average_follows_the_student_to_its_device():
+def test_average_follows_device():
     student = ConvNet()
     ema = StudentEma(student, EmaSettings())
     ema.update(student.to("meta"))

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: which number, when, with what meaning, and to whom."""
+"""What a run logs: which metric, at which step, with which value, to which logger."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from kd_pipeline.errors import MissingPackageError
-from kd_pipeline.workflows._train import Outcome
-from tests.training import nets
-from tests.training.nets import logged, run
+from kd_pipeline.workflows._train import TrainResult
+from tests.training import networks, tiny_run
+from tests.training.tiny_run import logged, run
 
 # Lightning has advice on workers, loggers and the trainer's options; the loggers' packages bring warnings of their own.
 pytestmark = [
@@ -23,26 +23,18 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data and an untaught teacher."""
-    folder = tmp_path_factory.mktemp("digits")
-    nets.write_digits(folder)
-    return folder
+# Metrics and steps
 
-
-# What, and when
-
-FIGURES = {"val/top1", "val/top5", "val/macro_f1", "val/loss", "val/agreement", "val/kl", "again/top1", "again/loss"}
+METRICS = {"val/top1", "val/top5", "val/macro_f1", "val/loss", "val/agreement", "val/kl", "again/top1", "again/loss"}
 
 
 @pytest.fixture(scope="module")
 def full(digits: Path) -> Path:
-    """A run with all there is to log, on every second step of twice six."""
+    """A run that logs all there is at every second of its twelve steps."""
     return run(
         digits,
         "full",
-        data__more={"again": nets.split(digits, "val", nets.EVAL)},
+        data__more={"again": tiny_run.split(digits, "val", tiny_run.EVAL)},
         distill={
             "temperature": {"start": 4.0, "end": 2.0},
             "distill_weight": 0.5,
@@ -56,7 +48,7 @@ def full(digits: Path) -> Path:
     ).folder
 
 
-def test_a_line_every_so_many_steps_has_the_loss_and_all_that_it_was_made_of(full: Path) -> None:
+def test_step_row_explains_loss(full: Path) -> None:
     lines = [row for row in logged(full) if "train/loss" in row]
     assert [row["step"] for row in lines] == [1, 3, 5, 7, 9, 11]
     for row in lines:
@@ -72,21 +64,19 @@ def test_a_line_every_so_many_steps_has_the_loss_and_all_that_it_was_made_of(ful
         assert 0 <= row["train/teacher_share"] <= row["train/loader_share"] <= 1
 
 
-def test_an_epoch_ends_with_the_figures_of_every_validation_set(full: Path) -> None:
+def test_epoch_row_has_all_validation_metrics(full: Path) -> None:
     by_step = {row["step"]: row for row in logged(full)}
     ends = [step for step, row in by_step.items() if "val/top1" in row]
     assert ends == [5, 11]
     for step in ends:
         row = by_step[step]
-        assert {"train/top1", "epoch", *FIGURES} <= row.keys()
+        assert {"train/top1", "epoch", *METRICS} <= row.keys()
         assert row["val/loss"] == row["again/loss"]
         assert row["epoch"] == step // 6
 
 
 @pytest.mark.parametrize("kind", ["RichProgressBar", "TQDMProgressBar"])
-def test_an_epoch_leaves_its_own_figures_on_the_progress_bar(
-    digits: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_progress_bar_shows_metrics_of_its_epoch(digits: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     lightning = pytest.importorskip("lightning")
     drawn: dict[int, float] = {}
 
@@ -103,33 +93,33 @@ def test_an_epoch_leaves_its_own_figures_on_the_progress_bar(
     assert len(drawn) == 2 and drawn == pytest.approx(wanted, abs=1e-3)
 
 
-def test_memory_is_logged_on_a_gpu_only(full: Path) -> None:
+def test_memory_is_logged_on_gpu_only(full: Path) -> None:
     assert not any("train/memory_gib" in row for row in logged(full))
 
 
-def test_the_last_line_of_the_best_epoch_agrees_with_the_result(full: Path) -> None:
+def test_best_epoch_matches_result(full: Path) -> None:
     best = max((row for row in logged(full) if "val/top1" in row), key=lambda row: row["val/top1"])
-    result = nets.result(full)
+    result = tiny_run.result(full)
     assert best["val/loss"] == pytest.approx(result["val"]["loss"], rel=1e-6)
     assert best["val/agreement"] == pytest.approx(result["val"]["agreement"], rel=1e-6)
 
 
-# How fast
+# Throughput
 
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(16, 1), (8, 2)])
-def test_speed_is_that_of_loading_and_training_without_validation(
+def test_throughput_excludes_validation(
     digits: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, accumulate: int
 ) -> None:
-    monkeypatch.setattr("kd_pipeline.training.module.time", nets.CLOCK)
-    monkeypatch.setattr("kd_pipeline.teachers.base.time", nets.CLOCK)
+    monkeypatch.setattr("kd_pipeline.training.throughput.time", networks.CLOCK)
+    monkeypatch.setattr("kd_pipeline.teachers.base.time", networks.CLOCK)
     found = run(
         digits,
         f"speed{accumulate}",
         data__batch_size=batch_size,
         data__ahead=0,
-        student={"factory": "tests.training.nets:timed_student"},
-        teacher={"model": {"factory": "tests.training.nets:timed_teacher", "checkpoint": digits / "teacher.pt"}}
+        student={"factory": "tests.training.networks:timed_student"},
+        teacher={"model": {"factory": "tests.training.networks:timed_teacher", "checkpoint": digits / "teacher.pt"}}
         | {"backend": "pytorch"},
         train__accumulate=accumulate,
         train__log_every_steps=2,
@@ -138,23 +128,23 @@ def test_speed_is_that_of_loading_and_training_without_validation(
     lines = [row for row in logged(found) if "train/images_per_s" in row]
     assert len(lines) == 6
     for row in lines:
-        # A batch takes the teacher 3 seconds and the student 1 and 3 by turns while it trains, and 103 in validation.
+        # A batch takes the teacher 3 seconds and the student 1 and 3 in turn; in validation both take 103.
         assert row["train/images_per_s"] == pytest.approx(batch_size / 5)
         assert row["train/loader_share"] == pytest.approx(0.6)
         assert row["train/teacher_share"] == pytest.approx(0.6)
 
 
-# To whom
+# Loggers
 
 
-def tensorboard_of(outcome: Outcome) -> Any:
+def tensorboard_of(outcome: TrainResult) -> Any:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(outcome.folder / "tensorboard"))
     found.Reload()
     return found
 
 
-def test_tensorboard_has_every_number_and_the_settings_in_its_event_files(digits: Path) -> None:
+def test_tensorboard_gets_metrics_and_settings(digits: Path) -> None:
     pytest.importorskip("tensorboard")
     outcome = run(digits, "tensorboard", train__loggers=["csv", "tensorboard"])
     found = tensorboard_of(outcome)
@@ -162,7 +152,7 @@ def test_tensorboard_has_every_number_and_the_settings_in_its_event_files(digits
         wanted = {int(row["step"]): row[name] for row in logged(outcome.folder) if name in row}
         assert {event.step: event.value for event in found.Scalars(name)} == pytest.approx(wanted)
     (event,) = found.Scalars("final/val/loss")
-    assert (event.step, event.value) == (12, pytest.approx(outcome.figures["val"].loss))
+    assert (event.step, event.value) == (12, pytest.approx(outcome.evaluations["val"].loss))
     (text,) = found.Tensors("config/text_summary")
     assert b"train.optimizer.lr: 0.05" in text.tensor_proto.string_val[0]
     hparams = b"".join(path.read_bytes() for path in (outcome.folder / "tensorboard").iterdir())
@@ -170,12 +160,12 @@ def test_tensorboard_has_every_number_and_the_settings_in_its_event_files(digits
     assert not any(name.startswith("hp_metric") for name in found.Tags()["scalars"])
 
 
-def in_a_process(folder: Path, name: str, **environment: str) -> Path:
-    """A run of both stages that logs to `name`, in a process that its package may do with as it likes."""
+def run_in_child(folder: Path, name: str, **environment: str) -> Path:
+    """A run of both stages that logs to `name`, in a child process because its package changes global state."""
     code = (
-        "from pathlib import Path; from tests.training.nets import run\n"
+        "from pathlib import Path; from tests.training.tiny_run import run\n"
         f"run(Path({str(folder)!r}), {name!r}, stage='all', train__loggers=['csv', {name!r}], "
-        "teacher={'model': {'factory': 'tests.training.nets:plain'}, 'backend': 'pytorch'})"
+        "teacher={'model': {'factory': 'tests.training.networks:plain'}, 'backend': 'pytorch'})"
     )
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -188,9 +178,9 @@ def in_a_process(folder: Path, name: str, **environment: str) -> Path:
     return folder / name
 
 
-def test_wandb_gets_every_number_and_the_settings_of_each_stage(digits: Path) -> None:
+def test_wandb_gets_metrics_and_settings_per_stage(digits: Path) -> None:
     pytest.importorskip("wandb")
-    folder = in_a_process(digits, "wandb", WANDB_MODE="offline", WANDB_SILENT="true")
+    folder = run_in_child(digits, "wandb", WANDB_MODE="offline", WANDB_SILENT="true")
     for stage in (folder, folder / "teacher"):
         (file,) = (stage / "wandb").glob("offline-run-*/*.wandb")
         content = file.read_bytes()
@@ -198,7 +188,7 @@ def test_wandb_gets_every_number_and_the_settings_of_each_stage(digits: Path) ->
             assert name in content, name
 
 
-def test_mlflow_gets_every_number_and_the_settings(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_gets_metrics_and_settings(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     outcome = run(digits, "mlflow", train__loggers=["csv", "mlflow"])
@@ -207,15 +197,15 @@ def test_mlflow_gets_every_number_and_the_settings(digits: Path, monkeypatch: py
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.run_name == "mlflow" and found.info.status == "FINISHED"
     assert found.data.params["train.optimizer.lr"] == "0.05"
-    assert found.data.metrics["final/val/loss"] == pytest.approx(outcome.figures["val"].loss)
+    assert found.data.metrics["final/val/loss"] == pytest.approx(outcome.evaluations["val"].loss)
     wanted = {int(row["step"]): row["train/loss"] for row in logged(outcome.folder)}
     history = client.get_metric_history(found.info.run_id, "train/loss")
     assert {each.step: each.value for each in history} == pytest.approx(wanted)
 
 
-def test_comet_gets_every_number_and_the_settings_of_each_stage(digits: Path) -> None:
+def test_comet_gets_metrics_and_settings_per_stage(digits: Path) -> None:
     pytest.importorskip("comet_ml")
-    folder = in_a_process(digits, "comet", COMET_START_ONLINE="false")
+    folder = run_in_child(digits, "comet", COMET_START_ONLINE="false")
     for stage in (folder, folder / "teacher"):
         (file,) = stage.glob("*.zip")
         with zipfile.ZipFile(file) as archive:
@@ -225,9 +215,7 @@ def test_comet_gets_every_number_and_the_settings_of_each_stage(digits: Path) ->
 
 
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("comet", "comet_ml"), ("mlflow", "mlflow")])
-def test_a_logger_that_is_not_installed_is_one_message(
-    digits: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
-) -> None:
+def test_missing_logger_package(digits: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=rf"{package} is needed here.*kd_pipeline\[loggers\]"):
         run(digits, f"no {name}", train__loggers=[name])

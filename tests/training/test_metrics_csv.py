@@ -1,4 +1,4 @@
-"""`metrics.csv` has every number once, before and after a restart."""
+"""`metrics.csv` has every metric once, before and after a restart."""
 
 import csv
 from pathlib import Path
@@ -16,7 +16,7 @@ def log(metrics: MetricsFile, step: int, **values: float) -> None:
     metrics.save()
 
 
-def test_each_step_is_a_row_and_each_name_a_column(tmp_path: Path) -> None:
+def test_row_per_step_and_column_per_metric(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.csv")
     log(metrics, 5, loss=1.5)
     log(metrics, 10, loss=1.25)
@@ -30,12 +30,12 @@ def test_each_step_is_a_row_and_each_name_a_column(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
 
 
-def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+def test_resume_drops_later_rows(tmp_path: Path) -> None:
     first = MetricsFile(tmp_path / "metrics.csv")
     for step in (5, 10, 15):
         log(first, step, loss=float(step))
     second = MetricsFile(tmp_path / "metrics.csv")
-    second.go_on_from(10)
+    second.resume(10)
     log(second, 15, loss=-1.0)
     assert [(row["step"], row["loss"]) for row in rows(tmp_path / "metrics.csv")] == [
         ("5", "5.0"),
@@ -44,7 +44,7 @@ def test_a_run_that_goes_on_forgets_what_came_after_its_checkpoint(tmp_path: Pat
     ]
 
 
-def test_a_new_row_is_appended_and_the_rest_is_not_written_again(tmp_path: Path) -> None:
+def test_new_row_is_appended(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.csv")
     log(metrics, 1, loss=1.0)
     inode = (tmp_path / "metrics.csv").stat().st_ino
@@ -53,8 +53,8 @@ def test_a_new_row_is_appended_and_the_rest_is_not_written_again(tmp_path: Path)
     assert len(rows(tmp_path / "metrics.csv")) == 2
 
 
-def test_nothing_to_go_on_from_is_a_new_file(tmp_path: Path) -> None:
+def test_resume_without_file(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.csv")
-    metrics.go_on_from(100)
+    metrics.resume(100)
     log(metrics, 1, loss=1.0)
     assert rows(tmp_path / "metrics.csv") == [{"step": "1", "loss": "1.0"}]

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer gets, what it does to them, and settings that make none."""
+"""The optimizer, its parameter groups, and settings that are refused."""
 
 import copy
 import io
@@ -29,14 +29,14 @@ def names_in(student, group):
 
 
 def train(student, optimizer, num_steps, seed):
-    student.eval()  # without dropout, so that the gradients follow from the weights
+    student.eval()  # no dropout: the gradients follow from the weights
     for step in range(num_steps):
         optimizer.zero_grad()
         student(random_images(4, seed=seed + step)).square().mean().backward()
         optimizer.step()
 
 
-def through_a_file(state):
+def round_trip(state):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -44,7 +44,7 @@ def through_a_file(state):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_optimizer_has_its_name_and_follows_the_gradient_downhill(name):
+def test_optimizer_minimizes(name):
     student = nn.Linear(3, 2)
     optimizer = build_optimizer(student, OptimizerSettings(name=name, lr=0.01))
     before = student(torch.ones(1, 3)).square().sum()
@@ -57,12 +57,12 @@ def test_every_optimizer_has_its_name_and_follows_the_gradient_downhill(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_state_loaded_without_code_goes_on_bit_for_bit(name):
+def test_resume_is_exact(name):
     settings = OptimizerSettings(name=name, lr=0.01, weight_decay=0.1, lr_scale={"net.head": 0.5})
     student = LogitsOnly()
     optimizer = build_optimizer(student, settings)
     train(student, optimizer, 3, seed=0)
-    saved = through_a_file({"optimizer": optimizer.state_dict(), "student": student.state_dict()})
+    saved = round_trip({"optimizer": optimizer.state_dict(), "student": student.state_dict()})
     train(student, optimizer, 3, seed=3)
 
     restarted = LogitsOnly(seed=1)
@@ -77,7 +77,7 @@ def test_a_state_loaded_without_code_goes_on_bit_for_bit(name):
 @pytest.mark.parametrize(
     ("name", "weight_decay"), [("sgd", 0), ("adam", 0), ("adamw", 0.01), ("rmsprop", 0), ("lamb", 0.01), ("lion", 0)]
 )
-def test_weight_decay_is_the_optimizers_own_unless_given(name, weight_decay):
+def test_default_weight_decay(name, weight_decay):
     optimizer = build_optimizer(ConvNet(), OptimizerSettings(name=name))
     assert groups_by_name(optimizer)["student"]["weight_decay"] == weight_decay
     for given in (0.3, 0.0):
@@ -86,7 +86,7 @@ def test_weight_decay_is_the_optimizers_own_unless_given(name, weight_decay):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_settings_reach_the_optimizers_that_have_them_and_no_others(name):
+def test_settings_reach_optimizers_that_have_them(name):
     for setting, value in SETTINGS.items():
         needed = {"momentum": 0.9} if setting == "nesterov" and name == "sgd" else {}
         known = setting in build_optimizer(ConvNet(), OptimizerSettings(name=name)).defaults
@@ -94,11 +94,11 @@ def test_settings_reach_the_optimizers_that_have_them_and_no_others(name):
             settings = OptimizerSettings(name=name, **{setting: value, **needed})
             assert build_optimizer(ConvNet(), settings).param_groups[0][setting] == value
         else:
-            with pytest.raises(ValidationError, match=f"{setting}: .* means nothing to {name}"):
+            with pytest.raises(ValidationError, match=f"{setting}: .* has no effect with {name}"):
                 OptimizerSettings(name=name, **{setting: value})
 
 
-def test_any_class_of_torchs_can_be_named_with_its_arguments():
+def test_torch_class_with_kwargs():
     settings = OptimizerSettings(name="torch.optim.RAdam", weight_decay=0.1, kwargs={"betas": (0.7, 0.8)})
     student = ConvNet(0)
     optimizer = build_optimizer(student, settings)
@@ -110,32 +110,32 @@ def test_any_class_of_torchs_can_be_named_with_its_arguments():
     }
 
 
-def test_arguments_go_to_the_optimizers_with_names_of_ours_too():
+def test_named_optimizer_with_kwargs():
     assert build_optimizer(ConvNet(0), OptimizerSettings(name="adamw", kwargs={"amsgrad": True})).defaults["amsgrad"]
 
 
 @pytest.mark.parametrize(
     "name", ["adamv", "torch.optim.Adamm", "torch.optim.lr_scheduler", "torch.optim.", "os.system"]
 )
-def test_a_name_of_no_optimizer_is_refused(name):
+def test_unknown_optimizer_is_refused(name):
     with pytest.raises(ValidationError, match="there is no optimizer"):
         OptimizerSettings(name=name)
 
 
-def test_a_setting_of_ours_for_a_class_of_torchs_is_sent_to_its_arguments():
-    with pytest.raises(ValidationError, match=r"momentum: 0.5 of torch.optim.ASGD belongs into its kwargs"):
+def test_setting_for_torch_class_belongs_in_kwargs():
+    with pytest.raises(ValidationError, match=r"momentum: 0.5 is an argument of torch.optim.ASGD; set it in kwargs"):
         OptimizerSettings(name="torch.optim.ASGD", momentum=0.5)
 
 
 @pytest.mark.parametrize("kwargs", [{"gamma": 1}, {"betas": (2.0, 0.9)}])
-def test_arguments_that_the_class_does_not_take_are_one_message(kwargs):
-    with pytest.raises(ConfigError, match=r"train.optimizer: torch.optim.RAdam cannot be made of"):
+def test_bad_kwargs_are_refused(kwargs):
+    with pytest.raises(ConfigError, match=r"train.optimizer: torch.optim.RAdam does not accept"):
         build_optimizer(ConvNet(0), OptimizerSettings(name="torch.optim.RAdam", kwargs=kwargs))
 
 
-def test_nesterov_without_momentum_is_refused():
+def test_nesterov_needs_momentum():
     for momentum in ({}, {"momentum": 0.0}):
-        with pytest.raises(ValidationError, match="set momentum"):
+        with pytest.raises(ValidationError, match="needs momentum"):
             OptimizerSettings(name="sgd", nesterov=True, **momentum)
 
 
@@ -143,12 +143,12 @@ def test_nesterov_without_momentum_is_refused():
     "settings",
     [{"lr": 0.0}, {"lr": -1.0}, {"weight_decay": -0.1}, {"betas": (0.9, 1.0)}, {"lr_scale": {"body": 0.0}}],
 )
-def test_numbers_that_no_optimizer_takes_are_refused(settings):
+def test_bad_numbers_are_refused(settings):
     with pytest.raises(ValidationError):
         OptimizerSettings(**settings)
 
 
-def test_weight_decay_leaves_norms_and_biases_as_they_are():
+def test_norms_and_biases_do_not_decay():
     student = ConvNet()
     before = copy.deepcopy(student)
     optimizer = build_optimizer(student, OptimizerSettings(name="sgd", lr=0.1, weight_decay=0.5))
@@ -161,14 +161,14 @@ def test_weight_decay_leaves_norms_and_biases_as_they_are():
     assert {parameter.ndim for parameter in student.parameters()} == {1, 2, 4}
 
 
-def test_weight_decay_acts_on_all_parameters_where_that_is_asked_for():
+def test_decay_norm_and_bias():
     optimizer = build_optimizer(ConvNet(), OptimizerSettings(decay_norm_and_bias=True))
     (group,) = optimizer.param_groups
     assert (group["name"], group["weight_decay"]) == ("student", 0.01)
 
 
-@pytest.mark.parametrize("wrap", [lambda student: student, nn.Sequential], ids=["bare", "inside another"])
-def test_parameters_that_a_network_lists_itself_do_not_decay(wrap):
+@pytest.mark.parametrize("wrap", [lambda student: student, nn.Sequential], ids=["bare", "nested"])
+def test_no_weight_decay_list_is_honored(wrap):
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
     student = wrap(vit)
     groups = groups_by_name(build_optimizer(student, OptimizerSettings()))
@@ -180,19 +180,19 @@ def test_parameters_that_a_network_lists_itself_do_not_decay(wrap):
 
 
 class Listing(nn.Linear):
-    """Lists what should not decay as a pattern, as timm's XCiT does."""
+    """Lists a pattern, as timm's XCiT does."""
 
     def no_weight_decay(self):
         return {"wei*"}
 
 
-def test_a_network_may_list_them_as_a_pattern():
+def test_no_weight_decay_pattern_is_honored():
     student = nn.Sequential(Listing(2, 3), nn.Linear(3, 2))
     groups = groups_by_name(build_optimizer(student, OptimizerSettings()))
     assert names_in(student, groups["student"]) == {"1.weight"}
 
 
-def test_only_parameters_that_need_a_gradient_are_in_the_optimizer_each_once():
+def test_trainable_parameters_are_in_one_group_each():
     student = ConvNet()
     student.body.requires_grad_(False)
     optimizer = build_optimizer(student, OptimizerSettings())
@@ -203,12 +203,12 @@ def test_only_parameters_that_need_a_gradient_are_in_the_optimizer_each_once():
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
 
 
-def test_a_student_that_is_frozen_altogether_is_refused():
-    with pytest.raises(ConfigError, match="no parameter of the student ConvNet needs a gradient"):
+def test_frozen_student_is_refused():
+    with pytest.raises(ConfigError, match="no parameter of the student ConvNet is trainable"):
         build_optimizer(ConvNet().requires_grad_(False), OptimizerSettings())
 
 
-def test_extra_parameters_are_trained_with_the_student_by_the_same_rules():
+def test_extra_parameters_join_student_group():
     projector, frozen = nn.Linear(4, 5), nn.Linear(2, 2).requires_grad_(False)
     settings = OptimizerSettings(lr=0.1, lr_scale={"head": 0.5})
     extra = (parameter for module in (projector, frozen) for parameter in module.parameters())
@@ -220,7 +220,7 @@ def test_extra_parameters_are_trained_with_the_student_by_the_same_rules():
 
 
 class Numbered(nn.Module):
-    """Layers whose names begin alike."""
+    """Layers with a common prefix in their names."""
 
     def __init__(self):
         super().__init__()
@@ -229,7 +229,7 @@ class Numbered(nn.Module):
         self.frozen = nn.Linear(2, 2).requires_grad_(False)
 
 
-def test_the_longest_whole_name_that_fits_sets_the_learning_rate():
+def test_longest_matching_layer_sets_lr():
     student = Numbered()
     settings = OptimizerSettings(lr=2.0, lr_scale={"layer1": 0.5, "layer1.1.weight": 0.1})
     groups = groups_by_name(build_optimizer(student, settings))
@@ -240,7 +240,7 @@ def test_the_longest_whole_name_that_fits_sets_the_learning_rate():
     }
 
 
-def test_a_scaled_layer_splits_into_what_decays_and_what_does_not():
+def test_scaled_layer_has_decay_and_no_decay_groups():
     settings = OptimizerSettings(lr=2.0, lr_scale={"body": 0.5})
     groups = groups_by_name(build_optimizer(ConvNet(), settings))
     assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
@@ -262,19 +262,19 @@ def test_a_scaled_layer_splits_into_what_decays_and_what_does_not():
         ("", "there are"),
     ],
 )
-def test_a_name_that_fits_no_trained_parameter_is_refused_with_the_nearest(layer, rest):
-    with pytest.raises(ConfigError, match=rf"no trained parameter of the student lies in '{layer}'; {rest}"):
+def test_unknown_layer_is_refused_with_suggestion(layer, rest):
+    with pytest.raises(ConfigError, match=rf"the student has no trained parameter in '{layer}'; {rest}"):
         build_optimizer(Numbered(), OptimizerSettings(lr_scale={"layer10": 2.0, layer: 0.5}))
 
 
 @pytest.mark.parametrize("name", ["lamb", "lion"])
-def test_a_missing_timm_is_named_with_what_to_install(name, monkeypatch):
+def test_missing_timm(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.optim", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'kd_pipeline\[timm\]'"):
         build_optimizer(ConvNet(), OptimizerSettings(name=name))
 
 
-def test_a_config_file_spells_the_settings(tmp_path):
+def test_settings_from_yaml(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("{name: lion, lr: 1e-4, betas: [0.9, 0.98], lr_scale: {body.0: 0.1}}")
     wanted = OptimizerSettings(name="lion", lr=1e-4, betas=(0.9, 0.98), lr_scale={"body.0": 0.1})

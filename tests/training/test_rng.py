@@ -1,4 +1,4 @@
-"""Random numbers go on where they were."""
+"""Random generators resume where they were."""
 
 import random
 
@@ -10,7 +10,7 @@ from kd_pipeline.training.rng import capture_rng, restore_rng
 
 
 def draw() -> list[float]:
-    # Odd numbers of Gaussians: the generators keep the second of each pair that they make.
+    # An odd number of Gaussians: the generators draw them in pairs and keep the second.
     return [
         random.random(),
         random.gauss(),
@@ -21,7 +21,7 @@ def draw() -> list[float]:
     ]
 
 
-def test_all_generators_go_on_where_they_were_captured_after_a_trip_through_a_file(tmp_path):
+def test_generators_resume_from_file(tmp_path):
     draw()
     save_checkpoint({"state_dict": {}, "rng": capture_rng()}, tmp_path / "a.ckpt")
     expected = [draw() for _ in range(3)]
@@ -29,7 +29,7 @@ def test_all_generators_go_on_where_they_were_captured_after_a_trip_through_a_fi
     assert [draw() for _ in range(3)] == expected
 
 
-def test_capturing_draws_nothing():
+def test_capture_draws_nothing():
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -42,7 +42,7 @@ def test_capturing_draws_nothing():
     assert draw() == found
 
 
-def test_states_of_another_number_of_ranks_are_left_aside_with_a_word(caplog):
+def test_different_number_of_ranks_is_warned(caplog):
     states = capture_rng() * 2
     draw()
     before = torch.get_rng_state()

@@ -1,5 +1,6 @@
-"""Every setting of a run does what it says: each law here fails if the setting does nothing."""
+"""Every setting of a run has its effect: each test fails if the setting does nothing."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from kd_pipeline.evaluation._evaluate import evaluate
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
-from tests.training import nets
-from tests.training.nets import NUM_TRAIN, NUM_VAL, Weights, distance, logged, run, settings, weights
+from tests.training import networks, tiny_run
+from tests.training.tiny_run import NUM_TRAIN, NUM_VAL, Weights, distance, logged, run, settings, weights
 
-# Lightning has advice on workers, loggers and the trainer's options, none of which is about settings.
+# Lightning's advice on workers, loggers and the trainer's options.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 ONE_STEP: dict[str, Any] = {"train__epochs": 1, "train__limit_train_batches": 1}
@@ -26,21 +27,13 @@ LR = 0.05
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data and an untaught teacher."""
-    folder = tmp_path_factory.mktemp("digits")
-    nets.write_digits(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def usual(digits: Path) -> Path:
-    """A run with the settings as they are; do not change it."""
+def default_run(digits: Path) -> Path:
+    """A run with the default settings; read only."""
     return run(digits, "usual").folder
 
 
-def begun(network: Callable[[], nn.Module]) -> nn.Module:
-    """The network as a run with the seed 3 begins with it."""
+def initialized(network: Callable[[], nn.Module]) -> nn.Module:
+    """The network as a run with seed 3 initializes it."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         return network()
@@ -48,20 +41,20 @@ def begun(network: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.fixture
 def start() -> Weights:
-    """What a student begins with."""
-    return begun(nets.plain).state_dict()
+    """The initial weights of a student."""
+    return initialized(networks.plain).state_dict()
 
 
-def test_two_batches_of_eight_with_their_gradients_added_are_a_batch_of_sixteen(digits: Path, usual: Path) -> None:
+def test_accumulate_matches_larger_batch(digits: Path, default_run: Path) -> None:
     found = run(digits, "accumulate", data__batch_size=8, train__accumulate=2).folder
-    # Sums of 16 gradients in another order: some units in the last place of weights below 1.
-    assert distance(weights(found), weights(usual)) < 1e-6
-    assert [row["step"] for row in logged(found)] == [row["step"] for row in logged(usual)]
+    # Sums of 16 gradients in a different order: some units in the last place of weights below 1.
+    assert distance(weights(found), weights(default_run)) < 1e-6
+    assert [row["step"] for row in logged(found)] == [row["step"] for row in logged(default_run)]
     alone = run(digits, "halves", data__batch_size=8).folder
-    assert distance(weights(alone), weights(usual)) > 1e-3
+    assert distance(weights(alone), weights(default_run)) > 1e-3
 
 
-def test_the_gradient_is_clipped_and_its_norm_logged_as_it_was_before(digits: Path, start: Weights) -> None:
+def test_clip_and_unclipped_norm(digits: Path, start: Weights) -> None:
     free = run(digits, "free", **ONE_STEP, train__log_gradient_norm=True).folder
     (row, *_) = logged(free)
     norm = row["train/gradient_norm"]
@@ -71,25 +64,25 @@ def test_the_gradient_is_clipped_and_its_norm_logged_as_it_was_before(digits: Pa
     assert logged(clipped)[0]["train/gradient_norm"] == pytest.approx(norm, rel=1e-5)
 
 
-def test_the_gradient_norm_is_logged_only_where_it_is_wanted(usual: Path) -> None:
-    assert not any("train/gradient_norm" in row for row in logged(usual))
+def test_gradient_norm_is_off_by_default(default_run: Path) -> None:
+    assert not any("train/gradient_norm" in row for row in logged(default_run))
 
 
-def test_limits_end_each_epoch_and_each_validation_after_so_many_batches(digits: Path) -> None:
+def test_limits_on_batches(digits: Path) -> None:
     found = run(digits, "limits", train__limit_train_batches=2, train__limit_val_batches=1).folder
     assert load_checkpoint(found / "checkpoints" / "last.ckpt")["global_step"] == 2 * 2
     assert [row["epoch"] for row in logged(found)] == [0, 0, 1, 1]
-    assert nets.result(found)["val"]["num_samples"] == 16
+    assert tiny_run.result(found)["val"]["num_samples"] == 16
 
 
-def test_a_run_of_epochs_with_a_limit_goes_on_as_if_it_had_not_been_stopped(digits: Path) -> None:
-    whole = run(digits, "at once", train__limit_train_batches=2).folder
+def test_resume_with_limit_is_exact(digits: Path) -> None:
+    undisturbed = run(digits, "at once", train__limit_train_batches=2).folder
     run(digits, "later", train__limit_train_batches=2, train__epochs=1)
     later = run(digits, "later", train__limit_train_batches=2).folder
-    assert distance(weights(later), weights(whole)) == 0
+    assert distance(weights(later), weights(undisturbed)) == 0
 
 
-def test_a_run_stops_early_when_nothing_gets_better_and_the_same_command_does_nothing_more(digits: Path) -> None:
+def test_early_stopping_stays_stopped(digits: Path) -> None:
     stopping = {
         "train__epochs": 9,
         "train__optimizer__lr": 1e-12,
@@ -104,7 +97,7 @@ def test_a_run_stops_early_when_nothing_gets_better_and_the_same_command_does_no
     assert (last.read_bytes(), (found / "result.json").read_bytes()) == before
 
 
-def test_stopping_early_goes_by_the_figure_and_the_direction_that_it_is_given(digits: Path) -> None:
+def test_early_stopping_metric_and_mode(digits: Path) -> None:
     for mode, last_epoch in (("max", 1), ("min", 3)):
         stopping = {"metric": "val/loss", "mode": mode, "patience": 1}
         found = run(digits, mode, stage="baseline", train__epochs=4, train__early_stopping=stopping).folder
@@ -113,13 +106,13 @@ def test_stopping_early_goes_by_the_figure_and_the_direction_that_it_is_given(di
         assert load_checkpoint(found / "checkpoints" / "last.ckpt")["epoch"] == last_epoch
 
 
-def test_stopping_early_by_a_figure_that_nobody_measures_is_refused_with_those_there_are(digits: Path) -> None:
+def test_early_stopping_unmeasured_metric(digits: Path) -> None:
     with pytest.raises(ConfigError, match=r"early_stopping\.metric: .*'val/top3'.*val/top5"):
         run(digits, "nowhere", **ONE_STEP, train__early_stopping={"metric": "val/top3"})
 
 
-def test_deterministic_refuses_operations_that_are_not(digits: Path) -> None:
-    put = {"factory": "tests.training.nets:putting"}
+def test_deterministic(digits: Path) -> None:
+    put = {"factory": "tests.training.networks:nondeterministic"}
     run(digits, "free put", **ONE_STEP, student=put)
     with pytest.raises(ConfigError, match="put_ does not have a deterministic implementation"):
         run(digits, "put", **ONE_STEP, student=put, train__deterministic=True)
@@ -134,44 +127,40 @@ def test_deterministic_refuses_operations_that_are_not(digits: Path) -> None:
         ("bf16-true", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_the_student_computes_in_the_precision_and_is_exported_in_float32(
-    digits: Path, precision: str, computed: torch.dtype, kept: torch.dtype
-) -> None:
-    nets.computed_in.clear()
+def test_precision(digits: Path, precision: str, computed: torch.dtype, kept: torch.dtype) -> None:
+    networks.observed_dtypes.clear()
     found = run(
-        digits, precision, student={"factory": "tests.training.nets:watched"}, train__precision=precision
+        digits, precision, student={"factory": "tests.training.networks:observed"}, train__precision=precision
     ).folder
-    assert nets.computed_in == {computed}
+    assert networks.observed_dtypes == {computed}
     state = load_checkpoint(found / "checkpoints" / "last.ckpt")["state_dict"]
     assert {tensor.dtype for tensor in state.values()} == {kept}
     exported = load_file(found / "exported" / "model.safetensors")
     assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
 
 
-def test_a_compiled_student_learns_the_same_goes_on_exactly_and_is_exported_without_a_prefix(
-    digits: Path, usual: Path
-) -> None:
+def test_compile(digits: Path, default_run: Path) -> None:
     torch._dynamo.utils.counters.clear()
-    whole = run(digits, "compiled", train__compile=True).folder
-    assert distance(weights(whole), weights(usual)) < 1e-5
+    undisturbed = run(digits, "compiled", train__compile=True).folder
+    assert distance(weights(undisturbed), weights(default_run)) < 1e-5
     assert torch._dynamo.utils.counters["inductor"]
     run(digits, "compiled again", train__compile=True, train__epochs=1)
     again = run(digits, "compiled again", train__compile=True).folder
-    assert distance(weights(again), weights(whole)) == 0
-    for folder in (whole, again):
+    assert distance(weights(again), weights(undisturbed)) == 0
+    for folder in (undisturbed, again):
         exported = load_file(folder / "exported" / "model.safetensors")
-        assert exported.keys() == nets.plain().state_dict().keys()
+        assert exported.keys() == networks.plain().state_dict().keys()
         checkpoint = load_checkpoint(folder / "checkpoints" / "last.ckpt")
         assert not any("_orig_mod" in name for name in checkpoint["state_dict"])
 
 
-def test_a_baseline_is_the_student_alone_with_the_labels_and_asks_for_no_teacher(digits: Path, usual: Path) -> None:
+def test_baseline_uses_labels_only(digits: Path, default_run: Path) -> None:
     outcome = run(digits, "both", stage="baseline", teacher={"onnx": digits / "nowhere.onnx"})
     assert outcome.folder == digits / "both" / "baseline"
     rows = logged(outcome.folder)
     assert all(row["train/loss"] == row["train/task"] and row["train/task_weight"] == 1 for row in rows)
     assert not any(name.endswith(("distill", "teacher_share")) for row in rows for name in row)
-    assert rows[0]["train/task"] == logged(usual)[0]["train/task"]  # the same beginning, the same images
+    assert rows[0]["train/task"] == logged(default_run)[0]["train/task"]  # same initial weights, same images
     assert (outcome.folder / "exported" / "model.onnx").is_file()
 
 
@@ -181,39 +170,39 @@ UNLABELED: dict[str, Any] = {
 }
 
 
-def test_images_without_labels_teach_by_the_teacher_alone(digits: Path, start: Weights) -> None:
-    bare = nets.split(digits, "unlabeled", nets.TRAIN)
-    with_val = run(digits, "unlabeled", **UNLABELED, data__train=bare)
-    without = run(digits, "unlabeled, no val", **UNLABELED, data__train=bare, data__val=None)
+def test_unlabeled_training_images(digits: Path, start: Weights) -> None:
+    unlabeled = tiny_run.split(digits, "unlabeled", tiny_run.TRAIN)
+    with_val = run(digits, "unlabeled", **UNLABELED, data__train=unlabeled)
+    without = run(digits, "unlabeled, no val", **UNLABELED, data__train=unlabeled, data__val=None)
     labeled = run(digits, "labels not used", distill=UNLABELED["distill"])
     assert distance(weights(with_val.folder), start) > 1e-3
     assert distance(weights(with_val.folder), weights(without.folder)) == 0
     assert distance(weights(with_val.folder), weights(labeled.folder)) == 0
-    top1 = with_val.figures["val"].top1
-    assert top1 is not None and not without.figures
+    top1 = with_val.evaluations["val"].top1
+    assert top1 is not None and not without.evaluations
     for folder in (with_val.folder, without.folder):
         assert not any("train/top1" in row or "train/task" in row for row in logged(folder))
         assert (folder / "exported" / "model.onnx").is_file()
 
 
-def test_validation_images_may_have_no_labels_either(digits: Path) -> None:
+def test_unlabeled_validation_images(digits: Path) -> None:
     outcome = run(
         digits,
         "val unlabeled",
-        data__val=nets.split(digits, "unlabeled", nets.EVAL),
+        data__val=tiny_run.split(digits, "unlabeled", tiny_run.EVAL),
         train__compare_with_teacher=True,
         train__select_by="val/agreement",
     )
-    assert outcome.figures["val"].top1 is None
-    assert outcome.figures["val"].agreement is not None
+    assert outcome.evaluations["val"].top1 is None
+    assert outcome.evaluations["val"].agreement is not None
 
 
-def test_the_moving_average_of_a_teacher_is_what_teaches(digits: Path) -> None:
-    teacher = {"model": {"factory": "tests.training.nets:normed"}, "backend": "pytorch"}
+def test_ema_of_teacher_is_distilled(digits: Path) -> None:
+    teacher = {"model": {"factory": "tests.training.networks:with_batchnorm"}, "backend": "pytorch"}
     average = {"stage": "teacher", "teacher": teacher, "train__ema": {"decay": 0.5, "warmup": False}}
-    taught = run(digits, "ema", **average, data__val=None).folder
-    checkpoint = load_checkpoint(taught / "checkpoints" / "last.ckpt")
-    weights_file = taught / "exported" / "model.safetensors"
+    folder = run(digits, "ema", **average, data__val=None).folder
+    checkpoint = load_checkpoint(folder / "checkpoints" / "last.ckpt")
+    weights_file = folder / "exported" / "model.safetensors"
     exported = load_file(weights_file)
     for name, tensor in exported.items():
         assert torch.equal(tensor, checkpoint["ema"]["student"][name])
@@ -221,19 +210,29 @@ def test_the_moving_average_of_a_teacher_is_what_teaches(digits: Path) -> None:
     found = logged(run(digits, "ema", teacher=teacher).folder)[0]["train/distill"]
     with KDDataLoader.from_config(settings(digits, "ema", teacher=None), "train") as loader:
         images = next(iter(loader)).images
-    net = nets.normed()
+    net = networks.with_batchnorm()
     net.load_state_dict(exported)
-    wanted = losses.soft_target(begun(nets.plain)(images), net.eval()(images), temperature=4.0)
+    wanted = losses.soft_target(initialized(networks.plain)(images), net.eval()(images), temperature=4.0)
     assert found == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_the_test_images_are_looked_at_once_at_the_end_by_the_best_student(digits: Path) -> None:
-    images = nets.split(digits, "train", nets.EVAL)
+def test_test_split_is_evaluated_once(digits: Path) -> None:
+    images = tiny_run.split(digits, "train", tiny_run.EVAL)
     outcome = run(digits, "tested", data__test=images)
-    assert outcome.figures["test"].num_samples == NUM_TRAIN and outcome.figures["val"].num_samples == NUM_VAL
+    assert outcome.evaluations["test"].num_samples == NUM_TRAIN and outcome.evaluations["val"].num_samples == NUM_VAL
     assert not any(name.startswith("test/") for row in logged(outcome.folder) for name in row)
-    assert nets.result(outcome.folder)["test"]["loss"] == outcome.figures["test"].loss
+    assert tiny_run.result(outcome.folder)["test"]["loss"] == outcome.evaluations["test"].loss
     with KDDataLoader.from_config(settings(digits, "tested", teacher=None, data__test=images), "test") as loader:
         found = evaluate(OnnxRuntimeTeacher(outcome.folder / "exported" / "model.onnx"), loader)
-    assert found.loss == pytest.approx(outcome.figures["test"].loss, rel=1e-5)
+    assert found.loss == pytest.approx(outcome.evaluations["test"].loss, rel=1e-5)
     assert (outcome.folder / "confusion_test.png").is_file()
+
+
+def test_run_without_matplotlib_saves_no_plots(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    folder = run(digits, "no plots").folder
+    assert (folder / "result.json").is_file() and not list(folder.glob("*.png"))
+    (line,) = [line for line in caplog.messages if "no plots were saved" in line]
+    assert "pip install 'kd_pipeline[train]'" in line

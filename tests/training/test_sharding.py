@@ -1,4 +1,4 @@
-"""A student that is shared out among processes is trained, saved, resumed and exported as if it were whole."""
+"""A student sharded by FSDP is trained, saved, resumed and exported like a replicated one."""
 
 import shutil
 import time
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_pipeline.models.resnet import small_resnet
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.settings import TrainSettings
-from kd_pipeline.training.sharding import _blocks, is_sharded, whole, whole_weights
+from kd_pipeline.training.sharding import _blocks, full_state_dict, full_tensor, is_sharded
 from tests.runs import finish, start
 
 RUN = Path("runs/tiny")
@@ -29,7 +29,7 @@ OPTIONS = (
 
 
 def assert_close(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    """But for the last digits: a norm over all parameters is added up in another order."""
+    """Up to the last digits: the norm over all parameters is summed in a different order."""
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(
@@ -38,21 +38,19 @@ def assert_close(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> N
 
 
 @pytest.mark.slow
-def test_two_shares_learn_what_two_copies_learn_and_a_killed_run_goes_on(trained_teacher: Path, tmp_path: Path) -> None:
-    for name in ("copies", "shares", "killed"):
+def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> None:
+    for name in ("ddp", "fsdp", "killed"):
         shutil.copytree(trained_teacher, tmp_path / name)
-    for name, strategy in (("copies", "ddp"), ("shares", "fsdp")):
-        status, said = finish(start(tmp_path / name, *OPTIONS, f"train.strategy={strategy}", ranks=2))
-        assert status == 0, said
-    copies, shares = (
-        load_checkpoint(tmp_path / name / RUN / "checkpoints" / "last.ckpt") for name in ("copies", "shares")
-    )
-    assert any("projectors" in name for name in shares["state_dict"])
-    assert_close(shares["state_dict"], copies["state_dict"])
-    assert_close(shares["ema"]["student"], copies["ema"]["student"])
-    assert shares["optimizer_states"][0]["state"].keys() == copies["optimizer_states"][0]["state"].keys()
+    for strategy in ("ddp", "fsdp"):
+        status, output = finish(start(tmp_path / strategy, *OPTIONS, f"train.strategy={strategy}", ranks=2))
+        assert status == 0, output
+    ddp, fsdp = (load_checkpoint(tmp_path / name / RUN / "checkpoints" / "last.ckpt") for name in ("ddp", "fsdp"))
+    assert any("projectors" in name for name in fsdp["state_dict"])
+    assert_close(fsdp["state_dict"], ddp["state_dict"])
+    assert_close(fsdp["ema"]["student"], ddp["ema"]["student"])
+    assert fsdp["optimizer_states"][0]["state"].keys() == ddp["optimizer_states"][0]["state"].keys()
     for name in ("model.safetensors", "model.onnx", "model.json"):
-        assert (tmp_path / "shares" / RUN / "exported" / name).is_file()
+        assert (tmp_path / "fsdp" / RUN / "exported" / name).is_file()
 
     process = start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", ranks=2)
     last = tmp_path / "killed" / RUN / "checkpoints" / "last.ckpt"
@@ -60,20 +58,20 @@ def test_two_shares_learn_what_two_copies_learn_and_a_killed_run_goes_on(trained
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    time.sleep(2)  # the workers notice that torchrun is gone
-    status, said = finish(start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", ranks=2))
-    assert status == 0, said
+    time.sleep(2)  # until the workers notice that torchrun is gone
+    status, output = finish(start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", ranks=2))
+    assert status == 0, output
     killed = load_checkpoint(last)
-    for name, tensor in shares["state_dict"].items():
+    for name, tensor in fsdp["state_dict"].items():
         assert torch.equal(tensor, killed["state_dict"][name]), name
 
 
 @pytest.mark.slow
-def test_without_a_moving_average_the_best_student_is_exported_whole(trained_teacher: Path, tmp_path: Path) -> None:
+def test_fsdp_exports_full_best_student(trained_teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(trained_teacher, tmp_path / "work")
     arguments = ("data.batch_size=16", "train.strategy=fsdp", "train.epochs=1")
-    status, said = finish(start(tmp_path / "work", *arguments, ranks=2))
-    assert status == 0, said
+    status, output = finish(start(tmp_path / "work", *arguments, ranks=2))
+    assert status == 0, output
     folder = tmp_path / "work" / RUN
     best = torch.load(folder / "checkpoints" / "best_student.pt", weights_only=True)
     last = load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
@@ -81,20 +79,20 @@ def test_without_a_moving_average_the_best_student_is_exported_whole(trained_tea
         assert torch.equal(tensor, best[name]) and torch.equal(tensor, last[f"student.{name}"]), name
 
 
-def test_blocks_are_the_members_of_a_sequence_that_have_layers_of_their_own() -> None:
+def test_blocks() -> None:
     net = small_resnet(10, width=4)
     assert list(_blocks(net)) == [net[3], net[4], net[5]]
     assert list(_blocks(nn.ModuleList([nn.ModuleList([net]), nn.Sequential(nn.ReLU())]))) == [*net[3:6], net]
 
 
-def test_what_is_not_shared_out_stays_as_it_is() -> None:
+def test_unsharded_module() -> None:
     net = small_resnet(10, width=4)
     assert not is_sharded(net)
-    assert whole(net[0].weight) is net[0].weight
-    assert whole_weights(net).keys() == net.state_dict().keys()
+    assert full_tensor(net[0].weight) is net[0].weight
+    assert full_state_dict(net).keys() == net.state_dict().keys()
 
 
 @pytest.mark.parametrize(("name", "value"), [("compile", True), ("precision", "16-mixed")])
-def test_what_goes_with_copies_alone_is_refused(name: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"{name}: {str(value).lower()} goes with strategy: ddp"):
+def test_settings_that_need_ddp(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}: {str(value).lower()} needs strategy: ddp"):
         TrainSettings.model_validate({"strategy": "fsdp", name: value})

@@ -1,4 +1,4 @@
-"""A signal ends a training behind a checkpoint from which it goes on exactly, with the status that shells expect."""
+"""A signal stops a training after a checkpoint that resumes exactly, with the usual exit status."""
 
 import multiprocessing
 import os
@@ -19,9 +19,9 @@ import torch
 pytest.importorskip("lightning")
 
 from kd_pipeline.training.checkpoint import load_checkpoint
-from tests.training.tiny import NUM_BATCHES, NUM_EPOCHS, train, train_in_child
+from tests.training.toy_training import NUM_BATCHES, NUM_EPOCHS, train, train_in_child
 
-# Lightning has advice on workers, loggers and the trainer's options, none of which is about signals.
+# Lightning's advice on workers, loggers and the trainer's options.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 STATUS = [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
@@ -30,13 +30,13 @@ SHORTLY = partial(time.sleep, 0.05)
 
 
 class Child:
-    """A training in a process of its own."""
+    """A training in a child process."""
 
     def __init__(
         self, folder: Path, *, prepare: Callable[[], Any] = int, pause: Callable[[], Any] = SHORTLY, **options: Any
     ) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.training.tiny"])
+        context.set_forkserver_preload(["tests.training.toy_training"])
         self._steps, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=train_in_child, args=(theirs, folder, prepare, pause, options))
         self.process.start()
@@ -44,7 +44,7 @@ class Child:
         self.num_steps = 0
 
     def wait_for_step(self, number: int) -> None:
-        """Until it is within this step, counted from 1."""
+        """Wait until the training is within this step, counted from 1."""
         while self.num_steps < number:
             assert self._steps.poll(60), "the training hangs"
             self._steps.recv()
@@ -55,7 +55,7 @@ class Child:
             os.kill(self.process.pid or 0, number)
 
     def end(self) -> int:
-        """Its exit status, negative if a signal has ended it; `num_steps` counts them all."""
+        """Wait for the exit status, negative if a signal ended it; `num_steps` then counts all steps."""
         try:
             while self._steps.poll(60):
                 self._steps.recv()
@@ -67,7 +67,7 @@ class Child:
         return self.process.exitcode
 
     def catches(self, number: int) -> bool:
-        """Whether a handler of Python's is set for the signal."""
+        """Whether the process has a handler for the signal."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
         return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
@@ -102,9 +102,7 @@ def assert_same_end(first: Path, second: Path) -> None:
 
 @pytest.mark.parametrize(("number", "status"), STATUS)
 @pytest.mark.parametrize("step", [2, NUM_BATCHES, NUM_EPOCHS * NUM_BATCHES], ids=["within", "epoch end", "run end"])
-def test_a_signal_saves_behind_the_step_it_came_in_and_the_run_goes_on_exactly(
-    launch, undisturbed, tmp_path, number, status, step
-):
+def test_signal_saves_and_resume_is_exact(launch, undisturbed, tmp_path, number, status, step):
     child = launch(tmp_path)
     child.wait_for_step(step)
     child.send(number)
@@ -115,9 +113,10 @@ def test_a_signal_saves_behind_the_step_it_came_in_and_the_run_goes_on_exactly(
     assert_same_end(tmp_path / LAST, undisturbed)
 
 
-def test_the_status_is_that_of_the_whole_program_and_standard_output_stays_clean(tmp_path):
+def test_exit_status_of_program(tmp_path):
     program = (
-        "import signal, sys, os, logging, warnings; from pathlib import Path; from tests.training.tiny import train\n"
+        "import os, signal, sys, warnings; from pathlib import Path\n"
+        "from tests.training.toy_training import train\n"
         "warnings.simplefilter('ignore')\n"
         "train(Path(sys.argv[1]), at_step=lambda: os.kill(os.getpid(), signal.SIGTERM))"
     )
@@ -127,7 +126,7 @@ def test_the_status_is_that_of_the_whole_program_and_standard_output_stays_clean
     assert load_checkpoint(tmp_path / LAST)["global_step"] == 1
 
 
-def test_a_signal_within_accumulated_batches_waits_for_their_step(launch, tmp_path):
+def test_signal_waits_for_accumulation(launch, tmp_path):
     child = launch(tmp_path, accumulate_grad_batches=3)
     child.wait_for_step(1)
     child.send(signal.SIGTERM)
@@ -136,7 +135,7 @@ def test_a_signal_within_accumulated_batches_waits_for_their_step(launch, tmp_pa
     assert load_checkpoint(tmp_path / LAST)["global_step"] == 1
 
 
-def test_a_second_ctrl_c_ends_the_process_at_once(launch, tmp_path):
+def test_second_ctrl_c_exits_at_once(launch, tmp_path):
     child = launch(tmp_path, pause=partial(time.sleep, 600))
     child.wait_for_step(1)
     child.send(signal.SIGINT)
@@ -148,7 +147,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(launch, tmp_path):
     assert not (tmp_path / LAST).exists()
 
 
-def test_a_second_sigterm_does_not_cut_the_save_short(launch, tmp_path):
+def test_second_sigterm_does_not_interrupt_save(launch, tmp_path):
     child = launch(tmp_path)
     child.wait_for_step(2)
     child.send(*[signal.SIGTERM] * 3, signal.SIGUSR1)
@@ -156,7 +155,7 @@ def test_a_second_sigterm_does_not_cut_the_save_short(launch, tmp_path):
     assert load_checkpoint(tmp_path / LAST)["global_step"] == 2
 
 
-def test_the_first_of_several_signals_gives_the_status(launch, tmp_path):
+def test_first_signal_sets_status(launch, tmp_path):
     child = launch(tmp_path, pause=partial(time.sleep, 1))
     child.wait_for_step(1)
     child.send(signal.SIGINT)
@@ -166,7 +165,7 @@ def test_the_first_of_several_signals_gives_the_status(launch, tmp_path):
     assert child.end() == 130
 
 
-def test_ctrl_c_that_was_ignored_before_stays_ignored(launch, tmp_path):
+def test_ignored_ctrl_c_stays_ignored(launch, tmp_path):
     child = launch(tmp_path, prepare=partial(signal.signal, signal.SIGINT, signal.SIG_IGN))
     child.wait_for_step(2)
     child.send(signal.SIGINT)
@@ -175,39 +174,39 @@ def test_ctrl_c_that_was_ignored_before_stays_ignored(launch, tmp_path):
 
 
 def fork_and_kill() -> None:
-    """In a step: what `Process.terminate()` does to a worker that was forked there."""
+    """In a step: do what `Process.terminate()` does to a forked worker."""
     reader, writer = os.pipe()
     worker = os.fork()
     if worker == 0:
         os.write(writer, b"!")
         time.sleep(10)
         os._exit(0)
-    os.read(reader, 1)  # Python forgets signals that come while it is forking
+    os.read(reader, 1)  # Python drops signals that arrive during the fork
     os.kill(worker, signal.SIGTERM)
     assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM
 
 
-def test_a_forked_worker_dies_of_a_signal_and_the_training_does_not(launch, tmp_path):
+def test_forked_worker_dies_of_signal(launch, tmp_path):
     child = launch(tmp_path, pause=fork_and_kill, limit_train_batches=1)
     assert child.end() == 0
     assert child.num_steps == NUM_EPOCHS
 
 
-# Before and after
+# Handlers
 
 
 def handlers() -> list[Any]:
     return [signal.getsignal(number) for number, _ in STATUS]
 
 
-def test_the_handlers_are_taken_over_for_the_training_and_given_back_behind_it(tmp_path):
+def test_handlers_are_restored(tmp_path):
     before, within = handlers(), []
     train(tmp_path, at_step=lambda: within.append(handlers()))
     assert all(ours != theirs for ours, theirs in zip(within[0], before, strict=True))
     assert handlers() == before
 
 
-def test_the_handlers_are_given_back_after_an_error(tmp_path):
+def test_handlers_are_restored_after_error(tmp_path):
     before = handlers()
 
     def fail() -> None:
@@ -218,7 +217,7 @@ def test_the_handlers_are_given_back_after_an_error(tmp_path):
     assert handlers() == before
 
 
-def test_the_handlers_are_given_back_after_a_signal(tmp_path):
+def test_handlers_are_restored_after_signal(tmp_path):
     before = handlers()
     with pytest.raises(SystemExit) as caught:
         train(tmp_path, at_step=lambda: signal.raise_signal(signal.SIGUSR1))
@@ -226,7 +225,7 @@ def test_the_handlers_are_given_back_after_a_signal(tmp_path):
     assert handlers() == before
 
 
-def test_a_training_in_another_thread_is_left_alone(tmp_path):
+def test_no_handlers_outside_main_thread(tmp_path):
     before, within = handlers(), []
     thread = threading.Thread(target=train, args=(tmp_path,), kwargs={"at_step": lambda: within.append(handlers())})
     thread.start()
@@ -234,7 +233,7 @@ def test_a_training_in_another_thread_is_left_alone(tmp_path):
     assert within == [before] * NUM_EPOCHS * NUM_BATCHES
 
 
-def test_a_signal_that_lightning_got_before_the_first_step_ends_the_run_before_it(tmp_path, monkeypatch):
+def test_signal_during_setup(tmp_path, monkeypatch):
     from kd_pipeline.training.signals import StopOnSignal
 
     take_over, steps = StopOnSignal.on_train_start, []
@@ -250,30 +249,30 @@ def test_a_signal_that_lightning_got_before_the_first_step_ends_the_run_before_i
     assert steps == []
 
 
-# Several processes
+# Ranks
 
 
-def be_rank(rank: int, port: int) -> None:
+def set_rank(rank: int, port: int) -> None:
     os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
-def launch_both(launch: Callable[..., Child], folder: Path, **options: Any) -> list[Child]:
+def launch_ranks(launch: Callable[..., Child], folder: Path, **options: Any) -> list[Child]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
-        launch(folder, prepare=partial(be_rank, rank, port), strategy="ddp", devices=2, **options) for rank in (0, 1)
+        launch(folder, prepare=partial(set_rank, rank, port), strategy="ddp", devices=2, **options) for rank in (0, 1)
     ]
 
 
 @pytest.mark.parametrize("signaled", [0, 1])
-def test_all_ranks_leave_together_when_one_gets_a_signal_and_go_on_exactly(launch, tmp_path, signaled):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert [child.end() for child in launch_both(launch, whole, pause=int)] == [0, 0]
-    children = launch_both(launch, stopped)
+def test_ranks_stop_together_and_resume_exactly(launch, tmp_path, signaled):
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    assert [child.end() for child in launch_ranks(launch, undisturbed, pause=int)] == [0, 0]
+    children = launch_ranks(launch, stopped)
     children[signaled].wait_for_step(2)
     children[signaled].send(signal.SIGTERM)
     assert [child.end() for child in children] == [143, 143]
     assert load_checkpoint(stopped / LAST)["global_step"] == children[0].num_steps == children[1].num_steps < 6
-    assert [child.end() for child in launch_both(launch, stopped, pause=int, resume=stopped / LAST)] == [0, 0]
-    assert_same_end(stopped / LAST, whole / LAST)
+    assert [child.end() for child in launch_ranks(launch, stopped, pause=int, resume=stopped / LAST)] == [0, 0]
+    assert_same_end(stopped / LAST, undisturbed / LAST)

@@ -1,4 +1,4 @@
-"""What a run measures, when, by whose metric, and what it exports of the best; after a crash as without one."""
+"""What a run validates and when, how it selects the best, and what it exports; with and without a crash."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kd_pipeline.data.sources.arrays import Arrays
+from kd_pipeline.data.sources import Arrays
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, MissingPackageError
 from kd_pipeline.onnx.file import read_onnx
@@ -18,26 +18,26 @@ from kd_pipeline.teachers.tensorrt.manifest import read_engine
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.workflows._train import train
 from kd_pipeline.workflows.exported import read_exported
-from tests.training import nets
-from tests.training.nets import NUM_TRAIN, distance, logged, settings, weights
+from tests.training import networks, tiny_run
+from tests.training.tiny_run import NUM_TRAIN, NUM_VAL, distance, logged, settings, weights
 
-# Lightning has advice on workers, loggers and the trainer's options, none of which is about validation.
+# Lightning's advice on workers, loggers and the trainer's options.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
 STEPS = NUM_TRAIN // 16
-"""Of an epoch."""
+"""Steps of an epoch."""
 CALLS: list[float] = []
-"""Values that `scripted` gave."""
+"""Values that `scripted` returned."""
 SCRIPT: list[float] = []
-"""Values that it is to give, one for each call; 0 afterward."""
+"""Values for it to return, one per call, then 0."""
 
 
 class Crash(BaseException):
-    """The process dies, as far as the run can see."""
+    """Stands for the death of the process."""
 
 
 def largest(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """A metric of our own."""
+    """A custom metric."""
     return {"largest": float(logits.abs().max()), "count": len(labels)}
 
 
@@ -48,20 +48,12 @@ def scripted(logits: Tensor, labels: Tensor) -> dict[str, float]:
     return {"scripted": CALLS[-1]}
 
 
-OWN = f"{__name__}:{largest.__name__}"
+CUSTOM = f"{__name__}:{largest.__name__}"
 SCRIPTED = {"name": f"{__name__}:{scripted.__name__}"}
 
 
 def run(folder: Path, name: str, **changes: Any) -> Path:
-    return train(settings(folder, name, **changes), plugins=[nets.__name__, __name__]).folder
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data and an untaught teacher."""
-    folder = tmp_path_factory.mktemp("digits")
-    nets.write_digits(folder)
-    return folder
+    return train(settings(folder, name, **changes), plugins=[networks.__name__, __name__]).folder
 
 
 @pytest.fixture
@@ -72,28 +64,29 @@ def script() -> Iterator[list[float]]:
     SCRIPT.clear()
 
 
-def validated(folder: Path, figure: str = "val/top1") -> list[tuple[int, float]]:
+def validated(folder: Path, metric: str = "val/top1") -> list[tuple[int, float]]:
     """Steps and values."""
-    return [(int(row["step"]), row[figure]) for row in logged(folder) if figure in row]
+    return [(int(row["step"]), row[metric]) for row in logged(folder) if metric in row]
 
 
-def student_of(checkpoint: Path) -> nets.Weights:
+def student_of(checkpoint: Path) -> tiny_run.Weights:
     return {name.removeprefix("student."): value for name, value in load_checkpoint(checkpoint)["state_dict"].items()}
 
 
-def test_metrics_of_torchmetrics_and_of_ones_own_are_logged_and_choose_the_best(digits: Path) -> None:
+def test_extra_metrics_select_best(digits: Path) -> None:
     best = {}
     for mode in ("max", "min"):
         folder = run(
             digits,
             f"metrics_{mode}",
             train__epochs=3,
-            train__metrics=[{"name": "CohenKappa", "kwargs": {"weights": "linear"}}, {"name": OWN}],
+            train__metrics=[{"name": "CohenKappa", "kwargs": {"weights": "linear"}}, {"name": CUSTOM}],
             train__select_by="val/largest",
             train__select_mode=mode,
         )
         values = [value for _, value in validated(folder, "val/largest")]
-        assert len(set(values)) == 3 and [count for _, count in validated(folder, "val/count")] == [nets.NUM_VAL] * 3
+        assert len(set(values)) == 3
+        assert [count for _, count in validated(folder, "val/count")] == [NUM_VAL] * 3
         assert len(validated(folder, "val/CohenKappa")) == 3
         best[mode] = json.loads((folder / "result.json").read_text())["val"]["metrics"]["largest"]
         assert best[mode] == pytest.approx(max(values) if mode == "max" else min(values), rel=1e-6)
@@ -108,7 +101,7 @@ def test_metrics_of_torchmetrics_and_of_ones_own_are_logged_and_choose_the_best(
         (f"{__name__}:smallest", "has no function called 'smallest'"),
     ],
 )
-def test_a_metric_that_is_not_there_is_an_error_before_anything_else(digits: Path, metric: str, message: str) -> None:
+def test_unknown_metric_fails_early(digits: Path, metric: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(digits, "unknown", train__metrics=[{"name": metric}])
     assert not (digits / "unknown").exists()
@@ -117,26 +110,24 @@ def test_a_metric_that_is_not_there_is_an_error_before_anything_else(digits: Pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train__select_by": "val/top_1"}, "train.select_by: nothing measures 'val/top_1'; did you mean 'val/top1'"),
-        ({"train__select_by": "other/top1"}, "nothing measures 'other/top1'; there are 'val/top1'"),
-        ({"train__select_by": "val/agreement"}, "nothing measures 'val/agreement'"),
-        ({"train__early_stopping": {"metric": "val/CohenKappa"}}, "train.early_stopping.metric: nothing measures"),
+        ({"train__select_by": "val/top_1"}, "train.select_by: 'val/top_1' is not measured; did you mean 'val/top1'"),
+        ({"train__select_by": "other/top1"}, "'other/top1' is not measured; there are 'val/top1'"),
+        ({"train__select_by": "val/agreement"}, "'val/agreement' is not measured"),
+        ({"train__early_stopping": {"metric": "val/CohenKappa"}}, "train.early_stopping.metric: .* is not measured"),
     ],
 )
-def test_a_figure_that_nothing_measures_is_an_error_before_anything_else(
-    digits: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_unmeasured_metric_fails_early(digits: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(digits, "unmeasured", **changes)
     assert not (digits / "unmeasured").exists()
 
 
-def test_a_function_takes_no_arguments_from_the_config(digits: Path) -> None:
-    with pytest.raises(ValueError, match="gets logits and labels alone; remove kwargs"):
-        settings(digits, "kwargs", train__metrics=[{"name": OWN, "kwargs": {"top_k": 2}}])
+def test_metric_function_takes_no_kwargs(digits: Path) -> None:
+    with pytest.raises(ValueError, match="gets only logits and labels; remove kwargs"):
+        settings(digits, "kwargs", train__metrics=[{"name": CUSTOM, "kwargs": {"top_k": 2}}])
 
 
-def test_validation_within_an_epoch_comes_on_top_and_changes_nothing(digits: Path) -> None:
+def test_validate_every_steps_leaves_training_alone(digits: Path) -> None:
     usual = run(digits, "usual")
     often = run(digits, "often", train__validate_every_steps=4)
     assert [step for step, _ in validated(usual)] == [STEPS - 1, 2 * STEPS - 1]
@@ -145,14 +136,14 @@ def test_validation_within_an_epoch_comes_on_top_and_changes_nothing(digits: Pat
     assert set(validated(usual, "val/loss")) < set(validated(often, "val/loss"))
 
 
-def test_gradients_that_are_added_up_are_validated_once_a_step(digits: Path) -> None:
+def test_validate_every_steps_with_accumulation(digits: Path) -> None:
     often = run(
         digits, "accumulated", data__batch_size=8, train__accumulate=2, train__epochs=1, train__validate_every_steps=2
     )
     assert [step for step, _ in validated(often)] == [1, 3, STEPS - 1]
 
 
-def test_the_best_may_be_in_the_middle_of_an_epoch(digits: Path, script: list[float]) -> None:
+def test_best_within_epoch(digits: Path, script: list[float]) -> None:
     script += [0.1, 0.2, 0.9, 0.3]  # at the steps 4, 6, 8 and 12
     folder = run(
         digits,
@@ -169,38 +160,38 @@ def test_the_best_may_be_in_the_middle_of_an_epoch(digits: Path, script: list[fl
 
 @pytest.mark.parametrize("crash_at", range(4))
 @pytest.mark.parametrize("save_every_steps", [2, None])
-def test_after_a_crash_in_a_validation_no_step_is_left_out_or_counted_twice(
+def test_resume_after_crash_in_validation(
     digits: Path, script: list[float], crash_at: int, save_every_steps: int | None, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
-        "train__metrics": [SCRIPTED, {"name": OWN}],
+        "train__metrics": [SCRIPTED, {"name": CUSTOM}],
         "train__select_by": "val/scripted",
         "train__validate_every_steps": 4,
         "train__save_every_steps": save_every_steps,
     }
     values = [0.5, 0.2, 0.4, 0.1]
     script[:] = values
-    whole = run(digits, str(tmp_path / "whole"), **options)
+    undisturbed = run(digits, str(tmp_path / "undisturbed"), **options)
     CALLS.clear()
     script[:] = [*values[:crash_at], -1.0]
     with pytest.raises(Crash):
-        run(digits, str(tmp_path / "cut"), **options)
-    # Validations that the last checkpoint knows are not done again.
+        run(digits, str(tmp_path / "crashed"), **options)
+    # Validations before the last checkpoint are not repeated.
     num_known = {2: [0, 1, 2, 3], None: [0, 0, 2, 2]}[save_every_steps][crash_at]
     CALLS.clear()
     script[:] = values[num_known:]
-    cut = run(digits, str(tmp_path / "cut"), **options)
-    assert len(CALLS) == len(values) - num_known + 1  # and once at the end
-    assert distance(weights(cut), weights(whole)) == 0
-    for figure in ("val/scripted", "val/largest", "val/loss"):
-        assert validated(cut, figure) == validated(whole, figure)
+    resumed = run(digits, str(tmp_path / "crashed"), **options)
+    assert len(CALLS) == len(values) - num_known + 1  # and one at the end
+    assert distance(weights(resumed), weights(undisturbed)) == 0
+    for metric in ("val/scripted", "val/largest", "val/loss"):
+        assert validated(resumed, metric) == validated(undisturbed, metric)
     for name in ("best.ckpt", "last.ckpt"):
-        ours, theirs = (load_checkpoint(folder / "checkpoints" / name) for folder in (cut, whole))
+        ours, theirs = (load_checkpoint(folder / "checkpoints" / name) for folder in (resumed, undisturbed))
         assert ours["global_step"] == theirs["global_step"]
         assert distance(ours["state_dict"], theirs["state_dict"]) == 0
 
 
-def test_the_training_images_are_listed_once_in_a_run(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sources_are_opened_once(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     original = Arrays.__init__
 
@@ -213,7 +204,7 @@ def test_the_training_images_are_listed_once_in_a_run(digits: Path, monkeypatch:
     assert sorted(opened) == ["train.npz", "val.npz"]
 
 
-def test_what_is_exported_is_for_the_images_of_validation(digits: Path) -> None:
+def test_export_uses_validation_transform(digits: Path) -> None:
     net = {"builtin": "small_resnet", "kwargs": {"width": 4}}
     transform = {"preset": "eval", "size": 12, "resize": 16, "mean": [0.5, 0.4, 0.3]}
     folder = run(digits, "larger", student=net, stage="baseline", train__epochs=1, data__val__transform=transform)
@@ -223,32 +214,32 @@ def test_what_is_exported_is_for_the_images_of_validation(digits: Path) -> None:
     assert read_onnx(folder / "exported" / "model.onnx").images.shape[2:] == (12, 12)
 
 
-def test_without_validation_images_the_export_is_for_the_usual_transform(digits: Path) -> None:
-    train_transform = {**nets.TRAIN, "mean": [0.5, 0.4, 0.3], "interpolation": "bicubic"}
+def test_export_without_validation_split(digits: Path) -> None:
+    train_transform = {**tiny_run.TRAIN, "mean": [0.5, 0.4, 0.3], "interpolation": "bicubic"}
     folder = run(digits, "alone", data__val=None, train__epochs=1, data__train__transform=train_transform)
     found = read_exported(folder)
     assert found is not None
     assert found[1].transform == EvalTransform(size=8, mean=(0.5, 0.4, 0.3), interpolation="bicubic")
 
 
-def test_no_onnx_file_where_none_is_wanted(digits: Path) -> None:
+def test_export_without_onnx(digits: Path) -> None:
     folder = run(digits, "weights", train__epochs=1, train__export={"onnx": False})
     assert sorted(path.name for path in (folder / "exported").iterdir()) == ["model.json", "model.safetensors"]
-    with pytest.raises(ValueError, match="an engine is built from the ONNX file; leave out onnx: false"):
+    with pytest.raises(ValueError, match="an engine is built from the ONNX file; remove onnx: false"):
         settings(digits, "engine", train__export={"onnx": False, "engine": {}})
 
 
-def test_an_engine_is_built_of_the_student_where_one_is_wanted(digits: Path) -> None:
+def test_export_engine(digits: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     wanted = {"precision": "fp16", "runtime": "tensorrt_rtx", "profiles": [{"min": 1, "opt": 4, "max": 8}]}
     folder = run(digits, "engine", train__epochs=1, train__export={"engine": wanted})
     manifest = read_engine(folder / "exported" / "model.engine").manifest
     assert manifest is not None and manifest.precision == "fp16"
     assert manifest.onnx_sha256 == read_onnx(folder / "exported" / "model.onnx").sha256
-    assert manifest.parity.images == "the split val of the run" and manifest.parity.num_images == nets.NUM_VAL
+    assert manifest.parity.images == "the split val of the run" and manifest.parity.num_images == NUM_VAL
 
 
-def test_a_tensorrt_that_is_not_installed_is_told_before_the_first_epoch(digits: Path) -> None:
+def test_missing_tensorrt_fails_early(digits: Path) -> None:
     missing = next((name for name in ("tensorrt", "tensorrt_rtx") if importlib.util.find_spec(name) is None), None)
     if missing is None:
         pytest.skip("both are installed")

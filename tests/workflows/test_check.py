@@ -1,4 +1,4 @@
-"""`check` on photographs among which are unreadable ones, and on colors that a teacher knows by heart."""
+"""`check` on photographs with unreadable files, and on colors that a teacher classifies."""
 
 import json
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from tests.streams import EVAL, TRAIN
 
 
 def photographs(tmp_path: Path, root: Path, **data: Any) -> Config:
-    """A run whose training images are those below `root`."""
+    """A run on the images in `root`."""
     train = {"source": {"root": root, "kind": "image_folder"}, "transform": TRAIN}
     return Config(run_dir=tmp_path / "run", data={"batch_size": 8, "device": "cpu", "train": train, **data})
 
 
 @pytest.fixture(scope="module")
 def spoilt(photos: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty good photographs of two classes and one file of each way to be unreadable; do not change it."""
+    """Thirty good photographs of two classes, and all kinds of unreadable files; do not change it."""
     root, photo = tmp_path_factory.mktemp("spoilt"), photo_of(photos)
     for number in range(30):
         path = root / ("flower" if number < 20 else "roof") / f"good_{number:02}.jpg"
@@ -44,7 +44,7 @@ def spoilt(photos: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def known(tmp_path: Path) -> Callable[..., Config]:
-    """`known(labels)` is a run on colors with a teacher that knows them."""
+    """`known(...)` returns a run on colors with a teacher that classifies them."""
     onnx = export_onnx(ColorNet(), tmp_path / "teacher.onnx", image_shape=(3, SIZE, SIZE), classes=CLASSES)
 
     def make(**options: Any) -> Config:
@@ -55,35 +55,31 @@ def known(tmp_path: Path) -> Callable[..., Config]:
 
 
 def unreadable(found: CheckReport, split: str = "train") -> dict[str, str]:
-    """Name and reason of what does not decode."""
+    """Reasons of unreadable files by name."""
     (report,) = (report for report in found.splits if report.split == split)
     return {Path(sample.path).name: sample.reason for sample in report.unreadable}
 
 
 @pytest.mark.parametrize("policy", ["raise", "substitute"])
-def test_every_unreadable_file_is_found_whatever_a_run_would_do_about_it(
-    spoilt: Path, tmp_path: Path, policy: str
-) -> None:
+def test_finds_every_unreadable_file(spoilt: Path, tmp_path: Path, policy: str) -> None:
     found = check(photographs(tmp_path, spoilt, on_bad_sample=policy))
-    # A folder lists neither what is missing nor what is a folder itself.
+    # A folder does not list missing files and folders.
     wanted = {broken.name: broken.reason for broken in BROKEN if (spoilt / "flower" / broken.name).is_file()}
     reasons = unreadable(found)
     assert reasons.keys() == wanted.keys()
     assert all(reason in reasons[name] for name, reason in wanted.items())
     (problem,) = found.problems
-    assert found.grid is not None  # with stand-ins
+    assert found.grid is not None  # with substitutes
     assert f"data.train: {len(wanted)} of {30 + len(wanted)} images cannot be read" in problem
     assert ("data.on_bad_sample=substitute" if policy == "raise" else "data.max_bad_fraction=0.001") in problem
 
 
-def test_unreadable_files_that_a_run_may_replace_are_no_problem(spoilt: Path, tmp_path: Path) -> None:
+def test_substitutable_files_are_no_problem(spoilt: Path, tmp_path: Path) -> None:
     found = check(photographs(tmp_path, spoilt, on_bad_sample="substitute", max_bad_fraction=0.6))
     assert len(unreadable(found)) > 15 and found.problems == ()
 
 
-def test_every_image_of_every_split_is_decoded_once_whatever_the_run_leaves_out(
-    photo_folder: Path, tmp_path: Path
-) -> None:
+def test_decodes_every_image_of_every_split_once(photo_folder: Path, tmp_path: Path) -> None:
     source = {"kind": "image_folder", "root": photo_folder}
     train = {"source": source, "transform": TRAIN, "repeats": 2, "last_batch": "drop", "mix": {"cutmix": 1.0}}
     other = {"source": {**source, "labeled": False}, "transform": EVAL, "last_batch": "pad"}
@@ -93,25 +89,25 @@ def test_every_image_of_every_split_is_decoded_once_whatever_the_run_leaves_out(
     assert found.problems == ()
 
 
-def test_some_images_are_drawn_from_all_classes(photo_folder: Path, tmp_path: Path) -> None:
+def test_random_images_cover_all_classes(photo_folder: Path, tmp_path: Path) -> None:
     (report,) = check(photographs(tmp_path, photo_folder), CheckSettings(num_images=10)).splits
     assert report.num_images == 37 and report.num_decoded == 16  # whole batches
     assert report.class_sizes == (13, 12, 12)
 
 
-def test_the_training_images_as_validation_images_are_a_problem(photo_folder: Path, tmp_path: Path) -> None:
+def test_validation_on_training_images_is_a_problem(photo_folder: Path, tmp_path: Path) -> None:
     val = {"source": {"kind": "image_folder", "root": photo_folder}, "transform": EVAL}
     (problem,) = check(photographs(tmp_path, photo_folder, val=val)).problems
-    assert problem.startswith("data.val holds the very images of data.train")
+    assert problem.startswith("data.val holds the same images as data.train")
 
 
-def test_a_teacher_that_knows_the_images_is_no_problem(known: Callable[..., Config]) -> None:
+def test_good_teacher_is_no_problem(known: Callable[..., Config]) -> None:
     found = check(known())
     assert found.problems == () and found.teacher is not None and found.teacher.probe is not None
     assert found.teacher.backend == "openvino" and found.teacher.probe.top1 > 0.95
 
 
-def test_a_teacher_of_shifted_classes_is_a_problem_and_not_an_error_even_where_the_probe_is_strict(
+def test_bad_teacher_is_a_problem_despite_strict_probe(
     known: Callable[..., Config],
 ) -> None:
     config = known(label_of=lambda k: max(k - 1, 0))
@@ -121,9 +117,7 @@ def test_a_teacher_of_shifted_classes_is_a_problem_and_not_an_error_even_where_t
     assert problem.startswith("teacher: ") and "shifted by +1" in problem
 
 
-def test_what_keeps_a_teacher_from_opening_is_a_problem_beside_what_was_found(
-    known: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_teacher_that_does_not_open_is_a_problem(known: Callable[..., Config], tmp_path: Path) -> None:
     config = known().model_copy(update={"teacher": TeacherSettings(onnx=tmp_path / "nowhere.onnx")})
     found = check(config)
     assert found.splits[0].num_decoded == 400 and found.teacher is None and found.grid is not None
@@ -131,9 +125,7 @@ def test_what_keeps_a_teacher_from_opening_is_a_problem_beside_what_was_found(
     assert "nowhere.onnx" in problem
 
 
-def test_a_recording_is_checked_against_the_images_and_asked_for_its_answers(
-    photo_folder: Path, tmp_path: Path
-) -> None:
+def test_recording_is_verified_and_probed(photo_folder: Path, tmp_path: Path) -> None:
     recording = recorded(photo_folder, tmp_path / "recording")
     run = {"run_dir": tmp_path / "run", "teacher": {"path": recording}}
     found = check(recorded_config(photo_folder, **run))
@@ -141,13 +133,11 @@ def test_a_recording_is_checked_against_the_images_and_asked_for_its_answers(
     (problem,) = found.problems  # the network was never trained
     assert problem.startswith("teacher: top-1")
     (problem,) = check(recorded_config(photo_folder, max_pixels=10**6, **run)).problems
-    assert "is of other images" in problem and "max_pixels" in problem
+    assert "is of different images" in problem and "max_pixels" in problem
 
 
 @pytest.mark.parametrize("stage", ["all", "teacher", "baseline"])
-def test_a_stage_that_begins_without_a_teacher_is_checked_without_one(
-    photo_folder: Path, tmp_path: Path, stage: str
-) -> None:
+def test_stage_without_teacher_is_checked_without_one(photo_folder: Path, tmp_path: Path, stage: str) -> None:
     config = photographs(tmp_path, photo_folder).model_copy(
         update={"stage": stage, "teacher": TeacherSettings(model={"builtin": "small_resnet"})}
     )
@@ -155,7 +145,7 @@ def test_a_stage_that_begins_without_a_teacher_is_checked_without_one(
     assert found.teacher is None and found.problems == () and found.grid is not None
 
 
-def test_the_findings_are_all_that_is_written(known: Callable[..., Config], tmp_path: Path) -> None:
+def test_writes_only_the_report(known: Callable[..., Config], tmp_path: Path) -> None:
     config = known()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     found = check(config, CheckSettings(out=tmp_path / "findings"))
@@ -170,9 +160,7 @@ def test_the_findings_are_all_that_is_written(known: Callable[..., Config], tmp_
     assert written["teacher"]["probe"]["top1"] == found.teacher.probe.top1  # type: ignore[union-attr]
 
 
-def test_the_picture_shows_the_first_training_batch_with_labels_and_answers(
-    known: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_grid_shows_first_training_batch(known: Callable[..., Config], tmp_path: Path) -> None:
     config = known(batch_size=8)
     found = check(config)
     assert found.grid is not None
@@ -180,27 +168,25 @@ def test_the_picture_shows_the_first_training_batch_with_labels_and_answers(
         shown = {"transform": loader.transform, "classes": loader.classes}
         wanted = save_grid(next(iter(loader)), tmp_path / "wanted.png", **shown)
     assert found.grid.read_bytes() == wanted.read_bytes()
-    with Image.open(found.grid) as picture:
-        colors_shown = {tuple(color) for color in np.asarray(picture).reshape(-1, 3).tolist()}
-    assert len(colors_shown) > 1000  # noise, where an empty grid has a handful
+    with Image.open(found.grid) as image:
+        colors_shown = {tuple(color) for color in np.asarray(image).reshape(-1, 3).tolist()}
+    assert len(colors_shown) > 1000  # noise; an empty grid has only a few
 
 
-def test_progress_is_told_with_split_and_share(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kd_pipeline.workflows._check._TELL_S", 0.0)
+def test_progress_reports_split_and_share(photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd_pipeline.workflows._check._REPORT_INTERVAL_S", 0.0)
     lines: list[str] = []
     check(photographs(tmp_path, photo_folder), report=lines.append)
     assert lines[0].startswith("train: 21.6% of 37 images decoded, ")
     assert any(line.startswith("train: 100.0% of 37") for line in lines)
 
 
-def test_a_config_without_a_split_has_nothing_to_check(tmp_path: Path) -> None:
+def test_config_without_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.train"):
         check(Config(run_dir=tmp_path, data={"batch_size": 8}))
 
 
-def test_a_check_without_a_folder_is_refused(photo_folder: Path, tmp_path: Path) -> None:
+def test_folder_is_required(photo_folder: Path, tmp_path: Path) -> None:
     config = photographs(tmp_path, photo_folder).model_copy(update={"run_dir": None})
     with pytest.raises(ConfigError, match="--out"):
         check(config)

@@ -1,4 +1,4 @@
-"""The demo writes real digits once, keeps validation apart, and says in summary.json what came out."""
+"""The demo writes real digits once, separates validation, and reports its metrics in summary.json."""
 
 import json
 from pathlib import Path
@@ -23,20 +23,20 @@ def numbers(folder: Path) -> set[int]:
     return {int(path.stem) for path in folder.rglob("*.png")}
 
 
-def test_every_digit_is_in_exactly_one_split(digits: Path) -> None:
+def test_splits_are_disjoint_and_complete(digits: Path) -> None:
     train, val = numbers(digits / "train"), numbers(digits / "val")
     assert not train & val
     assert train | val == set(range(1797))
 
 
-def test_the_split_is_stratified(digits: Path) -> None:
+def test_split_is_stratified(digits: Path) -> None:
     for label in range(10):
         num_train = len(numbers(digits / "train" / str(label)))
         num_val = len(numbers(digits / "val" / str(label)))
         assert num_val == pytest.approx((num_train + num_val) / 5, abs=1)
 
 
-def test_a_file_holds_the_digit_that_its_name_and_folder_say(digits: Path) -> None:
+def test_files_hold_their_digits(digits: Path) -> None:
     data = load_digits()
     for path in sorted(digits.rglob("*.png"))[::97]:
         number = int(path.stem)
@@ -47,19 +47,19 @@ def test_a_file_holds_the_digit_that_its_name_and_folder_say(digits: Path) -> No
         assert np.corrcoef(small.ravel(), data.images[number].ravel())[0, 1] > 0.95
 
 
-def test_digits_that_are_there_are_not_written_again(digits: Path) -> None:
+def test_existing_digits_are_not_rewritten(digits: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in digits.rglob("*.png")}
     assert write_digits(digits) == (len(numbers(digits / "train")), len(numbers(digits / "val")))
     assert {path: path.stat().st_mtime_ns for path in digits.rglob("*.png")} == before
 
 
-def test_the_demo_reports_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     summary = run_demo(["train.epochs=1", "run_dir=runs/short", "seed=3"])
     assert json.loads((tmp_path / "runs/short/summary.json").read_text()) == summary
     for key in ("teacher_top1", "student_alone_top1", "student_distilled_top1", "agreement"):
         assert 0.1 < summary[key] <= 1, key
-        # a part of the validation images, no more and no less
+        # a whole number of validation images
         assert summary[key] * summary["num_val"] == pytest.approx(round(summary[key] * summary["num_val"]), abs=1e-3)
     assert summary["teacher_backend"] in ("openvino", "pytorch")
     assert summary["teacher_precision"] == "fp32"
@@ -71,7 +71,7 @@ def test_the_demo_reports_what_it_measured(tmp_path: Path, monkeypatch: pytest.M
         assert min(grid.size) > 200
 
 
-def test_a_wrong_override_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_override_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"train\.epoch.*epochs"):
         run_demo(["train.epoch=1"])

@@ -1,4 +1,4 @@
-"""The doctor looks at the machine that the tests run on, and at fake packages that misbehave as real ones do."""
+"""The doctor on the machine of the tests, and with fake packages that misbehave as real ones do."""
 
 import os
 import sys
@@ -13,13 +13,13 @@ from kd_pipeline.data.decode import choose_decode
 from kd_pipeline.data.decode_trial import DecodeTrial
 from kd_pipeline.workflows import doctor
 from kd_pipeline.workflows.doctor import (
-    Ability,
+    Capability,
     Check,
     Gpu,
     Report,
-    _abilities,
+    _capabilities,
     _check_of_trial,
-    _install_line,
+    _install_command,
     _serving,
     diagnose,
 )
@@ -60,7 +60,7 @@ def report() -> Report:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in front of all others on the module path."""
+    """A folder that comes first on the module path."""
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
@@ -74,11 +74,11 @@ def check_of(report: Report, name: str) -> Check:
     return next(check for check in report.checks if check.name == name)
 
 
-def ability_of(report: Report, kind: str, name: str) -> Ability:
-    return next(item for item in report.abilities if (item.kind, item.name) == (kind, name))
+def capability_of(report: Report, kind: str, name: str) -> Capability:
+    return next(item for item in report.capabilities if (item.kind, item.name) == (kind, name))
 
 
-def test_the_versions_are_those_that_are_installed(report: Report) -> None:
+def test_installed_versions(report: Report) -> None:
     assert report.python == ".".join(map(str, sys.version_info[:3]))
     assert 1 <= report.num_usable_cores == len(os.sched_getaffinity(0)) <= report.num_cores
     assert report.memory_bytes > 2**28
@@ -89,69 +89,69 @@ def test_the_versions_are_those_that_are_installed(report: Report) -> None:
             assert check.version == __import__(name).__version__
 
 
-def test_what_runs_in_the_tests_is_usable(report: Report) -> None:
-    assert ability_of(report, "loader", "cpu").works
+def test_test_environment_is_usable(report: Report) -> None:
+    assert capability_of(report, "loader", "cpu").works
     assert check_of(report, "nvidia.dali").detail == "decodes on the CPU"
-    assert all(ability_of(report, "teacher", name).works for name in ("pytorch", "onnxruntime"))
-    assert ability_of(report, "teacher", "openvino").works == (check_of(report, "openvino").status == "ok")
-    assert ability_of(report, "command", "export").works
+    assert all(capability_of(report, "teacher", name).works for name in ("pytorch", "onnxruntime"))
+    assert capability_of(report, "teacher", "openvino").works == (check_of(report, "openvino").status == "ok")
+    assert capability_of(report, "command", "export").works
     assert report.is_usable
 
 
-def test_openvino_names_the_precisions_that_this_cpu_has(report: Report) -> None:
+def test_openvino_precisions(report: Report) -> None:
     openvino = pytest.importorskip("openvino")
     found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     wanted = {name.lower() for name in found} & {"fp32", "bf16", "fp16"}
-    assert set(check_of(report, "openvino").capabilities) == wanted
+    assert set(check_of(report, "openvino").supports) == wanted
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
-def test_without_a_gpu_that_is_said_and_nothing_of_it_is_tried(report: Report) -> None:
+def test_report_without_gpu(report: Report) -> None:
     assert report.gpus == () and report.cuda_driver is None
     assert report.checks[0].name == "NVIDIA driver" and report.checks[0].status != "ok"
     assert not any("GPU" in check.name or check.name == "torch.cuda" for check in report.checks)
-    assert not ability_of(report, "teacher", "tensorrt").works
-    assert ability_of(report, "setting", "backend: auto").detail.endswith("openvino for an ONNX file")
+    assert not capability_of(report, "teacher", "tensorrt").works
+    assert capability_of(report, "setting", "backend: auto").detail.endswith("openvino for an ONNX file")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
-def test_the_driver_and_torch_see_the_same_gpus(report: Report) -> None:
+def test_driver_and_torch_see_same_gpus(report: Report) -> None:
     assert [gpu.name for gpu in report.gpus] == [
         torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
     ]
     major, minor = torch.cuda.get_device_capability(0)
     assert report.gpus[0].compute_capability == f"{major}.{minor}"
     assert check_of(report, "torch.cuda").status == "ok"
-    assert ability_of(report, "loader", "gpu").works
+    assert capability_of(report, "loader", "gpu").works
 
 
-def test_tensorrt_rtx_builds_without_a_gpu(report: Report) -> None:
+def test_tensorrt_rtx_builds_without_gpu(report: Report) -> None:
     check = check_of(report, "tensorrt_rtx")
     if check.status == "missing":
         pytest.skip("tensorrt_rtx is not installed")
     assert check.status == "ok", check.detail
-    assert {"8.6", "8.9"} <= set(check.capabilities) and "9.0" not in check.capabilities
-    assert ability_of(report, "command", "build-engine").works
+    assert {"8.6", "8.9"} <= set(check.supports) and "9.0" not in check.supports
+    assert capability_of(report, "command", "build-engine").works
 
 
-def test_a_provider_that_does_not_run_on_the_gpu_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here the CPU's provider stands for the one that is tried."""
+def test_failing_cuda_provider_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the CPU provider takes the place of the CUDA provider."""
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(doctor, "_CUDA_PROVIDER", "CPUExecutionProvider")
-    assert "CPUExecutionProvider" in doctor._probe_onnxruntime(True)["capabilities"]
-    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: ["another"])
-    found = doctor._probe_onnxruntime(True)
-    assert "CPUExecutionProvider" not in found["capabilities"]
+    assert "CPUExecutionProvider" in doctor._check_onnxruntime(True)["supports"]
+    monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: ["CPUFallback"])
+    found = doctor._check_onnxruntime(True)
+    assert "CPUExecutionProvider" not in found["supports"]
     assert found["detail"].endswith("CPUExecutionProvider does not run here")
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)
-    assert "NoneType" in doctor._probe_onnxruntime(True)["detail"]
-    assert "CPUExecutionProvider" in doctor._probe_onnxruntime(False)["capabilities"]
+    assert "NoneType" in doctor._check_onnxruntime(True)["detail"]
+    assert "CPUExecutionProvider" in doctor._check_onnxruntime(False)["supports"]
 
 
 def trials(**faults: str) -> list[DecodeTrial]:
-    """Of all ways on a GPU; `window_0="black"` is one that fails."""
+    """Trials of all ways on a GPU; `window_0="black"` makes one fail."""
     return [
         DecodeTrial(
             decode=way,
@@ -170,21 +170,19 @@ GPU = Gpu(name="NVIDIA H100", compute_capability="9.0", memory_bytes=2**36, serv
 
 @pytest.fixture
 def fake_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU whose kept answers are the test's own."""
+    """A GPU with a cache of its own."""
     gpu = DriverGpu(name=GPU.name, compute_capability=GPU.compute_capability, memory_bytes=GPU.memory_bytes)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(decode, "ask_driver", lambda: Driver(version="580", cuda="13.0", gpus=(gpu,)))
+    monkeypatch.setattr(decode, "query_driver", lambda: Driver(version="580", cuda="13.0", gpus=(gpu,)))
 
 
-def decoding_of(report: Report, found: list[DecodeTrial]) -> dict[tuple[str, str], Ability]:
+def decoding_of(report: Report, found: list[DecodeTrial]) -> dict[tuple[str, str], Capability]:
     checks = {check.name: check for check in report.checks}
-    abilities = _abilities(checks, [GPU], found)
-    return {(item.kind, item.name): item for item in abilities if "decode" in item.name or item.name == "gpu"}
+    capabilities = _capabilities(checks, [GPU], found)
+    return {(item.kind, item.name): item for item in capabilities if "decode" in item.name or item.name == "gpu"}
 
 
-def test_the_way_that_auto_takes_is_said_with_the_reason_and_kept_for_loaders(
-    report: Report, fake_driver: None
-) -> None:
+def test_auto_decode_is_reported_and_cached(report: Report, fake_driver: None) -> None:
     found = decoding_of(report, trials())
     assert found["loader", "gpu"].works
     assert found["setting", "decode: auto"].detail == "takes window; windows: all images are right"
@@ -199,19 +197,19 @@ def test_the_way_that_auto_takes_is_said_with_the_reason_and_kept_for_loaders(
     assert choose_decode(0, 0.0).decode == "full"
 
 
-def test_a_hardware_decoder_that_is_wrong_is_said_and_spoils_nothing_else(report: Report, fake_driver: None) -> None:
+def test_wrong_hardware_decoder_is_reported(report: Report, fake_driver: None) -> None:
     found = decoding_of(report, trials(window_1="crashed with SIGSEGV"))
     assert found["loader", "gpu"].works and not found["setting", "hw_decoder_load"].works
     assert found["setting", "hw_decoder_load"].detail == "windows with hw_decoder_load 1: crashed with SIGSEGV"
 
 
-def test_a_gpu_that_decodes_in_neither_way_has_no_loader(report: Report, fake_driver: None) -> None:
-    found = decoding_of(report, trials(window_0="crashed with SIGSEGV", full_0="no answer within 60 s"))
+def test_gpu_that_cannot_decode_has_no_loader(report: Report, fake_driver: None) -> None:
+    found = decoding_of(report, trials(window_0="crashed with SIGSEGV", full_0="timed out after 60 s"))
     assert not found["loader", "gpu"].works and ("setting", "decode: auto") not in found
     assert "crashed with SIGSEGV" in found["loader", "gpu"].detail
 
 
-def test_every_way_of_decoding_is_a_check_of_its_own(report: Report) -> None:
+def test_decode_trials_are_checks(report: Report) -> None:
     checks = [_check_of_trial(trial) for trial in trials(full_1="crashed with SIGSEGV")]
     assert [(check.name, check.status) for check in checks] == [
         ("decode: window (GPU)", "ok"),
@@ -222,20 +220,20 @@ def test_every_way_of_decoding_is_a_check_of_its_own(report: Report) -> None:
     assert checks[0].version == "nvJPEG 13.3" and checks[3].detail == "crashed with SIGSEGV"
 
 
-def test_a_report_survives_a_round_trip_through_json(report: Report) -> None:
+def test_json_round_trip(report: Report) -> None:
     assert Report.model_validate_json(report.model_dump_json()) == report
 
 
-def test_the_text_shows_every_check_and_ability_in_columns(report: Report) -> None:
+def test_text_is_aligned(report: Report) -> None:
     text = report.to_text()
-    packages, abilities = (part.splitlines() for part in text.split("\n\n")[1:])
+    packages, usable = (part.splitlines() for part in text.split("\n\n")[1:])
     assert len(packages) == len(report.checks) + len(report.gpus)
-    assert len(abilities) == 1 + len(report.abilities)
+    assert len(usable) == 1 + len(report.capabilities)
     column = next(line for line in packages if " torch " in line).index("torch")
     assert all(line[column - 1] == " " and line[column] != " " for line in packages)
 
 
-def test_packages_that_are_not_there_come_with_the_line_that_installs_them(machine: Path) -> None:
+def test_missing_packages_have_install_command(machine: Path) -> None:
     block(machine, *PACKAGES)
     report = diagnose()
     cpu = "pip install 'kd_pipeline[cpu]'" if report.cuda_driver is None else None
@@ -252,7 +250,7 @@ def test_packages_that_are_not_there_come_with_the_line_that_installs_them(machi
         assert (check.status, check.install) == ("missing", line)
         assert any(row.split()[:2] == ["missing", name] and row.endswith(line) for row in report.to_text().splitlines())
     assert not report.is_usable
-    assert not any(item.works for item in report.abilities)
+    assert not any(item.works for item in report.capabilities)
     assert "Traceback" not in report.to_text()
 
 
@@ -265,14 +263,14 @@ def test_packages_that_are_not_there_come_with_the_line_that_installs_them(machi
         (["openvino"], {"loader", "teacher"}),
     ],
 )
-def test_it_takes_a_loader_and_a_teacher_to_be_usable(machine: Path, missing: list[str], left: set[str]) -> None:
+def test_usable_needs_loader_and_teacher(machine: Path, missing: list[str], left: set[str]) -> None:
     block(machine, "torch", "torchvision", "timm", "lightning", *missing)
     report = diagnose()
-    assert {item.kind for item in report.abilities if item.works} & {"loader", "teacher"} == left
+    assert {item.kind for item in report.capabilities if item.works} & {"loader", "teacher"} == left
     assert report.is_usable == (len(left) == 2)
 
 
-def test_packages_that_raise_crash_exit_or_hang_are_broken_and_the_others_are_still_tried(machine: Path) -> None:
+def test_broken_packages_do_not_stop_others(machine: Path) -> None:
     block(machine, "torch", "nvidia.dali", "cuda", "tensorrt", "tensorrt_rtx", "openvino")
     faults = {
         "torchvision": "raise OSError('libjpeg.so.9: cannot open shared object file')",
@@ -290,13 +288,13 @@ def test_packages_that_raise_crash_exit_or_hang_are_broken_and_the_others_are_st
     assert found == {
         "torchvision": ("broken", "OSError: libjpeg.so.9: cannot open shared object file"),
         "timm": ("broken", "crashed with SIGSEGV"),
-        "lightning": ("broken", "no answer within 5 s"),
-        "onnx": ("broken", "ended Python with exit status 3"),
+        "lightning": ("broken", "timed out after 5 s"),
+        "onnx": ("broken", "exited with status 3"),
         "onnxscript": ("broken", "ModuleNotFoundError: No module named 'onnx_helper_that_is_not_there'"),
         "onnxruntime": ("ok", "CPUExecutionProvider"),
     }
     assert all(check_of(report, name).install is None for name in faults)
-    assert ability_of(report, "command", "export").detail == "needs onnx (broken), onnxscript (broken)"
+    assert capability_of(report, "command", "export").detail == "needs onnx (broken), onnxscript (broken)"
 
 
 @pytest.mark.parametrize(
@@ -311,8 +309,8 @@ def test_packages_that_raise_crash_exit_or_hang_are_broken_and_the_others_are_st
         ("NVIDIA driver", None, None),
     ],
 )
-def test_the_wheels_that_are_proposed_suit_the_driver(name: str, cuda_driver: str | None, line: str | None) -> None:
-    assert _install_line(name, cuda_driver) == line
+def test_install_command_fits_driver(name: str, cuda_driver: str | None, line: str | None) -> None:
+    assert _install_command(name, cuda_driver) == line
 
 
 @pytest.mark.parametrize(
@@ -325,29 +323,29 @@ def test_the_wheels_that_are_proposed_suit_the_driver(name: str, cuda_driver: st
         ("7.0", {"tensorrt", "tensorrt_rtx"}, []),
     ],
 )
-def test_a_gpu_runs_engines_of_the_packages_that_support_it(
+def test_gpu_and_tensorrt_packages(
     report: Report, compute_capability: str, installed: set[str], serving: list[str]
 ) -> None:
-    rtx = check_of(report, "tensorrt_rtx").capabilities or ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+    rtx = check_of(report, "tensorrt_rtx").supports or ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
     checks = {check.name: check for check in report.checks} | {
         name: Check(
             name=name,
             status="ok" if name in installed else "missing",
-            capabilities=rtx if name == "tensorrt_rtx" and name in installed else (),
+            supports=rtx if name == "tensorrt_rtx" and name in installed else (),
         )
         for name in ("tensorrt", "tensorrt_rtx", "cuda.core", "nvidia.dali")
     }
     checks["cuda.core"] = Check(name="cuda.core", status="ok")
-    checks["onnxruntime"] = Check(name="onnxruntime", status="ok", capabilities=("CPUExecutionProvider",))
+    checks["onnxruntime"] = Check(name="onnxruntime", status="ok", supports=("CPUExecutionProvider",))
     assert list(_serving(compute_capability, checks)) == serving
     gpu = Gpu(name="GPU", compute_capability=compute_capability, memory_bytes=2**34, served_by=tuple(serving))
-    found = {(item.kind, item.name): item for item in _abilities(checks, [gpu])}
+    found = {(item.kind, item.name): item for item in _capabilities(checks, [gpu])}
     assert found["teacher", "tensorrt"].works == bool(serving)
     assert found["setting", "backend: auto"].works == bool(serving)
     assert "tensorrt for an ONNX file" in found["setting", "backend: auto"].detail
-    assert found["teacher", "onnxruntime"].detail.endswith("needs onnxruntime-gpu in the place of onnxruntime")
-    provider = Check(name="onnxruntime", status="ok", capabilities=("CUDAExecutionProvider", "CPUExecutionProvider"))
-    with_provider = {(item.kind, item.name): item for item in _abilities({**checks, "onnxruntime": provider}, [gpu])}
+    assert found["teacher", "onnxruntime"].detail.endswith("needs onnxruntime-gpu in place of onnxruntime")
+    provider = Check(name="onnxruntime", status="ok", supports=("CUDAExecutionProvider", "CPUExecutionProvider"))
+    with_provider = {(item.kind, item.name): item for item in _capabilities({**checks, "onnxruntime": provider}, [gpu])}
     assert with_provider["teacher", "onnxruntime"].works and with_provider["setting", "backend: auto"].works
     taken = "tensorrt" if serving else "onnxruntime"
     assert f"{taken} for an ONNX file" in with_provider["setting", "backend: auto"].detail

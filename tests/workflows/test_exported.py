@@ -1,4 +1,4 @@
-"""A model that a run has exported opens as what it was, or says what is wrong with it."""
+"""An exported model opens as it was, or the error says what is wrong."""
 
 import json
 import shutil
@@ -22,9 +22,14 @@ EVAL = EvalTransform(size=32, resize=40, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 
 
 def export(folder: Path, *, classes: tuple[str, ...] | None = CLASSES, onnx: bool = False) -> torch.nn.Module:
     student = open_model(NET).eval()
-    wanted = ExportSettings(onnx=onnx)
     export_student(
-        student, NET, folder / "exported", classes=classes, transform=EVAL, samples=lambda: 1 / 0, wanted=wanted
+        student,
+        NET,
+        folder / "exported",
+        classes=classes,
+        transform=EVAL,
+        calibration_set=lambda: 1 / 0,
+        export=ExportSettings(onnx=onnx),
     )
     return student
 
@@ -35,13 +40,13 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_what_was_exported_is_opened_wherever_it_lies(tmp_path: Path) -> None:
+def test_export_opens_after_move(tmp_path: Path) -> None:
     student, images = export(tmp_path / "run", onnx=True), random_images(5)
     shutil.move(tmp_path / "run", tmp_path / "moved")
     for place in ("moved", "moved/exported", "moved/exported/model.onnx"):
         opened = open_model_file(tmp_path / place, size=32, device=CPU)
-        answer = opened.model(images)
-        logits = answer if isinstance(answer, torch.Tensor) else answer["logits"]
+        output = opened.model(images)
+        logits = output if isinstance(output, torch.Tensor) else output["logits"]
         torch.testing.assert_close(logits, student(images), rtol=1e-4, atol=1e-4)
         assert opened.classes == CLASSES
         found = read_exported(tmp_path / place)
@@ -49,76 +54,78 @@ def test_what_was_exported_is_opened_wherever_it_lies(tmp_path: Path) -> None:
         opened.close()
 
 
-def test_logits_come_in_the_order_of_classes_that_is_asked_for(run: Path) -> None:
+def test_logits_follow_requested_class_order(run: Path) -> None:
     wanted = (CLASSES[7], CLASSES[2])
     images = random_images(4)
     own = open_model_file(run, size=32, device=CPU).model(images)
     opened = open_model_file(run, size=32, device=CPU, classes=wanted)
     assert opened.classes == wanted
     assert torch.equal(opened.model(images), own[:, [7, 2]])
-    with pytest.raises(ConfigError, match="has 10 classes and does not know 'cat'"):
+    with pytest.raises(ConfigError, match="has 10 classes, but not 'cat'"):
         open_model_file(run, size=32, device=CPU, classes=("cat", *CLASSES))
 
 
-def test_a_file_of_another_order_is_put_right_too(exported: Callable[[int], Path]) -> None:
+def test_onnx_logits_follow_requested_class_order(exported: Callable[[int], Path]) -> None:
     opened = open_model_file(exported(0), size=32, device=CPU, classes=CLASSES[::-1])
     images = random_images(4)
     own = open_model_file(exported(0), size=32, device=CPU).model(images)["logits"]
     assert torch.equal(opened.model(images)["logits"], own.flip(1)) and opened.classes == CLASSES[::-1]
-    with pytest.raises(TeacherError, match="does not know 'cat'"):
+    with pytest.raises(TeacherError, match="lacks 'cat'"):
         open_model_file(exported(0), size=32, device=CPU, classes=("cat",))
 
 
-def test_a_lone_file_says_nothing_of_its_images(exported: Callable[[int], Path]) -> None:
+def test_lone_file_has_no_description(exported: Callable[[int], Path]) -> None:
     assert read_exported(exported(0)) is None
 
 
-def _changed(about: Path, **changes: object) -> None:
-    about.write_text(json.dumps(json.loads(about.read_text()) | changes))
+def _change(description: Path, **changes: object) -> None:
+    description.write_text(json.dumps(json.loads(description.read_text()) | changes))
 
 
 DAMAGE = {
-    "weights of another network": (
+    "weights of a different network": (
         lambda folder: (
             export(folder.parent.parent / "other")
             and shutil.copy(folder.parent.parent / "other" / "exported" / "model.safetensors", folder)
         ),
-        r"model\.safetensors is not what model\.json beside it describes \(sha256 ",
+        r"model\.safetensors does not match model\.json beside it \(sha256 ",
     ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), r"exported has no model\.safetensors"),
-    "a later format": (lambda folder: _changed(folder / "model.json", format=2), "format: Input should be 1"),
-    "an unknown key": (lambda folder: _changed(folder / "model.json", color="red"), "color: Extra inputs"),
-    "no transform": (lambda folder: _changed(folder / "model.json", transform={}), "transform.size: Field required"),
+    "a later format": (lambda folder: _change(folder / "model.json", format=2), "format: Input should be 1"),
+    "an unknown key": (lambda folder: _change(folder / "model.json", color="red"), "color: Extra inputs"),
+    "no transform": (lambda folder: _change(folder / "model.json", transform={}), "transform.size: Field required"),
     "no JSON": (lambda folder: (folder / "model.json").write_text("{"), "the file: Invalid JSON"),
     "no description": (lambda folder: (folder / "model.json").unlink(), r"it has no exported/model\.json"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_export_is_refused_with_what_is_wrong(run: Path, damage: str) -> None:
+def test_damaged_export_is_refused(run: Path, damage: str) -> None:
     change, message = DAMAGE[damage]
     change(run / "exported")
     with pytest.raises(ConfigError, match=message):
         open_model_file(run, size=32, device=CPU)
 
 
-def test_another_weight_in_the_file_is_noticed(run: Path) -> None:
+def test_changed_weight_is_detected(run: Path) -> None:
     file = run / "exported" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match="is not what"):
+    with pytest.raises(ConfigError, match="does not match"):
         open_model_file(run, size=32, device=CPU)
 
 
-def test_a_factory_needs_permission_here_too(tmp_path: Path) -> None:
-    settings = ModelSettings(factory="tests.training.nets:plain", num_classes=10)
+def test_factory_needs_plugin(tmp_path: Path) -> None:
+    settings = ModelSettings(factory="tests.training.networks:plain", num_classes=10)
     folder = tmp_path / "run" / "exported"
-    net = open_model(settings, plugins=["tests.training.nets"]).eval()
+    net = open_model(settings, plugins=["tests.training.networks"]).eval()
     transform = EvalTransform(size=8, resize=8)
-    wanted = ExportSettings(onnx=False)
-    export_student(net, settings, folder, classes=None, transform=transform, samples=lambda: 1 / 0, wanted=wanted)
-    with pytest.raises(ConfigError, match=r"--plugin tests\.training\.nets"):
+    export = ExportSettings(onnx=False)
+    export_student(
+        net, settings, folder, classes=None, transform=transform, calibration_set=lambda: 1 / 0, export=export
+    )
+    with pytest.raises(ConfigError, match=r"--plugin tests\.training\.networks"):
         open_model_file(tmp_path / "run", size=8, device=CPU)
-    opened = open_model_file(tmp_path / "run", size=8, device=CPU, plugins=["tests.training.nets"])
+    opened = open_model_file(tmp_path / "run", size=8, device=CPU, plugins=["tests.training.networks"])
     assert opened.model(torch.zeros(2, 3, 8, 8)).shape == (2, 10) and opened.classes is None

@@ -1,4 +1,4 @@
-"""A recording is written once, whatever stops it on the way, and a student cannot tell it from its teacher."""
+"""Recordings resume after any interruption, and train the same student as the live teacher."""
 
 import errno
 import os
@@ -19,20 +19,20 @@ from kd_pipeline import losses
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.teachers.recorded.files import Manifest
-from kd_pipeline.workflows import _record as room
+from kd_pipeline.teachers.recorded.files import RecordingManifest
+from kd_pipeline.workflows import _record as workflow
 from kd_pipeline.workflows._record import Progress, RecordSettings, record
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, net, recorded, replayed
 from tests.streams import rows
-from tests.training.nets import run, settings, weights, write_digits
+from tests.training.tiny_run import run, settings, weights, write_digits
 
 FILES = ["manifest.json", "sample.bin", "checksum.bin", "logits.values.bin", "features.values.bin"]
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images and a teacher; runs may be added."""
+    """Images and a teacher; tests may add runs."""
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder)
     return folder
@@ -40,14 +40,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs of photographs, undisturbed; do not change it."""
+    """An uninterrupted recording of two epochs of photographs; do not change it."""
     return recorded(photo_folder, tmp_path_factory.mktemp("whole") / "recording")
 
 
 @pytest.fixture
 def always_committed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every batch counts at once."""
-    monkeypatch.setattr(room, "_COMMIT_S", -1.0)
+    """Commit after every batch."""
+    monkeypatch.setattr(workflow, "_COMMIT_INTERVAL_S", -1.0)
 
 
 def assert_same_files(first: Path, second: Path) -> None:
@@ -55,7 +55,7 @@ def assert_same_files(first: Path, second: Path) -> None:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-# Training with it
+# Training
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,7 @@ def assert_same_files(first: Path, second: Path) -> None:
     [{}, {"data__train__mix": {"mixup": 0.4}, "distill": {"task_weight": 0.0}}, {"data__train__last_batch": "keep"}],
     ids=["plain", "mixed", "keep"],
 )
-def test_a_student_ends_with_the_weights_that_the_teacher_itself_gives_it(
-    digits: Path, tmp_path: Path, changes: dict[str, Any]
-) -> None:
+def test_train_ends_with_weights_of_live_teacher(digits: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     source = {"kind": "arrays", "images": digits / "train.npz"}
     changes = {"data__train__source": source, "data__batch_size": 20 if "keep" in str(changes) else 16, **changes}
     live = run(digits, str(tmp_path / "live"), **changes)
@@ -74,14 +72,13 @@ def test_a_student_ends_with_the_weights_that_the_teacher_itself_gives_it(
     first, second = weights(live.folder), weights(replayed.folder)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert live.figures["val"].top1 == replayed.figures["val"].top1
-    # It has no answers for validation images.
-    assert live.figures["val"].agreement is not None and replayed.figures["val"].agreement is None
+    assert live.evaluations["val"].top1 == replayed.evaluations["val"].top1
+    # A recording has no outputs for validation images.
+    assert live.evaluations["val"].agreement is not None and replayed.evaluations["val"].agreement is None
 
 
-def test_so_does_a_student_in_a_loop_of_ones_own(photo_folder: Path, whole: Path) -> None:
+def test_plain_loop_ends_with_weights_of_live_teacher(photo_folder: Path, whole: Path) -> None:
     described = config(photo_folder)
-    untaught = described.model_copy(update={"teacher": None})
 
     def train(loader: KDDataLoader) -> dict[str, torch.Tensor]:
         student = net()
@@ -97,14 +94,14 @@ def test_so_does_a_student_in_a_loop_of_ones_own(photo_folder: Path, whole: Path
         return student.state_dict()
 
     teacher = open_run_teacher(described, plugins=PLUGINS)
-    live = train(KDDataLoader.from_config(untaught, teacher=teacher))
+    live = train(KDDataLoader.from_config(described, teacher=teacher))
     again = train(KDDataLoader.from_config(config(photo_folder, teacher={"path": whole})))
     assert all(torch.equal(live[name], again[name]) for name in live)
     assert not all(torch.equal(weight, net().state_dict()[name]) for name, weight in live.items())
 
 
 @pytest.mark.parametrize("begun_with", ["teacher", "recording"])
-def test_a_run_goes_on_with_a_recording(digits: Path, tmp_path: Path, begun_with: str) -> None:
+def test_run_resumes_with_recording(digits: Path, tmp_path: Path, begun_with: str) -> None:
     recording = record(settings(digits, str(tmp_path / "whole")))
     straight = run(digits, str(tmp_path / "whole"))
     first = {"teacher": {"path": recording}} if begun_with == "recording" else {}
@@ -114,26 +111,26 @@ def test_a_run_goes_on_with_a_recording(digits: Path, tmp_path: Path, begun_with
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_too_few_recorded_epochs_are_told_before_the_training(digits: Path, tmp_path: Path) -> None:
+def test_too_few_epochs_fail_before_training(digits: Path, tmp_path: Path) -> None:
     recording = record(settings(digits, str(tmp_path / "run"), train__epochs=1))
-    with pytest.raises(ConfigError, match=r"train\.epochs is 2 and the recording in .* has 1 whole epochs"):
+    with pytest.raises(ConfigError, match=r"train\.epochs is 2 and the recording in .* has 1 complete epochs"):
         run(digits, str(tmp_path / "run"), teacher={"path": recording})
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_recording_cannot_be_compared_with_in_validation(digits: Path, tmp_path: Path) -> None:
+def test_compare_with_teacher_is_refused(digits: Path, tmp_path: Path) -> None:
     recording = record(settings(digits, str(tmp_path / "run")))
-    with pytest.raises(ConfigError, match=r"train\.compare_with_teacher asks the teacher about validation images"):
+    with pytest.raises(ConfigError, match=r"train\.compare_with_teacher runs the teacher on validation images"):
         run(digits, str(tmp_path / "run"), teacher={"path": recording}, train__compare_with_teacher=True)
 
 
-# What is written
+# Files
 
 
-def test_files_are_as_large_as_the_manifest_says(photo_folder: Path, tmp_path: Path) -> None:
-    # The last batch of an epoch is padded, and padding is not written.
+def test_file_sizes_are_those_of_manifest(photo_folder: Path, tmp_path: Path) -> None:
+    # The last batch of an epoch is padded; padding is not written.
     folder = recorded(photo_folder, tmp_path / "small", kept={"top_k": 2, "dtype": "float16"}, last_batch="drop")
-    manifest = Manifest.load(folder)
+    manifest = RecordingManifest.load(folder)
     sizes = {column.file: (folder / column.file).stat().st_size for column in manifest.columns.values()}
     assert sizes == {
         "sample.bin": 4 * 74, "checksum.bin": 4 * 74, "logits.values.bin": 2 * 2 * 74,
@@ -143,37 +140,37 @@ def test_files_are_as_large_as_the_manifest_says(photo_folder: Path, tmp_path: P
     assert {path.name for path in folder.iterdir()} == {"manifest.json", *sizes}
 
 
-def test_the_largest_logits_in_float16_are_replayed_within_rounding(photo_folder: Path, tmp_path: Path) -> None:
+def test_top_k_float16_is_replayed_within_rounding(photo_folder: Path, tmp_path: Path) -> None:
     full = rows(replayed(photo_folder, recorded(photo_folder, tmp_path / "full")))
     folder = recorded(photo_folder, tmp_path / "small", kept={"top_k": 2, "dtype": "float16"})
     for ours, theirs in zip(rows(replayed(photo_folder, folder)), full, strict=True):
-        # One class is left, and gets all of the rest.
+        # The remaining class gets the rest of the probability.
         torch.testing.assert_close(ours["logits"], theirs["logits"], rtol=2e-3, atol=2e-3)
         torch.testing.assert_close(ours["features"], theirs["features"], rtol=2e-3, atol=2e-3)
 
 
-def test_sizes_of_a_large_recording_are_what_the_readme_says() -> None:
+def test_sizes_in_readme() -> None:
     """ImageNet for 100 epochs."""
     facts = {"fingerprint": "f", "backend": "tensorrt", "precision": "fp16", "classes": None}
     common = {"teacher": facts, "outputs": {"logits": (1000,)}, "stream": {}, "num_rows": 1_281_167, "epochs": 100}
     found = [
-        Manifest.model_validate({**common, "top_k": top_k, "dtype": dtype})
+        RecordingManifest.model_validate({**common, "top_k": top_k, "dtype": dtype})
         for top_k, dtype in [(None, "float32"), (None, "float16"), (16, "float16")]
     ]
     assert [each.row_bytes for each in found] == [4008, 2008, 74]
     assert [round(each.num_bytes / 1e9, 1) for each in found] == [513.5, 257.3, 9.5]
 
 
-# Going on
+# Resuming
 
 
 class Killed(BaseException):
-    """As if by SIGKILL: from some write on, no other comes through."""
+    """Like SIGKILL: no write succeeds from some point on."""
 
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
-    """`kill_at(n)`: the n-th write from now on is the first that fails; None for no end."""
+    """`kill_at(n)` lets n more writes succeed; None for all."""
     pwrite, left = os.pwrite, [0.0]
 
     def counted(*arguments: Any) -> int:
@@ -187,7 +184,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], 
 
 
 @pytest.mark.parametrize("num_writes", [0, 1, 4, 5, 6, 13, 19, 20, 27, 38])
-def test_a_recording_that_is_killed_anywhere_goes_on_to_the_same_bytes(
+def test_killed_recording_resumes_to_equal_files(
     photo_folder: Path,
     whole: Path,
     tmp_path: Path,
@@ -205,38 +202,38 @@ def test_a_recording_that_is_killed_anywhere_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("num_saves", [0, 1, 2, 3])
-@pytest.mark.parametrize("looked_at", [0, -1], ids=["the first batch", "the last batch"])
-def test_a_recording_that_is_killed_before_it_says_that_an_epoch_is_whole_goes_on_behind_it(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_saves: int, looked_at: int
+@pytest.mark.parametrize("checked", [0, -1], ids=["the first batch", "the last batch"])
+def test_killed_before_epoch_is_saved(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_saves: int, checked: int
 ) -> None:
     whole = recorded(photo_folder, tmp_path / "whole", kept={"epochs": 4})
-    save, left = Manifest.save, [num_saves]
+    save, left = RecordingManifest.save, [num_saves]
 
-    def counted(manifest: Manifest, folder: Path) -> None:
+    def counted(manifest: RecordingManifest, folder: Path) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise Killed
         save(manifest, folder)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Manifest, "save", counted)
+        patch.setattr(RecordingManifest, "save", counted)
         recorded(photo_folder, tmp_path / "recording", kept={"epochs": 4})
 
     class Chosen:
-        """Where it is checked that the teacher answers as before."""
+        """Chooses the batch for the check of the teacher's outputs."""
 
         def integers(self, end: int) -> int:
-            return looked_at % end
+            return checked % end
 
     monkeypatch.setattr(np.random, "default_rng", Chosen)
     recorded(photo_folder, tmp_path / "recording", kept={"epochs": 4})
     assert_same_files(tmp_path / "recording", whole)
 
 
-def test_what_was_not_committed_does_not_count(
+def test_uncommitted_rows_do_not_count(
     photo_folder: Path, whole: Path, tmp_path: Path, kill_at: Callable[[int | None], None]
 ) -> None:
-    """Ten seconds have not passed, so that the rows have their values and are not there yet."""
+    """The rows have been written, but within the interval between commits."""
     kill_at(6)
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording")
@@ -245,10 +242,10 @@ def test_what_was_not_committed_does_not_count(
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
-def test_what_was_answered_before_ctrl_c_or_an_error_is_kept(
+def test_rows_before_ctrl_c_or_error_are_kept(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
 ) -> None:
-    write, left = room.RecordingWriter.write, [2]
+    write, left = workflow.RecordingWriter.write, [2]
 
     def counted(*arguments: Any) -> None:
         left[0] -= 1
@@ -256,38 +253,38 @@ def test_what_was_answered_before_ctrl_c_or_an_error_is_kept(
             raise failure
         write(*arguments)
 
-    monkeypatch.setattr(room.RecordingWriter, "write", counted)
+    monkeypatch.setattr(workflow.RecordingWriter, "write", counted)
     with pytest.raises(failure):
         recorded(photo_folder, tmp_path / "recording")
     samples = np.fromfile(tmp_path / "recording" / "sample.bin", "<i4")
     assert samples[:16].all() and not samples[16:].any()
 
 
-def test_half_an_epoch_is_not_replayed(
+def test_partial_epoch_is_not_replayed(
     photo_folder: Path, tmp_path: Path, kill_at: Callable[[int | None], None], always_committed: None
 ) -> None:
-    kill_at(30)  # of forty
+    kill_at(30)  # out of forty writes
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording")
-    with pytest.raises(StateError, match=r"epoch 1 was not recorded.* has 1 whole epochs"):
+    with pytest.raises(StateError, match=r"epoch 1 was not recorded.* has 1 complete epochs"):
         replayed(photo_folder, tmp_path / "recording")
 
 
-def test_only_what_is_missing_is_recorded(
+def test_only_missing_rows_are_recorded(
     photo_folder: Path,
     tmp_path: Path,
     kill_at: Callable[[int | None], None],
     always_committed: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kill_at(13)  # three batches have all of their four columns
+    kill_at(13)  # three batches are complete, of four columns each
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording")
     kill_at(None)
     places: list[tuple[int, int]] = []
-    write = room.RecordingWriter.write
+    write = workflow.RecordingWriter.write
     monkeypatch.setattr(
-        room.RecordingWriter,
+        workflow.RecordingWriter,
         "write",
         lambda writer, epoch, place, rows: (places.append((epoch, place)), write(writer, epoch, place, rows))[1],
     )
@@ -298,17 +295,17 @@ def test_only_what_is_missing_is_recorded(
     assert not places
 
 
-def test_more_epochs_are_added_to_what_is_there(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_more_epochs_are_appended(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "recording"
     recorded(photo_folder, folder, kept={"epochs": 1})
-    assert Manifest.load(folder).epochs_done == 1
+    assert RecordingManifest.load(folder).epochs_done == 1
     recorded(photo_folder, folder, kept={"epochs": 2})
     assert_same_files(folder, whole)
     recorded(photo_folder, folder, kept={"epochs": 1})
     assert_same_files(folder, whole)
 
 
-def test_another_batch_size_goes_on(
+def test_resume_with_other_batch_size(
     photo_folder: Path, whole: Path, tmp_path: Path, kill_at: Callable[[int | None], None], always_committed: None
 ) -> None:
     kill_at(13)
@@ -332,21 +329,21 @@ def test_another_batch_size_goes_on(
     ],
     ids=str,
 )
-def test_a_recording_of_something_else_is_not_gone_on_with(
+def test_other_recording_is_not_resumed(
     photo_folder: Path, whole: Path, kept: dict[str, Any], changes: dict[str, Any], line: str
 ) -> None:
-    with pytest.raises(StateError, match="choose another folder with --out") as caught:
+    with pytest.raises(StateError, match="choose a different folder with --out") as caught:
         recorded(photo_folder, whole, kept=kept, **changes)
     assert f"  {line}" in str(caught.value)
 
 
-def test_a_teacher_that_answers_otherwise_under_the_same_name_is_not_gone_on_with(
+def test_changed_outputs_are_not_resumed(
     photo_folder: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = recorded(photo_folder, tmp_path / "recording")
     values = np.fromfile(folder / "logits.values.bin", "<f4")
     (values + np.float32(0.5)).tofile(folder / "logits.values.bin")
-    with pytest.raises(StateError, match=r"does not answer as it did: in batch \d of epoch [01], its logits"):
+    with pytest.raises(StateError, match=r"outputs have changed: in batch \d of epoch [01], its logits"):
         recorded(photo_folder, folder)
     (values * np.float32(1 + 1e-5)).tofile(folder / "logits.values.bin")
     recorded(photo_folder, folder)
@@ -357,7 +354,7 @@ def test_a_teacher_that_answers_otherwise_under_the_same_name_is_not_gone_on_wit
     assert not caplog.text
 
 
-def test_images_that_have_changed_are_not_gone_on_with(photo_folder: Path, tmp_path: Path) -> None:
+def test_changed_images_are_not_resumed(photo_folder: Path, tmp_path: Path) -> None:
     folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1})
     sums = np.fromfile(folder / "checksum.bin", "<u4")
     (sums + np.uint32(1)).tofile(folder / "checksum.bin")
@@ -365,7 +362,7 @@ def test_images_that_have_changed_are_not_gone_on_with(photo_folder: Path, tmp_p
         recorded(photo_folder, folder)
 
 
-def test_files_without_a_manifest_are_written_anew(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_files_without_manifest_are_overwritten(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
     folder = recorded(photo_folder, tmp_path / "recording", seed=8)
     (folder / "manifest.json").unlink()
     recorded(photo_folder, folder)
@@ -373,7 +370,7 @@ def test_files_without_a_manifest_are_written_anew(photo_folder: Path, whole: Pa
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(digits: Path, tmp_path: Path) -> None:
+def test_process_killed_repeatedly_writes_equal_files(digits: Path, tmp_path: Path) -> None:
     config_file = tmp_path / "digits.yaml"
     described = settings(digits, str(tmp_path / "run"), train__epochs=150)
     config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
@@ -382,7 +379,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(digit
         code = (
             "from kd_pipeline.cli import main\n"
             "from kd_pipeline.workflows import _record\n"
-            "_record._COMMIT_S = 0.02\n"
+            "_record._COMMIT_INTERVAL_S = 0.02\n"
             "main()"
         )
         return subprocess.Popen(
@@ -413,7 +410,7 @@ def test_a_process_that_is_killed_again_and_again_ends_with_the_same_bytes(digit
 
 
 @pytest.mark.slow
-def test_two_processes_record_what_one_does(digits: Path, tmp_path: Path) -> None:
+def test_two_processes_write_equal_files(digits: Path, tmp_path: Path) -> None:
     alone = record(settings(digits, str(tmp_path / "run")))
     config_file = tmp_path / "digits.yaml"
     described = settings(digits, str(tmp_path / "run"), data__batch_size=8)
@@ -434,10 +431,10 @@ def test_two_processes_record_what_one_does(digits: Path, tmp_path: Path) -> Non
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-# The disk, and other reasons not to begin
+# Disk space and other errors
 
 
-def test_a_disk_that_is_too_small_is_told_at_once_with_what_would_fit(
+def test_small_disk_is_refused_with_what_fits(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 100_000})
@@ -450,16 +447,16 @@ def test_a_disk_that_is_too_small_is_told_at_once_with_what_would_fit(
     assert not (tmp_path / "recording").exists()
 
 
-def test_the_largest_logits_are_proposed_where_there_are_many() -> None:
+def test_top_k_is_suggested_for_many_classes() -> None:
     facts = {"fingerprint": "f", "backend": "tensorrt", "precision": "fp16", "classes": None}
-    manifest = Manifest.model_validate(
+    manifest = RecordingManifest.model_validate(
         {"teacher": facts, "outputs": {"logits": (1000,)}, "stream": {}, "num_rows": 10**9, "epochs": 100}
     )
     with pytest.raises(ConfigError, match=r"needs 401 TB more .*--top-k 16 --dtype float16 would need 7\.4 TB"):
-        room._check_space(Path("/nowhere/recording"), manifest)
+        workflow._check_space(Path("/nowhere/recording"), manifest)
 
 
-def test_a_disk_that_fills_up_on_the_way_is_an_error_that_can_be_put_right(
+def test_full_disk_can_be_resumed(
     photo_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always_committed: None
 ) -> None:
     pwrite, left = os.pwrite, [13]
@@ -472,7 +469,7 @@ def test_a_disk_that_fills_up_on_the_way_is_an_error_that_can_be_put_right(
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(
-        StateError, match=r"\.bin cannot be written: No space left on device.*run the same command again"
+        StateError, match=r"\.bin cannot be written: No space left on device.*run the same command again to resume"
     ):
         recorded(photo_folder, tmp_path / "recording")
     monkeypatch.undo()
@@ -480,7 +477,7 @@ def test_a_disk_that_fills_up_on_the_way_is_an_error_that_can_be_put_right(
     assert_same_files(tmp_path / "recording", whole)
 
 
-def test_a_write_that_comes_through_in_part_is_finished(
+def test_partial_write_is_continued(
     photo_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pwrite = os.pwrite
@@ -497,35 +494,35 @@ def test_a_write_that_comes_through_in_part_is_finished(
     ],
     ids=str,
 )
-def test_what_cannot_be_recorded_is_told_at_once(
+def test_invalid_settings_are_refused(
     photo_folder: Path, tmp_path: Path, kept: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         recorded(photo_folder, tmp_path / "recording", kept=kept, **changes)
 
 
-def test_a_recording_is_not_recorded(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+def test_recording_is_not_recorded(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the teacher is a recording already"):
         recorded(photo_folder, tmp_path / "recording", teacher={"path": whole})
 
 
-def test_a_recording_needs_a_folder(photo_folder: Path) -> None:
+def test_recording_needs_a_folder(photo_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"set run_dir.*or pass --out"):
         record(config(photo_folder), plugins=PLUGINS)
 
 
-def test_the_folder_is_in_the_run_unless_given(digits: Path, tmp_path: Path) -> None:
+def test_default_folder_is_in_run_dir(digits: Path, tmp_path: Path) -> None:
     described: Config = settings(digits, str(tmp_path / "run"), train__epochs=1)
     assert record(described) == tmp_path / "run" / "recording"
     assert record(described, RecordSettings(out=tmp_path / "here")) == tmp_path / "here"
 
 
-def test_progress_is_told_with_speed_and_time(photo_folder: Path, tmp_path: Path, always_committed: None) -> None:
-    told: list[Progress] = []
-    record(config(photo_folder), RecordSettings(out=tmp_path / "recording"), plugins=PLUGINS, report=told.append)
-    done = [each.done for each in told]
-    assert done == sorted(done) and done[-1] == 1 and len(told) == 2 * (5 + 1)
-    assert all(each.images_per_s > 0 and each.left_s >= 0 for each in told) and told[-1].left_s == 0
+def test_progress_reports_speed_and_time(photo_folder: Path, tmp_path: Path, always_committed: None) -> None:
+    reports: list[Progress] = []
+    record(config(photo_folder), RecordSettings(out=tmp_path / "recording"), plugins=PLUGINS, report=reports.append)
+    done = [each.done for each in reports]
+    assert done == sorted(done) and done[-1] == 1 and len(reports) == 2 * (5 + 1)
+    assert all(each.images_per_s > 0 and each.left_s >= 0 for each in reports) and reports[-1].left_s == 0
 
 
 @pytest.mark.parametrize(
@@ -533,7 +530,7 @@ def test_progress_is_told_with_speed_and_time(photo_folder: Path, tmp_path: Path
     [{"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}],
     ids=["torchrun", "srun"],
 )
-def test_processes_on_several_machines_are_refused(
+def test_several_machines_are_refused(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: dict[str, str]
 ) -> None:
     for name, value in started.items():
@@ -542,7 +539,7 @@ def test_processes_on_several_machines_are_refused(
         recorded(photo_folder, tmp_path / "recording")
 
 
-def test_a_manifest_of_more_epochs_than_are_there_is_no_way_around(photo_folder: Path, tmp_path: Path) -> None:
+def test_manifest_with_too_many_epochs_is_refused(photo_folder: Path, tmp_path: Path) -> None:
     folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1})
     edit(folder, epochs=2, epochs_done=2)
     with pytest.raises(Exception, match="is damaged"):

@@ -1,4 +1,4 @@
-"""`kd-pipeline train`: every stage leaves a whole run behind, and a run that is stopped ends as if it had not been."""
+"""`kd-pipeline train`: each stage writes a complete run, and a stopped run resumes to the same end."""
 
 import json
 import random
@@ -23,19 +23,19 @@ RUN = Path("runs/tiny")
 
 
 @pytest.fixture
-def workplace(trained_teacher: Path, tmp_path: Path) -> Path:
-    """A folder of one's own with a trained teacher."""
+def work(trained_teacher: Path, tmp_path: Path) -> Path:
+    """A copy of the folder with a trained teacher."""
     shutil.copytree(trained_teacher, tmp_path / "work")
     return tmp_path / "work"
 
 
 @pytest.fixture(scope="module")
-def whole(trained_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing disturbed; do not change it."""
-    folder = tmp_path_factory.mktemp("whole") / "work"
+def finished(trained_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped; read only."""
+    folder = tmp_path_factory.mktemp("finished") / "work"
     shutil.copytree(trained_teacher, folder)
-    status, said = finish(start(folder))
-    assert status == 0, said
+    status, output = finish(start(folder))
+    assert status == 0, output
     return folder
 
 
@@ -44,7 +44,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_end(first: Path, second: Path) -> None:
-    """Weights to the bit, and every number that was logged but the speeds."""
+    """Bitwise the same weights, and the same final metrics."""
     ours, theirs = weights(first), weights(second)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -54,16 +54,14 @@ def assert_same_end(first: Path, second: Path) -> None:
     assert (first / RUN / "result.json").read_text() == (second / RUN / "result.json").read_text()
 
 
-def test_a_run_leaves_all_that_is_needed_to_use_it_and_to_repeat_it(
-    whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(whole)
+def test_run_folder_is_complete(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
     for name in (
         "config.yaml", "environment.json", "metrics.csv", "train.log", "classes.json", "result.json", "curves.png",
         "confusion_val.png", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/best_student.pt",
         "exported/model.safetensors", "exported/model.json", "exported/model.onnx",
     ):  # fmt: skip
-        if name != "classes.json":  # digits from arrays have no names
+        if name != "classes.json":  # the classes of arrays have no names
             assert (RUN / name).stat().st_size > 0, name
     assert load_config(RUN / "config.yaml") == load_config("tiny.yaml")
     result = json.loads((RUN / "result.json").read_text())
@@ -71,8 +69,8 @@ def test_a_run_leaves_all_that_is_needed_to_use_it_and_to_repeat_it(
     assert result["val"]["agreement"] is not None
 
 
-def test_what_is_exported_is_the_best_student(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(whole)
+def test_export_is_best_student(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
     student = open_model_file(RUN, size=16, device=torch.device("cpu")).model
     best = torch.load(RUN / "checkpoints" / "best_student.pt", weights_only=True)
     for name, tensor in student.state_dict().items():
@@ -82,9 +80,9 @@ def test_what_is_exported_is_the_best_student(whole: Path, monkeypatch: pytest.M
     torch.testing.assert_close(teacher(images)["logits"], student(images), rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_of_the_teacher_is_in_a_checkpoint(whole: Path) -> None:
-    checkpoint = load_checkpoint(whole / RUN / "checkpoints" / "last.ckpt")
-    teacher = load_checkpoint(whole / RUN / "teacher" / "checkpoints" / "last.ckpt")
+def test_checkpoint_has_no_teacher(finished: Path) -> None:
+    checkpoint = load_checkpoint(finished / RUN / "checkpoints" / "last.ckpt")
+    teacher = load_checkpoint(finished / RUN / "teacher" / "checkpoints" / "last.ckpt")
     assert all(name.startswith("student.") for name in checkpoint["state_dict"])
     num_trained = sum(len(group["params"]) for group in checkpoint["optimizer_states"][0]["param_groups"])
     student = open_model(ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4}))
@@ -94,19 +92,19 @@ def test_nothing_of_the_teacher_is_in_a_checkpoint(whole: Path) -> None:
     assert checkpoint["run"]["teacher"] is not None
 
 
-def test_the_same_command_after_the_end_changes_nothing(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "work")
-    status, said = finish(start(tmp_path / "work"))
-    assert status == 0, said
-    assert_same_end(whole, tmp_path / "work")
+def test_rerun_after_end_changes_nothing(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "work")
+    status, output = finish(start(tmp_path / "work"))
+    assert status == 0, output
+    assert_same_end(finished, tmp_path / "work")
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(whole: Path, workplace: Path) -> None:
+def test_killed_run_resumes_exactly(finished: Path, work: Path) -> None:
     numbers = random.Random(0)
     started = time.monotonic()
-    process = start(workplace, "run_dir=runs/timed")
-    while process.poll() is None and not (workplace / "runs" / "timed" / "checkpoints" / "last.ckpt").exists():
+    process = start(work, "run_dir=runs/timed")
+    while process.poll() is None and not (work / "runs" / "timed" / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
     first_save_s = time.monotonic() - started
     process.kill()
@@ -115,68 +113,66 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_weights(whole: 
     for _ in range(30):
         if num_kills == 10:
             break
-        process = start(workplace)
+        process = start(work)
         time.sleep(numbers.uniform(0.8, 1.2) * first_save_s)
         num_kills += process.poll() is None
         process.kill()
         process.communicate()
-    status, said = finish(start(workplace))
-    assert status == 0, said
-    assert_same_end(whole, workplace)
+    status, output = finish(start(work))
+    assert status == 0, output
+    assert_same_end(finished, work)
     assert num_kills >= 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "wanted"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_asked_to_stop_says_so_and_ends_with_the_same_weights(
-    whole: Path, workplace: Path, number: signal.Signals, wanted: int
-) -> None:
-    process = start(workplace)
-    while process.poll() is None and not (workplace / RUN / "checkpoints" / "last.ckpt").exists():
+def test_signaled_run_resumes_exactly(finished: Path, work: Path, number: signal.Signals, wanted: int) -> None:
+    process = start(work)
+    while process.poll() is None and not (work / RUN / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
     process.send_signal(number)
-    status, said = finish(process)
-    assert status == wanted, said
-    assert "Traceback" not in said
-    status, said = finish(start(workplace))
-    assert status == 0, said
-    assert_same_end(whole, workplace)
+    status, output = finish(process)
+    assert status == wanted, output
+    assert "Traceback" not in output
+    status, output = finish(start(work))
+    assert status == 0, output
+    assert_same_end(finished, work)
 
 
 @pytest.mark.slow
-def test_another_teacher_or_student_or_dataset_is_refused_with_both(whole: Path, tmp_path: Path) -> None:
+def test_different_run_is_refused(finished: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    shutil.copytree(whole, work)
-    status, said = finish(start(work, "student.kwargs.width=6"))
-    assert status == 1 and "student.kwargs.width: 4 → 6" in said, said
+    shutil.copytree(finished, work)
+    status, output = finish(start(work, "student.kwargs.width=6"))
+    assert status == 1 and "student.kwargs.width: 4 → 6" in output, output
     teacher = "teacher={model: {builtin: small_resnet, kwargs: {width: 8}}, backend: pytorch}"
-    status, said = finish(start(work, teacher))
-    assert status == 1 and "teacher: " in said and " → " in said, said
-    status, said = finish(start(work, "data.train.source.images=val.npz"))
-    assert status == 1 and "data: " in said and " → " in said, said
-    assert "Traceback" not in said
-    assert_same_end(whole, work)
+    status, output = finish(start(work, teacher))
+    assert status == 1 and "teacher: " in output and " → " in output, output
+    status, output = finish(start(work, "data.train.source.images=val.npz"))
+    assert status == 1 and "data: " in output and " → " in output, output
+    assert "Traceback" not in output
+    assert_same_end(finished, work)
 
 
 @pytest.mark.slow
-def test_two_ranks_see_the_images_of_one_and_resume_exactly(trained_teacher: Path, tmp_path: Path) -> None:
+def test_two_ranks_resume_exactly(trained_teacher: Path, tmp_path: Path) -> None:
     for name in ("undisturbed", "stopped"):
         shutil.copytree(trained_teacher, tmp_path / name)
     half = "data.batch_size=16"
-    status, said = finish(start(tmp_path / "undisturbed", half, ranks=2))
-    assert status == 0, said
+    status, output = finish(start(tmp_path / "undisturbed", half, ranks=2))
+    assert status == 0, output
     process = start(tmp_path / "stopped", half, ranks=2)
     while process.poll() is None and not (tmp_path / "stopped" / RUN / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    time.sleep(2)  # the workers notice that torchrun is gone
-    status, said = finish(start(tmp_path / "stopped", half, ranks=2))
-    assert status == 0, said
+    time.sleep(2)  # until the workers notice that torchrun is gone
+    status, output = finish(start(tmp_path / "stopped", half, ranks=2))
+    assert status == 0, output
     assert_same_end(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
-RICH = """
+DISTILL = """
   features: [{loss: feature_mse, student: "4", teacher: "4", weight: 0.1, projector: conv}]
   distill_weight: {start: 0.5, end: 1.0}
   loss: dist
@@ -185,14 +181,14 @@ RICH = """
 
 
 @pytest.mark.slow
-def test_settings_of_every_kind_work_together(workplace: Path) -> None:
-    config = (workplace / "tiny.yaml").read_text()
-    config = config.replace("student:", f"distill:{RICH}student:")
-    (workplace / "tiny.yaml").write_text(config)
+def test_many_settings_together(work: Path) -> None:
+    config = (work / "tiny.yaml").read_text()
+    config = config.replace("student:", f"distill:{DISTILL}student:")
+    (work / "tiny.yaml").write_text(config)
     weights_of_teacher = RUN / "teacher" / "exported" / "model.safetensors"
-    status, said = finish(
+    status, output = finish(
         start(
-            workplace,
+            work,
             f"teacher.model.checkpoint={weights_of_teacher}",
             "teacher.backend=pytorch",
             'teacher.features=["4"]',
@@ -212,46 +208,46 @@ def test_settings_of_every_kind_work_together(workplace: Path) -> None:
             "train.precision=bf16-mixed",
         )
     )
-    assert status == 0, said
-    columns = (workplace / RUN / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert status == 0, output
+    columns = (work / RUN / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/feature_mse.4", "train/gradient_norm", "train/teacher_share", "val/agreement", "again/top1"} <= set(
         columns
     )
-    result = json.loads((workplace / RUN / "result.json").read_text())
+    result = json.loads((work / RUN / "result.json").read_text())
     assert result["val"]["num_samples"] == 64 and result["test"]["num_samples"] == 70
-    exported = load_file(workplace / RUN / "exported" / "model.safetensors")
+    exported = load_file(work / RUN / "exported" / "model.safetensors")
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in exported.values())
     assert not any("projector" in name for name in exported)
 
 
 @pytest.mark.slow
-def test_without_a_validation_set_the_moving_average_is_exported(workplace: Path) -> None:
-    status, said = finish(start(workplace, "data.val=null", "train.ema={decay: 0.9}", "train.limit_train_batches=3"))
-    assert status == 0, said
-    average = load_checkpoint(workplace / RUN / "checkpoints" / "last.ckpt")["ema"]["student"]
-    for name, tensor in load_file(workplace / RUN / "exported" / "model.safetensors").items():
+def test_ema_is_exported_without_validation(work: Path) -> None:
+    status, output = finish(start(work, "data.val=null", "train.ema={decay: 0.9}", "train.limit_train_batches=3"))
+    assert status == 0, output
+    average = load_checkpoint(work / RUN / "checkpoints" / "last.ckpt")["ema"]["student"]
+    for name, tensor in load_file(work / RUN / "exported" / "model.safetensors").items():
         assert torch.equal(tensor, average[name]), name
 
 
 @pytest.mark.slow
-def test_layers_of_the_teacher_can_be_where_the_student_begins(workplace: Path) -> None:
+def test_student_from_teacher(work: Path) -> None:
     wide = "student={builtin: small_resnet, kwargs: {width: 8}}"
     frozen = ("train.optimizer.lr=1e-12", "train.limit_train_batches=1", "train.epochs=1")
-    status, said = finish(start(workplace, wide, "student_from_teacher={'3': '3', '8': '8'}", *frozen))
-    assert status == 0, said
-    student = load_file(workplace / RUN / "exported" / "model.safetensors")
-    teacher = load_file(workplace / RUN / "teacher" / "exported" / "model.safetensors")
+    status, output = finish(start(work, wide, "student_from_teacher={'3': '3', '8': '8'}", *frozen))
+    assert status == 0, output
+    student = load_file(work / RUN / "exported" / "model.safetensors")
+    teacher = load_file(work / RUN / "teacher" / "exported" / "model.safetensors")
     torch.testing.assert_close(student["3.body.0.weight"], teacher["3.body.0.weight"], rtol=0, atol=1e-6)
     assert not torch.allclose(student["4.body.0.weight"], teacher["4.body.0.weight"], atol=1e-3)
-    status, said = finish(start(workplace, wide, "student_from_teacher={'3': '4'}", "run_dir=runs/other", *frozen))
-    assert status == 1 and "Traceback" not in said, said
+    status, output = finish(start(work, wide, "student_from_teacher={'3': '4'}", "run_dir=runs/other", *frozen))
+    assert status == 1 and "Traceback" not in output, output
 
 
-def test_a_stage_without_what_it_needs_says_what_to_set(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_incomplete_config_says_what_to_set(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(workplace / RUN / "teacher")
-    monkeypatch.chdir(workplace)
+    shutil.rmtree(work / RUN / "teacher")
+    monkeypatch.chdir(work)
     for arguments, message in (
         ((), "teacher.model has no weights: set its checkpoint or pretrained, or train it first with stage=teacher"),
         (("teacher=null",), "stage: distill needs a teacher"),
@@ -261,5 +257,5 @@ def test_a_stage_without_what_it_needs_says_what_to_set(
         (("stage=teach",), "should be 'teacher', 'baseline', 'distill' or 'all'"),
     ):
         assert main(["train", "-c", "tiny.yaml", *arguments]) == 1
-        said = capsys.readouterr().err
-        assert message in said and "Traceback" not in said
+        output = capsys.readouterr().err
+        assert message in output and "Traceback" not in output

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them: binary or Python version, packed or unpacked."""
+"""CIFAR-10 and CIFAR-100 as published by their authors: binary or Python version, packed or unpacked."""
 
 import gzip
 import hashlib
@@ -17,7 +17,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline._core.suggestions import some
+from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.arrays import Arrays
 from kd_pipeline.data.sources.safe_pickle import Call, read_pickle
 from kd_pipeline.errors import DataError
@@ -30,27 +30,27 @@ _SITE = "https://www.cs.toronto.edu/~kriz/"
 _TIMEOUT_S = 60
 _NUM_IMAGES: Mapping[Split, int] = {"train": 50_000, "test": 10_000}
 _NUM_CLASSES = {"label": 10, "fine_label": 100, "coarse_label": 20}
-"""By kind of label, as the files spell it."""
+"""By kind of label, as the files name it."""
 _PIXELS = 3 * 32 * 32
-_NUMPY = ("numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype")
-"""What the Python version needs to say what its array of pixels is."""
+_NUMPY = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")})
+"""What a pickled array of pixels is made with."""
 
 
 class Cifar(Arrays):
     """CIFAR-10 or CIFAR-100, held in memory as one uint8 array `[N, 32, 32, 3]` with the authors' class names.
 
-    Files are taken from `root`, from the folder below it that the archive unpacks to, or straight out of the archive;
-    the binary version comes before the Python one. Pickles are read, never executed, and archives never unpacked.
+    Files are read from `root`, from the archive's folder below it, or directly from the archive; the binary version is
+    preferred over the Python one. Pickles are never executed, and archives never unpacked to disk.
 
     Args:
         dataset: "cifar10" or "cifar100".
         root: the folder, or the archive itself.
-        split: 50,000 images to train on, or 10,000 to test on.
+        split: 50,000 training images, or 10,000 test images.
         labels: the 100 fine or the 20 coarse classes of CIFAR-100.
-        download: fetch the binary archive into `root` where `root` has no version of the dataset.
+        download: fetch the binary archive into `root` if `root` has no version of the dataset.
 
     Raises:
-        DataError: the dataset is not there or cannot be downloaded, or a file of it is damaged.
+        DataError: the dataset is missing or cannot be downloaded, or one of its files is damaged.
     """
 
     def __init__(
@@ -86,20 +86,20 @@ class Cifar(Arrays):
         super().__init__(images, targets, classes=classes)
 
     def name(self, index: int) -> str:
-        """See `Source.name`."""
+        """The file and the position in it, such as `data_batch_1[17]`."""
         file, row = divmod(index, self._num_per_file)
         return f"{self._place}/{self._files[file]}[{row}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Version:
-    """What a dataset is called in one of its two formats."""
+    """The files of a dataset in one of its two formats."""
 
     archive: str
     md5: str
-    """The authors' own checksum: against damage only, as nothing that is in a file gets executed."""
+    """The authors' checksum. It only guards against damage, as nothing in a file is executed."""
     folder: str
-    """Where the archive has its files."""
+    """The archive's top folder."""
     files: Mapping[Split, tuple[str, ...]]
     names: str
     """The file with the class names; `{label}` stands for the kind of label."""
@@ -111,7 +111,7 @@ class _Version:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Binary(_Version):
-    """Records of a byte for each kind of label and 3072 for the pixels; a line for each class name."""
+    """Records of one byte per kind of label and 3072 for the pixels; one line per class name."""
 
     labels: tuple[str, ...]
 
@@ -132,7 +132,7 @@ class _Binary(_Version):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pickled(_Version):
-    """Pickled dicts of lists and one array."""
+    """Pickled dicts of lists and an array."""
 
     def read_images(self, file: IO[bytes], where: str, label: str, num: int) -> tuple[NDArray[np.uint8], list[Any]]:
         """Pixels `[num, 3072]` and labels."""
@@ -199,7 +199,7 @@ _VERSIONS: Mapping[str, tuple[_Binary, _Pickled]] = {
 
 
 def _find(dataset: str, root: Path, *, download: bool) -> tuple[_Binary | _Pickled, Path]:
-    """A version that is there and its folder or archive; a folder is read faster than an archive."""
+    """The version found below `root`, and its folder or archive; a folder is faster to read."""
     versions = _VERSIONS[dataset]
     for version in versions:
         files = [name for names in version.files.values() for name in names]
@@ -212,23 +212,23 @@ def _find(dataset: str, root: Path, *, download: bool) -> tuple[_Binary | _Pickl
                 return version, archive
     if download:
         return versions[0], _download(versions[0], root)
-    known = some([name for version in versions for name in (version.folder, version.archive)])
+    known = first_few([name for version in versions for name in (version.folder, version.archive)])
     raise DataError(f"{root}: no {dataset} here, none of {known}; put {versions[0].url} there, or set download: true")
 
 
 def _download(version: _Version, root: Path) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        # A folder of its own, so that processes do not meet in it, and nothing is left of a download that failed.
+        # A folder of its own: concurrent processes do not collide, and a failed download leaves nothing.
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
             part = Path(folder) / version.archive
-            with urllib.request.urlopen(version.url, timeout=_TIMEOUT_S) as answer, part.open("wb") as file:
-                shutil.copyfileobj(answer, file)
+            with urllib.request.urlopen(version.url, timeout=_TIMEOUT_S) as response, part.open("wb") as file:
+                shutil.copyfileobj(response, file)
             with part.open("rb") as file:
                 md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
             if md5 != version.md5:
                 raise DataError(
-                    f"{version.url}: what came has the MD5 {md5}, expected {version.md5}, so it broke off or was "
+                    f"{version.url}: the download has MD5 {md5}, expected {version.md5}; it is incomplete or was "
                     "changed on the way; try again"
                 )
             return part.replace(root / version.archive)
@@ -240,7 +240,7 @@ def _download(version: _Version, root: Path) -> Path:
 
 
 def _opened(place: Path, version: _Version, wanted: tuple[str, ...]) -> Iterator[tuple[str, IO[bytes]]]:
-    """The wanted files by name, in any order: out of the folder or the archive at `place`."""
+    """The wanted files by name, in any order, from the folder or archive at `place`."""
     if place.is_dir():
         for name in wanted:
             with (place / name).open("rb") as file:
@@ -248,16 +248,16 @@ def _opened(place: Path, version: _Version, wanted: tuple[str, ...]) -> Iterator
         return
     missing = set(wanted)
     with gzip.open(place) as unpacked, tarfile.open(fileobj=unpacked) as archive:
-        for member in archive:  # in its own order, as going back means unpacking it again
+        for member in archive:  # in the archive's order: seeking back would decompress it again
             name = member.name.removeprefix("./").removeprefix(f"{version.folder}/")
             content = archive.extractfile(member) if member.isreg() and name in missing else None
             if content is not None:
                 missing.remove(name)
                 yield name, content
-        while unpacked.read(2**20):  # to the end, where the checksum is
+        while unpacked.read(2**20):  # to the end, which verifies the checksum
             pass
     if missing:
-        raise DataError(f"{place}: has no {some(sorted(missing))} in {version.folder}/; get {version.url} again")
+        raise DataError(f"{place}: has no {first_few(sorted(missing))} in {version.folder}/; get {version.url} again")
 
 
 def _checked_names(names: list[Any], where: str, num_classes: int) -> list[str]:

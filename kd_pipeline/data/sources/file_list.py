@@ -1,4 +1,4 @@
-"""Paths and labels that a CSV or JSONL file lists."""
+"""Paths and labels listed in a CSV or JSONL file."""
 
 import csv
 import json
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import suggest
-from kd_pipeline.data.sources.index_cache import Index, index_key, load_index, save_index
-from kd_pipeline.data.sources.labels import Classes, class_names, odd_names
-from kd_pipeline.data.sources.paths import FileSource, Paths
+from kd_pipeline.data.sources.index_cache import ListIndex, index_key, load_index, save_index
+from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings
+from kd_pipeline.data.sources.paths import FileSource, PathTable
 from kd_pipeline.errors import DataError
 
 __all__ = ["FileList"]
@@ -28,21 +28,21 @@ _Row = tuple[int, str, int | str | None]
 
 
 class FileList(FileSource):
-    """The paths, and maybe labels, that a `.csv` or `.jsonl` file lists; the files themselves are not looked at.
+    """The paths, and optionally labels, in a `.csv` or `.jsonl` file; the listed files themselves are not accessed.
 
-    A list of a megabyte or more is parsed once, and kept in `~/.cache/kd_pipeline/index` for the next time.
+    A list of a megabyte or more is parsed once and cached in `~/.cache/kd_pipeline/index`.
 
-    CSV has the columns `path,label` or `path`, with or without that line at the top; JSONL has objects with the keys
-    `path` and `label`. Either all lines have a label or none has. Integers are class indices, texts are class names; in
-    CSV whatever reads as an integer is one, so classes named by numbers need JSONL, where `10` and `"10"` differ.
+    CSV has the columns `path,label` or `path`, with or without a header; JSONL has objects with the keys `path` and
+    `label`. Either every line has a label or none has. Integers are class indices, strings are class names. In CSV
+    everything that reads as an integer is one, so classes named by numbers need JSONL, where `10` and `"10"` differ.
 
     Args:
         path: the list.
-        root: what relative paths are relative to; the folder of the list where None.
-        classes: names in label order, or a JSON file that lists them; where None and labels are names, those, sorted.
+        root: base of relative paths; defaults to the folder of the list.
+        classes: names in label order, or a JSON file with them; defaults to the sorted names in the list, if any.
 
     Raises:
-        DataError: the list cannot be read, is empty, or has a line that does not fit; names file and line.
+        DataError: the list cannot be read, is empty, or has a malformed line; names file and line.
     """
 
     def __init__(
@@ -56,31 +56,30 @@ class FileList(FileSource):
         top = os.path.abspath(path.parent if root is None else os.path.expanduser(root))
         names = None if classes is None else class_names(classes)
         key = index_key(path, top, names)
-        index = None if key is None else load_index(key)
+        index = None if key is None else load_index(key, top)
         if index is None:
-            index = _parsed(path, top, names)
-            if key is not None and key == index_key(path, top, names):  # nobody has written to the list meanwhile
+            index = _parse(path, top, names)
+            if key is not None and key == index_key(path, top, names):  # the list was not edited during parsing
                 save_index(key, index)
-        reports = odd_names(index.classes) if index.classes and classes is None else ()
-        super().__init__(Paths(top, index.blob, index.ends), index.labels, index.classes, reports)
+        warnings = name_warnings(index.classes) if index.classes and classes is None else ()
+        super().__init__(index.paths, index.labels, index.classes, warnings)
 
 
-def _parsed(path: Path, root: str, names: tuple[str, ...] | None) -> Index:
-    """What the list says, line by line."""
-    paths, labels = Paths(root), _ListedLabels(names, typed=path.suffix == ".jsonl")
-    for line, sample, label in _listed(path):
+def _parse(path: Path, root: str, names: tuple[str, ...] | None) -> ListIndex:
+    paths, labels = PathTable(root), _LabelColumn(names, typed=path.suffix == ".jsonl")
+    for line, sample, label in _rows(path):
         try:
-            paths.extend([_checked_text(sample, "path")])
+            paths.extend([_check_text(sample, "path")])
             labels.add(label)
         except ValueError as exc:
             raise DataError(f"{path}:{line}: {exc}") from exc
     if not len(paths):
         raise DataError(f"{path}: lists no samples; write one path per line")
-    return Index(paths.blob, paths.ends, *labels.finish())
+    return ListIndex(paths, *labels.finish())
 
 
-class _ListedLabels:
-    """Collects the labels of a list line by line: none, class indices, or class names; never a mixture."""
+class _LabelColumn:
+    """Collects the labels of a list line by line; all must be None, all class indices, or all class names."""
 
     def __init__(self, names: tuple[str, ...] | None, *, typed: bool) -> None:
         self._names, self._typed = names, typed
@@ -121,20 +120,20 @@ class _ListedLabels:
         labels = np.array(self._codes, dtype=np.int64)
         if self._kind is int or self._names:
             return labels, self._names
-        order = sorted(self._code_of)
-        label_of_code = np.empty(len(order), dtype=np.int64)
-        label_of_code[[self._code_of[name] for name in order]] = np.arange(len(order))
-        return label_of_code[labels], tuple(order)
+        names = sorted(self._code_of)
+        label_of_code = np.empty(len(names), dtype=np.int64)
+        label_of_code[[self._code_of[name] for name in names]] = np.arange(len(names))
+        return label_of_code[labels], tuple(names)
 
 
-def _listed(path: Path) -> Iterator[_Row]:
-    rows = {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix)
-    if rows is None:
-        raise DataError(f"{path}: a list of files ends in .csv or .jsonl; rename it to say which of them it is")
+def _rows(path: Path) -> Iterator[_Row]:
+    read = {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix)
+    if read is None:
+        raise DataError(f"{path}: a file list ends in .csv or .jsonl; rename it to say which one it is")
     try:
-        # Bytes that are not UTF-8 pass as surrogates, so that `_checked_text` can tell the line they are in.
+        # Bytes that are not UTF-8 pass as surrogates, to let `_check_text` report the line.
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from rows(file)
+            yield from read(file)
     except OSError as exc:
         raise DataError(f"{path}: cannot be read ({exc.strerror}); check the path and its permissions") from exc
 
@@ -154,7 +153,7 @@ def _csv_rows(file: TextIO) -> Iterator[_Row]:
                 raise ValueError(
                     f"found {len(row)} columns, expected {num_columns}: path,label or path alone, commas in quotes"
                 )
-            yield reader.line_num, row[0], _checked_text(row[1].strip(), "label") if num_columns == 2 else None
+            yield reader.line_num, row[0], _check_text(row[1].strip(), "label") if num_columns == 2 else None
     except (csv.Error, ValueError) as exc:
         raise DataError(f"{file.name}:{reader.line_num}: {exc}") from exc
 
@@ -178,13 +177,13 @@ def _json_sample(text: str) -> tuple[str, int | str | None]:
         raise ValueError(f"expected an object with the keys path and label, found {text.strip():.60}")
     label = entry.get("label")
     if isinstance(label, bool) or not isinstance(label, int | str | None):
-        raise ValueError(f"the label {label!r:.60} is neither an integer nor a text")
-    return entry["path"], _checked_text(label, "label") if isinstance(label, str) else label
+        raise ValueError(f"the label {label!r:.60} is neither an integer nor a string")
+    return entry["path"], _check_text(label, "label") if isinstance(label, str) else label
 
 
-def _checked_text(value: object, what: str) -> str:
+def _check_text(value: object, what: str) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"the {what} {value!r:.60} is not a text of at least one character")
+        raise ValueError(f"the {what} {value!r:.60} is not a string of at least one character")
     try:
         value.encode()
     except UnicodeEncodeError:

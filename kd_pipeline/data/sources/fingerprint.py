@@ -1,4 +1,4 @@
-"""One digest for what a dataset holds: cheap where it is huge, complete where it is small."""
+"""The parts of `Source.fingerprint` that files and arrays share."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["sampling_step", "started_digest"]
+__all__ = ["label_digest", "sampling_step"]
 
-_READ_BYTES = 64 * 2**20
+_SAMPLED_BYTES = 64 * 2**20
 
 
-def started_digest(labels: NDArray[np.int64] | None, classes: tuple[str, ...] | None) -> "_Hash":
-    """A SHA-256 that has seen labels `[N]` and class names; the source adds its samples."""
+def label_digest(labels: NDArray[np.int64] | None, classes: tuple[str, ...] | None) -> "_Hash":
+    """A SHA-256 over labels `[N]` and class names, for the source to update with its samples."""
     digest = hashlib.sha256(json.dumps(["kd_pipeline source 1", classes, labels is not None]).encode())
     if labels is not None:
         digest.update(labels.astype("<i8").tobytes())
@@ -24,5 +24,5 @@ def started_digest(labels: NDArray[np.int64] | None, classes: tuple[str, ...] | 
 
 
 def sampling_step(num_bytes: int) -> int:
-    """The k of "every k-th sample": 1 up to 64 MiB of data, then so that about 64 MiB are read."""
-    return max(1, -(-num_bytes // _READ_BYTES))
+    """The k of "every k-th sample": ceil(num_bytes / 64 MiB), at least 1."""
+    return max(1, -(-num_bytes // _SAMPLED_BYTES))

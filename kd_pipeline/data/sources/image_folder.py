@@ -1,97 +1,107 @@
-"""A folder per class, in torchvision's order."""
+"""One folder per class, in torchvision's order."""
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import numpy as np
 
-from kd_pipeline._core.suggestions import some, suggest
-from kd_pipeline.data.sources.labels import Classes, class_names, odd_names
-from kd_pipeline.data.sources.paths import FileSource, Paths
+from kd_pipeline._core.suggestions import first_few, suggest
+from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings
+from kd_pipeline.data.sources.paths import FileSource, PathTable
 from kd_pipeline.errors import DataError
 
 __all__ = ["EXTENSIONS", "ImageFolder"]
 
 EXTENSIONS = (".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-"""What DALI decodes; upper and lower case are the same."""
+"""Extensions of the formats that DALI decodes, in any case."""
 
-_Identity = tuple[int, int]
-"""Device and inode of a folder, the same by whatever link it was reached."""
+_NUM_EXAMPLES = 3
+"""Skipped paths that a warning shows for each reason."""
+_Inode = tuple[int, int]
+"""Device and inode number of a folder, the same through every link."""
 
 
 class ImageFolder(FileSource):
     """One folder per class below `root`, in torchvision's order: classes and files sorted as plain text.
 
-    Folders inside a class belong to it, and links are followed, except back to a folder above. Left out and
-    reported are names that start with a dot, files outside the class folders, and extensions not in `EXTENSIONS`.
+    A class includes its subfolders, and links are followed unless they lead back to a parent folder. Skipped with a
+    warning are hidden files and folders, files outside the class folders, and extensions not in `EXTENSIONS`.
 
     Args:
-        root: the folder.
-        classes: names in label order, or a JSON file that lists them; sorted folder names where None. A name without
-            a folder is reported, a folder without a name is an error.
+        root: the folder that contains the class folders.
+        classes: names in label order, or a JSON file with them; defaults to the sorted folder names. A name without a
+            folder is a warning, a folder without a name is an error.
         labeled: False takes every image below `root`, without labels.
 
     Raises:
-        DataError: no such folder, no images, an empty class, or a class folder that `classes` does not name.
+        DataError: no such folder, no images, an empty class, or a class folder that is not in `classes`.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, classes: Classes | None = None, labeled: bool = True) -> None:
         top = os.path.abspath(os.path.expanduser(root))
         names = None if classes is None else class_names(classes)
-        paths, skipped = Paths(top), _Skipped(top)
+        paths, skipped = PathTable(top), _Skipped(top)
         if not labeled:
-            if not paths.extend(_images_below(top, skipped)):
-                raise DataError(f"{top}: no images at or below this folder{skipped.sentence('; ')}")
-            super().__init__(paths, None, names, skipped.reports())
+            if not paths.extend(_find_images(top, skipped)):
+                raise DataError(f"{top}: no images in or below this folder{skipped}")
+            super().__init__(paths, None, names, skipped.warnings())
             return
 
         folders = _class_folders(top, skipped)
-        if names is not None and (strangers := sorted(set(folders) - set(names))):
+        if names is not None and (unknown := sorted(set(folders) - set(names))):
             raise DataError(
-                f"{top}: folder(s) that are not among the {len(names)} classes: {some(strangers)}; rename or remove "
-                f"them, or add them to `classes`{suggest(strangers[0], names)}"
+                f"{top}: folder(s) that are not among the {len(names)} classes: {first_few(unknown)}; rename or remove "
+                f"them, or add them to `classes`{suggest(unknown[0], names)}"
             )
-        above = frozenset({_identity(top)})
-        counts = [paths.extend(_images_below(os.path.join(top, folder), skipped, above)) for folder in folders]
+        parents = frozenset({_inode(top)})
+        counts = [paths.extend(_find_images(os.path.join(top, folder), skipped, parents)) for folder in folders]
         if empty := [folder for folder, count in zip(folders, counts, strict=True) if not count]:
-            raise DataError(
-                f"{top}: empty class folder(s): {some(empty)}; add images or remove the folder{skipped.sentence('; ')}"
-            )
-        reports = skipped.reports()
+            advice = f"add images or remove the folder{skipped}"
+            raise DataError(f"{top}: empty class folder(s): {first_few(empty)}; {advice}")
+        warnings = skipped.warnings()
         if names is None:
             names = tuple(folders)
-            reports += odd_names(names)
-        elif absent := sorted(set(names) - set(folders)):
-            reports.append(f"{top}: no folder for {len(absent)} of the {len(names)} classes: {some(absent)}")
-        position = {name: label for label, name in enumerate(names)}
-        labels = np.repeat(np.array([position[folder] for folder in folders], dtype=np.int64), counts)
-        super().__init__(paths, labels, names, reports)
+            warnings += name_warnings(names)
+        elif missing := sorted(set(names) - set(folders)):
+            warnings.append(f"{top}: no folder for {len(missing)} of the {len(names)} classes: {first_few(missing)}")
+        label_of = {name: label for label, name in enumerate(names)}
+        labels = np.repeat(np.array([label_of[folder] for folder in folders], dtype=np.int64), counts)
+        super().__init__(paths, labels, names, warnings)
 
 
 class _Skipped:
-    """Counts what a scan leaves out, with the first few examples of each kind."""
+    """Counts what a scan skips, with the first paths for each reason; a folder may hold millions of them."""
 
     def __init__(self, top: str) -> None:
         self._top = top
-        self._kinds: dict[str, tuple[int, list[str]]] = {}
+        self._counts: Counter[str] = Counter()
+        self._examples: defaultdict[str, list[str]] = defaultdict(list)
 
-    def add(self, kind: str, path: str) -> None:
-        """Count `path`, which is left out for being `kind`."""
-        count, examples = self._kinds.get(kind, (0, []))
-        self._kinds[kind] = count + 1, examples if count >= 3 else [*examples, os.path.relpath(path, self._top)]
+    def add(self, reason: str, path: str) -> None:
+        self._counts[reason] += 1
+        if len(self._examples[reason]) < _NUM_EXAMPLES:
+            self._examples[reason].append(os.path.relpath(path, self._top))
 
-    def sentence(self, start: str = "") -> str:
-        """What was left out, after `start`; nothing at all where nothing was."""
-        parts = (f"{count} {kind} ({some(found, count)})" for kind, (count, found) in self._kinds.items())
-        return f"{start}skipped " + ", ".join(parts) if self._kinds else ""
+    def count(self, reason: str) -> int:
+        return self._counts[reason]
 
-    def reports(self) -> list[str]:
-        """The sentence as the list that `Source.reports` starts with."""
-        return [self.sentence(f"{self._top}: ")] if self._kinds else []
+    def warnings(self) -> list[str]:
+        """One sentence, or none."""
+        return [f"{self._top}: skipped {self._parts()}"] if self._counts else []
+
+    def __str__(self) -> str:
+        """The end of an error message; empty if nothing was skipped."""
+        return f"; skipped {self._parts()}" if self._counts else ""
+
+    def _parts(self) -> str:
+        return ", ".join(
+            f"{count} {reason} ({first_few(self._examples[reason], count)})" for reason, count in self._counts.items()
+        )
 
 
 def _class_folders(top: str, skipped: _Skipped) -> list[str]:
-    folders, loose = [], 0
+    folders = []
     for entry in _entries(top):
         if entry.name.startswith("."):
             skipped.add("hidden", entry.path)
@@ -99,34 +109,34 @@ def _class_folders(top: str, skipped: _Skipped) -> list[str]:
             folders.append(entry.name)
         else:
             skipped.add("outside the class folders", entry.path)
-            loose += 1
     if not folders:
+        num_files = skipped.count("outside the class folders")
         raise DataError(
-            f"{top}: no class folders, {loose} files; put the images of each class into a folder with its name, "
-            "or set labeled: false to use them without labels"
+            f"{top}: no class folders, {num_files} files; put the images of each class into a folder with its name, or "
+            "set labeled: false to use them without labels"
         )
     return sorted(folders)
 
 
-def _images_below(top: str, skipped: _Skipped, above: frozenset[_Identity] = frozenset()) -> Iterator[str]:
-    """Absolute paths; folders sorted by their whole path and files within each, as torchvision does."""
+def _find_images(top: str, skipped: _Skipped, parents: frozenset[_Inode] = frozenset()) -> Iterator[str]:
+    """Absolute paths; folders sorted by their whole path and files within each, as in torchvision."""
     found: list[tuple[str, list[str]]] = []
-    stack = [(top, above)]
+    stack = [(top, parents)]
     while stack:
-        folder, above = stack.pop()
-        identity = _identity(folder)
-        if identity in above:
-            skipped.add("links back to a folder above", folder)
+        folder, parents = stack.pop()
+        inode = _inode(folder)
+        if inode in parents:
+            skipped.add("links back to a parent folder", folder)
             continue
         files = []
         for entry in _entries(folder):
             if entry.name.startswith("."):
                 skipped.add("hidden", entry.path)
             elif _is_folder(entry):
-                stack.append((entry.path, above | {identity}))
+                stack.append((entry.path, parents | {inode}))
             elif not entry.name.lower().endswith(EXTENSIONS):
                 skipped.add("without a known extension", entry.path)
-            elif not entry.is_file() and os.path.exists(entry.path):  # a link to nothing counts as unreadable
+            elif not entry.is_file() and os.path.exists(entry.path):  # a broken link counts as an unreadable image
                 skipped.add("that are not regular files", entry.path)
             else:
                 files.append(entry.name)
@@ -142,7 +152,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         raise DataError(f"{folder}: cannot be listed ({exc.strerror}); check the path and its permissions") from exc
 
 
-def _identity(folder: str) -> _Identity:
+def _inode(folder: str) -> _Inode:
     try:
         status = os.stat(folder)
     except OSError as exc:

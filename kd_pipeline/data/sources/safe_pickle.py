@@ -1,141 +1,84 @@
-"""Read a Python 2 pickle of plain values without executing it."""
+"""Load a Python 2 pickle of plain values without running anything in it."""
 
-import pickle  # for the codes of its instructions alone
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import io
+import pickle
+import pickletools
+from collections.abc import Collection
 from typing import IO, Any
 
 from kd_pipeline.errors import DataError
 
 __all__ = ["Call", "read_pickle"]
 
+_OPCODES = frozenset({
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_TUPLE", "BININT",
+    "BININT1", "BININT2", "LONG1", "SHORT_BINSTRING", "BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+    "APPEND", "APPENDS", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "REDUCE", "BUILD",
+})  # fmt: skip
+"""What Python 2's cPickle writes for plain values and NumPy arrays with protocol 2."""
+_MAX_BYTES = 2**28
+_MAX_TUPLES = 20
+"""An array takes five. Tuples can be dict keys, and hashing deeply nested ones takes forever or crashes Python."""
 
-@dataclass(slots=True)
+
 class Call:
-    """A call that a pickle asks for; it is only written down."""
+    """What every function that a pickle may name is replaced with: keeps the arguments and the state, runs nothing."""
 
-    function: Any
-    """Module and name with a space between, such as `numpy dtype`."""
-    arguments: Any
-    state: Any = None
-    """What the result's `__setstate__` should get."""
+    __slots__ = ("arguments", "state")
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
-def read_pickle(file: IO[bytes], name: str, *, functions: Collection[str]) -> Any:
-    """The value in a pickle of protocol 2: dicts, lists, tuples, numbers, bytes for Python 2's texts, and `Call`s.
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, data: bytes, functions: Collection[tuple[str, str]]) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._functions = functions
 
-    A pickle is a program for a small stack machine. Here it can do no more than build such values: nothing is
-    imported, called or given attributes, whatever the file says.
+    def find_class(self, module_name: str, global_name: str) -> type[Call]:
+        """`Call`, whatever the function is; nothing is imported."""
+        if (module_name, global_name) not in self._functions:
+            name = f"{module_name} {global_name}"
+            raise pickle.UnpicklingError(f"it names {name!r:.60}, which no such file needs")
+        return Call
+
+
+def read_pickle(file: IO[bytes], name: str, *, functions: Collection[tuple[str, str]]) -> Any:
+    """The value in a pickle of protocol 2: dicts, lists, tuples, numbers, bytes for Python 2's `str`, and `Call`s.
 
     Args:
-        file: read up to the end of the pickle.
-        name: the file as messages name it.
-        functions: what the pickle may ask for, as `Call.function` spells it.
+        file: read to its end, at most 256 MiB.
+        name: the file's name for messages.
+        functions: module and name of each function that the pickle may name. It gets a `Call` in place of the result.
 
     Raises:
-        DataError: the file is cut off, is no such pickle, or asks for something that is not among `functions`.
+        DataError: the file is too large, cut off, no such pickle, or names a function that is not among `functions`.
+        OSError: the file cannot be read.
     """
+    data = file.read(_MAX_BYTES + 1)
     try:
-        return _run(file, functions)
-    except (AttributeError, IndexError, KeyError, ValueError) as exc:
-        reason = str(exc) if isinstance(exc, ValueError) else "its instructions do not fit together"
-        raise DataError(f"{name}: not a whole Python 2 pickle of plain values ({reason}); get the file again") from exc
+        _check(data)
+        return _Unpickler(data, functions).load()
+    except Exception as exc:  # the pickle module raises a dozen kinds of errors on damaged data
+        raise DataError(f"{name}: not a Python 2 pickle of plain values ({exc}); get the file again") from exc
 
 
-def _run(file: IO[bytes], functions: Collection[str]) -> Any:
-    """The stack machine. Every value on its stack is of a type that is made here, so no method of others can be met."""
-    stack: list[Any] = []
-    below: list[list[Any]] = []  # the stacks under the marks
-    memo: dict[int, Any] = {}
-    while True:
-        match _exactly(file, 1):
-            case pickle.PROTO:
-                _number(file, 1)
-            case pickle.STOP:
-                (value,) = stack
-                return value
-            case code if code in _VALUES:
-                stack.append(_VALUES[code](file))
-            case pickle.BINPUT:
-                memo[_number(file, 1)] = stack[-1]
-            case pickle.LONG_BINPUT:
-                memo[_number(file, 4)] = stack[-1]
-            case pickle.BINGET:
-                stack.append(memo[_number(file, 1)])
-            case pickle.LONG_BINGET:
-                stack.append(memo[_number(file, 4)])
-            case pickle.MARK:
-                below.append(stack)
-                stack = []
-            case pickle.APPEND:
-                item = stack.pop()
-                stack[-1].append(item)
-            case pickle.APPENDS:
-                items, stack = stack, below.pop()
-                stack[-1].extend(items)
-            case pickle.SETITEM:
-                item, key = stack.pop(), stack.pop()
-                stack[-1].update(_items([key, item]))
-            case pickle.SETITEMS:
-                items, stack = stack, below.pop()
-                stack[-1].update(_items(items))
-            case (pickle.TUPLE1 | pickle.TUPLE2 | pickle.TUPLE3) as code:
-                size = 1 + [pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3].index(code)
-                stack[-size:] = [tuple(stack[-size:])]
-            case pickle.TUPLE:
-                items, stack = stack, below.pop()
-                stack.append(tuple(items))
-            case pickle.GLOBAL:
-                stack.append(_function(file, functions))
-            case pickle.REDUCE:
-                arguments, function = stack.pop(), stack.pop()
-                stack.append(Call(function, arguments))
-            case pickle.BUILD:
-                state = stack.pop()
-                if not isinstance(stack[-1], Call):
-                    raise ValueError("it gives a state to a plain value")
-                stack[-1].state = state
-            case code:
-                raise ValueError(f"it has the instruction {code!r}, which no such file needs")
-
-
-_VALUES: dict[bytes, Callable[[IO[bytes]], Any]] = {
-    pickle.NONE: lambda _: None,
-    pickle.NEWTRUE: lambda _: True,
-    pickle.NEWFALSE: lambda _: False,
-    pickle.EMPTY_LIST: lambda _: [],
-    pickle.EMPTY_DICT: lambda _: {},
-    pickle.EMPTY_TUPLE: lambda _: (),
-    pickle.BININT1: lambda file: _number(file, 1),
-    pickle.BININT2: lambda file: _number(file, 2),
-    pickle.BININT: lambda file: _number(file, 4, signed=True),
-    pickle.LONG1: lambda file: _number(file, _number(file, 1), signed=True),
-    pickle.SHORT_BINSTRING: lambda file: _exactly(file, _number(file, 1)),
-    pickle.BINSTRING: lambda file: _exactly(file, _number(file, 4)),
-}
-"""What the instructions that need nothing else put on the stack."""
-
-
-def _items(items: list[Any]) -> dict[bytes, Any]:
-    """Keys and values in turn; a key of another kind could be nested so deeply that Python crashes on its hash."""
-    if not all(isinstance(key, bytes) for key in items[::2]):
-        raise ValueError("it has a key that is not a text")
-    return dict(zip(items[::2], items[1::2], strict=True))
-
-
-def _exactly(file: IO[bytes], num_bytes: int) -> bytes:
-    found = file.read(num_bytes)
-    if len(found) < num_bytes:
-        raise ValueError("it ends too early")
-    return found
-
-
-def _number(file: IO[bytes], num_bytes: int, *, signed: bool = False) -> int:
-    return int.from_bytes(_exactly(file, num_bytes), "little", signed=signed)
-
-
-def _function(file: IO[bytes], functions: Collection[str]) -> str:
-    name = " ".join(file.readline(200).decode("latin-1").removesuffix("\n") for _ in range(2))
-    if name not in functions:
-        raise ValueError(f"it asks for {name!r:.60}, which no such file needs")
-    return name
+def _check(data: bytes) -> None:
+    """Refuse what no such file needs and could make the unpickler crash or exhaust the memory."""
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+    num_tuples = num_memos = 0
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"it has the opcode {opcode.name}, which no such file needs")
+        num_tuples += opcode.name.startswith("TUPLE")
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            num_memos += 1
+            if argument is None or argument > num_memos:  # the unpickler would allocate a table of that size
+                raise ValueError(f"it counts to {argument} at its memo {num_memos}")
+    if num_tuples > _MAX_TUPLES:
+        raise ValueError(f"it has {num_tuples} tuples")

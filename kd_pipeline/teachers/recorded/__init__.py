@@ -1,1 +1,1 @@
-"""Recorded teachers."""
+"""Teacher outputs recorded on disk, and their replay."""

@@ -1,15 +1,15 @@
-"""The files of a recording: what a teacher answered at every place of every epoch, in a few large arrays.
+"""The files of a recording: teacher outputs of every position of every epoch, in a few large arrays.
 
-Each array has a row for each place of each epoch, in that order, so that what one batch needs lies together, for any
-batch size and any number of ranks. Beside the answers stand the sample that was shown there, plus one, and a checksum
-of its pixels. The files are as long as all epochs from the start and empty (sparse) where nothing was written: a
-sample of 0 says that this row is not there yet.
+Each array has one row for each position of each epoch, in this order: the rows of a batch are contiguous, for any batch
+size and number of ranks. Besides the outputs, a row has the index of its sample plus one, and a checksum of its
+pixels. The files have their full length from the start and are sparse where nothing was written: a sample of 0 marks a
+missing row.
 """
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,55 +22,44 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from kd_pipeline._core.atomic_write import write_whole
+from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import StateError, TeacherError
-from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
     "CHECKSUM",
     "MANIFEST",
     "SAMPLE",
     "Column",
-    "Manifest",
     "RecordedDtype",
+    "RecordingManifest",
     "RecordingWriter",
-    "TeacherFacts",
+    "TeacherInfo",
     "checksums",
+    "create_files",
     "decode",
     "encode",
-    "make_files",
     "open_columns",
 ]
 
 RecordedDtype = Literal["float32", "float16"]
 
 SAMPLE, CHECKSUM = "sample", "checksum"
-"""Columns beside those of the outputs, whose names have a dot."""
+"""Columns besides those of the outputs, whose names contain a dot."""
 MANIFEST = "manifest.json"
-"""The file that says what the others are."""
+"""Name of the file that describes the others."""
 _MAX_INT16_CLASSES = 2**15
 _CHUNK = 16
-"""Images whose checksums a GPU computes at once: what that takes for the moment stays small."""
+"""Images in a step of a GPU's checksums, to limit its memory."""
 
 
-class TeacherFacts(Settings):
-    """Which teacher has answered."""
+class TeacherInfo(Settings):
+    """The teacher that was recorded."""
 
     fingerprint: str
     backend: str
     precision: str
     classes: tuple[str, ...] | None
-
-    @classmethod
-    def of(cls, teacher: Teacher) -> "TeacherFacts":
-        """Those of an open one."""
-        return cls(
-            fingerprint=teacher.fingerprint,
-            backend=teacher.backend,
-            precision=teacher.precision,
-            classes=teacher.classes,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,70 +76,72 @@ class Column:
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
 
-class Manifest(Settings):
-    """What a recording is of, and what is in its files; `manifest.json`."""
+class RecordingManifest(Settings):
+    """What was recorded, and how; `manifest.json`."""
 
     version: Literal[1] = 1
-    teacher: TeacherFacts
+    teacher: TeacherInfo
     outputs: dict[str, tuple[int, ...]]
     """Shape of each output, without the batch."""
     top_k: int | None = Field(default=None, ge=1)
-    """How many logits of an image are kept; all where None."""
+    """How many logits of an image are kept; None keeps all."""
     dtype: RecordedDtype = "float32"
-    """Of the answers in the files."""
+    """Of the outputs in the files."""
     stream: dict[str, Any]
-    """Everything that the image at a place of an epoch depends on; see `KDDataLoader.stream_fingerprint`."""
+    """Everything that the image at a position of an epoch depends on; see `KDDataLoader.stream_fingerprint`."""
     num_rows: int = Field(ge=1)
     """Places of an epoch."""
     epochs: int = Field(ge=1)
-    """Epochs that the files have room for."""
+    """Epochs for which the files have space."""
     epochs_done: int = Field(default=0, ge=0)
-    """Epochs of which every row is there."""
+    """Epochs that are complete."""
 
     @classmethod
-    def load(cls, folder: Path) -> "Manifest":
+    def load(cls, folder: Path) -> "RecordingManifest":
         """The manifest of the recording in `folder`.
 
         Raises:
-            TeacherError: there is no recording, or its manifest is damaged or of another release.
+            TeacherError: there is no recording, or its manifest is damaged or from a different release.
         """
         path = folder / MANIFEST
         if not path.is_file():
             raise TeacherError(f"{folder} holds no recording: there is no {path}; make one with kd-pipeline record")
         try:
             return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (ValidationError, ValueError) as exc:
-            reason = exc.errors()[0] if isinstance(exc, ValidationError) else exc
-            why = f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}" if isinstance(reason, dict) else str(reason)
+        except ValueError as exc:
+            reason = str(exc)
+            if isinstance(exc, ValidationError):
+                error = exc.errors()[0]
+                reason = f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
             raise TeacherError(
-                f"{path} is damaged, or was written by another release ({why}); record the teacher again"
+                f"{path} is damaged, or was written by a different release ({reason}); record the teacher again"
             ) from None
 
     def save(self, folder: Path) -> None:
-        """Write it, whole or not at all."""
-        write_whole(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
+        """Write it to `folder`, atomically."""
+        write_atomic(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
     @property
     def columns(self) -> dict[str, Column]:
-        """The arrays by name: sample and checksum, and for each output `<output>.values`.
+        """The arrays by name: sample, checksum, and `<output>.values` for each output.
 
-        Of the logits' largest `top_k` there are also `logits.classes`, and `logits.rest`, the logarithm of the summed
-        exponentials of the others.
+        With `top_k` the logits also have `logits.classes`, and `logits.rest`: the log of the summed exponentials of all
+        logits that are not kept.
         """
         largest = self.num_rows + 1
-        found = {SAMPLE: Column("sample.bin", np.dtype("<i4" if largest < 2**31 else "<i8"), ())}
-        found[CHECKSUM] = Column("checksum.bin", np.dtype("<u4"), ())
+        columns = {SAMPLE: Column("sample.bin", np.dtype("<i4" if largest < 2**31 else "<i8"), ())}
+        columns[CHECKSUM] = Column("checksum.bin", np.dtype("<u4"), ())
         values = np.dtype("<f4" if self.dtype == "float32" else "<f2")
         for name, shape in self.outputs.items():
             file = quote(name, safe="")
             if name != "logits" or self.top_k is None:
-                found[f"{name}.values"] = Column(f"{file}.values.bin", values, shape)
+                columns[f"{name}.values"] = Column(f"{file}.values.bin", values, shape)
                 continue
             classes = np.dtype("<i2" if shape[0] <= _MAX_INT16_CLASSES else "<i4")
-            found["logits.values"] = Column("logits.values.bin", values, (self.top_k,))
-            found["logits.classes"] = Column("logits.classes.bin", classes, (self.top_k,))
-            found["logits.rest"] = Column("logits.rest.bin", values, ())
-        return found
+            columns["logits.values"] = Column("logits.values.bin", values, (self.top_k,))
+            columns["logits.classes"] = Column("logits.classes.bin", classes, (self.top_k,))
+            columns["logits.rest"] = Column("logits.rest.bin", values, ())
+        return columns
 
     @property
     def row_bytes(self) -> int:
@@ -159,78 +150,75 @@ class Manifest(Settings):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files together once every row is there."""
+        """Bytes of all files together when every row is written."""
         return self.row_bytes * self.num_rows * self.epochs
 
 
 class RecordingWriter:
-    """Fills the files of a recording, row by row.
+    """Writes the files of a recording, row by row.
 
-    A row counts once its sample is there, and that is written by `commit` alone, behind everything else of that row:
-    in order for a process that is killed, and after `fsync` for a machine that loses power. Everything is written with
-    `pwrite` instead of through a memory map, where a full disk would kill the process without a word.
+    A row counts once its sample is written. Only `commit` does that, after everything else of the row: by the order of
+    the calls if the process is killed, and by `fdatasync` if the machine loses power. Rows are written with `pwrite`
+    and not through a memory map, with which a full disk would kill the process without a message.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the files that `make_files` has made in `folder`.
+        """Open the files that `create_files` made in `folder`.
 
         Raises:
             StateError: they cannot be opened.
         """
-        self.folder, self.manifest = folder, Manifest.load(folder)
+        self.folder, self.manifest = folder, RecordingManifest.load(folder)
         self._columns = self.manifest.columns
         self._files: dict[str, int] = {}
-        self._unmarked: list[tuple[int, int, NDArray[Any]]] = []
-        try:
+        self._uncommitted: list[tuple[int, int, NDArray[Any]]] = []
+        with ExitStack() as opened, _writing(folder):
+            opened.callback(self.close)
             for name, column in self._columns.items():
                 self._files[name] = os.open(folder / column.file, os.O_RDWR)
-        except OSError as exc:
-            self.close()
-            raise _cannot_write(folder, exc) from exc
+            opened.pop_all()
 
-    def marks(self, epoch: int) -> NDArray[np.bool_]:
-        """`[num_rows]`, True for the rows of `epoch` that are there."""
+    def committed(self, epoch: int) -> NDArray[np.bool_]:
+        """`[num_rows]`, True for the rows of `epoch` that count."""
         column = self._columns[SAMPLE]
         length = column.row_bytes * self.manifest.num_rows
-        found = os.pread(self._files[SAMPLE], length, epoch * length)
-        marks: NDArray[np.bool_] = np.frombuffer(found, column.dtype) != 0
-        return marks
+        samples = np.frombuffer(os.pread(self._files[SAMPLE], length, epoch * length), column.dtype)
+        committed: NDArray[np.bool_] = samples != 0
+        return committed
 
-    def write(self, epoch: int, place: int, rows: Mapping[str, NDArray[Any]]) -> None:
-        """Put rows `[n, ...]` of every column behind one another from `place` of `epoch` on; `commit` makes them count.
+    def write(self, epoch: int, position: int, rows: Mapping[str, NDArray[Any]]) -> None:
+        """Write rows `[n, ...]` of every column, from `position` of `epoch` on; they count after `commit`.
 
         Raises:
-            StateError: the disk is full, or fails.
+            StateError: the disk is full or fails.
         """
         for name, values in rows.items():
             if name != SAMPLE:
-                self._put(name, epoch, place, values)
-        self._unmarked.append((epoch, place, rows[SAMPLE] + 1))
+                self._put(name, epoch, position, values)
+        self._uncommitted.append((epoch, position, rows[SAMPLE] + 1))
 
     def commit(self) -> None:
-        """Let everything written so far count.
+        """Let everything that was written count.
 
         Raises:
-            StateError: the disk is full, or fails.
+            StateError: the disk is full or fails.
         """
         self._sync(name for name in self._files if name != SAMPLE)
-        for epoch, place, samples in self._unmarked:
-            self._put(SAMPLE, epoch, place, samples)
-        self._unmarked.clear()
+        for epoch, position, samples in self._uncommitted:
+            self._put(SAMPLE, epoch, position, samples)
+        self._uncommitted.clear()
         self._sync([SAMPLE])
 
     def finish_epoch(self, epoch: int, *, save: bool) -> None:
-        """Know that `epoch` and those before it are whole, and `save` that; of several processes one does.
+        """Mark `epoch` and all before it as complete; one of the processes should `save` that in the manifest.
 
         Raises:
-            StateError: the disk is full, or fails.
+            StateError: the disk is full or fails.
         """
         self.manifest = self.manifest.model_copy(update={"epochs_done": epoch + 1})
         if save:
-            try:
+            with _writing(self.folder / MANIFEST):
                 self.manifest.save(self.folder)
-            except OSError as exc:
-                raise _cannot_write(self.folder / MANIFEST, exc) from exc
 
     def close(self) -> None:
         """Close the files; what was not committed does not count."""
@@ -238,66 +226,59 @@ class RecordingWriter:
             os.close(file)
         self._files.clear()
 
-    def _put(self, name: str, epoch: int, place: int, rows: NDArray[Any]) -> None:
+    def _put(self, name: str, epoch: int, position: int, rows: NDArray[Any]) -> None:
         column = self._columns[name]
         left = memoryview(np.ascontiguousarray(rows, dtype=column.dtype).tobytes())
-        offset = (epoch * self.manifest.num_rows + place) * column.row_bytes
-        try:
+        offset = (epoch * self.manifest.num_rows + position) * column.row_bytes
+        with _writing(self.folder / column.file):
             while left:
                 written = os.pwrite(self._files[name], left, offset)
                 left, offset = left[written:], offset + written
-        except OSError as exc:
-            raise _cannot_write(self.folder / column.file, exc) from exc
 
-    def _sync(self, names: Any) -> None:
+    def _sync(self, names: Iterable[str]) -> None:
         for name in names:
-            try:
+            with _writing(self.folder / self._columns[name].file):
                 os.fdatasync(self._files[name])
-            except OSError as exc:
-                raise _cannot_write(self.folder / self._columns[name].file, exc) from exc
 
 
-def make_files(folder: Path, manifest: Manifest) -> None:
-    """Make the files of a recording, or make those that are there longer, and write the manifest.
+def create_files(folder: Path, manifest: RecordingManifest) -> None:
+    """Create the files of a recording, or extend existing ones, and write the manifest.
 
     Raises:
         StateError: they cannot be written.
     """
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        # Without a manifest, what lies there belongs to no recording.
+        # Files without a manifest belong to no recording.
         mode = "r+b" if (folder / MANIFEST).exists() else "w+b"
         for column in manifest.columns.values():
             with (folder / column.file).open(mode) as file:
                 length = column.row_bytes * manifest.num_rows * manifest.epochs
                 file.truncate(max(length, os.fstat(file.fileno()).st_size))
         manifest.save(folder)
-    except OSError as exc:
-        raise _cannot_write(folder, exc) from exc
 
 
-def open_columns(folder: Path, manifest: Manifest) -> dict[str, NDArray[Any]]:
+def open_columns(folder: Path, manifest: RecordingManifest) -> dict[str, NDArray[Any]]:
     """The arrays of a recording, memory-mapped, `[epochs, num_rows, ...]` each.
 
     Raises:
-        TeacherError: a file is not there or too short.
+        TeacherError: a file is missing or too short.
     """
-    found: dict[str, NDArray[Any]] = {}
+    columns: dict[str, NDArray[Any]] = {}
     for name, column in manifest.columns.items():
         path = folder / column.file
-        wanted = column.row_bytes * manifest.num_rows * manifest.epochs
+        expected = column.row_bytes * manifest.num_rows * manifest.epochs
         size = -1
         with suppress(OSError):
             size = path.stat().st_size
-        if size < wanted:
-            state = "is not there" if size < 0 else f"has {size} bytes and not {wanted}"
+        if size < expected:
+            state = "is missing" if size < 0 else f"has {size} bytes and not {expected}"
             raise TeacherError(f"the recording in {folder} is damaged: {path} {state}; copy or record it again")
-        shape = (manifest.epochs, manifest.num_rows, *column.shape)
-        found[name] = np.memmap(path, column.dtype, "r", shape=shape)
-    return found
+        columns[name] = np.memmap(path, column.dtype, "r", shape=(manifest.epochs, manifest.num_rows, *column.shape))
+    return columns
 
 
-def encode(outputs: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
+def encode(outputs: Mapping[str, Tensor], manifest: RecordingManifest) -> dict[str, Tensor]:
     """Outputs `[N, ...]` float32 as columns of a recording, on the same device.
 
     Raises:
@@ -314,11 +295,11 @@ def encode(outputs: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tenso
     return {name: column if name == "logits.classes" else _half(name, column) for name, column in columns.items()}
 
 
-def decode(columns: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tensor]:
+def decode(columns: Mapping[str, Tensor], manifest: RecordingManifest) -> dict[str, Tensor]:
     """Columns of a recording as outputs `[N, ...]` float32, on the same device.
 
-    Where only the largest logits were kept, the other classes share the rest of the probability evenly, so that a
-    softmax gives those that were kept the probabilities that they had.
+    With `top_k`, the other classes share the rest of the probability evenly, so a softmax gives the kept classes the
+    probabilities that they had.
     """
     outputs = {name: columns[f"{name}.values"].float() for name in manifest.outputs}
     if manifest.top_k is not None:
@@ -330,10 +311,10 @@ def decode(columns: Mapping[str, Tensor], manifest: Manifest) -> dict[str, Tenso
 
 
 def checksums(images: Tensor) -> NDArray[np.uint32]:
-    """Of each of the images `[N, ...]`, float32 or float16: the sum of its pixels' bits, each times an odd number.
+    """`[N]`, a checksum of each image `[N, ...]`, float32 or float16: the bits of its pixels times odd numbers, summed.
 
-    Integers that wrap around, so that it is the same on every device, and one pixel that changes always changes it.
-    It is computed where the images are, in less time than a digest by the book.
+    Integers that wrap around give the same sum on every device, and a single changed pixel always changes it. It is
+    computed on the device of the images, faster than a cryptographic digest.
     """
     bits = images.flatten(1).view(torch.int32 if images.dtype == torch.float32 else torch.int16)
     factors = _factors(bits.shape[1])
@@ -342,11 +323,11 @@ def checksums(images: Tensor) -> NDArray[np.uint32]:
 
 
 def _sums_on_cpu(bits: Tensor, factors: NDArray[np.uint32]) -> list[int]:
-    """In NumPy, which takes a third of the time that torch takes."""
+    """In NumPy, which takes a third of torch's time."""
     sums = []
     for row in bits.numpy():
         pixels = row.astype(np.int32, copy=False).view(np.uint32)
-        # With the upper half of each number in its lower half too, sign and exponent move all of a product.
+        # With the upper half of each number added to its lower half, sign and exponent affect all of the product.
         products = pixels >> np.uint32(16)
         products ^= pixels
         products *= factors
@@ -355,28 +336,31 @@ def _sums_on_cpu(bits: Tensor, factors: NDArray[np.uint32]) -> list[int]:
 
 
 def _sums_on_gpu(bits: Tensor, factors: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """The same in torch, which knows signed numbers alone, for a few images at a time."""
+    """The same in torch, which has signed integers only, for a few images at a time."""
     factors_P = torch.from_numpy(factors.view(np.int32)).to(bits.device)
     sums = []
     for start in range(0, len(bits), _CHUNK):
         pixels = bits[start : start + _CHUNK].to(torch.int32)
         products = (pixels ^ ((pixels >> 16) & 0xFFFF)) * factors_P
         sums.append(products.sum(1))  # in int64
-    found: NDArray[np.uint32] = torch.cat(sums).cpu().numpy().astype(np.uint32)
-    return found
+    return np.asarray(torch.cat(sums).cpu().numpy().astype(np.uint32))
 
 
 @cache
 def _factors(count: int) -> NDArray[np.uint32]:
-    """Odd numbers, from a generator whose raw words NumPy promises never to change."""
+    """Odd numbers, from a generator whose raw output NumPy promises never to change."""
     return np.random.Philox(key=0).random_raw(count).astype(np.uint32) | np.uint32(1)
 
 
-def _cannot_write(path: Path, exc: OSError) -> StateError:
-    return StateError(
-        f"{path} cannot be written: {exc.strerror}; put that right and run the same command again, which goes on where "
-        "this one stopped"
-    )
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a StateError about `path`."""
+    try:
+        yield
+    except OSError as exc:
+        raise StateError(
+            f"{path} cannot be written: {exc.strerror}; solve that and run the same command again to resume"
+        ) from exc
 
 
 def _half(name: str, column: Tensor) -> Tensor:

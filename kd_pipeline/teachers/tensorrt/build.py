@@ -1,9 +1,10 @@
-"""From an ONNX file to a TensorRT engine that has been checked: convert, compare, build once, keep the manifest."""
+"""Build a TensorRT engine from an ONNX file: convert it, check its parity, compile it, and write its manifest."""
 
 import hashlib
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,144 +20,137 @@ from kd_pipeline.onnx.file import OnnxFile, read_onnx
 from kd_pipeline.onnx.half_precision import CONVERTER_VERSION, convert_precision, emulate_precision
 from kd_pipeline.onnx.quantize import quantize_onnx
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
-from kd_pipeline.teachers.tensorrt.builder_process import CompileJob, run_compiler
-from kd_pipeline.teachers.tensorrt.cache import cache_folder, folder_beside
-from kd_pipeline.teachers.tensorrt.load import capability_of, complete_parity
+from kd_pipeline.teachers.tensorrt.builder_process import BuilderJob, run_builder
+from kd_pipeline.teachers.tensorrt.cache import build_folder, cache_folder
+from kd_pipeline.teachers.tensorrt.load import capability_of, record_engine_parity
 from kd_pipeline.teachers.tensorrt.manifest import (
-    Manifest,
+    EngineManifest,
     Parity,
     Recipe,
     TensorIO,
-    differences,
+    changed_fields,
     manifest_path,
     read_engine,
     write_manifest,
 )
 from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
 from kd_pipeline.teachers.tensorrt.parity import (
-    Exam,
-    Samples,
-    compare,
-    exam_path,
-    generated_samples,
-    load_exam,
-    set_exam,
+    CalibrationSet,
+    ParityReference,
+    check_parity,
+    generate_calibration_set,
+    load_reference,
+    make_reference,
+    parity_path,
 )
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["build_engine"]
 
 _SUFFIXES = (".engine", ".plan", ".trt")
-_LARGEST_ONNX_BATCH = 64
-"""The converted file is compared on a CPU in batches up to this size; the engine itself in those of its profiles."""
+_MAX_ONNX_BATCH = 64
+"""Largest batch in which the converted file is checked, as that runs on a CPU; the engine is checked in all of them."""
+_BUILDER_OPTIONS = {"workspace", "builder_optimization_level", "version_compatible", "hardware_compatible"}
+"""Settings that recipe and builder take as they are."""
 
 
 def build_engine(
     settings: BuildSettings,
     *,
     save_engine: Path | None = None,
-    samples: Callable[[], Samples] | None = None,
+    calibration_set: Callable[[], CalibrationSet] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Build the engine that `settings` describe, unless it is there already, and return where it lies.
+    """Build the engine that `settings` describe, unless it exists already, and return its path.
 
-    The answers of the converted file are compared with the float32 file's before TensorRT sees it, and on a machine
-    that can run the engine its own answers too. Whoever asks for an engine that another process builds waits for it.
+    The outputs of the converted file are compared with those of the float32 file before TensorRT is called, and on a
+    machine that can run the engine its own outputs too. While one process builds an engine, others wait for it.
 
     Args:
-        settings: which engine.
-        save_engine: where it goes; a file in `cache_folder()` named after everything that goes into it unless given.
-        samples: gives the images for the comparison and for the ranges of int8 and fp8; called when they are needed.
-            Without it the images are generated, which is refused for int8 and fp8.
-        report: hears what goes on, a line at a time.
+        settings: which engine to build.
+        save_engine: where to save it; defaults to a file in `cache_folder()` whose name depends on all its settings.
+        calibration_set: returns the images for the parity check and for the ranges of int8 and fp8. It is called only
+            if they are needed. Without it the images are generated, which is an error for int8 and fp8.
+        report: called with each line of progress.
 
     Raises:
-        EngineError: the file makes no engine, its answers are too far off, TensorRT cannot build it, or something
-            cannot be read or written.
+        EngineError: the file makes no engine, its outputs are too far off, TensorRT cannot build it, or a file cannot
+            be read or written.
         TeacherError: the file is no teacher.
-        MissingPackageError: TensorRT, or what the conversion needs, is not installed.
+        MissingPackageError: TensorRT or a package for the conversion is not installed.
     """
     try:
         file, tensorrt = read_onnx(settings.onnx), open_tensorrt(settings.runtime)
         image_shape = _image_shape(settings, file)
-        samples = _samples(settings, image_shape, samples)
-        recipe = _recipe(settings, file, image_shape, samples, tensorrt)
+        calibration_set = _checked(calibration_set, settings, image_shape)
+        recipe = _recipe(settings, file, image_shape, calibration_set, tensorrt)
         name = f"{file.path.stem}-{settings.precision}-{recipe.key[:16]}.engine"
         engine = cache_folder() / name if save_engine is None else save_engine.absolute()
-        _check_places(settings, engine)
+        _check_paths(settings, engine)
         with locked(engine, lambda: report(f"waiting for another process that builds {engine}")):
-            if not _is_there(engine, recipe, report):
-                with folder_beside(engine) as folder:
-                    _Build(settings, file, recipe, samples, tensorrt, report).run(folder, engine)
+            if not _is_current(engine, recipe, report):
+                with build_folder(engine) as folder:
+                    _Build(settings, file, recipe, calibration_set, tensorrt, report).run(folder, engine)
     except OSError as error:
         raise EngineError(
             f"{error.filename or save_engine or 'the engine'} cannot be read or written: {error.strerror}; correct "
-            "that, or give another place with save_engine (--save-engine)"
+            "that, or choose a different file with save_engine (--save-engine)"
         ) from error
     return engine
 
 
 @dataclass(frozen=True)
 class _Build:
-    """One engine in the making."""
+    """One build of an engine."""
 
     settings: BuildSettings
     file: OnnxFile
     recipe: Recipe
-    samples: Callable[[], Samples]
+    calibration_set: Callable[[], CalibrationSet]
     tensorrt: TensorRT
     report: Callable[[str], None]
 
     def run(self, folder: Path, engine: Path) -> None:
-        """Make the engine and what belongs to it in `folder`, and move all of it to where `engine` says."""
-        made = folder / engine.name
+        """Make the engine and its files in `folder`, and then move them to where `engine` is to be."""
+        built = folder / engine.name
         edited = self._edit(folder)
-        converted, acted, kept = self._convert(edited, folder)
-        exam, figures, batch_sizes = self._compare(edited, acted)
-        content = exam.to_bytes()
-        exam_path(made).write_bytes(content)
+        converted, emulated, kept_float32 = self._convert(edited, folder)
+        reference, parity = self._check_parity(edited, emulated, built)
         started = time.perf_counter()
-        self._compile(converted, made)
+        self._compile(converted, built)
         build_s = time.perf_counter() - started
-        image, outputs = _tensors(read_onnx(converted), exam)
-        manifest = Manifest(
+        image, outputs = _tensors(read_onnx(converted), reference)
+        manifest = EngineManifest(
             **self.recipe.model_dump(),
-            engine_sha256=hashlib.sha256(made.read_bytes()).hexdigest(),
-            engine_bytes=made.stat().st_size,
+            engine_sha256=hashlib.sha256(built.read_bytes()).hexdigest(),
+            engine_bytes=built.stat().st_size,
             image=image,
             outputs=outputs,
-            kept_float32=kept,
-            parity=Parity(
-                measured_on="onnx",
-                images=exam.source,
-                num_images=len(exam.images),
-                batch_sizes=batch_sizes,
-                **figures,
-                tensors_sha256=hashlib.sha256(content).hexdigest(),
-            ),
+            kept_float32=kept_float32,
+            parity=parity,
             onnx=str(self.file.path),
-            command=self.settings.command(engine, calibrate=self.samples().config),
+            command=self.settings.command(engine, calibrate=self.calibration_set().config),
             build_s=round(build_s, 3),
         )
-        write_manifest(made, manifest)
+        write_manifest(built, manifest)
         if torch.cuda.is_available():
             self.report("comparing the engine with the float32 file")
-            complete_parity(made, torch.device("cuda", torch.cuda.current_device()), report=self.report)
+            record_engine_parity(built, torch.device("cuda", torch.cuda.current_device()), report=self.report)
         if read_onnx(self.file.path).sha256 != self.file.sha256:
-            raise EngineError(f"{self.file.path} was changed during the build; build again when it stays as it is")
-        # The engine last: what lies there is whole, or does not fit its manifest and is built again.
-        for path in (exam_path(made), manifest_path(made), made):
+            raise EngineError(f"{self.file.path} was changed during the build; build again when it no longer changes")
+        # The engine comes last: until then there is none, or one that does not match its manifest and is built again.
+        for path in (parity_path(built), manifest_path(built), built):
             os.replace(path, engine.parent / path.name)
 
     def _edit(self, folder: Path) -> Path:
-        """The float32 file with adapter, outputs and classes as asked for; the file itself where nothing is."""
+        """The float32 file with adapter, outputs and classes of the settings; the file itself if there are none."""
         settings = self.settings
         if self.file.precision != "fp32":
             raise EngineError(
                 f"{self.file.path} holds {self.file.precision} weights; give the float32 file, from which the build "
-                "makes every precision and against which it compares"
+                "makes every precision and with which it compares them"
             )
-        OnnxRuntimeTeacher(self.file.path).close()  # weights cut short, or what it does not know: told before any work
+        OnnxRuntimeTeacher(self.file.path).close()  # fail early on truncated weights and unknown operators
         if settings.input_adapter is None and not settings.outputs and settings.classes is None:
             return self.file.path
         return edit_onnx(
@@ -168,42 +162,49 @@ class _Build:
         )
 
     def _convert(self, edited: Path, folder: Path) -> tuple[Path, Path, tuple[str, ...]]:
-        """The file for TensorRT, one that ONNX Runtime can act it out with, and the nodes that stayed in float32."""
+        """The file for TensorRT, one that emulates it in ONNX Runtime, and the nodes kept in float32."""
         precision, converted = self.settings.precision, folder / "converted.onnx"
         match precision:
             case "fp32":
                 return edited, edited, ()
             case "fp16" | "bf16":
                 self.report(f"converting to {precision}")
-                images = self.samples().images
+                images = self.calibration_set().images
                 kept = convert_precision(edited, converted, precision, images, half_io=self.settings.half_io)
-                return converted, emulate_precision(converted, folder / "acted.onnx"), kept
+                return converted, emulate_precision(converted, folder / "emulated.onnx"), kept
             case "int8" | "fp8":
                 self.report(f"finding the ranges for {precision}")
-                quantize_onnx(edited, converted, precision, self.samples().images)
+                quantize_onnx(edited, converted, precision, self.calibration_set().images)
                 return converted, converted, ()
 
-    def _compare(self, edited: Path, acted: Path) -> tuple[Exam, dict[str, float], tuple[int, ...]]:
-        """Hold the converted file against the float32 one, both in ONNX Runtime."""
-        samples = self.samples()
-        self.report(f"comparing {self.settings.precision} with float32 on {len(samples.images)} images")
+    def _check_parity(self, edited: Path, emulated: Path, built: Path) -> tuple[ParityReference, Parity]:
+        """Compare the converted file with the float32 file in ONNX Runtime; saves the reference beside `built`."""
+        precision, images = self.settings.precision, self.calibration_set()
+        self.report(f"comparing {precision} with float32 on {len(images.images)} images")
         dtype = torch.float16 if self.settings.half_io else torch.float32
-        sizes = {min(size, _LARGEST_ONNX_BATCH) for each in self.recipe.profiles for size in (1, each.opt, each.max)}
-        reference = OnnxRuntimeTeacher(edited)
-        exam = set_exam(reference, samples)
-        reference.close()
-        # ONNX Runtime's optimizer would take roundings out.
-        teacher = OnnxRuntimeTeacher(acted, as_written=self.settings.precision != "fp32")
+        sizes = {min(size, _MAX_ONNX_BATCH) for each in self.recipe.profiles for size in (1, each.opt, each.max)}
         batch_sizes = tuple(sorted(sizes))
-        figures = compare(
-            exam, lambda images: teacher(images.to(dtype)), batch_sizes=batch_sizes, precision=self.settings.precision
+        with closing(OnnxRuntimeTeacher(edited)) as teacher:
+            reference = make_reference(teacher, images)
+        # ONNX Runtime's optimizer would drop the roundings that emulate half precision.
+        with closing(OnnxRuntimeTeacher(emulated, optimize=precision == "fp32")) as teacher:
+            metrics = check_parity(
+                reference, lambda images: teacher(images.to(dtype)), batch_sizes=batch_sizes, precision=precision
+            )
+        content = reference.to_bytes()
+        parity_path(built).write_bytes(content)
+        return reference, Parity(
+            measured_on="onnx",
+            images=reference.source,
+            num_images=len(reference.images),
+            batch_sizes=batch_sizes,
+            **metrics,
+            tensors_sha256=hashlib.sha256(content).hexdigest(),
         )
-        teacher.close()
-        return exam, figures, batch_sizes
 
     def _compile(self, converted: Path, engine: Path) -> None:
         settings = self.settings
-        job = CompileJob(
+        job = BuilderJob(
             onnx=converted,
             engine=engine,
             input_name=self.file.input_name,
@@ -211,41 +212,39 @@ class _Build:
             batch_sizes=tuple((each.min, each.opt, each.max) for each in settings.profiles),
             runtime=self.tensorrt.runtime,
             tf32=settings.precision != "fp32",
-            workspace=settings.workspace,
-            builder_optimization_level=settings.builder_optimization_level,
             timing_cache=settings.timing_cache and settings.timing_cache.absolute(),
-            version_compatible=settings.version_compatible,
-            hardware_compatible=settings.hardware_compatible,
             compute_capability=settings.compute_capability,
+            **settings.model_dump(include=_BUILDER_OPTIONS),
         )
         self.report(f"building with {self.tensorrt.runtime} {self.tensorrt.version}")
-        run_compiler(job, engine.parent, self.report)
+        run_builder(job, engine.parent, self.report)
 
 
-def _samples(
-    settings: BuildSettings, image_shape: tuple[int, int, int], samples: Callable[[], Samples] | None
-) -> Callable[[], Samples]:
-    """What gives the images, and gives the same ones the second time without work."""
-    if samples is None and settings.precision in ("int8", "fp8"):
+def _checked(
+    calibration_set: Callable[[], CalibrationSet] | None, settings: BuildSettings, image_shape: tuple[int, int, int]
+) -> Callable[[], CalibrationSet]:
+    """`calibration_set`, or one that generates images; cached and checked for the size of its images."""
+    if calibration_set is None and settings.precision in ("int8", "fp8"):
         raise EngineError(
-            f"{settings.precision} takes its ranges from real images, and there are none; pass samples (--calibrate "
-            "with a config), or take fp16 or bf16"
+            f"{settings.precision} takes its ranges from real images, and there are none; pass calibration_set "
+            "(--calibrate with a config), or use fp16 or bf16"
         )
-    return cache(lambda: generated_samples(image_shape) if samples is None else _fitting(samples(), image_shape))
+
+    @cache
+    def checked() -> CalibrationSet:
+        found = generate_calibration_set(image_shape) if calibration_set is None else calibration_set()
+        if found.images.shape[1:] != image_shape:
+            raise EngineError(
+                f"the engine takes images {list(image_shape)}, and {found.source} gives "
+                f"{list(found.images.shape[1:])}; set the size of its transform, or export the teacher for that size"
+            )
+        return found
+
+    return checked
 
 
-def _fitting(samples: Samples, image_shape: tuple[int, int, int]) -> Samples:
-    found = tuple(samples.images.shape[1:])
-    if found != image_shape:
-        raise EngineError(
-            f"the engine takes images {list(image_shape)}, and {samples.source} gives {list(found)}; set the size of "
-            "its transform, or export the teacher for that size"
-        )
-    return samples
-
-
-def _check_places(settings: BuildSettings, engine: Path) -> None:
-    """Refuse names that would replace something else than an engine, and make the folders that are missing."""
+def _check_paths(settings: BuildSettings, engine: Path) -> None:
+    """Refuse names that could replace something other than an engine, and create missing folders."""
     if engine.is_dir():
         raise EngineError(f"the engine would go to {engine}, which is a folder; name a file in it")
     if engine.suffix not in _SUFFIXES:
@@ -258,19 +257,19 @@ def _check_places(settings: BuildSettings, engine: Path) -> None:
 
 
 def _image_shape(settings: BuildSettings, file: OnnxFile) -> tuple[int, int, int]:
-    # Behind a resize it does not matter what the file takes.
+    # After a resize the size that the file takes does not matter.
     is_resized = settings.input_adapter is not None and settings.input_adapter.size is not None
     height, width = (None, None) if is_resized else file.images.shape[2:]
     size = settings.image_size
     if size is None and (height is None or width is None):
         raise EngineError(
-            f"{file.path} takes images of any size{' behind its resize' if is_resized else ''}, and an engine takes "
-            "one; say which with image_size (--image-size)"
+            f"{file.path} takes images of any size{' after its resize' if is_resized else ''}, and an engine takes "
+            "one; set it with image_size (--image-size)"
         )
     if size is not None and (height not in (None, size) or width not in (None, size)):
         raise EngineError(
-            f"{file.path} takes images of {height} x {width}, wanted are {size} x {size}; give it images of its own "
-            "size, or fold a resize into it with an input adapter"
+            f"{file.path} takes images of {height} x {width}, wanted {size} x {size}; give it images of its own size, "
+            "or fold a resize into it with an input adapter"
         )
     return 3, size or height or 0, size or width or 0
 
@@ -279,7 +278,7 @@ def _recipe(
     settings: BuildSettings,
     file: OnnxFile,
     image_shape: tuple[int, int, int],
-    samples: Callable[[], Samples],
+    calibration_set: Callable[[], CalibrationSet],
     tensorrt: TensorRT,
 ) -> Recipe:
     adapter, is_calibrated = settings.input_adapter, settings.precision in ("int8", "fp8")
@@ -289,21 +288,15 @@ def _recipe(
         input_adapter=None if adapter is None else adapter.model_dump(mode="json"),
         extra_outputs=settings.outputs,
         classes=file.classes if settings.classes is None else class_names(settings.classes),
-        precision=settings.precision,
-        half_io=settings.half_io,
-        calibration_sha256=_digest(samples().images) if is_calibrated else None,
+        calibration_sha256=_digest(calibration_set().images) if is_calibrated else None,
         converter=CONVERTER_VERSION,
         image_shape=image_shape,
-        profiles=settings.profiles,
         runtime=tensorrt.runtime,
         runtime_version=tensorrt.version,
         gpu=gpu,
         compute_capability=compute_capability,
-        workspace=settings.workspace,
-        builder_optimization_level=settings.builder_optimization_level,
-        version_compatible=settings.version_compatible,
-        hardware_compatible=settings.hardware_compatible,
         plugins=(),
+        **settings.model_dump(include={"precision", "half_io", "profiles"} | _BUILDER_OPTIONS),
     )
 
 
@@ -311,13 +304,13 @@ def _hardware(settings: BuildSettings, tensorrt: TensorRT) -> tuple[str, tuple[s
     """Name and compute capability of the GPUs that the engine is for."""
     if tensorrt.runtime == "tensorrt_rtx":
         if settings.hardware_compatible:
-            raise EngineError("tensorrt_rtx does not know --hardware-compatible; name GPUs with --compute-capability")
+            raise EngineError("tensorrt_rtx has no --hardware-compatible; name GPUs with --compute-capability")
         return "any", settings.compute_capability or ("any",)
     if settings.compute_capability:
         raise EngineError("tensorrt builds for the GPU it runs on; --compute-capability is for --runtime tensorrt_rtx")
     if not torch.cuda.is_available():
         raise EngineError(
-            "tensorrt builds on the GPU that the engine is for, and torch sees none here; build there, or take "
+            "tensorrt builds on the GPU that the engine is for, and torch sees none here; build there, or use "
             "--runtime tensorrt_rtx, whose builder needs no GPU"
         )
     if settings.hardware_compatible:
@@ -325,32 +318,31 @@ def _hardware(settings: BuildSettings, tensorrt: TensorRT) -> tuple[str, tuple[s
     return torch.cuda.get_device_name(), (capability_of(torch.device("cuda", torch.cuda.current_device())),)
 
 
-def _is_there(engine: Path, recipe: Recipe, report: Callable[[str], None]) -> bool:
-    """Whether `engine` is what `recipe` makes, whole and ours; says why where it is not."""
+def _is_current(engine: Path, recipe: Recipe, report: Callable[[str], None]) -> bool:
+    """Whether `engine` exists, is trusted, and was built from `recipe`; reports why it is built again if not."""
     if not engine.exists():
         return False
     try:
         manifest = read_engine(engine).manifest
-        assert manifest is not None  # as it is not vouched for
-        load_exam(engine, manifest.parity)
+        assert manifest is not None  # only an engine opened with trust_engine may have none
+        load_reference(engine, manifest.parity)
     except EngineError as error:
         report(f"building again, because {error}")
         return False
-    wanted = recipe.model_dump(mode="json")
-    if changed := differences(manifest, wanted):
-        report(f"building again, because {engine} is another one: {'; '.join(changed)}")
+    if changed := changed_fields(manifest, recipe.model_dump(mode="json")):
+        report(f"building again, because {engine} is different: {'; '.join(changed)}")
         return False
-    report(f"{engine} is there already")
+    report(f"{engine} already exists")
     return True
 
 
-def _tensors(converted: OnnxFile, exam: Exam) -> tuple[TensorIO, dict[str, TensorIO]]:
-    """Input and outputs as the engine will have them, with the sizes that the file may leave open."""
-    image_shape = (None, *exam.images.shape[1:])
+def _tensors(converted: OnnxFile, reference: ParityReference) -> tuple[TensorIO, dict[str, TensorIO]]:
+    """Input and outputs of the engine, with the sizes that the file may leave open."""
+    image_shape = (None, *reference.images.shape[1:])
     image = TensorIO(name=converted.input_name, shape=image_shape, dtype=_name(converted.images.dtype))
     outputs = {}
     for name, spec in converted.outputs.items():
-        shape = (None, *exam.answers[name].shape[1:])
+        shape = (None, *reference.outputs[name].shape[1:])
         outputs[name] = TensorIO(name=converted.output_names[name], shape=shape, dtype=_name(spec.dtype))
     return image, outputs
 

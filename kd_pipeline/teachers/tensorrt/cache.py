@@ -1,4 +1,4 @@
-"""Where engines lie, and the folder that one is built in."""
+"""The folder of cached engines, and the temporary folder of a build."""
 
 import shutil
 from collections.abc import Iterator
@@ -8,27 +8,27 @@ from pathlib import Path
 from kd_pipeline._core.user_cache import user_cache
 from kd_pipeline.errors import EngineError
 
-__all__ = ["cache_folder", "folder_beside"]
+__all__ = ["build_folder", "cache_folder"]
 
 
 def cache_folder() -> Path:
-    """`kd_pipeline/engines` in `$XDG_CACHE_HOME` or `~/.cache`; made for this user alone if it is not there.
+    """Return `kd_pipeline/engines` in `$XDG_CACHE_HOME` or `~/.cache`; created if needed, for this user only.
 
     Raises:
         EngineError: this user has no home folder.
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     try:
         return user_cache("engines")
     except RuntimeError as exc:
-        raise EngineError(f"there is no place for engines ({exc}); set XDG_CACHE_HOME, or give save_engine") from None
+        raise EngineError(f"there is no folder for engines ({exc}); set XDG_CACHE_HOME, or pass save_engine") from None
 
 
 @contextmanager
-def folder_beside(engine: Path) -> Iterator[Path]:
-    """An empty folder on the same filesystem as `engine`, for whoever holds its lock; it goes when the work is over.
+def build_folder(engine: Path) -> Iterator[Path]:
+    """Make an empty folder on the filesystem of `engine`, for the holder of its lock, and remove it at the end.
 
-    Its name is always the same, so that the next build removes what a killed one left.
+    Its name is always the same, so the next build removes what a killed one left.
     """
     folder = engine.with_name(f".{engine.name}.building")
     shutil.rmtree(folder, ignore_errors=True)

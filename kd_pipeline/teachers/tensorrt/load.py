@@ -1,4 +1,4 @@
-"""From an engine file to a teacher: trusted, fit for this machine, and compared with the float32 file's answers."""
+"""Open an engine as a teacher, if it is trusted, runs on this machine, and agrees with the float32 file."""
 
 import logging
 from collections.abc import Callable
@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.tensorrt.manifest import Manifest, read_engine, write_manifest
+from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, read_engine, write_manifest
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
-from kd_pipeline.teachers.tensorrt.parity import compare, load_exam
+from kd_pipeline.teachers.tensorrt.parity import check_parity, load_reference
 from kd_pipeline.teachers.tensorrt.teacher import TensorRTTeacher
 
-__all__ = ["capability_of", "complete_parity", "open_engine", "unfit"]
+__all__ = ["capability_of", "incompatibilities", "open_engine", "record_engine_parity"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -28,51 +28,50 @@ def open_engine(
 ) -> TensorRTTeacher:
     """Open the engine at `path` as a teacher on `device`.
 
-    The first time that an engine from another machine runs here, its own answers are compared with the float32
-    file's, which were kept beside it, and the figures go into its manifest.
+    An engine that has not run on a GPU yet is first checked for parity: its outputs are compared with those of the
+    float32 file, which are kept beside it, and the metrics are written to its manifest.
 
     Raises:
-        EngineError: the engine is not to be trusted, was built for something else, or gives wrong answers; the
-            message holds the command that builds it again.
+        EngineError: the engine is not trusted, was built for something else, or fails the parity check; the message
+            has the command that builds it again.
     """
     engine = read_engine(path, trust_engine=trust_engine)
     manifest = engine.manifest
     if manifest is None:
-        _logger.warning("%s has no manifest: nobody has compared its answers with the float32 model's", path)
+        _logger.warning("%s has no manifest: its outputs were never compared with the float32 model's", path)
         return TensorRTTeacher(engine, device=device, runtime=runtime, cuda_graph=cuda_graph)
-    problems = unfit(manifest, device)
-    if problems:
+    if problems := incompatibilities(manifest, device):
         raise EngineError(f"{path} cannot run here: {'; '.join(problems)}. Build it again: {manifest.command}")
     teacher = TensorRTTeacher(engine, device=device, runtime=runtime, cuda_graph=cuda_graph)
     if manifest.parity.measured_on == "onnx":
         try:
-            _complete(path, manifest, teacher)
+            _record_parity(path, manifest, teacher)
         except BaseException:
             teacher.close()
             raise
     return teacher
 
 
-def complete_parity(path: Path, device: torch.device, report: Callable[[str], None]) -> None:
-    """Compare the engine at `path` on `device`, if it runs there, and write the figures into its manifest.
+def record_engine_parity(path: Path, device: torch.device, report: Callable[[str], None]) -> None:
+    """Check the engine at `path` for parity, if it runs on `device`, and write the metrics to its manifest.
 
     Raises:
-        EngineError: it runs, and its answers are too far off.
+        EngineError: it runs and fails the check.
     """
     engine = read_engine(path)
     manifest = engine.manifest
-    assert manifest is not None  # as it is not vouched for
-    if problems := unfit(manifest, device):
+    assert manifest is not None  # only an engine opened with trust_engine may have none
+    if problems := incompatibilities(manifest, device):
         report(f"the engine is not for {torch.cuda.get_device_name(device)}: {'; '.join(problems)}")
         return
     try:
         teacher = TensorRTTeacher(engine, device=device)
     except EngineError as error:
-        # It may run elsewhere, and where it is opened first it is compared first.
+        # It may run on a different machine, and is checked when it is first opened there.
         report(f"the engine does not run on {torch.cuda.get_device_name(device)}: {error}")
         return
     try:
-        _complete(path, manifest, teacher)
+        _record_parity(path, manifest, teacher)
     finally:
         teacher.close()
 
@@ -83,8 +82,8 @@ def capability_of(device: torch.device) -> str:
     return f"{major}.{minor}"
 
 
-def unfit(manifest: Manifest, device: torch.device) -> list[str]:
-    """Why an engine cannot run on `device`, a line for each field of its manifest that stands against it."""
+def incompatibilities(manifest: EngineManifest, device: torch.device) -> list[str]:
+    """Why an engine cannot run on `device`: a line for each field of its manifest that does not match."""
     if device.type != "cuda":
         return [f"an engine runs on an NVIDIA GPU and the images are on {device}"]
     problems = []
@@ -100,22 +99,21 @@ def unfit(manifest: Manifest, device: torch.device) -> list[str]:
     return problems
 
 
-def _complete(path: Path, manifest: Manifest, teacher: TensorRTTeacher) -> None:
-    exam = load_exam(path, manifest.parity)
+def _record_parity(path: Path, manifest: EngineManifest, teacher: TensorRTTeacher) -> None:
     batch_sizes = tuple(sorted({size for each in manifest.profiles for size in (1, each.opt, each.max)}))
     dtype = teacher.images.dtype
-    figures = compare(
-        exam,
+    metrics = check_parity(
+        load_reference(path, manifest.parity),
         lambda images: teacher(images.to(teacher.device, dtype)),
         batch_sizes=batch_sizes,
         precision=manifest.precision,
     )
-    parity = manifest.parity.model_copy(update={"measured_on": "engine", "batch_sizes": batch_sizes, **figures})
-    _logger.info("%s: its answers on %s are as close to float32 as they should be: %s", path, teacher.device, figures)
+    parity = manifest.parity.model_copy(update={"measured_on": "engine", "batch_sizes": batch_sizes, **metrics})
+    _logger.info("%s: its outputs on %s are close enough to float32: %s", path, teacher.device, metrics)
     try:
         write_manifest(path, manifest.model_copy(update={"parity": parity}))
     except OSError as error:
-        _logger.warning("%s: the figures of this GPU could not be written beside it: %s", path, error)
+        _logger.warning("%s: the metrics on this GPU could not be written to its manifest: %s", path, error)
 
 
 def _covers(built_for: str, capability: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the manifest beside a TensorRT engine says about it, checked before TensorRT sees a byte."""
+"""The manifest beside a TensorRT engine, which is verified before TensorRT reads a byte of the engine."""
 
 import hashlib
 import json
@@ -11,19 +11,19 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from kd_pipeline._core.atomic_write import write_whole
+from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import EngineError
 
 __all__ = [
     "EngineFile",
-    "Manifest",
+    "EngineManifest",
     "Parity",
     "Precision",
     "Profile",
     "Recipe",
     "TensorIO",
-    "differences",
+    "changed_fields",
     "manifest_path",
     "read_engine",
     "read_manifest",
@@ -34,7 +34,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 
 class Profile(Settings):
-    """Batch sizes that one optimization profile of an engine serves, and the one it is tuned for."""
+    """One optimization profile of an engine: its range of batch sizes, and the one it is tuned for."""
 
     min: int = Field(ge=1)
     opt: int = Field(ge=1)
@@ -51,9 +51,9 @@ class TensorIO(Settings):
     """An input or output of an engine."""
 
     name: str
-    """The engine's own name for it."""
+    """Its name in the engine."""
     shape: tuple[int | None, ...]
-    """None stands for the batch."""
+    """None stands for the batch size."""
     dtype: Literal["float32", "float16"]
 
     def __str__(self) -> str:
@@ -62,33 +62,33 @@ class TensorIO(Settings):
 
 
 class Parity(Settings):
-    """How far the numbers of an engine are from the float32 ONNX file on the same images."""
+    """How close the outputs of an engine are to those of the float32 ONNX file on the same images."""
 
     measured_on: Literal["engine", "onnx"]
-    """`engine` is the engine itself on a GPU; `onnx` is the converted file in ONNX Runtime, rounded like the engine."""
+    """`engine`: the engine itself on a GPU. `onnx`: the converted file in ONNX Runtime, at the engine's precision."""
     images: str
     """Where the images came from."""
     num_images: int
     batch_sizes: tuple[int, ...]
     cosine: float
-    """Smallest cosine between the two answers to one image, over all outputs."""
+    """Smallest cosine similarity between the two outputs for an image, over all images and outputs."""
     top1_agreement: float
-    """Part of the images for which both name the same class, or one that float32 holds for as good."""
+    """Part of the images whose top class is the same in both, or tied with the top class in float32."""
     kl: float
-    """Mean KL divergence of the two softmaxes at temperature 4, in nats."""
+    """Mean KL divergence between the two softmaxes at temperature 4, in nats."""
     tensors_sha256: str
-    """Digest of the `.parity.npz` beside the engine: the images, and the float32 answers to them."""
+    """Digest of the `.parity.npz` beside the engine, which holds the images and their float32 outputs."""
 
 
 class Recipe(Settings):
-    """Everything that decides what an engine computes and where it runs; two engines of one recipe are the same."""
+    """Everything that determines what an engine computes and where it runs; equal recipes make equal engines."""
 
     onnx_sha256: str
     """Digest over the ONNX file and its external data, before any change."""
     input_adapter: dict[str, Any] | None
-    """The `InputAdapter` that was folded in at the build."""
+    """The `InputAdapter` that the build folded in."""
     extra_outputs: tuple[str, ...]
-    """Tensors of the ONNX file that became outputs at the build."""
+    """Tensors of the ONNX file that the build made outputs."""
     classes: tuple[str, ...] | None
     """Class names in logit order."""
     precision: Precision
@@ -103,25 +103,25 @@ class Recipe(Settings):
     runtime: Literal["tensorrt", "tensorrt_rtx"]
     runtime_version: str
     gpu: str
-    """Name of the GPU it was built for, or `any`."""
+    """Name of the GPU that it was built for, or `any`."""
     compute_capability: tuple[str, ...]
-    """`("9.0",)` and the like, `("8.0+",)` for that and all later ones, or `("any",)`."""
+    """Such as `("9.0",)`; `("8.0+",)` for that one and all later ones; or `("any",)`."""
     workspace: int | None
     """MiB."""
     builder_optimization_level: int | None
     version_compatible: bool
     hardware_compatible: bool
     plugins: tuple[str, ...]
-    """Plugin libraries it needs; always none, as they are code from elsewhere."""
+    """Plugin libraries that it needs; always none, as they are foreign code."""
 
     @property
     def key(self) -> str:
-        """Hex digest of the whole recipe; names the engine in the cache."""
+        """Hex digest of all fields; part of the engine's name in the cache."""
         return _digest(self.model_dump(mode="json", include=set(Recipe.model_fields)))
 
 
-class Manifest(Recipe):
-    """What is known about one engine file; kept beside it as `<engine>.json`."""
+class EngineManifest(Recipe):
+    """What is known about an engine file; kept beside it as `<engine>.json`."""
 
     manifest_version: Literal[1] = 1
     engine_sha256: str
@@ -130,47 +130,47 @@ class Manifest(Recipe):
     outputs: dict[str, TensorIO]
     """By the teacher's name for the output; `logits` is among them."""
     kept_float32: tuple[str, ...]
-    """Nodes that stayed in float32: for the range of their values, or because TensorRT lacks them in half precision."""
+    """Nodes kept in float32, for the range of their values or because TensorRT lacks them in half precision."""
     parity: Parity
     onnx: str
-    """The ONNX file it was built from, where it was then."""
+    """Path of the ONNX file at the time of the build."""
     command: str
-    """What builds it again."""
+    """The command that builds the engine again."""
     build_s: float
     """Seconds that TensorRT took."""
     seal: dict[str, str] = Field(default_factory=dict)
-    """Digest of every other field when it was written, so that one that was changed by hand can be named."""
+    """Digest of every other field, to find those that were changed by hand."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFile:
-    """An engine that may be loaded: the bytes that were checked, so that nobody can change them in between."""
+    """A trusted engine. It holds the bytes that were verified, so the file cannot change before they are loaded."""
 
     path: Path
     content: bytes
-    manifest: Manifest | None
-    """None for an engine from elsewhere that the user vouched for by its digest."""
+    manifest: EngineManifest | None
+    """None for an engine without one that the user trusts by its digest."""
 
 
 def manifest_path(engine: Path) -> Path:
-    """Where the manifest of an engine lies: `<engine>.json`."""
+    """The manifest of an engine: `<engine>.json`."""
     return engine.with_name(f"{engine.name}.json")
 
 
-def read_manifest(engine: Path) -> Manifest:
-    """The manifest beside an engine, every field as it was written.
+def read_manifest(engine: Path) -> EngineManifest:
+    """Read the manifest beside an engine.
 
     Raises:
-        EngineError: there is none, it cannot be read, or a field was changed by hand, which is named.
+        EngineError: there is none, it is invalid, or a field was changed by hand; names the field.
     """
     path = manifest_path(engine)
     try:
         content = json.loads(path.read_bytes())
-        manifest = Manifest.model_validate(content)
+        manifest = EngineManifest.model_validate(content)
     except FileNotFoundError:
         raise EngineError(
-            f"{engine} has no manifest {path.name} beside it, so nobody knows where it comes from; build it with "
-            "kd-pipeline build-engine, or vouch for it with trust_engine and its sha256"
+            f"{engine} has no manifest {path.name} beside it, so its origin is unknown; build it with kd-pipeline "
+            "build-engine, or trust it with trust_engine and its sha256"
         ) from None
     except ValidationError as exc:
         problem = exc.errors()[0]
@@ -184,19 +184,19 @@ def read_manifest(engine: Path) -> Manifest:
         if manifest.seal.get(name) != digest:
             raise EngineError(
                 f"{path}: {name} was changed since the build: found {_short(content.get(name))}, and its seal is for "
-                f"another value; build it again: {manifest.command}"
+                f"a different value; build it again: {manifest.command}"
             )
     return manifest
 
 
-def write_manifest(engine: Path, manifest: Manifest) -> None:
-    """Seal `manifest` and put it beside `engine`; whoever reads there finds the old one or the new one."""
+def write_manifest(engine: Path, manifest: EngineManifest) -> None:
+    """Seal `manifest` and write it beside `engine`, in place of an old one at once."""
     sealed = manifest.model_copy(update={"seal": _seal(manifest)})
-    write_whole(manifest_path(engine), sealed.model_dump_json(indent=2) + "\n")
+    write_atomic(manifest_path(engine), sealed.model_dump_json(indent=2) + "\n")
 
 
-def differences(manifest: Manifest, wanted: Mapping[str, Any]) -> list[str]:
-    """One line for each field of `manifest` that is not what is wanted, with both values."""
+def changed_fields(manifest: EngineManifest, wanted: Mapping[str, Any]) -> list[str]:
+    """A line for each field of `manifest` whose value is not the wanted one, with both values."""
     found = manifest.model_dump(mode="json")
     return [
         f"{name}: found {_short(found[name])}, wanted {_short(value)}"
@@ -206,16 +206,16 @@ def differences(manifest: Manifest, wanted: Mapping[str, Any]) -> list[str]:
 
 
 def read_engine(path: Path, *, trust_engine: str | None = None) -> EngineFile:
-    """Read an engine that this user built and nobody changed since, or one that the user vouches for.
+    """Read an engine that this user built and that is unchanged since, or one that the user trusts by its digest.
 
     Engines are programs: whoever can change one runs code on this machine. TensorRT is not called here.
 
     Args:
-        path: the engine; its manifest lies beside it.
-        trust_engine: sha256 of an engine that may be loaded whoever wrote it, and without a manifest.
+        path: the engine, with its manifest beside it.
+        trust_engine: sha256 of an engine to load no matter who wrote it, with or without a manifest.
 
     Raises:
-        EngineError: there is no such file, its manifest is missing or does not fit, or others could have changed it.
+        EngineError: the file or its manifest is missing, they do not match, or others could have changed them.
     """
     try:
         content = path.read_bytes()
@@ -224,11 +224,8 @@ def read_engine(path: Path, *, trust_engine: str | None = None) -> EngineFile:
     digest = hashlib.sha256(content).hexdigest()
     if trust_engine is not None:
         if trust_engine.lower() != digest:
-            raise EngineError(
-                f"{path} has the sha256 {digest}, and trust_engine names {trust_engine}; it is not loaded"
-            )
-        has_manifest = manifest_path(path).exists()
-        return EngineFile(path, content, read_manifest(path) if has_manifest else None)
+            raise EngineError(f"{path} has the sha256 {digest}, and trust_engine is {trust_engine}; it is not loaded")
+        return EngineFile(path, content, read_manifest(path) if manifest_path(path).exists() else None)
     manifest = read_manifest(path)
     if manifest.engine_sha256 != digest:
         raise EngineError(
@@ -241,17 +238,17 @@ def read_engine(path: Path, *, trust_engine: str | None = None) -> EngineFile:
 
 
 def _refuse_foreign(path: Path, digest: str) -> None:
-    """Refuse what another user owns or may write to."""
+    """Raise if `path` belongs to another user or others may write to it."""
     status = path.stat()
-    vouch = f"if you know it is good, vouch for it with trust_engine {digest}"
+    advice = f"if you trust it anyway, set trust_engine to {digest}"
     if status.st_uid not in (os.geteuid(), 0):
-        raise EngineError(f"{path} belongs to user {status.st_uid} and you are {os.geteuid()}; {vouch}")
+        raise EngineError(f"{path} belongs to user {status.st_uid} and you are {os.geteuid()}; {advice}")
     # In a folder with the sticky bit, such as /tmp, only the owner of a file can replace it.
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-        raise EngineError(f"{path} can be written by every user of this machine; chmod o-w it and build again; {vouch}")
+        raise EngineError(f"{path} is writable by every user of this machine; chmod o-w it and build again; {advice}")
 
 
-def _seal(manifest: Manifest) -> dict[str, str]:
+def _seal(manifest: EngineManifest) -> dict[str, str]:
     fields = manifest.model_dump(mode="json", exclude={"seal"})
     return {name: _digest(value)[:16] for name, value in fields.items()}
 

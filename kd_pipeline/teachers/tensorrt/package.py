@@ -1,4 +1,4 @@
-"""Which TensorRT is installed, and its voice in Python's logging."""
+"""Import TensorRT or TensorRT-RTX, and pass its log on to Python's logging."""
 
 import logging
 from collections import deque
@@ -17,49 +17,49 @@ Runtime = Literal["tensorrt", "tensorrt_rtx"]
 _logger = logging.getLogger("kd_pipeline.tensorrt")
 
 LOWEST_CAPABILITY = (7, 5)
-"""Of TensorRT 10 and later; TensorRT-RTX names its own."""
+"""Lowest compute capability of TensorRT 10 and later; TensorRT-RTX lists its own."""
 _MOST_ERRORS = 8
-"""Of one failure; the first ones name the cause, and TensorRT may go on for long."""
+"""Error lines to keep of one failure: TensorRT may log many."""
 
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRT:
-    """One of the two packages; their Python interfaces are the same where this library calls them."""
+    """One of the two packages, whose Python interfaces are the same as far as this library uses them."""
 
     module: Any
     runtime: Runtime
     """Name of the package."""
     version: str
     logger: Any
-    """The only one in this process, to be passed wherever TensorRT wants a logger."""
+    """The only one in this process, for every call that takes a logger."""
 
     def take_errors(self) -> str:
-        """What TensorRT has complained about since this was last called, or an empty string."""
+        """Return and clear the errors that TensorRT logged since the last call; an empty string if there are none."""
         errors: list[str] = self.logger.take_errors()
         return "; ".join(errors)
 
     def check(self, result: _Result | None, what: str) -> _Result:
-        """`result`, unless it is one of the values by which TensorRT says that a call has failed.
+        """Return `result`, or raise if it is a value by which TensorRT reports a failure.
 
         Args:
             result: what a call returned.
-            what: what it would mean that the call failed, as the start of a sentence.
+            what: start of the error message, such as "TensorRT cannot run the engine".
 
         Raises:
-            EngineError: `result` is None or False; the message is `what` and TensorRT's own text.
+            EngineError: `result` is None or False; the message is `what` and the errors that TensorRT logged.
         """
         if result is None or result is False:
-            raise EngineError(f"{what}: {self.take_errors() or 'TensorRT does not say why'}")
+            raise EngineError(f"{what}: {self.take_errors() or 'TensorRT gives no reason'}")
         return result
 
 
 def open_tensorrt(runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto") -> TensorRT:
-    """Import TensorRT; `auto` takes `tensorrt` where it is installed and else `tensorrt_rtx`.
+    """Import TensorRT; `auto` is `tensorrt` if it is installed, else `tensorrt_rtx`.
 
     Raises:
-        MissingPackageError: it is not installed; the message says what to type.
+        MissingPackageError: it is not installed; the message has the command that installs it.
     """
     if runtime != "auto":
         return _open(runtime)
@@ -75,7 +75,7 @@ def open_tensorrt(runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto")
 def why_unusable(
     capability: tuple[int, int], runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
 ) -> str | None:
-    """Why the installed TensorRT builds and runs no engines on GPUs of a compute capability; None where it does.
+    """Why the installed TensorRT cannot build and run engines for a compute capability; None if it can.
 
     Args:
         capability: such as `(9, 0)`.
@@ -88,13 +88,17 @@ def why_unusable(
     name = ".".join(map(str, capability))
     if tensorrt.runtime == "tensorrt_rtx":
         known = tensorrt.module.ComputeCapability
-        return None if hasattr(known, f"SM{name.replace('.', '')}") else f"tensorrt_rtx is not made for {name}"
-    return None if capability >= LOWEST_CAPABILITY else f"tensorrt is not made for {name}"
+        return (
+            None
+            if hasattr(known, f"SM{name.replace('.', '')}")
+            else f"tensorrt_rtx does not support compute capability {name}"
+        )
+    return None if capability >= LOWEST_CAPABILITY else f"tensorrt does not support compute capability {name}"
 
 
 @cache
 def _open(runtime: Runtime) -> TensorRT:
-    """One for the life of the process: TensorRT keeps the first logger that it gets, by address, and no other."""
+    """Cached, because TensorRT keeps the address of the first logger that it gets, and accepts no other."""
     match runtime:
         case "tensorrt":
             module: Any = require("tensorrt", extra="trt")
@@ -104,9 +108,9 @@ def _open(runtime: Runtime) -> TensorRT:
 
 
 def _make_logger(base: Any) -> Any:
-    """A logger of TensorRT's that hands everything to Python's, and remembers errors.
+    """Make a TensorRT logger that passes everything on to Python's logging, and keeps errors.
 
-    TensorRT tells of a failure by a value, None or False, and tells the reason to its logger alone.
+    TensorRT reports a failure by returning None or False, and the reason only to its logger.
     """
     levels = {
         base.INTERNAL_ERROR: logging.ERROR,
@@ -119,11 +123,11 @@ def _make_logger(base: Any) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self._errors: deque[str] = deque(maxlen=_MOST_ERRORS)
-            self._lock = Lock()  # TensorRT logs from threads of its own
+            self._lock = Lock()  # TensorRT logs from its own threads
 
         def log(self, severity: Any, msg: str) -> None:
             level = levels.get(severity)
-            if level is None:  # VERBOSE: thousands of lines in a build
+            if level is None:  # VERBOSE: thousands of lines per build
                 return
             _logger.log(level, "%s", msg)
             if level == logging.ERROR:

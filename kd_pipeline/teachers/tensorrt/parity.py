@@ -1,4 +1,4 @@
-"""Whether a converted teacher still gives the float32 file's answers, on the same images."""
+"""Parity of a converted teacher with its float32 ONNX file: how close their outputs are on the same images."""
 
 import hashlib
 import io
@@ -16,115 +16,110 @@ from kd_pipeline.errors import EngineError
 from kd_pipeline.teachers.tensorrt.manifest import Parity, Precision
 
 __all__ = [
-    "NUM_IMAGES",
-    "TEMPERATURE",
-    "Exam",
-    "Samples",
-    "compare",
-    "exam_path",
-    "generated_samples",
-    "likeness",
-    "load_exam",
-    "set_exam",
+    "CalibrationSet",
+    "ParityReference",
+    "check_parity",
+    "generate_calibration_set",
+    "load_reference",
+    "make_reference",
+    "measure_parity",
+    "parity_path",
 ]
 
-NUM_IMAGES = 64
-"""Images that a comparison wants at least."""
-TEMPERATURE = 4.0
+_NUM_IMAGES = 64
+"""Smallest number of images for a check."""
+_TEMPERATURE = 4.0
 """Of the softmax in the KL divergence; a usual one in distillation."""
 _TIE = 0.05
-"""Classes whose logits differ by less than this part of the logits' standard deviation count as tied.
+"""Logits that are closer than this part of the logits' standard deviation count as tied.
 
-An untrained network leads by so little on many images that any rounding changes its first class, with a cosine of
-0.9999998; a trained one hardly ever does.
+The top class of an untrained network leads by so little on many images that any rounding changes it, at a cosine of
+0.9999998. A trained network's hardly ever does.
 """
+_WORSE: dict[str, Callable[[float, float], float]] = {"cosine": min, "top1_agreement": min, "kl": max}
+"""The metrics of `Parity`, and how to take the worse one of two values."""
+_HALF_BOUNDS = {"cosine": 0.999, "top1_agreement": 0.99, "kl": 0.001}
+_EIGHT_BIT_BOUNDS = {"cosine": 0.99, "top1_agreement": 0.95, "kl": 0.01}
 
 
 @dataclass(frozen=True, slots=True)
-class _Bounds:
-    cosine: float
-    top1_agreement: float
-    kl: float
-
-
-_HALF = _Bounds(cosine=0.999, top1_agreement=0.99, kl=0.001)
-_EIGHT_BITS = _Bounds(cosine=0.99, top1_agreement=0.95, kl=0.01)
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Images that a teacher is tried on."""
+class CalibrationSet:
+    """Images that an engine is checked on, and that give int8 and fp8 their ranges."""
 
     images: Tensor
-    """`[N, 3, H, W]` float32 on the CPU, normalized as the teacher gets them."""
+    """`[N, 3, H, W]` float32 on the CPU, normalized for the teacher."""
     source: str
     """Where they came from, for the manifest."""
     config: Path | None = None
-    """The config file that describes them, where one does."""
+    """The config file that describes them, if there is one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
-    """Images, and the float32 file's answers to them."""
+class ParityReference:
+    """Images, and the outputs of the float32 file for them."""
 
     images: Tensor
-    """`[N, 3, H, W]` float32, every value of which float16 can hold."""
-    answers: Mapping[str, Tensor]
+    """`[N, 3, H, W]` float32, rounded to values of float16."""
+    outputs: Mapping[str, Tensor]
     """Float32, by the teacher's name for the output."""
     source: str
+    """Where the images came from."""
 
     def to_bytes(self) -> bytes:
-        """As an `.npz` file: float16 images, float32 answers."""
+        """An `.npz` file with float16 images and float32 outputs."""
         stream = io.BytesIO()
-        arrays: dict[str, Any] = {name: answer.numpy() for name, answer in self.answers.items()}
+        arrays: dict[str, Any] = {name: output.numpy() for name, output in self.outputs.items()}
         np.savez(stream, images=self.images.half().numpy(), **arrays)
         return stream.getvalue()
 
 
-def generated_samples(image_shape: tuple[int, int, int], num_images: int = NUM_IMAGES) -> Samples:
-    """Smooth noise of many sizes `[num_images, *image_shape]`, for whoever has no images at hand."""
+def generate_calibration_set(image_shape: tuple[int, int, int], num_images: int = _NUM_IMAGES) -> CalibrationSet:
+    """Smooth noise at several scales `[num_images, *image_shape]`, for a check without real images."""
     generator = torch.Generator().manual_seed(0)
     channels, height, width = image_shape
     images = torch.zeros(num_images, channels, height, width)
     for cells in (2, 4, 8, 16, 32):
         noise = torch.randn(num_images, channels, cells, cells, generator=generator)
         images += F.interpolate(noise, size=(height, width), mode="bilinear", align_corners=False)
-    return Samples(images / images.std(), "generated")
+    return CalibrationSet(images / images.std(), "generated")
 
 
-def set_exam(reference: Callable[[Tensor], Mapping[str, Tensor]], samples: Samples) -> Exam:
-    """Ask the float32 teacher `reference` for its answers to `samples`, rounded to what float16 holds.
+def make_reference(
+    teacher: Callable[[Tensor], Mapping[str, Tensor]], calibration_set: CalibrationSet
+) -> ParityReference:
+    """Run the float32 `teacher` on the images of `calibration_set`, rounded to float16.
 
     Raises:
-        EngineError: there are no images, or the reference itself has no finite answer.
+        EngineError: there are no images, float16 cannot hold them, or an output is not finite.
     """
-    if not len(samples.images):
-        raise EngineError(f"there are no images to compare the teacher on in {samples.source}")
-    images = samples.images.half().float()
+    source = calibration_set.source
+    if not len(calibration_set.images):
+        raise EngineError(f"there are no images to check the teacher on in {source}")
+    images = calibration_set.images.half().float()
     if not images.isfinite().all():
-        raise EngineError(f"the images of {samples.source} leave the range of float16; normalize them")
-    answers = _ask(reference, images, NUM_IMAGES)
-    for name, answer in answers.items():
-        if not answer.isfinite().all():
+        raise EngineError(f"the images of {source} exceed the range of float16; normalize them")
+    outputs = _run(teacher, images, _NUM_IMAGES)
+    for name, output in outputs.items():
+        if not output.isfinite().all():
             raise EngineError(
-                f"the float32 teacher itself answers {name!r} with NaN or inf for {_num_bad(answer)} of {len(images)} "
-                f"images ({samples.source}); its weights or the images' normalization are wrong"
+                f"the float32 teacher itself returns {name!r} with NaN or inf for {_num_bad(output)} of {len(images)} "
+                f"images ({source}); its weights or the images' normalization are wrong"
             )
-    return Exam(images, answers, samples.source)
+    return ParityReference(images, outputs, source)
 
 
-def exam_path(engine: Path) -> Path:
-    """Where the exam of an engine lies: `<engine>.parity.npz`."""
+def parity_path(engine: Path) -> Path:
+    """The file with the reference of an engine: `<engine>.parity.npz`."""
     return engine.with_name(f"{engine.name}.parity.npz")
 
 
-def load_exam(engine: Path, parity: Parity) -> Exam:
-    """The exam that lies beside `engine`, as `parity` remembers it.
+def load_reference(engine: Path, parity: Parity) -> ParityReference:
+    """Read the reference beside `engine`.
 
     Raises:
-        EngineError: it is not there, or is another one.
+        EngineError: it cannot be read, or its digest is not the one in `parity`.
     """
-    path = exam_path(engine)
+    path = parity_path(engine)
     try:
         content = path.read_bytes()
     except OSError as exc:
@@ -133,114 +128,107 @@ def load_exam(engine: Path, parity: Parity) -> Exam:
     if found != parity.tensors_sha256:
         raise EngineError(f"{path} has the sha256 {found}, wanted {parity.tensors_sha256}; build the engine again")
     arrays = np.load(io.BytesIO(content), allow_pickle=False)
-    answers = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "images"}
-    return Exam(torch.from_numpy(arrays["images"]).float(), answers, parity.images)
+    outputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "images"}
+    return ParityReference(torch.from_numpy(arrays["images"]).float(), outputs, parity.images)
 
 
-def compare(
-    exam: Exam, teacher: Callable[[Tensor], Mapping[str, Tensor]], *, batch_sizes: Sequence[int], precision: Precision
+def check_parity(
+    reference: ParityReference,
+    teacher: Callable[[Tensor], Mapping[str, Tensor]],
+    *,
+    batch_sizes: Sequence[int],
+    precision: Precision,
 ) -> dict[str, float]:
-    """Give the exam to `teacher` in batches of each size; the worst figures over all sizes, if they pass.
+    """Run `teacher` on the images of `reference` in batches of each size, and compare the outputs.
 
     Returns:
-        `cosine`, `top1_agreement` and `kl`, as `Parity` describes them.
+        The worst `cosine`, `top1_agreement` and `kl` over all batch sizes, as `Parity` describes them.
 
     Raises:
-        EngineError: an answer has NaN or inf, another shape, or is too far off; names the worst outputs.
+        EngineError: an output has NaN or inf or the wrong shape, or a metric is out of bounds for `precision`.
     """
-    bounds = _HALF if precision in ("fp32", "fp16", "bf16") else _EIGHT_BITS
+    bounds = _HALF_BOUNDS if precision in ("fp32", "fp16", "bf16") else _EIGHT_BIT_BOUNDS
     worst = {"cosine": 1.0, "top1_agreement": 1.0, "kl": 0.0}
     for batch_size in sorted(set(batch_sizes)):
-        answers = _ask(teacher, exam.images, batch_size)
-        figures = likeness(answers, exam.answers)
+        outputs = _run(teacher, reference.images, batch_size)
+        metrics = measure_parity(outputs, reference.outputs)
         failed = [
-            f"{name} {figures[name]:.4g} (allowed {word} {bound:g})"
-            for name, word, bound, is_good in (
-                ("cosine", "from", bounds.cosine, figures["cosine"] >= bounds.cosine),
-                ("top1_agreement", "from", bounds.top1_agreement, figures["top1_agreement"] >= bounds.top1_agreement),
-                ("kl", "up to", bounds.kl, figures["kl"] <= bounds.kl),
-            )
-            if not is_good
+            f"{name} {metrics[name]:.4g} (allowed {'up to' if name == 'kl' else 'from'} {bound:g})"
+            for name, bound in bounds.items()
+            if _WORSE[name](metrics[name], bound) != bound
         ]
         if failed:
-            cosines = {name: _cosine(name, wanted, answers) for name, wanted in exam.answers.items()}
-            outputs = ", ".join(
-                f"{name!r} {cosine:.4g}" for name, cosine in sorted(cosines.items(), key=lambda x: x[1])
-            )
+            cosines = sorted((_cosine(name, wanted, outputs), name) for name, wanted in reference.outputs.items())
             raise EngineError(
-                f"the {precision} teacher's answers in batches of {batch_size} are too far from float32 on "
-                f"{len(exam.images)} images ({exam.source}): {', '.join(failed)}; cosine of each output, worst first: "
-                f"{outputs}. {_advice(precision)}"
+                f"the {precision} teacher's outputs in batches of {batch_size} are too far from float32 on "
+                f"{len(reference.images)} images ({reference.source}): {', '.join(failed)}; cosine of each output, "
+                f"worst first: {', '.join(f'{name!r} {cosine:.4g}' for cosine, name in cosines)}. {_advice(precision)}"
             )
-        worst = {
-            "cosine": min(worst["cosine"], figures["cosine"]),
-            "top1_agreement": min(worst["top1_agreement"], figures["top1_agreement"]),
-            "kl": max(worst["kl"], figures["kl"]),
-        }
+        worst = {name: worse(worst[name], metrics[name]) for name, worse in _WORSE.items()}
     return worst
 
 
-def likeness(answers: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """How like the float32 answers `wanted` others are: `cosine`, `top1_agreement` and `kl`, as `Parity` has them.
+def measure_parity(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    """Compare outputs with the float32 outputs `wanted`: `cosine`, `top1_agreement` and `kl`, as in `Parity`.
 
     Raises:
-        EngineError: an answer has NaN or inf, another shape, or is not there.
+        EngineError: an output is missing, has NaN or inf, or has a different shape.
     """
-    cosine = min(_cosine(name, answer, answers) for name, answer in wanted.items())
-    log_found = F.log_softmax(answers["logits"].double() / TEMPERATURE, dim=1)
-    log_wanted = F.log_softmax(wanted["logits"].double() / TEMPERATURE, dim=1)
+    cosine = min(_cosine(name, output, outputs) for name, output in wanted.items())
+    logits_NK, wanted_NK = outputs["logits"], wanted["logits"]
+    log_found_NK = F.log_softmax(logits_NK.double() / _TEMPERATURE, dim=1)
+    log_wanted_NK = F.log_softmax(wanted_NK.double() / _TEMPERATURE, dim=1)
     return {
         "cosine": cosine,
-        "top1_agreement": _top1_agreement(answers["logits"], wanted["logits"]),
-        "kl": F.kl_div(log_found, log_wanted, reduction="batchmean", log_target=True).clamp(min=0).item(),
+        "top1_agreement": _top1_agreement(logits_NK, wanted_NK),
+        "kl": F.kl_div(log_found_NK, log_wanted_NK, reduction="batchmean", log_target=True).clamp(min=0).item(),
     }
 
 
-def _ask(teacher: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """Answers to all images, in whole batches: the last one is filled up with images from the start."""
+def _run(teacher: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """Outputs for all images, in full batches: the last one is filled up with images from the start."""
     num_images = len(images)
     num_rows = -(-num_images // batch_size) * batch_size
     rows = torch.arange(num_rows) % num_images
-    batches = [teacher(images[chosen]) for chosen in torch.split(rows, batch_size)]
+    batches = [teacher(images[batch]) for batch in torch.split(rows, batch_size)]
     return {name: torch.cat([batch[name].cpu() for batch in batches])[:num_images] for name in batches[0]}
 
 
-def _cosine(name: str, wanted: Tensor, answers: Mapping[str, Tensor]) -> float:
-    found = answers.get(name)
+def _cosine(name: str, wanted: Tensor, outputs: Mapping[str, Tensor]) -> float:
+    """Smallest cosine of an output with `wanted` over the images."""
+    found = outputs.get(name)
     if found is None or found.shape != wanted.shape:
-        shape = None if found is None else list(found.shape)
-        raise EngineError(f"the converted teacher gives {name!r} as {shape}, the float32 one as {list(wanted.shape)}")
+        shape = "nothing" if found is None else list(found.shape)
+        raise EngineError(f"output {name!r}: float32 returns {list(wanted.shape)}, the converted teacher {shape}")
     if not found.isfinite().all():
         raise EngineError(
-            f"the converted teacher answers {name!r} with NaN or inf for {_num_bad(found)} of {len(found)} images, and "
-            "float32 does not: values leave the range of the precision; take bf16, which has the range of float32"
+            f"the converted teacher returns {name!r} with NaN or inf for {_num_bad(found)} of {len(found)} images, and "
+            "float32 does not: values exceed the range of the precision; use bf16, which has the range of float32"
         )
     found, wanted = found.double().flatten(1), wanted.double().flatten(1)
     norms = found.norm(dim=1) * wanted.norm(dim=1)
-    cosines = torch.where(
-        norms > 0, (found * wanted).sum(1) / norms.clamp(min=1e-300), (found == wanted).all(1).double()
-    )
-    return cosines.min().item()
+    cosines = (found * wanted).sum(1) / norms.clamp(min=1e-300)
+    return torch.where(norms > 0, cosines, (found == wanted).all(1).double()).min().item()
 
 
-def _num_bad(answer: Tensor) -> int:
-    return int((~answer.isfinite()).flatten(1).any(1).sum())
+def _num_bad(output: Tensor) -> int:
+    return int((~output.isfinite()).flatten(1).any(1).sum())
 
 
-def _top1_agreement(found: Tensor, wanted: Tensor) -> float:
-    """Part of the rows whose first class in `found` is the first in `wanted`, or as good as tied with it there."""
-    chosen = wanted.gather(1, found.argmax(1, keepdim=True)).squeeze(1)
-    tied = wanted.amax(1) - _TIE * wanted.std(1, correction=0)
-    return (chosen >= tied).double().mean().item()
+def _top1_agreement(logits_NK: Tensor, wanted_NK: Tensor) -> float:
+    """Part of the rows whose top class in `logits_NK` is also the top class in `wanted_NK`, or tied with it there."""
+    chosen_N = wanted_NK.gather(1, logits_NK.argmax(1, keepdim=True)).squeeze(1)
+    tied_N = wanted_NK.amax(1) - _TIE * wanted_NK.std(1, correction=0)
+    return (chosen_N >= tied_N).double().mean().item()
 
 
 def _advice(precision: Precision) -> str:
     match precision:
         case "fp16":
-            return "Take bf16, which has the range of float32, or fp32"
+            return "Use bf16, which has the range of float32, or fp32"
         case "bf16":
-            return "Take fp16, which has more digits, or fp32"
+            return "Use fp16, which has more digits, or fp32"
         case "int8" | "fp8":
-            return "Take fp16 or bf16, or find the ranges on other images, those that the teacher was trained on"
+            return "Use fp16 or bf16, or calibrate on images that the teacher was trained on"
         case _:
-            return "The file does not give the same answers in batches of every size; export it again"
+            return "The file returns different outputs at different batch sizes; export it again"

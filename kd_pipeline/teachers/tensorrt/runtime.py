@@ -1,13 +1,13 @@
-"""From the checked bytes of an engine file to TensorRT's engine, and what goes in and comes out of it."""
+"""Load a trusted engine file with TensorRT, and check its inputs, outputs and profiles."""
 
 import logging
 import os
 import stat
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline.errors import EngineError
 from kd_pipeline.teachers.tensorrt.manifest import EngineFile, Profile, TensorIO
 from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
@@ -19,7 +19,7 @@ _logger = logging.getLogger("kd_pipeline")
 
 @dataclass(frozen=True, slots=True)
 class LoadedEngine:
-    """An engine that TensorRT has accepted, and that is what its manifest says."""
+    """An engine that TensorRT accepted and that matches its manifest."""
 
     tensorrt: TensorRT
     image: TensorIO
@@ -31,7 +31,7 @@ class LoadedEngine:
     _rtx: "_RtxConfig | None"
 
     def create_context(self) -> Any:
-        """A new execution context of TensorRT's, of no profile yet.
+        """Make a TensorRT execution context, without a profile yet.
 
         Raises:
             EngineError: TensorRT cannot make one.
@@ -40,8 +40,8 @@ class LoadedEngine:
         context = self._engine.create_execution_context(*arguments)
         return self.tensorrt.check(context, "TensorRT cannot make an execution context")
 
-    def keep_kernels(self) -> None:
-        """Write what TensorRT-RTX compiled for this GPU to `<engine>.rtxcache`, for the next time."""
+    def save_kernels(self) -> None:
+        """Write the kernels that TensorRT-RTX compiled for this GPU to `<engine>.rtxcache`, to load them next time."""
         if self._rtx is not None:
             self._rtx.save()
 
@@ -49,15 +49,15 @@ class LoadedEngine:
 def load_engine(
     file: EngineFile, *, runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto", cuda_graph: bool = False
 ) -> LoadedEngine:
-    """Let TensorRT load an engine on the current GPU.
+    """Load an engine on the current GPU.
 
     Args:
-        file: the engine; without a manifest its single output counts as the logits.
-        runtime: the flavor of TensorRT; the manifest's unless given.
-        cuda_graph: have TensorRT-RTX run the engine as CUDA graphs of its own.
+        file: the engine; without a manifest a single output counts as the logits.
+        runtime: which TensorRT to use; `auto` is the manifest's.
+        cuda_graph: let TensorRT-RTX run the engine as CUDA graphs.
 
     Raises:
-        EngineError: TensorRT refuses the engine, or it is no teacher, or not what its manifest says.
+        EngineError: TensorRT rejects the engine, it is no teacher, or it does not match its manifest.
         MissingPackageError: TensorRT is not installed.
     """
     tensorrt = _open_tensorrt(file, runtime)
@@ -69,7 +69,7 @@ def load_engine(
 
 
 class _RtxConfig:
-    """How TensorRT-RTX runs an engine, and the kernels that it compiled for this GPU, kept in `<engine>.rtxcache`."""
+    """How TensorRT-RTX runs an engine, and its kernels for this GPU, which are cached in `<engine>.rtxcache`."""
 
     def __init__(self, tensorrt: TensorRT, engine: Any, path: Path, *, cuda_graph: bool) -> None:
         self.config = tensorrt.check(engine.create_runtime_config(), "TensorRT-RTX cannot make a runtime config")
@@ -79,24 +79,17 @@ class _RtxConfig:
         self._cache = tensorrt.check(self.config.create_runtime_cache(), "TensorRT-RTX cannot make a runtime cache")
         content = _read_private(self._path)
         if content is not None and not self._cache.deserialize(content):
-            _logger.info("%s was written by another TensorRT, GPU or driver; its kernels are compiled anew", self._path)
+            _logger.info("%s is from a different TensorRT, GPU or driver; its kernels are compiled again", self._path)
         tensorrt.check(self.config.set_runtime_cache(self._cache), "TensorRT-RTX refuses its runtime cache")
 
     def save(self) -> None:
-        """Write the compiled kernels beside the engine; where that fails they are compiled again next time."""
-        content = self._cache.serialize()
-        whole = None
+        """Write the compiled kernels beside the engine; if that fails, they are compiled again next time."""
         try:
-            with tempfile.NamedTemporaryFile(
-                dir=self._path.parent, prefix=f".{self._path.name}.", delete=False
-            ) as file:
-                whole = file.name
-                file.write(content)
-            os.replace(whole, self._path)
+            with atomic_file(self._path) as file:
+                os.fchmod(file.fileno(), 0o600)  # nobody else may write programs that are run here
+                file.write(self._cache.serialize())
         except (OSError, TypeError) as exc:
-            _logger.warning("the kernels of TensorRT-RTX could not be kept in %s: %s", self._path, exc)
-            if whole is not None:
-                Path(whole).unlink(missing_ok=True)
+            _logger.warning("the kernels of TensorRT-RTX could not be saved in %s: %s", self._path, exc)
 
 
 def _open_tensorrt(file: EngineFile, runtime: Literal["auto", "tensorrt", "tensorrt_rtx"]) -> TensorRT:
@@ -112,26 +105,26 @@ def _open_tensorrt(file: EngineFile, runtime: Literal["auto", "tensorrt", "tenso
 
 
 def _deserialize(tensorrt: TensorRT, file: EngineFile) -> tuple[Any, Any]:
-    """TensorRT's runtime, and the engine it made of the file's content."""
-    tensorrt.take_errors()  # of others
+    """TensorRT's runtime, and its engine for the content of the file."""
+    tensorrt.take_errors()  # drop earlier ones
     command = "kd-pipeline build-engine" if file.manifest is None else file.manifest.command
     does_not_run = f"{file.path} does not run on {tensorrt.runtime} {tensorrt.version}, build it again here: {command}"
     runtime = tensorrt.module.Runtime(tensorrt.logger)
     runtime.engine_host_code_allowed = False
-    if hasattr(runtime, "get_engine_validity"):  # TensorRT-RTX alone can tell beforehand
+    if hasattr(runtime, "get_engine_validity"):  # only TensorRT-RTX can tell in advance
         validity, diagnostics = runtime.get_engine_validity(file.content)
         if validity == tensorrt.module.EngineValidity.INVALID:
             kinds = tensorrt.module.EngineInvalidityDiagnostics.__members__.items()
             found = [name.lower().replace("_", " ") for name, kind in kinds if diagnostics & int(kind)]
             reasons = [*found, *filter(None, [tensorrt.take_errors()])]
-            raise EngineError(f"{does_not_run}: {', '.join(reasons) or 'it does not say why'}")
+            raise EngineError(f"{does_not_run}: {', '.join(reasons) or 'it gives no reason'}")
     return runtime, tensorrt.check(runtime.deserialize_cuda_engine(file.content), does_not_run)
 
 
 def _read_io(
     tensorrt: TensorRT, engine: Any, file: EngineFile
 ) -> tuple[TensorIO, dict[str, TensorIO], tuple[Profile, ...]]:
-    """What the engine says of its input, outputs and profiles, which is what its manifest says of them."""
+    """Read input, outputs and profiles of the engine, and check them against its manifest."""
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == tensorrt.module.TensorIOMode.INPUT]
     if len(inputs) != 1:
@@ -169,7 +162,7 @@ def _tensor_io(tensorrt: TensorRT, engine: Any, file: EngineFile, name: str) -> 
 
 
 def _named(file: EngineFile, outputs: list[TensorIO]) -> dict[str, TensorIO]:
-    """Outputs by the teacher's names for them."""
+    """The outputs by the teacher's names for them."""
     if file.manifest is not None:
         named = {name: output.name for name, output in file.manifest.outputs.items()}
     else:
@@ -194,7 +187,7 @@ def _shown(value: object) -> str:
 
 
 def _read_private(path: Path) -> bytes | None:
-    """The content of a file that no other user can have written; compiled kernels are programs."""
+    """Read a file that no other user can have written, as compiled kernels are programs; None if there is none."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())

@@ -1,4 +1,4 @@
-"""Which TensorRT engine to build, in trtexec's words where it has one."""
+"""Settings of a TensorRT engine build, named as in trtexec where it has them."""
 
 import shlex
 from pathlib import Path
@@ -14,36 +14,36 @@ __all__ = ["BuildSettings"]
 
 
 class BuildSettings(Settings):
-    """What an engine is made from, and for."""
+    """What to build an engine from, and for which hardware."""
 
     onnx: Path
-    """A float32 image classifier with a dynamic batch."""
+    """A float32 image classifier with a dynamic batch size."""
     precision: Precision = "fp32"
     half_io: bool = False
-    """Take float16 images, as a loader with `dtype: float16` gives them."""
+    """Take float16 images, those of a loader with `dtype: float16`."""
     profiles: tuple[Profile, ...] = Field(default=(Profile(min=1, opt=32, max=64),), min_length=1)
-    """Batch sizes to serve; a batch runs in the first profile that holds it."""
+    """Ranges of batch sizes; a batch runs in the tightest profile that needs no padding."""
     image_size: int | None = Field(default=None, ge=1)
-    """Height and width of the images, where the file leaves them open."""
+    """Height and width of the images, if the file leaves them open."""
     outputs: tuple[str, ...] = ()
-    """Tensors inside the file that become outputs, for losses on features."""
+    """Tensors inside the file to add to the outputs, for losses on features."""
     input_adapter: InputAdapter | None = None
-    """Folded in front of the model."""
+    """Added in front of the model."""
     classes: tuple[str, ...] | Path | None = None
-    """Names of the classes in logit order, or a JSON file that lists them; the ONNX file's own unless given."""
+    """Class names in logit order, or a JSON file that lists them; defaults to the ONNX file's own."""
     runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
-    """`auto` is `tensorrt` where it is installed and `tensorrt_rtx` otherwise."""
+    """`auto` is `tensorrt` if it is installed, else `tensorrt_rtx`."""
     workspace: int | None = Field(default=None, ge=1, lt=1 << 43)
-    """Largest scratch memory of a layer in MiB; all of the GPU's unless given."""
+    """Largest scratch memory of a layer, in MiB; defaults to all of the GPU's."""
     builder_optimization_level: int | None = Field(default=None, ge=0, le=5)
     timing_cache: Path | None = None
-    """Timings of earlier builds on this GPU; made if it is not there."""
+    """File with kernel timings of earlier builds on this GPU; created if missing."""
     version_compatible: bool = False
-    """Run with later versions of TensorRT too."""
+    """Also run with later versions of TensorRT."""
     hardware_compatible: bool = False
-    """Run on every GPU from Ampere on; `tensorrt` only."""
+    """Run on every GPU since Ampere; for `tensorrt` only."""
     compute_capability: tuple[str, ...] = ()
-    """GPUs to build for, such as `8.9`; `tensorrt_rtx` only, which builds for all it knows unless given."""
+    """GPUs to build for, such as `8.9`; for `tensorrt_rtx` only, where it defaults to all that it knows."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -54,33 +54,26 @@ class BuildSettings(Settings):
         return self
 
     def command(self, engine: Path, *, calibrate: Path | None) -> str:
-        """What a user types to get this engine once more."""
-        words = ["kd-pipeline", "build-engine", "--onnx", str(self.onnx.resolve()), "--save-engine", str(engine)]
-        words += ["--precision", self.precision]
+        """The command line that builds this engine again."""
+        words = ["kd-pipeline", "build-engine", "--save-engine", str(engine)]
+        words += [] if calibrate is None else ["--calibrate", str(calibrate.resolve())]
         for profile in self.profiles:
             words += ["--batch", str(profile.min), str(profile.opt), str(profile.max)]
         if (adapter := self.input_adapter) is not None:
             words += ["--input-mean", *map(str, adapter.mean), "--input-std", *map(str, adapter.std)]
             words += ["--from-mean", *map(str, adapter.from_mean), "--from-std", *map(str, adapter.from_std)]
             words += [] if adapter.size is None else ["--input-size", str(adapter.size)]
-        valued = {
-            "--image-size": self.image_size,
-            "--runtime": None if self.runtime == "auto" else self.runtime,
-            "--workspace": self.workspace,
-            "--builder-optimization-level": self.builder_optimization_level,
-            "--timing-cache": self.timing_cache and self.timing_cache.resolve(),
-            "--classes": self.classes.resolve() if isinstance(self.classes, Path) else None,
-            "--calibrate": calibrate and calibrate.resolve(),
-        }
-        words += [word for name, value in valued.items() if value is not None for word in (name, str(value))]
-        switches = {
-            "--half-io": self.half_io,
-            "--version-compatible": self.version_compatible,
-            "--hardware-compatible": self.hardware_compatible,
-        }
-        words += [name for name, is_on in switches.items() if is_on]
-        if self.outputs:
-            words += ["--outputs", *self.outputs]
-        if self.compute_capability:
-            words += ["--compute-capability", *self.compute_capability]
+        for name, field in type(self).model_fields.items():
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            match value:
+                case _ if name == "profiles" or value == field.default:
+                    continue
+                case True:
+                    words.append(option)
+                case Path():
+                    words += [option, str(value.resolve())]
+                case tuple() if name != "classes":  # the command line takes class names only as a file
+                    words += [option, *value]
+                case str() | int():
+                    words += [option, str(value)]
         return shlex.join(words)

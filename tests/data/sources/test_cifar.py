@@ -1,4 +1,4 @@
-"""The files here have the authors' formats and names, and a few random images."""
+"""Files in the authors' formats, with a few random images."""
 
 import hashlib
 import io
@@ -55,7 +55,7 @@ def names_in(folder):
 
 @pytest.mark.parametrize(("dataset", "version"), VERSIONS)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_version_in_every_place_is_the_same_source(tmp_path, few, dataset, version, split):
+def test_all_versions_and_places_read_the_same(tmp_path, few, dataset, version, split):
     folder = write(dataset, version, tmp_path / "unpacked" / FOLDERS[dataset, version])
     (tmp_path / "packed").mkdir()
     archive = pack(folder, tmp_path / "packed" / ARCHIVES[dataset, version])
@@ -66,14 +66,14 @@ def test_every_version_in_every_place_is_the_same_source(tmp_path, few, dataset,
         for root in (folder, folder.parent, str(archive), archive.parent):
             source = Cifar(dataset, root, split=split, labels=kind)
             assert len(source) == NUM_IMAGES[split] and source.classes == tuple(names)
-            assert source.num_classes == len(names) and source.stores == "pixels" and source.reports == ()
+            assert source.num_classes == len(names) and source.stores == "pixels" and source.warnings == ()
             assert source.labels.dtype == np.int64 and source.labels.tolist() == expected.tolist()
             order = np.random.default_rng(0).permutation(len(source))
             np.testing.assert_array_equal(source.read(order), images[order])
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_both_versions_have_the_same_fingerprint_and_other_splits_and_labels_others(tmp_path, few, dataset):
+def test_fingerprint_depends_on_content_only(tmp_path, few, dataset):
     prints = []
     for version in ("binary", "python"):
         root = write(dataset, version, tmp_path / version)
@@ -84,7 +84,7 @@ def test_both_versions_have_the_same_fingerprint_and_other_splits_and_labels_oth
 
 
 @pytest.mark.parametrize(("split", "num", "last"), [("train", 50_000, "train.bin"), ("test", 10_000, "test.bin")])
-def test_the_real_cifar_100_has_so_many_images(tmp_path, split, num, last):
+def test_cifar_100_sizes(tmp_path, split, num, last):
     write("cifar100", "binary", tmp_path)
     (tmp_path / last).write_bytes(b"")
     os.truncate(tmp_path / last, num * 3074)  # zeros that take no space on the disk
@@ -95,7 +95,7 @@ def test_the_real_cifar_100_has_so_many_images(tmp_path, split, num, last):
 @pytest.mark.parametrize(
     ("split", "num", "last"), [("train", 50_000, "data_batch_5.bin"), ("test", 10_000, "test_batch.bin")]
 )
-def test_the_real_cifar_10_has_so_many_images_and_holds_them_once(tmp_path, split, num, last):
+def test_cifar_10_sizes_and_memory(tmp_path, split, num, last):
     write("cifar10", "binary", tmp_path)
     for path in tmp_path.glob("*.bin"):
         path.write_bytes(b"")
@@ -108,14 +108,14 @@ def test_the_real_cifar_10_has_so_many_images_and_holds_them_once(tmp_path, spli
     assert held < num * 3072 + 2**20
 
 
-def test_python_files_in_fortran_order_are_read_too(tmp_path, few):
+def test_reads_fortran_order(tmp_path, few):
     write("cifar10", "python", tmp_path)
     (tmp_path / "test_batch").write_bytes(pickled(batch(np.asfortranarray(PIXELS), {"labels": range(10)})))
     images = PIXELS.reshape(10, 3, 32, 32).transpose(0, 2, 3, 1)
     np.testing.assert_array_equal(Cifar("cifar10", tmp_path, split="test").read(np.arange(10)), images)
 
 
-def test_samples_are_named_by_file_and_place_in_it(tmp_path, few, monkeypatch):
+def test_name_is_file_and_position(tmp_path, few, monkeypatch):
     write("cifar10", "python", tmp_path / "cifar-10-batches-py")
     monkeypatch.chdir(tmp_path)
     source = Cifar("cifar10", "cifar-10-batches-py", split="train")
@@ -126,7 +126,7 @@ def test_samples_are_named_by_file_and_place_in_it(tmp_path, few, monkeypatch):
     assert source.name(3) == "cifar-10-python.tar.gz/test_batch[3]"
 
 
-def test_folders_come_before_archives_and_the_binary_version_before_the_python_one(tmp_path, few):
+def test_prefers_folders_and_binary_version(tmp_path, few):
     places = []
     for version in ("python", "binary"):
         folder = write("cifar10", version, tmp_path / "elsewhere" / FOLDERS["cifar10", version])
@@ -143,7 +143,7 @@ def test_folders_come_before_archives_and_the_binary_version_before_the_python_o
     ]
 
 
-def test_one_folder_may_have_both_datasets(tmp_path, few):
+def test_one_folder_can_hold_both_datasets(tmp_path, few):
     for dataset, version in VERSIONS:
         write(dataset, version, tmp_path / FOLDERS[dataset, version])
     assert Cifar("cifar10", tmp_path, split="test").num_classes == 10
@@ -154,7 +154,7 @@ def test_one_folder_may_have_both_datasets(tmp_path, few):
 
 
 @pytest.mark.parametrize("version", ["binary", "python"])
-def test_a_dataset_that_is_not_there_is_refused_with_what_to_put_where(tmp_path, few, version):
+def test_missing_dataset_says_what_to_put_where(tmp_path, few, version):
     write("cifar100", version, tmp_path / FOLDERS["cifar100", version])
     (tmp_path / "none/train").mkdir(parents=True)  # a folder of images, not a file with that name
     message = refusal("cifar10", tmp_path, split="train")
@@ -172,7 +172,7 @@ def test_a_dataset_that_is_not_there_is_refused_with_what_to_put_where(tmp_path,
         ("python", "batches.meta"),
     ],
 )
-def test_a_file_that_is_missing_is_named(tmp_path, few, version, name):
+def test_missing_file_is_named(tmp_path, few, version, name):
     folder = write("cifar10", version, tmp_path / FOLDERS["cifar10", version])
     (folder / name).unlink()
     assert f"{folder / name}" in refusal("cifar10", folder, split="train")
@@ -181,7 +181,7 @@ def test_a_file_that_is_missing_is_named(tmp_path, few, version, name):
 
 
 @pytest.mark.parametrize("size", [0, 3073 * 9, 3073 * 10 - 1, 3073 * 10 + 1, 3073 * 20])
-def test_a_binary_file_of_another_size_is_refused_with_both_sizes(tmp_path, few, size):
+def test_wrong_binary_size_names_both_sizes(tmp_path, few, size):
     write("cifar10", "binary", tmp_path)
     os.truncate(tmp_path / "data_batch_2.bin", size)
     message = refusal("cifar10", tmp_path, split="train")
@@ -206,14 +206,14 @@ BATCHES = {
 
 
 @pytest.mark.parametrize(("value", "words"), BATCHES.values(), ids=BATCHES)
-def test_a_python_file_with_other_contents_is_refused_with_what_it_has(tmp_path, few, value, words):
+def test_wrong_pickle_content_is_described(tmp_path, few, value, words):
     write("cifar10", "python", tmp_path)
     (tmp_path / "data_batch_2").write_bytes(pickled(value))
     message = refusal("cifar10", tmp_path, split="train")
     assert message.startswith(f"{tmp_path}/data_batch_2: has ") and words in message
 
 
-def test_an_array_with_fewer_bytes_than_its_shape_says_is_refused(tmp_path, few):
+def test_short_array_is_refused(tmp_path, few):
     write("cifar10", "python", tmp_path)
     data = pickled(batch(PIXELS, {"labels": range(10)}))
     short = data.replace(b"T" + (30720).to_bytes(4, "little") + b"\0", b"T" + (30719).to_bytes(4, "little"))
@@ -223,7 +223,7 @@ def test_an_array_with_fewer_bytes_than_its_shape_says_is_refused(tmp_path, few)
 
 
 @pytest.mark.parametrize("label", [10, -1, 255, 2**31 - 1])
-def test_a_label_out_of_range_is_refused_by_file_and_place(tmp_path, few, label):
+def test_label_out_of_range_is_located(tmp_path, few, label):
     write("cifar10", "python", tmp_path / "python")
     (tmp_path / "python/data_batch_3").write_bytes(pickled(batch(PIXELS, {"labels": [0] * 7 + [label] * 3})))
     message = f"data_batch_3[7]: the label {label} is not a class index from 0 to 9"
@@ -237,7 +237,7 @@ def test_a_label_out_of_range_is_refused_by_file_and_place(tmp_path, few, label)
 
 
 @pytest.mark.parametrize(("kind", "at", "limit"), [("coarse", 0, 20), ("fine", 1, 100)])
-def test_a_kind_of_label_is_checked_against_its_own_classes(tmp_path, few, kind, at, limit):
+def test_each_kind_of_label_has_its_own_range(tmp_path, few, kind, at, limit):
     path = write("cifar100", "binary", tmp_path) / "test.bin"
     data = bytearray(path.read_bytes())
     data[5 * 3074 + at] = limit
@@ -247,7 +247,7 @@ def test_a_kind_of_label_is_checked_against_its_own_classes(tmp_path, few, kind,
     Cifar("cifar100", tmp_path, split="test", labels="coarse" if kind == "fine" else "fine")
 
 
-def test_a_label_that_is_no_number_is_refused_by_its_type(tmp_path, few):
+def test_non_integer_label_is_refused(tmp_path, few):
     write("cifar10", "python", tmp_path)
     (tmp_path / "test_batch").write_bytes(pickled({**batch(PIXELS, {}), b"labels": [0] * 9 + [b"cat"]}))
     assert "test_batch[9]: the label of type bytes is not" in refusal("cifar10", tmp_path, split="test")
@@ -262,36 +262,37 @@ def test_a_label_that_is_no_number_is_refused_by_its_type(tmp_path, few):
         ([b"cat"] * 10, "has no list called label_names"),
     ],
 )
-def test_class_names_that_are_none_are_refused_by_file(tmp_path, few, value, words):
+def test_invalid_class_names_are_refused(tmp_path, few, value, words):
     write("cifar10", "python", tmp_path)
     (tmp_path / "batches.meta").write_bytes(pickled(value))
     message = refusal("cifar10", tmp_path, split="test")
     assert message.startswith(f"{tmp_path}/batches.meta: ") and words in message
 
 
-def test_a_text_file_with_other_class_names_is_refused_with_their_number(tmp_path, few):
+def test_wrong_number_of_class_names_is_refused(tmp_path, few):
     write("cifar100", "binary", tmp_path)
     (tmp_path / "fine_label_names.txt").write_bytes(class_names("cifar100", "binary")["coarse_label_names.txt"])
     assert "fine_label_names.txt: has 20 class names, expected 100" in refusal("cifar100", tmp_path, split="test")
 
 
-def test_a_pickle_that_would_run_something_is_refused_by_file_and_runs_nothing(tmp_path, few):
+def test_malicious_pickle_is_refused_and_runs_nothing(tmp_path, few):
     marker = tmp_path / "owned"
-    trap = b"cos\nmkdir\nS" + repr(str(marker)).encode() + b"\n\x85R"
+    path = str(marker).encode()
+    trap = b"cos\nmkdir\nU%c" % len(path) + path + b"\x85R"
     for name in ("data_batch_5", "batches.meta"):
         folder = write("cifar10", "python", tmp_path / name / "cifar-10-batches-py")
         data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[:4] + b"(U\x04trap" + trap + b"u" + data[4:])
+        (folder / name).write_bytes(data[:5] + b"(U\x04trap" + trap + b"u" + data[5:])
         for root in (folder, pack(folder, tmp_path / name / "cifar-10-python.tar.gz")):
             message = refusal("cifar10", root, split="train")
-            assert message.startswith(f"{root}/{name}: not a whole Python 2 pickle") and "'os mkdir'" in message
+            assert message.startswith(f"{root}/{name}: not a Python 2 pickle") and "'os mkdir'" in message
     assert not marker.exists()
 
 
 # Archives
 
 
-def test_an_archive_that_is_cut_off_or_none_is_refused_by_name(tmp_path, few):
+def test_truncated_archive_is_refused(tmp_path, few):
     whole = pack(write("cifar10", "binary", tmp_path / "cifar-10-batches-bin"), tmp_path / "whole.tar.gz").read_bytes()
     (tmp_path / "root").mkdir()
     archive = tmp_path / "root/cifar-10-binary.tar.gz"
@@ -308,7 +309,7 @@ def test_an_archive_that_is_cut_off_or_none_is_refused_by_name(tmp_path, few):
         assert message.startswith(f"{archive}: ") and "cifar-10-binary.tar.gz again" in message
 
 
-def test_a_damaged_archive_is_refused_or_gives_the_very_same_data(tmp_path, few):
+def test_damaged_archive_is_refused_or_identical(tmp_path, few):
     archive = tmp_path / "cifar-100-python.tar.gz"
     pack(write("cifar100", "python", tmp_path / "cifar-100-python"), archive)
     data, whole = archive.read_bytes(), Cifar("cifar100", archive, split="test").fingerprint
@@ -326,7 +327,7 @@ def test_a_damaged_archive_is_refused_or_gives_the_very_same_data(tmp_path, few)
     assert refused > 90
 
 
-def test_nothing_of_an_archive_reaches_the_disk(tmp_path, few):
+def test_archive_is_never_unpacked(tmp_path, few):
     folder = write("cifar10", "binary", tmp_path / "made/cifar-10-batches-bin")
     root = tmp_path / "a/b/root"
     root.mkdir(parents=True)
@@ -343,7 +344,7 @@ def test_nothing_of_an_archive_reaches_the_disk(tmp_path, few):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE])
-def test_only_regular_files_of_an_archive_are_read(tmp_path, few, kind):
+def test_reads_only_regular_archive_members(tmp_path, few, kind):
     folder = write("cifar10", "binary", tmp_path / "cifar-10-batches-bin")
     secret = tmp_path / "secret"
     (folder / "test_batch.bin").rename(secret)
@@ -372,7 +373,7 @@ def site(tmp_path, few, monkeypatch):
     return archive
 
 
-def test_a_download_is_kept_as_the_archive_and_used_the_next_time(tmp_path, site):
+def test_download_is_kept_and_reused(tmp_path, site):
     root = tmp_path / "new/root"
     source = Cifar("cifar10", root, split="test", download=True)
     np.testing.assert_array_equal(source.read(np.arange(10)), content("cifar10", "test").images)
@@ -383,7 +384,7 @@ def test_a_download_is_kept_as_the_archive_and_used_the_next_time(tmp_path, site
         assert Cifar("cifar10", root, split="train", download=download).fingerprint
 
 
-def test_nothing_is_downloaded_unasked_or_where_the_dataset_is_there(tmp_path, site, monkeypatch):
+def test_downloads_only_if_asked_and_missing(tmp_path, site, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("connected")
 
@@ -394,17 +395,17 @@ def test_nothing_is_downloaded_unasked_or_where_the_dataset_is_there(tmp_path, s
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b""])
-def test_a_download_with_another_checksum_is_refused_with_both_and_leaves_nothing(tmp_path, site, change):
+def test_download_with_wrong_checksum_leaves_nothing(tmp_path, site, change):
     expected = hashlib.md5(site.read_bytes()).hexdigest()
     site.write_bytes(change(site.read_bytes()))
     message = refusal("cifar10", tmp_path / "root", split="test", download=True)
     found = hashlib.md5(site.read_bytes()).hexdigest()
-    assert message.startswith(f"{site.as_uri()}: what came has the MD5 {found}, expected {expected}")
+    assert message.startswith(f"{site.as_uri()}: the download has MD5 {found}, expected {expected}")
     assert names_in(tmp_path / "root") == []
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/", "file:///nowhere/"])
-def test_without_a_network_the_message_says_what_to_get_and_where_to_put_it(tmp_path, few, monkeypatch, address):
+def test_failed_download_says_what_to_put_where(tmp_path, few, monkeypatch, address):
     monkeypatch.setattr(cifar, "_SITE", address)
     message = refusal("cifar100", tmp_path / "root", split="test", download=True)
     assert message.startswith(f"{address}cifar-100-binary.tar.gz: cannot be downloaded (")
@@ -412,13 +413,13 @@ def test_without_a_network_the_message_says_what_to_get_and_where_to_put_it(tmp_
     assert names_in(tmp_path / "root") == []
 
 
-def test_a_root_that_cannot_be_written_is_refused(tmp_path, site):
+def test_unwritable_root_is_refused(tmp_path, site):
     (tmp_path / "file").write_text("")
     assert "cannot be downloaded (" in refusal("cifar10", tmp_path / "file", split="test", download=True)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_names_and_checksums_are_those_that_torchvision_has(dataset):
+def test_names_and_checksums_match_torchvision(dataset):
     theirs = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     _, ours = cifar._VERSIONS[dataset]
     assert (ours.url, ours.md5, ours.folder) == (theirs.url, theirs.tgz_md5, theirs.base_folder)

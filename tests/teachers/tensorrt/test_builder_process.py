@@ -1,4 +1,4 @@
-"""TensorRT's builder runs in a process of its own: its reasons come back, and its death harms nobody."""
+"""TensorRT's builder in a subprocess: its errors are reported, and its death leaves nothing behind."""
 
 import os
 import random
@@ -14,7 +14,7 @@ import pytest
 from onnx import helper
 
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.tensorrt.builder_process import CompileJob, run_compiler
+from kd_pipeline.teachers.tensorrt.builder_process import BuilderJob, run_builder
 from kd_pipeline.teachers.tensorrt.manifest import manifest_path, read_engine
 from tests.networks import IMAGE_SHAPE
 from tests.teachers.onnx_models import linear_model
@@ -24,7 +24,7 @@ psutil = pytest.importorskip("psutil")
 TOOL = Path(__file__).parents[3] / "tools" / "build_engine.py"
 
 
-def job_for(file: Path, engine: Path, **changes: object) -> CompileJob:
+def job_for(file: Path, engine: Path, **changes: object) -> BuilderJob:
     fields = {
         "onnx": file,
         "engine": engine,
@@ -34,7 +34,7 @@ def job_for(file: Path, engine: Path, **changes: object) -> CompileJob:
         "runtime": "tensorrt_rtx",
         "tf32": False,
     }
-    return CompileJob.model_validate(fields | changes)
+    return BuilderJob.model_validate(fields | changes)
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
@@ -67,35 +67,33 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.01)
 
 
-def test_the_builder_tells_its_phases_and_leaves_an_engine(exported: Callable[[int], Path], tmp_path: Path) -> None:
+def test_builder_reports_phases(exported: Callable[[int], Path], tmp_path: Path) -> None:
     phases: list[str] = []
-    run_compiler(job_for(exported(0), tmp_path / "a.engine"), tmp_path, phases.append)
+    run_builder(job_for(exported(0), tmp_path / "a.engine"), tmp_path, phases.append)
     assert any(phase.startswith("TensorRT: ") for phase in phases)
     assert (tmp_path / "a.engine").stat().st_size > 1000
 
 
-def test_a_timing_cache_is_made_and_taken_again(exported: Callable[[int], Path], tmp_path: Path) -> None:
+def test_timing_cache_is_reused(exported: Callable[[int], Path], tmp_path: Path) -> None:
     cache = tmp_path / "timings"
     for _ in range(2):
-        run_compiler(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
+        run_builder(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
         assert cache.is_file()
-    cache.write_bytes(b"another version's")
-    run_compiler(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
-    assert cache.read_bytes() != b"another version's"
+    cache.write_bytes(b"of a different version")
+    run_builder(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
+    assert cache.read_bytes() != b"of a different version"
     assert not list(tmp_path.glob(".timings*"))
 
 
-def test_a_timing_cache_that_cannot_be_written_is_told_and_leaves_nothing(
-    exported: Callable[[int], Path], tmp_path: Path
-) -> None:
+def test_unwritable_timing_cache_is_error(exported: Callable[[int], Path], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     with pytest.raises(EngineError, match=r"cache.* cannot be read or written: Is a directory"):
-        run_compiler(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
+        run_builder(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
     assert not list(tmp_path.glob(".cache*"))
 
 
-def test_what_tensorrt_cannot_parse_names_the_node_and_the_operator(tmp_path: Path) -> None:
+def test_parse_error_names_node_and_operator(tmp_path: Path) -> None:
     model = linear_model()
     model.graph.node[0].domain, model.graph.node[0].op_type = "my.ops", "Frobnicate"
     model.graph.node[0].name = "odd one"
@@ -103,29 +101,27 @@ def test_what_tensorrt_cannot_parse_names_the_node_and_the_operator(tmp_path: Pa
     onnx.save(model, tmp_path / "teacher.onnx")
     job = job_for(tmp_path / "teacher.onnx", tmp_path / "a.engine", image_shape=(3, 8, 8))
     with pytest.raises(EngineError, match=r"TensorRT cannot parse the ONNX file: .*Frobnicate.*odd one"):
-        run_compiler(job, tmp_path, lambda line: None)
+        run_builder(job, tmp_path, lambda line: None)
     assert not (tmp_path / "a.engine").exists()
 
 
-def test_a_shape_that_the_file_refuses_is_tensorrt_s_own_text(exported: Callable[[int], Path], tmp_path: Path) -> None:
+def test_build_error_has_tensorrt_text(exported: Callable[[int], Path], tmp_path: Path) -> None:
     job = job_for(exported(0), tmp_path / "a.engine", image_shape=(3, 48, 48))
     with pytest.raises(EngineError, match=r"TensorRT cannot build 0.onnx: .*images"):
-        run_compiler(job, tmp_path, lambda line: None)
+        run_builder(job, tmp_path, lambda line: None)
 
 
-def test_a_builder_that_is_killed_is_an_error_with_its_signal(exported: Callable[[int], Path], tmp_path: Path) -> None:
+def test_killed_builder_is_error_with_signal(exported: Callable[[int], Path], tmp_path: Path) -> None:
     def kill(line: str) -> None:
         (child,) = [each for each in psutil.Process().children() if str(tmp_path / "job.json") in each.cmdline()]
         child.kill()
 
-    with pytest.raises(EngineError, match="the process of TensorRT's builder ended of signal SIGKILL"):
-        run_compiler(job_for(exported(0), tmp_path / "a.engine"), tmp_path, kill)
+    with pytest.raises(EngineError, match="the process of TensorRT's builder ended by signal SIGKILL"):
+        run_builder(job_for(exported(0), tmp_path / "a.engine"), tmp_path, kill)
 
 
 @pytest.mark.slow
-def test_a_build_that_is_killed_at_any_time_leaves_no_engine_or_a_whole_one(
-    exported: Callable[[int], Path], tmp_path: Path
-) -> None:
+def test_killed_build_leaves_no_partial_engine(exported: Callable[[int], Path], tmp_path: Path) -> None:
     engine, arguments = tmp_path / "a.engine", ("--onnx", exported(0), "--precision", "fp16", "--save-engine")
     started = time.monotonic()
     assert finish(*arguments, tmp_path / "whole" / "a.engine") == 0
@@ -149,9 +145,7 @@ def test_a_build_that_is_killed_at_any_time_leaves_no_engine_or_a_whole_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_tensorrt_builds_ends_at_once_and_leaves_nothing(
-    exported: Callable[[int], Path], tmp_path: Path, number: signal.Signals
-) -> None:
+def test_signal_ends_build_at_once(exported: Callable[[int], Path], tmp_path: Path, number: signal.Signals) -> None:
     engine = tmp_path / "a.engine"
     process = start("--onnx", exported(0), "--save-engine", engine)
     wait_for(lambda: descendants(process), "the builder does not start")
@@ -167,11 +161,11 @@ def test_a_signal_while_tensorrt_builds_ends_at_once_and_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_four_processes_that_want_one_engine_build_it_once(exported: Callable[[int], Path], tmp_path: Path) -> None:
+def test_concurrent_builds_build_once(exported: Callable[[int], Path], tmp_path: Path) -> None:
     engine = tmp_path / "a.engine"
     processes = [start("--onnx", exported(0), "--save-engine", engine) for _ in range(4)]
     outcomes = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0] * 4
     assert sum("building with tensorrt_rtx" in error for _, error in outcomes) == 1
-    assert sum(f"{engine} is there already" in error for _, error in outcomes) == 3
+    assert sum(f"{engine} already exists" in error for _, error in outcomes) == 3
     assert len({output for output, _ in outcomes}) == 1

@@ -1,4 +1,4 @@
-"""An engine is read only if its manifest says that this user built it and that nothing was changed since."""
+"""An engine is read only if its manifest proves that this user built it and that it is unchanged since."""
 
 import hashlib
 import json
@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from kd_pipeline.errors import EngineError
 from kd_pipeline.teachers.tensorrt.manifest import (
-    Manifest,
+    EngineManifest,
     Parity,
     Profile,
     Recipe,
     TensorIO,
-    differences,
+    changed_fields,
     manifest_path,
     read_engine,
     read_manifest,
@@ -23,7 +23,7 @@ from kd_pipeline.teachers.tensorrt.manifest import (
 )
 
 CONTENT = b"an engine"
-MANIFEST = Manifest(
+MANIFEST = EngineManifest(
     onnx_sha256="a" * 64,
     input_adapter={"mean": [0.5, 0.5, 0.5]},
     extra_outputs=("block",),
@@ -74,11 +74,11 @@ OTHER = {
     "image_shape": [3, 16, 16],
     "manifest_version": 2,
 }
-"""A different value of the same kind, for the fields for which none is easily made."""
+"""Different values for fields for which `changed` cannot make one."""
 
 
 def changed(name: str, value: object) -> object:
-    """Another value that the field `name` could have."""
+    """A different value that the field `name` could have."""
     match value:
         case _ if name in OTHER:
             return OTHER[name]
@@ -103,15 +103,15 @@ def engine(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_engine_and_its_manifest_are_read_as_they_were_written(engine: Path) -> None:
+def test_manifest_round_trip(engine: Path) -> None:
     found = read_engine(engine)
     assert (found.path, found.content) == (engine, CONTENT)
     assert found.manifest is not None
     assert found.manifest.model_copy(update={"seal": {}}) == MANIFEST
 
 
-@pytest.mark.parametrize("name", [name for name in Manifest.model_fields if name != "seal"])
-def test_a_field_that_was_changed_by_hand_is_named(engine: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in EngineManifest.model_fields if name != "seal"])
+def test_changed_field_is_named(engine: Path, name: str) -> None:
     path = manifest_path(engine)
     content = json.loads(path.read_bytes())
     content[name] = changed(name, content[name])
@@ -120,7 +120,7 @@ def test_a_field_that_was_changed_by_hand_is_named(engine: Path, name: str) -> N
         read_engine(engine)
 
 
-def test_a_seal_that_was_changed_is_refused(engine: Path) -> None:
+def test_changed_seal_is_refused(engine: Path) -> None:
     path = manifest_path(engine)
     content = json.loads(path.read_bytes())
     for seal in ({}, content["seal"] | {"more": "0"}, content["seal"] | {"precision": "0" * 16}):
@@ -129,13 +129,13 @@ def test_a_seal_that_was_changed_is_refused(engine: Path) -> None:
             read_engine(engine)
 
 
-@pytest.mark.parametrize("name", list(Manifest.model_fields))
-def test_a_field_that_is_missing_is_named(engine: Path, name: str) -> None:
+@pytest.mark.parametrize("name", list(EngineManifest.model_fields))
+def test_missing_field_is_named(engine: Path, name: str) -> None:
     path = manifest_path(engine)
     content = json.loads(path.read_bytes())
     del content[name]
     path.write_text(json.dumps(content))
-    if name == "manifest_version":  # whoever leaves it out means this version
+    if name == "manifest_version":  # defaults to this version
         assert read_engine(engine).manifest is not None
         return
     with pytest.raises(EngineError, match=name):
@@ -143,19 +143,19 @@ def test_a_field_that_is_missing_is_named(engine: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list(Recipe.model_fields))
-def test_every_field_of_the_recipe_is_part_of_the_key_and_is_told_when_it_differs(name: str) -> None:
+def test_every_recipe_field_changes_key(name: str) -> None:
     recipe = Recipe(**{field: getattr(MANIFEST, field) for field in Recipe.model_fields})
     fields = recipe.model_dump(mode="json")
     other = Recipe.model_validate(fields | {name: changed(name, fields[name])})
     assert other.key != recipe.key
     assert Recipe.model_validate(fields).key == recipe.key
-    (line,) = differences(MANIFEST, other.model_dump(mode="json"))
+    (line,) = changed_fields(MANIFEST, other.model_dump(mode="json"))
     assert line.startswith(f"{name}: found {json.dumps(fields[name])}, wanted ")
     assert line.endswith(json.dumps(other.model_dump(mode="json")[name]))
 
 
 @pytest.mark.parametrize("position", range(len(CONTENT)))
-def test_a_flipped_bit_in_the_engine_is_refused_with_both_digests(engine: Path, position: int) -> None:
+def test_flipped_bit_is_refused(engine: Path, position: int) -> None:
     content = bytearray(CONTENT)
     content[position] ^= 1
     engine.write_bytes(content)
@@ -177,21 +177,21 @@ def test_a_flipped_bit_in_the_engine_is_refused_with_both_digests(engine: Path, 
         (b"[" * 100_000, "cannot be read"),
     ],
 )
-def test_a_manifest_that_is_none_is_one_error_that_names_it(engine: Path, content: bytes, message: str) -> None:
+def test_invalid_manifest_is_error_with_path(engine: Path, content: bytes, message: str) -> None:
     manifest_path(engine).write_bytes(content)
     with pytest.raises(EngineError, match=message) as error:
         read_engine(engine)
     assert str(manifest_path(engine)) in str(error.value)
 
 
-def test_an_unknown_field_is_refused(engine: Path) -> None:
+def test_unknown_field_is_refused(engine: Path) -> None:
     path = manifest_path(engine)
     path.write_text(json.dumps(json.loads(path.read_bytes()) | {"host_code": True}))
     with pytest.raises(EngineError, match="host_code"):
         read_engine(engine)
 
 
-def test_an_engine_that_is_not_there_and_one_without_a_manifest_say_what_to_do(engine: Path) -> None:
+def test_missing_files_say_what_to_do(engine: Path) -> None:
     with pytest.raises(EngineError, match=r"other.engine cannot be read: No such file.*build-engine"):
         read_engine(engine.with_name("other.engine"))
     with pytest.raises(EngineError, match="cannot be read: Is a directory"):
@@ -202,49 +202,49 @@ def test_an_engine_that_is_not_there_and_one_without_a_manifest_say_what_to_do(e
 
 
 @pytest.mark.parametrize("which", ["engine", "manifest", "folder"])
-def test_what_every_user_can_write_is_refused(engine: Path, which: str) -> None:
+def test_world_writable_is_refused(engine: Path, which: str) -> None:
     path = {"engine": engine, "manifest": manifest_path(engine), "folder": engine.parent}[which]
     path.chmod(path.stat().st_mode | 0o002)
-    with pytest.raises(EngineError, match=f"{path} can be written by every user of this machine; chmod o-w"):
+    with pytest.raises(EngineError, match=f"{path} is writable by every user of this machine; chmod o-w"):
         read_engine(engine)
 
 
-def test_a_folder_with_the_sticky_bit_is_as_good_as_a_private_one(engine: Path) -> None:
+def test_sticky_folder_is_trusted(engine: Path) -> None:
     engine.parent.chmod(0o1777)
     assert read_engine(engine).content == CONTENT
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("which", ["engine", "manifest", "folder"])
-def test_what_belongs_to_another_user_is_refused(engine: Path, which: str) -> None:
+def test_foreign_owner_is_refused(engine: Path, which: str) -> None:
     path = {"engine": engine, "manifest": manifest_path(engine), "folder": engine.parent}[which]
     os.chown(path, 12345, -1)
     with pytest.raises(EngineError, match=f"{path} belongs to user 12345 and you are 0; .*trust_engine"):
         read_engine(engine)
 
 
-def test_the_digest_of_an_engine_vouches_for_it_whatever_stands_against_it(engine: Path) -> None:
+def test_trust_engine_overrides_checks(engine: Path) -> None:
     engine.parent.chmod(0o777)
-    engine.write_bytes(b"another engine")
-    digest = hashlib.sha256(b"another engine").hexdigest()
+    engine.write_bytes(b"a different engine")
+    digest = hashlib.sha256(b"a different engine").hexdigest()
     found = read_engine(engine, trust_engine=digest.upper())
-    assert found.content == b"another engine" and found.manifest is not None
+    assert found.content == b"a different engine" and found.manifest is not None
     manifest_path(engine).unlink()
     assert read_engine(engine, trust_engine=digest).manifest is None
 
 
-def test_the_digest_of_another_engine_vouches_for_nothing(engine: Path) -> None:
-    with pytest.raises(EngineError, match=f"has the sha256 {MANIFEST.engine_sha256}, and trust_engine names 00"):
+def test_trust_engine_must_match_digest(engine: Path) -> None:
+    with pytest.raises(EngineError, match=f"has the sha256 {MANIFEST.engine_sha256}, and trust_engine is 00"):
         read_engine(engine, trust_engine="0" * 64)
 
 
-def test_a_manifest_is_replaced_whole(engine: Path) -> None:
+def test_manifest_is_replaced(engine: Path) -> None:
     write_manifest(engine, MANIFEST.model_copy(update={"build_s": 2.5}))
     assert read_manifest(engine).build_s == 2.5
     assert sorted(path.name for path in engine.parent.iterdir()) == ["teacher.engine", "teacher.engine.json"]
 
 
-def test_a_manifest_that_cannot_be_written_leaves_nothing(engine: Path) -> None:
+def test_failed_write_leaves_nothing(engine: Path) -> None:
     manifest_path(engine).unlink()
     manifest_path(engine).mkdir()
     with pytest.raises(IsADirectoryError):
@@ -253,6 +253,6 @@ def test_a_manifest_that_cannot_be_written_leaves_nothing(engine: Path) -> None:
 
 
 @pytest.mark.parametrize(("low", "best", "high"), [(4, 2, 8), (1, 9, 8), (0, 1, 1)])
-def test_a_profile_ascends_from_one(low: int, best: int, high: int) -> None:
+def test_profile_must_ascend(low: int, best: int, high: int) -> None:
     with pytest.raises(ValidationError):
         Profile(min=low, opt=best, max=high)

@@ -1,4 +1,4 @@
-"""Finding TensorRT, hearing it, and whether the installed one has all that the sources call."""
+"""Importing and logging TensorRT, and whether the installed one has all that the sources use."""
 
 import ast
 import inspect
@@ -16,7 +16,7 @@ import torch
 from kd_pipeline.errors import EngineError, MissingPackageError
 from kd_pipeline.teachers.tensorrt import package as tensorrt_package
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt, why_unusable
-from tests.teachers import fake_tensorrt
+from tests.teachers import fake_gpu, fake_tensorrt
 
 PACKAGE = Path(tensorrt_package.__file__).parent
 REAL_STREAM, REAL_EVENT, REAL_GRAPH = torch.cuda.Stream, torch.cuda.Event, torch.cuda.CUDAGraph
@@ -29,7 +29,7 @@ def tensorrt_rtx() -> Any:
 
 @pytest.fixture
 def messages(tensorrt_rtx: Any, caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
-    """What TensorRT has to say at each severity, as Python's logging gets it."""
+    """A message of TensorRT at each severity, as Python's logging gets them."""
     logger = open_tensorrt("tensorrt_rtx").logger
     severities = tensorrt_rtx.ILogger
     open_tensorrt("tensorrt_rtx").take_errors()
@@ -39,7 +39,7 @@ def messages(tensorrt_rtx: Any, caplog: pytest.LogCaptureFixture) -> list[tuple[
     return [(record.levelno, record.getMessage()) for record in caplog.records]
 
 
-def test_tensorrts_voice_is_python_logging_at_fitting_levels(messages: list[tuple[int, str]]) -> None:
+def test_messages_reach_python_logging(messages: list[tuple[int, str]]) -> None:
     assert messages == [
         (logging.DEBUG, "100% INFO"),
         (logging.WARNING, "100% WARNING"),
@@ -48,29 +48,29 @@ def test_tensorrts_voice_is_python_logging_at_fitting_levels(messages: list[tupl
     ]
 
 
-def test_errors_are_remembered_until_they_are_taken(messages: list[tuple[int, str]]) -> None:
+def test_errors_are_kept_until_taken(messages: list[tuple[int, str]]) -> None:
     tensorrt = open_tensorrt("tensorrt_rtx")
     assert tensorrt.take_errors() == "100% ERROR; 100% INTERNAL_ERROR"
     assert tensorrt.take_errors() == ""
 
 
 @pytest.mark.parametrize("result", [None, False])
-def test_a_failed_call_is_an_error_with_tensorrts_text(tensorrt_rtx: Any, result: object) -> None:
+def test_failed_call_raises_with_tensorrt_text(tensorrt_rtx: Any, result: object) -> None:
     tensorrt = open_tensorrt("tensorrt_rtx")
     tensorrt.take_errors()
     tensorrt.logger.log(tensorrt_rtx.ILogger.ERROR, "out of memory\n")
     with pytest.raises(EngineError, match=r"^the engine does not load: out of memory$"):
         tensorrt.check(result, "the engine does not load")
-    with pytest.raises(EngineError, match=r"^the engine does not load: TensorRT does not say why$"):
+    with pytest.raises(EngineError, match=r"^the engine does not load: TensorRT gives no reason$"):
         tensorrt.check(result, "the engine does not load")
 
 
 @pytest.mark.parametrize("result", [True, 0, (), b"", object()])
-def test_any_other_result_of_a_call_is_handed_back(tensorrt_rtx: Any, result: object) -> None:
+def test_other_results_pass_through(tensorrt_rtx: Any, result: object) -> None:
     assert open_tensorrt("tensorrt_rtx").check(result, "it failed") is result
 
 
-def test_a_flood_of_errors_from_many_threads_is_bounded(tensorrt_rtx: Any) -> None:
+def test_kept_errors_are_bounded_across_threads(tensorrt_rtx: Any) -> None:
     tensorrt = open_tensorrt("tensorrt_rtx")
     tensorrt.take_errors()
     log = tensorrt.logger.log
@@ -84,7 +84,7 @@ def test_a_flood_of_errors_from_many_threads_is_bounded(tensorrt_rtx: Any) -> No
     assert tensorrt.take_errors() == "; ".join(["no"] * 8)
 
 
-def test_the_real_builder_speaks_through_the_logger(tensorrt_rtx: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_real_builder_uses_logger(tensorrt_rtx: Any, caplog: pytest.LogCaptureFixture) -> None:
     tensorrt = open_tensorrt("tensorrt_rtx")
     tensorrt.take_errors()
     with caplog.at_level(logging.DEBUG, "kd_pipeline.tensorrt"):
@@ -94,7 +94,7 @@ def test_the_real_builder_speaks_through_the_logger(tensorrt_rtx: Any, caplog: p
     assert tensorrt.take_errors()
 
 
-def test_one_logger_serves_the_whole_process_and_tensorrt_does_not_complain(
+def test_one_logger_per_process(
     tensorrt_rtx: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first, second = open_tensorrt("tensorrt_rtx"), open_tensorrt("tensorrt_rtx")
@@ -104,7 +104,7 @@ def test_one_logger_serves_the_whole_process_and_tensorrt_does_not_complain(
     assert "logger passed into" not in caplog.text + "".join(capfd.readouterr())
 
 
-def test_what_was_opened_is_named(tensorrt_rtx: Any) -> None:
+def test_opened_package_is_named(tensorrt_rtx: Any) -> None:
     tensorrt = open_tensorrt("tensorrt_rtx")
     assert (tensorrt.runtime, tensorrt.version) == ("tensorrt_rtx", tensorrt_rtx.__version__)
     assert tensorrt.module is tensorrt_rtx
@@ -112,12 +112,12 @@ def test_what_was_opened_is_named(tensorrt_rtx: Any) -> None:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make believe that these flavors are installed, and no others."""
+    """`installed("tensorrt")`: pretend that only these packages are installed."""
     monkeypatch.setattr(tensorrt_package, "_open", tensorrt_package._open.__wrapped__)
 
     def install(*flavors: str) -> None:
         for flavor in ("tensorrt", "tensorrt_rtx"):
-            library = fake_tensorrt.Library(fake_tensorrt.Gpu(), flavor, {})
+            library = fake_tensorrt.Library(fake_gpu.Gpu(), flavor, {})
             monkeypatch.setitem(sys.modules, flavor, library.module if flavor in flavors else None)
 
     return install
@@ -132,13 +132,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
         (("tensorrt", "tensorrt_rtx"), "tensorrt_rtx", "tensorrt_rtx"),
     ],
 )
-def test_auto_takes_tensorrt_before_rtx(installed: Any, flavors: tuple[str, ...], asked: Any, opened: str) -> None:
+def test_auto_prefers_tensorrt(installed: Any, flavors: tuple[str, ...], asked: Any, opened: str) -> None:
     installed(*flavors)
     tensorrt = open_tensorrt(asked)
     assert tensorrt.runtime == opened and tensorrt.module is sys.modules[opened]
 
 
-def test_what_is_not_installed_is_said_with_what_to_type(installed: Any) -> None:
+def test_missing_package_says_what_to_install(installed: Any) -> None:
     installed()
     with pytest.raises(MissingPackageError, match=r"^tensorrt is needed .* pip install 'kd_pipeline\[trt\]'$"):
         open_tensorrt("tensorrt")
@@ -168,12 +168,12 @@ OBJECTS = {
         "error": "ParserError",
     },
 }
-"""Which expressions are TensorRT's objects, in each file that has some."""
-MODULES = ("tensorrt.module", "module", "trt", "base")
+"""The expressions in each file that are objects of TensorRT, and their classes."""
+MODULES = ("tensorrt.module", "module", "base")
 
 
 def uses(file: str) -> list[tuple[str, str, str, ast.Call | None]]:
-    """Attributes of TensorRT's objects in a file: expression, class, attribute, and the call if it is one."""
+    """Attributes of TensorRT objects in a file: expression, class, attribute, and the call if it is one."""
     tree = ast.parse((PACKAGE / file).read_text())
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return [
@@ -184,7 +184,7 @@ def uses(file: str) -> list[tuple[str, str, str, ast.Call | None]]:
 
 
 def signatures(method: Any) -> list[list[str]]:
-    """The names of the parameters of each overload, from the docstring that pybind11 writes."""
+    """Parameter names of each overload, from the docstring that pybind11 generates."""
     name = method.__name__
     lines = re.findall(rf"^(?:\d+\. )?{name}\(self: [\w.]+(.*?)\) ->", method.__doc__, re.MULTILINE)
     return [re.findall(r"(\w+): ", line) for line in lines]
@@ -198,19 +198,19 @@ def accepts(method: Any, num_positional: int, keywords: set[str]) -> bool:
 
 
 @pytest.mark.parametrize("file", OBJECTS)
-def test_the_installed_tensorrt_has_all_that_a_file_uses_with_as_many_arguments(tensorrt_rtx: Any, file: str) -> None:
+def test_installed_tensorrt_has_used_methods(tensorrt_rtx: Any, file: str) -> None:
     found = uses(file)
     assert {kind for _, kind, _, _ in found} == set(OBJECTS[file].values())
     for expression, kind, name, call in found:
         attribute = getattr(getattr(tensorrt_rtx, kind), name, None)
-        assert attribute is not None, f"{file}: {expression}.{name}: {kind} has no such thing"
+        assert attribute is not None, f"{file}: {expression}.{name}: {kind} has no such attribute"
         if call is not None and not any(isinstance(argument, ast.Starred) for argument in call.args):
             keywords = {keyword.arg for keyword in call.keywords if keyword.arg}
             assert accepts(attribute, len(call.args), keywords), f"{file}: {ast.unparse(call)}: {attribute.__doc__}"
 
 
 @pytest.mark.parametrize("file", [*OBJECTS, "package.py"])
-def test_the_installed_tensorrt_has_all_classes_and_constants_that_a_file_names(tensorrt_rtx: Any, file: str) -> None:
+def test_installed_tensorrt_has_used_constants(tensorrt_rtx: Any, file: str) -> None:
     tree = ast.parse((PACKAGE / file).read_text())
     chains = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for chain in chains:
@@ -226,22 +226,7 @@ def test_the_installed_tensorrt_has_all_classes_and_constants_that_a_file_names(
             found = getattr(found, name)
 
 
-FAKES = [
-    fake_tensorrt.ILogger,
-    fake_tensorrt.Runtime,
-    fake_tensorrt.RtxRuntime,
-    fake_tensorrt.ICudaEngine,
-    fake_tensorrt.RtxEngine,
-    fake_tensorrt.IRuntimeConfig,
-    fake_tensorrt.IRuntimeCache,
-    fake_tensorrt.IExecutionContext,
-    fake_tensorrt.DataType,
-    fake_tensorrt.TensorFormat,
-    fake_tensorrt.TensorIOMode,
-    fake_tensorrt.EngineValidity,
-    fake_tensorrt.EngineInvalidityDiagnostics,
-    fake_tensorrt.CudaGraphStrategy,
-]
+FAKES = [each for each in vars(fake_tensorrt).values() if str(each.__doc__).startswith("`tensorrt")]
 
 
 def public(fake: type) -> dict[str, Any]:
@@ -249,7 +234,7 @@ def public(fake: type) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("fake", FAKES, ids=lambda fake: fake.__name__)
-def test_the_fake_tensorrt_has_the_real_methods_with_the_real_parameters(tensorrt_rtx: Any, fake: type) -> None:
+def test_fake_tensorrt_has_real_signatures(tensorrt_rtx: Any, fake: type) -> None:
     real = getattr(tensorrt_rtx, fake.__doc__.split("`")[1].rpartition(".")[2])
     assert public(fake)
     for name, value in public(fake).items():
@@ -260,8 +245,8 @@ def test_the_fake_tensorrt_has_the_real_methods_with_the_real_parameters(tensorr
 
 
 @pytest.mark.parametrize("flavor", ["tensorrt", "tensorrt_rtx"])
-def test_the_fake_objects_have_only_the_properties_of_the_real_ones(tensorrt_rtx: Any, flavor: str) -> None:
-    library = fake_tensorrt.Library(fake_tensorrt.Gpu(), flavor, {b"": fake_tensorrt.Plan()})
+def test_fake_objects_have_real_properties(tensorrt_rtx: Any, flavor: str) -> None:
+    library = fake_tensorrt.Library(fake_gpu.Gpu(), flavor, {b"": fake_tensorrt.Plan()})
     runtime = library.module.Runtime(fake_tensorrt.ILogger())
     engine = runtime.deserialize_cuda_engine(b"")
     objects = {"Runtime": runtime, "ICudaEngine": engine}
@@ -272,20 +257,20 @@ def test_the_fake_objects_have_only_the_properties_of_the_real_ones(tensorrt_rtx
         assert names and all(hasattr(getattr(tensorrt_rtx, kind), name) for name in names)
 
 
-def test_only_rtx_has_what_only_rtx_has() -> None:
-    """The functions that TensorRT 10 and 11 lack are looked for, or called for the other flavor alone."""
+def test_rtx_only_methods_are_rtx_only() -> None:
+    """Functions that TensorRT 10 and 11 lack are looked up first, or called for TensorRT-RTX only."""
     assert not hasattr(fake_tensorrt.Runtime, "get_engine_validity")
     assert not hasattr(fake_tensorrt.ICudaEngine, "create_runtime_config")
 
 
-def test_the_fake_cuda_has_the_real_methods_with_the_real_parameters() -> None:
+def test_fake_cuda_core_has_real_signatures() -> None:
     core, graph = pytest.importorskip("cuda.core"), pytest.importorskip("cuda.core.graph")
     pairs = {
-        core.Device: fake_tensorrt.Device,
-        core.Stream: fake_tensorrt.Stream,
-        core.Event: fake_tensorrt.Event,
-        graph.GraphBuilder: fake_tensorrt.GraphBuilder,
-        graph.Graph: fake_tensorrt.Graph,
+        core.Device: fake_gpu.Device,
+        core.Stream: fake_gpu.Stream,
+        core.Event: fake_gpu.Event,
+        graph.GraphBuilder: fake_gpu.GraphBuilder,
+        graph.Graph: fake_gpu.Graph,
     }
     for real, fake in pairs.items():
         assert public(fake)
@@ -299,15 +284,15 @@ def test_the_fake_cuda_has_the_real_methods_with_the_real_parameters() -> None:
     assert hasattr(graph.GraphBuilder, "stream")
 
 
-def test_the_fake_torch_has_the_real_methods() -> None:
+def test_fake_torch_has_real_methods() -> None:
     pairs = {
-        REAL_STREAM: fake_tensorrt.TorchStream,
-        REAL_EVENT: fake_tensorrt.TorchEvent,
-        REAL_GRAPH: fake_tensorrt.CUDAGraph,
+        REAL_STREAM: fake_gpu.TorchStream,
+        REAL_EVENT: fake_gpu.TorchEvent,
+        REAL_GRAPH: fake_gpu.CUDAGraph,
     }
     for real, fake in pairs.items():
         assert public(fake) and all(callable(getattr(real, name)) for name in public(fake))
-    parameters = list(inspect.signature(fake_tensorrt.Gpu.capture).parameters)[1:]
+    parameters = list(inspect.signature(fake_gpu.Gpu.capture).parameters)[1:]
     assert set(parameters) <= set(inspect.signature(torch.cuda.graph).parameters)
     assert hasattr(REAL_STREAM, "__cuda_stream__") and hasattr(REAL_STREAM, "cuda_stream")
 
@@ -320,15 +305,15 @@ def test_the_fake_torch_has_the_real_methods() -> None:
     [
         (("tensorrt",), (9, 0), "auto", None),
         (("tensorrt",), (7, 5), "auto", None),
-        (("tensorrt",), (7, 0), "auto", "tensorrt is not made for 7.0"),
+        (("tensorrt",), (7, 0), "auto", "tensorrt does not support compute capability 7.0"),
         (("tensorrt", "tensorrt_rtx"), (9, 0), "auto", None),
-        (("tensorrt_rtx",), (9, 0), "auto", "tensorrt_rtx is not made for 9.0"),
-        (("tensorrt", "tensorrt_rtx"), (9, 0), "tensorrt_rtx", "tensorrt_rtx is not made for 9.0"),
+        (("tensorrt_rtx",), (9, 0), "auto", "tensorrt_rtx does not support compute capability 9.0"),
+        (("tensorrt", "tensorrt_rtx"), (9, 0), "tensorrt_rtx", "tensorrt_rtx does not support compute capability 9.0"),
         (("tensorrt_rtx",), (8, 9), "auto", None),
         (("tensorrt_rtx",), (12, 0), "auto", None),
     ],
 )
-def test_a_gpu_that_tensorrt_is_not_made_for_is_known(
+def test_unsupported_gpu_has_reason(
     installed: Any, flavors: tuple[str, ...], capability: tuple[int, int], runtime: Any, reason: str | None
 ) -> None:
     installed(*flavors)
@@ -338,11 +323,11 @@ def test_a_gpu_that_tensorrt_is_not_made_for_is_known(
     assert why_unusable(capability, runtime) == reason
 
 
-def test_without_tensorrt_the_reason_is_what_to_install(installed: Any) -> None:
+def test_missing_tensorrt_is_reason(installed: Any) -> None:
     installed()
     assert "kd_pipeline[trt]" in why_unusable((9, 0)) and "kd_pipeline[rtx]" in why_unusable((9, 0))
 
 
-def test_the_real_rtx_names_its_gpus(tensorrt_rtx: Any) -> None:
+def test_real_rtx_lists_its_gpus(tensorrt_rtx: Any) -> None:
     assert why_unusable((8, 9), "tensorrt_rtx") is None
-    assert why_unusable((9, 0), "tensorrt_rtx") == "tensorrt_rtx is not made for 9.0"
+    assert why_unusable((9, 0), "tensorrt_rtx") == "tensorrt_rtx does not support compute capability 9.0"

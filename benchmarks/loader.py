@@ -1,0 +1,321 @@
+"""Compare `KDDataLoader` with a bare DALI graph and with torchvision's two decoders, on the same JPEG files."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch.utils.dlpack import from_dlpack
+
+from benchmarks.command import run_benchmark
+from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.optional import require
+from kd_pipeline._core.settings import Settings
+from kd_pipeline.bench.measure import (
+    Candidate,
+    Measurement,
+    environment,
+    format_table,
+    measure,
+    paired_ratio,
+    prepare_out,
+    save_result,
+    spread,
+)
+from kd_pipeline.bench.photographs import photographs, read_jpeg
+from kd_pipeline.bench.torchvision_loaders import PREFETCH, LoadTask, Stream, torchvision_pil, torchvision_tensor
+from kd_pipeline.cli.arguments import add_options
+from kd_pipeline.data.dali import DecodeMode
+from kd_pipeline.data.decode import resolve_decode
+from kd_pipeline.data.decode_trial import try_decoding
+from kd_pipeline.data.reader import group_size
+from kd_pipeline.data.sources import ImageFolder
+from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.loader.loader import KDDataLoader
+
+_LARGE_BATCH = 256
+"""As on a GPU, where the CPU time per batch in the consuming thread matters most."""
+_ON_DALI = ("KDDataLoader", "bare DALI graph")
+"""These have more rows: one for the large batch, to compare the cost of taking a batch with DALI's own, and those for
+decode modes and loads of the hardware decoder, which the other loaders do not have."""
+
+
+class BenchLoaderSettings(Settings):
+    """How the loaders are compared."""
+
+    root: Path | None = None
+    """JPEG files in class folders, few enough for the page cache. Defaults to `data/photographs`, which is created if
+    it does not exist."""
+    batch_size: int = Field(default=64, gt=0)
+    """Images in a batch."""
+    size: int = Field(default=224, gt=0)
+    """Height and width of the transformed images."""
+    num_batches: int = Field(default=20, gt=0)
+    """Timed batches of each loader in each repeat, rounded up to whole groups of batches that become ready together."""
+    repeats: int = Field(default=7, gt=0)
+    """How often each row is measured."""
+    num_threads: int | None = Field(default=None, gt=0)
+    """Threads of DALI and worker processes of torch; defaults to the cores this process may use."""
+    device: str = "auto"
+    """Where the batches go: `cpu`, `cuda`, or `auto` for a GPU if there is one."""
+    decode: tuple[DecodeMode, ...] = ()
+    """Decode modes, `window` and `full`, that get their own rows; the others use what `data.decode: auto` chooses."""
+    hw_decoder_loads: tuple[Annotated[float, Field(ge=0, le=1)], ...] = ()
+    """Fractions of the JPEG files for a GPU's hardware decoder, from 0 to 1, that get their own rows."""
+    out: Path | None = None
+    """JSON file for the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeTask(LoadTask):
+    """Also says how DALI decodes; the other loaders ignore it."""
+
+    decode: DecodeMode = "window"
+    hw_decoder_load: float = 0.0
+    """Fraction of the files for a GPU's hardware decoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderResult:
+    """All rows in the order of the loaders, the settings and the environment."""
+
+    rows: tuple[Measurement, ...]
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+
+    def ratio_to_first(self, row: Measurement) -> float:
+        """How many times as fast as the first row."""
+        return paired_ratio(row.images_per_s, self.rows[0].images_per_s)
+
+    def table(self) -> str:
+        """Plain text: a line for each loader, and below them what the numbers are."""
+        header = (
+            "",
+            "images/s",
+            "lowest",
+            "highest",
+            "times as fast",
+            "CPU ms/image",
+            "own ms/batch",
+            "memory growth MiB",
+        )
+        rows = [
+            (
+                row.name,
+                f"{median(row.images_per_s):,.0f}",
+                f"{min(row.images_per_s):,.0f}",
+                f"{max(row.images_per_s):,.0f}",
+                f"{self.ratio_to_first(row):.2f}",
+                f"{1000 * median(row.cpu_s_per_image):.2f}",
+                f"{1000 * median(row.own_s_per_batch):.2f}",
+                f"{row.memory_growth_bytes / 2**20:.1f}",
+            )
+            for row in self.rows
+        ]
+        note = (
+            f"Medians of {len(self.rows[0].images_per_s)} interleaved repeats on {self.environment['num_cores']} "
+            f"core(s), {self.settings['device']}. Times as fast: as {self.rows[0].name}. Own: CPU time of Python, "
+            "planning and handing over. Memory: this process, second half over first."
+        )
+        return "\n".join([*format_table(header, rows), note])
+
+    def to_json(self) -> str:
+        """Everything, including every repeat."""
+        rows = []
+        for row in self.rows:
+            own: dict[str, Any] = {
+                name: value if name == "name" else spread(value) for name, value in asdict(row).items()
+            }
+            own |= {"ratio_to_first": self.ratio_to_first(row), "memory_growth_bytes": row.memory_growth_bytes}
+            rows.append(own)
+        return json.dumps({"rows": rows, "settings": self.settings, "environment": self.environment}, indent=2)
+
+
+def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], object] = lambda line: None) -> LoaderResult:
+    """Measure how fast loaders deliver batches `[N, 3, size, size]` float32; `report` receives lines of progress.
+
+    All do the same work: random resized crop with an antialiased bilinear filter, horizontal flip, normalize. All read
+    the same files, from the page cache, reshuffled in every epoch, in full batches, with as many threads or workers as
+    there are cores. Each runs as one stream through all repeats. For torch's `DataLoader` this needs an endless
+    sampler, which saves it the restart at every epoch that its users have: how much that costs depends on the size of
+    the dataset, and it has nothing to do with loading.
+
+    Raises:
+        ConfigError: `out` is a folder, the device does not exist, or a CPU was to have a hardware decoder.
+        DataError: the folder has files other than JPEG, or too few for one batch.
+        MissingPackageError: a package of the extra `bench` is not installed.
+    """
+    require("torchvision", extra="bench")
+    prepare_out(settings.out)
+    device = resolve_device(settings.device)
+    if settings.hw_decoder_loads and device.type == "cpu":
+        raise ConfigError("hw_decoder_load: only a GPU has a hardware decoder for JPEG; omit it, or set device")
+    root = photographs(settings.root, report)
+    num_files = _read_all(root)
+    report(f"{num_files:,} files read once, so every loader finds them in the page cache")
+    num_threads = settings.num_threads or num_cores()
+    decode = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
+    task = DecodeTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, decode)
+    tasks = _tasks(settings, task, num_files, report)
+    with ExitStack() as stack:
+        candidates = [
+            Candidate(name, partial(_run, stack.enter_context(closing(open_stream(own))), device))
+            for name, (open_stream, own) in tasks.items()
+        ]
+        # Each of torch's workers prepares a batch of its own, and all may become ready together, as do the small
+        # batches of a group in `KDDataLoader`: only full rounds are a fair measure.
+        at_once = math.lcm(num_threads, group_size(settings.batch_size, task.transform))
+        rows = measure(
+            candidates,
+            repeats=settings.repeats,
+            num_batches=-(-settings.num_batches // at_once) * at_once,
+            # Prefetched: `PREFETCH` rounds; with DALI also those of its reader and of the teacher.
+            num_warm_up=(PREFETCH + 2) * at_once,
+            report=report,
+        )
+    used = {"root": str(root), "num_threads": num_threads, "device": str(device), "decode_auto": decode}
+    result = LoaderResult(tuple(rows), settings.model_dump(mode="json") | used, environment())
+    save_result(settings.out, result.to_json, report)
+    return result
+
+
+def _tasks(
+    settings: BenchLoaderSettings, task: DecodeTask, num_files: int, report: Callable[[str], object]
+) -> dict[str, tuple[Callable[[DecodeTask], Stream], DecodeTask]]:
+    """Every row by name; a decode mode that does not work on this GPU is reported and has none."""
+    tasks = {name: (open_stream, task) for name, open_stream in LOADERS.items()}
+
+    def add(label: str, **changes: Any) -> None:
+        tasks.update({f"{name}, {label}": (LOADERS[name], replace(task, **changes)) for name in _ON_DALI})
+
+    if num_files >= _LARGE_BATCH != task.batch_size:
+        add(f"batch of {_LARGE_BATCH}", batch_size=_LARGE_BATCH)
+    gpu = task.device.index
+    for decode in settings.decode:
+        # A decode mode that crashes on this GPU would end the whole benchmark.
+        if task.device.type == "cuda" and not (trial := try_decoding(decode, device_id=gpu)).works:
+            report(f"no rows for decode {decode}: {trial}")
+            continue
+        add(f"decode {decode}", decode=decode)
+    for load in settings.hw_decoder_loads:
+        try:
+            decode = resolve_decode("auto", device_id=gpu, hw_decoder_load=load)
+        except ConfigError as exc:
+            report(f"no rows for hw_decoder_load {load:g}: {exc}")
+            continue
+        add(f"hw_decoder_load {load:g}", decode=decode, hw_decoder_load=load)
+    return tasks
+
+
+def _kd_data_loader(task: DecodeTask) -> Stream:
+    with KDDataLoader(
+        ImageFolder(task.root),
+        task.transform,
+        batch_size=task.batch_size,
+        last_batch="drop",
+        device=task.device,
+        num_threads=task.num_threads,
+        prefetch=PREFETCH,
+        decode=task.decode,
+        hw_decoder_load=task.hw_decoder_load,
+    ) as loader:
+        while True:
+            for batch in loader:
+                yield batch.images
+
+
+def _dali_graph(task: DecodeTask) -> Stream:
+    """The shortest graph that does the work: DALI itself reads, shuffles and draws random numbers."""
+    dali = require("nvidia.dali", extra="cpu")
+    fn, types = require("nvidia.dali.fn", extra="cpu"), dali.types
+    source, transform = ImageFolder(task.root), task.transform
+    assert source.labels is not None
+    stream: torch.cuda.Stream | None = None
+    decoder: dict[str, Any] = {"device": "cpu"}
+    if task.device.type == "cuda":
+        stream = torch.cuda.current_stream(task.device)
+        decoder = {"device": "mixed", "hw_decoder_load": task.hw_decoder_load}
+    pipeline = dali.Pipeline(
+        batch_size=task.batch_size,
+        num_threads=task.num_threads,
+        device_id=task.device.index,
+        seed=0,
+        prefetch_queue_depth=PREFETCH,
+    )
+    with pipeline:
+        encoded, labels = fn.readers.file(
+            files=[source.name(index) for index in range(len(source))],
+            labels=source.labels.tolist(),
+            shuffle_after_epoch=True,
+        )
+        crop = {"random_area": transform.area, "random_aspect_ratio": transform.ratio}
+        size = [transform.size, transform.size]
+        resize = {"size": size, "interp_type": types.INTERP_TRIANGULAR, "antialias": True}
+        if task.decode == "full":
+            images = fn.decoders.image(encoded, output_type=types.RGB, **decoder)
+            images = fn.random_resized_crop(images, **crop, **resize)
+        else:
+            images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **crop, **decoder)
+            images = fn.resize(images, **resize)
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(probability=transform.flip),
+            mean=[255 * channel for channel in transform.mean],
+            std=[255 * channel for channel in transform.std],
+            dtype=types.FLOAT,
+            output_layout="CHW",
+        )
+        pipeline.set_outputs(images, labels)
+    while True:
+        images, labels = pipeline.run(stream)
+        from_dlpack(labels.as_tensor())
+        yield from_dlpack(images.as_tensor())
+
+
+LOADERS: dict[str, Callable[[DecodeTask], Stream]] = {
+    "KDDataLoader": _kd_data_loader,
+    "bare DALI graph": _dali_graph,
+    "torchvision, PIL": torchvision_pil,
+    "torchvision, decode_jpeg": torchvision_tensor,
+}
+"""What is compared."""
+
+
+def _run(stream: Stream, device: torch.device, num_batches: int) -> int:
+    """Take so many batches and return the number of images in them."""
+    num_images = sum(len(next(stream)) for _ in range(num_batches))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the batches are finished, not just queued
+    return num_images
+
+
+def _read_all(root: Path) -> int:
+    """Read every file once; return their number."""
+    source = ImageFolder(root)
+    for index in range(len(source)):
+        read_jpeg(Path(source.name(index)))
+    return len(source)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark with these arguments and return the exit status."""
+    parser = argparse.ArgumentParser("python -m benchmarks.loader", description=__doc__)
+    fields = [name for name in BenchLoaderSettings.model_fields if name != "out"]
+    add_options(parser, BenchLoaderSettings, *fields, flags={"hw_decoder_loads": ["--hw-decoder-load"]})
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_loader.json"), help="JSON file for the result")
+    return run_benchmark(parser, BenchLoaderSettings, bench_loader, arguments, {"hw_decoder_loads": "hw-decoder-load"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Run one variant of `bench step` in its own process, which is idle between requests."""
+
+import multiprocessing
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from kd_pipeline.bench.measure import peak_memory_bytes, reset_peak_memory, traced, wait_until_idle
+from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer, Step, StepTask
+from kd_pipeline.errors import KDPipelineError
+
+__all__ = ["StepSample", "StepWorker"]
+
+_NUM_PROFILED = 3
+"""Steps in which copies between host and device are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSample:
+    """What was measured in some consecutive steps."""
+
+    images_per_s: float
+    ms_per_step: float
+    phases_ms: dict[str, float]
+    """Of one step, by the names in `PHASES`."""
+    host_bytes: int
+    """Peak resident memory of the process and its workers."""
+    device_bytes: int | None
+    """GPU memory taken since the process started; None on a CPU."""
+    copied_bytes_per_image: float | None
+    """Between host and device in both directions, by torch's profiler; None on a CPU."""
+
+
+class StepWorker:
+    """A variant of the step, open in its own process.
+
+    So each variant has its own threads and memory, and none affects the global state of torch for the others.
+    """
+
+    def __init__(self, letter: str, task: StepTask) -> None:
+        """Start the process and open the variant.
+
+        Raises:
+            KDPipelineError: the variant does not work on this machine.
+        """
+        self.letter = letter
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        # Not a daemon, which could not start torch's workers; it ends when this side of the pipe closes.
+        self._process = context.Process(target=_serve, args=(theirs, letter, task))
+        self._process.start()
+        theirs.close()
+        try:
+            self._receive()
+        except BaseException:
+            self.close()
+            raise
+
+    def time(self, num_steps: int, *, num_warm_up: int) -> StepSample:
+        """Do `num_warm_up` steps, then time `num_steps`."""
+        self._connection.send((num_steps, num_warm_up))
+        sample: StepSample = self._receive()
+        return sample
+
+    def close(self) -> None:
+        """End the process."""
+        self._connection.close()
+        self._process.join(timeout=30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            reply = self._connection.recv()
+        except EOFError:
+            self._process.join(timeout=30)
+            raise KDPipelineError(
+                f"row {self.letter}: its process ended with status {self._process.exitcode}; if it ran out of memory, "
+                "lower --batch"
+            ) from None
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+
+def _serve(connection: Connection, letter: str, task: StepTask) -> None:
+    """Open the variant, then time steps on request until the connection closes."""
+    with ExitStack() as opened:
+        try:
+            device = torch.device(task.device)
+            free_bytes = _free_bytes(device)
+            step = VARIANTS[letter].open(task, opened)
+            step(_started(device))  # compiles, builds and starts what does so on first use
+            connection.send("ready")
+            while True:
+                num_steps, num_warm_up = connection.recv()
+                connection.send(_time(step, device, num_steps, num_warm_up, free_bytes))
+        except (EOFError, BrokenPipeError, KeyboardInterrupt):  # Ctrl-C reaches the parent too
+            return
+        except Exception as exc:
+            # Not every exception can be pickled, and its traceback would be lost anyway.
+            is_ours = isinstance(exc, KDPipelineError)
+            connection.send(KDPipelineError(str(exc) if is_ours else f"{type(exc).__name__}: {exc}"))
+
+
+def _time(step: Step, device: torch.device, num_steps: int, num_warm_up: int, free_bytes: int | None) -> StepSample:
+    wait_until_idle()
+    for _ in range(num_warm_up):
+        step(_started(device))
+    reset_peak_memory()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # finish what was queued before
+    timer = _started(device)
+    num_images = sum(step(timer) for _ in range(num_steps))
+    totals_s, elapsed_s = timer.totals_s(), timer.elapsed_s()
+    now_free = _free_bytes(device)
+    sample = StepSample(
+        images_per_s=num_images / elapsed_s,
+        ms_per_step=1000 * elapsed_s / num_steps,
+        phases_ms={phase: 1000 * totals_s[phase] / num_steps for phase in PHASES},
+        host_bytes=peak_memory_bytes() + sum(map(peak_memory_bytes, _worker_pids())),
+        device_bytes=None if free_bytes is None or now_free is None else free_bytes - now_free,
+        copied_bytes_per_image=None if device.type == "cpu" else _copied_bytes_per_image(step, device),
+    )
+    wait_until_idle()  # the next worker must have the machine to itself
+    return sample
+
+
+def _started(device: torch.device) -> PhaseTimer:
+    timer = PhaseTimer(device)
+    timer.start()
+    return timer
+
+
+def _worker_pids() -> list[int]:
+    return [worker.pid for worker in multiprocessing.active_children() if worker.pid is not None]
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+
+def _copied_bytes_per_image(step: Step, device: torch.device) -> float:
+    timer = _started(device)
+    with traced(device) as events:
+        num_images = sum(step(timer) for _ in range(_NUM_PROFILED))
+    copies = [event for event in events if event.get("cat") == "gpu_memcpy"]
+    with_host = [copy for copy in copies if "HtoD" in copy["name"] or "DtoH" in copy["name"]]
+    return float(sum(copy["args"]["bytes"] for copy in with_host) / num_images)

@@ -1,0 +1,215 @@
+"""Open, compare and time one teacher on every backend in every precision, for `bench teacher`."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_pipeline.bench.measure import Candidate, measure
+from kd_pipeline.errors import ConfigError, KDPipelineError, TeacherError
+from kd_pipeline.onnx.file import read_onnx
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.teachers.tensorrt.parity import measure_parity
+
+__all__ = ["NUM_COMPARED", "BackendComparison", "ExportedModel", "TeacherRow"]
+
+NUM_COMPARED = 64
+"""Images on which the logits are compared, at least."""
+_BACKENDS = {
+    "fp32": ("pytorch", "onnxruntime", "openvino", "tensorrt"),
+    "bf16": ("pytorch", "onnxruntime", "openvino", "tensorrt"),
+    "fp16": ("pytorch", "onnxruntime", "openvino", "tensorrt"),
+    "fp8": ("tensorrt",),
+    "int8": ("tensorrt",),
+}
+"""What is tried, by precision; float32 first, as the reference for the others."""
+_COMPILED_PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedModel:
+    """A teacher in the forms that backends run."""
+
+    name: str
+    module: nn.Module | None
+    """For PyTorch; None if there is only a file."""
+    onnx: Path | None
+    onnx_reason: str = ""
+    """Why there is no ONNX file, if there is none."""
+
+
+@dataclass(slots=True)
+class TeacherRow:
+    """What was measured of one backend in one precision."""
+
+    name: str
+    open_s: float
+    """From nothing to the first output, for a batch of `first_batch`; includes what the backend compiles, and building
+    an engine that is not in the cache."""
+    first_batch: int
+    cosine: float
+    """Cosine similarity of the logits with the reference; of the worst image."""
+    top1_agreement: float
+    """Fraction of the images with the same top-1 class as the reference."""
+    images_per_s: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    """By batch size, a number for each repeat."""
+
+
+class BackendComparison:
+    """One teacher on one set of images, on all backends.
+
+    Args:
+        model: the teacher.
+        images: `[N, 3, H, W]`, on the device of the comparison; N is a multiple of the largest batch, and at least 64.
+        batch_sizes: how many images a backend gets at a time.
+        num_threads: threads of a runtime on a CPU; the caller sets PyTorch's.
+        report: receives lines of progress.
+    """
+
+    def __init__(
+        self,
+        model: ExportedModel,
+        images: Tensor,
+        *,
+        batch_sizes: Sequence[int],
+        num_threads: int,
+        report: Callable[[str], object],
+    ) -> None:
+        self._model, self._images, self._num_threads, self._report = model, images, num_threads, report
+        self._batch_sizes, self._largest = sorted(set(batch_sizes)), max(batch_sizes)
+        self._reference_logits = torch.empty(0)
+        self.reference = ""
+        """The row that the others are compared with: the first one, in float32."""
+        self.rows: dict[str, TeacherRow] = {}
+        """By name."""
+        self.left_out: dict[str, str] = {}
+        """Why a row, or one of its batch sizes, was not measured."""
+
+    def run(self, *, compile_at: Sequence[int] | None, num_images: int, repeats: int) -> None:
+        """Open everything, then measure at each batch size in turn; see `bench_teacher`.
+
+        Raises:
+            TeacherError: nothing runs the teacher.
+        """
+        with ExitStack() as opened:
+            teachers = {}
+            for precision, backends in _BACKENDS.items():
+                for backend in backends:
+                    name = f"{backend} {precision}"
+                    if teacher := self._open(name, backend, precision, self._largest, opened):
+                        teachers[name] = teacher
+            if not teachers:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items())
+                raise TeacherError(f"nothing here runs {self._model.name}: {reasons}")
+            for batch_size in self._batch_sizes:
+                with ExitStack() as opened_now:
+                    now = dict(teachers)
+                    if batch_size in ((self._largest,) if compile_at is None else compile_at):
+                        torch.compiler.reset()  # what is compiled for a single size is the fastest
+                        for precision in _COMPILED_PRECISIONS:
+                            name = f"pytorch compiled {precision}"
+                            if teacher := self._open(name, "pytorch", precision, batch_size, opened_now, compile=True):
+                                now[name] = teacher
+                    self._measure(now, batch_size, num_images, repeats)
+
+    def _open(
+        self, name: str, backend: str, precision: str, batch_size: int, opened: ExitStack, *, compile: bool = False
+    ) -> Teacher | None:
+        """Open a teacher, run it in batches of that size and compare its logits; None, with the reason noted, if any
+        of that fails."""
+        started_s = time.perf_counter()
+        try:
+            teacher = self._open_teacher(backend, precision, batch_size, compile)
+            opened.callback(teacher.close)
+            teacher(self._images[:batch_size])
+            self._synchronize()
+            open_s = time.perf_counter() - started_s
+            number = len(self._images) // batch_size * batch_size
+            batches = torch.split(self._images[:number], batch_size)
+            logits = torch.cat([teacher(batch)["logits"].cpu() for batch in batches])
+            if not self.reference:
+                self.reference, self._reference_logits = name, logits
+            parity = measure_parity({"logits": logits}, {"logits": self._reference_logits[:number]})
+        except KDPipelineError as exc:
+            self.left_out[name] = str(exc)
+            return None
+        self._report(f"{name}: first output after {open_s:.1f} s")
+        row = TeacherRow(name, open_s, batch_size, parity["cosine"], parity["top1_agreement"])
+        self.rows.setdefault(name, row)  # a compiled one is opened for each batch size
+        return teacher
+
+    def _open_teacher(self, backend: str, precision: str, batch_size: int, compile: bool) -> Teacher:
+        settings: dict[str, Any] = {"backend": backend, "precision": precision}
+        if reason := self._obstacle(backend, precision):
+            raise ConfigError(reason)
+        if backend == "pytorch":
+            settings["compile"] = compile
+        else:
+            settings["onnx"] = self._model.onnx
+        if backend in ("onnxruntime", "openvino"):
+            settings["num_threads"] = self._num_threads
+        return open_teacher(
+            TeacherSettings.model_validate(settings),
+            module=self._model.module if backend == "pytorch" else None,
+            image_shape=(3, *self._images.shape[2:]),
+            device=self._images.device,
+            dtype=self._images.dtype,
+            batch_size=batch_size,
+            calibration_images=lambda: self._images[:NUM_COMPARED].float().cpu(),
+        )
+
+    def _obstacle(self, backend: str, precision: str) -> str:
+        """Why a backend is known not to work here; empty if it is worth a try."""
+        device, onnx = self._images.device.type, self._model.onnx
+        if backend == "pytorch":
+            if self._model.module is None:
+                return "an ONNX file is no module; give the model by name (torchvision, timm, builtin) to measure it"
+            is_slow = (precision, device) == ("fp16", "cpu")
+            return "few CPUs compute in float16; it is measured on a GPU only" if is_slow else ""
+        if onnx is None:
+            return self._model.onnx_reason
+        if backend == "tensorrt":
+            return "" if device == "cuda" else f"it needs an NVIDIA GPU, and the device is the {device.upper()}"
+        if device != "cpu" and backend == "openvino":
+            return "it runs on the CPU, and the device is a GPU; set device to cpu"
+        if backend == "onnxruntime" and (found := read_onnx(onnx).precision) != precision:
+            return f"ONNX Runtime runs a file as it is, and this one has {found} weights"
+        return ""
+
+    def _measure(self, teachers: Mapping[str, Teacher], batch_size: int, num_images: int, repeats: int) -> None:
+        candidates = []
+        for name, teacher in teachers.items():
+            run = partial(self._run, teacher, self._images[:batch_size])
+            try:
+                run(1)
+            except TeacherError as exc:
+                self.left_out[f"{name}, {batch_size} at a time"] = str(exc)
+            else:
+                candidates.append(Candidate(name, run))
+        rows = measure(
+            candidates,
+            repeats=repeats,
+            num_batches=-(-num_images // batch_size),
+            num_warm_up=1,
+            report=lambda line: self._report(f"{batch_size} at a time, {line}"),
+        )
+        for row in rows:
+            self.rows[row.name].images_per_s[batch_size] = row.images_per_s
+
+    def _run(self, teacher: Teacher, images: Tensor, num_batches: int) -> int:
+        for _ in range(num_batches):
+            teacher(images)
+        self._synchronize()
+        return num_batches * len(images)
+
+    def _synchronize(self) -> None:
+        if self._images.device.type == "cuda":
+            torch.cuda.synchronize(self._images.device)

@@ -1,0 +1,191 @@
+"""Recorded teacher outputs, replayed for the same images."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline.errors import ConfigError, StateError, TeacherError
+from kd_pipeline.teachers.recorded.files import CHECKSUM, SAMPLE, RecordingManifest, decode, open_columns
+from kd_pipeline.teachers.settings import TeacherSettings, refuse_unused
+
+__all__ = ["Recording", "open_recording"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+
+class Recording:
+    """The outputs that a teacher had for the images of a training, by epoch and position.
+
+    It replaces the teacher of a `KDDataLoader`, which knows the positions of its images. It is not a `Teacher`: it has
+    no outputs for other images. A float32 recording of all logits has the fingerprint of its teacher, whose outputs it
+    replays exactly, so a run may resume with either.
+    """
+
+    backend = "recorded"
+
+    def __init__(self, path: Path | str, *, num_verified: int = 32) -> None:
+        """Open the recording in the folder `path`.
+
+        Args:
+            path: what `kd-pipeline record` has written, complete or not.
+            num_verified: how many images a loader compares with the recorded ones when it opens.
+
+        Raises:
+            TeacherError: there is no recording, or it is damaged.
+        """
+        self.path = Path(path)
+        self.manifest = manifest = RecordingManifest.load(self.path)
+        self.num_verified = num_verified
+        self.precision = manifest.teacher.precision
+        """Of the recorded teacher."""
+        self.classes = manifest.teacher.classes
+        """Class names in logit order; None if the teacher did not have them."""
+        self.outputs = {name: TensorSpec((None, *shape), torch.float32) for name, shape in manifest.outputs.items()}
+        """Shape and dtype of each output, by name."""
+        self.fingerprint = _fingerprint(manifest)
+        self.busy_s = 0.0
+        """Host time spent on reading, in seconds."""
+        self._columns = open_columns(self.path, manifest)
+
+    @property
+    def num_epochs(self) -> int:
+        """Number of complete epochs."""
+        return self.manifest.epochs_done
+
+    def check_classes(self, classes: Sequence[str] | None) -> None:
+        """Check that the recorded classes are `classes`, the data's; no error if one side has no names.
+
+        Raises:
+            TeacherError: names the first difference.
+        """
+        if classes is None or self.classes is None or self.classes == tuple(classes):
+            return
+        pairs = enumerate(zip_longest(classes, self.classes))
+        label, (here, there) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])
+        raise TeacherError(
+            f"the recording in {self.path} was made for different classes ({len(self.classes)} there, {len(classes)} "
+            f"in the data): class {label} is {here!r} in the data and {there!r} there; record the teacher again"
+        )
+
+    def replay(
+        self,
+        epoch: int,
+        position: NDArray[np.int64],
+        sample: NDArray[np.int64],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> dict[str, Tensor]:
+        """The teacher's outputs for these positions of an epoch, by name, in new tensors `[N, ...]` float32.
+
+        On a GPU they are copied on the current stream, and the host does not wait.
+
+        Args:
+            epoch: number of the epoch.
+            position: `[N]`, positions in its order; see `BatchPlan`.
+            sample: `[N]`, indices of the samples at these positions.
+            device: where the outputs are needed.
+
+        Raises:
+            StateError: these rows were not recorded, or for different samples.
+            TeacherError: the recording is closed.
+        """
+        started = time.perf_counter()
+        recorded = self.samples(epoch, position)
+        if (recorded != sample).any():
+            row = int(np.flatnonzero(recorded != sample)[0])
+            raise StateError(
+                f"the recording in {self.path} is of different images: at position {position[row]} of epoch {epoch} it "
+                f"has sample {recorded[row]}, and sample {sample[row]} is shown; a file is readable now and was not "
+                "then, or the reverse, or the recording is damaged; record the teacher again"
+            )
+        outputs = self.read(epoch, position, device=device)
+        self.busy_s += time.perf_counter() - started
+        return outputs
+
+    def samples(self, epoch: int, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`[N]`, indices of the samples that were recorded at these positions.
+
+        Raises:
+            StateError: a row was not recorded.
+            TeacherError: the recording is closed.
+        """
+        if not self._columns:
+            raise TeacherError("the recording is closed; open it again with Recording(path)")
+        if not 0 <= epoch < self.num_epochs:
+            raise StateError(
+                f"epoch {epoch} was not recorded: the recording in {self.path} has {self.num_epochs} complete epochs, "
+                "counted from 0; record more with kd-pipeline record --epochs, which resumes"
+            )
+        outside = position[(position < 0) | (position >= self.manifest.num_rows)]
+        rows: NDArray[np.int64] = np.asarray(self._columns[SAMPLE][epoch][position[: 0 if len(outside) else None]])
+        missing = [*outside.tolist(), *position[: len(rows)][rows == 0].tolist()]
+        if missing:
+            raise StateError(
+                f"position {missing[0]} of epoch {epoch} is not in the recording in {self.path}, which has "
+                f"{self.manifest.num_rows} positions; record the teacher again"
+            )
+        return rows.astype(np.int64) - 1
+
+    def checksums(self, epoch: int, position: NDArray[np.int64]) -> NDArray[np.uint32]:
+        """`[N]`, checksums of the recorded images at these positions; see `files.checksums`."""
+        return np.asarray(self._columns[CHECKSUM][epoch][position])
+
+    def read(self, epoch: int, position: NDArray[np.int64], *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """The outputs `[N, ...]` at recorded positions, whatever samples the data has there now."""
+        columns = {
+            name: _rows(column[epoch], position, torch.device(device))
+            for name, column in self._columns.items()
+            if name not in (SAMPLE, CHECKSUM)
+        }
+        return decode(columns, self.manifest)
+
+    def close(self) -> None:
+        """Close the files. A second call does nothing."""
+        self._columns.clear()
+
+
+def open_recording(settings: TeacherSettings) -> Recording:
+    """Open the recording in `settings.path`.
+
+    Raises:
+        ConfigError: there is no path, or a setting that a recording does not use.
+        TeacherError: there is no recording, or it is damaged.
+    """
+    refuse_unused(settings, "recorded")
+    if settings.path is None:
+        raise ConfigError("backend: recorded replays a recording; set path to its folder")
+    recording = Recording(settings.path, num_verified=settings.verify)
+    _logger.info(
+        "teacher: recording in %s, %d epochs of a %s teacher in %s",
+        recording.path,
+        recording.num_epochs,
+        recording.manifest.teacher.backend,
+        recording.precision,
+    )
+    return recording
+
+
+def _rows(column: NDArray[Any], position: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Rows of an array `[num_rows, ...]` on the device, with its dtype."""
+    dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
+    # From pinned memory the copy is queued, and torch keeps the memory until it is done.
+    rows = torch.empty((len(position), *column.shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
+    np.take(column, position, axis=0, out=rows.numpy(), mode="clip")  # mode="raise" would make another copy
+    return rows.to(device, non_blocking=True)
+
+
+def _fingerprint(manifest: RecordingManifest) -> str:
+    if manifest.top_k is None and manifest.dtype == "float32":
+        return manifest.teacher.fingerprint
+    about = f"recorded {manifest.teacher.fingerprint} top {manifest.top_k} {manifest.dtype}"
+    return hashlib.sha256(about.encode()).hexdigest()

@@ -1,0 +1,101 @@
+"""Lightning's `Trainer` for a run: devices, strategy, callbacks, loggers and checkpoints from the settings."""
+
+import logging
+import warnings
+from typing import Any, Literal
+
+import torch
+
+from kd_pipeline._core.optional import require
+from kd_pipeline.training.checkpoint_callback import AtomicCheckpointIO, SaveLastAndBest
+from kd_pipeline.training.distributed import local_world_size, num_nodes, world_size
+from kd_pipeline.training.early_stopping import StopEarly
+from kd_pipeline.training.loggers import open_loggers
+from kd_pipeline.training.module import DistillModule
+from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.training.settings import TrainSettings
+from kd_pipeline.training.sharding import full_state_dict
+from kd_pipeline.training.signals import StopOnSignal
+
+__all__ = ["PURE_PRECISIONS", "build_trainer"]
+
+_lightning = require("lightning", extra="train")
+_environments = require("lightning.fabric.plugins.environments", extra="train")
+
+PURE_PRECISIONS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Precisions that the student's weights are stored in."""
+
+
+def build_trainer(
+    settings: TrainSettings,
+    module: DistillModule,
+    folder: RunFolder,
+    *,
+    device: torch.device,
+    has_validation: bool,
+    resume_step: int | None,
+) -> Any:
+    """A `lightning.Trainer` for `module`; several processes must have been initialized by `init_distributed`.
+
+    Args:
+        settings: how to train.
+        module: what to train.
+        folder: where checkpoints and logs go.
+        device: of the batches.
+        has_validation: whether `module` has validation sets, whose metrics select the best checkpoint.
+        resume_step: the step that the run resumes from, or None.
+    """
+    _silence_lightning()
+    checkpoints = SaveLastAndBest(
+        folder.checkpoints,
+        student=lambda: full_state_dict(module.model),
+        monitor=settings.select_by if has_validation else None,
+        mode=settings.select_mode,
+        every_n_steps=settings.save_every_steps,
+        validate=module.validate_now if has_validation else None,
+        validate_every_n_steps=settings.validate_every_steps,
+    )
+    early_stopping = [] if settings.early_stopping is None else [StopEarly(settings.early_stopping)]
+    # Left to itself, Lightning would detect SLURM and set the processes up again, differently.
+    is_distributed = world_size() > 1
+    environment = _environments.TorchElasticEnvironment() if is_distributed else _environments.LightningEnvironment()
+    return _lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=local_world_size(),
+        num_nodes=num_nodes(),
+        strategy=_strategy(settings.strategy) if is_distributed else "auto",
+        sync_batchnorm=settings.sync_batchnorm,
+        # With a pure precision Lightning would convert whole batches, mixed labels and teacher outputs included.
+        precision="32-true" if settings.precision in PURE_PRECISIONS else settings.precision,
+        max_epochs=settings.epochs,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip,
+        deterministic=settings.deterministic,
+        limit_train_batches=settings.limit_train_batches or 1.0,
+        log_every_n_steps=settings.log_every_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+        logger=open_loggers(settings.loggers, folder, resume_step),
+        callbacks=[*early_stopping, checkpoints, StopOnSignal(checkpoints.save_last)],
+        plugins=[AtomicCheckpointIO(), environment],
+        default_root_dir=folder.path,
+    )
+
+
+def _strategy(name: Literal["ddp", "fsdp"]) -> Any:
+    if name == "ddp":
+        return "ddp"
+    # One full checkpoint file, from which any number of processes can resume.
+    return _lightning.pytorch.strategies.ModelParallelStrategy(
+        data_parallel_size=world_size(), tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
+
+
+def _silence_lightning() -> None:
+    """Keep Lightning's warnings but not its tips, about other products and about loaders that are not ours."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", message=".*litlogger.*")

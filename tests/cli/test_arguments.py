@@ -1,0 +1,84 @@
+"""Options made from the fields of settings."""
+
+import argparse
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from pydantic import Field
+
+from kd_pipeline._core.settings import Settings
+from kd_pipeline.cli.arguments import CommandParser, add_options, checked, given
+from kd_pipeline.errors import ConfigError
+
+
+class Example(Settings):
+    top_k: int | None = Field(default=None, ge=1)
+    """Keep the `K` largest,
+    100% of them."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """GPUs like it."""
+    mean: tuple[Annotated[float, Field(le=1)], float, float] | None = None
+    names: tuple[str, ...] | None = None
+    out: tuple[str, ...] | Path | None = None
+    half: bool = False
+    level: int = 3
+    """Defaults to much."""
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=200))
+    add_options(parser, Example, "top_k", "dtype", "names", "out", "half", "level", flags={"top_k": ["--top-k", "-k"]})
+    add_options(parser, Example, "mean", prefix="input_")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, *arguments: str) -> Example:
+    parsed = parser.parse_args(arguments)
+    return checked(Example, **given(parsed, Example), **given(parsed, Example, prefix="input_"))
+
+
+def test_defaults_are_those_of_the_settings(parser: argparse.ArgumentParser) -> None:
+    assert parse(parser) == Example()
+    assert given(parser.parse_args([]), Example) == {}
+
+
+def test_values_become_their_types(parser: argparse.ArgumentParser) -> None:
+    options = ["-k", "2", "--dtype", "float16", "--names", "a", "b", "--out", "c.json", "--half", "--level", "4"]
+    assert parse(parser, *options, "--input-mean", "0.5", "-1", "1e-3") == Example(
+        top_k=2, dtype="float16", names=("a", "b"), out=Path("c.json"), half=True, level=4, mean=(0.5, -1.0, 1e-3)
+    )
+
+
+def test_help_is_docstring_and_default(parser: argparse.ArgumentParser) -> None:
+    text = " ".join(parser.format_help().split())
+    assert (
+        "--top-k N, -k N keep the K largest, 100% of them --dtype {float32,float16} GPUs like it (default: float32)"
+        in text
+    )
+    assert "--level N defaults to much --input-mean X X X" in text
+
+
+def test_errors_name_the_option(parser: argparse.ArgumentParser) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--top-k: Input should be greater than or equal to 1, got '0'; --level: .*valid"
+    ):
+        parse(parser, "-k", "0", "--level", "high")
+
+
+def test_options_are_added_when_used() -> None:
+    calls: list[str] = []
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        calls.append(parser.prog)
+        parser.add_argument("--here", action="store_true")
+
+    parser = CommandParser(prog="p")
+    commands = parser.add_subparsers()
+    for name in ("one", "two"):
+        commands.add_parser(name, add_options=add)
+    assert calls == []
+    for _ in range(2):
+        assert parser.parse_args(["two", "--here"]).here
+    assert calls == ["p two"]

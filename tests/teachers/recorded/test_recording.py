@@ -1,0 +1,409 @@
+"""A recording replays the outputs of its teacher, or raises an error that names what has changed."""
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.sources import ImageFolder
+from kd_pipeline.errors import ConfigError, StateError, TeacherError
+from kd_pipeline.evaluation.probe import probe_teacher
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.recorded.files import RecordingManifest
+from kd_pipeline.teachers.recorded.recording import Recording, open_recording
+from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
+from kd_pipeline.workflows.teacher import open_run_teacher
+from tests.corpus import cut_in_half
+from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, live, recorded, replayed, replaying
+from tests.streams import TRAIN, assert_same, global_rows, rows, run
+
+MIX = MixSettings(mixup=0.5, cutmix=1.0).model_dump()
+
+
+@pytest.fixture(scope="module")
+def plain(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs in full float32; do not change it."""
+    return recorded(photo_folder, tmp_path_factory.mktemp("plain") / "recording")
+
+
+@pytest.fixture
+def copy(plain: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(plain, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+# Replay
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"last_batch": "keep"},
+        {"last_batch": "drop"},
+        {"last_batch": "pad"},
+        {"shuffle": False},
+        {"repeats": 3},
+        {"mix": MIX},
+        {"mix": MIX, "repeats": 2, "last_batch": "drop"},
+    ],
+    ids=str,
+)
+def test_replay_equals_teacher_exactly(photo_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    recording = recorded(photo_folder, tmp_path / "recording", **options)
+    found = replayed(photo_folder, recording, **options)
+    wanted = live(photo_folder, **options)
+    assert found[0].keys() >= {"logits", "features"}
+    assert_same(*([row for row in rows(stream) if row["valid"]] for stream in (found, wanted)))
+    for ours, theirs in zip(found, wanted, strict=True):
+        # Padding repeats a sample in a different row of a batch, which may round differently.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 5},
+        {"batch_size": 37},
+        {"batch_size": 6, "last_batch": "drop"},
+        {"batch_size": 5, "last_batch": "pad"},
+    ],
+    ids=str,
+)
+def test_replay_with_any_batch_size(photo_folder: Path, plain: Path, options: dict[str, Any]) -> None:
+    whole = rows(replayed(photo_folder, plain))
+    found = [row for row in rows(replayed(photo_folder, plain, **options)) if row["valid"]]
+    kept = 36 if options.get("last_batch") == "drop" else 37
+    assert_same(found, [*whole[:kept], *whole[37 : 37 + kept]])
+
+
+@pytest.mark.parametrize("options", [{}, {"mix": MIX, "last_batch": "pad"}], ids=str)
+def test_replay_on_two_ranks(photo_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    recording = recorded(photo_folder, tmp_path / "recording", **options)
+    whole = [row for row in rows(replayed(photo_folder, recording, **options)) if row["valid"]]
+    ranks = [replayed(photo_folder, recording, shard=Shard(rank, 2), batch_size=4, **options) for rank in range(2)]
+    assert_same([row for row in global_rows(ranks) if row["valid"]], whole)
+
+
+def test_cut_mixed_batch_is_refused(photo_folder: Path, tmp_path: Path) -> None:
+    recording = recorded(photo_folder, tmp_path / "recording", mix=MIX)
+    with pytest.raises(StateError, match=r"cut_of_mixed_batch: None → 'the last 5 places of an epoch are cut for 2"):
+        replaying(photo_folder, recording, mix=MIX, shard=Shard(0, 2), batch_size=4)
+    # 36 samples fill all batches, and dropping the last one leaves nothing to cut.
+    replaying(photo_folder, recording, mix=MIX, shard=Shard(0, 2), batch_size=2, last_batch="drop").close()
+
+
+def test_substitute_is_replayed(photo_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photo_folder, root)
+    cut_in_half(Path(ImageFolder(root).name(7)))
+    options = {"on_bad_sample": "substitute", "max_bad_fraction": 0.5, "mix": MIX}
+    recording = recorded(root, tmp_path / "recording", **options)
+    found = replayed(root, recording, **options)
+    assert_same(found, live(root, **options))
+    assert any(not row["valid"] for row in rows(found))
+
+
+def test_newly_unreadable_sample_is_refused(photo_folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photo_folder, root)
+    options = {"on_bad_sample": "substitute", "max_bad_fraction": 0.5}
+    recording = recorded(root, tmp_path / "recording", **options)
+    with replaying(root, recording, verify=0, **options) as loader:
+        cut_in_half(Path(loader.source.name(7)))
+        with pytest.raises(StateError, match=r"at position \d+ of epoch 0 it has sample 7, and sample 8 is shown"):
+            list(loader)
+
+
+def test_outputs_belong_to_caller(plain: Path) -> None:
+    recording = Recording(plain)
+    position = np.arange(5)
+    first = recording.replay(0, position, recording.samples(0, position))
+    wanted = {name: output.clone() for name, output in first.items()}
+    recording.replay(1, position, recording.samples(1, position))["logits"].zero_()
+    again = recording.replay(0, position, recording.samples(0, position))
+    first["logits"].zero_()
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+    assert all(output.dtype == torch.float32 and output.is_contiguous() for output in again.values())
+    assert recording.busy_s > 0
+
+
+def test_properties_are_those_of_the_teacher(plain: Path) -> None:
+    recording = Recording(plain)
+    assert (recording.backend, recording.precision, recording.num_epochs) == ("recorded", "fp32", NUM_EPOCHS)
+    assert {name: str(spec) for name, spec in recording.outputs.items()} == {
+        "logits": "[any, 3] float32",
+        "features": "[any, 32, 8, 8] float32",
+    }
+
+
+@pytest.mark.parametrize("module", [None, torch.nn.Identity()], ids=["alone", "module"])
+def test_open_teacher_says_where_a_recording_goes(plain: Path, module: torch.nn.Module | None) -> None:
+    for settings in (TeacherSettings(path=plain), TeacherSettings(backend="recorded")):
+        with pytest.raises(ConfigError, match=r"give KDDataLoader a kd_pipeline\.Recording\(path\)") as caught:
+            open_teacher(settings, module=module)
+        assert ("use backend: pytorch for the module" in str(caught.value)) == (module is not None)
+
+
+def test_loader_takes_a_recording(photo_folder: Path, plain: Path) -> None:
+    source, recording = ImageFolder(photo_folder), Recording(plain)
+    with KDDataLoader(source, TRAIN, recording, batch_size=8, seed=5, device="cpu") as loader:
+        assert_same(run(loader, NUM_EPOCHS), replayed(photo_folder, plain))
+        assert loader.teacher is recording
+    recording.samples(0, np.arange(2))  # still open
+
+
+def test_closed_recording_refuses_replay(plain: Path) -> None:
+    recording = Recording(plain)
+    recording.close()
+    recording.close()
+    with pytest.raises(TeacherError, match="closed"):
+        recording.replay(0, np.arange(2), np.arange(2))
+
+
+def test_unrecorded_epoch_is_refused(photo_folder: Path, plain: Path) -> None:
+    with (
+        replaying(photo_folder, plain) as loader,
+        pytest.raises(StateError, match=r"epoch 2 was not recorded.* 2 complete"),
+    ):
+        run(loader, NUM_EPOCHS + 1)
+
+
+def test_run_resumes_with_full_recording(photo_folder: Path, plain: Path) -> None:
+    whole = live(photo_folder)
+    described = config(photo_folder)
+    with KDDataLoader.from_config(
+        described,
+        teacher=open_run_teacher(described, plugins=PLUGINS),
+    ) as loader:
+        for _ in zip(range(3), loader, strict=False):
+            state = loader.state_dict()
+    with replaying(photo_folder, plain) as loader:
+        loader.load_state_dict(state)
+        assert_same(run(loader, NUM_EPOCHS), whole[3:])
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"seed": 6}, "seed: 5 → 6"),
+        ({"shuffle": False}, "shuffle: True → False"),
+        ({"repeats": 2}, "repeats: None → 2"),
+        ({"mix": MIX}, "mix.mixup: None → 0.5"),
+        ({"transform": {**TRAIN.model_dump(), "hue": 0.2}}, "transform.hue: 0.1 → 0.2"),
+        ({"on_bad_sample": "substitute"}, "on_bad_sample: 'raise' → 'substitute'"),
+        ({"max_pixels": 10**6}, "max_pixels: 89478485 → 1000000"),
+        ({"transform": {**TRAIN.model_dump(), "size": 64}}, "transform.size: 32 → 64"),
+        ({"transform": {**TRAIN.model_dump(), "dtype": "float16"}}, "transform.dtype: 'float32' → 'float16'"),
+    ],
+    ids=str,
+)
+def test_changed_setting_is_named(photo_folder: Path, plain: Path, options: dict[str, Any], line: str) -> None:
+    with pytest.raises(StateError) as caught:
+        replaying(photo_folder, plain, **options)
+    assert f"  {line}\n" in str(caught.value) and str(plain) in str(caught.value)
+
+
+def test_batch_dependent_pixels_are_refused(photo_folder: Path, plain: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.hw_decoder_load is 0\.5.*set it to 0"):
+        replaying(photo_folder, plain, hw_decoder_load=0.5)
+
+
+@pytest.mark.parametrize("name", ["dali", "device", "num_samples"])
+def test_other_decoder_device_or_size_is_named(photo_folder: Path, copy: Path, name: str) -> None:
+    edit(copy, **{f"stream__{name}": "0.1"})
+    with pytest.raises(StateError, match=rf"{name}: '0\.1' → "):
+        replaying(photo_folder, copy)
+
+
+def test_changed_data_file_is_refused(photo_folder: Path, plain: Path, tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photo_folder, root)
+    replaying(root, plain).close()
+    path = Path(ImageFolder(root).name(3))
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(StateError, match="source: "):
+        replaying(root, plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"mix": MIX, "repeats": 2}], ids=str)
+def test_changed_pixels_are_found(photo_folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    recording = recorded(photo_folder, tmp_path / "recording", **options)
+    root = tmp_path / "photos"
+    shutil.copytree(photo_folder, root)
+    for path in root.rglob("*.png"):
+        path.write_bytes(_with_one_more(path.read_bytes()))
+    edit(recording, stream__source=ImageFolder(root).fingerprint)
+    for path in root.rglob("*.jpg"):
+        assert path.read_bytes() == (photo_folder / path.relative_to(root)).read_bytes()
+    with pytest.raises(StateError, match=r"the first is sample \d+ \(.*\.png\) at position \d+ of epoch [01]"):
+        for _ in range(20):
+            replaying(root, recording, verify=37, **options).close()
+    replaying(root, recording, verify=0, **options).close()
+
+
+def _with_one_more(png: bytes) -> bytes:
+    """The image with each pixel changed by one level."""
+    pixels = np.asarray(Image.open(io.BytesIO(png))).astype(int)
+    stream = io.BytesIO()
+    Image.fromarray(np.where(pixels < 255, pixels + 1, pixels - 1).astype(np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_each_start_checks_different_images(photo_folder: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: set[tuple[int, ...]] = set()
+    replay = Recording.replay
+
+    def watched(recording: Recording, epoch: int, position: Any, sample: Any) -> dict[str, Tensor]:
+        checked.add((epoch, *position.tolist()))
+        return replay(recording, epoch, position, sample)
+
+    monkeypatch.setattr(Recording, "replay", watched)
+    for _ in range(4):
+        replaying(photo_folder, plain, verify=6).close()
+    assert len(checked) == 4 and {len(each) for each in checked} == {7}
+    assert len({each[1:] for each in checked}) == 4
+
+
+def test_swapped_samples_are_refused(photo_folder: Path, copy: Path) -> None:
+    file = copy / "sample.bin"
+    samples = np.fromfile(file, "<i4")
+    samples[[3, 4]] = samples[[4, 3]]
+    samples.tofile(file)
+    with (
+        replaying(photo_folder, copy, verify=0) as loader,
+        pytest.raises(
+            StateError,
+            match=rf"at position 3 of epoch 0 it has sample {samples[3] - 1}, and sample {samples[4] - 1} is shown",
+        ),
+    ):
+        next(iter(loader))
+
+
+def test_missing_row_is_refused(photo_folder: Path, copy: Path) -> None:
+    samples = np.fromfile(copy / "sample.bin", "<i4")
+    samples[10] = 0
+    samples.tofile(copy / "sample.bin")
+    with (
+        replaying(photo_folder, copy, verify=0) as loader,
+        pytest.raises(StateError, match="position 10 of epoch 0 is not"),
+    ):
+        list(loader)
+
+
+@pytest.mark.parametrize("name", ["sample.bin", "checksum.bin", "logits.values.bin", "features.values.bin"])
+def test_truncated_file_is_refused(copy: Path, name: str) -> None:
+    size = (copy / name).stat().st_size
+    with (copy / name).open("r+b") as file:
+        file.truncate(size - 1)
+    with pytest.raises(TeacherError, match=rf"{name} has {size - 1} bytes and not {size}"):
+        Recording(copy)
+
+
+def test_missing_file_is_named(copy: Path) -> None:
+    (copy / "checksum.bin").unlink()
+    with pytest.raises(TeacherError, match=r"checksum\.bin is missing"):
+        Recording(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 2}', ""])
+def test_damaged_manifest_is_refused(copy: Path, text: str) -> None:
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(TeacherError, match=r"manifest\.json is damaged"):
+        Recording(copy)
+
+
+def test_folder_without_recording_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match=r"holds no recording.*make one with kd-pipeline record"):
+        Recording(tmp_path)
+
+
+def test_classes_in_other_order_are_refused(photo_folder: Path, copy: Path) -> None:
+    teacher = RecordingManifest.load(copy).teacher
+    edit(copy, teacher=teacher.model_copy(update={"classes": ("flower", "roof", "sky")}))
+    recording = Recording(copy)
+    recording.check_classes(("flower", "roof", "sky"))
+    recording.check_classes(None)
+    with pytest.raises(TeacherError, match="class 1 is 'sky' in the data and 'roof' there"):
+        recording.check_classes(("flower", "sky", "roof"))
+    with pytest.raises(TeacherError, match="class 2 is None in the data and 'sky' there"):
+        recording.check_classes(("flower", "roof"))
+    source = ImageFolder(photo_folder, classes=("flower", "sky", "roof"))
+    with pytest.raises(TeacherError, match="class 1 is 'sky' in the data and 'roof' there"):
+        KDDataLoader(source, TRAIN, recording, batch_size=8, seed=5, device="cpu")
+
+
+# Settings
+
+
+def test_path_alone_is_a_recording(plain: Path) -> None:
+    for settings in (TeacherSettings(path=plain), TeacherSettings(backend="recorded", path=plain, verify=3)):
+        assert open_recording(settings).num_verified == settings.verify
+
+
+@pytest.mark.parametrize("setting", [{"precision": "bf16"}, {"max_batch": 4}, {"num_threads": 2}])
+def test_unused_setting_is_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="means nothing to the recorded backend"):
+        TeacherSettings(backend="recorded", path=Path("recording"), **setting)
+    with pytest.raises(ConfigError, match="means nothing to the recorded backend"):
+        open_recording(TeacherSettings(path=Path("recording"), **setting))
+
+
+def test_recording_without_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match="set path"):
+        open_recording(TeacherSettings(backend="recorded"))
+
+
+def test_recording_is_no_ensemble_member() -> None:
+    with pytest.raises(ValidationError, match="record the outputs of the whole ensemble"):
+        EnsembleSettings(members=(TeacherSettings(path=Path("recording")),))
+
+
+# The probe
+
+
+def test_probe_reads_recorded_logits(photo_folder: Path, copy: Path) -> None:
+    labels = ImageFolder(photo_folder).labels
+    samples = np.fromfile(copy / "sample.bin", "<i4")[:37] - 1
+    logits = np.fromfile(copy / "logits.values.bin", "<f4").reshape(NUM_EPOCHS, 37, 3)
+    assert labels is not None
+    top1 = float((logits[0].argmax(1) == labels[samples]).mean())
+    report = probe_teacher(config(photo_folder), Recording(copy))
+    assert report is not None and report.num_samples == 37
+    assert report.top1 == pytest.approx(top1)
+    logits[0] = np.eye(3)[labels[samples]]
+    logits.tofile(copy / "logits.values.bin")
+    report = probe_teacher(config(photo_folder), Recording(copy))
+    assert report is not None and report.top1 == 1 and not report.problems
+
+
+def test_probe_skips_mixed_recording(photo_folder: Path, plain: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="kd_pipeline")
+    assert probe_teacher(config(photo_folder, mix=MIX), Recording(plain)) is None
+    assert "mixed images" in caplog.text
+
+
+def test_different_outputs_have_different_fingerprints(copy: Path) -> None:
+    full = Recording(copy).fingerprint
+    assert full == RecordingManifest.load(copy).teacher.fingerprint
+    found = {full}
+    for change in ({"top_k": 1}, {"top_k": 2}, {"dtype": "float16"}):
+        about = RecordingManifest.load(copy).model_copy(update={"top_k": None, "dtype": "float32"} | change)
+        about.save(copy)
+        shutil.copy(copy / "logits.values.bin", copy / "logits.classes.bin")
+        shutil.copy(copy / "logits.values.bin", copy / "logits.rest.bin")
+        found.add(Recording(copy).fingerprint)
+    assert len(found) == 4

@@ -1,0 +1,84 @@
+"""Networks for the tiny runs, by `factory` or directly."""
+
+from collections.abc import Iterable
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def plain(num_classes: int = 10, width: int = 8) -> nn.Module:
+    """For images of 8x8. Without BatchNorm, so the gradient of an image does not depend on the rest of its batch."""
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(16 * width, num_classes)
+    )
+
+
+def with_batchnorm(num_classes: int = 10, width: int = 8) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * width, num_classes),
+    )
+
+
+class _Put(nn.Module):
+    """Uses an operation that torch counts as nondeterministic."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features + torch.zeros(2).put_(torch.tensor([0]), torch.tensor([0.0]))[0]
+
+
+def nondeterministic(num_classes: int = 10) -> nn.Module:
+    return nn.Sequential(plain(num_classes), _Put())
+
+
+observed_dtypes: set[torch.dtype] = set()
+"""The dtypes in which `observed` networks computed during training."""
+
+
+def observed(num_classes: int = 10) -> nn.Module:
+    network = plain(num_classes)
+
+    def observe(layer: nn.Module, args: Any, output: Tensor) -> None:
+        if layer.training:
+            observed_dtypes.add(output.dtype)
+
+    network[0].register_forward_hook(observe)
+    return network
+
+
+class FakeClock:
+    """Time that passes only in `Timed` networks; takes the place of the module `time`."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+
+CLOCK = FakeClock()
+
+
+class Timed(nn.Sequential):
+    """A `plain` network whose forward pass takes seconds of `CLOCK`: in training, the given ones in turn."""
+
+    def __init__(self, num_classes: int, train_s: Iterable[float], eval_s: float) -> None:
+        super().__init__(*plain(num_classes))
+        self.train_s, self.eval_s = cycle(train_s), eval_s
+
+    def forward(self, images: Tensor) -> Tensor:
+        CLOCK.now_s += next(self.train_s) if self.training else self.eval_s
+        return super().forward(images)
+
+
+def timed_student(num_classes: int = 10) -> nn.Module:
+    return Timed(num_classes, (1, 3), 100)
+
+
+def timed_teacher(num_classes: int = 10) -> nn.Module:
+    return Timed(num_classes, (), 3)

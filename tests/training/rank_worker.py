@@ -1,0 +1,117 @@
+"""Several ranks on gloo that share a folder, and what each of them does."""
+
+import io
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+from kd_pipeline.data.sources import Arrays
+from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.errors import DataError
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.training.module import DistillModule
+from tests.training import tiny_run
+
+SIZES = (1, 19, 101)
+BATCH_SIZE = 4
+LAST_BATCH = ("keep", "pad", "drop")
+
+
+def run_ranks(num_ranks: int, folder: Path, do: Callable[[Path, int], Any]) -> list[Any]:
+    """What `do(folder, rank)` returns in each of `num_ranks` processes, set up as by torchrun."""
+    found = folder / f"{do.__name__}_{num_ranks}"
+    found.mkdir()
+    # A server imports everything once, and forks.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(
+        _rank, (num_ranks, str(folder), str(found), do), num_ranks, start_method="forkserver"
+    )
+    return [torch.load(found / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
+
+
+def _rank(rank: int, num_ranks: int, folder: str, found: str, do: Callable[[Path, int], Any]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
+    os.environ |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # not used: the process group is initialized below
+    store = distributed.FileStore(f"{found}/store", num_ranks)
+    # If ranks disagree on the number of batches they fail instead of hanging.
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))
+    with redirect_stdout(io.StringIO()):  # the progress bar
+        torch.save(do(Path(folder), rank), f"{found}/{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def read_all(folder: Path, rank: int) -> dict[str, Any]:
+    """The valid indices of each batch, by dataset size and `last_batch`, with one collective per batch."""
+    images = np.random.default_rng(0).integers(0, 256, (max(SIZES), 8, 8, 3), dtype=np.uint8)
+    found: dict[str, Any] = {}
+    for size in SIZES:
+        for last_batch in LAST_BATCH:
+            source = Arrays(images[:size], np.arange(size) % 7)
+            options: Any = {"batch_size": BATCH_SIZE, "last_batch": last_batch, "seed": 11, "num_threads": 1}
+            batches: list[list[int]] | str = []
+            try:
+                with KDDataLoader(source, TrainTransform(size=8), device="cpu", **options) as loader:
+                    for batch in loader:
+                        one = torch.ones(())
+                        distributed.all_reduce(one)
+                        assert one == distributed.get_world_size()
+                        batches.append(batch.index[batch.valid].tolist())
+            except DataError as error:
+                batches = str(error)
+            found[f"{size} {last_batch}"] = batches
+    return found
+
+
+@contextmanager
+def final_states() -> Iterator[list[dict[str, Any]]]:
+    """Collects the state of this rank's module at the end of its training."""
+    states: list[dict[str, Any]] = []
+    DistillModule.on_train_end = lambda self: states.append({k: v.clone() for k, v in self.state_dict().items()})
+    yield states
+    del DistillModule.on_train_end
+
+
+def train_small(folder: Path, rank: int) -> dict[str, Any]:
+    """The state after one epoch of 19 images with BatchNorm."""
+    with final_states() as states:
+        tiny_run.run(
+            folder,
+            "small",
+            data__train=tiny_run.split(folder, "odd19", tiny_run.TRAIN) | {"last_batch": "keep"},
+            data__batch_size=4,
+            student={"factory": "tests.training.networks:with_batchnorm"},
+            train__epochs=1,
+        )
+    return states[0]
+
+
+def train_halves(folder: Path, rank: int) -> dict[str, Any]:
+    """The state after two epochs of 67 images by 32; of the last 3, one rank gets 2 and the other 1."""
+    with final_states() as states:
+        tiny_run.run(
+            folder,
+            "halves",
+            data__train=tiny_run.split(folder, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
+            data__batch_size=32,
+        )
+    return states[0]
+
+
+def do_all(folder: Path, rank: int) -> dict[str, Any]:
+    """All of it with one start of the processes."""
+    found = {"read": read_all(folder, rank)}
+    train_one = {2: train_halves, 4: train_small}[distributed.get_world_size()]
+    return found | {"state": train_one(folder, rank)}
