@@ -118,7 +118,7 @@ def test_first_line_comes_before_heavy_imports(tmp_path: Path) -> None:
     ("variable", "rank", "expected"), [("RANK", "0", 2), ("RANK", "1", 1), ("SLURM_PROCID", "3", 1)]
 )
 def test_one_rank_prints_first_line(
-    variable: str, rank: str, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variable: str, rank: str, num_lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(variable, rank)
     assert cli.main(["train", "-c", "missing.yaml"]) == 1
