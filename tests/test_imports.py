@@ -95,6 +95,7 @@ def test_import_is_light():
     assert loaded_after("import kd_pipeline", OPTIONAL | {"torch", "numpy", "pydantic", "PIL", "yaml"}) == ""
 
 
+@pytest.mark.slow
 def test_public_names_load_nothing_optional():
     """`nvidia` and `cuda` do not count: torch installs its own libraries there."""
     names = sorted(set(kd_pipeline.__all__) - {"train"})  # needs Lightning
@@ -102,12 +103,14 @@ def test_public_names_load_nothing_optional():
     assert loaded_after(statement, OPTIONAL - {"nvidia", "cuda"} | {"nvidia.dali", "torch"}) == "torch"
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_optional_packages():
     assert len(MODULES) > 20
     modules = [name for name in MODULES if name not in NEEDS_LIGHTNING]
     assert run_python(WITHOUT, ",".join(OPTIONAL), ",".join(modules)) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NEEDS_LIGHTNING))
 def test_missing_lightning(name):
     done = subprocess.run(

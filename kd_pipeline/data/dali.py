@@ -342,24 +342,15 @@ def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> 
 
 def _decode_windows(settings: GraphSettings, encoded: Node, corner: Node, extent: Node) -> Node:
     """Windows of encoded images, as uint8 HWC."""
-    fn, decoder = require("nvidia.dali.fn", extra="cpu"), _decoder(settings)
+    decoders = require("nvidia.dali.fn", extra="cpu").decoders
+    options: dict[str, Any] = {"device": "cpu", "output_type": require("nvidia.dali.types", extra="cpu").RGB}
+    if settings.device_id is not None:
+        # Fancy upsampling as libjpeg-turbo on the CPU, for the same pixels on both devices.
+        options |= {"device": "mixed", "hw_decoder_load": settings.hw_decoder_load, "jpeg_fancy_upsampling": True}
     if settings.decode == "full":
-        return _cut(fn.decoders.image(encoded, **decoder), corner, extent)
-    return fn.decoders.image_slice(encoded, corner, extent, **_IN_PIXELS, **decoder)
+        return _cut(decoders.image(encoded, **options), corner, extent)
+    return decoders.image_slice(encoded, corner, extent, **_IN_PIXELS, **options)
 
 
 def _cut(images: Node, corner: Node, extent: Node) -> Node:
     return require("nvidia.dali.fn", extra="cpu").slice(images, corner, extent, **_IN_PIXELS)
-
-
-def _decoder(settings: GraphSettings) -> dict[str, Any]:
-    types = require("nvidia.dali.types", extra="cpu")
-    if settings.device_id is None:
-        return {"device": "cpu", "output_type": types.RGB}
-    return {
-        "device": "mixed",
-        "output_type": types.RGB,
-        "hw_decoder_load": settings.hw_decoder_load,
-        # As libjpeg-turbo on the CPU, for the same pixels on both devices.
-        "jpeg_fancy_upsampling": True,
-    }

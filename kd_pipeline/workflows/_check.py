@@ -82,12 +82,6 @@ class CheckReport:
     problems: tuple[str, ...]
     """What would stop or harm a training, one sentence each with a hint."""
 
-    def save(self, folder: Path) -> Path:
-        """Write it to `check.json` in `folder`, and return the path."""
-        path = folder / "check.json"
-        write_atomic(path, json.dumps(asdict(self), indent=2, default=str) + "\n")
-        return path
-
 
 def check(
     config: Config,
@@ -125,7 +119,7 @@ def check(
         teacher, grid, more = _first_batch(config, training, out, plugins)
         problems += more
     checked = CheckReport(splits, teacher, grid, tuple(problems))
-    checked.save(out)
+    write_atomic(out / "check.json", json.dumps(asdict(checked), indent=2, default=str) + "\n")
     return checked
 
 

@@ -186,6 +186,7 @@ def test_command_can_be_repeated(started_as: str | None, typed: str, monkeypatch
     assert environment()["command"] == f"{typed} bench step --root 'my photographs'"
 
 
+@pytest.mark.slow
 def test_cpu_s_includes_workers() -> None:
     context = multiprocessing.get_context("spawn")
     done, leave = context.Event(), context.Event()

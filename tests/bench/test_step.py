@@ -43,6 +43,7 @@ def measured(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         return bench_step(settings, report=lines.append), lines, out
 
 
+@pytest.mark.slow
 def test_each_variant_and_part_has_a_row(measured: tuple[StepResult, list[str], Path]) -> None:
     result, lines, _ = measured
     assert [row.letter for row in result.rows] == [*LETTERS, "loader", "teacher"]
@@ -52,6 +53,7 @@ def test_each_variant_and_part_has_a_row(measured: tuple[StepResult, list[str], 
         assert min(row.images_per_s) > 0 and min(sample.host_bytes for sample in row.samples) > 2**26
 
 
+@pytest.mark.slow
 def test_phases_add_up_to_the_step(measured: tuple[StepResult, list[str], Path]) -> None:
     for row in measured[0].rows:
         for sample in row.samples:
@@ -60,6 +62,7 @@ def test_phases_add_up_to_the_step(measured: tuple[StepResult, list[str], Path])
             assert sample.images_per_s == pytest.approx(8 / sample.ms_per_step * 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("letter", "phases"),
     [
@@ -77,10 +80,12 @@ def test_each_variant_has_its_phases(
     assert {phase for phase in PHASES if row.phases_ms[phase] > 0} == phases
 
 
+@pytest.mark.slow
 def test_other_augmentations_are_ignored_and_reported(measured: tuple[StepResult, list[str], Path]) -> None:
     assert "ignored in every row, as not all variants have it: transform.hue" in measured[1]
 
 
+@pytest.mark.slow
 def test_json_and_plot_are_saved(measured: tuple[StepResult, list[str], Path]) -> None:
     result, _, out = measured
     assert out.read_text() == result.to_json() + "\n"
@@ -94,6 +99,7 @@ def test_json_and_plot_are_saved(measured: tuple[StepResult, list[str], Path]) -
     assert [label.get_text()[:3] for label in axes.get_yticklabels()] == [f"({letter})" for letter in LETTERS]
 
 
+@pytest.mark.slow
 def test_table_has_every_row_and_advice(measured: tuple[StepResult, list[str], Path]) -> None:
     lines = measured[0].table().splitlines()
     for line, letter in zip(lines[1:], LETTERS, strict=False):
@@ -173,6 +179,7 @@ def test_timer_moves_host_time_between_phases() -> None:
     assert sum(timer.totals_s().values()) == 0
 
 
+@pytest.mark.slow
 def test_failing_variant_is_reported_and_skipped(photographs: Path) -> None:
     lines: list[str] = []
     settings = BenchStepSettings(
@@ -196,6 +203,7 @@ def test_failing_variant_is_reported_and_skipped(photographs: Path) -> None:
     assert ("teacher" in letters) != any("(teacher) skipped: " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_onnx_teacher_has_no_pytorch_rows(photographs: Path, tmp_path: Path) -> None:
     onnx = export_onnx(open_model(SMALL), tmp_path / "teacher.onnx", image_shape=(3, 32, 32))
     lines: list[str] = []

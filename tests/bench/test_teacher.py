@@ -50,6 +50,7 @@ def measured(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         return bench_teacher(settings, report=lines.append), lines, out
 
 
+@pytest.mark.slow
 def test_each_backend_is_measured_or_has_a_reason(
     measured: tuple[TeacherResult, Any, Any],
 ) -> None:
@@ -66,6 +67,7 @@ def test_each_backend_is_measured_or_has_a_reason(
     assert "openvino fp16" in names or "wanted fp16" in result.left_out["openvino fp16"]  # newer CPUs have it
 
 
+@pytest.mark.slow
 def test_each_row_has_every_repeat_by_batch_size(
     measured: tuple[TeacherResult, Any, Any],
 ) -> None:
@@ -75,6 +77,7 @@ def test_each_row_has_every_repeat_by_batch_size(
         assert row.open_s > 0 and row.first_batch == 4
 
 
+@pytest.mark.slow
 def test_logits_are_compared_with_float32_pytorch(measured: tuple[TeacherResult, Any, Any]) -> None:
     assert measured[0].reference == "pytorch fp32"
     for row in measured[0].rows:
@@ -84,6 +87,7 @@ def test_logits_are_compared_with_float32_pytorch(measured: tuple[TeacherResult,
     assert bf16.cosine < 1, "it is not compared with itself"
 
 
+@pytest.mark.slow
 def test_result_has_the_settings(measured: tuple[TeacherResult, Any, Any]) -> None:
     result = measured[0]
     assert result.has_random_weights and result.export_s is not None and result.export_s > 0
@@ -91,6 +95,7 @@ def test_result_has_the_settings(measured: tuple[TeacherResult, Any, Any]) -> No
     assert result.settings.items() >= (about | {"repeats": 2, "batch_sizes": [4, 1]}).items()
 
 
+@pytest.mark.slow
 def test_json_and_plot_are_saved(measured: tuple[TeacherResult, Any, Path]) -> None:
     result, _, out = measured
     assert out.read_text() == result.to_json() + "\n"
@@ -102,6 +107,7 @@ def test_json_and_plot_are_saved(measured: tuple[TeacherResult, Any, Path]) -> N
     assert [line.get_label() for line in result.plot().axes[0].lines] == [row.name for row in result.rows]
 
 
+@pytest.mark.slow
 def test_progress_is_reported(measured: tuple[TeacherResult, list[str], Any]) -> None:
     lines = measured[1]
     assert lines[0] == "exporting small_resnet for images of 32 x 32"
@@ -109,6 +115,7 @@ def test_progress_is_reported(measured: tuple[TeacherResult, list[str], Any]) ->
     assert lines[-1].startswith("4 at a time, repeat 2 of 2, images/s: pytorch fp32 ")
 
 
+@pytest.mark.slow
 def test_number_of_torch_threads_is_restored(photographs: Path) -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
@@ -131,6 +138,7 @@ def test_onnx_file_is_compared_with_onnx_runtime(exported: Callable[[int], Path]
     assert result.settings["size"] == 32
 
 
+@pytest.mark.slow
 def test_missing_backend_names_the_extra(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     settings = BenchTeacherSettings(
@@ -240,6 +248,7 @@ def test_folder_as_out_is_an_error(tmp_path: Path) -> None:
         bench_teacher(BenchTeacherSettings(model=MODEL, out=tmp_path))
 
 
+@pytest.mark.slow
 def test_few_photographs_are_repeated(photo_folder: Path) -> None:
     settings = BenchTeacherSettings(
         model=MODEL, root=photo_folder, batch_sizes=(48,), compile_at=(), num_images=1, repeats=1, device="cpu"

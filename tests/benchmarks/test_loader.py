@@ -55,6 +55,7 @@ def pixels(batches: list[Tensor]) -> Tensor:
     return 255 * (torch.cat(batches) * std + mean)
 
 
+@pytest.mark.slow
 def test_batches_are_full_dense_float32(batches: list[Tensor]) -> None:
     for images in batches:
         assert type(images) is Tensor
@@ -62,6 +63,7 @@ def test_batches_are_full_dense_float32(batches: list[Tensor]) -> None:
         assert images.device.type == "cpu" and images.is_contiguous()
 
 
+@pytest.mark.slow
 def test_images_are_normalized(batches: list[Tensor]) -> None:
     assert pixels(batches).min() > -1 and pixels(batches).max() < 256
     red = pixels(batches)[:, 0]
@@ -69,6 +71,7 @@ def test_images_are_normalized(batches: list[Tensor]) -> None:
     assert red.flatten(1).std(dim=1).mean() > 10, "there is something to see"
 
 
+@pytest.mark.slow
 def test_random_crops_and_flips(batches: list[Tensor]) -> None:
     green = pixels(batches)[:, 1].mean(dim=1)
     rise = (green[:, -1] - green[:, 0]) / 255
@@ -76,11 +79,13 @@ def test_random_crops_and_flips(batches: list[Tensor]) -> None:
     assert 0.2 < rise.abs().min() < 0.4 and 0.8 < rise.abs().max() <= 1, "widths from a small part to the whole"
 
 
+@pytest.mark.slow
 def test_no_view_repeats(batches: list[Tensor]) -> None:
     images = torch.cat(batches).flatten(1)
     assert len(images.unique(dim=0)) == len(images)
 
 
+@pytest.mark.slow
 def test_each_epoch_reshuffles_every_file(batches: list[Tensor]) -> None:
     numbers = ((pixels(batches)[:, 2].mean(dim=(1, 2)) - 5) / 10).round().int().tolist()
     epochs = [numbers[start : start + NUM_FILES] for start in range(0, len(numbers), NUM_FILES)]
@@ -109,6 +114,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoaderResult, li
         return bench_loader(settings, report=lines.append), lines, here
 
 
+@pytest.mark.slow
 def test_each_loader_has_a_row_with_every_repeat(measured: tuple[LoaderResult, list[str], Path]) -> None:
     rows = measured[0].rows
     assert [row.name for row in rows] == list(LOADERS) and rows[0].name == "KDDataLoader"
@@ -117,6 +123,7 @@ def test_each_loader_has_a_row_with_every_repeat(measured: tuple[LoaderResult, l
         assert min(row.images_per_s) > 0 and min(row.peak_memory_bytes) > 2**26
 
 
+@pytest.mark.slow
 def test_large_folder_adds_rows_for_a_large_batch(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["KDDataLoader", "bare DALI graph"]
     monkeypatch.setattr(loader, "LOADERS", {name: LOADERS[name] for name in names})
@@ -130,6 +137,7 @@ def test_large_folder_adds_rows_for_a_large_batch(numbered: Path, monkeypatch: p
         assert all(own > 0 for row in rows for own in row.own_s_per_batch)
 
 
+@pytest.mark.slow
 def test_result_has_the_settings(measured: tuple[LoaderResult, list[str], Path]) -> None:
     result, _, here = measured
     assert result.settings == {
@@ -147,6 +155,7 @@ def test_result_has_the_settings(measured: tuple[LoaderResult, list[str], Path])
     }
 
 
+@pytest.mark.slow
 def test_json_file_has_the_result(measured: tuple[LoaderResult, list[str], Path]) -> None:
     result, _, here = measured
     text = (here / "a/b.json").read_text()
@@ -154,6 +163,7 @@ def test_json_file_has_the_result(measured: tuple[LoaderResult, list[str], Path]
     assert len(json.loads(text)["rows"]) == 4
 
 
+@pytest.mark.slow
 def test_progress_is_reported(measured: tuple[LoaderResult, list[str], Path]) -> None:
     _, lines, _ = measured
     assert "data/photographs" in lines[0]
@@ -161,6 +171,7 @@ def test_progress_is_reported(measured: tuple[LoaderResult, list[str], Path]) ->
     assert [line[:13] for line in lines[-2:]] == ["repeat 1 of 2", "repeat 2 of 2"]
 
 
+@pytest.mark.slow
 def test_no_worker_is_left(measured: tuple[LoaderResult, list[str], Path]) -> None:
     assert not [worker for worker in multiprocessing.active_children() if "DataLoader" in worker.name]
 

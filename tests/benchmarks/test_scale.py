@@ -45,6 +45,7 @@ def measured(
     return result, lines, here / "a/b.json", os.listdir(here / "tmp") + os.listdir(here)
 
 
+@pytest.mark.slow
 def test_each_size_has_a_first_and_later_starts(measured: tuple[ScaleResult, Any, Any, Any]) -> None:
     rows = measured[0].sizes
     assert [row.num_entries for row in rows] == [NUM_SHORT, NUM_LONG]
@@ -57,6 +58,7 @@ def test_each_size_has_a_first_and_later_starts(measured: tuple[ScaleResult, Any
             assert 300 < start.state_bytes < 3000
 
 
+@pytest.mark.slow
 def test_list_above_a_megabyte_has_an_index(measured: tuple[ScaleResult, Any, Any, Any]) -> None:
     short, long = measured[0].sizes
     assert short.index_bytes == 0 and short.list_bytes < 2**20
@@ -64,6 +66,7 @@ def test_list_above_a_megabyte_has_an_index(measured: tuple[ScaleResult, Any, An
     assert long.index_bytes > NUM_LONG * 8 * 2
 
 
+@pytest.mark.slow
 def test_each_rank_has_a_rate_in_every_repeat(measured: tuple[ScaleResult, Any, Any, Any]) -> None:
     (row,) = measured[0].ranks
     assert (row.num_ranks, row.num_threads) == (2, 1)
@@ -71,12 +74,14 @@ def test_each_rank_has_a_rate_in_every_repeat(measured: tuple[ScaleResult, Any, 
     assert row.total == (sum(row.images_per_s[0]),) and min(row.images_per_s[0]) > 0
 
 
+@pytest.mark.slow
 def test_no_files_are_left(
     measured: tuple[Any, Any, Any, list[str]],
 ) -> None:
     assert sorted(measured[3]) == ["a", "tmp"]
 
 
+@pytest.mark.slow
 def test_json_file_has_the_result(measured: tuple[ScaleResult, Any, Path, Any]) -> None:
     result, lines, out, _ = measured
     assert [line[:30] for line in lines[:2]] == [f"1,000 entries, process {number} of 2:"[:30] for number in (1, 2)]
@@ -140,6 +145,7 @@ def test_small_disk_is_an_error_before_measuring(photographs: Path, monkeypatch:
         bench_scale(BenchScaleSettings(root=photographs, sizes=(10, 10**7), ranks=()))
 
 
+@pytest.mark.slow
 def test_killed_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = ListTask(tmp_path / "1000.csv", tmp_path, 8, 1)
     monkeypatch.setattr(scale_worker, "_start", _killed)
@@ -151,6 +157,7 @@ def _killed(task: ListTask, number: int) -> None:
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_failing_rank_ends_the_others(tmp_path: Path) -> None:
     (tmp_path / "none.csv").write_text("a,b,c\n")
     with pytest.raises((DataError, RuntimeError)):
@@ -208,6 +215,7 @@ def test_ranks_load_shards_of_one_epoch(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert seen == [("the list", Shard(1, 2))] and len(rates) == 3
 
 
+@pytest.mark.slow
 def test_command_runs_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     got: list[BenchScaleSettings] = []
     result = ScaleResult((), (), {}, {})

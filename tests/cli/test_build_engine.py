@@ -94,6 +94,7 @@ def test_engine_defaults_to_models_folder(exported: Callable[[int], Path], tmp_p
     assert (tmp_path / "my.teacher.fp32.engine").exists() and parity_path(tmp_path / "my.teacher.fp32.engine").exists()
 
 
+@pytest.mark.slow
 def test_factory_name_allows_its_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +109,7 @@ def test_factory_name_allows_its_module(
     assert (tmp_path / "own.onnx").exists()
 
 
+@pytest.mark.slow
 def test_export_keeps_different_onnx_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,7 @@ def test_bench_names_option_out_of_range(capsys: pytest.CaptureFixture[str]) -> 
     assert "--repeats" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_teacher_writes_table_json_and_plot(
     capsys: pytest.CaptureFixture[str], photo_folder: Path, tmp_path: Path
 ) -> None:
@@ -115,7 +116,7 @@ def test_first_line_comes_before_heavy_imports(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variable", "rank", "expected"), [("RANK", "0", 2), ("RANK", "1", 1), ("SLURM_PROCID", "3", 1)]
+    ("variable", "rank", "num_lines"), [("RANK", "0", 2), ("RANK", "1", 1), ("SLURM_PROCID", "3", 1)]
 )
 def test_one_rank_prints_first_line(
     variable: str, rank: str, num_lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

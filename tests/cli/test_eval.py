@@ -85,6 +85,7 @@ def test_invalid_model_is_one_message(
     assert message in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_mismatched_model_is_refused(
     config: Path, exported: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

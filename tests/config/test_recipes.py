@@ -31,6 +31,7 @@ def test_recipe_round_trips(path: Path) -> None:
     check_length(config.train.schedule, config.train.epochs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_recipe_networks_build(path: Path) -> None:
     config = load_config(path)

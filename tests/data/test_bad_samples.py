@@ -94,6 +94,7 @@ def contents(root: Path) -> dict[str, tuple[str, int]]:
 # Readable and unreadable files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
 def test_error_is_equal_for_any_view_and_decode_mode(broken: Broken, photos, tmp_path):
     path = tmp_path / broken.name
@@ -180,6 +181,7 @@ with KDDataLoader(source, EvalTransform(size=32), batch_size=1, shuffle=False) a
 """
 
 
+@pytest.mark.slow
 def test_bomb_is_not_unpacked(photos, tmp_path):
     Image.fromarray(photo_of(photos)).save(tmp_path / "a.png")
     (bomb,) = (broken for broken in BROKEN if broken.name == "bomb.png")
@@ -391,6 +393,7 @@ def test_substitutes_independent_of_ranks(damaged, world_size):
     assert_same(global_rows(ranks), rows(stream(source)))
 
 
+@pytest.mark.slow
 def test_resume_with_bad_files(damaged):
     source, teacher = damaged(*BAD), conv_teacher()
     with open_loader(source, teacher=teacher) as loader:

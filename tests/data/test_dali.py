@@ -277,6 +277,7 @@ def run_measured(small, *others):
     return words, int(growth)
 
 
+@pytest.mark.slow
 def test_bomb_is_refused_by_header(photo, tmp_path):
     """A PNG of 110 kB with 900 million pixels (2.7 GB), and a JPEG that claims 4 billion (13 GB)."""
     Image.new("1", (30_000, 30_000)).save(tmp_path / "bomb.png")

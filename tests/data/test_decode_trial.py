@@ -20,6 +20,7 @@ def views(tmp_path_factory: pytest.TempPathFactory):
     return decode_trial._render(paths, graph_settings(len(paths)))
 
 
+@pytest.mark.slow
 def test_images_differ_in_size_and_kind(tmp_path: Path) -> None:
     paths = make_images(tmp_path)
     with ExitStack() as opened:

@@ -121,6 +121,7 @@ def wanted(config: Config) -> Seen:
     return plain_loop(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("consume", [with_accelerate, with_lightning, with_train])
 def test_same_batches_as_plain_loop(config: Config, wanted: Seen, consume: Callable[[Config], Seen]) -> None:
     assert len(wanted) == NUM_BATCHES

@@ -503,12 +503,14 @@ def start(photo_folder, script: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_process_exit_without_close(photo_folder):
     process = start(photo_folder, LEFT_OPEN)
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, output, errors) == (0, "end\n", "")
 
 
+@pytest.mark.slow
 def test_interrupted_process_closes_loader(photo_folder):
     process = start(photo_folder, ENDLESS)
     assert process.stdout is not None

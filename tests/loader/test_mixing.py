@@ -68,6 +68,7 @@ def test_mixing_independent_of_ranks(open_loader, whole, world_size, batch_size,
     assert_same(found, [*whole[:kept], *whole[37 : 37 + kept]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_resume_continues_with_next_mix(open_loader, repeats):
     options = {"last_batch": "keep", "repeats": repeats}

@@ -50,6 +50,7 @@ def test_nested_layers():
     assert features["net.body.2"].shape == (2, 16, 16, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True], ids=["wrapper", "in place"])
 def test_compiled_model(in_place):
     torch.compiler.reset()

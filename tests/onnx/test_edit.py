@@ -65,6 +65,7 @@ def single_output(tmp_path: Path, exported: dict[str, bytes]) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "shape"),
     [

@@ -140,6 +140,7 @@ def test_no_local_paths_in_file(tmp_path: Path) -> None:
     assert Path(torch.__file__).parent.as_posix().encode() not in content
 
 
+@pytest.mark.slow
 def test_reproducible(tmp_path: Path) -> None:
     first, second = (
         export_onnx(ConvNet(), tmp_path / f"{name}.onnx", image_shape=IMAGE_SHAPE, classes=CLASSES) for name in "ab"
@@ -208,6 +209,7 @@ def test_invalid_path(tmp_path: Path) -> None:
         export_onnx(LogitsOnly(), tmp_path / "file" / "teacher.onnx", image_shape=IMAGE_SHAPE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -228,6 +230,7 @@ def test_invalid_module(tmp_path: Path, module: nn.Module, message: str) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_failure_keeps_old_file(tmp_path: Path) -> None:
     path = tmp_path / "teacher.onnx"
     path.write_bytes(b"the old one")

@@ -83,6 +83,7 @@ def test_single_member_is_unchanged(average: str) -> None:
     torch.testing.assert_close(logits.softmax(1), member_logits(images, 1)[0].softmax(1))
 
 
+@pytest.mark.slow
 def test_members_may_differ_in_backend_and_precision(exported: Callable[[int], Path]) -> None:
     pytest.importorskip("openvino")
     teachers = [

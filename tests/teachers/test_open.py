@@ -315,6 +315,7 @@ def test_file_for_other_images_is_refused(exported: Callable[[int], Path]) -> No
         open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)), image_shape=(3, 48, 48))
 
 
+@pytest.mark.slow
 def test_missing_runtime_says_what_to_install() -> None:
     script = (
         "import sys\n"

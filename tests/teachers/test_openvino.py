@@ -52,6 +52,7 @@ def test_float16_file_gives_float32(tmp_path: Path) -> None:
     torch.testing.assert_close(logits, weight.sum(0).expand(3, 5), atol=5e-3, rtol=5e-3)
 
 
+@pytest.mark.slow
 def test_signals_survive_closing_in_any_order(
     exported: Callable[[int], Path],
 ) -> None:

@@ -60,6 +60,7 @@ print(json.dumps({"cut_off": num_cut_off, "new": num_new, "left": os.listdir(pat
 """
 
 
+@pytest.mark.slow
 def test_save_survives_kills(tmp_path):
     elsewhere = "/dev/shm" if Path("/dev/shm").is_dir() else "/tmp"
     child = subprocess.run(

@@ -87,6 +87,7 @@ def test_unlogged_metric_is_refused(tmp_path):
         train(tmp_path, scores=[0.1, 0.2, 0.3], monitor="val/top5")
 
 
+@pytest.mark.slow
 def test_resume_from_any_step_is_exact(tmp_path):
     copies = tmp_path / "all"
     undisturbed, _ = train(tmp_path / "first", io=Recorder(copies), every_n_steps=1)

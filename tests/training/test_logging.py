@@ -48,6 +48,7 @@ def full(digits: Path) -> Path:
     ).folder
 
 
+@pytest.mark.slow
 def test_step_row_explains_loss(full: Path) -> None:
     lines = [row for row in logged(full) if "train/loss" in row]
     assert [row["step"] for row in lines] == [1, 3, 5, 7, 9, 11]
@@ -64,6 +65,7 @@ def test_step_row_explains_loss(full: Path) -> None:
         assert 0 <= row["train/teacher_share"] <= row["train/loader_share"] <= 1
 
 
+@pytest.mark.slow
 def test_epoch_row_has_all_validation_metrics(full: Path) -> None:
     by_step = {row["step"]: row for row in logged(full)}
     ends = [step for step, row in by_step.items() if "val/top1" in row]
@@ -75,6 +77,7 @@ def test_epoch_row_has_all_validation_metrics(full: Path) -> None:
         assert row["epoch"] == step // 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["RichProgressBar", "TQDMProgressBar"])
 def test_progress_bar_shows_metrics_of_its_epoch(digits: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     lightning = pytest.importorskip("lightning")
@@ -93,10 +96,12 @@ def test_progress_bar_shows_metrics_of_its_epoch(digits: Path, monkeypatch: pyte
     assert len(drawn) == 2 and drawn == pytest.approx(wanted, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_memory_is_logged_on_gpu_only(full: Path) -> None:
     assert not any("train/memory_gib" in row for row in logged(full))
 
 
+@pytest.mark.slow
 def test_best_epoch_matches_result(full: Path) -> None:
     best = max((row for row in logged(full) if "val/top1" in row), key=lambda row: row["val/top1"])
     result = tiny_run.result(full)

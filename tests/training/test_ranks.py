@@ -20,6 +20,7 @@ def ranks(digits: Path) -> dict[int, list[dict[str, Any]]]:
     return {num_ranks: run_ranks(num_ranks, digits, do_all) for num_ranks in (2, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("last_batch", ["keep", "pad"])
@@ -31,6 +32,7 @@ def test_ranks_read_each_image_once_in_equal_steps(
     assert sorted(index for batches in seen for batch in batches for index in batch) == list(range(size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("size", SIZES)
 def test_drop_leaves_full_batches(ranks: dict[int, list[dict[str, Any]]], num_ranks: int, size: int) -> None:
@@ -44,6 +46,7 @@ def test_drop_leaves_full_batches(ranks: dict[int, list[dict[str, Any]]], num_ra
     assert len(set(indices)) == len(indices) == num_batches * BATCH_SIZE * num_ranks
 
 
+@pytest.mark.slow
 def test_ranks_end_with_same_state(digits: Path, ranks: dict[int, list[dict[str, Any]]]) -> None:
     first, *others = (rank["state"] for rank in ranks[4])
     for other in others:
@@ -55,6 +58,7 @@ def test_ranks_end_with_same_state(digits: Path, ranks: dict[int, list[dict[str,
     assert row["val/loss"] == pytest.approx(result["val"]["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_match_one_with_double_batch(digits: Path, ranks: dict[int, list[dict[str, Any]]]) -> None:
     single = run(
         digits,

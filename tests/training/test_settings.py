@@ -45,6 +45,7 @@ def start() -> Weights:
     return initialized(networks.plain).state_dict()
 
 
+@pytest.mark.slow
 def test_accumulate_matches_larger_batch(digits: Path, default_run: Path) -> None:
     found = run(digits, "accumulate", data__batch_size=8, train__accumulate=2).folder
     # Sums of 16 gradients in a different order: some units in the last place of weights below 1.
@@ -54,6 +55,7 @@ def test_accumulate_matches_larger_batch(digits: Path, default_run: Path) -> Non
     assert distance(weights(alone), weights(default_run)) > 1e-3
 
 
+@pytest.mark.slow
 def test_clip_and_unclipped_norm(digits: Path, start: Weights) -> None:
     free = run(digits, "free", **ONE_STEP, train__log_gradient_norm=True).folder
     (row, *_) = logged(free)
@@ -68,6 +70,7 @@ def test_gradient_norm_is_off_by_default(default_run: Path) -> None:
     assert not any("train/gradient_norm" in row for row in logged(default_run))
 
 
+@pytest.mark.slow
 def test_limits_on_batches(digits: Path) -> None:
     found = run(digits, "limits", train__limit_train_batches=2, train__limit_val_batches=1).folder
     assert load_checkpoint(found / "checkpoints" / "last.ckpt")["global_step"] == 2 * 2
@@ -75,6 +78,7 @@ def test_limits_on_batches(digits: Path) -> None:
     assert tiny_run.result(found)["val"]["num_samples"] == 16
 
 
+@pytest.mark.slow
 def test_resume_with_limit_is_exact(digits: Path) -> None:
     undisturbed = run(digits, "at once", train__limit_train_batches=2).folder
     run(digits, "later", train__limit_train_batches=2, train__epochs=1)
@@ -82,6 +86,7 @@ def test_resume_with_limit_is_exact(digits: Path) -> None:
     assert distance(weights(later), weights(undisturbed)) == 0
 
 
+@pytest.mark.slow
 def test_early_stopping_stays_stopped(digits: Path) -> None:
     stopping = {
         "train__epochs": 9,
@@ -97,6 +102,7 @@ def test_early_stopping_stays_stopped(digits: Path) -> None:
     assert (last.read_bytes(), (found / "result.json").read_bytes()) == before
 
 
+@pytest.mark.slow
 def test_early_stopping_metric_and_mode(digits: Path) -> None:
     for mode, last_epoch in (("max", 1), ("min", 3)):
         stopping = {"metric": "val/loss", "mode": mode, "patience": 1}
@@ -111,6 +117,7 @@ def test_early_stopping_unmeasured_metric(digits: Path) -> None:
         run(digits, "nowhere", **ONE_STEP, train__early_stopping={"metric": "val/top3"})
 
 
+@pytest.mark.slow
 def test_deterministic(digits: Path) -> None:
     put = {"factory": "tests.training.networks:nondeterministic"}
     run(digits, "free put", **ONE_STEP, student=put)
@@ -119,6 +126,7 @@ def test_deterministic(digits: Path) -> None:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "computed", "kept"),
     [
@@ -139,6 +147,7 @@ def test_precision(digits: Path, precision: str, computed: torch.dtype, kept: to
     assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_compile(digits: Path, default_run: Path) -> None:
     torch._dynamo.utils.counters.clear()
     undisturbed = run(digits, "compiled", train__compile=True).folder
@@ -170,6 +179,7 @@ UNLABELED: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_unlabeled_training_images(digits: Path, start: Weights) -> None:
     unlabeled = tiny_run.split(digits, "unlabeled", tiny_run.TRAIN)
     with_val = run(digits, "unlabeled", **UNLABELED, data__train=unlabeled)
@@ -185,6 +195,7 @@ def test_unlabeled_training_images(digits: Path, start: Weights) -> None:
         assert (folder / "exported" / "model.onnx").is_file()
 
 
+@pytest.mark.slow
 def test_unlabeled_validation_images(digits: Path) -> None:
     outcome = run(
         digits,
@@ -197,6 +208,7 @@ def test_unlabeled_validation_images(digits: Path) -> None:
     assert outcome.evaluations["val"].agreement is not None
 
 
+@pytest.mark.slow
 def test_ema_of_teacher_is_distilled(digits: Path) -> None:
     teacher = {"model": {"factory": "tests.training.networks:with_batchnorm"}, "backend": "pytorch"}
     average = {"stage": "teacher", "teacher": teacher, "train__ema": {"decay": 0.5, "warmup": False}}
@@ -216,6 +228,7 @@ def test_ema_of_teacher_is_distilled(digits: Path) -> None:
     assert found == pytest.approx(wanted.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_test_split_is_evaluated_once(digits: Path) -> None:
     images = tiny_run.split(digits, "train", tiny_run.EVAL)
     outcome = run(digits, "tested", data__test=images)

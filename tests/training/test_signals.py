@@ -100,6 +100,7 @@ def assert_same_end(first: Path, second: Path) -> None:
     assert all(torch.equal(left["state_dict"][name], weight) for name, weight in right["state_dict"].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), STATUS)
 @pytest.mark.parametrize("step", [2, NUM_BATCHES, NUM_EPOCHS * NUM_BATCHES], ids=["within", "epoch end", "run end"])
 def test_signal_saves_and_resume_is_exact(launch, undisturbed, tmp_path, number, status, step):
@@ -113,6 +114,7 @@ def test_signal_saves_and_resume_is_exact(launch, undisturbed, tmp_path, number,
     assert_same_end(tmp_path / LAST, undisturbed)
 
 
+@pytest.mark.slow
 def test_exit_status_of_program(tmp_path):
     program = (
         "import os, signal, sys, warnings; from pathlib import Path\n"

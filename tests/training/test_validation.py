@@ -73,6 +73,7 @@ def student_of(checkpoint: Path) -> tiny_run.Weights:
     return {name.removeprefix("student."): value for name, value in load_checkpoint(checkpoint)["state_dict"].items()}
 
 
+@pytest.mark.slow
 def test_extra_metrics_select_best(digits: Path) -> None:
     best = {}
     for mode in ("max", "min"):
@@ -127,6 +128,7 @@ def test_metric_function_takes_no_kwargs(digits: Path) -> None:
         settings(digits, "kwargs", train__metrics=[{"name": CUSTOM, "kwargs": {"top_k": 2}}])
 
 
+@pytest.mark.slow
 def test_validate_every_steps_leaves_training_alone(digits: Path) -> None:
     usual = run(digits, "usual")
     often = run(digits, "often", train__validate_every_steps=4)
@@ -136,6 +138,7 @@ def test_validate_every_steps_leaves_training_alone(digits: Path) -> None:
     assert set(validated(usual, "val/loss")) < set(validated(often, "val/loss"))
 
 
+@pytest.mark.slow
 def test_validate_every_steps_with_accumulation(digits: Path) -> None:
     often = run(
         digits, "accumulated", data__batch_size=8, train__accumulate=2, train__epochs=1, train__validate_every_steps=2
@@ -143,6 +146,7 @@ def test_validate_every_steps_with_accumulation(digits: Path) -> None:
     assert [step for step, _ in validated(often)] == [1, 3, STEPS - 1]
 
 
+@pytest.mark.slow
 def test_best_within_epoch(digits: Path, script: list[float]) -> None:
     script += [0.1, 0.2, 0.9, 0.3]  # at the steps 4, 6, 8 and 12
     folder = run(
@@ -158,6 +162,7 @@ def test_best_within_epoch(digits: Path, script: list[float]) -> None:
     assert distance(best, weights(folder)) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash_at", range(4))
 @pytest.mark.parametrize("save_every_steps", [2, None])
 def test_resume_after_crash_in_validation(
@@ -204,6 +209,7 @@ def test_sources_are_opened_once(digits: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(opened) == ["train.npz", "val.npz"]
 
 
+@pytest.mark.slow
 def test_export_uses_validation_transform(digits: Path) -> None:
     net = {"builtin": "small_resnet", "kwargs": {"width": 4}}
     transform = {"preset": "eval", "size": 12, "resize": 16, "mean": [0.5, 0.4, 0.3]}
@@ -229,6 +235,7 @@ def test_export_without_onnx(digits: Path) -> None:
         settings(digits, "engine", train__export={"onnx": False, "engine": {}})
 
 
+@pytest.mark.slow
 def test_export_engine(digits: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     wanted = {"precision": "fp16", "runtime": "tensorrt_rtx", "profiles": [{"min": 1, "opt": 4, "max": 8}]}

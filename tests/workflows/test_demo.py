@@ -53,6 +53,7 @@ def test_existing_digits_are_not_rewritten(digits: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in digits.rglob("*.png")} == before
 
 
+@pytest.mark.slow
 def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     summary = run_demo(["train.epochs=1", "run_dir=runs/short", "seed=3"])

@@ -78,6 +78,7 @@ def capability_of(report: Report, kind: str, name: str) -> Capability:
     return next(item for item in report.capabilities if (item.kind, item.name) == (kind, name))
 
 
+@pytest.mark.slow
 def test_installed_versions(report: Report) -> None:
     assert report.python == ".".join(map(str, sys.version_info[:3]))
     assert 1 <= report.num_usable_cores == len(os.sched_getaffinity(0)) <= report.num_cores
@@ -89,6 +90,7 @@ def test_installed_versions(report: Report) -> None:
             assert check.version == __import__(name).__version__
 
 
+@pytest.mark.slow
 def test_test_environment_is_usable(report: Report) -> None:
     assert capability_of(report, "loader", "cpu").works
     assert check_of(report, "nvidia.dali").detail == "decodes on the CPU"
@@ -98,6 +100,7 @@ def test_test_environment_is_usable(report: Report) -> None:
     assert report.is_usable
 
 
+@pytest.mark.slow
 def test_openvino_precisions(report: Report) -> None:
     openvino = pytest.importorskip("openvino")
     found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -105,6 +108,7 @@ def test_openvino_precisions(report: Report) -> None:
     assert set(check_of(report, "openvino").supports) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
 def test_report_without_gpu(report: Report) -> None:
     assert report.gpus == () and report.cuda_driver is None
@@ -114,6 +118,7 @@ def test_report_without_gpu(report: Report) -> None:
     assert capability_of(report, "setting", "backend: auto").detail.endswith("openvino for an ONNX file")
 
 
+@pytest.mark.slow
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 def test_driver_and_torch_see_same_gpus(report: Report) -> None:
@@ -126,6 +131,7 @@ def test_driver_and_torch_see_same_gpus(report: Report) -> None:
     assert capability_of(report, "loader", "gpu").works
 
 
+@pytest.mark.slow
 def test_tensorrt_rtx_builds_without_gpu(report: Report) -> None:
     check = check_of(report, "tensorrt_rtx")
     if check.status == "missing":
@@ -182,6 +188,7 @@ def decoding_of(report: Report, found: list[DecodeTrial]) -> dict[tuple[str, str
     return {(item.kind, item.name): item for item in capabilities if "decode" in item.name or item.name == "gpu"}
 
 
+@pytest.mark.slow
 def test_auto_decode_is_reported_and_cached(report: Report, fake_driver: None) -> None:
     found = decoding_of(report, trials())
     assert found["loader", "gpu"].works
@@ -197,18 +204,21 @@ def test_auto_decode_is_reported_and_cached(report: Report, fake_driver: None) -
     assert choose_decode(0, 0.0).decode == "full"
 
 
+@pytest.mark.slow
 def test_wrong_hardware_decoder_is_reported(report: Report, fake_driver: None) -> None:
     found = decoding_of(report, trials(window_1="crashed with SIGSEGV"))
     assert found["loader", "gpu"].works and not found["setting", "hw_decoder_load"].works
     assert found["setting", "hw_decoder_load"].detail == "windows with hw_decoder_load 1: crashed with SIGSEGV"
 
 
+@pytest.mark.slow
 def test_gpu_that_cannot_decode_has_no_loader(report: Report, fake_driver: None) -> None:
     found = decoding_of(report, trials(window_0="crashed with SIGSEGV", full_0="timed out after 60 s"))
     assert not found["loader", "gpu"].works and ("setting", "decode: auto") not in found
     assert "crashed with SIGSEGV" in found["loader", "gpu"].detail
 
 
+@pytest.mark.slow
 def test_decode_trials_are_checks(report: Report) -> None:
     checks = [_check_of_trial(trial) for trial in trials(full_1="crashed with SIGSEGV")]
     assert [(check.name, check.status) for check in checks] == [
@@ -220,10 +230,12 @@ def test_decode_trials_are_checks(report: Report) -> None:
     assert checks[0].version == "nvJPEG 13.3" and checks[3].detail == "crashed with SIGSEGV"
 
 
+@pytest.mark.slow
 def test_json_round_trip(report: Report) -> None:
     assert Report.model_validate_json(report.model_dump_json()) == report
 
 
+@pytest.mark.slow
 def test_text_is_aligned(report: Report) -> None:
     text = report.to_text()
     packages, usable = (part.splitlines() for part in text.split("\n\n")[1:])
@@ -254,6 +266,7 @@ def test_missing_packages_have_install_command(machine: Path) -> None:
     assert "Traceback" not in report.to_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("missing", "left"),
     [
@@ -270,6 +283,7 @@ def test_usable_needs_loader_and_teacher(machine: Path, missing: list[str], left
     assert report.is_usable == (len(left) == 2)
 
 
+@pytest.mark.slow
 def test_broken_packages_do_not_stop_others(machine: Path) -> None:
     block(machine, "torch", "nvidia.dali", "cuda", "tensorrt", "tensorrt_rtx", "openvino")
     faults = {
@@ -313,6 +327,7 @@ def test_install_command_fits_driver(name: str, cuda_driver: str | None, line: s
     assert _install_command(name, cuda_driver) == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compute_capability", "installed", "serving"),
     [

@@ -40,6 +40,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_export_opens_after_move(tmp_path: Path) -> None:
     student, images = export(tmp_path / "run", onnx=True), random_images(5)
     shutil.move(tmp_path / "run", tmp_path / "moved")

@@ -58,6 +58,7 @@ def assert_same_files(first: Path, second: Path) -> None:
 # Training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"data__train__mix": {"mixup": 0.4}, "distill": {"task_weight": 0.0}}, {"data__train__last_batch": "keep"}],
@@ -100,6 +101,7 @@ def test_plain_loop_ends_with_weights_of_live_teacher(photo_folder: Path, whole:
     assert not all(torch.equal(weight, net().state_dict()[name]) for name, weight in live.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun_with", ["teacher", "recording"])
 def test_run_resumes_with_recording(digits: Path, tmp_path: Path, begun_with: str) -> None:
     recording = record(settings(digits, str(tmp_path / "whole")))

@@ -54,6 +54,7 @@ def assert_same_end(first: Path, second: Path) -> None:
     assert (first / RUN / "result.json").read_text() == (second / RUN / "result.json").read_text()
 
 
+@pytest.mark.slow
 def test_run_folder_is_complete(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     for name in (
@@ -69,6 +70,7 @@ def test_run_folder_is_complete(finished: Path, monkeypatch: pytest.MonkeyPatch)
     assert result["val"]["agreement"] is not None
 
 
+@pytest.mark.slow
 def test_export_is_best_student(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     student = open_model_file(RUN, size=16, device=torch.device("cpu")).model
@@ -80,6 +82,7 @@ def test_export_is_best_student(finished: Path, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(teacher(images)["logits"], student(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpoint_has_no_teacher(finished: Path) -> None:
     checkpoint = load_checkpoint(finished / RUN / "checkpoints" / "last.ckpt")
     teacher = load_checkpoint(finished / RUN / "teacher" / "checkpoints" / "last.ckpt")
@@ -92,6 +95,7 @@ def test_checkpoint_has_no_teacher(finished: Path) -> None:
     assert checkpoint["run"]["teacher"] is not None
 
 
+@pytest.mark.slow
 def test_rerun_after_end_changes_nothing(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "work")
     status, output = finish(start(tmp_path / "work"))
@@ -243,6 +247,7 @@ def test_student_from_teacher(work: Path) -> None:
     assert status == 1 and "Traceback" not in output, output
 
 
+@pytest.mark.slow
 def test_incomplete_config_says_what_to_set(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

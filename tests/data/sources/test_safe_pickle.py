@@ -158,6 +158,7 @@ def test_damaged_pickle_is_read_or_refused():
     assert 100 < refused < 2900
 
 
+@pytest.mark.slow
 def test_deep_nesting_is_read_or_refused():
     deep = b"N" + 10**5 * b"\x85"
     assert "it has 100000 tuples" in refusal(b"\x80\x02" + deep + b".")

@@ -171,6 +171,7 @@ def test_damaged_engine_is_rebuilt_with_reason(copy: Path, exported: Callable[[i
     assert path.name in why_rebuilt(settings_for(exported(0)), copy)
 
 
+@pytest.mark.slow
 def test_cache_has_one_engine_per_recipe(
     exported: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +186,7 @@ def test_cache_has_one_engine_per_recipe(
     assert reports == [f"{first} already exists"]
 
 
+@pytest.mark.slow
 def test_extra_outputs_are_built_and_compared(tmp_path: Path) -> None:
     file = export_onnx(LogitsOnly(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     relu = next(node.output[0] for node in onnx.load(file).graph.node if node.op_type == "Relu")
@@ -207,6 +209,7 @@ class Overflows(nn.Module):
         return self.net(images * 1e6 * 1e-6)["logits"]
 
 
+@pytest.mark.slow
 def test_overflowing_nodes_stay_float32(tmp_path: Path) -> None:
     file = export_onnx(Overflows(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     manifest = read_manifest(build_engine(settings_for(file), save_engine=tmp_path / "teacher.engine"))
@@ -225,6 +228,7 @@ class Fragile(nn.Module):
         return self.net((images * 1e-3 + 100 - 100) * 1e3)["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_failed_parity_makes_no_engine(tmp_path: Path, precision: str) -> None:
     file = export_onnx(Fragile(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
