@@ -136,7 +136,7 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
 
 
 def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], object]) -> StepTask:
-    root = photographs(settings.root, report)
+    root = _subset(photographs(settings.root, report), folder / "images", settings.batch_size)
     transform = _comparable(settings.transform, report)
     onnx = settings.onnx
     if onnx is None:
@@ -147,7 +147,7 @@ def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], obj
     num_classes = read_onnx(onnx).outputs["logits"].shape[1]
     assert num_classes is not None
     return StepTask(
-        root=_subset(root, folder / "images", settings.batch_size),
+        root=root,
         transform=transform,
         batch_size=settings.batch_size,
         teacher=settings.teacher,

@@ -343,6 +343,7 @@ def test_command_names_the_wrong_option(typed: list[str], capsys: pytest.Capture
     assert capsys.readouterr().err.startswith(f"python -m benchmarks.loader: {typed[0]}: ")
 
 
+@pytest.mark.slow
 def test_command_prints_the_table(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "loader.json"
     short = ["--batch-size", "4", "--size", "16", "--num-batches", "1", "--repeats", "1", "--num-threads", "1"]
