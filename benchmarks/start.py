@@ -56,28 +56,27 @@ def start_once(checkout: Path, folder: Path, name: str) -> tuple[float, float]:
     run_dir = folder / "runs" / name
     overrides = ["stage=baseline", f"run_dir={run_dir}", "train.save_every_steps=1"]
     started = time.perf_counter()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "kd_pipeline", "train", "-c", str(CONFIG), *overrides],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(checkout)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    assert process.stdout is not None
-    os.set_blocking(process.stdout.fileno(), False)
-    output, first_line_s = b"", None
-    try:
-        while not list(run_dir.glob("**/*.ckpt")):
-            output += process.stdout.read() or b""
-            if output and first_line_s is None:
-                first_line_s = time.perf_counter() - started
-            if process.poll() is not None or time.perf_counter() - started > TIMEOUT_S:
-                sys.exit(f"{checkout} does not train:\n{output.decode()}")
-            time.sleep(0.005)
-        first_step_s = time.perf_counter() - started
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        output, first_line_s = b"", None
+        try:
+            while not list(run_dir.glob("**/*.ckpt")):
+                output += process.stdout.read() or b""
+                if output and first_line_s is None:
+                    first_line_s = time.perf_counter() - started
+                if process.poll() is not None or time.perf_counter() - started > TIMEOUT_S:
+                    sys.exit(f"{checkout} does not train:\n{(output + (process.stdout.read() or b'')).decode()}")
+                time.sleep(0.005)
+            first_step_s = time.perf_counter() - started
+        finally:
+            process.kill()
     return first_step_s if first_line_s is None else first_line_s, first_step_s
 
 

@@ -1,0 +1,23 @@
+"""The start-up benchmark sees the first line of a run before its first step."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import start
+
+
+@pytest.mark.slow
+def test_first_line_comes_before_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start.main(["--repeats", "1", "--out", str(tmp_path / "start.json")])
+    (result,) = json.loads((tmp_path / "start.json").read_text())["results"]
+    (first_line_s,), (first_step_s,) = result["first_line_s"], result["first_step_s"]
+    assert 0 < first_line_s < first_step_s
+    assert f"first line {first_line_s:.2f} s" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_run_that_does_not_train_shows_its_output(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"does not train:\n[^$]*data/digits"):
+        start.start_once(start.ROOT, tmp_path, "run")
