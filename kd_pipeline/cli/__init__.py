@@ -1,17 +1,15 @@
 """The commands: each parses its arguments, calls one function of the library and prints the result."""
 
 import argparse
-import logging
-import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.version import __version__
 from kd_pipeline.cli import bench, build_engine, check, demo, doctor, predict, record, train
 from kd_pipeline.cli import eval as evaluation
-from kd_pipeline.cli.arguments import CommandParser
-from kd_pipeline.errors import KDPipelineError
+from kd_pipeline.cli.arguments import CommandParser, add_common, run_command
 
 __all__ = ["main"]
 
@@ -23,31 +21,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     _announce(arguments)
     parsed = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
-    run: Callable[[argparse.Namespace], int] = parsed.run
-    try:
-        return run(parsed)
-    except KDPipelineError as error:
-        if parsed.debug:
-            raise
-        print(f"kd-pipeline: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("kd-pipeline: stopped", file=sys.stderr)
-        return 130
+    return run_command(parsed.run, parsed, prog="kd-pipeline")
 
 
 def _announce(arguments: Sequence[str]) -> None:
     """Show at once, on one rank, that a command has started: torch and Lightning take seconds to import."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if arguments[:1] and arguments[0] in _IMPORTS_TAKE_SECONDS and rank == "0" and not {"-h", "--help"} & {*arguments}:
+    is_slow = bool(arguments) and arguments[0] in _IMPORTS_TAKE_SECONDS and not {"-h", "--help"} & {*arguments}
+    if is_slow and is_rank_zero():
         print(f"kd-pipeline {__version__}: {shlex.join(arguments)}", file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    common.add_argument("--verbose", action="store_true", help="log what is chosen, and why")
+    add_common(common)
     parser = CommandParser(prog="kd-pipeline", description="Knowledge distillation on NVIDIA DALI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

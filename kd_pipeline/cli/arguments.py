@@ -1,6 +1,7 @@
-"""Shared by the commands: options made from fields of settings, settings made from options, and progress lines."""
+"""Shared by the commands: options from settings and settings from options, lines of progress, the exit status."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,19 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, KDPipelineError
 
-__all__ = ["CommandParser", "add_config", "add_options", "add_plugin", "checked", "given", "print_progress"]
+__all__ = [
+    "CommandParser",
+    "add_common",
+    "add_config",
+    "add_options",
+    "add_plugin",
+    "checked",
+    "given",
+    "print_progress",
+    "run_command",
+]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -47,6 +58,12 @@ class CommandParser(argparse.ArgumentParser):
         if add_options is not None:
             add_options(self)
         return super().parse_known_args(args, namespace)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command, which `run_command` reads."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--verbose", action="store_true", help="log what is chosen, and why")
 
 
 def add_config(parser: argparse.ArgumentParser, *, plugins: str = "factories") -> None:
@@ -116,6 +133,21 @@ def checked(model: Callable[..., Model], options: Mapping[str, str] | None = Non
                 option = (options or {}).get(field, field.replace("_", "-"))
                 problems.append(f"--{option}: {each['msg']}, got {each['input']!r}")
         raise ConfigError("; ".join(problems)) from None
+
+
+def run_command(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace, *, prog: str) -> int:
+    """The exit status of a command: that of `run`, 1 after an error in one line, or 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
+    try:
+        return run(parsed)
+    except KDPipelineError as error:
+        if parsed.debug:
+            raise
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: stopped", file=sys.stderr)
+        return 130
 
 
 def print_progress(line: str) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run under `torchrun` or SLURM: their ranks, and how many CPU threads each of them uses."""
+"""The processes of a run under `torchrun` or SLURM: how they connect, and how many CPU threads each of them uses."""
 
 import os
 import re
@@ -6,32 +6,10 @@ import re
 import torch
 
 from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.ranks import world_size
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["init_distributed", "is_rank_zero", "local_world_size", "num_nodes", "set_num_threads", "world_size"]
-
-
-def is_rank_zero() -> bool:
-    """Whether this is the process that writes shared files."""
-    return _read_int("RANK", "SLURM_PROCID", 0) == 0
-
-
-def world_size() -> int:
-    """Processes that `torchrun`, or `srun` in a SLURM job, started on all nodes; 1 without them."""
-    # Not SLURM_NTASKS: a batch script has it too, although it is a single process.
-    return _read_int("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", 1)
-
-
-def local_world_size() -> int:
-    """Processes on this node; known after `init_distributed`."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def num_nodes() -> int:
-    """Nodes of the run; known before `init_distributed` too."""
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        return world_size() // local_world_size()
-    return int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+__all__ = ["init_distributed", "set_num_threads"]
 
 
 def init_distributed() -> None:
@@ -55,10 +33,6 @@ def set_num_threads(num_threads: int | None) -> None:
     """Set torch's CPU threads. None means `OMP_NUM_THREADS` if it is set, or else the cores of this process."""
     if num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads or num_cores())
-
-
-def _read_int(name: str, slurm_name: str, default: int) -> int:
-    return int(os.environ.get(name) or os.environ.get(slurm_name) or default)
 
 
 def _torchrun_environment() -> dict[str, str]:

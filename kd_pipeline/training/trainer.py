@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.ranks import local_world_size, num_nodes, world_size
 from kd_pipeline.training.checkpoint_callback import AtomicCheckpointIO, SaveLastAndBest
-from kd_pipeline.training.distributed import local_world_size, num_nodes, world_size
 from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.loggers import open_loggers
 from kd_pipeline.training.module import DistillModule

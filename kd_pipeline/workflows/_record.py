@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from kd_pipeline._core.ranks import is_rank_zero, num_nodes
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
@@ -37,7 +38,7 @@ from kd_pipeline.teachers.recorded.files import (
     open_columns,
 )
 from kd_pipeline.teachers.settings import is_recording
-from kd_pipeline.training.distributed import init_distributed, is_rank_zero, num_nodes, set_num_threads
+from kd_pipeline.training.distributed import init_distributed, set_num_threads
 from kd_pipeline.workflows.teacher import open_run_teacher
 
 __all__ = ["Progress", "RecordSettings", "record"]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.settings import DataSettings
@@ -30,7 +31,7 @@ from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
 from kd_pipeline.training.checkpoint import check_same_run, load_checkpoint
-from kd_pipeline.training.distributed import init_distributed, is_rank_zero, set_num_threads, world_size
+from kd_pipeline.training.distributed import init_distributed, set_num_threads
 from kd_pipeline.training.loggers import log_results, log_settings
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder

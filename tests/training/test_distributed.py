@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from kd_pipeline._core.ranks import is_rank_zero, num_nodes, world_size
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.training.checkpoint import load_checkpoint
-from kd_pipeline.training.distributed import _first_host, _torchrun_environment, is_rank_zero, num_nodes, world_size
+from kd_pipeline.training.distributed import _first_host, _torchrun_environment
 from tests.runs import finish
 
 RUN = Path("runs/tiny")
