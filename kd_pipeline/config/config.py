@@ -1,6 +1,6 @@
 """`Config`: the settings of all packages in one model, read from YAML with overrides."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,6 +51,25 @@ class Config(Settings):
     train: TrainSettings = TrainSettings()
     probe: ProbeSettings | None = ProbeSettings()
     """How the teacher is checked on labeled images before a run; null skips the check."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is allowed and probably a mistake, one sentence each with what to do; the data is not opened."""
+        return tuple(_different_normalization(self.data))
+
+
+def _different_normalization(data: DataSettings) -> Iterator[str]:
+    """Splits whose finished images have another scale than those that the student is trained on."""
+    if data.train is None:
+        return
+    for name, split in data.splits.items():
+        for field in ("mean", "std"):
+            here, there = getattr(split.transform, field), getattr(data.train.transform, field)
+            if here != there:
+                yield (
+                    f"data.{name}.transform.{field} is {list(here)} and that of data.train is {list(there)}: the "
+                    "student is evaluated on other pixel values than it is trained on; give both the same"
+                )
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:
