@@ -10,6 +10,10 @@ All of them share this contract:
   affect neither the value nor the gradient. Without any valid row the loss is 0, with a graph and zero gradients.
 - It is computed and returned in float32, or in float64 for a float64 student, whether autocast is on or off.
 - Gradients flow to the student only; the teacher's tensors and the labels are constants.
+- A teacher's logit of -inf excludes a class: its probability is 0, and 0 · log 0 is 0. NaN, inf, or a row of only -inf
+  makes the loss NaN rather than being hidden, unless that row is invalid.
+- The default temperature and options are those of the loss's authors, as its docstring says; a config takes them from
+  here.
 - It never synchronizes with the GPU: only shapes and dtypes are checked. `ConfigError` is raised if a shape, a dtype or
   an option is invalid.
 

@@ -11,6 +11,7 @@ __all__ = [
     "check_label_smoothing",
     "check_temperature",
     "describe",
+    "expected",
     "mask_rows",
     "masked_mean",
     "no_autocast",
@@ -103,6 +104,14 @@ def mask_rows(rows: Tensor, valid: Tensor) -> Tensor:
 def masked_mean(loss_N: Tensor, valid_N: Tensor) -> Tensor:
     """Mean over the valid rows; 0 without any."""
     return mask_rows(loss_N, valid_N).sum() / valid_N.sum().clamp(min=1)
+
+
+def expected(probability_NK: Tensor, values_NK: Tensor) -> Tensor:
+    """Σ_k p_k · v_k per row, `[N]`, in which a class of probability 0 adds 0, as 0 · log 0 does, even if v_k is infinite.
+
+    The probabilities are constants: they have no gradient.
+    """
+    return (probability_NK * values_NK.masked_fill(probability_NK == 0, 0)).sum(dim=1)
 
 
 def describe(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.losses.ramp import value_at
+from kd_pipeline.losses.ramp import max_value, value_at
 from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.models.features import capture_features
 
@@ -73,7 +73,7 @@ class Distillation(nn.Module):
             image_shape: `(C, H, W)` of the images.
             num_classes: number of classes in the data.
             labels_are_soft: whether labels are `[N, K]` weights, as with mixup and cutmix.
-            loss: replaces the loss named in the settings.
+            loss: replaces the loss named in the settings; the weights stay theirs.
             plugins: modules that a `loss` in the settings may come from. A config file is data and cannot grant this
                 itself: pass what the user typed.
 
@@ -85,19 +85,20 @@ class Distillation(nn.Module):
         self.settings = settings
         has_teacher = teacher_outputs is not None
         distill_weight, task_weight = settings.weights if has_teacher else (0.0, 1.0)
-        self._extra_terms = tuple(term for term in settings.features if has_teacher and term.weight != 0)
+        self._extra_terms = tuple(term for term in settings.features if has_teacher and max_value(term.weight))
         weights = {"task": task_weight, "distill": distill_weight}
         weights |= {term.name: term.weight for term in self._extra_terms}
-        self._weights = {name: weight for name, weight in weights.items() if weight != 0}
+        self._weights = {name: weight for name, weight in weights.items() if max_value(weight)}
         self._custom_loss: CustomLoss | None = loss
         self._distill_term: TermSettings | None = None
         if "distill" in self._weights and loss is None:
             if settings.has_custom_loss:
                 self._custom_loss = import_function("loss", settings.loss, plugins, caller="Distillation")
             else:
-                self._distill_term = TermSettings(loss=settings.loss, options=settings.options)
-        has_temperature = self._distill_term is not None and self._distill_term.has_temperature
-        self._temperature = settings.temperature if has_temperature else None
+                self._distill_term = TermSettings(
+                    loss=settings.loss, temperature=settings.temperature, options=settings.options
+                )
+        self._temperature = None if self._distill_term is None else self._distill_term.temperature
         self.layers = tuple(dict.fromkeys(term.student for term in self._extra_terms if term.student != LOGITS))
         """Layers of the student whose features `forward` needs."""
         if labels_are_soft:
@@ -281,7 +282,7 @@ def _compute(
     valid: Tensor | None = None,
     temperature: float | None = None,
 ) -> Tensor:
-    """The value of a term; without a `temperature`, with the default of its loss."""
+    """The value of a term; without a `temperature`, at the default of its loss."""
     arguments: dict[str, Any] = {**term.options, "valid": valid}
     if temperature is not None:
         arguments["temperature"] = temperature

@@ -17,7 +17,8 @@ _LAYOUTS = {2: "[N, D] embeddings", 3: "[N, L, D] tokens", 4: "[N, C, H, W] maps
 def feature_mse(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Mean squared error of features (FitNets, Romero et al., arXiv 1412.6550): mean over a sample, then batch mean.
 
-    If the sizes of feature maps differ by a whole factor, the larger map is average-pooled to the smaller size.
+    1/D · Σ_d (s_d - t_d)² over the D numbers of a sample. If the sizes of feature maps differ by a whole factor, the
+    larger map is average-pooled to the smaller size. No temperature; the weight in mdistiller and RepDistiller is 100.
 
     Args:
         student: `[N, D]` embeddings, `[N, L, D]` tokens or `[N, C, H, W]` maps, floating.
@@ -30,10 +31,10 @@ def feature_mse(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None
 
 
 def feature_cosine(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
-    """Cosine distance of feature vectors: mean over the positions of a sample, then batch mean.
+    """Cosine distance of feature vectors: mean over the positions i of 1 - s_i · t_i / (‖s_i‖ ‖t_i‖), then batch mean.
 
-    An embedding has one position, tokens have L and a map has H · W. Maps of different sizes are pooled as in
-    `feature_mse`, and vectors of zeros are treated as in `cosine`.
+    No paper and no temperature. An embedding has one position, tokens have L and a map has H · W. Maps of different
+    sizes are pooled as in `feature_mse`, and vectors of zeros are treated as in `cosine`.
 
     Args:
         student: `[N, D]` embeddings, `[N, L, D]` tokens or `[N, C, H, W]` maps, floating.
@@ -52,9 +53,9 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, valid: Tensor | None
     """Attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928): mean over H · W of (q_s - q_t)², batch mean.
 
     q is a sample's attention map: the mean over channels of the squared features, divided by its L2 norm over H · W.
-    The number of channels may differ, so no projector is needed. This is the authors' code, with weights of about 500
-    to 1000; the paper's formula has the norm of the difference. The attention of a map of zeros is zero. Maps of
-    different sizes are pooled as in `feature_mse`, before squaring.
+    The number of channels may differ, so no projector is needed. This is the authors' code, without a temperature and
+    with a weight of 1000 (`--beta 1e+3`); the paper's formula has the norm of the difference. The attention of a map of
+    zeros is zero. Maps of different sizes are pooled as in `feature_mse`, before squaring.
 
     Args:
         student: `[N, C, H, W]` floating, H · W at least 2 after pooling.
@@ -77,7 +78,7 @@ def channel_wise(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, 
     Args:
         student: `[N, C, H, W]` floating, H · W at least 2.
         teacher: `[N, C, H, W]` floating.
-        temperature: T, above 0.
+        temperature: T, above 0; defaults to that of the authors, who give the term a weight of 3.
         valid: `[N]` bool, the samples that count; defaults to all.
     """
     with no_autocast(student):

@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from kd_pipeline.losses._inputs import (
     check_label_smoothing,
+    expected,
     masked_mean,
     no_autocast,
     prepare_labels,
@@ -24,7 +25,9 @@ _IGNORE_INDEX = torch.iinfo(torch.int32).min
 def task(
     student_logits_NK: Tensor, labels: Tensor | None, *, label_smoothing: float = 0.0, valid: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy with the labels of the data: -Σ_k y_k · log q_k, batch mean.
+    """Cross-entropy with the labels of the data: -Σ_k y_k · log q_k, batch mean; q is softmax(student logits).
+
+    A class that the student excludes with a logit of -inf adds 0 if its y_k is 0; otherwise the loss is infinite.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
@@ -42,9 +45,10 @@ def task(
 def hard_label(
     student_logits_NK: Tensor, teacher_logits_NK: Tensor, *, label_smoothing: float = 0.0, valid: Tensor | None = None
 ) -> Tensor:
-    """Hard distillation (DeiT, Touvron et al., arXiv 2012.12877): cross-entropy with argmax_k of the teacher's logits.
+    """Hard distillation (DeiT, Touvron et al., arXiv 2012.12877): -log q_c, c = argmax_k of the teacher's logits.
 
-    The loss is NaN if the teacher's logits are.
+    q is softmax(student logits); batch mean. It has no temperature. As in the other losses, a row in which the teacher
+    has NaN, inf or no logit above -inf makes the loss NaN: argmax would find a class there too.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
@@ -56,12 +60,16 @@ def hard_label(
     with no_autocast(student_logits_NK):
         student_NK, teacher_NK, valid_N = prepare_logits(student_logits_NK, teacher_logits_NK, valid)
         loss_N = _cross_entropy(student_NK, teacher_NK.argmax(dim=1), label_smoothing)
-        # argmax picks NaN as the largest number, which would hide a broken teacher.
-        return masked_mean(loss_N.masked_fill(teacher_NK.isnan().any(dim=1), math.nan), valid_N)
+        # The logarithm of the softmax's divisor is finite unless the softmax is NaN.
+        is_defined_N = teacher_NK.logsumexp(dim=1).isfinite()
+        return masked_mean(loss_N.masked_fill(~is_defined_N, math.nan), valid_N)
 
 
 def _cross_entropy(student_NK: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy per row, `[N]`."""
+    if labels.ndim == 2:  # torch's would multiply a weight of 0 by a logarithm of -inf
+        weights_NK = (1 - label_smoothing) * labels + label_smoothing / labels.shape[1]
+        return -expected(weights_NK, student_NK.log_softmax(dim=1))
     return cross_entropy(
         student_NK, labels, ignore_index=_IGNORE_INDEX, label_smoothing=label_smoothing, reduction="none"
     )

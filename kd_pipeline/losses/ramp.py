@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from kd_pipeline._core.settings import Settings
 
-__all__ = ["Ramp", "min_value", "value_at"]
+__all__ = ["Ramp", "max_value", "min_value", "value_at"]
 
 
 class Ramp(Settings):
@@ -63,3 +63,8 @@ def value_at(value: float | Ramp, epoch: float, epochs: int) -> float:
 def min_value(value: float | Ramp) -> float:
     """The minimum of `value` over a run."""
     return min(value.start, value.end) if isinstance(value, Ramp) else value
+
+
+def max_value(value: float | Ramp) -> float:
+    """The maximum of `value` over a run."""
+    return max(value.start, value.end) if isinstance(value, Ramp) else value

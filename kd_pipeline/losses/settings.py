@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, Valida
 from kd_pipeline import losses
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
-from kd_pipeline.losses.ramp import Ramp, min_value
+from kd_pipeline.losses.ramp import Ramp, max_value, min_value
 
 __all__ = ["LOGITS", "DistillSettings", "TermSettings"]
 
@@ -21,16 +21,14 @@ _LOGIT_LOSSES = ("cosine", "dist", "dkd", "hard_label", "logit_mse", "soft_targe
 _FEATURE_LOSSES = ("attention_transfer", "channel_wise", "feature_cosine", "feature_mse")
 _CUSTOM_LOSS = re.compile(r"\w+(\.\w+)*:\w+")
 
+_WEIGHTS = {"soft_target": (0.9, 0.1), "hard_label": (0.5, 0.5)}
+"""`distill_weight` and `task_weight` of the losses that share a weight of 1 with the cross-entropy: those of mdistiller
+and RepDistiller, and of DeiT. Every other loss has 1 beside a cross-entropy of weight 1."""
+
 
 def _check_not_negative(value: float | Ramp) -> float | Ramp:
     if min_value(value) < 0:
         raise ValueError(f"should not fall below 0, got {min_value(value):g}")
-    return value
-
-
-def _check_positive(value: float | Ramp) -> float | Ramp:
-    if min_value(value) <= 0:
-        raise ValueError(f"should stay above 0, got {min_value(value):g}")
     return value
 
 
@@ -50,6 +48,20 @@ def _check_known(loss: str, names: Sequence[str]) -> str:
 
 def _parameters(loss: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(losses, loss)).parameters
+
+
+def _complete_temperature(value: float | Ramp | None, info: ValidationInfo) -> float | Ramp | None:
+    loss = info.data.get("loss")
+    if loss is None:  # was rejected already
+        return value
+    parameter = None if _CUSTOM_LOSS.fullmatch(loss) else _parameters(loss).get("temperature")
+    if value is None:
+        return None if parameter is None else float(parameter.default)
+    if parameter is None:
+        raise ValueError(f"temperature has no effect on {loss}; remove it, or choose a loss with a temperature")
+    if min_value(value) <= 0:
+        raise ValueError(f"should stay above 0, got {min_value(value):g}")
+    return value
 
 
 def _parse_options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -77,8 +89,8 @@ def _parse_options(options: dict[str, Any], info: ValidationInfo) -> dict[str, A
 
 Weight = Annotated[float | Ramp, AfterValidator(_check_not_negative)]
 """A number or a ramp, at least 0."""
-Temperature = Annotated[float | Ramp, AfterValidator(_check_positive)]
-"""A number or a ramp, above 0."""
+Temperature = Annotated[float | Ramp | None, AfterValidator(_complete_temperature)]
+"""A number or a ramp, above 0, of the field `loss` that precedes this one; its own if None, and None if it has none."""
 Options = Annotated[dict[str, bool | float | str], AfterValidator(_parse_options)]
 """Arguments of the field `loss` that precedes this one."""
 
@@ -93,23 +105,13 @@ class TermSettings(Settings):
     teacher: str = LOGITS
     """Name of an output of the teacher."""
     weight: Weight = 1.0
-    temperature: Temperature | None = None
-    """For losses with a temperature; defaults to that of the function."""
+    temperature: Temperature = Field(default=None, validate_default=True)
+    """Divisor of both models' outputs before the softmax; defaults to that of the loss. None for one without."""
     options: Options = Field(default_factory=dict)
     """More arguments of the loss."""
     projector: Literal["none", "conv", "linear"] = "none"
     """Layer that maps the student's features to the teacher's number of channels, trained with the student: `conv` is
     a 1x1 convolution for maps `[N, C, H, W]`, `linear` is for `[N, D]` and `[N, L, D]`; both have a bias."""
-
-    @model_validator(mode="after")
-    def _check_temperature(self) -> Self:
-        _check_temperature_is_used(self.temperature is not None, self.loss)
-        return self
-
-    @property
-    def has_temperature(self) -> bool:
-        """Whether the loss has a temperature."""
-        return "temperature" in _parameters(self.loss)
 
     @property
     def name(self) -> str:
@@ -118,18 +120,23 @@ class TermSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """The training loss, with timm's names: task_weight · task + distill_weight · loss + Σ weight · extra term."""
+    """The training loss: task_weight · task + distill_weight · loss + Σ weight · extra term.
+
+    What is left out is filled in with the loss's own values, so the settings of a run tell what ran.
+    """
 
     loss: Annotated[str, AfterValidator(_check_logit_loss)] = "soft_target"
     """Loss between the student's and the teacher's logits: `soft_target`, `dkd`, `dist`, `logit_mse`, `cosine`,
     `hard_label`, or your own function of the logits and the batch, as `package.module:function`."""
-    temperature: Temperature = 4.0
-    """Divisor of both models' logits before the softmax, for losses with a temperature."""
+    temperature: Temperature = Field(default=None, validate_default=True)
+    """Divisor of both models' logits before the softmax. Defaults to the loss's own, which is that of its function in
+    `kd_pipeline.losses`: 4 for `soft_target` and `dkd`, 1 for `dist`. None for a loss without a temperature."""
     distill_weight: Weight | None = None
-    """Weight of that loss."""
+    """Weight of that loss. Defaults to 0.9 for `soft_target`, 0.5 for `hard_label` and 1 for the others; if
+    `task_weight` is set, to 1 - `task_weight` for the first two, as in timm's `LogitDistillationTask`."""
     task_weight: Weight | None = None
-    """Weight of the cross-entropy with the labels. Defaults follow timm: `distill_weight` to 1 - task_weight, and
-    `task_weight` to 1; if neither is set, they are 0.9 and 0.1."""
+    """Weight of the cross-entropy with the labels. Defaults to 0.1 for `soft_target`, 0.5 for `hard_label` and 1 for the
+    others; if `distill_weight` is set, to 1, as in timm's `LogitDistillationTask`."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy with the labels."""
     options: Options = Field(default_factory=dict)
@@ -138,13 +145,20 @@ class DistillSettings(Settings):
     """Extra terms, on intermediate features or on the logits."""
 
     @model_validator(mode="after")
+    def _complete_weights(self) -> Self:
+        distill_weight, task_weight = _complete(self.loss, self.distill_weight, self.task_weight)
+        # The settings are frozen for everybody else.
+        object.__setattr__(self, "distill_weight", distill_weight)
+        object.__setattr__(self, "task_weight", task_weight)
+        return self
+
+    @model_validator(mode="after")
     def _check_terms(self) -> Self:
-        _check_temperature_is_used(self.temperature != type(self).model_fields["temperature"].default, self.loss)
         names = ["task", "distill", *(term.name for term in self.features)]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"features: two terms called {name}; change the layer of one, or remove it")
-        if all(weight == 0 for weight in (*self.weights, *(term.weight for term in self.features))):
+        if not any(max_value(weight) for weight in (*self.weights, *(term.weight for term in self.features))):
             raise ValueError("all weights are 0, so the student learns nothing; set one of them")
         return self
 
@@ -155,18 +169,24 @@ class DistillSettings(Settings):
 
     @property
     def weights(self) -> tuple[float | Ramp, float | Ramp]:
-        """`distill_weight` and `task_weight`, with timm's defaults."""
-        if self.distill_weight is None and self.task_weight is None:
-            return 0.9, 0.1
-        if self.distill_weight is None and self.task_weight is not None:
-            return _one_minus(self.task_weight), self.task_weight
-        assert self.distill_weight is not None
-        return self.distill_weight, 1.0 if self.task_weight is None else self.task_weight
+        """`distill_weight` and `task_weight`."""
+        assert self.distill_weight is not None and self.task_weight is not None  # filled in by the validator
+        return self.distill_weight, self.task_weight
 
 
-def _check_temperature_is_used(is_set: bool, loss: str) -> None:
-    if is_set and (_CUSTOM_LOSS.fullmatch(loss) or "temperature" not in _parameters(loss)):
-        raise ValueError(f"temperature has no effect on {loss}; remove it, or choose a loss with a temperature")
+def _complete(
+    loss: str, distill_weight: float | Ramp | None, task_weight: float | Ramp | None
+) -> tuple[float | Ramp, float | Ramp]:
+    """Both weights, those that are None with their defaults."""
+    own_distill_weight, own_task_weight = _WEIGHTS.get(loss, (1.0, 1.0))
+    if distill_weight is None and task_weight is None:
+        return own_distill_weight, own_task_weight
+    if task_weight is None:
+        assert distill_weight is not None
+        return distill_weight, 1.0
+    if distill_weight is None:
+        return (_one_minus(task_weight) if loss in _WEIGHTS else own_distill_weight), task_weight
+    return distill_weight, task_weight
 
 
 def _one_minus(task_weight: float | Ramp) -> float | Ramp:
@@ -179,4 +199,8 @@ def _one_minus(task_weight: float | Ramp) -> float | Ramp:
         rest = 1 - task_weight
     if min_value(rest) < 0:
         raise ValueError(f"1 - task_weight falls to {min_value(rest):g}; set distill_weight too")
+    if max_value(rest) == 0:
+        raise ValueError(
+            "task_weight: 1 leaves 1 - 1 = 0 for the teacher; set distill_weight too, to 0 if that is what you want"
+        )
     return rest

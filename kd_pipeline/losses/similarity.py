@@ -17,6 +17,9 @@ __all__ = ["cosine", "dist", "logit_mse"]
 def logit_mse(student_logits_NK: Tensor, teacher_logits_NK: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Mean squared error of the logits (Ba & Caruana, arXiv 1312.6184): 1/K · Σ_k (z_k - t_k)², batch mean.
 
+    It has no temperature. There is no finite distance to a logit of -inf: with a teacher that excludes classes in this
+    way the loss is infinite, or NaN where both models do so; compare the probabilities with `soft_target` instead.
+
     Args:
         student_logits_NK: `[N, K]` floating, the z of the formula.
         teacher_logits_NK: `[N, K]` floating, the t of the formula.
@@ -30,7 +33,8 @@ def logit_mse(student_logits_NK: Tensor, teacher_logits_NK: Tensor, *, valid: Te
 def cosine(student_ND: Tensor, teacher_ND: Tensor, *, valid: Tensor | None = None) -> Tensor:
     """Cosine distance: 1 - s · t / (‖s‖ ‖t‖), batch mean; from 0 (same direction) to 2 (opposite).
 
-    A row of zeros has no direction: its cosine is 0, and the norm of its gradient is at most 1 / N.
+    No paper and no temperature. A row of zeros has no direction: its cosine is 0, and the norm of its gradient is at
+    most 1 / N. A row with a logit of -inf has none either, and makes the loss NaN.
 
     Args:
         student_ND: `[N, D]` floating, embeddings or logits.
@@ -54,7 +58,11 @@ def dist(
     """DIST (Huang et al., arXiv 2205.10536): T² · (inter_weight · inter + intra_weight · intra).
 
     Both terms are one minus Pearson's correlation of the two models' softmax(logits / T). Inter compares rows (the
-    classes of one sample), batch mean; intra compares columns (one class over the batch), mean over the K classes.
+    classes of one sample), batch mean; intra compares columns (one class over the batch), mean over the K classes. A
+    class that a model excludes with a logit of -inf has the probability 0.
+
+    The defaults are those of the authors' code. Their recipes weigh the sum by 2 beside a cross-entropy of weight 1
+    (`distill_weight: 2.0`), on ImageNet with T = 1 and on CIFAR-100 with T = 4.
 
     Intra sees the samples of this process only, and is 0 with fewer than two valid rows. As in the authors' code, the
     correlation with a constant row or column is 0, so it costs 1 even if both models keep it constant. The gradient is
@@ -63,7 +71,7 @@ def dist(
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
         teacher_logits_NK: `[N, K]` floating.
-        temperature: T, above 0; defaults to the authors' value.
+        temperature: T, above 0.
         inter_weight: beta of the paper.
         intra_weight: gamma of the paper.
         valid: `[N]` bool, the rows that count; defaults to all.

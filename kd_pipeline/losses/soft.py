@@ -10,6 +10,8 @@ from torch.linalg import vector_norm
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.losses._inputs import (
     check_temperature,
+    expected,
+    mask_rows,
     masked_mean,
     no_autocast,
     prepare_labels,
@@ -30,17 +32,21 @@ def soft_target(
 ) -> Tensor:
     """Soft targets (Hinton et al., arXiv 1503.02531): T² · Σ_k p_k · (log p_k - log q_k), batch mean.
 
-    p is softmax(teacher logits / T) and q is softmax(student logits / T).
+    p is softmax(teacher logits / T) and q is softmax(student logits / T). A class that the teacher excludes with a logit
+    of -inf has p_k = 0 and adds 0.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
         teacher_logits_NK: `[N, K]` floating.
-        temperature: T, above 0; defaults to timm's value.
+        temperature: T, above 0. The paper has no single value; 4 is that of mdistiller and RepDistiller on CIFAR-100 and
+            of timm's `train.py` (`--kd-temperature`). On ImageNet, mdistiller, torchdistill and FunMatch use 1, and so
+            does timm's class `LogitDistillationTask` by default.
         form: `"kl"` is 0 if the two agree. `"cross_entropy"` is T² · -Σ_k p_k · log q_k, which adds T² times the
             teacher's entropy and has the same gradient.
-        standardize: first standardize each row of logits, of both models, to mean 0 and standard deviation 1 (LSKD,
-            Sun et al., arXiv 2403.01427, with T = 2), to compare only the shape of a row. The gradient is finite but
-            steep for a student with equal logits for all classes, such as one with a zero-initialized head.
+        standardize: first standardize each row of logits, of both models, to mean 0 and standard deviation 1 over the
+            classes that are not excluded (LSKD, Sun et al., arXiv 2403.01427; the authors have T = 2 and a weight of 9
+            beside 0.1 on CIFAR-100), to compare only the shape of a row. The gradient is finite but steep for a student
+            with equal logits for all classes, such as one with a zero-initialized head.
         valid: `[N]` bool, the rows that count; defaults to all.
     """
     check_temperature(temperature)
@@ -52,7 +58,7 @@ def soft_target(
             case "kl":
                 loss_N = _kl_divergence(student_NK, teacher_NK)
             case "cross_entropy":
-                loss_N = -(teacher_NK.softmax(dim=1) * student_NK.log_softmax(dim=1)).sum(dim=1)
+                loss_N = -expected(teacher_NK.softmax(dim=1), student_NK.log_softmax(dim=1))
             case _:
                 raise ConfigError(f"form must be 'kl' or 'cross_entropy', got {form!r}")
         return temperature**2 * masked_mean(loss_N, valid_N)
@@ -73,14 +79,19 @@ def dkd(
 
     TCKD is the KL divergence of the binary distributions (target class, all others together); NCKD is the KL divergence
     of the distributions over the non-target classes. In soft targets the weight of NCKD is one minus the teacher's
-    probability of the target class; here it is beta. With two classes NCKD is 0.
+    probability of the target class; here it is beta. With two classes NCKD is 0. A class that the teacher excludes with
+    a logit of -inf adds 0; where it excludes all but the target class, NCKD is 0.
+
+    The defaults are those of the authors' code for CIFAR-100, where the weight of the loss also rises from 0 to 1 in the
+    first 20 epochs (`distill_weight: {start: 0, end: 1, epochs: 20}`). For ImageNet they have T = 1, beta = 0.5 and no
+    such warm-up.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
         teacher_logits_NK: `[N, K]` floating.
         labels: `[N]` int64 class indices, or `[N, K]` floating weights, of which the largest is the target class.
         alpha: weight of TCKD.
-        beta: weight of NCKD; the authors' code has 8 with T = 4 for CIFAR-100 and 0.5 with T = 1 for ImageNet.
+        beta: weight of NCKD.
         temperature: T, above 0.
         standardize: as in `soft_target`.
         valid: `[N]` bool, the rows that count; defaults to all.
@@ -93,24 +104,40 @@ def dkd(
         student_binary, student_others = _decouple(_soften(student_NK, temperature, standardize), target_N)
         teacher_binary, teacher_others = _decouple(_soften(teacher_NK, temperature, standardize), target_N)
         tckd_N = _kl_divergence(student_binary, teacher_binary)
-        nckd_N = _kl_divergence(student_others, teacher_others)
+        nckd_N = _non_target_divergence(student_others, teacher_others)
         return temperature**2 * masked_mean(alpha * tckd_N + beta * nckd_N, valid_N)
 
 
 def _soften(logits_NK: Tensor, temperature: float, standardize: bool) -> Tensor:
-    if standardize:
-        # As in the authors' code: unbiased deviation, and an epsilon of 1e-7 for rows of equal logits.
-        centered_NK = logits_NK - logits_NK.mean(dim=1, keepdim=True)
-        deviation_N1 = vector_norm(centered_NK, dim=1, keepdim=True) / math.sqrt(logits_NK.shape[1] - 1)
-        logits_NK = centered_NK / (deviation_N1 + 1e-7)
-    return logits_NK / temperature
+    return (_standardize(logits_NK) if standardize else logits_NK) / temperature
+
+
+def _standardize(logits_NK: Tensor) -> Tensor:
+    """As in the authors' code: unbiased deviation, and an epsilon of 1e-7 for rows of equal logits.
+
+    Logits of -inf, which have no mean, are left out and stay; NaN and inf make their row NaN.
+    """
+    is_possible_NK = logits_NK != -math.inf
+    num_possible_N1 = is_possible_NK.sum(dim=1, keepdim=True, dtype=logits_NK.dtype)
+    mean_N1 = logits_NK.where(is_possible_NK, 0.0).sum(dim=1, keepdim=True) / num_possible_N1
+    centered_NK = (logits_NK - mean_N1).where(is_possible_NK, 0.0)
+    deviation_N1 = vector_norm(centered_NK, dim=1, keepdim=True) / (num_possible_N1 - 1).clamp(min=1).sqrt()
+    return (centered_NK / (deviation_N1 + 1e-7)).where(is_possible_NK, -math.inf)
 
 
 def _kl_divergence(student_logits_NK: Tensor, teacher_logits_NK: Tensor) -> Tensor:
     """KL(teacher || student) per row, `[N]`."""
     log_student_NK = student_logits_NK.log_softmax(dim=1)
     log_teacher_NK = teacher_logits_NK.log_softmax(dim=1)
-    return (log_teacher_NK.exp() * (log_teacher_NK - log_student_NK)).sum(dim=1)
+    return expected(log_teacher_NK.exp(), log_teacher_NK - log_student_NK)
+
+
+def _non_target_divergence(student_NK: Tensor, teacher_NK: Tensor) -> Tensor:
+    """`_kl_divergence`; 0 where the teacher excludes all classes, for it has no distribution over them."""
+    is_possible_N = (teacher_NK != -math.inf).any(dim=1)
+    # Zeros in place of such rows: a NaN that is masked afterward would come back in the gradient.
+    student_NK, teacher_NK = mask_rows(student_NK, is_possible_N), mask_rows(teacher_NK, is_possible_N)
+    return mask_rows(_kl_divergence(student_NK, teacher_NK), is_possible_N)
 
 
 def _decouple(logits_NK: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,4 +149,7 @@ def _decouple(logits_NK: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
     other_K = torch.arange(logits_NK.shape[1] - 1, device=logits_NK.device)
     target_N1 = target_N[:, None]
     others = logits_NK.gather(1, other_K + (other_K >= target_N1))
-    return torch.cat([logits_NK.gather(1, target_N1), others.logsumexp(dim=1, keepdim=True)], dim=1), others
+    # Zeros in place of rows of only -inf, for which the gradient of logsumexp is NaN.
+    is_possible_N1 = (others != -math.inf).any(dim=1, keepdim=True)
+    rest_N1 = others.where(is_possible_N1, 0.0).logsumexp(dim=1, keepdim=True).where(is_possible_N1, -math.inf)
+    return torch.cat([logits_NK.gather(1, target_N1), rest_N1], dim=1), others

@@ -99,6 +99,7 @@ def test_weighted_sum_of_task_and_distill(teacher):
             {"loss": "dkd", "options": {"alpha": 0.5, "beta": 2.0}},
             lambda s, t, y, v: losses.dkd(s, t, y, alpha=0.5, beta=2.0, temperature=4.0, valid=v),
         ),
+        ({"loss": "dist"}, lambda s, t, y, v: losses.dist(s, t, temperature=1.0, valid=v)),
         (
             {"loss": "dist", "temperature": 1.0, "options": {"intra_weight": 2.0}},
             lambda s, t, y, v: losses.dist(s, t, intra_weight=2.0, valid=v),
@@ -121,8 +122,16 @@ def test_options_and_temperature_reach_loss(teacher, settings, expected):
     torch.testing.assert_close(
         result.terms["distill"], expected(logits, batch.teacher["logits"], batch.labels, batch.valid)
     )
-    has_temperature = settings.get("loss") in (None, "dist", "dkd")
-    assert result.temperature == (settings.get("temperature", 4.0) if has_temperature else None)
+    own = {"soft_target": 4.0, "dkd": 4.0, "dist": 1.0}.get(settings.get("loss", "soft_target"))
+    assert result.temperature == settings.get("temperature", own)
+
+
+def test_one_word_is_one_loss(teacher):
+    """As the main loss and as an extra term; `dist` has no temperature of 4 because `soft_target` has."""
+    student, batch = LogitsOnly(), make_batch(teacher)
+    for loss in ("soft_target", "dkd", "dist", "logit_mse", "cosine", "hard_label"):
+        _, _, result = run(make({"loss": loss, "features": [{"loss": loss}]}, teacher), student, batch)
+        assert result.terms["distill"] == result.terms[loss]
 
 
 def test_features_are_extra_terms(teacher):
@@ -220,7 +229,7 @@ def test_dkd_rejects_soft_labels(teacher, settings):
     make(settings, teacher, labels_are_soft=False)
     with pytest.raises(ConfigError, match=r"dkd needs one class per image.*disable mixup and cutmix"):
         make(settings, teacher, labels_are_soft=True)
-    make({"loss": "dkd", "task_weight": 1.0}, teacher, labels_are_soft=True)
+    make({"loss": "dkd", "distill_weight": 0}, teacher, labels_are_soft=True)
 
 
 def test_unlabeled_images(teacher):

@@ -1,5 +1,9 @@
+import inspect
+
 import pytest
 from pydantic import ValidationError
+from timm import create_model
+from timm.task import LogitDistillationTask
 
 from kd_pipeline import losses
 from kd_pipeline._core.settings import Settings
@@ -17,20 +21,67 @@ def test_plain_config():
 
 
 @pytest.mark.parametrize(
+    ("loss", "temperature", "distill_weight", "task_weight"),
+    [
+        ("soft_target", 4.0, 0.9, 0.1),
+        ("dkd", 4.0, 1.0, 1.0),
+        ("dist", 1.0, 1.0, 1.0),
+        ("hard_label", None, 0.5, 0.5),
+        ("logit_mse", None, 1.0, 1.0),
+        ("cosine", None, 1.0, 1.0),
+        ("mine.losses:far", None, 1.0, 1.0),
+    ],
+)
+def test_defaults_are_those_of_the_loss(loss, temperature, distill_weight, task_weight):
+    settings = DistillSettings(loss=loss)
+    assert (settings.temperature, *settings.weights) == (temperature, distill_weight, task_weight)
+    assert (settings.distill_weight, settings.task_weight) == settings.weights
+
+
+@pytest.mark.parametrize("loss", [name for name in losses.__all__ if name != "task"])
+def test_temperature_of_a_loss_is_the_same_everywhere(loss):
+    """In a call, as a feature term and as the main loss."""
+    parameter = inspect.signature(getattr(losses, loss)).parameters.get("temperature")
+    expected = None if parameter is None else parameter.default
+    assert TermSettings(loss=loss).temperature == expected
+    if loss not in ("attention_transfer", "channel_wise", "feature_cosine", "feature_mse"):
+        assert DistillSettings(loss=loss).temperature == DistillSettings(loss=loss, temperature=None).temperature
+        assert DistillSettings(loss=loss).temperature == expected
+
+
+@pytest.mark.parametrize(
     ("given", "distill_weight", "task_weight"),
     [
-        ({}, 0.9, 0.1),
         ({"distill_weight": 0.5}, 0.5, 1.0),
         ({"distill_weight": 3.0}, 3.0, 1.0),
         ({"task_weight": 0.3}, 0.7, 0.3),
-        ({"task_weight": 1.0}, 0.0, 1.0),
         ({"task_weight": 0.0}, 1.0, 0.0),
         ({"distill_weight": 2.0, "task_weight": 0.5}, 2.0, 0.5),
+        ({"loss": "hard_label", "task_weight": 0.3}, 0.7, 0.3),
+        ({"loss": "dkd", "task_weight": 1.0}, 1.0, 1.0),
+        ({"loss": "dist", "task_weight": 0.5}, 1.0, 0.5),
+        ({"loss": "dist", "distill_weight": 2.0}, 2.0, 1.0),
     ],
 )
-def test_default_weights(given, distill_weight, task_weight):
-    weights = DistillSettings(**given).weights
-    assert weights == pytest.approx((distill_weight, task_weight))
+def test_weight_left_out(given, distill_weight, task_weight):
+    assert DistillSettings(**given).weights == pytest.approx((distill_weight, task_weight))
+
+
+def test_weight_left_out_matches_timm():
+    """`LogitDistillationTask` with one of its weights or both; with neither it has 1 and 1."""
+    student = create_model("test_resnet", num_classes=4)
+    for given in ({"distill_weight": 0.5}, {"task_weight": 0.3}, {"distill_weight": 2.0, "task_weight": 0.5}):
+        named = {name.replace("_weight", "_loss_weight"): value for name, value in given.items()}
+        task = LogitDistillationTask(student, create_model("test_resnet", num_classes=4), verbose=False, **named)
+        assert DistillSettings(**given).weights == pytest.approx((task.distill_loss_weight, task.task_loss_weight))
+
+
+def test_dumped_settings_tell_what_runs():
+    """A folder's `config.yaml` leaves out what is None, and what is not set must not change with a later version."""
+    dumped = DistillSettings(loss="dist", features=[{"loss": "soft_target"}]).model_dump(exclude_none=True)
+    assert (dumped["temperature"], dumped["distill_weight"], dumped["task_weight"]) == (1.0, 1.0, 1.0)
+    assert dumped["features"][0]["temperature"] == 4.0
+    assert DistillSettings.model_validate(dumped) == DistillSettings(loss="dist", features=[{"loss": "soft_target"}])
 
 
 @pytest.mark.parametrize("kind", [{"kind": "linear"}, {"kind": "cosine"}, {"kind": "decay", "rate": 0.5}])
@@ -43,6 +94,8 @@ def test_default_distill_weight_of_ramp(kind):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"task_weight": 1.0}, r"1 - 1 = 0 for the teacher; set distill_weight too, to 0"),
+        ({"task_weight": {"start": 1, "end": 1}}, r"1 - 1 = 0 for the teacher"),
         ({"task_weight": 1.5}, r"1 - task_weight falls to -0.5; set distill_weight too"),
         ({"task_weight": {"start": 0.5, "end": 2}}, r"1 - task_weight falls to -1; set distill_weight too"),
         (
