@@ -201,7 +201,7 @@ class _Tally:
 
     def add(self, batch: KDBatch, logits_NK: Tensor, teacher_NK: Tensor | None, *, keep_rows: bool) -> None:
         """Add one batch, without waiting for the device."""
-        is_bad_N = ~logits_NK.isfinite().all(dim=1)
+        is_bad_N = ~_has_softmax(logits_NK)
         predicted_N = logits_NK.argmax(dim=1).masked_fill(is_bad_N, logits_NK.shape[1])
         self._count("samples", batch.valid, batch.valid)
         self._count("bad_rows", is_bad_N, batch.valid)
@@ -247,16 +247,23 @@ class _Tally:
                 f"the model returns logits {list(logits_NK.shape)}, the teacher {list(teacher_NK.shape)}; "
                 "compare models of the same classes"
             )
-        self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & teacher_NK.isfinite().all(dim=1), valid_N)
+        self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & _has_softmax(teacher_NK), valid_N)
         log_model_NK = (logits_NK / TEMPERATURE).log_softmax(dim=1)
         log_teacher_NK = (teacher_NK / TEMPERATURE).log_softmax(dim=1)
-        self._sum("kl", (log_teacher_NK.exp() * (log_teacher_NK - log_model_NK)).sum(dim=1), valid_N)
+        teacher_NK = log_teacher_NK.exp()
+        difference_NK = (log_teacher_NK - log_model_NK).masked_fill(teacher_NK == 0, 0)  # 0 · log 0 is 0
+        self._sum("kl", (teacher_NK * difference_NK).sum(dim=1), valid_N)
 
     def _count(self, name: str, flags_N: Tensor, valid_N: Tensor) -> None:
         self.counts[name].add_((flags_N & valid_N).sum())
 
     def _sum(self, name: str, values_N: Tensor, valid_N: Tensor) -> None:
         self.sums[name].add_((values_N.double() / _QUANTUM).round().masked_fill(~valid_N, 0).sum())
+
+
+def _has_softmax(logits_NK: Tensor) -> Tensor:
+    """`[N]`, False for rows with NaN, inf, or nothing but -inf. A class of -inf among others has the probability 0."""
+    return logits_NK.logsumexp(dim=1).isfinite()
 
 
 def _result(tally: _Tally, classes: tuple[str, ...] | None, metrics: Sequence[MetricSettings | Metric]) -> Evaluation:

@@ -182,7 +182,7 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
     chance = max(1 / num_classes, float((label_share_K * predicted_K / num_samples).sum()))
     required_top1 = min(min_factor * chance, (1 + chance) / 2)
     top1 = _agreement(predicted_N, labels_N)
-    finite_N = logits_NK.isfinite().all(dim=1)
+    finite_N = logits_NK.logsumexp(dim=1).isfinite()  # a class of -inf among others has the probability 0
     num_bad_rows = int((~finite_N).sum())
 
     problems = []

@@ -120,6 +120,21 @@ def test_agreement_with_own_or_different_teacher(tmp_path) -> None:
     assert with_other.kl == pytest.approx(kl(theirs), rel=1e-5)
 
 
+def test_teacher_may_exclude_classes(tmp_path) -> None:
+    """A logit of -inf is a probability of 0, and no bad row."""
+    source = pixel_arrays(tmp_path)
+    logits, _ = all_rows(source)
+    excluding = pixel_teacher(lambda x: x.masked_fill(torch.arange(NUM_LOGITS) == 3, -math.inf))
+    with open_loader(source, teacher=excluding) as loader:
+        found = evaluate(Pixels(), loader)
+        itself = evaluate(excluding, loader)
+    possible = [k for k in range(NUM_LOGITS) if k != 3]
+    q, p = (logits.double() / 4).log_softmax(1), (logits[:, possible].double() / 4).softmax(1)
+    assert found.agreement == float((logits.argmax(1) != 3).double().mean()) < 1
+    assert found.kl == pytest.approx(float(nn.functional.kl_div(q[:, possible], p, reduction="batchmean")), rel=1e-5)
+    assert (itself.num_bad_rows, itself.agreement, itself.kl) == (0, 1.0, 0.0)
+
+
 def everything(source, **options) -> Evaluation:
     metrics = [MetricSettings(name="CohenKappa"), MetricSettings(name="MulticlassCalibrationError"), LogitsAndLabels()]
     teacher = pixel_teacher(lambda x: x.flip(1) + x)

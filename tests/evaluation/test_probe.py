@@ -214,6 +214,10 @@ def test_counts_non_finite_rows(tmp_path) -> None:
     assert 60 < report.num_bad_rows < 100 and math.isfinite(report.mean_confidence or math.nan)
     (problem,) = report.problems
     assert f"{report.num_bad_rows} of 400 rows of logits hold NaN or inf" in problem
+    excludes_one = probed(
+        colors(tmp_path), Spoilt(lambda logits: logits.masked_fill(torch.arange(NUM_CLASSES) == 0, -math.inf))
+    )
+    assert excludes_one.num_bad_rows == 0  # its probability is 0
     all_bad = probed(colors(tmp_path), Spoilt(lambda logits: logits * math.nan))
     assert all_bad.num_bad_rows == 400 and len(all_bad.problems) == 1 and all_bad.mean_confidence is None
 
