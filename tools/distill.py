@@ -11,19 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline import KDDataLoader, load_config, losses
+from kd_pipeline import Distillation, KDDataLoader, load_config
 from kd_pipeline.config.config import DistillSettings, TrainSettings
 from kd_pipeline.models.resnet import small_resnet
-
-
-def loss_of(logits: Tensor, batch, distill: DistillSettings) -> Tensor:
-    """Cross-entropy with the labels and, with a teacher, the weighted distance to its soft targets."""
-    task = losses.task(logits, batch.labels, valid=batch.valid)
-    if not batch.teacher:
-        return task
-    soft = losses.soft_target(logits, batch.teacher["logits"], temperature=distill.temperature, valid=batch.valid)
-    distill_weight, task_weight = distill.weights
-    return task_weight * task + distill_weight * soft
 
 
 def fit(
@@ -33,14 +23,28 @@ def fit(
     distill: DistillSettings,
     on_step: Callable[[int, Tensor], None] = lambda num_images, loss: None,
 ) -> None:
-    """Train the student in place; `on_step` receives the number of images and the loss, still on its device."""
+    """Train the student in place with the loss of `distill`, or with the labels alone if the loader has no teacher.
+
+    `on_step` receives the number of images and the loss, still on its device.
+    """
+    loss_of = Distillation(
+        distill,
+        student=student,
+        teacher_outputs=loader.teacher.outputs if loader.teacher else None,
+        image_shape=(3, loader.transform.size, loader.transform.size),
+        num_classes=len(loader.classes),
+        labels_are_soft=loader.mix is not None,
+    )
+    parameters = [*student.parameters(), *loss_of.parameters()]  # of projectors, for terms on features
     lr, num_steps = train.optimizer.lr, train.epochs * len(loader)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=num_steps)
-    for _ in range(loader.epoch, train.epochs):
+    for epoch in range(loader.epoch, train.epochs):
         student.train()
-        for batch in loader:  # one loop is one epoch
-            loss = loss_of(student(batch.images), batch, distill)
+        for number, batch in enumerate(loader):  # one loop is one epoch
+            with loss_of.student_features(student) as features:
+                logits = student(batch.images)
+            loss = loss_of(logits, features, batch, epoch=epoch + number / len(loader), epochs=train.epochs).total
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
