@@ -63,11 +63,11 @@ def test_temperature_of_a_loss_is_the_same_everywhere(loss):
         ({"loss": "dist", "distill_weight": 2.0}, 2.0, 1.0),
     ],
 )
-def test_weight_left_out(given, distill_weight, task_weight):
+def test_default_weights(given, distill_weight, task_weight):
     assert DistillSettings(**given).weights == pytest.approx((distill_weight, task_weight))
 
 
-def test_weight_left_out_matches_timm():
+def test_default_weights_match_timm():
     """`LogitDistillationTask` with one of its weights or both; with neither it has 1 and 1."""
     student = create_model("test_resnet", num_classes=4)
     for given in ({"distill_weight": 0.5}, {"task_weight": 0.3}, {"distill_weight": 2.0, "task_weight": 0.5}):
