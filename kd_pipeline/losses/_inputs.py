@@ -107,7 +107,7 @@ def masked_mean(loss_N: Tensor, valid_N: Tensor) -> Tensor:
 
 
 def expected(probability_NK: Tensor, values_NK: Tensor) -> Tensor:
-    """Σ_k p_k · v_k per row, `[N]`, in which a class of probability 0 adds 0, as 0 · log 0 does, even if v_k is infinite.
+    """Σ_k p_k · v_k per row, `[N]`. A class of probability 0 adds 0, as 0 · log 0 does, even if v_k is infinite.
 
     The probabilities are constants: they have no gradient.
     """

@@ -135,8 +135,8 @@ class DistillSettings(Settings):
     """Weight of that loss. Defaults to 0.9 for `soft_target`, 0.5 for `hard_label` and 1 for the others; if
     `task_weight` is set, to 1 - `task_weight` for the first two, as in timm's `LogitDistillationTask`."""
     task_weight: Weight | None = None
-    """Weight of the cross-entropy with the labels. Defaults to 0.1 for `soft_target`, 0.5 for `hard_label` and 1 for the
-    others; if `distill_weight` is set, to 1, as in timm's `LogitDistillationTask`."""
+    """Weight of the cross-entropy with the labels. Defaults to 0.1 for `soft_target`, 0.5 for `hard_label` and 1 for
+    the others; if `distill_weight` is set, to 1, as in timm's `LogitDistillationTask`."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy with the labels."""
     options: Options = Field(default_factory=dict)

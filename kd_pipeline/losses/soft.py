@@ -32,21 +32,21 @@ def soft_target(
 ) -> Tensor:
     """Soft targets (Hinton et al., arXiv 1503.02531): T² · Σ_k p_k · (log p_k - log q_k), batch mean.
 
-    p is softmax(teacher logits / T) and q is softmax(student logits / T). A class that the teacher excludes with a logit
-    of -inf has p_k = 0 and adds 0.
+    p is softmax(teacher logits / T) and q is softmax(student logits / T). A class that the teacher excludes with a
+    logit of -inf has p_k = 0 and adds 0.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
         teacher_logits_NK: `[N, K]` floating.
-        temperature: T, above 0. The paper has no single value; 4 is that of mdistiller and RepDistiller on CIFAR-100 and
-            of timm's `train.py` (`--kd-temperature`). On ImageNet, mdistiller, torchdistill and FunMatch use 1, and so
-            does timm's class `LogitDistillationTask` by default.
+        temperature: T, above 0. The paper has no single value; 4 is that of mdistiller and RepDistiller on CIFAR-100
+            and of timm's `train.py` (`--kd-temperature`). On ImageNet, mdistiller, torchdistill and FunMatch have 1,
+            which is also the default of timm's class `LogitDistillationTask`.
         form: `"kl"` is 0 if the two agree. `"cross_entropy"` is T² · -Σ_k p_k · log q_k, which adds T² times the
             teacher's entropy and has the same gradient.
         standardize: first standardize each row of logits, of both models, to mean 0 and standard deviation 1 over the
             classes that are not excluded (LSKD, Sun et al., arXiv 2403.01427; the authors have T = 2 and a weight of 9
-            beside 0.1 on CIFAR-100), to compare only the shape of a row. The gradient is finite but steep for a student
-            with equal logits for all classes, such as one with a zero-initialized head.
+            beside 0.1 on CIFAR-100), to compare only the shape of a row. The gradient is finite but steep for a
+            student with equal logits for all classes, such as one with a zero-initialized head.
         valid: `[N]` bool, the rows that count; defaults to all.
     """
     check_temperature(temperature)
@@ -79,12 +79,12 @@ def dkd(
 
     TCKD is the KL divergence of the binary distributions (target class, all others together); NCKD is the KL divergence
     of the distributions over the non-target classes. In soft targets the weight of NCKD is one minus the teacher's
-    probability of the target class; here it is beta. With two classes NCKD is 0. A class that the teacher excludes with
-    a logit of -inf adds 0; where it excludes all but the target class, NCKD is 0.
+    probability of the target class; here it is beta. With two classes NCKD is 0. A class that the teacher excludes
+    with a logit of -inf adds 0; where it excludes all but the target class, NCKD is 0.
 
-    The defaults are those of the authors' code for CIFAR-100, where the weight of the loss also rises from 0 to 1 in the
-    first 20 epochs (`distill_weight: {start: 0, end: 1, epochs: 20}`). For ImageNet they have T = 1, beta = 0.5 and no
-    such warm-up.
+    The defaults are those of the authors' code for CIFAR-100, where the weight of the loss also rises from 0 to 1 in
+    the first 20 epochs (`distill_weight: {start: 0, end: 1, epochs: 20}`). For ImageNet they have T = 1, beta = 0.5
+    and no such warm-up.
 
     Args:
         student_logits_NK: `[N, K]` floating, K at least 2.
@@ -121,7 +121,7 @@ def _standardize(logits_NK: Tensor) -> Tensor:
     num_possible_N1 = is_possible_NK.sum(dim=1, keepdim=True, dtype=logits_NK.dtype)
     mean_N1 = logits_NK.where(is_possible_NK, 0.0).sum(dim=1, keepdim=True) / num_possible_N1
     centered_NK = (logits_NK - mean_N1).where(is_possible_NK, 0.0)
-    deviation_N1 = vector_norm(centered_NK, dim=1, keepdim=True) / (num_possible_N1 - 1).clamp(min=1).sqrt()
+    deviation_N1: Tensor = vector_norm(centered_NK, dim=1, keepdim=True) / (num_possible_N1 - 1).clamp(min=1).sqrt()
     return (centered_NK / (deviation_N1 + 1e-7)).where(is_possible_NK, -math.inf)
 
 
