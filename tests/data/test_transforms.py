@@ -10,7 +10,8 @@ from nvidia.dali import Pipeline, fn
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from torchvision import transforms
-from torchvision.transforms import functional
+from torchvision.transforms import InterpolationMode, functional
+from torchvision.transforms.v2 import functional as functional_v2
 
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline.data.plan import uniforms
@@ -36,6 +37,15 @@ def pieces(photos):
     rng = np.random.default_rng(4)
     corners = zip(rng.integers(0, 427 - 60, 40), rng.integers(0, 640 - 80, 40), strict=True)
     return np.stack([photos[n % 2][y : y + 60, x : x + 80] for n, (y, x) in enumerate(corners)])
+
+
+@pytest.fixture(scope="module")
+def lossless(photos):
+    """The photographs at half and a third of their size, with no trace of JPEG: every second or third pixel.
+
+    Smooth pixels, as JPEG leaves them, hide what distinguishes two ways to resize.
+    """
+    return [np.ascontiguousarray(photo[::step, ::step]) for step in (2, 3) for photo in photos]
 
 
 def run_dali(define, *arrays, layout=""):
@@ -242,26 +252,28 @@ def test_crop_of_a_panorama_is_anywhere():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_train_view_matches_torchvision_resized_crop(photos, tmp_path, interpolation):
-    """NumPy's cut and torchvision's antialiased resize: one level of 255 away at most, but for a border of two pixels.
+def test_train_view_matches_torchvision_resized_crop(lossless, tmp_path, interpolation):
+    """NumPy's cut and torchvision's antialiased resize in float32: 0.7 of 255 levels, except near the border.
 
-    There DALI repeats the last pixels of the window where torchvision leaves them out.
+    Where the filter reaches beyond the window, which is two of the larger pixels, DALI repeats the last pixels and
+    torchvision leaves them out.
     """
-    shapes = [(427, 640), (200, 133), (61, 97), (97, 61), (300, 30)]
-    images = [photos[n % 2][:height, :width] for n, (height, width) in enumerate(shapes)]
+    shapes = [(213, 320), (133, 200), (61, 97), (97, 61), (200, 20)]
+    images = [lossless[n % 2][:height, :width] for n, (height, width) in enumerate(shapes)]
     paths = [tmp_path / f"{number}.png" for number in range(len(images))]
     for image, path in zip(images, paths, strict=True):
         Image.fromarray(image).save(path)
     transform = TrainTransform(size=48, interpolation=interpolation, flip=0.0, **PIXELS)
-    mode = functional.InterpolationMode(interpolation)
+    mode = InterpolationMode(interpolation)
     for epoch in range(4):
         draws = uniforms(np.arange(len(images)), seed=8, epoch=epoch, count=transform.num_draws)
         for image, view, row in zip(images, render(transform, paths, draws), draws, strict=True):
             top, left, height, width = (int(number) for number in torchvision_window(*image.shape[:2], row))
-            cut = as_torch(image[top : top + height, left : left + width])
-            expected = functional.resize(cut, [48, 48], mode, antialias=True).numpy()
+            cut = as_torch(image[top : top + height, left : left + width]).float()
+            expected = functional.resize(cut, [48, 48], mode, antialias=True).clamp(0, 255).numpy()
             difference = np.abs(view - expected)
-            assert difference[:, 2:-2, 2:-2].max() < 1.01 and difference.mean() < 0.3
+            y, x = (math.ceil(2 * max(1, 48 / extent)) for extent in (height, width))
+            assert difference[:, y : 48 - y, x : 48 - x].max(initial=0) < 0.7 and difference.mean() < 0.5
 
 
 @pytest.mark.parametrize("stores", ["files", "pixels"])
@@ -494,44 +506,85 @@ def test_float16_views_are_rounded_float32_views(pieces, preset):
 # Evaluation
 
 
-def torchvision_view(image, size, resize, interpolation):
-    """`[3, size, size]` of a PIL image or a tensor."""
-    mode = functional.InterpolationMode(interpolation)
-    view = functional.center_crop(functional.resize(image, resize, mode, antialias=True), size)
-    return np.asarray(view).transpose(2, 0, 1) if isinstance(view, Image.Image) else view.numpy()
+def torchvision_view(image, size, resize, interpolation, functional=functional):
+    """`[3, size, size]` of a PIL image or a tensor, in levels of 255."""
+    mode = InterpolationMode(interpolation)
+    view = functional.center_crop(functional.resize(image, [resize], mode, antialias=True), [size])
+    if isinstance(view, Image.Image):
+        return np.asarray(view).transpose(2, 0, 1).astype(np.float64)
+    return view.clamp(0, 255).double().numpy()
 
 
 @pytest.fixture(scope="module")
-def varied(photos, tmp_path_factory):
-    """The two photographs and 16 pieces of them with sides from 33 to 400 pixels, JPEG and PNG in turn."""
+def varied(photos, lossless, tmp_path_factory):
+    """The photographs and 16 pieces of them with sides from 33 to 400 pixels, JPEG; four lossless ones, PNG."""
     folder = tmp_path_factory.mktemp("varied")
     rng = np.random.default_rng(12)
     paths = []
     for number in range(18):
         height, width = (427, 640) if number < 2 else rng.integers(33, 400, 2) // 2 * 2 + rng.integers(0, 2, 2)
-        image = Image.fromarray(photos[number % 2][-height:, -width:])
-        paths.append(folder / f"{number}.{'jpg' if number % 4 < 2 else 'png'}")
-        image.save(paths[-1])
+        paths.append(folder / f"{number}.jpg")
+        Image.fromarray(photos[number % 2][-height:, -width:]).save(paths[-1])
+    for number, photo in enumerate(lossless):
+        paths.append(folder / f"{number}.png")
+        Image.fromarray(photo).save(paths[-1])
     return paths
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("size", "resize"), [(224, 256), (32, 36), (97, 113), (64, 64)])
-def test_eval_matches_torchvision(varied, size, resize, interpolation):
-    """In levels of 255. Bounds are little above what was measured.
+SIZES = pytest.mark.parametrize(("size", "resize"), [(224, 256), (32, 36), (97, 113), (160, 182)])
 
-    Against tensors: 0.07 in the mean, 1 anywhere inside the image. Against PIL, which resizes in two uint8 steps:
-    0.22 in the mean. At the border of the image, which only a crop of its full height or width shows, DALI repeats
-    the last pixels where torchvision leaves them out: up to 14.
+
+@SIZES
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_eval_matches_torchvision(varied, size, resize, interpolation):
+    """In floating point, which is what torchvision computes for float tensors and, without v2, for uint8 tensors.
+
+    Half a level of 255 is the rounding to uint8; bicubic adds up to 0.13.
     """
     views = render(EvalTransform(size=size, resize=resize, interpolation=interpolation, **PIXELS), varied)
     for path, view in zip(varied, views, strict=True):
         with Image.open(path) as image:
-            from_pil = torchvision_view(image, size, resize, interpolation)
-            from_tensor = torchvision_view(as_torch(np.asarray(image)), size, resize, interpolation)
-        difference = np.abs(view - from_tensor)
-        assert difference.mean() < 0.1 and np.abs(view - from_pil).mean() < 0.25
-        if resize > size:
-            assert difference.max() < 1.01
-        else:
-            assert difference.max() < 16
+            pixels = as_torch(np.asarray(image))
+        difference = np.abs(view - torchvision_view(pixels.float(), size, resize, interpolation))
+        assert difference.max() < 0.65 and difference.mean() < 0.26
+        difference = np.abs(view - torchvision_view(pixels, size, resize, interpolation))
+        assert difference.max() < 1.01 and difference.mean() < 0.1
+
+
+@SIZES
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_eval_against_8_bit_resizes(varied, size, resize, interpolation):
+    """Pillow, and torchvision's v2 on uint8 tensors, round and clip to 8 bits between the two passes of a resize.
+
+    With bicubic, which overshoots at sharp edges, that costs up to 13 levels on lossless photographs, in less than 1 %
+    of the values; ours is nearer to the resize in floating point there.
+    """
+    views = render(EvalTransform(size=size, resize=resize, interpolation=interpolation, **PIXELS), varied)
+    largest = 0.0
+    for path, view in zip(varied, views, strict=True):
+        with Image.open(path) as image:
+            pixels = as_torch(np.asarray(image))
+            pillow = torchvision_view(image, size, resize, interpolation)
+        exact = torchvision_view(pixels.float(), size, resize, interpolation)
+        for eight_bit in (pillow, torchvision_view(pixels, size, resize, interpolation, functional=functional_v2)):
+            difference = np.abs(view - eight_bit)
+            largest = max(largest, difference.max())
+            assert difference.mean() < 0.25
+            if interpolation == "bilinear":
+                assert difference.max() < 1.01
+            else:
+                is_far = difference > 1.01
+                assert difference.max() < 16 and is_far.mean() < 0.01
+                assert (np.abs(view - exact) < np.abs(eight_bit - exact))[is_far].all()
+    assert interpolation == "bilinear" or largest > 1.01
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_eval_border(varied, interpolation):
+    """A crop of the full height or width shows the border, where DALI repeats the last pixels and torchvision does not."""
+    views = render(EvalTransform(size=64, resize=64, interpolation=interpolation, **PIXELS), varied)
+    for path, view in zip(varied, views, strict=True):
+        with Image.open(path) as image:
+            exact = torchvision_view(as_torch(np.asarray(image)).float(), 64, 64, interpolation)
+        difference = np.abs(view - exact)
+        assert difference[:, 3:-3, 3:-3].max() < 0.7 and difference.max() < 40
