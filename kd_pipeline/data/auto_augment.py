@@ -2,7 +2,8 @@
 
 Op and strength are computed in NumPy from the plan's uniform numbers. DALI applies them to uint8 images, each op only
 to the images that drew it. Every op equals torchvision's of the same name up to rounding, with three differences:
-warped images are interpolated bilinearly and filled with mid-gray, as in timm; `sharpness` also sharpens the outermost
+warped images are interpolated bilinearly and filled with mid-gray (128), where torchvision takes the nearest pixel and
+black, and timm's training transform bilinear or bicubic and the mean color; `sharpness` also sharpens the outermost
 pixels, which Pillow leaves unchanged; `equalize` uses OpenCV's formula, about 4 of 255 levels from Pillow's on
 photographs, and more if a large part of the image has its maximum value.
 """
@@ -24,7 +25,8 @@ OPS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
     "sharpness", "posterize", "solarize", "autocontrast", "equalize",
 )  # fmt: skip
-"""The ops of both papers, all with the same probability."""
+"""The ops of both papers and of torchvision, all with the same probability. timm's RandAugment has `Invert` and
+`SolarizeAdd` instead of `identity`."""
 
 Array = NDArray[np.float64]
 """Draws and parameters, in double precision because NumPy releases differ in when they promote float32."""
@@ -49,7 +51,11 @@ class RandAugment(Settings):
     """Standard deviation of the strength, which is clipped to 0 and 10."""
 
     def ranges(self, size: int) -> "Ranges":
-        """As in torchvision, and as timm's "increasing" variants."""
+        """Those of torchvision, but for translations: 0.45 of the size as in timm, torchvision has 150 / 331 = 0.453.
+
+        Every op grows with the magnitude, as in timm's "increasing" variants. `posterize` is torchvision's: magnitude 9
+        leaves 4 bits, where timm's `PosterizeIncreasing` leaves 1.
+        """
         return Ranges(shear=0.3, translate=0.45 * size, rotate=30.0, enhance=0.9, posterize=4)
 
     def strengths(self, draws: Array) -> Array:

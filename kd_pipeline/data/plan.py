@@ -67,8 +67,9 @@ class Plan:
     number of batches.
 
     With `repeats`, each sample occurs that many times in a row, each time as a different view (Hoffer et al., "Augment
-    your batch", arXiv 1901.09335). The length of an epoch does not change, as in timm's `RepeatAugSampler`: it uses
-    only the first `1 / repeats` of its shuffled samples, and may cut off the repeats of the last one.
+    your batch", arXiv 1901.09335). The length of an epoch does not change: it uses only the first `1 / repeats` of its
+    shuffled samples, and may cut off the repeats of the last one. timm's `RepeatAugSampler` does the same, but rounds
+    the length down to a multiple of 256.
 
     Raises:
         ConfigError: a value is out of range.

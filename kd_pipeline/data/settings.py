@@ -45,7 +45,8 @@ class LoaderSettings(Settings):
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
     """With `substitute`, more unreadable samples than this fraction of the dataset are an error."""
     max_pixels: int = Field(default=89_478_485, ge=1)
-    """Larger images count as unreadable and are never decoded; defaults to Pillow's limit for decompression bombs."""
+    """Larger images count as unreadable and are never decoded; defaults to the size from which Pillow warns of a
+    decompression bomb."""
 
     @classmethod
     def of(cls, options: "LoaderOptions", *, others: Iterable[str] = ()) -> Self:

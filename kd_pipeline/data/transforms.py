@@ -61,7 +61,10 @@ class _Output(Settings):
 
 
 class TrainTransform(_Output):
-    """Random resized crop, flip, RandAugment or TrivialAugment, color jitter, grayscale, blur, erasing, normalize."""
+    """Random resized crop, RandAugment or TrivialAugment, color jitter, grayscale, blur, erasing, normalize and flip.
+
+    In this order. The flip comes last, so it mirrors what the other ops did.
+    """
 
     preset: Literal["train"] = "train"
     area: FractionRange = (0.08, 1.0)
@@ -74,9 +77,11 @@ class TrainTransform(_Output):
     brightness: float = Field(default=0.0, ge=0)
     """The factor is uniform in [1 - brightness, 1 + brightness], and at least 0; as for contrast and saturation."""
     contrast: float = Field(default=0.0, ge=0)
+    """Scales around mid-gray (128), where torchvision scales around the mean gray of each image."""
     saturation: float = Field(default=0.0, ge=0)
     hue: float = Field(default=0.0, ge=0, le=0.5)
-    """The hue is rotated by up to this fraction of a full circle in either direction."""
+    """The colors are rotated around the gray axis by up to this fraction of a full circle in either direction: a linear
+    map, not the hue of HSV that torchvision shifts. The direction is the same; see `ColorJitter` for the difference."""
     grayscale: Probability = 0.0
     blur: Probability = 0.0
     blur_sigma: Range = (0.1, 2.0)
@@ -115,7 +120,12 @@ class TrainTransform(_Output):
 
 
 class EvalTransform(_Output):
-    """Resize of the shorter side, center crop, normalize: torchvision's evaluation transform, pixel by pixel."""
+    """Resize of the shorter side, center crop, normalize: torchvision's evaluation transform, computed exactly.
+
+    Away from the border of the image, pixels are at most one level of 255 from torchvision's resize in floating point.
+    Pillow, and torchvision's v2 transforms for uint8 tensors, round and clip to 8 bits within a resize: with `bilinear`
+    they are at most one level away too, with `bicubic` up to 13 levels at sharp edges (mean at most 0.25).
+    """
 
     preset: Literal["eval"] = "eval"
     resize: int | None = Field(default=None, gt=0)
@@ -161,8 +171,8 @@ class RandomResizedCrop:
 
     As in torchvision, the area is uniform, the ratio log-uniform, and both are drawn until the window fits, at most
     ten times. If none fits, in an image far longer than the ratio allows, the window is as large as the image and the
-    ratio permit. Its position is random even then, where torchvision takes the center. A window that rounds to nothing
-    is one pixel.
+    ratio permit. Two differences: its position is random even then, where torchvision takes the center, and a window
+    that rounds to nothing is one pixel, where torchvision draws again.
     """
 
     size: int
@@ -236,7 +246,11 @@ class CenterCrop:
 class ColorJitter:
     """Brightness, contrast, saturation and hue as one linear map of the colors; grayscale is saturation 0.
 
-    Contrast scales around mid-gray (128); torchvision scales around the mean of each image.
+    It amounts to hue, saturation, contrast and brightness in this order, rounded and clipped once at the end;
+    torchvision applies them in a random order and clips after each. Brightness and saturation alone are torchvision's,
+    up to two levels of 255. Contrast scales around mid-gray (128), torchvision's around the mean gray of each image: on
+    photographs they are 20 levels apart on average for a factor of 0.6. Hue rotates around the gray axis (YIQ) where
+    torchvision shifts the H of HSV: for 0.1 of a circle they are 12 to 17 levels apart on average, and up to 95.
     """
 
     brightness: float

@@ -23,7 +23,7 @@ class EmaSettings(Settings):
     """Weight of the old average in an update; the student's weights get the rest."""
     warmup: bool = True
     """Start with a lower decay: update n, counted from 0, uses min(`decay`, (1 + n) / (10 + n)), so the initial weights
-    are soon forgotten."""
+    are soon forgotten. timm's `ModelEmaV3` has another warm-up, 1 - (n + 1)^(-2/3)."""
     every_steps: int = Field(default=1, ge=1)
     """Optimizer steps between updates."""
 
@@ -32,7 +32,8 @@ class StudentEma:
     """The averaged student, as a network of its own that is never trained.
 
     Parameters are averaged in float32, whatever the student's dtype. Buffers, such as BatchNorm statistics, are copied
-    from the student: they are running averages already, or counts.
+    from the student: they are running averages already, or counts. (timm's `ModelEmaV3` averages them too, unless it is
+    told to exclude them.)
 
     It holds the student alone: no teacher, and no projectors of the loss. It is no `nn.Module`, so it cannot slip into
     an optimizer, a wrapper or `train()`.

@@ -25,7 +25,9 @@ _SETTINGS_OF = {
 class ScheduleSettings(Settings):
     """How the learning rate changes. Setting what the chosen kind does not use is an error.
 
-    A linear warm-up comes first. The decay of `kind` takes the rest of the run up to the cool-down.
+    A linear warm-up comes first. The decay of `kind` takes the rest of the run up to the cool-down, as with timm's
+    `warmup_prefix=True`; timm's default is a decay that starts with the run and is hidden by the warm-up at first.
+    Only the milestones of `step` are counted from the start of the run.
     """
 
     kind: Literal["cosine", "linear", "poly", "step", "constant"] = "cosine"

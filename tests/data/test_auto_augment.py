@@ -10,6 +10,8 @@ import pytest
 import torch
 from nvidia.dali import Pipeline, fn
 from pydantic import ValidationError
+from timm.data import auto_augment
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
@@ -107,6 +109,20 @@ def test_settings_json_round_trip():
     for policy in (RAND, TRIVIAL, RandAugment(num_ops=3, magnitude=5)):
         transform = TrainTransform(size=32, auto_augment=policy)
         assert TrainTransform.model_validate_json(transform.model_dump_json()) == transform
+
+
+def test_randaugment_is_torchvisions_and_not_timms():
+    """The same ops and ranges, but for the length of a translation; timm's list and its posterize are others."""
+    ours, theirs = RAND.ranges(SIZE), transforms.RandAugment()._augmentation_space(31, (SIZE, SIZE))
+    assert [name.lower().replace("_", "") for name in OPS] == [name.lower() for name in theirs]
+    assert ours.shear == pytest.approx(float(theirs["ShearX"][0][-1]))
+    assert ours.rotate == float(theirs["Rotate"][0][-1]) and ours.enhance == pytest.approx(
+        float(theirs["Color"][0][-1])
+    )
+    assert ours.translate == pytest.approx(0.45 * SIZE) and float(theirs["TranslateX"][0][-1] / SIZE) > 0.453
+    assert 8 - round(ours.posterize * 0.9) == int(theirs["Posterize"][0][27]) == 4
+    assert auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"](9, {}) == (1,)
+    assert {"Invert", "SolarizeAdd"} < set(auto_augment._RAND_INCREASING_TRANSFORMS)
 
 
 # The ops

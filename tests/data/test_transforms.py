@@ -393,6 +393,32 @@ def test_hue_rotates_like_torchvision():
     assert as_numpy(functional.adjust_hue(as_torch(primaries[0]), 1 / 3)).argmax(axis=-1).tolist() == [[1, 2, 0]]
 
 
+@pytest.mark.parametrize("part", [-0.1, -0.05, 0.05, 0.1])
+def test_hue_is_a_linear_map(pieces, part):
+    """It goes in torchvision's direction, but is not its shift of HSV."""
+    shifted = {
+        sign: np.stack([as_numpy(functional.adjust_hue(as_torch(image), sign * part)) for image in pieces])
+        for sign in (1, -1)
+    }
+    ours = jittered(pieces, hue=360 * part)
+    difference, opposite = (np.abs(ours - shifted[sign]) for sign in (1, -1))
+    assert 100 * abs(part) < difference.mean() < 200 * abs(part) and difference.max() < 100
+    assert difference.mean() < 0.7 * opposite.mean()
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.4])
+def test_contrast_differs_from_torchvision(pieces, factor):
+    """The two scale around different grays."""
+    expected = np.stack([as_numpy(functional.adjust_contrast(as_torch(image), factor)) for image in pieces]).astype(int)
+    difference = np.abs(jittered(pieces, contrast=factor) - expected)
+    assert 10 < difference.mean() < 25 and difference.max() < 60
+
+
+def test_color_jitter_is_contrast_then_brightness(pieces):
+    expected = np.clip(((pieces - 128.0) * 0.7 + 128) * 1.3, 0, 255)
+    assert np.abs(jittered(pieces, brightness=1.3, contrast=0.7) - expected).max() <= 0.51
+
+
 def test_grayscale_matches_pillow(pieces):
     """Up to one level of 255, as each channel is rounded by itself."""
     gray = jittered(pieces, saturation=0)
@@ -581,7 +607,7 @@ def test_eval_against_8_bit_resizes(varied, size, resize, interpolation):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_eval_border(varied, interpolation):
-    """A crop of the full height or width shows the border, where DALI repeats the last pixels and torchvision does not."""
+    """A crop of the full height or width shows the border, where DALI repeats the last pixels."""
     views = render(EvalTransform(size=64, resize=64, interpolation=interpolation, **PIXELS), varied)
     for path, view in zip(varied, views, strict=True):
         with Image.open(path) as image:
