@@ -24,7 +24,9 @@ __all__ = ["MixSettings", "beta_quantiles", "mix_images", "mix_labels", "plan_mi
 class MixSettings(Settings):
     """Mixing of training images, each by its own numbers, as in timm's `Mixup(mode="elem")`.
 
-    timm's default is to mix a whole batch by one number and to smooth labels by 0.1. Mixup (Zhang et al., arXiv 1710.09412) is a weighted sum of two images, CutMix (Yun et al., arXiv 1905.04899) pastes
+    timm's default is to mix a whole batch by one number and to smooth labels by 0.1.
+
+    Mixup (Zhang et al., arXiv 1710.09412) is a weighted sum of two images, CutMix (Yun et al., arXiv 1905.04899) pastes
     a rectangle of one image into the other. The label becomes the classes' fractions of the pixels.
     """
 
