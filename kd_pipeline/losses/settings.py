@@ -58,7 +58,9 @@ def _complete_temperature(value: float | Ramp | None, info: ValidationInfo) -> f
     if value is None:
         return None if parameter is None else float(parameter.default)
     if parameter is None:
-        raise ValueError(f"temperature has no effect on {loss}; remove it, or choose a loss with a temperature")
+        raise ValueError(
+            f"temperature has no effect on {loss}; remove it or set it to null, or choose a loss with a temperature"
+        )
     if min_value(value) <= 0:
         raise ValueError(f"should stay above 0, got {min_value(value):g}")
     return value

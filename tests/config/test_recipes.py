@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import load_config
-from kd_pipeline.losses.distillation import Distillation, LossTerms
+from kd_pipeline.losses.distillation import Distillation, DistillSettings, LossTerms
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.training.schedules import check_length
@@ -85,3 +85,10 @@ def test_cifar100_pixels_are_those_of_the_published_teachers() -> None:
     for split in ("train", "val"):
         transform = data.split(split).transform
         assert transform.mean == (0.5071, 0.4867, 0.4408) and transform.std == (0.2675, 0.2565, 0.2761)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_all_stages"])
+def test_another_loss_for_the_digits_has_its_own_defaults(name: str) -> None:
+    """Numbers of one loss, spelled out in the config, would stay when the loss is overridden."""
+    for loss in ("soft_target", "dkd", "dist", "cosine", "hard_label"):
+        assert load_config(FOLDER / f"{name}.yaml", [f"distill.loss={loss}"]).distill == DistillSettings(loss=loss)
