@@ -64,7 +64,24 @@ class BadSampleError(DataError):
 
 
 class TooManyBadSamplesError(DataError):
-    """More samples are unreadable than `max_bad_fraction` allows."""
+    """More samples are unreadable than `max_bad_fraction` allows.
+
+    Args:
+        num_bad: samples that are unreadable so far.
+        num_samples: all samples of the dataset.
+        max_bad_fraction: the limit that was passed; None if no readable sample is left.
+        last: the last of the unreadable samples.
+        advice: what to do.
+    """
+
+    def __init__(
+        self, num_bad: int, num_samples: int, max_bad_fraction: float | None, last: BadSampleError, advice: str
+    ) -> None:
+        limit = "" if max_bad_fraction is None else f", which is more than max_bad_fraction={max_bad_fraction:g} allows"
+        super().__init__(
+            f"{num_bad} of {num_samples} samples cannot be read{limit}; the last one is sample {last.index}, "
+            f"{last.path}: {last.reason}. To go on, {advice}"
+        )
 
 
 class TeacherError(KDPipelineError):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.data.dali import DecodeMode, FileChecker, Graph, GraphInput, GraphSettings
+from kd_pipeline.data.file_kinds import Orientation
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
 
@@ -18,7 +19,12 @@ PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 
 
 def graph_settings(
-    max_batch: int, *, max_pixels: int = 10**7, prefetch: int = 1, decode: DecodeMode = "window"
+    max_batch: int,
+    *,
+    max_pixels: int = 10**7,
+    prefetch: int = 1,
+    decode: DecodeMode = "window",
+    orientation: Orientation = "upright",
 ) -> GraphSettings:
     """Settings of a graph on the CPU."""
     return GraphSettings(
@@ -29,6 +35,7 @@ def graph_settings(
         max_pixels=max_pixels,
         decode=decode,
         hw_decoder_load=0.0,
+        orientation=orientation,
     )
 
 
@@ -69,7 +76,9 @@ def render(
 ) -> NDArray[np.floating]:
     """The transformed images, `[N, 3, size, size]`."""
     samples = itertools.repeat(samples_of(transform, images, draws))
-    settings = graph_settings(len(images), max_pixels=max_pixels, decode=decode)
+    settings = graph_settings(
+        len(images), max_pixels=max_pixels, decode=decode, orientation=transform.orientation
+    )
     graph = open_graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
     try:
         return np.array(graph.take())

@@ -59,15 +59,16 @@ class Config(Settings):
 
 
 def _different_normalization(data: DataSettings) -> Iterator[str]:
-    """Splits whose finished images have another scale than those that the student is trained on."""
+    """Splits whose finished images have another scale or orientation than those that the student is trained on."""
     if data.train is None:
         return
     for name, split in data.splits.items():
-        for field in ("mean", "std"):
+        for field in ("mean", "std", "orientation"):
             here, there = getattr(split.transform, field), getattr(data.train.transform, field)
             if here != there:
+                here, there = (list(value) if isinstance(value, tuple) else value for value in (here, there))
                 yield (
-                    f"data.{name}.transform.{field} is {list(here)} and that of data.train is {list(there)}: the "
+                    f"data.{name}.transform.{field} is {here} and that of data.train is {there}: the "
                     "student is evaluated on other pixel values than it is trained on; give both the same"
                 )
 

@@ -1,7 +1,9 @@
 """Samples that cannot be read: which ones, why, and which samples replace them."""
 
 import json
+import math
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -10,11 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.data.dali import FileChecker
+from kd_pipeline.data.file_kinds import kind_of_special_file
+from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
 
-__all__ = ["BadSample", "BadSamples"]
+__all__ = ["BadSample", "BadSamples", "fraction_for"]
+
+_MAX_COUNTING_S = 10.0
+"""How long the other samples are read to count the unreadable ones, when there are too many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +78,7 @@ class BadSamples:
         return index, ~bad
 
     def examine(self, index: NDArray[np.int64]) -> bool:
-        """Find out which of the samples at `index` made DALI fail; False if none did.
+        """Find out which of the samples at `index` cannot be read; False if all can.
 
         Raises:
             BadSampleError: a sample is unreadable, and `on_bad_sample` is `raise`.
@@ -81,12 +88,16 @@ class BadSamples:
             return False
         before = len(self._substituted)
         for sample in dict.fromkeys(index.tolist()):
-            (path,) = self._source.read(np.array([sample]))
+            path = self._path(sample)
             try:
                 self._checker.decode(path)
             except RuntimeError as exc:
                 self._add(self._diagnose(sample, path, exc), exc)
         return len(self._substituted) > before
+
+    def _path(self, index: int) -> NDArray[np.uint8]:
+        path: NDArray[np.uint8] = self._source.read(np.array([index]))[0]
+        return path
 
     def _add(self, sample: BadSample, failure: RuntimeError) -> None:
         error = BadSampleError(*astuple(sample))
@@ -96,12 +107,36 @@ class BadSamples:
             self._found[sample.index] = sample
             self._write(sample)
         num_bad, num_samples = len(self._substituted) + 1, len(self._source)
-        if num_bad / num_samples > self._settings.max_bad_fraction or num_bad == num_samples:
-            raise TooManyBadSamplesError(
-                f"{num_bad} of {num_samples} samples cannot be read, which is more than "
-                f"max_bad_fraction={self._settings.max_bad_fraction:g} allows; the last one: {error}"
-            ) from failure
+        # One is always allowed, or a single bad file would stop any dataset of less than a thousand.
+        is_too_many = num_bad > 1 and num_bad / num_samples > self._settings.max_bad_fraction
+        if is_too_many or num_bad == num_samples:
+            allowed = self._settings.max_bad_fraction if is_too_many else None
+            raise TooManyBadSamplesError(num_bad, num_samples, allowed, error, self._advice()) from failure
         self._substituted.add(sample.index)
+
+    def _advice(self) -> str:
+        """What to do about too many unreadable samples; reads the other ones to count these, for a limited time."""
+        num_samples = len(self._source)
+        bad = self._substituted | self._found.keys()
+        end, num_read = time.monotonic() + _MAX_COUNTING_S, len(bad)
+        for index in range(num_samples):
+            if time.monotonic() > end:
+                break
+            if index not in bad:
+                num_read += 1
+                try:
+                    self._checker.decode(self._path(index))
+                except RuntimeError:
+                    bad.add(index)
+        if len(bad) == num_samples:
+            return "repair them, as no readable sample is left to take their place"
+        fraction = fraction_for(len(bad), num_samples)
+        if num_read == num_samples:
+            return f"repair or remove them, or set max_bad_fraction: {fraction} for all {len(bad)} that cannot be read"
+        return (
+            f"repair or remove them, or set max_bad_fraction: {fraction} for the {len(bad)} found among {num_read} that "
+            "were read; kd-pipeline check reads all and counts them"
+        )
 
     def _write(self, sample: BadSample) -> None:
         if self._record is None:
@@ -128,12 +163,14 @@ class BadSamples:
     def _reason(self, file: Path, path: NDArray[np.uint8], failure: RuntimeError) -> str:
         if not file.exists():
             return "the file does not exist"
-        if file.is_dir():
-            return "this is a directory"
+        if special := kind_of_special_file(file.stat().st_mode):
+            return f"this is {special} and no file"
         if file.stat().st_size == 0:
             return "the file is empty"
         if not os.access(file, os.R_OK):
             return "no permission to read it"
+        if isinstance(failure, UnreadableFileError):
+            return str(failure)
         try:
             height, width = self._checker.size(path)
         except RuntimeError:
@@ -144,6 +181,14 @@ class BadSamples:
         if _read(file, 2) == b"\xff\xd8" and _read(file, 2, whence=os.SEEK_END) != b"\xff\xd9":
             return f"the file is cut off: {width}x{height} JPEG without an end"
         return f"{width}x{height} image that does not decode: {_dali_reason(failure)}"
+
+
+def fraction_for(num_bad: int, num_samples: int) -> str:
+    """The smallest `max_bad_fraction` of three digits or so that allows `num_bad` of `num_samples`."""
+    digits = 2 - math.floor(math.log10(num_bad / num_samples))
+    thousandths = math.ceil(num_bad / num_samples * 10**digits)
+    thousandths += thousandths / 10**digits < num_bad / num_samples
+    return f"{thousandths / 10**digits:.{digits}f}".rstrip("0").rstrip(".")
 
 
 def _num_bytes(file: Path) -> int | None:

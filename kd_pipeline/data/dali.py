@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.data.auto_augment import Node
+from kd_pipeline.data.file_kinds import FileKinds, Orientation, path_of, read_file
+from kd_pipeline.data.headers import Decoder, read_header
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
 
@@ -19,9 +21,6 @@ __all__ = ["DecodeMode", "FileChecker", "Graph", "GraphInput", "GraphSettings"]
 DecodeMode = Literal["window", "full"]
 """Decode only the crop's window of a file, or the whole image, which is cropped afterward."""
 
-_JPEG_START, _JPEG_END = np.frombuffer(b"\xff\xd8\xff\xd9", np.uint16)
-_PARTLY_DECODED = np.frombuffer(b"IIMM\xff\x4f\x00\x00BM", np.uint16)
-"""The start of TIFF and JPEG 2000 files, which DALI decodes in part, and of BMP files, whose header is short."""
 _IN_PIXELS = {"axes": (0, 1), "normalized_anchor": False, "normalized_shape": False}
 """Arguments of the operators that take windows in pixels."""
 
@@ -42,6 +41,8 @@ class GraphSettings:
     """Both give the same pixels on a CPU; windows are faster."""
     hw_decoder_load: float
     """Share of the JPEG images for the GPU's hardware decoder."""
+    orientation: Orientation
+    """That of the transform."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,9 @@ class GraphInput:
 class Graph:
     """Two DALI pipelines, which pull batches from an iterator and return their images in the same order.
 
-    The first pipeline reads the files of a batch and their headers. NumPy computes the windows from the sizes of the
-    images, and the second pipeline decodes and augments these: in a pipeline, the same arithmetic takes one node for
+    The first pipeline reads the files of a batch. Python looks at the header of each file once, as DALI decodes some
+    kinds wrongly without an error; Pillow decodes these. NumPy computes the windows from the sizes of the images, and
+    the second pipeline decodes and augments these: in a pipeline, the same arithmetic takes one node for
     each step, and each node takes longer than NumPy does for all of them. Both run in DALI's own threads. The first is
     one batch ahead of the second, and the second up to `prefetch` batches ahead of the caller.
     """
@@ -172,7 +174,7 @@ class _Batch:
 
 
 class _Files:
-    """Reads the files of each batch and their headers, one batch ahead."""
+    """Reads the files of each batch, one batch ahead, and their headers."""
 
     def __init__(self, inputs: Iterator[GraphInput], settings: GraphSettings, checker: "FileChecker") -> None:
         self._inputs, self._max_pixels, self._checker = inputs, settings.max_pixels, checker
@@ -183,10 +185,15 @@ class _Files:
         self._pipeline = _pipeline(settings, None, prefetch=1)
         with self._pipeline:
             # Faster than mapping, as the whole file is needed.
-            encoded = fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True)
-            self._pipeline.set_outputs(encoded, fn.peek_image_shape(encoded), encoded[:2], encoded[-2:])
+            self._pipeline.set_outputs(fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True))
         self._pipeline.build()
         self._pipeline.schedule_run()
+        self._encoded: Any = None
+        self._shapes = _pipeline(settings, None, prefetch=1)
+        with self._shapes:
+            encoded = fn.external_source(lambda: self._encoded, ndim=1, no_copy=True)
+            self._shapes.set_outputs(_peek_shape(settings, encoded))
+        self._shapes.build()
 
     def next(self) -> _Batch:
         """The next batch; the one after it is being read when this returns.
@@ -197,10 +204,11 @@ class _Files:
         """
         if self._failure is not None:
             raise self._failure
-        encoded, *headers = self._pipeline.outputs()
+        (encoded,) = self._pipeline.outputs()
         inputs = self._requested.popleft()
-        shape, start, end = (np.asarray(part.as_tensor()) for part in headers)
-        size = shape[:, :2].astype(np.float64)
+        self._encoded, decoders = self._checker.replace_rare(inputs.index, encoded)
+        (shapes,) = self._shapes.run()
+        size = np.asarray(shapes.as_tensor())[:, :2].astype(np.float64)
         area = size[:, 0] * size[:, 1]
         self.mean_area = area.mean()
         try:
@@ -213,12 +221,12 @@ class _Files:
         (refused,) = np.nonzero((size.min(axis=1) < 1) | (area > self._max_pixels))
         if len(refused):
             raise RuntimeError(f"no pixels, or more than {self._max_pixels}: samples {inputs.index[refused]}")
-        for row in np.flatnonzero(_may_hide_damage(start, end)):
+        for row in np.flatnonzero(decoders == Decoder.DALI_CHECKED):
             self._checker.require_intact(int(inputs.index[row]), inputs.data[row])
-        return _Batch(inputs, encoded, size)
+        return _Batch(inputs, self._encoded, size)
 
     def close(self) -> None:
-        self._pipeline = None
+        self._pipeline = self._shapes = self._encoded = None
 
     def _next_names(self) -> NDArray[np.uint8]:
         self._requested.append(next(self._inputs))
@@ -244,53 +252,81 @@ class _Pixels:
 
 
 class FileChecker:
-    """Reads the header or all pixels of one file at a time, with the decoder that the graph uses."""
+    """Checks files before the graph decodes them, or one at a time, with the decoders that the graph uses."""
 
     def __init__(self, settings: GraphSettings) -> None:
         self._settings = settings
-        self._intact: set[int] = set()
-        self._path: NDArray[np.uint8]
+        self.kinds = FileKinds(
+            orientation=settings.orientation, max_pixels=settings.max_pixels, num_threads=settings.num_threads
+        )
+        """What is known about the files."""
+        self._file: NDArray[np.uint8]
         self._extent = np.zeros(2, dtype=np.float32)
         self._pipelines: dict[str, Any] = {}
+
+    def replace_rare(self, index: NDArray[np.int64], encoded: Any) -> tuple[Any, NDArray[np.uint8]]:
+        """DALI's list of the files of the samples at `index` `[N]` as DALI can decode them, and their decoders `[N]`.
+
+        Raises:
+            UnreadableFileError: one of them is of a kind that no decoder reads rightly.
+        """
+        lengths = np.array(encoded.shape())[:, 0]
+        decoders = self.kinds.decoders(index, lengths, lambda row: np.asarray(encoded[row]))
+        (rare,) = np.nonzero(decoders == Decoder.PILLOW)
+        if len(rare):
+            backend = require("nvidia.dali.backend", extra="cpu")
+            files = self.kinds.as_pnm([np.asarray(encoded[row]) for row in rare.tolist()])
+            replaced = {row: backend.TensorCPU(file, "") for row, file in zip(rare.tolist(), files, strict=True)}
+            encoded = backend.TensorListCPU([replaced.get(row) or encoded[row] for row in range(len(index))], "")
+        return encoded, decoders
 
     def size(self, path: NDArray[np.uint8]) -> tuple[int, int]:
         """Height and width in the header of the file `path` `[L]`.
 
         Raises:
-            RuntimeError: the file cannot be opened, or DALI does not know the header.
+            RuntimeError: the file cannot be opened, or no decoder knows the header.
         """
-        (shape,) = self._run("header", path)
-        height, width, _ = np.asarray(shape[0])
-        return int(height), int(width)
+        self._load(path)
+        return self._size()
 
     def decode(self, path: NDArray[np.uint8]) -> None:
         """Decode all of the file `path` `[L]`.
 
         Raises:
-            RuntimeError: DALI cannot, or the header claims no pixels or more than `max_pixels`.
+            RuntimeError: this fails, or the header claims no pixels or more than `max_pixels`.
         """
-        height, width = self.size(path)
+        self._load(path)
+        height, width = self._size()
         if min(height, width) < 1 or height * width > self._settings.max_pixels:
             raise RuntimeError(f"{width}x{height} pixels, not 1 to {self._settings.max_pixels}")
         self._extent = np.array([height, width], dtype=np.float32)
-        self._run("pixels", path)
+        self._run("pixels")
 
     def require_intact(self, index: int, path: NDArray[np.uint8]) -> None:
-        """Decode all of the file `path` `[L]` of sample `index`, unless it was decoded before.
+        """Decode all of the file `path` `[L]` of sample `index`, which is then known as intact.
 
         Raises:
             RuntimeError: as `decode`.
         """
-        if index not in self._intact:
-            self.decode(path)
-            self._intact.add(index)
+        self.decode(path)
+        self.kinds.set_intact(index)
 
     def close(self) -> None:
-        """Stop DALI's threads; the next file starts new ones."""
+        """Stop all threads; the next file starts new ones."""
         self._pipelines.clear()
+        self.kinds.close()
 
-    def _run(self, part: Literal["header", "pixels"], path: NDArray[np.uint8]) -> Any:
-        self._path = path
+    def _load(self, path: NDArray[np.uint8]) -> None:
+        file = read_file(path_of(path))
+        is_rare = read_header(memoryview(file)).decoder is Decoder.PILLOW
+        self._file = self.kinds.as_pnm([file])[0] if is_rare else file
+
+    def _size(self) -> tuple[int, int]:
+        (shape,) = self._run("header")
+        height, width, _ = np.asarray(shape[0])
+        return int(height), int(width)
+
+    def _run(self, part: Literal["header", "pixels"]) -> Any:
         if part not in self._pipelines:
             self._pipelines[part] = self._build(part)
         try:
@@ -304,26 +340,15 @@ class FileChecker:
         fn = require("nvidia.dali.fn", extra="cpu")
         pipeline = _pipeline(replace(self._settings, max_batch=1, num_threads=1), self._settings.device_id, prefetch=1)
         with pipeline:
-            encoded = fn.io.file.read(fn.external_source(lambda: self._path[None], ndim=1), dont_use_mmap=True)
+            encoded = fn.external_source(lambda: self._file[None], ndim=1)
             if part == "header":
-                output = fn.peek_image_shape(encoded)
+                output = _peek_shape(self._settings, encoded)
             else:
                 # In the mode of the graph: a file that one decoder refuses may be fine for the other.
                 extent = fn.external_source(lambda: self._extent[None], ndim=1)
                 output = _decode_windows(self._settings, encoded, extent * 0, extent)
             pipeline.set_outputs(output)
         return pipeline
-
-
-def _may_hide_damage(start: NDArray[np.uint8], end: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """`[N]`, True for files of which a window may decode although they are damaged.
-
-    They are JPEG files without an end, and all files of `_PARTLY_DECODED` formats, and are decoded in full once:
-    whether a sample is readable must not depend on its view. `start` and `end` `[N, 2]` are their first and last bytes.
-    """
-    first, last = (two.view(np.uint16)[:, 0] for two in (start, end))
-    may: NDArray[np.bool_] = (first == _JPEG_START) & (last != _JPEG_END)
-    return may | np.isin(first, _PARTLY_DECODED)
 
 
 def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> Any:
@@ -340,10 +365,20 @@ def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> 
     return pipeline
 
 
+def _peek_shape(settings: GraphSettings, encoded: Node) -> Node:
+    """Height, width and channels in the headers of encoded images, as the decoder turns them."""
+    fn = require("nvidia.dali.fn", extra="cpu")
+    return fn.peek_image_shape(encoded, adjust_orientation=settings.orientation == "upright")
+
+
 def _decode_windows(settings: GraphSettings, encoded: Node, corner: Node, extent: Node) -> Node:
     """Windows of encoded images, as uint8 HWC."""
     decoders = require("nvidia.dali.fn", extra="cpu").decoders
-    options: dict[str, Any] = {"device": "cpu", "output_type": require("nvidia.dali.types", extra="cpu").RGB}
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "output_type": require("nvidia.dali.types", extra="cpu").RGB,
+        "adjust_orientation": settings.orientation == "upright",
+    }
     if settings.device_id is not None:
         # Fancy upsampling as libjpeg-turbo on the CPU, for the same pixels on both devices.
         options |= {"device": "mixed", "hw_decoder_load": settings.hw_decoder_load, "jpeg_fancy_upsampling": True}

@@ -144,6 +144,7 @@ def compare_decoding(decode: DecodeMode, *, device_id: int | None, hw_decoder_lo
         max_pixels=_MAX_PIXELS,
         decode=decode,
         hw_decoder_load=hw_decoder_load,
+        orientation="upright",
     )
     with tempfile.TemporaryDirectory() as folder:
         paths = make_images(Path(folder))

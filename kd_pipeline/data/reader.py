@@ -234,6 +234,8 @@ class Reader:
         """Batches with their metadata, and the samples of all of them as one input."""
         index, readable = self.bad_samples.substitute(np.concatenate([plan.index for plan in plans]))
         data = self._source.read(index)
+        if self._source.stores == "files":
+            data = self._checker.kinds.without_special(index, data)
         valid = np.concatenate([plan.valid for plan in plans]) & readable
         repeat = np.concatenate([plan.repeat for plan in plans])
         num_draws = self._transform.num_draws

@@ -43,7 +43,7 @@ class LoaderSettings(Settings):
     on_bad_sample: OnBadSample = "raise"
     """`raise` an error with the file's name, or `substitute` the next readable sample, with `valid=False`."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
-    """With `substitute`, more unreadable samples than this fraction of the dataset are an error."""
+    """With `substitute`, more unreadable samples than this fraction of the dataset are an error; one is allowed."""
     max_pixels: int = Field(default=89_478_485, ge=1)
     """Larger images count as unreadable and are never decoded; defaults to the size from which Pillow warns of a
     decompression bomb."""

@@ -1,5 +1,6 @@
 """`KDDataLoader`: runs DALI's graph and the teacher ahead of the consumer, and keeps the position of a run."""
 
+import logging
 import os
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Read
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source, open_source, save_classes
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.uniform import UniformCounter
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.loader.state import check_fingerprint, check_position, read_position
 from kd_pipeline.loader.streams import open_stream_sync
@@ -41,6 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["EACH_IMAGE_ONCE", "KDDataLoader", "LoaderArguments", "open_config_teacher", "sample_images"]
 
 _STATE_VERSION = 1
+_MANY_UNIFORM = 0.01
+"""Share of an epoch's images above which those of a single color are reported."""
+
+_logger = logging.getLogger("kd_pipeline")
 
 
 class LoaderArguments(LoaderOptions, total=False):
@@ -163,6 +169,7 @@ class KDDataLoader:
                 hw_decoder_load=settings.hw_decoder_load,
             ),
             hw_decoder_load=settings.hw_decoder_load,
+            orientation=transform.orientation,
         )
         record = None if run_dir is None else Path(run_dir) / "bad_samples.jsonl"
         self._reader = Reader(source, transform, self.plan, self._graph_settings, settings, mix, record)
@@ -174,6 +181,9 @@ class KDDataLoader:
         elif teacher is not None:
             _check_teacher(teacher, self)
 
+        self._uniform = UniformCounter()
+        self._uniform_before = 0, 0
+        """What was counted up to the end of the last epoch."""
         self._epoch, self._batch = 0, 0
         self._is_at_start = True
         """Whether no batch was returned since the position was set, so a loop starts at it."""
@@ -283,6 +293,15 @@ class KDDataLoader:
         """The unreadable samples that were substituted or were too many, by index in the dataset."""
         return self._reader.bad_samples.samples
 
+    @property
+    def num_uniform(self) -> int:
+        """Images so far that had a single color after the transform, read ahead included; waits for a GPU.
+
+        A decoder that fails in silence gives such images, and so does a crop of a plain background.
+        """
+        with self._sync.on_teacher_stream():
+            return self._uniform.read()[0]
+
     def __iter__(self) -> Iterator[KDBatch]:
         """Yield the rest of the current epoch; the whole next epoch after a loop that was left early."""
         self._check_open()
@@ -363,7 +382,23 @@ class KDDataLoader:
                     "this loop has lost its place: the loader was closed, was moved by load_state_dict, or is in "
                     "another loop; run one loop at a time"
                 )
+        self._report_uniform()
         self._move_to(self._epoch + 1, 0)
+
+    def _report_uniform(self) -> None:
+        """Warn about many images of a single color in this epoch."""
+        with self._sync.on_teacher_stream():
+            counts = self._uniform.read()
+        num_uniform, num_images = (now - before for now, before in zip(counts, self._uniform_before, strict=True))
+        self._uniform_before = counts
+        if num_uniform > _MANY_UNIFORM * num_images:
+            _logger.warning(
+                "%d of %d images of epoch %d had a single color after the transform: crops of a plain background, or "
+                "files that are decoded wrongly; kd-pipeline check names the files that have a single color as a whole",
+                num_uniform,
+                num_images,
+                self._epoch + 1,
+            )
 
     def _move_to(self, epoch: int, batch: int) -> None:
         """Let the next loop start with `batch` of `epoch`."""
@@ -379,14 +414,15 @@ class KDDataLoader:
         read = self._reader.read(self._epoch, number, self._sync.stream)
         with self._sync.on_teacher_stream():
             images, metadata = self._sync.as_tensor(read.images)[read.rows], self._sync.to_device(read.metadata)
-            labels = None if self.source.labels is None else metadata[LABEL]
+            labels, valid = None if self.source.labels is None else metadata[LABEL], metadata[VALID].bool()
+            self._uniform.add(images, valid)
             if self.mix is not None:
                 images, labels = self._mixed(self.mix, images, labels, metadata[MIXING].T)
             batch = KDBatch(
                 images=images,
                 labels=labels,
                 index=metadata[INDEX],
-                valid=metadata[VALID].bool(),
+                valid=valid,
                 teacher=self._teacher_outputs(images, read),
             )
             owned = [batch.index, batch.valid, *batch.teacher.values(), *([] if labels is None else [labels])]
@@ -433,7 +469,7 @@ class KDDataLoader:
         return {
             "source": self.source.fingerprint,
             "num_samples": len(self.source),
-            "transform": self.transform.model_dump(mode="json"),
+            "transform": _transform_fields(self.transform),
             "mix": None if self.mix is None else self.mix.model_dump(mode="json"),
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "seed": self.plan.seed,
@@ -525,6 +561,11 @@ class _BatchSampler:
     """Has a `sampler` with `set_epoch`, as PyTorch's batch samplers do."""
 
     sampler: KDDataLoader
+
+
+def _transform_fields(transform: TrainTransform | EvalTransform) -> dict[str, Any]:
+    fields = transform.model_dump(mode="json")
+    return fields | {"orientation": None if transform.orientation == "upright" else transform.orientation}
 
 
 def _current_shard() -> Shard:

@@ -347,5 +347,10 @@ def _evaluation_split(data: DataSettings) -> tuple[str, EvalTransform]:
             return name, split.transform
     train = data.split("train").transform
     return "train", EvalTransform(
-        size=train.size, interpolation=train.interpolation, mean=train.mean, std=train.std, dtype=train.dtype
+        size=train.size,
+        interpolation=train.interpolation,
+        mean=train.mean,
+        std=train.std,
+        dtype=train.dtype,
+        orientation=train.orientation,
     )

@@ -1,0 +1,123 @@
+"""Headers of all formats, told apart by the first bytes of a file and never by its name."""
+
+import re
+import struct
+from collections.abc import Callable
+
+from kd_pipeline.data.headers.base import CONVERT, Decoder, Header, UnreadableFileError
+from kd_pipeline.data.headers.jpeg import read_jpeg
+from kd_pipeline.data.headers.jpeg2000 import read_jpeg2000
+from kd_pipeline.data.headers.tiff import read_tiff
+
+__all__ = ["read_header"]
+
+_OTHER_KINDS = (
+    (0, b"GIF8", "a GIF"),
+    (4, b"ftypavi", "an AVIF image or video"),
+    (4, b"ftyphei", "a HEIF image"),
+    (4, b"ftyphevc", "a HEIF image"),
+    (4, b"ftypmif1", "a HEIF image"),
+    (4, b"ftyp", "a video"),
+    (0, b"\x00\x00\x00\x0cJXL ", "a JPEG XL image"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"II\xbc\x01", "a JPEG XR image"),
+    (0, b"P7\n", "a PAM image"),
+    (0, b"PF\n", "a PFM image of floating-point numbers"),
+    (0, b"Pf\n", "a PFM image of floating-point numbers"),
+    (0, b"8BPS", "a Photoshop document"),
+    (0, b"v/1\x01", "an OpenEXR image"),
+    (0, b"#?RADIANCE", "a Radiance HDR image"),
+    (128, b"DICM", "a DICOM file"),
+    (0, b"\x00\x00\x01\x00", "an icon"),
+    (0, b"%PDF", "a PDF document"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"\x1f\x8b", "a gzip archive"),
+    (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"version https://git-lfs", "a git-lfs pointer, whose file `git lfs pull` fetches,"),
+)
+"""Where the bytes are that name a kind of file which is not read, and what it is."""
+_WEBP_ANIMATION, _WEBP_EXIF = 2, 8
+"""Flags of an extended WebP."""
+_NUMBER = re.compile(rb"\s*(\d{1,10})(?=\s)")
+
+
+def read_header(data: memoryview) -> Header:
+    """The header of a file with the content `data`.
+
+    A header that ends early is left to DALI, which refuses it.
+
+    Raises:
+        UnreadableFileError: no decoder reads such a file rightly.
+    """
+    start = bytes(data[:4])
+    read: Callable[[memoryview], Header] | None = _READERS.get(start[:2])
+    if start == b"RIFF" and data[8:12] == b"WEBP":
+        read = _read_webp
+    elif start == b"\x00\x00\x00\x0c" and data[4:8] == b"jP  ":
+        read = read_jpeg2000
+    elif start == b"\x89PNG":
+        return _PNG
+    if read is None or start == b"II\xbc\x01":
+        raise _unknown(data)
+    try:
+        return read(data)
+    except (struct.error, IndexError):  # the header is cut off
+        return _BROKEN
+
+
+def _unknown(data: memoryview) -> UnreadableFileError:
+    for place, mark, kind in _OTHER_KINDS:
+        if data[place : place + len(mark)] == mark:
+            advice = "" if kind.endswith(",") else f"; {CONVERT}"
+            return UnreadableFileError(f"this is {kind} and not of a kind that is read{advice}")
+    start = bytes(data[:8])
+    return UnreadableFileError(f"DALI does not know this kind of file, or its header is broken; it starts with {start!r}")
+
+
+def _read_webp(data: memoryview) -> Header:
+    """DALI misses the byte that pads a chunk of odd length, and with it the EXIF chunk after it."""
+    if data[12:16] != b"VP8X" or not data[20] & (_WEBP_EXIF | _WEBP_ANIMATION):
+        return Header("WebP", Decoder.DALI)
+    if data[20] & _WEBP_ANIMATION:
+        return Header("animated WebP", Decoder.PILLOW, "WEBP")
+    place = 12
+    while place + 8 <= len(data):
+        (length,) = struct.unpack_from("<I", data, place + 4)
+        if length % 2:
+            return Header("WebP with EXIF", Decoder.PILLOW, "WEBP")
+        place += 8 + length
+    return Header("WebP with EXIF", Decoder.DALI)
+
+
+def _read_bmp(data: memoryview) -> Header:
+    (header,) = struct.unpack_from("<I", data, 14)
+    bits, compression = struct.unpack_from("<HI", data, 28) if header >= 40 else (data[24], 0)
+    if header >= 40 and (compression, bits) in ((0, 8), (0, 24), (0, 32), (3, 32)):
+        return Header("BMP", Decoder.DALI_CHECKED)
+    names = {1: "run-length encoded ", 2: "run-length encoded ", 4: "JPEG inside ", 5: "PNG inside "}
+    return Header(f"BMP of {names.get(compression, '')}{bits} bits", Decoder.PILLOW, "BMP")
+
+
+def _read_pnm(data: memoryview) -> Header:
+    """Of PNM, DALI takes the levels as they are, whatever the largest is."""
+    kind, head = chr(data[1]), bytes(data[2:64])
+    if kind in "56":
+        numbers, place = [], 0
+        while len(numbers) < 3 and (found := _NUMBER.match(head, place)):
+            numbers.append(int(found[1]))
+            place = found.end()
+        if len(numbers) == 3 and numbers[2] == 255:
+            return Header("PNM", Decoder.DALI)
+    return Header(f"PNM P{kind}", Decoder.PILLOW, "PPM")
+
+
+_PNG = Header("PNG", Decoder.DALI)
+_BROKEN = Header("broken header", Decoder.DALI)
+_READERS: dict[bytes, Callable[[memoryview], Header]] = {
+    b"\xff\xd8": read_jpeg,
+    b"\xff\x4f": read_jpeg2000,
+    b"II": read_tiff,
+    b"MM": read_tiff,
+    b"BM": _read_bmp,
+    **{f"P{digit}".encode(): _read_pnm for digit in range(1, 7)},
+}
