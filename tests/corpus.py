@@ -1,6 +1,7 @@
 """Unreadable files, and odd but readable ones, made from a photograph."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from tests.rare_files import RARE, UNSUPPORTED
 
 __all__ = ["BROKEN", "ODD", "Broken", "Odd", "cut_in_half", "encoded", "photo_of"]
 
@@ -95,15 +98,6 @@ def _png_that_claims(photo: Photo, height: int, width: int) -> bytes:
     return png[:8] + _chunk(b"IHDR", struct.pack(">II", width, height) + png[24:29]) + png[33:]
 
 
-def _bmp_of_15_bits(photo: Photo) -> bytes:
-    """A BMP with five bits per color, which Pillow reads and DALI does not."""
-    rows = photo[::-1, : photo.shape[1] // 2 * 2].astype(np.uint16) >> 3
-    body = (rows[..., 0] << 10 | rows[..., 1] << 5 | rows[..., 2]).astype("<u2").tobytes()
-    height, width, _ = rows.shape
-    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 16, 0, len(body), 2835, 2835, 0, 0)
-    return b"BM" + struct.pack("<IHHI", 54 + len(body), 0, 0, 54) + header + body
-
-
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -134,7 +128,6 @@ BROKEN = [
     Broken(
         "without_its_last_row.tif", "does not decode", _file(lambda photo: encoded(photo, "TIFF")[: -photo[-1].nbytes])
     ),
-    Broken("fifteen_bits.bmp", "does not decode", _file(_bmp_of_15_bits)),
     Broken("negative_width.png", "pixels", _file(lambda photo: _png_that_claims(photo, 150, 2**31))),
     Broken("empty.jpg", "empty", _file(lambda photo: b"")),
     Broken("one_byte.jpg", "header is broken", _file(lambda photo: b"\xff")),
@@ -142,12 +135,14 @@ BROKEN = [
     Broken("zeros.jpg", "header is broken", _file(lambda photo: bytes(5000))),
     Broken("text.jpg", "does not know this kind", _file(lambda photo: b"This is no image.\n" * 20)),
     Broken("page.jpg", "does not know this kind", _file(lambda photo: b"<!DOCTYPE html><title>404 Not Found</title>")),
-    Broken("animation.jpg", "does not know this kind", _file(lambda photo: encoded(photo, "GIF"))),
     Broken("no_height.jpg", "190x0", _file(lambda photo: _jpeg_that_claims(photo, 0, 190))),
     Broken("huge_header.jpg", "65500x65500", _file(lambda photo: _jpeg_that_claims(photo, 65500, 65500))),
     Broken("bomb.png", "30000x30000", _file(lambda photo: _png_bomb())),
     Broken("missing.jpg", "does not exist", lambda path, photo: None),
     Broken("directory.jpg", "directory", lambda path, photo: path.mkdir()),
+    Broken("pipe.jpg", "this is a pipe", lambda path, photo: os.mkfifo(path)),
+    Broken("link_to_a_device.jpg", "this is a device", lambda path, photo: path.symlink_to("/dev/zero")),
+    *(Broken(name, reason, _file(encode)) for name, (encode, reason) in UNSUPPORTED.items()),
 ]
 
 ODD = [
@@ -167,4 +162,5 @@ ODD = [
     Odd("really_a_jpeg.png", lambda photo: encoded(photo, "JPEG", quality=95)),
     Odd("one_pixel.png", lambda photo: encoded(photo[:1, :1], "PNG"), lambda photo: photo[:1, :1]),
     Odd("one_row.png", lambda photo: encoded(photo[:1], "PNG"), lambda photo: photo[:1]),
+    *(Odd(name, *functions) for name, functions in RARE.items()),
 ]

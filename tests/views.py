@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.data.dali import DecodeMode, FileChecker, Graph, GraphInput, GraphSettings
-from kd_pipeline.data.file_kinds import Orientation
+from kd_pipeline.data.headers import Orientation
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
 
@@ -76,9 +76,7 @@ def render(
 ) -> NDArray[np.floating]:
     """The transformed images, `[N, 3, size, size]`."""
     samples = itertools.repeat(samples_of(transform, images, draws))
-    settings = graph_settings(
-        len(images), max_pixels=max_pixels, decode=decode, orientation=transform.orientation
-    )
+    settings = graph_settings(len(images), max_pixels=max_pixels, decode=decode, orientation=transform.orientation)
     graph = open_graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
     try:
         return np.array(graph.take())

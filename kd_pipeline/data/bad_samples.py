@@ -134,8 +134,8 @@ class BadSamples:
         if num_read == num_samples:
             return f"repair or remove them, or set max_bad_fraction: {fraction} for all {len(bad)} that cannot be read"
         return (
-            f"repair or remove them, or set max_bad_fraction: {fraction} for the {len(bad)} found among {num_read} that "
-            "were read; kd-pipeline check reads all and counts them"
+            f"repair or remove them, or set max_bad_fraction: {fraction} for the {len(bad)} found among {num_read} "
+            "that were read; kd-pipeline check reads all and counts them"
         )
 
     def _write(self, sample: BadSample) -> None:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.data.auto_augment import Node
-from kd_pipeline.data.file_kinds import FileKinds, Orientation, path_of, read_file
-from kd_pipeline.data.headers import Decoder, read_header
+from kd_pipeline.data.file_kinds import FileKinds, path_of, read_file
+from kd_pipeline.data.headers import Decoder, Orientation, read_header
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
 
@@ -185,7 +185,9 @@ class _Files:
         self._pipeline = _pipeline(settings, None, prefetch=1)
         with self._pipeline:
             # Faster than mapping, as the whole file is needed.
-            self._pipeline.set_outputs(fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True))
+            self._pipeline.set_outputs(
+                fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True)
+            )
         self._pipeline.build()
         self._pipeline.schedule_run()
         self._encoded: Any = None
@@ -318,7 +320,7 @@ class FileChecker:
 
     def _load(self, path: NDArray[np.uint8]) -> None:
         file = read_file(path_of(path))
-        is_rare = read_header(memoryview(file)).decoder is Decoder.PILLOW
+        is_rare = read_header(file.data).decoder is Decoder.PILLOW
         self._file = self.kinds.as_pnm([file])[0] if is_rare else file
 
     def _size(self) -> tuple[int, int]:

@@ -5,18 +5,14 @@ import stat
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.headers import Decoder, Header, UnreadableFileError, read_header
+from kd_pipeline.data.headers import Decoder, Orientation, UnreadableFileError, read_header
 from kd_pipeline.data.pillow import decode_with_pillow
 
-__all__ = ["FileKinds", "Orientation", "kind_of_special_file", "path_of", "read_file"]
-
-Orientation = Literal["upright", "stored"]
-"""Images turned as their EXIF says, or with their pixels as they are in the file."""
+__all__ = ["FileKinds", "kind_of_special_file", "path_of", "read_file"]
 
 _CHUNK, _NUM_THREADS = 256, 16
 """Files that a thread asks the file system about in a row, and how many threads do, as each may wait for a server."""
@@ -50,7 +46,7 @@ class FileKinds:
         lengths = lengths.astype(np.uint32)
         is_new = (self._decoder[index] == 0) | (self._length[index] != lengths)
         for row in np.flatnonzero(is_new).tolist():
-            self._decoder[index[row]] = read_header(memoryview(file_of(row))).decoder
+            self._decoder[index[row]] = read_header(file_of(row).data).decoder
             self._length[index[row]] = lengths[row]
         return self._decoder[index]
 
@@ -73,7 +69,10 @@ class FileKinds:
             return list(self._threads.map(self._as_pnm, files))
 
     def without_special(self, index: NDArray[np.int64], paths: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """`paths` `[N, L]` of the samples at `index` `[N]`, empty where there is a pipe or device, at which DALI hangs."""
+        """`paths` `[N, L]` of the samples at `index` `[N]`, without pipes and devices, at which DALI hangs.
+
+        Their paths become empty, so DALI fails there.
+        """
         self._is_regular = _grown(self._is_regular, index)
         (new,) = np.nonzero(~self._is_regular[index])
         if not len(new):
@@ -99,7 +98,7 @@ class FileKinds:
 
     def _as_pnm(self, file: NDArray[np.uint8]) -> NDArray[np.uint8]:
         data = file.tobytes()
-        header: Header = read_header(memoryview(data))
+        header = read_header(memoryview(data))
         pixels = decode_with_pillow(data, header, orientation=self._orientation, max_pixels=self._max_pixels)
         height, width, _ = pixels.shape
         return np.frombuffer(b"P6 %d %d 255\n" % (width, height) + pixels.tobytes(), np.uint8)

@@ -1,13 +1,12 @@
 """Pixels of the files that DALI refuses or decodes wrongly without an error, by Pillow."""
 
 import io
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from kd_pipeline.data.headers import Header, UnreadableFileError
+from kd_pipeline.data.headers import Header, Orientation, UnreadableFileError
 from kd_pipeline.data.headers.base import CONVERT
 
 __all__ = ["decode_with_pillow"]
@@ -28,9 +27,7 @@ _EIGHT_BITS = {"1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "CMYK", "YCbCr"
 """Pillow's modes that its `convert` turns into RGB as they look."""
 
 
-def decode_with_pillow(
-    data: bytes, header: Header, *, orientation: Literal["upright", "stored"], max_pixels: int
-) -> NDArray[np.uint8]:
+def decode_with_pillow(data: bytes, header: Header, *, orientation: Orientation, max_pixels: int) -> NDArray[np.uint8]:
     """The RGB pixels `[H, W, 3]` of the file with the content `data`, without transparency.
 
     Raises:
@@ -39,22 +36,29 @@ def decode_with_pillow(
     # Pillow's plugins raise all kinds of errors on damaged files.
     try:
         image = Image.open(io.BytesIO(data), formats=[header.format])
+    except Image.DecompressionBombError as exc:
+        raise UnreadableFileError(
+            f"its header claims more pixels than PIL.Image.MAX_IMAGE_PIXELS allows: {exc}"
+        ) from exc
     except Exception as exc:
         raise UnreadableFileError(f"{header.kind}, which neither DALI nor Pillow decodes; {CONVERT}") from exc
     with image:
         width, height = image.size
         if width * height > max_pixels:
             raise UnreadableFileError(f"its header claims {width}x{height} pixels, more than max_pixels={max_pixels}")
-        turn = _turn(image, orientation)
         try:
+            turn = _turn(image, orientation)
             image.load()
+            converted = _to_rgb(image, header)
+            return np.asarray(converted if turn is None else converted.transpose(turn))
+        except UnreadableFileError:
+            raise
         except Exception as exc:
-            raise UnreadableFileError(f"{width}x{height} {header.kind} that does not decode: {exc}") from exc
-        converted = _to_rgb(image, header)
-        return np.asarray(converted if turn is None else converted.transpose(turn))
+            reason = " ".join(str(exc).split())
+            raise UnreadableFileError(f"{width}x{height} {header.kind} that does not decode: {reason}") from exc
 
 
-def _turn(image: Image.Image, orientation: Literal["upright", "stored"]) -> Image.Transpose | None:
+def _turn(image: Image.Image, orientation: Orientation) -> Image.Transpose | None:
     """What to do with the pixels that Pillow gives; of TIFF they are upright."""
     if image.format == "TIFF":
         stored = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation, 1)

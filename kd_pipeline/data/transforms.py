@@ -16,7 +16,7 @@ from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.auto_augment import Array, AutoAugment, AutoAugmentSettings, Node
-from kd_pipeline.data.file_kinds import Orientation
+from kd_pipeline.data.headers import Orientation
 
 __all__ = [
     "CenterCrop",
@@ -60,8 +60,8 @@ class _Output(Settings):
     """Divides each channel after that."""
     dtype: Literal["float32", "float16"] = "float32"
     orientation: Orientation = "upright"
-    """`upright` turns photographs as their EXIF says; `stored` takes the pixels as they are in the file, as torchvision's
-    `ImageFolder` does, for a teacher that was trained on these."""
+    """`upright` turns photographs as their EXIF says. `stored` takes the pixels as they are in the file, as
+    torchvision's `ImageFolder` does, for a teacher that was trained on these."""
 
 
 class TrainTransform(_Output):

@@ -182,8 +182,9 @@ class KDDataLoader:
             _check_teacher(teacher, self)
 
         self._uniform = UniformCounter()
-        self._uniform_before = 0, 0
-        """What was counted up to the end of the last epoch."""
+        """Of the current loop."""
+        self._has_warned = False
+        """Whether many images of a single color were reported."""
         self._epoch, self._batch = 0, 0
         self._is_at_start = True
         """Whether no batch was returned since the position was set, so a loop starts at it."""
@@ -295,9 +296,10 @@ class KDDataLoader:
 
     @property
     def num_uniform(self) -> int:
-        """Images so far that had a single color after the transform, read ahead included; waits for a GPU.
+        """Images of the current loop, or of the last one, that had a single color after the transform; waits for a GPU.
 
-        A decoder that fails in silence gives such images, and so does a crop of a plain background.
+        A decoder that fails in silence gives such images, and so does a crop of a plain background. Batches that were
+        read ahead of the current one are included.
         """
         with self._sync.on_teacher_stream():
             return self._uniform.read()[0]
@@ -359,6 +361,7 @@ class KDDataLoader:
             self._move_to(self._epoch + 1, 0)
         self._loop += 1
         loop = self._loop
+        self._uniform = UniformCounter()
         ahead: deque[_PendingBatch] = deque()
         failure: Exception | None = None
         for number in range(self._batch, len(self)):
@@ -386,12 +389,13 @@ class KDDataLoader:
         self._move_to(self._epoch + 1, 0)
 
     def _report_uniform(self) -> None:
-        """Warn about many images of a single color in this epoch."""
+        """Warn about many images of a single color in this epoch, the first time."""
+        if self._has_warned:
+            return
         with self._sync.on_teacher_stream():
-            counts = self._uniform.read()
-        num_uniform, num_images = (now - before for now, before in zip(counts, self._uniform_before, strict=True))
-        self._uniform_before = counts
+            num_uniform, num_images = self._uniform.read()
         if num_uniform > _MANY_UNIFORM * num_images:
+            self._has_warned = True
             _logger.warning(
                 "%d of %d images of epoch %d had a single color after the transform: crops of a plain background, or "
                 "files that are decoded wrongly; kd-pipeline check names the files that have a single color as a whole",

@@ -18,3 +18,10 @@ def test_splits_normalized_differently(tmp_path: Path) -> None:
     assert load_config(path).remarks == ()
     (remark,) = load_config(path, ["data.val.transform.std=[0.5, 0.5, 0.5]"]).remarks
     assert "data.val.transform.std is [0.5, 0.5, 0.5]" in remark
+
+
+def test_splits_turned_differently(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(_CONFIG)
+    (remark,) = load_config(path, ["data.train.transform.orientation=stored"]).remarks
+    assert "data.val.transform.orientation is upright and that of data.train is stored" in remark

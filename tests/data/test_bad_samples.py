@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
+from kd_pipeline.data import bad_samples
+from kd_pipeline.data.bad_samples import fraction_for
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import FileList, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
 from kd_pipeline.loader.loader import KDDataLoader
-from tests.corpus import BROKEN, ODD, Broken, Odd, cut_in_half, photo_of
+from tests.corpus import BROKEN, ODD, Broken, Odd, cut_in_half, encoded, photo_of
+from tests.rare_files import RARE, without_last_scans
 from tests.streams import (
     EVAL,
     SIZE,
@@ -191,6 +196,62 @@ def test_bomb_is_not_unpacked(photos, tmp_path):
     assert float(finished.stdout) < 300  # MB; unpacked it is 2700
 
 
+def test_damaged_rare_file_is_refused(photos, tmp_path):
+    """Pillow finds the damage only after the header was accepted."""
+    for name, cut in (("half.pgm", 5000), ("fifteen_bits.bmp", 20_000)):
+        encode, _ = RARE["max_100.pgm" if name.endswith("pgm") else name]
+        (tmp_path / name).write_bytes(encode(photo_of(photos))[:cut])
+        assert "does not decode" in refusal(list_of(tmp_path, name), SMALL_WINDOWS).reason
+
+
+def test_name_of_a_file_says_nothing(photos, tmp_path):
+    for name, (encode, _) in RARE.items():
+        (tmp_path / f"{name}.png").write_bytes(encode(photo_of(photos)))
+    source = list_of(tmp_path, *(f"{name}.png" for name in RARE))
+    with open_loader(source, batch_size=len(RARE), on_bad_sample="raise") as loader:
+        (batch,) = loader
+        assert batch.valid.all() and loader.num_uniform == 0
+
+
+def test_file_that_becomes_rare(photos, tmp_path):
+    """The header of a file is read again if its length has changed."""
+    Image.fromarray(photo_of(photos)).save(tmp_path / "a.png")
+    source = list_of(tmp_path, "a.png")
+    with open_loader(source, EVAL, batch_size=1, prefetch=1, ahead=0) as loader:
+        before = run(loader, 1)[0]["images"]
+        (tmp_path / "a.png").write_bytes(RARE["max_1023.ppm"][0](photo_of(photos)))
+        *_, after = run(loader, 4)
+    torch.testing.assert_close(after["images"], before, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpeg_that_ends_early_gives_equal_pixels_in_both_modes(photos, tmp_path, progressive):
+    photo = photo_of(photos)
+    jpeg = without_last_scans(photo, 4) if progressive else encoded(photo, "JPEG")[:3000] + b"\xff\xd9"
+    (tmp_path / "early.jpg").write_bytes(jpeg)
+    source = list_of(tmp_path, *["early.jpg"] * 16)
+    windows, whole = (
+        stream(source, transform=SMALL_WINDOWS, decode=mode, on_bad_sample="raise") for mode in ("window", "full")
+    )
+    assert_same(windows, whole)
+
+
+def test_special_files_do_not_hang(photos, tmp_path):
+    Image.fromarray(photo_of(photos)).save(tmp_path / "good.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    names = ["good.jpg", "pipe.jpg", "link.jpg", "zero.jpg"]
+    with open_loader(list_of(tmp_path, *names), shuffle=False, max_bad_fraction=1.0) as loader:
+        (batch,) = loader
+        assert batch.valid.tolist() == [True, False, False, False]
+        assert [sample.reason.split(" and ")[0] for sample in loader.bad_samples] == [
+            "this is a pipe",
+            "this is a pipe",
+            "this is a device",
+        ]
+
+
 # on_bad_sample="raise"
 
 
@@ -320,6 +381,7 @@ def test_max_bad_fraction_is_enforced(damaged, num_allowed):
     source = damaged(3, 8, 9)
     fraction = num_allowed / len(source)
     with open_loader(source, max_bad_fraction=fraction) as loader:
+        num_allowed = max(1, num_allowed)
         if num_allowed == 3:
             assert len(run(loader)) == 15
             return
@@ -332,10 +394,51 @@ def test_max_bad_fraction_is_enforced(damaged, num_allowed):
 
 def test_default_max_bad_fraction(damaged):
     with (
-        KDDataLoader(damaged(3), TRAIN, batch_size=8, on_bad_sample="substitute") as loader,
+        KDDataLoader(damaged(3, 8), TRAIN, batch_size=8, on_bad_sample="substitute") as loader,
         pytest.raises(TooManyBadSamplesError, match=r"max_bad_fraction=0\.001"),
     ):
         run(loader, 1)
+
+
+def test_one_bad_sample_is_always_allowed(damaged):
+    with KDDataLoader(damaged(3), TRAIN, batch_size=8, on_bad_sample="substitute") as loader:
+        assert len(run(loader, 1)) == 5
+
+
+@pytest.mark.parametrize("bad", [(3,), (3, 8), BAD])
+def test_advice_works(damaged, bad):
+    """That of the first error, and then that of the next one."""
+    source, advised = damaged(*bad), {}
+    error = refusal(source, TRAIN)
+    advised |= dict([re.search(r"set (on_bad_sample): (substitute)", str(error)).groups()])
+    if len(bad) > 1:
+        with (
+            KDDataLoader(source, TRAIN, batch_size=8, **advised) as loader,
+            pytest.raises(TooManyBadSamplesError) as info,
+        ):
+            run(loader, 1)
+        assert "on_bad_sample" not in str(info.value)
+        name, value = re.search(r"set (max_bad_fraction): ([0-9.]+)", str(info.value)).groups()
+        advised[name] = float(value)
+    with KDDataLoader(source, TRAIN, batch_size=8, **advised) as loader:
+        run(loader)
+        assert [sample.index for sample in loader.bad_samples] == list(bad)
+
+
+def test_advice_after_limited_time(damaged, monkeypatch):
+    monkeypatch.setattr(bad_samples, "_MAX_COUNTING_S", 0.0)
+    with (
+        open_loader(damaged(*BAD), shuffle=False, max_bad_fraction=0.0) as loader,
+        pytest.raises(TooManyBadSamplesError, match=r"max_bad_fraction: 0\.0541 for the 2 found among 2 .*check"),
+    ):
+        run(loader, 1)
+
+
+def test_fraction_allows_its_number():
+    for num_samples in (1, 2, 7, 100, 301, 1281167):
+        for num_bad in {1, 2, 29, num_samples // 2, num_samples - 1, num_samples} & {*range(1, num_samples + 1)}:
+            fraction = float(fraction_for(num_bad, num_samples))
+            assert num_bad / num_samples <= fraction <= min(1, 1.01 * num_bad / num_samples)
 
 
 def test_all_files_bad(photos, tmp_path):

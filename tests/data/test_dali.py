@@ -72,6 +72,31 @@ def test_exif_orientation_is_applied(photo, tmp_path, orientation, kind):
         np.testing.assert_allclose(views, render(transform, [plain] * 8, draws), atol=1)
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp", "tif", "cmyk.jpg", "one_bit.tif", "lossless.webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_stored_orientation_is_kept(photo, tmp_path, orientation, kind):
+    """Also in files that Pillow decodes; it turns TIFF files itself."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    mode = {"cmyk.jpg": "CMYK", "one_bit.tif": "1"}.get(kind, "RGB")
+    image = Image.fromarray(photo[:, :120]).convert(mode)
+    path = tmp_path / f"turned.{kind}"
+    image.save(path, exif=exif, quality=95, lossless=kind == "lossless.webp")
+    with Image.open(path) as saved:
+        upright = ImageOps.exif_transpose(saved).convert("RGB")
+    backward = {5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright if orientation == 1 else upright.transpose({2: 0, 3: 3, 4: 1, **backward}[orientation])
+    assert stored.size == (120, 90) and (upright.size == (120, 90)) == (orientation < 5)
+    for number, shown in enumerate((upright, stored)):
+        plain = lossless(np.asarray(shown), tmp_path / f"{number}.png")
+        for kept in (EVAL, TRAIN):
+            transform = kept.model_copy(update={"orientation": ("upright", "stored")[number]})
+            for mode in ("window", "full"):
+                draws = uniforms(np.arange(4), seed=1, epoch=0, count=transform.num_draws)
+                views = render(transform, [path] * 4, draws, decode=mode)
+                np.testing.assert_allclose(views, render(transform, [plain] * 4, draws), atol=1)
+
+
 FORMATS = {
     "gray.jpg": lambda image: image.convert("L"),
     "gray.png": lambda image: image.convert("L"),

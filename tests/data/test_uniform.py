@@ -2,7 +2,7 @@
 
 import torch
 
-from kd_pipeline.data.uniform import is_uniform
+from kd_pipeline.data.uniform import UniformCounter, is_uniform
 
 
 def test_one_color_per_image() -> None:
@@ -19,3 +19,14 @@ def test_nan_is_not_a_color() -> None:
 
 def test_no_images() -> None:
     assert is_uniform(torch.zeros(0, 3, 8, 8)).shape == (0,)
+
+
+def test_counter_counts_valid_images() -> None:
+    counter = UniformCounter()
+    assert counter.read() == (0, 0)
+    images = torch.rand(4, 3, 70, 90)
+    images[1:] = 0.5
+    images[3, 2, 69, 89] = 0.25
+    for _ in range(2):
+        counter.add(images, torch.tensor([True, True, False, True]))
+    assert counter.read() == (2, 6)

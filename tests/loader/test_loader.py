@@ -181,6 +181,35 @@ def test_batch_of_one_has_separate_fields(open_loader, source):
         assert batch.labels.item() == source.labels[batch.index.item()] + 100
 
 
+def one_color_of(num_uniform: int, num_images: int) -> Arrays:
+    """Images of which the first have a single color."""
+    images = np.random.default_rng(0).integers(0, 256, (num_images, 40, 40, 3), dtype=np.uint8)
+    images[:num_uniform] = 7
+    return Arrays(images)
+
+
+@pytest.mark.parametrize("mix", [None, MixSettings(mixup=1.0)])
+def test_images_of_one_color_are_counted(open_loader, mix):
+    """Before they are mixed, and without padding."""
+    loader = open_loader(EVAL, of=one_color_of(5, 20), last_batch="pad", shuffle=False, mix=mix)
+    for _ in range(2):
+        run(loader, 1)
+        assert loader.num_uniform == 5
+    next(iter(loader))  # an epoch that is left
+    run(loader, 1)
+    assert loader.num_uniform == 5
+
+
+@pytest.mark.parametrize(("num_uniform", "is_reported"), [(0, False), (1, False), (2, True), (100, True)])
+def test_many_images_of_one_color_are_reported_once(open_loader, caplog, num_uniform, is_reported):
+    loader = open_loader(EVAL, of=one_color_of(num_uniform, 100))
+    run(loader, 3)
+    found = [record.message for record in caplog.records if "single color" in record.message]
+    assert len(found) == is_reported
+    if is_reported:
+        assert found[0].startswith(f"{num_uniform} of 100 images of epoch 1 had a single color")
+
+
 def test_teacher_changes_no_pixels(open_loader, recorder):
     with_teacher = [batch.images for batch in open_loader(teacher=recorder)]
     without = [batch.images for batch in open_loader()]

@@ -89,6 +89,10 @@ CHANGES: list[tuple[dict[str, Any], dict[str, str]]] = [
     ({"transform": EvalTransform(size=SIZE)}, {"transform.preset": "'train' → 'eval'", "transform.flip": "0.5 → None"}),
     ({"teacher": None}, {"teacher": f"{TEACHER.fingerprint!r} → None"}),
     ({"teacher": conv_teacher(1)}, {"teacher": f"{TEACHER.fingerprint!r} → "}),
+    (
+        {"transform": TrainTransform(size=SIZE, orientation="stored")},
+        {"transform.orientation": "None → 'stored'"},
+    ),
     ({"seed": 6}, {"seed": "5 → 6"}),
     ({"shuffle": False}, {"shuffle": "True → False"}),
     ({"batch_size": 9}, {"global_batch_size": "8 → 9"}),

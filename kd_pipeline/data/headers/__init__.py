@@ -1,6 +1,6 @@
 """What the header of an image file says, and which decoder gives its pixels."""
 
-from kd_pipeline.data.headers.base import Decoder, Header, UnreadableFileError
+from kd_pipeline.data.headers.base import Decoder, Header, Orientation, UnreadableFileError
 from kd_pipeline.data.headers.read import read_header
 
-__all__ = ["Decoder", "Header", "UnreadableFileError", "read_header"]
+__all__ = ["Decoder", "Header", "Orientation", "UnreadableFileError", "read_header"]

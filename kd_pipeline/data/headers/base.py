@@ -1,9 +1,12 @@
-"""The result of reading a header, and the error for files that no decoder reads rightly."""
+"""What a header says, how an image may be turned, and the error for files that no decoder reads rightly."""
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-__all__ = ["CONVERT", "Decoder", "Header", "UnreadableFileError"]
+__all__ = ["CONVERT", "Decoder", "Header", "Orientation", "UnreadableFileError"]
+
+Orientation = Literal["upright", "stored"]
+"""Images turned as their EXIF says, or with their pixels as they are in the file."""
 
 CONVERT = "convert it to a PNG or JPEG of 8 bits"
 """Advice for files that are fine, but not for us."""

@@ -34,7 +34,7 @@ _PLAIN_JPEG, _CUT_OFF = Header("JPEG", Decoder.DALI), Header("JPEG", Decoder.DAL
 
 
 def read_jpeg(data: memoryview) -> Header:
-    """The header of a JPEG; a struct.error or IndexError if it ends early."""
+    """The header of a JPEG; a struct.error, IndexError or OverflowError if it is broken."""
     place = 2
     while True:
         while data[place] != 0xFF:  # what does not belong there is skipped, as by libjpeg
@@ -49,14 +49,16 @@ def read_jpeg(data: memoryview) -> Header:
             place += struct.unpack_from(">H", data, place)[0]
     precision, num_components = data[place + 2], data[place + 7]
     kind = _FRAMES[marker]
-    is_plain_end = data[-2:] == _END_MARK
+    is_plain_end = bytes(data[-2:]) == _END_MARK
     if not is_plain_end and _END_MARK not in bytes(data[place:]):
         return _CUT_OFF
     if marker > _PROGRESSIVE or precision != 8:
         return Header(f"{kind} of {precision} bits", Decoder.PILLOW, "JPEG")
     if num_components not in (1, 3):
         # DALI decodes CMYK rightly only where Adobe's marker is, on a CPU.
-        return Header(f"{'CMYK ' if num_components == 4 else ''}{kind} of {num_components} colors", Decoder.PILLOW, "JPEG")
+        return Header(
+            f"{'CMYK ' if num_components == 4 else ''}{kind} of {num_components} colors", Decoder.PILLOW, "JPEG"
+        )
     if marker == _PROGRESSIVE and not _has_all_scans(data, place):
         # libjpeg smooths the blocks of such an image, and at the border of a window it does so with other neighbors.
         return Header("progressive JPEG without its last scans", Decoder.PILLOW, "JPEG")

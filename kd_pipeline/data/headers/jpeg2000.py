@@ -10,10 +10,11 @@ __all__ = ["read_jpeg2000"]
 _GRAY, _SRGB = 17, 16
 _PREMULTIPLIED = 2
 _HIGH_THROUGHPUT = 0x4000
+_MAX_TILES = 65535
 
 
 def read_jpeg2000(data: memoryview) -> Header:
-    """The header of a JPEG 2000 file; a struct.error or IndexError if it ends early.
+    """The header of a JPEG 2000 file; a struct.error, IndexError or OverflowError if it is broken.
 
     Raises:
         UnreadableFileError: a header that crashes DALI, or transparency that is already in the colors.
@@ -27,9 +28,13 @@ def read_jpeg2000(data: memoryview) -> Header:
     capabilities, width, height, left, top = struct.unpack_from(">HIIII", data, stream + 6)
     tile_width, tile_height = struct.unpack_from(">II", data, stream + 24)
     (num_components,) = struct.unpack_from(">H", data, stream + 40)
-    if not (tile_width and tile_height and num_components and width > left and height > top):
-        raise UnreadableFileError(f"its header is broken: JPEG 2000 with tiles of {tile_width}x{tile_height} pixels")
-    components = {tuple(data[place : place + 3]) for place in range(stream + 42, stream + 42 + 3 * num_components, 3)}
+    has_tiles = tile_width and tile_height and -(-width // tile_width) * -(-height // tile_height) <= _MAX_TILES
+    if not (has_tiles and num_components and width > left and height > top):
+        raise UnreadableFileError(
+            f"its header is broken: JPEG 2000 of {width}x{height} pixels in tiles of {tile_width}x{tile_height}"
+        )
+    numbers = struct.unpack_from(f"{3 * num_components}B", data, stream + 42)
+    components = set(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
     depth = max(depth for depth, _, _ in components)
     # The first bit is set for signed levels, the others are the number of bits less one.
     if (

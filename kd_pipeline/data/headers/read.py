@@ -44,16 +44,14 @@ _NUMBER = re.compile(rb"\s*(\d{1,10})(?=\s)")
 def read_header(data: memoryview) -> Header:
     """The header of a file with the content `data`.
 
-    A header that ends early is left to DALI, which refuses it.
-
     Raises:
-        UnreadableFileError: no decoder reads such a file rightly.
+        UnreadableFileError: no decoder reads such a file rightly, or its header is broken.
     """
     start = bytes(data[:4])
     read: Callable[[memoryview], Header] | None = _READERS.get(start[:2])
-    if start == b"RIFF" and data[8:12] == b"WEBP":
+    if start == b"RIFF" and bytes(data[8:12]) == b"WEBP":
         read = _read_webp
-    elif start == b"\x00\x00\x00\x0c" and data[4:8] == b"jP  ":
+    elif start == b"\x00\x00\x00\x0c" and bytes(data[4:8]) == b"jP  ":
         read = read_jpeg2000
     elif start == b"\x89PNG":
         return _PNG
@@ -61,22 +59,24 @@ def read_header(data: memoryview) -> Header:
         raise _unknown(data)
     try:
         return read(data)
-    except (struct.error, IndexError):  # the header is cut off
-        return _BROKEN
+    except (struct.error, IndexError, OverflowError) as exc:  # it is cut off, or points outside of the file
+        raise UnreadableFileError(f"its header is broken; it starts with {bytes(data[:8])!r}") from exc
 
 
 def _unknown(data: memoryview) -> UnreadableFileError:
     for place, mark, kind in _OTHER_KINDS:
-        if data[place : place + len(mark)] == mark:
+        if bytes(data[place : place + len(mark)]) == mark:
             advice = "" if kind.endswith(",") else f"; {CONVERT}"
             return UnreadableFileError(f"this is {kind} and not of a kind that is read{advice}")
     start = bytes(data[:8])
-    return UnreadableFileError(f"DALI does not know this kind of file, or its header is broken; it starts with {start!r}")
+    return UnreadableFileError(
+        f"DALI does not know this kind of file, or its header is broken; it starts with {start!r}"
+    )
 
 
 def _read_webp(data: memoryview) -> Header:
     """DALI misses the byte that pads a chunk of odd length, and with it the EXIF chunk after it."""
-    if data[12:16] != b"VP8X" or not data[20] & (_WEBP_EXIF | _WEBP_ANIMATION):
+    if bytes(data[12:16]) != b"VP8X" or not data[20] & (_WEBP_EXIF | _WEBP_ANIMATION):
         return Header("WebP", Decoder.DALI)
     if data[20] & _WEBP_ANIMATION:
         return Header("animated WebP", Decoder.PILLOW, "WEBP")
@@ -102,7 +102,8 @@ def _read_pnm(data: memoryview) -> Header:
     """Of PNM, DALI takes the levels as they are, whatever the largest is."""
     kind, head = chr(data[1]), bytes(data[2:64])
     if kind in "56":
-        numbers, place = [], 0
+        numbers: list[int] = []
+        place = 0
         while len(numbers) < 3 and (found := _NUMBER.match(head, place)):
             numbers.append(int(found[1]))
             place = found.end()
@@ -112,7 +113,6 @@ def _read_pnm(data: memoryview) -> Header:
 
 
 _PNG = Header("PNG", Decoder.DALI)
-_BROKEN = Header("broken header", Decoder.DALI)
 _READERS: dict[bytes, Callable[[memoryview], Header]] = {
     b"\xff\xd8": read_jpeg,
     b"\xff\x4f": read_jpeg2000,

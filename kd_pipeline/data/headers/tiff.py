@@ -6,8 +6,9 @@ from kd_pipeline.data.headers.base import CONVERT, Decoder, Header, UnreadableFi
 
 __all__ = ["read_tiff"]
 
-_BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES, _EXTRA, _FORMAT = 258, 259, 262, 266, 277, 338, 339
-"""Tags."""
+_TAGS = 258, 259, 262, 266, 277, 338, 339
+"""Those that are read."""
+_BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _SAMPLES, _EXTRA, _FORMAT = _TAGS
 _TYPES = {1: "B", 3: "H", 4: "I", 16: "Q"}
 """Types of a tag's unsigned integers, and what `struct` calls them."""
 _MAX_VALUES = 64
@@ -47,7 +48,7 @@ _ASSOCIATED = 1
 
 
 def read_tiff(data: memoryview) -> Header:
-    """The header of a TIFF; a struct.error or IndexError if it ends early.
+    """The header of a TIFF; a struct.error, IndexError or OverflowError if it is broken.
 
     Raises:
         UnreadableFileError: a kind of numbers, colors or compression that no decoder reads rightly.
@@ -97,12 +98,12 @@ def _read_tags(data: memoryview) -> dict[int, tuple[int, ...]]:
     for number in range(min(num_entries, 4096)):
         start = place + number * (20 if is_big else 12)
         tag, kind, num_values = struct.unpack_from(entry, data, start)
-        if tag > _FORMAT or kind not in _TYPES or not num_values:
+        if tag not in _TAGS or kind not in _TYPES or not num_values:
             continue
         content = start + struct.calcsize(entry)
-        layout = f"{order}{min(num_values, _MAX_VALUES)}{_TYPES[kind]}"
-        if struct.calcsize(f"{order}{num_values}{_TYPES[kind]}") > struct.calcsize(pointer):
+        letter = _TYPES[kind]
+        layout = f"{order}{min(num_values, _MAX_VALUES)}{letter}"
+        if num_values * struct.calcsize(order + letter) > struct.calcsize(pointer):
             (content,) = struct.unpack_from(pointer, data, content)
-        if tag >= _BITS:
-            tags[tag] = struct.unpack_from(layout, data, content)
+        tags[tag] = struct.unpack_from(layout, data, content)
     return tags
