@@ -47,8 +47,10 @@ def decode_with_pillow(data: bytes, header: Header, *, orientation: Orientation,
         if width * height > max_pixels:
             raise UnreadableFileError(f"its header claims {width}x{height} pixels, more than max_pixels={max_pixels}")
         try:
-            turn = _turn(image, orientation)
+            # Loading turns a TIFF, and finds the EXIF of a PNG that stands after the pixels.
+            of_tiff = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation, 1)
             image.load()
+            turn = _turn(image, of_tiff, orientation)
             converted = _to_rgb(image, header)
             return np.asarray(converted if turn is None else converted.transpose(turn))
         except UnreadableFileError:
@@ -58,11 +60,10 @@ def decode_with_pillow(data: bytes, header: Header, *, orientation: Orientation,
             raise UnreadableFileError(f"{width}x{height} {header.kind} that does not decode: {reason}") from exc
 
 
-def _turn(image: Image.Image, orientation: Orientation) -> Image.Transpose | None:
-    """What to do with the pixels that Pillow gives; of TIFF they are upright."""
+def _turn(image: Image.Image, of_tiff: int, orientation: Orientation) -> Image.Transpose | None:
+    """What to do with the pixels that Pillow gives; of a TIFF they are upright."""
     if image.format == "TIFF":
-        stored = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation, 1)
-        return _TO_STORED.get(stored) if orientation == "stored" else None
+        return _TO_STORED.get(of_tiff) if orientation == "stored" else None
     if orientation == "stored":
         return None
     try:

@@ -1,8 +1,10 @@
 """DALI graphs: decoded pixels, order of batches, and refused files."""
 
 import itertools
+import struct
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
-from tests.corpus import ODD
+from tests.corpus import ODD, encoded
 from tests.views import PIXELS, graph_settings, open_graph, render, samples_of
 
 EVAL = EvalTransform(size=32, resize=36, **PIXELS)
@@ -95,6 +97,64 @@ def test_stored_orientation_is_kept(photo, tmp_path, orientation, kind):
                 draws = uniforms(np.arange(4), seed=1, epoch=0, count=transform.num_draws)
                 views = render(transform, [path] * 4, draws, decode=mode)
                 np.testing.assert_allclose(views, render(transform, [plain] * 4, draws), atol=1)
+
+
+def exif(orientation, layout="<HHIHH", kind=3):
+    """An EXIF block with nothing but an orientation."""
+    mark = b"II*\0" if layout[0] == "<" else b"MM\0*"
+    numbers = (0x0112, kind, 1, orientation, 0) if layout.endswith("HH") else (0x0112, kind, 1, orientation)
+    return mark + struct.pack(f"{layout[0]}IH", 8, 1) + struct.pack(layout, *numbers) + bytes(4)
+
+
+def with_segments(jpeg, *blocks):
+    """A JPEG with blocks of EXIF."""
+    segments = [b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block for block in blocks]
+    return jpeg[:2] + b"".join(segments) + jpeg[2:]
+
+
+def with_chunks(png, before=(), after=()):
+    """A PNG with chunks before and after its pixels."""
+    before, after = (
+        b"".join(
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+            for kind, body in part
+        )
+        for part in (before, after)
+    )
+    return png[:33] + before + png[33:-12] + after + png[-12:]
+
+
+PROFILE = b"\nexif\n      32\n" + (b"Exif\0\0" + exif(6)).hex().encode() + b"\n"
+UNUSUAL_EXIF = {
+    "one.jpg": lambda jpeg, png: with_segments(jpeg, exif(6)),
+    "two equal.jpg": lambda jpeg, png: with_segments(jpeg, exif(6), exif(6)),
+    "two that disagree.jpg": lambda jpeg, png: with_segments(jpeg, exif(1), exif(6)),
+    "two that disagree otherwise.jpg": lambda jpeg, png: with_segments(jpeg, exif(6), exif(3)),
+    "long.jpg": lambda jpeg, png: with_segments(jpeg, exif(6, ">HHII", 4)),
+    "byte.jpg": lambda jpeg, png: with_segments(jpeg, exif(6, kind=1)),
+    "impossible.jpg": lambda jpeg, png: with_segments(jpeg, exif(9)),
+    "cut off.jpg": lambda jpeg, png: with_segments(jpeg, exif(6)[:15]),
+    "after.png": lambda jpeg, png: with_chunks(png, after=[(b"eXIf", exif(6))]),
+    "two that disagree.png": lambda jpeg, png: with_chunks(png, [(b"eXIf", exif(3))], [(b"eXIf", exif(6))]),
+    "prefix.png": lambda jpeg, png: with_chunks(png, [(b"eXIf", b"Exif\0\0" + exif(6))]),
+    "prefix after.png": lambda jpeg, png: with_chunks(png, after=[(b"eXIf", b"Exif\0\0" + exif(6))]),
+    "profile.png": lambda jpeg, png: with_chunks(
+        png, [(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(PROFILE))]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("name", UNUSUAL_EXIF)
+def test_unusual_exif_is_read_as_in_pillow(photo, tmp_path, name):
+    jpeg, png = encoded(photo, "JPEG", quality=95), encoded(photo, "PNG")
+    path = tmp_path / name
+    path.write_bytes(UNUSUAL_EXIF[name](jpeg, png))
+    with Image.open(path) as image:
+        plain = lossless(np.asarray(ImageOps.exif_transpose(image).convert("RGB")), tmp_path / "plain.png")
+    for transform in (EVAL, TRAIN):
+        for mode in ("window", "full"):
+            np.testing.assert_allclose(render(transform, [path], decode=mode), render(transform, [plain]), atol=1)
 
 
 FORMATS = {

@@ -5,10 +5,12 @@ import struct
 import numpy as np
 
 from kd_pipeline.data.headers.base import Decoder, Header
+from kd_pipeline.data.headers.exif import is_clear
 
 __all__ = ["read_jpeg"]
 
-_END, _SCAN, _PROGRESSIVE = 0xD9, 0xDA, 0xC2
+_END, _SCAN, _PROGRESSIVE, _APP1 = 0xD9, 0xDA, 0xC2, 0xE1
+_EXIF = b"Exif\0\0"
 _FRAMES = {
     0xC0: "JPEG",
     0xC1: "JPEG",
@@ -35,7 +37,7 @@ _PLAIN_JPEG, _CUT_OFF = Header("JPEG", Decoder.DALI), Header("JPEG", Decoder.DAL
 
 def read_jpeg(data: memoryview) -> Header:
     """The header of a JPEG; a struct.error, IndexError or OverflowError if it is broken."""
-    place = 2
+    place, num_exif, is_exif_clear = 2, 0, True
     while True:
         while data[place] != 0xFF:  # what does not belong there is skipped, as by libjpeg
             place += 1
@@ -45,6 +47,9 @@ def read_jpeg(data: memoryview) -> Header:
         place += 1
         if marker in _FRAMES:
             break
+        if marker == _APP1 and data[place + 2 : place + 8] == _EXIF:
+            num_exif += 1
+            is_exif_clear = is_clear(data[place + 8 : place + struct.unpack_from(">H", data, place)[0]])
         if marker not in _WITHOUT_LENGTH:
             place += struct.unpack_from(">H", data, place)[0]
     precision, num_components = data[place + 2], data[place + 7]
@@ -62,6 +67,8 @@ def read_jpeg(data: memoryview) -> Header:
     if marker == _PROGRESSIVE and not _has_all_scans(data, place):
         # libjpeg smooths the blocks of such an image, and at the border of a window it does so with other neighbors.
         return Header("progressive JPEG without its last scans", Decoder.PILLOW, "JPEG")
+    if num_exif > 1 or not is_exif_clear:
+        return Header("JPEG with unusual EXIF", Decoder.PILLOW, "JPEG")  # of which DALI's parts read different ones
     return _PLAIN_JPEG if is_plain_end else _CUT_OFF
 
 

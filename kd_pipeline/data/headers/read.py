@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable
 
 from kd_pipeline.data.headers.base import CONVERT, Decoder, Header, UnreadableFileError
+from kd_pipeline.data.headers.exif import is_clear
 from kd_pipeline.data.headers.jpeg import read_jpeg
 from kd_pipeline.data.headers.jpeg2000 import read_jpeg2000
 from kd_pipeline.data.headers.tiff import read_tiff
@@ -36,6 +37,9 @@ _OTHER_KINDS = (
     (0, b"version https://git-lfs", "a git-lfs pointer, whose file `git lfs pull` fetches,"),
 )
 """Where the bytes are that name a kind of file which is not read, and what it is."""
+_PNG, _PNG_EXIF = Header("PNG", Decoder.DALI), Header("PNG with unusual EXIF", Decoder.PILLOW, "PNG")
+_PROFILE = b"Raw profile type exif"
+"""How ImageMagick starts a text that is EXIF."""
 _WEBP_ANIMATION, _WEBP_EXIF = 2, 8
 """Flags of an extended WebP."""
 _NUMBER = re.compile(rb"\s*(\d{1,10})(?=\s)")
@@ -54,7 +58,7 @@ def read_header(data: memoryview) -> Header:
     elif start == b"\x00\x00\x00\x0c" and bytes(data[4:8]) == b"jP  ":
         read = read_jpeg2000
     elif start == b"\x89PNG":
-        return _PNG
+        read = _read_png
     if read is None or start == b"II\xbc\x01":
         raise _unknown(data)
     try:
@@ -72,6 +76,22 @@ def _unknown(data: memoryview) -> UnreadableFileError:
     return UnreadableFileError(
         f"DALI does not know this kind of file, or its header is broken; it starts with {start!r}"
     )
+
+
+def _read_png(data: memoryview) -> Header:
+    """Of EXIF in a PNG, DALI reads only what the standard has: one chunk that starts as a TIFF does."""
+    place, num_exif = 8, 0
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        start = place + 8
+        if kind == b"eXIf":
+            num_exif += 1
+            if num_exif > 1 or not is_clear(data[start : start + length]):
+                return _PNG_EXIF
+        elif kind in (b"zTXt", b"tEXt", b"iTXt") and data[start : start + len(_PROFILE)] == _PROFILE:
+            return _PNG_EXIF
+        place = start + length + 4
+    return _PNG
 
 
 def _read_webp(data: memoryview) -> Header:
@@ -112,7 +132,6 @@ def _read_pnm(data: memoryview) -> Header:
     return Header(f"PNM P{kind}", Decoder.PILLOW, "PPM")
 
 
-_PNG = Header("PNG", Decoder.DALI)
 _READERS: dict[bytes, Callable[[memoryview], Header]] = {
     b"\xff\xd8": read_jpeg,
     b"\xff\x4f": read_jpeg2000,
