@@ -502,15 +502,17 @@ def open_config_teacher(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     plugins: Collection[str] = (),
+    split: str = "train",
 ) -> Teacher | Recording:
-    """Open the teacher of `config` for its training images.
+    """Open the teacher of `config` for the images of a split.
 
     Args:
-        config: with `data.train` and `teacher`.
+        config: with the split and `teacher`.
         classes: those of the data, whose order the logits get.
         batch_size: images in a call; defaults to the config's.
         device: of the images; defaults to the config's.
         plugins: modules that factories in the config may come from.
+        split: whose transform makes the images.
 
     Raises:
         ConfigError: the config has no teacher that can be opened.
@@ -522,16 +524,17 @@ def open_config_teacher(
         recording = open_recording(config.teacher)
         recording.check_classes(classes)
         return recording
-    transform = config.data.split("train").transform
+    transform = config.data.split(split).transform
     teacher = open_teacher(
         config.teacher,
         image_shape=(3, transform.size, transform.size),
         device=resolve_device(device or config.data.device),
         dtype=getattr(torch, transform.dtype),
         batch_size=batch_size or config.data.batch_size,
-        calibration_images=lambda: sample_images(config),
+        calibration_images=lambda: sample_images(config, split),
         plugins=plugins,
         normalization=Normalization(transform.mean, transform.std),
+        strict=config.probe is not None and config.probe.strict,
     )
     try:
         return match_classes(teacher, classes)

@@ -58,6 +58,8 @@ class Teacher(ABC):
         """Names of the K classes in logit order; None if the model does not carry them."""
         self.fingerprint = fingerprint
         """Hex digest of model, precision and backend; teachers with different outputs have different ones."""
+        self.problems: tuple[str, ...] = ()
+        """What is wrong with its outputs for a few images, a sentence each with what to do; see `open_teacher`."""
         self.busy_s = 0.0
         """Host time of all calls so far, in seconds; on a GPU only the time to queue the work."""
         self._closed = False
@@ -66,19 +68,28 @@ class Teacher(ABC):
         """Run the model on `images` `[N, 3, H, W]` and return its outputs by name.
 
         Raises:
-            TeacherError: the images do not fit, the runtime failed, or the teacher is closed.
+            TeacherError: the images do not fit, the runtime failed or returned more or fewer rows than images, or the
+                teacher is closed.
         """
         self._check(images)
         started = time.perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                return self._infer(images)
+                outputs = self._infer(images)
         except Exception as exc:  # each runtime has its own error classes
             found = TensorSpec(tuple(images.shape), images.dtype)
             kind = EngineError if isinstance(exc, EngineError) else TeacherError
             raise kind(f"the {self.backend} teacher failed on images {found}: {exc}") from exc
         finally:
             self.busy_s += time.perf_counter() - started
+        for name, output in outputs.items():
+            if output.ndim == 0 or len(output) != len(images):
+                raise TeacherError(
+                    f"the {self.backend} teacher returns {name!r} {list(output.shape)} for {len(images)} images: a "
+                    "batch size is fixed inside the model, such as in a Reshape; export it again for any batch size "
+                    "(flatten with images.flatten(1), and pass dynamic_shapes)"
+                )
+        return outputs
 
     def close(self) -> None:
         """Free the runtime. A second call does nothing."""

@@ -57,6 +57,9 @@ class EnsembleTeacher(Teacher):
             classes=_common_classes(self._members),
             fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         )
+        self.problems = tuple(
+            f"member {number}: {problem}" for number, member in enumerate(self._members) for problem in member.problems
+        )
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
         logits = [member(images)["logits"] for member in self._members]

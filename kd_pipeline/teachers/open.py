@@ -19,6 +19,7 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.ensemble import EnsembleTeacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher, why_no_cuda
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
+from kd_pipeline.teachers.outputs_check import NUM_IMAGES, check_outputs
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings, is_recording, refuse_unused
 from kd_pipeline.teachers.tensorrt.build import build_engine
@@ -33,6 +34,8 @@ __all__ = ["open_teacher"]
 _logger = logging.getLogger("kd_pipeline")
 
 _MAX_BATCH = 1024
+_UNKNOWN_SIZE = 224
+"""Height and width of the images for a check, if nobody knows them."""
 _SMALL_BATCH = 2
 """Batch size of a module's first call on a GPU, if the loader's is unknown."""
 _ENGINE_BATCH = 64
@@ -50,10 +53,15 @@ def open_teacher(
     calibration_images: Callable[[], Tensor] | None = None,
     plugins: Collection[str] = (),
     normalization: Normalization | None = None,
+    strict: bool = False,
 ) -> Teacher:
     """Open the teacher that `settings` describe, for images `[N, *image_shape]` of `dtype` on `device`.
 
     An open teacher is checked against these images and returned.
+
+    Every teacher, and each member of an ensemble, is run on a few generated images. It has to return a row for each.
+    Outputs that change when it runs again, or with the rest of a batch, that are probabilities instead of logits, hold
+    NaN, or are the same for all images become its `problems`, and a warning each.
 
     Args:
         settings: what to open, or an open teacher.
@@ -67,10 +75,12 @@ def open_teacher(
         plugins: modules that a model's `factory` may come from.
         normalization: of the images, for an `input_adapter`; defaults to ImageNet's. A warning is logged if a
             pretrained model was trained with a different one and has no adapter.
+        strict: raise an error for what would be a warning about its outputs.
 
     Raises:
         ConfigError: settings, module and device do not go together, or the settings are of a recording.
-        TeacherError: the model cannot be opened, or takes different images.
+        TeacherError: the model cannot be opened, takes different images, returns more or fewer rows than images, or,
+            if `strict`, has problems.
         MissingPackageError: the package of the backend is not installed.
     """
     inputs = _Inputs(
@@ -81,6 +91,7 @@ def open_teacher(
         calibration_images,
         plugins,
         normalization or Normalization(),
+        strict,
     )
     match settings:
         case Teacher() if module is not None:
@@ -92,15 +103,13 @@ def open_teacher(
                 + ("" if module is None else ", or use backend: pytorch for the module")
             )
         case Teacher():
-            teacher = settings
+            _check_fits(settings, inputs)
+            _ask(settings, inputs)
+            return settings
         case EnsembleSettings():
-            teacher = _open_ensemble(settings, module, inputs)
+            return _open_ensemble(settings, module, inputs)
         case _:
-            teacher = _open(settings, module, inputs)
-    sizes = image_shape or tuple(size or 1 for size in teacher.images.shape[1:])
-    has_no_index = inputs.device.index is None and inputs.device.type == teacher.device.type  # "cuda" is any GPU
-    teacher.check_fits((1, *sizes), dtype, teacher.device if has_no_index else inputs.device)
-    return teacher
+            return _open_asked(settings, module, inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,44 @@ class _Inputs:
     calibration_images: Callable[[], Tensor] | None
     plugins: Collection[str]
     normalization: Normalization
+    strict: bool
+
+
+def _check_fits(teacher: Teacher, inputs: _Inputs) -> None:
+    sizes = inputs.image_shape or tuple(size or 1 for size in teacher.images.shape[1:])
+    has_no_index = inputs.device.index is None and inputs.device.type == teacher.device.type  # "cuda" is any GPU
+    teacher.check_fits((1, *sizes), inputs.dtype, teacher.device if has_no_index else inputs.device)
+
+
+def _open_asked(settings: TeacherSettings, module: nn.Module | None, inputs: _Inputs) -> Teacher:
+    """Open a single teacher, and check it on a few images."""
+    with ExitStack() as opened:
+        teacher = _open(settings, module, inputs)
+        opened.callback(teacher.close)
+        _check_fits(teacher, inputs)
+        # Each size that a TensorRT engine replays as a CUDA graph takes memory of its own.
+        _ask(teacher, inputs, one_size=settings.cuda_graph and teacher.backend == "tensorrt")
+        opened.pop_all()
+        return teacher
+
+
+def _ask(teacher: Teacher, inputs: _Inputs, *, one_size: bool = False) -> None:
+    """Run `teacher` on a few images, and log what is wrong with its outputs."""
+    channels, height, width = inputs.image_shape or teacher.images.shape[1:]
+    teacher.problems = check_outputs(
+        teacher,
+        image_shape=(channels or 3, height or _UNKNOWN_SIZE, width or _UNKNOWN_SIZE),
+        normalization=inputs.normalization,
+        num_images=(inputs.batch_size or teacher.max_batch) if one_size else NUM_IMAGES,
+        also_alone=not one_size,
+    )
+    if teacher.problems and inputs.strict:
+        raise TeacherError(
+            f"{'. '.join(teacher.problems)}. Correct it, or open it anyway with "
+            "strict=False (in a config: probe.strict: false)"
+        )
+    for problem in teacher.problems:
+        _logger.warning("%s", problem)
 
 
 def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, inputs: _Inputs) -> Teacher:
@@ -122,7 +169,7 @@ def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, inputs:
     with ExitStack() as opened:
         members = []
         for member in settings.members:
-            members.append(_open(member, None, inputs))
+            members.append(_open_asked(member, None, inputs))
             opened.callback(members[-1].close)
         ensemble = EnsembleTeacher(members, weights=settings.weights, average=settings.average)
         opened.pop_all()

@@ -1,0 +1,239 @@
+"""What a few images tell about a teacher: a row for each, equal outputs for equal images, logits that are logits."""
+
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from kd_pipeline.errors import TeacherError
+from kd_pipeline.models.input_adapter import Normalization
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.tensorrt.parity import generate_calibration_set
+
+__all__ = ["NUM_IMAGES", "check_outputs", "probability_problem"]
+
+NUM_IMAGES = 3
+"""Images in a call: more than one, and a number that nobody fixes in a model by accident."""
+_REPEATED_CPU, _REPEATED_GPU = 1e-4, 0.01
+"""Largest difference between two calls with the same images. A CPU repeats itself to the bit; on a GPU, sums may be
+added up in another order, in few bits."""
+_BATCHED = 0.05
+"""Largest difference that the rest of the batch may make. Half precision, TF32, other kernels at another batch size and
+dynamic int8 ranges come to a few percent; BatchNorm in training mode comes to more."""
+_SUM_TOLERANCE = 0.02
+"""Of the sum of a row of probabilities, which may be rounded to bfloat16."""
+_MIN_SIGMOIDS = 4
+"""Classes from which numbers between 0 and 1 for a few images are no accident of an untrained network."""
+_USUAL_BATCHES = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256)
+"""To find out which one is fixed in a model that fails."""
+_TEMPERATURE = 4.0
+"""A usual one in distillation, for messages."""
+
+
+def check_outputs(
+    teacher: Teacher,
+    *,
+    image_shape: tuple[int, int, int],
+    normalization: Normalization,
+    num_images: int = NUM_IMAGES,
+    also_alone: bool = True,
+) -> tuple[str, ...]:
+    """Run `teacher` on a few generated images, twice, next to other images and alone.
+
+    Args:
+        teacher: an open teacher.
+        image_shape: `(3, H, W)`.
+        normalization: of the images, to give the generated ones the values of real ones.
+        num_images: images in a call.
+        also_alone: whether to call it with a single image too.
+
+    Returns:
+        What is wrong, a sentence each with what to do; empty for a teacher that passes.
+
+    Raises:
+        TeacherError: the teacher fails, or returns more or fewer rows than images.
+    """
+    num_images = min(num_images, teacher.max_batch)
+    images = _generate_images(max(2, 2 * num_images - 1), image_shape, normalization)
+    images = images.to(teacher.device, teacher.images.dtype)
+    with _eagerly(), torch.random.fork_rng(devices=[]):
+        first = _run(teacher, images[:num_images])
+        again = _run(teacher, images[:num_images])
+        others = _run(teacher, images[-num_images:])
+        if bad := [name for name, output in first.items() if _not_finite(output).any()]:
+            return (
+                f"the {teacher.backend} teacher returns {bad[0]!r} with NaN or inf for {num_images} generated images; "
+                "check its weights, and if it runs in fp16, use bf16 or fp32",
+            )
+        problem = _not_repeatable(teacher, first, again)
+        # The last of the first images is the first of the others.
+        if problem is None and num_images > 1 and (problem := _depends_on_batch(teacher, first, others)) is not None:
+            # Rare dropout may have spared the second call.
+            problem = _not_repeatable(teacher, first, _run(teacher, images[:num_images])) or problem
+        if num_images > 1 and also_alone:
+            try:
+                alone = _run(teacher, images[num_images - 1 : num_images])
+            except TeacherError as error:
+                if problem is None:
+                    raise
+                raise TeacherError(f"{problem}. It fails on a single image: {error}") from error
+            problem = problem or _depends_on_batch(teacher, first, alone)
+    problems = [] if problem is None else [problem]
+    logits = torch.cat([first["logits"], others["logits"]])
+    if problem is None and torch.equal(logits, logits[:1].expand_as(logits)):
+        problems.append(
+            f"the {teacher.backend} teacher returns the same logits for every image; are its weights loaded, and does "
+            "it read its input?"
+        )
+    elif (problem := probability_problem(logits, min_sigmoids=_MIN_SIGMOIDS)) is not None:
+        problems.append(f"the {teacher.backend} teacher's logits {problem}")
+    return tuple(problems)
+
+
+def probability_problem(logits_NK: Tensor, *, min_sigmoids: int = 2) -> str | None:
+    """What is wrong with `logits_NK` if they are probabilities already; goes after "the logits".
+
+    Args:
+        logits_NK: finite outputs for several images.
+        min_sigmoids: number of classes from which numbers between 0 and 1 count as the outputs of a sigmoid.
+    """
+    num_classes = logits_NK.shape[1]
+    if num_classes < 2 or not ((logits_NK >= 0) & (logits_NK <= 1 + _SUM_TOLERANCE)).all():
+        return None
+    if ((logits_NK.sum(1) - 1).abs() <= _SUM_TOLERANCE).all():
+        found, layer = "are probabilities already (none is negative, and each row sums to 1)", "softmax"
+    elif num_classes >= min_sigmoids and logits_NK.min() > 0 and logits_NK.max() > 0.5:  # a ReLU has zeros
+        found, layer = "are all between 0 and 1, like probabilities of a sigmoid", "sigmoid"
+    else:
+        return None
+    largest = 1 / (1 + (num_classes - 1) * math.exp(-1 / _TEMPERATURE))
+    return (
+        f"{found}: a loss applies its own softmax to them, and at temperature {_TEMPERATURE:g} the targets are nearly "
+        f"uniform (at most {largest:.1%} for the likeliest of {num_classes} classes, where {1 / num_classes:.1%} is "
+        f"chance); export the network without the {layer} at its end (replace it by torch.nn.Identity(), or return "
+        "what goes into it)"
+    )
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    """Run compiled modules without compiling them for the batch sizes of the check."""
+    is_loaded = "torch._dynamo" in sys.modules  # slow to import, and without it nothing is compiled
+    with torch.compiler.set_stance("force_eager") if is_loaded else nullcontext():
+        yield
+
+
+def _generate_images(num_images: int, image_shape: tuple[int, int, int], normalization: Normalization) -> Tensor:
+    """Smooth noise with a different brightness and contrast in each image, normalized like the loader's images.
+
+    BatchNorm in training mode equalizes what differs, which therefore has to differ.
+    """
+    noise = generate_calibration_set(image_shape, num_images).images
+    number = torch.arange(num_images)
+    brightness = torch.linspace(0.25, 0.75, num_images)[number * 2 % num_images if num_images % 2 else number]
+    contrast = torch.linspace(0.3, 0.1, num_images)
+    pixels = (brightness.view(-1, 1, 1, 1) + contrast.view(-1, 1, 1, 1) * noise).clamp(0, 1)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in normalization)
+    return (pixels - mean) / std
+
+
+def _run(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
+    """The outputs for `images`, on the CPU.
+
+    Raises:
+        TeacherError: it fails; says so if it does not fail on another number of images.
+    """
+    try:
+        outputs = teacher(images.clone())  # at an aligned address, like a batch of the loader
+    except TeacherError as error:
+        if error.__cause__ is None:  # it ran, and returned the wrong number of rows
+            raise
+        other = _working_batch(teacher, images)
+        if other is None:
+            raise
+        raise TeacherError(
+            f"the {teacher.backend} teacher runs with a batch of {other} and not with one of {len(images)} ({error}): "
+            "a batch size is fixed inside the model, such as in a Reshape; export it again for any batch size (flatten "
+            "with images.flatten(1), and pass dynamic_shapes)"
+        ) from error
+    return {name: output.double().cpu() for name, output in outputs.items()}
+
+
+def _working_batch(teacher: Teacher, images: Tensor) -> int | None:
+    """A usual batch size that `teacher` runs with, other than that of `images`; None if there is none."""
+    for size in _USUAL_BATCHES:
+        if size != len(images) and size <= teacher.max_batch:
+            try:
+                teacher(images[:1].repeat(size, 1, 1, 1))
+            except TeacherError:
+                continue
+            return size
+    return None
+
+
+def _not_finite(output: Tensor) -> Tensor:
+    """`[N]` bool, which rows hold NaN or +inf, or nothing but -inf; -inf alone is the logit of an excluded class."""
+    rows = output.flatten(1)
+    return rows.isnan().any(1) | (rows == math.inf).any(1) | (rows == -math.inf).all(1)
+
+
+def _distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], spread: Mapping[str, float]) -> float:
+    """The largest difference of a row of an output, as a share of the output's spread."""
+    return max(_row_distance(found[name], output, spread[name]) for name, output in wanted.items())
+
+
+def _row_distance(found: Tensor, wanted: Tensor, spread: float) -> float:
+    is_finite = wanted.isfinite()
+    if found.shape != wanted.shape or not torch.equal(found.isfinite(), is_finite):
+        return math.inf
+    difference = torch.where(is_finite, found - wanted, 0.0).flatten(1).square().mean(1).sqrt().max().item()
+    return difference / spread if spread else (math.inf if difference else 0.0)
+
+
+def _spread(outputs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Standard deviation of all finite numbers of each output."""
+    return {name: output[output.isfinite()].std(correction=0).item() for name, output in outputs.items()}
+
+
+def _not_repeatable(teacher: Teacher, first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> str | None:
+    """What is wrong if the outputs for the same images differ."""
+    distance = _distance(again, first, _spread(first))
+    if distance <= (_REPEATED_CPU if teacher.device.type == "cpu" else _REPEATED_GPU):
+        return None
+    return (
+        f"the {teacher.backend} teacher returns other outputs when the same {len(first['logits'])} images are run "
+        f"again ({_share(distance)}): dropout is active, BatchNorm is in training mode, or it draws random numbers. A "
+        f"recording and a resumed run will not repeat its outputs; {_advice(teacher)}"
+    )
+
+
+def _depends_on_batch(teacher: Teacher, first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
+    """What is wrong if an image, the last of `first` and the first of `other`, has different outputs in them."""
+    found = {name: output[:1] for name, output in other.items()}
+    distance = _distance(found, {name: output[-1:] for name, output in first.items()}, _spread(first))
+    if distance <= _BATCHED:
+        return None
+    return (
+        f"the {teacher.backend} teacher returns other outputs for an image when the rest of its batch changes "
+        f"({_share(distance)}): BatchNorm is in training mode, and normalizes with the batch instead of what it "
+        f"learned. A recording and another batch size will not repeat its outputs; {_advice(teacher)}"
+    )
+
+
+def _share(distance: float) -> str:
+    return "finite or not" if math.isinf(distance) else f"{distance:.1%} of their spread"
+
+
+def _advice(teacher: Teacher) -> str:
+    if teacher.backend == "pytorch":
+        return (
+            "the module runs in eval mode already, so look in its forward for functional dropout or batch_norm with "
+            "training=True, random numbers, and BatchNorm layers with track_running_stats=False"
+        )
+    return (
+        "export it again in eval mode: call module.eval() before torch.onnx.export, and leave out "
+        "training=TrainingMode.TRAINING; kd_pipeline.export_onnx does so"
+    )

@@ -1,0 +1,253 @@
+"""What `open_teacher` finds with a few images, on modules and ONNX files of each kind, and on sound ones."""
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn.functional import batch_norm, dropout
+
+from kd_pipeline.errors import TeacherError
+from kd_pipeline.models.input_adapter import Normalization
+from kd_pipeline.teachers.class_order import match_classes
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.outputs_check import check_outputs, probability_problem
+from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
+from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images
+
+ONNX_BACKENDS = ["onnxruntime", "openvino"]
+
+
+class Changed(nn.Module):
+    """A network with changed logits."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.change = LogitsOnly(), change
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.change(self.net(images))
+
+
+class Normalized(nn.Module):
+    """Normalizes its images with the statistics of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = LogitsOnly()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(batch_norm(images, None, None, training=True))
+
+
+def problems_of(module: nn.Module, **options: object) -> tuple[str, ...]:
+    teacher = open_teacher(TeacherSettings(**options), module=module, image_shape=IMAGE_SHAPE)
+    teacher.close()
+    return teacher.problems
+
+
+def save_onnx(path: Path, nodes: list[onnx.NodeProto], **constants: object) -> Path:
+    """A model from `images` to `logits` `[N, 5]`, which starts with `nodes` from `images` to `x` `[N, 192]`."""
+    rng = np.random.default_rng(0)
+    arrays = {"weight": rng.normal(size=(192, 5)).astype(np.float32), **constants}
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("MatMul", ["x", "weight"], ["logits"])],
+        "net",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 5])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"precision": "fp16"}, {"max_batch": 1}])
+def test_sound_module_has_no_problems(options: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
+    assert problems_of(ConvNet(), **options) == ()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("backend", ONNX_BACKENDS)
+def test_sound_file_has_no_problems(exported: Callable[[int], Path], backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    teacher = open_teacher(TeacherSettings(backend=backend, onnx=exported(0)), image_shape=IMAGE_SHAPE, strict=True)
+    assert teacher.problems == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda logits: dropout(logits, 0.1, training=True),
+        lambda logits: logits + 0.01 * torch.randn_like(logits),
+    ],
+    ids=["dropout", "noise"],
+)
+def test_random_outputs_are_found(change: Callable[[Tensor], Tensor]) -> None:
+    (problem,) = problems_of(Changed(change))
+    assert "when the same 3 images are run again" in problem and "dropout is active" in problem
+    assert "training=True" in problem  # what to look for in a module, which is in eval mode already
+
+
+def test_random_numbers_of_the_run_stay() -> None:
+    teacher = open_teacher(TeacherSettings(), module=Changed(torch.rand_like), image_shape=IMAGE_SHAPE)
+    state = torch.get_rng_state()
+    assert check_outputs(teacher, image_shape=IMAGE_SHAPE, normalization=Normalization())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_state_between_calls_is_found() -> None:
+    class Counting(LogitsOnly):
+        calls = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(images) + torch.arange(NUM_CLASSES) * self.calls
+
+    (problem,) = problems_of(Counting())
+    assert "are run again" in problem
+
+
+@pytest.mark.parametrize(
+    "module", [Normalized(), nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), LogitsOnly())]
+)
+def test_batch_statistics_are_found(module: nn.Module) -> None:
+    (problem,) = problems_of(module)
+    assert "when the rest of its batch changes" in problem and "BatchNorm is in training mode" in problem
+    assert "track_running_stats=False" in problem
+
+
+def test_batch_statistics_of_last_layer_are_found() -> None:
+    """Which refuses a single image."""
+    with pytest.raises(TeacherError, match=r"BatchNorm is in training mode.* fails on a single image"):
+        problems_of(Changed(lambda logits: batch_norm(logits, None, None, training=True)))
+
+
+@pytest.mark.parametrize("backend", ONNX_BACKENDS)
+def test_file_in_training_mode_is_found(tmp_path: Path, backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    norm = helper.make_node("BatchNormalization", ["images", *"gbmv"], ["y", "m2", "v2"], training_mode=1)
+    path = save_onnx(
+        tmp_path / "net.onnx",
+        [norm, helper.make_node("Flatten", ["y"], ["x"])],
+        **{name: np.full(3, value, np.float32) for name, value in {"g": 1, "b": 0, "m": 0, "v": 1}.items()},
+    )
+    (problem,) = open_teacher(TeacherSettings(backend=backend, onnx=path)).problems
+    assert "BatchNorm is in training mode" in problem and "module.eval() before torch.onnx.export" in problem
+
+
+@pytest.mark.parametrize("backend", ONNX_BACKENDS)
+@pytest.mark.parametrize("num_baked", [1, 2, 3, 32])
+def test_fixed_batch_is_refused(tmp_path: Path, backend: str, num_baked: int) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    reshape = helper.make_node("Reshape", ["images", "sizes"], ["x"])
+    path = save_onnx(tmp_path / "net.onnx", [reshape], sizes=np.array([num_baked, 192]))
+    with pytest.raises(TeacherError, match="a batch size is fixed inside the model"):
+        open_teacher(TeacherSettings(backend=backend, onnx=path))
+
+
+def test_wrong_number_of_rows_is_refused_in_any_call() -> None:
+    teacher = open_teacher(TeacherSettings(), module=ConvNet(), image_shape=IMAGE_SHAPE)
+    infer = teacher._infer
+    teacher._infer = lambda images: {**infer(images), "features": infer(images)["features"].flatten(0, 1)}
+    with pytest.raises(TeacherError, match=r"'features' \[128, 8, 8\] for 4 images: a batch size is fixed"):
+        teacher(random_images(4))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_softmax_is_found(precision: str) -> None:
+    (problem,) = problems_of(Changed(lambda logits: logits.softmax(dim=1)), precision=precision)
+    assert "each row sums to 1" in problem and "without the softmax at its end" in problem
+    assert "at most 12.5% for the likeliest of 10 classes, where 10.0% is chance" in problem
+
+
+def test_sigmoid_is_found() -> None:
+    (problem,) = problems_of(Changed(lambda logits: torch.sigmoid(3 * logits)))
+    assert "all between 0 and 1" in problem and "without the sigmoid at its end" in problem
+
+
+@pytest.mark.parametrize("change", [lambda logits: logits.log_softmax(dim=1), torch.relu])
+def test_log_softmax_and_relu_are_logits(change: Callable[[Tensor], Tensor]) -> None:
+    assert problems_of(Changed(change)) == ()
+
+
+def test_share_at_temperature_4_is_that_of_torch() -> None:
+    problem = probability_problem(torch.eye(7))
+    assert problem is not None and f"at most {(torch.eye(7) / 4).softmax(1).max():.1%}" in problem
+    assert probability_problem(torch.ones(3, 1)) is None  # a single class
+
+
+def test_excluded_classes_are_no_problem() -> None:
+    def exclude(logits: Tensor) -> Tensor:
+        return torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], -math.inf)], dim=1)
+
+    assert problems_of(Changed(exclude)) == ()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_found(value: float) -> None:
+    (problem,) = problems_of(Changed(lambda logits: torch.where(logits > 0, value, logits)))
+    assert "'logits' with NaN or inf" in problem
+
+
+def test_constant_outputs_are_found() -> None:
+    (problem,) = problems_of(Changed(lambda logits: torch.zeros_like(logits) + torch.arange(10.0)))
+    assert "the same logits for every image" in problem
+
+
+def test_members_are_checked_and_named(exported: Callable[[int], Path], tmp_path: Path) -> None:
+    softmax = onnx.load(exported(0))
+    (logits,) = [output.name for output in softmax.graph.output if output.name == "logits"]
+    for node in softmax.graph.node:
+        node.output[:] = ["inner" if name == logits else name for name in node.output]
+    softmax.graph.node.append(helper.make_node("Softmax", ["inner"], [logits], axis=1))
+    onnx.save(softmax, tmp_path / "softmax.onnx")
+    members = [TeacherSettings(backend="onnxruntime", onnx=file) for file in (exported(1), tmp_path / "softmax.onnx")]
+    (problem,) = open_teacher(EnsembleSettings(members=members), image_shape=IMAGE_SHAPE).problems
+    assert problem.startswith("member 1: ") and "without the softmax" in problem
+
+
+def test_reordered_teacher_keeps_its_problems(exported: Callable[[int], Path]) -> None:
+    teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0)), image_shape=IMAGE_SHAPE)
+    teacher.problems = ("something",)
+    assert match_classes(teacher, CLASSES[::-1]).problems == ("something",)
+
+
+def test_problem_is_a_warning_and_strict_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    module = Changed(lambda logits: logits.softmax(dim=1))
+    problems = problems_of(module)
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == list(problems)
+    with pytest.raises(TeacherError, match=r"without the softmax .* probe\.strict: false"):
+        open_teacher(TeacherSettings(), module=module, image_shape=IMAGE_SHAPE, strict=True)
+    # What the message advises works.
+    sound = Changed(nn.Identity())
+    assert open_teacher(TeacherSettings(), module=sound, image_shape=IMAGE_SHAPE, strict=True).problems == ()
+
+
+def test_open_teacher_is_asked_too() -> None:
+    teacher = open_teacher(TeacherSettings(), module=Normalized(), image_shape=IMAGE_SHAPE)
+    teacher.problems = ()
+    assert open_teacher(teacher, image_shape=IMAGE_SHAPE) is teacher and len(teacher.problems) == 1
+
+
+def test_float16_images() -> None:
+    options = {"image_shape": IMAGE_SHAPE, "dtype": torch.float16, "strict": True}
+    assert open_teacher(TeacherSettings(), module=ConvNet(), **options).problems == ()
+
+
+@pytest.mark.slow
+def test_compiled_module_is_not_compiled_for_the_check() -> None:
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    teacher = open_teacher(TeacherSettings(compile=True), module=LogitsOnly(), image_shape=IMAGE_SHAPE)
+    assert teacher.problems == () and counters["unique_graphs"] == before
+    teacher(random_images(4))
+    assert counters["unique_graphs"] == before + 1
