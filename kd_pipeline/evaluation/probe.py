@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,9 +15,11 @@ from torch import Tensor
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
+from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.outputs_check import probability_problem
 from kd_pipeline.teachers.recorded.recording import Recording
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ class ProbeReport:
 
     num_samples: int
     """Labeled images that the teacher was run on."""
+    is_augmented: bool
+    """Whether they were augmented as for training, which costs accuracy compared to the images of an evaluation."""
     top1: float
     """Fraction of samples whose label is the top prediction."""
     chance: float
@@ -97,9 +101,10 @@ def probe_teacher(
         )
     if not report.problems:
         _logger.info(
-            "teacher probe: top-1 %.1f%% on %d training images (chance %.1f%%), mean confidence %.2f",
+            "teacher probe: top-1 %.1f%% on %d training images%s (chance %.1f%%), mean confidence %.2f",
             100 * report.top1,
             report.num_samples,
+            ", augmented as for training" if report.is_augmented else "",
             100 * report.chance,
             report.mean_confidence,
         )
@@ -149,7 +154,19 @@ def run_probe(
             config, teacher=teacher, shard=Shard(), training=training, shuffle=True, **EACH_IMAGE_ONCE
         ) as loader:
             labels_N, logits_NK = _first_rows(loader, settings.num_samples)
-    return _judge(labels_N, logits_NK, settings.min_factor, training.classes)
+    report = _judge(
+        labels_N,
+        logits_NK,
+        settings.min_factor,
+        training.classes,
+        is_augmented=isinstance(train.transform, TrainTransform),
+    )
+    # What was found when the teacher was opened is known already.
+    known = " ".join(teacher.problems) if isinstance(teacher, Teacher) else ""
+    problem = probability_problem(logits_NK)
+    if problem is None or problem in known:
+        return report
+    return replace(report, problems=(*report.problems, f"the logits {problem}"))
 
 
 def _first_rows(loader: KDDataLoader, num_samples: int) -> tuple[Tensor, Tensor]:
@@ -174,7 +191,14 @@ def _recorded_rows(recording: Recording, labels: NDArray[np.int64], num_samples:
     return torch.from_numpy(labels[sample]), recording.read(0, position)["logits"]
 
 
-def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tuple[str, ...] | None) -> ProbeReport:
+def _judge(
+    labels_N: Tensor,
+    logits_NK: Tensor,
+    min_factor: float,
+    classes: tuple[str, ...] | None,
+    *,
+    is_augmented: bool = False,
+) -> ProbeReport:
     num_samples, num_classes = logits_NK.shape
     predicted_N = logits_NK.argmax(dim=1)
     predicted_K = predicted_N.bincount(minlength=num_classes)
@@ -200,6 +224,7 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
     permutation = _permutation(labels_N, predicted_N, required_top1, classes)
     if num_bad_rows < num_samples and (top1 < required_top1 or permutation is not None):
         facts = f"top-1 is {top1:.1%}, chance {chance:.1%}, required {required_top1:.1%}"
+        facts += " on images augmented as for training" if is_augmented else ""
         hint = (
             _constant(predicted_N, classes)
             or _shift(labels_N, predicted_N, required_top1)
@@ -210,6 +235,7 @@ def _judge(labels_N: Tensor, logits_NK: Tensor, min_factor: float, classes: tupl
         problems.append(f"{facts}: {hint}")
     return ProbeReport(
         num_samples=num_samples,
+        is_augmented=is_augmented,
         top1=top1,
         chance=chance,
         required_top1=required_top1,
