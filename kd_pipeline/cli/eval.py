@@ -11,8 +11,9 @@ __all__ = ["add_to"]
 
 _EXAMPLES = """\
 examples:
-  kd-pipeline eval -c configs/digits_all_stages.yaml runs/digits runs/digits/teacher
-  kd-pipeline eval -c my.yaml --split test student.onnx teacher.engine runs/mine --metric CohenKappa
+  kd-pipeline eval -c my.yaml                     (the teacher of the config)
+  kd-pipeline eval -c my.yaml runs/mine           (the run, its teacher, and how far they agree)
+  kd-pipeline eval -c my.yaml --split test student.onnx runs/mine --teacher teacher.engine --metric CohenKappa
 """
 
 
@@ -21,7 +22,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     commands.add_parser(
         "eval",
         parents=[common],
-        help="compare accuracy, agreement, latency and size of runs, ONNX files and engines",
+        help="compare accuracy, agreement, latency and size of runs, ONNX files, engines and the config's teacher",
         epilog=_EXAMPLES,
         add_options=_add_options,
         run=_run,
@@ -29,10 +30,19 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="describes the data")
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder of a run, ONNX file or engine")
+    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="describes data and teacher")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="folder of a run, ONNX file or engine")
     parser.add_argument("--split", default="val", help="split to evaluate on (default: val)")
-    parser.add_argument("--teacher", metavar="MODEL", help="model to measure agreement with")
+    teacher = parser.add_mutually_exclusive_group()
+    teacher.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        default="config",
+        help="model to measure agreement with (default: the config's teacher, which then has a row)",
+    )
+    teacher.add_argument(
+        "--no-teacher", action="store_const", dest="teacher", const=None, help="leave out the config's teacher"
+    )
     parser.add_argument(
         "--metric",
         action="append",

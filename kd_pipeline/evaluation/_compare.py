@@ -89,7 +89,8 @@ def compare(
     Args:
         models: networks and teachers by name, on the loader's device.
         loader: the split; see `evaluate`.
-        reference: the network or teacher for `agreement` and `kl`; defaults to the loader's teacher, if any.
+        reference: the network or teacher for `agreement` and `kl`, which its own row does not have; defaults to the
+            loader's teacher, if any.
         metrics: see `evaluate`.
         files: the files that a model was opened from, by its name, for its size.
         report: called with a line of progress for each model.
@@ -100,7 +101,7 @@ def compare(
     rows = []
     for name, model in models.items():
         report(f"evaluating {name}")
-        evaluation = evaluate(model, loader, reference=reference, metrics=metrics)
+        evaluation = evaluate(model, loader, reference=None if model is reference else reference, metrics=metrics)
         cost = measure_cost(model, next(iter(loader)).images, files=(files or {}).get(name, ()))
         rows.append(ComparisonRow(name=name, evaluation=evaluation, cost=cost))
     return Comparison(tuple(rows))

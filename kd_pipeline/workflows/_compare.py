@@ -1,27 +1,39 @@
-"""Compare saved models on a split of a config: runs, ONNX files and engines."""
+"""Compare saved models on a split of a config: runs, ONNX files, engines, and the config's own teacher."""
 
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import nn
 
 from kd_pipeline.config.config import Config
+from kd_pipeline.errors import ConfigError, KDPipelineError
 from kd_pipeline.evaluation._compare import Comparison, compare
 from kd_pipeline.evaluation._evaluate import MetricSettings, open_metrics
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.loader.loader import KDDataLoader, open_config_teacher
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings, is_recording
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
+from kd_pipeline.workflows.teacher import with_trained_weights
 
-__all__ = ["compare_files"]
+__all__ = ["TEACHER", "compare_files"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+TEACHER = "teacher of the config"
+"""Name of the row of the config's own teacher."""
 
 
 def compare_files(
     config: Config,
-    models: Sequence[str | os.PathLike[str]],
+    models: Sequence[str | os.PathLike[str]] = (),
     *,
     split: str = "val",
-    teacher: str | os.PathLike[str] | None = None,
+    teacher: str | os.PathLike[str] | Literal["config"] | None = "config",
     metrics: Sequence[MetricSettings] = (),
     plugins: Collection[str] = (),
     report: Callable[[str], object] = lambda line: None,
@@ -29,16 +41,18 @@ def compare_files(
     """Open the models, match their classes to those of the data, and compare them on a split of `config`.
 
     Args:
-        config: describes the data; its own teacher is not opened.
+        config: describes the data, and the teacher if it has one.
         models: folders of finished runs, ONNX files and engines; the rows are named as these are written.
         split: the split.
-        teacher: the model to measure agreement with; defaults to none.
+        teacher: the model to measure agreement with: a path, or None for none; or `"config"` for the config's teacher,
+            with the weights of its run if there are, which then has the first row. A config without a teacher, or with
+            one that cannot run here, is compared without, and a warning says why.
         metrics: further metrics.
         plugins: modules that factories and custom metrics may come from.
         report: called with a line of progress for each model.
 
     Raises:
-        ConfigError: there is no such model or split, or a metric is unknown.
+        ConfigError: there is no such model or split, nothing to compare, or a metric is unknown.
         DataError, TeacherError: the data or a model cannot be read, or they do not fit together.
     """
     opened_metrics = open_metrics(metrics, plugins=plugins)
@@ -58,8 +72,19 @@ def compare_files(
             stack.callback(model.close)
             return model
 
-        reference = None if teacher is None else open_one(teacher).model
-        opened = {os.fspath(path): open_one(path) for path in models}
+        opened: dict[str, OpenedModel] = {}
+        reference: nn.Module | Teacher | None = None
+        if teacher == "config":
+            own = _open_own_teacher(config, split, loader.classes, plugins, is_required=not models)
+            if own is not None:
+                reference = own.model
+                opened[TEACHER] = own
+                stack.callback(own.close)
+        elif teacher is not None:
+            reference = open_one(teacher).model
+        opened |= {os.fspath(path): open_one(path) for path in models}
+        if not opened:
+            raise ConfigError("there is nothing to compare: name a run, an ONNX file or an engine")
         return compare(
             {name: each.model for name, each in opened.items()},
             loader,
@@ -68,3 +93,46 @@ def compare_files(
             files={name: each.files for name, each in opened.items()},
             report=report,
         )
+
+
+def _open_own_teacher(
+    config: Config, split: str, classes: Sequence[str] | None, plugins: Collection[str], *, is_required: bool
+) -> OpenedModel | None:
+    """The teacher of `config`; None if it has none that can run.
+
+    Raises:
+        ConfigError, TeacherError: that, if it is required.
+    """
+    if config.teacher is None and not is_required:
+        return None
+    try:
+        if config.teacher is None:
+            raise ConfigError(
+                "there is nothing to compare: name a run, an ONNX file or an engine, or set teacher in the config"
+            )
+        if is_recording(config.teacher):
+            raise ConfigError(
+                f"the config's teacher is the recording {config.teacher.path}, which has outputs for training images "
+                "only; name the teacher that was recorded with --teacher"
+            )
+        settings = config.teacher
+        if isinstance(settings, TeacherSettings):
+            settings = with_trained_weights(config, settings)
+        config = config.model_copy(update={"teacher": settings})
+        teacher = open_config_teacher(config, classes, plugins=plugins, split=split)
+    except KDPipelineError as error:
+        if is_required:
+            raise
+        _logger.warning("compared without the config's teacher: %s", error)
+        return None
+    assert isinstance(teacher, Teacher)  # and no recording
+    members = settings.members if isinstance(settings, EnsembleSettings) else (settings,)
+    return OpenedModel(
+        teacher, teacher.classes, tuple(file for each in members for file in _files(each)), teacher.close
+    )
+
+
+def _files(settings: TeacherSettings) -> list[Path]:
+    """The files that a teacher is opened from."""
+    checkpoint = None if settings.model is None else settings.model.checkpoint
+    return [file for file in (settings.onnx, settings.engine, checkpoint) if file is not None]

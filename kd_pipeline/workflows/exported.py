@@ -44,6 +44,8 @@ DESCRIPTION, WEIGHTS, ONNX, ENGINE = "model.json", "model.safetensors", "model.o
 
 _BACKENDS = {".onnx": "onnx", ".engine": "engine", ".plan": "engine", ".trt": "engine"}
 """The teacher setting that opens a file with this suffix."""
+_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar")
+"""Suffixes of files with weights alone."""
 _AGAIN = "run the command of the run again, which exports its model again"
 
 _logger = logging.getLogger("kd_pipeline")
@@ -141,7 +143,7 @@ def read_exported(path: Path) -> tuple[Path, Exported] | None:
         if not (folder / DESCRIPTION).is_file():
             raise ConfigError(f"{path} is not the folder of a finished run: it has no exported/{DESCRIPTION}")
     elif path.suffix not in _BACKENDS:
-        raise ConfigError(f"{path} is neither the folder of a run nor an .onnx or .engine file")
+        raise ConfigError(_no_model(path))
     description = folder / DESCRIPTION
     if not description.is_file():
         return None
@@ -212,6 +214,21 @@ def _open_network(
             network = nn.Sequential(network, _PermuteLogits(_positions(folder, known, classes)))
         known = tuple(classes)
     return OpenedModel(network.to(device, dtype).eval(), known, (weights,), lambda: None)
+
+
+def _no_model(path: Path) -> str:
+    """Why `path`, which is no folder, is not opened, and what to do instead."""
+    found = f"{path} is neither the folder of a run nor an .onnx or .engine file"
+    if not path.exists():
+        return f"{found}; nothing is at this path"
+    if path.suffix not in _CHECKPOINTS:
+        return found
+    network = f"teacher: {{model: {{timm: resnet50, checkpoint: {path}}}}}"
+    return (
+        f"{found}, but a checkpoint, which holds weights without the network. If a run wrote it, name the folder of "
+        f"the run. Else name its network in a config, such as {network}, and run kd-pipeline eval -c CONFIG without a "
+        "model; or export the network with kd_pipeline.export_onnx"
+    )
 
 
 class _PermuteLogits(nn.Module):
