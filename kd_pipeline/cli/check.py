@@ -1,12 +1,14 @@
 """`kd-pipeline check`."""
 
 import argparse
+import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
 
 if TYPE_CHECKING:
-    from kd_pipeline.workflows._check import CheckReport, SplitReport, TeacherReport
+    from kd_pipeline.workflows._check import CheckReport, Finding, SplitReport, TeacherReport
 
 __all__ = ["add_to"]
 
@@ -15,8 +17,10 @@ examples:
   kd-pipeline check -c my.yaml
   kd-pipeline check -c my.yaml --images 10000 data.batch_size=64
 
-The exit status is 1 if there is a problem.
+The exit status is 1 if a training would stop or be wrong.
 """
+_WIDTH = 120
+"""Of the table of findings."""
 _MOST_NAMED = 10
 """Unreadable files to print per split; all are in `check.json`."""
 
@@ -26,7 +30,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     commands.add_parser(
         "check",
         parents=[common],
-        help="check a config before training: do all images decode, what do the models see, how good is the teacher",
+        help="check a config before training: settings, lists, images, teacher and student, and what to do",
         epilog=_EXAMPLES,
         add_options=_add_options,
         run=_run,
@@ -65,8 +69,37 @@ def _lines(found: "CheckReport") -> list[str]:
         lines.append(_teacher(found.teacher))
     if found.grid is not None:
         lines.append(f"first training batch as the models see it: {found.grid}")
-    lines += [f"problem: {problem}" for problem in found.problems] or ["no problems"]
-    return lines
+    return [*lines, *_findings(found.findings), _verdict(len(found.problems))]
+
+
+def _findings(findings: Sequence["Finding"]) -> list[str]:
+    """The table of findings; nothing if there are none."""
+    if not findings:
+        return []
+    width = max(len("where"), *(len(finding.where) for finding in findings)) + 2
+    lines = ["", f"{'':<7}{'where':<{width}}what was found, and what to do"]
+    for finding in findings:
+        text = finding.message.removeprefix(f"{finding.where}: ")
+        indent = " " * (7 + width)
+        lines += textwrap.wrap(
+            text,
+            _WIDTH,
+            initial_indent=f"{finding.severity:<7}{finding.where:<{width}}",
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return [*lines, ""]
+
+
+def _verdict(num_problems: int) -> str:
+    match num_problems:
+        case 0:
+            return "no problems"
+        case 1:
+            return "1 problem: a training would stop, or be wrong"
+        case _:
+            return f"{num_problems} problems: a training would stop, or be wrong"
 
 
 def _row(split: "SplitReport") -> str:
@@ -81,7 +114,10 @@ def _row(split: "SplitReport") -> str:
 def _teacher(teacher: "TeacherReport") -> str:
     known = ""
     if (probe := teacher.probe) is not None:
-        known = f": top-1 {probe.top1:.1%} on {probe.num_samples} training images (chance {probe.chance:.1%})"
+        augmented = ", augmented as for training" if probe.is_augmented else ""
+        known = (
+            f": top-1 {probe.top1:.1%} on {probe.num_samples} training images{augmented} (chance {probe.chance:.1%})"
+        )
     return f"teacher, {teacher.backend} in {teacher.precision}{known}"
 
 

@@ -14,7 +14,13 @@ from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import DESCRIPTION, ONNX, WEIGHTS, read_exported
 
-__all__ = ["check_no_input_adapter", "open_run_teacher", "starts_without_teacher", "with_trained_weights"]
+__all__ = [
+    "check_no_input_adapter",
+    "check_recording",
+    "open_run_teacher",
+    "starts_without_teacher",
+    "with_trained_weights",
+]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -45,6 +51,24 @@ def open_run_teacher(
     if isinstance(config.teacher, TeacherSettings):
         config = config.model_copy(update={"teacher": with_trained_weights(config, config.teacher)})
     return open_config_teacher(config, classes, plugins=plugins)
+
+
+def check_recording(config: Config, recording: Recording) -> None:
+    """Check that a recording has what the training of `config` needs.
+
+    Raises:
+        ConfigError: it has fewer epochs, or validation needs outputs that it does not have.
+    """
+    if recording.num_epochs < config.train.epochs:
+        raise ConfigError(
+            f"train.epochs is {config.train.epochs} and the recording in {recording.path} has {recording.num_epochs} "
+            "complete epochs; train for fewer, or record more: kd-pipeline record resumes where it stopped"
+        )
+    if config.train.compare_with_teacher:
+        raise ConfigError(
+            "train.compare_with_teacher runs the teacher on validation images, and a recording has outputs for "
+            "training images only; set it to false"
+        )
 
 
 def with_trained_weights(config: Config, teacher: TeacherSettings) -> TeacherSettings:

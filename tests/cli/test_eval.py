@@ -1,11 +1,14 @@
 """`kd-pipeline eval`."""
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from kd_pipeline.cli import main
@@ -13,6 +16,7 @@ from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.training.settings import ExportSettings
+from kd_pipeline.workflows._compare import TEACHER
 from kd_pipeline.workflows.exported import export_student
 
 CONFIG = """
@@ -32,10 +36,16 @@ def config(photo_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(finished: Path, tmp_path: Path) -> Path:
     """The folder of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; read only."""
     settings = ModelSettings(builtin="small_resnet", num_classes=3, kwargs={"width": 4})
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("finished")
     export_student(
         open_model(settings).eval(),
         settings,
@@ -74,6 +84,7 @@ def test_teacher_can_be_a_run(config: Path, run: Path, capsys: pytest.CaptureFix
         ("model.pt", "model.pt is neither the folder of a run nor an .onnx or .engine file"),
         (".", "is not the folder of a finished run: it has no exported/model.json"),
         ("nowhere.onnx", "nowhere.onnx: there is no such file"),
+        ("runs/mien", "runs/mien is neither the folder of a run nor an .onnx or .engine file; nothing is at this path"),
     ],
 )
 def test_invalid_model_is_one_message(
@@ -83,6 +94,87 @@ def test_invalid_model_is_one_message(
     assert main(["eval", "-c", str(config), model]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_checkpoint_is_told_what_to_do(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And following it works."""
+    monkeypatch.chdir(tmp_path)
+    settings = ModelSettings(builtin="small_resnet", num_classes=3, kwargs={"width": 4})
+    torch.save(open_model(settings).state_dict(), "teacher.pt")
+    assert main(["eval", "-c", str(config), "teacher.pt"]) == 1
+    error = capsys.readouterr().err
+    assert "but a checkpoint, which holds weights without the network" in error
+    (advised,) = re.findall(r"teacher: \{model: \{timm: resnet50, (checkpoint: \S+)\}\}, and run", error)
+    with config.open("a", encoding="utf-8") as file:
+        network = "builtin: small_resnet, num_classes: 3, kwargs: {width: 4}"
+        file.write(f"teacher: {{model: {{{network}, {advised}}}}}\n")
+    assert main(["eval", "-c", str(config)]) == 0
+    assert TEACHER in capsys.readouterr().out
+
+
+@pytest.fixture
+def taught(config: Path, run: Path) -> Path:
+    """The config, with an exported network as its teacher."""
+    with config.open("a", encoding="utf-8") as file:
+        file.write(f"teacher: {{backend: onnxruntime, onnx: {run / 'exported' / 'model.onnx'}}}\n")
+    return config
+
+
+def test_teacher_of_config_is_evaluated(taught: Path, tmp_path: Path) -> None:
+    out = tmp_path / "metrics.json"
+    assert main(["eval", "-c", str(taught), "--out", str(out)]) == 0
+    metrics = json.loads(out.read_text())
+    assert list(metrics) == [TEACHER] and metrics[TEACHER]["num_samples"] == 37
+
+
+def test_teacher_of_config_is_the_reference(taught: Path, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "metrics.json"
+    assert main(["eval", "-c", str(taught), str(run), "--out", str(out)]) == 0
+    metrics = json.loads(out.read_text())
+    assert list(metrics) == [TEACHER, str(run)]
+    assert metrics[str(run)]["agreement"] == 1 and metrics[TEACHER]["agreement"] is None
+    assert metrics[TEACHER]["confusion"] == metrics[str(run)]["confusion"]
+
+
+@pytest.mark.parametrize("option", [["--no-teacher"], ["--teacher", "RUN"]])
+def test_teacher_of_config_can_be_left_out(taught: Path, run: Path, tmp_path: Path, option: list[str]) -> None:
+    out = tmp_path / "metrics.json"
+    option = [str(run) if each == "RUN" else each for each in option]
+    assert main(["eval", "-c", str(taught), str(run), "--out", str(out), *option]) == 0
+    metrics = json.loads(out.read_text())
+    assert list(metrics) == [str(run)] and (metrics[str(run)]["agreement"] is None) == (len(option) == 1)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "reason"),
+    [
+        ("{onnx: gone.onnx}", "gone.onnx: there is no such file"),
+        ("{path: recording}", "which has outputs for training images only"),
+        ("{model: {builtin: small_resnet}}", "teacher.model has random weights"),
+    ],
+)
+def test_teacher_that_cannot_run_is_left_out(
+    config: Path,
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    teacher: str,
+    reason: str,
+) -> None:
+    arguments = ["eval", "-c", str(config), "--set", f"teacher={teacher}"]
+    assert main([*arguments, str(run)]) == 0
+    (message,) = [each for each in caplog.messages if "compared without the config's teacher" in each]
+    assert reason in message and TEACHER not in capsys.readouterr().out
+    assert main(arguments) == 1  # nothing else to evaluate
+    assert reason in capsys.readouterr().err
+
+
+def test_nothing_to_evaluate_is_one_message(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ([], ["--no-teacher"]):
+        assert main(["eval", "-c", str(config), *option]) == 1
+        assert "there is nothing to compare: name a run" in capsys.readouterr().err
 
 
 @pytest.mark.slow

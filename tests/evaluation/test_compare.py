@@ -101,3 +101,12 @@ def test_compare_evaluates_and_times_every_model(photo_folder: Path, exported) -
     assert network.cost.num_parameters and network.cost.num_bytes is None and network.cost.batch_size == 8
     assert of_teacher.cost.num_bytes == exported(0).stat().st_size
     assert len(found.table().splitlines()) == 6
+
+
+def test_reference_is_not_compared_with_itself(photo_folder: Path) -> None:
+    teacher = ConvNet()
+    models = {"teacher": teacher, "student": ConvNet(1)}
+    with KDDataLoader(ImageFolder(photo_folder), EVAL, batch_size=8, shuffle=False, device="cpu") as loader:
+        of_teacher, of_student = compare(models, loader, reference=teacher).rows
+    assert of_teacher.evaluation.agreement is None and of_teacher.evaluation.kl is None
+    assert of_student.evaluation.agreement is not None

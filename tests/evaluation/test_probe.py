@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.settings import DataSettings, SplitSettings
 from kd_pipeline.data.sources.base import ArraysSettings
-from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.evaluation.probe import ProbeReport, ProbeSettings, _judge, probe_teacher
+from kd_pipeline.evaluation.probe import ProbeReport, ProbeSettings, _judge, probe_teacher, run_probe
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -107,7 +107,19 @@ def test_good_teacher_passes_with_one_line(tmp_path, caplog) -> None:
     assert sum(report.predicted) == 400 and min(report.predicted) > 30
     (record,) = caplog.records
     assert record.levelno == logging.INFO
-    assert record.getMessage().startswith("teacher probe: top-1 ") and "400 training images" in record.getMessage()
+    line = record.getMessage()
+    assert line.startswith("teacher probe: top-1 ") and "400 training images, augmented as for training (" in line
+    assert report.is_augmented
+
+
+def test_unaugmented_images_are_called_that(tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, "kd_pipeline")
+    transform = EvalTransform(size=SIZE, resize=SIZE, **PLAIN)
+    config = colors(tmp_path)
+    split = config.data.train.model_copy(update={"transform": transform})
+    config = replace(config, data=config.data.model_copy(update={"train": split}))
+    assert not probed(config, ColorNet()).is_augmented
+    assert "400 training images (chance" in caplog.messages[-1]
 
 
 def test_num_samples_independent_of_batch_size(tmp_path) -> None:
@@ -202,6 +214,38 @@ def test_two_classes_need_three_quarters(tmp_path) -> None:
     config = colors(tmp_path, label_of=lambda k: k % 2, classes=("even", "odd"))
     report = probed(config, Spoilt(lambda logits: logits.view(-1, 5, 2).amax(dim=1)))
     assert report.problems == () and report.required_top1 == pytest.approx(0.75, abs=0.01)
+
+
+def sharp_sigmoid(logits: Tensor) -> Tensor:
+    """What a network for independent classes returns: near 1 for a single one, and on unknown images for none."""
+    return torch.sigmoid(logits + 12)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "layer"), [(lambda logits: logits.softmax(dim=1), "softmax"), (sharp_sigmoid, "sigmoid")]
+)
+def test_finds_probabilities_on_real_images(tmp_path, spoil, layer: str) -> None:
+    config, teacher = colors(tmp_path), teacher_of(Spoilt(spoil))
+    found = teacher.problems
+    teacher.problems = ()  # as if the generated images had shown nothing
+    report = run_probe(config, teacher)
+    assert report is not None
+    (problem,) = report.problems
+    assert f"without the {layer} at its end" in problem and report.top1 > 0.9
+    if found:  # it is not reported a second time
+        teacher.problems = found
+        again = run_probe(config, teacher)
+        assert again is not None and again.problems == ()
+    with pytest.raises(TeacherError, match=f"without the {layer}"):
+        teacher.problems = ()
+        probe_teacher(config, teacher, ProbeSettings(strict=True))
+
+
+def test_excluded_class_is_finite(tmp_path) -> None:
+    config = colors(tmp_path, classes=None)
+    net = Spoilt(lambda logits: torch.cat([logits, torch.full_like(logits[:, :1], -math.inf)], dim=1))
+    report = probed(config, net)
+    assert report.problems == () and report.num_bad_rows == 0
 
 
 def test_counts_non_finite_rows(tmp_path) -> None:

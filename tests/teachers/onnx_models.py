@@ -45,6 +45,40 @@ def linear_model(
     return model
 
 
+def training_mode_model() -> onnx.ModelProto:
+    """BatchNorm as `torch.onnx.export(training=TrainingMode.TRAINING)` writes it."""
+    arrays = {name: np.full(3, value, np.float32) for name, value in {"g": 1, "b": 0, "m": 0, "v": 1}.items()}
+    normalize = helper.make_node("BatchNormalization", ["images", *arrays], ["y", "m2", "v2"], training_mode=1)
+    return _starting_with([normalize, helper.make_node("Flatten", ["y"], ["flat"])], arrays)
+
+
+def fixed_batch_model(num_images: int) -> onnx.ModelProto:
+    """A Reshape to a fixed number of rows, in a model whose inputs and outputs have a dynamic one."""
+    reshape = helper.make_node("Reshape", ["images", "sizes"], ["flat"])
+    return _starting_with([reshape], {"sizes": np.array([num_images, 192])})
+
+
+def softmax_model() -> onnx.ModelProto:
+    """A linear model with a softmax at its end."""
+    model = linear_model()
+    model.graph.node[-1].output[0] = "scores"
+    model.graph.node.append(helper.make_node("Softmax", ["scores"], ["logits"], axis=1))
+    return model
+
+
+def _starting_with(nodes: Sequence[onnx.NodeProto], arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """A linear model after `nodes`, which turn `images` into `flat` `[N, 192]`."""
+    arrays = {**arrays, "weight": np.random.default_rng(0).normal(size=(192, NUM_CLASSES)).astype(np.float32)}
+    graph = helper.make_graph(
+        [*nodes, helper.make_node("MatMul", ["flat", "weight"], ["logits"])],
+        "linear",
+        [helper.make_tensor_value_info(*IMAGES)],
+        [helper.make_tensor_value_info(*LOGITS)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
 def write_external(
     folder: Path, change: Callable[[TensorProto], None] | None = None, *, seed: int = 0, name: str = "weights.bin"
 ) -> Path:

@@ -5,11 +5,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, dropout
 
@@ -20,6 +18,7 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.outputs_check import check_outputs, probability_problem
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images
+from tests.teachers.onnx_models import fixed_batch_model, linear_model, softmax_model, training_mode_model
 
 ONNX_BACKENDS = ["onnxruntime", "openvino"]
 
@@ -50,21 +49,6 @@ def problems_of(module: nn.Module, **options: object) -> tuple[str, ...]:
     teacher = open_teacher(TeacherSettings(**options), module=module, image_shape=IMAGE_SHAPE)
     teacher.close()
     return teacher.problems
-
-
-def save_onnx(path: Path, nodes: list[onnx.NodeProto], **constants: object) -> Path:
-    """A model from `images` to `logits` `[N, 5]`, which starts with `nodes` from `images` to `x` `[N, 192]`."""
-    rng = np.random.default_rng(0)
-    arrays = {"weight": rng.normal(size=(192, 5)).astype(np.float32), **constants}
-    graph = helper.make_graph(
-        [*nodes, helper.make_node("MatMul", ["x", "weight"], ["logits"])],
-        "net",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["N", 3, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 5])],
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16"}, {"precision": "fp16"}, {"max_batch": 1}])
@@ -133,12 +117,8 @@ def test_batch_statistics_of_last_layer_are_found() -> None:
 def test_file_in_training_mode_is_found(tmp_path: Path, backend: str) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
-    norm = helper.make_node("BatchNormalization", ["images", *"gbmv"], ["y", "m2", "v2"], training_mode=1)
-    path = save_onnx(
-        tmp_path / "net.onnx",
-        [norm, helper.make_node("Flatten", ["y"], ["x"])],
-        **{name: np.full(3, value, np.float32) for name, value in {"g": 1, "b": 0, "m": 0, "v": 1}.items()},
-    )
+    path = tmp_path / "net.onnx"
+    onnx.save(training_mode_model(), path)
     (problem,) = open_teacher(TeacherSettings(backend=backend, onnx=path)).problems
     assert "BatchNorm is in training mode" in problem and "module.eval() before torch.onnx.export" in problem
 
@@ -148,8 +128,8 @@ def test_file_in_training_mode_is_found(tmp_path: Path, backend: str) -> None:
 def test_fixed_batch_is_refused(tmp_path: Path, backend: str, num_baked: int) -> None:
     if backend == "openvino":
         pytest.importorskip("openvino")
-    reshape = helper.make_node("Reshape", ["images", "sizes"], ["x"])
-    path = save_onnx(tmp_path / "net.onnx", [reshape], sizes=np.array([num_baked, 192]))
+    path = tmp_path / "net.onnx"
+    onnx.save(fixed_batch_model(num_baked), path)
     with pytest.raises(TeacherError, match="a batch size is fixed inside the model"):
         open_teacher(TeacherSettings(backend=backend, onnx=path))
 
@@ -203,15 +183,12 @@ def test_constant_outputs_are_found() -> None:
     assert "the same logits for every image" in problem
 
 
-def test_members_are_checked_and_named(exported: Callable[[int], Path], tmp_path: Path) -> None:
-    softmax = onnx.load(exported(0))
-    (logits,) = [output.name for output in softmax.graph.output if output.name == "logits"]
-    for node in softmax.graph.node:
-        node.output[:] = ["inner" if name == logits else name for name in node.output]
-    softmax.graph.node.append(helper.make_node("Softmax", ["inner"], [logits], axis=1))
-    onnx.save(softmax, tmp_path / "softmax.onnx")
-    members = [TeacherSettings(backend="onnxruntime", onnx=file) for file in (exported(1), tmp_path / "softmax.onnx")]
-    (problem,) = open_teacher(EnsembleSettings(members=members), image_shape=IMAGE_SHAPE).problems
+def test_members_are_checked_and_named(tmp_path: Path) -> None:
+    members = []
+    for name, model in (("sound", linear_model()), ("softmax", softmax_model())):
+        onnx.save(model, tmp_path / f"{name}.onnx")
+        members.append(TeacherSettings(backend="onnxruntime", onnx=tmp_path / f"{name}.onnx"))
+    (problem,) = open_teacher(EnsembleSettings(members=members)).problems
     assert problem.startswith("member 1: ") and "without the softmax" in problem
 
 

@@ -1,0 +1,213 @@
+"""Open teacher and student as a training would, and compute its loss on a few images."""
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kd_pipeline._core.device import resolve_device
+from kd_pipeline.batch import KDBatch
+from kd_pipeline.config.config import Config
+from kd_pipeline.data.sources import Source
+from kd_pipeline.errors import ConfigError, KDPipelineError
+from kd_pipeline.evaluation._evaluate import images_for, open_metrics
+from kd_pipeline.evaluation.probe import ProbeReport, run_probe
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.models.registry import open_model
+from kd_pipeline.report.grid import save_grid
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.recorded.recording import Recording
+from kd_pipeline.teachers.tensorrt.package import open_tensorrt
+from kd_pipeline.workflows.check_images import SKIP_UNREADABLE
+from kd_pipeline.workflows.findings import Findings
+from kd_pipeline.workflows.stage import Stage, check_config, network_of
+from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, starts_without_teacher
+
+__all__ = ["TeacherReport", "check_models"]
+
+_NUM_IMAGES = 8
+"""Images for one computation of the loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherReport:
+    """The teacher at the start of training."""
+
+    backend: str
+    precision: str
+    probe: ProbeReport | None
+    """Its accuracy on labeled training images; None if there are none."""
+
+
+def check_models(
+    config: Config,
+    training: Source | None,
+    out: Path,
+    *,
+    plugins: Collection[str],
+    findings: Findings,
+    report: Callable[[str], object],
+) -> tuple[TeacherReport | None, Path | None]:
+    """Open teacher and student, draw the first training batch, and add what is wrong with them to `findings`.
+
+    Args:
+        config: the run, with `data.train`.
+        training: the open source of the split `train`; None if it does not open.
+        out: folder of `train_batch.png`.
+        plugins: modules that factories in the config may come from.
+        findings: gets the problems.
+        report: called with lines of progress.
+
+    Returns:
+        The teacher, if it opens and fits the images, and the file with the first training batch, if there is one.
+    """
+    found, grid, batch = None, None, None
+    with ExitStack() as opened:
+        teacher = None
+        if config.teacher is not None and not starts_without_teacher(config):
+            report("the teacher")
+            with findings.part("teacher"):
+                teacher = _open_teacher(config, training, plugins)
+                opened.callback(teacher.close)
+                if isinstance(teacher, Recording):
+                    check_recording(config, teacher)
+                else:
+                    findings.add("error", "teacher", teacher.problems)
+        if training is not None:
+            report("the first training batch")
+            with findings.part("first batch"):
+                batch, grid = _draw(config, training, out, teacher)
+            if batch is None and teacher is not None:
+                teacher = None
+                with findings.part("first batch"):
+                    batch, grid = _draw(config, training, out, None)
+        if teacher is not None:
+            probe = None
+            if training is not None and config.probe is not None:
+                with findings.part("teacher"):
+                    probe = run_probe(_lenient(config, teacher), teacher, config.probe, training=training)
+                    problems = () if probe is None else probe.problems
+                    findings.add("error", "teacher", [f"teacher: {problem}" for problem in problems])
+            found = TeacherReport(teacher.backend, teacher.precision, probe)
+        for stage in _stages(config):
+            report("the network of the teacher" if stage == "teacher" else "the student")
+            with findings.part("teacher.model" if stage == "teacher" else "student"):
+                _check_student(config, stage, training, teacher, batch, plugins)
+    return found, grid
+
+
+def _stages(config: Config) -> list[Stage]:
+    """The stages to check; a config without a student is for a loop of the user's own."""
+    stages: tuple[Stage, ...] = ("teacher", "distill") if config.stage == "all" else (config.stage,)
+    return [stage for stage in stages if stage == "teacher" or config.student is not None]
+
+
+def _open_teacher(config: Config, training: Source | None, plugins: Collection[str]) -> Teacher | Recording:
+    """The teacher, whose problems are reported even if they would stop a run."""
+    probe = None if config.probe is None else config.probe.model_copy(update={"strict": False})
+    return open_run_teacher(
+        config.model_copy(update={"probe": probe}),
+        classes=None if training is None else training.classes,
+        plugins=plugins,
+    )
+
+
+def _lenient(config: Config, teacher: Teacher | Recording | None) -> Config:
+    """`config` with substitutes for unreadable images, which a recording does not have unless it was made with them."""
+    if isinstance(teacher, Recording):
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update=SKIP_UNREADABLE)})
+
+
+def _draw(config: Config, training: Source, out: Path, teacher: Teacher | Recording | None) -> tuple[KDBatch, Path]:
+    config = _lenient(config, teacher)
+    with KDDataLoader.from_config(config, teacher=teacher, training=training, run_dir=None) as loader:
+        batch = next(iter(loader))
+        grid = save_grid(batch, out / "train_batch.png", transform=loader.transform, classes=loader.classes)
+        return _first_rows(batch), grid
+
+
+def _first_rows(batch: KDBatch) -> KDBatch:
+    """A copy of the first images, which outlives the loader."""
+    return replace(
+        batch,
+        images=batch.images[:_NUM_IMAGES].clone(),
+        labels=None if batch.labels is None else batch.labels[:_NUM_IMAGES],
+        index=batch.index[:_NUM_IMAGES],
+        valid=batch.valid[:_NUM_IMAGES],
+        teacher={name: output[:_NUM_IMAGES] for name, output in batch.teacher.items()},
+    )
+
+
+def _check_student(
+    config: Config,
+    stage: Stage,
+    training: Source | None,
+    teacher: Teacher | Recording | None,
+    batch: KDBatch | None,
+    plugins: Collection[str],
+) -> None:
+    """Do what `train` does before its first step, and compute its first loss.
+
+    Raises:
+        ConfigError: what would stop it.
+    """
+    check_config(config, stage)
+    open_metrics(config.train.metrics, plugins=plugins)
+    if (engine := config.train.export.engine) is not None:
+        open_tensorrt(engine.runtime)
+    if stage == "distill" and config.teacher is None:
+        raise ConfigError("stage: distill needs a teacher: set teacher, or use stage: baseline")
+    settings = network_of(config, stage)
+    num_classes = None if training is None else training.num_classes
+    if num_classes is None and teacher is not None:
+        num_classes = teacher.outputs["logits"].shape[1]
+    if num_classes is None:
+        if training is None:
+            return  # which is the error to correct first
+        raise ConfigError("neither the data nor the teacher has a number of classes; set the classes of the source")
+    if settings.num_classes is None and settings.factory is None:
+        settings = settings.model_copy(update={"num_classes": num_classes})
+    student = open_model(settings, plugins=plugins)
+    train = config.data.split("train")
+    size = train.transform.size
+    distillation = Distillation(
+        config.distill,
+        student=student,
+        teacher_outputs=None if teacher is None or stage != "distill" else teacher.outputs,
+        image_shape=(3, size, size),
+        num_classes=num_classes,
+        labels_are_soft=train.mix is not None,
+        plugins=plugins,
+    )
+    if batch is not None:
+        _check_loss(distillation, student, batch, config)
+
+
+@torch.no_grad()
+def _check_loss(distillation: Distillation, student: nn.Module, batch: KDBatch, config: Config) -> None:
+    """Compute the loss of the untrained student on `batch`.
+
+    Raises:
+        ConfigError: it lacks labels or outputs, fails, or is NaN or inf.
+    """
+    device = resolve_device(config.data.device)
+    student, distillation = student.to(device).eval(), distillation.to(device)
+    with distillation.student_features(student) as features:
+        logits = student(images_for(student, batch.images))
+    try:
+        found = distillation(logits, features, batch, epoch=0, epochs=config.train.epochs)
+    except KDPipelineError:
+        raise
+    except Exception as exc:  # a custom loss may raise anything
+        raise ConfigError(f"distill: the loss fails on the first {len(batch)} images: {exc}") from exc
+    if not found.total.isfinite():
+        terms = ", ".join(f"{name} {float(value):g}" for name, value in found.terms.items())
+        raise ConfigError(
+            f"the first loss is not finite ({terms}); check the student's weights, the teacher's outputs and the "
+            "normalization of the images"
+        )

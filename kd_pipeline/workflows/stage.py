@@ -1,0 +1,84 @@
+"""The stages of a run: the folder and the network of each, and whether its settings fit together."""
+
+from pathlib import Path
+from typing import Literal
+
+from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.ranks import world_size
+from kd_pipeline._core.suggestions import suggest
+from kd_pipeline.config.config import Config
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.models.registry import ModelSettings
+from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.workflows.teacher import check_no_input_adapter
+
+__all__ = ["Stage", "check_config", "network_of", "stage_dir"]
+
+Stage = Literal["teacher", "baseline", "distill"]
+
+
+def stage_dir(config: Config, stage: Stage) -> Path:
+    """Where `stage` writes.
+
+    Raises:
+        ConfigError: the config has no `run_dir`.
+    """
+    if config.run_dir is None:
+        raise ConfigError("a run needs a folder: set run_dir, such as run_dir: runs/mine")
+    return config.run_dir if stage == "distill" else config.run_dir / stage
+
+
+def check_config(config: Config, stage: Stage) -> None:
+    """Check what can be checked before the data is opened, rather than after the first epoch.
+
+    Raises:
+        ConfigError: the config lacks images or a network, or asks for what is not measured or not possible.
+    """
+    if config.data.train is None:
+        raise ConfigError("a run needs images to train on: set data.train")
+    network_of(config, stage)
+    _check_sync_batchnorm(config)
+    _check_metric_names(config, stage)
+
+
+def network_of(config: Config, stage: Stage) -> ModelSettings:
+    """The network that `stage` trains.
+
+    Raises:
+        ConfigError: the config has none.
+    """
+    if stage != "teacher":
+        if config.student is None:
+            raise ConfigError("there is no student to train: set student, such as student: {timm: resnet18}")
+        return config.student
+    if not isinstance(config.teacher, TeacherSettings) or config.teacher.model is None:
+        raise ConfigError(
+            "stage: teacher trains the network of teacher.model, such as teacher: {model: {timm: resnet50}}"
+        )
+    check_no_input_adapter(config.teacher)
+    return config.teacher.model
+
+
+def _check_sync_batchnorm(config: Config) -> None:
+    if config.train.sync_batchnorm and world_size() > 1 and resolve_device(config.data.device).type == "cpu":
+        raise ConfigError(
+            f"train.sync_batchnorm: torch synchronizes BatchNorm on GPUs only, and this run uses {world_size()} CPU "
+            "processes; set it to false, or data.device to cuda"
+        )
+
+
+def _check_metric_names(config: Config, stage: Stage) -> None:
+    """Refuse to select or stop by a metric that is not measured."""
+    train, splits = config.train, config.data.validated
+    if any(metric.is_custom for metric in train.metrics):
+        return  # its names are not known before it is called
+    names = ["top1", "top5", "macro_f1", "loss", *(metric.name for metric in train.metrics)]
+    if train.compare_with_teacher and stage == "distill":
+        names += ["agreement", "kl"]
+    known = [f"{split}/{name}" for split in splits for name in names]
+    wanted = {"select_by": train.select_by if splits else None}
+    if train.early_stopping is not None:
+        wanted["early_stopping.metric"] = train.early_stopping.metric
+    for key, metric in wanted.items():
+        if metric is not None and not metric.startswith("train/") and metric not in known:
+            raise ConfigError(f"train.{key}: {metric!r} is not measured{suggest(metric, known)}")
