@@ -49,7 +49,47 @@ def test_unreadable_files_exit_with_1(folder: Path, capsys: pytest.CaptureFixtur
     named = [line for line in lines if line.startswith("train: ")]
     assert "broken_00.jpg (0 bytes): the file is empty" in named[0]
     assert len(named) == 11 and named[-1] == "train: and 2 more"
-    assert lines[-1].startswith("problem: ") and "12 of 32 images cannot be read" in "\n".join(lines)
+    table = lines[lines.index("       where       what was found, and what to do") + 1 :]
+    assert table[0].startswith("error  data.train  12 of 32 images cannot be read, and the first one ends a run")
+    assert table[-2:] == ["", "1 problem: a training would stop, or be wrong"]
+
+
+def test_every_part_has_its_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        Image.new("RGB", (60, 50), (9, 9, 9)).save(folder / "images" / "roof" / f"uniform_{number}.png")
+    overrides = [
+        f"data.val={{source: {{kind: image_folder, root: {folder}/gone}}, transform: {{preset: eval, size: 32}}}}",
+        "data.val.transform.mean=[0.5, 0.5, 0.5]",
+        f"teacher={{onnx: {folder}/gone.onnx}}",
+        f"student={{builtin: small_resnet, checkpoint: {folder}/gone.pt}}",
+    ]
+    assert main(["check", "-c", str(folder / "run.yaml"), *overrides]) == 1
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    table = lines[lines.index("       where       what was found, and what to do") + 1 : -2]
+    assert [line.split()[1] for line in table if line.startswith("error")] == [
+        "config",
+        "data.train",
+        "data.val",
+        "teacher",
+        "student",
+    ]
+    assert max(map(len, table)) <= 120 and "Traceback" not in printed.err
+    text = " ".join(" ".join(table).split())
+    for part in ("a single color in 3 of 23 images: sample 20", "gray 9", "gone.onnx", "gone.pt"):
+        assert part in text
+    assert lines[-1] == "5 problems: a training would stop, or be wrong"
+    report = json.loads((folder / "run" / "check" / "check.json").read_text())
+    assert [row["where"] for row in report["findings"]] == ["config", "data.train", "data.val", "teacher", "student"]
+    assert len(report["splits"][0]["uniform"]) == 3
+
+
+def test_notes_alone_exit_with_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "images" / "roof" / "notes.xyz").write_text("not an image")
+    assert main(["check", "-c", str(folder / "run.yaml")]) == 0
+    captured = capsys.readouterr()
+    assert "note   data.train  " in captured.out and captured.out.splitlines()[-1] == "no problems"
+    assert "notes.xyz" not in captured.err  # a warning of the library stands in the table only
 
 
 def test_options_and_overrides_reach_check(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
