@@ -37,12 +37,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     teacher.add_argument(
         "--teacher",
         metavar="MODEL",
-        default="config",
         help="model to measure agreement with (default: the config's teacher, which then has a row)",
     )
-    teacher.add_argument(
-        "--no-teacher", action="store_const", dest="teacher", const=None, help="leave out the config's teacher"
-    )
+    teacher.add_argument("--no-teacher", action="store_true", help="leave out the config's teacher")
     parser.add_argument(
         "--metric",
         action="append",
@@ -64,7 +61,7 @@ def _run(parsed: argparse.Namespace) -> int:
         load_config(parsed.config, parsed.set),
         parsed.models,
         split=parsed.split,
-        teacher=parsed.teacher,
+        teacher=parsed.teacher or (None if parsed.no_teacher else "config"),
         metrics=[checked(MetricSettings, {"name": "metric"}, name=name) for name in parsed.metric],
         plugins=parsed.plugin,
         report=print_progress,

@@ -291,23 +291,18 @@ class FileChecker:
         self._load(path)
         return self._size()
 
-    def decode(self, path: NDArray[np.uint8]) -> None:
-        """Decode all of the file `path` `[L]`.
+    def decode(self, path: NDArray[np.uint8]) -> Any:
+        """Decode all of the file `path` `[L]`; returns DALI's list with its one image.
 
         Raises:
             RuntimeError: this fails, or the header claims no pixels or more than `max_pixels`.
         """
-        self._decode(path)
-
-    def pixels(self, path: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """All pixels `[H, W, 3]` of the file `path` `[L]`.
-
-        Raises:
-            RuntimeError: as `decode`.
-        """
-        images = self._decode(path)
-        pixels: NDArray[np.uint8] = np.asarray((images if self._settings.device_id is None else images.as_cpu())[0])
-        return pixels
+        self._load(path)
+        height, width = self._size()
+        if min(height, width) < 1 or height * width > self._settings.max_pixels:
+            raise RuntimeError(f"{width}x{height} pixels, not 1 to {self._settings.max_pixels}")
+        self._extent = np.array([height, width], dtype=np.float32)
+        return self._run("pixels")[0]
 
     def require_intact(self, index: int, path: NDArray[np.uint8]) -> None:
         """Decode all of the file `path` `[L]` of sample `index`, which is then known as intact.
@@ -322,15 +317,6 @@ class FileChecker:
         """Stop all threads; the next file starts new ones."""
         self._pipelines.clear()
         self.kinds.close()
-
-    def _decode(self, path: NDArray[np.uint8]) -> Any:
-        self._load(path)
-        height, width = self._size()
-        if min(height, width) < 1 or height * width > self._settings.max_pixels:
-            raise RuntimeError(f"{width}x{height} pixels, not 1 to {self._settings.max_pixels}")
-        self._extent = np.array([height, width], dtype=np.float32)
-        (images,) = self._run("pixels")
-        return images
 
     def _load(self, path: NDArray[np.uint8]) -> None:
         file = read_file(path_of(path))

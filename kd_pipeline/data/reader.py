@@ -133,6 +133,18 @@ class Reader:
             self._ready = self._take(epoch, number, stream)
         return self._ready.pop((epoch, number))
 
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """All pixels `[H, W, 3]` of a sample, before the transform.
+
+        Raises:
+            RuntimeError: its file cannot be read.
+        """
+        data: NDArray[np.uint8] = self._source.read(np.array([index]))[0]
+        if self._source.stores == "files":
+            images = self._checker.decode(data)
+            data = np.array((images if self._settings.device_id is None else images.as_cpu())[0])
+        return data
+
     def _take(self, epoch: int, number: int, stream: Any) -> dict[tuple[int, int], ReadBatch]:
         """Batch `number` of `epoch` and the others of its group; nothing if it must be requested again."""
         if self._graph is None or self._next != (epoch, number):

@@ -9,7 +9,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_pipeline._core.cpu import num_cores
@@ -338,6 +340,15 @@ class KDDataLoader:
         self._reader.bad_samples.restore(bad_samples)
         self._move_to(epoch, batch)
         self._loop += 1
+
+    def pixels(self, index: int) -> NDArray[np.uint8]:
+        """All pixels `[H, W, 3]` of the sample at `index` of the dataset, as they are before the transform.
+
+        Raises:
+            RuntimeError: its file cannot be read.
+        """
+        self._check_open()
+        return self._reader.pixels(index)
 
     def close(self) -> None:
         """Stop DALI, drop all batches read ahead and close the config's teacher. A second call does nothing."""

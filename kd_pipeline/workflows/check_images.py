@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.bad_samples import BadSample
-from kd_pipeline.data.dali import FileChecker, GraphSettings
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.settings import SPLITS, DataSettings
 from kd_pipeline.data.sources import Source
@@ -103,7 +101,7 @@ def check_split(
         source = loader.source
         num_wanted = min(len(source), num_images or len(source))
         num_decoded, suspects, images_per_s = _load(loader, split, num_wanted, report)
-        uniform = _confirm(loader, suspects, config.data)
+        uniform = _confirm(loader, suspects)
     class_sizes = None
     if source.labels is not None:
         class_sizes = tuple(np.bincount(source.labels, minlength=source.num_classes or 0).tolist())
@@ -157,28 +155,14 @@ def _load(
     return num_images, suspects, num_images / (time.monotonic() - started_s)
 
 
-def _confirm(loader: KDDataLoader, suspects: list[int], data: DataSettings) -> tuple[UniformImage, ...]:
+def _confirm(loader: KDDataLoader, suspects: list[int]) -> tuple[UniformImage, ...]:
     """The samples among `suspects`, whose crop has a single color, that have a single color as a whole."""
-    source = loader.source
-    checker = FileChecker(
-        GraphSettings(
-            max_batch=1,
-            device_id=loader.device.index,
-            num_threads=1,
-            prefetch=1,
-            max_pixels=data.max_pixels,
-            decode=loader.decode,
-            hw_decoder_load=data.hw_decoder_load,
-        )
-    )
     found = []
     for index in sorted(suspects)[:_MAX_CONFIRMED]:
-        (read,) = source.read(np.array([index]))
-        pixels: NDArray[np.uint8] = checker.pixels(read) if source.stores == "files" else read
+        pixels = loader.pixels(index)
         if (pixels == pixels[0, 0]).all():
             red, green, blue = pixels[0, 0].tolist()
-            found.append(UniformImage(index, source.name(index), (red, green, blue)))
-    checker.close()
+            found.append(UniformImage(index, loader.source.name(index), (red, green, blue)))
     return tuple(found)
 
 

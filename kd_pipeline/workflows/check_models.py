@@ -172,6 +172,7 @@ def _check_student(
         raise ConfigError("neither the data nor the teacher has a number of classes; set the classes of the source")
     if settings.num_classes is None and settings.factory is None:
         settings = settings.model_copy(update={"num_classes": num_classes})
+    settings = settings.model_copy(update={"pretrained": False})  # no download
     student = open_model(settings, plugins=plugins)
     train = config.data.split("train")
     size = train.transform.size

@@ -131,7 +131,8 @@ def test_random_images_cover_all_classes(photo_folder: Path, tmp_path: Path) -> 
 
 
 def test_validation_on_training_images_is_a_problem(photo_folder: Path, tmp_path: Path) -> None:
-    val = {"source": {"kind": "image_folder", "root": photo_folder}, "transform": EVAL}
+    copy = shutil.copytree(photo_folder, tmp_path / "copy")
+    val = {"source": {"kind": "image_folder", "root": copy}, "transform": EVAL}
     (problem,) = check(photographs(tmp_path, photo_folder, val=val)).problems
     assert problem.startswith("data.val holds the same images as data.train")
 
@@ -202,7 +203,8 @@ def test_images_of_one_color_are_named(photos: Any, tmp_path: Path) -> None:
     product.putpixel((89, 69), (0, 0, 0))
     product.save(root / "roof" / "zz_product.png")
     train = {"source": {"kind": "image_folder", "root": root}, "transform": HARSH}
-    val = {"source": {"kind": "image_folder", "root": root}, "transform": EVAL}
+    copy = shutil.copytree(root, tmp_path / "copy")
+    val = {"source": {"kind": "image_folder", "root": copy}, "transform": EVAL}
     found = check(photographs(tmp_path, root, train=train, val=val))
     for split in found.splits:
         named = [(Path(image.path).name, image.color) for image in split.uniform]
