@@ -79,10 +79,9 @@ def _findings(findings: Sequence["Finding"]) -> list[str]:
     width = max(len("where"), *(len(finding.where) for finding in findings)) + 2
     lines = ["", f"{'':<7}{'where':<{width}}what was found, and what to do"]
     for finding in findings:
-        text = finding.message.removeprefix(f"{finding.where}: ")
         indent = " " * (7 + width)
         lines += textwrap.wrap(
-            text,
+            finding.message,
             _WIDTH,
             initial_indent=f"{finding.severity:<7}{finding.where:<{width}}",
             subsequent_indent=indent,

@@ -43,7 +43,7 @@ class ProbeSettings(Settings):
     min_factor: float = Field(default=5.0, ge=1)
     """Required top-1, as a multiple of chance; at most halfway from chance to 1."""
     strict: bool = False
-    """Stop the run if the teacher fails, instead of a warning."""
+    """Stop the run if the teacher fails this, or returns doubtful outputs when it opens, instead of a warning."""
 
 
 @dataclass(frozen=True, slots=True)

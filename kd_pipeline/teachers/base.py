@@ -18,7 +18,8 @@ class Teacher(ABC):
 
     The contract, which the same tests check for every backend:
 
-    1. `"logits"` `[N, K]` float32 is always among the outputs; features join it under their own names.
+    1. `"logits"` `[N, K]` float32 is always among the outputs; features join it under their own names. Each has a row
+       for each image, which depends on that image alone and is the same in every call.
     2. Every batch size from 1 to `max_batch` works. Images that do not match `images` raise a `TeacherError` that says
        what the teacher takes and what it got.
     3. Outputs are new tensors that the caller owns: no later call changes them, and none requires a gradient.

@@ -104,12 +104,12 @@ def open_teacher(
             )
         case Teacher():
             _check_fits(settings, inputs)
-            _ask(settings, inputs)
+            _examine(settings, inputs)
             return settings
         case EnsembleSettings():
             return _open_ensemble(settings, module, inputs)
         case _:
-            return _open_asked(settings, module, inputs)
+            return _open_checked(settings, module, inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +132,19 @@ def _check_fits(teacher: Teacher, inputs: _Inputs) -> None:
     teacher.check_fits((1, *sizes), inputs.dtype, teacher.device if has_no_index else inputs.device)
 
 
-def _open_asked(settings: TeacherSettings, module: nn.Module | None, inputs: _Inputs) -> Teacher:
+def _open_checked(settings: TeacherSettings, module: nn.Module | None, inputs: _Inputs) -> Teacher:
     """Open a single teacher, and check it on a few images."""
     with ExitStack() as opened:
         teacher = _open(settings, module, inputs)
         opened.callback(teacher.close)
         _check_fits(teacher, inputs)
         # Each size that a TensorRT engine replays as a CUDA graph takes memory of its own.
-        _ask(teacher, inputs, one_size=settings.cuda_graph and teacher.backend == "tensorrt")
+        _examine(teacher, inputs, one_size=settings.cuda_graph and teacher.backend == "tensorrt")
         opened.pop_all()
         return teacher
 
 
-def _ask(teacher: Teacher, inputs: _Inputs, *, one_size: bool = False) -> None:
+def _examine(teacher: Teacher, inputs: _Inputs, *, one_size: bool = False) -> None:
     """Run `teacher` on a few images, and log what is wrong with its outputs."""
     channels, height, width = inputs.image_shape or teacher.images.shape[1:]
     teacher.problems = check_outputs(
@@ -169,7 +169,7 @@ def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, inputs:
     with ExitStack() as opened:
         members = []
         for member in settings.members:
-            members.append(_open_asked(member, None, inputs))
+            members.append(_open_checked(member, None, inputs))
             opened.callback(members[-1].close)
         ensemble = EnsembleTeacher(members, weights=settings.weights, average=settings.average)
         opened.pop_all()

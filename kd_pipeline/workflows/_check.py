@@ -43,8 +43,11 @@ class CheckReport:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What would stop or harm a training, one sentence each with what to do."""
-        return tuple(finding.message for finding in self.findings if finding.severity == "error")
+        """What would stop or harm a training, one sentence each with the part of the config and what to do."""
+        errors = [finding for finding in self.findings if finding.severity == "error"]
+        return tuple(
+            each.message if each.message.startswith(each.where) else f"{each.where}: {each.message}" for each in errors
+        )
 
     def to_dict(self) -> dict[str, object]:
         """All fields, and the problems, for JSON."""

@@ -185,7 +185,7 @@ def _add_unreadable(findings: Findings, split: SplitReport, data: DataSettings) 
     is_error = data.on_bad_sample == "raise" or not is_allowed
     if not is_error:
         found += ", and are substituted by others"
-    findings.add("error" if is_error else "note", key_of(split.split), [f"{key_of(split.split)}: {found}"])
+    findings.add("error" if is_error else "note", key_of(split.split), [found])
 
 
 def _rounded_up(fraction: float) -> float:
@@ -204,7 +204,7 @@ def _add_uniform(findings: Findings, split: SplitReport) -> None:
         "error" if share >= _HARMFUL_UNIFORM or is_cut else "note",
         key_of(split.split),
         [
-            f"{key_of(split.split)}: a single color in {'at least ' if is_cut else ''}{len(split.uniform)} of "
+            f"a single color in {'at least ' if is_cut else ''}{len(split.uniform)} of "
             f"{split.num_decoded} images: {first_few(named)}. Such a file may be damaged, empty, or of a kind that "
             "decodes wrongly; look at it, and remove it or save it again as PNG or JPEG"
         ],

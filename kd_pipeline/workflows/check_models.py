@@ -90,10 +90,12 @@ def check_models(
             if training is not None and config.probe is not None:
                 with findings.part("teacher"):
                     probe = run_probe(_lenient(config, teacher), teacher, config.probe, training=training)
-                    problems = () if probe is None else probe.problems
-                    findings.add("error", "teacher", [f"teacher: {problem}" for problem in problems])
+                    findings.add("error", "teacher", () if probe is None else probe.problems)
             found = TeacherReport(teacher.backend, teacher.precision, probe)
-        for stage in _stages(config):
+        stages = _stages(config)
+        if "distill" in stages and config.teacher is None:
+            findings.add("error", "teacher", ["stage: distill needs a teacher: set teacher, or use stage: baseline"])
+        for stage in stages:
             report("the network of the teacher" if stage == "teacher" else "the student")
             with findings.part("teacher.model" if stage == "teacher" else "student"):
                 _check_student(config, stage, training, teacher, batch, plugins)
@@ -160,8 +162,6 @@ def _check_student(
     open_metrics(config.train.metrics, plugins=plugins)
     if (engine := config.train.export.engine) is not None:
         open_tensorrt(engine.runtime)
-    if stage == "distill" and config.teacher is None:
-        raise ConfigError("stage: distill needs a teacher: set teacher, or use stage: baseline")
     settings = network_of(config, stage)
     num_classes = None if training is None else training.num_classes
     if num_classes is None and teacher is not None:
