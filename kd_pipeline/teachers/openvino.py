@@ -16,6 +16,8 @@ from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["OpenVINOTeacher"]
 
+_TRAINS = "Training mode is not supported"
+"""In what OpenVINO says about dropout in training mode."""
 _PRECISIONS = {"f32": "fp32", "bf16": "bf16", "f16": "fp16"}
 
 
@@ -48,7 +50,10 @@ class OpenVINOTeacher(Teacher):
         try:
             compiled = _core().compile_model(file.path, "CPU", options)
         except Exception as exc:
-            raise TeacherError(f"OpenVINO cannot load {file.path}: {exc}") from exc
+            advice = (
+                "export it in eval mode (call module.eval() before torch.onnx.export). " if _TRAINS in str(exc) else ""
+            )
+            raise TeacherError(f"OpenVINO cannot load {file.path}: {advice}{exc}") from exc
         own = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         found = _PRECISIONS.get(own, own)
         if found != precision:

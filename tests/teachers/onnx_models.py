@@ -52,6 +52,25 @@ def training_mode_model() -> onnx.ModelProto:
     return _starting_with([normalize, helper.make_node("Flatten", ["y"], ["flat"])], arrays)
 
 
+def active_dropout_model() -> onnx.ModelProto:
+    """Dropout in training mode."""
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["whole"]),
+        helper.make_node("Dropout", ["whole", "ratio", "trains"], ["flat"]),
+    ]
+    return _starting_with(nodes, {"ratio": np.array(0.5, np.float32), "trains": np.array(True)})
+
+
+def noise_model() -> onnx.ModelProto:
+    """Noise on the images, which is different in every call."""
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["whole"]),
+        helper.make_node("RandomNormalLike", ["whole"], ["noise"], scale=0.1),
+        helper.make_node("Add", ["whole", "noise"], ["flat"]),
+    ]
+    return _starting_with(nodes, {})
+
+
 def fixed_batch_model(num_images: int) -> onnx.ModelProto:
     """A Reshape to a fixed number of rows, in a model whose inputs and outputs have a dynamic one."""
     reshape = helper.make_node("Reshape", ["images", "sizes"], ["flat"])

@@ -18,7 +18,14 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.outputs_check import check_outputs, probability_problem
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images
-from tests.teachers.onnx_models import fixed_batch_model, linear_model, softmax_model, training_mode_model
+from tests.teachers.onnx_models import (
+    active_dropout_model,
+    fixed_batch_model,
+    linear_model,
+    noise_model,
+    softmax_model,
+    training_mode_model,
+)
 
 ONNX_BACKENDS = ["onnxruntime", "openvino"]
 
@@ -121,6 +128,24 @@ def test_file_in_training_mode_is_found(tmp_path: Path, backend: str) -> None:
     onnx.save(training_mode_model(), path)
     (problem,) = open_teacher(TeacherSettings(backend=backend, onnx=path)).problems
     assert "BatchNorm is in training mode" in problem and "module.eval() before torch.onnx.export" in problem
+
+
+@pytest.mark.parametrize("backend", ONNX_BACKENDS)
+def test_noise_in_a_file_is_found(tmp_path: Path, backend: str) -> None:
+    if backend == "openvino":
+        pytest.importorskip("openvino")
+    onnx.save(noise_model(), tmp_path / "net.onnx")
+    (problem,) = open_teacher(TeacherSettings(backend=backend, onnx=tmp_path / "net.onnx")).problems
+    assert "when the same 3 images are run again" in problem
+
+
+def test_active_dropout_in_a_file_is_refused_or_skipped(tmp_path: Path) -> None:
+    onnx.save(active_dropout_model(), tmp_path / "net.onnx")
+    # ONNX Runtime leaves dropout out, as an inference should.
+    assert open_teacher(TeacherSettings(backend="onnxruntime", onnx=tmp_path / "net.onnx")).problems == ()
+    pytest.importorskip("openvino")
+    with pytest.raises(TeacherError, match="export it in eval mode"):
+        open_teacher(TeacherSettings(backend="openvino", onnx=tmp_path / "net.onnx"))
 
 
 @pytest.mark.parametrize("backend", ONNX_BACKENDS)
