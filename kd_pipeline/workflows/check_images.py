@@ -1,6 +1,5 @@
 """Decode the images of a split: which cannot be read, and which are of a single color."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ import numpy as np
 
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.bad_samples import BadSample
+from kd_pipeline.data.bad_samples import BadSample, fraction_for
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.settings import SPLITS, DataSettings
 from kd_pipeline.data.sources import Source
@@ -173,25 +172,20 @@ def _add_unreadable(findings: Findings, split: SplitReport, data: DataSettings) 
     found = f"{num_unreadable} of {split.num_decoded} images cannot be read"
     # One is always allowed, however small the dataset.
     is_allowed = num_unreadable <= max(1, data.max_bad_fraction * split.num_decoded)
-    needed = _rounded_up(num_unreadable / split.num_decoded)
+    needed = fraction_for(num_unreadable, split.num_decoded)
     if data.on_bad_sample == "raise":
-        advice = "data.on_bad_sample=substitute" + ("" if is_allowed else f" and data.max_bad_fraction={needed:g}")
+        advice = "data.on_bad_sample=substitute" + ("" if is_allowed else f" and data.max_bad_fraction={needed}")
         found += f", and the first one ends a run; remove or replace them, or set {advice}"
     elif not is_allowed:
         found += (
             f", more than data.max_bad_fraction={data.max_bad_fraction:g} allows; remove or replace them, or set "
-            f"data.max_bad_fraction={needed:g}"
+            f"data.max_bad_fraction={needed}"
         )
     is_error = data.on_bad_sample == "raise" or not is_allowed
     if not is_error:
         found += ", and are substituted by others"
     findings.add("error" if is_error else "note", key_of(split.split), [found])
 
-
-def _rounded_up(fraction: float) -> float:
-    """`fraction` with two digits, and not less."""
-    step = 10.0 ** (math.floor(math.log10(fraction)) - 1)
-    return min(1.0, math.ceil(fraction / step) * step)
 
 
 def _add_uniform(findings: Findings, split: SplitReport) -> None:
