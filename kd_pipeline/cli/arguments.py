@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from kd_pipeline._core.paths import local_path
 from kd_pipeline.errors import ConfigError, KDPipelineError
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "add_plugin",
     "checked",
     "given",
+    "path_option",
     "print_progress",
     "run_command",
 ]
@@ -68,7 +70,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def add_config(parser: argparse.ArgumentParser, *, plugins: str = "factories") -> None:
     """Add `--config`, `--plugin` and overrides; `plugins` is what the user's modules provide."""
-    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument("-c", "--config", type=path_option, required=True, metavar="FILE", help="the YAML file")
     add_plugin(parser, plugins)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the file")
 
@@ -76,6 +78,18 @@ def add_config(parser: argparse.ArgumentParser, *, plugins: str = "factories") -
 def add_plugin(parser: argparse.ArgumentParser, plugins: str) -> None:
     """Add `--plugin`; `plugins` is what the user's modules provide."""
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help=f"module with {plugins}")
+
+
+def path_option(text: str) -> Path:
+    """The `type` of an option that is a path, read like the paths in a config.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty or a URL, or has a variable such as `$DATA` in it.
+    """
+    try:
+        return local_path(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
 
 
 def add_options(
@@ -87,7 +101,7 @@ def add_options(
 ) -> None:
     """Add an option for each of the `fields` of `model`, with the field's type, default and docstring.
 
-    Values stay strings for pydantic to convert, and None if not given; `given` collects the others.
+    Values except paths stay strings for pydantic to convert, and None if not given; `given` collects the others.
 
     Args:
         parser: the parser, or a group of its options.
@@ -126,12 +140,14 @@ def checked(model: Callable[..., Model], options: Mapping[str, str] | None = Non
     except ValidationError as error:
         problems = []
         for each in error.errors():
-            if each["type"] == "value_error":
+            if each["type"] == "value_error" and not each["loc"]:
                 problems.append(str(each["ctx"]["error"]))
             else:
                 field = str(each["loc"][0])
                 option = (options or {}).get(field, field.replace("_", "-"))
-                problems.append(f"--{option}: {each['msg']}, got {each['input']!r}")
+                text = each["msg"].removeprefix("Value error, ")
+                got = "" if each["type"] == "value_error" else f", got {each['input']!r}"
+                problems.append(f"--{option}: {text}{got}")
         raise ConfigError("; ".join(problems)) from None
 
 
@@ -177,7 +193,7 @@ def _syntax(annotation: Any) -> dict[str, Any]:
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
         return {"nargs": "+" if rest == [Ellipsis] else 1 + len(rest), "metavar": _metavar(item)}
-    return {"metavar": _metavar(kind)}
+    return {"metavar": _metavar(kind), **({"type": path_option} if kind is Path else {})}
 
 
 def _metavar(kind: Any) -> str:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from kd_pipeline.cli.arguments import add_options, checked, given, print_progress
+from kd_pipeline.cli.arguments import add_options, checked, given, path_option, print_progress
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["add_to"]
@@ -33,7 +33,9 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 def _add_step_options(parser: argparse.ArgumentParser) -> None:
     from kd_pipeline.bench.step import BenchStepSettings
 
-    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="take images, teacher and student from it")
+    parser.add_argument(
+        "-c", "--config", type=path_option, metavar="FILE", help="take images, teacher and student from it"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the config")
     parser.add_argument("--teacher", metavar="NAME", help="a torchvision model, or timm:NAME (default: resnet50)")
     parser.add_argument("--student", metavar="NAME", help="a torchvision model, or timm:NAME (default: resnet18)")
@@ -45,7 +47,7 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_out(parser: argparse.ArgumentParser, path: str) -> None:
     text = "JSON file for the result, with a PNG next to it (default: %(default)s)"
-    parser.add_argument("--out", type=Path, default=Path(path), metavar="PATH", help=text)
+    parser.add_argument("--out", type=path_option, default=Path(path), metavar="PATH", help=text)
 
 
 def _run_step(parsed: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
-from kd_pipeline.cli.arguments import add_options, checked, given, print_progress
+from kd_pipeline.cli.arguments import add_options, checked, given, path_option, print_progress
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
     model = parser.add_argument_group("the model, one of")
-    model.add_argument("--onnx", type=Path, metavar="FILE", help="a float32 classifier with a dynamic batch size")
+    model.add_argument(
+        "--onnx", type=path_option, metavar="FILE", help="a float32 classifier with a dynamic batch size"
+    )
     add_options(model, ModelSettings, *_MODELS)
 
     named = parser.add_argument_group("a model by name")
@@ -79,11 +81,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     numbers = parser.add_argument_group("numbers")
     add_options(numbers, BuildSettings, "precision", "half_io", "outputs", "classes")
     numbers.add_argument(
-        "--calibrate", type=Path, metavar="CONFIG", help="calibrate and compare on training images of this config"
+        "--calibrate",
+        type=path_option,
+        metavar="CONFIG",
+        help="calibrate and compare on training images of this config",
     )
 
     engine = parser.add_argument_group("the engine")
-    engine.add_argument("--save-engine", "--saveEngine", type=Path, metavar="FILE", help="the file to write")
+    engine.add_argument("--save-engine", "--saveEngine", type=path_option, metavar="FILE", help="the file to write")
     add_options(engine, BuildSettings, "runtime", "workspace", *_TRTEXEC, flags=_TRTEXEC)
     add_options(engine, BuildSettings, "hardware_compatible", "compute_capability")
 

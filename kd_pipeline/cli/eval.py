@@ -2,10 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from kd_pipeline.cli.arguments import add_plugin, checked, print_progress
+from kd_pipeline.cli.arguments import add_plugin, checked, path_option, print_progress
 
 __all__ = ["add_to"]
 
@@ -30,12 +29,17 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", type=Path, required=True, metavar="FILE", help="describes data and teacher")
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="folder of a run, ONNX file or engine")
+    parser.add_argument(
+        "-c", "--config", type=path_option, required=True, metavar="FILE", help="describes data and teacher"
+    )
+    parser.add_argument(
+        "models", nargs="*", type=path_option, metavar="MODEL", help="folder of a run, ONNX file or engine"
+    )
     parser.add_argument("--split", default="val", help="split to evaluate on (default: val)")
     teacher = parser.add_mutually_exclusive_group()
     teacher.add_argument(
         "--teacher",
+        type=path_option,
         metavar="MODEL",
         help="model to measure agreement with (default: the config's teacher, which then has a row)",
     )
@@ -49,7 +53,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_plugin(parser, "factories and metrics")
     parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="override of the config")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write all metrics as JSON")
+    parser.add_argument("--out", type=path_option, metavar="FILE", help="write all metrics as JSON")
 
 
 def _run(parsed: argparse.Namespace) -> int:

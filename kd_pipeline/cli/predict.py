@@ -4,10 +4,9 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_pipeline.cli.arguments import add_plugin
+from kd_pipeline.cli.arguments import add_plugin, path_option
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,12 +36,12 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a run, ONNX file or engine")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files and folders")
+    parser.add_argument("model", type=path_option, metavar="MODEL", help="folder of a run, ONNX file or engine")
+    parser.add_argument("images", nargs="+", type=path_option, metavar="IMAGE", help="files and folders")
     parser.add_argument(
         "-c",
         "--config",
-        type=Path,
+        type=path_option,
         metavar="FILE",
         help="take the transform from this config; for a file outside a run",
     )
@@ -54,7 +53,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_plugin(parser, "the network's factory")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per image")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the lines of JSON to this file")
+    parser.add_argument("--out", type=path_option, metavar="FILE", help="write the lines of JSON to this file")
 
 
 def _run(parsed: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.config.reader import read_config
-from kd_pipeline.data.settings import DataSettings
+from kd_pipeline.data.settings import SPLITS, DataSettings, SplitSettings
 from kd_pipeline.evaluation.probe import ProbeSettings
 from kd_pipeline.losses.distillation import DistillSettings
 from kd_pipeline.models.registry import ModelSettings
@@ -55,22 +55,44 @@ class Config(Settings):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What is allowed and probably a mistake, one sentence each with what to do; the data is not opened."""
-        return tuple(_different_normalization(self.data))
+        return (*_different_normalization(self.data), *_doubtful_splits(self.data))
 
 
 def _different_normalization(data: DataSettings) -> Iterator[str]:
     """Splits whose finished images have another scale or orientation than those that the student is trained on."""
     if data.train is None:
         return
-    for name, split in data.splits.items():
+    for key, split in _evaluated(data):
         for field in ("mean", "std", "orientation"):
             here, there = getattr(split.transform, field), getattr(data.train.transform, field)
             if here != there:
                 here, there = (list(value) if isinstance(value, tuple) else value for value in (here, there))
                 yield (
-                    f"data.{name}.transform.{field} is {here} and that of data.train is {there}: the "
+                    f"{key}.transform.{field} is {here} and that of data.train is {there}: the "
                     "student is evaluated on other pixel values than it is trained on; give both the same"
                 )
+
+
+def _doubtful_splits(data: DataSettings) -> Iterator[str]:
+    """Splits for evaluation that show the training images, or images that change from time to time."""
+    for key, split in _evaluated(data):
+        if data.train is not None and split.source == data.train.source:
+            yield (
+                f"{key}.source is that of data.train: metrics on images that the student was trained on say nothing "
+                "about new ones; give it other images"
+            )
+        if split.transform.preset == "train":
+            yield (
+                f"{key}.transform has preset: train, which is random: metrics on it change from time to time; set "
+                "preset: eval"
+            )
+
+
+def _evaluated(data: DataSettings) -> Iterator[tuple[str, SplitSettings]]:
+    """The splits besides `train`, with the key of each in the config."""
+    for name, split in data.splits.items():
+        if name != "train":
+            yield f"data.{name}" if name in SPLITS else f"data.more.{name}", split
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Config:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from kd_pipeline._core.suggestions import suggest
-from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse
+from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse, parse_override
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["read_config"]
@@ -41,8 +42,9 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
     written, while `1e-3` is a number. Nothing is converted: `"12"` is not a number, and `5.0` is not a whole number.
     Relative paths stay as written, relative to the working directory.
 
-    An override is `key.path=value` with the value in YAML; `ops.0.size=32` reaches into a list. Sections that the file
-    does not have are created.
+    An override is `key.path=value`; `ops.0.size=32` reaches into a list. The value is a number, `true`, `false`, `null`
+    or a text as it stands, with `#`, `: ` and all other signs. In brackets, braces or quotes it is YAML. Sections that
+    the file does not have are created.
 
     Raises:
         ConfigError: every problem on its own line, in the order of the file: place, key, what was expected, what was
@@ -54,7 +56,7 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
         text = f"should be a mapping with keys of {', '.join(model.model_fields)}, {_found(data)}"
         raise config_error([Problem(places[()], (), text)])
     for number, text in enumerate(overrides):
-        _override(data, places, text, Place(_MAX_BYTES + number, f"override {text!r}"))
+        _override(data, places, Place(_MAX_BYTES + number, f"override {text!r}", text))
     try:
         # Strict JSON mode is strict about types, yet lets lists become tuples and text become paths.
         return model.model_validate_json(json.dumps(data), strict=True)
@@ -77,9 +79,9 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path}:{line}: not UTF-8 (byte 0x{raw[exc.start]:02x}); save the file as UTF-8") from exc
 
 
-def _override(data: dict[str, Any], places: dict[Key, Place], text: str, place: Place) -> None:
-    """Apply the override `text` to `data` in place, and record its keys in `places`."""
-    name, equals, value = text.partition("=")
+def _override(data: dict[str, Any], places: dict[Key, Place], place: Place) -> None:
+    """Apply the override at `place` to `data`, and record its keys in `places`."""
+    name, equals, value = place.override.partition("=")
     parts = name.split(".")
     if not equals or not all(parts):
         raise config_error([Problem(place, (), "should be key.path=value, such as data.batch_size=64")])
@@ -96,7 +98,7 @@ def _override(data: dict[str, Any], places: dict[Key, Place], text: str, place: 
         if depth == len(parts):
             for stale in [other for other in places if other[:depth] == key]:
                 del places[stale]
-            node[step], below = parse(value, lambda _: place, key)
+            node[step], below = parse_override(value, place, key)
             places.update(below)
         elif isinstance(node, dict) and node.get(step) is None:
             node[step], places[key] = {}, place
@@ -130,7 +132,8 @@ def _problems(errors: Sequence[ErrorDetails], model: type[BaseModel], places: di
             expected_at.setdefault(key, (value, []))[1].append(expected)
     for key, (value, parts) in expected_at.items():
         expected = " or ".join(dict.fromkeys(parts))
-        yield Problem(_place(key, places), key, f"should be {expected}, {_found(value)}{_hint(expected, value)}")
+        place = _place(key, places)
+        yield Problem(place, key, f"should be {expected}, {_found(value)}{_hint(expected, value, place)}")
 
 
 def _resolve(model: type[BaseModel], loc: Sequence[str | int]) -> _Location:
@@ -220,13 +223,21 @@ def _found(value: Any) -> str:
     return f"found {json.dumps(value):.60}"
 
 
-def _hint(expected: str, value: Any) -> str:
+def _hint(expected: str, value: Any, place: Place) -> str:
     """How to correct `value`, or nothing."""
+    if value in ("None", "none"):
+        return "; write null for nothing"
     if isinstance(value, str) and "number" in expected:
         return "; write decimal digits, without quotes or leading zeros"
     if isinstance(value, str):
         return suggest(value, re.findall(r"'([^']*)'", expected), otherwise="")
-    return "; put it in quotes" if "text" in expected and isinstance(value, bool | int | float) else ""
+    if "text" not in expected or not isinstance(value, bool | int | float):
+        return ""
+    name, _, typed = place.override.partition("=")
+    if not typed or typed.strip()[0] in "[{":
+        return "; put it in quotes"
+    quoted = f'{name}="{typed.strip()}"'
+    return f"; put it in quotes that the shell keeps: {shlex.quote(quoted)}"
 
 
 def _place(key: Key, places: dict[Key, Place]) -> Place:

@@ -9,7 +9,7 @@ import yaml
 
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["Key", "Place", "Problem", "config_error", "parse"]
+__all__ = ["Key", "Place", "Problem", "config_error", "parse", "parse_override"]
 
 Key = tuple[str | int, ...]
 """Path to a value: the keys of mappings and the indices of lists that lead to it."""
@@ -22,6 +22,11 @@ _CONSTANTS = {
     **dict.fromkeys(["true", "True", "TRUE"], True),
     **dict.fromkeys(["false", "False", "FALSE"], False),
 }
+_NOT_NULL = {
+    "None": 'None is a text in YAML; write null for nothing, or "None" in quotes for the text',
+    "~": "~ alone is null in YAML; write null for nothing, or ~/ for your home folder",
+}
+"""Why an override has no such value."""
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,19})")
 _FLOAT = re.compile(r"(?=.*[.eE])[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
@@ -33,6 +38,8 @@ class Place(NamedTuple):
     """Rank in the report: the line, or for an override a number after all lines."""
     name: str
     """The file and line, or the override."""
+    override: str = ""
+    """The override as it was typed."""
 
 
 class Problem(NamedTuple):
@@ -71,6 +78,40 @@ def parse(text: str, place: Callable[[int], Place], key: Key = ()) -> tuple[Any,
     return data, parser.places
 
 
+def parse_override(text: str, place: Place, key: Key) -> tuple[Any, dict[Key, Place]]:
+    """The value that an override gives to `key`, and the place of every key in it.
+
+    If it starts with a bracket or a quote, it is a list, a mapping or a quoted text as in YAML. Otherwise it is a
+    number, a constant or a text as it stands, in which `#`, `: `, `*`, `&` and `!` have no meaning.
+
+    Raises:
+        ConfigError: there is no value, or it is not YAML or more than plain data.
+    """
+    text = text.strip()
+    if not text:
+        raise config_error([Problem(place, key, "has no value (an unset variable?); write null for none")])
+    if text[0] not in "[{'\"":
+        problem = _problem_of(text, is_quoted=False)
+        if "\0" in text:
+            problem = "the character '\\x00' is not allowed"
+        elif text in _NOT_NULL:
+            problem = _NOT_NULL[text]
+        if problem is not None:
+            raise config_error([Problem(place, key, problem)])
+        return _plain(text), {key: place}
+    parser = _Parser(text, lambda _: place)
+    try:
+        data = parser.document(key)
+    except ConfigError as exc:
+        comment = "; a # after a space starts a comment: put the text in quotes" if " #" in text else ""
+        raise ConfigError(f"{exc}{comment}") from exc
+    if rest := text[parser.end :].strip():
+        parser.problems.append(Problem(place, key, f"{rest!r:.60} is a comment; put the whole text in quotes"))
+    if parser.problems:
+        raise config_error(parser.problems)
+    return data, parser.places
+
+
 class _Parser:
     """Builds plain data from PyYAML's events, so no tag is ever looked up and no alias expanded."""
 
@@ -78,8 +119,16 @@ class _Parser:
         self.places: dict[Key, Place] = {}
         self.problems: list[Problem] = []
         self._text, self._place = text, place
-        self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
+        self._events = self._parse(text)
         self._latest: Key = ()  # the key whose value was begun last
+        self.end = 0
+        """Where the last value ends in the text; only comments follow."""
+
+    def _parse(self, text: str) -> Iterator[Any]:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if not isinstance(event, yaml.DocumentEndEvent | yaml.StreamEndEvent):
+                self.end = self.end if event.end_mark is None else event.end_mark.index
+            yield event
 
     def document(self, key: Key) -> Any:
         self.places[key], self._latest = self._place(1), key
@@ -125,8 +174,8 @@ class _Parser:
     def _scalar(self, event: Any, key: Key) -> Any:
         if event.tag is not None:
             self._complain(event, key, f"tags ({event.tag}) are not supported; write plain values")
-        if re.search("[\ud800-\udfff]", event.value):
-            self._complain(event, key, f"{event.value!r:.60} is not valid Unicode")
+        if (problem := _problem_of(event.value, is_quoted=not event.implicit[0])) is not None:
+            self._complain(event, key, problem)
         return _plain(event.value) if event.implicit[0] else event.value
 
     def _list(self, key: Key) -> list[Any]:
@@ -157,6 +206,13 @@ class _Parser:
     def _syntax_error(self, line: int, reason: str) -> ConfigError:
         after = f"after {_dotted(self._latest)}: " if self._latest else ""
         return config_error([Problem(self._place(line), (), f"{after}not YAML: {reason}")])
+
+
+def _problem_of(text: str, *, is_quoted: bool) -> str | None:
+    """What is wrong with a text that is never meant as it stands."""
+    if re.search("[\ud800-\udfff]", text):
+        return f"{text!r:.60} is not valid Unicode"
+    return "an empty text; leave the key out, or write null for nothing" if is_quoted and not text else None
 
 
 def _plain(text: str) -> Any:

@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from kd_pipeline._core.channels import ChannelMeans, ChannelStds
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
@@ -54,10 +55,10 @@ class _Output(Settings):
     """Height and width of the finished image, in pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Filter of the resize, which is always antialiased."""
-    mean: PerChannel = IMAGENET_MEAN
-    """Subtracted from each channel, on a scale from 0 to 1."""
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = IMAGENET_STD
-    """Divides each channel after that."""
+    mean: ChannelMeans = IMAGENET_MEAN
+    """Subtracted from red, green and blue, for pixels from 0 to 1; means for 0 to 255 are refused."""
+    std: ChannelStds = IMAGENET_STD
+    """Divides red, green and blue after that, for pixels from 0 to 1."""
     dtype: Literal["float32", "float16"] = "float32"
     orientation: Orientation = "upright"
     """`upright` turns photographs as their EXIF says. `stored` takes the pixels as they are in the file, as

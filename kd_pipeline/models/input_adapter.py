@@ -1,20 +1,17 @@
 """Adapts the student's images to a teacher that was trained with a different normalization or image size."""
 
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 from torch import Tensor, nn
 
+from kd_pipeline._core.channels import ChannelMeans, ChannelStds
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.settings import Settings
 
 __all__ = ["ExpectedInput", "InputAdapter", "InputAdapterLayer", "Normalization"]
-
-_Mean = Annotated[float, Field(le=1)]  # a larger one is meant for pixels in [0, 255]
-_Means = tuple[_Mean, _Mean, _Mean]
-_Stds = tuple[PositiveFloat, PositiveFloat, PositiveFloat]
 
 
 class Normalization(NamedTuple):
@@ -27,10 +24,10 @@ class Normalization(NamedTuple):
 class ExpectedInput(Settings):
     """The images that a teacher was trained on."""
 
-    mean: _Means
-    """Mean per channel of the teacher's normalization, for pixels in [0, 1]."""
-    std: _Stds
-    """Standard deviation per channel of the teacher's normalization."""
+    mean: ChannelMeans
+    """Mean per channel of the teacher's normalization, for pixels from 0 to 1; one for 0 to 255 is refused."""
+    std: ChannelStds
+    """Standard deviation per channel of the teacher's normalization, for pixels from 0 to 1."""
     size: int | None = Field(default=None, ge=1)
     """Height and width in pixels that the teacher expects; defaults to the size of the images."""
 
@@ -42,9 +39,9 @@ class ExpectedInput(Settings):
 class InputAdapter(ExpectedInput):
     """Renormalizes and resizes images for a teacher, as its first layer: teacher and student share one buffer."""
 
-    from_mean: _Means = IMAGENET_MEAN
+    from_mean: ChannelMeans = IMAGENET_MEAN
     """Mean per channel of the incoming images' normalization; defaults to ImageNet's."""
-    from_std: _Stds = IMAGENET_STD
+    from_std: ChannelStds = IMAGENET_STD
     """Standard deviation per channel of the incoming images' normalization; defaults to ImageNet's."""
 
 

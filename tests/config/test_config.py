@@ -25,3 +25,18 @@ def test_splits_turned_differently(tmp_path: Path) -> None:
     path.write_text(_CONFIG)
     (remark,) = load_config(path, ["data.train.transform.orientation=stored"]).remarks
     assert "data.val.transform.orientation is upright and that of data.train is stored" in remark
+
+
+def test_evaluation_on_training_images(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(_CONFIG)
+    (remark,) = load_config(path, ["data.val.source.root=x"]).remarks
+    assert "data.val.source is that of data.train" in remark
+
+
+def test_evaluation_on_random_crops(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(_CONFIG)
+    (remark,) = load_config(path, ["data.val.transform.preset=train"]).remarks
+    assert remark.endswith("set preset: eval")
+    assert load_config(path, ["data.val.transform.preset=eval"]).remarks == ()

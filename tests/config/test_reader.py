@@ -1,6 +1,7 @@
 import os
 import random
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,7 +149,7 @@ def test_yaml_1_1_special_words_stay_text(write, text):
     assert read_config(Config, write(f"name: {text}")).name == text
 
 
-@pytest.mark.parametrize("text", ['"no"', '"true"', '"12"', "'~'", '""', "|-\n  1.5"])
+@pytest.mark.parametrize("text", ['"no"', '"true"', '"12"', "'~'", "|-\n  1.5"])
 def test_quoted_values_are_text(write, text):
     assert read_config(Config, write(f"name: {text}")).name == text.strip("\"'").removeprefix("|-\n  ")
 
@@ -422,7 +423,22 @@ def test_missing_file_and_folder_are_named(write, tmp_path):
         (["data.source.root=elsewhere"], lambda c: c.data.source.root, Path("elsewhere")),
         (["data.source.classes=[x, y]"], lambda c: c.data.source.classes, ("x", "y")),
         (["data.source={kind: listing, path: a.csv}"], lambda c: c.data.source, Listing(path=Path("a.csv"))),
-        (["data.source="], lambda c: c.data.source, None),
+        (["data.source=null"], lambda c: c.data.source, None),
+        (["name=runs/a#1"], lambda c: c.name, "runs/a#1"),
+        (["name=runs/a #1"], lambda c: c.name, "runs/a #1"),
+        (["name='a #1'"], lambda c: c.name, "a #1"),
+        (["name= a "], lambda c: c.name, "a"),
+        (["name=#1"], lambda c: c.name, "#1"),
+        (["name=a: b"], lambda c: c.name, "a: b"),
+        (["name=C:\\x"], lambda c: c.name, "C:\\x"),
+        (["name=*a"], lambda c: c.name, "*a"),
+        (["name=!!python/name:os.system"], lambda c: c.name, "!!python/name:os.system"),
+        (["name=- a"], lambda c: c.name, "- a"),
+        (["name=it's"], lambda c: c.name, "it's"),
+        (["name='None'"], lambda c: c.name, "None"),
+        (["data.source.classes=[x, y,]"], lambda c: c.data.source.classes, ("x", "y")),
+        (["data.source.classes=[no, '#1']"], lambda c: c.data.source.classes, ("no", "#1")),
+        (["data.source.root=~/x"], lambda c: c.data.source.root, Path.home() / "x"),
         (["data.ops.0.size=8"], lambda c: c.data.ops[0].size, 8),
         (["data.ops.1={op: crop, size: 4}"], lambda c: c.data.ops[1], Crop(size=4)),
         (["weights.b=2"], lambda c: c.weights, {"a": 1.0, "b": 2.0}),
@@ -459,9 +475,25 @@ def test_override_creates_missing_sections(write):
         ("data.=3", "should be key.path=value"),
         ("", "should be key.path=value"),
         ("seed=[1", "after seed: not YAML"),
-        ("seed=a: b: c", "not YAML"),
-        ("name=!!python/name:os.system", "name: tags (tag:yaml.org,2002:python/name:os.system) are not supported"),
-        ("name=*a", "name: aliases (*a) are not supported"),
+        ("name='a' # b", "name: '# b' is a comment; put the whole text in quotes"),
+        ("data.source.classes=[a, b] # c", "data.source.classes: '# c' is a comment"),
+        ("data.source.classes=[a, b #c]", "a # after a space starts a comment: put the text in quotes"),
+        ("data.source=None", "data.source: None is a text in YAML; write null for nothing"),
+        ("data.source.root=none", "the path 'none' stands for no path: write null"),
+        ("data.source.classes=[*a]", "aliases (*a) are not supported"),
+        ("data.source.classes=[!!str a]", "tags (tag:yaml.org,2002:str) are not supported"),
+        ("name=None", "name: None is a text in YAML; write null for nothing"),
+        ("name=", "name: has no value (an unset variable?); write null for none"),
+        ('name=""', "name: an empty text; leave the key out, or write null"),
+        ("name=~", "name: ~ alone is null in YAML"),
+        ("name=\udce9", "not valid Unicode"),
+        ("seed=0o17", "seed: should be a whole number, found the text '0o17'"),
+        ("seed=12:30", "seed: should be a whole number, found the text '12:30'"),
+        ("seed=1_000", "seed: should be a whole number, found the text '1_000'"),
+        ("seed=5,", "seed: should be a whole number, found the text '5,'"),
+        ("train.lr=1e400", "train.lr: should be a finite number"),
+        ("data.source.root=$DATA/x", "the path '$DATA/x' has the variable $DATA, and only ~ is expanded"),
+        ("data.source.root=s3://b/x", "s3://b/x is a URL, and only files on a local or mounted disk are read"),
         ("data={batch_size: 1, batch_size: 2}", "data.batch_size: duplicate key, first at override"),
         ("name=a\0b", "'\\x00' is not allowed"),
         ("name=" + "[" * 100, "nested more than 32 levels deep"),
@@ -490,3 +522,37 @@ def test_random_damage_is_read_or_names_the_file(write):
             read_config(Config, write(bytes(raw)))
         except ConfigError as error:
             assert all(line.startswith("c.yaml:") for line in str(error).splitlines()), bytes(raw)
+
+
+@pytest.mark.parametrize("typed", ["2024", "1e3", "true"])
+def test_advice_to_quote_survives_the_shell(write, typed):
+    message = complaint(write(GOOD), (f"name={typed}",))
+    quoted = message.rpartition("quotes that the shell keeps: ")[2]
+    (override,) = shlex.split(quoted)
+    assert read_config(Config, write(GOOD), [override]).name == typed
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('name: ""', "name: an empty text; leave the key out"),
+        ("data: None", "data: should be a mapping, found the text 'None'; write null for nothing"),
+        ("run_dir: None", "run_dir: the path 'None' stands for no path: write null"),
+        ("run_dir: $HOME/x", "run_dir: the path '$HOME/x' has the variable $HOME"),
+        ("run_dir: file:///x", "run_dir: file:/x is a URL; write the path alone: /x"),
+    ],
+)
+def test_text_that_is_never_meant_is_refused(write, text, words):
+    assert complaint(write(text)).startswith(f"c.yaml:1: {words}")
+
+
+def test_home_is_expanded_in_every_kind_of_path(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write("run_dir: ~/runs\ndata:\n  source: {kind: folder, root: ~/x, classes: ~/names.json}\n")
+    config = read_config(Config, path, ["run_dir=~/more"])
+    assert config.run_dir == Path("/home/me/more") and config.data.source == Folder(
+        root=Path("/home/me/x"), classes=Path("/home/me/names.json")
+    )
+    assert read_config(Config, write("data: {source: {kind: folder, root: x, classes: [~/a]}}")).data.source == Folder(
+        root=Path("x"), classes=("~/a",)
+    )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.arrays import Arrays
+from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.data.sources.safe_pickle import Call, read_pickle
 from kd_pipeline.errors import DataError
 
@@ -62,7 +63,7 @@ class Cifar(Arrays):
         labels: Literal["fine", "coarse"] = "fine",
         download: bool = False,
     ) -> None:
-        version, self._place = _find(dataset, Path(root).expanduser(), download=download)
+        version, self._place = _find(dataset, user_path(root), download=download)
         self._files = version.files[split]
         self._num_per_file = _NUM_IMAGES[split] // len(self._files)
         label = "label" if dataset == "cifar10" else f"{labels}_label"
@@ -213,7 +214,22 @@ def _find(dataset: str, root: Path, *, download: bool) -> tuple[_Binary | _Pickl
     if download:
         return versions[0], _download(versions[0], root)
     known = first_few([name for version in versions for name in (version.folder, version.archive)])
-    raise DataError(f"{root}: no {dataset} here, none of {known}; put {versions[0].url} there, or set download: true")
+    raise DataError(
+        f"{root}: no {dataset} here, none of {known}; {_where_else(dataset, root)}put {versions[0].url} there, or set "
+        "download: true"
+    )
+
+
+def _where_else(dataset: str, root: Path) -> str:
+    """What to set if the dataset is next to `root` or below it, or if the other dataset is in it; empty if not."""
+    parts = [file for file in sorted(root.glob("*")) if file.is_dir()] if root.is_dir() else []
+    for kind in (dataset, *_VERSIONS):
+        names = [name for version in _VERSIONS[kind] for name in (version.folder, version.archive)]
+        for folder in (root.parent, *parts) if kind == dataset else (root,):
+            if any((folder / name).exists() for name in names):
+                setting = f"root: {folder}, where it is" if kind == dataset else f"kind: {kind}, which is here"
+                return f"set {setting}, or "
+    return ""
 
 
 def _download(version: _Version, root: Path) -> Path:

@@ -1,40 +1,48 @@
 """Paths and labels listed in a CSV or JSONL file."""
 
-import csv
-import json
+import logging
 import os
 import re
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
-from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import suggest
+from kd_pipeline.data.sources.containers import user_path
+from kd_pipeline.data.sources.image_folder import EXTENSIONS
 from kd_pipeline.data.sources.index_cache import ListIndex, index_key, load_index, save_index
-from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings
+from kd_pipeline.data.sources.labels import Classes, class_names, combination_warnings, label_warnings, name_warnings
+from kd_pipeline.data.sources.list_format import ListFormat, find_format
+from kd_pipeline.data.sources.list_rows import ListRows
+from kd_pipeline.data.sources.missing_files import check_files
 from kd_pipeline.data.sources.paths import FileSource, PathTable
 from kd_pipeline.errors import DataError
 
 __all__ = ["FileList"]
 
+_logger = logging.getLogger("kd_pipeline")
+
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+_FRACTION = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_SEVERAL = re.compile(r"[-+]?[0-9]+([\s,]+[-+]?[0-9]+)+|.*[|;].*|\[.*\]|\{.*\}", re.DOTALL)
 _KINDS = {NoneType: "no label", int: "a class index", str: "a class name"}
-_Row = tuple[int, str, int | str | None]
-"""Line number from 1, path, label."""
 
 
 class FileList(FileSource):
-    """The paths, and optionally labels, in a `.csv` or `.jsonl` file; the listed files themselves are not accessed.
+    """The paths, and optionally labels, in a CSV or JSONL file.
 
-    A list of a megabyte or more is parsed once and cached in `~/.cache/kd_pipeline/index`.
+    CSV has the columns `path,label` or `path`, with or without a header. A header may have further columns, any order,
+    and usual names such as `filename` and `class`; which columns are read is logged. The delimiter is found: comma,
+    tab, semicolon, `|` or whitespace. JSONL has an object per line, with the same names as keys. Lines that start with
+    `#` are comments. Either every line has a label or none has. Integers are class indices, strings are class names. In
+    CSV everything that reads as an integer is one, so classes named by numbers need JSONL, where `10` and `"10"`
+    differ. Spaces around a value of CSV do not count.
 
-    CSV has the columns `path,label` or `path`, with or without a header; JSONL has objects with the keys `path` and
-    `label`. Either every line has a label or none has. Integers are class indices, strings are class names. In CSV
-    everything that reads as an integer is one, so classes named by numbers need JSONL, where `10` and `"10"` differ.
+    A list of a megabyte or more is parsed once and cached in `~/.cache/kd_pipeline/index`. Of the listed files at most
+    a hundred are looked for.
 
     Args:
         path: the list.
@@ -42,7 +50,8 @@ class FileList(FileSource):
         classes: names in label order, or a JSON file with them; defaults to the sorted names in the list, if any.
 
     Raises:
-        DataError: the list cannot be read, is empty, or has a malformed line; names file and line.
+        DataError: the list cannot be read, is empty, has columns that may mean more than one thing or a malformed line,
+            or none of its files exists; names file and line.
     """
 
     def __init__(
@@ -52,30 +61,58 @@ class FileList(FileSource):
         root: str | os.PathLike[str] | None = None,
         classes: Classes | None = None,
     ) -> None:
-        path = Path(path).expanduser()
-        top = os.path.abspath(path.parent if root is None else os.path.expanduser(root))
+        path = user_path(path)
+        top = os.path.abspath(path.parent if root is None else user_path(root))
         names = None if classes is None else class_names(classes)
-        key = index_key(path, top, names)
+        form = find_format(path, top)
+        if form.columns is not None:
+            _logger.info("%s: %s", path, form.columns.description)
+        key = index_key(path, top, names, form)
         index = None if key is None else load_index(key, top)
         if index is None:
-            index = _parse(path, top, names)
-            if key is not None and key == index_key(path, top, names):  # the list was not edited during parsing
+            index = _parse(path, top, names, form)
+            if key is not None and key == index_key(path, top, names, form):  # it was not edited during parsing
                 save_index(key, index)
-        warnings = name_warnings(index.classes) if index.classes and classes is None else ()
+        warnings = [*index.remarks, *check_files(path, index.paths, top)]
+        warnings += name_warnings(index.classes) if index.classes and classes is None else []
         super().__init__(index.paths, index.labels, index.classes, warnings)
 
 
-def _parse(path: Path, root: str, names: tuple[str, ...] | None) -> ListIndex:
-    paths, labels = PathTable(root), _LabelColumn(names, typed=path.suffix == ".jsonl")
-    for line, sample, label in _rows(path):
+def _parse(path: Path, root: str, names: tuple[str, ...] | None, form: ListFormat) -> ListIndex:
+    rows = ListRows(path, form)
+    paths, column = PathTable(root), _LabelColumn(names, typed=form.delimiter is None)
+    hashes = array("q")
+    for line, sample, label in rows:
         try:
-            paths.extend([_check_text(sample, "path")])
-            labels.add(label)
+            paths.extend([sample])
+            column.add(label)
         except ValueError as exc:
             raise DataError(f"{path}:{line}: {exc}") from exc
+        hashes.append(hash(sample))
     if not len(paths):
         raise DataError(f"{path}: lists no samples; write one path per line")
-    return ListIndex(paths, *labels.finish())
+    labels, classes = column.finish()
+    remarks = rows.remarks()
+    if labels is not None:
+        remarks += [f"{path}: {warning}" for warning in label_warnings(labels, classes, is_given=names is not None)]
+        remarks += _contradictions(path, paths, np.frombuffer(hashes, dtype=np.int64), labels)
+        remarks += combination_warnings(classes) if classes and names is None else []
+    return ListIndex(paths, labels, classes, tuple(remarks))
+
+
+def _contradictions(path: Path, paths: PathTable, hashes: NDArray[np.int64], labels: NDArray[np.int64]) -> list[str]:
+    """A warning about files that are listed with different labels, found by hashes of their paths `[N]`."""
+    order = np.argsort(hashes, kind="stable")
+    hashes, labels = hashes[order], labels[order]
+    rows = np.flatnonzero((hashes[1:] == hashes[:-1]) & (labels[1:] != labels[:-1]))
+    pairs = ((order[row], order[row + 1]) for row in rows.tolist())
+    first = next((a for a, b in pairs if paths.absolute(a) == paths.absolute(b)), None)
+    if first is None:
+        return []
+    return [
+        f"{path}: {len(rows)} line(s) list a file again with another label, such as "
+        f"{os.fsdecode(paths.absolute(first))}; each line is a sample of its own, so remove the wrong ones"
+    ]
 
 
 class _LabelColumn:
@@ -97,6 +134,8 @@ class _LabelColumn:
                     f"the label {label} may be a class index or a name, as a class is named {self._number_name!r}; "
                     f'write the list as .jsonl, with {label} for the index and "{label}" for the name'
                 )
+        if isinstance(label, str) and label not in self._code_of:
+            _check_name(label)
         self._kind = self._kind or type(label)
         if type(label) is not self._kind:
             raise ValueError(
@@ -106,7 +145,10 @@ class _LabelColumn:
         if isinstance(label, int):
             limit = len(self._names) if self._names else 2**31
             if not 0 <= label < limit:
-                raise ValueError(f"the label {label} is not a class index from 0 to {limit - 1}")
+                raise ValueError(
+                    f"the label {label} is not a class index from 0 to {limit - 1}; classes count from 0, and a line "
+                    "without a class must be removed"
+                )
             self._codes.append(label)
         elif label is not None:
             if self._names and label not in self._code_of:
@@ -126,66 +168,18 @@ class _LabelColumn:
         return label_of_code[labels], tuple(names)
 
 
-def _rows(path: Path) -> Iterator[_Row]:
-    read = {".csv": _csv_rows, ".jsonl": _jsonl_rows}.get(path.suffix)
-    if read is None:
-        raise DataError(f"{path}: a file list ends in .csv or .jsonl; rename it to say which one it is")
-    try:
-        # Bytes that are not UTF-8 pass as surrogates, to let `_check_text` report the line.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            yield from read(file)
-    except OSError as exc:
-        raise DataError(f"{path}: cannot be read ({exc.strerror}); check the path and its permissions") from exc
-
-
-def _csv_rows(file: TextIO) -> Iterator[_Row]:
-    reader = csv.reader(file, strict=True, skipinitialspace=True)
-    num_columns = None
-    try:
-        for row in reader:
-            if row in ([], [""]):
-                continue
-            if num_columns is None:
-                num_columns = min(len(row), 2)
-                if [column.strip().lower() for column in row] == ["path", "label"][:num_columns]:
-                    continue
-            if len(row) != num_columns:
-                raise ValueError(
-                    f"found {len(row)} columns, expected {num_columns}: path,label or path alone, commas in quotes"
-                )
-            yield reader.line_num, row[0], _check_text(row[1].strip(), "label") if num_columns == 2 else None
-    except (csv.Error, ValueError) as exc:
-        raise DataError(f"{file.name}:{reader.line_num}: {exc}") from exc
-
-
-def _jsonl_rows(file: TextIO) -> Iterator[_Row]:
-    for line, text in enumerate(file, start=1):
-        if not text.strip():
-            continue
-        try:
-            yield line, *_json_sample(text)
-        except (ValueError, RecursionError) as exc:
-            raise DataError(f"{file.name}:{line}: {exc}") from exc
-
-
-def _json_sample(text: str) -> tuple[str, int | str | None]:
-    try:
-        entry = json.loads(text)
-    except ValueError as exc:
-        raise ValueError(f'not JSON ({exc}); write {{"path": "cat/1.jpg", "label": "cat"}}') from exc
-    if not isinstance(entry, dict) or "path" not in entry or entry.keys() - {"path", "label"}:
-        raise ValueError(f"expected an object with the keys path and label, found {text.strip():.60}")
-    label = entry.get("label")
-    if isinstance(label, bool) or not isinstance(label, int | str | None):
-        raise ValueError(f"the label {label!r:.60} is neither an integer nor a string")
-    return entry["path"], _check_text(label, "label") if isinstance(label, str) else label
-
-
-def _check_text(value: object, what: str) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError(f"the {what} {value!r:.60} is not a string of at least one character")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the {what} {value!r:.60} is not UTF-8; save the list as UTF-8") from None
-    return value
+def _check_name(label: str) -> None:
+    """Refuse what no class is called. A class that is called so nevertheless can be listed in `classes`."""
+    if _FRACTION.fullmatch(label):
+        number = float(label)
+        advice = f"write {number:.0f}" if number.is_integer() else "a class is a whole number or a name"
+        problem = f"the label {label!r} is neither a class index nor a name: {advice}"
+    elif _SEVERAL.fullmatch(label):
+        problem = f"the label {label!r:.60} looks like several, and a sample has one class"
+    elif label.casefold() in ("nan", "<na>"):
+        problem = f"the label {label!r} stands for none: remove the line"
+    elif label.lower().endswith(EXTENSIONS):
+        problem = f"the label {label!r:.60} is an image file: write path,label on a line"
+    else:
+        return
+    raise ValueError(f"{problem}; if a class has this name, list all names in `classes`")

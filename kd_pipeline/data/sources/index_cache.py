@@ -9,7 +9,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline._core.user_cache import user_cache
 from kd_pipeline._core.version import __version__
+from kd_pipeline.data.sources.list_format import ListFormat
 from kd_pipeline.data.sources.paths import PathTable
 
 __all__ = ["ListIndex", "index_key", "load_index", "save_index"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 """To be raised whenever the parsing of lists or the format of an index changes."""
-_MAGIC = b"kdindex1"
+_MAGIC = b"kdindex2"
 _WORD = 8
 """Bytes of the checksum and of the header's length; the parts after the header start at a multiple of it."""
 _MIN_LIST_BYTES = 2**20
@@ -43,9 +44,11 @@ class ListIndex:
     """`[N]`."""
     classes: tuple[str, ...] | None
     """Class names in label order."""
+    remarks: tuple[str, ...] = ()
+    """What parsing skipped or found suspicious."""
 
 
-def index_key(path: Path, root: str, classes: Sequence[str] | None) -> str | None:
+def index_key(path: Path, root: str, classes: Sequence[str] | None, form: ListFormat) -> str | None:
     """The key under which the index of the list `path` is cached; None if the list is short or cannot be read.
 
     It is a SHA-256 over every byte of the list and over everything else that affects parsing. An edited list has a
@@ -59,7 +62,7 @@ def index_key(path: Path, root: str, classes: Sequence[str] | None) -> str | Non
             content = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
-    inputs = [__version__, _FORMAT_VERSION, sys.byteorder, path.suffix, root, classes, content]
+    inputs = [__version__, _FORMAT_VERSION, sys.byteorder, asdict(form), str(path), root, classes, content]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
@@ -91,6 +94,7 @@ def load_index(key: str, root: str) -> ListIndex | None:
         paths=PathTable(root, blob, ends.cast("q")),
         labels=np.frombuffer(labels, dtype=np.int64).copy() if header["is_labeled"] else None,
         classes=None if header["classes"] is None else tuple(header["classes"]),
+        remarks=tuple(header["remarks"]),
     )
 
 
@@ -102,7 +106,9 @@ def save_index(key: str, index: ListIndex) -> None:
     blob, ends = index.paths.blob, memoryview(index.paths.ends).cast("B")
     labels = b"" if index.labels is None else index.labels.data.cast("B")
     sizes = {"ends": len(ends), "labels": len(labels), "blob": len(blob)}
-    header = json.dumps({**sizes, "is_labeled": index.labels is not None, "classes": index.classes}).encode()
+    header = json.dumps({
+        **sizes, "is_labeled": index.labels is not None, "classes": index.classes, "remarks": index.remarks
+    }).encode()  # fmt: skip
     start = len(header).to_bytes(_WORD, "little") + header
     parts = (start.ljust(_round_up(len(start)), b"\0"), ends, labels, blob)
     checksum = 0

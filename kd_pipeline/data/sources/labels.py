@@ -12,12 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import first_few
+from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.errors import DataError
 
-__all__ = ["Classes", "class_names", "count_classes", "load_classes", "name_warnings", "save_classes"]
+__all__ = [
+    "Classes",
+    "class_names",
+    "combination_warnings",
+    "count_classes",
+    "label_warnings",
+    "load_classes",
+    "name_warnings",
+    "save_classes",
+]
 
 Classes = Sequence[str] | str | os.PathLike[str]
-"""Class names in label order, or the path of a JSON file with them."""
+"""Class names in label order, or the path of a file with them."""
+
+_MIN_DISTINCT = 20
+"""So many samples without two of the same class are no accident."""
+_JOINTS = re.compile(r"[\s,/&+]+")
+_SPACES = re.compile(r"[\s_-]+")
 
 
 def class_names(classes: Classes) -> tuple[str, ...]:
@@ -43,18 +58,44 @@ def save_classes(path: str | os.PathLike[str], classes: Sequence[str]) -> None:
 
 
 def load_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Read class names in label order from a JSON file that contains a list of strings.
+    """Read class names in label order from a file.
+
+    It is a JSON list of names; a JSON object from names to labels, such as torchvision's `class_to_idx`, or from labels
+    to names, such as Hugging Face's `id2label`, also within its `config.json`; or a `.txt` file with a name per line.
 
     Raises:
-        DataError: the file cannot be read or is not such a list, or a name is empty or duplicated.
+        DataError: the file cannot be read or is nothing of this kind, or a name is empty or duplicated.
     """
+    file = user_path(path)
     try:
-        names = json.loads(Path(path).expanduser().read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix.lower() == ".txt":
+            return _check_names([line.strip() for line in text.splitlines() if line.strip()], str(path))
+        content = json.loads(text)
     except (OSError, ValueError, RecursionError) as exc:
         raise DataError(f"{path}: cannot be read as a JSON list of class names ({exc})") from exc
-    if not isinstance(names, list):
-        raise DataError(f'{path}: expected a JSON list of class names such as ["cat", "dog"], found {names!r:.60}')
-    return _check_names(names, str(path))
+    if isinstance(content, dict):
+        content = _names_in_order(content)
+    if not isinstance(content, list):
+        raise DataError(
+            f'{path}: expected a JSON list of class names such as ["cat", "dog"], or an object from names to labels '
+            f"without gaps or the other way around, found {text.strip()!r:.60}"
+        )
+    return _check_names(content, str(path))
+
+
+def _names_in_order(content: dict[str, object]) -> list[object] | None:
+    """The names of a `class_to_idx` or `id2label`; None if it is neither, or a label is missing."""
+    for key in ("id2label", "class_to_idx"):
+        if isinstance(inner := content.get(key), dict):
+            content = inner
+            break
+    by_label: dict[object, object] = {label: name for name, label in content.items() if type(label) is int}
+    if not by_label:
+        by_label = {int(label): name for label, name in content.items() if label.isdecimal()}
+    if not content or len(by_label) != len(content) or set(by_label) != set(range(len(content))):
+        return None
+    return [by_label[label] for label in range(len(content))]
 
 
 def count_classes(labels: NDArray[np.int64] | None, classes: tuple[str, ...] | None) -> int | None:
@@ -75,10 +116,53 @@ def name_warnings(names: Sequence[str]) -> list[str]:
         )
     similar = defaultdict(list)
     for name in names:
-        similar[unicodedata.normalize("NFC", name).casefold()].append(name)
+        similar[_SPACES.sub(" ", unicodedata.normalize("NFC", name).casefold()).strip()].append(name)
     if groups := [" and ".join(map(repr, group)) for group in similar.values() if len(group) > 1]:
-        warnings.append(f"classes that differ only in case or Unicode form: {first_few(groups)}; merge equal ones")
+        warnings.append(
+            f"classes that differ only in case, spaces or Unicode form: {first_few(groups)}; merge equal ones"
+        )
     return warnings
+
+
+def combination_warnings(names: Sequence[str]) -> list[str]:
+    """A warning about class names that consist of other ones, as where a sample has several labels in one text."""
+    known = set(names)
+    combined = [
+        name
+        for name in names
+        if len(parts := set(_JOINTS.split(name)) - {""}) > 1 and all(part in known for part in parts)
+    ]
+    if not combined:
+        return []
+    examples = first_few(list(map(repr, combined)))
+    return [f"classes that consist of other classes: {examples}; a sample has one class, so split or merge them"]
+
+
+def label_warnings(labels: NDArray[np.int64], classes: Sequence[str] | None, *, is_given: bool) -> list[str]:
+    """Warnings about labels that leave classes without a sample, count from 1 or give each sample its own class.
+
+    Args:
+        labels: `[N]`.
+        classes: class names, if there are any.
+        is_given: whether the user listed the names, so they are not just those that occur.
+    """
+    used = np.unique(labels)
+    num_classes = len(classes) if classes else int(used[-1]) + 1
+    if not is_given and len(used) == len(labels) >= _MIN_DISTINCT:
+        return [
+            f"each of the {len(labels)} samples has a class of its own; are the labels numbers of lines or names of "
+            "files?"
+        ]
+    if not is_given and used[0] == 1 and len(used) == num_classes - 1:
+        return [
+            f"labels from 1 to {used[-1]}, and classes count from 0: class 0 has no samples, and a teacher that counts "
+            "from 0 has other labels; subtract 1 from each label"
+        ]
+    if len(used) == num_classes:
+        return []
+    unused = np.setdiff1d(np.arange(min(num_classes, len(used) + 10)), used)[:10].tolist()
+    shown = first_few([classes[label] if classes else str(label) for label in unused], num_classes - len(used))
+    return [f"no samples for {num_classes - len(used)} of {num_classes} classes: {shown}"]
 
 
 def _check_names(names: Sequence[str], where: str) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def test_validation_shares_training_classes(tmp_path):
     root = make_files(tmp_path / "val", "cat/1.jpg", "eel/1.jpg")
     source = open_source(ImageFolderSettings(root=root), classes=("ant", "cat", "dog", "eel"))
     assert source.labels.tolist() == [1, 3] and source.num_classes == 4
-    path = write_list(tmp_path, "a.jpg,eel\n")
+    path = write_list(tmp_path, "val/eel/1.jpg,eel\n")
     assert open_source(FileListSettings(path=path), classes=("ant", "cat", "dog", "eel")).labels.tolist() == [3]
     message = error_of(open_source, ImageFolderSettings(root=root), classes=("ant", "dog", "eels"))
     assert "not among the 3 classes: cat, eel;" in message

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kd_pipeline.data.sources import FileList
-from tests.data.sources.helpers import error_of, read_paths, write_list
+from tests.data.sources.helpers import error_of, make_files, read_paths, relative_names, write_list
 
 
 @pytest.mark.parametrize(
@@ -26,8 +26,9 @@ from tests.data.sources.helpers import error_of, read_paths, write_list
     ],
 )
 def test_reads_csv(tmp_path, text, samples, labels, classes):
+    make_files(tmp_path, *samples)
     source = FileList(write_list(tmp_path, text))
-    assert [source.name(i) for i in range(len(source))] == [f"{tmp_path}/{sample}" for sample in samples]
+    assert relative_names(source, tmp_path) == samples
     assert (None if source.labels is None else source.labels.tolist()) == labels and source.classes == classes
 
 
@@ -41,6 +42,7 @@ def test_reads_csv(tmp_path, text, samples, labels, classes):
     ],
 )
 def test_reads_jsonl(tmp_path, rows, labels, classes, num_classes):
+    make_files(tmp_path, "a", "b")
     text = "\ufeff" + "\r\n\r\n".join(json.dumps(row) for row in rows)
     source = FileList(write_list(tmp_path, text, "list.jsonl"))
     assert (None if source.labels is None else source.labels.tolist()) == labels
@@ -48,6 +50,7 @@ def test_reads_jsonl(tmp_path, rows, labels, classes, num_classes):
 
 
 def test_given_classes_set_labels(tmp_path):
+    make_files(tmp_path, "a.jpg", "b.jpg")
     names = write_list(tmp_path, "a.jpg,cat\nb.jpg,ant\n")
     assert FileList(names, classes=("cat", "bee", "ant")).labels.tolist() == [0, 2]
     indices = write_list(tmp_path, "a.jpg,2\nb.jpg,0\n")
@@ -57,17 +60,19 @@ def test_given_classes_set_labels(tmp_path):
 
 
 def test_paths_are_relative_to_root_or_list(tmp_path, monkeypatch):
+    make_files(tmp_path, "a.jpg", "data/a.jpg")
     path = write_list(tmp_path, f"a.jpg\n/abs/b.jpg\n{tmp_path}//c.jpg\n../d.jpg\n{tmp_path}/\n")
     assert read_paths(FileList(path), 0, 1, 2, 3, 4) == [
         f"{tmp_path}/a.jpg", "/abs/b.jpg", f"{tmp_path}/c.jpg", f"{tmp_path}/../d.jpg", f"{tmp_path}/",
     ]  # fmt: skip
-    assert FileList(path, root="/data").name(0) == "/data/a.jpg"
+    assert FileList(path, root=tmp_path / "data").name(0) == f"{tmp_path}/data/a.jpg"
     monkeypatch.chdir(tmp_path)
     assert FileList("list.csv").name(0) == f"{tmp_path}/a.jpg"
 
 
 def test_warns_about_numbers_in_text_order(tmp_path):
-    rows = "".join(json.dumps({"path": "a.jpg", "label": name}) + "\n" for name in ("1", "2", "10"))
+    make_files(tmp_path, "1.jpg", "2.jpg", "10.jpg")
+    rows = "".join(json.dumps({"path": f"{name}.jpg", "label": name}) + "\n" for name in ("1", "2", "10"))
     (warning,) = FileList(write_list(tmp_path, rows, "list.jsonl")).warnings
     assert "(0: 1, 1: 10, 2: 2)" in warning
 
@@ -78,13 +83,23 @@ BAD_LISTS = {
     "label missing": ("a,cat\nb\n", None, 2, "found 1 columns, expected 2"),
     "label empty": ("a,cat\nb,\n", None, 2, "the label '' is not a string of at least one character"),
     "label promised": ("path,label\na\n", None, 2, "found 1 columns, expected 2"),
-    "too many columns": ("a.jpg,cat,3\n", None, 1, "found 3 columns, expected 2"),
+    "too many columns": ("a.jpg,cat,3\n", None, 1, "found 3 columns, expected 2: path,label or path alone"),
+    "more columns below": ("path,label\na,cat\nb,cat,3\n", None, 3, "found 3 columns, expected 2: 'path', 'label'"),
+    "fraction": ("a,1.0\n", None, 1, "the label '1.0' is neither a class index nor a name: write 1"),
+    "half": ("a,0.5\n", None, 1, "a class is a whole number or a name"),
+    "two names": ("a,cat\nb,cat|dog\n", None, 2, "the label 'cat|dog' looks like several"),
+    "two numbers": ('a,1\nb,"1 5"\n', None, 2, "the label '1 5' looks like several"),
+    "Python list": ("a,\"['x', 'y']\"\n", None, 1, "looks like several"),
+    "not a number": ("a,cat\nb,NaN\n", None, 2, "the label 'NaN' stands for none: remove the line"),
+    "image as label": ("a.jpg,a_mask.png\n", None, 1, "the label 'a_mask.png' is an image file"),
+    "URL": ("path,label\nhttps://x.org/a.jpg,cat\n", None, 2, "https://x.org/a.jpg is a URL, and only files"),
+    "file URL": ("file:///x/a.jpg,cat\n", None, 1, "write the path alone: /x/a.jpg"),
     "path empty": ("a,cat\n,cat\n", None, 2, "the path '' is not a string"),
     "nul": ("a\0b,cat\n", None, 1, ""),
     "quote left open": ('a,cat\n"b,cat\n', None, 2, "unexpected end of data"),
     "not UTF-8": (b"a,cat\ncaf\xe9,cat\n", None, 2, "is not UTF-8; save the list as UTF-8"),
     "label not UTF-8": (b"a,cat\nb,caf\xe9\n", None, 2, "is not UTF-8"),
-    "negative": ("a,0\nb,-1\n", None, 2, "the label -1 is not a class index from 0 to 2147483647"),
+    "negative": ("a,0\nb,-1\n", None, 2, "the label -1 is not a class index from 0 to 2147483647; classes"),
     "huge": (f"a,{10**25}\n", None, 1, "is not a class index from 0 to 2147483647"),
     "beyond huge": (f"a,{'9' * 5000}\n", None, 1, "limit"),
     "out of range": ("a,0\nb,2\n", ("x", "y"), 2, "the label 2 is not a class index from 0 to 1"),
@@ -103,10 +118,14 @@ def test_bad_csv_line_is_refused_by_number(tmp_path, text, classes, line, words)
 BAD_JSON = {
     "not JSON": ("{path: 1}", "not JSON"),
     "no object": ('["a", "cat"]', "expected an object with the keys path and label"),
-    "no path": ('{"label": 3}', "expected an object with the keys path and label"),
-    "unknown key": ('{"path": "b", "lable": 3}', "expected an object with the keys path and label"),
+    "no path": ('{"label": 3}', "found the keys 'label', and none is known to hold the paths; name them path and"),
+    "unknown key": ('{"path": "b", "lable": 3}', "found the keys 'path', 'lable', and none is known to hold the label"),
+    "two paths": ('{"image": "b", "file": "c", "label": 3}', "more than one may be the path; name only the right one"),
+    "a whole array": ('[{"path": "b", "label": 3}]', "write an object on each line"),
+    "URL": ('{"path": "s3://b/c.jpg", "label": 3}', "s3://b/c.jpg is a URL"),
+    "empty path": ('{"path": "", "label": 3}', "the path '' is not a string of at least one character"),
     "path is a number": ('{"path": 3, "label": 3}', "the path 3 is not a string"),
-    "label is a float": ('{"path": "b", "label": 3.0}', "the label 3.0 is neither an integer nor a string"),
+    "label is a float": ('{"path": "b", "label": 3.0}', "the label 3.0 is neither an integer nor a string; write 3"),
     "label is a bool": ('{"path": "b", "label": true}', "the label True is neither an integer nor a string"),
     "label is a list": ('{"path": "b", "label": [1]}', "is neither an integer nor a string"),
     "no label": ('{"path": "b"}', "found no label (None) where the lines above have a class index"),
@@ -133,5 +152,47 @@ def test_empty_list_is_refused(tmp_path, text):
 
 def test_missing_or_unknown_list_is_refused(tmp_path):
     assert error_of(FileList, tmp_path / "none.csv").startswith(f"{tmp_path}/none.csv: cannot be read (No such file")
-    path = write_list(tmp_path, "a\n", "list.txt")
-    assert error_of(FileList, path).startswith(f"{path}: a file list ends in .csv or .jsonl")
+    path = write_list(tmp_path, "a\n", "list.yaml")
+    assert error_of(FileList, path).startswith(f"{path}: a file list is CSV text (.csv, .tsv or .txt) or JSONL")
+    assert f"take kind: image_folder with root: {tmp_path}" in error_of(FileList, tmp_path)
+
+
+def test_class_of_odd_name_can_be_listed(tmp_path):
+    """What the errors about labels advise."""
+    make_files(tmp_path, "a", "b", "c", "d")
+    path = write_list(tmp_path, "a,1.0\nb,cat|dog\nc,nan\nd,[x]\n")
+    assert FileList(path, classes=("nan", "[x]", "1.0", "cat|dog")).labels.tolist() == [2, 3, 0, 1]
+
+
+SUSPICIOUS = {
+    "from 1": ("a,1\nb,2\nc,2\n", "labels from 1 to 2, and classes count from 0"),
+    "gap": ("a,0\nb,3\nc,5\n", "no samples for 3 of 6 classes: 1, 2, 4"),
+    "huge gap": ("a,0\nb,2000000000\n", "no samples for 1999999999 of 2000000001 classes: 1, 2, 3"),
+    "two labels": ("a,x\nb,y\na,y\nc,x\n", "1 line(s) list a file again with another label, such as"),
+    "case": ("a,Cat\nb,cat\n", "differ only in case, spaces or Unicode form: 'Cat' and 'cat'"),
+    "underscore": ("a,hot dog\nb,hot_dog\n", "differ only in case, spaces or Unicode form"),
+    "pair of classes": ('a,x\nb,y\nc,"x, y"\n', "classes that consist of other classes: 'x, y'"),
+    "comment": ("# made today\na,x\nb,x\n", "skipped 1 comment line(s)"),
+    "unused column": ("path,label,width\na,x,3\nb,x,4\n", "not read: 'width'"),
+    "one missing": ("a,x\nnone,x\nb,x\n", "1 of 3 listed files that were looked for do not exist, such as"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), SUSPICIOUS.values(), ids=SUSPICIOUS)
+def test_suspicious_list_is_read_with_a_warning(tmp_path, text, words):
+    make_files(tmp_path, "a", "b", "c")
+    (warning,) = FileList(write_list(tmp_path, text)).warnings
+    assert words in warning
+
+
+def test_own_class_for_every_sample_is_suspicious(tmp_path):
+    make_files(tmp_path, *(f"{n}.jpg" for n in range(30)))
+    for label in ("{}", "x{}"):
+        text = "".join(f"{n}.jpg,{label.format(n)}\n" for n in range(30))
+        warnings = FileList(write_list(tmp_path, text)).warnings
+        assert "each of the 30 samples has a class of its own" in warnings[0]
+
+
+def test_same_label_twice_is_no_warning(tmp_path):
+    make_files(tmp_path, "a", "b")
+    assert FileList(write_list(tmp_path, "a,x\na,x\nb,y\n")).warnings == ()

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kd_pipeline.data.sources import FileList, file_list, index_cache
+from kd_pipeline.data.sources.list_format import find_format
 from kd_pipeline.errors import DataError
 
 LINES = [f"images {n % 7}/é {n:03}.jpg,class {n % 3}" for n in range(50)]
@@ -18,7 +19,8 @@ LINES = [f"images {n % 7}/é {n:03}.jpg,class {n % 3}" for n in range(50)]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the indexes, with short lists cached too."""
+    """The folder of the indexes, with short lists cached too; the listed files need not exist."""
+    monkeypatch.setattr(file_list, "check_files", lambda path, paths, root: [])
     monkeypatch.setattr(index_cache, "_MIN_LIST_BYTES", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/kd_pipeline/index"
@@ -245,7 +247,8 @@ def test_unused_indexes_are_deleted_after_a_month(tmp_path, cache):
     FileList(used)  # used, and therefore kept
     FileList(write(tmp_path / "new.csv", LINES[:30]))
     kept = {file.name for file in cache.iterdir()}
-    keys = {index_cache.index_key(path, str(tmp_path), None) for path in (used, tmp_path / "new.csv")}
+    form = find_format(used, str(tmp_path))
+    keys = {index_cache.index_key(path, str(tmp_path), None, form) for path in (used, tmp_path / "new.csv")}
     assert kept == {f"{key}.index" for key in keys}
 
 
@@ -262,7 +265,8 @@ def test_open_list_survives_replaced_index(tmp_path, cache):
 def test_concurrent_processes_leave_one_good_index(tmp_path, cache, parsed):
     path = write(tmp_path / "list.csv", LINES * 400)
     code = (
-        "import sys; from kd_pipeline.data.sources import index_cache; index_cache._MIN_LIST_BYTES = 1; "
+        "import sys; from kd_pipeline.data.sources import file_list, index_cache; index_cache._MIN_LIST_BYTES = 1; "
+        "file_list.check_files = lambda path, paths, root: []; "
         "from kd_pipeline.data.sources import FileList; print(FileList(sys.argv[1]).fingerprint)"
     )
     processes = [

@@ -17,6 +17,7 @@ def test_batch_equals_single_paths(tmp_path, elsewhere):
     names = [f"{'long/' * (number % 5)}{'é' * (number % 3)}{number}.jpg" for number in range(40)] + ["last" * 40]
     if elsewhere:
         names[7] = "/somewhere/else.jpg"
+    make_files(tmp_path, "0.jpg")  # a list of which no file exists is refused
     source = FileList(write_list(tmp_path, "".join(f"{name}\n" for name in names)))
     index = np.array([40, 0, 7, 7, *range(40), 39])
     for block in (index, index[:1], index[1:2], index[-1:], index[4:20]):
@@ -61,9 +62,10 @@ def test_dali_reads_these_paths(tmp_path):
 def test_memory_is_little_more_than_the_bytes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "list.csv").write_text("".join(f"class_{n % 100:03}/image_{n:08}.jpg\n" for n in range(50_000)))
+    root = make_files(tmp_path / "a/rather/long/root/folder/that/is/kept/once", "class_000/image_00000000.jpg")
     tracemalloc.start()
     try:
-        source = FileList(tmp_path / "list.csv", root="/a/rather/long/root/folder/that/is/kept/only/once/and/for/all")
+        source = FileList(tmp_path / "list.csv", root=root)
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -1,0 +1,211 @@
+"""The lines of a file list, read in the format that was found: number, path and label of each."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from kd_pipeline._core.paths import find_url
+from kd_pipeline._core.suggestions import first_few
+from kd_pipeline.data.sources.list_format import Columns, ListFormat, find_columns, is_comment, split_at_space
+from kd_pipeline.errors import DataError
+
+__all__ = ["ListRows", "Row", "check_text"]
+
+Row = tuple[int, str, int | str | None]
+"""Line number from 1, path, label."""
+
+_SPLITS = {
+    **dict.fromkeys(["train", "training"], "train"),
+    **dict.fromkeys(["val", "valid", "validation", "dev"], "val"),
+    **dict.fromkeys(["test", "testing"], "test"),
+}
+
+
+class ListRows:
+    """Iterates over the samples of a list.
+
+    Args:
+        path: the list.
+        form: how it is written.
+
+    Raises:
+        DataError: a line is malformed; names file and line.
+    """
+
+    def __init__(self, path: Path, form: ListFormat) -> None:
+        self._path, self._form = path, form
+        self._num_comments = 0
+        self._unused: dict[str, None] = {}
+        self._splits: dict[int, str] = {}
+
+    def __iter__(self) -> Iterator[Row]:
+        # Bytes that are not UTF-8 pass as surrogates, to let `check_text` report the line.
+        errors = "surrogateescape" if self._form.encoding == "utf-8-sig" else "strict"
+        try:
+            with self._path.open(encoding=self._form.encoding, errors=errors, newline="") as file:
+                match self._form.delimiter:
+                    case None:
+                        yield from self._json_rows(file)
+                    case " " | "\n":
+                        yield from self._plain_rows(file)
+                    case delimiter:
+                        yield from self._csv_rows(file, delimiter)
+        except OSError as exc:
+            raise DataError(
+                f"{self._path}: cannot be read ({exc.strerror}); check the path and its permissions"
+            ) from exc
+        except UnicodeError as exc:
+            raise DataError(f"{self._path}: not {self._form.encoding} text ({exc}); save the list as UTF-8") from exc
+
+    def remarks(self) -> list[str]:
+        """What was skipped, a sentence each; to be called after the last line."""
+        remarks = []
+        if self._num_comments:
+            remarks.append(f"{self._path}: skipped {self._num_comments} comment line(s)")
+        if self._unused:
+            remarks.append(f"{self._path}: not read: {first_few(list(map(repr, self._unused)))}")
+        return remarks
+
+    def _csv_rows(self, file: TextIO, delimiter: str) -> Iterator[Row]:
+        reader = csv.reader(file, strict=True, skipinitialspace=True, delimiter=delimiter)
+        cells = _Cells(self._form.columns, "commas in quotes" if delimiter == "," else "see the first lines")
+        is_header = self._form.columns is not None
+        try:
+            for row in reader:
+                if row in ([], [""]):
+                    continue
+                if is_comment(row[0]):
+                    self._num_comments += 1
+                elif is_header:
+                    is_header = False
+                    self._note_unused(self._form.columns)
+                else:
+                    yield self._row(reader.line_num, row, cells)
+        except (csv.Error, ValueError) as exc:
+            raise DataError(f"{file.name}:{reader.line_num}: {exc}") from exc
+
+    def _plain_rows(self, file: TextIO) -> Iterator[Row]:
+        cells = _Cells(self._form.columns, "the label after the path")
+        is_header = self._form.columns is not None
+        for number, text in enumerate(file, start=1):
+            line = text.strip()
+            if not line:
+                continue
+            if is_comment(line):
+                self._num_comments += 1
+            elif is_header:
+                is_header = False
+                self._note_unused(self._form.columns)
+            else:
+                row = [line] if self._form.delimiter == "\n" else split_at_space(line, self._form.columns)
+                try:
+                    yield self._row(number, row, cells)
+                except ValueError as exc:
+                    raise DataError(f"{file.name}:{number}: {exc}") from exc
+
+    def _row(self, line: int, row: list[str], cells: "_Cells") -> Row:
+        path, label = cells.of(row)
+        for column in () if cells.columns is None else cells.columns.unused:
+            self._check_split(column, row[column])
+        return line, check_text(path, "path"), None if label is None else check_text(label, "label")
+
+    def _json_rows(self, file: TextIO) -> Iterator[Row]:
+        columns_of: dict[tuple[str, ...], Columns] = {}
+        for line, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                entry = _json_object(text)
+                keys = tuple(entry)
+                if keys not in columns_of:
+                    columns_of[keys] = find_columns(keys, "keys")
+                    self._note_unused(columns_of[keys])
+                columns = columns_of[keys]
+                for column in columns.unused:
+                    self._check_split(column, entry[keys[column]])
+                yield line, check_text(entry[keys[columns.path]], "path"), _json_label(entry, columns)
+            except (ValueError, RecursionError) as exc:
+                raise DataError(f"{file.name}:{line}: {exc}") from exc
+
+    def _note_unused(self, columns: Columns | None) -> None:
+        if columns is not None:
+            self._unused |= dict.fromkeys(columns.names[column] for column in columns.unused)
+
+    def _check_split(self, column: int, value: object) -> None:
+        split = _SPLITS.get(value.strip().casefold()) if isinstance(value, str) else None
+        if split is not None and self._splits.setdefault(column, split) != split:
+            raise ValueError(
+                f"found the split {value!r} where lines above have {self._splits[column]!r}: every line of a list "
+                "belongs to the same split; write a list for each"
+            )
+
+
+class _Cells:
+    """Takes path and label from the cells of a line; without a header the first line decides how many there are."""
+
+    def __init__(self, columns: Columns | None, hint: str) -> None:
+        self.columns = columns
+        self._hint = hint
+        self._num = None if columns is None else len(columns.names)
+
+    def of(self, row: list[str]) -> tuple[str, str | None]:
+        """Path and label."""
+        if self.columns is None:
+            while len(row) > (self._num or 2) and not row[-1].strip():
+                row = row[:-1]
+            self._num = self._num or min(len(row), 2)
+        if len(row) != self._num:
+            raise ValueError(f"found {len(row)} columns, expected {self._num}: {self._expected(len(row))}")
+        if self.columns is None:
+            return row[0].rstrip(), row[1].strip() if len(row) == 2 else None
+        label = None if self.columns.label is None else row[self.columns.label].strip()
+        return row[self.columns.path].rstrip(), label
+
+    def _expected(self, num_found: int) -> str:
+        if self.columns is not None:
+            return f"{', '.join(map(repr, self.columns.names))}; {self._hint}"
+        header = ", or a first line that names all columns, such as path,label,other" if num_found > 2 else ""
+        return f"path,label or path alone, {self._hint}{header}"
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        entry = json.loads(text)
+    except ValueError as exc:
+        raise ValueError(f'not JSON ({exc}); write {{"path": "cat/1.jpg", "label": "cat"}} on a line') from exc
+    if not isinstance(entry, dict):
+        advice = "; write an object on each line" if isinstance(entry, list) else ""
+        raise ValueError(f"expected an object with the keys path and label, found {text.strip():.60}{advice}")
+    return entry
+
+
+def _json_label(entry: dict[str, object], columns: Columns) -> int | str | None:
+    label = None if columns.label is None else entry[columns.names[columns.label]]
+    if isinstance(label, bool) or not isinstance(label, int | str | None):
+        advice = "; a sample has one class" if isinstance(label, list | dict) else ""
+        if isinstance(label, float) and label.is_integer():
+            advice = f"; write {label:.0f}"
+        raise ValueError(f"the label {label!r:.60} is neither an integer nor a string{advice}")
+    return check_text(label.strip(), "label") if isinstance(label, str) else label
+
+
+def check_text(value: object, what: str) -> str:
+    """`value`, if it is a string that a path or a label can be.
+
+    Raises:
+        ValueError: it is empty, no string, not UTF-8, or a URL in place of a path.
+    """
+    if not isinstance(value, str) or not value or "\0" in value:
+        advice = "; write one, or remove the line" if value == "" else ""
+        raise ValueError(f"the {what} {value!r:.60} is not a string of at least one character{advice}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"the {what} {value!r:.60} is not UTF-8; save the list as UTF-8: iconv -f latin1 -t utf8 OLD > NEW"
+        ) from None
+    if what == "path" and "://" in value and (problem := find_url(value)):
+        raise ValueError(problem)
+    return value

@@ -1,0 +1,129 @@
+"""Looks for some files of a list, and where they are if not where they should be."""
+
+import os
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kd_pipeline.data.sources.image_folder import EXTENSIONS
+from kd_pipeline.data.sources.paths import PathTable
+from kd_pipeline.errors import DataError
+
+__all__ = ["check_files"]
+
+_MAX_LOOKED_AT = 100
+_MAX_TRIED = 5
+"""Missing files that are looked for elsewhere."""
+_MAX_FOLDERS = 200
+"""Subfolders of a folder in which they are looked for."""
+
+
+class _Spelling(NamedTuple):
+    """Another way to write a path, and what to do if the file exists under it."""
+
+    path: str
+    advice: str
+    """`{root}` is where the file was found."""
+
+
+def check_files(path: Path, paths: PathTable, root: str) -> list[str]:
+    """Look for at most a hundred files of the list `path`, evenly spaced; a list may have millions of them.
+
+    Returns:
+        A warning if some are missing.
+
+    Raises:
+        DataError: all are missing, with the root to set if they are found below another one.
+    """
+    num = min(len(paths), _MAX_LOOKED_AT)
+    looked_at = [
+        os.fsdecode(paths.absolute(index)) for index in np.linspace(0, len(paths) - 1, num).astype(int).tolist()
+    ]
+    missing = [file for file in looked_at if os.path.isdir(file) or not os.path.exists(file)]
+    if not missing:
+        return []
+    entries = [entry.removeprefix(os.path.join(root, "")) for entry in missing[:_MAX_TRIED]]
+    advice = _find_elsewhere(entries, path, root)
+    if len(missing) < num:
+        return [
+            f"{path}: {len(missing)} of {num} listed files that were looked for do not exist, such as "
+            f"{_described(missing[0])}; {advice or 'correct or remove these lines'}"
+        ]
+    counted = (
+        f"none of the {num} listed files exists" if num == len(paths) else f"none of {num} looked-for files exists"
+    )
+    if os.path.isabs(entries[0]):
+        where, otherwise = "the paths are absolute", "correct the paths in the list"
+    else:
+        where, otherwise = f"relative paths start in {root}", f"set root to the folder in which {entries[0]!r} is"
+    raise DataError(f"{path}: {counted}, such as {_described(missing[0])}; {where}; {advice or otherwise}")
+
+
+def _described(file: str) -> str:
+    return f"{file} (a folder)" if os.path.isdir(file) else file
+
+
+def _find_elsewhere(entries: list[str], path: Path, root: str) -> str | None:
+    """What to change for the listed `entries` to exist; None if they are found nowhere."""
+    roots = list(dict.fromkeys([root, *_folders(path, root)]))
+    for entry in entries:
+        if not os.path.isabs(entry):
+            for base in roots[1:]:
+                if os.path.isfile(os.path.join(base, entry)):
+                    return f"the files are below another folder: set root: {_shown(base)}"
+        for base in roots:
+            for spelling in _spellings(entry):
+                if os.path.isfile(os.path.join(base, spelling.path)):
+                    also = "" if base == root or os.path.isabs(spelling.path) else f", and set root: {_shown(base)}"
+                    return f"{spelling.advice}{also}"
+    return None
+
+
+def _folders(path: Path, root: str) -> Iterator[str]:
+    """Where the root may really be: the working directory, the folders around it, the list and `root`, and in these."""
+    starts = [Path.cwd(), path.parent, Path(root)]
+    yield from map(str, starts)
+    yield from map(str, chain.from_iterable(start.parents for start in starts))
+    for start in starts:
+        yield from islice(_subfolders(start), _MAX_FOLDERS)
+
+
+def _subfolders(folder: Path) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as entries:
+            yield from (entry.path for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    except OSError:
+        return
+
+
+def _spellings(entry: str) -> Iterator[_Spelling]:
+    """Ways in which the path of a list is often wrong."""
+    slashes = entry.replace("\\", "/")
+    if slashes != entry:
+        yield _Spelling(slashes, "the paths have backslashes: write / in place of each")
+    if entry.startswith("~"):
+        yield _Spelling(os.path.expanduser(entry), "~ is not expanded in a list: write the whole path")
+    stem, ending = os.path.splitext(entry)
+    stem, ending = (stem, ending) if ending.lower() in EXTENSIONS else (entry, "")
+    for other in dict.fromkeys([ending.lower(), ending.upper(), *EXTENSIONS, *map(str.upper, EXTENSIONS)]):
+        if other != ending:
+            problem = (
+                f"the paths end in {other} and not in {ending}" if ending else f"the paths need the ending {other}"
+            )
+            yield _Spelling(stem + other, problem)
+    if " " in entry.strip() or "\t" in entry:
+        yield _Spelling(entry.split()[0], "the paths end at a space: write path,label with a comma")
+    parts = slashes.split("/")
+    for start in range(1, len(parts)):
+        tail, prefix = "/".join(parts[start:]), "/".join(parts[:start]) + "/"
+        if tail:
+            yield _Spelling(tail, f"remove {prefix!r} from the start of the paths")
+
+
+def _shown(folder: str) -> str:
+    """The folder as it may be written: relative to the working directory if it is below it."""
+    relative = os.path.relpath(folder)
+    return folder if relative.startswith("..") else relative
