@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.cli.arguments import CommandParser, add_options, checked, given
+from kd_pipeline.cli.arguments import CommandParser, add_options, checked, given, path_option
 from kd_pipeline.errors import ConfigError
 
 
@@ -82,3 +82,23 @@ def test_options_are_added_when_used() -> None:
     for _ in range(2):
         assert parser.parse_args(["two", "--here"]).here
     assert calls == ["p two"]
+
+
+def test_paths_are_read_like_those_of_a_config(
+    parser: argparse.ArgumentParser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    parser.add_argument("--file", type=path_option)
+    parsed = parser.parse_args(["--file=~/x", "--out=~/y"])
+    assert parsed.file == Path("/home/me/x") and checked(Example, out=parsed.out).out == Path("/home/me/y")
+    for option in ("--file=$DATA/x", "--out=$DATA/x", "--file=", "--out=s3://b/x"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([option])
+    errors = capsys.readouterr().err
+    assert errors.count("the path '$DATA/x' has the variable $DATA") == 2
+    assert "is empty" in errors and "s3://b/x is a URL" in errors
+
+
+def test_errors_of_values_name_the_option() -> None:
+    with pytest.raises(ConfigError, match=r"^--out: the path '\$A' has the variable \$A"):
+        checked(Example, out=Path("$A"))

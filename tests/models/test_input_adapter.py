@@ -5,13 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.models.input_adapter import ExpectedInput, Normalization
+from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, Normalization
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -141,3 +142,10 @@ def test_loader_passes_normalization(photo_folder: Path, tmp_path: Path, as_ense
         seen = batch.images * torch.tensor(STUDENT.std).view(3, 1, 1) + torch.tensor(STUDENT.mean).view(3, 1, 1)
         expected = net.eval()(normalized(seen, TEACHER.mean, TEACHER.std))
         torch.testing.assert_close(batch.teacher["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_values_for_0_to_255_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"divide by 255: \[0.485, 0.456, 0.406\]"):
+        ExpectedInput(mean=(123.675, 116.28, 103.53), std=(0.229, 0.224, 0.225))
+    with pytest.raises(ValidationError, match=r"from_std\n.* divide by 255: \[0.229, 0.224, 0.225\]"):
+        InputAdapter(mean=(0, 0, 0), std=(1, 1, 1), from_std=(58.395, 57.12, 57.375))

@@ -110,10 +110,8 @@ def _spellings(entry: str) -> Iterator[_Spelling]:
     stem, ending = (stem, ending) if ending.lower() in EXTENSIONS else (entry, "")
     for other in dict.fromkeys([ending.lower(), ending.upper(), *EXTENSIONS, *map(str.upper, EXTENSIONS)]):
         if other != ending:
-            problem = (
-                f"the paths end in {other} and not in {ending}" if ending else f"the paths need the ending {other}"
-            )
-            yield _Spelling(stem + other, problem)
+            wrong = f"end in {other} and not in {ending}" if ending else f"need the ending {other}"
+            yield _Spelling(stem + other, f"the paths {wrong}")
     if " " in entry.strip() or "\t" in entry:
         yield _Spelling(entry.split()[0], "the paths end at a space: write path,label with a comma")
     parts = slashes.split("/")

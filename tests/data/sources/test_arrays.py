@@ -115,3 +115,58 @@ def test_npz_without_wanted_array_is_refused(tmp_path, pixels):
     np.savez(tmp_path / "mnist.npz", x_train=pixels, y_train=np.zeros(7, int))
     assert "no array named 'images' among ['x_train', 'y_train']" in error_of(Arrays, tmp_path / "mnist.npz")
     assert "no array named 'labels' among ['x_train', 'y_train']" in error_of(Arrays, pixels, tmp_path / "mnist.npz")
+
+
+@pytest.mark.parametrize(
+    ("images", "advice"),
+    [
+        (lambda pixels: pixels.transpose(0, 3, 1, 2), "save images.transpose(0, 2, 3, 1), because channels come last"),
+        (
+            lambda pixels: pixels / np.float32(255),
+            "save (255 * images).round().astype(np.uint8) for pixels",
+        ),
+        (lambda pixels: pixels.astype(np.float64), "images.astype(np.uint8) for 0 to 255"),
+        (lambda pixels: pixels.astype(np.uint16) * 257, "save (images // 257).astype(np.uint8) for pixels of 16 bits"),
+        (lambda pixels: pixels.astype(np.int64), "save images.astype(np.uint8) for pixels from 0 to 255"),
+        (lambda pixels: np.concatenate([pixels, pixels[..., :1]], -1), "save images[..., :3] for images without"),
+        (lambda pixels: np.zeros((2, 3072), np.uint8), "save images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)"),
+    ],
+)
+def test_advice_about_images_works(pixels, images, advice):
+    images = images(pixels)
+    message = error_of(Arrays, images)
+    assert advice in message
+    for step in message.rpartition("; save ")[2].split(", then "):
+        code = step.partition(" for ")[0].partition(", because")[0]
+        images = eval(code, {"images": images, "np": np})
+    assert Arrays(images).read(np.array([0])).dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("labels", "advice"),
+    [
+        (lambda labels: labels[:, None], "; save labels[:, 0]"),
+        (lambda labels: np.eye(3)[labels], "; save labels.argmax(axis=1)"),
+        (lambda labels: labels.astype(np.float32), "; save labels.astype(np.int64)"),
+        (lambda labels: labels > 0, "; save labels.astype(np.int64)"),
+        (lambda labels: np.array(["c", "a", "b"])[labels], "; save np.unique(labels, return_inverse=True)[1]"),
+    ],
+)
+def test_advice_about_labels_works(pixels, labels, advice):
+    labels = labels(np.array([0, 1, 2, 0, 1, 2, 0]))
+    message = error_of(Arrays, pixels, labels)
+    assert advice in message
+    code = message.rpartition("; save ")[2].partition(", and ")[0].partition(" if ")[0]
+    assert len(Arrays(pixels, eval(code, {"labels": labels, "np": np})).labels) == 7
+
+
+def test_labels_from_1_are_suspicious(pixels, caplog):
+    (warning,) = Arrays(pixels, np.array([1, 2, 3, 1, 2, 3, 1])).warnings
+    assert "labels from 1 to 3, and classes count from 0" in warning and warning in caplog.text
+
+
+def test_other_files_say_what_they_are(tmp_path, pixels):
+    make_files(tmp_path, "images.h5", "folder/")
+    assert "it is a database: write its images to files" in error_of(Arrays, tmp_path / "images.h5")
+    assert "is a folder, and images is an .npy or .npz file" in error_of(Arrays, tmp_path / "folder")
+    assert "s3://bucket/images.npy is a URL" in error_of(Arrays, "s3://bucket/images.npy")

@@ -160,7 +160,9 @@ def test_missing_dataset_says_what_to_put_where(tmp_path, few, version):
     message = refusal("cifar10", tmp_path, split="train")
     assert message.startswith(f"{tmp_path}: no cifar10 here, none of cifar-10-batches-bin, cifar-10-binary.tar.gz,")
     assert "put https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz there, or set download: true" in message
-    assert "no cifar100 here" in refusal("cifar100", tmp_path / "none", split="train")
+    assert "set kind: cifar100, which is here, or put https" in message
+    message = refusal("cifar100", tmp_path / "none", split="train")
+    assert "no cifar100 here" in message and f"set root: {tmp_path}, where it is, or put https" in message
 
 
 @pytest.mark.parametrize(

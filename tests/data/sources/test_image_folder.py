@@ -176,3 +176,83 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for root in ("data", "./data/", "~/data", Path("data/../data")):
         assert ImageFolder(root).name(0) == str(tmp_path / "data/cat/1.jpg")
+
+
+def test_folders_of_splits_are_refused(tmp_path):
+    make_files(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "readme.txt")
+    message = error_of(ImageFolder, tmp_path)
+    assert f"the folders train, val are splits of a dataset, not classes; set root: {tmp_path}/train" in message
+    assert ImageFolder(tmp_path / "train").classes == ("cat", "dog")
+    assert ImageFolder(tmp_path, classes=("train", "val")).labels.tolist() == [0, 0, 1]
+    assert len(ImageFolder(tmp_path, labeled=False)) == 3
+
+
+def test_only_training_split_is_refused(tmp_path):
+    assert "set root:" in error_of(ImageFolder, make_files(tmp_path, "Train/cat/1.jpg", "Train/dog/1.jpg"))
+
+
+def test_classes_called_like_splits_are_suspicious(tmp_path):
+    (warning,) = ImageFolder(make_files(tmp_path, "train/1.jpg", "test/2.jpg")).warnings
+    assert "the classes test, train are called like splits of a dataset" in warning
+    assert ImageFolder(make_files(tmp_path, "bus/1.jpg")).warnings == (), "trains and buses are classes"
+
+
+def test_root_one_folder_too_high_is_suspicious(tmp_path):
+    (warning,) = ImageFolder(make_files(tmp_path, "pets/cat/1.jpg", "pets/dog/1.jpg")).warnings
+    assert f"one class, 'pets', of 2 folders: cat, dog; set root: {tmp_path}/pets if these are the classes" in warning
+    assert ImageFolder(tmp_path / "pets").classes == ("cat", "dog")
+
+
+def test_folders_that_systems_make_are_no_classes(tmp_path):
+    make_files(
+        tmp_path,
+        "cat/1.jpg",
+        "__MACOSX/1.jpg",
+        ".ipynb_checkpoints/1.jpg",
+        "lost+found/",
+        "dog/@eaDir/1.jpg",
+        "dog/1.jpg",
+    )
+    source = ImageFolder(tmp_path)
+    assert source.classes == ("cat", "dog") and relative_names(source, tmp_path) == ["cat/1.jpg", "dog/1.jpg"]
+    (warning,) = source.warnings
+    assert "3 made by the system (" in warning and "1 hidden (.ipynb_checkpoints)" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("train-0000.tar", "is a tar archive, which is not read: unpack it: tar -xf {root}/train-0000.tar -C FOLDER"),
+        ("images.zip", "is a ZIP archive, which is not read: unpack it: unzip {root}/images.zip -d FOLDER"),
+        ("train.parquet", "is a table, which is not read: write its images to files"),
+        ("data.mdb", "is a database, which is not read: write its images to files"),
+        ("train.tfrecord", "is a database"),
+        ("train.beton", "is a database"),
+        ("train.h5", "is a database"),
+    ],
+)
+def test_folder_of_archives_says_how_to_convert(tmp_path, name, words):
+    make_files(tmp_path, name)
+    for labeled in (True, False):
+        message = error_of(ImageFolder, tmp_path, labeled=labeled)
+        assert words.format(root=tmp_path) in message and "rename" not in message
+    make_files(tmp_path, f"cat/{name}")
+    assert words.format(root=f"{tmp_path}/cat") in error_of(ImageFolder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.tar.gz", "it is a tar archive: unpack it"),
+        ("list.csv", "for a list of files take kind: file_list with path: {root}/list.csv"),
+        ("1.jpg", "set root: {root}"),
+    ],
+)
+def test_file_as_root_is_refused(tmp_path, name, words):
+    make_files(tmp_path, name)
+    assert words.format(root=tmp_path) in error_of(ImageFolder, tmp_path / name)
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/train", "$DATA/train"])
+def test_root_is_a_path(root):
+    assert "is a URL" in error_of(ImageFolder, root) or "has the variable $DATA" in error_of(ImageFolder, root)
