@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, PositiveFloat
 
 __all__ = ["ChannelMeans", "ChannelStds"]
 
@@ -33,8 +33,6 @@ def _check_means(value: _Triple) -> _Triple:
 
 
 def _check_stds(value: _Triple) -> _Triple:
-    if min(value) <= 0:
-        raise ValueError(f"divides the pixels and must be above 0 in every channel, found {_list(value)}")
     if max(value) > _MAX_STD:
         raise ValueError(_on_the_wrong_scale(value))
     return value
@@ -53,5 +51,7 @@ def _list(values: Sequence[Any]) -> str:
 
 ChannelMeans = Annotated[_Triple, BeforeValidator(_three_values), AfterValidator(_check_means)]
 """Mean of red, green and blue, for pixels from 0 to 1."""
-ChannelStds = Annotated[_Triple, BeforeValidator(_three_values), AfterValidator(_check_stds)]
+ChannelStds = Annotated[
+    tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeValidator(_three_values), AfterValidator(_check_stds)
+]
 """Standard deviation of red, green and blue, for pixels from 0 to 1."""

@@ -149,7 +149,6 @@ def test_options_are_checked_before_export(
         (["--onnx", "FILE", "--batch", "0", "2", "8"], "--batch: Input should be greater than or equal to 1, got 0"),
         (["--onnx", "FILE", "--input-mean", *"000", "--input-std", *"110"], "--input-std: Input should be greater"),
         (["--onnx", "FILE", "--from-mean", *"000"], "--from-mean and --from-std go with --input-mean and --input-std"),
-        (["--onnx", ""], "there is no such file"),
         (["--onnx", "FILE", "--max-shapes", "images:8x3x8x8"], "give --min-shapes, --opt-shapes and --max-shapes tog"),
         (["--onnx", "FILE", *["--min-shapes", "a:1x3x8x8"], *["--opt-shapes", "a:1x3x8x8"], *["--max-shapes", "a:8"]],
          "is called 'images', and the shape a:1x3x8x8 is for 'a'"),

@@ -33,7 +33,7 @@ def check_files(path: Path, paths: PathTable, root: str) -> list[str]:
     """Look for at most a hundred files of the list `path`, evenly spaced; a list may have millions of them.
 
     Returns:
-        A warning if some are missing.
+        A warning if some are missing, or the only one.
 
     Raises:
         DataError: all are missing, with the root to set if they are found below another one.
@@ -47,7 +47,7 @@ def check_files(path: Path, paths: PathTable, root: str) -> list[str]:
         return []
     entries = [entry.removeprefix(os.path.join(root, "")) for entry in missing[:_MAX_TRIED]]
     advice = _find_elsewhere(entries, path, root)
-    if len(missing) < num:
+    if len(missing) < num or num == 1:  # one file alone may well be missing
         return [
             f"{path}: {len(missing)} of {num} listed files that were looked for do not exist, such as "
             f"{_described(missing[0])}; {advice or 'correct or remove these lines'}"

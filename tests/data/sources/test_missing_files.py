@@ -22,7 +22,7 @@ def folder(tmp_path, monkeypatch):
         (["cat/1.jpg", "cat/2.jpg"], "lists/l.csv", "data"),
         (["1.jpg", "2.jpg"], "data/l.csv", "data/cat"),
         (["cat/1.jpg", "cat/2.jpg"], "l.csv", "data"),
-        (["data/cat/1.jpg"], "data/cat/l.csv", "."),
+        (["data/cat/1.jpg", "data/cat/2.jpg"], "data/cat/l.csv", "."),
     ],
 )
 def test_root_that_is_named_works(folder, paths, name, root):
@@ -48,10 +48,12 @@ def test_root_that_is_named_works(folder, paths, name, root):
     ],
 )
 def test_usual_mistakes_are_named(folder, paths, advice):
-    path = write_list(folder, "\n".join(paths) + "\n", "data/l.txt")
+    path = write_list(folder, "\n".join(2 * paths) + "\n", "data/l.txt")
     message = error_of(FileList, path)
-    assert message.startswith(f"{path}: none of the 1 listed files exists, such as ") and advice in message
+    assert message.startswith(f"{path}: none of the 2 listed files exists, such as ") and advice in message
     assert "substitute" not in message
+    (warning,) = FileList(write_list(folder, "\n".join(paths) + "\n", "data/l.txt")).warnings
+    assert "1 of 1 listed files that were looked for do not exist" in warning
 
 
 def test_missing_few_are_a_warning(folder):
