@@ -38,7 +38,8 @@ class Config(Settings):
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Determines the order and the augmentation of the images."""
     run_dir: Path | None = None
-    """Folder for what a run writes, such as `classes.json` and `bad_samples.jsonl`."""
+    """Folder for what a run writes, such as `classes.json` and `bad_samples.jsonl`. In this and every other path of a
+    config `~` is expanded; variables such as `$DATA` are refused."""
     data: DataSettings
     teacher: OneOrMoreTeachers | None = None
     stage: Literal["teacher", "baseline", "distill", "all"] = "distill"

@@ -30,7 +30,7 @@ class Arrays:
             taken, or the only one.
         labels: integers `[N]`, or a file. From an `.npz` the array `labels` is taken, or the only one. Defaults to the
             array `labels` in the `.npz` of the images, else to no labels.
-        classes: names in label order, or a JSON file with them.
+        classes: names in label order, or a file with them.
 
     Raises:
         DataError: a file cannot be read (objects are never unpickled), or a shape, dtype or label is wrong.

@@ -36,21 +36,24 @@ class ImageFolderSettings(Settings):
     root: Path
     """The folder that contains the class folders."""
     classes: tuple[str, ...] | Path | None = None
-    """Class names in label order, or a JSON file with them; defaults to the sorted folder names."""
+    """Class names in label order, or a file with them: a JSON list, a JSON object such as `class_to_idx` or `id2label`,
+    or a `.txt` file with a name per line; defaults to the sorted folder names."""
     labeled: bool = True
     """False: every image below `root`, without labels."""
 
 
 class FileListSettings(Settings):
-    """A `.csv` or `.jsonl` file with one path, and optionally a label, per line."""
+    """A CSV or JSONL file with one path, and optionally a label, per line."""
 
     kind: Literal["file_list"] = "file_list"
     path: Path
-    """The list."""
+    """The list: text with commas, tabs, semicolons, `|` or spaces between its columns, or an object of JSON per line. A
+    first line with names such as `path,label` or `filename,class` says which columns are read."""
     root: Path | None = None
     """Base of the relative paths in the list; defaults to the list's own folder."""
     classes: tuple[str, ...] | Path | None = None
-    """Class names in label order, or a JSON file with them; defaults to the sorted names in the list."""
+    """Class names in label order, or a file with them, as for an image folder; defaults to the sorted names in the
+    list."""
 
 
 class ArraysSettings(Settings):
@@ -62,7 +65,7 @@ class ArraysSettings(Settings):
     labels: Path | None = None
     """Integers `[N]`; defaults to the array `labels` in the `.npz` file of the images, else to no labels."""
     classes: tuple[str, ...] | Path | None = None
-    """Class names in label order, or a JSON file with them."""
+    """Class names in label order, or a file with them, as for an image folder."""
 
 
 class _CifarSettings(Settings):

@@ -47,7 +47,7 @@ class FileList(FileSource):
     Args:
         path: the list.
         root: base of relative paths; defaults to the folder of the list.
-        classes: names in label order, or a JSON file with them; defaults to the sorted names in the list, if any.
+        classes: names in label order, or a file with them; defaults to the sorted names in the list, if any.
 
     Raises:
         DataError: the list cannot be read, is empty, has columns that may mean more than one thing or a malformed line,

@@ -38,7 +38,7 @@ class ImageFolder(FileSource):
 
     Args:
         root: the folder that contains the class folders.
-        classes: names in label order, or a JSON file with them; defaults to the sorted folder names. A name without a
+        classes: names in label order, or a file with them; defaults to the sorted folder names. A name without a
             folder is a warning, a folder without a name is an error.
         labeled: False takes every image below `root`, without labels.
 
@@ -59,7 +59,7 @@ class ImageFolder(FileSource):
             return
 
         folders = _class_folders(top, skipped)
-        if names is None:
+        if names is None or not set(folders) & set(names):
             _refuse_splits(top, folders)
         if names is not None and (unknown := sorted(set(folders) - set(names))):
             raise DataError(

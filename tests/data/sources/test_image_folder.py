@@ -182,6 +182,7 @@ def test_folders_of_splits_are_refused(tmp_path):
     make_files(tmp_path, "train/cat/1.jpg", "train/dog/1.jpg", "val/cat/1.jpg", "readme.txt")
     message = error_of(ImageFolder, tmp_path)
     assert f"the folders train, val are splits of a dataset, not classes; set root: {tmp_path}/train" in message
+    assert error_of(ImageFolder, tmp_path, classes=("cat", "dog")) == message, "as for validation data"
     assert ImageFolder(tmp_path / "train").classes == ("cat", "dog")
     assert ImageFolder(tmp_path, classes=("train", "val")).labels.tolist() == [0, 0, 1]
     assert len(ImageFolder(tmp_path, labeled=False)) == 3
