@@ -556,3 +556,10 @@ def test_home_is_expanded_in_every_kind_of_path(write, monkeypatch):
     assert read_config(Config, write("data: {source: {kind: folder, root: x, classes: [~/a]}}")).data.source == Folder(
         root=Path("x"), classes=("~/a",)
     )
+
+
+def test_path_of_the_file_is_read_like_the_paths_in_it(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("seed: 5\n")
+    assert read_config(Config, "~/c.yaml").seed == 5
+    assert "has the variable $HOME" in complaint("$HOME/c.yaml")

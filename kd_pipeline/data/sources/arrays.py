@@ -5,6 +5,7 @@ import logging
 import os
 import zipfile
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -92,9 +93,17 @@ def _open(source: ArrayLike, what: str) -> tuple[str, NDArray[Any] | dict[str, N
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as exc:
         # NumPy takes any unknown file for a pickle, and its message recommends loading it unsafely.
         reason = "not a NumPy file, or it contains Python objects" if "pickle" in str(exc) else exc
-        container = find_container(path)
+        container = find_container(path, _head(path))
         advice = "" if container is None else f"; it is {container.kind}: {container.advice}"
         raise DataError(f"{path}: cannot be read as an .npy or .npz file of plain arrays ({reason}){advice}") from exc
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(512)
+    except OSError:
+        return b""
 
 
 def _select(content: NDArray[Any] | dict[str, NDArray[Any]], key: str, name: str) -> NDArray[Any]:

@@ -15,6 +15,7 @@ _TABLE = "a table"
 _DATABASE = "a database"
 _SPREADSHEET = "a spreadsheet"
 _COMPRESSED = "a compressed file"
+_POINTER = "a pointer of git-lfs"
 
 _KINDS = {
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst"), _TAR),
@@ -40,6 +41,7 @@ _MAGIC = (
     (0, b"ARROW1", _TABLE),
     (0, b"\x89HDF", _DATABASE),
     (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"version https://git-lfs", _POINTER),
     (0, b"\xff\xd8\xff", "an image"),
     (0, b"\x89PNG", "an image"),
 )
@@ -49,6 +51,7 @@ _ADVICE = {
     _ZIP: "unpack it: unzip {path} -d FOLDER",
     "an archive": "unpack it: 7z x {path} -oFOLDER",
     _COMPRESSED: "decompress it first",
+    _POINTER: "fetch the file itself: git lfs pull",
     _SPREADSHEET: "save it as CSV with the columns path and label",
     "a NumPy array": "take kind: arrays for an array of images",
     "an image": "write its path into a list, or take kind: image_folder for its folder",

@@ -36,8 +36,8 @@ _PATH_NAMES = frozenset([
 _LABEL_NAMES = frozenset([
     "label", "labels", "class", "classes", "target", "targets", "category", "categories", "classname", "labelname",
     "categoryname", "targetname", "classid", "labelid", "categoryid", "targetid", "classidx", "labelidx", "targetidx",
-    "categoryidx", "classindex", "labelindex", "targetindex", "classlabel", "y", "gt", "groundtruth", "truth",
-    "imagelabel", "imageclass", "synset", "synsetid", "wnid", "species", "breed",
+    "categoryidx", "classindex", "labelindex", "targetindex", "cls", "clsid", "classlabel", "y",
+    "gt", "groundtruth", "truth", "imagelabel", "imageclass", "synset", "synsetid", "wnid", "species", "breed",
 ])  # fmt: skip
 """Names of columns without case, spaces and signs."""
 _COUNTER_NAMES = frozenset(["", "index", "idx", "id", "unnamed0", "no", "nr", "row"])

@@ -168,5 +168,7 @@ def test_labels_from_1_are_suspicious(pixels, caplog):
 def test_other_files_say_what_they_are(tmp_path, pixels):
     make_files(tmp_path, "images.h5", "folder/")
     assert "it is a database: write its images to files" in error_of(Arrays, tmp_path / "images.h5")
+    (tmp_path / "images.npy").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n")
+    assert "a pointer of git-lfs: fetch the file itself: git lfs pull" in error_of(Arrays, tmp_path / "images.npy")
     assert "is a folder, and images is an .npy or .npz file" in error_of(Arrays, tmp_path / "folder")
     assert "s3://bucket/images.npy is a URL" in error_of(Arrays, "s3://bucket/images.npy")

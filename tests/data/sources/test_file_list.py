@@ -196,3 +196,34 @@ def test_own_class_for_every_sample_is_suspicious(tmp_path):
 def test_same_label_twice_is_no_warning(tmp_path):
     make_files(tmp_path, "a", "b")
     assert FileList(write_list(tmp_path, "a,x\na,x\nb,y\n")).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("l.tar", b"", "is a tar archive, and a file list is CSV or JSONL text; unpack it: tar -xf {path} -C FOLDER"),
+        ("l.csv", b"x" * 257 + b"ustar", "is a tar archive"),
+        ("l.csv", b"PK\x03\x04", "is a ZIP archive"),
+        ("l.xlsx", b"PK\x03\x04", "is a spreadsheet, and a file list is CSV or JSONL text; save it as CSV"),
+        ("l.csv.gz", b"\x1f\x8b", "is a compressed file"),
+        ("l.tar.gz", b"\x1f\x8b", "is a tar archive"),
+        ("l.parquet", b"PAR1", "is a table, and a file list is CSV or JSONL text; write its images to files"),
+        ("l.h5", b"\x89HDF", "is a database"),
+        ("l.csv", b"\x93NUMPY", "is a NumPy array, and a file list is CSV or JSONL text; take kind: arrays"),
+        ("l.csv", b"\xff\xd8\xff\xe0", "is an image"),
+        ("l.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "is a pointer of git-lfs"),
+    ],
+)
+def test_what_is_no_list_is_named_with_a_way_to_convert(tmp_path, name, content, words):
+    path = write_list(tmp_path, content, name)
+    message = error_of(FileList, path)
+    assert message.startswith(f"{path} ") and words.format(path=path) in message and "rename" not in message
+
+
+def test_path_and_root_are_read_like_paths_of_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_files(tmp_path, "data/a.jpg")
+    write_list(tmp_path, "a.jpg,x\n")
+    assert FileList("~/list.csv", root="~/data").name(0) == f"{tmp_path}/data/a.jpg"
+    assert "is a URL" in error_of(FileList, "s3://bucket/list.csv")
+    assert "has the variable $DATA" in error_of(FileList, "~/list.csv", root="$DATA")
