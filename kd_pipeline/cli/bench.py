@@ -84,7 +84,7 @@ def _add_teacher_options(parser: argparse.ArgumentParser) -> None:
     add_options(model, BenchTeacherSettings, "onnx")
     add_options(model, ModelSettings, "torchvision", "timm", "builtin")
     named = parser.add_argument_group("a teacher by name")
-    add_options(named, ModelSettings, "checkpoint", "pretrained", "num_classes")
+    add_options(named, ModelSettings, "checkpoint", "checkpoint_key", "pretrained", "num_classes")
     add_options(
         parser, BenchTeacherSettings, "root", "size", "batch_sizes", "num_images", "repeats", "num_threads", "device"
     )

@@ -61,7 +61,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_options(model, ModelSettings, *_MODELS)
 
     named = parser.add_argument_group("a model by name")
-    add_options(named, ModelSettings, "checkpoint", "pretrained", "num_classes")
+    add_options(named, ModelSettings, "checkpoint", "checkpoint_key", "pretrained", "num_classes")
 
     shapes = parser.add_argument_group("batches and images")
     shapes.add_argument(
@@ -150,7 +150,7 @@ def _onnx(parsed: argparse.Namespace) -> Path:
         stem = re.sub(r"[^\w.-]+", "_", getattr(parsed, found[0]))
         engine: Path = parsed.save_engine or Path(f"{stem}.engine")
         return engine.parent / f"{engine.stem}.onnx"
-    for name in ("checkpoint", "pretrained", "num_classes"):
+    for name in ("checkpoint", "checkpoint_key", "pretrained", "num_classes"):
         if getattr(parsed, name):
             raise ConfigError(f"--{name.replace('_', '-')} is for a model by name; the weights of {onnx} are in it")
     return onnx

@@ -1,29 +1,26 @@
 """Models by name: from timm, torchvision, the user's own factory, or the small ones of this package."""
 
-import re
+import inspect
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
-from kd_pipeline._core.suggestions import first_few, suggest
+from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models.modules import is_in_layer
 from kd_pipeline.models.resnet import create_builtin
+from kd_pipeline.models.weights import Checkpoint, load_weights, match_weights
 
 __all__ = ["ModelSettings", "PretrainedInput", "open_model", "pretrained_input"]
 
-_STATE_DICT_KEYS = ("state_dict", "model", "student", "model_state_dict")
-"""Where checkpoints keep the weights: Lightning and timm, torchvision's scripts, kd_pipeline, hand-written loops."""
-_PREFIXES = ("module.", "model.", "student.", "_orig_mod.")
-"""Key prefixes that DistributedDataParallel, Lightning modules and torch.compile add."""
+_logger = logging.getLogger("kd_pipeline")
 
 
 class ModelSettings(Settings):
@@ -40,11 +37,15 @@ class ModelSettings(Settings):
     kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """More arguments for the function that builds the model."""
     num_classes: int | None = Field(default=None, ge=1)
-    """Number of logits; defaults to the model's own."""
+    """Number of logits; defaults to that of the data for a model that is trained, else to that of the checkpoint, else
+    to the model's own."""
     pretrained: bool = False
     """Download the pretrained weights of timm or torchvision."""
     checkpoint: Path | None = None
-    """File to load the weights from: a state dict saved by `torch.save`, or a `.safetensors` file."""
+    """File to load the weights from: of `torch.save`, by any of the usual trainers, or of safetensors."""
+    checkpoint_key: str | None = None
+    """Which weights to use of a checkpoint with several, as a key in the file with dots, such as `state_dict_ema`. It
+    defaults to averaged weights (EMA) where there are raw ones too; a line says which were used."""
     reset: tuple[str, ...] = ()
     """Names of layers that keep their random initialization instead of the checkpoint's weights: `[fc]` for the head
     of a model that is to learn different classes."""
@@ -61,6 +62,10 @@ class ModelSettings(Settings):
             raise ValueError(f"two sets of weights: pretrained and checkpoint: {self.checkpoint}; set one of them")
         if self.reset and self.checkpoint is None:
             raise ValueError(f"reset: {', '.join(self.reset)} has no effect without a checkpoint; set checkpoint")
+        if self.checkpoint_key is not None and self.checkpoint is None:
+            raise ValueError(
+                f"checkpoint_key: {self.checkpoint_key} has no effect without a checkpoint; set checkpoint"
+            )
         return self
 
 
@@ -77,17 +82,18 @@ class PretrainedInput(NamedTuple):
     """Whether the model accepts no other size."""
 
 
-def open_model(settings: ModelSettings, *, plugins: Collection[str] = ()) -> nn.Module:
+def open_model(settings: ModelSettings, *, plugins: Collection[str] = (), num_classes: int | None = None) -> nn.Module:
     """Build a model in float32 on the CPU, and load its weights.
 
-    A checkpoint may be the state dict itself or hold it under `state_dict`, `model`, `student` or `model_state_dict`;
-    prefixes that wrappers add to every key are removed. Its keys must be those of the model, except in layers that are
-    reset. Only tensors and plain values are unpickled, so a checkpoint cannot run code.
+    A checkpoint may be of any trainer: `match_weights` finds the weights in it by their names, which must be those of
+    the model, except in layers that are reset. Of raw and averaged weights (EMA) it takes the averaged ones. No code in
+    the file is run.
 
     Args:
         settings: what to build.
         plugins: modules that a `factory` may come from. A config file is data and cannot grant this itself: pass what
             the user typed.
+        num_classes: number of classes of the data, for a model that is to learn them; where settings have no number.
 
     Raises:
         ConfigError: there is no such model, it cannot be built or downloaded, its factory is not allowed, or the
@@ -95,7 +101,35 @@ def open_model(settings: ModelSettings, *, plugins: Collection[str] = ()) -> nn.
         MissingPackageError: timm, torchvision or safetensors is needed and not installed.
     """
     build, name = _find_builder(settings, plugins)
-    arguments: dict[str, Any] = {} if settings.num_classes is None else {"num_classes": settings.num_classes}
+    # Read before the model is built, which may take long.
+    checkpoint = None if settings.checkpoint is None else Checkpoint(settings.checkpoint)
+    wanted = settings.num_classes or num_classes
+    model = _build(settings, build, name, wanted)
+    if checkpoint is None:
+        return model
+    choose = partial(match_weights, checkpoint, key=settings.checkpoint_key, reset=settings.reset)
+    choice = choose(model)
+    if wanted is None and choice.match.num_classes and _takes_num_classes(settings, build):
+        wanted, _ = choice.match.num_classes
+        _logger.info("%s has %d classes, as the checkpoint %s", name, wanted, checkpoint.path)
+        model = _build(settings, build, name, wanted)
+        choice = choose(model)
+    load_weights(checkpoint, model, choice, keep_classes=_keep_classes(settings, num_classes))
+    return model
+
+
+def pretrained_input(module: nn.Module) -> PretrainedInput | None:
+    """The images that a timm model was trained on; None for a model without timm's `pretrained_cfg`."""
+    config = getattr(module, "pretrained_cfg", None)
+    if not isinstance(config, Mapping) or not {"mean", "std", "input_size"} <= config.keys():
+        return None
+    _, height, width = config["input_size"]
+    fixed = bool(config.get("fixed_input_size"))
+    return PretrainedInput(tuple(config["mean"]), tuple(config["std"]), (height, width), fixed)
+
+
+def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_classes: int | None) -> nn.Module:
+    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if settings.pretrained:
         arguments |= {"pretrained": True} if settings.timm else {"weights": "DEFAULT"}
     try:
@@ -109,19 +143,26 @@ def open_model(settings: ModelSettings, *, plugins: Collection[str] = ()) -> nn.
         raise ConfigError(f"{name} cannot be built: {exc}; check kwargs, num_classes and pretrained") from exc
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} should return an nn.Module, got {type(model).__qualname__}")
-    if settings.checkpoint is not None:
-        _load_checkpoint(model, settings.checkpoint, settings.reset)
     return model
 
 
-def pretrained_input(module: nn.Module) -> PretrainedInput | None:
-    """The images that a timm model was trained on; None for a model without timm's `pretrained_cfg`."""
-    config = getattr(module, "pretrained_cfg", None)
-    if not isinstance(config, Mapping) or not {"mean", "std", "input_size"} <= config.keys():
-        return None
-    _, height, width = config["input_size"]
-    fixed = bool(config.get("fixed_input_size"))
-    return PretrainedInput(tuple(config["mean"]), tuple(config["std"]), (height, width), fixed)
+def _takes_num_classes(settings: ModelSettings, build: Callable[..., Any]) -> bool:
+    """Whether the number of classes is open, and the function that builds the model takes it."""
+    if "num_classes" in settings.kwargs:
+        return False
+    if settings.factory is None:
+        return True
+    parameters = inspect.signature(build).parameters.values()
+    return any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def _keep_classes(settings: ModelSettings, num_classes: int | None) -> str:
+    """The end of the message about a checkpoint of another number of classes, which goes in the braces."""
+    if settings.num_classes is not None:
+        return "; to keep the one in the file, set num_classes: {}"
+    if num_classes is not None:
+        return "; the data decides on the model's number"
+    return "; to keep the one in the file, build the model with {} classes"
 
 
 def _find_builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Callable[..., Any], str]:
@@ -145,70 +186,3 @@ def _find_builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Ca
 
 def _unknown_model(library: str, name: str, names: Sequence[str]) -> ConfigError:
     return ConfigError(f"{library} has no classifier called {name!r}{suggest(name.partition('.')[0], names)}")
-
-
-def _load_checkpoint(model: nn.Module, path: Path, reset: Sequence[str]) -> None:
-    own = model.state_dict()
-    for layer in reset:
-        if not any(is_in_layer(name, layer) for name in own):
-            raise ConfigError(
-                f"reset: {type(model).__qualname__} has no weights in a layer {layer!r}"
-                f"{suggest(layer, (name for name, _ in model.named_modules() if name))}"
-            )
-
-    def without_reset(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in state.items() if not any(is_in_layer(name, layer) for layer in reset)}
-
-    expected = without_reset(own)
-    found = without_reset(_remove_prefixes(_read_state_dict(path), own))
-    differences = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of a different shape": [
-            f"{name} {list(found[name].shape)} in the file, {list(value.shape)} in the model"
-            for name, value in expected.items()
-            if name in found and found[name].shape != value.shape
-        ],
-    }
-    if any(differences.values()):
-        counts = (f"{len(names)} {kind} ({first_few(names)})" for kind, names in differences.items() if names)
-        raise ConfigError(
-            f"{path} does not fit {type(model).__qualname__}: {'; '.join(counts)}. Is it the checkpoint of another "
-            "model, or of another num_classes? Name layers that should keep their random initialization in reset"
-        )
-    model.load_state_dict(own | found)
-
-
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; correct checkpoint")
-    safetensors = require("safetensors.torch", extra="timm") if path.suffix == ".safetensors" else None
-    try:
-        loaded = safetensors.load_file(path) if safetensors else torch.load(path, "cpu", weights_only=True)
-    except Exception as exc:  # damaged bytes can make torch raise anything
-        unsafe = re.search(r"GLOBAL (\S+)", str(exc))
-        reason = f"holds the Python object {unsafe[1]}" if unsafe else "is damaged or holds more than plain tensors"
-        raise ConfigError(
-            f"{path} is not loaded: it {reason}, and loading objects can run code; save model.state_dict() alone, with "
-            "torch.save or as .safetensors"
-        ) from exc
-    state = loaded
-    if isinstance(loaded, Mapping):
-        state = next((loaded[key] for key in _STATE_DICT_KEYS if isinstance(loaded.get(key), Mapping)), loaded)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        found = f"a mapping of {first_few([*map(str, state)])}" if isinstance(state, Mapping) else type(state).__name__
-        raise ConfigError(
-            f"{path} holds {found}, and no state dict, alone or under {', '.join(_STATE_DICT_KEYS)}; save "
-            "model.state_dict()"
-        )
-    return dict(state)
-
-
-def _remove_prefixes(state: dict[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
-    """Remove wrappers' prefixes from all keys, as long as no key is one of the model's `own`."""
-    while state and not any(name in own for name in state):
-        prefix = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in state)), None)
-        if prefix is None:
-            break
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state

@@ -185,6 +185,11 @@ def _open(settings: TeacherSettings, module: nn.Module | None, inputs: _Inputs) 
         model = settings.model
         if model.factory is None and model.checkpoint is None and not model.pretrained:
             raise ConfigError("teacher.model has random weights; set its checkpoint or pretrained")
+        if model.reset:
+            raise ConfigError(
+                f"teacher.model.reset leaves random weights in {', '.join(model.reset)}; remove it, or train the "
+                "teacher first with stage=teacher"
+            )
         module = open_model(model, plugins=inputs.plugins)
     teacher: Teacher
     match backend, module, settings.onnx:

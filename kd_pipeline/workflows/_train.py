@@ -23,6 +23,7 @@ from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
 from kd_pipeline.evaluation.probe import probe_teacher
 from kd_pipeline.loader.loader import KDDataLoader, sample_images
 from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.report.plots import plot_confusion, plot_curves
 from kd_pipeline.teachers.base import Teacher
@@ -176,9 +177,11 @@ class _StageRun(ExitStack):
         )
 
     def _open_student(self, loader: KDDataLoader) -> nn.Module:
-        if self._model_settings.num_classes is None and self._model_settings.factory is None:
-            self._model_settings = self._model_settings.model_copy(update={"num_classes": _num_classes(loader)})
-        student = open_model(self._model_settings, plugins=self._plugins)
+        settings = self._model_settings
+        num_classes = _num_classes(loader) if settings.num_classes is None and settings.factory is None else None
+        student = open_model(settings, plugins=self._plugins, num_classes=num_classes)
+        if num_classes is not None:
+            self._model_settings = settings.model_copy(update={"num_classes": num_classes})
         if self._config.student_from_teacher and self._stage == "distill":
             self._copy_teacher_layers(student)
         return student.to(PURE_PRECISIONS.get(self._config.train.precision, torch.float32))
@@ -251,7 +254,7 @@ class _StageRun(ExitStack):
             student.load_state_dict({name: state[f"student.{name}"] for name in student.state_dict()})
         best = self._folder.checkpoints / "best_student.pt"
         if best.is_file():
-            student.load_state_dict(torch.load(best, "cpu", weights_only=True))
+            student.load_state_dict(read_checkpoint(best))
         return student
 
     def _write_results(

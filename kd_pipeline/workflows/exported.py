@@ -110,7 +110,7 @@ def export_student(
     weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
     description = Exported(
-        model=model.model_copy(update={"pretrained": False, "checkpoint": None, "reset": ()}),
+        model=model.model_copy(update={"pretrained": False, "checkpoint": None, "checkpoint_key": None, "reset": ()}),
         weights_sha256=hashlib.sha256(content).hexdigest(),
         classes=None if classes is None else tuple(classes),
         transform=transform,

@@ -1,7 +1,5 @@
 """With real models of timm and torchvision, and no downloads."""
 
-import os
-import pickle
 import re
 import sys
 from pathlib import Path
@@ -167,12 +165,6 @@ def test_safetensors(tmp_path: Path) -> None:
     assert same_weights(with_weights(tmp_path / "a.safetensors"), expected)
 
 
-def test_partial_prefix_is_kept(tmp_path: Path) -> None:
-    state = {f"module.{name}": tensor for name, tensor in Tiny().state_dict().items()} | {"loss.weight": torch.ones(1)}
-    with pytest.raises(ConfigError, match=r"9 missing .*10 unexpected \(module\.model\.0\.weight"):
-        with_weights(saved(state, tmp_path / "a.pt"))
-
-
 def test_mismatched_checkpoint(tmp_path: Path) -> None:
     state = Tiny(num_classes=9).state_dict()
     state["model.0.wight"] = state.pop("model.0.weight")
@@ -181,8 +173,8 @@ def test_mismatched_checkpoint(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path / 'a.pt'} does not fit Tiny: 1 missing (model.0.weight); 1 unexpected (model.0.wight); "
         "2 of a different shape (model.4.weight [9, 4] in the file, [3, 4] in the model, "
-        "model.4.bias [9] in the file, [3] in the model). Is it the checkpoint of another model, or of another "
-        "num_classes? Name layers that should keep their random initialization in reset"
+        "model.4.bias [9] in the file, [3] in the model). Is it the checkpoint of another model, or of other kwargs? "
+        "Name layers that should keep their random initialization in reset"
     )
 
 
@@ -191,42 +183,18 @@ def test_many_differences(tmp_path: Path) -> None:
         with_weights(saved({f"key {i}": torch.ones(1) for i in range(30)}, tmp_path / "a.pt"))
 
 
-class Malicious:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.marker),)
-
-
-def test_checkpoint_cannot_run_code(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    content = {"state_dict": Tiny().state_dict(), "extra": Malicious(marker)}
-    with pytest.raises(ConfigError, match=r"a\.pt is not loaded: it holds the Python object \w+\.mkdir, and loading"):
-        with_weights(saved(content, tmp_path / "a.pt"))
-    bare = tmp_path / "b.pt"
-    bare.write_bytes(pickle.dumps(content))
-    with pytest.raises(ConfigError, match=r"b\.pt is not loaded"):
-        with_weights(bare)
-    assert not marker.exists()
-    pickle.loads(bare.read_bytes())
-    assert marker.exists(), "the pickle is harmless, and the test with it"
-
-
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not weights\n", b"PK\x03\x04" + bytes(100), bytes(100)])
-def test_damaged_checkpoint(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"{name} is not loaded: it is damaged or holds more than plain tensors"):
-        with_weights(tmp_path / name)
-
-
 @pytest.mark.parametrize(
     ("content", "found"),
-    [({"net": {}, "epoch": 1}, "a mapping of net, epoch"), ([1, 2], "list"), ({"state_dict": {"a": 1}}, "of a")],
+    [
+        ({"net": {}, "epoch": 1}, "a mapping of net, epoch"),
+        ([1, 2], "a list"),
+        ({"state_dict": {"a": 1}}, "a mapping of state_dict"),
+        ({}, "an empty mapping"),
+        (torch.ones(3), "a Tensor"),
+    ],
 )
 def test_checkpoint_without_state_dict(tmp_path: Path, content: object, found: str) -> None:
-    with pytest.raises(ConfigError, match=f"holds .*{found}, and no state dict, alone or under state_dict, model"):
+    with pytest.raises(ConfigError, match=f"holds {found}, and no state dict; write one with torch.save"):
         with_weights(saved(content, tmp_path / "a.pt"))
 
 
@@ -276,6 +244,8 @@ def test_reset_of_unknown_layer(tmp_path: Path, layer: str, hint: str) -> None:
 def test_reset_needs_checkpoint() -> None:
     with pytest.raises(ValidationError, match="reset: head has no effect without a checkpoint; set checkpoint"):
         ModelSettings(timm="resnet18", reset=("head",))
+    with pytest.raises(ValidationError, match="checkpoint_key: ema has no effect without a checkpoint; set checkpoint"):
+        ModelSettings(timm="resnet18", checkpoint_key="ema")
 
 
 def test_pretrained_input() -> None:
