@@ -6,11 +6,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from kd_pipeline.errors import ConfigError, TeacherError
+from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers import open as opening
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -38,6 +40,24 @@ def test_auto_runs_onnx_with_openvino(exported: Callable[[int], Path], caplog: p
     assert caplog.messages == [
         "teacher: openvino in fp32 on cpu, because the teacher is an ONNX file and the images are on the CPU"
     ]
+
+
+def test_classes_of_the_checkpoint(tmp_path: Path) -> None:
+    """A teacher by name has as many classes as its checkpoint, and its averaged weights."""
+    raw, ema = (timm.create_model("test_resnet", num_classes=5).eval() for _ in range(2))
+    torch.save({"state_dict": raw.state_dict(), "state_dict_ema": ema.state_dict()}, tmp_path / "a.pth.tar")
+    images = random_images(2)
+    for key, network in ((None, ema), ("state_dict", raw)):
+        model = ModelSettings(timm="test_resnet", checkpoint=tmp_path / "a.pth.tar", checkpoint_key=key)
+        teacher = open_teacher(TeacherSettings(model=model, channels_last=False), image_shape=IMAGE_SHAPE)
+        torch.testing.assert_close(teacher(images)["logits"], network(images).detach())
+
+
+def test_no_layer_is_random(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "a.pt")
+    model = ModelSettings(timm="test_resnet", checkpoint=tmp_path / "a.pt", reset=("fc",))
+    with pytest.raises(ConfigError, match=r"teacher\.model\.reset leaves random weights in fc; remove it, or train"):
+        open_teacher(TeacherSettings(model=model), image_shape=IMAGE_SHAPE)
 
 
 def test_named_backend_is_used(exported: Callable[[int], Path]) -> None:
