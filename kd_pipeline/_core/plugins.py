@@ -9,7 +9,7 @@ from kd_pipeline.errors import ConfigError
 __all__ = ["import_function"]
 
 
-def import_function(key: str, path: str, plugins: Collection[str], *, caller: str) -> Callable[..., Any]:
+def import_function(key: str, path: str, plugins: Collection[str]) -> Callable[..., Any]:
     """Import the function at `path`, which is `package.module:function`.
 
     A config file is data and must not run code by itself. The module must therefore be among `plugins`, which the user
@@ -19,7 +19,6 @@ def import_function(key: str, path: str, plugins: Collection[str], *, caller: st
         key: the setting that names the function, for messages.
         path: the function.
         plugins: names of the allowed modules.
-        caller: the Python function that takes `plugins`, for messages.
 
     Raises:
         ConfigError: the module is not allowed or cannot be imported, or has no such function.
@@ -28,7 +27,7 @@ def import_function(key: str, path: str, plugins: Collection[str], *, caller: st
     if name not in plugins:
         raise ConfigError(
             f"{key}: {path} would run code of the module {name}; allow it with --plugin {name} on the command line, or "
-            f'{caller}(..., plugins=["{name}"])'
+            f'plugins=["{name}"] in Python'
         )
     try:
         module = importlib.import_module(name)

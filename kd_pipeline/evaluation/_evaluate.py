@@ -122,7 +122,7 @@ def open_metrics(settings: Sequence[MetricSettings], *, plugins: Collection[str]
     opened: list[MetricSettings | Metric] = []
     for metric in settings:
         if metric.is_custom:
-            opened.append(import_function("metrics", metric.name, plugins, caller="open_metrics"))
+            opened.append(import_function("metrics", metric.name, plugins))
         else:
             _torchmetrics_class(metric.name)
             opened.append(metric)
@@ -315,7 +315,9 @@ def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict
             if not isinstance(values, Mapping):
                 raise ConfigError(f"the metric {metric} should return values by name, got {type(values).__qualname__}")
         if twice := found.keys() & values.keys():
-            raise ConfigError(f"two metrics are called {sorted(twice)[0]!r}; rename one")
+            raise ConfigError(
+                f"two metrics are called {sorted(twice)[0]!r}; remove one, or rename the value of your function"
+            )
         found |= {name: _plain(value) for name, value in values.items()}
     return found
 

@@ -202,6 +202,7 @@ class KDDataLoader:
         teacher: Teacher | Recording | Literal["config"] | None = "config",
         shard: Shard | None = None,
         training: Source | None = None,
+        plugins: Collection[str] = (),
         **changes: Unpack[LoaderArguments],
     ) -> Self:
         """The loader of one of the config's splits: `train`, `val`, `test`, or a name under `more`.
@@ -214,6 +215,7 @@ class KDDataLoader:
             shard: as for a loader.
             training: the open source of the split `train`, to save the time of listing it. The other splits have its
                 order of classes, which the loader of `train` saves as `classes.json` in the config's `run_dir`.
+            plugins: modules that the factory of the config's teacher may come from.
             changes: arguments of the loader that replace those of the config.
 
         Raises:
@@ -246,7 +248,11 @@ class KDDataLoader:
         if isinstance(teacher, str):
             if is_training and config.teacher is not None:
                 owned = open_config_teacher(
-                    config, source.classes, batch_size=arguments["batch_size"], device=arguments["device"]
+                    config,
+                    source.classes,
+                    batch_size=arguments["batch_size"],
+                    device=arguments["device"],
+                    plugins=plugins,
                 )
             teacher = owned
         try:

@@ -93,7 +93,7 @@ class Distillation(nn.Module):
         self._distill_term: TermSettings | None = None
         if "distill" in self._weights and loss is None:
             if settings.has_custom_loss:
-                self._custom_loss = import_function("loss", settings.loss, plugins, caller="Distillation")
+                self._custom_loss = import_function("loss", settings.loss, plugins)
             else:
                 self._distill_term = TermSettings(
                     loss=settings.loss, temperature=settings.temperature, options=settings.options

@@ -33,7 +33,9 @@ class Ramp(Settings):
         if self.kind == "decay" and self.epochs is not None:
             raise ValueError(f"epochs: {self.epochs:g} has no effect on kind: decay; set its rate instead")
         if self.kind != "decay" and self.rate is not None:
-            raise ValueError(f"rate: {self.rate:g} has no effect on kind: {self.kind}; set epochs, or kind: decay")
+            raise ValueError(
+                f"rate: {self.rate:g} has no effect on kind: {self.kind}; set epochs instead, or kind: decay"
+            )
         if self.kind == "exponential" and min_value(self) <= 0:
             raise ValueError(
                 f"kind: exponential needs numbers above 0, got {self.start:g} and {self.end:g}; use kind: cosine"

@@ -138,7 +138,7 @@ def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_cl
         if settings.pretrained and isinstance(exc, OSError):  # how downloads fail in both libraries
             raise ConfigError(
                 f"the pretrained weights of {name} cannot be downloaded ({exc}); check the connection, or download "
-                "them on another machine and set checkpoint to the file"
+                "them on another machine and set checkpoint to the file, in place of pretrained"
             ) from exc
         raise ConfigError(f"{name} cannot be built: {exc}; check kwargs, num_classes and pretrained") from exc
     if not isinstance(model, nn.Module):
@@ -181,7 +181,7 @@ def _find_builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Ca
     if settings.builtin is not None:
         return partial(create_builtin, settings.builtin), f"the builtin {settings.builtin}"
     assert settings.factory is not None
-    return import_function("factory", settings.factory, plugins, caller="open_model"), f"the factory {settings.factory}"
+    return import_function("factory", settings.factory, plugins), f"the factory {settings.factory}"
 
 
 def _unknown_model(library: str, name: str, names: Sequence[str]) -> ConfigError:

@@ -161,7 +161,8 @@ def _differences(match: Match) -> str:
 def _cause(checkpoint: Checkpoint, model: nn.Module, match: Match, keep_classes: str) -> str:
     """The likely reason, and what to do."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in [*match.missing, *match.reshaped]))
-    listed = f"reset: [{', '.join(layers)}]"
+    names = (f'"{name}"' if re.fullmatch(r"[\d.]+", name) else name for name in layers)  # no numbers in YAML
+    listed = f"reset: [{', '.join(names)}]"
     if classes := match.num_classes:
         return (
             f"The file has {classes[0]} classes and the model {classes[1]}: to train a new classifier, set {listed}"

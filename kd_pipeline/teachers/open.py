@@ -238,7 +238,7 @@ def _open_module(settings: TeacherSettings, module: nn.Module, inputs: _Inputs) 
     if settings.cuda_graph and not (on_gpu and inputs.batch_size):
         raise ConfigError(
             f"cuda_graph needs a GPU and a fixed number of images; the images are on {inputs.device}, and batch_size "
-            f"is {inputs.batch_size}"
+            f"is {inputs.batch_size}; remove it, or set both"
         )
     open_module = partial(
         PyTorchTeacher,
