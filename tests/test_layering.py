@@ -61,7 +61,7 @@ WRAPPED_IN = {
     "onnxscript": {"onnx.export", "workflows.doctor"},
     "openvino": {"teachers.openvino", "workflows.doctor"},
     "rich": {"workflows.demo"},
-    "safetensors": {"models.registry", "workflows.exported"},
+    "safetensors": {"models.checkpoints", "workflows.exported"},
     "sklearn": {"bench.photographs", "workflows.demo"},
     "tensorrt": {"teachers.tensorrt.package", "workflows.doctor"},
     "tensorrt_rtx": {"teachers.tensorrt.package", "workflows.doctor"},
