@@ -187,7 +187,6 @@ def _add_unreadable(findings: Findings, split: SplitReport, data: DataSettings) 
     findings.add("error" if is_error else "note", key_of(split.split), [found])
 
 
-
 def _add_uniform(findings: Findings, split: SplitReport) -> None:
     if not split.uniform:
         return

@@ -170,10 +170,9 @@ def _check_student(
         if training is None:
             return  # which is the error to correct first
         raise ConfigError("neither the data nor the teacher has a number of classes; set the classes of the source")
-    if settings.num_classes is None and settings.factory is None:
-        settings = settings.model_copy(update={"num_classes": num_classes})
     settings = settings.model_copy(update={"pretrained": False})  # no download
-    student = open_model(settings, plugins=plugins)
+    takes_classes = settings.num_classes is None and settings.factory is None
+    student = open_model(settings, plugins=plugins, num_classes=num_classes if takes_classes else None)
     train = config.data.split("train")
     size = train.transform.size
     distillation = Distillation(

@@ -218,7 +218,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 
         (b"<?xml version='1.0'?><Error><Code>AccessDenied", "is a web page"),
         (b'{"error": "not found"}', "is a text file; copy or download it again"),
         (b"not weights\n", "is a text file"),
-        (gzip.compress(b"abc"), "is a gzip archive; unpack it"),
+        (gzip.compress(b"abc", mtime=0), "is a gzip archive; unpack it"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file, as Keras writes"),
         (b"\x93NUMPY" + bytes(99), "is a NumPy array"),
         (bytes(100), "is not a file of torch.save or safetensors, or damaged"),
