@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline.cli.arguments import add_config
 
 __all__ = ["add_to"]
@@ -13,7 +14,7 @@ examples:
   kd-pipeline train -c configs/digits_all_stages.yaml stage=baseline train.epochs=20
   torchrun --nproc-per-node 4 -m kd_pipeline train -c configs/imagenet_resnet34_to_resnet18.yaml
 
-Run the same command to resume an interrupted training; a different run_dir starts from the beginning.
+Run the same command to resume an interrupted training. --fresh starts from the beginning, and so does another run_dir.
 """
 
 
@@ -24,8 +25,18 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="train the teacher of a config, the student alone, or the student with its teacher",
         epilog=_EXAMPLES,
-        add_options=lambda parser: add_config(parser, plugins="factories and losses"),
+        add_options=_add_options,
         run=_run,
+    )
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_config(parser, plugins="factories and losses")
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start from the beginning, and move the earlier run to earlier/1 in its folder, or the next number; with "
+        "stage=all this goes for both stages, while stage=distill keeps the trained teacher",
     )
 
 
@@ -36,10 +47,8 @@ def _run(parsed: argparse.Namespace) -> int:
 
     from kd_pipeline.workflows._train import train
 
-    result = train(config, plugins=parsed.plugin)
-    for split, found in result.evaluations.items():
-        metrics = {"top-1": found.top1, "top-5": found.top5, "F1": found.macro_f1, "agreement": found.agreement}
-        known = ", ".join(f"{name} {value:.1%}" for name, value in metrics.items() if value is not None)
-        print(f"{result.stage} on {split} ({found.num_samples} images): {known}")
-    print(f"run folder: {result.folder}")
+    result = train(config, plugins=parsed.plugin, fresh=parsed.fresh)
+    if is_rank_zero():
+        for line in (*result.lines, f"run folder: {result.folder}"):
+            print(line)
     return 0

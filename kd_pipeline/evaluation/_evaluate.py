@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any, Self
 
@@ -89,6 +89,8 @@ class Evaluation:
     """Fraction of samples with the same top prediction as the teacher; None without a teacher."""
     kl: float | None
     """Mean KL(teacher || model) of the softmax at T = 4, in nats, not multiplied by T²; None without a teacher."""
+    teacher: "Evaluation | None" = None
+    """The teacher's own metrics on the same images; None without a teacher."""
     class_accuracy: tuple[float | None, ...] | None
     """Top-1 of each class; None for a class without samples."""
     confusion: tuple[tuple[int, ...], ...] | None
@@ -105,7 +107,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; NaN and inf become None."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        return values | {"teacher": None if self.teacher is None else self.teacher.to_dict()}
 
 
 def open_metrics(settings: Sequence[MetricSettings], *, plugins: Collection[str] = ()) -> list[MetricSettings | Metric]:
@@ -158,6 +161,7 @@ def evaluate(
         TeacherError: a teacher rejects the images or fails.
     """
     tally: _Tally | None = None
+    teacher_tally: _Tally | None = None
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
         for batch in islice(loader, max_batches):
             logits_NK = logits_of(model(images_for(model, batch.images)))
@@ -168,10 +172,16 @@ def evaluate(
                 has_labels, has_teacher = batch.labels is not None, teacher_NK is not None
                 tally = _Tally.empty(logits_NK, has_labels=has_labels, has_teacher=has_teacher)
             tally.add(batch, logits_NK, teacher_NK, keep_rows=bool(metrics))
+            if teacher_NK is not None:
+                teacher_tally = teacher_tally or _Tally.empty(teacher_NK, has_labels=has_labels, has_teacher=False)
+                teacher_tally.add(batch, teacher_NK, None, keep_rows=False)
     assert tally is not None  # a loader has at least one batch
     if loader.shard.world_size > 1 and torch.distributed.is_initialized():
-        tally.sum_over_ranks()
-    return _result(tally, loader.classes, metrics)
+        for each in (tally, teacher_tally):
+            if each is not None:
+                each.sum_over_ranks()
+    teacher = None if teacher_tally is None else _result(teacher_tally, loader.classes, ())
+    return replace(_result(tally, loader.classes, metrics), teacher=teacher)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import re
 import shutil
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline.errors import StateError
 
-__all__ = ["check_same_run", "load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint"]
 
 _MAPPINGS = {dict, OrderedDict, Counter}
 _SEQUENCES = {list, tuple, set}
@@ -27,8 +27,6 @@ _LEAVES = {
     *(Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device, torch.layout),
 }
 """Exact types that `torch.load(weights_only=True)` accepts: numpy.float64 is a float and is not accepted."""
-_MAX_LISTED = 10
-"""Differences between two runs that a message lists; there may be one for each of a thousand class names."""
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
@@ -68,7 +66,7 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     Raises:
         StateError: the file is missing, truncated, damaged, no checkpoint, or holds more than plain data.
     """
-    hint = "use a different one, such as best.ckpt or last.ckpt in the same folder, or delete it to start over"
+    hint = "use a different one, such as best.ckpt or last.ckpt in the same folder, or start again with train --fresh"
     try:
         with zipfile.ZipFile(path) as archive:
             # torch does not verify the checksums in the file.
@@ -83,38 +81,6 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         found = f"the keys {[*loaded][:5]}" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
         raise StateError(f"{path} is not a training checkpoint: it holds {found} and no 'state_dict'; {hint}")
     return loaded
-
-
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Check that a checkpoint belongs to this run, by what identifies a run: its teacher, classes, dataset and so on.
-
-    Raises:
-        StateError: one line `key: old → new` for each difference.
-    """
-    changes = list(_changes(saved, current))
-    if changes:
-        shown = changes[:_MAX_LISTED]
-        if len(changes) > len(shown):
-            shown.append(f"and {len(changes) - len(shown)} more")
-        raise StateError(
-            "the checkpoint belongs to a different run:\n"
-            + "".join(f"  {line}\n" for line in shown)
-            + "resume with the old values, or set a different run_dir to start a new run"
-        )
-
-
-def _changes(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    match old, new:
-        case Mapping(), Mapping():
-            for name in {**old, **new}:
-                yield from _changes(old.get(name), new.get(name), f"{key}.{name}".removeprefix("."))
-        case ((list() | tuple()), (list() | tuple())) if len(old) != len(new):
-            yield f"{key}: {len(old)} entries → {len(new)} entries"
-        case ((list() | tuple()), (list() | tuple())):
-            for position, entries in enumerate(zip(old, new, strict=True)):
-                yield from _changes(*entries, f"{key}[{position}]")
-        case _ if old != new:
-            yield f"{key}: {old!r:.100} → {new!r:.100}"
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -2,14 +2,15 @@
 
 import os
 import re
+from collections.abc import Callable
 
 import torch
 
 from kd_pipeline._core.cpu import num_cores
-from kd_pipeline._core.ranks import world_size
-from kd_pipeline.errors import ConfigError
+from kd_pipeline._core.ranks import is_rank_zero, world_size
+from kd_pipeline.errors import ConfigError, StateError
 
-__all__ = ["init_distributed", "set_num_threads"]
+__all__ = ["init_distributed", "is_restart", "on_rank_zero", "set_num_threads"]
 
 
 def init_distributed() -> None:
@@ -27,6 +28,34 @@ def init_distributed() -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def on_rank_zero(function: Callable[[], object]) -> None:
+    """Call `function` on rank zero, while the other ranks wait for it; call it on all ranks.
+
+    Without it, an error of rank zero would leave the others waiting in their next collective.
+
+    Raises:
+        StateError: on the other ranks, what `function` raised on rank zero.
+    """
+    error: Exception | None = None
+    if is_rank_zero():
+        try:
+            function()
+        except Exception as exc:
+            error = exc
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        message = [None if error is None else str(error) or type(error).__name__]
+        torch.distributed.broadcast_object_list(message, src=0)
+        if error is None and message[0] is not None:
+            raise StateError(f"rank 0 failed: {message[0]}")
+    if error is not None:
+        raise error
+
+
+def is_restart() -> bool:
+    """Whether `torchrun` or SLURM started the same command again by itself, after a failure or a preemption."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def set_num_threads(num_threads: int | None) -> None:

@@ -37,7 +37,7 @@ class StopEarly(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Keep a stopped run stopped."""
-        trainer.should_stop = self._is_over()
+        trainer.should_stop = self.is_over
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         """Compare with the best epoch so far; NaN is never better.
@@ -52,7 +52,9 @@ class StopEarly(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
         value = trainer.strategy.broadcast(float(metrics[metric])) * (1 if self._settings.mode == "max" else -1)
         self._num_waited = 0 if value > self._best else self._num_waited + 1
         self._best = value if value > self._best else self._best
-        trainer.should_stop = trainer.should_stop or self._is_over()
+        trainer.should_stop = trainer.should_stop or self.is_over
 
-    def _is_over(self) -> bool:
+    @property
+    def is_over(self) -> bool:
+        """Whether the metric has not improved for too long."""
         return self._num_waited >= self._settings.patience

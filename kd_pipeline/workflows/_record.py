@@ -38,7 +38,8 @@ from kd_pipeline.teachers.recorded.files import (
     open_columns,
 )
 from kd_pipeline.teachers.settings import is_recording
-from kd_pipeline.training.distributed import init_distributed, set_num_threads
+from kd_pipeline.training.distributed import init_distributed, on_rank_zero, set_num_threads
+from kd_pipeline.training.run_lock import lock_folder
 from kd_pipeline.workflows.teacher import open_run_teacher
 
 __all__ = ["Progress", "RecordSettings", "record"]
@@ -120,13 +121,8 @@ def record(
     with ExitStack() as opened:
         loader = _open_loader(config, plugins, opened)
         manifest = _new_manifest(loader, settings, settings.epochs or config.train.epochs)
-        existing = _existing_manifest(folder, manifest)
-        if is_rank_zero():
-            _check_space(folder, manifest)
-            if existing is None or existing.epochs < manifest.epochs:
-                epochs_done = 0 if existing is None else existing.epochs_done
-                create_files(folder, manifest.model_copy(update={"epochs_done": epochs_done}))
-        _barrier()
+        _existing_manifest(folder, manifest)
+        on_rank_zero(lambda: _prepare(folder, manifest, opened))
         writer = RecordingWriter(folder)
         opened.callback(writer.close)
         _Recorder(loader, writer, manifest.epochs, report).run()
@@ -215,6 +211,16 @@ class _Recorder:
         self._report(Progress(epoch, self._epochs, done, images_per_s, left / images_per_s))
 
 
+def _prepare(folder: Path, manifest: RecordingManifest, opened: ExitStack) -> None:
+    """Lock the folder and create the files of the recording, on one rank."""
+    _check_space(folder, manifest)
+    opened.enter_context(lock_folder(folder, otherwise="choose a different folder with --out"))
+    existing = _existing_manifest(folder, manifest)
+    if existing is None or existing.epochs < manifest.epochs:
+        epochs_done = 0 if existing is None else existing.epochs_done
+        create_files(folder, manifest.model_copy(update={"epochs_done": epochs_done}))
+
+
 def _open_loader(config: Config, plugins: Collection[str], opened: ExitStack) -> KDDataLoader:
     """The training images with the live teacher, and every position of an epoch once."""
     train = config.data.split("train")
@@ -230,8 +236,16 @@ def _open_loader(config: Config, plugins: Collection[str], opened: ExitStack) ->
     opened.callback(teacher.close)
     # Samples that training drops are recorded too: the recording works for any batch size and number of ranks.
     last_batch = "pad" if train.last_batch in (None, "drop") else train.last_batch
+    # The class list and the unreadable samples of a training in the same folder stay those of the training.
+    holds_training = config.run_dir is not None and (config.run_dir / "config.yaml").exists()
     return opened.enter_context(
-        KDDataLoader.from_config(config, teacher=teacher, training=source, last_batch=last_batch)
+        KDDataLoader.from_config(
+            config,
+            teacher=teacher,
+            training=source,
+            last_batch=last_batch,
+            run_dir=None if holds_training else config.run_dir,
+        )
     )
 
 

@@ -2,50 +2,44 @@
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.ranks import is_rank_zero, world_size
-from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.settings import DataSettings
-from kd_pipeline.data.sources import open_source
-from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import ConfigError, MissingPackageError
+from kd_pipeline.data.sources import Source, open_source
+from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
 from kd_pipeline.evaluation.probe import probe_teacher
-from kd_pipeline.loader.loader import KDDataLoader, sample_images
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.checkpoints import read_checkpoint
-from kd_pipeline.models.registry import ModelSettings, open_model
-from kd_pipeline.report.plots import plot_confusion, plot_curves
+from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
-from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
-from kd_pipeline.training.checkpoint import check_same_run, load_checkpoint
-from kd_pipeline.training.distributed import init_distributed, set_num_threads
-from kd_pipeline.training.loggers import log_results, log_settings
+from kd_pipeline.training.checkpoint import load_checkpoint
+from kd_pipeline.training.distributed import init_distributed, is_restart, on_rank_zero, set_num_threads
+from kd_pipeline.training.loggers import log_results, log_settings, open_loggers
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
-from kd_pipeline.workflows.exported import export_student
-from kd_pipeline.workflows.teacher import check_no_input_adapter, open_run_teacher, with_trained_weights
+from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
+from kd_pipeline.workflows.resume import Change, SavedRun
+from kd_pipeline.workflows.stage import Stage, check_config, network_of, stage_dir
+from kd_pipeline.workflows.teacher import open_run_teacher, with_trained_weights
 
 __all__ = ["Stage", "TrainResult", "train"]
 
 _logger = logging.getLogger("kd_pipeline")
-
-Stage = Literal["teacher", "baseline", "distill"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,30 +51,54 @@ class TrainResult:
     evaluations: Mapping[str, Evaluation]
     """Of the exported network, by validation split, and `test` if there is one."""
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The metrics of the network, and of its teacher, as `kd-pipeline train` prints them."""
+        lines = []
+        for split, found in self.evaluations.items():
+            lines.append(f"{self.stage} on {split} ({found.num_samples} images): {_metrics_line(found)}")
+            if found.teacher is not None and found.teacher.top1 is not None:
+                lines.append(f"teacher on {split}: {_metrics_line(found.teacher)}")
+        return tuple(lines)
 
-def train(config: Config, *, plugins: Collection[str] = ()) -> TrainResult:
+
+def train(config: Config, *, plugins: Collection[str] = (), fresh: bool = False) -> TrainResult:
     """Run the stage that `config` names, or resume it from the last checkpoint in its folder.
 
-    `distill` writes into `run_dir`, `teacher` and `baseline` into subfolders of these names.
+    `distill` writes into `run_dir`, `teacher` and `baseline` into subfolders of these names. A stage that has finished
+    is not trained further. A changed setting is applied and logged if that continues the same training, such as
+    `train.epochs`, and refused otherwise.
 
     Args:
         config: the whole run.
         plugins: modules that factories and losses in the config may come from.
+        fresh: start from the beginning. The files of an earlier run are moved to `earlier/1`, or the next number; class
+            lists, recordings and other stages stay. With `stage: all` both stages start again.
 
     Returns:
         The result of the last stage.
 
     Raises:
         ConfigError: the config lacks something that this stage needs.
-        StateError: the folder holds a run with a different dataset, teacher or student.
+        StateError: the folder holds a run that this one would not continue, or another process uses it.
         DataError, TeacherError: the data or the teacher does not match the config.
         SystemExit: a signal stopped the run, which was saved: 143 for SIGTERM and SIGUSR1, 130 for Ctrl-C.
     """
     stages: tuple[Stage, ...] = ("teacher", "distill") if config.stage == "all" else (config.stage,)
+    init_distributed()
+    if fresh and not is_restart():
+        on_rank_zero(lambda: _archive(config, stages))
     for stage in stages:
         with _StageRun(config, stage, plugins) as run:
             result = run.run()
     return result
+
+
+class _TrainLoader(KDDataLoader):
+    """The loader of a run, which resumes with the changes that `check_resume` has applied."""
+
+    def load_state_dict(self, state: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
+        super().load_state_dict(state, allow=(*allow, "on_bad_sample"))
 
 
 class _StageRun(ExitStack):
@@ -88,67 +106,145 @@ class _StageRun(ExitStack):
 
     def __init__(self, config: Config, stage: Stage, plugins: Collection[str]) -> None:
         super().__init__()
-        if config.run_dir is None:
-            raise ConfigError("a run needs a folder: set run_dir, such as run_dir: runs/mine")
-        if config.data.train is None:
-            raise ConfigError("a run needs images to train on: set data.train")
         self._config = config.model_copy(update={"stage": stage})
         self._stage, self._plugins = stage, plugins
-        self._folder = RunFolder(config.run_dir if stage == "distill" else config.run_dir / stage)
+        self._is_one_of_all = config.stage == "all"
+        self._folder = RunFolder(stage_dir(config, stage))
         self._val_loaders: dict[str, KDDataLoader] = {}
         self._reference: Teacher | None = None
         """The teacher for validation images; None for a recording, which has no outputs for them."""
-        # Everything below fails now rather than after the first epoch.
-        self._metrics = open_metrics(config.train.metrics, plugins=plugins)
-        if (engine := config.train.export.engine) is not None:
-            open_tensorrt(engine.runtime)
-        self._model_settings = _model_settings(config, stage)
-        _check_sync_batchnorm(config)
-        _check_metric_names(self._config)
 
     def run(self) -> TrainResult:
-        """Train, then export and evaluate the best student."""
-        config = self._config
-        init_distributed()
-        set_num_threads(config.train.num_threads)
-        if is_rank_zero():
-            self._folder.prepare(config)
-            self.enter_context(self._folder.logging())
-        torch.use_deterministic_algorithms(config.train.deterministic)
+        """Train unless that is done, then export and evaluate the best student unless that is done."""
+        config, folder = self._config, self._folder
+        on_rank_zero(lambda: self.enter_context(folder.session(f"train, stage {self._stage}")))
+        self._prepare()
         self._source = open_source(config.data.split("train").source)
-        loader = self._open_loader("train", self._open_teacher() if self._stage == "distill" else None)
-        if loader.teacher is not None and config.probe is not None:
-            probe_teacher(config, loader.teacher, config.probe, training=self._source)
+        teacher = self._open_teacher() if self._stage == "distill" else None
+        identity = self._identity(teacher)
+        saved = None if folder.last_checkpoint is None else SavedRun.load(folder.last_checkpoint)
+        if saved is not None:
+            saved.check(identity, config, folder.path)  # before the loader writes the class list
+        loader = self._open_loader("train", teacher)
+        identity["stream"] = _stream(loader)
+        changes = [] if saved is None else saved.check(identity, config, folder.path)
+        finished = None if saved is None else saved.finished_line(config.train)
+        if saved is not None and finished is not None:
+            _logger.info("%s", finished)
+            for change in changes:
+                _logger.info("changed since the training: %s", change.line_of_finished_run)
+            if folder.has_results(results_digest(config, identity, saved.step)):
+                return self._finish(read_evaluations(folder.result))
+        else:
+            self._check_keeps_teacher(saved)
+            if teacher is not None and config.probe is not None:
+                probe_teacher(config, teacher, config.probe, training=self._source)
         torch.manual_seed(config.seed % 2**63)  # for the initial weights of the student
-        student = self._open_student(loader)
-        identity = {
-            "stage": self._stage,
-            "student": self._model_settings.model_dump(mode="json", exclude={"checkpoint", "pretrained", "reset"}),
-            "teacher": None if loader.teacher is None else loader.teacher.fingerprint,
-            "classes": None if loader.classes is None else list(loader.classes),
-            "data": loader.source.fingerprint,
-        }
-        last = self._folder.last_checkpoint
-        step = None if last is None else _resume_step(last, identity)
-        module = self._build_module(student, loader, identity)
-        trainer = build_trainer(
-            config.train,
-            module,
-            self._folder,
-            device=loader.device,
-            has_validation=bool(config.data.validated),
-            resume_step=step,
-        )
-        if is_rank_zero():
-            log_settings(trainer.loggers, config)
-        trainer.fit(module, loader, ckpt_path=last)
+        module = self._build_module(self._open_student(loader), loader, identity)
+        if saved is not None and finished is not None:
+            step = saved.step
+            loggers = open_loggers(config.train.loggers, folder, step) if is_rank_zero() else []
+        else:
+            trainer = self._fit(module, loader, saved, changes)
+            loggers, step, changes = trainer.loggers, trainer.global_step, []
         student = self._best_student(module, loader)
         splits = (*config.data.validated, *(() if config.data.test is None else ("test",)))
         evaluations = self._evaluate(student.to(loader.device), splits, self._reference)
         if is_rank_zero():
-            self._write_results(student, loader.classes, evaluations)
-            log_results(trainer.loggers, config, evaluations, trainer.global_step)
-        return TrainResult(self._stage, self._folder.path, evaluations)
+            write_results(folder, config, student, self._network, loader.classes, evaluations)
+            folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
+            log_results(loggers, config, evaluations, step)
+        return self._finish(evaluations)
+
+    def _prepare(self) -> None:
+        """Everything that can fail before the data is opened, rather than after the first epoch."""
+        config = self._config
+        check_config(config, self._stage)
+        self._network = network_of(config, self._stage)
+        self._metrics = open_metrics(config.train.metrics, plugins=self._plugins)
+        if (engine := config.train.export.engine) is not None:
+            open_tensorrt(engine.runtime)
+        if is_rank_zero():
+            for remark in config.remarks:
+                _logger.warning("%s", remark)
+        set_num_threads(config.train.num_threads)
+        torch.use_deterministic_algorithms(config.train.deterministic)
+
+    def _identity(self, teacher: Teacher | Recording | None) -> dict[str, Any]:
+        """What a checkpoint holds about its run, in plain values."""
+        data, source = self._config.data, self._source
+        splits = (name for name in data.splits if name != "train")
+        return {
+            "config": self._config.model_dump(mode="json"),
+            "teacher": None if teacher is None else teacher.fingerprint,
+            "classes": None if source.classes is None else list(source.classes),
+            "data": source.fingerprint,
+            "num_classes": _num_classes(source, teacher),
+            "validation": {
+                name: open_source(data.split(name).source, classes=source.classes).fingerprint for name in splits
+            },
+        }
+
+    def _check_keeps_teacher(self, saved: SavedRun | None) -> None:
+        """Refuse to train a teacher of which a student learns already, as a part of `stage: all`.
+
+        Raises:
+            StateError: the student could not resume with the new teacher.
+        """
+        student = RunFolder(stage_dir(self._config, "distill"))
+        if self._stage == "teacher" and self._is_one_of_all and student.last_checkpoint is not None:
+            raise StateError(
+                f"stage: all would train the teacher {'further' if saved else 'first'}, and the run in {student.path} "
+                "has begun to learn from the teacher as it was; set stage=distill to resume that, or start both again "
+                "with --fresh (in Python fresh=True), or set a different run_dir"
+            )
+
+    def _fit(
+        self, module: DistillModule, loader: KDDataLoader, saved: SavedRun | None, changes: Sequence[Change]
+    ) -> Any:
+        """Train to the end, and return the trainer. From here on, the folder says that it was done with this config."""
+        config, folder = self._config, self._folder
+        trainer = build_trainer(
+            config.train,
+            module,
+            folder,
+            device=loader.device,
+            has_validation=bool(config.data.validated),
+            resume_step=None if saved is None else saved.step,
+        )
+        on_rank_zero(lambda: self._record_start(trainer, saved, changes))
+        if is_rank_zero():
+            log_settings(trainer.loggers, config)
+        trainer.fit(module, loader, ckpt_path=folder.last_checkpoint)
+        if is_rank_zero():
+            folder.record_end("trained")
+        return trainer
+
+    def _record_start(self, trainer: Any, saved: SavedRun | None, changes: Sequence[Change]) -> None:
+        config, folder = self._config, self._folder
+        first_step = 0 if saved is None else saved.step
+        if saved is None:
+            folder.set_aside_leftovers()
+        else:
+            where = f"step {saved.step}, {saved.epochs_done} of {config.train.epochs} epochs done"
+            _logger.info("resuming from %s: %s", folder.last_checkpoint, where)
+        for change in changes:
+            _logger.info("changed since the last start: %s", change.line)
+        folder.write_config(config)
+        folder.record_start(
+            lambda: max(first_step, trainer.global_step),
+            stage=self._stage,
+            epochs_done=0 if saved is None else saved.epochs_done,
+            epochs=config.train.epochs,
+            processes=world_size(),
+            changes=[str(change) for change in changes],
+        )
+
+    def _finish(self, evaluations: Mapping[str, Evaluation]) -> TrainResult:
+        result = TrainResult(self._stage, self._folder.path, evaluations)
+        if is_rank_zero():
+            self._folder.write_log("\n".join(result.lines) or "there is no validation set, so no results")
+        return result
 
     def _open_teacher(self) -> Teacher | Recording:
         train = self._config.train
@@ -171,17 +267,18 @@ class _StageRun(ExitStack):
 
     def _open_loader(self, split: str, teacher: Teacher | Recording | None) -> KDDataLoader:
         return self.enter_context(
-            KDDataLoader.from_config(
+            _TrainLoader.from_config(
                 self._config, split, teacher=teacher, training=self._source, run_dir=self._folder.path
             )
         )
 
     def _open_student(self, loader: KDDataLoader) -> nn.Module:
-        settings = self._model_settings
-        num_classes = _num_classes(loader) if settings.num_classes is None and settings.factory is None else None
-        student = open_model(settings, plugins=self._plugins, num_classes=num_classes)
+        network = self._network
+        takes_classes = network.num_classes is None and network.factory is None
+        num_classes = _num_classes(loader.source, loader.teacher) if takes_classes else None
+        student = open_model(network, plugins=self._plugins, num_classes=num_classes)
         if num_classes is not None:
-            self._model_settings = settings.model_copy(update={"num_classes": num_classes})
+            self._network = network.model_copy(update={"num_classes": num_classes})
         if self._config.student_from_teacher and self._stage == "distill":
             self._copy_teacher_layers(student)
         return student.to(PURE_PRECISIONS.get(self._config.train.precision, torch.float32))
@@ -218,7 +315,7 @@ class _StageRun(ExitStack):
             student=student,
             teacher_outputs=None if teacher is None else teacher.outputs,
             image_shape=(3, size, size),
-            num_classes=_num_classes(loader),
+            num_classes=_num_classes(loader.source, loader.teacher),
             labels_are_soft=loader.mix is not None,
             plugins=self._plugins,
         )
@@ -250,110 +347,44 @@ class _StageRun(ExitStack):
         student: nn.Module = module.model
         if is_sharded(student):
             student = self._open_student(loader)
-            state = load_checkpoint(self._folder.checkpoints / "last.ckpt")["state_dict"]
-            student.load_state_dict({name: state[f"student.{name}"] for name in student.state_dict()})
         best = self._folder.checkpoints / "best_student.pt"
-        if best.is_file():
-            student.load_state_dict(read_checkpoint(best))
+        if self._config.data.validated and best.is_file():
+            state = read_checkpoint(best)
+        else:
+            last = load_checkpoint(self._folder.checkpoints / "last.ckpt")
+            saved = last["state_dict"]
+            names = [*student.state_dict()]
+            state = last["ema"]["student"] if module.ema else {name: saved[f"student.{name}"] for name in names}
+        student.load_state_dict(state)
         return student
 
-    def _write_results(
-        self, student: nn.Module, classes: tuple[str, ...] | None, evaluations: Mapping[str, Evaluation]
-    ) -> None:
-        """Write `result.json`, the plots and the exported student."""
-        split, transform = _evaluation_split(self._config.data)
-        self._folder.write_result({name: each.to_dict() for name, each in evaluations.items()})
-        self._plot(evaluations)
-        export_student(
-            student.float().cpu().eval(),
-            self._model_settings,
-            self._folder.exported,
-            classes=classes,
-            transform=transform,
-            calibration_set=lambda: CalibrationSet(sample_images(self._config, split), f"the split {split} of the run"),
-            export=self._config.train.export,
-        )
 
-    def _plot(self, evaluations: Mapping[str, Evaluation]) -> None:
-        """Plot the curves of the run and the confusion matrix of each split, if matplotlib is installed."""
-        folder = self._folder.path
-        try:
-            plot_curves(self._folder.metrics).savefig(folder / "curves.png")
-            for name, each in evaluations.items():
-                if each.confusion is not None:
-                    plot_confusion(each.confusion, each.classes).savefig(folder / f"confusion_{name}.png")
-        except MissingPackageError as exc:
-            _logger.warning("no plots were saved: %s", exc)
+def _archive(config: Config, stages: Iterable[Stage]) -> None:
+    for stage in stages:
+        folder = RunFolder(stage_dir(config, stage))
+        if (target := folder.archive()) is not None:
+            _logger.warning(
+                "starting again: the earlier run in %s was moved to %s; leave out --fresh to resume the new one",
+                *(folder.path, target),
+            )
 
 
-def _check_sync_batchnorm(config: Config) -> None:
-    if config.train.sync_batchnorm and world_size() > 1 and resolve_device(config.data.device).type == "cpu":
-        raise ConfigError(
-            f"train.sync_batchnorm: torch synchronizes BatchNorm on GPUs only, and this run uses {world_size()} CPU "
-            "processes; set it to false, or data.device to cuda"
-        )
+def _stream(loader: KDDataLoader) -> dict[str, Any]:
+    """What the stream of batches depends on, without what the identity of a run has anyway."""
+    fingerprint: dict[str, Any] = loader.state_dict()["fingerprint"]
+    return {name: value for name, value in fingerprint.items() if name not in ("source", "teacher")}
 
 
-def _check_metric_names(config: Config) -> None:
-    """Refuse to select or stop by a metric that is not measured."""
-    train, splits = config.train, config.data.validated
-    if any(metric.is_custom for metric in train.metrics):
-        return  # its names are not known before it is called
-    names = ["top1", "top5", "macro_f1", "loss", *(metric.name for metric in train.metrics)]
-    if train.compare_with_teacher and config.stage == "distill":
-        names += ["agreement", "kl"]
-    known = [f"{split}/{name}" for split in splits for name in names]
-    wanted = {"select_by": train.select_by if splits else None}
-    if train.early_stopping is not None:
-        wanted["early_stopping.metric"] = train.early_stopping.metric
-    for key, metric in wanted.items():
-        if metric is not None and not metric.startswith("train/") and metric not in known:
-            raise ConfigError(f"train.{key}: {metric!r} is not measured{suggest(metric, known)}")
+def _metrics_line(found: Evaluation) -> str:
+    metrics = {"top-1": found.top1, "top-5": found.top5, "F1": found.macro_f1, "agreement": found.agreement}
+    return ", ".join(f"{name} {value:.1%}" for name, value in metrics.items() if value is not None)
 
 
-def _model_settings(config: Config, stage: Stage) -> ModelSettings:
-    """The network that this stage trains."""
-    if stage != "teacher":
-        if config.student is None:
-            raise ConfigError("there is no student to train: set student, such as student: {timm: resnet18}")
-        return config.student
-    if not isinstance(config.teacher, TeacherSettings) or config.teacher.model is None:
-        raise ConfigError(
-            "stage: teacher trains the network of teacher.model, such as teacher: {model: {timm: resnet50}}"
-        )
-    check_no_input_adapter(config.teacher)
-    return config.teacher.model
-
-
-def _resume_step(last: Path, identity: Mapping[str, Any]) -> int:
-    """The step of the checkpoint `last`, after checking that it belongs to this run."""
-    checkpoint = load_checkpoint(last)
-    check_same_run(checkpoint.get("run", {}), identity)
-    _logger.info("resuming from %s", last)
-    return int(checkpoint["global_step"])
-
-
-def _num_classes(loader: KDDataLoader) -> int:
+def _num_classes(source: Source, teacher: Teacher | Recording | None) -> int:
     """From the data, or from the teacher if the images have no labels."""
-    num_classes = loader.source.num_classes
-    if num_classes is None and loader.teacher is not None:
-        num_classes = loader.teacher.outputs["logits"].shape[1]
+    num_classes = source.num_classes
+    if num_classes is None and teacher is not None:
+        num_classes = teacher.outputs["logits"].shape[1]
     if num_classes is None:
         raise ConfigError("neither the data nor the teacher has a number of classes; set the classes of the source")
     return num_classes
-
-
-def _evaluation_split(data: DataSettings) -> tuple[str, EvalTransform]:
-    """The split whose images the export is for: `val`, else `test`, else `train` with the usual transform."""
-    for name, split in (("val", data.val), ("test", data.test)):
-        if split is not None and isinstance(split.transform, EvalTransform):
-            return name, split.transform
-    train = data.split("train").transform
-    return "train", EvalTransform(
-        size=train.size,
-        interpolation=train.interpolation,
-        mean=train.mean,
-        std=train.std,
-        dtype=train.dtype,
-        orientation=train.orientation,
-    )

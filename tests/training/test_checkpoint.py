@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kd_pipeline.errors import ConfigError, StateError
-from kd_pipeline.training.checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from kd_pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from kd_pipeline.training.checkpoint_callback import AtomicCheckpointIO
 from tests.training.toy_training import max_file_size
 
@@ -258,34 +258,3 @@ def test_other_file_is_refused(tmp_path, content, reason):
     with pytest.raises(StateError, match=reason) as caught:
         load_checkpoint(path)
     assert str(path) in str(caught.value)
-
-
-# The same run
-
-RUN = {"teacher": {"sha256": "ab", "precision": "fp32"}, "classes": ["cat", "dog"], "data": "f00d"}
-
-
-def test_same_run_passes():
-    check_same_run(RUN, {**RUN, "classes": ("cat", "dog")})
-
-
-@pytest.mark.parametrize(
-    ("now", "line"),
-    [
-        ({**RUN, "teacher": {"sha256": "cd", "precision": "fp32"}}, "teacher.sha256: 'ab' → 'cd'"),
-        ({**RUN, "classes": ["cat", "cow"]}, "classes[1]: 'dog' → 'cow'"),
-        ({**RUN, "classes": ["cat"]}, "classes: 2 entries → 1 entries"),
-        ({**RUN, "data": None}, "data: 'f00d' → None"),
-        ({**RUN, "student": "resnet"}, "student: None → 'resnet'"),
-        ({name: RUN[name] for name in ("teacher", "classes")}, "data: 'f00d' → None"),
-    ],
-)
-def test_different_run_lists_changes(now, line):
-    with pytest.raises(StateError) as caught:
-        check_same_run(RUN, now)
-    assert [found.strip() for found in str(caught.value).splitlines()[1:-1]] == [line]
-
-
-def test_many_changes_are_summarized():
-    with pytest.raises(StateError, match=r"classes\[9\]: 9 → 109\n  and 990 more\n"):
-        check_same_run({"classes": [*range(1000)]}, {"classes": [*range(100, 1100)]})

@@ -42,7 +42,7 @@ def write_digits(folder: Path) -> None:
 
 def split(folder: Path, name: str, transform: Mapping[str, Any]) -> dict[str, Any]:
     """The images in `name.npz`."""
-    return {"source": {"kind": "arrays", "images": folder / f"{name}.npz"}, "transform": transform}
+    return {"source": {"kind": "arrays", "images": folder / f"{name}.npz"}, "transform": {**transform}}
 
 
 def settings(folder: Path, run: str, **changes: Any) -> Config:

@@ -20,6 +20,7 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.recorded.files import RecordingManifest
+from kd_pipeline.training.run_lock import LOCK
 from kd_pipeline.workflows import _record as workflow
 from kd_pipeline.workflows._record import Progress, RecordSettings, record
 from kd_pipeline.workflows.teacher import open_run_teacher
@@ -139,7 +140,7 @@ def test_file_sizes_are_those_of_manifest(photo_folder: Path, tmp_path: Path) ->
         "logits.classes.bin": 2 * 2 * 74, "logits.rest.bin": 2 * 74, "features.values.bin": 2 * 32 * 8 * 8 * 74,
     }  # fmt: skip
     assert sum(sizes.values()) == manifest.num_bytes
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", *sizes}
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", LOCK, *sizes}
 
 
 def test_top_k_float16_is_replayed_within_rounding(photo_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""The results of a run: `result.json`, the plots and the exported student, and whether they are up to date."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from torch import nn
+
+from kd_pipeline.config.config import Config
+from kd_pipeline.data.settings import DataSettings
+from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.errors import MissingPackageError
+from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.loader.loader import sample_images
+from kd_pipeline.models.registry import ModelSettings
+from kd_pipeline.report.plots import plot_confusion, plot_curves
+from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
+from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.workflows.exported import export_student
+
+__all__ = ["read_evaluations", "results_digest", "write_results"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+
+def results_digest(config: Config, identity: Mapping[str, Any], step: int) -> str:
+    """A digest of all that the results of a run depend on.
+
+    Args:
+        config: of the run.
+        identity: what its checkpoints hold about it, without which the results are of a different run.
+        step: of the last checkpoint.
+    """
+    train, splits = config.train, config.data.splits
+    content = {
+        "step": step,
+        "identity": {name: identity[name] for name in ("teacher", "classes", "data", "num_classes", "validation")},
+        "splits": {name: splits[name].model_dump(mode="json", exclude={"source"}) for name in splits},
+        "train": train.model_dump(mode="json", include={"limit_val_batches", "metrics", "export"}),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_results(
+    folder: RunFolder,
+    config: Config,
+    student: nn.Module,
+    model: ModelSettings,
+    classes: tuple[str, ...] | None,
+    evaluations: Mapping[str, Evaluation],
+) -> None:
+    """Write `result.json`, the plots and the exported student.
+
+    Args:
+        folder: where to.
+        config: of the run.
+        student: the network; it is moved to the CPU, in float32.
+        model: how it is built.
+        classes: names of the classes in label order.
+        evaluations: its metrics by split.
+    """
+    split, transform = _evaluation_split(config.data)
+    folder.write_result({name: each.to_dict() for name, each in evaluations.items()})
+    _plot(folder, evaluations)
+    export_student(
+        student.float().cpu().eval(),
+        model,
+        folder.exported,
+        classes=classes,
+        transform=transform,
+        calibration_set=lambda: CalibrationSet(sample_images(config, split), f"the split {split} of the run"),
+        export=config.train.export,
+    )
+
+
+def read_evaluations(path: Path) -> dict[str, Evaluation]:
+    """The contents of `result.json`."""
+    return TypeAdapter(dict[str, Evaluation]).validate_json(path.read_bytes())
+
+
+def _plot(folder: RunFolder, evaluations: Mapping[str, Evaluation]) -> None:
+    """Plot the curves of the run and the confusion matrix of each split, if matplotlib is installed."""
+    try:
+        plot_curves(folder.metrics).savefig(folder.path / "curves.png")
+        for name, each in evaluations.items():
+            if each.confusion is not None:
+                plot_confusion(each.confusion, each.classes).savefig(folder.path / f"confusion_{name}.png")
+    except MissingPackageError as exc:
+        _logger.warning("no plots were saved: %s", exc)
+
+
+def _evaluation_split(data: DataSettings) -> tuple[str, EvalTransform]:
+    """The split whose images the export is for: `val`, else `test`, else `train` with the usual transform."""
+    for name, split in (("val", data.val), ("test", data.test)):
+        if split is not None and isinstance(split.transform, EvalTransform):
+            return name, split.transform
+    train = data.split("train").transform
+    return "train", EvalTransform(
+        size=train.size,
+        interpolation=train.interpolation,
+        mean=train.mean,
+        std=train.std,
+        dtype=train.dtype,
+        orientation=train.orientation,
+    )
