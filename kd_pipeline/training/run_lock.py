@@ -59,8 +59,10 @@ def lock_folder(folder: Path, *, otherwise: str) -> Iterator[None]:
                 *(folder, exc.strerror),
             )
         _write(descriptor, json.dumps(_this_process()) + "\n")
-        yield
-        _write(descriptor, "")
+        try:
+            yield
+        finally:
+            _write(descriptor, "")
     finally:
         os.close(descriptor)
 

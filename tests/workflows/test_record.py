@@ -20,7 +20,7 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.recorded.files import RecordingManifest
-from kd_pipeline.training.run_lock import LOCK
+from kd_pipeline.training.run_lock import LOCK, lock_folder
 from kd_pipeline.workflows import _record as workflow
 from kd_pipeline.workflows._record import Progress, RecordSettings, record
 from kd_pipeline.workflows.teacher import open_run_teacher
@@ -363,6 +363,23 @@ def test_changed_images_are_not_resumed(photo_folder: Path, tmp_path: Path) -> N
     (sums + np.uint32(1)).tofile(folder / "checksum.bin")
     with pytest.raises(StateError, match="the checksum in row 0 was"):
         recorded(photo_folder, folder)
+
+
+def test_second_recorder_is_told_who_records(photo_folder: Path, whole: Path) -> None:
+    with lock_folder(whole, otherwise=""), pytest.raises(StateError, match=r"is in use by process .*\n.*with --out"):
+        recorded(photo_folder, whole)
+
+
+def test_recording_leaves_class_list_of_training(digits: Path, tmp_path: Path) -> None:
+    source = {"kind": "arrays", "images": digits / "train.npz", "classes": list("abcdefghij")}
+    described = settings(digits, "classes", data__train__source=source, run_dir=tmp_path)
+    for name in ("config.yaml", "classes.json"):
+        (tmp_path / name).write_text("of a training")
+    record(described, RecordSettings(epochs=1))
+    assert (tmp_path / "classes.json").read_text() == "of a training"
+    (tmp_path / "config.yaml").unlink()
+    record(described, RecordSettings(epochs=1))
+    assert (tmp_path / "classes.json").read_text() != "of a training"
 
 
 def test_files_without_manifest_are_overwritten(photo_folder: Path, whole: Path, tmp_path: Path) -> None:

@@ -376,6 +376,6 @@ def test_refused_data_leaves_class_list(digits: Path) -> None:
 
     folder = tiny_run.run(digits, "named", data__train__source=named("zero")).folder
     before = (folder / "classes.json").read_text()
-    with pytest.raises(StateError, match=r"classes: \[zero, .* → \[one,"):
+    with pytest.raises(StateError, match=r"classes\[0\]: zero → one"):
         tiny_run.run(digits, "named", data__train__source=named("one"))
     assert (folder / "classes.json").read_text() == before

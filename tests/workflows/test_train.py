@@ -16,6 +16,7 @@ from kd_pipeline.config.config import load_config
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
+from kd_pipeline.training.run_lock import lock_folder
 from kd_pipeline.workflows.exported import open_model_file
 from tests.runs import finish, start
 
@@ -58,9 +59,9 @@ def assert_same_end(first: Path, second: Path) -> None:
 def test_run_folder_is_complete(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     for name in (
-        "config.yaml", "environment.json", "metrics.csv", "train.log", "classes.json", "result.json", "curves.png",
-        "confusion_val.png", "checkpoints/last.ckpt", "checkpoints/best.ckpt", "checkpoints/best_student.pt",
-        "exported/model.safetensors", "exported/model.json", "exported/model.onnx",
+        "config.yaml", "environment.json", "history.jsonl", "metrics.csv", "train.log", "classes.json", "result.json",
+        "curves.png", "confusion_val.png", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
+        "checkpoints/best_student.pt", "exported/model.safetensors", "exported/model.json", "exported/model.onnx",
     ):  # fmt: skip
         if name != "classes.json":  # the classes of arrays have no names
             assert (RUN / name).stat().st_size > 0, name
@@ -147,15 +148,111 @@ def test_signaled_run_resumes_exactly(finished: Path, work: Path, number: signal
 def test_different_run_is_refused(finished: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(finished, work)
+    before = (work / RUN / "config.yaml").read_bytes()
     status, output = finish(start(work, "student.kwargs.width=6"))
     assert status == 1 and "student.kwargs.width: 4 → 6" in output, output
     teacher = "teacher={model: {builtin: small_resnet, kwargs: {width: 8}}, backend: pytorch}"
     status, output = finish(start(work, teacher))
-    assert status == 1 and "teacher: " in output and " → " in output, output
+    assert status == 1 and "teacher: fingerprint " in output and " → " in output, output
     status, output = finish(start(work, "data.train.source.images=val.npz"))
-    assert status == 1 and "data: " in output and " → " in output, output
+    assert status == 1 and "data: fingerprint " in output and " → " in output, output
     assert "Traceback" not in output
     assert_same_end(finished, work)
+    assert (work / RUN / "config.yaml").read_bytes() == before
+    log = (work / RUN / "train.log").read_text()
+    assert "train -c tiny.yaml data.train.source.images=val.npz" in log and "ERROR StateError: " in log
+
+
+@pytest.mark.slow
+def test_fresh_moves_only_the_own_run(finished: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(finished, work)
+    (work / RUN / "mine.txt").write_text("notes")
+    teacher = (work / RUN / "teacher" / "checkpoints" / "last.ckpt").read_bytes()
+    status, output = finish(start(work, "--fresh", "seed=4", "train.epochs=1"))
+    assert status == 0 and "was moved to runs/tiny/earlier/1" in output, output
+    earlier = work / RUN / "earlier" / "1"
+    assert (earlier / "result.json").read_bytes() == (finished / RUN / "result.json").read_bytes()
+    assert (earlier / "config.yaml").read_bytes() == (finished / RUN / "config.yaml").read_bytes()
+    assert (work / RUN / "teacher" / "checkpoints" / "last.ckpt").read_bytes() == teacher
+    assert (work / RUN / "mine.txt").is_file() and "seed: 4" in (work / RUN / "config.yaml").read_text()
+    status, output = finish(start(work, "--fresh", "seed=4", "train.epochs=1", "stage=all"))
+    assert status == 0, output
+    assert {path.name for path in (work / RUN / "earlier").iterdir()} == {"1", "2"}
+    assert (work / RUN / "teacher" / "earlier" / "1" / "checkpoints" / "last.ckpt").read_bytes() == teacher
+
+
+@pytest.mark.slow
+def test_second_process_is_told_who_trains(work: Path) -> None:
+    first = start(work, "train.epochs=200")
+    while first.poll() is None and not (work / RUN / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.02)
+    try:
+        for arguments in ((), ("--fresh",)):
+            status, output = finish(start(work, "train.epochs=200", *arguments))
+            assert status == 1 and f"runs/tiny is in use by process {first.pid} on " in output, output
+            assert "train -c tiny.yaml train.epochs=200" in output and f"kill {first.pid}" in output
+    finally:
+        first.kill()
+        first.communicate()
+    status, output = finish(start(work, "train.limit_train_batches=1", "--fresh"))  # the kernel released the lock
+    assert status == 0, output
+
+
+@pytest.mark.slow
+def test_history_has_every_start(work: Path) -> None:
+    process = start(work, "train.epochs=200")
+    while process.poll() is None and not (work / RUN / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    step = load_checkpoint(work / RUN / "checkpoints" / "last.ckpt")["global_step"]
+    epochs = step // 10 + 1
+    status, output = finish(start(work, f"train.epochs={epochs}"))
+    assert status == 0, output
+    first, stopped, second, ended, results = map(json.loads, (work / RUN / "history.jsonl").read_text().splitlines())
+    assert (first["event"], first["step"], first["changes"]) == ("start", 0, [])
+    assert (stopped["event"], stopped["step"], stopped["outcome"]) == ("end", step, "stopped with exit status 143")
+    assert (second["event"], second["step"]) == ("start", step)
+    assert second["changes"] == [f"train.epochs: 200 → {epochs}"] and f"train.epochs={epochs}" in second["command"]
+    assert (ended["event"], ended["outcome"], results["event"]) == ("end", "trained", "results")
+    assert results["step"] == ended["step"] == epochs * 10
+
+
+@pytest.mark.slow
+def test_results_name_the_teacher(finished: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(finished, work)
+    status, output = finish(start(work))
+    assert status == 0 and "finished: 2 of 2 epochs; to train longer set train.epochs" in output, output
+    teacher = json.loads((work / RUN / "teacher" / "result.json").read_text())["val"]
+    result = json.loads((work / RUN / "result.json").read_text())["val"]
+    assert {name: result["teacher"][name] for name in ("top1", "top5")} == {
+        name: pytest.approx(teacher[name]) for name in ("top1", "top5")
+    }
+    line = f"teacher on val: top-1 {teacher['top1']:.1%}, top-5 {teacher['top5']:.1%}"
+    assert line in output and line in (work / RUN / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_longer_teacher_of_a_student_is_refused(work: Path) -> None:
+    status, output = finish(start(work, "stage=all", "train.limit_train_batches=null"))
+    assert status == 0, output
+    before = (work / RUN / "teacher" / "exported" / "model.safetensors").read_bytes()
+    status, output = finish(start(work, "stage=all", "train.epochs=3"))
+    assert status == 1 and "set stage=distill to resume that" in output, output
+    assert (work / RUN / "teacher" / "exported" / "model.safetensors").read_bytes() == before
+    status, output = finish(start(work, "stage=distill", "train.epochs=3"))
+    assert status == 0, output
+
+
+@pytest.mark.slow
+def test_refused_ranks_end_together(finished: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    shutil.copytree(finished, work)
+    with lock_folder(work / RUN, otherwise="wait"):
+        status, output = finish(start(work, ranks=2))
+    assert status == 1 and "runs/tiny is in use by process" in output, output
 
 
 @pytest.mark.slow
