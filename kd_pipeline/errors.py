@@ -9,6 +9,7 @@ KDPipelineError
 ├── TeacherError
 │   └── EngineError
 ├── ExportError
+├── NonFiniteError (also a FloatingPointError)
 └── StateError
 """
 
@@ -22,6 +23,7 @@ __all__ = [
     "ExportError",
     "KDPipelineError",
     "MissingPackageError",
+    "NonFiniteError",
     "StateError",
     "TeacherError",
     "TooManyBadSamplesError",
@@ -94,6 +96,10 @@ class EngineError(TeacherError):
 
 class ExportError(KDPipelineError):
     """A model cannot be exported to ONNX, or the outputs of the exported file differ from the model's."""
+
+
+class NonFiniteError(KDPipelineError, FloatingPointError):
+    """NaN or inf where a number is needed: a loss, a gradient, weights to be saved, or every output of a model."""
 
 
 class StateError(KDPipelineError):

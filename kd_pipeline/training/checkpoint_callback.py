@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from kd_pipeline._core.optional import require
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.training.checkpoint import load_checkpoint, save_checkpoint
+from kd_pipeline.training.nonfinite import check_weights
 from kd_pipeline.training.rng import capture_rng, restore_rng
 
 __all__ = ["AtomicCheckpointIO", "SaveLastAndBest", "is_resumable_after"]
@@ -43,7 +44,7 @@ class AtomicCheckpointIO(_plugins.CheckpointIO):  # type: ignore[misc, name-defi
 
 
 class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
-    """Keeps `last.ckpt`, `best.ckpt` and the best student alone as `best_student.pt`.
+    """Keeps `last.ckpt`, `best.ckpt` and the best student alone as `best_student.pt`; weights with NaN or inf never.
 
     Lightning calls a `Checkpoint` after all other callbacks, so their changes are in the file. Hooks of the
     `LightningModule` at the end of a batch run later still.
@@ -98,9 +99,10 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         """Save `last.ckpt` now; call it on all ranks.
 
         Raises:
+            NonFiniteError: a weight is NaN or inf; the file is the old one.
             StateError: it cannot be written.
         """
-        trainer.save_checkpoint(self._folder / "last.ckpt")
+        self._save(trainer, "last.ckpt")
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Restore the random state."""
@@ -123,6 +125,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
 
         Raises:
             ConfigError: the metric was not logged.
+            NonFiniteError: a weight is NaN or inf; the files are the old ones.
             StateError: a file cannot be written.
         """
         self._save_if_best(trainer, trainer.callback_metrics)
@@ -131,10 +134,19 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
     def _save_if_best(self, trainer: Any, metrics: Mapping[str, Any]) -> None:
         """Before last.ckpt, which holds the best score: a run killed in between validates again."""
         if self._is_best(trainer, metrics):
-            trainer.save_checkpoint(self._folder / "best.ckpt")
             student = self._student()  # on all ranks, as they may have to gather it
+            if bad := [name for name, tensor in student.items() if tensor.is_floating_point() and tensor.isnan().any()]:
+                raise NonFiniteError(
+                    f"the student with the best {self._monitor} has NaN in {bad[0]!r}, so it was not saved; earlier "
+                    "checkpoints are intact"
+                )
+            self._save(trainer, "best.ckpt")
             if trainer.is_global_zero:
                 save_checkpoint(student, self._folder / "best_student.pt")
+
+    def _save(self, trainer: Any, name: str) -> None:
+        check_weights(trainer.lightning_module, trainer, before=f"{name} was written")
+        trainer.save_checkpoint(self._folder / name)
 
     def _is_best(self, trainer: Any, metrics: Mapping[str, Any]) -> bool:
         if self._monitor is None:
@@ -144,6 +156,8 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
             raise ConfigError(f"no metric {self._monitor!r} to select the best by; there are {known}")
         # Rank zero decides for all: they save together, and the last digits may differ between ranks.
         score = trainer.strategy.broadcast(float(metrics[self._monitor]))
+        if math.isnan(score):
+            _logger.warning("%s is NaN after %d steps, which is never the best", self._monitor, trainer.global_step)
         is_better: bool = score > self.best_score if self._mode == "max" else score < self.best_score
         if is_better:
             self.best_score = score

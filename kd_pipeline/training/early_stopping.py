@@ -1,6 +1,7 @@
 """Stop a run when its metric no longer improves."""
 
 import math
+from logging import getLogger
 from typing import Any
 
 from kd_pipeline._core.optional import require
@@ -9,6 +10,7 @@ from kd_pipeline.training.settings import EarlyStoppingSettings
 
 __all__ = ["StopEarly"]
 
+_logger = getLogger(__name__)
 _callbacks = require("lightning.pytorch.callbacks", extra="train")
 
 
@@ -50,6 +52,8 @@ class StopEarly(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
             raise ConfigError(f"early_stopping.metric: there is no {metric!r}; there are {', '.join(sorted(metrics))}")
         # Rank zero decides for all, because the last digits may differ between ranks.
         value = trainer.strategy.broadcast(float(metrics[metric])) * (1 if self._settings.mode == "max" else -1)
+        if math.isnan(value):
+            _logger.warning("%s is NaN after %d steps, which counts as no improvement", metric, trainer.global_step)
         self._num_waited = 0 if value > self._best else self._num_waited + 1
         self._best = value if value > self._best else self._best
         trainer.should_stop = trainer.should_stop or self.is_over

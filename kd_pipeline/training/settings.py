@@ -57,9 +57,12 @@ class TrainSettings(Settings):
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     accumulate: int = Field(default=1, ge=1)
-    """Batches to accumulate gradients over before an optimizer step."""
+    """Batches to accumulate gradients over before an optimizer step, whose loss is the mean over their valid rows."""
     clip: PositiveFloat | None = None
     """Maximum norm of the gradient."""
+    max_nonfinite_steps: int = Field(default=0, ge=0)
+    """Optimizer steps in a row that are skipped, and counted as `train/skipped_steps`, if the loss or the gradient is
+    NaN or inf. One more ends the run; by default the first one does."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"] = "32-true"
     """Precision of the student, as Lightning names it."""
     compile: bool = False

@@ -16,10 +16,10 @@ from torch import distributed
 
 from kd_pipeline.data.sources import Arrays
 from kd_pipeline.data.transforms import TrainTransform
-from kd_pipeline.errors import DataError
+from kd_pipeline.errors import DataError, NonFiniteError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.training.module import DistillModule
-from tests.training import tiny_run
+from tests.training import networks, tiny_run
 
 SIZES = (1, 19, 101)
 BATCH_SIZE = 4
@@ -110,8 +110,43 @@ def train_halves(folder: Path, rank: int) -> dict[str, Any]:
     return states[0]
 
 
+def train_accumulated(folder: Path, rank: int) -> dict[str, Any]:
+    """As `train_halves`, each batch of 32 in two."""
+    with final_states() as states:
+        tiny_run.run(
+            folder,
+            "quarters",
+            data__train=tiny_run.split(folder, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
+            data__batch_size=16,
+            train__accumulate=2,
+        )
+    return states[0]
+
+
+def spoil_rank_one(folder: Path, rank: int) -> dict[str, Any]:
+    """The errors of runs whose student returns NaN on rank one only, in the third pass."""
+    student = {"factory": "tests.training.networks:spoiled"}
+    networks.SPOILED.update({2} if rank == 1 else set())
+    found: dict[str, Any] = {}
+    for name, changes in {
+        "ddp": {},
+        "accumulated": {"train__accumulate": 2},
+        "fsdp": {"train__strategy": "fsdp"},
+        "skipped": {"train__max_nonfinite_steps": 1},
+    }.items():
+        try:
+            tiny_run.run(folder, f"spoiled {name}", student=student, data__batch_size=8, **changes)
+        except NonFiniteError as error:
+            found[name] = str(error)
+    distributed.barrier()
+    skipped = tiny_run.logged(folder / "spoiled skipped")[-1]["train/skipped_steps"]
+    return found | {"skipped": [found.get("skipped", ""), int(skipped)]}
+
+
 def do_all(folder: Path, rank: int) -> dict[str, Any]:
     """All of it with one start of the processes."""
     found = {"read": read_all(folder, rank)}
     train_one = {2: train_halves, 4: train_small}[distributed.get_world_size()]
+    if distributed.get_world_size() == 2:
+        found["accumulated"] = train_accumulated(folder, rank)
     return found | {"state": train_one(folder, rank)}

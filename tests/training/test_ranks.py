@@ -69,6 +69,7 @@ def test_two_ranks_match_one_with_double_batch(digits: Path, ranks: dict[int, li
     # Sums of up to 64 float32 gradients in a different order: units in the last place of weights below 1. The mean of
     # the ranks' means would be off by 1e-3 and more.
     assert distance(weights(single), weights(digits / "halves")) < 1e-6
+    assert distance(weights(single), weights(digits / "quarters")) < 1e-6
     for ours, theirs in zip(logged(single), logged(digits / "halves"), strict=True):
         assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
         for name in {"train/loss", "train/task", "train/distill", "train/top1", "val/loss"} & ours.keys():
