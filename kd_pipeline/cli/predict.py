@@ -60,7 +60,7 @@ def _run(parsed: argparse.Namespace) -> int:
     import torch
 
     from kd_pipeline._core.device import resolve_device
-    from kd_pipeline.evaluation._predict import find_images, predict
+    from kd_pipeline.evaluation._predict import NOT_FINITE, find_images, predict
     from kd_pipeline.workflows.exported import open_model_file
 
     if parsed.top < 1:
@@ -68,7 +68,7 @@ def _run(parsed: argparse.Namespace) -> int:
     images = find_images(parsed.images)
     transform = _transform(parsed)
     device = resolve_device(parsed.device)
-    num_unreadable = 0
+    num_unreadable = num_not_finite = 0
     with ExitStack() as stack:
         dtype = getattr(torch, transform.dtype)
         opened = open_model_file(parsed.model, size=transform.size, device=device, dtype=dtype, plugins=parsed.plugin)
@@ -76,7 +76,8 @@ def _run(parsed: argparse.Namespace) -> int:
         out = None if parsed.out is None else stack.enter_context(parsed.out.open("w", encoding="utf-8"))
         found = predict(opened.model, images, transform, batch_size=parsed.batch_size, device=device)
         for prediction in found:
-            num_unreadable += prediction.problem is not None
+            num_not_finite += prediction.problem == NOT_FINITE
+            num_unreadable += prediction.problem not in (None, NOT_FINITE)
             line = json.dumps(_to_json(prediction, opened.classes, parsed.top), ensure_ascii=False)
             if out is not None:
                 out.write(line + "\n")
@@ -84,11 +85,15 @@ def _run(parsed: argparse.Namespace) -> int:
                 print(line)
             elif prediction.problem is None:
                 print(_text(prediction, opened.classes, parsed.top))
-            if prediction.problem is not None:
+            if prediction.problem == NOT_FINITE:
+                print(f"kd-pipeline: {prediction.image} has no prediction: {prediction.problem}", file=sys.stderr)
+            elif prediction.problem is not None:
                 print(f"kd-pipeline: {prediction.image} cannot be read: {prediction.problem}", file=sys.stderr)
     if num_unreadable:
         print(f"kd-pipeline: {num_unreadable} of {len(images)} images cannot be read", file=sys.stderr)
-    return 1 if num_unreadable else 0
+    if num_not_finite:
+        print(f"kd-pipeline: {num_not_finite} of {len(images)} images have no finite logits", file=sys.stderr)
+    return 1 if num_unreadable or num_not_finite else 0
 
 
 def _transform(parsed: argparse.Namespace) -> "EvalTransform":

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import (
     TEMPERATURE,
     Evaluation,
@@ -96,12 +97,15 @@ def compare(
         report: called with a line of progress for each model.
 
     Raises:
-        ConfigError, DataError, TeacherError: as `evaluate`.
+        ConfigError, DataError, NonFiniteError, TeacherError: as `evaluate`.
     """
     rows = []
     for name, model in models.items():
         report(f"evaluating {name}")
-        evaluation = evaluate(model, loader, reference=None if model is reference else reference, metrics=metrics)
+        try:
+            evaluation = evaluate(model, loader, reference=None if model is reference else reference, metrics=metrics)
+        except NonFiniteError as exc:
+            raise NonFiniteError(f"{name}: {exc}") from exc
         cost = measure_cost(model, next(iter(loader)).images, files=(files or {}).get(name, ()))
         rows.append(ComparisonRow(name=name, evaluation=evaluation, cost=cost))
     return Comparison(tuple(rows))

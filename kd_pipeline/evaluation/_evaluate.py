@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
+from logging import getLogger
 from typing import Any, Self
 
 import torch
@@ -19,7 +20,7 @@ from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.errors import ConfigError, DataError
+from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 
@@ -34,6 +35,8 @@ __all__ = [
     "logits_of",
     "open_metrics",
 ]
+
+_logger = getLogger("kd_pipeline")
 
 TEMPERATURE = 4.0
 """Softmax temperature of both models in the KL divergence."""
@@ -70,7 +73,8 @@ class MetricSettings(Settings):
 class Evaluation:
     """Metrics of a model on a split. Fractions are from 0 to 1; None means that a value cannot be known.
 
-    A row of logits with NaN or inf counts as wrong in every metric, and in no column of the confusion matrix.
+    A row of logits with NaN or inf counts as wrong, and in no column of the confusion matrix; a custom metric gets it
+    as it is.
     """
 
     num_samples: int
@@ -145,7 +149,8 @@ def evaluate(
     Counts are exact, and losses are rounded to 2**-24 before they are summed. The result is therefore the same for
     every batch size and number of ranks, as far as the model's own outputs are. If the loader reads one shard of
     several and `torch.distributed` is initialized, every rank returns the result for the whole split. Nothing waits for
-    the GPU before the end. `metrics` need all logits at once, which stay on the device until then.
+    the GPU before the end. `metrics` need all logits at once, which stay on the device until then. Rows of logits with
+    NaN or inf count as wrong, and are logged as a warning.
 
     Args:
         model: a network, which is in eval mode meanwhile, or a teacher. Returns logits `[N, K]` or a mapping with
@@ -158,6 +163,7 @@ def evaluate(
     Raises:
         ConfigError: a model returns no logits, or a metric is unknown, fails or has the name of another one.
         DataError: a label exceeds the logits, or a metric needs labels and there are none.
+        NonFiniteError: every row of the model's logits holds NaN or inf.
         TeacherError: a teacher rejects the images or fails.
     """
     tally: _Tally | None = None
@@ -200,7 +206,7 @@ class _Tally:
     @classmethod
     def empty(cls, logits_NK: Tensor, *, has_labels: bool, has_teacher: bool) -> "_Tally":
         num_classes, device = logits_NK.shape[1], logits_NK.device
-        counts = ("samples", "bad_rows", "bad_labels", "in_top5", "agreed")
+        counts = ("samples", "bad_rows", "bad_labels", "bad_teacher_rows", "in_top5", "agreed")
         sums = [name for name, is_known in (("loss", has_labels), ("kl", has_teacher)) if is_known]
         return cls(
             torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=device),
@@ -257,7 +263,9 @@ class _Tally:
                 f"the model returns logits {list(logits_NK.shape)}, the teacher {list(teacher_NK.shape)}; "
                 "compare models of the same classes"
             )
-        self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & _has_softmax(teacher_NK), valid_N)
+        is_bad_N = ~_has_softmax(teacher_NK)
+        self._count("bad_teacher_rows", is_bad_N, valid_N)
+        self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & ~is_bad_N, valid_N)
         log_model_NK = (logits_NK / TEMPERATURE).log_softmax(dim=1)
         log_teacher_NK = (teacher_NK / TEMPERATURE).log_softmax(dim=1)
         teacher_NK = log_teacher_NK.exp()
@@ -282,6 +290,7 @@ def _result(tally: _Tally, classes: tuple[str, ...] | None, metrics: Sequence[Me
     num_samples = counts["samples"]
     if num_samples == 0:
         raise DataError("no sample of this split can be read, so there is nothing to evaluate")
+    _check_finite(counts)
     means = {name: float(total) * _QUANTUM / num_samples for name, total in tally.sums.items()}
     confusion = tally.confusion.double().cpu()
     num_classes = len(confusion)
@@ -312,6 +321,20 @@ def _result(tally: _Tally, classes: tuple[str, ...] | None, metrics: Sequence[Me
     )
 
 
+def _check_finite(counts: Mapping[str, int]) -> None:
+    """Report rows with NaN or inf: their top class is arbitrary, and would look like chance."""
+    num_samples, num_bad = counts["samples"], counts["bad_rows"]
+    hint = "check its weights and the normalization of its images, and if it runs in float16, use bfloat16 or float32"
+    if num_bad == num_samples:
+        raise NonFiniteError(f"the model's logits hold NaN or inf for all {num_samples} images; {hint}")
+    for owner, num in (("model", num_bad), ("teacher", counts["bad_teacher_rows"])):
+        if num:
+            _logger.warning(
+                "the %s's logits hold NaN or inf for %d of %d images, which count as wrong; %s",
+                *(owner, num, num_samples, hint),
+            )
+
+
 def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict[str, Any]:
     if not tally.rows:
         raise DataError("metrics compare logits with labels, and this split has no labels; remove the metrics")
@@ -337,9 +360,13 @@ def _torchmetric(settings: MetricSettings, logits_NK: Tensor, label_N: Tensor) -
     arguments: dict[str, Any] = {"num_classes": logits_NK.shape[1], "sync_on_compute": False}
     if "task" in inspect.signature(kind).parameters:
         arguments["task"] = "multiclass"
+    # A row with NaN or inf becomes one that is surely wrong: all classes alike but the label, which is out.
+    is_bad_N = ~logits_NK.isfinite().all(dim=1, keepdim=True)
+    is_label_NK = torch.nn.functional.one_hot(label_N, logits_NK.shape[1]).bool()
+    probabilities_NK = logits_NK.masked_fill(is_bad_N, 0).masked_fill(is_bad_N & is_label_NK, -torch.inf).softmax(dim=1)
     try:
         metric = kind(**arguments | settings.kwargs).to(logits_NK.device)
-        metric.update(logits_NK.softmax(dim=1), label_N)
+        metric.update(probabilities_NK, label_N)
         return metric.compute()
     except Exception as exc:  # torchmetrics raises ValueError, TypeError, RuntimeError and others
         raise ConfigError(f"the metric {settings.name} fails: {exc}; check its kwargs {settings.kwargs}") from exc

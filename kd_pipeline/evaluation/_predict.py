@@ -17,7 +17,10 @@ from kd_pipeline.evaluation._evaluate import eval_mode, images_for, logits_of
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["Prediction", "find_images", "predict"]
+__all__ = ["NOT_FINITE", "Prediction", "find_images", "predict"]
+
+NOT_FINITE = "the model's logits for it hold NaN or inf; check its weights, and in float16 use float32"
+"""The problem of an image for which the model is at fault."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +30,9 @@ class Prediction:
     image: str
     """The file."""
     logits_K: Tensor | None
-    """`[K]` float32 on the CPU; None if the file cannot be read."""
+    """`[K]` float32 on the CPU; None if there is a problem."""
     problem: str | None
-    """Why the file cannot be read."""
+    """Why the file cannot be read, or that the model has no finite logits for it."""
 
     def top(self, count: int) -> list[tuple[int, float]]:
         """The `count` most likely classes with their softmax probabilities, sorted; empty without logits."""
@@ -65,7 +68,7 @@ def predict(
     device: torch.device | str = "auto",
     num_threads: int | None = None,
 ) -> Iterator[Prediction]:
-    """Predict each of `images`, in their order; for a file that cannot be read, the prediction says why.
+    """Predict each of `images`, in their order; if there is none for a file, it says why.
 
     The logits are those of a validation on the same files in the same batches.
 
@@ -107,8 +110,9 @@ def predict(
                     logits_NK = logits_of(model(images_for(model, batch.images))).float().cpu()
                 bad_samples = () if bool(batch.valid.all()) else loader.bad_samples
                 problems = {sample.index: sample.reason for sample in bad_samples}
-                for index, logits_K in enumerate(logits_NK, start=num_done):
-                    problem = problems.get(index)
+                is_finite_N = logits_NK.isfinite().all(dim=1).tolist()
+                for index, (logits_K, is_finite) in enumerate(zip(logits_NK, is_finite_N, strict=True), num_done):
+                    problem = problems.get(index) or (None if is_finite else NOT_FINITE)
                     yield Prediction(images[index], None if problem else logits_K, problem)
                 num_done += len(batch)
         except TooManyBadSamplesError:  # not a single file can be read, so there is no substitute

@@ -65,7 +65,7 @@ class ProbeReport:
     num_bad_rows: int
     """Rows of logits with NaN or inf."""
     predicted: tuple[int, ...]
-    """Number of predictions of each of the K classes."""
+    """Number of predictions of each of the K classes, by rows without NaN or inf."""
     problems: tuple[str, ...]
     """What is wrong, a sentence each with a hint; empty for a teacher that passes."""
 
@@ -200,13 +200,14 @@ def _judge(
     is_augmented: bool = False,
 ) -> ProbeReport:
     num_samples, num_classes = logits_NK.shape
-    predicted_N = logits_NK.argmax(dim=1)
-    predicted_K = predicted_N.bincount(minlength=num_classes)
+    finite_N = logits_NK.logsumexp(dim=1).isfinite()  # a class of -inf among others has the probability 0
+    # The top class of a row with NaN is arbitrary: no class, and never right.
+    predicted_N = logits_NK.argmax(dim=1).masked_fill(~finite_N, -1)
+    predicted_K = predicted_N[finite_N].bincount(minlength=num_classes)
     label_share_K = labels_N[labels_N < num_classes].bincount(minlength=num_classes) / num_samples
     chance = max(1 / num_classes, float((label_share_K * predicted_K / num_samples).sum()))
     required_top1 = min(min_factor * chance, (1 + chance) / 2)
     top1 = _agreement(predicted_N, labels_N)
-    finite_N = logits_NK.logsumexp(dim=1).isfinite()  # a class of -inf among others has the probability 0
     num_bad_rows = int((~finite_N).sum())
 
     problems = []

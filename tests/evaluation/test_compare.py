@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from kd_pipeline.data.sources import ImageFolder
+from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation import compare, evaluate
 from kd_pipeline.evaluation._compare import Comparison, ComparisonRow, Cost, measure_cost
 from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings
@@ -110,3 +112,13 @@ def test_reference_is_not_compared_with_itself(photo_folder: Path) -> None:
         of_teacher, of_student = compare(models, loader, reference=teacher).rows
     assert of_teacher.evaluation.agreement is None and of_teacher.evaluation.kl is None
     assert of_student.evaluation.agreement is not None
+
+
+def test_model_with_nan_is_named(photo_folder: Path) -> None:
+    broken = ConvNet()
+    torch.nn.init.constant_(next(broken.parameters()), torch.nan)
+    with (
+        KDDataLoader(ImageFolder(photo_folder), EVAL, batch_size=8, shuffle=False, device="cpu") as loader,
+        pytest.raises(NonFiniteError, match="broken: the model's logits hold NaN or inf for all 37 images"),
+    ):
+        compare({"good": ConvNet(), "broken": broken}, loader)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import ConfigError, DataError, TeacherError
+from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings, evaluate
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
@@ -197,7 +197,7 @@ def test_invalid_rows_are_ignored(photo_folder, tmp_path) -> None:
     assert found.classes == ("even", "odd")
 
 
-def test_non_finite_rows_count_as_wrong(tmp_path) -> None:
+def test_non_finite_rows_count_as_wrong(tmp_path, caplog) -> None:
     source = pixel_arrays(tmp_path)
     logits, labels = all_rows(source)
 
@@ -208,10 +208,13 @@ def test_non_finite_rows_count_as_wrong(tmp_path) -> None:
     bad = logits.argmax(1) == 2
     right = (logits.argmax(1) == labels) & ~bad
     with open_loader(source, teacher=pixel_teacher(lambda x: x * 1.0)) as loader:
-        found = evaluate(Pixels(spoil), loader)
+        found = evaluate(Pixels(spoil), loader, metrics=[MetricSettings(name="Accuracy", kwargs={"average": "micro"})])
         against_bad = evaluate(Pixels(), loader, reference=pixel_teacher(spoil))
     assert found.num_bad_rows == int(bad.sum()) > 0 and found.num_samples == 101
-    assert found.top1 == float(right.double().mean())
+    assert found.top1 == float(right.double().mean()) == pytest.approx(found.metrics["Accuracy"])
+    for owner in ("model", "teacher"):
+        wanted = f"the {owner}'s logits hold NaN or inf for {found.num_bad_rows} of 101 images, which count as wrong"
+        assert wanted in caplog.text
     assert found.class_accuracy[2] == 0.0
     for label in labels.unique().tolist():
         assert found.class_accuracy[label] == float(right[labels == label].double().mean())
@@ -223,6 +226,15 @@ def test_non_finite_rows_count_as_wrong(tmp_path) -> None:
     assert math.isnan(found.loss) and found.to_dict()["loss"] is None
     in_top5 = (logits.topk(5).indices == labels[:, None]).any(1) & ~bad
     assert found.top5 == float(in_top5.double().mean())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_model_without_a_finite_row_is_refused(tmp_path, value) -> None:
+    with (
+        open_loader(pixel_arrays(tmp_path)) as loader,
+        pytest.raises(NonFiniteError, match="the model's logits hold NaN or inf for all 101 images; check its weights"),
+    ):
+        evaluate(Pixels(lambda x: x * 0 + value), loader)
 
 
 def test_to_dict_and_scalars(tmp_path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import DataError
-from kd_pipeline.evaluation._predict import Prediction, find_images, predict
+from kd_pipeline.evaluation._predict import NOT_FINITE, Prediction, find_images, predict
 from kd_pipeline.loader.loader import KDDataLoader
 from tests.corpus import BROKEN, Photo, photo_of
 from tests.networks import LogitsOnly
@@ -81,6 +81,22 @@ def test_unreadable_file_says_why(photo_folder: Path, photos: tuple[Photo, Photo
     for each, alone in zip((found[path] for path in good), predictions(good, batch_size=4), strict=True):
         assert each.problem is None and each.logits_K is not None and alone.logits_K is not None
         torch.testing.assert_close(each.logits_K, alone.logits_K, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_with_nan_are_no_prediction(photo_folder: Path) -> None:
+    class Bright(LogitsOnly):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).masked_fill(images.mean(dim=(1, 2, 3))[:, None] > threshold, torch.inf)
+
+    images = find_images([photo_folder])
+    with KDDataLoader(ImageFolder(photo_folder), EVAL, batch_size=37, shuffle=False, device="cpu") as loader:
+        (batch,) = loader
+    brightness = batch.images.mean(dim=(1, 2, 3))
+    threshold = float(brightness.median())
+    found = predictions(images, Bright(3))
+    assert {each.problem for each in found} == {None, NOT_FINITE}
+    assert sum(each.problem is None for each in found) == int((brightness <= threshold).sum())
+    assert all((each.logits_K is None) == (each.problem is not None) for each in found)
 
 
 def test_all_files_unreadable(tmp_path: Path) -> None:

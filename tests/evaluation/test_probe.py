@@ -263,6 +263,7 @@ def test_counts_non_finite_rows(tmp_path) -> None:
     )
     assert excludes_one.num_bad_rows == 0  # its probability is 0
     all_bad = probed(colors(tmp_path), Spoilt(lambda logits: logits * math.nan))
+    assert all_bad.top1 == 0 and sum(all_bad.predicted) == 0  # not the share of class 0
     assert all_bad.num_bad_rows == 400 and len(all_bad.problems) == 1 and all_bad.mean_confidence is None
 
 
