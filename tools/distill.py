@@ -50,6 +50,8 @@ def fit(
             optimizer.step()
             schedule.step()
             on_step(len(batch), loss.detach())
+        if not loss.isfinite():  # once per epoch, as it waits for a GPU; a student that holds NaN keeps it
+            raise FloatingPointError(f"the loss is {loss.item()}; lower train.optimizer.lr")
 
 
 @torch.no_grad()

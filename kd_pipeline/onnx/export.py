@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.finite import first_nonfinite
 from kd_pipeline._core.optional import require
 from kd_pipeline.errors import ExportError, TeacherError
 from kd_pipeline.models.input_adapter import InputAdapter, InputAdapterLayer
@@ -56,6 +57,10 @@ def export_onnx(
         require(package, extra="cpu")
     path = Path(path)
     try:
+        if (bad := first_nonfinite(module)) is not None:
+            raise ExportError(
+                f"its weights hold NaN or inf, first in {bad!r}; export weights from before that happened"
+            )
         with replace_onnx(path) as file:
             adapter = nn.Identity() if input_adapter is None else InputAdapterLayer(input_adapter)
             model = frozen_copy(_NamedOutputs(nn.Sequential(adapter, module))).cpu()

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.finite import first_nonfinite
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import first_few
@@ -104,8 +105,14 @@ def export_student(
         export: which files to write.
 
     Raises:
+        ExportError: a weight is NaN or inf, and nothing is written.
         ExportError, EngineError: the engine cannot be built.
     """
+    if (bad := first_nonfinite(student)) is not None:
+        raise ExportError(
+            f"the student's weights hold NaN or inf, first in {bad!r}, so it is not exported to {folder}; train again "
+            "with a lower train.optimizer.lr, or in float32 or bfloat16, in another run_dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
@@ -208,6 +215,8 @@ def _open_network(
             f"{exported.weights_sha256[:12]}…); restore the file, or {_AGAIN}"
         )
     network = open_model(exported.model.model_copy(update={"checkpoint": weights}), plugins=plugins)
+    if (bad := first_nonfinite(network)) is not None:
+        raise ConfigError(f"{weights} holds NaN or inf, first in {bad!r}; train the model again, in another run_dir")
     known = exported.classes
     if classes is not None:
         if known is not None and known != tuple(classes):

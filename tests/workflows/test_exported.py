@@ -1,5 +1,6 @@
 """An exported model opens as it was, or the error says what is wrong."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import ConfigError, TeacherError
+from kd_pipeline.errors import ConfigError, ExportError, TeacherError
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.training.settings import ExportSettings
 from kd_pipeline.workflows.exported import export_student, open_model_file, read_exported
@@ -20,8 +22,15 @@ NET = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})
 EVAL = EvalTransform(size=32, resize=40, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
-def export(folder: Path, *, classes: tuple[str, ...] | None = CLASSES, onnx: bool = False) -> torch.nn.Module:
+def export(
+    folder: Path,
+    *,
+    classes: tuple[str, ...] | None = CLASSES,
+    onnx: bool = False,
+    spoil: Callable[[torch.nn.Module], object] = lambda student: None,
+) -> torch.nn.Module:
     student = open_model(NET).eval()
+    spoil(student)
     export_student(
         student,
         NET,
@@ -53,6 +62,25 @@ def test_export_opens_after_move(tmp_path: Path) -> None:
         found = read_exported(tmp_path / place)
         assert found is not None and found[1].transform == EVAL
         opened.close()
+
+
+@pytest.mark.parametrize(("name", "value"), [("0.weight", torch.nan), ("1.running_var", torch.inf)])
+def test_weights_with_nan_are_not_exported(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(ExportError, match=rf"weights hold NaN or inf, first in '{name}', so it is not exported"):
+        export(tmp_path / "run", spoil=lambda student: student.state_dict()[name].view(-1)[:1].fill_(value))
+    assert not (tmp_path / "run").exists()
+
+
+def test_exported_weights_with_nan_are_refused(run: Path) -> None:
+    weights = run / "exported" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["0.weight"][0] = torch.nan
+    save_file(tensors, weights)
+    description = run / "exported" / "model.json"
+    found = json.loads(description.read_text())
+    description.write_text(json.dumps(found | {"weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}))
+    with pytest.raises(ConfigError, match=r"model.safetensors holds NaN or inf, first in '0.weight'; train the model"):
+        open_model_file(run, size=32, device=CPU)
 
 
 def test_logits_follow_requested_class_order(run: Path) -> None:
