@@ -250,8 +250,8 @@ def _message(headline: str, reports: list[_Report], max_in_a_row: int) -> str:
 
 def _restart() -> str:
     return (
-        "A run that resumes meets the same batch again and ends the same way: start over with other settings, in "
-        "another run_dir"
+        "A run that resumes meets the same batch again and ends the same way: start over with other settings, with "
+        "--fresh or in another run_dir"
     )
 
 
