@@ -55,6 +55,8 @@ _RULES: dict[str, Rule] = {
     "student.num_classes": "applied",
     # How long. `check_epochs` refuses fewer than are done.
     "train.epochs": "applied",
+    # A run that a loss of NaN has stopped resumes without that step.
+    "train.max_nonfinite_steps": "applied",
     # The callbacks start over where their metric changes. With a different `mode` the best value would be the worst.
     "train.early_stopping": "applied",
     "train.early_stopping.mode": "if metric changes",

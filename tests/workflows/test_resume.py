@@ -42,7 +42,7 @@ APPLIED = {
     *("data.on_bad_sample", "data.max_bad_fraction", "data.test", "probe", "student.num_classes", "train.epochs"),
     *("train.early_stopping", "train.select_by", "train.select_mode", "train.compare_with_teacher", "train.compile"),
     *("train.deterministic", "train.export", "train.log_every_steps", "train.log_gradient_norm", "train.loggers"),
-    *("train.num_threads", "train.save_every_steps", "train.validate_every_steps"),
+    *("train.num_threads", "train.max_nonfinite_steps", "train.save_every_steps", "train.validate_every_steps"),
 }
 CONDITIONAL = {
     *("data.train.source", "data.val", "data.more", "teacher", "train.limit_val_batches", "train.metrics"),
