@@ -1,6 +1,7 @@
 """Run streams of batches, and compare them bit by bit."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ def fields(batch: KDBatch) -> Fields:
 def run(loader: KDDataLoader, num_epochs: int = 3) -> list[Fields]:
     """The remaining batches of the first `num_epochs` epochs."""
     return [fields(batch) for _ in range(loader.epoch, num_epochs) for batch in loader]
+
+
+def state_after(loader: KDDataLoader, num_batches: int) -> dict[str, Any]:
+    """The state within a loop, after so many of its batches."""
+    batches = iter(loader)
+    for _ in range(num_batches):
+        next(batches)
+    return loader.state_dict()
 
 
 def rows(batches: Iterable[Fields]) -> list[Fields]:

@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from kd_pipeline._core.ranks import local_world_size, slurm_tasks_per_node
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["NUM_CORES_VARIABLE", "num_cores"]
@@ -17,19 +18,27 @@ _CGROUP = Path("/sys/fs/cgroup")
 def num_cores() -> int:
     """Cores that this process may use: its CPU affinity, limited by the container's quota.
 
-    The processes that `torchrun` starts on one machine get equal shares. `KD_PIPELINE_NUM_CORES` overrides all of it.
+    The processes that `torchrun`, `mpirun` or `srun` starts on one machine get equal shares, unless `srun` has bound
+    each of them to cores of its own. `KD_PIPELINE_NUM_CORES` overrides all of it.
     This is the default number of threads of DALI, of a teacher on the CPU and of torch. The three do not add up:
     teacher and student take turns, and DALI fills the gaps. `bench step` measures the cost.
 
     Raises:
-        ConfigError: the variable is not a positive integer.
+        ConfigError: the variable, or one of a launcher, is not a positive integer.
     """
     if (given := os.environ.get(NUM_CORES_VARIABLE)) is not None:
         if not given.isdecimal() or int(given) < 1:
             raise ConfigError(f"{NUM_CORES_VARIABLE} must be a number of cores of at least 1, got {given!r}")
         return int(given)
-    cores = min(len(os.sched_getaffinity(0)), _quota(_CGROUP))
-    return max(1, math.floor(cores / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    affinity, num_processes = len(os.sched_getaffinity(0)), local_world_size()
+    own = affinity if _is_bound_by_slurm(affinity, num_processes) else affinity / num_processes
+    return max(1, math.floor(min(own, _quota(_CGROUP) / num_processes)))
+
+
+def _is_bound_by_slurm(affinity: int, num_processes: int) -> bool:
+    """Whether SLURM has divided the cores of this node among the processes already."""
+    cores_of_step = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    return cores_of_step.isdecimal() and affinity < int(cores_of_step) and slurm_tasks_per_node() == num_processes
 
 
 def _quota(cgroup: Path) -> float:

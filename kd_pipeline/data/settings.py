@@ -95,7 +95,8 @@ class SplitSettings(Settings):
     shuffle: bool | None = None
     """A new order in every epoch; defaults to true for the split `train` and to false for all others."""
     last_batch: LastBatch | None = None
-    """What to do with samples that do not fill a batch; defaults to `drop` for `train` and to `keep` for all others."""
+    """What to do with samples that do not fill a batch; defaults to `drop` for `train`. For all others it is
+    `keep` or, on several ranks, `pad`, whose extra rows are not valid and so not counted."""
 
 
 class DataSettings(LoaderSettings):

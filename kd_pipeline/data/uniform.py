@@ -30,9 +30,9 @@ class UniformCounter:
     def __init__(self) -> None:
         self._counts: Tensor | None = None
 
-    def add(self, images: Tensor, valid: Tensor) -> None:
-        """Count the images `[N, C, H, W]` of a batch that are `valid` `[N]`."""
-        counts = torch.stack([is_uniform(images) & valid, valid]).sum(1)
+    def add(self, uniform: Tensor, valid: Tensor) -> None:
+        """Count those of a batch that are `uniform` `[N]`, and those that are `valid` `[N]`."""
+        counts = torch.stack([uniform & valid, valid]).sum(1)
         self._counts = counts if self._counts is None else self._counts + counts
 
     def read(self) -> tuple[int, int]:

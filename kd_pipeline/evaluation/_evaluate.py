@@ -20,7 +20,7 @@ from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
+from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 
@@ -148,9 +148,9 @@ def evaluate(
 
     Counts are exact, and losses are rounded to 2**-24 before they are summed. The result is therefore the same for
     every batch size and number of ranks, as far as the model's own outputs are. If the loader reads one shard of
-    several and `torch.distributed` is initialized, every rank returns the result for the whole split. Nothing waits for
-    the GPU before the end. `metrics` need all logits at once, which stay on the device until then. Rows of logits with
-    NaN or inf count as wrong, and are logged as a warning.
+    several, every rank returns the result for the whole split. Nothing waits for the GPU before the end. `metrics` need
+    all logits at once, which stay on the device until then. Rows of logits with NaN or inf count as wrong, and are
+    logged as a warning.
 
     Args:
         model: a network, which is in eval mode meanwhile, or a teacher. Returns logits `[N, K]` or a mapping with
@@ -165,7 +165,14 @@ def evaluate(
         DataError: a label exceeds the logits, or a metric needs labels and there are none.
         NonFiniteError: every row of the model's logits holds NaN or inf.
         TeacherError: a teacher rejects the images or fails.
+        StateError: the loader reads one shard of several, and there is no process group.
     """
+    if loader.shard.world_size > 1 and not torch.distributed.is_initialized():
+        raise StateError(
+            f"the loader reads one of {loader.shard.world_size} shards of the split, and without a process group the "
+            "results of all cannot be added up; call torch.distributed.init_process_group first, or give the loader "
+            "shard=Shard() to evaluate the whole split in this process"
+        )
     tally: _Tally | None = None
     teacher_tally: _Tally | None = None
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
@@ -182,7 +189,7 @@ def evaluate(
                 teacher_tally = teacher_tally or _Tally.empty(teacher_NK, has_labels=has_labels, has_teacher=False)
                 teacher_tally.add(batch, teacher_NK, None, keep_rows=False)
     assert tally is not None  # a loader has at least one batch
-    if loader.shard.world_size > 1 and torch.distributed.is_initialized():
+    if loader.shard.world_size > 1:
         for each in (tally, teacher_tally):
             if each is not None:
                 each.sum_over_ranks()

@@ -1,13 +1,13 @@
 """`KDDataLoader`: runs DALI's graph and the teacher ahead of the consumer, and keeps the position of a run."""
 
 import logging
-import os
+import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack
 
 import numpy as np
 import torch
@@ -21,14 +21,18 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSample
 from kd_pipeline.data.dali import DecodeMode, GraphSettings
 from kd_pipeline.data.decode import resolve_decode
-from kd_pipeline.data.mixing import MixSettings, mix_images, mix_labels
+from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
-from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Reader
+from kd_pipeline.data.reader import Reader
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source, open_source, save_classes
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.data.uniform import UniformCounter
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
+from kd_pipeline.loader.position import Consumer, Position
+from kd_pipeline.loader.prepare import PendingBatch, Preparation
+from kd_pipeline.loader.process import NotATorchLoaderError, OwnProcess, refuse_copy
+from kd_pipeline.loader.shards import OwnShard
 from kd_pipeline.loader.state import check_fingerprint, check_position, read_position
 from kd_pipeline.loader.streams import open_stream_sync
 from kd_pipeline.loader.verify_recording import check_pixels, check_stream, cut_of_mixed_batch
@@ -47,6 +51,8 @@ __all__ = ["EACH_IMAGE_ONCE", "KDDataLoader", "LoaderArguments", "open_config_te
 _STATE_VERSION = 1
 _MANY_UNIFORM = 0.01
 """Share of an epoch's images above which those of a single color are reported."""
+_MANY_LOOKS = 3
+"""Looks in a row from which they are probably meant as steps of a training."""
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -58,7 +64,7 @@ class LoaderArguments(LoaderOptions, total=False):
     batch_size: int
     seed: int
     shuffle: bool
-    last_batch: LastBatch
+    last_batch: LastBatch | None
     repeats: int
     run_dir: Path | str | None
 
@@ -67,29 +73,31 @@ EACH_IMAGE_ONCE: dict[str, Any] = {"mix": None, "repeats": 1, "last_batch": "kee
 """Arguments of `from_config` for every image of a split once, unmixed, without writing into the run's folder."""
 
 
-@dataclass(frozen=True, slots=True)
-class _PendingBatch:
-    """A batch whose teacher outputs are complete, or on a GPU will be at its event."""
-
-    batch: KDBatch
-    buffer: object
-    """DALI's handle of the images."""
-    torch_owned: list[Tensor]
-    """The tensors whose memory torch allocated: all but the images, and these too if mixed."""
-    event: Any
-
-
 class KDDataLoader:
     """Iterates over batches of images, labels and teacher outputs; one `for` loop is one epoch.
 
         with KDDataLoader(source, TrainTransform(size=224), teacher, batch_size=256) as loader:
+            if saved is not None:
+                loader.load_state_dict(saved)
             for epoch in range(loader.epoch, num_epochs):
                 for batch in loader:
                     ...
 
-    Order and views depend on seed, epoch and dataset only. `state_dict()` is the position after the last batch that was
-    returned; a new loader that loads it continues with the next batch, which after the last batch of an epoch is the
-    first of the next epoch. A loop that was left early is not continued: the next loop runs the next epoch.
+    Order and views depend on seed, epoch and dataset only. A new loader that loads the `state_dict()` of another
+    continues exactly as that one would have continued:
+
+    - Within a loop, `state_dict()` is the position after the last batch that was returned, and the first loop of a
+      loader that loads it is the rest of that epoch. `num_returned` counts batches from the start of the epoch.
+    - A loop that was left early, by `break` or `return`, has ended its epoch, for a saved position too. So to stop
+      within an epoch, save before `break`; to stop each epoch after n batches, compare `num_returned` with n.
+    - After a loop that an exception ended, such as Ctrl-C, `state_dict()` is still the position within its epoch. The
+      next loop in this process runs the next epoch.
+    - `peek()`, and the common `next(iter(loader))`, show the next batch and move nothing.
+    - An iterator that you keep (`it = iter(loader)`) is a loop that is still open. To end its epoch, drop it or call
+      `set_epoch(epoch + 1)`.
+
+    With several processes each reads its own shard of every epoch. Where it is not given, it is that of the process
+    group at the first batch, and the loader refuses to continue if that changes later.
     """
 
     def __init__(
@@ -103,7 +111,7 @@ class KDDataLoader:
         seed: int = 0,
         shuffle: bool = True,
         shard: Shard | None = None,
-        last_batch: LastBatch = "keep",
+        last_batch: LastBatch | None = None,
         repeats: int = 1,
         run_dir: Path | str | None = None,
         **options: Unpack[LoaderOptions],
@@ -118,9 +126,12 @@ class KDDataLoader:
             batch_size: images in a batch of this process; with `mix`, a multiple of `2 * repeats`.
             seed: 0 to 2**64 - 1; equal on all ranks.
             shuffle: a new order in every epoch, instead of the dataset's order.
-            shard: this process among those that share an epoch; defaults to its rank in `torch.distributed` if that is
-                initialized, else to that of `torchrun`, else to a single process.
-            last_batch: see `LastBatch`.
+            shard: this process among those that share an epoch. Defaults to its rank in `torch.distributed` at the
+                first batch or, if that is not initialized, to what `torchrun`, `srun` or `mpirun` says, else to a
+                single process. Give it where not every process reads its own part: `Shard()` for the whole epoch.
+            last_batch: see `LastBatch`. Defaults to `keep` for one process, and to `pad` for several, as collectives
+                such as `accelerator.gather_for_metrics` need the same number of rows on each: drop the rows that are
+                not `valid` afterward.
             repeats: views of a sample in a row in an epoch; see `Plan`.
             run_dir: folder for `bad_samples.jsonl`; without it no file is written.
             options: device, num_threads, prefetch, ahead, decode, hw_decoder_load, on_bad_sample, max_bad_fraction and
@@ -135,29 +146,18 @@ class KDDataLoader:
         settings = LoaderSettings.of(options, others=LoaderArguments.__annotations__)
         self.source, self.transform, self.teacher, self.mix = source, transform, teacher, mix
         self.device = resolve_device(settings.device)
-        self.batch_size, self.shard = batch_size, shard or _current_shard()
+        self.batch_size = batch_size
         self.classes = source.classes
         """Class names in label order; None if the source has none."""
-        self.plan = Plan(
-            num_samples=len(source),
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            shard=self.shard,
-            last_batch=last_batch,
-            repeats=repeats,
-        )
-        """The order of the samples."""
+        self._own_shard = OwnShard(shard)
+        self._last_batch = last_batch
+        self._order: dict[str, Any] = {"seed": seed, "shuffle": shuffle, "repeats": repeats}
+        self._plan = self._new_plan()
         self._settings = settings
         if mix is not None and batch_size % (2 * repeats):
             raise ConfigError(
                 f"batch_size must be a multiple of {2 * repeats} when images are mixed and repeats is {repeats}, to "
                 f"keep partners in one batch, got {batch_size}"
-            )
-        if not len(self.plan):
-            raise DataError(
-                f"{len(source)} samples do not fill a batch of {batch_size} on {self.shard.world_size} rank(s), and "
-                "last_batch is 'drop'; lower batch_size, or set last_batch to 'keep' or 'pad'"
             )
         self._graph_settings = GraphSettings(
             max_batch=batch_size,
@@ -173,25 +173,25 @@ class KDDataLoader:
             hw_decoder_load=settings.hw_decoder_load,
             orientation=transform.orientation,
         )
-        record = None if run_dir is None else Path(run_dir) / "bad_samples.jsonl"
-        self._reader = Reader(source, transform, self.plan, self._graph_settings, settings, mix, record)
+        self._record = None if run_dir is None else Path(run_dir) / "bad_samples.jsonl"
+        self._reader = self._new_reader()
         self._sync = open_stream_sync(self.device, ahead=settings.ahead)
-        self._owns_teacher = False
-        self._is_closed = False
+        self._preparation = Preparation(source, transform.size, mix, teacher, self.device, self._sync)
+        self._ahead: deque[PendingBatch] = deque()
+        self._peeked: tuple[tuple[int, int], PendingBatch] | None = None
+        """The batch that `peek` showed, with its position."""
+        self._position = Position(len(self._plan))
+        self._owns_teacher = self._is_closed = self._has_warned = False
+        self._num_looks = 0
+        self._process = OwnProcess(lambda: [self._reader, self._sync, self._ahead, self._peeked, self.teacher])
         if isinstance(teacher, Recording):
             self._check_recording(teacher)
         elif teacher is not None:
             _check_teacher(teacher, self)
-
+            self._process.use()  # most runtimes have threads
         self._uniform = UniformCounter()
         """Of the current loop."""
-        self._has_warned = False
-        """Whether many images of a single color were reported."""
-        self._epoch, self._batch = 0, 0
-        self._is_at_start = True
-        """Whether no batch was returned since the position was set, so a loop starts at it."""
-        self._loop = 0
-        """Number of the loop that may return batches; an older one has lost its place."""
+        self._has_reported_uniform = False
 
     @classmethod
     def from_config(
@@ -229,7 +229,7 @@ class KDDataLoader:
             "batch_size": data.batch_size,
             "seed": config.seed,
             "shuffle": is_training if settings.shuffle is None else settings.shuffle,
-            "last_batch": settings.last_batch or ("drop" if is_training else "keep"),
+            "last_batch": settings.last_batch or ("drop" if is_training else None),
             "repeats": settings.repeats,
             "run_dir": config.run_dir,
             **data.model_dump(include={*LoaderSettings.model_fields}),
@@ -265,8 +265,38 @@ class KDDataLoader:
         return loader
 
     def __len__(self) -> int:
-        """Number of batches in an epoch, equal on every rank and in every epoch."""
-        return len(self.plan)
+        """Number of batches in an epoch, equal on every rank and in every epoch.
+
+        Raises:
+            ConfigError: the launcher's variables do not say how many processes share the data.
+        """
+        self._own_shard.require_known()
+        num_batches = len(self.plan)
+        self._own_shard.keep_size("len(loader) was asked")
+        return num_batches
+
+    def __bool__(self) -> bool:
+        """True; not the length, which has to know the number of processes."""
+        return True
+
+    @property
+    def shard(self) -> Shard:
+        """The part of every global batch that this process reads; may change until the first batch if not given."""
+        self._adopt_shard()
+        return self._own_shard.current
+
+    @property
+    def plan(self) -> Plan:
+        """The order of the samples of this shard."""
+        self._adopt_shard()
+        return self._plan
+
+    @property
+    def dataset(self) -> NoReturn:
+        """What `accelerator.skip_first_batches` looks for in a torch loader; raises what to do instead."""
+        raise NotATorchLoaderError("dataset")
+
+    __reduce_ex__ = refuse_copy
 
     @property
     def decode(self) -> DecodeMode:
@@ -279,23 +309,45 @@ class KDDataLoader:
         fields = self._fingerprint()
         for name in ("teacher", "global_batch_size", "last_batch"):
             del fields[name]
-        return {**fields, "cut_of_mixed_batch": cut_of_mixed_batch(self.plan, self.mix)}
+        return {**fields, "cut_of_mixed_batch": cut_of_mixed_batch(self._plan, self.mix)}
 
     @property
     def epoch(self) -> int:
-        """The current epoch or, after its last batch, the epoch of the next `for` loop."""
-        return self._epoch
+        """The epoch of the current loop or, after it has ended, of the next one."""
+        return self._position.epoch
+
+    @property
+    def num_returned(self) -> int:
+        """Batches of `epoch` that were returned, those before the loaded position included."""
+        return self._position.num_returned
 
     @property
     def batch_sampler(self) -> "_BatchSampler":
         """Lightning calls `set_epoch` on its sampler; it does not load our state when it resumes after an epoch."""
-        return _BatchSampler(self)
+        return _BatchSampler(_Sampler(self._position))
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next loop run `epoch`, from its start unless the loader is within it already."""
-        if self._normalized(self._epoch, self._batch)[0] != epoch:
-            self._move_to(epoch, 0)
-            self._loop += 1
+        """Let the next loop run `epoch`, and end the current one.
+
+        It is run from its start; but if it was loaded or begun within, from there.
+        """
+        self._position.set_epoch(epoch)
+
+    def peek(self) -> KDBatch:
+        """A copy of the batch that the next loop returns first. Nothing moves, and that batch is not read again.
+
+        Raises:
+            ConfigError, DataError, StateError, TeacherError: as a loop would.
+        """
+        self._start_reading()
+        place = self._position.next_loop
+        if self._peeked is None or self._peeked[0] != place:
+            self._peeked = place, self._preparation.prepare(self._reader, *place)
+        pending = self._peeked[1]
+        self._sync.hand_over(pending.event, pending.torch_owned)
+        batch = pending.cloned()
+        self._sync.keep_until_used(pending.buffer)
+        return batch
 
     @property
     def bad_samples(self) -> tuple[BadSample, ...]:
@@ -306,20 +358,27 @@ class KDDataLoader:
     def num_uniform(self) -> int:
         """Images of the current loop, or of the last one, that had a single color after the transform; waits for a GPU.
 
-        A decoder that fails in silence gives such images, and so does a crop of a plain background. Batches that were
-        read ahead of the current one are included.
+        A decoder that fails in silence gives such images, and so does a crop of a plain background.
         """
-        with self._sync.on_teacher_stream():
-            return self._uniform.read()[0]
+        return self._uniform.read()[0]
 
     def __iter__(self) -> Iterator[KDBatch]:
-        """Yield the rest of the current epoch; the whole next epoch after a loop that was left early."""
-        self._check_open()
+        """Yield an epoch, or the rest of one after `load_state_dict`."""
+        self._check_usable()
         return self._iterate()
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was returned: plain numbers, strings, lists and dicts."""
-        epoch, batch = self._normalized(self._epoch, self._batch)
+        epoch, batch = self._position.here
+        if self._position.left is not None and not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "the loop of epoch %d was left after %d of %d batches, which ends the epoch: the saved position is the "
+                "start of epoch %d. To resume within an epoch, call state_dict() before leaving the loop",
+                *self._position.left,
+                len(self._plan),
+                epoch,
+            )
         return {
             "version": _STATE_VERSION,
             "epoch": epoch,
@@ -337,15 +396,19 @@ class KDDataLoader:
 
         Raises:
             StateError: this is no state, or one of a different stream; names each field that differs, old → new.
+            ConfigError: the launcher's variables do not say how many processes share the data.
         """
-        self._check_open()
+        self._check_usable()
+        self._own_shard.require_known()
         epoch, batch, bad_samples, fingerprint = read_position(state, version=_STATE_VERSION)
-        check_fingerprint(fingerprint, self._fingerprint(), allow=allow)
-        check_position(epoch, batch, bad_samples, num_batches=len(self), num_samples=len(self.source))
+        might_grow = self._own_shard.might_grow()
+        check_fingerprint(fingerprint, self._fingerprint(), allow=allow, might_grow=might_grow)
+        check_position(epoch, batch, bad_samples, num_batches=len(self._plan), num_samples=len(self.source))
+        self._own_shard.keep_size("a position was loaded")
         self._reader.stop()
         self._reader.bad_samples.restore(bad_samples)
-        self._move_to(epoch, batch)
-        self._loop += 1
+        self._peeked = None
+        self._position.move_to(epoch, batch)
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
         """All pixels `[H, W, 3]` of the sample at `index` of the dataset, as they are before the transform.
@@ -353,18 +416,22 @@ class KDDataLoader:
         Raises:
             RuntimeError: its file cannot be read.
         """
-        self._check_open()
+        self._check_usable()
         return self._reader.pixels(index)
 
     def close(self) -> None:
         """Stop DALI, drop all batches read ahead and close the config's teacher. A second call does nothing."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._loop += 1
-            self._reader.close()
-            self._sync.close()
-            if self._owns_teacher and self.teacher is not None:
-                self.teacher.close()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._position.loop += 1
+        if self._process.is_foreign:
+            return  # a forked child, where the parent's threads are not
+        self._peeked = None
+        self._reader.close()
+        self._sync.close()
+        if self._owns_teacher and self.teacher is not None:
+            self.teacher.close()
 
     def __enter__(self) -> Self:
         return self
@@ -373,102 +440,118 @@ class KDDataLoader:
         self.close()
 
     def _iterate(self) -> Iterator[KDBatch]:
-        self._check_open()  # again, as this runs at the first `next`
-        if not self._is_at_start:
-            self._move_to(self._epoch + 1, 0)
-        self._loop += 1
-        loop = self._loop
+        self._start_reading()
+        position, consumer = self._position, Consumer()
+        loop = position.begin()
         self._uniform = UniformCounter()
-        ahead: deque[_PendingBatch] = deque()
-        failure: Exception | None = None
-        for number in range(self._batch, len(self)):
-            while failure is None and len(ahead) <= self._settings.ahead and number + len(ahead) < len(self):
+        try:
+            for pending in self._pending(*position.here):
+                self._sync.hand_over(pending.event, pending.torch_owned)
+                self._uniform.add(pending.is_uniform, pending.batch.valid)
+                position.advance()
+                consumer.take(sys._getframe().f_back)
                 try:
-                    ahead.append(self._prepare(number + len(ahead)))
-                except Exception as exc:
-                    failure = exc  # raised after the good batches before it
-            if failure is not None and not ahead:
-                raise failure
-            pending = ahead.popleft()
-            self._sync.hand_over(pending.event, pending.torch_owned)
-            self._batch = number + 1
-            self._is_at_start = False
-            try:
-                yield pending.batch
-            finally:
-                self._sync.keep_until_used(pending.buffer)
-            if loop != self._loop:
-                raise StateError(
-                    "this loop has lost its place: the loader was closed, was moved by load_state_dict, or is in "
-                    "another loop; run one loop at a time"
-                )
-        self._report_uniform()
-        self._move_to(self._epoch + 1, 0)
+                    yield pending.batch
+                finally:
+                    if not self._process.is_foreign:
+                        self._sync.keep_until_used(pending.buffer)
+                self._process.check()
+                if loop != position.loop:
+                    raise StateError(
+                        "this loop has lost its place: the loader was closed, was moved by load_state_dict or "
+                        "set_epoch, or is in another loop; run one loop at a time"
+                    )
+        except GeneratorExit:
+            if loop == position.loop and not sys.is_finalizing():
+                how = consumer.how_dropped(sys._getframe().f_back)
+                position.drop(how)
+                self._note_look(how == "look")
+            raise
+        self._note_look(False)
+        self._report_uniform(position.epoch)
+        position.finish()
 
-    def _report_uniform(self) -> None:
-        """Warn about many images of a single color in this epoch, the first time."""
-        if self._has_warned:
+    def _report_uniform(self, epoch: int) -> None:
+        """Warn about many images of a single color in `epoch`, the first time."""
+        if self._has_reported_uniform:
             return
-        with self._sync.on_teacher_stream():
-            num_uniform, num_images = self._uniform.read()
+        num_uniform, num_images = self._uniform.read()
         if num_uniform > _MANY_UNIFORM * num_images:
-            self._has_warned = True
+            self._has_reported_uniform = True
             _logger.warning(
                 "%d of %d images of epoch %d had a single color after the transform: crops of a plain background, or "
                 "files that are decoded wrongly; kd-pipeline check names the files that have a single color as a whole",
                 num_uniform,
                 num_images,
-                self._epoch + 1,
+                epoch,
             )
 
-    def _move_to(self, epoch: int, batch: int) -> None:
-        """Let the next loop start with `batch` of `epoch`."""
-        self._epoch, self._batch = self._normalized(epoch, batch)
-        self._is_at_start = True
-
-    def _normalized(self, epoch: int, batch: int) -> tuple[int, int]:
-        """The same position, with the end of an epoch as the start of the next."""
-        return (epoch, batch) if batch < len(self) else (epoch + 1, 0)
-
-    def _prepare(self, number: int) -> _PendingBatch:
-        """Take a batch of this epoch from DALI and start the teacher on it."""
-        read = self._reader.read(self._epoch, number, self._sync.stream)
-        with self._sync.on_teacher_stream():
-            images, metadata = self._sync.as_tensor(read.images)[read.rows], self._sync.to_device(read.metadata)
-            labels, valid = None if self.source.labels is None else metadata[LABEL], metadata[VALID].bool()
-            self._uniform.add(images, valid)
-            if self.mix is not None:
-                images, labels = self._mixed(self.mix, images, labels, metadata[MIXING].T)
-            batch = KDBatch(
-                images=images,
-                labels=labels,
-                index=metadata[INDEX],
-                valid=valid,
-                teacher=self._teacher_outputs(images, read),
+    def _note_look(self, is_look: bool) -> None:
+        """Warn once of a training that takes the same batch again and again by `next(iter(loader))`."""
+        self._num_looks = self._num_looks + 1 if is_look else 0
+        if self._num_looks == _MANY_LOOKS:
+            _logger.warning(
+                "next(iter(loader)) has shown the same batch %d times, because it moves nothing; iterate with "
+                "`for batch in loader`, or keep the iterator: iterator = iter(loader), then next(iterator)",
+                _MANY_LOOKS,
             )
-            owned = [batch.index, batch.valid, *batch.teacher.values(), *([] if labels is None else [labels])]
-            if self.mix is not None:
-                owned.append(images)
-            return _PendingBatch(batch, read.images, owned, self._sync.record_event())
 
-    def _mixed(
-        self, mix: MixSettings, images: Tensor, labels: Tensor | None, columns: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mixed images in a new tensor, and labels as weights `[N, K]`."""
-        num_classes, size = self.source.num_classes, self.transform.size
-        if labels is not None and num_classes is not None:
-            smoothing = mix.label_smoothing
-            labels = mix_labels(labels, columns, num_classes=num_classes, label_smoothing=smoothing, size=size)
-        return mix_images(images, columns), labels
+    def _pending(self, epoch: int, first: int) -> Iterator[PendingBatch]:
+        """The batches of `epoch` from `first` on, with the next ones in preparation."""
+        ahead = self._ahead = deque()
+        if self._peeked is not None and self._peeked[0] == (epoch, first):
+            ahead.append(self._peeked[1])
+        self._peeked = None
+        failure: Exception | None = None
+        for number in range(first, len(self._plan)):
+            while failure is None and len(ahead) <= self._settings.ahead and number + len(ahead) < len(self._plan):
+                try:
+                    ahead.append(self._preparation.prepare(self._reader, epoch, number + len(ahead)))
+                except Exception as exc:
+                    failure = exc  # raised after the good batches before it
+            if failure is not None and not ahead:
+                raise failure
+            yield ahead.popleft()
 
-    def _teacher_outputs(self, images: Tensor, read: ReadBatch) -> Mapping[str, Tensor]:
-        match self.teacher:
-            case None:
-                return {}
-            case Recording() as recording:
-                return recording.replay(self._epoch, read.plan.position, read.metadata[INDEX], device=self.device)
-            case teacher:
-                return teacher(images)
+    def _new_plan(self) -> Plan:
+        shard = self._own_shard.current
+        plan = Plan(
+            num_samples=len(self.source),
+            batch_size=self.batch_size,
+            shard=shard,
+            last_batch=self._last_batch or ("keep" if shard.world_size == 1 else "pad"),
+            **self._order,
+        )
+        if not len(plan):
+            raise DataError(
+                f"{len(self.source)} samples do not fill a batch of {self.batch_size} on {shard.world_size} rank(s), "
+                "and last_batch is 'drop'; lower batch_size, or set last_batch to 'keep' or 'pad'"
+            )
+        return plan
+
+    def _new_reader(self) -> Reader:
+        settings = self._graph_settings, self._settings
+        return Reader(self.source, self.transform, self._plan, *settings, self.mix, self._record)
+
+    def _adopt_shard(self) -> None:
+        """Plan again if this process turns out to be one of several."""
+        if self._is_closed or not self._own_shard.update():
+            return
+        bad_samples = self._reader.bad_samples.indices
+        self._reader.close()
+        self._peeked = None
+        self._plan = self._new_plan()
+        self._reader = self._new_reader()
+        self._reader.bad_samples.restore(bad_samples)
+        self._position.num_batches = len(self._plan)
+        if isinstance(self.teacher, Recording):
+            check_stream(self.teacher, self.stream_fingerprint)
+
+    def _start_reading(self) -> None:
+        self._check_usable()  # again for a loop, which starts at its first `next`
+        self._adopt_shard()
+        self._own_shard.keep()
+        self._process.use()
 
     def _check_recording(self, recording: Recording) -> None:
         """Refuse a recording of different images now, rather than in the middle of an epoch."""
@@ -479,13 +562,16 @@ class KDDataLoader:
             graph_settings = replace(self._graph_settings, prefetch=1)
             return Reader(self.source, self.transform, plan, graph_settings, self._settings, self.mix)
 
-        check_pixels(recording, self.plan, self.mix, open_reader=open_reader, sync=self._sync, name_of=self.source.name)
+        check_pixels(
+            recording, self._plan, self.mix, open_reader=open_reader, sync=self._sync, name_of=self.source.name
+        )
 
     def _fingerprint(self) -> dict[str, Any]:
         """Everything that the stream of batches depends on; not threads, `prefetch` and `ahead`.
 
         Fields of later releases are None if unused, as in the state of an older release, which lacks them.
         """
+        self._adopt_shard()
         depends_on_decoder = self.device.type == "cuda" and self.source.stores == "files"
         return {
             "source": self.source.fingerprint,
@@ -493,11 +579,12 @@ class KDDataLoader:
             "transform": _transform_fields(self.transform),
             "mix": None if self.mix is None else self.mix.model_dump(mode="json"),
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
-            "seed": self.plan.seed,
-            "shuffle": self.plan.shuffle,
-            "global_batch_size": self.plan.global_batch_size,
-            "last_batch": self.plan.last_batch,
-            "repeats": self.plan.repeats if self.plan.repeats > 1 else None,
+            "seed": self._plan.seed,
+            "shuffle": self._plan.shuffle,
+            "global_batch_size": self._plan.global_batch_size,
+            # Not the plan's: the default pads on several ranks, with the same samples as `keep` has on one.
+            "last_batch": self._last_batch or "keep",
+            "repeats": self._plan.repeats if self._plan.repeats > 1 else None,
             "on_bad_sample": self._settings.on_bad_sample,
             "max_pixels": self._settings.max_pixels,
             "device": self.device.type,
@@ -507,9 +594,10 @@ class KDDataLoader:
             "dali": require("nvidia.dali", extra="cpu").__version__,
         }
 
-    def _check_open(self) -> None:
+    def _check_usable(self) -> None:
         if self._is_closed:
             raise StateError("the loader is closed; make a new one")
+        self._process.check()
 
 
 def open_config_teacher(
@@ -581,23 +669,25 @@ def sample_images(config: "Config", split: str = "train", *, num_images: int = 6
 
 
 @dataclass(frozen=True, slots=True)
+class _Sampler:
+    """Has `set_epoch`, which Lightning calls before every loop."""
+
+    position: Position
+
+    def set_epoch(self, epoch: int) -> None:
+        self.position.announce_epoch(epoch)
+
+
+@dataclass(frozen=True, slots=True)
 class _BatchSampler:
     """Has a `sampler` with `set_epoch`, as PyTorch's batch samplers do."""
 
-    sampler: KDDataLoader
+    sampler: _Sampler
 
 
 def _transform_fields(transform: TrainTransform | EvalTransform) -> dict[str, Any]:
     fields = transform.model_dump(mode="json")
     return fields | {"orientation": None if transform.orientation == "upright" else transform.orientation}
-
-
-def _current_shard() -> Shard:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return Shard(distributed.get_rank(), distributed.get_world_size())
-    # Processes of torchrun that are not connected yet, if a loader is made before `Accelerator()` or a `Trainer`.
-    return Shard(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _check_teacher(teacher: Teacher, loader: KDDataLoader) -> None:

@@ -46,8 +46,12 @@ def check_position(epoch: int, batch: int, bad_samples: list[int], *, num_batche
         raise StateError(f"the loader state is damaged: bad_samples lists all {num_samples} samples")
 
 
-def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
+def check_fingerprint(
+    saved: Mapping[str, Any], current: Mapping[str, Any], *, allow: Iterable[str] = (), might_grow: bool = False
+) -> None:
     """Compare field by field, nested ones under dotted names; the fields or groups in `allow` may differ.
+
+    `might_grow` says that more processes may join the current one, and is only for the advice.
 
     Raises:
         StateError: one line for each field that differs, old → new.
@@ -60,9 +64,12 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any], *, a
     }
     if changed:
         lines = "\n".join(f"  {line}" for line in changed.values())
+        first = ""
+        if might_grow and "global_batch_size" in changed:
+            first = "if several processes share the data, load it after torch.distributed.init_process_group; or else "
         raise StateError(
             f"the saved position belongs to a different stream of batches:\n{lines}\n"
-            f"resume with the old values, start over, or accept it: load_state_dict(state, allow={[*changed]})"
+            f"{first}resume with the old values, start over, or accept it: load_state_dict(state, allow={[*changed]})"
         )
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run under `torchrun` or SLURM: how they connect, and how many CPU threads each of them uses."""
+"""The processes of a run under `torchrun`, SLURM or MPI: how they connect, and how many CPU threads each uses."""
 
 import os
 import re
@@ -7,27 +7,40 @@ from collections.abc import Callable
 import torch
 
 from kd_pipeline._core.cpu import num_cores
-from kd_pipeline._core.ranks import is_rank_zero, world_size
+from kd_pipeline._core.ranks import Launched, is_rank_zero, launched, local_world_size
 from kd_pipeline.errors import ConfigError, StateError
 
 __all__ = ["init_distributed", "is_restart", "on_rank_zero", "set_num_threads"]
+
+_TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MPI_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
 def init_distributed() -> None:
     """Initialize the default process group if there are several processes and none is initialized yet.
 
-    Call it before the loader is opened, which asks for its shard. Under `srun` it also sets the environment variables
-    of `torchrun`, so the rest of the program need not know about SLURM.
+    Call it before the loader is opened, which asks for its shard. Under `srun` and `mpirun` it also sets the
+    environment variables of `torchrun`, so the rest of the program need not know about them.
 
     Raises:
-        ConfigError: SLURM started a different number of processes on each node.
+        ConfigError: the launcher's variables are set in part, or it started a different number of processes on each
+            node.
     """
-    if world_size() > 1 and not torch.distributed.is_initialized():
-        if "RANK" not in os.environ:
-            os.environ.update(_torchrun_environment())
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.distributed.is_initialized():
+        return
+    found = launched()
+    if found is None or found.world_size == 1:
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(_torchrun_environment())
+    if missing := [name for name in _TORCHRUN if not os.environ.get(name)]:
+        raise ConfigError(
+            f"{found.variables} are set, but not {', '.join(missing)}, as torchrun does; start with torchrun, or set "
+            "them too"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def on_rank_zero(function: Callable[[], object]) -> None:
@@ -65,7 +78,15 @@ def set_num_threads(num_threads: int | None) -> None:
 
 
 def _torchrun_environment() -> dict[str, str]:
-    """The variables that `torchrun` would set, from those of a SLURM step."""
+    """The variables that `torchrun` would set, from those of a SLURM step or of MPI."""
+    found = launched()
+    assert found is not None
+    environment = {"RANK": str(found.rank), "WORLD_SIZE": str(found.world_size)}
+    environment |= _from_slurm() if found.launcher == "srun" else _from_mpi(found)
+    return environment | {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+
+
+def _from_slurm() -> dict[str, str]:
     slurm = os.environ
     counts = slurm["SLURM_STEP_TASKS_PER_NODE"]  # such as 4(x2), or 4(x2),3
     if not re.fullmatch(r"\d+(\(x\d+\))?", counts):
@@ -73,9 +94,7 @@ def _torchrun_environment() -> dict[str, str]:
             f"SLURM started {counts} processes per node, and a run needs the same number on each node; set "
             "srun --ntasks-per-node"
         )
-    environment = {
-        "RANK": slurm["SLURM_PROCID"],
-        "WORLD_SIZE": slurm["SLURM_STEP_NUM_TASKS"],
+    return {
         "LOCAL_RANK": slurm["SLURM_LOCALID"],
         "LOCAL_WORLD_SIZE": counts.partition("(")[0],
         "GROUP_RANK": slurm["SLURM_NODEID"],
@@ -83,7 +102,30 @@ def _torchrun_environment() -> dict[str, str]:
         # The same for all processes of a job, and different for different jobs.
         "MASTER_PORT": str(15_000 + int(slurm["SLURM_JOB_ID"]) % 5_000),
     }
-    return environment | {name: slurm[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in slurm}
+
+
+def _from_mpi(found: Launched) -> dict[str, str]:
+    """MPI says nothing about hosts, so on several nodes the user has to name the first."""
+    local_size = local_world_size()
+    local_rank = next((os.environ[name] for name in _MPI_LOCAL_RANKS if os.environ.get(name)), None)
+    if found.world_size % local_size or (local_rank is None and local_size > 1):
+        raise ConfigError(
+            f"there are {found.world_size} processes ({found.variables}), {local_size} of them on this node, and a run "
+            "needs the same number on each node; set it with mpirun (--npernode of Open MPI, -ppn of the others)"
+        )
+    if local_size < found.world_size and not os.environ.get("MASTER_ADDR"):
+        raise ConfigError(
+            f"there are {found.world_size} processes ({found.variables}), {local_size} of them on this node, and they "
+            "do not know where to meet; set MASTER_ADDR to the host of rank 0 in all of them, such as mpirun -x "
+            "MASTER_ADDR=node01 of Open MPI, -genv MASTER_ADDR node01 of the others"
+        )
+    return {
+        "LOCAL_RANK": local_rank or "0",
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "GROUP_RANK": str(found.rank // local_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",  # the default of torch
+    }
 
 
 def _first_host(hosts: str) -> str:

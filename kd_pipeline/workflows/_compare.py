@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kd_pipeline.config.config import Config
+from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, KDPipelineError
 from kd_pipeline.evaluation._compare import Comparison, compare
 from kd_pipeline.evaluation._evaluate import MetricSettings, open_metrics
@@ -57,7 +58,9 @@ def compare_files(
     """
     opened_metrics = open_metrics(metrics, plugins=plugins)
     with ExitStack() as stack:
-        loader = stack.enter_context(KDDataLoader.from_config(config, split, teacher=None, run_dir=None))
+        # Without a process group, each process of a launcher compares on the whole split.
+        shard = None if torch.distributed.is_initialized() else Shard()
+        loader = stack.enter_context(KDDataLoader.from_config(config, split, teacher=None, shard=shard, run_dir=None))
         transform = loader.transform
 
         def open_one(path: str | os.PathLike[str]) -> OpenedModel:

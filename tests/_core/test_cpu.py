@@ -56,3 +56,25 @@ def test_invalid_variable(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(NUM_CORES_VARIABLE, value)
     with pytest.raises(ConfigError, match=f"{NUM_CORES_VARIABLE} must be a number of cores"):
         num_cores()
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores"),
+    [
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 4),
+        ({"MPI_LOCALNRANKS": "4"}, 2),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "8"}, 4),
+        # Bound by srun to eight of sixteen cores.
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "16"}, 8),
+        # torchrun within such a task: its processes share the task's cores.
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "LOCAL_WORLD_SIZE": "4"}, 2),
+    ],
+    ids=str,
+)
+def test_processes_of_other_launchers_share_cores(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], cores: int
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert num_cores() == cores

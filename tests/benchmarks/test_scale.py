@@ -132,8 +132,8 @@ def test_resume_continues_with_the_right_batch(
         state = loader.state_dict()
         for share, number in ((0.01, 0), (0.9, 45)):
             scale_worker._resume(loader, {**state, "epoch": 0}, share)
-            assert loader.state_dict()["epoch"] == 0 and loader.state_dict()["batch"] == number + 1
-            assert next(iter(loader)).index is not None
+            assert loader.state_dict()["epoch"] == 0 and loader.state_dict()["batch"] == number
+            assert next(iter(loader)).index.tolist() == order[number]
         assert len(order) == 50
 
 

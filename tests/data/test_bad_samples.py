@@ -35,6 +35,7 @@ from tests.streams import (
     global_rows,
     rows,
     run,
+    state_after,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -492,7 +493,8 @@ def test_substitutes_independent_of_batch_size(damaged, batch_size):
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_substitutes_independent_of_ranks(damaged, world_size):
     source = damaged(*BAD)
-    ranks = [stream(source, batch_size=4, shard=Shard(rank, world_size)) for rank in range(world_size)]
+    options = {"batch_size": 4, "last_batch": "keep"}
+    ranks = [stream(source, shard=Shard(rank, world_size), **options) for rank in range(world_size)]
     assert_same(global_rows(ranks), rows(stream(source)))
 
 
@@ -513,8 +515,7 @@ def test_resume_with_bad_files(damaged):
 
 def test_restored_bad_samples_apply_to_batches_read_ahead(photo_folder):
     with open_loader(ImageFolder(photo_folder), shuffle=False, ahead=0) as loader:
-        next(iter(loader))
-        loader.load_state_dict({**loader.state_dict(), "bad_samples": [8]})
+        loader.load_state_dict({**state_after(loader, 1), "bad_samples": [8]})
         batch = next(iter(loader))
     assert batch.index.tolist() == [9, 9, 10, 11, 12, 13, 14, 15] and not batch.valid[0]
 

@@ -28,5 +28,5 @@ def test_counter_counts_valid_images() -> None:
     images[1:] = 0.5
     images[3, 2, 69, 89] = 0.25
     for _ in range(2):
-        counter.add(images, torch.tensor([True, True, False, True]))
+        counter.add(is_uniform(images), torch.tensor([True, True, False, True]))
     assert counter.read() == (2, 6)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, TeacherError
+from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings, evaluate
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
@@ -403,3 +403,14 @@ def test_gpu_matches_cpu_without_sync(tmp_path, monkeypatch) -> None:
         found, wanted = (evaluate(Pixels(), of, metrics=[LogitsAndLabels()]) for of in (loader, on_cpu))
     assert found.confusion == wanted.confusion and found.top5 == wanted.top5
     assert found.loss == pytest.approx(wanted.loss, rel=1e-5)
+
+
+def test_one_shard_without_process_group_is_refused(tmp_path, monkeypatch) -> None:
+    source = pixel_arrays(tmp_path, 19)
+    with pytest.raises(StateError, match=r"one of 2 shards .* shard=Shard\(\)"):
+        everything(source, shard=Shard(1, 2))
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(StateError, match=r"call torch\.distributed\.init_process_group first"):
+        everything(source)
+    assert everything(source, shard=Shard()).num_samples == 19

@@ -19,7 +19,7 @@ from kd_pipeline.teachers.base import Teacher
 from tests.corpus import BROKEN, Broken, photo_of
 from tests.gpu.conftest import SMALL, copies_in, no_synchronization
 from tests.networks import ConvNet
-from tests.streams import EVAL, TRAIN, assert_same, fields
+from tests.streams import EVAL, TRAIN, assert_same, fields, state_after
 
 LONG = 200_000_000
 """Clock cycles, about a tenth of a second."""
@@ -69,10 +69,8 @@ def test_resume_continues_with_next_batch(
     open_loader: Callable[..., KDDataLoader], teacher: Teacher, number: int
 ) -> None:
     stopped = open_loader(TRAIN, teacher, ahead=2)
-    for _ in zip(range(number), stopped, strict=False):
-        pass
     resumed = open_loader(TRAIN, teacher, ahead=0, prefetch=1)
-    resumed.load_state_dict(stopped.state_dict())
+    resumed.load_state_dict(state_after(stopped, number))
     assert_same(epoch(resumed), epoch(open_loader(TRAIN, teacher))[number:])
 
 

@@ -3,7 +3,6 @@
 import copy
 import shutil
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from kd_pipeline.loader.streams import StreamSync
 from tests.streams import (
     SIZE,
     conv_teacher,
+    state_after,
 )
 
 TEACHER = conv_teacher()
@@ -42,8 +42,7 @@ def source(photo_folder) -> ImageFolder:
 def state(source) -> dict[str, Any]:
     """After two batches of the first epoch."""
     with open_loader(source) as loader:
-        list(islice(loader, 2))
-        return loader.state_dict()
+        return state_after(loader, 2)
 
 
 @pytest.fixture
@@ -145,15 +144,13 @@ def test_moved_data_is_the_same(changed_source, state):
 
 def test_larger_batch_is_named_before_position(source):
     with open_loader(source, batch_size=4) as loader:
-        list(islice(loader, 9))
-        state = loader.state_dict()
+        state = state_after(loader, 9)
     assert differences(refusal(source, state)) == {"global_batch_size": "4 → 8"}
 
 
 def test_position_after_epoch_end_is_refused(source):
     with open_loader(source, batch_size=4) as loader:
-        list(islice(loader, 9))
-        state = loader.state_dict()
+        state = state_after(loader, 9)
     with open_loader(source) as loader, pytest.raises(StateError, match="batch is 9, the largest possible is 5"):
         loader.load_state_dict(state, allow=["global_batch_size"])
 

@@ -14,7 +14,7 @@ import pytest
 from kd_pipeline._core.ranks import is_rank_zero, num_nodes, world_size
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.training.checkpoint import load_checkpoint
-from kd_pipeline.training.distributed import _first_host, _torchrun_environment
+from kd_pipeline.training.distributed import _first_host, _torchrun_environment, init_distributed
 from tests.runs import finish
 
 RUN = Path("runs/tiny")
@@ -68,6 +68,46 @@ def test_uneven_nodes_are_refused(slurm: pytest.MonkeyPatch) -> None:
     slurm.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")
     with pytest.raises(ConfigError, match=r"started 4\(x2\),3 processes per node"):
         _torchrun_environment()
+
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+INTEL_MPI = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+def test_mpi_as_torchrun_environment(slurm: pytest.MonkeyPatch) -> None:
+    for name, value in INTEL_MPI.items():
+        slurm.setenv(name, value)
+    wanted = ("1", "2", "1", "2", "127.0.0.1", "29500")
+    assert tuple(_torchrun_environment()[name] for name in TORCHRUN) == wanted
+
+
+def test_mpi_on_several_nodes_needs_the_first_host(slurm: pytest.MonkeyPatch) -> None:
+    for name, value in OPEN_MPI.items():
+        slurm.setenv(name, value)
+    with pytest.raises(ConfigError, match="set MASTER_ADDR to the host of rank 0"):
+        _torchrun_environment()
+    slurm.setenv("MASTER_ADDR", "node07")
+    found = _torchrun_environment()
+    assert tuple(found[name] for name in (*TORCHRUN, "GROUP_RANK")) == ("3", "4", "1", "2", "node07", "29500", "1")
+    slurm.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "3")
+    with pytest.raises(ConfigError, match="needs the same number on each node"):
+        _torchrun_environment()
+
+
+def test_half_set_variables_are_refused_before_they_are_used(slurm: pytest.MonkeyPatch) -> None:
+    for name in STEP:
+        slurm.delenv(name)
+    slurm.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2 but RANK is not set"):
+        init_distributed()
+    slurm.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="not LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, as torchrun"):
+        init_distributed()
 
 
 @pytest.mark.parametrize(

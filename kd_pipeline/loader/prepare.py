@@ -1,0 +1,98 @@
+"""One batch on its way from DALI through mixing and the teacher to the consumer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_pipeline.batch import KDBatch
+from kd_pipeline.data.mixing import MixSettings, mix_images, mix_labels
+from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Reader
+from kd_pipeline.data.sources import Source
+from kd_pipeline.data.uniform import is_uniform
+from kd_pipeline.loader.streams import StreamSync
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.recorded.recording import Recording
+
+__all__ = ["PendingBatch", "Preparation"]
+
+
+@dataclass(frozen=True, slots=True)
+class PendingBatch:
+    """A batch whose teacher outputs are complete, or on a GPU will be at its event."""
+
+    batch: KDBatch
+    buffer: object
+    """DALI's handle of the images."""
+    torch_owned: list[Tensor]
+    """The tensors whose memory torch allocated: all but the images, and these too if mixed."""
+    event: Any
+    is_uniform: Tensor
+    """`[N]` bool, images that had a single color before they were mixed."""
+
+    def cloned(self) -> KDBatch:
+        """The batch in memory of its own."""
+        batch = self.batch
+        return replace(
+            batch,
+            images=batch.images.clone(),
+            labels=None if batch.labels is None else batch.labels.clone(),
+            index=batch.index.clone(),
+            valid=batch.valid.clone(),
+            teacher={name: tensor.clone() for name, tensor in batch.teacher.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What is done to every batch that DALI returns."""
+
+    source: Source
+    size: int
+    """Height and width of the images."""
+    mix: MixSettings | None
+    teacher: Teacher | Recording | None
+    device: torch.device
+    sync: StreamSync
+
+    def prepare(self, reader: Reader, epoch: int, number: int) -> PendingBatch:
+        """Take a batch from DALI and start the teacher on it."""
+        read = reader.read(epoch, number, self.sync.stream)
+        with self.sync.on_teacher_stream():
+            images, metadata = self.sync.as_tensor(read.images)[read.rows], self.sync.to_device(read.metadata)
+            labels = None if self.source.labels is None else metadata[LABEL]
+            uniform = is_uniform(images)
+            if self.mix is not None:
+                images, labels = self._mixed(self.mix, images, labels, metadata[MIXING].T)
+            batch = KDBatch(
+                images=images,
+                labels=labels,
+                index=metadata[INDEX],
+                valid=metadata[VALID].bool(),
+                teacher=self._teacher_outputs(images, read, epoch),
+            )
+            owned = [batch.index, batch.valid, uniform, *batch.teacher.values(), *([] if labels is None else [labels])]
+            if self.mix is not None:
+                owned.append(images)
+            return PendingBatch(batch, read.images, owned, self.sync.record_event(), uniform)
+
+    def _mixed(
+        self, mix: MixSettings, images: Tensor, labels: Tensor | None, columns: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixed images in a new tensor, and labels as weights `[N, K]`."""
+        num_classes = self.source.num_classes
+        if labels is not None and num_classes is not None:
+            smoothing = mix.label_smoothing
+            labels = mix_labels(labels, columns, num_classes=num_classes, label_smoothing=smoothing, size=self.size)
+        return mix_images(images, columns), labels
+
+    def _teacher_outputs(self, images: Tensor, read: ReadBatch, epoch: int) -> Mapping[str, Tensor]:
+        match self.teacher:
+            case None:
+                return {}
+            case Recording() as recording:
+                return recording.replay(epoch, read.plan.position, read.metadata[INDEX], device=self.device)
+            case teacher:
+                return teacher(images)

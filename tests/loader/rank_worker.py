@@ -1,0 +1,94 @@
+"""What processes that meet after their loaders were made read, each in a file of its own."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+from kd_pipeline.data.sources import Arrays
+from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.loader.loader import KDDataLoader
+
+NUM_SAMPLES = 37
+"""An uneven rest for two ranks with batches of 8."""
+
+
+def open_loader(**options: Any) -> KDDataLoader:
+    images = np.random.default_rng(0).integers(0, 256, (NUM_SAMPLES, 8, 8, 3), dtype=np.uint8)
+    settings = {"batch_size": 8, "shuffle": True, "num_threads": 1, "device": "cpu", **options}
+    return KDDataLoader(Arrays(images, np.arange(NUM_SAMPLES) % 7), EvalTransform(size=8), **settings)
+
+
+def write(folder: str, rank: int, found: Any) -> None:
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+
+
+def meet_after_the_loader(rank: int, folder: str) -> None:
+    """`torch.multiprocessing.spawn` without any environment variables."""
+    torch.set_num_threads(1)
+    with open_loader() as loader:
+        store = distributed.FileStore(f"{folder}/store", 2)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        found = [batch.index[batch.valid].tolist() for batch in loader]
+        write(folder, rank, {"batches": found, "length": len(loader)})
+    distributed.destroy_process_group()
+
+
+def gather(rank: int, folder: str) -> None:
+    """`gather_for_metrics` of a split that does not divide."""
+    import accelerate
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    store = distributed.FileStore(f"{folder}/store", 2)
+    os.environ["MASTER_PORT"] = "0"  # not used: the process group is initialized here
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    accelerator = accelerate.Accelerator(cpu=True)
+    with open_loader() as opened:
+        loader = accelerator.prepare(opened)
+        rows = [accelerator.gather_for_metrics((batch.index, batch.valid)) for batch in loader]
+    index, valid = (torch.cat(column) for column in zip(*rows, strict=True))
+    write(folder, rank, index[valid].tolist())
+    distributed.destroy_process_group()
+
+
+def fit_with_lightning(folder: str) -> None:
+    """The ordinary script: everything is made before `fit`, which starts the second process."""
+    import lightning
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = torch.nn.Linear(192, 7)
+            self.seen: list[int] = []
+
+        def training_step(self, batch: Any, number: int) -> torch.Tensor:
+            self.seen += batch.index[batch.valid].tolist()
+            return torch.nn.functional.cross_entropy(self.head(batch.images.flatten(1)), batch.labels)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+        def on_train_end(self) -> None:
+            write(folder, self.global_rank, {"seen": self.seen, "length": len(loader)})
+
+    module, loader = Module(), open_loader()
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    trainer = lightning.Trainer(
+        strategy="ddp", devices=2, accelerator="cpu", max_epochs=1, default_root_dir=folder, **options
+    )
+    trainer.fit(module, loader)
+
+
+if __name__ == "__main__":
+    import sys
+
+    fit_with_lightning(sys.argv[1])

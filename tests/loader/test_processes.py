@@ -1,0 +1,269 @@
+"""A loader among other processes: on the right shard, or refused in a clear sentence."""
+
+import copy
+import gc
+import json
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kd_pipeline.data.plan import Shard
+from kd_pipeline.errors import ConfigError, StateError
+from kd_pipeline.loader.loader import KDDataLoader
+from tests.loader.rank_worker import NUM_SAMPLES, gather, meet_after_the_loader, open_loader
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No variables of a launcher."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def meet(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """`meet(rank, world_size)` makes `torch.distributed` say so; a size of 0 ends the group."""
+
+    def as_group(rank: int, world_size: int) -> None:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: world_size > 0)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world_size)
+
+    return as_group
+
+
+def indices(loader: KDDataLoader) -> list[int]:
+    return [index for batch in loader for index in batch.index[batch.valid].tolist()]
+
+
+# The shard
+
+
+def test_shard_is_adopted_until_the_first_batch(meet):
+    with open_loader(shard=Shard(1, 2), last_batch="pad") as wanted, open_loader() as loader:
+        assert (loader.shard, loader.plan.last_batch) == (Shard(0, 1), "keep")
+        state = loader.state_dict()
+        meet(1, 2)
+        assert len(loader) == 3
+        assert indices(loader) == indices(wanted)
+        assert (loader.shard, loader.plan.last_batch) == (Shard(1, 2), "pad")
+        assert loader.state_dict()["fingerprint"]["global_batch_size"] == 16
+        with pytest.raises(StateError, match="global_batch_size: 8 → 16"):
+            loader.load_state_dict(state)
+
+
+def test_both_ranks_of_half_set_variables_meet(meet, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # Lightning's own launcher sets no RANK
+    with open_loader() as loader:
+        meet(1, 2)
+        assert (loader.shard, len(loader)) == (Shard(1, 2), 3)
+
+
+@pytest.mark.parametrize("use", [len, list, KDDataLoader.peek, lambda loader: next(iter(loader))])
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [({"WORLD_SIZE": "2"}, "RANK is not set"), ({"RANK": "1"}, "WORLD_SIZE is not set"), ({"RANK": "x"}, "got 'x'")],
+    ids=str,
+)
+def test_half_set_variables_are_refused_at_first_use(monkeypatch, variables, message, use):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with open_loader() as loader, pytest.raises(ConfigError) as info:
+        use(loader)
+    assert message in str(info.value)
+    assert "init_process_group" in str(info.value) and "shard=Shard(rank, world_size)" in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("use", "what"),
+    [
+        (len, "len"),
+        (lambda loader: loader.load_state_dict(loader.state_dict()), "position was loaded"),
+        (lambda loader: next(iter(loader)), "first batch was read"),
+        (list, "len"),
+    ],
+)
+def test_world_that_changes_after_use_is_refused(meet, use, what):
+    with open_loader() as loader:
+        use(loader)
+        meet(0, 2)
+        for again in (list, KDDataLoader.peek):
+            with pytest.raises(StateError) as info:
+                again(loader)
+            assert "rank 0 of 2 now" in str(info.value) and "was rank 0 of 1 when" in str(info.value)
+            assert what in str(info.value)
+
+
+def test_process_group_that_ended_is_noticed(meet):
+    meet(1, 2)
+    with open_loader() as loader:
+        indices(loader)
+        meet(0, 0)
+        with pytest.raises(StateError, match=r"rank 0 of 1 now .* was rank 1 of 2"):
+            indices(loader)
+
+
+def test_rank_is_adopted_after_len(meet, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with open_loader() as loader:
+        assert len(loader) == 3
+        meet(1, 2)
+        next(iter(loader))
+        assert loader.shard == Shard(1, 2)
+
+
+def test_given_shard_wins(meet):
+    meet(1, 2)
+    with open_loader(shard=Shard()) as loader:
+        assert sorted(indices(loader)) == list(range(NUM_SAMPLES))
+        meet(0, 4)
+        assert sorted(indices(loader)) == list(range(NUM_SAMPLES))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+        {"PMI_RANK": "1", "PMI_SIZE": "2"},
+    ],
+    ids=str,
+)
+def test_launcher_without_process_group(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with open_loader() as loader:
+        assert loader.shard == Shard(1, 2) and len(indices(loader)) == 16
+
+
+def test_ranks_pad_by_default_and_drop_nothing():
+    found = []
+    for rank in range(2):
+        with open_loader(shard=Shard(rank, 2)) as loader:
+            assert {len(batch) for batch in loader} == {8}
+            found += indices(loader)
+    assert sorted(found) == list(range(NUM_SAMPLES))
+
+
+def read(folder: Path) -> list[Any]:
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+def test_spawned_processes_meet_after_the_loader(tmp_path):
+    torch.multiprocessing.spawn(meet_after_the_loader, (str(tmp_path),), 2)
+    found = read(tmp_path)
+    assert [each["length"] for each in found] == [3, 3] == [len(each["batches"]) for each in found]
+    seen = [index for each in found for batch in each["batches"] for index in batch]
+    assert sorted(seen) == list(range(NUM_SAMPLES))
+
+
+@pytest.mark.slow
+def test_gather_for_metrics_has_every_sample_once(tmp_path):
+    pytest.importorskip("accelerate")
+    torch.multiprocessing.spawn(gather, (str(tmp_path),), 2)
+    for found in read(tmp_path):
+        assert sorted(found) == list(range(NUM_SAMPLES))
+
+
+@pytest.mark.slow
+def test_lightning_starts_its_own_processes(tmp_path):
+    pytest.importorskip("lightning")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.loader.rank_worker", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = read(tmp_path)
+    assert [each["length"] for each in found] == [3, 3]
+    assert sorted(index for each in found for index in each["seen"]) == list(range(NUM_SAMPLES))
+
+
+# Copies
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_loader_is_not_copied(copied):
+    with open_loader() as loader, pytest.raises(StateError, match="cannot be pickled or copied") as info:
+        copied(loader)
+    assert isinstance(info.value, TypeError) and "load_state_dict(state)" in str(info.value)
+
+
+def test_skip_first_batches_says_what_to_do():
+    accelerate = pytest.importorskip("accelerate")
+    with open_loader() as loader:
+        assert not hasattr(loader, "dataset")
+        with pytest.raises(StateError, match=r"load_state_dict\(state\)"):
+            accelerate.Accelerator(cpu=True).skip_first_batches(loader, 2)
+
+
+# Forks. They are started in a new process, as threads of the test's own process would not live in them.
+
+FORK = """
+import gc, os, sys
+from tests.loader.rank_worker import open_loader
+unused, loader = open_loader(), open_loader()
+batches = iter(loader)
+next(batches)
+child = os.fork()
+if not child:
+    {child}
+    sys.exit(7)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print("child", status, "parent", 1 + sum(1 for _ in batches))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "child",
+    [
+        "pass",
+        "loader.close(); loader.close()",
+        "del loader, batches; gc.collect()",
+        "assert len(list(unused)) == 5",
+        "assert len(list(open_loader())) == 5",
+        "assert loader.state_dict()['batch'] == 1",
+    ],
+)
+def test_forked_child_ends_as_it_should(child):
+    done = fork(child)
+    assert done.stdout == "child 7 parent 5\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "child", ["next(batches)", "list(loader)", "loader.peek()", "loader.load_state_dict(loader.state_dict())"]
+)
+def test_use_in_a_forked_child_is_refused(child):
+    done = fork(child)
+    assert done.stdout == "child 1 parent 5\n"
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("kd_pipeline.errors.StateError")]
+    assert "is a fork" in line and "Make the loader in the child" in line
+
+
+def fork(child: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    script = FORK.format(child=child)
+    return subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_closed_loaders_are_forgotten():
+    with open_loader() as loader:
+        list(loader)
+    reference = weakref.ref(loader)
+    del loader
+    gc.collect()
+    assert reference() is None
