@@ -35,7 +35,7 @@ from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun
 from kd_pipeline.workflows.stage import Stage, check_config, network_of, stage_dir
-from kd_pipeline.workflows.teacher import open_run_teacher, with_trained_weights
+from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, with_trained_weights
 
 __all__ = ["Stage", "TrainResult", "train"]
 
@@ -172,17 +172,15 @@ class _StageRun(ExitStack):
 
     def _identity(self, teacher: Teacher | Recording | None) -> dict[str, Any]:
         """What a checkpoint holds about its run, in plain values."""
-        data, source = self._config.data, self._source
-        splits = (name for name in data.splits if name != "train")
+        source = self._source
+        splits = (name for name in self._config.data.splits if name != "train")
         return {
             "config": self._config.model_dump(mode="json"),
             "teacher": None if teacher is None else teacher.fingerprint,
             "classes": None if source.classes is None else list(source.classes),
             "data": source.fingerprint,
             "num_classes": _num_classes(source, teacher),
-            "validation": {
-                name: open_source(data.split(name).source, classes=source.classes).fingerprint for name in splits
-            },
+            "validation": {name: self._val_loader(name).source.fingerprint for name in splits},
         }
 
     def _check_keeps_teacher(self, saved: SavedRun | None) -> None:
@@ -247,22 +245,12 @@ class _StageRun(ExitStack):
         return result
 
     def _open_teacher(self) -> Teacher | Recording:
-        train = self._config.train
         teacher = open_run_teacher(self._config, classes=self._source.classes, plugins=self._plugins)
         self.callback(teacher.close)
         if isinstance(teacher, Teacher):
             self._reference = teacher
         else:
-            if teacher.num_epochs < train.epochs:
-                raise ConfigError(
-                    f"train.epochs is {train.epochs} and the recording in {teacher.path} has {teacher.num_epochs} "
-                    "complete epochs; train for fewer, or record more: kd-pipeline record resumes where it stopped"
-                )
-            if train.compare_with_teacher:
-                raise ConfigError(
-                    "train.compare_with_teacher runs the teacher on validation images, and a recording has outputs "
-                    "for training images only; set it to false"
-                )
+            check_recording(self._config, teacher)
         return teacher
 
     def _open_loader(self, split: str, teacher: Teacher | Recording | None) -> KDDataLoader:
@@ -271,6 +259,12 @@ class _StageRun(ExitStack):
                 self._config, split, teacher=teacher, training=self._source, run_dir=self._folder.path
             )
         )
+
+    def _val_loader(self, split: str) -> KDDataLoader:
+        """The loader of a split other than `train`."""
+        if split not in self._val_loaders:
+            self._val_loaders[split] = self._open_loader(split, None)
+        return self._val_loaders[split]
 
     def _open_student(self, loader: KDDataLoader) -> nn.Module:
         network = self._network
@@ -335,10 +329,8 @@ class _StageRun(ExitStack):
     def _evaluate(self, model: nn.Module, splits: Sequence[str], teacher: Teacher | None) -> dict[str, Evaluation]:
         found: dict[str, Evaluation] = {}
         for split in splits:
-            if split not in self._val_loaders:
-                self._val_loaders[split] = self._open_loader(split, None)
             limit = None if split == "test" else self._config.train.limit_val_batches
-            loader = self._val_loaders[split]
+            loader = self._val_loader(split)
             found[split] = evaluate(model, loader, reference=teacher, metrics=self._metrics, max_batches=limit)
         return found
 

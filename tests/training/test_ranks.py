@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.workflows import stage
 from tests.training import tiny_run
 from tests.training.rank_worker import BATCH_SIZE, SIZES, do_all, run_ranks
 from tests.training.tiny_run import distance, logged, run, weights
@@ -78,6 +79,6 @@ def test_two_ranks_match_one_with_double_batch(digits: Path, ranks: dict[int, li
 
 def test_sync_batchnorm_on_cpu_is_refused(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(digits, "sync alone", train__sync_batchnorm=True, train__epochs=1, train__limit_train_batches=1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(stage, "world_size", lambda: 2)
     with pytest.raises(ConfigError, match=r"train\.sync_batchnorm: torch synchronizes BatchNorm on GPUs only"):
         run(digits, "sync", train__sync_batchnorm=True)

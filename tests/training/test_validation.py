@@ -94,6 +94,12 @@ def test_extra_metrics_select_best(digits: Path) -> None:
     assert best["max"] > best["min"]
 
 
+def assert_no_run(folder: Path) -> None:
+    """The folder tells of the error, and of no training."""
+    assert "Error: " in (folder / "train.log").read_text()
+    assert {file.name for file in folder.iterdir()} == {"run.lock", "train.log"}
+
+
 @pytest.mark.parametrize(
     ("metric", "message"),
     [
@@ -105,7 +111,7 @@ def test_extra_metrics_select_best(digits: Path) -> None:
 def test_unknown_metric_fails_early(digits: Path, metric: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(digits, "unknown", train__metrics=[{"name": metric}])
-    assert not (digits / "unknown").exists()
+    assert_no_run(digits / "unknown")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_unknown_metric_fails_early(digits: Path, metric: str, message: str) -> 
 def test_unmeasured_metric_fails_early(digits: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(digits, "unmeasured", **changes)
-    assert not (digits / "unmeasured").exists()
+    assert_no_run(digits / "unmeasured")
 
 
 def test_metric_function_takes_no_kwargs(digits: Path) -> None:
@@ -252,4 +258,4 @@ def test_missing_tensorrt_fails_early(digits: Path) -> None:
         pytest.skip("both are installed")
     with pytest.raises(MissingPackageError, match=missing):
         run(digits, "early", train__export={"engine": {"runtime": missing}})
-    assert not (digits / "early").exists()
+    assert_no_run(digits / "early")
