@@ -165,14 +165,14 @@ def comparison_of(module: nn.Module | None, lines: list[str] | None = None, **ch
 def test_failing_batch_size_is_left_out() -> None:
     class Picky(LogitsOnly):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            if len(images) == 1:
-                raise ValueError("one is none")
+            if len(images) == 5:
+                raise ValueError("five is a crowd")
             return super().forward(images)
 
-    found = comparison_of(Picky())
-    found.run(compile_at=(), num_images=4, repeats=1)
-    assert list(found.rows["pytorch fp32"].images_per_s) == [4]
-    assert "one is none" in found.left_out["pytorch fp32, 1 at a time"]
+    found = comparison_of(Picky(), batch_sizes=(5, 8))
+    found.run(compile_at=(), num_images=8, repeats=1)
+    assert list(found.rows["pytorch fp32"].images_per_s) == [8]
+    assert "five is a crowd" in found.left_out["pytorch fp32, 5 at a time"]
 
 
 def test_nan_logits_are_left_out() -> None:

@@ -207,7 +207,7 @@ def test_many_images_of_one_color_are_reported_once(open_loader, caplog, num_uni
     found = [record.message for record in caplog.records if "single color" in record.message]
     assert len(found) == is_reported
     if is_reported:
-        assert found[0].startswith(f"{num_uniform} of 100 images of epoch 1 had a single color")
+        assert found[0].startswith(f"{num_uniform} of 100 images of epoch 0 had a single color")
 
 
 def test_teacher_changes_no_pixels(open_loader, recorder):

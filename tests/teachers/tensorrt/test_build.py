@@ -416,7 +416,7 @@ def test_missing_tensorrt_says_what_to_install(exported: Callable[[int], Path], 
         ({"profiles": ()}, "at least 1 item"),
         ({"builder_optimization_level": 6}, "less than or equal to 5"),
         ({"workspace": 1 << 43}, "less than 8796093022208"),
-        ({"input_adapter": {"mean": (123, 116, 103), "std": (58, 57, 57)}}, "less than or equal to 1"),
+        ({"input_adapter": {"mean": (123, 116, 103), "std": (58, 57, 57)}}, "pixels are from 0 to 1 here; divide"),
     ],
 )
 def test_invalid_settings_are_refused(changes: dict[str, object], message: str) -> None:
