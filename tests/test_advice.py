@@ -17,10 +17,15 @@ from torch import nn
 
 from kd_pipeline import InputAdapter, KDDataLoader, export_onnx, load_config, open_teacher
 from kd_pipeline.cli import main
+from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.sources import open_source
+from kd_pipeline.data.sources.base import FileListSettings
 from kd_pipeline.errors import KDPipelineError
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.models.resnet import small_resnet
 from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.training.run_lock import lock_folder
 from tests.training import networks, tiny_run
 
 PLUGIN = networks.__name__
@@ -506,6 +511,80 @@ def test_whole_network_as_checkpoint(folder: Path) -> None:
     assert line is not None
     exec(line[0], {"torch": torch, "model": model})
     open_model(ModelSettings(**settings, checkpoint="weights.pt"))
+
+
+# Runs, shards, lists and teachers
+
+
+@pytest.mark.slow
+def test_changed_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "-c", "my.yaml", "--plugin", PLUGIN]
+    changed = [*command, "train.optimizer.lr=0.02"]
+    assert main(command) == 0
+    assert main(changed) == 1
+    message = capsys.readouterr().err
+    assert "train.optimizer.lr: 0.01 → 0.02" in message and "--fresh" in message and "run_dir" in message
+    assert main([*changed, "run_dir=other"]) == 0
+    assert main([*changed, "--fresh"]) == 0
+    assert main([*command, "--fresh", "train.epochs=1"]) == 0
+    assert main([*command, "train.epochs=1"]) == 0
+    assert "to train longer set train.epochs" in Path("run/train.log").read_text()
+    assert main([*command, "train.epochs=2"]) == 0
+    assert (Path("run/earlier/1/config.yaml").is_file(), Path("run/earlier/2/config.yaml").is_file()) == (True, True)
+
+
+def test_folder_in_use(folder: Path) -> None:
+    with lock_folder(Path("run"), otherwise="set a different run_dir"):
+        follow(
+            case([], "set a different run_dir", "run_dir=other"),
+            lambda overrides: RunFolder(load_config("my.yaml", overrides).run_dir or Path()).archive(),
+        )
+
+
+@pytest.mark.parametrize("way_out", ["unset", "rank", "shard"])
+def test_launcher_variables_set_in_part(folder: Path, monkeypatch: pytest.MonkeyPatch, way_out: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def num_batches(**options: Any) -> int:
+        with KDDataLoader.from_config(load_config("my.yaml"), "val", **options) as loader:
+            return sum(1 for _ in loader)
+
+    with pytest.raises(KDPipelineError, match=r"RANK is not set.*unset WORLD_SIZE.*shard=Shard\(rank, world_size\)"):
+        num_batches()
+    match way_out:
+        case "unset":
+            monkeypatch.delenv("WORLD_SIZE")
+        case "rank":
+            monkeypatch.setenv("RANK", "1")
+    assert num_batches(**({"shard": Shard(1, 2)} if way_out == "shard" else {}))
+
+
+def test_list_whose_files_lie_elsewhere(folder: Path) -> None:
+    Path("lists").mkdir()
+    Path("lists/a.csv").write_text("path,label\n" + "".join(f"cats/cat/{number}.png,cat\n" for number in range(10)))
+    wrong = {"kind": "file_list", "path": "lists/a.csv"}
+    with pytest.raises(KDPipelineError) as caught:
+        open_source(FileListSettings.model_validate(wrong))
+    root = re.search(r"set root: (\S+?)[,;.]?(?: |$)", str(caught.value))
+    assert root is not None, str(caught.value)
+    assert len(open_source(FileListSettings.model_validate(wrong | {"root": root[1]}))) == 10
+
+
+def test_teacher_with_a_softmax_at_its_end(folder: Path) -> None:
+    module = nn.Sequential(networks.plain(), nn.Softmax(1))
+    with pytest.raises(KDPipelineError, match=r"replace it by torch\.nn\.Identity\(\)"):
+        open_teacher(TeacherSettings(), module=module, image_shape=(3, 8, 8), strict=True)
+    module[1] = nn.Identity()
+    open_teacher(TeacherSettings(), module=module, image_shape=(3, 8, 8), strict=True).close()
+
+
+def test_mean_of_pixels_up_to_255(folder: Path) -> None:
+    override = "data.val.transform={preset: eval, size: 8, mean: %s, std: %s}"
+    with pytest.raises(KDPipelineError) as caught:
+        load([override % ("[123.7, 116.3, 103.5]", "[58.4, 57.1, 57.4]")])
+    mean = re.search(r"divide by 255: (\[.*?\])", str(caught.value))
+    assert mean is not None
+    load([override % (mean[1], "[0.229, 0.224, 0.225]")])
 
 
 class CommandCase(NamedTuple):

@@ -93,6 +93,5 @@ def _changed(old: Shard, new: Shard, source: str, use: str) -> str:
     return (
         f"this process is rank {new.rank} of {new.world_size} now ({source}), but was rank {old.rank} of "
         f"{old.world_size} when {use}. Use the loader only while torch.distributed is initialized (with Lightning, "
-        "from hooks such as train_dataloader or configure_optimizers, and call trainer.estimated_stepping_batches "
-        "instead of len(loader)), make a new loader now, or give it shard=Shard(rank, world_size)"
+        "make it in train_dataloader), make a new loader now, or give it shard=Shard(rank, world_size)"
     )
