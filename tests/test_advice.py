@@ -549,7 +549,7 @@ def test_launcher_variables_set_in_part(folder: Path, monkeypatch: pytest.Monkey
         with KDDataLoader.from_config(load_config("my.yaml"), "val", **options) as loader:
             return sum(1 for _ in loader)
 
-    with pytest.raises(KDPipelineError, match=r"RANK is not set.*unset WORLD_SIZE.*shard=Shard\(rank, world_size\)"):
+    with pytest.raises(KDPipelineError, match=r"RANK is not set.*unset both.*shard=Shard\(rank, world_size\)"):
         num_batches()
     match way_out:
         case "unset":
