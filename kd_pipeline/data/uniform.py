@@ -1,10 +1,16 @@
 """Which finished images are a single color: a decoder that fails silently often returns black or gray."""
 
+import logging
+
 import torch
 from torch import Tensor
 
 __all__ = ["UniformCounter", "is_uniform"]
 
+_logger = logging.getLogger("kd_pipeline")
+
+_MANY = 0.01
+"""Share of an epoch's images above which those of a single color are reported."""
 _STRIDES = 64, 8, 1
 """On a CPU every 64th pixel in both directions is looked at first, and more of the images where these are equal."""
 
@@ -29,6 +35,11 @@ class UniformCounter:
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None
+        self._has_reported = False
+
+    def restart(self) -> None:
+        """Count from zero."""
+        self._counts = None
 
     def add(self, uniform: Tensor, valid: Tensor) -> None:
         """Count those of a batch that are `uniform` `[N]`, and those that are `valid` `[N]`."""
@@ -41,3 +52,16 @@ class UniformCounter:
             return 0, 0
         num_uniform, num_images = self._counts.tolist()
         return num_uniform, num_images
+
+    def report(self, epoch: int) -> None:
+        """Warn about many images of a single color in `epoch`, the first time."""
+        if self._has_reported:
+            return
+        num_uniform, num_images = self.read()
+        if num_uniform > _MANY * num_images:
+            self._has_reported = True
+            _logger.warning(
+                "%d of %d images of epoch %d had a single color after the transform: crops of a plain background, or "
+                "files that are decoded wrongly; kd-pipeline check names the files that have a single color as a whole",
+                *(num_uniform, num_images, epoch),
+            )

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack
@@ -29,7 +29,7 @@ from kd_pipeline.data.sources import Source, open_source, save_classes
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.data.uniform import UniformCounter
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
-from kd_pipeline.loader.position import Consumer, Position
+from kd_pipeline.loader.position import BatchSampler, Consumer, Position
 from kd_pipeline.loader.prepare import PendingBatch, Preparation
 from kd_pipeline.loader.process import NotATorchLoaderError, OwnProcess, refuse_copy
 from kd_pipeline.loader.shards import OwnShard
@@ -49,10 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["EACH_IMAGE_ONCE", "KDDataLoader", "LoaderArguments", "open_config_teacher", "sample_images"]
 
 _STATE_VERSION = 1
-_MANY_UNIFORM = 0.01
-"""Share of an epoch's images above which those of a single color are reported."""
-_MANY_LOOKS = 3
-"""Looks in a row from which they are probably meant as steps of a training."""
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -182,7 +178,6 @@ class KDDataLoader:
         """The batch that `peek` showed, with its position."""
         self._position = Position(len(self._plan))
         self._owns_teacher = self._is_closed = self._has_warned = False
-        self._num_looks = 0
         self._process = OwnProcess(lambda: [self._reader, self._sync, self._ahead, self._peeked, self.teacher])
         if isinstance(teacher, Recording):
             self._check_recording(teacher)
@@ -191,7 +186,6 @@ class KDDataLoader:
             self._process.use()  # most runtimes have threads
         self._uniform = UniformCounter()
         """Of the current loop."""
-        self._has_reported_uniform = False
 
     @classmethod
     def from_config(
@@ -322,9 +316,9 @@ class KDDataLoader:
         return self._position.num_returned
 
     @property
-    def batch_sampler(self) -> "_BatchSampler":
+    def batch_sampler(self) -> BatchSampler:
         """Lightning calls `set_epoch` on its sampler; it does not load our state when it resumes after an epoch."""
-        return _BatchSampler(_Sampler(self._position))
+        return BatchSampler(self._position)
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next loop run `epoch`, and end the current one.
@@ -443,7 +437,7 @@ class KDDataLoader:
         self._start_reading()
         position, consumer = self._position, Consumer()
         loop = position.begin()
-        self._uniform = UniformCounter()
+        self._uniform.restart()
         try:
             for pending in self._pending(*position.here):
                 self._sync.hand_over(pending.event, pending.torch_owned)
@@ -463,38 +457,10 @@ class KDDataLoader:
                     )
         except GeneratorExit:
             if loop == position.loop and not sys.is_finalizing():
-                how = consumer.how_dropped(sys._getframe().f_back)
-                position.drop(how)
-                self._note_look(how == "look")
+                position.drop(consumer.how_dropped(sys._getframe().f_back))
             raise
-        self._note_look(False)
-        self._report_uniform(position.epoch)
+        self._uniform.report(position.epoch)
         position.finish()
-
-    def _report_uniform(self, epoch: int) -> None:
-        """Warn about many images of a single color in `epoch`, the first time."""
-        if self._has_reported_uniform:
-            return
-        num_uniform, num_images = self._uniform.read()
-        if num_uniform > _MANY_UNIFORM * num_images:
-            self._has_reported_uniform = True
-            _logger.warning(
-                "%d of %d images of epoch %d had a single color after the transform: crops of a plain background, or "
-                "files that are decoded wrongly; kd-pipeline check names the files that have a single color as a whole",
-                num_uniform,
-                num_images,
-                epoch,
-            )
-
-    def _note_look(self, is_look: bool) -> None:
-        """Warn once of a training that takes the same batch again and again by `next(iter(loader))`."""
-        self._num_looks = self._num_looks + 1 if is_look else 0
-        if self._num_looks == _MANY_LOOKS:
-            _logger.warning(
-                "next(iter(loader)) has shown the same batch %d times, because it moves nothing; iterate with "
-                "`for batch in loader`, or keep the iterator: iterator = iter(loader), then next(iterator)",
-                _MANY_LOOKS,
-            )
 
     def _pending(self, epoch: int, first: int) -> Iterator[PendingBatch]:
         """The batches of `epoch` from `first` on, with the next ones in preparation."""
@@ -666,23 +632,6 @@ def sample_images(config: "Config", split: str = "train", *, num_images: int = 6
             if sum(map(len, images)) >= num_images:
                 break
     return torch.cat(images)[:num_images]
-
-
-@dataclass(frozen=True, slots=True)
-class _Sampler:
-    """Has `set_epoch`, which Lightning calls before every loop."""
-
-    position: Position
-
-    def set_epoch(self, epoch: int) -> None:
-        self.position.announce_epoch(epoch)
-
-
-@dataclass(frozen=True, slots=True)
-class _BatchSampler:
-    """Has a `sampler` with `set_epoch`, as PyTorch's batch samplers do."""
-
-    sampler: _Sampler
 
 
 def _transform_fields(transform: TrainTransform | EvalTransform) -> dict[str, Any]:

@@ -1,12 +1,19 @@
 """Where a loader is in its epochs, and what the end of a loop means for that."""
 
 import dis
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from inspect import CO_GENERATOR
 from types import FrameType
-from typing import Literal
+from typing import Literal, Self
 
-__all__ = ["Consumer", "Position"]
+__all__ = ["BatchSampler", "Consumer", "Position"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+_MANY_LOOKS = 3
+"""Looks in a row from which they are probably meant as steps of a training."""
 
 _ORDINARY = ("FOR_ITER", "END_FOR", "POP_TOP", "POP_ITER", "RETURN_", "STORE_", "DELETE_")
 """Starts of the instructions that drop an iterator after `break`, `return`, an assignment or the end of a loop."""
@@ -31,6 +38,8 @@ class Position:
         self._began = 0, 0
         self._is_in_loop = False
         """Whether the newest loop has returned a batch, and its epoch has not ended."""
+        self._num_looks = 0
+        """Looks since the last loop."""
         self._is_announced = self._is_managed = False
         """Whether Lightning has set the epoch for the next loop, and for this one: it then ends epochs itself."""
 
@@ -88,7 +97,8 @@ class Position:
         self._is_in_loop = True
 
     def finish(self) -> None:
-        """End the loop after the last batch of the epoch."""
+        """End the loop and its epoch."""
+        self._num_looks = 0
         self.move_to(self._epoch + 1, 0)
 
     def drop(self, how: Literal["left", "interrupted", "look"]) -> None:
@@ -96,6 +106,13 @@ class Position:
         if self._is_managed or how == "interrupted":
             return
         if how == "look":
+            self._num_looks += 1
+            if self._num_looks == _MANY_LOOKS:
+                _logger.warning(
+                    "next(iter(loader)) has shown the same batch %d times, because it moves nothing; iterate with "
+                    "`for batch in loader`, or keep the iterator: iterator = iter(loader), then next(iterator)",
+                    _MANY_LOOKS,
+                )
             self.move_to(*self._began)
         elif self._batch == self.num_batches:
             self.finish()
@@ -103,6 +120,22 @@ class Position:
             left = self._epoch, self._batch
             self.finish()
             self.left = left
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSampler:
+    """What Lightning expects of a loader: a batch sampler with a `sampler`, whose epoch it sets before every loop."""
+
+    position: Position
+
+    @property
+    def sampler(self) -> Self:
+        """It is its own sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next loop run `epoch`."""
+        self.position.announce_epoch(epoch)
 
 
 class Consumer:
