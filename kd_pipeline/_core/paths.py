@@ -4,7 +4,9 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["find_url", "local_path"]
+from kd_pipeline.errors import ConfigError
+
+__all__ = ["argument_path", "find_url", "local_path"]
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/|(?=[^/\\]))")
 """A scheme of two letters or more, because `C:/` is a drive. `Path` keeps one of the two slashes."""
@@ -47,6 +49,18 @@ def local_path(text: str | os.PathLike[str]) -> Path:
             f"the path {text!r} starts with ~, and no such user has a home folder; write the whole path, from / on"
         ) from None
     return Path(expanded)
+
+
+def argument_path(text: str | os.PathLike[str]) -> Path:
+    """`local_path` for an argument of a function.
+
+    Raises:
+        ConfigError: as `local_path`.
+    """
+    try:
+        return local_path(text)
+    except ValueError as exc:
+        raise ConfigError(str(exc)) from None
 
 
 def find_url(text: str) -> str | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from kd_pipeline._core.paths import local_path
+from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse, parse_override
 from kd_pipeline.errors import ConfigError
@@ -51,10 +51,7 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
         ConfigError: every problem on its own line, in the order of the file: place, key, what was expected, what was
             found.
     """
-    try:
-        path = local_path(path)
-    except ValueError as exc:
-        raise ConfigError(str(exc)) from None
+    path = argument_path(path)
     data, places = parse(_read_text(path), lambda line: Place(line, f"{path}:{line}"))
     if not isinstance(data, dict):
         text = f"should be a mapping with keys of {', '.join(model.model_fields)}, {_found(data)}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.paths import argument_path
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSample
 from kd_pipeline.data.dali import DecodeMode, GraphSettings
@@ -169,7 +170,7 @@ class KDDataLoader:
             hw_decoder_load=settings.hw_decoder_load,
             orientation=transform.orientation,
         )
-        self._record = None if run_dir is None else Path(run_dir) / "bad_samples.jsonl"
+        self._record = None if run_dir is None else argument_path(run_dir) / "bad_samples.jsonl"
         self._reader = self._new_reader()
         self._sync = open_stream_sync(self.device, ahead=settings.ahead)
         self._preparation = Preparation(source, transform.size, mix, teacher, self.device, self._sync)
@@ -237,7 +238,7 @@ class KDDataLoader:
         else:
             source = open_source(settings.source, classes=None if training is None else training.classes)
         if is_training and arguments["run_dir"] is not None and source.classes is not None:
-            save_classes(Path(arguments["run_dir"]) / "classes.json", source.classes)
+            save_classes(argument_path(arguments["run_dir"]) / "classes.json", source.classes)
         owned = None
         if isinstance(teacher, str):
             if is_training and config.teacher is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.finite import first_nonfinite
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.paths import argument_path
 from kd_pipeline.errors import ExportError, TeacherError
 from kd_pipeline.models.input_adapter import InputAdapter, InputAdapterLayer
 from kd_pipeline.models.modules import frozen_copy, named_outputs
@@ -55,7 +56,7 @@ def export_onnx(
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, extra="cpu")
-    path = Path(path)
+    path = argument_path(path)
     try:
         if (bad := first_nonfinite(module)) is not None:
             raise ExportError(

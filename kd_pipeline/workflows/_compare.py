@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from kd_pipeline._core.paths import argument_path
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, KDPipelineError
@@ -65,7 +66,7 @@ def compare_files(
 
         def open_one(path: str | os.PathLike[str]) -> OpenedModel:
             model = open_model_file(
-                Path(path),
+                argument_path(path),
                 size=transform.size,
                 device=loader.device,
                 dtype=getattr(torch, transform.dtype),

@@ -771,3 +771,16 @@ def test_config_with_unlabeled_half_precision(config, photo_folder):
     with KDDataLoader.from_config(config(train=train, without=("teacher",))) as loader:
         batch = next(iter(loader))
         assert batch.labels is None and batch.images.dtype == torch.float16
+
+
+def test_run_dir_is_read_like_a_setting(photo_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    next((tmp_path / "photos").rglob("*.jpg")).write_bytes(b"broken")
+    options = {"batch_size": 64, "device": "cpu", "on_bad_sample": "substitute"}
+    source = ImageFolder("~/photos")
+    with KDDataLoader(source, EVAL, run_dir="~/run", **options) as loader:
+        list(loader)
+    assert (tmp_path / "run" / "bad_samples.jsonl").is_file()
+    with pytest.raises(ConfigError, match=r"has the variable \$HOME"):
+        KDDataLoader(source, EVAL, run_dir="$HOME/run", **options)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.teachers.recorded.files import CHECKSUM, SAMPLE, RecordingManifest, decode, open_columns
@@ -43,7 +44,7 @@ class Recording:
         Raises:
             TeacherError: there is no recording, or it is damaged.
         """
-        self.path = Path(path)
+        self.path = argument_path(path)
         self.manifest = manifest = RecordingManifest.load(self.path)
         self.num_verified = num_verified
         self.precision = manifest.teacher.precision
