@@ -27,7 +27,7 @@ MODULES = [
         if not module.name.endswith("__main__")
     ),
 ]
-NEEDS_LIGHTNING = {"kd_pipeline.workflows._train"} | {
+NEEDS_LIGHTNING = {"kd_pipeline.workflows._train", "kd_pipeline.workflows.resume"} | {
     f"kd_pipeline.training.{name}"
     for name in ("checkpoint_callback", "early_stopping", "loggers", "metrics_csv", "module", "signals", "trainer")
 }

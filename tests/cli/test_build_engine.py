@@ -36,8 +36,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    ("name", "precision"), [("resnet18", "fp32"), ("resnet18", "fp16"), ("vit_tiny_patch16_224", "bf16")]
+)
 def test_timm_model_becomes_engine(workplace: Path, name: str, precision: str) -> None:
     engine, file = workplace / f"{name}.{precision}.engine", workplace / f"{name}.onnx"
     model = ("--onnx", file) if file.exists() else ("--timm", name)
