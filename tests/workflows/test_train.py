@@ -140,7 +140,7 @@ def test_killed_run_resumes_exactly(finished: Path, work: Path) -> None:
     process.communicate()
     num_kills = 0
     for _ in range(30):
-        if num_kills == 10:
+        if num_kills == 6:
             break
         process = start(work)
         time.sleep(numbers.uniform(0.8, 1.2) * first_save_s)
