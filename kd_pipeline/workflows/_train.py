@@ -13,7 +13,7 @@ from torch import nn
 
 from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.sources import Source, open_source
+from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
 from kd_pipeline.evaluation.probe import probe_teacher
@@ -34,7 +34,7 @@ from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun
-from kd_pipeline.workflows.stage import Stage, check_config, network_of, stage_dir
+from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_of, stage_dir
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, with_trained_weights
 
 __all__ = ["Stage", "TrainResult", "train"]
@@ -179,7 +179,7 @@ class _StageRun(ExitStack):
             "teacher": None if teacher is None else teacher.fingerprint,
             "classes": None if source.classes is None else list(source.classes),
             "data": source.fingerprint,
-            "num_classes": _num_classes(source, teacher),
+            "num_classes": num_classes_of(source, teacher),
             "validation": {name: self._val_loader(name).source.fingerprint for name in splits},
         }
 
@@ -269,7 +269,7 @@ class _StageRun(ExitStack):
     def _open_student(self, loader: KDDataLoader) -> nn.Module:
         network = self._network
         takes_classes = network.num_classes is None and network.factory is None
-        num_classes = _num_classes(loader.source, loader.teacher) if takes_classes else None
+        num_classes = num_classes_of(loader.source, loader.teacher) if takes_classes else None
         student = open_model(network, plugins=self._plugins, num_classes=num_classes)
         if num_classes is not None:
             self._network = network.model_copy(update={"num_classes": num_classes})
@@ -309,7 +309,7 @@ class _StageRun(ExitStack):
             student=student,
             teacher_outputs=None if teacher is None else teacher.outputs,
             image_shape=(3, size, size),
-            num_classes=_num_classes(loader.source, loader.teacher),
+            num_classes=num_classes_of(loader.source, loader.teacher),
             labels_are_soft=loader.mix is not None,
             plugins=self._plugins,
         )
@@ -370,13 +370,3 @@ def _stream(loader: KDDataLoader) -> dict[str, Any]:
 def _metrics_line(found: Evaluation) -> str:
     metrics = {"top-1": found.top1, "top-5": found.top5, "F1": found.macro_f1, "agreement": found.agreement}
     return ", ".join(f"{name} {value:.1%}" for name, value in metrics.items() if value is not None)
-
-
-def _num_classes(source: Source, teacher: Teacher | Recording | None) -> int:
-    """From the data, or from the teacher if the images have no labels."""
-    num_classes = source.num_classes
-    if num_classes is None and teacher is not None:
-        num_classes = teacher.outputs["logits"].shape[1]
-    if num_classes is None:
-        raise ConfigError("neither the data nor the teacher has a number of classes; set the classes of the source")
-    return num_classes

@@ -24,7 +24,7 @@ from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.workflows.check_images import SKIP_UNREADABLE
 from kd_pipeline.workflows.findings import Findings
-from kd_pipeline.workflows.stage import Stage, check_config, network_of
+from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_of
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, starts_without_teacher
 
 __all__ = ["TeacherReport", "check_models"]
@@ -163,13 +163,9 @@ def _check_student(
     if (engine := config.train.export.engine) is not None:
         open_tensorrt(engine.runtime)
     settings = network_of(config, stage)
-    num_classes = None if training is None else training.num_classes
-    if num_classes is None and teacher is not None:
-        num_classes = teacher.outputs["logits"].shape[1]
-    if num_classes is None:
-        if training is None:
-            return  # which is the error to correct first
-        raise ConfigError("neither the data nor the teacher has a number of classes; set the classes of the source")
+    if training is None and teacher is None:
+        return  # which is the error to correct first
+    num_classes = num_classes_of(training, teacher)
     settings = settings.model_copy(update={"pretrained": False})  # no download
     takes_classes = settings.num_classes is None and settings.factory is None
     student = open_model(settings, plugins=plugins, num_classes=num_classes if takes_classes else None)

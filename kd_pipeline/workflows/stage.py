@@ -7,12 +7,15 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.ranks import world_size
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.config import Config
+from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.registry import ModelSettings
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows.teacher import check_no_input_adapter
 
-__all__ = ["Stage", "check_config", "network_of", "stage_dir"]
+__all__ = ["Stage", "check_config", "network_of", "num_classes_of", "stage_dir"]
 
 Stage = Literal["teacher", "baseline", "distill"]
 
@@ -39,6 +42,20 @@ def check_config(config: Config, stage: Stage) -> None:
     network_of(config, stage)
     _check_sync_batchnorm(config)
     _check_metric_names(config, stage)
+
+
+def num_classes_of(source: Source | None, teacher: Teacher | Recording | None) -> int:
+    """From the data, or from the teacher if the images have no labels.
+
+    Raises:
+        ConfigError: neither has a number of classes.
+    """
+    num_classes = None if source is None else source.num_classes
+    if num_classes is None and teacher is not None:
+        num_classes = teacher.outputs["logits"].shape[1]
+    if num_classes is None:
+        raise ConfigError("neither the data nor the teacher has a number of classes; set the classes of the source")
+    return num_classes
 
 
 def network_of(config: Config, stage: Stage) -> ModelSettings:
