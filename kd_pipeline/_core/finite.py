@@ -1,11 +1,11 @@
-"""Whether the weights of a network are numbers."""
+"""Whether the weights of a network, or its logits, are numbers."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["first_nonfinite"]
+__all__ = ["first_nonfinite", "has_softmax"]
 
 _STATISTICS = ("running_mean", "running_var")
 """Buffers of normalization layers."""
@@ -24,6 +24,11 @@ def first_nonfinite(network: nn.Module, *, parameters_only: bool = False) -> str
     # All at once: on a GPU the host waits a single time.
     is_bad = torch.stack([bad.to(checked[0][1].device) for _, bad in checked]).tolist()
     return next((name for (name, _), bad in zip(checked, is_bad, strict=True) if bad), None)
+
+
+def has_softmax(logits_NK: Tensor) -> Tensor:
+    """`[N]`, False for rows with NaN, inf, or nothing but -inf. A class of -inf among others has the probability 0."""
+    return logits_NK.logsumexp(dim=1).isfinite()
 
 
 def _checked(network: nn.Module, parameters_only: bool) -> Iterator[tuple[str, Tensor]]:

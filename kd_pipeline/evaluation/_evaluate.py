@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
@@ -224,7 +225,7 @@ class _Tally:
 
     def add(self, batch: KDBatch, logits_NK: Tensor, teacher_NK: Tensor | None, *, keep_rows: bool) -> None:
         """Add one batch, without waiting for the device."""
-        is_bad_N = ~_has_softmax(logits_NK)
+        is_bad_N = ~has_softmax(logits_NK)
         predicted_N = logits_NK.argmax(dim=1).masked_fill(is_bad_N, logits_NK.shape[1])
         self._count("samples", batch.valid, batch.valid)
         self._count("bad_rows", is_bad_N, batch.valid)
@@ -270,7 +271,7 @@ class _Tally:
                 f"the model returns logits {list(logits_NK.shape)}, the teacher {list(teacher_NK.shape)}; "
                 "compare models of the same classes"
             )
-        is_bad_N = ~_has_softmax(teacher_NK)
+        is_bad_N = ~has_softmax(teacher_NK)
         self._count("bad_teacher_rows", is_bad_N, valid_N)
         self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & ~is_bad_N, valid_N)
         log_model_NK = (logits_NK / TEMPERATURE).log_softmax(dim=1)
@@ -284,11 +285,6 @@ class _Tally:
 
     def _sum(self, name: str, values_N: Tensor, valid_N: Tensor) -> None:
         self.sums[name].add_((values_N.double() / _QUANTUM).round().masked_fill(~valid_N, 0).sum())
-
-
-def _has_softmax(logits_NK: Tensor) -> Tensor:
-    """`[N]`, False for rows with NaN, inf, or nothing but -inf. A class of -inf among others has the probability 0."""
-    return logits_NK.logsumexp(dim=1).isfinite()
 
 
 def _result(tally: _Tally, classes: tuple[str, ...] | None, metrics: Sequence[MetricSettings | Metric]) -> Evaluation:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
@@ -200,7 +201,7 @@ def _judge(
     is_augmented: bool = False,
 ) -> ProbeReport:
     num_samples, num_classes = logits_NK.shape
-    finite_N = logits_NK.logsumexp(dim=1).isfinite()  # a class of -inf among others has the probability 0
+    finite_N = has_softmax(logits_NK)
     # The top class of a row with NaN is arbitrary: no class, and never right.
     predicted_N = logits_NK.argmax(dim=1).masked_fill(~finite_N, -1)
     predicted_K = predicted_N[finite_N].bincount(minlength=num_classes)
