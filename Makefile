@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+SLOW_WORKERS ?= 3  # the slow tests often wait for processes
+PYTEST := $(BIN)/python -m pytest --dist loadfile --numprocesses
 METADATA := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: demo test test-slow test-all gpu format clean
@@ -16,10 +17,10 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(PYTEST) -m 'not slow' $(ARGS)
+	$(PYTEST) $(WORKERS) -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/installed-test
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) $(SLOW_WORKERS) -m slow $(ARGS)
 
 test-all: test test-slow
 

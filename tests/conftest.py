@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch.onnx._internal.exporter import _registration
 
 from kd_pipeline.onnx.export import export_onnx
 from tests import runs
@@ -51,6 +52,15 @@ def pytest_report_header() -> str:
     if not found:
         return "warnings are errors: all packages match constraints.txt"
     return f"warnings are not errors: {len(found)} packages differ from constraints.txt ({'; '.join(found[:5])})"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torchlib_is_parsed_once() -> Iterator[None]:
+    """Every ONNX export parses torch's library of operators again, a third of a small training run."""
+    owner = _registration.onnxscript_apis
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, "get_torchlib_ops", cache(owner.get_torchlib_ops))
+        yield
 
 
 NUM_PHOTOS = 37

@@ -2,8 +2,11 @@
 
 import argparse
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from importlib import import_module
 
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.version import __version__
@@ -19,16 +22,31 @@ _IMPORTS_TAKE_SECONDS = ("bench", "build-engine", "check", "demo", "eval", "reco
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `kd-pipeline` with `arguments` and return the exit status: 0, 1 for an error, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    _announce(arguments)
+    if arguments and arguments[0] in _IMPORTS_TAKE_SECONDS and not {"-h", "--help"} & {*arguments}:
+        _announce(arguments)
+        _import_torch()
     parsed = _parser().parse_args(arguments)
     return run_command(parsed.run, parsed, prog="kd-pipeline")
 
 
 def _announce(arguments: Sequence[str]) -> None:
     """Show at once, on one rank, that a command has started: torch and Lightning take seconds to import."""
-    is_slow = bool(arguments) and arguments[0] in _IMPORTS_TAKE_SECONDS and not {"-h", "--help"} & {*arguments}
-    if is_slow and is_rank_zero():
+    if is_rank_zero():
         print(f"kd-pipeline {__version__}: {shlex.join(arguments)}", file=sys.stderr, flush=True)
+
+
+def _import_torch() -> None:
+    """Import torch while Ctrl-C ends the process at once.
+
+    Python's own handler would raise in whatever torch's import runs: a traceback, an abort of C++ code, or nothing.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            import_module("torch")
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _parser() -> argparse.ArgumentParser:

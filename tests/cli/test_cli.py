@@ -1,7 +1,9 @@
 """The command line: one message per error, no traceback without --debug, and the exit statuses."""
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,24 @@ def test_help_lists_commands() -> None:
     assert result.returncode == 0
     for command in ("demo", "check", "train", "record", "eval", "predict", "build-engine", "bench", "doctor"):
         assert command in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait_s", [0.1, 0.5, 1.0])
+def test_interrupted_imports_end_without_a_word(wait_s: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kd_pipeline", "check"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None and process.stderr.readline().startswith("kd-pipeline")
+    time.sleep(wait_s)  # torch takes longer than that
+    process.send_signal(signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert (output, error) == ("", "")
+    assert process.returncode == -signal.SIGINT  # 130 in a shell
 
 
 def test_help_is_light() -> None:

@@ -169,10 +169,9 @@ def test_best_within_epoch(digits: Path, script: list[float]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("crash_at", range(4))
 @pytest.mark.parametrize("save_every_steps", [2, None])
 def test_resume_after_crash_in_validation(
-    digits: Path, script: list[float], crash_at: int, save_every_steps: int | None, tmp_path: Path
+    digits: Path, script: list[float], save_every_steps: int | None, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
         "train__metrics": [SCRIPTED, {"name": CUSTOM}],
@@ -183,16 +182,20 @@ def test_resume_after_crash_in_validation(
     values = [0.5, 0.2, 0.4, 0.1]
     script[:] = values
     undisturbed = run(digits, str(tmp_path / "undisturbed"), **options)
-    CALLS.clear()
-    script[:] = [*values[:crash_at], -1.0]
-    with pytest.raises(Crash):
-        run(digits, str(tmp_path / "crashed"), **options)
     # Validations before the last checkpoint are not repeated.
-    num_known = {2: [0, 1, 2, 3], None: [0, 0, 2, 2]}[save_every_steps][crash_at]
-    CALLS.clear()
-    script[:] = values[num_known:]
-    resumed = run(digits, str(tmp_path / "crashed"), **options)
-    assert len(CALLS) == len(values) - num_known + 1  # and one at the end
+    for crash_at, num_known in enumerate({2: [0, 1, 2, 3], None: [0, 0, 2, 2]}[save_every_steps]):
+        folder = str(tmp_path / f"crashed{crash_at}")
+        CALLS.clear()
+        script[:] = [*values[:crash_at], -1.0]
+        with pytest.raises(Crash):
+            run(digits, folder, **options)
+        CALLS.clear()
+        script[:] = values[num_known:]
+        assert_same_run(run(digits, folder, **options), undisturbed)
+        assert len(CALLS) == len(values) - num_known + 1  # and one at the end
+
+
+def assert_same_run(resumed: Path, undisturbed: Path) -> None:
     assert distance(weights(resumed), weights(undisturbed)) == 0
     for metric in ("val/scripted", "val/largest", "val/loss"):
         assert validated(resumed, metric) == validated(undisturbed, metric)
