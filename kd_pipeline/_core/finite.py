@@ -28,7 +28,7 @@ def first_nonfinite(network: nn.Module, *, parameters_only: bool = False) -> str
 
 def has_softmax(logits_NK: Tensor) -> Tensor:
     """`[N]`, False for rows with NaN, inf, or nothing but -inf. A class of -inf among others has the probability 0."""
-    return logits_NK.logsumexp(dim=1).isfinite()
+    return logits_NK.logsumexp(dim=1).isfinite()  # the logarithm of the softmax's divisor
 
 
 def _checked(network: nn.Module, parameters_only: bool) -> Iterator[tuple[str, Tensor]]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from kd_pipeline._core.finite import has_softmax
 from kd_pipeline.losses._inputs import (
     check_label_smoothing,
     expected,
@@ -60,9 +61,7 @@ def hard_label(
     with no_autocast(student_logits_NK):
         student_NK, teacher_NK, valid_N = prepare_logits(student_logits_NK, teacher_logits_NK, valid)
         loss_N = _cross_entropy(student_NK, teacher_NK.argmax(dim=1), label_smoothing)
-        # The logarithm of the softmax's divisor is finite unless the softmax is NaN.
-        is_defined_N = teacher_NK.logsumexp(dim=1).isfinite()
-        return masked_mean(loss_N.masked_fill(~is_defined_N, math.nan), valid_N)
+        return masked_mean(loss_N.masked_fill(~has_softmax(teacher_NK), math.nan), valid_N)
 
 
 def _cross_entropy(student_NK: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

@@ -4,8 +4,8 @@ import io
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -75,52 +75,30 @@ def read_all(folder: Path, rank: int) -> dict[str, Any]:
     return found
 
 
-@contextmanager
-def final_states() -> Iterator[list[dict[str, Any]]]:
-    """Collects the state of this rank's module at the end of its training."""
+def final_state(folder: Path, name: str, split: str, **changes: Any) -> dict[str, Any]:
+    """Of this rank's module, at the end of a run on all images of `split`."""
     states: list[dict[str, Any]] = []
+    changes["data__train"] = tiny_run.split(folder, split, tiny_run.TRAIN) | {"last_batch": "keep"}
     DistillModule.on_train_end = lambda self: states.append({k: v.clone() for k, v in self.state_dict().items()})
-    yield states
+    tiny_run.run(folder, name, **changes)
     del DistillModule.on_train_end
+    return states[0]
 
 
 def train_small(folder: Path, rank: int) -> dict[str, Any]:
     """The state after one epoch of 19 images with BatchNorm."""
-    with final_states() as states:
-        tiny_run.run(
-            folder,
-            "small",
-            data__train=tiny_run.split(folder, "odd19", tiny_run.TRAIN) | {"last_batch": "keep"},
-            data__batch_size=4,
-            student={"factory": "tests.training.networks:with_batchnorm"},
-            train__epochs=1,
-        )
-    return states[0]
+    student = {"factory": "tests.training.networks:with_batchnorm"}
+    return final_state(folder, "small", "odd19", data__batch_size=4, student=student, train__epochs=1)
 
 
 def train_halves(folder: Path, rank: int) -> dict[str, Any]:
     """The state after two epochs of 67 images by 32; of the last 3, one rank gets 2 and the other 1."""
-    with final_states() as states:
-        tiny_run.run(
-            folder,
-            "halves",
-            data__train=tiny_run.split(folder, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
-            data__batch_size=32,
-        )
-    return states[0]
+    return final_state(folder, "halves", "odd67", data__batch_size=32)
 
 
 def train_accumulated(folder: Path, rank: int) -> dict[str, Any]:
     """As `train_halves`, each batch of 32 in two."""
-    with final_states() as states:
-        tiny_run.run(
-            folder,
-            "quarters",
-            data__train=tiny_run.split(folder, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
-            data__batch_size=16,
-            train__accumulate=2,
-        )
-    return states[0]
+    return final_state(folder, "quarters", "odd67", data__batch_size=16, train__accumulate=2)
 
 
 def spoil_rank_one(folder: Path, rank: int) -> dict[str, Any]:
