@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TextIO
+from pathlib import Path
+from typing import IO, TextIO
 
-__all__ = ["ChildResult", "kill_session", "open_report", "run_child"]
+__all__ = ["ChildResult", "kill_session", "open_report", "run_child", "start_python"]
 
 _GRACE_S = 5.0
 """How long to wait for a killed child; one that is stuck in a driver call never exits."""
@@ -28,19 +29,9 @@ class ChildResult:
 
 
 def run_child(function: str, *arguments: str, timeout_s: float) -> ChildResult:
-    """Call `function`, written `package.module:name`, with string arguments in a new process, and wait for it.
-
-    The child has the import path of this process; its working directory is not on it.
-    """
-    module, _, name = function.partition(":")
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", f"import sys; from {module} import {name}; {name}(*sys.argv[1:])", *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches the parent only, which kills the child's session
-    )
+    """Call `function` in a new process as `start_python` does, and wait for it."""
+    # Ctrl-C reaches the parent only, which kills the child's session.
+    child = start_python(function, *arguments, stderr=subprocess.PIPE, start_new_session=True)
     try:
         output, log = child.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -58,6 +49,26 @@ def run_child(function: str, *arguments: str, timeout_s: float) -> ChildResult:
     return ChildResult(output.decode(errors="replace").splitlines(), failure, log.decode(errors="replace"))
 
 
+def start_python(
+    function: str, *arguments: str, stderr: int | IO[bytes], start_new_session: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start a process that calls `function`, written `package.module:name`, and exits with what it returns.
+
+    It imports from the same places as this process, except the working directory: a `json.py` there, which may have
+    come with a downloaded model, is not what a child means by `import json`. Its stdin is empty and its stdout a pipe.
+    """
+    module, _, name = function.partition(":")
+    call = f"import sys; from {module} import {name}; sys.exit({name}(*sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", call, *arguments],  # -P: without it, -c puts the working directory first
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        start_new_session=start_new_session,
+    )
+
+
 def open_report() -> TextIO:
     """In the child: the stream that the parent reads. Ordinary prints go to the log instead."""
     report = os.fdopen(os.dup(1), "w", buffering=1)
@@ -71,6 +82,14 @@ def kill_session(child: subprocess.Popen[bytes]) -> None:
         os.killpg(child.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):
         child.wait(_GRACE_S)
+
+
+def _import_path() -> list[str]:
+    """`sys.path` without the working directory, unless this package is there."""
+    here = Path.cwd()
+    if here == Path(__file__).parents[2]:
+        return [each for each in sys.path if each]
+    return [each for each in sys.path if each and Path(each).resolve() != here]
 
 
 def _describe_exit(status: int) -> str:

@@ -1,19 +1,25 @@
-"""The user's cache folder."""
+"""The user's cache folder, which holds programs and what programs are made from, and is therefore this user's alone."""
 
 import os
 from pathlib import Path
+
+from kd_pipeline._core.files import check_trusted_folder
 
 __all__ = ["user_cache"]
 
 
 def user_cache(kind: str) -> Path:
-    """The folder `kd_pipeline/<kind>` in `$XDG_CACHE_HOME` or `~/.cache`, created with access for this user only.
+    """The folder `kd_pipeline/<kind>` in `$XDG_CACHE_HOME` or `~/.cache`; every folder it creates is this user's alone.
 
     Raises:
         RuntimeError: the user has no home folder.
+        UntrustedFileError: another user could write to it or to a folder above it.
         OSError: the folder cannot be created.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base.absolute() / "kd_pipeline" / kind
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for level in reversed((folder, *folder.parents)):
+        if not level.is_dir():  # parents=True would give the mode to the last one only
+            level.mkdir(mode=0o700, exist_ok=True)
+    check_trusted_folder(folder)
     return folder
