@@ -327,7 +327,7 @@ def _open_tensorrt(settings: TeacherSettings, inputs: _Inputs) -> Teacher:
         device=inputs.device,
         runtime=settings.runtime,
         cuda_graph=settings.cuda_graph,
-        trust_engine=settings.trust_engine,
+        trust_engines=() if settings.trust_engine is None else (settings.trust_engine,),
     )
     if settings.precision not in (None, teacher.precision):
         teacher.close()

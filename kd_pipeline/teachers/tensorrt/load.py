@@ -1,7 +1,7 @@
 """Open an engine as a teacher, if it is trusted, runs on this machine, and agrees with the float32 file."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ def open_engine(
     device: torch.device,
     runtime: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto",
     cuda_graph: bool = False,
-    trust_engine: str | None = None,
+    trust_engines: Collection[str] = (),
 ) -> TensorRTTeacher:
     """Open the engine at `path` as a teacher on `device`.
 
@@ -35,7 +35,7 @@ def open_engine(
         EngineError: the engine is not trusted, was built for something else, or fails the parity check; the message
             has the command that builds it again.
     """
-    engine = read_engine(path, trust_engine=trust_engine)
+    engine = read_engine(path, trust_engines=trust_engines)
     manifest = engine.manifest
     if manifest is None:
         _logger.warning("%s has no manifest: its outputs were never compared with the float32 model's", path)
@@ -60,7 +60,7 @@ def record_engine_parity(path: Path, device: torch.device, report: Callable[[str
     """
     engine = read_engine(path)
     manifest = engine.manifest
-    assert manifest is not None  # only an engine opened with trust_engine may have none
+    assert manifest is not None  # only an engine opened with trust_engines may have none
     if problems := incompatibilities(manifest, device):
         report(f"the engine is not for {torch.cuda.get_device_name(device)}: {'; '.join(problems)}")
         return

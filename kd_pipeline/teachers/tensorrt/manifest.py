@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -205,14 +205,14 @@ def changed_fields(manifest: EngineManifest, wanted: Mapping[str, Any]) -> list[
     ]
 
 
-def read_engine(path: Path, *, trust_engine: str | None = None) -> EngineFile:
+def read_engine(path: Path, *, trust_engines: Collection[str] = ()) -> EngineFile:
     """Read an engine that this user built and that is unchanged since, or one that the user trusts by its digest.
 
     Engines are programs: whoever can change one runs code on this machine. TensorRT is not called here.
 
     Args:
         path: the engine, with its manifest beside it.
-        trust_engine: sha256 of an engine to load no matter who wrote it, with or without a manifest.
+        trust_engines: sha256 of engines to load no matter who wrote them, with or without a manifest.
 
     Raises:
         EngineError: the file or its manifest is missing, they do not match, or others could have changed them.
@@ -222,9 +222,7 @@ def read_engine(path: Path, *, trust_engine: str | None = None) -> EngineFile:
     except OSError as exc:
         raise EngineError(f"{path} cannot be read: {exc.strerror}; build it with kd-pipeline build-engine") from None
     digest = hashlib.sha256(content).hexdigest()
-    if trust_engine is not None:
-        if trust_engine.lower() != digest:
-            raise EngineError(f"{path} has the sha256 {digest}, and trust_engine is {trust_engine}; it is not loaded")
+    if digest in map(str.lower, trust_engines):
         return EngineFile(path, content, read_manifest(path) if manifest_path(path).exists() else None)
     manifest = read_manifest(path)
     if manifest.engine_sha256 != digest:

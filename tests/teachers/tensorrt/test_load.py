@@ -169,7 +169,7 @@ def test_trusted_engine_needs_no_manifest(
     manifest_path(engine).unlink()
     seen: list[EngineFile] = []
     monkeypatch.setattr(load, "TensorRTTeacher", lambda file, **more: seen.append(file))
-    open_engine(engine, device=GPU, trust_engine=digest)
+    open_engine(engine, device=GPU, trust_engines=[digest])
     assert seen[0].manifest is None and seen[0].content == engine.read_bytes()
     assert "has no manifest: its outputs were never compared" in caplog.text
 
