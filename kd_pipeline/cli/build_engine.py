@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import add_options, checked, given, path_option, print_progress
 from kd_pipeline.errors import ConfigError
 
@@ -96,17 +97,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.teachers.tensorrt.build import build_engine
     from kd_pipeline.teachers.tensorrt.manifest import read_manifest
+    from kd_pipeline.teachers.tensorrt.output import check_paths
     from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 
     # Check every option before the export, which can take minutes.
     settings, calibration_set = _settings(parsed), _calibration_set(parsed)
+    engine = parsed.save_engine or settings.onnx.parent / f"{settings.onnx.stem}.{settings.precision}.engine"
     if parsed.onnx is None:
         open_tensorrt(settings.runtime)
+        check_paths(engine.absolute(), settings.timing_cache)
         _export(parsed, settings)
-    engine = parsed.save_engine or settings.onnx.parent / f"{settings.onnx.stem}.{settings.precision}.engine"
     built = build_engine(settings, save_engine=engine, calibration_set=calibration_set, report=print_progress)
     for name, value in _table(built, read_manifest(built)):
-        print(f"{name:<11}{value}")
+        print(f"{name:<11}{printable(value)}")
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from kd_pipeline._core.atomic_write import locked
+from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline.data.sources.labels import class_names
 from kd_pipeline.errors import EngineError
 from kd_pipeline.onnx.edit import edit_onnx
@@ -21,7 +21,6 @@ from kd_pipeline.onnx.half_precision import CONVERTER_VERSION, convert_precision
 from kd_pipeline.onnx.quantize import quantize_onnx
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.tensorrt.builder_process import BuilderJob, run_builder
-from kd_pipeline.teachers.tensorrt.cache import build_folder, cache_folder
 from kd_pipeline.teachers.tensorrt.load import capability_of, record_engine_parity
 from kd_pipeline.teachers.tensorrt.manifest import (
     EngineManifest,
@@ -30,8 +29,15 @@ from kd_pipeline.teachers.tensorrt.manifest import (
     TensorIO,
     changed_fields,
     manifest_path,
-    read_engine,
+    read_own_engine,
     write_manifest,
+)
+from kd_pipeline.teachers.tensorrt.output import (
+    build_folder,
+    cache_folder,
+    check_paths,
+    engine_errors,
+    lock_engine,
 )
 from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
 from kd_pipeline.teachers.tensorrt.parity import (
@@ -47,7 +53,6 @@ from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["build_engine"]
 
-_SUFFIXES = (".engine", ".plan", ".trt")
 _MAX_ONNX_BATCH = 64
 """Largest batch in which the converted file is checked, as that runs on a CPU; the engine is checked in all of them."""
 _BUILDER_OPTIONS = {"workspace", "builder_optimization_level", "version_compatible", "hardware_compatible"}
@@ -74,28 +79,23 @@ def build_engine(
         report: called with each line of progress.
 
     Raises:
-        EngineError: the file makes no engine, its outputs are too far off, TensorRT cannot build it, or a file cannot
-            be read or written.
+        EngineError: the file makes no engine, its outputs are too far off, TensorRT cannot build it, a file cannot be
+            read or written, or somebody else could replace the engine.
         TeacherError: the file is no teacher.
         MissingPackageError: TensorRT or a package for the conversion is not installed.
     """
-    try:
+    with engine_errors(save_engine):
         file, tensorrt = read_onnx(settings.onnx), open_tensorrt(settings.runtime)
         image_shape = _image_shape(settings, file)
         calibration_set = _checked(calibration_set, settings, image_shape)
         recipe = _recipe(settings, file, image_shape, calibration_set, tensorrt)
         name = f"{file.path.stem}-{settings.precision}-{recipe.key[:16]}.engine"
         engine = cache_folder() / name if save_engine is None else save_engine.absolute()
-        _check_paths(settings, engine)
-        with locked(engine, lambda: report(f"waiting for another process that builds {engine}")):
+        check_paths(engine, settings.timing_cache)
+        with lock_engine(engine, lambda: report(f"waiting for another process that builds {engine}")):
             if not _is_current(engine, recipe, report):
                 with build_folder(engine) as folder:
                     _Build(settings, file, recipe, calibration_set, tensorrt, report).run(folder, engine)
-    except OSError as error:
-        raise EngineError(
-            f"{error.filename or save_engine or 'the engine'} cannot be read or written: {error.strerror}; correct "
-            "that, or choose a different file with save_engine (--save-engine)"
-        ) from error
     return engine
 
 
@@ -129,7 +129,7 @@ class _Build:
             kept_float32=kept_float32,
             parity=parity,
             onnx=str(self.file.path),
-            command=self.settings.command(engine, calibrate=self.calibration_set().config),
+            arguments=self.settings.arguments(engine, calibrate=self.calibration_set().config),
             build_s=round(build_s, 3),
         )
         write_manifest(built, manifest)
@@ -192,7 +192,7 @@ class _Build:
                 reference, lambda images: teacher(images.to(dtype)), batch_sizes=batch_sizes, precision=precision
             )
         content = reference.to_bytes()
-        parity_path(built).write_bytes(content)
+        write_atomic(parity_path(built), content)
         return reference, Parity(
             measured_on="onnx",
             images=reference.source,
@@ -241,19 +241,6 @@ def _checked(
         return found
 
     return checked
-
-
-def _check_paths(settings: BuildSettings, engine: Path) -> None:
-    """Refuse names that could replace something other than an engine, and create missing folders."""
-    if engine.is_dir():
-        raise EngineError(f"the engine would go to {engine}, which is a folder; name a file in it")
-    if engine.suffix not in _SUFFIXES:
-        raise EngineError(f"the engine would go to {engine}; call it {engine.stem}.engine")
-    if settings.timing_cache is not None:
-        if settings.timing_cache.is_dir():
-            raise EngineError(f"timing_cache: {settings.timing_cache} is a folder; name a file in it")
-        settings.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-    engine.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _image_shape(settings: BuildSettings, file: OnnxFile) -> tuple[int, int, int]:
@@ -323,8 +310,8 @@ def _is_current(engine: Path, recipe: Recipe, report: Callable[[str], None]) -> 
     if not engine.exists():
         return False
     try:
-        manifest = read_engine(engine).manifest
-        assert manifest is not None  # only an engine opened with trust_engine may have none
+        manifest = read_own_engine(engine).manifest
+        assert manifest is not None  # only an engine that is trusted by its digest may have none
         load_reference(engine, manifest.parity)
     except EngineError as error:
         report(f"building again, because {error}")

@@ -9,22 +9,27 @@ import json
 import os
 import selectors
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.child_process import open_report, start_python
+from kd_pipeline._core.files import UntrustedFileError, open_own, read_trusted
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError, KDPipelineError
 from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
 
 __all__ = ["BuilderJob", "run_builder", "run_job"]
 
+_RUN_JOB = "kd_pipeline.teachers.tensorrt.builder_process:run_job"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _HEARTBEAT_S = 10.0
+_MAX_TIMINGS_BYTES = 256 << 20
+_SHOWN_BYTES = 2000
+"""Of the stderr of a subprocess that died."""
 
 
 class BuilderJob(Settings):
@@ -63,17 +68,8 @@ def run_builder(job: BuilderJob, folder: Path, report: Callable[[str], None]) ->
     """
     job_file, log = folder / "job.json", folder / "stderr.txt"
     job_file.write_text(job.model_dump_json(), encoding="utf-8")
-    call = (
-        "import sys; from kd_pipeline.teachers.tensorrt.builder_process import run_job; sys.exit(run_job(sys.argv[1]))"
-    )
     with log.open("wb") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-c", call, str(job_file)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        process = start_python(_RUN_JOB, str(job_file), stderr=stderr)
         assert process.stdout is not None
         try:
             error = _receive(process.stdout, report)
@@ -83,10 +79,10 @@ def run_builder(job: BuilderJob, folder: Path, report: Callable[[str], None]) ->
             process.wait()
             process.stdout.close()
     if error is not None:
-        raise EngineError(error)
+        raise EngineError(printable(error, keep="\n"))
     if status != 0:
         died = f"by signal {signal.Signals(-status).name}" if status < 0 else f"with status {status}"
-        last = log.read_text(encoding="utf-8", errors="replace").strip()[-2000:]
+        last = printable(_end_of(log).strip(), keep="\n")
         raise EngineError(
             f"the process of TensorRT's builder ended {died} and reported no error; the end of its stderr: {last}"
         )
@@ -96,38 +92,42 @@ def run_job(path: str) -> int:
     """In the subprocess: run the `BuilderJob` in the JSON file `path`, and return the exit status."""
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets a Ctrl-C too, and kills this process
-    try:
-        job = BuilderJob.model_validate_json(Path(path).read_bytes())
-        _build(job, lambda phase: _send(phase=phase))
-    except KDPipelineError as error:
-        _send(error=str(error))
-        return 1
-    except OSError as exc:
-        _send(error=f"{exc.filename or 'the engine'} cannot be read or written: {exc.strerror}")
-        return 1
+    with open_report() as stream:
+
+        def send(**message: str) -> None:
+            stream.write(f"{json.dumps(message)}\n")
+
+        try:
+            _build(BuilderJob.model_validate_json(Path(path).read_bytes()), send)
+        except KDPipelineError as error:
+            send(error=str(error))
+            return 1
+        except OSError as exc:
+            send(error=f"{exc.filename or 'the engine'} cannot be read or written: {exc.strerror}")
+            return 1
     return 0
 
 
-def _build(job: BuilderJob, on_phase: Callable[[str], None]) -> None:
+def _build(job: BuilderJob, send: Callable[..., None]) -> None:
     tensorrt = open_tensorrt(job.runtime)
     builder = tensorrt.check(tensorrt.module.Builder(tensorrt.logger), "TensorRT has no builder here")
     network = builder.create_network(1 << int(tensorrt.module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(tensorrt, network, job.onnx)
     config = builder.create_builder_config()
-    config.progress_monitor = _monitor(tensorrt, on_phase)
+    config.progress_monitor = _monitor(tensorrt, lambda phase: send(phase=phase))
     for sizes in job.batch_sizes:
         profile = builder.create_optimization_profile()
         profile.set_shape(job.input_name, *((size, *job.image_shape) for size in sizes))
         config.add_optimization_profile(profile)
     _configure(tensorrt, config, job)
-    cache = _load_timing_cache(config, job.timing_cache)
+    cache = _load_timing_cache(config, job.timing_cache, lambda line: send(line=line))
     plan = tensorrt.check(builder.build_serialized_network(network, config), f"TensorRT cannot build {job.onnx.name}")
-    with job.engine.open("wb") as stream:
+    with open_own(job.engine, "w+b") as stream:
         stream.write(plan)
         stream.flush()
         os.fsync(stream.fileno())
     if cache is not None and job.timing_cache is not None:
-        write_atomic(job.timing_cache, bytes(config.get_timing_cache().serialize()))
+        write_atomic(job.timing_cache, bytes(config.get_timing_cache().serialize()), permissions=0o600)
 
 
 def _parse(tensorrt: TensorRT, network: Any, onnx: Path) -> None:
@@ -166,10 +166,17 @@ def _configure(tensorrt: TensorRT, config: Any, job: BuilderJob) -> None:
             config.set_compute_capability(getattr(module.ComputeCapability, name), number)
 
 
-def _load_timing_cache(config: Any, path: Path | None) -> Any:
+def _load_timing_cache(config: Any, path: Path | None, report: Callable[[str], None]) -> Any:
     if path is None:
         return None
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    content = b""
+    try:
+        content = read_trusted(path, max_bytes=_MAX_TIMINGS_BYTES)
+    except FileNotFoundError:
+        pass
+    except UntrustedFileError as exc:
+        report(f"the timings in {path} are not used: {exc.strerror}")
+    cache = config.create_timing_cache(content)
     # TensorRT rejects a cache of a different GPU or version; the build then starts with an empty one.
     if cache is None or not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
@@ -198,11 +205,6 @@ def _monitor(tensorrt: TensorRT, on_phase: Callable[[str], None]) -> Any:
     return Monitor()
 
 
-def _send(**message: str) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
-
-
 def _receive(stdout: IO[bytes], report: Callable[[str], None]) -> str | None:
     """Report the phases until the subprocess closes its end, and return its error if it sent one."""
     started, phase, buffered, error = time.monotonic(), "starting", b"", None
@@ -217,10 +219,16 @@ def _receive(stdout: IO[bytes], report: Callable[[str], None]) -> str | None:
                 return error
             *lines, buffered = (buffered + chunk).split(b"\n")
             for line in lines:
-                if not line.startswith(b"{"):
-                    continue  # printed by a library below TensorRT
                 message = json.loads(line)
                 error = message.get("error", error)
+                if "line" in message:
+                    report(message["line"])
                 if "phase" in message:
-                    phase = message["phase"]
+                    phase = printable(message["phase"])
                     report(f"TensorRT: {phase}")
+
+
+def _end_of(log: Path) -> str:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _SHOWN_BYTES))
+        return file.read().decode(errors="replace")

@@ -1,14 +1,16 @@
 """Open an engine as a teacher, if it is trusted, runs on this machine, and agrees with the float32 file."""
 
 import logging
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, read_engine, write_manifest
+from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, read_engine, read_own_engine, write_manifest
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.teachers.tensorrt.parity import check_parity, load_reference
 from kd_pipeline.teachers.tensorrt.teacher import TensorRTTeacher
@@ -31,6 +33,13 @@ def open_engine(
     An engine that has not run on a GPU yet is first checked for parity: its outputs are compared with those of the
     float32 file, which are kept beside it, and the metrics are written to its manifest.
 
+    Args:
+        path: the engine.
+        device: a GPU.
+        runtime: which TensorRT to use; `auto` is the manifest's.
+        cuda_graph: as for `TensorRTTeacher`.
+        trust_engines: as for `read_engine`.
+
     Raises:
         EngineError: the engine is not trusted, was built for something else, or fails the parity check; the message
             has the command that builds it again.
@@ -38,10 +47,10 @@ def open_engine(
     engine = read_engine(path, trust_engines=trust_engines)
     manifest = engine.manifest
     if manifest is None:
-        _logger.warning("%s has no manifest: its outputs were never compared with the float32 model's", path)
         return TensorRTTeacher(engine, device=device, runtime=runtime, cuda_graph=cuda_graph)
     if problems := incompatibilities(manifest, device):
-        raise EngineError(f"{path} cannot run here: {'; '.join(problems)}. Build it again: {manifest.command}")
+        problem = printable(f"{path} cannot run here: {'; '.join(problems)}")
+        raise EngineError(f"{problem}. Build it again: {manifest.command}")
     teacher = TensorRTTeacher(engine, device=device, runtime=runtime, cuda_graph=cuda_graph)
     if manifest.parity.measured_on == "onnx":
         try:
@@ -58,11 +67,11 @@ def record_engine_parity(path: Path, device: torch.device, report: Callable[[str
     Raises:
         EngineError: it runs and fails the check.
     """
-    engine = read_engine(path)
+    engine = read_own_engine(path)
     manifest = engine.manifest
-    assert manifest is not None  # only an engine opened with trust_engines may have none
+    assert manifest is not None  # only an engine that is trusted by its digest may have none
     if problems := incompatibilities(manifest, device):
-        report(f"the engine is not for {torch.cuda.get_device_name(device)}: {'; '.join(problems)}")
+        report(printable(f"the engine is not for {torch.cuda.get_device_name(device)}: {'; '.join(problems)}"))
         return
     try:
         teacher = TensorRTTeacher(engine, device=device)
@@ -123,4 +132,4 @@ def _covers(built_for: str, capability: str) -> bool:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return tuple(int(part) for part in version.split(".") if re.fullmatch("[0-9]{1,9}", part))

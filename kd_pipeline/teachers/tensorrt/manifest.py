@@ -2,18 +2,23 @@
 
 import hashlib
 import json
+import logging
 import os
-import stat
+import re
+import reprlib
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.files import UntrustedFileError, open_regular, open_trusted, read_trusted
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.errors import EngineError
+from kd_pipeline._core.text import printable
+from kd_pipeline.errors import ConfigError, EngineError
 
 __all__ = [
     "EngineFile",
@@ -26,11 +31,22 @@ __all__ = [
     "changed_fields",
     "manifest_path",
     "read_engine",
+    "read_if_digest",
     "read_manifest",
+    "read_own_engine",
+    "unreadable",
     "write_manifest",
 ]
 
+_logger = logging.getLogger("kd_pipeline")
+
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+
+_MAX_MANIFEST_BYTES = 4 << 20
+_MAX_VALUES = 100_000
+"""In a manifest, most of which are class names. Each can be wrong, which takes kilobytes to say."""
+_MAX_ENGINE_BYTES = 16 << 30
+_PART_BYTES = 1 << 20
 
 
 class Profile(Settings):
@@ -68,7 +84,7 @@ class Parity(Settings):
     """`engine`: the engine itself on a GPU. `onnx`: the converted file in ONNX Runtime, at the engine's precision."""
     images: str
     """Where the images came from."""
-    num_images: int
+    num_images: int = Field(ge=1)
     batch_sizes: tuple[int, ...]
     cosine: float
     """Smallest cosine similarity between the two outputs for an image, over all images and outputs."""
@@ -134,12 +150,17 @@ class EngineManifest(Recipe):
     parity: Parity
     onnx: str
     """Path of the ONNX file at the time of the build."""
-    command: str
-    """The command that builds the engine again."""
+    arguments: tuple[str, ...]
+    """Those of `kd-pipeline build-engine` that build the engine again."""
     build_s: float
     """Seconds that TensorRT took."""
     seal: dict[str, str] = Field(default_factory=dict)
     """Digest of every other field, to find those that were changed by hand."""
+
+    @property
+    def command(self) -> str:
+        """The command that builds the engine again; never a different one, and safe to paste into a shell."""
+        return printable(shlex.join(("kd-pipeline", "build-engine", *self.arguments)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,29 +182,38 @@ def read_manifest(engine: Path) -> EngineManifest:
     """Read the manifest beside an engine.
 
     Raises:
-        EngineError: there is none, it is invalid, or a field was changed by hand; names the field.
+        EngineError: there is none, somebody else could have written it, it is invalid, or a field was changed by hand;
+            names the field.
     """
     path = manifest_path(engine)
     try:
-        content = json.loads(path.read_bytes())
-        manifest = EngineManifest.model_validate(content)
+        content = read_trusted(path, max_bytes=_MAX_MANIFEST_BYTES)
     except FileNotFoundError:
-        raise EngineError(
+        raise _error(
             f"{engine} has no manifest {path.name} beside it, so its origin is unknown; build it with kd-pipeline "
-            "build-engine, or trust it with trust_engine and its sha256"
+            "build-engine"
         ) from None
+    except OSError as exc:
+        raise unreadable(path, exc, advice="; delete it, and build the engine again") from None
+    if content.count(b",") > _MAX_VALUES:
+        raise _error(f"{path} holds more than {_MAX_VALUES} values; build the engine again")
+    try:
+        values = json.loads(content)
+        manifest = EngineManifest.model_validate(values)
+        seal = _seal(manifest)
     except ValidationError as exc:
         problem = exc.errors()[0]
-        field = ".".join(map(str, problem["loc"])) or "the whole file"
-        raise EngineError(f"{path}: {field}: {problem['msg']}, found {problem['input']!r}; build it again") from None
-    except (OSError, ValueError, RecursionError) as exc:
-        raise EngineError(f"{path} cannot be read: {exc}; build the engine again") from None
-    if manifest.seal.keys() != _seal(manifest).keys():
-        raise EngineError(f"{path}: the seal does not cover every field; build it again: {manifest.command}")
-    for name, digest in _seal(manifest).items():
-        if manifest.seal.get(name) != digest:
-            raise EngineError(
-                f"{path}: {name} was changed since the build: found {_short(content.get(name))}, and its seal is for "
+        field = _cut(".".join(map(str, problem["loc"]))) or "the whole file"
+        found = reprlib.repr(problem["input"])
+        raise _error(f"{path}: {field}: {problem['msg']}, found {found}; build the engine again") from None
+    except (ValueError, RecursionError) as exc:
+        raise _error(f"{path} cannot be read: {exc}; build the engine again") from None
+    if manifest.seal.keys() != seal.keys():
+        raise _error(f"{path}: the seal does not cover every field; build it again: {manifest.command}")
+    for name, digest in seal.items():
+        if manifest.seal[name] != digest:
+            raise _error(
+                f"{path}: {name} was changed since the build: found {_short(values.get(name))}, and its seal is for "
                 f"a different value; build it again: {manifest.command}"
             )
     return manifest
@@ -192,7 +222,12 @@ def read_manifest(engine: Path) -> EngineManifest:
 def write_manifest(engine: Path, manifest: EngineManifest) -> None:
     """Seal `manifest` and write it beside `engine`, in place of an old one at once."""
     sealed = manifest.model_copy(update={"seal": _seal(manifest)})
-    write_atomic(manifest_path(engine), sealed.model_dump_json(indent=2) + "\n")
+    content = f"{sealed.model_dump_json(indent=2)}\n".encode()
+    if len(content) > _MAX_MANIFEST_BYTES or content.count(b",") > _MAX_VALUES:
+        raise _error(
+            f"{manifest_path(engine)} would be too large, mostly for class names; build from an ONNX file without them"
+        )
+    write_atomic(manifest_path(engine), content)
 
 
 def changed_fields(manifest: EngineManifest, wanted: Mapping[str, Any]) -> list[str]:
@@ -212,38 +247,110 @@ def read_engine(path: Path, *, trust_engines: Collection[str] = ()) -> EngineFil
 
     Args:
         path: the engine, with its manifest beside it.
-        trust_engines: sha256 of engines to load no matter who wrote them, with or without a manifest.
+        trust_engines: sha256 digests of engines to load no matter who wrote them, with or without a manifest. They come
+            from what a user types, never from a file.
 
     Raises:
         EngineError: the file or its manifest is missing, they do not match, or others could have changed them.
+        ConfigError: one of `trust_engines` is no digest.
+    """
+    digests = {_checked_digest(each) for each in trust_engines}
+    mismatch = ""
+    if digests:
+        try:
+            with open_regular(path, max_bytes=_MAX_ENGINE_BYTES) as file:
+                digest, content = read_if_digest(file, digests)
+        except OSError as exc:
+            raise unreadable(path, exc) from None
+        if content is not None:
+            return EngineFile(path, content, _manifest_of(path, digest))
+        mismatch = f"; its sha256 is {digest}, which is none of those that you trust"
+    try:
+        return read_own_engine(path)
+    except EngineError as exc:
+        raise EngineError(f"{exc}{mismatch or _advice(path)}") from None
+
+
+def read_own_engine(path: Path) -> EngineFile:
+    """Read an engine as `read_engine` does, but none that is only trusted by its digest; it always has a manifest.
+
+    Raises:
+        EngineError: as `read_engine`.
     """
     try:
-        content = path.read_bytes()
+        with open_trusted(path, max_bytes=_MAX_ENGINE_BYTES) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            manifest = read_manifest(path)
+            content = file.read(num_bytes) if num_bytes == manifest.engine_bytes else b""
+    except FileNotFoundError as exc:
+        raise _error(f"{path} cannot be read: {exc.strerror}; build it with kd-pipeline build-engine") from None
     except OSError as exc:
-        raise EngineError(f"{path} cannot be read: {exc.strerror}; build it with kd-pipeline build-engine") from None
+        raise unreadable(path, exc) from None
     digest = hashlib.sha256(content).hexdigest()
-    if digest in map(str.lower, trust_engines):
-        return EngineFile(path, content, read_manifest(path) if manifest_path(path).exists() else None)
-    manifest = read_manifest(path)
-    if manifest.engine_sha256 != digest:
-        raise EngineError(
-            f"{path} was changed since the build: engine_sha256: found {digest}, wanted {manifest.engine_sha256}; "
-            f"build it again: {manifest.command}"
-        )
-    for file in (path, manifest_path(path), path.resolve().parent):
-        _refuse_foreign(file, digest)
-    return EngineFile(path, content, manifest)
+    if num_bytes != manifest.engine_bytes:
+        changed = f"engine_bytes: found {num_bytes}, wanted {manifest.engine_bytes}"
+    elif digest != manifest.engine_sha256:
+        changed = f"engine_sha256: found {digest}, wanted {manifest.engine_sha256}"
+    else:
+        return EngineFile(path, content, manifest)
+    raise _error(f"{path} was changed since the build: {changed}; build it again: {manifest.command}")
 
 
-def _refuse_foreign(path: Path, digest: str) -> None:
-    """Raise if `path` belongs to another user or others may write to it."""
-    status = path.stat()
-    advice = f"if you trust it anyway, set trust_engine to {digest}"
-    if status.st_uid not in (os.geteuid(), 0):
-        raise EngineError(f"{path} belongs to user {status.st_uid} and you are {os.geteuid()}; {advice}")
-    # In a folder with the sticky bit, such as /tmp, only the owner of a file can replace it.
-    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-        raise EngineError(f"{path} is writable by every user of this machine; chmod o-w it and build again; {advice}")
+def read_if_digest(file: BinaryIO, digests: Collection[str]) -> tuple[str, bytes | None]:
+    """The sha256 of an open file, and its content if that is one of `digests`; else no more than a part is held."""
+    num_bytes = left = os.fstat(file.fileno()).st_size  # somebody may add to it for good
+    digest = hashlib.sha256()
+    while left and (part := file.read(min(left, _PART_BYTES))):
+        digest.update(part)
+        left -= len(part)
+    if digest.hexdigest() not in digests:
+        return digest.hexdigest(), None
+    file.seek(0)
+    content = file.read(num_bytes)
+    found = hashlib.sha256(content).hexdigest()  # it may have changed in between
+    return found, content if found in digests else None
+
+
+def unreadable(path: Path, exc: OSError, *, advice: str = "") -> EngineError:
+    """The error for a file that cannot be opened, or is not trusted; `advice` is for the first only."""
+    if isinstance(exc, UntrustedFileError):
+        return _error(f"{path} is not trusted: {exc.strerror}")
+    return _error(f"{path} cannot be read: {exc.strerror}{advice}")
+
+
+def _manifest_of(engine: Path, digest: str) -> EngineManifest | None:
+    """The manifest of an engine that is trusted by its digest, if it is trusted itself and names that digest."""
+    try:
+        manifest = read_manifest(engine)
+        if manifest.engine_sha256 == digest:
+            return manifest
+        reason = printable(f"{manifest_path(engine)} is that of a different engine")
+    except EngineError as exc:
+        reason = str(exc)
+    _logger.warning(
+        "%s is opened without a manifest, and its outputs were never compared with the float32 model's: %s",
+        printable(engine),
+        reason,
+    )
+    return None
+
+
+def _advice(path: Path) -> str:
+    """How to open the engine all the same; empty if that would not work either."""
+    try:
+        open_regular(path, max_bytes=_MAX_ENGINE_BYTES).close()
+    except OSError:
+        return ""
+    return (
+        "; or, if whoever built it told you its sha256, trust that with --trust-engine DIGEST (in Python "
+        'trust_engines=["DIGEST"])'
+    )
+
+
+def _checked_digest(text: str) -> str:
+    if re.fullmatch("[0-9a-fA-F]{64}", text) is None:
+        raise ConfigError(f"trust_engines is a list of sha256 digests, of 64 hex digits each, and holds {text!r}")
+    return text.lower()
 
 
 def _seal(manifest: EngineManifest) -> dict[str, str]:
@@ -256,5 +363,13 @@ def _digest(value: object) -> str:
 
 
 def _short(value: object) -> str:
-    text = json.dumps(value)
+    return _cut(json.dumps(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _error(message: str) -> EngineError:
+    """An error of one line, whatever strangers wrote into the manifest."""
+    return EngineError(printable(message))

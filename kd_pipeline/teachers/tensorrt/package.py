@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any, Literal, TypeVar
 
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError, MissingPackageError
 
 __all__ = ["LOWEST_CAPABILITY", "Runtime", "TensorRT", "open_tensorrt", "why_unusable"]
@@ -129,10 +130,11 @@ def _make_logger(base: Any) -> Any:
             level = levels.get(severity)
             if level is None:  # VERBOSE: thousands of lines per build
                 return
-            _logger.log(level, "%s", msg)
+            text = printable(msg.strip(), keep="\n")  # it may name the nodes of a stranger's model
+            _logger.log(level, "%s", text)
             if level == logging.ERROR:
                 with self._lock:
-                    self._errors.append(msg.strip())
+                    self._errors.append(text)
 
         def take_errors(self) -> list[str]:
             with self._lock:

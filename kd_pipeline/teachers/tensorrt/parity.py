@@ -1,7 +1,7 @@
 """Parity of a converted teacher with its float32 ONNX file: how close their outputs are on the same images."""
 
-import hashlib
 import io
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_pipeline._core.files import open_trusted
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.tensorrt.manifest import Parity, Precision
+from kd_pipeline.teachers.tensorrt.manifest import Parity, Precision, read_if_digest, unreadable
 
 __all__ = [
     "CalibrationSet",
@@ -28,6 +30,8 @@ __all__ = [
 
 _NUM_IMAGES = 64
 """Smallest number of images for a check."""
+_MAX_BYTES = 4 << 30
+"""Of a file with a reference."""
 _TEMPERATURE = 4.0
 """Of the softmax in the KL divergence; a usual one in distillation."""
 _TIE = 0.05
@@ -117,19 +121,25 @@ def load_reference(engine: Path, parity: Parity) -> ParityReference:
     """Read the reference beside `engine`.
 
     Raises:
-        EngineError: it cannot be read, or its digest is not the one in `parity`.
+        EngineError: it cannot be read, somebody else could have written it, its digest is not the one in `parity`, or
+            it holds no reference.
     """
-    path = parity_path(engine)
+    path, advice = parity_path(engine), "; delete it, and build the engine again"
     try:
-        content = path.read_bytes()
+        with open_trusted(path, max_bytes=_MAX_BYTES) as file:
+            found, content = read_if_digest(file, [parity.tensors_sha256])
     except OSError as exc:
-        raise EngineError(f"{path} cannot be read: {exc.strerror}; build the engine again") from None
-    found = hashlib.sha256(content).hexdigest()
-    if found != parity.tensors_sha256:
-        raise EngineError(f"{path} has the sha256 {found}, wanted {parity.tensors_sha256}; build the engine again")
-    arrays = np.load(io.BytesIO(content), allow_pickle=False)
-    outputs = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "images"}
-    return ParityReference(torch.from_numpy(arrays["images"]).float(), outputs, parity.images)
+        raise unreadable(path, exc, advice=advice) from None
+    if content is None:
+        raise EngineError(
+            printable(f"{path} has the sha256 {found}, wanted {parity.tensors_sha256}; build the engine again")
+        )
+    try:
+        tensors = _read_tensors(content, parity.num_images)
+    except Exception as exc:  # zipfile and NumPy raise of many kinds
+        raise EngineError(printable(f"{path} holds no images and outputs: {exc!r}{advice}")) from None
+    images = tensors.pop("images")
+    return ParityReference(images, tensors, printable(parity.images))
 
 
 def check_parity(
@@ -183,6 +193,20 @@ def measure_parity(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
         "top1_agreement": _top1_agreement(logits_NK, wanted_NK),
         "kl": F.kl_div(log_found_NK, log_wanted_NK, reduction="batchmean", log_target=True).clamp(min=0).item(),
     }
+
+
+def _read_tensors(content: bytes, num_images: int) -> dict[str, Tensor]:
+    """The float32 tensors of an `.npz` file that `ParityReference.to_bytes` made; raises whatever is wrong with it."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        num_bytes = sum(member.file_size for member in archive.infolist())
+    if num_bytes > len(content):  # it would be compressed, and nothing is
+        raise ValueError(f"it would unpack to {num_bytes} bytes")
+    arrays = np.load(io.BytesIO(content), allow_pickle=False)
+    tensors = {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
+    if not {"images", "logits"} <= tensors.keys() or {len(tensor) for tensor in tensors.values()} != {num_images}:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"found {found}, wanted images and logits, {num_images} of each")
+    return tensors
 
 
 def _run(teacher: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor, batch_size: int) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
 """Load a trusted engine file with TensorRT, and check its inputs, outputs and profiles."""
 
 import logging
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_pipeline._core.atomic_write import atomic_file
+from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.files import check_trusted_folder, read_trusted
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError
 from kd_pipeline.teachers.tensorrt.manifest import EngineFile, Profile, TensorIO
 from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
@@ -15,6 +15,8 @@ from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
 __all__ = ["LoadedEngine", "load_engine"]
 
 _logger = logging.getLogger("kd_pipeline")
+
+_MAX_KERNELS_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ class _RtxConfig:
             self.config.cuda_graph_strategy = tensorrt.module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._path = path.with_name(f"{path.name}.rtxcache")
         self._cache = tensorrt.check(self.config.create_runtime_cache(), "TensorRT-RTX cannot make a runtime cache")
-        content = _read_private(self._path)
+        content = _read_kernels(self._path)
         if content is not None and not self._cache.deserialize(content):
             _logger.info("%s is from a different TensorRT, GPU or driver; its kernels are compiled again", self._path)
         tensorrt.check(self.config.set_runtime_cache(self._cache), "TensorRT-RTX refuses its runtime cache")
@@ -85,9 +87,8 @@ class _RtxConfig:
     def save(self) -> None:
         """Write the compiled kernels beside the engine; if that fails, they are compiled again next time."""
         try:
-            with atomic_file(self._path) as file:
-                os.fchmod(file.fileno(), 0o600)  # nobody else may write programs that are run here
-                file.write(self._cache.serialize())
+            check_trusted_folder(self._path.parent)  # else they would not be read
+            write_atomic(self._path, bytes(self._cache.serialize()), permissions=0o600)
         except (OSError, TypeError) as exc:
             _logger.warning("the kernels of TensorRT-RTX could not be saved in %s: %s", self._path, exc)
 
@@ -128,7 +129,8 @@ def _read_io(
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == tensorrt.module.TensorIOMode.INPUT]
     if len(inputs) != 1:
-        raise EngineError(f"{file.path} takes {len(inputs)} inputs ({', '.join(inputs)}); a teacher takes images alone")
+        found_names = printable(", ".join(inputs))
+        raise EngineError(f"{file.path} takes {len(inputs)} inputs ({found_names}); a teacher takes images alone")
     image = _tensor_io(tensorrt, engine, file, inputs[0])
     if len(image.shape) != 4 or image.shape[1] != 3:
         raise EngineError(f"{file.path}: the input is {image}; a teacher takes images [N, 3, H, W]")
@@ -170,7 +172,8 @@ def _named(file: EngineFile, outputs: list[TensorIO]) -> dict[str, TensorIO]:
     by_name = {output.name: output for output in outputs}
     if named.get("logits") not in by_name or sorted(named.values()) != sorted(by_name):
         wanted = ", ".join(named.values()) if file.manifest is not None else "one that is called logits among them"
-        raise EngineError(f"{file.path}: found the outputs {', '.join(by_name)}, wanted {wanted}; build it again")
+        found_names = ", ".join(by_name)
+        raise EngineError(printable(f"{file.path}: found the outputs {found_names}, wanted {wanted}; build it again"))
     found = {name: by_name[own] for name, own in named.items()}
     if len(found["logits"].shape) != 2:
         raise EngineError(f"{file.path}: the logits are {found['logits']}, wanted [N, K]")
@@ -182,20 +185,16 @@ def _shown(value: object) -> str:
         case TensorIO():
             return f"{value.name!r} {value}"
         case dict():
-            return ", ".join(f"{name}: {_shown(each)}" for name, each in value.items())
+            return ", ".join(f"{printable(name)}: {_shown(each)}" for name, each in value.items())
     return str(value)
 
 
-def _read_private(path: Path) -> bytes | None:
-    """Read a file that no other user can have written, as compiled kernels are programs; None if there is none."""
+def _read_kernels(path: Path) -> bytes | None:
+    """The kernels that were saved; None if there are none or somebody else could have written these programs."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-                return file.read()
-        _logger.warning("%s is not read: it belongs to another user, or others may write to it; delete it", path)
+        return read_trusted(path, max_bytes=_MAX_KERNELS_BYTES)
     except FileNotFoundError:
         pass
     except OSError as exc:
-        _logger.warning("%s is not read: %s", path, exc)
+        _logger.warning("the kernels in %s are not used, and are compiled again: %s", path, exc.strerror)
     return None

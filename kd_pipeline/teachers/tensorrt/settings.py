@@ -1,6 +1,5 @@
 """Settings of a TensorRT engine build, named as in trtexec where it has them."""
 
-import shlex
 from pathlib import Path
 from typing import Literal, Self
 
@@ -53,9 +52,9 @@ class BuildSettings(Settings):
             raise ValueError(f"half_io goes with fp16 and bf16, and the precision is {self.precision}")
         return self
 
-    def command(self, engine: Path, *, calibrate: Path | None) -> str:
-        """The command line that builds this engine again."""
-        words = ["kd-pipeline", "build-engine", "--save-engine", str(engine)]
+    def arguments(self, engine: Path, *, calibrate: Path | None) -> tuple[str, ...]:
+        """The arguments of `kd-pipeline build-engine` that build this engine again."""
+        words = ["--save-engine", str(engine)]
         words += [] if calibrate is None else ["--calibrate", str(calibrate.resolve())]
         for profile in self.profiles:
             words += ["--batch", str(profile.min), str(profile.opt), str(profile.max)]
@@ -76,4 +75,4 @@ class BuildSettings(Settings):
                     words += [option, *value]
                 case str() | int():
                     words += [option, str(value)]
-        return shlex.join(words)
+        return tuple(words)

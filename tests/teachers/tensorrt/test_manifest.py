@@ -59,7 +59,7 @@ MANIFEST = EngineManifest(
         tensors_sha256="b" * 64,
     ),
     onnx="/models/teacher.onnx",
-    command="kd-pipeline build-engine --onnx /models/teacher.onnx",
+    arguments=("--onnx", "/models/teacher.onnx"),
     build_s=1.5,
 )
 OTHER = {

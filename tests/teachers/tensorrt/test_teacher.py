@@ -47,7 +47,7 @@ MANIFEST = EngineManifest.model_construct(
     runtime="tensorrt",
     image=TensorIO(name="images", shape=(None, 3, 5, 5), dtype="float32"),
     outputs={"logits": TensorIO(name="logits", shape=(None, 3), dtype="float32")},
-    command="kd-pipeline build-engine teacher.onnx",
+    arguments=("--onnx", "teacher.onnx"),
 )
 """The fields of a manifest that the teacher reads."""
 
