@@ -34,7 +34,7 @@ __all__ = [
     "read_if_digest",
     "read_manifest",
     "read_own_engine",
-    "unreadable",
+    "why_unreadable",
     "write_manifest",
 ]
 
@@ -189,14 +189,14 @@ def read_manifest(engine: Path) -> EngineManifest:
     try:
         content = read_trusted(path, max_bytes=_MAX_MANIFEST_BYTES)
     except FileNotFoundError:
-        raise _error(
+        raise _UnprovenError(
             f"{engine} has no manifest {path.name} beside it, so its origin is unknown; build it with kd-pipeline "
             "build-engine"
         ) from None
     except OSError as exc:
-        raise unreadable(path, exc, advice="; delete it, and build the engine again") from None
+        raise _UnprovenError(why_unreadable(path, exc, "; delete it, and build the engine again")) from None
     if content.count(b",") > _MAX_VALUES:
-        raise _error(f"{path} holds more than {_MAX_VALUES} values; build the engine again")
+        raise _UnprovenError(f"{path} holds more than {_MAX_VALUES} values; build the engine again")
     try:
         values = json.loads(content)
         manifest = EngineManifest.model_validate(values)
@@ -205,9 +205,9 @@ def read_manifest(engine: Path) -> EngineManifest:
         problem = exc.errors()[0]
         field = _cut(".".join(map(str, problem["loc"]))) or "the whole file"
         found = reprlib.repr(problem["input"])
-        raise _error(f"{path}: {field}: {problem['msg']}, found {found}; build the engine again") from None
+        raise _UnprovenError(f"{path}: {field}: {problem['msg']}, found {found}; build the engine again") from None
     except (ValueError, RecursionError) as exc:
-        raise _error(f"{path} cannot be read: {exc}; build the engine again") from None
+        raise _UnprovenError(f"{path} cannot be read: {exc}; build the engine again") from None
     if manifest.seal.keys() != seal.keys():
         raise _error(f"{path}: the seal does not cover every field; build it again: {manifest.command}")
     for name, digest in seal.items():
@@ -220,7 +220,12 @@ def read_manifest(engine: Path) -> EngineManifest:
 
 
 def write_manifest(engine: Path, manifest: EngineManifest) -> None:
-    """Seal `manifest` and write it beside `engine`, in place of an old one at once."""
+    """Seal `manifest` and write it beside `engine`, in place of an old one at once.
+
+    Raises:
+        EngineError: it is too large to be read again.
+        OSError: it cannot be written.
+    """
     sealed = manifest.model_copy(update={"seal": _seal(manifest)})
     content = f"{sealed.model_dump_json(indent=2)}\n".encode()
     if len(content) > _MAX_MANIFEST_BYTES or content.count(b",") > _MAX_VALUES:
@@ -261,13 +266,13 @@ def read_engine(path: Path, *, trust_engines: Collection[str] = ()) -> EngineFil
             with open_regular(path, max_bytes=_MAX_ENGINE_BYTES) as file:
                 digest, content = read_if_digest(file, digests)
         except OSError as exc:
-            raise unreadable(path, exc) from None
+            raise EngineError(why_unreadable(path, exc)) from None
         if content is not None:
             return EngineFile(path, content, _manifest_of(path, digest))
         mismatch = f"; its sha256 is {digest}, which is none of those that you trust"
     try:
         return read_own_engine(path)
-    except EngineError as exc:
+    except _UnprovenError as exc:
         raise EngineError(f"{exc}{mismatch or _advice(path)}") from None
 
 
@@ -285,7 +290,7 @@ def read_own_engine(path: Path) -> EngineFile:
     except FileNotFoundError as exc:
         raise _error(f"{path} cannot be read: {exc.strerror}; build it with kd-pipeline build-engine") from None
     except OSError as exc:
-        raise unreadable(path, exc) from None
+        raise _UnprovenError(why_unreadable(path, exc)) from None
     digest = hashlib.sha256(content).hexdigest()
     if num_bytes != manifest.engine_bytes:
         changed = f"engine_bytes: found {num_bytes}, wanted {manifest.engine_bytes}"
@@ -311,11 +316,18 @@ def read_if_digest(file: BinaryIO, digests: Collection[str]) -> tuple[str, bytes
     return found, content if found in digests else None
 
 
-def unreadable(path: Path, exc: OSError, *, advice: str = "") -> EngineError:
-    """The error for a file that cannot be opened, or is not trusted; `advice` is for the first only."""
+def why_unreadable(path: Path, exc: OSError, advice: str = "") -> str:
+    """What to say about a file that cannot be opened or is not trusted; `advice` is only for the first."""
     if isinstance(exc, UntrustedFileError):
-        return _error(f"{path} is not trusted: {exc.strerror}")
-    return _error(f"{path} cannot be read: {exc.strerror}{advice}")
+        return printable(f"{path} is not trusted: {exc.strerror}")
+    return printable(f"{path} cannot be read: {exc.strerror}{advice}")
+
+
+class _UnprovenError(EngineError):
+    """Nothing shows who built an engine, so there is no command either that builds it again."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 def _manifest_of(engine: Path, digest: str) -> EngineManifest | None:

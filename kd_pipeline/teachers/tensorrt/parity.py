@@ -15,7 +15,7 @@ from torch import Tensor
 from kd_pipeline._core.files import open_trusted
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.tensorrt.manifest import Parity, Precision, read_if_digest, unreadable
+from kd_pipeline.teachers.tensorrt.manifest import Parity, Precision, read_if_digest, why_unreadable
 
 __all__ = [
     "CalibrationSet",
@@ -129,7 +129,7 @@ def load_reference(engine: Path, parity: Parity) -> ParityReference:
         with open_trusted(path, max_bytes=_MAX_BYTES) as file:
             found, content = read_if_digest(file, [parity.tensors_sha256])
     except OSError as exc:
-        raise unreadable(path, exc, advice=advice) from None
+        raise EngineError(why_unreadable(path, exc, advice)) from None
     if content is None:
         raise EngineError(
             printable(f"{path} has the sha256 {found}, wanted {parity.tensors_sha256}; build the engine again")

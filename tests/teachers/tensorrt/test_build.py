@@ -2,10 +2,14 @@
 
 import importlib.util
 import json
+import os
+import re
 import resource
 import shlex
 import shutil
-from collections.abc import Callable
+import stat
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ from kd_pipeline.teachers.tensorrt.parity import CalibrationSet, parity_path
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images
 from tests.teachers.onnx_models import linear_model
+from tests.teachers.tensorrt.special_files import SPECIAL_FILES
 
 PROFILES = (Profile(min=1, opt=4, max=8),)
 IMAGES = CalibrationSet(random_images(64), "the test")
@@ -314,7 +319,10 @@ def test_only_engine_suffixes_are_written(exported: Callable[[int], Path], tmp_p
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("folder", "folder, which is a folder; name a file in it"),
+        (
+            "folder.engine",
+            "folder.engine, which is a directory; delete it, or choose a different file with save_engine",
+        ),
         ("file/teacher.engine", "file cannot be read or written: File exists"),
         (f"{'long' * 63}.engine", "cannot be read or written: File name too long"),
     ],
@@ -322,11 +330,11 @@ def test_only_engine_suffixes_are_written(exported: Callable[[int], Path], tmp_p
 def test_unwritable_path_is_engine_error(
     exported: Callable[[int], Path], tmp_path: Path, name: str, message: str
 ) -> None:
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.engine").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(EngineError, match=message):
         build_engine(settings_for(exported(0)), save_engine=tmp_path / name)
-    assert files_in(tmp_path) == {"folder", "file"}
+    assert files_in(tmp_path) == {"folder.engine", "file"}
 
 
 @pytest.mark.parametrize("num_bytes", [60_000, 700_000], ids=["conversion", "engine files"])
@@ -341,12 +349,122 @@ def test_full_disk_leaves_nothing(exported: Callable[[int], Path], tmp_path: Pat
     assert files_in(tmp_path) == set()
 
 
-def test_timing_cache_folder_is_created(exported: Callable[[int], Path], tmp_path: Path) -> None:
-    engine = tmp_path / "teacher.engine"
-    with pytest.raises(EngineError, match=r"timing_cache: .* is a folder; name a file in it"):
-        build_engine(settings_for(exported(0), timing_cache=tmp_path), save_engine=engine)
-    build_engine(settings_for(exported(0), timing_cache=tmp_path / "new" / "timings"), save_engine=engine)
-    assert files_in(tmp_path / "new") == {"timings"}
+@pytest.fixture
+def group_umask() -> Iterator[None]:
+    """Files and folders that are created can be written by the group, as Debian and Red Hat have it."""
+    before = os.umask(0o002)
+    yield
+    os.umask(before)
+
+
+def test_build_is_trusted_and_imports_nothing_from_here(
+    group_umask: None, exported: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a downloaded folder as the working directory, and a umask that lets the group write."""
+    here = tmp_path / "downloaded"
+    here.mkdir()
+    (here / "json.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w'); raise SystemExit(7)")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    engine = tmp_path / "new" / "folder" / "teacher.engine"
+    settings = settings_for(exported(0), timing_cache=tmp_path / "timings" / "of this GPU")
+    assert build_engine(settings, save_engine=engine) == engine
+    assert not (tmp_path / "marker").exists()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if here not in path.parents}
+    assert modes == {
+        "downloaded": 0o775,
+        "new": 0o755,
+        "folder": 0o755,
+        "teacher.engine": 0o644,
+        "teacher.engine.json": 0o644,
+        "teacher.engine.parity.npz": 0o644,
+        ".teacher.engine.lock": 0o600,
+        "timings": 0o755,
+        "of this GPU": 0o600,
+    }
+    reports: list[str] = []
+    build_engine(settings, save_engine=engine, report=reports.append)
+    assert reports == [f"{engine} already exists"]
+
+
+@pytest.mark.parametrize("loose", ["shared", "shared/mine"])
+def test_place_where_engine_would_be_refused_gets_none(
+    exported: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], loose: str
+) -> None:
+    (tmp_path / "shared" / "mine").mkdir(parents=True)
+    (tmp_path / loose).chmod(0o775)
+    engine = tmp_path / "shared" / "mine" / "new" / "teacher.engine"
+    arguments = ["build-engine", "--onnx", str(exported(0)), "--batch", "1", "4", "8", "--save-engine", str(engine)]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"kd-pipeline: the engine would go to {engine}, and would be refused when it is opened: ")
+    assert f"group may write to {tmp_path / loose}; if nobody did, chmod g-w {tmp_path / loose};" in error
+    assert "--save-engine" in error
+    assert not list((tmp_path / "shared" / "mine").iterdir())
+    with pytest.raises(EngineError, match="would be refused when it is opened"):
+        build_engine(settings_for(exported(0)), save_engine=engine)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device"])
+@pytest.mark.parametrize("name", ["teacher.engine", "teacher.engine.json", "teacher.engine.parity.npz", "timings"])
+def test_nothing_but_files_is_replaced(
+    exported: Callable[[int], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    kind: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket has at most 108 bytes
+    SPECIAL_FILES[kind](Path(name))
+    arguments = ["--onnx", str(exported(0)), "--save-engine", "teacher.engine", "--timing-cache", "timings"]
+    assert main(["build-engine", *arguments]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"{name}, which is a (directory|pipe|socket|link); delete it, or choose a different file", error)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "foreign folder"])
+@pytest.mark.parametrize("name", [".teacher.engine.lock", ".teacher.engine.building"])
+def test_what_lies_in_the_way_is_named_and_left_alone(
+    exported: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "engines" / name
+    victim.mkdir()
+    (victim / "file").touch()
+    path.parent.mkdir()
+    if kind == "link":
+        path.symlink_to(victim)
+    else:
+        path.mkdir()
+    if kind == "foreign folder":  # which only its owner may delete
+        monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+    elif (name, kind) == (".teacher.engine.building", "folder"):  # of a build that was killed
+        (path / "converted.onnx").touch()
+        engine = build_engine(settings_for(exported(0)), save_engine=path.parent / "teacher.engine")
+        assert read_engine(engine).manifest is not None and not path.exists()
+        return
+    with pytest.raises(EngineError, match=rf"{path} is not .* of yours.*; delete it, or choose .*--save-engine"):
+        build_engine(settings_for(exported(0)), save_engine=path.parent / "teacher.engine")
+    assert (victim / "file").exists() and path.exists()
+
+
+def test_cache_that_others_can_write_gets_no_engine(
+    exported: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "kd_pipeline").mkdir()
+    (tmp_path / "kd_pipeline").chmod(0o775)
+    message = rf"group may write to {tmp_path}/kd_pipeline; if nobody did, chmod g-w .*XDG_CACHE_HOME.*--save-engine"
+    with pytest.raises(EngineError, match=message):
+        build_engine(settings_for(exported(0)))
+
+
+def test_engine_that_others_could_write_is_built_again(copy: Path, exported: Callable[[int], Path]) -> None:
+    copy.chmod(0o664)
+    reason = why_rebuilt(settings_for(exported(0)), copy)
+    assert f"{copy} is not trusted: group may write to {copy}" in reason
+    assert "--trust-engine" not in reason  # which is no option of build-engine
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
@@ -383,7 +501,7 @@ def test_unusable_cache_folder_is_engine_error(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(EngineError, match=r"cannot be read or written: Not a directory; .* save_engine"):
+    with pytest.raises(EngineError, match=r"file cannot be read or written: File exists; .* save_engine"):
         build_engine(settings_for(exported(0)))
 
 

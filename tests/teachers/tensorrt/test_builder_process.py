@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -83,20 +84,25 @@ def test_builder_reports_phases(exported: Callable[[int], Path], tmp_path: Path)
 
 
 def test_timing_cache_is_reused(exported: Callable[[int], Path], tmp_path: Path) -> None:
-    cache = tmp_path / "timings"
+    cache, lines = tmp_path / "timings", list[str]()
+    job = job_for(exported(0), tmp_path / "a.engine", timing_cache=cache)
     for _ in range(2):
-        run_builder(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
-        assert cache.is_file()
+        run_builder(job, tmp_path, lines.append)
+        assert stat.S_IMODE(cache.stat().st_mode) == 0o600
+    assert not any("not used" in line for line in lines)
     cache.write_bytes(b"of a different version")
-    run_builder(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
-    assert cache.read_bytes() != b"of a different version"
+    cache.chmod(0o664)
+    run_builder(job, tmp_path, lines.append)
+    refused = f"the timings in {cache} are not used: group may write to {cache}; if nobody did, chmod g-w {cache}"
+    assert refused in lines
+    assert cache.read_bytes() != b"of a different version" and stat.S_IMODE(cache.stat().st_mode) == 0o600
     assert not list(tmp_path.glob(".timings*"))
 
 
-def test_unwritable_timing_cache_is_error(exported: Callable[[int], Path], tmp_path: Path) -> None:
+def test_unreadable_timing_cache_is_error(exported: Callable[[int], Path], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    cache.mkdir()
-    with pytest.raises(EngineError, match=r"cache.* cannot be read or written: Is a directory"):
+    os.mkfifo(cache)
+    with pytest.raises(EngineError, match=r"cache cannot be read or written: this is a pipe and no file"):
         run_builder(job_for(exported(0), tmp_path / "a.engine", timing_cache=cache), tmp_path, lambda line: None)
     assert not list(tmp_path.glob(".cache*"))
 

@@ -87,6 +87,8 @@ def rewrite(engine: Path, **changes: object) -> EngineManifest:
         ({"runtime_version": "1.0.0"}, f"runtime_version: found 1.0.0, here is {HERE}"),
         ({"runtime_version": "1.0.0", "version_compatible": True}, None),
         ({"runtime_version": "99.0.0", "version_compatible": True}, f"runtime_version: found 99.0.0, here is {HERE}"),
+        ({"runtime_version": "9" * 4400, "version_compatible": True}, None),
+        ({"runtime_version": "²", "version_compatible": True}, None),
         ({"gpu": "NVIDIA H200"}, None),
         ({"gpu": "NVIDIA H100"}, "gpu: found NVIDIA H100, here is NVIDIA H200"),
         ({"compute_capability": ("8.9", "9.0")}, None),
@@ -171,7 +173,7 @@ def test_trusted_engine_needs_no_manifest(
     monkeypatch.setattr(load, "TensorRTTeacher", lambda file, **more: seen.append(file))
     open_engine(engine, device=GPU, trust_engines=[digest])
     assert seen[0].manifest is None and seen[0].content == engine.read_bytes()
-    assert "has no manifest: its outputs were never compared" in caplog.text
+    assert "is opened without a manifest, and its outputs were never compared" in caplog.text
 
 
 def test_build_for_other_gpu_skips_parity(

@@ -1,14 +1,21 @@
 """An engine is read only if its manifest proves that this user built it and that it is unchanged since."""
 
 import hashlib
+import itertools
 import json
 import os
+import random
+import re
+import shlex
+import threading
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from kd_pipeline.errors import EngineError
+from kd_pipeline.errors import ConfigError, EngineError
 from kd_pipeline.teachers.tensorrt.manifest import (
     EngineManifest,
     Parity,
@@ -21,6 +28,8 @@ from kd_pipeline.teachers.tensorrt.manifest import (
     read_manifest,
     write_manifest,
 )
+from tests._core.test_files import give_away
+from tests.teachers.tensorrt.special_files import SPECIAL_FILES
 
 CONTENT = b"an engine"
 MANIFEST = EngineManifest(
@@ -194,19 +203,64 @@ def test_unknown_field_is_refused(engine: Path) -> None:
 def test_missing_files_say_what_to_do(engine: Path) -> None:
     with pytest.raises(EngineError, match=r"other.engine cannot be read: No such file.*build-engine"):
         read_engine(engine.with_name("other.engine"))
-    with pytest.raises(EngineError, match="cannot be read: Is a directory"):
-        read_engine(engine.parent)
     manifest_path(engine).unlink()
-    with pytest.raises(EngineError, match=r"has no manifest teacher.engine.json beside it.*trust_engine"):
+    with pytest.raises(EngineError, match=r"has no manifest teacher.engine.json beside it.*--trust-engine DIGEST"):
         read_engine(engine)
 
 
-@pytest.mark.parametrize("which", ["engine", "manifest", "folder"])
-def test_world_writable_is_refused(engine: Path, which: str) -> None:
-    path = {"engine": engine, "manifest": manifest_path(engine), "folder": engine.parent}[which]
-    path.chmod(path.stat().st_mode | 0o002)
-    with pytest.raises(EngineError, match=f"{path} is writable by every user of this machine; chmod o-w"):
+# What others could write
+
+
+def part(engine: Path, name: str) -> Path:
+    """One of the things that decide what runs."""
+    return {
+        "engine": engine,
+        "manifest": manifest_path(engine),
+        "folder": engine.parent,
+        "folder above": engine.parent.parent,
+    }[name]
+
+
+@pytest.fixture
+def nested(tmp_path: Path) -> Path:
+    """An engine in a folder of a folder."""
+    path = tmp_path / "above" / "below" / "teacher.engine"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(CONTENT)
+    write_manifest(path, MANIFEST)
+    return path
+
+
+@pytest.mark.parametrize("name", ["engine", "manifest", "folder", "folder above"])
+@pytest.mark.parametrize(("bits", "who"), [(0o020, "group"), (0o002, "others"), (0o022, "group and others")])
+def test_what_others_can_write_is_refused(nested: Path, name: str, bits: int, who: str) -> None:
+    path = part(nested, name)
+    path.chmod(path.stat().st_mode | bits)
+    with pytest.raises(
+        EngineError, match=f"is not trusted: {who} may write to {path}; .*--trust-engine DIGEST"
+    ) as error:
+        read_engine(nested)
+    (advice,) = re.findall("if nobody did, (chmod [^;]*);", str(error.value))
+    assert read_engine(nested, trust_engines=[MANIFEST.engine_sha256]).content == CONTENT
+    assert os.system(advice) == 0
+    assert read_engine(nested).content == CONTENT
+
+
+@pytest.mark.parametrize("name", ["engine", "manifest", "folder", "folder above"])
+def test_what_belongs_to_others_is_refused(nested: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_away(part(nested, name), monkeypatch)
+    with pytest.raises(EngineError, match=r"is not trusted: .* belongs to user .*--trust-engine DIGEST"):
+        read_engine(nested)
+
+
+def test_manifest_of_others_offers_no_command(engine: Path) -> None:
+    write_manifest(engine, MANIFEST.model_copy(update={"engine_sha256": "0" * 64}))
+    with pytest.raises(EngineError, match="build it again: kd-pipeline build-engine --onnx"):
         read_engine(engine)
+    manifest_path(engine).chmod(0o664)
+    with pytest.raises(EngineError) as error:
+        read_engine(engine)
+    assert "--onnx" not in str(error.value)
 
 
 def test_sticky_folder_is_trusted(engine: Path) -> None:
@@ -214,29 +268,228 @@ def test_sticky_folder_is_trusted(engine: Path) -> None:
     assert read_engine(engine).content == CONTENT
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
-@pytest.mark.parametrize("which", ["engine", "manifest", "folder"])
-def test_foreign_owner_is_refused(engine: Path, which: str) -> None:
-    path = {"engine": engine, "manifest": manifest_path(engine), "folder": engine.parent}[which]
-    os.chown(path, 12345, -1)
-    with pytest.raises(EngineError, match=f"{path} belongs to user 12345 and you are 0; .*trust_engine"):
+@pytest.mark.parametrize("name", ["engine", "manifest"])
+def test_link_is_refused(engine: Path, name: str) -> None:
+    path, target = part(engine, name), engine.parent / "elsewhere"
+    path.rename(target)
+    path.symlink_to(target)
+    with pytest.raises(EngineError, match=f"{path} cannot be read: this is a link; give the file itself, {target}"):
         read_engine(engine)
 
 
-def test_trust_engine_overrides_checks(engine: Path) -> None:
-    engine.parent.chmod(0o777)
+def test_link_in_folder_of_others_is_refused(engine: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o755)
+    (shared / "mine").symlink_to(engine.parent)
+    assert read_engine(shared / "mine" / engine.name).content == CONTENT
+    shared.chmod(0o775)
+    with pytest.raises(EngineError, match=f"group may write to {shared};"):
+        read_engine(shared / "mine" / engine.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moves", ["folder", "file"])
+def test_what_moves_while_it_is_read_is_never_theirs(engine: Path, tmp_path: Path, moves: str) -> None:
+    """Another user, whose files stand for those of all, swaps them with mine: by a link, or one by one."""
+    mine, theirs, here = tmp_path / "mine", tmp_path / "theirs", tmp_path / "here"
+    evil = b"their code"
+    digest = hashlib.sha256(evil).hexdigest()
+    mine.mkdir()
+    theirs.mkdir()
+    for folder, content, sha256 in ((mine, CONTENT, MANIFEST.engine_sha256), (theirs, evil, digest)):
+        (folder / engine.name).write_bytes(content)
+        changes = {"engine_sha256": sha256, "engine_bytes": len(content), "classes": ("a class",) * 30_000}
+        write_manifest(folder / engine.name, MANIFEST.model_copy(update=changes))
+    for path in theirs.iterdir():
+        path.chmod(0o666)
+    if moves == "folder":
+        theirs.chmod(0o777)
+    else:
+        here.mkdir()
+    is_over = threading.Event()
+
+    def move() -> None:
+        for number in itertools.count():
+            if is_over.is_set():
+                return
+            source, new = (mine, theirs)[number % 2], tmp_path / "new"
+            if moves == "folder":
+                new.symlink_to(source)
+                new.replace(here)
+            else:
+                for path in source.iterdir():
+                    os.link(path, new)
+                    new.replace(here / path.name)
+            time.sleep(random.uniform(0, 0.02))
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        deadline, accepted, refused = time.monotonic() + 2, 0, 0
+        while time.monotonic() < deadline:
+            try:
+                assert read_engine(here / engine.name).content == CONTENT
+                accepted += 1
+            except EngineError:
+                refused += 1
+    finally:
+        is_over.set()
+        mover.join()
+    assert accepted and refused
+
+
+# What is no engine and no manifest
+
+
+@pytest.mark.parametrize("digests", [(), (MANIFEST.engine_sha256,)], ids=["own", "typed"])
+@pytest.mark.parametrize("kind", list(SPECIAL_FILES))
+def test_special_file_is_no_engine(
+    engine: Path, kind: str, digests: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(engine.parent)  # the name of a socket has at most 108 bytes
+    engine.unlink()
+    SPECIAL_FILES[kind](Path(engine.name))
+    with pytest.raises(EngineError, match=r"teacher.engine cannot be read: (this is|it has)") as error:
+        read_engine(engine, trust_engines=digests)
+    assert "--trust-engine" not in str(error.value)  # would not help
+
+
+@pytest.mark.parametrize("kind", list(SPECIAL_FILES))
+def test_special_file_is_no_manifest(
+    engine: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(engine.parent)
+    manifest_path(engine).unlink()
+    SPECIAL_FILES[kind](Path(manifest_path(engine).name))
+    message = r"teacher.engine.json cannot be read: (this is|it has) .*; delete it, and build the engine again"
+    with pytest.raises(EngineError, match=message):
+        read_engine(engine)
+    assert read_engine(engine, trust_engines=[MANIFEST.engine_sha256]).manifest is None
+    assert re.search(message, caplog.text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("input_adapter", '{"a": %s}' % ("[" * 300 + "]" * 300)),
+        ("input_adapter", '{"a": %s}' % ("[" * 900 + "]" * 900)),
+        ("input_adapter", '{"a": NaN}'),
+        ("classes", "[" * 900 + "]" * 900),
+        ("engine_bytes", "9" * 4000),
+        ("engine_bytes", "9" * 5000),
+        ("engine_bytes", "1e999"),
+        ("build_s", "9" * 4000),
+        ("build_s", "NaN"),
+        ("runtime_version", '"\\ud800"'),
+        ("outputs", "[]"),
+        ("parity", "7"),
+        ("seal", '{"a": {}}'),
+        ("kept_float32", "[{}" + ",{}" * 30_000 + "]"),
+        ("kept_float32", "[{}" + ",{}" * 1_000_000 + "]"),
+    ],
+    ids=range(15),
+)
+def test_hostile_manifest_is_one_short_error(engine: Path, field: str, value: str) -> None:
+    path = manifest_path(engine)
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {field: "HERE"}).replace('"HERE"', value))
+    with pytest.raises(EngineError, match=r"teacher.engine.json") as error:
+        read_engine(engine)
+    assert len(str(error.value)) < 1000
+
+
+def test_manifest_that_could_not_be_read_is_not_written(engine: Path) -> None:
+    with pytest.raises(EngineError, match="too large, mostly for class names"):
+        write_manifest(engine, MANIFEST.model_copy(update={"classes": ("a",) * 100_001}))
+    assert read_engine(engine).content == CONTENT
+
+
+def test_error_has_no_control_characters(engine: Path) -> None:
+    path = manifest_path(engine)
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"\x1b]0;evil\x07\n": "\x1b[2J"}))
+    with pytest.raises(EngineError, match="Extra inputs are not permitted") as error:
+        read_engine(engine)
+    assert str(error.value).isprintable()
+
+
+def test_command_is_quoted_and_always_build_engine() -> None:
+    words = ("--onnx", "it's; touch marker", "$(touch marker)", "\x1b[2J\n`touch marker`")
+    command = MANIFEST.model_copy(update={"arguments": words}).command
+    assert command.isprintable()
+    assert shlex.split(command)[:5] == ["kd-pipeline", "build-engine", *words[:3]]
+
+
+# What the user trusts by its digest
+
+
+def test_typed_digest_trusts_engine_of_others(
+    engine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     engine.write_bytes(b"a different engine")
+    engine.chmod(0o666)
+    engine.parent.chmod(0o777)
+    give_away(engine, monkeypatch)
     digest = hashlib.sha256(b"a different engine").hexdigest()
-    found = read_engine(engine, trust_engines=[digest.upper()])
-    assert found.content == b"a different engine" and found.manifest is not None
+    found = read_engine(engine, trust_engines=["0" * 64, digest.upper()])
+    assert (found.content, found.manifest) == (b"a different engine", None)
+    (record,) = caplog.records
+    assert "is opened without a manifest, and its outputs were never compared" in record.getMessage()
+    assert f"may write to {engine.parent}" in record.getMessage()
     manifest_path(engine).unlink()
     assert read_engine(engine, trust_engines=[digest]).manifest is None
 
 
-def test_trust_engine_must_match_digest(engine: Path) -> None:
-    manifest_path(engine).unlink()
-    with pytest.raises(EngineError, match="has no manifest"):
+def test_typed_digest_takes_manifest_that_is_trusted_and_names_it(
+    engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    digests = [MANIFEST.engine_sha256]
+    engine.chmod(0o666)
+    assert read_engine(engine, trust_engines=digests).manifest is not None and not caplog.records
+    manifest_path(engine).chmod(0o664)
+    assert read_engine(engine, trust_engines=digests).manifest is None
+    assert f"group may write to {manifest_path(engine)}" in caplog.text
+    manifest_path(engine).chmod(0o644)
+    write_manifest(engine, MANIFEST.model_copy(update={"engine_sha256": "0" * 64}))
+    assert read_engine(engine, trust_engines=digests).manifest is None
+    assert "is that of a different engine" in caplog.text
+
+
+def test_other_digest_changes_nothing(engine: Path) -> None:
+    assert read_engine(engine, trust_engines=["0" * 64]).content == CONTENT
+    engine.chmod(0o664)
+    message = f"group may write to .*its sha256 is {MANIFEST.engine_sha256}, which is none of those that you trust$"
+    with pytest.raises(EngineError, match=message):
         read_engine(engine, trust_engines=["0" * 64])
+
+
+@pytest.mark.parametrize("digests", [MANIFEST.engine_sha256, ["sha256"], [MANIFEST.engine_sha256 + "\n"]])
+def test_wrong_digest_is_config_error(engine: Path, digests: object) -> None:
+    with pytest.raises(ConfigError, match="trust_engines is a list of sha256 digests"):
+        read_engine(engine, trust_engines=digests)
+
+
+def test_engine_is_hashed_before_it_is_kept(engine: Path) -> None:
+    with engine.open("wb") as file:
+        file.truncate(100 << 20)
+    tracemalloc.start()
+    try:
+        with pytest.raises(EngineError, match="engine_bytes: found 104857600, wanted 9"):
+            read_engine(engine, trust_engines=["0" * 64])
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+# Writing
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_manifest_is_trusted_whatever_the_umask(engine: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_manifest(engine, MANIFEST)
+    finally:
+        os.umask(before)
+    assert read_engine(engine).content == CONTENT
 
 
 def test_manifest_is_replaced(engine: Path) -> None:

@@ -1,10 +1,13 @@
 """The parity check passes only finite outputs of the right shape that are close to float32."""
 
 import hashlib
+import io
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from kd_pipeline.teachers.tensorrt.parity import (
     parity_path,
 )
 from tests.networks import IMAGE_SHAPE, ConvNet, random_images
+from tests.teachers.tensorrt.special_files import SPECIAL_FILES
 
 IMAGES = CalibrationSet(random_images(64), "the test")
 NET = ConvNet().eval().requires_grad_(False)
@@ -153,11 +157,10 @@ def test_half_precision_has_tighter_bounds(reference: ParityReference) -> None:
         check(reference, off_by(change))
 
 
-def test_reference_round_trip(reference: ParityReference, tmp_path: Path) -> None:
-    engine = tmp_path / "teacher.engine"
-    content = reference.to_bytes()
+def write(engine: Path, content: bytes) -> Parity:
+    """Write the reference of an engine, and describe it as its manifest does."""
     parity_path(engine).write_bytes(content)
-    parity = Parity(
+    return Parity(
         measured_on="onnx",
         images="the test",
         num_images=64,
@@ -167,6 +170,12 @@ def test_reference_round_trip(reference: ParityReference, tmp_path: Path) -> Non
         kl=0,
         tensors_sha256=hashlib.sha256(content).hexdigest(),
     )
+
+
+def test_reference_round_trip(reference: ParityReference, tmp_path: Path) -> None:
+    engine = tmp_path / "teacher.engine"
+    content = reference.to_bytes()
+    parity = write(engine, content)
     found = load_reference(engine, parity)
     assert found.source == "the test"
     assert torch.equal(found.images, reference.images)
@@ -178,6 +187,67 @@ def test_reference_round_trip(reference: ParityReference, tmp_path: Path) -> Non
         load_reference(engine, parity)
     parity_path(engine).unlink()
     with pytest.raises(EngineError, match=r"teacher.engine.parity.npz cannot be read"):
+        load_reference(engine, parity)
+
+
+def npz(*, save: Callable[..., None] = np.savez, **arrays: object) -> bytes:
+    stream = io.BytesIO()
+    save(stream, **arrays)
+    return stream.getvalue()
+
+
+def lying_npz() -> bytes:
+    """One whose images claim to be 2**60 numbers."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 60,)})
+        archive.writestr("images.npy", header.getvalue())
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (
+            lambda: npz(images=np.zeros((10_000, 10_000), np.int8), save=np.savez_compressed),
+            "it would unpack to 1000001",
+        ),
+        (lying_npz, ""),
+        (lambda: npz(images=np.array([{}] * 64), logits=np.zeros(64)), "allow_pickle=False"),
+        (lambda: npz(images=np.zeros((64, 3)), features=np.zeros(64)), "wanted images and logits, 64 of each"),
+        (lambda: npz(images=np.zeros((63, 3)), logits=np.zeros((64, 2))), "wanted images and logits, 64 of each"),
+        (lambda: npz(images=np.zeros(()), logits=np.zeros((64, 2))), ""),
+        (lambda: npz(images=np.array(["a"] * 64), logits=np.zeros((64, 2))), ""),
+        (lambda: b"no archive", ""),
+    ],
+    ids=["bomb", "lying header", "pickle", "no logits", "few images", "no rows", "text", "no archive"],
+)
+def test_hostile_reference_is_one_error(tmp_path: Path, make: Callable[[], bytes], reason: str) -> None:
+    engine = tmp_path / "teacher.engine"
+    parity = write(engine, make())
+    with pytest.raises(EngineError, match=f"parity.npz holds no images and outputs: .*{reason}"):
+        load_reference(engine, parity)
+
+
+@pytest.mark.parametrize("kind", list(SPECIAL_FILES))
+def test_special_file_is_no_reference(
+    reference: ParityReference, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the name of a socket has at most 108 bytes
+    engine = Path("teacher.engine")
+    parity = write(engine, reference.to_bytes())
+    parity_path(engine).unlink()
+    SPECIAL_FILES[kind](parity_path(engine))
+    with pytest.raises(EngineError, match=r"teacher.engine.parity.npz cannot be read: (this is|it has) .*; delete it"):
+        load_reference(engine, parity)
+
+
+def test_reference_that_others_can_write_is_refused(reference: ParityReference, tmp_path: Path) -> None:
+    engine = tmp_path / "teacher.engine"
+    parity = write(engine, reference.to_bytes())
+    parity_path(engine).chmod(0o664)
+    with pytest.raises(EngineError, match=f"is not trusted: group may write to {parity_path(engine)}; if nobody did"):
         load_reference(engine, parity)
 
 

@@ -1,7 +1,6 @@
 """The TensorRT teacher on a fake GPU that runs late: calls, streams, graphs, errors; and the real library's errors."""
 
 import logging
-import os
 import stat
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from kd_pipeline.teachers.tensorrt import teacher as teacher_module
 from kd_pipeline.teachers.tensorrt.manifest import EngineFile, EngineManifest, Profile, TensorIO
 from kd_pipeline.teachers.tensorrt.package import TensorRT, _make_logger
 from kd_pipeline.teachers.tensorrt.teacher import TensorRTTeacher
+from tests._core.test_files import give_away
 from tests.teachers.fake_gpu import Gpu
 from tests.teachers.fake_tensorrt import (
     CudaGraphStrategy,
@@ -28,6 +28,7 @@ from tests.teachers.fake_tensorrt import (
     TensorFormat,
     engine_outputs,
 )
+from tests.teachers.tensorrt.special_files import SPECIAL_FILES
 
 CPU = torch.device("cpu")
 HALF, FLOAT = DataType.HALF, DataType.FLOAT
@@ -406,7 +407,7 @@ def test_writable_kernel_cache_is_not_loaded(bench: Bench, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         bench.open(flavor="tensorrt_rtx")
     assert bench.library.caches[0].content == b""
-    assert "others may write to it; delete it" in caplog.text
+    assert f"may write to {kernels}; if nobody did, chmod" in caplog.text
 
 
 def test_foreign_or_linked_kernel_cache_is_not_loaded(
@@ -418,12 +419,36 @@ def test_foreign_or_linked_kernel_cache_is_not_loaded(
     kernels.symlink_to(target)
     with caplog.at_level(logging.WARNING):
         bench.open(flavor="tensorrt_rtx")
-    assert bench.library.caches[0].content == b"" and "is not read" in caplog.text
+    assert bench.library.caches[0].content == b"" and "this is a link" in caplog.text
     kernels.unlink()
     target.rename(kernels)
-    monkeypatch.setattr(os, "geteuid", lambda: kernels.stat().st_uid + 1)
+    give_away(kernels, monkeypatch)
     bench.open(flavor="tensorrt_rtx")
+    assert bench.library.caches[0].content == b"" and "belongs to user" in caplog.text
+
+
+@pytest.mark.parametrize("kind", list(SPECIAL_FILES))
+def test_special_file_is_no_kernel_cache(
+    bench: Bench, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(bench.path.parent)  # the name of a socket has at most 108 bytes
+    SPECIAL_FILES[kind](Path("teacher.engine.rtxcache"))
+    with caplog.at_level(logging.WARNING):
+        bench.open(flavor="tensorrt_rtx")
     assert bench.library.caches[0].content == b""
+    (record,) = caplog.records
+    assert "are not used, and are compiled again: " in record.getMessage()
+
+
+def test_kernels_are_not_saved_where_they_would_not_be_read(
+    bench: Bench, gpu: Gpu, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = bench.open(flavor="tensorrt_rtx")
+    infer(gpu, teacher, noise(4))
+    bench.path.parent.chmod(0o775)
+    teacher.close()
+    assert f"could not be saved in {bench.path}.rtxcache: " in caplog.text and "group may write to" in caplog.text
+    assert not list(bench.path.parent.iterdir())
 
 
 def test_incompatible_kernel_cache_is_rebuilt(bench: Bench, gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
