@@ -79,6 +79,18 @@ def test_accepts_trtexec_spellings(exported: Callable[[int], Path], tmp_path: Pa
     assert (profile.min, profile.opt, profile.max) == (2, 4, 6)
 
 
+def test_engine_that_others_could_write_is_replaced(
+    exported: Callable[[int], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "teacher.engine"
+    engine.write_bytes(b"their code")
+    engine.chmod(0o666)
+    assert main(["build-engine", "--onnx", str(exported(0)), "--save-engine", str(engine)]) == 0
+    error = capsys.readouterr().err
+    assert f"building again, because {engine} is not trusted: group and others may write to {engine}" in error
+    assert read_engine(engine).content != b"their code" and engine.stat().st_mode & 0o022 == 0
+
+
 def test_engine_defaults_to_models_folder(exported: Callable[[int], Path], tmp_path: Path) -> None:
     file = tmp_path / "my.teacher.onnx"
     file.write_bytes(exported(0).read_bytes())
@@ -127,6 +139,17 @@ def test_options_are_checked_before_export(
     monkeypatch.chdir(tmp_path)
     assert main(["build-engine", "--factory", "tests.networks:LogitsOnly", "--image-size", "32", *wrong]) == 1
     assert "exporting" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_is_checked_before_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o775)
+    assert main(["build-engine", "--factory", "tests.networks:LogitsOnly", "--image-size", "32"]) == 1
+    error = capsys.readouterr().err
+    assert "exporting" not in error and f"group may write to {tmp_path}" in error.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
