@@ -25,6 +25,9 @@ from tests.networks import IMAGE_SHAPE, ConvNet
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Engines that others may write to are refused, and under some systems' umask every file that a test writes is one.
+os.umask(0o022)
+
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
 

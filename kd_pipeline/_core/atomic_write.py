@@ -13,12 +13,12 @@ __all__ = ["atomic_file", "locked", "write_atomic"]
 
 
 @contextmanager
-def atomic_file(path: Path, *, permissions: int = 0o644) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, permissions: int = 0o666) -> Iterator[BinaryIO]:
     """A temporary file that replaces `path` when the `with` ends; readers see the old content or the new, never a part.
 
     It is in the folder of `path`, because a rename is atomic only within one disk, and its bytes reach the disk before
-    its name does. After an error `path` is unchanged. A process that is killed may leave `.NAME.*.tmp`. The umask can
-    only take from `permissions`, so that nobody else may write to what is later read as this user's.
+    its name does. After an error `path` is unchanged. A process that is killed may leave `.NAME.*.tmp`. The umask takes
+    from `permissions`.
     """
     # A UUID and no process ID: containers that share a folder may have equal ones.
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
@@ -33,7 +33,7 @@ def atomic_file(path: Path, *, permissions: int = 0o644) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def write_atomic(path: Path, content: str | bytes, *, permissions: int = 0o644) -> None:
+def write_atomic(path: Path, content: str | bytes, *, permissions: int = 0o666) -> None:
     """Write bytes, or text as UTF-8, to `path` as `atomic_file` does."""
     with atomic_file(path, permissions=permissions) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)

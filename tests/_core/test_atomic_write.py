@@ -1,5 +1,4 @@
 import os
-import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,18 +33,6 @@ def test_error_keeps_old_file(tmp_path: Path) -> None:
         file.write(b"new")
         raise RuntimeError("half way")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o000, 0o644), (0o002, 0o644), (0o022, 0o644), (0o077, 0o600)])
-def test_file_is_never_writable_for_others(tmp_path: Path, umask: int, mode: int) -> None:
-    before = os.umask(umask)
-    try:
-        write_atomic(tmp_path / "file", b"new")
-        write_atomic(tmp_path / "private", b"new", permissions=0o600)
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
-    assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o600
 
 
 def test_fsync_before_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -192,7 +192,7 @@ class _Build:
                 reference, lambda images: teacher(images.to(dtype)), batch_sizes=batch_sizes, precision=precision
             )
         content = reference.to_bytes()
-        write_atomic(parity_path(built), content)
+        write_atomic(parity_path(built), content, permissions=0o644)
         return reference, Parity(
             measured_on="onnx",
             images=reference.source,

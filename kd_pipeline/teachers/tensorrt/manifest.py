@@ -232,7 +232,7 @@ def write_manifest(engine: Path, manifest: EngineManifest) -> None:
         raise _error(
             f"{manifest_path(engine)} would be too large, mostly for class names; build from an ONNX file without them"
         )
-    write_atomic(manifest_path(engine), content)
+    write_atomic(manifest_path(engine), content, permissions=0o644)  # whatever the umask, as it is not read else
 
 
 def changed_fields(manifest: EngineManifest, wanted: Mapping[str, Any]) -> list[str]:

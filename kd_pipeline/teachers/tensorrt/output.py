@@ -13,7 +13,15 @@ from kd_pipeline.errors import EngineError
 from kd_pipeline.teachers.tensorrt.manifest import manifest_path
 from kd_pipeline.teachers.tensorrt.parity import parity_path
 
-__all__ = ["build_folder", "cache_folder", "check_paths", "engine_errors", "lock_engine"]
+__all__ = [
+    "build_folder",
+    "cache_folder",
+    "check_folder",
+    "check_paths",
+    "engine_errors",
+    "lock_engine",
+    "make_folders",
+]
 
 _SUFFIXES = (".engine", ".plan", ".trt")
 _ELSEWHERE = "choose a different file with save_engine (--save-engine)"
@@ -50,9 +58,37 @@ def check_paths(engine: Path, timing_cache: Path | None = None) -> None:
             _refuse_special(path, _ELSEWHERE)
         if timing_cache is not None:
             _refuse_special(timing_cache, "choose a different file with timing_cache (--timing-cache)")
-            _make_folders(timing_cache.parent)
-        _check_folder(engine)
-        _make_folders(engine.parent)
+        check_folder(engine)
+        for path in (engine, timing_cache or engine):
+            make_folders(path.parent)
+
+
+def check_folder(engine: Path) -> None:
+    """Refuse an engine that somebody else could replace, which would then be refused when it is opened.
+
+    Raises:
+        EngineError: somebody else can write to the folder of `engine`, or to the one in which it would be created.
+        OSError: the folder cannot be searched.
+    """
+    existing = next(level for level in engine.parents if level.is_dir())
+    try:
+        check_trusted_folder(existing)
+    except UntrustedFileError as exc:
+        raise EngineError(
+            f"the engine would go to {engine}, and would be refused when it is opened: {exc.strerror}; or choose a "
+            "different folder, such as one in ~/.cache, with save_engine (--save-engine)"
+        ) from None
+
+
+def make_folders(folder: Path) -> None:
+    """Create `folder` and those above it, so that only this user can write to them whatever the umask.
+
+    Raises:
+        OSError: one cannot be created.
+    """
+    for level in reversed((folder, *folder.parents)):
+        if not level.is_dir():  # parents=True would give the mode to the last one only
+            level.mkdir(mode=0o755, exist_ok=True)
 
 
 @contextmanager
@@ -82,7 +118,7 @@ def lock_engine(engine: Path, on_wait: Callable[[], object]) -> Iterator[None]:
             if exc.filename is None or not os.path.lexists(exc.filename):
                 raise
             raise EngineError(
-                f"{exc.filename} is not the lock of a build of yours ({exc.strerror}); delete it, or {_ELSEWHERE}"
+                f"{exc.filename} is not the lock of a build of yours; delete it, or {_ELSEWHERE}"
             ) from None
         yield
 
@@ -117,22 +153,3 @@ def _refuse_special(path: Path, elsewhere: str) -> None:
         return
     if kind is not None:
         raise EngineError(f"a file would go to {path}, which is {kind}; delete it, or {elsewhere}")
-
-
-def _check_folder(engine: Path) -> None:
-    """Raise if somebody else could replace the engine, as it would then be refused when it is opened."""
-    existing = next(level for level in engine.parents if level.is_dir())
-    try:
-        check_trusted_folder(existing)
-    except UntrustedFileError as exc:
-        raise EngineError(
-            f"the engine would go to {engine}, and would be refused when it is opened: {exc.strerror}; or choose a "
-            "different folder, such as one in ~/.cache, with save_engine (--save-engine)"
-        ) from None
-
-
-def _make_folders(folder: Path) -> None:
-    """Create `folder` and those above it, so that only this user can write to them whatever the umask."""
-    for level in reversed((folder, *folder.parents)):
-        if not level.is_dir():  # parents=True would give the mode to the last one only
-            level.mkdir(mode=0o755, exist_ok=True)
