@@ -222,7 +222,7 @@ def _receive(stdout: IO[bytes], report: Callable[[str], None]) -> str | None:
                 message = json.loads(line)
                 error = message.get("error", error)
                 if "line" in message:
-                    report(message["line"])
+                    report(printable(message["line"]))
                 if "phase" in message:
                     phase = printable(message["phase"])
                     report(f"TensorRT: {phase}")
