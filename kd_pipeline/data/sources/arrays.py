@@ -3,17 +3,18 @@
 import json
 import logging
 import os
-import zipfile
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.sources.containers import find_container, user_path
+from kd_pipeline._core.suggestions import first_few
+from kd_pipeline._core.text import printable
+from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 from kd_pipeline.data.sources.labels import Classes, class_names, count_classes, label_warnings
+from kd_pipeline.data.sources.stored_arrays import NpyFile, NpzMember, StoredArray, check_fits, open_stored
 from kd_pipeline.errors import DataError
 
 __all__ = ["Arrays"]
@@ -21,10 +22,15 @@ __all__ = ["Arrays"]
 _logger = logging.getLogger("kd_pipeline")
 
 ArrayLike = str | os.PathLike[str] | NDArray[Any]
+_Array = NDArray[Any] | StoredArray
+_MAX_PIXELS = 2**27
+"""Of one image; more than the loader decodes from a file."""
+_BLOCK_BYTES = 2**24
+"""So much is read at once for a fingerprint."""
 
 
 class Arrays:
-    """Images and labels from arrays or files. An `.npy` file is memory-mapped, an `.npz` file is loaded.
+    """Images and labels from arrays or files. Images stay in an `.npy` file until they are read, an `.npz` is loaded.
 
     Args:
         images: uint8 `[N, H, W]`, `[N, H, W, 1]` or `[N, H, W, 3]`, or a file. From an `.npz` the array `images` is
@@ -34,7 +40,8 @@ class Arrays:
         classes: names in label order, or a file with them.
 
     Raises:
-        DataError: a file cannot be read (objects are never unpickled), or a shape, dtype or label is wrong.
+        DataError: a file cannot be read (objects are never unpickled) or is too large to load, or a shape, dtype or
+            label is wrong. Also raised by `read`, if an `.npy` file was cut off since.
     """
 
     stores: Literal["files", "pixels"] = "pixels"
@@ -42,16 +49,17 @@ class Arrays:
     def __init__(self, images: ArrayLike, labels: ArrayLike | None = None, *, classes: Classes | None = None) -> None:
         self.classes = None if classes is None else class_names(classes)
         self._name, content = _open(images, "images")
+        given: ArrayLike | StoredArray | None = labels
         if isinstance(content, dict) and labels is None:
-            labels = content.get("labels")
+            given = content.get("labels")
         self._images = _check_images(_select(content, "images", self._name), self._name)
         self.labels: NDArray[np.int64] | None = None
-        if labels is not None:
-            name, content = _open(labels, "labels")
+        if given is not None:
+            name, content = _open(given, "labels")
             self.labels = _check_labels(_select(content, "labels", name), name, len(self), self.classes)
         self.num_classes = count_classes(self.labels, self.classes)
         found = () if self.labels is None else label_warnings(self.labels, self.classes, is_given=classes is not None)
-        self.warnings: tuple[str, ...] = tuple(f"{self._name}: {warning}" for warning in found)
+        self.warnings: tuple[str, ...] = tuple(printable(f"{self._name}: {warning}") for warning in found)
         for warning in self.warnings:
             _logger.warning("%s", warning)
 
@@ -60,7 +68,7 @@ class Arrays:
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images at `indices` `[n]`, `[n, H, W, 3]`."""
-        images = np.ascontiguousarray(self._images[indices])
+        images = self._rows(indices)
         images = images[..., None] if images.ndim == 3 else images
         return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
 
@@ -73,59 +81,66 @@ class Arrays:
         """Digest of labels, class names, shape and evenly sampled images; see `Source.fingerprint`."""
         digest = label_digest(self.labels, self.classes)
         digest.update(json.dumps(self._images.shape).encode())
-        digest.update(np.ascontiguousarray(self._images[:: sampling_step(self._images.nbytes)]).data)
+        step = sampling_step(self._images.nbytes)
+        stride = step * max(1, _BLOCK_BYTES * len(self) // self._images.nbytes)
+        for start in range(0, len(self), stride):
+            digest.update(self._rows(np.arange(start, min(start + stride, len(self)), step)).data)
         return digest.hexdigest()
 
+    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+        if isinstance(self._images, NpyFile):
+            return self._images.rows(indices)
+        return np.ascontiguousarray(self._images[indices])
 
-def _open(source: ArrayLike, what: str) -> tuple[str, NDArray[Any] | dict[str, NDArray[Any]]]:
+
+def _open(source: ArrayLike | StoredArray, what: str) -> tuple[str, _Array | dict[str, NpzMember]]:
     """The name for messages, and the array or the arrays of an `.npz` file."""
     if isinstance(source, np.ndarray):
         return what, source
+    if isinstance(source, StoredArray):
+        return source.name, source
     path = user_path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DataError(f"{path} is a folder, and {what} is an .npy or .npz file; for files take kind: image_folder")
-    try:
-        with path.open("rb") as file:
-            if file.read(2) == b"PK":  # a ZIP archive, hence an .npz
-                file.seek(0)
-                return str(path), dict(np.load(file, allow_pickle=False))
-        return str(path), np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as exc:
-        # NumPy takes any unknown file for a pickle, and its message recommends loading it unsafely.
-        reason = "not a NumPy file, or it contains Python objects" if "pickle" in str(exc) else exc
-        container = find_container(path, _head(path))
-        advice = "" if container is None else f"; it is {container.kind}: {container.advice}"
-        raise DataError(f"{path}: cannot be read as an .npy or .npz file of plain arrays ({reason}){advice}") from exc
+    return str(path), open_stored(path)
 
 
-def _head(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(512)
-    except OSError:
-        return b""
-
-
-def _select(content: NDArray[Any] | dict[str, NDArray[Any]], key: str, name: str) -> NDArray[Any]:
-    if isinstance(content, np.ndarray):
+def _select(content: _Array | dict[str, NpzMember], key: str, name: str) -> _Array:
+    if not isinstance(content, dict):
         return content
     if key not in content and len(content) != 1:
-        raise DataError(f"{name}: no array named {key!r} among {sorted(content)}; save it under that name")
+        among = first_few(list(map(repr, sorted(content))))
+        raise DataError(f"{name}: no array named {key!r} among [{among}]; save it under that name")
     return content[key] if key in content else next(iter(content.values()))
 
 
-def _check_images(images: NDArray[Any], name: str) -> NDArray[np.uint8]:
+def _load(array: _Array) -> NDArray[Any]:
+    return array if isinstance(array, np.ndarray) else array.load()
+
+
+def _check_images(images: _Array, name: str) -> NDArray[np.uint8] | NpyFile:
+    """The images; those in an `.npy` file stay there."""
     shape = images.shape
     fits = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
     if images.dtype != np.uint8 or not fits or not images.size:
         raise DataError(
             f"{name}: expected uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3] with N, H and W of at least 1, "
-            f"found {images.dtype} {list(shape)}; {_image_advice(images)}"
+            f"found {_kind(images)}; {_image_advice(images)}"
         )
-    return images
+    if shape[1] * shape[2] > _MAX_PIXELS:
+        raise DataError(f"{name}: images of {shape[1]} x {shape[2]} are larger than {_MAX_PIXELS} pixels; resize them")
+    if isinstance(images, NpyFile) and images.has_rows:
+        check_fits(name, 8 * len(images), "split the file")  # for as many labels, which the loader holds
+        return images
+    return _load(images)
 
 
-def _image_advice(images: NDArray[Any]) -> str:
+def _kind(array: _Array) -> str:
+    """Data type and shape for messages; a header may have a type of thousands of fields."""
+    return f"{array.dtype!s:.60} {list(array.shape)}"
+
+
+def _image_advice(images: _Array) -> str:
     """How to convert `images`, for the kinds that are common."""
     shape = images.shape
     steps = []
@@ -149,14 +164,13 @@ def _image_advice(images: NDArray[Any]) -> str:
     return f"save {', then '.join(steps)}" if steps else "convert the array"
 
 
-def _check_labels(
-    labels: NDArray[Any], name: str, num_images: int, classes: tuple[str, ...] | None
-) -> NDArray[np.int64]:
+def _check_labels(labels: _Array, name: str, num_images: int, classes: tuple[str, ...] | None) -> NDArray[np.int64]:
     if labels.dtype.kind not in "iu" or labels.shape != (num_images,):
         raise DataError(
             f"{name}: expected integer labels [{num_images}], one for each image, "
-            f"found {labels.dtype} {list(labels.shape)}{_label_advice(labels, num_images)}"
+            f"found {_kind(labels)}{_label_advice(labels, num_images)}"
         )
+    labels = _load(labels)
     limit = len(classes) if classes else 2**31
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(wrong):
@@ -167,11 +181,11 @@ def _check_labels(
     return labels.astype(np.int64)
 
 
-def _label_advice(labels: NDArray[Any], num_images: int) -> str:
+def _label_advice(labels: _Array, num_images: int) -> str:
     """The end of an error message: how to convert `labels`, for the kinds that are common."""
     if labels.shape == (num_images, 1):
         return "; save labels[:, 0]"
-    if labels.ndim == 2 and len(labels) == num_images:
+    if len(labels.shape) == 2 and labels.shape[0] == num_images:
         return "; save labels.argmax(axis=1) if each row marks one class"
     if labels.shape != (num_images,):
         return "; save as many labels as images, in the same order"

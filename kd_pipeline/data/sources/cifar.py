@@ -2,21 +2,23 @@
 
 import gzip
 import hashlib
+import io
 import os
-import shutil
 import tarfile
 import tempfile
 import urllib.request
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Any, Literal
+from urllib.error import URLError
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.arrays import Arrays
 from kd_pipeline.data.sources.containers import user_path
@@ -29,6 +31,18 @@ Split = Literal["train", "test"]
 
 _SITE = "https://www.cs.toronto.edu/~kriz/"
 _TIMEOUT_S = 60
+_BLOCK = 2**20
+_MAX_UNPACKED = 2**28
+"""Bytes of an archive's content; the versions of both datasets have some 186 million."""
+_WITHOUT_CONTENT = (
+    tarfile.LNKTYPE,
+    tarfile.SYMTYPE,
+    tarfile.CHRTYPE,
+    tarfile.BLKTYPE,
+    tarfile.DIRTYPE,
+    tarfile.FIFOTYPE,
+)
+"""Kinds of members that have none, whatever size their header claims."""
 _NUM_IMAGES: Mapping[Split, int] = {"train": 50_000, "test": 10_000}
 _NUM_CLASSES = {"label": 10, "fine_label": 100, "coarse_label": 20}
 """By kind of label, as the files name it."""
@@ -83,7 +97,9 @@ class Cifar(Arrays):
                 images[part] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 targets[part] = _checked_labels(found, where, _NUM_CLASSES[label])
         except (OSError, EOFError, tarfile.TarError, zlib.error) as exc:
-            raise DataError(f"{self._place}: cannot be read ({exc}); get {version.url} again") from exc
+            reason = getattr(exc, "strerror", None) or exc
+            file_name = getattr(exc, "filename", None) or self._place
+            raise DataError(f"{file_name}: cannot be read ({reason}); get {version.url} again") from exc
         super().__init__(images, targets, classes=classes)
 
     def name(self, index: int) -> str:
@@ -97,8 +113,6 @@ class _Version:
     """The files of a dataset in one of its two formats."""
 
     archive: str
-    md5: str
-    """The authors' checksum. It only guards against damage, as nothing in a file is executed."""
     folder: str
     """The archive's top folder."""
     files: Mapping[Split, tuple[str, ...]]
@@ -115,6 +129,9 @@ class _Binary(_Version):
     """Records of one byte per kind of label and 3072 for the pixels; one line per class name."""
 
     labels: tuple[str, ...]
+    archive_bytes: int
+    archive_sha256: str
+    """As TensorFlow Datasets publishes them for the authors' archive, who publish MD5 alone."""
 
     def read_images(self, file: IO[bytes], where: str, label: str, num: int) -> tuple[NDArray[np.uint8], list[Any]]:
         """Pixels `[num, 3072]` and labels."""
@@ -165,15 +182,15 @@ _VERSIONS: Mapping[str, tuple[_Binary, _Pickled]] = {
     "cifar10": (
         _Binary(
             archive="cifar-10-binary.tar.gz",
-            md5="c32a1d4ab5d03f1284b67883e8d87530",
             folder="cifar-10-batches-bin",
             files={"train": tuple(f"data_batch_{n}.bin" for n in range(1, 6)), "test": ("test_batch.bin",)},
             names="batches.meta.txt",
             labels=("label",),
+            archive_bytes=170_052_171,
+            archive_sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         ),
         _Pickled(
             archive="cifar-10-python.tar.gz",
-            md5="c58f30108f718f92721af3b95e74349a",
             folder="cifar-10-batches-py",
             files={"train": tuple(f"data_batch_{n}" for n in range(1, 6)), "test": ("test_batch",)},
             names="batches.meta",
@@ -182,15 +199,15 @@ _VERSIONS: Mapping[str, tuple[_Binary, _Pickled]] = {
     "cifar100": (
         _Binary(
             archive="cifar-100-binary.tar.gz",
-            md5="03b5dce01913d631647c71ecec9e9cb8",
             folder="cifar-100-binary",
             files={"train": ("train.bin",), "test": ("test.bin",)},
             names="{label}_names.txt",
             labels=("coarse_label", "fine_label"),
+            archive_bytes=168_513_733,
+            archive_sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         ),
         _Pickled(
             archive="cifar-100-python.tar.gz",
-            md5="eb9058c3a382ffc7106e4002c42a8d85",
             folder="cifar-100-python",
             files={"train": ("train",), "test": ("test",)},
             names="meta",
@@ -222,30 +239,31 @@ def _find(dataset: str, root: Path, *, download: bool) -> tuple[_Binary | _Pickl
 
 def _where_else(dataset: str, root: Path) -> str:
     """What to set if the dataset is next to `root` or below it, or if the other dataset is in it; empty if not."""
-    parts = [file for file in sorted(root.glob("*")) if file.is_dir()] if root.is_dir() else []
+    parts = [file for file in sorted(root.glob("*")) if file.is_dir()] if os.path.isdir(root) else []
     for kind in (dataset, *_VERSIONS):
         names = [name for version in _VERSIONS[kind] for name in (version.folder, version.archive)]
         for folder in (root.parent, *parts) if kind == dataset else (root,):
-            if any((folder / name).exists() for name in names):
+            if any(os.path.exists(folder / name) for name in names):
                 setting = f"root: {folder}, where it is" if kind == dataset else f"kind: {kind}, which is here"
                 return f"set {setting}, or "
     return ""
 
 
-def _download(version: _Version, root: Path) -> Path:
+def _download(version: _Binary, root: Path) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         # A folder of its own: concurrent processes do not collide, and a failed download leaves nothing.
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
             part = Path(folder) / version.archive
-            with urllib.request.urlopen(version.url, timeout=_TIMEOUT_S) as response, part.open("wb") as file:
-                shutil.copyfileobj(response, file)
-            with part.open("rb") as file:
-                md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-            if md5 != version.md5:
+            opener = urllib.request.build_opener(_OnlyToHttps)
+            with opener.open(version.url, timeout=_TIMEOUT_S) as response, part.open("wb") as file:
+                num_bytes, sha256 = _copy(response, file, version.archive_bytes)
+            if (num_bytes, sha256) != (version.archive_bytes, version.archive_sha256):
+                found = "more" if num_bytes > version.archive_bytes else num_bytes
                 raise DataError(
-                    f"{version.url}: the download has MD5 {md5}, expected {version.md5}; it is incomplete or was "
-                    "changed on the way; try again"
+                    f"{version.url}: the download has {found} bytes and SHA-256 {sha256}, expected "
+                    f"{version.archive_bytes} and {version.archive_sha256}; it is incomplete or was changed on the "
+                    "way; try again"
                 )
             return part.replace(root / version.archive)
     except (OSError, HTTPException) as exc:
@@ -255,25 +273,89 @@ def _download(version: _Version, root: Path) -> Path:
         ) from exc
 
 
+def _copy(response: IO[bytes], file: IO[bytes], num_bytes: int) -> tuple[int, str]:
+    """Copy `num_bytes`, and one more if there are more; returns how many it copied, and their SHA-256."""
+    digest, left = hashlib.sha256(), num_bytes + 1
+    while left and (block := response.read(min(left, _BLOCK))):
+        digest.update(block)
+        file.write(block)
+        left -= len(block)
+    return num_bytes + 1 - left, digest.hexdigest()
+
+
+class _OnlyToHttps(urllib.request.HTTPRedirectHandler):
+    """Follows redirects as long as nobody on the way can read or change what they lead to."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> urllib.request.Request | None:
+        """The next request.
+
+        Raises:
+            URLError: the address does not start with https.
+        """
+        if not newurl.lower().startswith("https://"):
+            raise URLError(f"it leads to {newurl!r:.200}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _opened(place: Path, version: _Version, wanted: tuple[str, ...]) -> Iterator[tuple[str, IO[bytes]]]:
     """The wanted files by name, in any order, from the folder or archive at `place`."""
-    if place.is_dir():
+    if os.path.isdir(place):
         for name in wanted:
-            with (place / name).open("rb") as file:
+            with open_regular(place / name) as file:
                 yield name, file
         return
     missing = set(wanted)
-    with gzip.open(place) as unpacked, tarfile.open(fileobj=unpacked) as archive:
-        for member in archive:  # in the archive's order: seeking back would decompress it again
-            name = member.name.removeprefix("./").removeprefix(f"{version.folder}/")
-            content = archive.extractfile(member) if member.isreg() and name in missing else None
-            if content is not None:
+    with open_regular(place) as packed, gzip.open(packed) as unpacked:
+        archive = _Unpacked(unpacked, place, version.url)
+        for path, size in _members(archive):
+            name = path.removeprefix("./").removeprefix(f"{version.folder}/")
+            if name in missing:
                 missing.remove(name)
-                yield name, content
-        while unpacked.read(2**20):  # to the end, which verifies the checksum
-            pass
+                yield name, io.BytesIO(archive.read(size))
     if missing:
         raise DataError(f"{place}: has no {first_few(sorted(missing))} in {version.folder}/; get {version.url} again")
+
+
+class _Unpacked:
+    """The content of an archive, as far as the datasets have any."""
+
+    def __init__(self, file: gzip.GzipFile, place: Path, url: str) -> None:
+        self._file, self._place, self._url = file, place, url
+        self.position = 0
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end.
+
+        Raises:
+            DataError: they are more than the datasets have.
+        """
+        if not 0 <= size <= _MAX_UNPACKED - self.position:
+            raise DataError(
+                f"{self._place}: unpacks to more than {_MAX_UNPACKED} bytes, and no version of the dataset does; get "
+                f"{self._url} again"
+            )
+        content = self._file.read(size)
+        self.position += len(content)
+        return content
+
+
+def _members(archive: _Unpacked) -> Iterator[tuple[str, int]]:
+    """Path and size of each regular file in a tar archive, whose content may then be read, in the archive's order.
+
+    Of the format it takes the plain headers alone. The module tarfile also reads extensions, which can be of any size.
+    """
+    while (head := archive.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+        member = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+        size = 0 if member.type in _WITHOUT_CONTENT else member.size
+        end = archive.position + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            yield member.name, size
+        while archive.position < end and archive.read(min(end - archive.position, _BLOCK)):
+            pass
+    while archive.read(_BLOCK):  # to the end, which verifies the checksum
+        pass
 
 
 def _checked_names(names: list[Any], where: str, num_classes: int) -> list[str]:

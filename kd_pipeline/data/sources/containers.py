@@ -1,6 +1,7 @@
 """Archives, tables and databases of images, which no source reads: what a path is, and how to convert it."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def find_container(path: str | os.PathLike[str], content: bytes = b"") -> Contai
 
 def how_to_convert(kind: str, path: str | os.PathLike[str]) -> str:
     """What to do with a file that is `kind`."""
-    return _ADVICE.get(kind, _WRITE_FILES).format(path=os.fspath(path))
+    return _ADVICE.get(kind, _WRITE_FILES).format(path=shlex.quote(os.fspath(path)))
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +10,19 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["label_digest", "sampling_step"]
+__all__ = ["content_digest", "label_digest", "sampling_step"]
 
 _SAMPLED_BYTES = 64 * 2**20
+_BLOCK = 2**18
+
+
+def content_digest(file: BinaryIO, max_bytes: int) -> "_Hash":
+    """A SHA-256 over the file, or over its first `max_bytes`: a file that grows would be read forever."""
+    digest, left = hashlib.sha256(), max_bytes
+    while left and (block := file.read(min(left, _BLOCK))):
+        digest.update(block)
+        left -= len(block)
+    return digest
 
 
 def label_digest(labels: NDArray[np.int64] | None, classes: tuple[str, ...] | None) -> "_Hash":

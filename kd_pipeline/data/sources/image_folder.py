@@ -25,6 +25,8 @@ _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", 
 _LISTS = (".csv", ".tsv", ".txt", ".jsonl")
 _NUM_EXAMPLES = 3
 """Skipped paths that a warning shows for each reason."""
+_MAX_REPEATS = 1000
+"""Folders that links may lead to again. Twenty folders, each with two links to the next, have a million paths."""
 _Inode = tuple[int, int]
 """Device and inode number of a folder, the same through every link."""
 
@@ -185,9 +187,18 @@ def _find_images(top: str, skipped: _Skipped, parents: frozenset[_Inode] = froze
     """Absolute paths; folders sorted by their whole path and files within each, as in torchvision."""
     found: list[tuple[str, list[str]]] = []
     stack = [(top, parents)]
+    seen: set[_Inode] = set()
+    num_repeats = 0
     while stack:
         folder, parents = stack.pop()
         inode = _inode(folder)
+        num_repeats += inode in seen
+        seen.add(inode)
+        if num_repeats > _MAX_REPEATS:
+            raise DataError(
+                f"{top}: links lead to the same folders in more than {_MAX_REPEATS} ways, such as {folder}; remove the "
+                "links, or list the files and take kind: file_list"
+            )
         if inode in parents:
             skipped.add("links back to a parent folder", folder)
             continue
@@ -201,7 +212,7 @@ def _find_images(top: str, skipped: _Skipped, parents: frozenset[_Inode] = froze
                 stack.append((entry.path, parents | {inode}))
             elif not entry.name.lower().endswith(EXTENSIONS):
                 skipped.add("without a known extension", entry.path)
-            elif not entry.is_file() and os.path.exists(entry.path):  # a broken link counts as an unreadable image
+            elif not os.path.isfile(entry.path) and os.path.exists(entry.path):  # a broken link is an unreadable image
                 skipped.add("that are not regular files", entry.path)
             else:
                 files.append(entry.name)

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.errors import DataError
 
 __all__ = [
+    "MAX_NAME",
     "Classes",
     "class_names",
     "combination_warnings",
@@ -29,6 +32,11 @@ __all__ = [
 Classes = Sequence[str] | str | os.PathLike[str]
 """Class names in label order, or the path of a file with them."""
 
+MAX_NAME = 1000
+"""Characters of a class name."""
+_MAX_FILE_BYTES = 2**23
+"""Of a file with class names; JSON takes up to thirty times as much memory."""
+_MAX_DIGITS = 10
 _MIN_DISTINCT = 20
 """So many samples without two of the same class are no accident."""
 _JOINTS = re.compile(r"[\s,/&+]+")
@@ -54,7 +62,7 @@ def save_classes(path: str | os.PathLike[str], classes: Sequence[str]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_check_names(classes, "classes"), indent=0) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps(_check_names(classes, "classes"), indent=0) + "\n")
 
 
 def load_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -68,12 +76,13 @@ def load_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """
     file = user_path(path)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_regular(file, max_bytes=_MAX_FILE_BYTES).decode("utf-8-sig")
         if file.suffix.lower() == ".txt":
             return _check_names([line.strip() for line in text.splitlines() if line.strip()], str(path))
         content = json.loads(text)
     except (OSError, ValueError, RecursionError) as exc:
-        raise DataError(f"{path}: cannot be read as a JSON list of class names ({exc})") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise DataError(f"{path}: cannot be read as a JSON list of class names ({reason})") from exc
     if isinstance(content, dict):
         content = _names_in_order(content)
     if not isinstance(content, list):
@@ -92,7 +101,8 @@ def _names_in_order(content: dict[str, object]) -> list[object] | None:
             break
     by_label: dict[object, object] = {label: name for name, label in content.items() if type(label) is int}
     if not by_label:
-        by_label = {int(label): name for label, name in content.items() if label.isdecimal()}
+        numbers = ((label, name) for label, name in content.items() if label.isdecimal() and len(label) < _MAX_DIGITS)
+        by_label = {int(label): name for label, name in numbers}
     if not content or len(by_label) != len(content) or set(by_label) != set(range(len(content))):
         return None
     return [by_label[label] for label in range(len(content))]
@@ -172,11 +182,21 @@ def _check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
     for label, name in enumerate(names):
         if not isinstance(name, str) or not name:
             raise DataError(f"{where}: class {label} is {name!r:.60}; every name must be a string that is not empty")
+        if len(name) > MAX_NAME:
+            raise DataError(
+                f"{where}: class {label} is {name!r:.60}..., a name of {len(name)} characters; write at most {MAX_NAME}"
+            )
         if first.setdefault(name, label) != label:
-            raise DataError(f"{where}: {name!r} is class {first[name]} and class {label}; remove one of them")
+            raise DataError(f"{where}: {name!r:.60} is class {first[name]} and class {label}; remove one of them")
     return tuple(names)
 
 
-def _natural_key(name: str) -> list[str | int]:
-    """Alternating text and numbers, to sort 2 before 10."""
-    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+)", name))]
+def _natural_key(name: str) -> list[str | tuple[int, str]]:
+    """Alternating text and numbers, to sort 2 before 10. Numbers are compared as text: int() refuses the longest."""
+    parts = re.split(r"(\d+)", name)
+    return [_number_key(part) if at % 2 else part for at, part in enumerate(parts)]
+
+
+def _number_key(digits: str) -> tuple[int, str]:
+    significant = "".join(str(unicodedata.decimal(digit)) for digit in digits).lstrip("0")
+    return len(significant), significant

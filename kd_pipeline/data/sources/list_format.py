@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from kd_pipeline._core.files import open_regular
+from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.containers import find_container
 from kd_pipeline.data.sources.image_folder import EXTENSIONS
 from kd_pipeline.errors import DataError
@@ -47,7 +49,8 @@ _IMAGE = re.compile(rf".*({_ENDINGS})", re.IGNORECASE | re.DOTALL)
 _IMAGE_THEN_LABEL = re.compile(rf"(.+?(?:{_ENDINGS}))\s+(\S.*)", re.IGNORECASE)
 _PATH_LIKE = re.compile(rf".*([/\\].*|({_ENDINGS}|\.(gif|avif|heic|jxl|jfif|tga|svg|dng|npy|txt))$)", re.IGNORECASE)
 """What no name of a column looks like."""
-_WORDS = re.compile(r"[^\W\d]+([ _-][^\W\d]+)*")
+_WORDS = re.compile(r"[^\W\d]+([ -][^\W\d]+)*")
+"""Words, with `_` as a letter of them: an expression that can read a text in two ways may take forever on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ class Columns:
     @property
     def description(self) -> str:
         """Where paths and labels are read from."""
-        label = "no labels" if self.label is None else f"labels from the column {self.names[self.label]!r}"
-        return f"paths from the column {self.names[self.path]!r}, {label}"
+        label = "no labels" if self.label is None else f"labels from the column {self.names[self.label]!r:.60}"
+        return f"paths from the column {self.names[self.path]!r:.60}, {label}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def find_columns(names: Sequence[str], what: Literal["columns", "keys"] = "colum
         ValueError: no column is known to hold paths, two may, or labels may be in a column of an unknown name.
     """
     keys = [re.sub(r"[\W_]+", "", name).casefold() for name in names]
-    found = f"found the {what} {', '.join(map(repr, names))}"
+    found = f"found the {what} {first_few([f'{name!r:.60}' for name in names])}"
     path = _one_of(keys, "path", _PATH_NAMES, found)
     label = _one_of(keys, "label", _LABEL_NAMES, found)
     if path is None:
@@ -135,7 +138,7 @@ def find_columns(names: Sequence[str], what: Literal["columns", "keys"] = "colum
     if label is None and unused:
         raise ValueError(
             f"{found}, and none is known to hold the labels; name that one label, or remove "
-            f"{', '.join(repr(names[column]) for column in unused)} from a list without labels"
+            f"{first_few([f'{names[column]!r:.60}' for column in unused])} from a list without labels"
         )
     return Columns(tuple(names), path, label, unused)
 
@@ -168,13 +171,13 @@ def _one_of(keys: Sequence[str], exact: str, names: frozenset[str], found: str) 
 
 
 def _read_head(path: Path) -> bytes:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise DataError(
             f"{path} is a folder, and path is the file with the list; for images in class folders take "
             f"kind: image_folder with root: {path}"
         )
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(_HEAD_BYTES)
     except OSError as exc:
         raise DataError(f"{path}: cannot be read ({exc.strerror}); check the path and its permissions") from exc

@@ -1,13 +1,16 @@
 """The lines of a file list, read in the format that was found: number, path and label of each."""
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.paths import find_url
 from kd_pipeline._core.suggestions import first_few
+from kd_pipeline.data.sources.labels import MAX_NAME
 from kd_pipeline.data.sources.list_format import Columns, ListFormat, find_columns, is_comment, split_at_space
 from kd_pipeline.errors import DataError
 
@@ -16,6 +19,12 @@ __all__ = ["ListRows", "Row", "check_text"]
 Row = tuple[int, str, int | str | None]
 """Line number from 1, path, label."""
 
+_MAX_ROW = 2**20
+"""Characters of a row."""
+_MAX_PATH = 4095
+"""Bytes of the longest path that Linux opens."""
+_MAX_KEPT = 1000
+"""Different rows of keys, and names of columns that are not read; without a limit they grow with the list."""
 _SPLITS = {
     **dict.fromkeys(["train", "training"], "train"),
     **dict.fromkeys(["val", "valid", "validation", "dev"], "val"),
@@ -44,18 +53,23 @@ class ListRows:
         # Bytes that are not UTF-8 pass as surrogates, to let `check_text` report the line.
         errors = "surrogateescape" if self._form.encoding == "utf-8-sig" else "strict"
         try:
-            with self._path.open(encoding=self._form.encoding, errors=errors, newline="") as file:
+            with io.TextIOWrapper(
+                open_regular(self._path), encoding=self._form.encoding, errors=errors, newline=""
+            ) as file:
+                lines = _Lines(file)
                 match self._form.delimiter:
                     case None:
-                        yield from self._json_rows(file)
+                        yield from self._json_rows(lines)
                     case " " | "\n":
-                        yield from self._plain_rows(file)
+                        yield from self._plain_rows(lines)
                     case delimiter:
-                        yield from self._csv_rows(file, delimiter)
+                        yield from self._csv_rows(lines, delimiter)
         except OSError as exc:
             raise DataError(
                 f"{self._path}: cannot be read ({exc.strerror}); check the path and its permissions"
             ) from exc
+        except _LongRowError as exc:
+            raise DataError(f"{self._path}:{lines.number}: {exc}") from None
         except UnicodeError as exc:
             raise DataError(f"{self._path}: not {self._form.encoding} text ({exc}); save the list as UTF-8") from exc
 
@@ -65,15 +79,16 @@ class ListRows:
         if self._num_comments:
             remarks.append(f"{self._path}: skipped {self._num_comments} comment line(s)")
         if self._unused:
-            remarks.append(f"{self._path}: not read: {first_few(list(map(repr, self._unused)))}")
+            remarks.append(f"{self._path}: not read: {first_few(list(self._unused))}")
         return remarks
 
-    def _csv_rows(self, file: TextIO, delimiter: str) -> Iterator[Row]:
-        reader = csv.reader(file, strict=True, skipinitialspace=True, delimiter=delimiter)
+    def _csv_rows(self, lines: "_Lines", delimiter: str) -> Iterator[Row]:
+        reader = csv.reader(lines, strict=True, skipinitialspace=True, delimiter=delimiter)
         cells = _Cells(self._form.columns, "commas in quotes" if delimiter == "," else "see the first lines")
         is_header = self._form.columns is not None
         try:
             for row in reader:
+                lines.start_row()
                 if row in ([], [""]):
                     continue
                 if is_comment(row[0]):
@@ -84,12 +99,13 @@ class ListRows:
                 else:
                     yield self._row(reader.line_num, row, cells)
         except (csv.Error, ValueError) as exc:
-            raise DataError(f"{file.name}:{reader.line_num}: {exc}") from exc
+            raise DataError(f"{self._path}:{reader.line_num}: {exc}") from exc
 
-    def _plain_rows(self, file: TextIO) -> Iterator[Row]:
+    def _plain_rows(self, lines: "_Lines") -> Iterator[Row]:
         cells = _Cells(self._form.columns, "the label after the path")
         is_header = self._form.columns is not None
-        for number, text in enumerate(file, start=1):
+        for text in lines:
+            lines.start_row()
             line = text.strip()
             if not line:
                 continue
@@ -101,9 +117,9 @@ class ListRows:
             else:
                 row = [line] if self._form.delimiter == "\n" else split_at_space(line, self._form.columns)
                 try:
-                    yield self._row(number, row, cells)
+                    yield self._row(lines.number, row, cells)
                 except ValueError as exc:
-                    raise DataError(f"{file.name}:{number}: {exc}") from exc
+                    raise DataError(f"{self._path}:{lines.number}: {exc}") from exc
 
     def _row(self, line: int, row: list[str], cells: "_Cells") -> Row:
         path, label = cells.of(row)
@@ -111,27 +127,32 @@ class ListRows:
             self._check_split(column, row[column])
         return line, check_text(path, "path"), None if label is None else check_text(label, "label")
 
-    def _json_rows(self, file: TextIO) -> Iterator[Row]:
+    def _json_rows(self, lines: "_Lines") -> Iterator[Row]:
         columns_of: dict[tuple[str, ...], Columns] = {}
-        for line, text in enumerate(file, start=1):
+        for text in lines:
+            lines.start_row()
             if not text.strip():
                 continue
             try:
                 entry = _json_object(text)
                 keys = tuple(entry)
                 if keys not in columns_of:
+                    if len(columns_of) == _MAX_KEPT:
+                        columns_of.clear()
                     columns_of[keys] = find_columns(keys, "keys")
                     self._note_unused(columns_of[keys])
                 columns = columns_of[keys]
                 for column in columns.unused:
                     self._check_split(column, entry[keys[column]])
-                yield line, check_text(entry[keys[columns.path]], "path"), _json_label(entry, columns)
+                yield lines.number, check_text(entry[keys[columns.path]], "path"), _json_label(entry, columns)
             except (ValueError, RecursionError) as exc:
-                raise DataError(f"{file.name}:{line}: {exc}") from exc
+                raise DataError(f"{self._path}:{lines.number}: {exc}") from exc
 
     def _note_unused(self, columns: Columns | None) -> None:
-        if columns is not None:
-            self._unused |= dict.fromkeys(columns.names[column] for column in columns.unused)
+        names = () if columns is None else [columns.names[column] for column in columns.unused]
+        for name in names:
+            if len(self._unused) < _MAX_KEPT:
+                self._unused.setdefault(f"{name!r:.60}")
 
     def _check_split(self, column: int, value: object) -> None:
         split = _SPLITS.get(value.strip().casefold()) if isinstance(value, str) else None
@@ -140,6 +161,34 @@ class ListRows:
                 f"found the split {value!r} where lines above have {self._splits[column]!r}: every line of a list "
                 "belongs to the same split; write a list for each"
             )
+
+
+class _LongRowError(Exception):
+    """A row has no end, or one that no honest row has; not a ValueError, as it may come from any line's reader."""
+
+
+class _Lines:
+    """The lines of a list, without reading one that has no end."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self._left = _MAX_ROW
+        self.number = 0
+        """Of the line that was read last, from 1."""
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline(self._left + 1):
+            self.number += 1
+            self._left -= len(line)
+            if self._left < 0:
+                raise _LongRowError(
+                    f"a row of more than {_MAX_ROW} characters; write one path and its label per line, and close quotes"
+                )
+            yield line
+
+    def start_row(self) -> None:
+        """Allow the next row its full length; a row of CSV may have several lines, by quotes."""
+        self._left = _MAX_ROW
 
 
 class _Cells:
@@ -165,7 +214,7 @@ class _Cells:
 
     def _expected(self, num_found: int) -> str:
         if self.columns is not None:
-            return f"{', '.join(map(repr, self.columns.names))}; {self._hint}"
+            return f"{first_few([f'{name!r:.60}' for name in self.columns.names])}; {self._hint}"
         header = ", or a first line that names all columns, such as path,label,other" if num_found > 2 else ""
         return f"path,label or path alone, {self._hint}{header}"
 
@@ -177,7 +226,7 @@ def _json_object(text: str) -> dict[str, object]:
         raise ValueError(f'not JSON ({exc}); write {{"path": "cat/1.jpg", "label": "cat"}} on a line') from exc
     if not isinstance(entry, dict):
         advice = "; write an object on each line" if isinstance(entry, list) else ""
-        raise ValueError(f"expected an object with the keys path and label, found {text.strip():.60}{advice}")
+        raise ValueError(f"expected an object with the keys path and label, found {text.strip()!r:.60}{advice}")
     return entry
 
 
@@ -195,17 +244,23 @@ def check_text(value: object, what: str) -> str:
     """`value`, if it is a string that a path or a label can be.
 
     Raises:
-        ValueError: it is empty, no string, not UTF-8, or a URL in place of a path.
+        ValueError: it is empty, no string, not UTF-8, too long, or a URL in place of a path.
     """
     if not isinstance(value, str) or not value or "\0" in value:
         advice = "; write one, or remove the line" if value == "" else ""
         raise ValueError(f"the {what} {value!r:.60} is not a string of at least one character{advice}")
     try:
-        value.encode()
+        num_bytes = len(value.encode())
     except UnicodeEncodeError:
         raise ValueError(
             f"the {what} {value!r:.60} is not UTF-8; save the list as UTF-8: iconv -f latin1 -t utf8 OLD > NEW"
         ) from None
+    if what == "path" and num_bytes > _MAX_PATH:
+        raise ValueError(
+            f"the path {value!r:.60}... has {num_bytes} bytes, and no file's path has more than {_MAX_PATH}"
+        )
+    if what == "label" and len(value) > MAX_NAME:
+        raise ValueError(f"the label {value!r:.60}... has {len(value)} characters, and a name has at most {MAX_NAME}")
     if what == "path" and "://" in value and (problem := find_url(value)):
         raise ValueError(problem)
     return value

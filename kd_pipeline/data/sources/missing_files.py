@@ -21,6 +21,10 @@ _MAX_FOLDERS = 200
 """Subfolders of a folder in which they are looked for."""
 
 
+_MAX_PARTS = 20
+"""Parts of a path that may be too many at its start."""
+
+
 class _Spelling(NamedTuple):
     """Another way to write a path, and what to do if the file exists under it."""
 
@@ -115,7 +119,7 @@ def _spellings(entry: str) -> Iterator[_Spelling]:
     if " " in entry.strip() or "\t" in entry:
         yield _Spelling(entry.split()[0], "the paths end at a space: write path,label with a comma")
     parts = slashes.split("/")
-    for start in range(1, len(parts)):
+    for start in range(1, min(len(parts), _MAX_PARTS)):
         tail, prefix = "/".join(parts[start:]), "/".join(parts[:start]) + "/"
         if tail:
             yield _Spelling(tail, f"remove {prefix!r} from the start of the paths")

@@ -1,6 +1,5 @@
 """The base of all sources of files: a compact table of paths, read by position."""
 
-import hashlib
 import logging
 import os
 import stat
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
+from kd_pipeline._core.files import open_regular
+from kd_pipeline._core.text import printable
+from kd_pipeline.data.sources.fingerprint import content_digest, label_digest, sampling_step
 from kd_pipeline.data.sources.labels import count_classes
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ __all__ = ["FileSource", "PathTable"]
 
 _logger = logging.getLogger("kd_pipeline")
 
+_MAX_CONTENT = 64 * 2**20
+"""Bytes of one file that go into a fingerprint; reading a file of a terabyte takes half an hour."""
 _MAX_SIZES = 2**18
 """Files whose size goes into a fingerprint; a file system looks up some hundred thousand a second."""
 
@@ -104,7 +107,7 @@ class FileSource:
     ) -> None:
         self._paths = paths
         self.labels, self.classes, self.num_classes = labels, classes, count_classes(labels, classes)
-        self.warnings = tuple(warnings)
+        self.warnings = tuple(map(printable, warnings))
         for warning in self.warnings:
             _logger.warning("%s", warning)
 
@@ -130,8 +133,8 @@ class FileSource:
         for row in range(0, len(paths), -(-content_step // step)):
             if sizes[row] >= 0:
                 try:
-                    with open(paths[row], "rb") as file:
-                        digest.update(hashlib.file_digest(file, "sha256").digest())
+                    with open_regular(os.fsdecode(paths[row])) as file:
+                        digest.update(content_digest(file, _MAX_CONTENT).digest())
                 except OSError:
                     sizes[row] = -1
         digest.update(sizes.tobytes())

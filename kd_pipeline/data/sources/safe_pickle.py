@@ -17,6 +17,10 @@ _OPCODES = frozenset({
 })  # fmt: skip
 """What Python 2's cPickle writes for plain values and NumPy arrays with protocol 2."""
 _MAX_BYTES = 2**28
+_MAX_OPCODES = 2**20
+"""A batch of CIFAR takes some 200,000. Each may put an object of 64 bytes onto the unpickler's stack."""
+_MAX_LONGS = 1000
+"""An array takes none. As keys of a dict, many that have the same hash take forever."""
 _MAX_TUPLES = 20
 """An array takes five. Tuples can be dict keys, and hashing deeply nested ones takes forever or crashes Python."""
 
@@ -51,7 +55,7 @@ def read_pickle(file: IO[bytes], name: str, *, functions: Collection[tuple[str, 
     """The value in a pickle of protocol 2: dicts, lists, tuples, numbers, bytes for Python 2's `str`, and `Call`s.
 
     Args:
-        file: read to its end, at most 256 MiB.
+        file: read to its end, at most 256 MiB with 1,048,576 values and steps.
         name: the file's name for messages.
         functions: module and name of each function that the pickle may name. It gets a `Call` in place of the result.
 
@@ -71,14 +75,19 @@ def _check(data: bytes) -> None:
     """Refuse what no such file needs and could make the unpickler crash or exhaust the memory."""
     if len(data) > _MAX_BYTES:
         raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
-    num_tuples = num_memos = 0
-    for opcode, argument, _ in pickletools.genops(data):
+    num_tuples = num_memos = num_longs = 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if number == _MAX_OPCODES:
+            raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
         if opcode.name not in _OPCODES:
             raise ValueError(f"it has the opcode {opcode.name}, which no such file needs")
         num_tuples += opcode.name.startswith("TUPLE")
+        num_longs += opcode.name == "LONG1"
         if opcode.name in ("BINPUT", "LONG_BINPUT"):
             num_memos += 1
             if argument is None or argument > num_memos:  # the unpickler would allocate a table of that size
                 raise ValueError(f"it counts to {argument} at its memo {num_memos}")
     if num_tuples > _MAX_TUPLES:
         raise ValueError(f"it has {num_tuples} tuples")
+    if num_longs > _MAX_LONGS:
+        raise ValueError(f"it has {num_longs} integers of unlimited size")

@@ -101,7 +101,7 @@ BAD_LISTS = {
     "label not UTF-8": (b"a,cat\nb,caf\xe9\n", None, 2, "is not UTF-8"),
     "negative": ("a,0\nb,-1\n", None, 2, "the label -1 is not a class index from 0 to 2147483647; classes"),
     "huge": (f"a,{10**25}\n", None, 1, "is not a class index from 0 to 2147483647"),
-    "beyond huge": (f"a,{'9' * 5000}\n", None, 1, "limit"),
+    "beyond huge": (f"a,{'9' * 5000}\n", None, 1, "has 5000 characters, and a name has at most 1000"),
     "out of range": ("a,0\nb,2\n", ("x", "y"), 2, "the label 2 is not a class index from 0 to 1"),
     "unknown name": ("path,label\na,cat\nb,dgo\n", ("cat", "dog"), 3, "'dgo' is not among the 2 classes; did you mean"),
     "ambiguous": ("a,2\n", ("1", "10", "2"), 1, "the label 2 may be a class index or a name"),

@@ -125,7 +125,7 @@ def test_missing_and_special_files_count(tmp_path):
 def test_unreadable_file_counts_as_missing(tmp_path, monkeypatch):
     make_files(tmp_path, "cat/1.jpg", "cat/2.jpg")
     path = write_list(tmp_path, "cat/1.jpg\ncat/2.jpg\n")
-    real = open
+    real = os.open
 
     def refuse(name, *args, **kwargs):  # root, as whom tests often run, may read everything
         if os.fsdecode(name).endswith("2.jpg"):
@@ -133,7 +133,7 @@ def test_unreadable_file_counts_as_missing(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     source = FileList(path)
-    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     unreadable = source.fingerprint
     monkeypatch.undo()
     (tmp_path / "cat/2.jpg").unlink()
