@@ -14,7 +14,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 from kd_pipeline.data.sources.labels import Classes, class_names, count_classes, label_warnings
-from kd_pipeline.data.sources.stored_arrays import NpyFile, NpzMember, StoredArray, check_fits, open_stored
+from kd_pipeline.data.sources.stored_arrays import NpyFile, NpzFile, StoredArray, check_fits, open_stored
 from kd_pipeline.errors import DataError
 
 __all__ = ["Arrays"]
@@ -25,6 +25,8 @@ ArrayLike = str | os.PathLike[str] | NDArray[Any]
 _Array = NDArray[Any] | StoredArray
 _MAX_PIXELS = 2**27
 """Of one image; more than the loader decodes from a file."""
+_MAX_ROWS = 2**18
+"""Images that are sampled for a fingerprint, each of which is read by itself."""
 _BLOCK_BYTES = 2**24
 """So much is read at once for a fingerprint."""
 
@@ -50,8 +52,8 @@ class Arrays:
         self.classes = None if classes is None else class_names(classes)
         self._name, content = _open(images, "images")
         given: ArrayLike | StoredArray | None = labels
-        if isinstance(content, dict) and labels is None:
-            given = content.get("labels")
+        if labels is None and isinstance(content, NpzFile) and "labels" in content:
+            given = content["labels"]
         self._images = _check_images(_select(content, "images", self._name), self._name)
         self.labels: NDArray[np.int64] | None = None
         if given is not None:
@@ -82,6 +84,8 @@ class Arrays:
         digest = label_digest(self.labels, self.classes)
         digest.update(json.dumps(self._images.shape).encode())
         step = sampling_step(self._images.nbytes)
+        if step > 1:
+            step = max(step, -(-len(self) // _MAX_ROWS))
         stride = step * max(1, _BLOCK_BYTES * len(self) // self._images.nbytes)
         for start in range(0, len(self), stride):
             digest.update(self._rows(np.arange(start, min(start + stride, len(self)), step)).data)
@@ -93,7 +97,7 @@ class Arrays:
         return np.ascontiguousarray(self._images[indices])
 
 
-def _open(source: ArrayLike | StoredArray, what: str) -> tuple[str, _Array | dict[str, NpzMember]]:
+def _open(source: ArrayLike | StoredArray, what: str) -> tuple[str, _Array | NpzFile]:
     """The name for messages, and the array or the arrays of an `.npz` file."""
     if isinstance(source, np.ndarray):
         return what, source
@@ -105,13 +109,13 @@ def _open(source: ArrayLike | StoredArray, what: str) -> tuple[str, _Array | dic
     return str(path), open_stored(path)
 
 
-def _select(content: _Array | dict[str, NpzMember], key: str, name: str) -> _Array:
-    if not isinstance(content, dict):
+def _select(content: _Array | NpzFile, key: str, name: str) -> _Array:
+    if not isinstance(content, NpzFile):
         return content
     if key not in content and len(content) != 1:
         among = first_few(list(map(repr, sorted(content))))
         raise DataError(f"{name}: no array named {key!r} among [{among}]; save it under that name")
-    return content[key] if key in content else next(iter(content.values()))
+    return content[key if key in content else next(iter(content))]
 
 
 def _load(array: _Array) -> NDArray[Any]:

@@ -137,7 +137,7 @@ class Source(Protocol):
         It covers class names, labels, relative paths, file sizes, and the bytes of every k-th sample with
         k = ceil(total bytes / 64 MiB): small data is hashed completely and large data sampled evenly, because reading
         a terabyte before a run would cost more than it finds. For the same reason it covers the first 64 MiB of a file,
-        and the sizes of more than 262,144 files are sampled too. It
+        and of more than 262,144 files the sizes, of as many tiny images in an array the pixels, are sampled further. It
         depends neither on the location of the data nor on file times. A missing or unreadable file counts as size -1.
         """
 

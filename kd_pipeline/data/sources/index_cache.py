@@ -39,7 +39,7 @@ _WORD = 8
 _START = len(_MAGIC) + hashlib.sha256().digest_size
 _MIN_LIST_BYTES = 2**20
 """Shorter lists are not cached, because parsing them takes no noticeable time."""
-_MAX_LIST_BYTES = 2**34
+_MAX_LIST_BYTES = 2**32
 """Longer lists are not cached: what has a terabyte is no list, and hashing it takes longer than finding that out."""
 _MAX_AGE_S = 30 * 24 * 3600.0
 """An index that was not used for this long is deleted."""

@@ -34,7 +34,7 @@ Classes = Sequence[str] | str | os.PathLike[str]
 
 MAX_NAME = 1000
 """Characters of a class name."""
-_MAX_FILE_BYTES = 2**23
+_MAX_FILE_BYTES = 2**22
 """Of a file with class names; JSON takes up to thirty times as much memory."""
 _MAX_DIGITS = 10
 _MIN_DISTINCT = 20

@@ -6,7 +6,6 @@ import os
 import shlex
 import weakref
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from kd_pipeline._core.files import open_regular
 from kd_pipeline.data.sources.containers import find_container
 from kd_pipeline.errors import DataError
 
-__all__ = ["NpyFile", "NpzMember", "StoredArray", "check_fits", "open_stored"]
+__all__ = ["NpyFile", "NpzFile", "StoredArray", "check_fits", "open_stored"]
 
 _MAX_HEADER = 10_000
 """Bytes of an array's header; NumPy's own limit. The header of a plain array has 128."""
@@ -33,6 +32,7 @@ _BLOCK = 2**20
 _PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """How NumPy packs arrays. Other ways unpack without a limit to their memory."""
 _MEMINFO = Path("/proc/meminfo")
+_READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -128,8 +128,9 @@ class NpyFile(StoredArray):
             while memory:
                 num_bytes = os.preadv(self._file.fileno(), [memory], offset)
                 if not num_bytes:
-                    reason = f"it was cut off after it was opened: it ends at byte {offset}"
-                    raise DataError(f"{self.name}: {reason}; write it again, and start again")
+                    size = os.fstat(self._file.fileno()).st_size
+                    reason = f"it was cut off while it was in use, to {size} bytes"
+                    raise DataError(f"{self.name}: {reason}; write it again, and resume the run")
                 memory, offset = memory[num_bytes:], offset + num_bytes
         except OSError as exc:
             raise DataError(f"{self.name}: cannot be read any more ({exc.strerror}); check its disk") from exc
@@ -144,13 +145,13 @@ class NpyFile(StoredArray):
 class NpzMember(StoredArray):
     """An array in an `.npz` file, which is always loaded."""
 
-    def __init__(self, name: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
-        self._archive, self._member = archive, member
+    def __init__(self, owner: "NpzFile", archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+        self._owner, self._archive, self._member = owner, archive, member  # the owner closes the file
         if member.flag_bits & 1 or member.compress_type not in _PLAIN:
             raise ValueError(f"{member.filename!r} is encrypted or compressed as no np.savez does it")
         with archive.open(member) as unpacked:
             header = _parse_header(unpacked.read(_MAX_HEADER))
-        super().__init__(name, header)
+        super().__init__(owner.name, header)
         if member.file_size != header.start + self.nbytes:
             promised = f"the header promises {header.start + self.nbytes}"
             raise ValueError(f"{member.filename!r} has {member.file_size} bytes, and {promised}")
@@ -185,30 +186,52 @@ class NpzMember(StoredArray):
         return f"unpack it and take the .npy file, of which only the images of a batch are read: {command}"
 
 
-def open_stored(path: Path) -> NpyFile | dict[str, NpzMember]:
-    """The array in an `.npy` file, or the arrays in an `.npz` file by name; nothing but headers is read.
+class NpzFile:
+    """An `.npz` file, of which nothing but the directory was read."""
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        weakref.finalize(self, file.close)
+        self.name = name
+        self._archive = zipfile.ZipFile(_Limited(file))
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        for member in self._archive.infolist():
+            key = member.filename.removesuffix(".npy")
+            if key in self._members:
+                raise ValueError(f"it has {key!r:.60} more than once")
+            self._members[key] = member
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the arrays."""
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, key: str) -> NpzMember:
+        """The array called `key`.
+
+        Raises:
+            DataError: it is none.
+        """
+        with _damage_named(self.name):
+            return NpzMember(self, self._archive, self._members[key])
+
+
+def open_stored(path: Path) -> NpyFile | NpzFile:
+    """The array in an `.npy` file, or the arrays in an `.npz` file; none is loaded.
 
     An array of an `.npz` may unpack to 256 MiB, or to 100 times its compressed size: images that are worth keeping take
     more than a hundredth of their pixels, and files that are made to fill a memory a thousandth. What is loaded may
     take half of the memory that is free.
 
     Raises:
-        DataError: it is neither, is damaged, or unpacks to too much.
+        DataError: it is neither, or is damaged.
     """
     name = str(path)
     with _damage_named(name), ExitStack() as closed_on_error:
         file = closed_on_error.enter_context(open_regular(path))
-        if os.pread(file.fileno(), 2, 0) != b"PK":
-            stored: NpyFile | dict[str, NpzMember] = NpyFile(name, file)
-        else:
-            archive = zipfile.ZipFile(_Limited(file))
-            weakref.finalize(archive, file.close)
-            keys = [member.filename.removesuffix(".npy") for member in archive.infolist()]
-            if twice := [key for key, count in Counter(keys).items() if count > 1]:
-                raise ValueError(f"it has {twice[0]!r:.60} more than once")
-            stored = {
-                key: NpzMember(name, archive, member) for key, member in zip(keys, archive.infolist(), strict=True)
-            }
+        is_zip = os.pread(file.fileno(), 2, 0) == b"PK"
+        stored = NpzFile(name, file) if is_zip else NpyFile(name, file)
         closed_on_error.pop_all()
     return stored
 
@@ -245,10 +268,13 @@ def _parse_header(head: bytes) -> _Header:
         raise ValueError("not a NumPy file, or it contains Python objects")
     file = io.BytesIO(head)
     try:
-        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+        version = npy.read_magic(file)
+        if version not in _READERS:
+            raise ValueError(f"plain arrays have no version {version}")
+        read = _READERS[version]
         shape, is_fortran, dtype = read(file, max_header_size=_MAX_HEADER)
     except Exception as exc:  # NumPy raises a dozen kinds of errors on damaged headers
-        raise ValueError(f"its header is damaged: {exc}") from exc
+        raise ValueError(f"its header is damaged: {str(exc) or type(exc).__name__:.200}") from exc
     if dtype.hasobject:
         raise ValueError("not a NumPy file, or it contains Python objects")
     if len(shape) > _MAX_DIMS or any(type(length) is not int or length < 0 for length in shape):
@@ -265,17 +291,19 @@ def _damage_named(name: str) -> Iterator[None]:
         raise
     except Exception as exc:  # zipfile too raises a dozen kinds of errors on damaged files
         reason = exc.strerror if isinstance(exc, OSError) else exc
-        container = find_container(name, _head(name))
+        container = None if name.lower().endswith(".npz") else find_container(name, _head(name))
         advice = "" if container is None else f"; it is {container.kind}: {container.advice}"
         raise DataError(f"{name}: cannot be read as an .npy or .npz file of plain arrays ({reason}){advice}") from exc
 
 
 def _head(name: str) -> bytes:
+    """The first bytes of what is no array."""
     try:
         with open_regular(name) as file:
-            return file.read(512)
+            head = file.read(512)
     except OSError:
         return b""
+    return b"" if head.startswith(npy.MAGIC_PREFIX) else head
 
 
 def check_fits(name: str, num_bytes: int, advice: str) -> None:
