@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Any, Literal
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -267,6 +267,8 @@ def _download(version: _Binary, root: Path) -> Path:
                 )
             return part.replace(root / version.archive)
     except (OSError, HTTPException) as exc:
+        if isinstance(exc, HTTPError):
+            exc.close()
         raise DataError(
             f"{version.url}: cannot be downloaded ({exc}); download it on another machine and put it into {root}, "
             "packed or unpacked"
@@ -295,6 +297,7 @@ class _OnlyToHttps(urllib.request.HTTPRedirectHandler):
             URLError: the address does not start with https.
         """
         if not newurl.lower().startswith("https://"):
+            fp.close()
             raise URLError(f"it leads to {newurl!r:.200}, which is not https")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

@@ -16,7 +16,8 @@ _OPCODES = frozenset({
     "APPEND", "APPENDS", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "GLOBAL", "REDUCE", "BUILD",
 })  # fmt: skip
 """What Python 2's cPickle writes for plain values and NumPy arrays with protocol 2."""
-_MAX_BYTES = 2**28
+_MAX_BYTES = 160 * 2**20
+"""The largest file of CIFAR has 155 million."""
 _MAX_OPCODES = 2**20
 """A batch of CIFAR takes some 200,000. Each may put an object of 64 bytes onto the unpickler's stack."""
 _MAX_LONGS = 1000
@@ -55,7 +56,7 @@ def read_pickle(file: IO[bytes], name: str, *, functions: Collection[tuple[str, 
     """The value in a pickle of protocol 2: dicts, lists, tuples, numbers, bytes for Python 2's `str`, and `Call`s.
 
     Args:
-        file: read to its end, at most 256 MiB with 1,048,576 values and steps.
+        file: read to its end, at most 160 MiB of 1,048,576 opcodes.
         name: the file's name for messages.
         functions: module and name of each function that the pickle may name. It gets a `Call` in place of the result.
 

@@ -1,11 +1,14 @@
 """Files in the authors' formats, with a few random images."""
 
+import gzip
 import hashlib
 import io
 import os
 import tarfile
+import threading
 import tracemalloc
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -359,6 +362,61 @@ def test_reads_only_regular_archive_members(tmp_path, few, kind):
     assert "has no test_batch.bin in cifar-10-batches-bin/" in message
 
 
+def packed(path, *members):
+    """An archive of members, each its header and the bytes after it."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(gzip.compress(b"".join(member.tobuf(tarfile.GNU_FORMAT) + content for member, content in members)))
+    return path
+
+
+def member(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info
+
+
+TEST_BATCH = "cifar-10-batches-bin/test_batch.bin"
+BOMBS = {
+    "content": [(member("bomb", 2**22), bytes(2**22))],
+    "after the end": [(member("a", 0), bytes(2**22))],
+    "claimed by a wanted file": [(member(TEST_BATCH, 2**60), b"")],
+    "negative": [(member(TEST_BATCH, -512), b"")],
+    "pax header": [(member("pax", 2**24, tarfile.XHDTYPE), bytes(2**24)), (member(TEST_BATCH, 3), b"")],
+    "long name": [(member("name", 2**24, tarfile.GNUTYPE_LONGNAME), b"x" * 2**24)],
+    "sparse": [(member(TEST_BATCH, 2**24, tarfile.GNUTYPE_SPARSE), bytes(2**24))],
+    "many": [(member("", 0), b"")] * 10_000,
+}
+
+
+@pytest.mark.parametrize("members", BOMBS.values(), ids=BOMBS)
+def test_archive_that_unpacks_to_more_than_a_dataset_is_refused(tmp_path, few, monkeypatch, members):
+    monkeypatch.setattr(cifar, "_MAX_UNPACKED", 2**20)
+    archive = packed(tmp_path / "root/cifar-10-binary.tar.gz", *members)
+    tracemalloc.start()
+    message = refusal("cifar10", archive, split="test")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert message.startswith(
+        f"{archive}: unpacks to more than 1048576 bytes, and no version of the dataset does; get h"
+    )
+    assert most < 2**23
+
+
+@pytest.mark.parametrize("name", ["test_batch.bin", "batches.meta.txt"])
+def test_pipe_in_place_of_a_file_is_refused(tmp_path, few, name):
+    folder = write("cifar10", "binary", tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    message = refusal("cifar10", folder, split="test")
+    assert message.startswith(f"{folder / name}: cannot be read (this is a pipe and no file); get https")
+
+
+def test_root_that_is_no_folder_is_refused(tmp_path, few):
+    os.mkfifo(tmp_path / "cifar-10-binary.tar.gz")
+    for root in (tmp_path, tmp_path / "cifar-10-binary.tar.gz", tmp_path / ("x" * 5000)):
+        assert "no cifar10 here" in refusal("cifar10", root, split="test")
+
+
 # Downloads
 
 
@@ -398,7 +456,7 @@ def test_downloads_only_if_asked_and_missing(tmp_path, site, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda data: data[:-1], lambda data: data[:-1] + b"x", lambda data: data + b"x", lambda data: b""]
+    "change", [lambda data: data[:-1], lambda data: data[:-1] + b"x", lambda data: data + b"xyz", lambda data: b""]
 )
 def test_download_with_wrong_checksum_leaves_nothing(tmp_path, site, change):
     whole = site.read_bytes()
@@ -406,7 +464,8 @@ def test_download_with_wrong_checksum_leaves_nothing(tmp_path, site, change):
     site.write_bytes(changed)
     message = refusal("cifar10", tmp_path / "root", split="test", download=True)
     size = len(changed) if len(changed) <= len(whole) else "more"
-    found, expected = (hashlib.sha256(content).hexdigest() for content in (changed, whole))
+    read = changed[: len(whole) + 1]  # and no further
+    found, expected = (hashlib.sha256(content).hexdigest() for content in (read, whole))
     assert message.startswith(f"{site.as_uri()}: the download has {size} bytes and SHA-256 {found}, expected ")
     assert f"expected {len(whole)} and {expected}" in message
     assert names_in(tmp_path / "root") == []
@@ -419,6 +478,39 @@ def test_failed_download_says_what_to_put_where(tmp_path, few, monkeypatch, addr
     assert message.startswith(f"{address}cifar-100-binary.tar.gz: cannot be downloaded (")
     assert f"download it on another machine and put it into {tmp_path}/root, packed or unpacked" in message
     assert names_in(tmp_path / "root") == []
+
+
+@pytest.mark.parametrize("target", ["http://127.0.0.1:9/evil.tar.gz", "file:///etc/passwd", "ftp://127.0.0.1/x"])
+def test_download_follows_redirects_to_https_alone(tmp_path, few, monkeypatch, target):
+    asked = []
+
+    class Redirect(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirect) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        monkeypatch.setattr(cifar, "_SITE", f"http://127.0.0.1:{server.server_port}/")
+        message = refusal("cifar10", tmp_path / "root", split="test", download=True)
+        server.shutdown()
+        thread.join()
+    assert "cannot be downloaded (" in message and target in message
+    assert asked == ["/cifar-10-binary.tar.gz"] and names_in(tmp_path / "root") == []
+
+
+def test_downloads_come_from_https_and_have_a_size_and_a_sha_256():
+    for binary, _ in cifar._VERSIONS.values():
+        assert binary.url.startswith("https://") and 160 * 2**20 < binary.archive_bytes < cifar._MAX_UNPACKED
+        assert len(bytes.fromhex(binary.archive_sha256)) == 32
 
 
 def test_unwritable_root_is_refused(tmp_path, site):

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+import socket
 from itertools import product
 from pathlib import Path
 
@@ -257,3 +259,35 @@ def test_file_as_root_is_refused(tmp_path, name, words):
 @pytest.mark.parametrize("root", ["s3://bucket/train", "$DATA/train"])
 def test_root_is_a_path(root):
     assert "is a URL" in error_of(ImageFolder, root) or "has the variable $DATA" in error_of(ImageFolder, root)
+
+
+def test_what_is_no_file_is_skipped_or_counts_as_unreadable(tmp_path, monkeypatch):
+    root = make_files(tmp_path / "root", "cat/1.jpg", "cat/folder.jpg/2.jpg")
+    monkeypatch.chdir(root / "cat")
+    os.mkfifo("pipe.jpg")
+    os.symlink("/dev/zero", "device.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.jpg")
+    os.symlink("knot.jpg", "knot.jpg")
+    os.symlink("nowhere", "broken.jpg")
+    os.symlink("/proc/self/mem/x", "not in a folder.jpg")
+    source = ImageFolder(root)
+    names = ["1.jpg", "broken.jpg", "knot.jpg", "not in a folder.jpg", "folder.jpg/2.jpg"]
+    assert relative_names(source, root) == [f"cat/{name}" for name in names]
+    (warning,) = source.warnings
+    assert "3 that are not regular files (cat/" in warning
+    assert len(source.fingerprint) == 64
+
+
+def test_links_that_multiply_paths_are_refused(tmp_path):
+    """Forty folders, each with two links to the next: as many paths as no disk can hold."""
+    root = make_files(tmp_path / "root", "cat/0/1.jpg")
+    for number in range(1, 30):
+        (root / f"cat/{number}").mkdir()
+        for name in ("a", "b"):
+            (root / f"cat/{number}" / name).symlink_to(f"../{number - 1}")
+    message = error_of(ImageFolder, root)
+    assert "links lead to the same folders in more than 1000 ways, such as" in message
+    for number in range(5, 30):
+        shutil.rmtree(root / f"cat/{number}")
+    assert len(ImageFolder(root)) == 1 + 2 + 4 + 8 + 16

@@ -1,5 +1,7 @@
 """A list is parsed once and then loaded from the cache, but never in a stale version."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import pytest
 from kd_pipeline.data.sources import FileList, file_list, index_cache
 from kd_pipeline.data.sources.list_format import find_format
 from kd_pipeline.errors import DataError
+from tests._core.test_files import give_away
 
 LINES = [f"images {n % 7}/é {n:03}.jpg,class {n % 3}" for n in range(50)]
 
@@ -276,3 +279,100 @@ def test_concurrent_processes_leave_one_good_index(tmp_path, cache, parsed):
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert [file.suffix for file in cache.iterdir()] == [".index"]
     assert found == {FileList(path).fingerprint} and parsed == []
+
+
+def forged(file: Path, header: dict[str, object] | bytes, *parts: bytes) -> None:
+    """Write an index with a right checksum and any content."""
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    start = len(encoded).to_bytes(8, "little") + encoded
+    body = start + bytes(-len(start) % 8) + b"".join(parts)
+    file.write_bytes(index_cache._MAGIC + hashlib.sha256(body).digest() + body)
+
+
+def words(*numbers: int) -> bytes:
+    return np.array(numbers, dtype=np.int64).tobytes()
+
+
+HEADER: dict[str, object] = {
+    "ends": 24, "labels": 16, "blob": 4, "is_labeled": True, "classes": ["a", "b"], "remarks": []
+}  # fmt: skip
+FORGERIES: dict[str, tuple[dict[str, object] | bytes, tuple[bytes, ...]]] = {
+    "no header": (b"", ()),
+    "no JSON": (b"{", ()),
+    "no object": (b"[]", ()),
+    "deep": (b"[" * 100_000, ()),
+    "long number": (b'{"ends": ' + b"9" * 5000 + b"}", ()),
+    "missing size": ({"ends": 24}, ()),
+    "negative size": (HEADER | {"ends": -24, "blob": 52}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "size of text": (HEADER | {"ends": "24"}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "huge size": (HEADER | {"blob": 2**62}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "half a number": (HEADER | {"ends": 23}, (words(0, 2, 4)[:-1], words(0, 1), b"x/yy")),
+    "path outside": (HEADER, (words(0, 2, 2**40), words(0, 1), b"x/yy")),
+    "path before": (HEADER, (words(0, -2, 4), words(0, 1), b"x/yy")),
+    "first path": (HEADER, (words(1, 2, 4), words(0, 1), b"x/yy")),
+    "empty path": (HEADER, (words(0, 4, 4), words(0, 1), b"x/yy")),
+    "no paths": (HEADER | {"ends": 8, "blob": 0, "labels": 0}, (words(0),)),
+    "label outside": (HEADER, (words(0, 2, 4), words(0, 2), b"x/yy")),
+    "negative label": (HEADER, (words(0, 2, 4), words(0, -1), b"x/yy")),
+    "few labels": (HEADER | {"labels": 8}, (words(0, 2, 4), words(0), b"x/yy")),
+    "classes in a file": (HEADER | {"classes": "/dev/zero"}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "class of no name": (HEADER | {"classes": ["a", 3]}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "same classes": (HEADER | {"classes": ["a", "a"]}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "remarks": (HEADER | {"remarks": 3}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "more after it": (HEADER, (words(0, 2, 4), words(0, 1), b"x/yy", b"x")),
+}
+
+
+@pytest.mark.parametrize(("header", "parts"), FORGERIES.values(), ids=FORGERIES)
+def test_index_with_a_right_checksum_and_wrong_content_is_ignored(tmp_path, cache, parsed, header, parts):
+    path = write(tmp_path / "list.csv")
+    wanted = contents(FileList(path))
+    (file,) = cache.iterdir()
+    intact = file.read_bytes()
+    forged(file, HEADER, words(0, 2, 4), words(0, 1), b"x/yy")
+    assert len(FileList(path)) == 2 and len(parsed) == 1, "the same with sound content is used"
+    forged(file, header, *parts)
+    assert contents(FileList(path)) == wanted
+    assert len(parsed) == 2 and file.read_bytes() == intact
+
+
+def make_writable(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.chmod(0o660)
+
+
+def loosen_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.parent.chmod(0o770)
+
+
+DOUBTS = {"owner": give_away, "mode": make_writable, "folder": loosen_folder}
+
+
+@pytest.mark.parametrize(("name", "doubt"), DOUBTS.items(), ids=DOUBTS)
+def test_index_that_another_user_could_have_written_is_not_used(
+    tmp_path, cache, parsed, monkeypatch, caplog, name, doubt
+):
+    index_cache._warn_once.cache_clear()
+    path = write(tmp_path / "list.csv")
+    wanted = contents(FileList(path))
+    (file,) = cache.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    forged(file, HEADER, words(0, 2, 4), words(0, 1), b"x/yy")
+    doubt(file, monkeypatch)
+    assert contents(FileList(path)) == wanted and len(parsed) == 2
+    (warning,) = [record.getMessage() for record in caplog.records if "from the cache" in record.getMessage()]
+    assert "may write to" in warning or "belongs to user" in warning
+    FileList(path)
+    assert caplog.text.count("from the cache") == 1
+    if name != "folder":
+        monkeypatch.undo()
+        assert file.stat().st_mode & 0o777 == 0o600 and file.stat().st_uid == os.geteuid(), "replaced"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), Path.mkdir])
+def test_what_is_no_index_is_ignored(tmp_path, cache, parsed, make):
+    path = write(tmp_path / "list.csv")
+    wanted = contents(FileList(path))
+    (file,) = cache.iterdir()
+    file.unlink()
+    make(file)
+    assert contents(FileList(path)) == wanted and len(parsed) == 2

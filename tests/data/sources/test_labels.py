@@ -1,11 +1,13 @@
 """Class names and the files that hold them."""
 
 import json
+import os
 
 import pytest
 
-from kd_pipeline.data.sources import Arrays, load_classes, save_classes
-from tests.data.sources.helpers import error_of, write_list
+from kd_pipeline.data.sources import Arrays, ImageFolder, load_classes, save_classes
+from kd_pipeline.data.sources.labels import name_warnings
+from tests.data.sources.helpers import error_of, make_files, write_list
 
 
 def test_class_names_round_trip(tmp_path):
@@ -72,3 +74,51 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     save_classes(tmp_path / "classes.json", ("a", "b"))
     assert load_classes("~/classes.json") == ("a", "b")
+
+
+def test_numbers_in_names_are_compared_whatever_their_length():
+    long = "9" * 500
+    for ordered in (["x2", "x10"], [f"x{long}", f"x1{long}"], ["x007", "x8"], ["x1", "x٢", "x3"], [f"{long}", "x"]):
+        assert not name_warnings(ordered)
+        assert "are in text order" in name_warnings(ordered[::-1])[0]
+
+
+HOSTILE = {
+    "number as label": ('{"' + "9" * 5000 + '": "a"}', "expected a JSON list of class names"),
+    "number": ("[" + "9" * 5000 + "]", "cannot be read as a JSON list of class names (Exceeds the limit"),
+    "long name": ('["' + "x" * 1001 + '"]', "a name of 1001 characters; write at most 1000"),
+    "long name twice": (json.dumps(["x" * 1000] * 2), "is class 0 and class 1; remove one of them"),
+    "NaN": ("[NaN]", "class 0 is nan"),
+    "nested": ('{"id2label": ' * 50_000, "cannot be read as a JSON list of class names"),
+    "long list": ("[" + "0," * 50_000 + "0]", "class 0 is 0"),
+    "odd characters": (json.dumps(["\x1b]0;evil\x07", "\x1b]0;evil\x07"]), r"'\x1b]0;evil\x07' is class 0 and class 1"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_class_file_is_refused_in_few_words(tmp_path, text, words):
+    path = write_list(tmp_path, text, "classes.json")
+    message = error_of(load_classes, path)
+    assert message.startswith(f"{path}: ") and words in message and len(message) < 600
+
+
+def test_huge_class_file_is_not_read(tmp_path):
+    path = write_list(tmp_path, '["a"]', "classes.json")
+    os.truncate(path, 2**40)
+    assert "(it has 1099511627776 bytes, and at most 4194304 are read)" in error_of(load_classes, path)
+
+
+def test_classes_are_not_written_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "classes.json").symlink_to("victim")
+    save_classes(tmp_path / "classes.json", ["a"])
+    assert (tmp_path / "victim").read_text() == "mine" and load_classes(tmp_path / "classes.json") == ("a",)
+
+
+def test_warnings_have_no_control_characters(tmp_path, caplog):
+    make_files(
+        tmp_path, "\x1b]0;evil\x07\nok/1.jpg", "\x1b]0;EVIL\x07\nok/1.jpg", "\x1b[2J/1.jpg", "b/\x1b[2J.txt", "b/1.jpg"
+    )
+    warnings = ImageFolder(tmp_path).warnings
+    assert len(warnings) == 2 and r"\x1b" in "".join(warnings)
+    assert "\x1b" not in "".join(warnings) and "\n" not in "".join(warnings) and "\x1b" not in caplog.text

@@ -189,3 +189,30 @@ def test_memory_bomb_is_refused(monkeypatch, data, words):
 def test_pickle_without_a_value_is_refused():
     refusal(b"\x80\x02.")
     refusal(b"")
+
+
+def test_largest_batch_is_read():
+    names = [b"%06d" % number for number in range(50_000)]
+    content = {b"fine_labels": [7] * 50_000, b"coarse_labels": [300] * 50_000, b"filenames": names}
+    assert read(pickled(content)) == content
+
+
+def test_endless_pickle_is_refused(monkeypatch):
+    """Each byte puts an object onto the stack."""
+    monkeypatch.setattr(safe_pickle, "_MAX_OPCODES", 1000)
+    for opcode in (b"N", b"]", b"}", b"("):
+        tracemalloc.start()
+        assert "it has more than 1000 opcodes" in refusal(b"\x80\x02" + opcode * 10**6 + b".")
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 2**22  # mostly the pickle itself
+    assert len(read(b"\x80\x02](" + b"N" * 990 + b"e.")) == 990
+
+
+def test_keys_of_one_hash_are_refused():
+    """A dict with n of them takes n * n steps."""
+    numbers = [number * (2**61 - 1) for number in range(1001)]
+    assert len(set(map(hash, numbers))) < 3
+    keys = [b"\x8a\x0c" + number.to_bytes(12, "little") + b"N" for number in numbers]
+    assert "it has 1001 integers of unlimited size" in refusal(b"\x80\x02}(" + b"".join(keys) + b"u.")
+    assert len(read(b"\x80\x02}(" + b"".join(keys[:1000]) + b"u.")) == 1000

@@ -1,5 +1,6 @@
 """Arrays in files that somebody else made: no claim of a header takes memory, and no file ends the process."""
 
+import gc
 import os
 import re
 import shlex
@@ -253,6 +254,7 @@ def test_rows_equal_those_of_memory_in_any_order(tmp_path, pixels):
 def test_file_stays_open_and_is_closed_with_its_source(tmp_path, pixels):
     np.save(tmp_path / "images.npy", pixels)
     np.savez(tmp_path / "images.npz", images=pixels)
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     sources = [Arrays(tmp_path / "images.npy"), Arrays(tmp_path / "images.npz")]
     np.save(tmp_path / "new.npy", pixels[::-1])
