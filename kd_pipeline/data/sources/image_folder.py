@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from kd_pipeline._core.suggestions import first_few, suggest
+from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.containers import find_container, how_to_convert, user_path
 from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings
 from kd_pipeline.data.sources.paths import FileSource, PathTable
@@ -65,14 +66,14 @@ class ImageFolder(FileSource):
             _refuse_splits(top, folders)
         if names is not None and (unknown := sorted(set(folders) - set(names))):
             raise DataError(
-                f"{top}: folder(s) that are not among the {len(names)} classes: {first_few(unknown)}; rename or remove "
+                f"{top}: folder(s) that are not among the {len(names)} classes: {_shown(unknown)}; rename or remove "
                 f"them, or add them to `classes`{suggest(unknown[0], names)}"
             )
         parents = frozenset({_inode(top)})
         counts = [paths.extend(_find_images(os.path.join(top, folder), skipped, parents)) for folder in folders]
         if empty := [folder for folder, count in zip(folders, counts, strict=True) if not count]:
             advice = f"add images or remove the folder{_with_containers(os.path.join(top, empty[0]), skipped)}"
-            raise DataError(f"{top}: empty class folder(s): {first_few(empty)}; {advice}")
+            raise DataError(f"{top}: empty class folder(s): {_shown(empty)}; {advice}")
         warnings = skipped.warnings()
         if names is None:
             warnings += _level_warnings(top, folders)
@@ -107,7 +108,7 @@ class _Skipped:
 
     def __str__(self) -> str:
         """The end of an error message; empty if nothing was skipped."""
-        return f"; skipped {self._parts()}" if self._counts else ""
+        return printable(f"; skipped {self._parts()}") if self._counts else ""
 
     def _parts(self) -> str:
         return ", ".join(
@@ -154,7 +155,7 @@ def _with_containers(folder: str, skipped: "_Skipped | str" = "") -> str:
     for entry in _entries(folder):
         if (container := find_container(entry.name)) is not None:
             advice = how_to_convert(container.kind, entry.path)
-            return f"; {entry.name} is {container.kind}, which is not read: {advice}"
+            return printable(f"; {entry.name} is {container.kind}, which is not read: {advice}")
     return str(skipped)
 
 
@@ -196,8 +197,8 @@ def _find_images(top: str, skipped: _Skipped, parents: frozenset[_Inode] = froze
         seen.add(inode)
         if num_repeats > _MAX_REPEATS:
             raise DataError(
-                f"{top}: links lead to the same folders in more than {_MAX_REPEATS} ways, such as {folder}; remove the "
-                "links, or list the files and take kind: file_list"
+                f"{top}: links lead to the same folders in more than {_MAX_REPEATS} ways, such as {printable(folder)}; "
+                "remove the links, or list the files and take kind: file_list"
             )
         if inode in parents:
             skipped.add("links back to a parent folder", folder)
@@ -225,15 +226,21 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             yield from entries
     except OSError as exc:
-        raise DataError(f"{folder}: cannot be listed ({exc.strerror}); check the path and its permissions") from exc
+        reason = f"cannot be listed ({exc.strerror}); check the path and its permissions"
+        raise DataError(f"{printable(folder)}: {reason}") from exc
 
 
 def _inode(folder: str) -> _Inode:
     try:
         status = os.stat(folder)
     except OSError as exc:
-        raise DataError(f"{folder}: cannot be listed ({exc.strerror}); check the path and its permissions") from exc
+        reason = f"cannot be listed ({exc.strerror}); check the path and its permissions"
+        raise DataError(f"{printable(folder)}: {reason}") from exc
     return status.st_dev, status.st_ino
+
+
+def _shown(names: list[str]) -> str:
+    return printable(first_few(names))
 
 
 def _is_system_folder(name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.image_folder import EXTENSIONS
 from kd_pipeline.data.sources.paths import PathTable
 from kd_pipeline.errors import DataError
@@ -63,7 +64,7 @@ def check_files(path: Path, paths: PathTable, root: str) -> list[str]:
         where, otherwise = "the paths are absolute", "correct the paths in the list"
     else:
         where, otherwise = f"relative paths start in {root}", f"set root to the folder in which {entries[0]!r} is"
-    raise DataError(f"{path}: {counted}, such as {_described(missing[0])}; {where}; {advice or otherwise}")
+    raise DataError(printable(f"{path}: {counted}, such as {_described(missing[0])}; {where}; {advice or otherwise}"))
 
 
 def _described(file: str) -> str:

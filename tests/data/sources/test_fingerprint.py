@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, paths
+from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, arrays, paths
 from tests.data.sources.helpers import make_files, write_list
 
 
@@ -152,3 +152,44 @@ def test_data_is_never_modified(tmp_path):
         source.read(np.arange(len(source)))
         assert source.fingerprint
     assert listing() == before
+
+
+def test_long_file_counts_by_its_start_and_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "_MAX_CONTENT", 1000)
+    file = make_files(tmp_path, "cat/1.jpg", "cat/2.jpg") / "cat/1.jpg"
+    file.write_bytes(bytes(3000))
+    before = ImageFolder(tmp_path).fingerprint
+    for at, size, is_same in ((2000, 3000, True), (2999, 3000, True), (999, 3000, False), (2000, 3001, False)):
+        content = bytearray(size)
+        content[at] = 1
+        file.write_bytes(content)
+        assert (ImageFolder(tmp_path).fingerprint == before) == is_same
+
+
+def test_file_of_a_terabyte_is_not_read_to_its_end(tmp_path):
+    make_files(tmp_path, "cat/1.jpg", "cat/2.jpg")
+    os.truncate(tmp_path / "cat/1.jpg", 2**40)
+    assert len(ImageFolder(tmp_path).fingerprint) == 64
+
+
+def test_many_tiny_images_are_sampled(monkeypatch):
+    monkeypatch.setattr(arrays, "_MAX_ROWS", 100)
+    monkeypatch.setattr(arrays, "sampling_step", lambda num_bytes: 2)
+    images = np.zeros((1000, 2, 2), np.uint8)
+    before = Arrays(images).fingerprint
+    images[[1, 2, 999]] = 1
+    assert Arrays(images).fingerprint == before
+    images[990] = 1
+    assert Arrays(images).fingerprint != before
+
+
+def test_array_in_a_file_has_the_fingerprint_of_one_in_memory(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (1000, 5, 4, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    for step in (1, 3):
+        monkeypatch.setattr(arrays, "sampling_step", lambda num_bytes, step=step: step)
+        prints = set()
+        for block in (1, 500, 2**24):
+            monkeypatch.setattr(arrays, "_BLOCK_BYTES", block)
+            prints |= {Arrays(images).fingerprint, Arrays(tmp_path / "images.npy").fingerprint}
+        assert len(prints) == 1

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from kd_pipeline.data.sources import Arrays, ImageFolder, load_classes, save_classes
+from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, load_classes, save_classes
 from kd_pipeline.data.sources.labels import name_warnings
 from tests.data.sources.helpers import error_of, make_files, write_list
 
@@ -122,3 +122,19 @@ def test_warnings_have_no_control_characters(tmp_path, caplog):
     warnings = ImageFolder(tmp_path).warnings
     assert len(warnings) == 2 and r"\x1b" in "".join(warnings)
     assert "\x1b" not in "".join(warnings) and "\n" not in "".join(warnings) and "\x1b" not in caplog.text
+
+
+def test_errors_have_no_control_characters(tmp_path):
+    evil = "\x1b]0;evil\x07\n"
+    root = make_files(tmp_path / "root", f"cat{evil}/", f"cat{evil}/in{evil}/{evil}.txt", "dog/1.jpg")
+    messages = [
+        error_of(ImageFolder, root),
+        error_of(ImageFolder, root, classes=("cat", "dog")),
+        error_of(
+            FileList, write_list(tmp_path, json.dumps({"path": f"1{evil}.jpg"}) + '\n{"path": "2"}', "list.jsonl")
+        ),
+    ]
+    make_files(root / f"cat{evil}", f"data{evil}.tar")
+    messages.append(error_of(ImageFolder, root))
+    for message in messages:
+        assert r"\x1b]0;evil\x07\n" in message and not set(message) & set(evil[:1] + evil[-2:])
