@@ -24,7 +24,7 @@ _logger = logging.getLogger("kd_pipeline")
 ArrayLike = str | os.PathLike[str] | NDArray[Any]
 _Array = NDArray[Any] | StoredArray
 _MAX_PIXELS = 2**27
-"""Of one image; more than the loader decodes from a file."""
+"""Of one image; one and a half times what the loader decodes from a file by default."""
 _MAX_ROWS = 2**18
 """Images that are sampled for a fingerprint, each of which is read by itself."""
 _BLOCK_BYTES = 2**24

@@ -1,19 +1,14 @@
 """CIFAR-10 and CIFAR-100 as published by their authors: binary or Python version, packed or unpacked."""
 
 import gzip
-import hashlib
 import io
 import os
 import tarfile
-import tempfile
-import urllib.request
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Any, Literal
-from urllib.error import HTTPError, URLError
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +17,7 @@ from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.arrays import Arrays
 from kd_pipeline.data.sources.containers import user_path
+from kd_pipeline.data.sources.download import fetch_file
 from kd_pipeline.data.sources.safe_pickle import Call, read_pickle
 from kd_pipeline.errors import DataError
 
@@ -30,7 +26,6 @@ __all__ = ["Cifar"]
 Split = Literal["train", "test"]
 
 _SITE = "https://www.cs.toronto.edu/~kriz/"
-_TIMEOUT_S = 60
 _BLOCK = 2**20
 _MAX_UNPACKED = 2**28
 """Bytes of an archive's content; the versions of both datasets have some 186 million."""
@@ -229,7 +224,8 @@ def _find(dataset: str, root: Path, *, download: bool) -> tuple[_Binary | _Pickl
             if archive.name == version.archive and os.path.isfile(archive):
                 return version, archive
     if download:
-        return versions[0], _download(versions[0], root)
+        binary = versions[0]
+        return binary, fetch_file(binary.url, root, num_bytes=binary.archive_bytes, sha256=binary.archive_sha256)
     known = first_few([name for version in versions for name in (version.folder, version.archive)])
     raise DataError(
         f"{root}: no {dataset} here, none of {known}; {_where_else(dataset, root)}put {versions[0].url} there, or set "
@@ -247,59 +243,6 @@ def _where_else(dataset: str, root: Path) -> str:
                 setting = f"root: {folder}, where it is" if kind == dataset else f"kind: {kind}, which is here"
                 return f"set {setting}, or "
     return ""
-
-
-def _download(version: _Binary, root: Path) -> Path:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        # A folder of its own: concurrent processes do not collide, and a failed download leaves nothing.
-        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-            part = Path(folder) / version.archive
-            opener = urllib.request.build_opener(_OnlyToHttps)
-            with opener.open(version.url, timeout=_TIMEOUT_S) as response, part.open("wb") as file:
-                num_bytes, sha256 = _copy(response, file, version.archive_bytes)
-            if (num_bytes, sha256) != (version.archive_bytes, version.archive_sha256):
-                found = "more" if num_bytes > version.archive_bytes else num_bytes
-                raise DataError(
-                    f"{version.url}: the download has {found} bytes and SHA-256 {sha256}, expected "
-                    f"{version.archive_bytes} and {version.archive_sha256}; it is incomplete or was changed on the "
-                    "way; try again"
-                )
-            return part.replace(root / version.archive)
-    except (OSError, HTTPException) as exc:
-        if isinstance(exc, HTTPError):
-            exc.close()
-        raise DataError(
-            f"{version.url}: cannot be downloaded ({exc}); download it on another machine and put it into {root}, "
-            "packed or unpacked"
-        ) from exc
-
-
-def _copy(response: IO[bytes], file: IO[bytes], num_bytes: int) -> tuple[int, str]:
-    """Copy `num_bytes`, and one more if there are more; returns how many it copied, and their SHA-256."""
-    digest, left = hashlib.sha256(), num_bytes + 1
-    while left and (block := response.read(min(left, _BLOCK))):
-        digest.update(block)
-        file.write(block)
-        left -= len(block)
-    return num_bytes + 1 - left, digest.hexdigest()
-
-
-class _OnlyToHttps(urllib.request.HTTPRedirectHandler):
-    """Follows redirects as long as nobody on the way can read or change what they lead to."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> urllib.request.Request | None:
-        """The next request.
-
-        Raises:
-            URLError: the address does not start with https.
-        """
-        if not newurl.lower().startswith("https://"):
-            fp.close()
-            raise URLError(f"it leads to {newurl!r:.200}, which is not https")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _opened(place: Path, version: _Version, wanted: tuple[str, ...]) -> Iterator[tuple[str, IO[bytes]]]:

@@ -23,8 +23,10 @@ _MAX_ROW = 2**20
 """Characters of a row."""
 _MAX_PATH = 4095
 """Bytes of the longest path that Linux opens."""
-_MAX_KEPT = 1000
-"""Different rows of keys, and names of columns that are not read; without a limit they grow with the list."""
+_MAX_UNUSED = 1000
+"""Names of columns that are not read; without a limit they could be as many as there are lines."""
+_MAX_KEYS = 20
+"""Combinations of keys that are kept, for the same reason; a line may have a megabyte of them."""
 _SPLITS = {
     **dict.fromkeys(["train", "training"], "train"),
     **dict.fromkeys(["val", "valid", "validation", "dev"], "val"),
@@ -137,7 +139,7 @@ class ListRows:
                 entry = _json_object(text)
                 keys = tuple(entry)
                 if keys not in columns_of:
-                    if len(columns_of) == _MAX_KEPT:
+                    if len(columns_of) == _MAX_KEYS:
                         columns_of.clear()
                     columns_of[keys] = find_columns(keys, "keys")
                     self._note_unused(columns_of[keys])
@@ -151,7 +153,7 @@ class ListRows:
     def _note_unused(self, columns: Columns | None) -> None:
         names = () if columns is None else [columns.names[column] for column in columns.unused]
         for name in names:
-            if len(self._unused) < _MAX_KEPT:
+            if len(self._unused) < _MAX_UNUSED:
                 self._unused.setdefault(f"{name!r:.60}")
 
     def _check_split(self, column: int, value: object) -> None:

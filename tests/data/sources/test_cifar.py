@@ -500,9 +500,11 @@ def test_download_follows_redirects_to_https_alone(tmp_path, few, monkeypatch, t
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setattr(cifar, "_SITE", f"http://127.0.0.1:{server.server_port}/")
-        message = refusal("cifar10", tmp_path / "root", split="test", download=True)
-        server.shutdown()
-        thread.join()
+        try:
+            message = refusal("cifar10", tmp_path / "root", split="test", download=True)
+        finally:
+            server.shutdown()
+            thread.join()
     assert "cannot be downloaded (" in message and target in message
     assert asked == ["/cifar-10-binary.tar.gz"] and names_in(tmp_path / "root") == []
 
