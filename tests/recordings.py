@@ -1,16 +1,18 @@
 """Recordings of a small teacher on photographs."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.teachers.recorded.files import RecordingManifest
+from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.networks import ConvNet
@@ -18,6 +20,18 @@ from tests.streams import TRAIN, Fields, run
 
 NUM_EPOCHS = 2
 PLUGINS = [__name__]
+GOOD: dict[str, Any] = {
+    "version": 1,
+    "teacher": {"fingerprint": "f", "backend": "pytorch", "precision": "fp32", "classes": ["a", "b", "c"]},
+    "outputs": {"logits": [3]},
+    "top_k": None,
+    "dtype": "float32",
+    "stream": {"seed": 5, "transform": {"mean": [0.5, 0.5, 0.5], "auto_augment": {"kind": "rand_augment"}}},
+    "num_rows": 40,
+    "epochs": 1,
+    "epochs_done": 1,
+}
+"""The manifest of `small_recording`."""
 
 
 def net(num_classes: int = 3) -> nn.Module:
@@ -89,3 +103,15 @@ def edit(recording: Path, **changes: Any) -> None:
     for name in [name for name in changes if name.startswith("stream__")]:
         stream[name.removeprefix("stream__")] = changes.pop(name)
     manifest.model_copy(update={**changes, "stream": stream}).save(recording)
+
+
+def small_recording(folder: Path, **changes: Any) -> Path:
+    """A recording of 40 images made by hand, with sample k at position k; `changes` are of the manifest."""
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps(GOOD | changes))
+    np.arange(1, 41, dtype="<i4").tofile(folder / "sample.bin")
+    np.zeros(40, "<u4").tofile(folder / "checksum.bin")
+    np.arange(120, dtype="<f4").tofile(folder / "logits.values.bin")
+    np.zeros(80, "<i2").tofile(folder / "logits.classes.bin")
+    np.zeros(40, "<f4").tofile(folder / "logits.rest.bin")
+    return folder

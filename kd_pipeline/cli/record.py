@@ -41,7 +41,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.config.config import load_config
-    from kd_pipeline.teachers.recorded.files import RecordingManifest
+    from kd_pipeline.teachers.recorded.manifest import RecordingManifest
     from kd_pipeline.workflows._record import RecordSettings, record
 
     settings = checked(RecordSettings, **given(parsed, RecordSettings))

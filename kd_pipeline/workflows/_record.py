@@ -1,6 +1,7 @@
 """Record a teacher: run it once on all images of a training, and keep its outputs for `backend: recorded`."""
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from kd_pipeline._core.ranks import is_rank_zero, num_nodes
 from kd_pipeline._core.settings import Settings
@@ -24,18 +25,15 @@ from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.loader.state import changed_fields
 from kd_pipeline.loader.verify_recording import require_repeatable
-from kd_pipeline.teachers.recorded.files import (
+from kd_pipeline.teachers.recorded.files import RecordingReader, RecordingWriter, checksums, create_files, encode
+from kd_pipeline.teachers.recorded.manifest import (
     CHECKSUM,
     MANIFEST,
     SAMPLE,
     RecordedDtype,
     RecordingManifest,
-    RecordingWriter,
     TeacherInfo,
-    checksums,
-    create_files,
-    encode,
-    open_columns,
+    reason_of,
 )
 from kd_pipeline.teachers.settings import is_recording
 from kd_pipeline.training.distributed import init_distributed, on_rank_zero, set_num_threads
@@ -197,8 +195,9 @@ class _Recorder:
         _move_to(self._loader, epoch, number)
         num_rows = int(plan.valid.sum())
         new = {name: column[:num_rows] for name, column in _rows(next(iter(self._loader)), manifest).items()}
-        columns = open_columns(self._writer.folder, manifest)
-        old = {name: np.asarray(column[epoch][plan.position[:num_rows]]) for name, column in columns.items()}
+        reader = RecordingReader(self._writer.folder, manifest)
+        old = {name: reader.read(name, epoch, plan.position[:num_rows]) for name in reader.columns}
+        reader.close()
         old[SAMPLE] = old[SAMPLE] - 1
         _check_same_rows(old, new, f"batch {number} of epoch {epoch}")
 
@@ -260,20 +259,23 @@ def _new_manifest(loader: KDDataLoader, settings: RecordSettings, epochs: int) -
         raise ConfigError(
             f"--top-k must be below the number of classes, got {settings.top_k} of {num_classes}; leave it out for all"
         )
-    return RecordingManifest(
-        teacher=TeacherInfo(
-            fingerprint=teacher.fingerprint,
-            backend=teacher.backend,
-            precision=teacher.precision,
-            classes=teacher.classes,
-        ),
-        outputs=outputs,
-        top_k=settings.top_k,
-        dtype=settings.dtype,
-        stream=loader.stream_fingerprint,
-        num_rows=len(loader.source),
-        epochs=epochs,
-    )
+    try:
+        return RecordingManifest(
+            teacher=TeacherInfo(
+                fingerprint=teacher.fingerprint,
+                backend=teacher.backend,
+                precision=teacher.precision,
+                classes=teacher.classes,
+            ),
+            outputs=outputs,
+            top_k=settings.top_k,
+            dtype=settings.dtype,
+            stream=loader.stream_fingerprint,
+            num_rows=len(loader.source),
+            epochs=epochs,
+        )
+    except ValidationError as exc:
+        raise TeacherError(f"the outputs of this teacher cannot be recorded: {reason_of(exc)}") from None
 
 
 def _existing_manifest(folder: Path, new: RecordingManifest) -> RecordingManifest | None:
@@ -282,7 +284,7 @@ def _existing_manifest(folder: Path, new: RecordingManifest) -> RecordingManifes
     Raises:
         StateError: it is of a different recording.
     """
-    if not (folder / MANIFEST).exists():
+    if not os.path.exists(folder / MANIFEST):  # Path.exists raises for a name that is too long
         return None
     existing = RecordingManifest.load(folder)
     fields, new_fields = (each.model_dump(mode="json", exclude={"epochs", "epochs_done"}) for each in (existing, new))
@@ -302,7 +304,7 @@ def _check_space(folder: Path, manifest: RecordingManifest) -> None:
     Raises:
         ConfigError: says how much it needs, how much is free and how much a smaller one would need.
     """
-    parent = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+    parent = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(each))
     needed, free = manifest.num_bytes - _allocated_bytes(folder, manifest), shutil.disk_usage(parent).free
     if needed <= free:
         return

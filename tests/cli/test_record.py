@@ -6,7 +6,7 @@ import pytest
 
 from kd_pipeline.cli import main
 from kd_pipeline.cli import record as command
-from kd_pipeline.teachers.recorded.files import RecordingManifest
+from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.workflows import _record as workflow
 from tests.training.tiny_run import settings, write_digits
 
@@ -81,3 +81,30 @@ def test_invalid_value_names_option(
     assert main(["record", "-c", str(config), *options]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(("name", "has_manifest"), [("logits.values.bin", False), ("sample.bin", True)])
+def test_file_outside_is_not_written_through_a_link(
+    config: Path, tmp_path: Path, name: str, has_manifest: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, victim = tmp_path / "here", tmp_path / "victim.txt"
+    arguments = ["record", "-c", str(config), "--out", str(out)]
+    if has_manifest:
+        assert main([*arguments, "--epochs", "1"]) == 0
+        (out / name).unlink()
+    out.mkdir(exist_ok=True)
+    victim.write_text("precious" * 1000)
+    (out / name).symlink_to(victim)
+    capsys.readouterr()
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"kd-pipeline: {out}/{name} cannot be written: this is a link") and "delete it" in error
+    assert victim.read_text() == "precious" * 1000
+
+
+def test_link_as_manifest_is_replaced(config: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim.json"
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "manifest.json").symlink_to(victim)
+    assert main(["record", "-c", str(config), "--out", str(tmp_path / "here")]) == 0
+    assert not victim.exists() and not (tmp_path / "here" / "manifest.json").is_symlink()

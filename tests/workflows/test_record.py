@@ -19,7 +19,7 @@ from kd_pipeline import losses
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.teachers.recorded.files import RecordingManifest
+from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.training.run_lock import LOCK, lock_folder
 from kd_pipeline.workflows import _record as workflow
 from kd_pipeline.workflows._record import Progress, RecordSettings, record

@@ -6,152 +6,29 @@ pixels. The files have their full length from the start and are sparse where not
 missing row.
 """
 
-import json
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import quote
+from typing import Any, BinaryIO, Literal
+from weakref import finalize
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 from torch import Tensor
 
-from kd_pipeline._core.atomic_write import write_atomic
-from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.files import open_own, open_regular
 from kd_pipeline.errors import StateError, TeacherError
+from kd_pipeline.teachers.recorded.manifest import MANIFEST, SAMPLE, Column, RecordingManifest
 
-__all__ = [
-    "CHECKSUM",
-    "MANIFEST",
-    "SAMPLE",
-    "Column",
-    "RecordedDtype",
-    "RecordingManifest",
-    "RecordingWriter",
-    "TeacherInfo",
-    "checksums",
-    "create_files",
-    "decode",
-    "encode",
-    "open_columns",
-]
+__all__ = ["RecordingReader", "RecordingWriter", "checksums", "create_files", "decode", "encode"]
 
-RecordedDtype = Literal["float32", "float16"]
-
-SAMPLE, CHECKSUM = "sample", "checksum"
-"""Columns besides those of the outputs, whose names contain a dot."""
-MANIFEST = "manifest.json"
-"""Name of the file that describes the others."""
-_MAX_INT16_CLASSES = 2**15
 _CHUNK = 16
 """Images in a step of a GPU's checksums, to limit its memory."""
-
-
-class TeacherInfo(Settings):
-    """The teacher that was recorded."""
-
-    fingerprint: str
-    backend: str
-    precision: str
-    classes: tuple[str, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One of the arrays, `[epochs, num_rows, *shape]`."""
-
-    file: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
-
-
-class RecordingManifest(Settings):
-    """What was recorded, and how; `manifest.json`."""
-
-    version: Literal[1] = 1
-    teacher: TeacherInfo
-    outputs: dict[str, tuple[int, ...]]
-    """Shape of each output, without the batch."""
-    top_k: int | None = Field(default=None, ge=1)
-    """How many logits of an image are kept; None keeps all."""
-    dtype: RecordedDtype = "float32"
-    """Of the outputs in the files."""
-    stream: dict[str, Any]
-    """Everything that the image at a position of an epoch depends on; see `KDDataLoader.stream_fingerprint`."""
-    num_rows: int = Field(ge=1)
-    """Places of an epoch."""
-    epochs: int = Field(ge=1)
-    """Epochs for which the files have space."""
-    epochs_done: int = Field(default=0, ge=0)
-    """Epochs that are complete."""
-
-    @classmethod
-    def load(cls, folder: Path) -> "RecordingManifest":
-        """The manifest of the recording in `folder`.
-
-        Raises:
-            TeacherError: there is no recording, or its manifest is damaged or from a different release.
-        """
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise TeacherError(f"{folder} holds no recording: there is no {path}; make one with kd-pipeline record")
-        try:
-            return cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as exc:
-            reason = str(exc)
-            if isinstance(exc, ValidationError):
-                error = exc.errors()[0]
-                reason = f"{'.'.join(map(str, error['loc']))}: {error['msg']}"
-            raise TeacherError(
-                f"{path} is damaged, or was written by a different release ({reason}); record the teacher again"
-            ) from None
-
-    def save(self, folder: Path) -> None:
-        """Write it to `folder`, atomically."""
-        write_atomic(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
-
-    @property
-    def columns(self) -> dict[str, Column]:
-        """The arrays by name: sample, checksum, and `<output>.values` for each output.
-
-        With `top_k` the logits also have `logits.classes`, and `logits.rest`: the log of the summed exponentials of all
-        logits that are not kept.
-        """
-        largest = self.num_rows + 1
-        columns = {SAMPLE: Column("sample.bin", np.dtype("<i4" if largest < 2**31 else "<i8"), ())}
-        columns[CHECKSUM] = Column("checksum.bin", np.dtype("<u4"), ())
-        values = np.dtype("<f4" if self.dtype == "float32" else "<f2")
-        for name, shape in self.outputs.items():
-            file = quote(name, safe="")
-            if name != "logits" or self.top_k is None:
-                columns[f"{name}.values"] = Column(f"{file}.values.bin", values, shape)
-                continue
-            classes = np.dtype("<i2" if shape[0] <= _MAX_INT16_CLASSES else "<i4")
-            columns["logits.values"] = Column("logits.values.bin", values, (self.top_k,))
-            columns["logits.classes"] = Column("logits.classes.bin", classes, (self.top_k,))
-            columns["logits.rest"] = Column("logits.rest.bin", values, ())
-        return columns
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes for one image of one epoch, in all files together."""
-        return sum(column.row_bytes for column in self.columns.values())
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all files together when every row is written."""
-        return self.row_bytes * self.num_rows * self.epochs
 
 
 class RecordingWriter:
@@ -166,23 +43,27 @@ class RecordingWriter:
         """Open the files that `create_files` made in `folder`.
 
         Raises:
-            StateError: they cannot be opened.
+            StateError: they cannot be opened, or are too short.
         """
         self.folder, self.manifest = folder, RecordingManifest.load(folder)
         self._columns = self.manifest.columns
-        self._files: dict[str, int] = {}
+        self._files: dict[str, BinaryIO] = {}
         self._uncommitted: list[tuple[int, int, NDArray[Any]]] = []
-        with ExitStack() as opened, _writing(folder):
+        with ExitStack() as opened:
             opened.callback(self.close)
             for name, column in self._columns.items():
-                self._files[name] = os.open(folder / column.file, os.O_RDWR)
+                path = folder / column.file
+                with _writing(path):
+                    self._files[name] = open_own(path, "r+b")
+                if problem := _too_short(self._files[name], column, self.manifest):
+                    raise StateError(f"{path} is damaged: it {problem}; record again in a different folder with --out")
             opened.pop_all()
 
     def committed(self, epoch: int) -> NDArray[np.bool_]:
         """`[num_rows]`, True for the rows of `epoch` that count."""
-        column = self._columns[SAMPLE]
-        length = column.row_bytes * self.manifest.num_rows
-        samples = np.frombuffer(os.pread(self._files[SAMPLE], length, epoch * length), column.dtype)
+        samples = np.empty(self.manifest.num_rows, self._columns[SAMPLE].dtype)
+        with _writing(self.folder / self._columns[SAMPLE].file):
+            _read_into(self._files[SAMPLE], samples, epoch * samples.nbytes)
         committed: NDArray[np.bool_] = samples != 0
         return committed
 
@@ -223,7 +104,7 @@ class RecordingWriter:
     def close(self) -> None:
         """Close the files; what was not committed does not count."""
         for file in self._files.values():
-            os.close(file)
+            file.close()
         self._files.clear()
 
     def _put(self, name: str, epoch: int, position: int, rows: NDArray[Any]) -> None:
@@ -232,50 +113,101 @@ class RecordingWriter:
         offset = (epoch * self.manifest.num_rows + position) * column.row_bytes
         with _writing(self.folder / column.file):
             while left:
-                written = os.pwrite(self._files[name], left, offset)
+                written = os.pwrite(self._files[name].fileno(), left, offset)
                 left, offset = left[written:], offset + written
 
     def _sync(self, names: Iterable[str]) -> None:
         for name in names:
             with _writing(self.folder / self._columns[name].file):
-                os.fdatasync(self._files[name])
+                os.fdatasync(self._files[name].fileno())
+
+
+class RecordingReader:
+    """Reads rows of a recording's files, which stay open.
+
+    The rows of a batch are contiguous, so a column takes one `pread`. With a memory map, a file that is cut off while
+    it is used would kill the process without a message.
+    """
+
+    def __init__(self, folder: Path, manifest: RecordingManifest) -> None:
+        """Open the files in `folder`.
+
+        Raises:
+            TeacherError: a file is missing, too short or no file.
+        """
+        self.folder, self.manifest = folder, manifest
+        self.columns = manifest.columns
+        self._files: dict[str, BinaryIO] = {}
+        self.close = finalize(self, _close, self._files)
+        """Close the files. A second call does nothing."""
+        with ExitStack() as opened:
+            opened.callback(self.close)
+            for name in self.columns:
+                self._files[name] = self._open(name)
+            opened.pop_all()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._files
+
+    def read(self, name: str, epoch: int, position: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows `[N, ...]` of a column at positions of an epoch.
+
+        Args:
+            name: of the column.
+            epoch: number of the epoch.
+            position: `[N]`, each from 0 to `num_rows` - 1.
+            out: where to read them to; defaults to a new array.
+
+        Raises:
+            TeacherError: the file was cut off meanwhile, or the disk fails.
+        """
+        column = self.columns[name]
+        rows = np.empty((len(position), *column.shape), column.dtype) if out is None else out
+        starts = np.flatnonzero(np.diff(position, prepend=-2) != 1).tolist()  # of contiguous rows
+        for start, end in pairwise([*starts, len(position)]):
+            offset = (epoch * self.manifest.num_rows + int(position[start])) * column.row_bytes
+            try:
+                _read_into(self._files[name], rows[start:end], offset)
+            except OSError as exc:
+                raise self._damaged(name, f"cannot be read: {exc.strerror}") from exc
+        return rows
+
+    def _open(self, name: str) -> BinaryIO:
+        column = self.columns[name]
+        try:
+            file = open_regular(self.folder / column.file)
+        except FileNotFoundError:
+            raise self._damaged(name, "is missing") from None
+        except OSError as exc:
+            raise self._damaged(name, f"cannot be read: {exc.strerror}") from exc
+        if problem := _too_short(file, column, self.manifest):
+            file.close()
+            raise self._damaged(name, problem)
+        return file
+
+    def _damaged(self, name: str, state: str) -> TeacherError:
+        path = self.folder / self.columns[name].file
+        return TeacherError(f"the recording in {self.folder} is damaged: {path} {state}; copy or record it again")
 
 
 def create_files(folder: Path, manifest: RecordingManifest) -> None:
     """Create the files of a recording, or extend existing ones, and write the manifest.
 
     Raises:
-        StateError: they cannot be written.
+        StateError: they cannot be written, or are links.
     """
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Files without a manifest belong to no recording.
-        mode = "r+b" if (folder / MANIFEST).exists() else "w+b"
-        for column in manifest.columns.values():
-            with (folder / column.file).open(mode) as file:
-                length = column.row_bytes * manifest.num_rows * manifest.epochs
-                file.truncate(max(length, os.fstat(file.fileno()).st_size))
+        mode: Literal["r+b", "w+b"] = "r+b" if (folder / MANIFEST).exists() else "w+b"
+    for column in manifest.columns.values():
+        with _writing(folder / column.file), open_own(folder / column.file, mode) as file:
+            length = column.row_bytes * manifest.num_rows * manifest.epochs
+            file.truncate(max(length, os.fstat(file.fileno()).st_size))
+    with _writing(folder / MANIFEST):
         manifest.save(folder)
-
-
-def open_columns(folder: Path, manifest: RecordingManifest) -> dict[str, NDArray[Any]]:
-    """The arrays of a recording, memory-mapped, `[epochs, num_rows, ...]` each.
-
-    Raises:
-        TeacherError: a file is missing or too short.
-    """
-    columns: dict[str, NDArray[Any]] = {}
-    for name, column in manifest.columns.items():
-        path = folder / column.file
-        expected = column.row_bytes * manifest.num_rows * manifest.epochs
-        size = -1
-        with suppress(OSError):
-            size = path.stat().st_size
-        if size < expected:
-            state = "is missing" if size < 0 else f"has {size} bytes and not {expected}"
-            raise TeacherError(f"the recording in {folder} is damaged: {path} {state}; copy or record it again")
-        columns[name] = np.memmap(path, column.dtype, "r", shape=(manifest.epochs, manifest.num_rows, *column.shape))
-    return columns
 
 
 def encode(outputs: Mapping[str, Tensor], manifest: RecordingManifest) -> dict[str, Tensor]:
@@ -350,6 +282,31 @@ def _sums_on_gpu(bits: Tensor, factors: NDArray[np.uint32]) -> NDArray[np.uint32
 def _factors(count: int) -> NDArray[np.uint32]:
     """Odd numbers, from a generator whose raw output NumPy promises never to change."""
     return np.random.Philox(key=0).random_raw(count).astype(np.uint32) | np.uint32(1)
+
+
+def _read_into(file: BinaryIO, rows: NDArray[Any], offset: int) -> None:
+    """Fill `rows` with the bytes from `offset` on.
+
+    Raises:
+        OSError: the disk fails, or the file ends before.
+    """
+    left = rows.reshape(-1).view(np.uint8).data
+    while left:
+        num_read = os.preadv(file.fileno(), [left], offset)
+        if not num_read:
+            raise OSError(errno.EIO, "it was cut off while it was used")
+        left, offset = left[num_read:], offset + num_read
+
+
+def _too_short(file: BinaryIO, column: Column, manifest: RecordingManifest) -> str | None:
+    size, expected = os.fstat(file.fileno()).st_size, column.row_bytes * manifest.num_rows * manifest.epochs
+    return f"has {size} bytes and not {expected}" if size < expected else None
+
+
+def _close(files: dict[str, BinaryIO]) -> None:
+    for file in files.values():
+        file.close()
+    files.clear()
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from torch import Tensor
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
-from kd_pipeline.teachers.recorded.files import CHECKSUM, SAMPLE, RecordingManifest, decode, open_columns
+from kd_pipeline.teachers.recorded.files import RecordingReader, decode
+from kd_pipeline.teachers.recorded.manifest import CHECKSUM, SAMPLE, RecordingManifest
 from kd_pipeline.teachers.settings import TeacherSettings, refuse_unused
 
 __all__ = ["Recording", "open_recording"]
@@ -56,7 +57,7 @@ class Recording:
         self.fingerprint = _fingerprint(manifest)
         self.busy_s = 0.0
         """Host time spent on reading, in seconds."""
-        self._columns = open_columns(self.path, manifest)
+        self._reader = RecordingReader(self.path, manifest)
 
     @property
     def num_epochs(self) -> int:
@@ -98,7 +99,7 @@ class Recording:
 
         Raises:
             StateError: these rows were not recorded, or for different samples.
-            TeacherError: the recording is closed.
+            TeacherError: the recording is closed or damaged.
         """
         started = time.perf_counter()
         recorded = self.samples(epoch, position)
@@ -118,9 +119,9 @@ class Recording:
 
         Raises:
             StateError: a row was not recorded.
-            TeacherError: the recording is closed.
+            TeacherError: the recording is closed or damaged.
         """
-        if not self._columns:
+        if self._reader.is_closed:
             raise TeacherError("the recording is closed; open it again with Recording(path)")
         if not 0 <= epoch < self.num_epochs:
             raise StateError(
@@ -128,31 +129,54 @@ class Recording:
                 "counted from 0; record more with kd-pipeline record --epochs, which resumes"
             )
         outside = position[(position < 0) | (position >= self.manifest.num_rows)]
-        rows: NDArray[np.int64] = np.asarray(self._columns[SAMPLE][epoch][position[: 0 if len(outside) else None]])
+        rows = self._reader.read(SAMPLE, epoch, position[: 0 if len(outside) else None])
         missing = [*outside.tolist(), *position[: len(rows)][rows == 0].tolist()]
         if missing:
             raise StateError(
                 f"position {missing[0]} of epoch {epoch} is not in the recording in {self.path}, which has "
                 f"{self.manifest.num_rows} positions; record the teacher again"
             )
-        return rows.astype(np.int64) - 1
+        samples: NDArray[np.int64] = rows.astype(np.int64) - 1
+        return samples
 
     def checksums(self, epoch: int, position: NDArray[np.int64]) -> NDArray[np.uint32]:
         """`[N]`, checksums of the recorded images at these positions; see `files.checksums`."""
-        return np.asarray(self._columns[CHECKSUM][epoch][position])
+        return self._reader.read(CHECKSUM, epoch, position)
 
     def read(self, epoch: int, position: NDArray[np.int64], *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """The outputs `[N, ...]` at recorded positions, whatever samples the data has there now."""
-        columns = {
-            name: _rows(column[epoch], position, torch.device(device))
-            for name, column in self._columns.items()
-            if name not in (SAMPLE, CHECKSUM)
-        }
-        return decode(columns, self.manifest)
+        """The outputs `[N, ...]` at recorded positions, whatever samples the data has there now.
+
+        Raises:
+            TeacherError: the recording is damaged.
+        """
+        names = [name for name in self._reader.columns if name not in (SAMPLE, CHECKSUM)]
+        return decode({name: self._rows(name, epoch, position, torch.device(device)) for name in names}, self.manifest)
 
     def close(self) -> None:
         """Close the files. A second call does nothing."""
-        self._columns.clear()
+        self._reader.close()
+
+    def _rows(self, name: str, epoch: int, position: NDArray[np.int64], device: torch.device) -> Tensor:
+        """Rows of a column on the device, with its dtype."""
+        column = self._reader.columns[name]
+        dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
+        # From pinned memory the copy is queued, and torch keeps the memory until it is done.
+        rows = torch.empty((len(position), *column.shape), dtype=dtype, pin_memory=device.type == "cuda")
+        self._reader.read(name, epoch, position, out=rows.numpy())
+        if name == "logits.classes":
+            self._check_class_indices(epoch, position, rows.numpy())
+        return rows.to(device, non_blocking=True)
+
+    def _check_class_indices(self, epoch: int, position: NDArray[np.int64], classes: NDArray[Any]) -> None:
+        """Refuse an index out of range here, as on a GPU it would end the process."""
+        num_classes = self.manifest.outputs["logits"][0]
+        is_outside = (classes < 0) | (classes >= num_classes)
+        if is_outside.any():
+            row = int(np.flatnonzero(is_outside.any(1))[0])
+            raise TeacherError(
+                f"the recording in {self.path} is damaged: at position {position[row]} of epoch {epoch} it has the "
+                f"class {classes[row][is_outside[row]][0]} of {num_classes}; copy or record it again"
+            )
 
 
 def open_recording(settings: TeacherSettings) -> Recording:
@@ -174,15 +198,6 @@ def open_recording(settings: TeacherSettings) -> Recording:
         recording.precision,
     )
     return recording
-
-
-def _rows(column: NDArray[Any], position: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Rows of an array `[num_rows, ...]` on the device, with its dtype."""
-    dtype = torch.from_numpy(np.empty(0, column.dtype)).dtype
-    # From pinned memory the copy is queued, and torch keeps the memory until it is done.
-    rows = torch.empty((len(position), *column.shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
-    np.take(column, position, axis=0, out=rows.numpy(), mode="clip")  # mode="raise" would make another copy
-    return rows.to(device, non_blocking=True)
 
 
 def _fingerprint(manifest: RecordingManifest) -> str:

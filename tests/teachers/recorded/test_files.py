@@ -10,7 +10,8 @@ from torch import Tensor
 from kd_pipeline import losses
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.recorded import files
-from kd_pipeline.teachers.recorded.files import RecordingManifest, TeacherInfo, checksums, decode, encode
+from kd_pipeline.teachers.recorded.files import checksums, decode, encode
+from kd_pipeline.teachers.recorded.manifest import RecordingManifest, TeacherInfo
 from tests.networks import random_images
 
 NUM_CLASSES = 12

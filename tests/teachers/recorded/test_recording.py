@@ -1,6 +1,7 @@
 """A recording replays the outputs of its teacher, or raises an error that names what has changed."""
 
 import io
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.evaluation.probe import probe_teacher
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.open import open_teacher
-from kd_pipeline.teachers.recorded.files import RecordingManifest
+from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.teachers.recorded.recording import Recording, open_recording
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.corpus import cut_in_half
-from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, live, recorded, replayed, replaying
+from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, live, recorded, replayed, replaying, small_recording
 from tests.streams import TRAIN, assert_same, global_rows, rows, run
 
 MIX = MixSettings(mixup=0.5, cutmix=1.0).model_dump()
@@ -311,6 +312,36 @@ def test_truncated_file_is_refused(copy: Path, name: str) -> None:
         file.truncate(size - 1)
     with pytest.raises(TeacherError, match=rf"{name} has {size - 1} bytes and not {size}"):
         Recording(copy)
+
+
+@pytest.mark.parametrize("name", ["sample.bin", "logits.values.bin", "logits.rest.bin"])
+def test_file_cut_off_while_used_is_an_error(tmp_path: Path, name: str) -> None:
+    """It would end the process with SIGBUS if the file were memory-mapped."""
+    recording = Recording(small_recording(tmp_path / "recording", top_k=2))
+    position = np.arange(30, 40)
+    recording.replay(0, position, position)
+    os.truncate(recording.path / name, 17)
+    with pytest.raises(TeacherError, match=rf"{name} cannot be read: it was cut off while it was used; copy or record"):
+        recording.replay(0, position, position)
+
+
+def test_rows_in_any_order_are_those_of_their_positions(tmp_path: Path) -> None:
+    recording = Recording(small_recording(tmp_path / "recording"))
+    position = np.array([7, 8, 9, 3, 3, 39, 0, 1])
+    found = recording.replay(0, position, position)["logits"]
+    assert found.tolist() == [[3.0 * row, 3.0 * row + 1, 3.0 * row + 2] for row in position.tolist()]
+    assert recording.replay(0, position[:0], position[:0])["logits"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("index", [30_000, 3, -1])
+def test_class_out_of_range_is_named(tmp_path: Path, index: int) -> None:
+    recording = Recording(small_recording(tmp_path / "recording", top_k=2))
+    classes = np.zeros((40, 2), "<i2")
+    classes[21, 1] = index
+    classes.tofile(recording.path / "logits.classes.bin")
+    recording.replay(0, np.arange(20), np.arange(20))
+    with pytest.raises(TeacherError, match=rf"at position 21 of epoch 0 it has the class {index} of 3"):
+        recording.replay(0, np.arange(20, 30), np.arange(20, 30))
 
 
 def test_missing_file_is_named(copy: Path) -> None:

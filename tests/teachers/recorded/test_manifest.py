@@ -1,0 +1,174 @@
+"""The manifest of a recording from a stranger is read as what it should be, or refused in one line."""
+
+import json
+import os
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kd_pipeline.errors import KDPipelineError, TeacherError
+from kd_pipeline.teachers.recorded.manifest import RecordingManifest
+from kd_pipeline.teachers.recorded.recording import Recording
+from tests.recordings import GOOD, small_recording
+
+_BULK = 2**20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A recording of 40 images, made by hand."""
+    return small_recording(tmp_path / "recording")
+
+
+def complaint(folder: Path) -> str:
+    with pytest.raises(TeacherError) as caught:
+        Recording(folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}/manifest.json ") and "\n" not in message and message.isprintable()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": "load"}, "dtype: Input should be 'float32' or 'float16'"),
+        ({"dtype": "nope"}, "dtype: Input should be 'float32' or 'float16'"),
+        ({"outputs": {}}, "outputs should have logits with one dimension"),
+        ({"outputs": {"logits": []}}, "outputs should have logits with one dimension"),
+        ({"outputs": {"logits": [-3]}}, "outputs.logits.0: Input should be greater than or equal to 1"),
+        ({"outputs": {"logits": [2**62]}}, "outputs.logits.0: Input should be less than"),
+        ({"outputs": {"logits": [3], "map": [2**20, 2**20]}}, "bytes for an image"),
+        ({"outputs": {"logits": [3.5]}}, "outputs.logits.0: Input should be a valid integer"),
+        ({"outputs": {"logits": ["3"]}}, "outputs.logits.0: Input should be a valid integer"),
+        ({"outputs": {"logits": [True]}}, "outputs.logits.0: Input should be a valid integer"),
+        ({"outputs": {"logits": [3], "\x1b]0;owned\x07": [1]}}, r"the output name '\x1b]0;owned\x07' is"),
+        ({"outputs": {"logits": [3], "a" * 300: [1]}}, "is empty, too long or not printable"),
+        ({"outputs": {"logits": [3], "": [1]}}, "the output name '' is empty"),
+        ({"outputs": [["logits", [3]]]}, "outputs: Input should be an object"),
+        ({"top_k": 3}, "top_k is 3 for 3 logits"),
+        ({"top_k": 0}, "top_k: Input should be greater than or equal to 1"),
+        ({"num_rows": 2**62}, "num_rows: Input should be less than"),
+        ({"num_rows": -1}, "num_rows: Input should be greater than or equal to 1"),
+        ({"num_rows": 2**39, "epochs": 2**39}, "bytes for an image"),
+        ({"epochs": 10**40}, "it has a number of 41 digits"),
+        ({"epochs_done": 2}, "2 epochs are done of 1"),
+        ({"stream": None}, "stream: Input should be an object"),
+        ({"stream": {"a": float("nan")}}, "stream.a"),
+        ({"stream": {"a": [[[[1]]]]}}, "stream.a"),
+        ({"stream": {"a": {"b": {"c": {"d": 1}}}}}, "stream.a"),
+        ({"stream": {"a\nseed: 1": 1}}, r"stream.a\nseed: 1.[key]: String should match pattern"),
+        ({"stream": {"a": "x" * 2000}}, "stream.a"),
+        ({"teacher": {**GOOD["teacher"], "classes": ["a"]}}, "there are 1 class names for 3 logits"),
+        (
+            {"teacher": {**GOOD["teacher"], "classes": ["a", "b", 3]}},
+            "teacher.classes.2: Input should be a valid string",
+        ),
+        ({"teacher": {**GOOD["teacher"], "backend": "x\x1b[2J"}}, "teacher.backend: String should match pattern"),
+        ({"teacher": {**GOOD["teacher"], "fingerprint": 3}}, "teacher.fingerprint: Input should be a valid string"),
+        ({"teacher": "x"}, "teacher: Input should be an object"),
+        ({"version": 2}, "version: Input should be 1"),
+        ({"\x1b]0;owned\x07\nmore": 1}, r"\x1b]0;owned\x07\nmore: Extra inputs are not permitted"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
+)
+def test_impossible_field_is_named(folder: Path, changes: dict[str, Any], reason: str) -> None:
+    (folder / "manifest.json").write_text(json.dumps(GOOD | changes))
+    assert reason in complaint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b'{"a":' * 100_000, "it is nested too deeply"),
+        (b"9" * 100_000, "it has a number of 100000 digits"),
+        (b"\xff\xfe\x00", "codec can't decode"),
+        (b"\0", "Expecting value"),
+        (b'{"stream": "\\ud800"}', "Invalid JSON"),
+        (b"[" + b"[]," * (_BULK // 3) + b"[]]", "more than 1000 values besides class names"),
+        (b'{"outputs": {"logits": [' + b"[]," * (_BULK // 3) + b"[]]}}", "more than 1000 values"),
+        (b'{"teacher": {"classes": [' + b"1," * (_BULK // 2) + b"1]}}", "more than 1000 values"),
+        (b"{" + b",".join(b'"%d":1' % number for number in range(10_000)) + b"}", "more than 1000 values"),
+    ],
+    ids=range(10),
+)
+def test_hostile_json_is_refused(folder: Path, content: bytes, reason: str) -> None:
+    (folder / "manifest.json").write_bytes(content)
+    assert reason in complaint(folder)
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # the name of a socket may have a hundred bytes
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def _sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+SPECIAL: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pipe": (_pipe, "this is a pipe and no file"),
+    "socket": (_socket, "this is a socket and no file"),
+    "device": (lambda path: path.symlink_to("/dev/zero"), "this is a device and no file"),
+    "directory": (Path.mkdir, "this is a directory and no file"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", [*SPECIAL, "sparse"])
+def test_special_file_as_manifest_is_refused(folder: Path, kind: str) -> None:
+    make, reason = (SPECIAL | {"sparse": (_sparse, "it has 1099511627776 bytes, and at most 8388608 are read")})[kind]
+    (folder / "manifest.json").unlink()
+    make(folder / "manifest.json")
+    assert f"cannot be read: {reason}" in complaint(folder)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["sample.bin", "logits.values.bin"])
+def test_special_file_as_column_is_refused(folder: Path, kind: str, name: str) -> None:
+    make, reason = SPECIAL[kind]
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(TeacherError, match=rf"is damaged: .*/{name} cannot be read: {reason}"):
+        Recording(folder)
+
+
+def test_columns_are_plain_files_in_the_folder(folder: Path) -> None:
+    names = ["../../x", "/etc/passwd", "..", ".", "%2e%2e", "a/b", "layer4.1.conv2"]
+    manifest = RecordingManifest.model_validate(GOOD | {"outputs": {"logits": [3], **{name: [1] for name in names}}})
+    files = [column.file for column in manifest.columns.values()]
+    assert len(set(files)) == len(files) == 3 + len(names)
+    assert all(file == os.path.basename(file) and file.endswith(".bin") and "\0" not in file for file in files)
+
+
+def test_random_damage_is_read_or_refused(folder: Path) -> None:
+    generator = random.Random(0)
+    good = json.dumps(GOOD).encode()
+    damage = [b"", b"{", b"}", b"[", b"]", b'"', b",", b"-", b"1e999", b"null", b"NaN", b"\xff", b"\0", b"99999999999"]
+    num_read = 0
+    for _ in range(400):
+        raw = bytearray(good)
+        for _ in range(generator.randint(1, 3)):
+            at = generator.randrange(len(raw))
+            raw[at : at + generator.randint(0, 4)] = generator.choice(damage)
+        (folder / "manifest.json").write_bytes(raw)
+        try:
+            Recording(folder).close()
+            num_read += 1
+        except KDPipelineError as error:
+            assert str(error).isprintable()
+    assert 0 < num_read < 200
