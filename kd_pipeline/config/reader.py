@@ -1,5 +1,6 @@
 """Read a YAML file and overrides into a settings model; report everything that is wrong, and where, in one message."""
 
+import errno
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_ori
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse, parse_override
@@ -22,6 +24,8 @@ __all__ = ["read_config"]
 Model = TypeVar("Model", bound=BaseModel)
 
 _MAX_BYTES = 2**20
+_MAX_ERRORS = 1000
+"""Of pydantic, to look into; a message shows twenty."""
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
@@ -62,17 +66,15 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
         # Strict JSON mode is strict about types, yet lets lists become tuples and text become paths.
         return model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as exc:
-        raise config_error(_problems(exc.errors(include_url=False), model, places)) from None
+        raise config_error(_problems(exc.errors(include_url=False)[:_MAX_ERRORS], model, places)) from None
 
 
 def _read_text(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
+        raw = read_regular(path, max_bytes=_MAX_BYTES)
     except OSError as exc:
-        raise ConfigError(f"{path}: cannot be read ({exc.strerror}); check the path") from exc
-    if len(raw) > _MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {_MAX_BYTES} bytes; is this a config file?")
+        advice = "is this a config file?" if exc.errno == errno.EFBIG else "check the path"
+        raise ConfigError(f"{path}: cannot be read ({exc.strerror}); {advice}") from exc
     try:
         return raw.decode()
     except UnicodeDecodeError as exc:

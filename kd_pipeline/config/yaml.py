@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["Key", "Place", "Problem", "config_error", "parse", "parse_override"]
@@ -16,7 +17,9 @@ Key = tuple[str | int, ...]
 
 _MAX_DEPTH = 32
 _MAX_PROBLEMS = 20
-_MAX_VALUES = 30_000  # about a second of parsing
+_MAX_VALUES = 30_000
+"""About a second of parsing, as are the lines."""
+_MAX_LINES = 100_000
 _CONSTANTS = {
     **dict.fromkeys(["", "~", "null", "Null", "NULL"]),
     **dict.fromkeys(["true", "True", "TRUE"], True),
@@ -52,12 +55,13 @@ class Problem(NamedTuple):
 
 def config_error(problems: Iterable[Problem]) -> ConfigError:
     """One error for all `problems`: a line each, in the order of the file, at most twenty."""
+    found = sorted(problems, key=lambda problem: problem.place.order)
     lines = [
-        ": ".join(filter(None, [problem.place.name, _dotted(problem.key), problem.text]))
-        for problem in sorted(problems, key=lambda problem: problem.place.order)
+        ": ".join(filter(None, [printable(problem.place.name), _dotted(problem.key), printable(problem.text)]))
+        for problem in found[:_MAX_PROBLEMS]
     ]
-    more = [f"and {len(lines) - _MAX_PROBLEMS} more problems"] if len(lines) > _MAX_PROBLEMS else []
-    return ConfigError("\n".join(lines[:_MAX_PROBLEMS] + more))
+    more = [f"and {len(found) - _MAX_PROBLEMS} more problems"] if len(found) > _MAX_PROBLEMS else []
+    return ConfigError("\n".join(lines + more))
 
 
 def parse(text: str, place: Callable[[int], Place], key: Key = ()) -> tuple[Any, dict[Key, Place]]:
@@ -71,6 +75,10 @@ def parse(text: str, place: Callable[[int], Place], key: Key = ()) -> tuple[Any,
     Raises:
         ConfigError: `text` is not YAML, or is more than plain data.
     """
+    if len(text.splitlines()) > _MAX_LINES:
+        raise config_error(
+            [Problem(place(_MAX_LINES + 1), (), f"more than {_MAX_LINES} lines; is this a config file?")]
+        )
     parser = _Parser(text, place)
     data = parser.document(key)
     if parser.problems:
@@ -121,6 +129,7 @@ class _Parser:
         self._text, self._place = text, place
         self._events = self._parse(text)
         self._latest: Key = ()  # the key whose value was begun last
+        self._num_values = 0
         self.end = 0
         """Where the last value ends in the text; only comments follow."""
 
@@ -156,7 +165,8 @@ class _Parser:
 
     def _value(self, event: Any, key: Key) -> Any:
         self.places.setdefault(key, self._place(event.start_mark.line + 1))
-        if len(self.places) > _MAX_VALUES:
+        self._num_values += 1
+        if self._num_values > _MAX_VALUES:
             raise config_error(
                 [Problem(self.places[key], key[:3], f"more than {_MAX_VALUES} values; is this a config file?")]
             )

@@ -9,8 +9,10 @@ import pytest
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from kd_pipeline._core.settings import Settings
+from kd_pipeline.cli import main
 from kd_pipeline.config.reader import read_config
 from kd_pipeline.errors import ConfigError
+from tests.no_files import NO_FILES
 
 
 class Folder(Settings):
@@ -304,6 +306,13 @@ BAD = {
     "not UTF-8": (b"seed: 1\nname: caf\xe9\n", 2, "", "not UTF-8 (byte 0xe9); save the file as UTF-8"),
     "UTF-16": ("seed: 1\n".encode("utf-16"), 1, "", "not UTF-8 (byte 0xff)"),
     "too many values": ("seed: 1\nname:\n  [" + "1," * 50_000 + "]", 3, "name.29997", "more than 30000 values"),
+    "too many lines": ("seed: 1\n" + "#\n" * 100_000, 100_001, "", "more than 100000 lines"),
+    "characters that reorder": ("seed: 1\n'\u202egnal\u2066': 1\n", 2, r"'\u202egnal\u2066'", "unknown key"),
+    "escape of a terminal": ('seed: 1\n"\\e]0;owned\\a": 1\n', 2, r"'\x1b]0;owned\x07'", "unknown key"),
+    "value with an escape": ('seed: "\\e[2J"\n', 1, "seed", r"found the text '\x1b[2J'"),
+    "tag with an escape": ("seed: !%1b%0ax 1\n", 1, "seed", r"tags (!\x1b\nx) are not supported"),
+    "many digits": ("seed: " + "9" * 5000 + "\n", 1, "seed", "should be a whole number, found the text '99"),
+    "NUL": ("seed: 1\nname: a\0b\n", 2, "", r"the character '\x00' is not allowed"),
     "two documents": ("seed: 1\n---\nseed: 2\n", 2, "", "a second document starts here"),
     "empty": ("", 1, "", "should be a mapping with keys of seed, name, run_dir"),
     "only comments": ("# seed: 1\n", 1, "", "found nothing"),
@@ -404,12 +413,41 @@ def test_unions_map_to_their_lines(write, text, reports):
 def test_refuses_files_above_one_mebibyte(write):
     path = write("seed: 1\n")
     os.truncate(path, 100 * 2**20)
-    assert complaint(path) == "c.yaml: larger than 1048576 bytes; is this a config file?"
+    assert complaint(path) == (
+        "c.yaml: cannot be read (it has 104857600 bytes, and at most 1048576 are read); is this a config file?"
+    )
 
 
 def test_missing_file_and_folder_are_named(write, tmp_path):
     assert complaint("none.yaml") == "none.yaml: cannot be read (No such file or directory); check the path"
-    assert complaint(str(tmp_path)).startswith(f"{tmp_path}: cannot be read (Is a directory)")
+    assert complaint(str(tmp_path)).startswith(f"{tmp_path}: cannot be read (this is a directory and no file)")
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_special_file_is_refused_at_once(tmp_path, kind, capsys):
+    make, reason = NO_FILES[kind]
+    make(tmp_path / "c.yaml")
+    assert complaint(str(tmp_path / "c.yaml")) == f"{tmp_path}/c.yaml: cannot be read ({reason}); check the path"
+    for command in (["check"], ["train"], ["record"], ["eval"], ["bench", "step"]):
+        assert main([*command, "-c", str(tmp_path / "c.yaml")]) == 1
+        assert capsys.readouterr().err.splitlines()[1:] == [
+            f"kd-pipeline: {tmp_path}/c.yaml: cannot be read ({reason}); check the path"
+        ]
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["a: 1\n", "? a\n", "'': 1\n", "- a\n", "- - a\n", "- *a\n", "- !!str a\n", "- {}\n", "<<: {a: 1}\n", "~:\n"],
+)
+def test_values_of_every_kind_are_counted(write, monkeypatch, unit):
+    monkeypatch.setattr("kd_pipeline.config.yaml._MAX_VALUES", 100)
+    assert "more than 100 values; is this a config file?" in complaint(write(unit * 1000))
+
+
+def test_errors_of_every_value_are_twenty_lines(write, monkeypatch):
+    monkeypatch.setattr("kd_pipeline.config.reader._MAX_ERRORS", 50)
+    lines = complaint(write("".join(f"k{number}: 1\n" for number in range(100)))).splitlines()
+    assert lines[0].startswith("c.yaml:1: k0: unknown key") and lines[20:] == ["and 30 more problems"]
 
 
 @pytest.mark.parametrize(
