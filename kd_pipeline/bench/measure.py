@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 import kd_pipeline
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def spread(samples: Sequence[float]) -> dict[str, Any]:
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of plain text, the first column aligned left and the others right."""
-    cells = [header, *rows]
+    cells = [[printable(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for first, *others in cells:

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from kd_pipeline._core.ranks import is_rank_zero
+from kd_pipeline._core.text import printable
 from kd_pipeline._core.version import __version__
 from kd_pipeline.cli import bench, build_engine, check, demo, doctor, predict, record, train
 from kd_pipeline.cli import eval as evaluation
 from kd_pipeline.cli.arguments import CommandParser, add_common, run_command
+from kd_pipeline.cli.printing import print_message
 
 __all__ = ["main"]
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _announce(arguments: Sequence[str]) -> None:
     """Show at once, on one rank, that a command has started: torch and Lightning take seconds to import."""
     if is_rank_zero():
-        print(f"kd-pipeline {__version__}: {shlex.join(arguments)}", file=sys.stderr, flush=True)
+        print_message(printable(f"kd-pipeline {__version__}: {shlex.join(arguments)}"))
 
 
 def _import_torch() -> None:

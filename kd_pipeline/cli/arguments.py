@@ -2,17 +2,19 @@
 
 import argparse
 import logging
-import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from kd_pipeline._core.paths import local_path
+from kd_pipeline._core.text import printable
+from kd_pipeline.cli.printing import PrintableFormatter, print_message
 from kd_pipeline.errors import ConfigError, KDPipelineError
 
 __all__ = [
@@ -60,6 +62,10 @@ class CommandParser(argparse.ArgumentParser):
         if add_options is not None:
             add_options(self)
         return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and `message`, and exit."""
+        super().error(printable(message))
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
@@ -153,22 +159,22 @@ def checked(model: Callable[..., Model], options: Mapping[str, str] | None = Non
 
 def run_command(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace, *, prog: str) -> int:
     """The exit status of a command: that of `run`, 1 after an error in one line, or 130 after Ctrl-C."""
-    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, handlers=[handler])
     try:
         return run(parsed)
     except KDPipelineError as error:
-        if parsed.debug:
-            raise
-        print(f"{prog}: {error}", file=sys.stderr)
+        print_message("".join(traceback.format_exception(error)).rstrip() if parsed.debug else f"{prog}: {error}")
         return 1
     except KeyboardInterrupt:
-        print(f"{prog}: stopped", file=sys.stderr)
+        print_message(f"{prog}: stopped")
         return 130
 
 
 def print_progress(line: str) -> None:
     """Print a line of progress to stderr; stdout is for the command's result."""
-    print(line, file=sys.stderr, flush=True)
+    print_message(line)
 
 
 def _help(field: FieldInfo) -> str:

@@ -4,7 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import add_options, checked, given, path_option, print_progress
+from kd_pipeline.cli.printing import print_result
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["add_to"]
@@ -64,8 +66,8 @@ def _run_step(parsed: argparse.Namespace) -> int:
     settings = checked(BenchStepSettings, {"batch_size": "batch"}, **values)
     if parsed.config is not None:
         settings = step_settings(load_config(parsed.config, parsed.overrides), settings, values)
-    print(bench_step(settings, report=print_progress).table())
-    print(f"all repeats: {parsed.out}; where the time goes: {parsed.out.with_suffix('.png')}")
+    print_result(bench_step(settings, report=print_progress).table())
+    print_result(printable(f"all repeats: {parsed.out}; where the time goes: {parsed.out.with_suffix('.png')}"))
     return 0
 
 
@@ -104,6 +106,6 @@ def _run_teacher(parsed: argparse.Namespace) -> int:
     elif model:
         option = next(iter(model)).replace("_", "-")
         raise ConfigError(f"--{option} is for a model by name, and {parsed.onnx} is a file")
-    print(bench_teacher(checked(BenchTeacherSettings, **values), report=print_progress).table())
-    print(f"all repeats: {parsed.out}; the curves: {parsed.out.with_suffix('.png')}")
+    print_result(bench_teacher(checked(BenchTeacherSettings, **values), report=print_progress).table())
+    print_result(printable(f"all repeats: {parsed.out}; the curves: {parsed.out.with_suffix('.png')}"))
     return 0

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import add_options, checked, given, path_option, print_progress
+from kd_pipeline.cli.printing import print_result
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def _run(parsed: argparse.Namespace) -> int:
         _export(parsed, settings)
     built = build_engine(settings, save_engine=engine, calibration_set=calibration_set, report=print_progress)
     for name, value in _table(built, read_manifest(built)):
-        print(f"{name:<11}{value}")
+        print_result(printable(f"{name:<11}{value}"))
     return 0
 
 

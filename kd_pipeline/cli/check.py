@@ -5,7 +5,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
+from kd_pipeline.cli.printing import print_result
 
 if TYPE_CHECKING:
     from kd_pipeline.workflows._check import CheckReport, Finding, SplitReport, TeacherReport
@@ -51,7 +53,7 @@ def _run(parsed: argparse.Namespace) -> int:
     settings = checked(CheckSettings, {"num_images": "images"}, **given(parsed, CheckSettings))
     config = load_config(parsed.config, parsed.overrides)
     found = check(config, settings, plugins=parsed.plugin, report=print_progress)
-    print("\n".join(_lines(found)))
+    print_result("\n".join(_lines(found)))
     return 1 if found.problems else 0
 
 
@@ -62,13 +64,13 @@ def _lines(found: "CheckReport") -> list[str]:
     lines += [_row(split) for split in found.splits]
     for split in found.splits:
         for sample in split.unreadable[:_MOST_NAMED]:
-            lines.append(f"{split.split}: {sample.path} ({_size(sample.num_bytes)}): {sample.reason}")
+            lines.append(printable(f"{split.split}: {sample.path} ({_size(sample.num_bytes)}): {sample.reason}"))
         if (more := len(split.unreadable) - _MOST_NAMED) > 0:
-            lines.append(f"{split.split}: and {more} more")
+            lines.append(printable(f"{split.split}: and {more} more"))
     if found.teacher is not None:
         lines.append(_teacher(found.teacher))
     if found.grid is not None:
-        lines.append(f"first training batch as the models see it: {found.grid}")
+        lines.append(printable(f"first training batch as the models see it: {found.grid}"))
     return [*lines, *_findings(found.findings), _verdict(len(found.problems))]
 
 
@@ -76,14 +78,14 @@ def _findings(findings: Sequence["Finding"]) -> list[str]:
     """The table of findings; nothing if there are none."""
     if not findings:
         return []
-    width = max(len("where"), *(len(finding.where) for finding in findings)) + 2
+    width = max(len("where"), *(len(printable(finding.where)) for finding in findings)) + 2
     lines = ["", f"{'':<7}{'where':<{width}}what was found, and what to do"]
     for finding in findings:
         indent = " " * (7 + width)
         lines += textwrap.wrap(
-            finding.message,
+            printable(finding.message, keep="\n"),
             _WIDTH,
-            initial_indent=f"{finding.severity:<7}{finding.where:<{width}}",
+            initial_indent=f"{finding.severity:<7}{printable(finding.where):<{width}}",
             subsequent_indent=indent,
             break_long_words=False,
             break_on_hyphens=False,
@@ -105,7 +107,7 @@ def _row(split: "SplitReport") -> str:
     sizes = split.class_sizes
     classes, of_each = ("", "") if sizes is None else (f"{len(sizes):,}", f"{min(sizes):,}-{max(sizes):,}")
     return (
-        f"{split.split:<12}{split.num_images:>12,}{split.num_decoded:>12,}{len(split.unreadable):>12,}"
+        f"{printable(split.split):<12}{split.num_images:>12,}{split.num_decoded:>12,}{len(split.unreadable):>12,}"
         f"{classes:>9}{of_each:>16}{split.images_per_s:>10,.0f}"
     )
 

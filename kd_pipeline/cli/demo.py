@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from kd_pipeline._core.text import printable
+from kd_pipeline.cli.printing import print_result
+
 __all__ = ["add_to"]
 
 
@@ -17,7 +20,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.workflows.demo import run_demo
 
-    print("", *_table(run_demo(parsed.overrides)), sep="\n")
+    print_result("\n".join(["", *map(printable, _table(run_demo(parsed.overrides)))]))
     return 0
 
 

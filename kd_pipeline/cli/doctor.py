@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from kd_pipeline.cli.printing import print_result
+
 __all__ = ["add_to"]
 
 
@@ -21,5 +23,5 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.workflows.doctor import diagnose
 
     report = diagnose()
-    print(report.model_dump_json(indent=2) if parsed.json else report.to_text())
+    print_result(report.model_dump_json(indent=2) if parsed.json else report.to_text())
     return 0 if report.is_usable else 1

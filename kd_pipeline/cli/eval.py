@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from kd_pipeline.cli.arguments import add_plugin, checked, path_option, print_progress
+from kd_pipeline.cli.printing import print_result
 
 __all__ = ["add_to"]
 
@@ -70,7 +71,7 @@ def _run(parsed: argparse.Namespace) -> int:
         plugins=parsed.plugin,
         report=print_progress,
     )
-    print(found.table())
+    print_result(found.table())
     if parsed.out is not None:
         evaluations = {row.name: row.evaluation.to_dict() for row in found.rows}
         parsed.out.write_text(json.dumps(evaluations, indent=2) + "\n", encoding="utf-8")

@@ -1,9 +1,13 @@
 """`kd-pipeline record`."""
 
 import argparse
+import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
+from kd_pipeline.cli.printing import print_result
 
 if TYPE_CHECKING:
     from kd_pipeline.workflows._record import Progress
@@ -47,11 +51,17 @@ def _run(parsed: argparse.Namespace) -> int:
     settings = checked(RecordSettings, **given(parsed, RecordSettings))
     folder = record(load_config(parsed.config, parsed.overrides), settings, plugins=parsed.plugin, report=_show)
     manifest = RecordingManifest.load(folder)
-    print(
+    print_result(
         f"{manifest.num_rows} images x {manifest.epochs_done} epochs, {manifest.row_bytes} bytes each "
-        f"({manifest.num_bytes / 1e6:.1f} MB): train with teacher: {{path: {folder}}}"
+        f"({manifest.num_bytes / 1e6:.1f} MB): train with teacher: {{path: {_yaml(folder)}}}"
     )
     return 0
+
+
+def _yaml(path: Path) -> str:
+    """A path as it is written in YAML."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w/.][\w/.+-]*", text) else json.dumps(text)
 
 
 def _show(progress: "Progress") -> None:

@@ -4,7 +4,9 @@ import argparse
 from typing import Any
 
 from kd_pipeline._core.ranks import is_rank_zero
+from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import add_config
+from kd_pipeline.cli.printing import print_result
 
 __all__ = ["add_to"]
 
@@ -50,5 +52,5 @@ def _run(parsed: argparse.Namespace) -> int:
     result = train(config, plugins=parsed.plugin, fresh=parsed.fresh)
     if is_rank_zero():
         for line in (*result.lines, f"run folder: {result.folder}"):
-            print(line)
+            print_result(printable(line))
     return 0

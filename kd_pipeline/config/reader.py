@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.suggestions import suggest
+from kd_pipeline._core.text import printable
 from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse, parse_override
 from kd_pipeline.errors import ConfigError
 
@@ -74,12 +75,14 @@ def _read_text(path: Path) -> str:
         raw = read_regular(path, max_bytes=_MAX_BYTES)
     except OSError as exc:
         advice = "is this a config file?" if exc.errno == errno.EFBIG else "check the path"
-        raise ConfigError(f"{path}: cannot be read ({exc.strerror}); {advice}") from exc
+        raise ConfigError(f"{printable(path)}: cannot be read ({exc.strerror}); {advice}") from exc
     try:
         return raw.decode()
     except UnicodeDecodeError as exc:
         line = raw.count(b"\n", 0, exc.start) + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8 (byte 0x{raw[exc.start]:02x}); save the file as UTF-8") from exc
+        raise ConfigError(
+            f"{printable(path)}:{line}: not UTF-8 (byte 0x{raw[exc.start]:02x}); save the file as UTF-8"
+        ) from exc
 
 
 def _override(data: dict[str, Any], places: dict[Key, Place], place: Place) -> None:

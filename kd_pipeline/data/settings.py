@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
+from kd_pipeline._core.text import printable
 from kd_pipeline.data.decode import Decode
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.plan import LastBatch
@@ -115,6 +116,9 @@ class DataSettings(LoaderSettings):
         for name in SPLITS:
             if name in self.more:
                 raise ValueError(f"more must not have a split {name!r}, which is a key of data itself; move it there")
+        for name in self.more:  # progress bars and loggers show it as it is
+            if not name or printable(name) != name:
+                raise ValueError(f"more has a split {name!r}; give it a name of printable characters")
         return self
 
     @property

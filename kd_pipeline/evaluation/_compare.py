@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import (
     TEMPERATURE,
@@ -73,7 +74,7 @@ class Comparison:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
         metrics = [f"{row.name}: {name} {value}" for row in self.rows for name, value in row.evaluation.metrics.items()]
-        return "\n".join([*lines, _FOOTNOTE, *metrics])
+        return "\n".join([*lines, _FOOTNOTE, *map(printable, metrics)])
 
 
 def compare(
@@ -148,7 +149,7 @@ def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[
 def _cells(row: ComparisonRow) -> tuple[str, ...]:
     evaluation, cost = row.evaluation, row.cost
     return (
-        row.name,
+        printable(row.name),
         str(evaluation.num_samples),
         _cell(evaluation.top1, ".2%"),
         _cell(evaluation.top5, ".2%"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -218,4 +219,5 @@ def _percentage(value: float) -> str:
 
 def _shortened(name: str) -> str:
     """Both ends of a name, as one of them usually differs from the neighbors'."""
+    name = printable(name)
     return name if len(name) <= 20 else f"{name[:11]}…{name[-8:]}"

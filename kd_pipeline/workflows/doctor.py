@@ -15,6 +15,7 @@ from kd_pipeline._core.child_process import open_report, run_child
 from kd_pipeline._core.nvidia_driver import query_driver
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.text import printable
 from kd_pipeline._core.version import __version__
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers.tensorrt.package import LOWEST_CAPABILITY
@@ -246,6 +247,7 @@ def _capabilities(
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -64,10 +64,14 @@ def test_invalid_override_is_one_message(
     assert error.startswith("kd-pipeline: ") and "train.epoch" in error and "epochs" in error
 
 
-def test_debug_shows_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_shows_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"train\.epoch"):
-        cli.main(["demo", "train.epoch=1", "--debug"])
+    assert cli.main(["demo", "train.epoch=1", "--debug"]) == 1
+    _, first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last.startswith("  kd_pipeline.errors.ConfigError: override 'train.epoch=1': train.epoch: unknown key")
 
 
 def test_bench_names_missing_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
