@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from kd_pipeline.errors import ConfigError
@@ -74,7 +75,7 @@ def find_url(text: str) -> str | None:
     url = f"{match[1]}://{rest}"
     is_file = "." in rest.rpartition("/")[2] and "/" in rest
     folder = url.rpartition("/")[0] if is_file and scheme in ("s3", "gs") else url
-    command = f" ({_DOWNLOADS[scheme].format(url=folder)})" if scheme in _DOWNLOADS else ""
+    command = f" ({_DOWNLOADS[scheme].format(url=shlex.quote(folder))})" if scheme in _DOWNLOADS else ""
     return (
         f"{url} is a URL, and only files on a local or mounted disk are read; download it first{command}, and write "
         "the path of the local copy"

@@ -9,7 +9,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from kd_pipeline._core.text import printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 
@@ -80,5 +79,5 @@ def _class_of(label: Tensor) -> int:
 
 
 def _name(label: int, classes: Sequence[str] | None) -> str:
-    name = printable(classes[label] if classes is not None and label < len(classes) else label)
+    name = classes[label] if classes is not None and label < len(classes) else str(label)
     return name if len(name) <= 10 else name[:9] + "…"

@@ -31,6 +31,7 @@ def test_other_paths_stay_as_written(path: str) -> None:
         ("s3://bucket/train/1.jpg", "(aws s3 sync s3://bucket/train FOLDER)"),
         ("gs://bucket/train", "gcloud storage rsync"),
         ("https://x.org/a.tar", "(wget https://x.org/a.tar)"),
+        ("https://x.org/$(touch owned);a.tar", "(wget 'https://x.org/$(touch owned);a.tar')"),
         ("hf://datasets/x", "is a URL"),
         ("file:///data/x", "write the path alone: /data/x"),
         ("file://localhost/data/x", "write the path alone: /data/x"),

@@ -88,6 +88,14 @@ def test_errors_print_hostile_names_as_text(folder: Path, command: str, capsys: 
     assert r"\x1b]0;owned\x07" in check_printed(capsys)
 
 
+def test_split_name_is_printable(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Progress bars and loggers show it as it is."""
+    split = "{source: {kind: image_folder, root: images}, transform: {preset: eval, size: 16}}"
+    override = f'data.more={{"night\\n{FAKE}\\e[2J": {split}}}'
+    assert main(["check", "-c", str(folder / "run.yaml"), override]) == 1
+    assert rf"more has a split 'night\n{FAKE}\x1b[2J'; give it a name of printable" in check_printed(capsys)
+
+
 def test_unknown_argument_is_printed_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["doctor", f"--\x1b]0;owned\x07\n{FAKE}"])

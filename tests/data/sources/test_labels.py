@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 
 import pytest
 
 from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, load_classes, save_classes
 from kd_pipeline.data.sources.labels import name_warnings
+from kd_pipeline.errors import DataError
 from tests.data.sources.helpers import error_of, make_files, write_list
 
 
@@ -64,6 +66,46 @@ def test_bad_class_file_is_refused(tmp_path, text, words):
 def test_objects_with_labels_are_understood(tmp_path, content):
     path = write_list(tmp_path, json.dumps(content), "classes.json")
     assert load_classes(path) == ("cat", "dog", "eel")
+
+
+def test_random_damage_is_read_or_names_the_file(tmp_path):
+    generator = random.Random(0)
+    path = tmp_path / "classes.json"
+    good = [
+        b'["cat", "dog", "b\\u0061t"]',
+        b'{"id2label": {"0": "cat", "1": "dog"}}',
+        b'{"cat": 1, "dog": 0, "bat": 2}',
+    ]
+    damage = [
+        b"",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b'"',
+        b",",
+        b":",
+        b"-",
+        b"1e999",
+        b"null",
+        b"NaN",
+        b"\xff",
+        b"\0",
+        b"[" * 2000,
+    ]
+    num_read = 0
+    for number in range(200):
+        raw = bytearray(good[number % 3])
+        for _ in range(generator.randint(1, 3)):
+            at = generator.randrange(len(raw))
+            raw[at : at + generator.randint(0, 4)] = generator.choice(damage)
+        path.write_bytes(raw)
+        try:
+            assert all(load_classes(path))
+            num_read += 1
+        except DataError as error:
+            assert str(path) in str(error) and str(error).isprintable()
+    assert 0 < num_read < 100
 
 
 def test_text_with_a_name_per_line_is_understood(tmp_path):
