@@ -1,6 +1,7 @@
 """`kd-pipeline doctor`."""
 
 import argparse
+import json
 from typing import Any
 
 from kd_pipeline.cli.printing import print_result
@@ -23,5 +24,8 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.workflows.doctor import diagnose
 
     report = diagnose()
-    print_result(report.model_dump_json(indent=2) if parsed.json else report.to_text())
+    if parsed.json:
+        print(json.dumps(report.model_dump(mode="json"), indent=2))
+    else:
+        print_result(report.to_text())
     return 0 if report.is_usable else 1

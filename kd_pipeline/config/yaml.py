@@ -17,6 +17,8 @@ Key = tuple[str | int, ...]
 
 _MAX_DEPTH = 32
 _MAX_PROBLEMS = 20
+_MAX_LENGTH = 2000
+"""Of a problem in a message."""
 _MAX_VALUES = 30_000
 """About a second of parsing, as are the lines."""
 _MAX_LINES = 100_000
@@ -60,6 +62,7 @@ def config_error(problems: Iterable[Problem]) -> ConfigError:
         ": ".join(filter(None, [printable(problem.place.name), _dotted(problem.key), printable(problem.text)]))
         for problem in found[:_MAX_PROBLEMS]
     ]
+    lines = [line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]}..." for line in lines]
     more = [f"and {len(found) - _MAX_PROBLEMS} more problems"] if len(found) > _MAX_PROBLEMS else []
     return ConfigError("\n".join(lines + more))
 

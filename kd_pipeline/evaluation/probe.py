@@ -17,7 +17,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import TrainTransform
-from kd_pipeline.errors import TeacherError
+from kd_pipeline.errors import StateError, TeacherError
 from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.outputs_check import probability_problem
@@ -135,7 +135,8 @@ def run_probe(
         The report, or None if the training data has no labels, or a recording only mixed images.
 
     Raises:
-        TeacherError: the teacher does not fit the data.
+        TeacherError: the teacher does not fit the data, or the recording is damaged.
+        StateError: the recording is of more images.
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
     settings = settings or ProbeSettings()
@@ -189,6 +190,11 @@ def _recorded_rows(recording: Recording, labels: NDArray[np.int64], num_samples:
     # Spread out, because an epoch without shuffling has one class after another.
     position = np.arange(min(num_samples, num_rows)) * num_rows // min(num_samples, num_rows)
     sample = recording.samples(0, position)
+    if sample.max() >= len(labels):
+        raise StateError(
+            f"the recording in {recording.path} is of {num_rows} images, and the training data has {len(labels)}; "
+            "record the teacher again"
+        )
     return torch.from_numpy(labels[sample]), recording.read(0, position)["logits"]
 
 

@@ -1,5 +1,6 @@
 """`kd-pipeline record`."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,25 @@ def test_file_outside_is_not_written_through_a_link(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"kd-pipeline: {out}/{name} cannot be written: this is a link") and "delete it" in error
     assert victim.read_text() == "precious" * 1000
+
+
+def test_hostile_recording_ends_a_training_in_one_line(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "here"
+    assert main(["record", "-c", str(config), "--out", str(out), "--top-k", "2"]) == 0
+    arguments = ["train", "-c", str(config), "--plugin", "tests.training.networks", f"teacher={{path: {out}}}"]
+    (out / "logits.classes.bin").write_bytes(b"\x30\x75" * 2 * 2 * 96)  # 30,000 each
+    capsys.readouterr()
+    assert main(arguments) == 1
+    assert "it has the class 30000 of 10; copy or record it again" in capsys.readouterr().err.splitlines()[-1]
+    (out / "logits.classes.bin").unlink()
+    os.mkfifo(out / "logits.classes.bin")
+    assert main(arguments) == 1
+    assert "logits.classes.bin cannot be read: this is a pipe and no file; copy" in capsys.readouterr().err
+    (out / "manifest.json").write_text("[" * 100_000)
+    assert main(arguments) == 1
+    assert "it is nested too deeply" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_link_as_manifest_is_replaced(config: Path, tmp_path: Path) -> None:

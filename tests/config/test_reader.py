@@ -311,6 +311,7 @@ BAD = {
     "escape of a terminal": ('seed: 1\n"\\e]0;owned\\a": 1\n', 2, r"'\x1b]0;owned\x07'", "unknown key"),
     "value with an escape": ('seed: "\\e[2J"\n', 1, "seed", r"found the text '\x1b[2J'"),
     "tag with an escape": ("seed: !%1b%0ax 1\n", 1, "seed", r"tags (!\x1b\nx) are not supported"),
+    "long tag": ("seed: !" + "x" * 100_000 + " 1\n", 1, "seed", "x" * 100 + "..."),
     "many digits": ("seed: " + "9" * 5000 + "\n", 1, "seed", "should be a whole number, found the text '99"),
     "NUL": ("seed: 1\nname: a\0b\n", 2, "", r"the character '\x00' is not allowed"),
     "two documents": ("seed: 1\n---\nseed: 2\n", 2, "", "a second document starts here"),

@@ -137,6 +137,9 @@ class Recording:
                 f"{self.manifest.num_rows} positions; record the teacher again"
             )
         samples: NDArray[np.int64] = rows.astype(np.int64) - 1
+        if (is_outside := (samples < 0) | (samples >= self.manifest.num_rows)).any():
+            row = int(np.flatnonzero(is_outside)[0])
+            raise self._damaged(epoch, position[row], f"the sample {samples[row]} of {self.manifest.num_rows}")
         return samples
 
     def checksums(self, epoch: int, position: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -173,10 +176,14 @@ class Recording:
         is_outside = (classes < 0) | (classes >= num_classes)
         if is_outside.any():
             row = int(np.flatnonzero(is_outside.any(1))[0])
-            raise TeacherError(
-                f"the recording in {self.path} is damaged: at position {position[row]} of epoch {epoch} it has the "
-                f"class {classes[row][is_outside[row]][0]} of {num_classes}; copy or record it again"
-            )
+            found = classes[row][is_outside[row]][0]
+            raise self._damaged(epoch, position[row], f"the class {found} of {num_classes}")
+
+    def _damaged(self, epoch: int, position: int, found: str) -> TeacherError:
+        return TeacherError(
+            f"the recording in {self.path} is damaged: at position {position} of epoch {epoch} it has {found}; copy or "
+            "record it again"
+        )
 
 
 def open_recording(settings: TeacherSettings) -> Recording:

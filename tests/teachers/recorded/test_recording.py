@@ -333,6 +333,16 @@ def test_rows_in_any_order_are_those_of_their_positions(tmp_path: Path) -> None:
     assert recording.replay(0, position[:0], position[:0])["logits"].shape == (0, 3)
 
 
+@pytest.mark.parametrize("sample", [40, 2**30, -7])
+def test_sample_out_of_range_is_named(tmp_path: Path, sample: int) -> None:
+    recording = Recording(small_recording(tmp_path / "recording"))
+    samples = np.arange(1, 41, dtype="<i4")
+    samples[5] = sample + 1
+    samples.tofile(recording.path / "sample.bin")
+    with pytest.raises(TeacherError, match=rf"at position 5 of epoch 0 it has the sample {sample} of 40"):
+        recording.samples(0, np.arange(10))
+
+
 @pytest.mark.parametrize("index", [30_000, 3, -1])
 def test_class_out_of_range_is_named(tmp_path: Path, index: int) -> None:
     recording = Recording(small_recording(tmp_path / "recording", top_k=2))
@@ -419,6 +429,12 @@ def test_probe_reads_recorded_logits(photo_folder: Path, copy: Path) -> None:
     logits.tofile(copy / "logits.values.bin")
     report = probe_teacher(config(photo_folder), Recording(copy))
     assert report is not None and report.top1 == 1 and not report.problems
+
+
+def test_probe_refuses_recording_of_more_images(photo_folder: Path, tmp_path: Path) -> None:
+    recording = Recording(small_recording(tmp_path / "recording"))
+    with pytest.raises(StateError, match="is of 40 images, and the training data has 37; record the teacher again"):
+        probe_teacher(config(photo_folder), recording)
 
 
 def test_probe_skips_mixed_recording(photo_folder: Path, plain: Path, caplog: pytest.LogCaptureFixture) -> None:
