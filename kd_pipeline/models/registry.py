@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,20 @@ __all__ = ["ModelSettings", "PretrainedInput", "open_model", "pretrained_input"]
 
 _logger = logging.getLogger("kd_pipeline")
 
+_TIMM_NAME = re.compile(r"\w+(\.[\w.-]+)?")
+"""Without a colon: timm's `hf-hub:` and `local-dir:` load weights and settings from elsewhere."""
+_TIMM_ARGUMENTS = frozenset({
+    "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir",
+    "scriptable", "exportable", "no_jit", "pretrained_strict", "pretrained_filter_fn", "pretrained_model_args",
+    "kwargs_filter", "model_cfg", "feature_cfg",
+})  # fmt: skip
+"""What timm's `create_model` and `build_model_with_cfg` take for themselves and do not give to the network."""
+_SOURCE = re.compile(
+    r"(?:^|_)(?:pretrained(?!_window)|weights|checkpoint_path|file|filename|url|uri|dir|hub|repo|cache|cfg)(?:_|$)"
+)
+"""Part of a keyword that names weights or a place to load them from, in whichever library. Without it are parts of
+networks such as `drop_path_rate`, `use_checkpoint`, `weight_init` and `pretrained_window_sizes`."""
+
 
 class ModelSettings(Settings):
     """Which model to build, and its weights. Set exactly one of the first four."""
@@ -35,7 +50,7 @@ class ModelSettings(Settings):
     factory: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")
     """Your own function that returns an `nn.Module`, as `package.module:function`."""
     kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
-    """More arguments for the function that builds the model."""
+    """More arguments for the function that builds the model. Only a factory's may name weights or files."""
     num_classes: int | None = Field(default=None, ge=1)
     """Number of logits; defaults to that of the data for a model that is trained, else to that of the checkpoint, else
     to the model's own."""
@@ -66,6 +81,18 @@ class ModelSettings(Settings):
             raise ValueError(
                 f"checkpoint_key: {self.checkpoint_key} has no effect without a checkpoint; set checkpoint"
             )
+        if self.timm is not None and not _TIMM_NAME.fullmatch(self.timm):
+            raise ValueError(
+                f"timm: {self.timm!r} is not the name of a network, such as resnet18.a1_in1k; weights of another place "
+                "are downloaded or copied first, and set as checkpoint"
+            )
+        if self.factory is None:  # a factory is the user's own function, and was allowed as such
+            for name in self.kwargs:
+                if name in _TIMM_ARGUMENTS or _SOURCE.search(name):
+                    raise ValueError(
+                        f"kwargs: {name} is refused, as kwargs change the network only and say nothing about where its "
+                        "weights come from; use checkpoint for a file and pretrained for the library's own weights"
+                    )
         return self
 
 
@@ -140,7 +167,9 @@ def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_cl
                 f"the pretrained weights of {name} cannot be downloaded ({exc}); check the connection, or download "
                 "them on another machine and set checkpoint to the file, in place of pretrained"
             ) from exc
-        raise ConfigError(f"{name} cannot be built: {exc}; check kwargs, num_classes and pretrained") from exc
+        # timm advises to run the code in weights that hold more than tensors.
+        reason = "its weights hold more than tensors" if "weights_only" in str(exc) else exc
+        raise ConfigError(f"{name} cannot be built: {reason}; check kwargs, num_classes and pretrained") from exc
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} should return an nn.Module, got {type(model).__qualname__}")
     return model

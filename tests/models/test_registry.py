@@ -1,11 +1,13 @@
 """With real models of timm and torchvision, and no downloads."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import timm
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
@@ -67,12 +69,51 @@ def test_kwargs() -> None:
     assert model(torch.zeros(2, 1, 64, 64)).shape == (2, 1000)
 
 
+SOURCES = {
+    *(each.name for each in inspect.signature(timm.create_model).parameters.values() if each.kind != each.VAR_KEYWORD),
+    *("pretrained_strict", "pretrained_filter_fn", "pretrained_model_args", "model_cfg", "feature_cfg"),
+    *("weights", "weights_backbone", "default_cfg", "checkpoint_path", "weights_file", "url", "model_dir", "hub_repo"),
+}
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision", "builtin"])
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_kwargs_name_no_source_of_weights(library: str, name: str) -> None:
+    network = "small_resnet" if library == "builtin" else "resnet18"
+    with pytest.raises(
+        ValidationError, match=f"kwargs: {name} is refused, .*; use checkpoint for a file and pretrained"
+    ):
+        ModelSettings(**{library: network}, kwargs={name: "/tmp/weights.pt"})
+
+
+def test_kwargs_of_networks_are_allowed() -> None:
+    networks = (timm.models.ResNet, timm.models.VisionTransformer, timm.models.SwinTransformerV2, timm.models.ConvNeXt)
+    names = {name for network in networks for name in inspect.signature(network.__init__).parameters}
+    assert {"drop_path_rate", "img_size", "weight_init", "pretrained_window_sizes"} < names
+    ModelSettings(timm="resnet18", kwargs=dict.fromkeys(names, 1))
+
+
+def test_a_factory_takes_any_kwargs() -> None:
+    assert ModelSettings(factory=FACTORY, kwargs={"weights": "a.pt", "cache_dir": "/tmp"}).kwargs["weights"] == "a.pt"
+
+
+def test_advice_to_run_code_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def create_model(name: str, **_kwargs: object) -> nn.Module:
+        raise RuntimeError("weights_only=True blocked loading. If it is trusted, retry with weights_only=False.")
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    with pytest.raises(
+        ConfigError, match="timm's resnet18 cannot be built: its weights hold more than tensors"
+    ) as caught:
+        open_model(ModelSettings(timm="resnet18", pretrained=True))
+    assert "weights_only" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"timm": "resnet81"}, r"timm has no classifier called 'resnet81'; did you mean 'resnet\d+'"),
         ({"timm": "reznet50.a1_in1k"}, "'reznet50.a1_in1k'; did you mean .*'resnet50'"),
-        ({"timm": "hf-hub:timm/resnet18.a1_in1k"}, "timm has no classifier"),
         ({"torchvision": "resnet81"}, r"torchvision has no classifier called 'resnet81'; did you mean 'resnet\d+'"),
         ({"torchvision": "fasterrcnn_resnet50_fpn"}, "torchvision has no classifier"),
         ({"torchvision": "%"}, r"there are .*'alexnet'.* and \d+ more"),
@@ -96,6 +137,11 @@ def test_unknown_argument(library: str) -> None:
         ({"timm": "resnet18", "torchvision": "resnet18"}, "got timm and torchvision"),
         ({"factory": "nets:make", "pretrained": True}, "pretrained has no effect on a factory"),
         ({"timm": "resnet18", "pretrained": True, "checkpoint": "a.pt"}, "two sets of weights: .* checkpoint: a.pt"),
+        ({"timm": "hf-hub:timm/resnet18.a1_in1k"}, "is not the name of a network, such as .* set as checkpoint"),
+        ({"timm": "hf_hub:timm/resnet18"}, "is not the name of a network"),
+        ({"timm": "local-dir:/tmp/resnet18"}, "is not the name of a network"),
+        ({"timm": "resnet18.local-dir:/tmp/resnet18"}, "is not the name of a network"),
+        ({"timm": "/tmp/resnet18"}, "is not the name of a network"),
         ({"factory": "nets.make"}, "should match pattern"),
         ({"factory": "os:system('true')"}, "should match pattern"),
     ],
