@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ __all__ = [
     "add_common",
     "add_config",
     "add_options",
-    "add_plugin",
+    "add_permissions",
     "checked",
     "given",
     "path_option",
+    "permissions",
     "print_progress",
     "run_command",
 ]
@@ -75,15 +77,28 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser, *, plugins: str = "factories") -> None:
-    """Add `--config`, `--plugin` and overrides; `plugins` is what the user's modules provide."""
+    """Add `--config`, overrides and the options of `add_permissions`."""
     parser.add_argument("-c", "--config", type=path_option, required=True, metavar="FILE", help="the YAML file")
-    add_plugin(parser, plugins)
+    add_permissions(parser, plugins)
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the file")
 
 
-def add_plugin(parser: argparse.ArgumentParser, plugins: str) -> None:
-    """Add `--plugin`; `plugins` is what the user's modules provide."""
+def add_permissions(parser: argparse.ArgumentParser, plugins: str) -> None:
+    """Add `--plugin` and `--trust-engine`, which no file can give; `plugins` is what the user's modules provide."""
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE", help=f"module with {plugins}")
+    parser.add_argument(
+        "--trust-engine",
+        action="append",
+        default=[],
+        type=_sha256,
+        metavar="SHA256",
+        help="digest of an engine to load although somebody else could have written it, or it has no manifest",
+    )
+
+
+def permissions(parsed: argparse.Namespace) -> dict[str, list[str]]:
+    """The arguments `plugins` and `trust_engines` of workflows, as typed."""
+    return {"plugins": parsed.plugin, "trust_engines": parsed.trust_engine}
 
 
 def path_option(text: str) -> Path:
@@ -175,6 +190,12 @@ def run_command(run: Callable[[argparse.Namespace], int], parsed: argparse.Names
 def print_progress(line: str) -> None:
     """Print a line of progress to stderr; stdout is for the command's result."""
     print_message(line)
+
+
+def _sha256(text: str) -> str:
+    if re.fullmatch("[0-9a-fA-F]{64}", text) is None:
+        raise argparse.ArgumentTypeError(f"a sha256 has 64 hexadecimal digits, got {text!r}")
+    return text.lower()
 
 
 def _help(field: FieldInfo) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline._core.text import printable
-from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
+from kd_pipeline.cli.arguments import add_config, add_options, checked, given, permissions, print_progress
 from kd_pipeline.cli.printing import print_result
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
     settings = checked(CheckSettings, {"num_images": "images"}, **given(parsed, CheckSettings))
     config = load_config(parsed.config, parsed.overrides)
-    found = check(config, settings, plugins=parsed.plugin, report=print_progress)
+    found = check(config, settings, **permissions(parsed), report=print_progress)
     print_result("\n".join(_lines(found)))
     return 1 if found.problems else 0
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from kd_pipeline.cli.arguments import add_plugin, checked, path_option, print_progress
+from kd_pipeline.cli.arguments import add_permissions, checked, path_option, permissions, print_progress
 from kd_pipeline.cli.printing import print_result
 
 __all__ = ["add_to"]
@@ -52,7 +52,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="further metric: a torchmetrics class, or package.module:function",
     )
-    add_plugin(parser, "factories and metrics")
+    add_permissions(parser, "factories and metrics")
     parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="override of the config")
     parser.add_argument("--out", type=path_option, metavar="FILE", help="write all metrics as JSON")
 
@@ -68,7 +68,7 @@ def _run(parsed: argparse.Namespace) -> int:
         split=parsed.split,
         teacher=parsed.teacher or (None if parsed.no_teacher else "config"),
         metrics=[checked(MetricSettings, {"name": "metric"}, name=name) for name in parsed.metric],
-        plugins=parsed.plugin,
+        **permissions(parsed),
         report=print_progress,
     )
     print_result(found.table())

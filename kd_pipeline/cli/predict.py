@@ -6,7 +6,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from kd_pipeline.cli.arguments import add_plugin, path_option
+from kd_pipeline.cli.arguments import add_permissions, path_option, permissions
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, or auto for a GPU if there is one (default: auto)"
     )
-    add_plugin(parser, "the network's factory")
+    add_permissions(parser, "the network's factory")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per image")
     parser.add_argument("--out", type=path_option, metavar="FILE", help="write the lines of JSON to this file")
 
@@ -71,7 +71,7 @@ def _run(parsed: argparse.Namespace) -> int:
     num_unreadable = num_not_finite = 0
     with ExitStack() as stack:
         dtype = getattr(torch, transform.dtype)
-        opened = open_model_file(parsed.model, size=transform.size, device=device, dtype=dtype, plugins=parsed.plugin)
+        opened = open_model_file(parsed.model, size=transform.size, device=device, dtype=dtype, **permissions(parsed))
         stack.callback(opened.close)
         out = None if parsed.out is None else stack.enter_context(parsed.out.open("w", encoding="utf-8"))
         found = predict(opened.model, images, transform, batch_size=parsed.batch_size, device=device)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
+from kd_pipeline.cli.arguments import add_config, add_options, checked, given, permissions, print_progress
 from kd_pipeline.cli.printing import print_result
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.workflows._record import RecordSettings, record
 
     settings = checked(RecordSettings, **given(parsed, RecordSettings))
-    folder = record(load_config(parsed.config, parsed.overrides), settings, plugins=parsed.plugin, report=_show)
+    folder = record(load_config(parsed.config, parsed.overrides), settings, **permissions(parsed), report=_show)
     manifest = RecordingManifest.load(folder)
     print_result(
         f"{manifest.num_rows} images x {manifest.epochs_done} epochs, {manifest.row_bytes} bytes each "

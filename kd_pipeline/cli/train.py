@@ -5,7 +5,7 @@ from typing import Any
 
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.text import printable
-from kd_pipeline.cli.arguments import add_config
+from kd_pipeline.cli.arguments import add_config, permissions
 from kd_pipeline.cli.printing import print_result
 
 __all__ = ["add_to"]
@@ -49,7 +49,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
     from kd_pipeline.workflows._train import train
 
-    result = train(config, plugins=parsed.plugin, fresh=parsed.fresh)
+    result = train(config, **permissions(parsed), fresh=parsed.fresh)
     if is_rank_zero():
         for line in (*result.lines, f"run folder: {result.folder}"):
             print_result(printable(line))

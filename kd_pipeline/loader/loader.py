@@ -198,6 +198,7 @@ class KDDataLoader:
         shard: Shard | None = None,
         training: Source | None = None,
         plugins: Collection[str] = (),
+        trust_engines: Collection[str] = (),
         **changes: Unpack[LoaderArguments],
     ) -> Self:
         """The loader of one of the config's splits: `train`, `val`, `test`, or a name under `more`.
@@ -211,6 +212,7 @@ class KDDataLoader:
             training: the open source of the split `train`, to save the time of listing it. The other splits have its
                 order of classes, which the loader of `train` saves as `classes.json` in the config's `run_dir`.
             plugins: modules that the factory of the config's teacher may come from.
+            trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
             changes: arguments of the loader that replace those of the config.
 
         Raises:
@@ -248,6 +250,7 @@ class KDDataLoader:
                     batch_size=arguments["batch_size"],
                     device=arguments["device"],
                     plugins=plugins,
+                    trust_engines=trust_engines,
                 )
             teacher = owned
         try:
@@ -574,6 +577,7 @@ def open_config_teacher(
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
     split: str = "train",
 ) -> Teacher | Recording:
     """Open the teacher of `config` for the images of a split.
@@ -584,6 +588,7 @@ def open_config_teacher(
         batch_size: images in a call; defaults to the config's.
         device: of the images; defaults to the config's.
         plugins: modules that factories in the config may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         split: whose transform makes the images.
 
     Raises:
@@ -605,6 +610,7 @@ def open_config_teacher(
         batch_size=batch_size or config.data.batch_size,
         calibration_images=lambda: sample_images(config, split),
         plugins=plugins,
+        trust_engines=trust_engines,
         normalization=Normalization(transform.mean, transform.std),
         strict=config.probe is not None and config.probe.strict,
     )

@@ -52,6 +52,7 @@ def open_teacher(
     batch_size: int | None = None,
     calibration_images: Callable[[], Tensor] | None = None,
     plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
     normalization: Normalization | None = None,
     strict: bool = False,
 ) -> Teacher:
@@ -73,6 +74,8 @@ def open_teacher(
         calibration_images: returns images `[N, 3, H, W]` float32 on the CPU, normalized for the teacher. An engine
             built from an ONNX file is checked on them, and takes the ranges of int8 and fp8 from them.
         plugins: modules that a model's `factory` may come from.
+        trust_engines: sha256 of engines to load although somebody else could have written them, or they have no
+            manifest. A config file is data and cannot grant this itself: pass what the user typed.
         normalization: of the images, for an `input_adapter`; defaults to ImageNet's. A warning is logged if a
             pretrained model was trained with a different one and has no adapter.
         strict: raise an error for what would be a warning about its outputs.
@@ -90,6 +93,7 @@ def open_teacher(
         batch_size,
         calibration_images,
         plugins,
+        trust_engines,
         normalization or Normalization(),
         strict,
     )
@@ -122,6 +126,7 @@ class _Inputs:
     batch_size: int | None
     calibration_images: Callable[[], Tensor] | None
     plugins: Collection[str]
+    trust_engines: Collection[str]
     normalization: Normalization
     strict: bool
 
@@ -327,7 +332,7 @@ def _open_tensorrt(settings: TeacherSettings, inputs: _Inputs) -> Teacher:
         device=inputs.device,
         runtime=settings.runtime,
         cuda_graph=settings.cuda_graph,
-        trust_engines=() if settings.trust_engine is None else (settings.trust_engine,),
+        trust_engines=inputs.trust_engines,
     )
     if settings.precision not in (None, teacher.precision):
         teacher.close()

@@ -1,7 +1,8 @@
 """Settings of the teacher: what to run, and with which runtime."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self, TypeGuard
+from typing import Any, Literal, Self, TypeGuard
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -13,13 +14,14 @@ from kd_pipeline.teachers.tensorrt.manifest import Precision
 
 __all__ = ["EnsembleSettings", "TeacherSettings", "is_recording", "refuse_unused"]
 
+_PERMISSIONS = ("trust_engine", "trust_engines")
 _USED_BY_ALL = {"backend"}
 _USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch"}
 _USED_BY = {
     "pytorch": _USED_BY_RUNTIMES | {"model", "features", "input_adapter", "channels_last", "compile", "cuda_graph"},
     "openvino": _USED_BY_RUNTIMES | {"onnx", "num_threads"},
     "onnxruntime": _USED_BY_RUNTIMES | {"onnx", "num_threads"},
-    "tensorrt": _USED_BY_RUNTIMES | {"onnx", "engine", "runtime", "cuda_graph", "trust_engine"},
+    "tensorrt": _USED_BY_RUNTIMES | {"onnx", "engine", "runtime", "cuda_graph"},
     "recorded": _USED_BY_ALL | {"path", "verify"},
 }
 
@@ -65,8 +67,17 @@ class TeacherSettings(Settings):
     cuda_graph: bool = False
     """Replay the engine, or the PyTorch module at the loader's batch size, as a CUDA graph. It pays off when launches
     take long compared to the work, as with small batches."""
-    trust_engine: str | None = Field(default=None, pattern="^[0-9a-fA-F]{64}$")
-    """sha256 of an engine that you trust although somebody else built it or it has no manifest."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grants_nothing(cls, values: Any) -> Any:
+        """Refuse what an engine's file could be trusted by, as whoever made the file can have made the engine too."""
+        if isinstance(values, Mapping) and (key := next((key for key in _PERMISSIONS if key in values), None)):
+            raise ValueError(
+                f"{key}: settings cannot trust an engine, which is a program; type --trust-engine SHA256 on the "
+                'command line, or pass trust_engines=["SHA256"] in Python'
+            )
+        return values
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
@@ -75,8 +86,6 @@ class TeacherSettings(Settings):
         given += ["model"] if self.model else []
         if len(given) > 1:
             raise ValueError(f"two teachers: {' and '.join(given)}; give one of them")
-        if self.trust_engine is not None and self.engine is None:
-            raise ValueError("trust_engine is the sha256 of an engine, and no engine is given")
         if self.backend != "auto":
             refuse_unused(self, self.backend)
         return self

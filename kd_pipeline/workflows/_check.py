@@ -59,6 +59,7 @@ def check(
     settings: CheckSettings | None = None,
     *,
     plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
     report: Callable[[str], object] = lambda line: None,
 ) -> CheckReport:
     """Open everything that a training needs, decode the images of every split, and run teacher and student.
@@ -70,6 +71,7 @@ def check(
         config: the run to check.
         settings: how much to check; defaults to everything.
         plugins: modules that factories in the config may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         report: called with lines of progress.
 
     Raises:
@@ -102,7 +104,9 @@ def check(
     _add_copies_of_training(findings, config, fingerprints)
     teacher, grid = None, None
     if config.data.train is not None:
-        teacher, grid = check_models(config, training, out, plugins=plugins, findings=findings, report=report)
+        teacher, grid = check_models(
+            config, training, out, plugins=plugins, trust_engines=trust_engines, findings=findings, report=report
+        )
     checked = CheckReport(tuple(splits), teacher, grid, findings.sorted())
     write_atomic(out / "check.json", json.dumps(checked.to_dict(), indent=2, default=str) + "\n")
     return checked

@@ -38,6 +38,7 @@ def compare_files(
     teacher: str | os.PathLike[str] | Literal["config"] | None = "config",
     metrics: Sequence[MetricSettings] = (),
     plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
     report: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
     """Open the models, match their classes to those of the data, and compare them on a split of `config`.
@@ -51,6 +52,7 @@ def compare_files(
             one that cannot run here, is compared without, and a warning says why.
         metrics: further metrics.
         plugins: modules that factories and custom metrics may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         report: called with a line of progress for each model.
 
     Raises:
@@ -72,6 +74,7 @@ def compare_files(
                 dtype=getattr(torch, transform.dtype),
                 classes=loader.classes,
                 plugins=plugins,
+                trust_engines=trust_engines,
             )
             stack.callback(model.close)
             return model
@@ -79,7 +82,7 @@ def compare_files(
         opened: dict[str, OpenedModel] = {}
         reference: nn.Module | Teacher | None = None
         if teacher == "config":
-            own = _open_own_teacher(config, split, loader.classes, plugins, is_required=not models)
+            own = _open_own_teacher(config, split, loader.classes, plugins, trust_engines, is_required=not models)
             if own is not None:
                 reference = own.model
                 opened[TEACHER] = own
@@ -100,7 +103,13 @@ def compare_files(
 
 
 def _open_own_teacher(
-    config: Config, split: str, classes: Sequence[str] | None, plugins: Collection[str], *, is_required: bool
+    config: Config,
+    split: str,
+    classes: Sequence[str] | None,
+    plugins: Collection[str],
+    trust_engines: Collection[str],
+    *,
+    is_required: bool,
 ) -> OpenedModel | None:
     """The teacher of `config`; None if it has none that can run.
 
@@ -123,7 +132,7 @@ def _open_own_teacher(
         if isinstance(settings, TeacherSettings):
             settings = with_trained_weights(config, settings)
         config = config.model_copy(update={"teacher": settings})
-        teacher = open_config_teacher(config, classes, plugins=plugins, split=split)
+        teacher = open_config_teacher(config, classes, plugins=plugins, trust_engines=trust_engines, split=split)
     except KDPipelineError as error:
         if is_required:
             raise

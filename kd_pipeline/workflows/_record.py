@@ -86,6 +86,7 @@ def record(
     settings: RecordSettings | None = None,
     *,
     plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
     report: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Record the teacher of `config`, or resume an earlier recording in the same folder.
@@ -97,6 +98,7 @@ def record(
         config: the training that will use the recording.
         settings: what to keep; defaults to everything, in `run_dir`.
         plugins: modules that factories in the config may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         report: called every few seconds.
 
     Returns:
@@ -117,7 +119,7 @@ def record(
     init_distributed()
     set_num_threads(config.train.num_threads)
     with ExitStack() as opened:
-        loader = _open_loader(config, plugins, opened)
+        loader = _open_loader(config, plugins, trust_engines, opened)
         manifest = _new_manifest(loader, settings, settings.epochs or config.train.epochs)
         _existing_manifest(folder, manifest)
         on_rank_zero(lambda: _prepare(folder, manifest, opened))
@@ -220,7 +222,9 @@ def _prepare(folder: Path, manifest: RecordingManifest, opened: ExitStack) -> No
         create_files(folder, manifest.model_copy(update={"epochs_done": epochs_done}))
 
 
-def _open_loader(config: Config, plugins: Collection[str], opened: ExitStack) -> KDDataLoader:
+def _open_loader(
+    config: Config, plugins: Collection[str], trust_engines: Collection[str], opened: ExitStack
+) -> KDDataLoader:
     """The training images with the live teacher, and every position of an epoch once."""
     train = config.data.split("train")
     require_repeatable(config.data.hw_decoder_load)
@@ -231,7 +235,7 @@ def _open_loader(config: Config, plugins: Collection[str], opened: ExitStack) ->
             f"the teacher is a recording already: {config.teacher.path}; record the teacher that it was made with"
         )
     source = open_source(train.source)
-    teacher = open_run_teacher(config, classes=source.classes, plugins=plugins)
+    teacher = open_run_teacher(config, classes=source.classes, plugins=plugins, trust_engines=trust_engines)
     opened.callback(teacher.close)
     # Samples that training drops are recorded too: the recording works for any batch size and number of ranks.
     last_batch = "pad" if train.last_batch in (None, "drop") else train.last_batch

@@ -62,7 +62,9 @@ class TrainResult:
         return tuple(lines)
 
 
-def train(config: Config, *, plugins: Collection[str] = (), fresh: bool = False) -> TrainResult:
+def train(
+    config: Config, *, plugins: Collection[str] = (), trust_engines: Collection[str] = (), fresh: bool = False
+) -> TrainResult:
     """Run the stage that `config` names, or resume it from the last checkpoint in its folder.
 
     `distill` writes into `run_dir`, `teacher` and `baseline` into subfolders of these names. A stage that has finished
@@ -72,6 +74,7 @@ def train(config: Config, *, plugins: Collection[str] = (), fresh: bool = False)
     Args:
         config: the whole run.
         plugins: modules that factories and losses in the config may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         fresh: start from the beginning. The files of an earlier run are moved to `earlier/1`, or the next number; class
             lists, recordings and other stages stay. With `stage: all` both stages start again.
 
@@ -89,7 +92,7 @@ def train(config: Config, *, plugins: Collection[str] = (), fresh: bool = False)
     if fresh and not is_restart():
         on_rank_zero(lambda: _archive(config, stages))
     for stage in stages:
-        with _StageRun(config, stage, plugins) as run:
+        with _StageRun(config, stage, plugins, trust_engines) as run:
             result = run.run()
     return result
 
@@ -104,10 +107,10 @@ class _TrainLoader(KDDataLoader):
 class _StageRun(ExitStack):
     """One stage, from opening the data to exporting the student. Leaving the context closes what it opened."""
 
-    def __init__(self, config: Config, stage: Stage, plugins: Collection[str]) -> None:
+    def __init__(self, config: Config, stage: Stage, plugins: Collection[str], trust_engines: Collection[str]) -> None:
         super().__init__()
         self._config = config.model_copy(update={"stage": stage})
-        self._stage, self._plugins = stage, plugins
+        self._stage, self._plugins, self._trust_engines = stage, plugins, trust_engines
         self._is_one_of_all = config.stage == "all"
         self._folder = RunFolder(stage_dir(config, stage))
         self._val_loaders: dict[str, KDDataLoader] = {}
@@ -245,7 +248,9 @@ class _StageRun(ExitStack):
         return result
 
     def _open_teacher(self) -> Teacher | Recording:
-        teacher = open_run_teacher(self._config, classes=self._source.classes, plugins=self._plugins)
+        teacher = open_run_teacher(
+            self._config, classes=self._source.classes, plugins=self._plugins, trust_engines=self._trust_engines
+        )
         self.callback(teacher.close)
         if isinstance(teacher, Teacher):
             self._reference = teacher

@@ -49,6 +49,7 @@ def check_models(
     out: Path,
     *,
     plugins: Collection[str],
+    trust_engines: Collection[str],
     findings: Findings,
     report: Callable[[str], object],
 ) -> tuple[TeacherReport | None, Path | None]:
@@ -59,6 +60,7 @@ def check_models(
         training: the open source of the split `train`; None if it does not open.
         out: folder of `train_batch.png`.
         plugins: modules that factories in the config may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         findings: gets the problems.
         report: called with lines of progress.
 
@@ -71,7 +73,7 @@ def check_models(
         if config.teacher is not None and not starts_without_teacher(config):
             report("the teacher")
             with findings.part("teacher"):
-                teacher = _open_teacher(config, training, plugins)
+                teacher = _open_teacher(config, training, plugins, trust_engines)
                 opened.callback(teacher.close)
                 if isinstance(teacher, Recording):
                     check_recording(config, teacher)
@@ -108,13 +110,16 @@ def _stages(config: Config) -> list[Stage]:
     return [stage for stage in stages if stage == "teacher" or config.student is not None]
 
 
-def _open_teacher(config: Config, training: Source | None, plugins: Collection[str]) -> Teacher | Recording:
+def _open_teacher(
+    config: Config, training: Source | None, plugins: Collection[str], trust_engines: Collection[str]
+) -> Teacher | Recording:
     """The teacher, whose problems are reported even if they would stop a run."""
     probe = None if config.probe is None else config.probe.model_copy(update={"strict": False})
     return open_run_teacher(
         config.model_copy(update={"probe": probe}),
         classes=None if training is None else training.classes,
         plugins=plugins,
+        trust_engines=trust_engines,
     )
 
 

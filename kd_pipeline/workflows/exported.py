@@ -172,6 +172,7 @@ def open_model_file(
     dtype: torch.dtype = torch.float32,
     classes: Sequence[str] | None = None,
     plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
 ) -> OpenedModel:
     """Open the model at `path` for images `[N, 3, size, size]` of `dtype` on `device`.
 
@@ -182,6 +183,7 @@ def open_model_file(
         dtype: float32 or float16.
         classes: class names in the order that the logits should have; defaults to the model's own order.
         plugins: modules that the network's factory may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
 
     Raises:
         ConfigError: there is no model, it is damaged, or its network cannot be built.
@@ -192,7 +194,10 @@ def open_model_file(
         assert exported is not None
         return _open_network(*exported, device, dtype, classes, plugins)
     settings = TeacherSettings.model_validate({_BACKENDS[path.suffix]: path})
-    teacher = match_classes(open_teacher(settings, image_shape=(3, size, size), device=device, dtype=dtype), classes)
+    teacher = open_teacher(
+        settings, image_shape=(3, size, size), device=device, dtype=dtype, trust_engines=trust_engines
+    )
+    teacher = match_classes(teacher, classes)
     return OpenedModel(teacher, teacher.classes, (path,), teacher.close)
 
 

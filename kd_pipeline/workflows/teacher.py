@@ -33,7 +33,11 @@ def starts_without_teacher(config: Config) -> bool:
 
 
 def open_run_teacher(
-    config: Config, *, classes: Sequence[str] | None = None, plugins: Collection[str] = ()
+    config: Config,
+    *,
+    classes: Sequence[str] | None = None,
+    plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
 ) -> Teacher | Recording:
     """Open the teacher of `config` for its training images. The caller closes it.
 
@@ -41,6 +45,7 @@ def open_run_teacher(
         config: the whole run, with `data.train`.
         classes: those of the data, whose order the logits get; None keeps the teacher's.
         plugins: modules that factories in the config may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
 
     Raises:
         ConfigError: the config has no teacher, or one without weights.
@@ -50,7 +55,7 @@ def open_run_teacher(
         raise ConfigError("stage: distill needs a teacher: set teacher, or use stage: baseline")
     if isinstance(config.teacher, TeacherSettings):
         config = config.model_copy(update={"teacher": with_trained_weights(config, config.teacher)})
-    return open_config_teacher(config, classes, plugins=plugins)
+    return open_config_teacher(config, classes, plugins=plugins, trust_engines=trust_engines)
 
 
 def check_recording(config: Config, recording: Recording) -> None:

@@ -1,7 +1,7 @@
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images
 
 NO_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 ONNX, ENGINE = Path("teacher.onnx"), Path("teacher.engine")
+DIGEST = "a" * 64
 
 
 def test_auto_runs_module_with_pytorch(caplog: pytest.LogCaptureFixture) -> None:
@@ -132,8 +133,34 @@ def test_unused_settings_are_refused(
 def test_two_teacher_files_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"two teachers: onnx: teacher.onnx and engine: teacher.engine"):
         TeacherSettings(onnx=ONNX, engine=ENGINE)
-    with pytest.raises(ValidationError, match="trust_engine is the sha256 of an engine, and no engine is given"):
-        TeacherSettings(onnx=ONNX, trust_engine="0" * 64)
+
+
+@pytest.mark.parametrize("key", ["trust_engine", "trust_engines"])
+def test_settings_trust_no_engine(key: str) -> None:
+    with pytest.raises(ValidationError, match=f"{key}: settings cannot trust an engine, .*type --trust-engine SHA256"):
+        TeacherSettings.model_validate({"engine": ENGINE, key: DIGEST})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TeacherSettings(engine=ENGINE),
+        TeacherSettings(engine=ENGINE, backend="tensorrt"),
+        EnsembleSettings(members=(TeacherSettings(engine=ENGINE),)),
+    ],
+)
+def test_an_engine_is_trusted_by_the_caller(
+    settings: TeacherSettings | EnsembleSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_engine(path: Path, *, trust_engines: Collection[str], **_settings: object) -> None:
+        raise Opened(path, trust_engines)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(opening, "open_engine", open_engine)
+    for arguments, trusted in (({}, ()), ({"trust_engines": [DIGEST]}, [DIGEST])):
+        with pytest.raises(Opened) as caught:
+            open_teacher(settings, device="cuda:0", **arguments)
+        assert caught.value.args == (ENGINE, trusted)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
