@@ -1,24 +1,24 @@
 """Read a file of weights, of whichever trainer, without running anything that it names."""
 
-import pickletools
+import os
 import re
-import stat
 import tarfile
 import warnings
-import zipfile
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import torch
 
+from kd_pipeline._core.files import NotAFileError, open_regular
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.suggestions import first_few
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.models.torch_files import DamagedFileError, HarmfulFileError, check_records, list_records, scan_pickles
 
-__all__ = ["read_checkpoint"]
+__all__ = ["open_weights", "read_checkpoint"]
 
 _SAVE = 'torch.save(model.state_dict(), "weights.pt")'
 _AGAIN = "copy or download it again"
@@ -47,6 +47,8 @@ _VALUE_MODULES = frozenset({
     "omegaconf.nodes", "ml_collections.config_dict.config_dict",
 })  # fmt: skip
 """What trainers save beside the weights: options, configs, metrics and random states. None of it is needed here."""
+_MAX_HEADER = 2**24
+"""Bytes of the header of a safetensors file, which has about a hundred for each tensor."""
 _ARCHIVES = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"}
 
 
@@ -88,42 +90,48 @@ def read_checkpoint(path: Path) -> Any:
             of another kind.
         MissingPackageError: it needs safetensors, which is not installed.
     """
-    _check_regular_file(path)
+    if path.is_dir():
+        raise _folder(path)
     try:
-        with path.open("rb") as file:
-            head = file.read(1024)
+        file = open_weights(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; correct checkpoint") from None
     except OSError as exc:
-        raise _refused(path, f"it cannot be read ({exc.strerror})", "correct its permissions") from exc
-    _check_kind(path, head)
-    if _is_safetensors(head):
-        return _read_safetensors(path)
-    return _read_pickle(path, is_zip=head.startswith(b"PK"))
+        advice = "set checkpoint to a file of weights" if isinstance(exc, NotAFileError) else "correct its permissions"
+        raise _refused(path, f"it cannot be read: {exc.strerror}", advice) from exc
+    with file:
+        head = file.read(1024)
+        _check_kind(path, file, head)
+        if _is_safetensors(head):
+            return _read_safetensors(path, file, head)
+        return _read_pickle(path, file, is_zip=head.startswith(b"PK"))
+
+
+def open_weights(path: Path) -> BinaryIO:
+    """Open a file of weights, which has to fit into the memory of this machine.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or is larger than the memory.
+    """
+    return open_regular(path, max_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _refused(path: Path, reason: str, advice: str) -> ConfigError:
     return ConfigError(f"{path} is not loaded: {reason}; {advice}")
 
 
-def _check_regular_file(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except OSError as exc:
-        reason = "there is no such file" if isinstance(exc, FileNotFoundError) else f"{exc.strerror}"
-        raise ConfigError(f"{path}: {reason}; correct checkpoint") from None
-    if stat.S_ISDIR(mode):
-        names = ("exported/model.safetensors", "model.safetensors", "pytorch_model.bin", "checkpoints/best_student.pt")
-        found = [path / name for name in names if (path / name).is_file()]
-        found = found or sorted(each for each in path.iterdir() if each.suffix in (".pt", ".pth", ".ckpt", ".bin"))
-        if (path / ".metadata").is_file():
-            advice = f"where the model is whole, {_SAVE} writes one file"
-            raise _refused(path, "it is a folder of torch.distributed.checkpoint, in parts", advice)
-        advice = f"set checkpoint to a file, such as {found[0]}" if found else "set checkpoint to a file of weights"
-        raise _refused(path, "it is a folder", advice)
-    if not stat.S_ISREG(mode):
-        raise _refused(path, "it is a pipe or a device", "set checkpoint to a file of weights")
+def _folder(path: Path) -> ConfigError:
+    names = ("exported/model.safetensors", "model.safetensors", "pytorch_model.bin", "checkpoints/best_student.pt")
+    found = [path / name for name in names if (path / name).is_file()]
+    found = found or sorted(each for each in path.iterdir() if each.suffix in (".pt", ".pth", ".ckpt", ".bin"))
+    if (path / ".metadata").is_file():
+        advice = f"where the model is whole, {_SAVE} writes one file"
+        return _refused(path, "it is a folder of torch.distributed.checkpoint, in parts", advice)
+    advice = f"set checkpoint to a file, such as {found[0]}" if found else "set checkpoint to a file of weights"
+    return _refused(path, "it is a folder", advice)
 
 
-def _check_kind(path: Path, head: bytes) -> None:
+def _check_kind(path: Path, file: BinaryIO, head: bytes) -> None:
     """Refuse by name what is often found in the place of weights."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not head:
@@ -145,16 +153,27 @@ def _check_kind(path: Path, head: bytes) -> None:
         advice = "a teacher in this format is set as teacher.onnx, in place of teacher.model"
         raise _refused(path, "it is an ONNX model, which has its network in it", advice)
     if not head.startswith((b"PK", b"\x80")) and not _is_safetensors(head):
-        if tarfile.is_tarfile(path):
-            raise _tar(path)
+        if names := list(_names_in_tar(file)):
+            raise _tar(path, names)
         kind = "it is a text file" if _is_text(head) else "it is not a file of torch.save or safetensors, or damaged"
         raise _refused(path, kind, f"{_AGAIN}, or write one with {_SAVE}")
 
 
-def _tar(path: Path) -> ConfigError:
-    with tarfile.open(path) as archive:
-        names = set(archive.getnames())
-    if {"storages", "tensors", "pickle"} <= names:
+def _names_in_tar(file: BinaryIO) -> Iterator[str]:
+    """The first names in a tar archive, without unpacking anything; none if it is no such archive."""
+    position = 0
+    for _ in range(8):
+        file.seek(position)
+        try:
+            member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return
+        yield member.name
+        position += tarfile.BLOCKSIZE * (1 + -(-max(member.size, 0) // tarfile.BLOCKSIZE))
+
+
+def _tar(path: Path, names: Collection[str]) -> ConfigError:
+    if {"storages", "tensors", "pickle"} <= {*names}:
         advice = f"load it where it was made, and save it again with {_SAVE}"
         return _refused(path, "it is in the tar format of PyTorch before 0.2, which cannot be read safely", advice)
     return _refused(path, "it is a tar archive", "unpack it, and set checkpoint to the file in it")
@@ -176,24 +195,36 @@ def _is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
+def _read_safetensors(path: Path, file: BinaryIO, head: bytes) -> dict[str, Any]:
     safetensors = require("safetensors.torch", extra="timm")
+    size = int.from_bytes(head[:8], "little")
+    if size > _MAX_HEADER:
+        raise _refused(path, f"it is a safetensors file with a header of {size} bytes", _AGAIN)
     try:
-        loaded: dict[str, Any] = safetensors.load_file(path)
+        # The open file, whatever is at its path by now.
+        loaded: dict[str, Any] = safetensors.load_file(f"/proc/self/fd/{file.fileno()}")
     except Exception as exc:  # a class of its own, which says where the file ends
-        raise _refused(path, f"it is a safetensors file that is cut off or damaged ({exc})", _AGAIN) from exc
+        line = printable(f"{exc!s:.200}")
+        raise _refused(path, f"it is a safetensors file that is cut off or damaged ({line})", _AGAIN) from exc
     return loaded
 
 
-def _read_pickle(path: Path, *, is_zip: bool) -> Any:
-    if is_zip:
-        _check_archive(path)
-    names = _names_in(path, is_zip=is_zip)
+def _read_pickle(path: Path, file: BinaryIO, *, is_zip: bool) -> Any:
+    try:
+        records = list_records(file) if is_zip else None
+        if records is not None:
+            _check_names_of_records(path, [*records])
+            check_records(file, records)
+        names = sorted(name for name in scan_pickles(file, records) if not _is_known_to_torch(name))
+    except DamagedFileError as exc:
+        raise _refused(path, f"it is cut off or damaged ({printable(f'{exc!s:.200}')})", _AGAIN) from exc
+    except HarmfulFileError as exc:
+        raise _refused(path, f"it {exc}", f"{_AGAIN}, or write one with {_SAVE}") from exc
     _check_names(path, names)
     ignored: list[Any] = [(_PlainMapping if name in _MAPPINGS else _IgnoredValue, name) for name in names]
+    file.seek(0)
     try:
-        # An open file, because torch decides by the name of others.
-        with path.open("rb") as file, torch.serialization.safe_globals(ignored), warnings.catch_warnings():
+        with torch.serialization.safe_globals(ignored), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, before the error
             return torch.load(file, "cpu", weights_only=True)
     except Exception as exc:  # damaged bytes can make torch raise anything
@@ -201,24 +232,16 @@ def _read_pickle(path: Path, *, is_zip: bool) -> Any:
             _check_names(path, [unlisted[1]])
         if "WeightsUnpickler" in str(exc):
             # The rest of torch's message advises running the code in the file.
-            line = str(exc).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+            line = printable(str(exc).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0])
             advice = f"save the weights alone, in the program that made the file: {_SAVE}"
             raise _refused(path, f"it holds more than tensors and plain values ({line:.200})", advice) from exc
-        line = f"{type(exc).__name__}: {exc}".partition("\n")[0]
+        line = printable(f"{type(exc).__name__}: {exc}".partition("\n")[0])
         reason = f"it is cut off, damaged or not a file of torch.save ({line:.200})"
         raise _refused(path, reason, f"{_AGAIN}, or write one with {_SAVE}") from exc
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse a zip archive that is damaged, which torch does not check, or that `torch.save` did not write."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            corrupt = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError) as exc:
-        raise _refused(path, f"it is cut off or damaged ({exc})", _AGAIN) from exc
-    if corrupt is not None:
-        raise _refused(path, f"it is damaged (the checksum of {corrupt} does not match)", _AGAIN)
+def _check_names_of_records(path: Path, names: Sequence[str]) -> None:
+    """Refuse a zip archive that `torch.save` did not write."""
     if any(name.endswith("/constants.pkl") for name in names) or any("/code/__torch__" in name for name in names):
         advice = f"save the weights where the network was made: {_SAVE}"
         raise _refused(path, "it is a TorchScript archive, a program with weights", advice)
@@ -226,36 +249,7 @@ def _check_archive(path: Path) -> None:
         if names and all(name.endswith(".npy") for name in names):
             raise _refused(path, "it is an archive of NumPy arrays", f"give a state dict: {_SAVE}")
         advice = f"set checkpoint to a file of weights: {_SAVE}"
-        raise _refused(path, f"it is a zip archive of {first_few(names)}", advice)
-
-
-def _names_in(path: Path, *, is_zip: bool) -> list[str]:
-    """The names in the file's pickles that torch does not know, without loading them."""
-    names: set[str] = set()
-    try:
-        for stream in _pickles(path, is_zip=is_zip):
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL":
-                    module, _, name = str(argument).partition(" ")
-                    # The protocol of torch.save uses the names of Python 2.
-                    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-                    names.add(f"{module}.{name}")
-    except Exception:  # torch's own reader finds the damage again, and says what it is
-        pass
-    return sorted(name for name in names if not _is_known_to_torch(name))
-
-
-def _pickles(path: Path, *, is_zip: bool) -> Iterator[IO[bytes]]:
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    with archive.open(name) as stream:
-                        yield stream
-        return
-    with path.open("rb") as file:
-        for _ in range(4):  # before zip archives: a number, a version, the system, and the value, in a row
-            yield file
+        raise _refused(path, f"it is a zip archive of {printable(first_few(names))}", advice)
 
 
 def _is_known_to_torch(name: str) -> bool:

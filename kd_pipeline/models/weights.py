@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline._core.suggestions import first_few, suggest
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.matching import Match, find_matches, is_companion, is_counter, part_of
@@ -23,6 +24,10 @@ _logger = logging.getLogger("kd_pipeline")
 
 _MAX_DEPTH = 4
 """How deep weights may be in the file: `callbacks`, the callback's name, `ema`, `state_dict`."""
+_MAX_ENTRIES, _MAX_SETS, _MAX_NAME = 1_000_000, 10_000, 1_000
+"""Entries of mappings to look at, sets of tensors, and characters of a name. A mapping may be in the file once, and
+in others at many places."""
+_SAVE = 'torch.save(model.state_dict(), "weights.pt")'
 _AVERAGE = re.compile(r"(^|[._])(?i:ema|swa|averaged?|average_model|avg_model|shadow)([._]|$)|EMA")
 """Marks the key or prefix of averaged weights."""
 _PAIRS = (("student", "teacher"), ("online", "target"), ("encoder_q", "encoder_k"))
@@ -49,16 +54,21 @@ class Checkpoint:
         """
         self.path = path
         content = read_checkpoint(path)
-        self.sets = dict(_find_sets(content))
+        self.sets: dict[str, dict[str, Tensor]] = {}
+        for number, (key, tensors) in enumerate(_find_sets(content, iter(range(_MAX_ENTRIES)))):
+            if number == _MAX_SETS:
+                raise ConfigError(
+                    f"{path} holds more than {_MAX_SETS} sets of tensors; save the weights alone: {_SAVE}"
+                )
+            self.sets[key] = tensors
         self._averages = {key for key in self.sets if _is_average(key, content)}
         self.architecture = content.get("arch") if isinstance(content, Mapping) else None
         if not self.sets:
             found = f"a {type(content).__name__}"
             if isinstance(content, Mapping):
-                found = f"a mapping of {first_few([*map(str, content)])}" if content else "an empty mapping"
-            raise ConfigError(
-                f'{path} holds {found}, and no state dict; write one with torch.save(model.state_dict(), "weights.pt")'
-            )
+                names = [printable(f"{key!s:.40}") for key in content]
+                found = f"a mapping of {first_few(names)}" if names else "an empty mapping"
+            raise ConfigError(f"{path} holds {found}, and no state dict; write one with {_SAVE}")
 
     def is_average(self, match: Match) -> bool:
         """Whether these weights are averages of those of several steps."""
@@ -131,23 +141,23 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, choice: Choice, *, ke
         )
     own = model.state_dict()
     parameters = dict(model.named_parameters())
-    for key, tensor in match.found.items():
-        if tensor.is_floating_point() != own[key].is_floating_point():
-            raise ConfigError(
-                f"{checkpoint.path} does not fit {name}: {key} is {tensor.dtype} in the file and {own[key].dtype} in "
-                "the model; save the weights before they are quantized"
-            )
-        if key in parameters and tensor.isnan().any():
-            raise ConfigError(
-                f"{checkpoint.path} is of a training that diverged: {key} is not a number; use an earlier checkpoint"
-            )
     try:
+        for key, tensor in match.found.items():
+            if tensor.is_floating_point() != own[key].is_floating_point():
+                raise ConfigError(
+                    f"{checkpoint.path} does not fit {name}: {key} is {tensor.dtype} in the file and {own[key].dtype} "
+                    "in the model; save the weights before they are quantized"
+                )
+            if key in parameters and tensor.isnan().any():
+                raise ConfigError(
+                    f"{checkpoint.path} is of a training that diverged: {key} is not a number; use an "
+                    "earlier checkpoint"
+                )
         model.load_state_dict(own | dict(match.found))
     except RuntimeError as exc:  # tensors of kinds that cannot be copied, such as parts of a sharded one
         line = str(exc).strip().splitlines()[-1].strip()
         raise ConfigError(
-            f"{checkpoint.path} cannot be copied into {name}: {line}; save whole, dense weights with "
-            'torch.save(model.state_dict(), "weights.pt")'
+            f"{checkpoint.path} cannot be copied into {name}: {line}; save whole, dense weights with {_SAVE}"
         ) from exc
     _report_rest(checkpoint.path, name, match, [key for key in own if is_counter(key) and key not in match.found])
 
@@ -211,17 +221,24 @@ def _report_rest(path: Path, model: str, match: Match, untouched: Sequence[str])
         _logger.log(logging.INFO if known else logging.WARNING, "%s: %s", path, "; ".join(notes))
 
 
-def _find_sets(content: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every mapping of names to tensors in the file, by its keys with dots."""
+def _find_sets(
+    content: Any, entries: Iterator[int], key: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every mapping of names to tensors in the file, by its keys with dots, in as many entries as `entries` has."""
     if not isinstance(content, Mapping):
         return
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    named = {
+        name: value
+        for (name, value), _ in zip(content.items(), entries, strict=False)
+        if isinstance(name, str) and len(name) <= _MAX_NAME
+    }
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if tensors:
         yield key, tensors
     if depth < _MAX_DEPTH:
-        for name, value in content.items():
-            if isinstance(name, str) and not name.startswith(("optimizer", "lr_scheduler")):
-                yield from _find_sets(value, f"{key}.{name}".removeprefix("."), depth + 1)
+        for name, value in named.items():
+            if not name.startswith(("optimizer", "lr_scheduler")):
+                yield from _find_sets(value, entries, f"{key}.{name}".removeprefix("."), depth + 1)
 
 
 def _is_average(key: str, content: Any) -> bool:

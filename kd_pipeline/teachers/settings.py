@@ -71,7 +71,7 @@ class TeacherSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _grants_nothing(cls, values: Any) -> Any:
-        """Refuse what an engine's file could be trusted by, as whoever made the file can have made the engine too."""
+        """Refuse to trust an engine: whoever wrote the settings for somebody else can have made the engine too."""
         if isinstance(values, Mapping) and (key := next((key for key in _PERMISSIONS if key in values), None)):
             raise ValueError(
                 f"{key}: settings cannot trust an engine, which is a program; type --trust-engine SHA256 on the "

@@ -4,7 +4,6 @@ import glob
 import os
 import re
 import shutil
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline._core.atomic_write import atomic_file
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import StateError
+from kd_pipeline.models.checkpoints import open_weights
+from kd_pipeline.models.torch_files import HarmfulFileError, check_records, list_records, scan_pickles
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
@@ -68,17 +70,20 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """
     hint = "use a different one, such as best.ckpt or last.ckpt in the same folder, or start again with train --fresh"
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch does not verify the checksums in the file.
-            if (corrupt := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"the checksum of {corrupt} does not match")
-        loaded = torch.load(path, map_location, weights_only=True)
+        with open_weights(Path(path)) as file:
+            records = list_records(file)
+            check_records(file, records)
+            scan_pickles(file, records)
+            file.seek(0)
+            loaded = torch.load(file, map_location, weights_only=True)
     except FileNotFoundError:
         raise StateError(f"there is no checkpoint {path}; {hint}") from None
     except Exception as exc:  # damaged bytes can make the unpickler raise anything
         raise StateError(f"the checkpoint {path} cannot be loaded: {_why_unreadable(exc)}; {hint}") from exc
     if not isinstance(loaded, dict) or "state_dict" not in loaded:
-        found = f"the keys {[*loaded][:5]}" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
+        found = f"a {type(loaded).__name__}"
+        if isinstance(loaded, dict):
+            found = f"the keys {[f'{key!s:.40}' for key in [*loaded][:5]]}"
         raise StateError(f"{path} is not a training checkpoint: it holds {found} and no 'state_dict'; {hint}")
     return loaded
 
@@ -107,8 +112,12 @@ def _why_unreadable(exc: Exception) -> str:
     if foreign := re.search(r"GLOBAL (\S+)", text):
         return f"it needs {foreign[1]}, and a checkpoint holds plain data only"
     if isinstance(exc, OSError):
-        return text
-    return f"it is truncated, damaged or not a checkpoint ({type(exc).__name__}: {text.partition(chr(10))[0]})"
+        return exc.strerror or text
+    if isinstance(exc, HarmfulFileError):
+        return f"it {text}"
+    return printable(
+        f"it is truncated, damaged or not a checkpoint ({type(exc).__name__}: {text.partition(chr(10))[0]})"
+    )
 
 
 def _free_space(folder: Path) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kd_pipeline._core.ranks import is_rank_zero, world_size
+from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError, StateError
@@ -352,7 +353,14 @@ class _StageRun(ExitStack):
             saved = last["state_dict"]
             names = [*student.state_dict()]
             state = last["ema"]["student"] if module.ema else {name: saved[f"student.{name}"] for name in names}
-        student.load_state_dict(state)
+        try:
+            student.load_state_dict(state)
+        except (RuntimeError, TypeError, AttributeError) as exc:
+            line = str(exc).strip().partition("\n")[0]
+            raise StateError(
+                f"the best student in {self._folder.checkpoints} is not of this run ({printable(line):.200}); start "
+                "again with train --fresh"
+            ) from exc
         return student
 
 

@@ -173,9 +173,10 @@ class SavedRun:
                 is_within_epoch=epochs["ready"] > epochs["processed"],
                 early_stopping=checkpoint["callbacks"].get(StopEarly.__qualname__),
             )
-        except KeyError as exc:
+        except (KeyError, TypeError, AttributeError) as exc:
+            missing = f"it has no {exc}" if isinstance(exc, KeyError) else "its parts are of other kinds"
             raise StateError(
-                f"{path} is not the checkpoint of kd-pipeline train: it has no {exc}; {_way_out(path.parent.parent)}"
+                f"{path} is not the checkpoint of kd-pipeline train: {missing}; {_way_out(path.parent.parent)}"
             ) from None
 
     def check(self, identity: Mapping[str, Any], config: Config, folder: Path) -> list[Change]:

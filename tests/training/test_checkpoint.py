@@ -212,6 +212,16 @@ def test_code_in_file_does_not_run(tmp_path):
     assert marker.exists()
 
 
+def test_special_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "last.ckpt")
+    with pytest.raises(
+        StateError, match=r"last\.ckpt cannot be loaded: this is a pipe and no file; use a different one"
+    ):
+        load_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(StateError, match="cannot be loaded: this is a directory and no file"):
+        load_checkpoint(tmp_path)
+
+
 def test_truncated_file_is_refused(tmp_path):
     full, cut = tmp_path / "full.ckpt", tmp_path / "cut.ckpt"
     save_checkpoint(checkpoint(1), full)
