@@ -12,12 +12,14 @@ from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.finite import first_nonfinite
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, ExportError
+from kd_pipeline.models.checkpoints import open_weights
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.teachers.base import Teacher
@@ -48,6 +50,10 @@ _BACKENDS = {".onnx": "onnx", ".engine": "engine", ".plan": "engine", ".trt": "e
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar")
 """Suffixes of files with weights alone."""
 _AGAIN = "run the command of the run again, which exports its model again"
+
+_MAX_DESCRIPTION = 2**26
+_WITHOUT_WEIGHTS = {"pretrained": False, "checkpoint": None, "checkpoint_key": None, "reset": ()}
+"""What a description says about weights: nothing, as they are in the file beside it."""
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -117,7 +123,7 @@ def export_student(
     weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
     description = Exported(
-        model=model.model_copy(update={"pretrained": False, "checkpoint": None, "checkpoint_key": None, "reset": ()}),
+        model=model.model_copy(update=_WITHOUT_WEIGHTS),
         weights_sha256=hashlib.sha256(content).hexdigest(),
         classes=None if classes is None else tuple(classes),
         transform=transform,
@@ -155,7 +161,9 @@ def read_exported(path: Path) -> tuple[Path, Exported] | None:
     if not description.is_file():
         return None
     try:
-        return folder, Exported.model_validate_json(description.read_bytes())
+        return folder, Exported.model_validate_json(read_regular(description, max_bytes=_MAX_DESCRIPTION))
+    except OSError as error:
+        raise ConfigError(f"{description} cannot be read: {error.strerror}; {_AGAIN}") from None
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
         raise ConfigError(
@@ -212,14 +220,19 @@ def _open_network(
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ConfigError(f"{folder} has no {WEIGHTS}; {_AGAIN}")
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open_weights(weights) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    except OSError as error:
+        raise ConfigError(f"{weights} cannot be read: {error.strerror}; {_AGAIN}") from None
     if found != exported.weights_sha256:
         raise ConfigError(
             f"{weights} does not match {DESCRIPTION} beside it (sha256 {found[:12]}…, expected "
             f"{exported.weights_sha256[:12]}…); restore the file, or {_AGAIN}"
         )
-    network = open_model(exported.model.model_copy(update={"checkpoint": weights}), plugins=plugins)
+    # A description of somebody else may ask for a download.
+    model = exported.model.model_copy(update=_WITHOUT_WEIGHTS | {"checkpoint": weights})
+    network = open_model(model, plugins=plugins)
     if (bad := first_nonfinite(network)) is not None:
         raise ConfigError(f"{weights} holds NaN or inf, first in {bad!r}; train the model again, in another run_dir")
     known = exported.classes

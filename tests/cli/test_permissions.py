@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+from torch import nn
 
 from kd_pipeline.cli import main
 from kd_pipeline.data.transforms import EvalTransform
@@ -94,6 +96,30 @@ def test_a_run_folder_names_no_other_weights(
     assert not marker.exists()
     pickle.loads(weights.read_bytes())
     assert marker.exists()
+
+
+def test_a_run_folder_downloads_nothing(
+    run: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_model(name: str, **arguments: object) -> nn.Module:
+        assert arguments == {}
+        return nn.Linear(1, 3)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    description = run / "exported" / "model.json"
+    model = {"timm": "resnet18", "pretrained": True}
+    description.write_text(json.dumps(json.loads(description.read_bytes()) | {"model": model}))
+    assert main(["predict", str(run), str(next((photo_folder / "sky").iterdir())), "--device", "cpu"]) == 1
+    assert "does not fit Linear" in one_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_a_run_folder_of_large_files_is_one_message(
+    run: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    os.truncate(run / "exported" / name, 2**42)
+    assert main(["predict", str(run), str(next((photo_folder / "sky").iterdir())), "--device", "cpu"]) == 1
+    assert f"{name} cannot be read: it has 4398046511104 bytes, and at most" in one_line(capsys)
 
 
 def test_a_run_folder_calls_nothing_that_a_plugin_imports(
