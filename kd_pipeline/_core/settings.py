@@ -1,7 +1,8 @@
 """Base class of all settings."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -17,6 +18,8 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    refused_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys that are no settings on purpose, and why; for the message about an unknown key."""
 
     @field_validator("*", mode="after")
     @classmethod

@@ -205,8 +205,10 @@ def _message(location: _Location, error: ErrorDetails) -> str:
         case "missing":
             return "missing"
         case "extra_forbidden" if _is_model(location.owner):
-            keys = list(location.owner.model_fields)
-            return "unknown key" + suggest(str(location.key[-1]), keys, otherwise=f"known keys: {', '.join(keys)}")
+            name, keys = str(location.key[-1]), list(location.owner.model_fields)
+            if reason := getattr(location.owner, "refused_keys", {}).get(name):
+                return str(reason)
+            return "unknown key" + suggest(name, keys, otherwise=f"known keys: {', '.join(keys)}")
         case "union_tag_not_found":
             name = context["discriminator"].strip("'")
             tags = [tag for member in _members(location.annotation) for tag in get_args(_inside(member, name))]

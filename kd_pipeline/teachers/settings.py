@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeGuard
+from typing import ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, PositiveFloat, model_validator
 
@@ -14,7 +14,10 @@ from kd_pipeline.teachers.tensorrt.manifest import Precision
 
 __all__ = ["EnsembleSettings", "TeacherSettings", "is_recording", "refuse_unused"]
 
-_PERMISSIONS = ("trust_engine", "trust_engines")
+_NO_TRUST = (
+    "settings cannot trust an engine, which is a program, as whoever wrote them can have made the engine too; type "
+    '--trust-engine SHA256 on the command line, or pass trust_engines=["SHA256"] in Python'
+)
 _USED_BY_ALL = {"backend"}
 _USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch"}
 _USED_BY = {
@@ -28,6 +31,8 @@ _USED_BY = {
 
 class TeacherSettings(Settings):
     """What the teacher is, and which runtime runs it. A setting that the runtime does not use is an error."""
+
+    refused_keys: ClassVar[Mapping[str, str]] = {"trust_engine": _NO_TRUST, "trust_engines": _NO_TRUST}
 
     backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt", "recorded"] = "auto"
     """`auto` picks PyTorch for a model, TensorRT for an engine and `recorded` for a `path`. For an ONNX file it picks
@@ -67,17 +72,6 @@ class TeacherSettings(Settings):
     cuda_graph: bool = False
     """Replay the engine, or the PyTorch module at the loader's batch size, as a CUDA graph. It pays off when launches
     take long compared to the work, as with small batches."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _grants_nothing(cls, values: Any) -> Any:
-        """Refuse to trust an engine: whoever wrote the settings for somebody else can have made the engine too."""
-        if isinstance(values, Mapping) and (key := next((key for key in _PERMISSIONS if key in values), None)):
-            raise ValueError(
-                f"{key}: settings cannot trust an engine, which is a program; type --trust-engine SHA256 on the "
-                'command line, or pass trust_engines=["SHA256"] in Python'
-            )
-        return values
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
