@@ -4,8 +4,11 @@ import argparse
 import json
 import sys
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from kd_pipeline._core.files import open_own
+from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import add_permissions, path_option, permissions
 from kd_pipeline.errors import ConfigError
 
@@ -73,27 +76,35 @@ def _run(parsed: argparse.Namespace) -> int:
         dtype = getattr(torch, transform.dtype)
         opened = open_model_file(parsed.model, size=transform.size, device=device, dtype=dtype, **permissions(parsed))
         stack.callback(opened.close)
-        out = None if parsed.out is None else stack.enter_context(parsed.out.open("w", encoding="utf-8"))
+        out = None if parsed.out is None else stack.enter_context(_open_out(parsed.out))
         found = predict(opened.model, images, transform, batch_size=parsed.batch_size, device=device)
         for prediction in found:
             num_not_finite += prediction.problem == NOT_FINITE
             num_unreadable += prediction.problem not in (None, NOT_FINITE)
-            line = json.dumps(_to_json(prediction, opened.classes, parsed.top), ensure_ascii=False)
+            # In ASCII, which escapes what a terminal would obey and what is no UTF-8 in names.
+            line = json.dumps(_to_json(prediction, opened.classes, parsed.top))
             if out is not None:
-                out.write(line + "\n")
+                out.write(line.encode() + b"\n")
             if parsed.json:
                 print(line)
             elif prediction.problem is None:
-                print(_text(prediction, opened.classes, parsed.top))
-            if prediction.problem == NOT_FINITE:
-                print(f"kd-pipeline: {prediction.image} has no prediction: {prediction.problem}", file=sys.stderr)
-            elif prediction.problem is not None:
-                print(f"kd-pipeline: {prediction.image} cannot be read: {prediction.problem}", file=sys.stderr)
+                print(printable(_text(prediction, opened.classes, parsed.top)))
+            if prediction.problem is not None:
+                what = "has no prediction" if prediction.problem == NOT_FINITE else "cannot be read"
+                line = printable(f"{prediction.image} {what}: {prediction.problem}")
+                print(f"kd-pipeline: {line}", file=sys.stderr)
     if num_unreadable:
         print(f"kd-pipeline: {num_unreadable} of {len(images)} images cannot be read", file=sys.stderr)
     if num_not_finite:
         print(f"kd-pipeline: {num_not_finite} of {len(images)} images have no finite logits", file=sys.stderr)
     return 1 if num_unreadable or num_not_finite else 0
+
+
+def _open_out(path: Path) -> BinaryIO:
+    try:
+        return open_own(path, "w+b")
+    except OSError as exc:
+        raise ConfigError(f"--out {path} cannot be written: {exc.strerror}") from exc
 
 
 def _transform(parsed: argparse.Namespace) -> "EvalTransform":

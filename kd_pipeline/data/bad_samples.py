@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_pipeline._core.files import describe_special, open_own, open_regular
 from kd_pipeline.data.dali import FileChecker
-from kd_pipeline.data.file_kinds import kind_of_special_file
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Source
-from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
+from kd_pipeline.errors import BadSampleError, DataError, TooManyBadSamplesError
 
 __all__ = ["BadSample", "BadSamples", "fraction_for"]
 
@@ -48,37 +48,51 @@ class BadSamples:
     ) -> None:
         """`record` is a JSON lines file, which gets one line for each unreadable sample."""
         self._source, self._settings, self._checker, self._record = source, settings, checker, record
-        self._substituted: set[int] = set()
+        self._is_bad = np.zeros(len(source), np.bool_)
+        self._following: dict[int, int] = {}
+        """For each sample that is substituted, a later one; those between them are substituted too."""
         self._found: dict[int, BadSample] = {}
         """Those that were diagnosed here, including the one that was one too many."""
 
     @property
     def indices(self) -> list[int]:
         """Indices of the samples that are substituted, in order."""
-        return sorted(self._substituted)
+        indices: list[int] = np.flatnonzero(self._is_bad).tolist()
+        return indices
 
     @property
     def samples(self) -> tuple[BadSample, ...]:
         """All that are known, by index; the reason of those that an earlier run found is not."""
         return tuple(
             self._found[index] if index in self._found else self._found_earlier(index)
-            for index in sorted(self._substituted | self._found.keys())
+            for index in sorted(self._following.keys() | self._found.keys())
         )
+
+    def at(self, index: int) -> BadSample | None:
+        """What is known about the sample at `index`; None if it is not known as unreadable."""
+        if index in self._found or index not in self._following:
+            return self._found.get(index)
+        return self._found_earlier(index)
 
     def restore(self, indices: Iterable[int]) -> None:
         """Substitute exactly these samples, which an earlier run found, until more are found."""
-        self._substituted = set(indices)
+        bad = np.unique(np.fromiter(indices, np.int64))
+        self._is_bad = np.zeros(len(self._source), np.bool_)
+        self._is_bad[bad] = True
+        self._following = dict(zip(bad.tolist(), ((bad + 1) % len(self._source)).tolist(), strict=True))
 
     def substitute(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """`index` `[N]` with the unreadable samples replaced, and `[N]`, False where one was."""
-        bad = np.isin(index, self.indices)
+        bad = self._is_bad[index]
         if bad.any():
             index = index.copy()
-            index[bad] = [self._next_readable(int(sample)) for sample in index[bad]]
+            index[bad] = [self._shown_for(sample) for sample in index[bad].tolist()]
         return index, ~bad
 
     def examine(self, index: NDArray[np.int64]) -> bool:
-        """Find out which of the samples at `index` cannot be read; False if all can.
+        """Find out which of the samples at `index`, and of those in their place, cannot be read; False if all can.
+
+        When this returns, all that `substitute` gives for `index` can be read.
 
         Raises:
             BadSampleError: a sample is unreadable, and `on_bad_sample` is `raise`.
@@ -86,14 +100,16 @@ class BadSamples:
         """
         if self._source.stores == "pixels":
             return False
-        before = len(self._substituted)
+        before, readable = len(self._following), set()
         for sample in dict.fromkeys(index.tolist()):
-            path = self._path(sample)
-            try:
-                self._checker.decode(path)
-            except RuntimeError as exc:
-                self._add(self._diagnose(sample, path, exc), exc)
-        return len(self._substituted) > before
+            while (shown := self._shown_for(sample)) not in readable:
+                path = self._path(shown)
+                try:
+                    self._checker.decode(path)
+                    readable.add(shown)
+                except RuntimeError as exc:
+                    self._add(self._diagnose(shown, path, exc), exc)
+        return len(self._following) > before
 
     def _path(self, index: int) -> NDArray[np.uint8]:
         path: NDArray[np.uint8] = self._source.read(np.array([index]))[0]
@@ -106,18 +122,19 @@ class BadSamples:
         if sample.index not in self._found:
             self._found[sample.index] = sample
             self._write(sample)
-        num_bad, num_samples = len(self._substituted) + 1, len(self._source)
+        num_bad, num_samples = len(self._following) + 1, len(self._source)
         # One is always allowed, or a single bad file would stop any dataset of less than a thousand.
         is_too_many = num_bad > 1 and num_bad / num_samples > self._settings.max_bad_fraction
         if is_too_many or num_bad == num_samples:
             allowed = self._settings.max_bad_fraction if is_too_many else None
             raise TooManyBadSamplesError(num_bad, num_samples, allowed, error, self._advice()) from failure
-        self._substituted.add(sample.index)
+        self._is_bad[sample.index] = True
+        self._following[sample.index] = (sample.index + 1) % num_samples
 
     def _advice(self) -> str:
         """What to do about too many unreadable samples; reads the other ones to count these, for a limited time."""
         num_samples = len(self._source)
-        bad = self._substituted | self._found.keys()
+        bad = self._following.keys() | self._found.keys()
         end, num_read = time.monotonic() + _MAX_COUNTING_S, len(bad)
         for index in range(num_samples):
             if time.monotonic() > end:
@@ -142,30 +159,47 @@ class BadSamples:
         if self._record is None:
             return
         self._record.parent.mkdir(parents=True, exist_ok=True)
-        # One write in append mode, so the ranks of a run can share the file.
-        with self._record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(sample)) + "\n")
+        try:
+            # One write in append mode, so the ranks of a run can share the file.
+            with open_own(self._record, "ab") as file:
+                file.write(json.dumps(asdict(sample)).encode() + b"\n")
+        except OSError as exc:
+            raise DataError(f"{self._record} cannot be written: {exc.strerror}") from exc
 
-    def _next_readable(self, index: int) -> int:
-        """The next readable sample in the dataset's order, which in a folder mostly has the same class."""
-        num_samples = len(self._source)
-        following = ((index + step) % num_samples for step in range(1, num_samples))
-        return next(candidate for candidate in following if candidate not in self._substituted)
+    def _shown_for(self, index: int) -> int:
+        """The sample at `index` or, if it cannot be read, the next one that can in the dataset's order.
+
+        In a folder that mostly has the same class. Every way that was walked is remembered as one step, so a walk over
+        many unreadable samples is done once. Whatever is added to them meanwhile, a step never skips a readable one.
+        """
+        following, passed = self._following, []
+        while (step := following.get(index)) is not None:
+            passed.append(index)
+            index = step
+        for sample in passed:
+            following[sample] = index
+        return index
 
     def _found_earlier(self, index: int) -> BadSample:
         name = self._source.name(index)
-        return BadSample(index, name, _num_bytes(Path(name)), "an earlier run could not read it")
+        return BadSample(index, name, _num_bytes(name), "an earlier run could not read it")
 
     def _diagnose(self, index: int, path: NDArray[np.uint8], failure: RuntimeError) -> BadSample:
         name = self._source.name(index)
-        return BadSample(index, name, _num_bytes(Path(name)), self._reason(Path(name), path, failure))
+        try:
+            reason = self._reason(name, path, failure)
+        except OSError as exc:
+            reason = f"it cannot be opened: {exc.strerror}"
+        return BadSample(index, name, _num_bytes(name), reason)
 
-    def _reason(self, file: Path, path: NDArray[np.uint8], failure: RuntimeError) -> str:
-        if not file.exists():
+    def _reason(self, file: str, path: NDArray[np.uint8], failure: RuntimeError) -> str:
+        try:
+            status = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
             return "the file does not exist"
-        if special := kind_of_special_file(file.stat().st_mode):
+        if special := describe_special(status.st_mode):
             return f"this is {special} and no file"
-        if file.stat().st_size == 0:
+        if status.st_size == 0:
             return "the file is empty"
         if not os.access(file, os.R_OK):
             return "no permission to read it"
@@ -176,8 +210,6 @@ class BadSamples:
         except RuntimeError:
             start = _read(file, 8)
             return f"DALI does not know this kind of file, or its header is broken; it starts with {start!r}"
-        if height * width > self._settings.max_pixels:
-            return f"its header claims {width}x{height} pixels, more than max_pixels={self._settings.max_pixels}"
         if _read(file, 2) == b"\xff\xd8" and _read(file, 2, whence=os.SEEK_END) != b"\xff\xd9":
             return f"the file is cut off: {width}x{height} JPEG without an end"
         return f"{width}x{height} image that does not decode: {_dali_reason(failure)}"
@@ -191,13 +223,16 @@ def fraction_for(num_bad: int, num_samples: int) -> str:
     return f"{thousandths / 10**digits:.{digits}f}".rstrip("0").rstrip(".")
 
 
-def _num_bytes(file: Path) -> int | None:
-    return file.stat().st_size if file.exists() else None
+def _num_bytes(file: str) -> int | None:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return None
 
 
-def _read(file: Path, num_bytes: int, *, whence: int = os.SEEK_SET) -> bytes:
+def _read(file: str, num_bytes: int, *, whence: int = os.SEEK_SET) -> bytes:
     """The first bytes of a file, or its last ones."""
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         stream.seek(-num_bytes if whence == os.SEEK_END else 0, whence)
         return stream.read(num_bytes)
 

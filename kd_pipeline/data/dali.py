@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.data.auto_augment import Node
-from kd_pipeline.data.file_kinds import FileKinds, path_of, read_file
-from kd_pipeline.data.headers import Decoder, Orientation, read_header
+from kd_pipeline.data.file_kinds import FileKinds
+from kd_pipeline.data.file_reading import ReadThread, path_of, read_file
+from kd_pipeline.data.headers import Decoder, Orientation, check_size, max_file_bytes, read_header
+from kd_pipeline.data.headers.base import PLAIN_PIXEL_BYTES
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
 
@@ -196,6 +198,7 @@ class _Files:
             encoded = fn.external_source(lambda: self._encoded, ndim=1, no_copy=True)
             self._shapes.set_outputs(_peek_shape(settings, encoded))
         self._shapes.build()
+        self._reading = ReadThread(self._pipeline, lambda: (name for inputs in self._requested for name in inputs.data))
 
     def next(self) -> _Batch:
         """The next batch; the one after it is being read when this returns.
@@ -206,9 +209,9 @@ class _Files:
         """
         if self._failure is not None:
             raise self._failure
-        (encoded,) = self._pipeline.outputs()
+        (encoded,) = self._reading.outputs()
         inputs = self._requested.popleft()
-        self._encoded, decoders = self._checker.replace_rare(inputs.index, encoded)
+        self._encoded, decoders, pixel_bytes = self._checker.replace_rare(inputs.index, encoded)
         (shapes,) = self._shapes.run()
         size = np.asarray(shapes.as_tensor())[:, :2].astype(np.float64)
         area = size[:, 0] * size[:, 1]
@@ -220,7 +223,8 @@ class _Files:
         # Not left to the decoder, which would refuse a window outside of the image: when one of DALI's threads refuses
         # a sample of a large batch, the others may continue in memory that was freed (DALI 2.4,
         # `ImageDecoder::SetupImpl` in dali/operators/imgcodec).
-        (refused,) = np.nonzero((size.min(axis=1) < 1) | (area > self._max_pixels))
+        is_large = (area > self._max_pixels) | (area * pixel_bytes > PLAIN_PIXEL_BYTES * self._max_pixels)
+        (refused,) = np.nonzero((size.min(axis=1) < 1) | is_large)
         if len(refused):
             raise RuntimeError(f"no pixels, or more than {self._max_pixels}: samples {inputs.index[refused]}")
         for row in np.flatnonzero(decoders == Decoder.DALI_CHECKED):
@@ -228,7 +232,10 @@ class _Files:
         return _Batch(inputs, self._encoded, size)
 
     def close(self) -> None:
-        self._pipeline = self._shapes = self._encoded = None
+        self._shapes = self._encoded = None
+        if self._pipeline is not None:
+            self._pipeline = None
+            self._reading.close()
 
     def _next_names(self) -> NDArray[np.uint8]:
         self._requested.append(next(self._inputs))
@@ -266,21 +273,25 @@ class FileChecker:
         self._extent = np.zeros(2, dtype=np.float32)
         self._pipelines: dict[str, Any] = {}
 
-    def replace_rare(self, index: NDArray[np.int64], encoded: Any) -> tuple[Any, NDArray[np.uint8]]:
-        """DALI's list of the files of the samples at `index` `[N]` as DALI can decode them, and their decoders `[N]`.
+    def replace_rare(self, index: NDArray[np.int64], encoded: Any) -> tuple[Any, NDArray[np.uint8], NDArray[np.uint32]]:
+        """DALI's list of the files of the samples at `index` `[N]` as DALI can decode them.
+
+        Returns:
+            The list, and for each file `[N]` its decoder, and the bytes that DALI takes for a pixel.
 
         Raises:
             UnreadableFileError: one of them is of a kind that no decoder reads rightly.
         """
         lengths = np.array(encoded.shape())[:, 0]
-        decoders = self.kinds.decoders(index, lengths, lambda row: np.asarray(encoded[row]))
+        decoders, pixel_bytes = self.kinds.decoders(index, lengths, lambda row: np.asarray(encoded[row]))
         (rare,) = np.nonzero(decoders == Decoder.PILLOW)
         if len(rare):
             backend = require("nvidia.dali.backend", extra="cpu")
             files = self.kinds.as_pnm([np.asarray(encoded[row]) for row in rare.tolist()])
             replaced = {row: backend.TensorCPU(file, "") for row, file in zip(rare.tolist(), files, strict=True)}
             encoded = backend.TensorListCPU([replaced.get(row) or encoded[row] for row in range(len(index))], "")
-        return encoded, decoders
+            pixel_bytes[rare] = PLAIN_PIXEL_BYTES
+        return encoded, decoders, pixel_bytes
 
     def size(self, path: NDArray[np.uint8]) -> tuple[int, int]:
         """Height and width in the header of the file `path` `[L]`.
@@ -295,12 +306,11 @@ class FileChecker:
         """Decode all of the file `path` `[L]`; returns DALI's list with its one image.
 
         Raises:
-            RuntimeError: this fails, or the header claims no pixels or more than `max_pixels`.
+            RuntimeError: this fails, or the header claims no pixels or more than `max_pixels` allows.
         """
-        self._load(path)
+        pixel_bytes = self._load(path)
         height, width = self._size()
-        if min(height, width) < 1 or height * width > self._settings.max_pixels:
-            raise RuntimeError(f"{width}x{height} pixels, not 1 to {self._settings.max_pixels}")
+        check_size(height, width, pixel_bytes, self._settings.max_pixels)
         self._extent = np.array([height, width], dtype=np.float32)
         return self._run("pixels")[0]
 
@@ -318,10 +328,13 @@ class FileChecker:
         self._pipelines.clear()
         self.kinds.close()
 
-    def _load(self, path: NDArray[np.uint8]) -> None:
-        file = read_file(path_of(path))
-        is_rare = read_header(file.data).decoder is Decoder.PILLOW
+    def _load(self, path: NDArray[np.uint8]) -> int:
+        """Read a file; returns the bytes that DALI takes for a pixel of it."""
+        file = read_file(path_of(path), max_bytes=max_file_bytes(self._settings.max_pixels))
+        header = read_header(file.data)
+        is_rare = header.decoder is Decoder.PILLOW
         self._file = self.kinds.as_pnm([file])[0] if is_rare else file
+        return PLAIN_PIXEL_BYTES if is_rare else header.pixel_bytes
 
     def _size(self) -> tuple[int, int]:
         (shape,) = self._run("header")
@@ -342,7 +355,9 @@ class FileChecker:
         fn = require("nvidia.dali.fn", extra="cpu")
         pipeline = _pipeline(replace(self._settings, max_batch=1, num_threads=1), self._settings.device_id, prefetch=1)
         with pipeline:
-            encoded = fn.external_source(lambda: self._file[None], ndim=1)
+            # Not on a GPU, which may still read the file when the next one is loaded.
+            no_copy = self._settings.device_id is None
+            encoded = fn.external_source(lambda: [self._file], ndim=1, no_copy=no_copy)
             if part == "header":
                 output = _peek_shape(self._settings, encoded)
             else:

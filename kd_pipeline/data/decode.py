@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -10,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_pipeline._core.atomic_write import locked, write_atomic
+from kd_pipeline._core.atomic_write import atomic_file, locked
+from kd_pipeline._core.files import UntrustedFileError, read_trusted
 from kd_pipeline._core.nvidia_driver import query_driver
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
@@ -28,6 +30,7 @@ _logger = logging.getLogger("kd_pipeline")
 
 _VERSION = 1
 """Version of the trial; older choices are not used."""
+_MAX_BYTES = 2**16
 _WINDOWS_ON_GPU_SINCE = (13, 2)
 """The first nvJPEG with which nvImageCodec decodes windows with fancy upsampling on a GPU and not on the CPU."""
 _PACKAGES = {
@@ -122,8 +125,7 @@ def _cached_choice(device_id: int, hw_decoder_load: float) -> Iterator[tuple[Pat
             stack.enter_context(
                 locked(path, lambda: _logger.info("waiting for another process that tests GPU %d", device_id))
             )
-            with suppress(OSError, ValueError):  # missing or damaged, and written again
-                choice = DecodeChoice.model_validate_json(path.read_bytes())
+            choice = _read(path)
         except (OSError, RuntimeError, IndexError) as exc:  # no home folder, or a driver that does not respond
             path = None
             _logger.debug("how GPU %d decodes is not cached: %s", device_id, exc)
@@ -151,9 +153,22 @@ def _installed(packages: Sequence[str]) -> dict[str, str]:
     return versions
 
 
+def _read(path: Path) -> DecodeChoice | None:
+    """The choice in a file of the cache; None if it is missing, damaged or not to be trusted, and is to be written."""
+    try:
+        return DecodeChoice.model_validate_json(read_trusted(path, max_bytes=_MAX_BYTES))
+    except UntrustedFileError as exc:
+        _logger.warning("%s is not used, and is written again: %s", path, exc.strerror)
+    except (OSError, ValueError):
+        pass
+    return None
+
+
 def _save(path: Path | None, choice: DecodeChoice) -> None:
     if path is not None and choice.is_certain:
         try:
-            write_atomic(path, choice.model_dump_json())
+            with atomic_file(path) as file:
+                os.fchmod(file.fileno(), 0o600)  # or the next process might not trust it
+                file.write(choice.model_dump_json().encode())
         except OSError as exc:
             _logger.debug("how the GPU decodes is not cached: %s", exc)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from kd_pipeline.data.headers import Header, Orientation, UnreadableFileError
+from kd_pipeline.data.headers import Header, Orientation, UnreadableFileError, check_size
 from kd_pipeline.data.headers.base import CONVERT
 
 __all__ = ["decode_with_pillow"]
@@ -31,7 +31,7 @@ def decode_with_pillow(data: bytes, header: Header, *, orientation: Orientation,
     """The RGB pixels `[H, W, 3]` of the file with the content `data`, without transparency.
 
     Raises:
-        UnreadableFileError: Pillow cannot decode it, or its header claims more than `max_pixels`.
+        UnreadableFileError: Pillow cannot decode it, or its header claims more than `max_pixels` allows.
     """
     # Pillow's plugins raise all kinds of errors on damaged files.
     try:
@@ -44,8 +44,7 @@ def decode_with_pillow(data: bytes, header: Header, *, orientation: Orientation,
         raise UnreadableFileError(f"{header.kind}, which neither DALI nor Pillow decodes; {CONVERT}") from exc
     with image:
         width, height = image.size
-        if width * height > max_pixels:
-            raise UnreadableFileError(f"its header claims {width}x{height} pixels, more than max_pixels={max_pixels}")
+        check_size(height, width, header.pixel_bytes, max_pixels)
         try:
             # Loading turns a TIFF, and finds the EXIF of a PNG that stands after the pixels.
             of_tiff = getattr(image, "tag_v2", {}).get(ExifTags.Base.Orientation, 1)
@@ -80,6 +79,7 @@ def _to_rgb(image: Image.Image, header: Header) -> Image.Image:
     # Pillow's own conversion of these would clip at 255.
     if not (image.mode.startswith("I;16") or (image.mode == "I" and header.format == "PPM")):
         raise UnreadableFileError(f"{header.kind}, which Pillow decodes as {image.mode!r}; {CONVERT}")
-    levels = np.clip(np.asarray(image).astype(np.float64) * (255 / header.max_level), 0, 255)
+    levels = np.minimum(np.arange(2**16) * (255 / header.max_level), 255)
     levels = 255 - levels if header.is_inverted else levels
-    return Image.fromarray(np.rint(levels).astype(np.uint8)).convert("RGB")
+    gray = np.take(np.rint(levels).astype(np.uint8), np.asarray(image), mode="clip")
+    return Image.fromarray(gray).convert("RGB")

@@ -177,7 +177,7 @@ class Reader:
             _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", len(batches), epoch + 1)
             self._ungrouped = epoch
             return
-        if any(self.bad_samples.examine(self.bad_samples.substitute(batch.plan.index)[0]) for batch in batches):
+        if any(self.bad_samples.examine(batch.plan.index) for batch in batches):
             return
         if not batches or self._retried == (epoch, number):
             self._retried = None
@@ -247,7 +247,7 @@ class Reader:
         index, readable = self.bad_samples.substitute(np.concatenate([plan.index for plan in plans]))
         data = self._source.read(index)
         if self._source.stores == "files":
-            data = self._checker.kinds.without_special(index, data)
+            data = self._checker.kinds.only_files(index, data)
         valid = np.concatenate([plan.valid for plan in plans]) & readable
         repeat = np.concatenate([plan.repeat for plan in plans])
         num_draws = self._transform.num_draws

@@ -47,7 +47,9 @@ class LoaderSettings(Settings):
     """With `substitute`, more unreadable samples than this fraction of the dataset are an error; one is allowed."""
     max_pixels: int = Field(default=89_478_485, ge=1)
     """Larger images count as unreadable and are never decoded; defaults to the size from which Pillow warns of a
-    decompression bomb."""
+    decompression bomb. It counts pixels of 3 bytes, as in RGB of 8 bits: an image that takes more memory for a pixel
+    while it is decoded, such as one of 16 bits, may have fewer of them. A file may have as many bytes as its pixels
+    without compression, and 64 MiB more."""
 
     @classmethod
     def of(cls, options: "LoaderOptions", *, others: Iterable[str] = ()) -> Self:

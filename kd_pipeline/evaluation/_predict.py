@@ -50,7 +50,7 @@ def find_images(paths: Sequence[Path]) -> list[str]:
     """
     found: list[str] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):  # as Path.is_dir(), but False for names that are too long
             folder = ImageFolder(path, labeled=False)
             # As given, relative or not.
             found += [str(path / os.path.relpath(folder.name(index), path)) for index in range(len(folder))]
@@ -108,13 +108,13 @@ def predict(
             for batch in loader:
                 with torch.no_grad():
                     logits_NK = logits_of(model(images_for(model, batch.images))).float().cpu()
-                bad_samples = () if bool(batch.valid.all()) else loader.bad_samples
-                problems = {sample.index: sample.reason for sample in bad_samples}
                 is_finite_N = logits_NK.isfinite().all(dim=1).tolist()
-                for index, (logits_K, is_finite) in enumerate(zip(logits_NK, is_finite_N, strict=True), num_done):
-                    problem = problems.get(index) or (None if is_finite else NOT_FINITE)
+                rows = zip(logits_NK, is_finite_N, batch.valid.tolist(), strict=True)
+                for index, (logits_K, is_finite, is_valid) in enumerate(rows, num_done):
+                    sample = None if is_valid else loader.bad_sample(index)
+                    problem = sample.reason if sample is not None else None if is_finite else NOT_FINITE
                     yield Prediction(images[index], None if problem else logits_K, problem)
                 num_done += len(batch)
         except TooManyBadSamplesError:  # not a single file can be read, so there is no substitute
-            for image, sample in zip(images, loader.bad_samples, strict=True):
-                yield Prediction(image, None, sample.reason)
+            for bad in loader.bad_samples[num_done:]:
+                yield Prediction(images[bad.index], None, bad.reason)

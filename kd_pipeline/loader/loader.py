@@ -352,6 +352,10 @@ class KDDataLoader:
         """The unreadable samples that were substituted or were too many, by index in the dataset."""
         return self._reader.bad_samples.samples
 
+    def bad_sample(self, index: int) -> BadSample | None:
+        """The one of `bad_samples` at `index` of the dataset; None if that sample is not one of them."""
+        return self._reader.bad_samples.at(index)
+
     @property
     def num_uniform(self) -> int:
         """Images of the current loop, or of the last one, that had a single color after the transform; waits for a GPU.

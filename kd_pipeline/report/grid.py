@@ -9,8 +9,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from kd_pipeline._core.atomic_write import atomic_file
+from kd_pipeline._core.text import printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.errors import ConfigError
 
 __all__ = ["save_grid"]
 
@@ -32,6 +35,9 @@ def save_grid(
 
     Below each image are its label and, if the batch has teacher logits, the teacher's top-1 class and probability:
     green if both agree, red if not, gray for rows that are not valid.
+
+    Raises:
+        ConfigError: the file cannot be written.
     """
     num_images = min(num_images, len(batch))
     num_columns = math.ceil(math.sqrt(num_images * 2))
@@ -47,8 +53,12 @@ def save_grid(
         for line, (text, color) in enumerate(_captions(batch, position, classes)):
             draw.text((x, y + _TILE + 1 + line * 14), text, fill=color, font=font)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            grid.save(file, "PNG")
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be written: {exc.strerror or exc}") from exc
     return path
 
 
@@ -79,5 +89,5 @@ def _class_of(label: Tensor) -> int:
 
 
 def _name(label: int, classes: Sequence[str] | None) -> str:
-    name = classes[label] if classes is not None and label < len(classes) else str(label)
+    name = printable(classes[label]) if classes is not None and label < len(classes) else str(label)
     return name if len(name) <= 10 else name[:9] + "…"

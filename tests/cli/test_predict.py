@@ -1,6 +1,8 @@
 """`kd-pipeline predict`."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,3 +119,69 @@ def test_invalid_argument_is_one_message(
     assert main(["predict", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_names_reach_the_terminal_as_plain_text(
+    run: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a file nor a class can write a line of its own, or give the terminal an order."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    (exported,) = folder.rglob("model.json")
+    exported.write_text(exported.read_text().replace('"flower"', '"\\u001b]0;x\\u0007"').replace('"sky"', '"a\\nb"'))
+    good = next((photo_folder / "sky").iterdir())
+    names = [b"\x1b[31mgood.jpg", b"no\xff\nimage.jpg", b"\xc2\x9bbad.jpg"]
+    paths = [os.fsencode(tmp_path) + b"/" + name for name in names]
+    shutil.copy(good, paths[0])
+    for path in paths[1:]:
+        Path(os.fsdecode(path)).write_bytes(b"no image")
+    arguments = ["predict", str(folder), *map(os.fsdecode, paths), "--device", "cpu"]
+    out = tmp_path / "out.jsonl"
+    assert main([*arguments, "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        assert text.replace("\n", "").isprintable()
+    assert len(printed.out.splitlines()) == 1
+    assert r"\x1b[31mgood.jpg: " in printed.out and r"\x1b]0;x\x07 " in printed.out and r"a\nb " in printed.out
+    assert r"no\udcff\nimage.jpg cannot be read" in printed.err and r"\x9bbad.jpg cannot be read" in printed.err
+    assert main([*arguments, "--json"]) == 1
+    lines = capsys.readouterr().out
+    assert lines.replace("\n", "").isprintable() and out.read_text() == lines
+    found = [json.loads(line) for line in lines.splitlines()]
+    assert [os.fsencode(line["image"]) for line in found] == paths
+    assert {top["class"] for top in found[0]["top"]} == {"\x1b]0;x\x07", "roof", "a\nb"}
+
+
+def test_out_is_a_file_and_no_link(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in {
+        "link": "this is a link",
+        "pipe": "this is a pipe",
+        "none/out": "No such file",
+        ".": "directory",
+    }.items():
+        arguments = ["predict", str(run), str(tmp_path / "a.jpg"), "--out", str(tmp_path / name), "--device", "cpu"]
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert "cannot be written: " in error and reason in error and len(error.splitlines()) == 1
+    assert (tmp_path / "victim").read_text() == "kept"
+
+
+def test_what_is_no_file_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    reasons = {
+        str(tmp_path / "pipe.jpg"): "this is a pipe and no file",
+        str(tmp_path / "link.jpg"): "this is a pipe and no file",
+        "/dev/zero": "this is a device and no file",
+        str(tmp_path / "loop.jpg"): "it cannot be opened: Too many levels of symbolic links",
+        str(tmp_path / ("x" * 300)): "it cannot be opened: File name too long",
+        str(tmp_path / "pipe.jpg" / "below.jpg"): "the file does not exist",
+    }
+    assert main(["predict", str(run), *reasons, "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    for name, reason in reasons.items():
+        assert f"kd-pipeline: {name} cannot be read: {reason}" in error
+    assert "6 of 6 images cannot be read" in error

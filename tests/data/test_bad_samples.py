@@ -5,24 +5,29 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kd_pipeline.data import bad_samples
-from kd_pipeline.data.bad_samples import fraction_for
+from kd_pipeline.data import bad_samples, file_reading
+from kd_pipeline.data.bad_samples import BadSamples, fraction_for
+from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import FileList, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.errors import BadSampleError, TooManyBadSamplesError
+from kd_pipeline.errors import BadSampleError, DataError, TooManyBadSamplesError
 from kd_pipeline.loader.loader import KDDataLoader
-from tests.corpus import BROKEN, ODD, Broken, Odd, cut_in_half, encoded, photo_of
+from tests.corpus import BROKEN, ODD, Broken, Odd, cut_in_half, encoded, photo_of, png_of_zeros
 from tests.rare_files import RARE, without_last_scans
 from tests.streams import (
     EVAL,
@@ -160,6 +165,23 @@ def test_max_pixels_is_inclusive(photos, tmp_path):
         assert "100x101" in error.reason and "max_pixels=10000" in error.reason
 
 
+def test_max_pixels_counts_the_bytes_of_an_image(tmp_path):
+    """In 16 bits, half as many pixels take as much memory as in 8."""
+    (tmp_path / "deep.png").write_bytes(png_of_zeros(100, 100, bits=16))
+    source = list_of(tmp_path, "deep.png")
+    with open_loader(source, EVAL, on_bad_sample="raise", max_pixels=20_000) as loader:
+        assert len(run(loader, 1)) == 1
+    error = refusal(source, EVAL, max_pixels=19_999)
+    assert "100x100 pixels, which take 60000 bytes" in error.reason and error.reason.endswith("max_pixels=19999")
+
+
+def test_file_of_more_bytes_than_pixels_allow_is_not_read(photos, tmp_path):
+    Image.fromarray(photo_of(photos)).save(tmp_path / "sparse.jpg")
+    os.truncate(tmp_path / "sparse.jpg", 2**40)
+    error = refusal(list_of(tmp_path, "sparse.jpg"), EVAL)
+    assert "it has 1099511627776 bytes, and at most 335544319 are read" in error.reason
+
+
 BOMB_SCRIPT = """
 import sys
 from pathlib import Path
@@ -188,13 +210,13 @@ with KDDataLoader(source, EvalTransform(size=32), batch_size=1, shuffle=False) a
 
 
 @pytest.mark.slow
-def test_bomb_is_not_unpacked(photos, tmp_path):
+@pytest.mark.parametrize(("side", "bits"), [(30_000, 8), (9_450, 16)])  # of 2.7 GB, and 0.5 GB in fewer pixels
+def test_bomb_is_not_unpacked(photos, tmp_path, side, bits):
     Image.fromarray(photo_of(photos)).save(tmp_path / "a.png")
-    (bomb,) = (broken for broken in BROKEN if broken.name == "bomb.png")
-    bomb.put(tmp_path / bomb.name, photo_of(photos))
-    command = [sys.executable, "-c", BOMB_SCRIPT, str(tmp_path), str(tmp_path / bomb.name)]
+    (tmp_path / "bomb.png").write_bytes(png_of_zeros(side, side, bits=bits))
+    command = [sys.executable, "-c", BOMB_SCRIPT, str(tmp_path), str(tmp_path / "bomb.png")]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT)
-    assert float(finished.stdout) < 300  # MB; unpacked it is 2700
+    assert float(finished.stdout) < 300  # MB
 
 
 def test_damaged_rare_file_is_refused(photos, tmp_path):
@@ -251,6 +273,44 @@ def test_special_files_do_not_hang(photos, tmp_path):
             "this is a pipe",
             "this is a device",
         ]
+
+
+@pytest.fixture
+def swapped(photos, tmp_path):
+    """A loader that has read all its files, after which a pipe took the place of the third."""
+    for name in "abcd":
+        Image.fromarray(photo_of(photos)).save(tmp_path / f"{name}.jpg")
+    source = list_of(tmp_path, *(f"{name}.jpg" for name in "abcd"))
+    with open_loader(source, EVAL, batch_size=2, shuffle=False, on_bad_sample="raise", prefetch=1, ahead=0) as loader:
+        run(loader, 1)
+        (tmp_path / "c.jpg").unlink()
+        os.mkfifo(tmp_path / "c.jpg")
+        yield loader
+
+
+def test_pipe_in_place_of_a_file_is_refused(swapped, monkeypatch):
+    monkeypatch.setattr(file_reading, "_PATIENCE_S", 0.1)
+    with pytest.raises(BadSampleError, match=r"c\.jpg .*this is a pipe and no file"):
+        run(swapped, 3)
+
+
+def test_interrupt_ends_the_wait_for_a_file(swapped, monkeypatch):
+    monkeypatch.setattr(file_reading, "_PATIENCE_S", 60.0)
+    interrupt = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(swapped, 3)
+    interrupt.join()
+
+
+def test_close_ends_without_an_answer_of_the_file_system(swapped, monkeypatch, tmp_path):
+    monkeypatch.setattr(file_reading, "_open_pipes", lambda names: None)
+    interrupt = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(swapped, 3)
+    swapped.close()
+    os.close(os.open(tmp_path / "c.jpg", os.O_WRONLY | os.O_NONBLOCK))  # DALI is still waiting there
 
 
 # on_bad_sample="raise"
@@ -367,6 +427,17 @@ def test_resumed_run_does_not_record_again(damaged, tmp_path):
     assert len((tmp_path / "bad_samples.jsonl").read_text().splitlines()) == len(BAD)
 
 
+def test_record_is_not_written_through_a_link(damaged, tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "bad_samples.jsonl").symlink_to(tmp_path / "victim")
+    with (
+        open_loader(damaged(3), run_dir=tmp_path) as loader,
+        pytest.raises(DataError, match=r"bad_samples.jsonl cannot be written: this is a link"),
+    ):
+        run(loader, 1)
+    assert (tmp_path / "victim").read_text() == "kept"
+
+
 def test_rewound_run_does_not_record_again(damaged, tmp_path):
     source = damaged(*BAD)
     with open_loader(source, run_dir=tmp_path) as loader:
@@ -461,6 +532,83 @@ def test_only_one_readable_file(photos, tmp_path):
     with open_loader(list_of(tmp_path, *names), shuffle=False, max_bad_fraction=1.0) as loader:
         (batch,) = loader
         assert batch.index.tolist() == [1, 1, 1] and batch.valid.tolist() == [False, True, False]
+
+
+class Numbers:
+    """A source of `len` files that are never read."""
+
+    stores = "files"
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def known_bad(num_samples: int, bad) -> BadSamples:
+    found = BadSamples(Numbers(num_samples), LoaderSettings(), checker=None)
+    found.restore(bad)
+    return found
+
+
+def test_substitute_is_the_next_readable_sample():
+    rng = np.random.default_rng(0)
+    for num_samples in (2, 3, 7, 40):
+        for _ in range(50):
+            bad = set(rng.choice(num_samples, size=rng.integers(0, num_samples), replace=False).tolist())
+            asked = rng.integers(0, num_samples, size=20)
+            wanted = [
+                next(each % num_samples for each in range(index, 2 * num_samples) if each % num_samples not in bad)
+                for index in asked.tolist()
+            ]
+            found = known_bad(num_samples, bad)
+            assert found.indices == sorted(bad)
+            for _ in range(2):  # before and after it knows the way
+                shown, is_own = found.substitute(asked)
+                assert shown.tolist() == wanted and is_own.tolist() == [index not in bad for index in asked.tolist()]
+
+
+def test_walk_over_many_unreadable_samples_is_done_once(monkeypatch):
+    steps = 0
+
+    class Counting(dict):
+        def get(self, key):
+            nonlocal steps
+            steps += 1
+            return super().get(key)
+
+    found = known_bad(100_001, range(100_000))
+    monkeypatch.setattr(found, "_following", Counting(found._following))
+    for start in range(0, 100_000, 1000):
+        shown, _ = found.substitute(np.arange(start, start + 1000))
+        assert (shown == 100_000).all()
+    assert steps < 400_000
+
+
+def test_each_unreadable_file_is_decoded_once(photos, tmp_path, monkeypatch):
+    counts = {"graphs": 0, "decoded": 0}
+
+    def count(owner, name, what):
+        original = getattr(owner, name)
+
+        def counted(self, *arguments):
+            counts[what] += 1
+            return original(self, *arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(Graph, "__init__", "graphs")
+    count(FileChecker, "decode", "decoded")
+    names = [f"{number}.jpg" for number in range(300)]
+    for name in names[:-1]:
+        (tmp_path / name).write_bytes(b"no image")
+    Image.fromarray(photo_of(photos)).save(tmp_path / names[-1])
+    with open_loader(list_of(tmp_path, *names), EVAL, shuffle=False, max_bad_fraction=1.0) as loader:
+        assert all(batch.index.eq(299).all() for batch in loader)
+        assert len(loader.bad_samples) == 299
+        assert loader.bad_sample(298) == loader.bad_samples[-1] and loader.bad_sample(299) is None
+    assert counts["graphs"] <= 3 and counts["decoded"] <= 302
 
 
 @pytest.mark.parametrize("ahead", [0, 3])

@@ -1,6 +1,7 @@
 """The decode mode on a GPU: found by a trial, and cached by driver, GPU and packages."""
 
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -146,6 +147,37 @@ def test_damaged_cache_is_replaced(gpu: Gpu, cache: Path, content: bytes) -> Non
     kept.write_bytes(content)
     assert choose_decode(0, 0).decode == "window" and len(gpu.tried) == 2
     assert kept.read_bytes() == whole
+
+
+def test_choice_that_others_could_write_is_measured_again(
+    gpu: Gpu, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old_mask = os.umask(0o002)  # the group may write to new files
+    try:
+        choose_decode(0, 0)
+        (kept,) = (cache / "kd_pipeline" / "decode").glob("*.json")
+        assert kept.stat().st_mode & 0o777 == 0o600
+        kept.chmod(0o660)
+        with caplog.at_level(logging.WARNING, "kd_pipeline"):
+            assert choose_decode(0, 0).decode == "window" and len(gpu.tried) == 2
+    finally:
+        os.umask(old_mask)
+    (line,) = caplog.messages
+    assert str(kept) in line and "group may write to" in line and "is written again" in line
+    assert kept.stat().st_mode & 0o777 == 0o600
+    choose_decode(0, 0)
+    assert len(gpu.tried) == 2
+
+
+def test_pipe_and_link_in_place_of_a_choice_are_replaced(gpu: Gpu, cache: Path, tmp_path: Path) -> None:
+    choose_decode(0, 0)
+    (kept,) = (cache / "kd_pipeline" / "decode").glob("*.json")
+    choice = DecodeChoice(decode="full", reason="somebody says so", is_certain=True)
+    (tmp_path / "elsewhere").write_text(choice.model_dump_json())
+    for put in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "elsewhere")):
+        kept.unlink()
+        put(kept)
+        assert choose_decode(0, 0).decode == "window" and kept.is_file() and not kept.is_symlink()
 
 
 def test_unwritable_cache_repeats_trial(gpu: Gpu, cache: Path) -> None:

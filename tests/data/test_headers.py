@@ -1,23 +1,27 @@
 """Headers of image files: which decoder they need, and what is refused."""
 
-import os
+import contextlib
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kd_pipeline.data.file_kinds import FileKinds, read_file
 from kd_pipeline.data.headers import Decoder, UnreadableFileError, read_header
+from kd_pipeline.data.headers.base import MAX_PARTS
 from kd_pipeline.data.pillow import decode_with_pillow
-from tests.corpus import ODD, Odd, encoded, photo_of
+from tests.corpus import ODD, Odd, encoded, photo_of, png_of_zeros
 from tests.rare_files import RARE, UNSUPPORTED, deep_jpeg2000, tiff, without_last_scans
 
 
 @pytest.fixture(scope="module")
 def photo(photos):
     return photo_of(photos)
+
+
+def _frame(marker: int) -> bytes:
+    """The header of a JPEG's frame of 16 x 16 pixels and three colors."""
+    return b"\xff" + bytes([marker]) + b"\0\x11\x08\0\x10\0\x10\3\1\x22\0\2\x11\0\3\x11\0"
 
 
 def decoder_of(data: bytes) -> Decoder:
@@ -35,11 +39,12 @@ def test_pillow_gives_rare_pixels(odd: Odd, photo):
     data = odd.encode(photo)
     header = read_header(memoryview(data))
     if header.decoder is Decoder.PILLOW:
-        pixels = decode_with_pillow(data, header, orientation="upright", max_pixels=photo[..., 0].size)
+        enough = -(-photo[..., 0].size * header.pixel_bytes // 3)
+        pixels = decode_with_pillow(data, header, orientation="upright", max_pixels=enough)
         shown = np.asarray(Image.fromarray(odd.shows(photo)).convert("RGB")).astype(float)
         assert np.abs(pixels - shown).mean() < 2
-        with pytest.raises(UnreadableFileError, match="190x150 pixels, more than max_pixels=28499"):
-            decode_with_pillow(data, header, orientation="upright", max_pixels=photo[..., 0].size - 1)
+        with pytest.raises(UnreadableFileError, match=rf"190x150 pixels.* more than max_pixels={enough - 1}$"):
+            decode_with_pillow(data, header, orientation="upright", max_pixels=enough - 1)
 
 
 def test_twelve_bits_are_scaled():
@@ -49,7 +54,7 @@ def test_twelve_bits_are_scaled():
     even, odd = levels[:, ::2], levels[:, 1::2]
     packed[..., 0], packed[..., 1], packed[..., 2] = even >> 4, (even & 15) << 4 | odd >> 8, odd & 255
     for data in (deep_jpeg2000(levels, 12), tiff(packed, 1, bits=12, size=(64, 64))):
-        pixels = decode_with_pillow(data, read_header(memoryview(data)), orientation="upright", max_pixels=4096)
+        pixels = decode_with_pillow(data, read_header(memoryview(data)), orientation="upright", max_pixels=10**4)
         np.testing.assert_allclose(pixels[..., 0], levels / 4095 * 255, atol=1)
 
 
@@ -101,28 +106,68 @@ def test_any_part_of_a_header_is_read_or_refused(photo, name):
             assert "\n" not in str(error)
 
 
-def test_only_regular_files_are_read(tmp_path):
-    (tmp_path / "file").write_bytes(b"content")
-    assert read_file(os.fsencode(tmp_path / "file")).tobytes() == b"content"
-    os.mkfifo(tmp_path / "pipe")
-    for path, reason in {tmp_path / "pipe": "a pipe", Path("/dev/zero"): "a device", tmp_path: "a directory"}.items():
-        with pytest.raises(UnreadableFileError, match=reason):
-            read_file(os.fsencode(path))
-    with pytest.raises(UnreadableFileError, match="No such file"):
-        read_file(os.fsencode(tmp_path / "missing"))
+@pytest.mark.parametrize(
+    ("kind", "options", "pixel_bytes"),
+    [
+        ("JPEG", {}, 3),
+        ("JPEG", {"progressive": True, "subsampling": 0}, 6),
+        ("JPEG", {"progressive": True, "subsampling": 2}, 3),
+        ("PNG", {}, 3),
+        ("WEBP", {}, 3),
+        ("BMP", {}, 3),
+        ("TIFF", {}, 3),
+        ("JPEG2000", {}, 12),
+    ],
+)
+def test_memory_of_a_pixel_is_known(photo, kind, options, pixel_bytes):
+    assert read_header(memoryview(encoded(photo, kind, **options))).pixel_bytes == pixel_bytes
 
 
-def test_special_files_are_looked_for_once(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    os.mkfifo(tmp_path / "pipe")
-    kinds = FileKinds(orientation="upright", max_pixels=1, num_threads=1)
-    names = [tmp_path / "file", tmp_path / "pipe", tmp_path / "missing"] * 300
-    paths = np.array([os.fsencode(name) for name in names]).view(np.uint8).reshape(900, -1)
-    index = np.arange(900)
-    kept = kinds.without_special(index, paths)
-    assert (kept[1::3] == 0).all() and (kept[::3] == paths[::3]).all() and (kept[2::3] == paths[2::3]).all()
-    looked_at: list[bytes] = []
-    stat = os.stat
-    monkeypatch.setattr(os, "stat", lambda path, **options: (looked_at.append(path), stat(path, **options))[1])
-    assert (kinds.without_special(index, paths) == kept).all()
-    assert {os.path.basename(path) for path in looked_at} == {b"pipe"}
+@pytest.mark.parametrize(
+    ("name", "pixel_bytes"),
+    [
+        ("cmyk_without_adobe.jpg", 4),
+        ("animated.webp", 8),
+        ("max_65535.pgm", 4),
+        ("twelve_bits.jp2", 4),
+        ("sixteen_bits_color.tif", 6),
+        ("sixteen_bits.tif", 3),
+        ("transparent.tif", 4),
+    ],
+)
+def test_memory_of_a_rare_pixel_is_known(photo, name, pixel_bytes):
+    encode, _ = RARE[name]
+    assert read_header(memoryview(encode(photo))).pixel_bytes == pixel_bytes
+    assert read_header(memoryview(png_of_zeros(50, 50, bits=16))).pixel_bytes == 6
+
+
+def test_jpeg_of_endless_scans_is_refused(photo):
+    """A scan of a few bytes costs libjpeg a pass over the whole image."""
+    jpeg = encoded(photo, "JPEG", progressive=True)
+    last = jpeg.rindex(b"\xff\xda")
+    assert decoder_of(jpeg[:-2] + jpeg[last:-2] * 50 + jpeg[-2:]) is Decoder.DALI
+    with pytest.raises(UnreadableFileError, match="progressive JPEG of more than 100 scans"):
+        decoder_of(jpeg[:-2] + jpeg[last:-2] * 100 + jpeg[-2:])
+
+
+@pytest.mark.parametrize("frame", [b"", _frame(0xC0), _frame(0xC2)], ids=["before", "baseline", "progressive"])
+def test_walk_through_a_jpeg_is_bounded(frame):
+    for filler in (b"\0", b"\xff", b"\xff\0"):
+        with contextlib.suppress(UnreadableFileError):
+            read_header(memoryview(b"\xff\xd8" + frame + filler * MAX_PARTS))
+    with pytest.raises(UnreadableFileError, match="header is broken"):
+        read_header(memoryview(b"\xff\xd8" + frame + b"\xff\xfe\0\2" * MAX_PARTS + _frame(0xC0) + b"\xff\xd9"))
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR\0\0\0\1\0\0\0\1\x08\2\0\0\0\0\0\0\0", b"\0\0\0\0tEXt\0\0\0\0"),
+        (b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\x08" + bytes(9), b"XMP \0\0\0\0"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", b"\0\0\0\x08free"),
+    ],
+    ids=["PNG", "WebP", "JPEG 2000"],
+)
+def test_walk_through_the_parts_of_a_file_is_bounded(start, part):
+    with pytest.raises(UnreadableFileError, match="header is broken"):
+        read_header(memoryview(start + part * (MAX_PARTS + 1)))

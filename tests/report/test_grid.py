@@ -1,13 +1,16 @@
 """The grid of a batch shows the pixels that the models see, labels and teacher predictions."""
 
+import os
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.errors import ConfigError
 from kd_pipeline.report.grid import save_grid
 
 TRANSFORM = EvalTransform(size=8)
@@ -77,3 +80,15 @@ def test_large_batch_shows_its_first_images(tmp_path: Path) -> None:
     small = pixels_of(save_grid(batch, tmp_path / "small.png", transform=TRANSFORM, num_images=2))
     large = pixels_of(save_grid(batch, tmp_path / "large.png", transform=TRANSFORM, num_images=50))
     assert small.shape[0] < large.shape[0]
+
+
+def test_grid_takes_the_place_of_a_link_or_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "link.png").symlink_to(tmp_path / "victim")
+    os.mkfifo(tmp_path / "pipe.png")
+    batch = batch_of(torch.full((1, 3), 0.5), labels=None, choices=None)
+    for name in ("link.png", "pipe.png"):
+        assert pixels_of(save_grid(batch, tmp_path / name, transform=TRANSFORM)).size
+    assert (tmp_path / "victim").read_text() == "kept" and not (tmp_path / "link.png").is_symlink()
+    with pytest.raises(ConfigError, match=r"victim/grid\.png cannot be written: "):
+        save_grid(batch, tmp_path / "victim" / "grid.png", transform=TRANSFORM)

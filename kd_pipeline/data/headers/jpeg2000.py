@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterator
 
-from kd_pipeline.data.headers.base import CONVERT, Decoder, Header, UnreadableFileError
+from kd_pipeline.data.headers.base import CONVERT, MAX_PARTS, Decoder, Header, UnreadableFileError
 
 __all__ = ["read_jpeg2000"]
 
@@ -11,6 +11,8 @@ _GRAY, _SRGB = 17, 16
 _PREMULTIPLIED = 2
 _HIGH_THROUGHPUT = 0x4000
 _MAX_TILES = 65535
+_COMPONENT_BYTES = 4
+"""OpenJPEG's levels, of any depth."""
 
 
 def read_jpeg2000(data: memoryview) -> Header:
@@ -45,14 +47,16 @@ def read_jpeg2000(data: memoryview) -> Header:
         and not left
         and not top
     ):
-        return Header("JPEG 2000", Decoder.DALI_CHECKED)
+        return Header("JPEG 2000", Decoder.DALI_CHECKED, pixel_bytes=_COMPONENT_BYTES * num_components)
     kind = f"{'signed ' if depth & 0x80 else ''}JPEG 2000 of {num_components} x {(depth & 0x7F) + 1} bits"
-    return Header(kind, Decoder.PILLOW, "JPEG2000")
+    return Header(kind, Decoder.PILLOW, "JPEG2000", pixel_bytes=_COMPONENT_BYTES * num_components)
 
 
 def _boxes(data: memoryview, place: int, end: int) -> Iterator[tuple[bytes, tuple[int, int]]]:
     """The kind of each box from `place` on, and where its content starts and ends."""
-    while place + 8 <= end:
+    for _ in range(MAX_PARTS):
+        if place + 8 > end:
+            return
         length, kind = struct.unpack_from(">I4s", data, place)
         start = place + 8
         if length == 1:
@@ -63,6 +67,7 @@ def _boxes(data: memoryview, place: int, end: int) -> Iterator[tuple[bytes, tupl
             return
         yield kind, (start, last)
         place = last
+    raise IndexError
 
 
 def _is_plain(data: memoryview, boxes: dict[bytes, tuple[int, int]]) -> bool:

@@ -4,7 +4,7 @@ import re
 import struct
 from collections.abc import Callable
 
-from kd_pipeline.data.headers.base import CONVERT, Decoder, Header, UnreadableFileError
+from kd_pipeline.data.headers.base import CONVERT, MAX_PARTS, PLAIN_PIXEL_BYTES, Decoder, Header, UnreadableFileError
 from kd_pipeline.data.headers.exif import is_clear
 from kd_pipeline.data.headers.jpeg import read_jpeg
 from kd_pipeline.data.headers.jpeg2000 import read_jpeg2000
@@ -37,11 +37,12 @@ _OTHER_KINDS = (
     (0, b"version https://git-lfs", "a git-lfs pointer, whose file `git lfs pull` fetches,"),
 )
 """Where the bytes are that name a kind of file which is not read, and what it is."""
-_PNG, _PNG_EXIF = Header("PNG", Decoder.DALI), Header("PNG with unusual EXIF", Decoder.PILLOW, "PNG")
 _PROFILE = b"Raw profile type exif"
 """How ImageMagick starts a text that is EXIF."""
-_WEBP_ANIMATION, _WEBP_EXIF = 2, 8
+_WEBP_ANIMATION, _WEBP_EXIF, _WEBP_ALPHA = 2, 8, 16
 """Flags of an extended WebP."""
+_ANIMATED_PIXEL_BYTES = 8
+"""Of two images with transparency, from which Pillow's decoder makes the next one."""
 _NUMBER = re.compile(rb"\s*(\d{1,10})(?=\s)")
 
 
@@ -80,46 +81,56 @@ def _unknown(data: memoryview) -> UnreadableFileError:
 
 def _read_png(data: memoryview) -> Header:
     """Of EXIF in a PNG, DALI reads only what the standard has: one chunk that starts as a TIFF does."""
+    # Whatever the colors are, they become RGB of the file's own depth first.
+    pixel_bytes = PLAIN_PIXEL_BYTES * (2 if data[24] > 8 else 1)
+    with_exif = Header("PNG with unusual EXIF", Decoder.PILLOW, "PNG", pixel_bytes=pixel_bytes + 1)
     place, num_exif = 8, 0
-    while place + 8 <= len(data):
+    for _ in range(MAX_PARTS):
+        if place + 8 > len(data):
+            return Header("PNG", Decoder.DALI, pixel_bytes=pixel_bytes)
         length, kind = struct.unpack_from(">I4s", data, place)
         start = place + 8
         if kind == b"eXIf":
             num_exif += 1
             if num_exif > 1 or not is_clear(data[start : start + length]):
-                return _PNG_EXIF
+                return with_exif
         elif kind in (b"zTXt", b"tEXt", b"iTXt") and data[start : start + len(_PROFILE)] == _PROFILE:
-            return _PNG_EXIF
+            return with_exif
         place = start + length + 4
-    return _PNG
+    raise IndexError
 
 
 def _read_webp(data: memoryview) -> Header:
     """DALI misses the byte that pads a chunk of odd length, and with it the EXIF chunk after it."""
-    if bytes(data[12:16]) != b"VP8X" or not data[20] & (_WEBP_EXIF | _WEBP_ANIMATION):
+    if bytes(data[12:16]) != b"VP8X":
         return Header("WebP", Decoder.DALI)
     if data[20] & _WEBP_ANIMATION:
-        return Header("animated WebP", Decoder.PILLOW, "WEBP")
+        return Header("animated WebP", Decoder.PILLOW, "WEBP", pixel_bytes=_ANIMATED_PIXEL_BYTES)
+    pixel_bytes = 4 if data[20] & _WEBP_ALPHA else PLAIN_PIXEL_BYTES
+    if not data[20] & _WEBP_EXIF:
+        return Header("WebP", Decoder.DALI, pixel_bytes=pixel_bytes)
     place = 12
-    while place + 8 <= len(data):
+    for _ in range(MAX_PARTS):
+        if place + 8 > len(data):
+            return Header("WebP with EXIF", Decoder.DALI, pixel_bytes=pixel_bytes)
         (length,) = struct.unpack_from("<I", data, place + 4)
         if length % 2:
-            return Header("WebP with EXIF", Decoder.PILLOW, "WEBP")
+            return Header("WebP with EXIF", Decoder.PILLOW, "WEBP", pixel_bytes=pixel_bytes)
         place += 8 + length
-    return Header("WebP with EXIF", Decoder.DALI)
+    raise IndexError
 
 
 def _read_bmp(data: memoryview) -> Header:
     (header,) = struct.unpack_from("<I", data, 14)
     bits, compression = struct.unpack_from("<HI", data, 28) if header >= 40 else (data[24], 0)
     if header >= 40 and (compression, bits) in ((0, 8), (0, 24), (0, 32), (3, 32)):
-        return Header("BMP", Decoder.DALI_CHECKED)
+        return Header("BMP", Decoder.DALI_CHECKED, pixel_bytes=4 if bits == 32 else PLAIN_PIXEL_BYTES)
     names = {1: "run-length encoded ", 2: "run-length encoded ", 4: "JPEG inside ", 5: "PNG inside "}
     return Header(f"BMP of {names.get(compression, '')}{bits} bits", Decoder.PILLOW, "BMP")
 
 
 def _read_pnm(data: memoryview) -> Header:
-    """Of PNM, DALI takes the levels as they are, whatever the largest is."""
+    """Of PNM, DALI takes the levels as they are, whatever the largest is. Pillow takes 32 bits for a deep one."""
     kind, head = chr(data[1]), bytes(data[2:64])
     if kind in "56":
         numbers: list[int] = []
@@ -129,7 +140,7 @@ def _read_pnm(data: memoryview) -> Header:
             place = found.end()
         if len(numbers) == 3 and numbers[2] == 255:
             return Header("PNM", Decoder.DALI)
-    return Header(f"PNM P{kind}", Decoder.PILLOW, "PPM")
+    return Header(f"PNM P{kind}", Decoder.PILLOW, "PPM", pixel_bytes=4)
 
 
 _READERS: dict[bytes, Callable[[memoryview], Header]] = {

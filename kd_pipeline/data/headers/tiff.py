@@ -2,7 +2,7 @@
 
 import struct
 
-from kd_pipeline.data.headers.base import CONVERT, Decoder, Header, UnreadableFileError
+from kd_pipeline.data.headers.base import CONVERT, PLAIN_PIXEL_BYTES, Decoder, Header, UnreadableFileError
 
 __all__ = ["read_tiff"]
 
@@ -68,6 +68,7 @@ def read_tiff(data: memoryview) -> Header:
     if photometric not in _PHOTOMETRICS:
         name = _REFUSED_PHOTOMETRICS.get(photometric, f"unknown ({photometric})")
         raise UnreadableFileError(f"TIFF whose colors are {name}, which are not decoded; {CONVERT}")
+    pixel_bytes = max(num_samples * -(-max(bits) // 8), PLAIN_PIXEL_BYTES)
     is_deep_gray = photometric == _GRAY and num_samples == 1 and set(bits) == {16}
     is_plain = (
         (photometric == _GRAY and num_samples == 1)
@@ -80,9 +81,10 @@ def read_tiff(data: memoryview) -> Header:
         and (set(bits) == {8} or is_deep_gray or (photometric == _RGB and set(bits) == {16}))
         and tags.get(_FILL_ORDER, (1,))[0] == 1
     ):
-        return Header("TIFF", Decoder.DALI_CHECKED)
+        return Header("TIFF", Decoder.DALI_CHECKED, pixel_bytes=pixel_bytes)
     kind = f"TIFF of {num_samples} x {max(bits)} bits, {_PHOTOMETRICS[photometric]}"
-    return Header(kind, Decoder.PILLOW, "TIFF", (1 << max(bits)) - 1, photometric == _WHITE_IS_ZERO)
+    white, is_inverted = (1 << max(bits)) - 1, photometric == _WHITE_IS_ZERO
+    return Header(kind, Decoder.PILLOW, "TIFF", white, is_inverted, pixel_bytes)
 
 
 def _read_tags(data: memoryview) -> dict[int, tuple[int, ...]]:

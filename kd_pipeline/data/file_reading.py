@@ -1,0 +1,126 @@
+"""Reading of image files: nothing but regular files of a limited size, and a signal ends the wait for them."""
+
+import os
+import stat
+import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_pipeline._core.files import open_regular
+from kd_pipeline._core.optional import require
+from kd_pipeline.data.headers import UnreadableFileError
+
+__all__ = ["ReadThread", "are_files", "path_of", "read_file"]
+
+_PATIENCE_S = 2.0
+"""How long a batch is waited for before its files are looked at again."""
+_LAST_WAITS, _LAST_WAIT_S = 10, 0.1
+"""How often, and how long each time, reading that nobody needs any more is waited for."""
+
+
+class ReadThread:
+    """Runs the calls of one DALI pipeline that wait for its files.
+
+    DALI opens the files itself, and in a pipe that took a file's place after `are_files` looked at it, this would block
+    for good. A thread in C++ sees no signal, so the caller waits in Python instead.
+    """
+
+    def __init__(self, pipeline: Any, names: Callable[[], Iterable[NDArray[np.uint8]]]) -> None:
+        """`names` gives the names `[L]` of the files that the pipeline may be reading now."""
+        self._pipeline, self._names = [pipeline], names
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        # A daemon, so that the process can end while a file system does not answer.
+        Thread(target=_serve, args=(self._calls,), name="kd_pipeline-read", daemon=True).start()
+
+    def outputs(self) -> Any:
+        """The pipeline's `outputs()`.
+
+        Raises:
+            RuntimeError: as `outputs()`; also if a pipe is in a file's place.
+        """
+        called = self._call(self._pipeline[0].outputs)
+        while not wait([called], _PATIENCE_S).done:
+            _open_pipes(self._names())
+        return called.result()
+
+    def close(self) -> None:
+        """End the pipeline, without waiting for a file system that does not answer."""
+        reference = weakref.ref(self._pipeline[0])
+        ended = self._call(self._pipeline.clear)
+        self._call(_end)
+        for _ in range(_LAST_WAITS):
+            if wait([ended], _LAST_WAIT_S).done:
+                return
+            _open_pipes(self._names())
+        # DALI waits for all of its pipelines when the interpreter exits.
+        require("nvidia.dali", extra="cpu").Pipeline._pipes.discard(reference)
+
+    def _call(self, function: Callable[[], Any]) -> Future[Any]:
+        called: Future[Any] = Future()
+        self._calls.put((function, called))
+        return called
+
+
+def path_of(name: NDArray[np.uint8]) -> bytes:
+    """The path in the NUL-padded `name` `[L]`."""
+    return name.tobytes().rstrip(b"\0")
+
+
+def read_file(path: bytes, *, max_bytes: int) -> NDArray[np.uint8]:
+    """The content of a regular file.
+
+    Raises:
+        UnreadableFileError: it cannot be opened, is no regular file or has more than `max_bytes`.
+    """
+    try:
+        with open_regular(path, max_bytes=max_bytes) as file:
+            content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            return content[: file.readinto(content)]
+    except OSError as exc:
+        raise UnreadableFileError(f"it cannot be opened: {exc.strerror}") from exc
+
+
+def are_files(names: NDArray[np.uint8], *, max_bytes: int) -> NDArray[np.bool_]:
+    """`[N]`, False for pipes, sockets, devices, and files of more than `max_bytes`.
+
+    What does not exist is left to DALI, which says so.
+    """
+    fit = np.ones(len(names), np.bool_)
+    for row, name in enumerate(names):
+        try:
+            status = os.stat(path_of(name))
+        except (OSError, ValueError):
+            continue
+        is_file = stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes
+        fit[row] = is_file or stat.S_ISDIR(status.st_mode)
+    return fit
+
+
+def _serve(calls: "SimpleQueue[tuple[Callable[[], Any], Future[Any]]]") -> None:
+    for function, called in iter(calls.get, None):
+        try:
+            called.set_result(function())
+        except SystemExit:
+            return
+        except BaseException as exc:
+            called.set_exception(exc)
+        del function, called  # or the last call would be kept until the next one
+
+
+def _end() -> None:
+    raise SystemExit
+
+
+def _open_pipes(names: Iterable[NDArray[np.uint8]]) -> None:
+    """Open each pipe among the files for writing and close it, which ends the wait of whoever opened it for reading."""
+    for path in map(path_of, names):
+        with suppress(OSError, ValueError):
+            if stat.S_ISFIFO(os.stat(path).st_mode):
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
