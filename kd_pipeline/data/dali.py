@@ -1,5 +1,6 @@
 """The only module that builds DALI pipelines: planned samples in, transformed images out."""
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -234,8 +235,10 @@ class _Files:
     def close(self) -> None:
         self._shapes = self._encoded = None
         if self._pipeline is not None:
-            self._pipeline = None
-            self._reading.close()
+            reference, self._pipeline = weakref.ref(self._pipeline), None
+            if not self._reading.close():
+                # Or DALI would wait for it when the interpreter exits.
+                require("nvidia.dali", extra="cpu").Pipeline._pipes.discard(reference)
 
     def _next_names(self) -> NDArray[np.uint8]:
         self._requested.append(next(self._inputs))

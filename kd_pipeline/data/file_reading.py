@@ -2,7 +2,6 @@
 
 import os
 import stat
-import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from contextlib import suppress
@@ -13,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline._core.files import open_regular
-from kd_pipeline._core.optional import require
+from kd_pipeline._core.files import read_regular
 from kd_pipeline.data.headers import UnreadableFileError
 
 __all__ = ["ReadThread", "are_files", "path_of", "read_file"]
@@ -50,17 +48,15 @@ class ReadThread:
             _open_pipes(self._names())
         return called.result()
 
-    def close(self) -> None:
-        """End the pipeline, without waiting for a file system that does not answer."""
-        reference = weakref.ref(self._pipeline[0])
+    def close(self) -> bool:
+        """End the pipeline; False if it has not ended yet, as where a file system does not answer."""
         ended = self._call(self._pipeline.clear)
         self._call(_end)
         for _ in range(_LAST_WAITS):
             if wait([ended], _LAST_WAIT_S).done:
-                return
+                return True
             _open_pipes(self._names())
-        # DALI waits for all of its pipelines when the interpreter exits.
-        require("nvidia.dali", extra="cpu").Pipeline._pipes.discard(reference)
+        return False
 
     def _call(self, function: Callable[[], Any]) -> Future[Any]:
         called: Future[Any] = Future()
@@ -80,9 +76,7 @@ def read_file(path: bytes, *, max_bytes: int) -> NDArray[np.uint8]:
         UnreadableFileError: it cannot be opened, is no regular file or has more than `max_bytes`.
     """
     try:
-        with open_regular(path, max_bytes=max_bytes) as file:
-            content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-            return content[: file.readinto(content)]
+        return np.frombuffer(read_regular(os.fsdecode(path), max_bytes=max_bytes), np.uint8)
     except OSError as exc:
         raise UnreadableFileError(f"it cannot be opened: {exc.strerror}") from exc
 

@@ -89,6 +89,8 @@ def read_jpeg(data: memoryview) -> Header:
 
 def _next_marker(data: memoryview, place: int) -> int:
     """Where the next marker's number is; what does not belong before it is skipped, as by libjpeg."""
+    if data[place] == 0xFF and data[place + 1] != 0xFF:
+        return place + 1
     while b"\xff" not in (piece := bytes(data[place : place + _PIECE])):
         place += len(piece) or _raise_end()
     place += piece.index(b"\xff")
