@@ -158,8 +158,8 @@ class BadSamples:
     def _write(self, sample: BadSample) -> None:
         if self._record is None:
             return
-        self._record.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self._record.parent.mkdir(parents=True, exist_ok=True)
             # One write in append mode, so the ranks of a run can share the file.
             with open_own(self._record, "ab") as file:
                 file.write(json.dumps(asdict(sample)).encode() + b"\n")

@@ -150,6 +150,14 @@ def test_jpeg_of_endless_scans_is_refused(photo):
         decoder_of(jpeg[:-2] + jpeg[last:-2] * 100 + jpeg[-2:])
 
 
+def test_png_chunk_that_is_longer_than_the_file_is_refused(photo):
+    """DALI takes memory for what it claims."""
+    png = encoded(photo, "PNG")
+    place = png.index(b"IDAT") - 4
+    with pytest.raises(UnreadableFileError, match="header is broken"):
+        decoder_of(png[:place] + struct.pack(">I", 2**31) + png[place + 4 :])
+
+
 @pytest.mark.parametrize("frame", [b"", _frame(0xC0), _frame(0xC2)], ids=["before", "baseline", "progressive"])
 def test_walk_through_a_jpeg_is_bounded(frame):
     for filler in (b"\0", b"\xff", b"\xff\0"):

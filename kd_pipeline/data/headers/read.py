@@ -96,6 +96,8 @@ def _read_png(data: memoryview) -> Header:
                 return with_exif
         elif kind in (b"zTXt", b"tEXt", b"iTXt") and data[start : start + len(_PROFILE)] == _PROFILE:
             return with_exif
+        if start + length > len(data):  # DALI would take so much memory first
+            raise IndexError
         place = start + length + 4
     raise IndexError
 
