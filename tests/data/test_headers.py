@@ -150,6 +150,11 @@ def test_jpeg_of_endless_scans_is_refused(photo):
         decoder_of(jpeg[:-2] + jpeg[last:-2] * 100 + jpeg[-2:])
 
 
+def test_deep_jpeg2000_is_kept_from_dali(photo):
+    """It crashes on some damaged ones."""
+    assert decoder_of(RARE["sixteen_bits.jp2"][0](photo)) is Decoder.PILLOW
+
+
 def test_png_chunk_that_is_longer_than_the_file_is_refused(photo):
     """DALI takes memory for what it claims."""
     png = encoded(photo, "PNG")
