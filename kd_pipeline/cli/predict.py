@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from kd_pipeline._core.files import open_own
 from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import add_permissions, path_option, permissions
+from kd_pipeline.cli.printing import print_message, print_result
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,15 +88,15 @@ def _run(parsed: argparse.Namespace) -> int:
             if parsed.json:
                 print(line)
             elif prediction.problem is None:
-                print(printable(_text(prediction, opened.classes, parsed.top)))
+                print_result(printable(_text(prediction, opened.classes, parsed.top)))
             if prediction.problem is not None:
                 what = "has no prediction" if prediction.problem == NOT_FINITE else "cannot be read"
                 line = printable(f"{prediction.image} {what}: {prediction.problem}")
-                print(f"kd-pipeline: {line}", file=sys.stderr)
+                print_message(f"kd-pipeline: {line}")
     if num_unreadable:
-        print(f"kd-pipeline: {num_unreadable} of {len(images)} images cannot be read", file=sys.stderr)
+        print_message(f"kd-pipeline: {num_unreadable} of {len(images)} images cannot be read")
     if num_not_finite:
-        print(f"kd-pipeline: {num_not_finite} of {len(images)} images have no finite logits", file=sys.stderr)
+        print_message(f"kd-pipeline: {num_not_finite} of {len(images)} images have no finite logits")
     return 1 if num_unreadable or num_not_finite else 0
 
 
