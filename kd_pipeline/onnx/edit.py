@@ -1,7 +1,8 @@
 """Edits of an ONNX teacher: an input adapter in front, extra outputs, class names."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import EngineError, TeacherError
 from kd_pipeline.models.input_adapter import InputAdapter
 from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, OnnxFile, read_onnx, replace_onnx
+from kd_pipeline.onnx.weights import shortened
 
-__all__ = ["add_constant", "edit_onnx", "save_model"]
+__all__ = ["add_constant", "edit_onnx", "open_model", "save_model"]
 
 _MAX_INLINE_BYTES = 1_500_000_000
 """Largest weights that are stored inside the file; protobuf's limit is 2 GB."""
@@ -48,17 +50,37 @@ def edit_onnx(
         MissingPackageError: `onnx` or `onnx_ir` is not installed.
     """
     file = read_onnx(source)
-    model = require("onnx_ir", extra="cpu").load(file.path)
-    if input_adapter is not None:
-        _add_adapter(model, file, input_adapter)
-    if outputs:
-        _add_outputs(model, file, outputs)
-    if classes is not None:
-        num_classes = file.outputs["logits"].shape[1]
-        if num_classes not in (None, len(classes)):
-            raise EngineError(f"{source} has {num_classes} logits and got {len(classes)} class names")
-        model.metadata_props[CLASSES_KEY] = json.dumps(list(classes))
-    return save_model(model, target)
+    with open_model(file) as model:
+        if input_adapter is not None:
+            _add_adapter(model, file, input_adapter)
+        if outputs:
+            _add_outputs(model, file, outputs)
+        if classes is not None:
+            num_classes = file.outputs["logits"].shape[1]
+            if num_classes not in (None, len(classes)):
+                raise EngineError(f"{source} has {num_classes} logits and got {len(classes)} class names")
+            model.metadata_props[CLASSES_KEY] = json.dumps(list(classes))
+        return save_model(model, target)
+
+
+@contextmanager
+def open_model(file: OnnxFile) -> Iterator[Any]:
+    """The content that was read as `file`, as an `onnx_ir.Model`, which reads external weights only inside the `with`.
+
+    Raises:
+        TeacherError: the file was changed since.
+        EngineError: it is not valid ONNX.
+    """
+    ir, onnx = require("onnx_ir", extra="cpu"), require("onnx", extra="cpu")
+    with file.private_copy() as copy:
+        try:
+            onnx.checker.check_model(copy)  # what edits may rely on: names that are unique, nodes in order
+            model = ir.load(copy)
+        except Exception as exc:  # each package has its own error classes
+            raise EngineError(
+                f"{file.path} is not valid ONNX: {shortened(exc).replace(str(copy), str(file.path))}; export it again"
+            ) from exc
+        yield model
 
 
 def save_model(model: Any, target: Path) -> Path:
@@ -95,9 +117,9 @@ def add_constant(model: Any, name: str, array: NDArray[Any]) -> Any:
 def _add_adapter(model: Any, file: OnnxFile, adapter: InputAdapter) -> None:
     """Insert `adapter` between the input and its consumers."""
     ir = require("onnx_ir", extra="cpu")
-    if ADAPTER_KEY in model.metadata_props:
+    if file.input_adapter is not None:
         raise EngineError(
-            f"{file.path} already has an input adapter, {model.metadata_props[ADAPTER_KEY]}, and got "
+            f"{file.path} already has an input adapter, {file.input_adapter.model_dump_json()}, and got "
             f"{adapter.model_dump_json()}; start from the file without one"
         )
     images = _find_input(model, file)
@@ -140,10 +162,8 @@ def _normalize(model: Any, images: Any, adapter: InputAdapter) -> list[Any]:
 def _resize(model: Any, images: Any, value: Any, size: int) -> list[Any]:
     """Nodes that resize `value`, of the shape of `images`, to `size` like `F.interpolate(mode="bilinear")`."""
     ir = require("onnx_ir", extra="cpu")
-    if model.opset_imports[""] < _RESIZE_OPSET:
-        raise EngineError(
-            f"the file has opset {model.opset_imports['']}, and a resize needs {_RESIZE_OPSET}; export it again"
-        )
+    if (opset := model.opset_imports[""]) < _RESIZE_OPSET:
+        raise EngineError(f"the file has opset {opset}, and a resize needs {_RESIZE_OPSET}; export it again")
     start, end = (add_constant(model, f"input_adapter.{name}", np.array([n])) for name, n in (("start", 0), ("end", 2)))
     height_and_width = add_constant(model, "input_adapter.size", np.array([size, size]))
     shape = ir.node("Shape", [images])

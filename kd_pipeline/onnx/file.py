@@ -5,17 +5,30 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from pydantic import ValidationError
 
-from kd_pipeline._core.optional import require
+from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
+from kd_pipeline.models.input_adapter import InputAdapter
+from kd_pipeline.onnx.outline import CHUNK, MAX_BYTES, Outline, OutlineError, read_outline
+from kd_pipeline.onnx.weights import (
+    MAX_DIMS,
+    Ranges,
+    all_tensors,
+    dtype_name,
+    external_ranges,
+    open_external,
+    quoted,
+    read_ranges,
+)
 
 __all__ = ["ADAPTER_KEY", "CLASSES_KEY", "OnnxFile", "read_onnx", "replace_onnx"]
 
@@ -24,6 +37,13 @@ CLASSES_KEY = "kd_pipeline.classes"
 ADAPTER_KEY = "kd_pipeline.input_adapter"
 """Metadata key of the input adapter that is part of the graph, as JSON."""
 
+_MAX_METADATA = 2**23
+"""Characters of JSON in the metadata; a list of them takes up to 20 times as much memory."""
+_MAX_VALUES = 2**28
+"""Values of an image or an output, 1 GiB in float32."""
+_MAX_NAME = 200
+_MAX_SHOWN = 10
+"""Names in a message."""
 _TORCH_DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16}
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
 
@@ -33,7 +53,7 @@ class OnnxFile:
     """An image classifier in ONNX: a dynamic batch of images in, logits and possibly features out."""
 
     path: Path
-    """The file with symlinks resolved, so a runtime reads the external weights that were validated."""
+    """The file with symlinks resolved. A runtime gets a `private_copy`, as others may change the file."""
     input_name: str
     images: TensorSpec
     """`[N, 3, H, W]`, float32 or float16; H and W are None if dynamic."""
@@ -43,35 +63,63 @@ class OnnxFile:
     """Name in the file by the teacher's name; they differ if a single output counts as `"logits"`."""
     precision: str
     """`"fp32"`, `"fp16"`, `"bf16"` or `"fp64"`: the dtype of most floating weights."""
+    opset: int
     classes: tuple[str, ...] | None
     """Class names in logit order, if the file has them."""
+    input_adapter: InputAdapter | None
+    """The adapter that is part of the graph, if the file names one."""
+    external: Mapping[str, Ranges]
+    """The parts of other files that hold weights, by location in the model's folder."""
     sha256: str
-    """Hex digest of the file and all external weight files."""
+    """Hex digest of the file and of all external weights."""
 
     def fingerprint(self, backend: str, precision: str) -> str:
         """Digest of the content, the backend and its precision, which together determine the outputs."""
         return hashlib.sha256(f"{backend} {precision} {self.sha256}".encode()).hexdigest()
 
+    @contextmanager
+    def private_copy(self) -> Iterator[Path]:
+        """A copy of the file and of its external weights that only this user can change, for a runtime to read.
+
+        It has the content of `sha256`, even if somebody writes to the file meanwhile.
+
+        Raises:
+            TeacherError: the file is another one by now, or cannot be read or copied.
+        """
+        with tempfile.TemporaryDirectory(prefix="kd-pipeline-") as folder:
+            copy = Path(folder, self.path.name)
+            try:
+                digest = _copy_model(self.path, copy)
+                _add_external(digest, self.path, self.external, copy.parent)
+            except OSError as exc:
+                raise TeacherError(
+                    f"{self.path} cannot be copied to {folder}, where a runtime reads it: {exc.strerror or exc}; free "
+                    "disk space there, or set TMPDIR to another folder"
+                ) from exc
+            if digest.hexdigest() != self.sha256:
+                raise TeacherError(
+                    f"{self.path} was changed while it was opened; open it again when it no longer changes"
+                )
+            yield copy
+
 
 def read_onnx(path: Path) -> OnnxFile:
-    """Read the inputs, outputs, precision, class names and digest of an ONNX file, without loading external weights.
+    """Read the inputs, outputs, precision, class names and digest of an ONNX file, with its weights only hashed.
+
+    External weights are in the model's folder or below, and no link leads to them; a hard link is a file like others.
 
     Raises:
-        TeacherError: the file does not exist, is not ONNX, has weights outside its folder, or is not an image
-            classifier with a dynamic batch; the message names the file.
+        TeacherError: the file does not exist, is not ONNX, has weights outside its folder or other ones than its
+            tensors need, or is not an image classifier with a dynamic batch; the message names the file.
         MissingPackageError: `onnx` is not installed.
     """
-    if not path.is_file():
-        raise TeacherError(f"{path}: there is no such file; give the path of an exported teacher")
-    path = path.resolve()
-    content = path.read_bytes()
-    model = _parse(path, content)
-    tensors = list(_tensors(model))
-    digest = hashlib.sha256(content)
-    for external in _external_files(path, tensors):
-        with external.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-
+    path, outline = _read_outline(path)
+    model = outline.model
+    if len([entry for entry in model.opset_import if entry.domain == ""]) != 1:
+        raise TeacherError(f"{path} does not say once which version of ONNX's operators it uses; export it again")
+    tensors = list(all_tensors(path, model))
+    external = external_ranges(path, outline, tensors)
+    _add_external(outline.sha256, path, external)
     input_name, images = _read_input(path, model.graph)
     output_names, outputs = _read_outputs(path, model.graph)
     return OnnxFile(
@@ -81,8 +129,11 @@ def read_onnx(path: Path) -> OnnxFile:
         outputs=outputs,
         output_names=output_names,
         precision=_precision(tensors),
+        opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
         classes=_read_classes(path, model, outputs["logits"].shape[1]),
-        sha256=digest.hexdigest(),
+        input_adapter=_read_adapter(path, model),
+        external=external,
+        sha256=outline.sha256.hexdigest(),
     )
 
 
@@ -100,118 +151,184 @@ def replace_onnx(target: Path) -> Iterator[Path]:
             os.replace(written, target.parent / written.name)
 
 
-def _parse(path: Path, content: bytes) -> Any:
-    onnx = require("onnx", extra="cpu")
+def _read_outline(path: Path) -> tuple[Path, Outline]:
+    """The path with links resolved, and the file without its weights."""
+    num_bytes = 0
     try:
-        model = onnx.load_model_from_string(content)
-    except Exception as exc:  # protobuf's DecodeError, or what onnx converts it to
+        path = path.resolve()
+        with open_regular(path, max_bytes=MAX_BYTES) as stream:
+            num_bytes = os.fstat(stream.fileno()).st_size
+            outline = read_outline(stream, num_bytes)
+    except FileNotFoundError as exc:
+        raise TeacherError(f"{path}: there is no such file; give the path of an exported teacher") from exc
+    except (OSError, RuntimeError) as exc:  # RuntimeError: a loop of links
+        reason = getattr(exc, "strerror", None) or exc
+        raise TeacherError(f"{path} cannot be read: {reason}; give the path of an exported teacher") from exc
+    except OutlineError as exc:
         raise TeacherError(
-            f"{path} ({len(content)} bytes) is not a readable ONNX file: {exc}; export the teacher again"
+            f"{path} ({num_bytes} bytes) is not a readable ONNX file: {exc}; export the teacher again"
         ) from exc
-    if not model.graph.node:
-        raise TeacherError(f"{path} ({len(content)} bytes) holds no ONNX graph; export the teacher again")
-    return model
+    if not outline.model.graph.node:
+        raise TeacherError(f"{path} ({num_bytes} bytes) holds no ONNX graph; export the teacher again")
+    return path, outline
 
 
-def _tensors(message: Any) -> Iterator[Any]:
-    """All tensors in a protobuf message: initializers, constants, those in subgraphs and functions."""
-    if message.DESCRIPTOR.name == "TensorProto":
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for child in value if isinstance(value, Sequence) else (value,):
-                yield from _tensors(child)
+def _copy_model(path: Path, copy: Path) -> Any:
+    """Copy the model alone: the digest object of what was copied."""
+    digest = hashlib.sha256()
+    with open_regular(path, max_bytes=MAX_BYTES) as stream, copy.open("wb") as target:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            target.write(chunk)
+    return digest
 
 
-def _external_files(path: Path, tensors: Sequence[Any]) -> list[Path]:
-    """The files with external weights, sorted, after checking that each exists and is in the model's folder."""
-    files = set()
-    for tensor in tensors:
-        if tensor.data_location != tensor.EXTERNAL:
-            continue
-        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-        file = (path.parent / location).resolve()
-        if Path(location).is_absolute() or ".." in Path(location).parts or not file.is_relative_to(path.parent):
-            raise TeacherError(
-                f"{path}: the weights of {tensor.name!r} are in {location!r}; absolute paths, '..' and symlinks out of "
-                "the model's folder are not allowed, keep external data next to the file"
-            )
-        if not file.is_file():
-            raise TeacherError(
-                f"{path}: the weights of {tensor.name!r} are in {location!r}, and there is no such file; copy the "
-                "external data together with the model"
-            )
-        files.add(file)
-    return sorted(files)
+def _add_external(digest: Any, path: Path, external: Mapping[str, Ranges], folder: Path | None = None) -> None:
+    """Add the external weights of the model `path` to `digest`, and copy them to `folder` if one is given."""
+    for location, ranges in external.items():
+        part = hashlib.sha256()
+        with nullcontext() if folder is None else _create(folder / location) as copy:
+            for position, chunk in _external_chunks(path, location, ranges):
+                part.update(chunk)
+                if copy is not None:
+                    copy.seek(position)
+                    copy.write(chunk)
+        digest.update(part.digest())
+
+
+def _create(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("wb")
+
+
+def _external_chunks(path: Path, location: str, ranges: Ranges) -> Iterator[tuple[int, bytes]]:
+    try:
+        with open_external(path, location) as stream:
+            yield from read_ranges(stream, ranges)
+    except FileNotFoundError as exc:
+        raise TeacherError(
+            f"{path} has weights in {quoted(location)}, and there is no such file; copy the external data together "
+            "with the model"
+        ) from exc
+    except OSError as exc:
+        raise TeacherError(
+            f"{path} has weights in {quoted(location)}, which cannot be read: {exc.strerror or exc}; copy the external "
+            "data together with the model"
+        ) from exc
 
 
 def _read_input(path: Path, graph: Any) -> tuple[str, TensorSpec]:
     weights = {tensor.name for tensor in graph.initializer}  # old files list weights among the inputs
     inputs = [value for value in graph.input if value.name not in weights]
     if len(inputs) != 1:
-        names = ", ".join(repr(value.name) for value in inputs)
-        raise TeacherError(f"{path} takes {len(inputs)} inputs ({names}); a teacher takes only images")
+        raise TeacherError(
+            f"{path} takes {len(inputs)} inputs ({_names(value.name for value in inputs)}); a teacher takes only images"
+        )
     images = _spec(path, inputs[0])
     if len(images.shape) != 4 or images.shape[1] != 3:
-        raise TeacherError(f"{path}: the input {inputs[0].name!r} is {images}; a teacher takes images [N, 3, H, W]")
+        raise TeacherError(
+            f"{path}: the input {quoted(inputs[0].name)} is {images}; a teacher takes images [N, 3, H, W]"
+        )
     return inputs[0].name, images
 
 
 def _read_outputs(path: Path, graph: Any) -> tuple[dict[str, str], dict[str, TensorSpec]]:
     names = [value.name for value in graph.output]
     output_names = {"logits": names[0]} if len(names) == 1 else {name: name for name in names}
-    if "logits" not in output_names:
-        raise TeacherError(f"{path} returns {', '.join(map(repr, names))}; one of them must be named 'logits'")
+    if "logits" not in output_names or len(output_names) != len(names):
+        raise TeacherError(f"{path} returns {_names(names)}; one of them, and only one, must be named 'logits'")
     outputs = dict(zip(output_names, (_spec(path, value) for value in graph.output), strict=True))
     if len(outputs["logits"].shape) != 2:
-        raise TeacherError(f"{path}: the logits {output_names['logits']!r} are {outputs['logits']}, expected [N, K]")
+        raise TeacherError(
+            f"{path}: the logits {quoted(output_names['logits'])} are {outputs['logits']}, expected [N, K]"
+        )
     return output_names, outputs
 
 
 def _spec(path: Path, value: Any) -> TensorSpec:
     """Shape and dtype of an input or output; its first dimension must be a dynamic batch."""
-    onnx = require("onnx", extra="cpu")
-    tensor = value.type.tensor_type
-    dtype_name = onnx.TensorProto.DataType.Name(tensor.elem_type)
-    if dtype_name not in _TORCH_DTYPES:
+    tensor, name = value.type.tensor_type, quoted(value.name)
+    if not value.name.isprintable() or len(value.name) > _MAX_NAME:
+        raise TeacherError(f"{path}: {name} is no name to print, or too long; export the teacher with others")
+    dtype = dtype_name(tensor.elem_type)
+    if dtype not in _TORCH_DTYPES:
         raise TeacherError(
-            f"{path}: {value.name!r} is a tensor of {dtype_name}; export the teacher with float32 or float16 "
-            "inputs and outputs"
+            f"{path}: {name} is a tensor of {dtype}; export the teacher with float32 or float16 inputs and outputs"
         )
-    if not tensor.shape.dim:
-        raise TeacherError(f"{path}: {value.name!r} has no shape; run onnx.shape_inference.infer_shapes on the file")
+    if not 0 < len(tensor.shape.dim) <= MAX_DIMS:
+        reason = f"{len(tensor.shape.dim)} dimensions" if tensor.shape.dim else "no shape"
+        raise TeacherError(f"{path}: {name} has {reason}; run onnx.shape_inference.infer_shapes on the file")
     # Exporters write a dynamic size as a name, as nothing or as -1.
     shape = tuple(dim.dim_value if dim.dim_value > 0 else None for dim in tensor.shape.dim)
-    spec = TensorSpec(shape, _TORCH_DTYPES[dtype_name])
+    spec = TensorSpec(shape, _TORCH_DTYPES[dtype])
     if shape[0] is not None:
         raise TeacherError(
-            f"{path}: {value.name!r} is {spec}, a static batch of {shape[0]}; export the teacher with a dynamic batch, "
+            f"{path}: {name} is {spec}, a static batch of {shape[0]}; export the teacher with a dynamic batch, "
             "such as dynamic_shapes=({0: 'batch'},) in torch.onnx.export"
         )
+    if math.prod(size or 1 for size in shape) > _MAX_VALUES:
+        raise TeacherError(f"{path}: {name} is {spec}, more than {_MAX_VALUES} values for an image; export it again")
     return spec
 
 
+def _names(names: Iterable[str]) -> str:
+    names = list(names)
+    shown = ", ".join(map(quoted, names[:_MAX_SHOWN]))
+    return shown if len(names) <= _MAX_SHOWN else f"{shown} and {len(names) - _MAX_SHOWN} more"
+
+
 def _read_classes(path: Path, model: Any, num_classes: int | None) -> tuple[str, ...] | None:
-    text = next((entry.value for entry in model.metadata_props if entry.key == CLASSES_KEY), None)
+    text = _metadata(path, model, CLASSES_KEY)
     if text is None:
         return None
     try:
         names = json.loads(text)
-    except json.JSONDecodeError as exc:
-        raise TeacherError(f"{path}: the metadata {CLASSES_KEY} is not JSON ({exc}); export the teacher again") from exc
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    except (ValueError, RecursionError) as exc:  # ValueError: not JSON, or a number of thousands of digits
+        raise TeacherError(
+            f"{path}: the metadata {CLASSES_KEY} is not JSON of names ({exc}); export the teacher again"
+        ) from exc
+    if not isinstance(names, list) or not all(isinstance(name, str) and _is_text(name) for name in names):
         raise TeacherError(f"{path}: the metadata {CLASSES_KEY} is not a list of names; export the teacher again")
     if num_classes not in (None, len(names)):
         raise TeacherError(f"{path} has {num_classes} logits and {len(names)} class names in {CLASSES_KEY}")
     return tuple(names)
 
 
+def _read_adapter(path: Path, model: Any) -> InputAdapter | None:
+    text = _metadata(path, model, ADAPTER_KEY)
+    try:
+        return None if text is None else InputAdapter.model_validate_json(text)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        where = "".join(f"{quoted(str(part))}: " for part in first["loc"])
+        raise TeacherError(
+            f"{path}: the metadata {ADAPTER_KEY} is no input adapter: {where}{first['msg']}; export the teacher again"
+        ) from exc
+
+
+def _metadata(path: Path, model: Any, key: str) -> str | None:
+    """The value of `key`, if there is one."""
+    texts = [entry.value for entry in model.metadata_props if entry.key == key]
+    if len(texts) > 1 or any(len(text) > _MAX_METADATA for text in texts):
+        reason = "twice" if len(texts) > 1 else f"with more than {_MAX_METADATA} characters"
+        raise TeacherError(f"{path} has the metadata {key} {reason}; export the teacher again")
+    return texts[0] if texts else None
+
+
+def _is_text(name: str) -> bool:
+    """Whether the name is UTF-8; an escape in JSON can be half of a character."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _precision(tensors: Sequence[Any]) -> str:
     """Precision of most floating weights by number of elements; some constants are always float32."""
     num_elements = dict.fromkeys(_PRECISIONS, 0)
     for tensor in tensors:
-        dtype_name = tensor.DataType.Name(tensor.data_type)
-        if dtype_name in num_elements:
-            num_elements[dtype_name] += math.prod(tensor.dims)
+        name = dtype_name(tensor.data_type)
+        if name in num_elements:
+            num_elements[name] += math.prod(tensor.dims)
     return _PRECISIONS[max(num_elements, key=lambda name: num_elements[name])]

@@ -1,6 +1,7 @@
 """Converts an ONNX teacher to float16 or bfloat16, and emulates that arithmetic in float32."""
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,10 @@ from torch import Tensor
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import EngineError
-from kd_pipeline.onnx.edit import save_model
+from kd_pipeline.onnx.edit import open_model, save_model
 from kd_pipeline.onnx.file import OnnxFile, read_onnx
 from kd_pipeline.onnx.ranges import measure_ranges
+from kd_pipeline.onnx.weights import shortened
 
 __all__ = ["CONVERTER_VERSION", "convert_precision", "emulate_precision"]
 
@@ -72,20 +74,24 @@ def convert_precision(
     """
     dtypes = require("onnx_ir", extra="cpu").DataType
     file = _read_float32(source, samples)
-    model = _load(source, precision)
+    if precision == "bf16" and file.opset < _BFLOAT16_OPSET:
+        raise EngineError(
+            f"{source} has opset {file.opset}, and bfloat16 needs {_BFLOAT16_OPSET} or later; export the teacher again"
+        )
     out_of_range = _values_out_of_range(file, samples) if precision == "fp16" else set()
     half = dtypes.FLOAT16 if precision == "fp16" else dtypes.BFLOAT16
-    reads: set[tuple[Any, int]] = set()
-    writes: list[Any] = []
-    for node in _convertible_nodes(model.graph, out_of_range, _NOT_IN_TENSORRT[precision]):
-        inputs, outputs = _half_ports(node, half, model.opset_imports[""])
-        reads.update((node, index) for index in inputs)
-        writes += outputs
-    converted = {node for node, _ in reads} | {value.producer() for value in writes}
-    kept = tuple(node.name for node in model.graph if node not in converted and _computes_in_float32(node))
-    _insert_casts(model.graph, half, reads, writes, dtypes.FLOAT16 if half_io else dtypes.FLOAT)
-    require("onnx_ir.passes.common", extra="cpu").RemoveUnusedNodesPass()(model)
-    save_model(model, target)
+    with _open_prepared(file) as model:
+        reads: set[tuple[Any, int]] = set()
+        writes: list[Any] = []
+        for node in _convertible_nodes(model.graph, out_of_range, _NOT_IN_TENSORRT[precision]):
+            inputs, outputs = _half_ports(node, half, file.opset)
+            reads.update((node, index) for index in inputs)
+            writes += outputs
+        converted = {node for node, _ in reads} | {value.producer() for value in writes}
+        kept = tuple(node.name for node in model.graph if node not in converted and _computes_in_float32(node))
+        _insert_casts(model.graph, half, reads, writes, dtypes.FLOAT16 if half_io else dtypes.FLOAT)
+        require("onnx_ir.passes.common", extra="cpu").RemoveUnusedNodesPass()(model)
+        save_model(model, target)
     return kept
 
 
@@ -101,12 +107,19 @@ def emulate_precision(source: Path, target: Path) -> Path:
 
     Raises:
         EngineError: `target` cannot be written.
+        TeacherError: `source` is not an image classifier in ONNX.
         MissingPackageError: `onnx` or `onnx_ir` is not installed.
     """
     ir = require("onnx_ir", extra="cpu")
     halves = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
-    model = ir.load(source)
-    graph = model.graph
+    with open_model(read_onnx(source)) as model:
+        _emulate(model.graph, halves)
+        return save_model(model, target)
+
+
+def _emulate(graph: Any, halves: Collection[Any]) -> None:
+    """Compute all values of the dtypes `halves` in float32, each rounded by a Cast."""
+    ir = require("onnx_ir", extra="cpu")
     for weights in graph.initializers.values():
         if weights.dtype in halves:
             weights.const_value = _round(weights.const_value, ir.DataType.FLOAT)
@@ -121,7 +134,6 @@ def emulate_precision(source: Path, target: Path) -> Path:
         widened = _cast(half, ir.DataType.FLOAT, graph)
         for user, index in uses:
             user.replace_input_with(index, widened)
-    return save_model(model, target)
 
 
 def _read_float32(path: Path, samples: Tensor) -> OnnxFile:
@@ -137,27 +149,27 @@ def _read_float32(path: Path, samples: Tensor) -> OnnxFile:
     return file
 
 
-def _load(path: Path, precision: _Precision) -> Any:
+@contextmanager
+def _open_prepared(file: OnnxFile) -> Iterator[Any]:
     """The model with functions inlined, constants as initializers, a name for each node and all dtypes inferred."""
     passes = require("onnx_ir.passes.common", extra="cpu")
-    model = require("onnx_ir", extra="cpu").load(path)
-    opset = model.opset_imports[""]
-    if precision == "bf16" and opset < _BFLOAT16_OPSET:
-        raise EngineError(
-            f"{path} has opset {opset}, and bfloat16 needs {_BFLOAT16_OPSET} or later; export the teacher again"
-        )
-    for step in (
+    steps = (
         passes.InlinePass(),
         passes.RemoveInitializersFromInputsPass(),
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.NameFixPass(),
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False),
-    ):
-        step(model)
-    for node in model.graph.all_nodes():
-        _check_node(node, path)
-    return model
+    )
+    with open_model(file) as model:
+        try:
+            for step in steps:
+                step(model)
+        except Exception as exc:  # such as functions that call themselves
+            raise EngineError(f"{file.path} cannot be converted: {shortened(exc)}; export the teacher again") from exc
+        for node in model.graph.all_nodes():
+            _check_node(node, file.path)
+        yield model
 
 
 def _check_node(node: Any, path: Path) -> None:
@@ -181,16 +193,16 @@ def _check_node(node: Any, path: Path) -> None:
 
 def _values_out_of_range(file: OnnxFile, samples: Tensor) -> set[str]:
     """Names of the float32 values in the main graph that float16 cannot hold."""
-    model = _load(file.path, "fp16")
-    largest = {
-        value.name: _largest_finite(value.const_value.numpy())
-        for value in model.graph.initializers.values()
-        if _is_float32(value)
-    }
-    nodes = tuple(model.graph)
-    values = [*model.graph.inputs, *(value for node in nodes for value in node.outputs)]
-    values = [value for value in values if _is_float32(value)]
-    ranges = measure_ranges(file, model, values, samples, finite_only=True)
+    with _open_prepared(file) as model:
+        largest = {
+            value.name: _largest_finite(value.const_value.numpy())
+            for value in model.graph.initializers.values()
+            if _is_float32(value)
+        }
+        nodes = tuple(model.graph)
+        values = [*model.graph.inputs, *(value for node in nodes for value in node.outputs)]
+        values = [value for value in values if _is_float32(value)]
+        ranges = measure_ranges(file, model, values, samples, finite_only=True)
     largest |= {value.name: magnitude.item() for value, magnitude in zip(values, ranges, strict=True)}
     tiny = {name for name, magnitude in largest.items() if 0 < magnitude < _MIN_FLOAT16}
     # An epsilon has an effect only if the nodes that read the sum are in float32 too.
@@ -313,11 +325,10 @@ def _set_dtype(value: Any, dtype: Any) -> None:
 
 def _as_dtype(value: Any, dtype: Any, graph: Any, casts: dict[tuple[Any, Any], Any]) -> Any:
     """`value` as `dtype`: itself, or a Cast or a copy of the weights that all consumers share through `casts`."""
+    while value.dtype != dtype and (producer := value.producer()) is not None and producer.op_type == "Cast":
+        value = producer.inputs[0]  # cast its input instead, to round once
     if value.dtype == dtype:
         return value
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Cast":  # cast its input instead, to round once
-        return _as_dtype(producer.inputs[0], dtype, graph, casts)
     if (value, dtype) not in casts:
         casts[value, dtype] = (_copy_weights if value.is_initializer() else _cast)(value, dtype, graph)
     return casts[value, dtype]

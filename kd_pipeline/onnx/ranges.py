@@ -15,6 +15,7 @@ from kd_pipeline.errors import EngineError
 from kd_pipeline.onnx.edit import add_constant
 from kd_pipeline.onnx.file import OnnxFile
 from kd_pipeline.onnx.session import FATAL, open_session
+from kd_pipeline.onnx.weights import shortened
 
 __all__ = ["measure_ranges"]
 
@@ -46,7 +47,9 @@ def measure_ranges(
             batches = torch.split(samples.detach().cpu(), _BATCH_SIZE)
             magnitudes = [session.run(None, {file.input_name: images.numpy()}) for images in batches]
         except Exception as exc:
-            raise EngineError(f"ONNX Runtime cannot run {file.path} on {len(samples)} samples: {exc}") from exc
+            raise EngineError(
+                f"ONNX Runtime cannot run {file.path} on {len(samples)} samples: {shortened(exc)}"
+            ) from exc
     largest: NDArray[np.float32] = (np.fmax if finite_only else np.maximum).reduce(magnitudes)
     return largest
 

@@ -15,6 +15,7 @@ from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import MissingPackageError, TeacherError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.onnx.session import open_session
+from kd_pipeline.onnx.weights import shortened
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["OnnxRuntimeTeacher", "why_no_cuda"]
@@ -68,10 +69,11 @@ class OnnxRuntimeTeacher(Teacher):
             device = torch.device("cuda", torch.cuda.current_device())
         self._stream = _CudaStream(device) if device.type == "cuda" else None
         providers = [] if self._stream is None else [self._stream.provider]
-        try:
-            self._session = open_session(file.path, providers=providers, num_threads=num_threads, optimize=optimize)
-        except Exception as exc:
-            raise TeacherError(f"ONNX Runtime cannot load {file.path}: {exc}") from exc
+        with file.private_copy() as copy:
+            try:
+                self._session = open_session(copy, providers=providers, num_threads=num_threads, optimize=optimize)
+            except Exception as exc:
+                raise TeacherError(f"ONNX Runtime cannot load {file.path}: {shortened(exc)}") from exc
         if self._stream is not None and _CUDA not in self._session.get_providers():
             raise TeacherError(
                 f"ONNX Runtime cannot use {device}: {why_no_cuda() or 'its CUDA provider does not load, see its log'}"

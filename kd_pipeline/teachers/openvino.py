@@ -12,6 +12,7 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.onnx.file import read_onnx
+from kd_pipeline.onnx.weights import shortened
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["OpenVINOTeacher"]
@@ -47,13 +48,14 @@ class OpenVINOTeacher(Teacher):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": str(num_threads or num_cores()),
         }
-        try:
-            compiled = _core().compile_model(file.path, "CPU", options)
-        except Exception as exc:
-            advice = (
-                "export it in eval mode (call module.eval() before torch.onnx.export). " if _TRAINS in str(exc) else ""
-            )
-            raise TeacherError(f"OpenVINO cannot load {file.path}: {advice}{exc}") from exc
+        with file.private_copy() as copy:
+            try:
+                compiled = _core().compile_model(copy, "CPU", options)
+            except Exception as exc:
+                advice = "export it in eval mode (call module.eval() before torch.onnx.export). "
+                raise TeacherError(
+                    f"OpenVINO cannot load {file.path}: {advice if _TRAINS in str(exc) else ''}{shortened(exc)}"
+                ) from exc
         own = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         found = _PRECISIONS.get(own, own)
         if found != precision:

@@ -410,7 +410,8 @@ def test_weights_with_nan(tmp_path: Path, sources: dict[str, Path]) -> None:
 
 def test_runtime_error_is_quoted(tmp_path: Path, sources: dict[str, Path]) -> None:
     model = onnx.load(sources["conv"])
-    model.graph.node[-1].op_type = "NoSuchOperator"
+    model.graph.node[-1].op_type, model.graph.node[-1].domain = "NoSuchOperator", "custom"
+    model.opset_import.append(onnx.helper.make_opsetid("custom", 1))
     path = tmp_path / "source.onnx"
     onnx.save(model, path)
     with pytest.raises(
