@@ -78,7 +78,7 @@ def open_model(file: OnnxFile) -> Iterator[Any]:
             model = ir.load(copy)
         except Exception as exc:  # each package has its own error classes
             raise EngineError(
-                f"{file.path} is not valid ONNX: {shortened(exc).replace(str(copy), str(file.path))}; export it again"
+                f"{file.path} is not valid ONNX: {shortened(exc, copy, file.path)}; export it again"
             ) from exc
         yield model
 

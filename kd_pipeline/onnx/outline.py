@@ -96,6 +96,8 @@ class _Reader:
             tag = self._number(end)
             entry, wire = kind.fields_by_number.get(tag >> 3), tag & 7
             self._account(_VALUE_MEMORY)
+            if entry is None:
+                raise OutlineError(f"byte {self.position} starts no field of {kind.name} that onnx knows")
             if wire == _SIZED:
                 tag, content = self._sized(kind, entry, tag, end)
                 copy += _varint(tag) + _varint(len(content)) + content
@@ -104,7 +106,7 @@ class _Reader:
             elif wire in (_FIXED_32, _FIXED_64):
                 copy += _varint(tag) + self._read(4 if wire == _FIXED_32 else 8, end)
             else:
-                raise OutlineError(f"byte {self.position} starts no field of {kind.name}")
+                raise OutlineError(f"byte {self.position} starts no value of {kind.name}")
         self.depth -= 1
         return copy
 
@@ -116,11 +118,11 @@ class _Reader:
         if size <= _SMALL and self.unseen + size < _MAX_UNSEEN:
             self.unseen += size + 2  # tag and size
             return tag, self._read(size, end)
-        if kind.name == "TensorProto" and entry is not None and (entry.name == "raw_data" or entry.name in _PACKED):
+        if kind.name == "TensorProto" and (entry.name == "raw_data" or entry.name in _PACKED):
             token = secrets.token_bytes(16)  # which the file's author cannot know
             self.sizes[token] = entry.name, self._skip(size, end, entry.name)
             return kind.fields_by_name["raw_data"].number << 3 | _SIZED, token
-        if entry is not None and entry.message_type is not None:
+        if entry.message_type is not None:
             return tag, self.message(entry.message_type, size)
         self._account(size)
         return tag, self._read(size, end)

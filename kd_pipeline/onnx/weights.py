@@ -49,7 +49,7 @@ _BITS = {
 _NUM_BITS = {name: bits for bits, names in _BITS.items() for name in names.split()}
 _DATA_FIELDS = ("float_data", "int32_data", "int64_data", "uint64_data", "double_data", "string_data")
 _EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
-_NOT_READ = ("segment", "sparse_tensor", "sparse_tensors", "sparse_initializer", "training_info")
+_NOT_READ = ("sparse_tensor", "sparse_tensors", "sparse_initializer", "training_info")
 """Fields of ONNX that no runtime here needs for a classifier, and that hold data which is not looked at."""
 _MEMORY_LOCATION = "_ORT_MEM_ADDR_"
 """In a location that means an address in the memory of the process, to ONNX Runtime and OpenVINO."""
@@ -65,9 +65,11 @@ def quoted(text: str) -> str:
     return _quote.repr(text)
 
 
-def shortened(error: Exception) -> str:
-    """What a package says about a file, whose names it repeats as they are, for a message."""
+def shortened(error: Exception, copy: Path | None = None, path: Path | None = None) -> str:
+    """What a package says about a file, or about its private `copy` of `path`, for a message: it repeats any name."""
     text = printable(error, keep="\n")
+    if copy is not None:
+        text = text.replace(str(copy), str(path))
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
 
 
@@ -75,17 +77,22 @@ def all_tensors(path: Path, message: Any) -> Iterator[Any]:
     """All tensors in a protobuf message: initializers, constants, those in subgraphs and functions.
 
     Raises:
-        TeacherError: it has tensors of a kind that is not read.
+        TeacherError: it has tensors of a kind that is not read, or text that is none.
     """
     if message.DESCRIPTOR.name == "TensorProto":
         yield message
-        return
     for entry, value in message.ListFields():
         if entry.name in _NOT_READ:
             raise TeacherError(f"{path} has {entry.name}, which is not supported; export the teacher without it")
         if entry.message_type is not None:
-            for child in value if isinstance(value, Sequence) else (value,):
+            for child in (value,) if hasattr(value, "DESCRIPTOR") else value:
                 yield from all_tensors(path, child)
+        elif entry.type == entry.TYPE_STRING:
+            texts = (value,) if isinstance(value, str | bytes) else value
+            if not all(isinstance(text, str) for text in texts):  # protobuf gives the bytes
+                raise TeacherError(
+                    f"{path}: its {message.DESCRIPTOR.name}.{entry.name} is not UTF-8; export the teacher again"
+                )
 
 
 def external_ranges(path: Path, outline: Outline, tensors: Iterable[Any]) -> Mapping[str, Ranges]:
@@ -174,6 +181,8 @@ def _refuse_link(name: str, folder: int) -> None:
 
 def _size(tensor: Any) -> tuple[int, int]:
     """The number of elements and the bits of each."""
+    if tensor.HasField("segment"):
+        raise ValueError("are a segment of others, which is not supported; export the teacher again")
     if len(tensor.dims) > MAX_DIMS:
         raise ValueError(f"have {len(tensor.dims)} dimensions, more than {MAX_DIMS}; export the teacher again")
     if min(tensor.dims, default=0) < 0:

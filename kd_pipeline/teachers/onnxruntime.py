@@ -73,7 +73,7 @@ class OnnxRuntimeTeacher(Teacher):
             try:
                 self._session = open_session(copy, providers=providers, num_threads=num_threads, optimize=optimize)
             except Exception as exc:
-                raise TeacherError(f"ONNX Runtime cannot load {file.path}: {shortened(exc)}") from exc
+                raise TeacherError(f"ONNX Runtime cannot load {file.path}: {shortened(exc, copy, file.path)}") from exc
         if self._stream is not None and _CUDA not in self._session.get_providers():
             raise TeacherError(
                 f"ONNX Runtime cannot use {device}: {why_no_cuda() or 'its CUDA provider does not load, see its log'}"

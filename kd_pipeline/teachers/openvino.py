@@ -53,9 +53,8 @@ class OpenVINOTeacher(Teacher):
                 compiled = _core().compile_model(copy, "CPU", options)
             except Exception as exc:
                 advice = "export it in eval mode (call module.eval() before torch.onnx.export). "
-                raise TeacherError(
-                    f"OpenVINO cannot load {file.path}: {advice if _TRAINS in str(exc) else ''}{shortened(exc)}"
-                ) from exc
+                reason = f"{advice if _TRAINS in str(exc) else ''}{shortened(exc, copy, file.path)}"
+                raise TeacherError(f"OpenVINO cannot load {file.path}: {reason}") from exc
         own = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
         found = _PRECISIONS.get(own, own)
         if found != precision:
