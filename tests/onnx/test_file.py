@@ -1,15 +1,22 @@
+import errno
 import json
-import shutil
-from collections.abc import Callable
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.onnx.file import CLASSES_KEY, OnnxFile, read_onnx
+from kd_pipeline.models.input_adapter import InputAdapter
+from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, OnnxFile, read_onnx
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
@@ -134,74 +141,27 @@ def test_unknown_operator(tmp_path: Path, open_file: Callable[[Path], Teacher]) 
 
 @BOTH
 def test_missing_file(tmp_path: Path, open_file: Callable[[Path], Teacher]) -> None:
-    for path in (tmp_path / "teacher.onnx", tmp_path):
-        with pytest.raises(TeacherError, match=f"{path}: there is no such file"):
-            open_file(path)
+    with pytest.raises(TeacherError, match=f"{tmp_path / 'teacher.onnx'}: there is no such file"):
+        open_file(tmp_path / "teacher.onnx")
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.onnx")
+    (tmp_path / "device.onnx").symlink_to("/dev/zero")
+    (tmp_path / "loop.onnx").symlink_to("loop.onnx")
+    (tmp_path / "folder.onnx").mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.onnx"))
+    reasons = {"pipe": "a pipe", "device": "a device", "loop": "[Ll]oop", "folder": "a directory", "socket": "a socket"}
+    for name, reason in reasons.items():
+        with pytest.raises(TeacherError, match=f"cannot be read: .*{reason}"):
+            read_onnx(tmp_path / f"{name}.onnx")
 
 
 @BOTH
 def test_external_weights(tmp_path: Path, open_file: Callable[[Path], Teacher]) -> None:
     teacher = open_file(write_external(tmp_path / "model"))
     assert teacher.outputs.keys() == {"logits"}
-
-
-@BOTH
-@pytest.mark.parametrize(
-    "location",
-    [
-        "{outside}",
-        "../outside.bin",
-        "inner/../../outside.bin",
-        "link.bin",
-        "{folder}/weights.bin",
-        "inner/../weights.bin",
-    ],
-)
-def test_external_weights_outside_folder(tmp_path: Path, open_file: Callable[[Path], Teacher], location: str) -> None:
-    outside, folder = tmp_path / "outside.bin", tmp_path / "model"
-    write_external(folder)
-    shutil.copy(folder / "weights.bin", outside)
-    (folder / "inner").mkdir()
-    (folder / "link.bin").symlink_to(outside)
-    path = write_external(folder, point_at(location.format(outside=outside, folder=folder)))
-    with pytest.raises(
-        TeacherError, match=r"model\.onnx: the weights of 'weight' .* out of the model's folder are not allowed"
-    ):
-        open_file(path)
-
-
-@BOTH
-def test_missing_external_weights(tmp_path: Path, open_file: Callable[[Path], Teacher]) -> None:
-    path = write_external(tmp_path / "model")
-    weights = tmp_path / "model" / "weights.bin"
-    weights.write_bytes(weights.read_bytes()[:20])
-    with pytest.raises(TeacherError, match=r"cannot load .*model\.onnx"):
-        open_file(path)
-    weights.unlink()
-    with pytest.raises(TeacherError, match=r"are in 'weights\.bin', and there is no such file"):
-        open_file(path)
-
-
-def test_external_weights_in_subgraph(tmp_path: Path) -> None:
-    model = linear_model()
-    secret = helper.make_tensor("secret", FLOAT, [1], [1.0])
-    secret.ClearField("float_data")
-    secret.data_location = TensorProto.EXTERNAL
-    secret.external_data.add(key="location", value="/etc/hostname")
-    branch = helper.make_graph(
-        [helper.make_node("Identity", ["secret"], ["out"])],
-        "branch",
-        [],
-        [helper.make_tensor_value_info("out", FLOAT, [1])],
-        [secret],
-    )
-    condition = helper.make_tensor("condition", TensorProto.BOOL, [], [True])
-    model.graph.node.append(helper.make_node("Constant", [], ["condition"], value=condition))
-    model.graph.node.append(helper.make_node("If", ["condition"], ["out"], then_branch=branch, else_branch=branch))
-    path = tmp_path / "model.onnx"
-    path.write_bytes(model.SerializeToString())
-    with pytest.raises(TeacherError, match="'secret' are in '/etc/hostname'"):
-        read_onnx(path)
 
 
 def test_digest_covers_external_weights(tmp_path: Path) -> None:
@@ -211,6 +171,14 @@ def test_digest_covers_external_weights(tmp_path: Path) -> None:
     assert first.read_bytes() == different.read_bytes()  # only the weight files differ
     assert read_onnx(first).sha256 == read_onnx(same).sha256
     assert read_onnx(first).sha256 != read_onnx(different).sha256
+
+
+def test_only_the_used_parts_of_external_files_are_hashed(tmp_path: Path) -> None:
+    path = write_external(tmp_path / "model")
+    before, weights = read_onnx(path), tmp_path / "model" / "weights.bin"
+    weights.write_bytes(weights.read_bytes() + bytes(100))
+    assert read_onnx(path).sha256 == before.sha256
+    assert before.external == {"weights.bin": ((0, 60),)}
 
 
 def test_symlink_is_resolved(tmp_path: Path) -> None:
@@ -231,3 +199,173 @@ def test_fingerprint_covers_backend_and_precision(tmp_path: Path) -> None:
     file = read(tmp_path, outputs=[LOGITS])
     pairs = [("openvino", "fp32"), ("openvino", "bf16"), ("onnxruntime", "fp32")]
     assert len({file.fingerprint(*pair) for pair in pairs}) == 3
+
+
+def write_single(folder: Path, *, seed: int = 0) -> Path:
+    folder.mkdir(exist_ok=True)
+    onnx.save(linear_model(seed=seed), folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+WRITE = pytest.mark.parametrize("write", [write_single, write_external], ids=["one file", "external weights"])
+
+
+@BOTH
+@WRITE
+def test_what_is_hashed_is_what_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    open_file: Callable[[Path], Teacher],
+    write: Callable[..., Path],
+) -> None:
+    path = write(tmp_path / "model", seed=0)
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted = open_file(path)
+    private_copy = OnnxFile.private_copy
+
+    @contextmanager
+    def copy_and_swap(file: OnnxFile) -> Iterator[Path]:
+        with private_copy(file) as copy:
+            write(tmp_path / "model", seed=1)
+            yield copy
+
+    monkeypatch.setattr(OnnxFile, "private_copy", copy_and_swap)
+    found = open_file(path)
+    assert found.fingerprint == wanted.fingerprint
+    assert torch.equal(found(images)["logits"], wanted(images)["logits"])
+    other = open_file(path)
+    assert other.fingerprint != wanted.fingerprint
+    assert not torch.allclose(other(images)["logits"], wanted(images)["logits"])
+
+
+@BOTH
+@WRITE
+def test_a_file_that_is_swapped_before_it_is_copied_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    open_file: Callable[[Path], Teacher],
+    write: Callable[..., Path],
+) -> None:
+    path = write(tmp_path / "model", seed=0)
+
+    def read_and_swap(path: Path) -> OnnxFile:
+        file = read_onnx(path)
+        write(tmp_path / "model", seed=1)
+        return file
+
+    monkeypatch.setattr(sys.modules[open_file.__module__], "read_onnx", read_and_swap)
+    with pytest.raises(TeacherError, match="was changed while it was opened"):
+        open_file(path)
+
+
+def test_a_private_copy_is_private_and_short_lived(tmp_path: Path) -> None:
+    path = write_external(tmp_path / "model", point_at("parts/./weights.bin"))
+    (tmp_path / "model" / "parts").mkdir()
+    (tmp_path / "model" / "weights.bin").rename(tmp_path / "model" / "parts" / "weights.bin")
+    with read_onnx(path).private_copy() as copy:
+        assert copy.parent.stat().st_mode & 0o777 == 0o700
+        assert {str(each.relative_to(copy.parent)) for each in copy.parent.rglob("*") if each.is_file()} == {
+            "model.onnx",
+            "parts/weights.bin",
+        }
+        assert read_onnx(copy).sha256 == read_onnx(path).sha256
+    assert not copy.parent.exists()
+
+
+def test_no_space_for_a_private_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = read_onnx(write_external(tmp_path / "model"))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "open", lambda *arguments: (_ for _ in ()).throw(full))
+    with pytest.raises(TeacherError, match=r"cannot be copied to .*: No space left on device; .* TMPDIR"):
+        file.private_copy().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        (CLASSES_KEY, "[" * 100_000, "is not JSON of names"),
+        (CLASSES_KEY, f"[{'9' * 5000}]", "is not"),
+        (CLASSES_KEY, '["\\ud800"]', "is not a list of names"),
+        (CLASSES_KEY, " " * (2**23 + 1), "with more than 8388608 characters"),
+        (ADAPTER_KEY, "{}", "is no input adapter: 'mean': Field required"),
+        (ADAPTER_KEY, "[" * 100_000, "is no input adapter: Invalid JSON"),
+        (ADAPTER_KEY, '{"mean": [0, 0, 0], "std": [0, 1, 1]}', "is no input adapter: 'std'"),
+        (ADAPTER_KEY, f'{{"mean": [0, 0, 0], "std": [1, 1, 1], "size": {"9" * 5000}}}', "is no input adapter"),
+        (ADAPTER_KEY, '{"mean": [0, 0, 0], "std": [1, 1, 1], "\\u001b]0;x": 1}', r"adapter: '\\x1b\]0;x': Extra"),
+    ],
+)
+def test_damaged_metadata(tmp_path: Path, key: str, text: str, message: str) -> None:
+    with pytest.raises(TeacherError, match=f"metadata {key} .*{message}|metadata {key} {message}") as caught:
+        read(tmp_path, metadata={key: text})
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_metadata_that_is_there_twice(tmp_path: Path) -> None:
+    model = linear_model(metadata={CLASSES_KEY: '["a", "b", "c", "d", "e"]'})
+    model.metadata_props.append(model.metadata_props[0])
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(TeacherError, match=f"has the metadata {CLASSES_KEY} twice"):
+        read_onnx(tmp_path / "model.onnx")
+
+
+def test_the_adapter_of_a_file_is_read(tmp_path: Path) -> None:
+    adapter = InputAdapter(mean=(0.1, 0.2, 0.3), std=(1, 1, 1), size=8)
+    assert read(tmp_path, metadata={ADAPTER_KEY: adapter.model_dump_json()}).input_adapter == adapter
+    assert read(tmp_path).input_adapter is None
+
+
+def change(field: str, value: object) -> Callable[[onnx.ModelProto], None]:
+    def apply(model: onnx.ModelProto) -> None:
+        *parents, name = field.split(".")
+        message: Any = model
+        for parent in parents:
+            message = message[int(parent)] if parent.isdigit() else getattr(message, parent)
+        setattr(message, name, value)
+
+    return apply
+
+
+def add_dims(model: onnx.ModelProto) -> None:
+    model.graph.output[0].type.tensor_type.shape.dim.extend([onnx.TensorShapeProto.Dimension()] * 99)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (change("graph.output.0.name", "logits\x1b]0;x"), r"'logits\\x1b\]0;x' is no name to print"),
+        (change("graph.input.0.name", "i" * 10_000), "is no name to print, or too long"),
+        (change("graph.input.0.type.tensor_type.elem_type", 99), "'images' is a tensor of 99"),
+        (change("opset_import.0.domain", "other"), "does not say once which version"),
+        (lambda model: model.opset_import.add(version=3), "does not say once which version"),
+        (lambda model: model.graph.output.extend(model.graph.output), "returns 'logits', 'logits'; one of them, and"),
+        (lambda model: model.graph.output.extend(model.graph.output[:1] * 999), "and 990 more; one of them"),
+        (add_dims, "101 dimensions"),
+        (lambda model: model.graph.sparse_initializer.add().dims.append(2**40), "has sparse_initializer"),
+        (lambda model: model.training_info.add().algorithm.SetInParent(), "has training_info"),
+    ],
+)
+def test_models_that_nothing_here_reads(tmp_path: Path, edit: Callable[[onnx.ModelProto], None], message: str) -> None:
+    model = linear_model()
+    edit(model)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(TeacherError, match=message) as caught:
+        read_onnx(tmp_path / "model.onnx")
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("size", [2**40, 2**27])
+def test_images_and_outputs_without_bound_are_refused(tmp_path: Path, size: int) -> None:
+    for changes in (
+        {"inputs": [("images", FLOAT, ["N", 3, size, 1])]},
+        {"outputs": [("logits", FLOAT, ["N", 2 * size + 1])]},
+    ):
+        with pytest.raises(TeacherError, match="more than 268435456 values for an image"):
+            read(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("text", [b"images", b"weight", b"MatMul", b"linear"])
+def test_text_that_is_not_utf_8(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(linear_model().SerializeToString().replace(text, b"\xff" * len(text)))
+    with pytest.raises(TeacherError, match=r"its \w+Proto.\w+ is not UTF-8"):
+        read_onnx(path)
