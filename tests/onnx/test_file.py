@@ -337,7 +337,10 @@ def add_dims(model: onnx.ModelProto) -> None:
         (change("graph.input.0.type.tensor_type.elem_type", 99), "'images' is a tensor of 99"),
         (change("opset_import.0.domain", "other"), "does not say once which version"),
         (lambda model: model.opset_import.add(version=3), "does not say once which version"),
-        (lambda model: model.graph.output.extend([*model.graph.output]), "returns 'logits', 'logits'; one of them, and"),
+        (
+            lambda model: model.graph.output.extend([*model.graph.output]),
+            "returns 'logits', 'logits'; one of them, and",
+        ),
         (lambda model: model.graph.output.extend(model.graph.output[:1] * 999), "and 990 more; one of them"),
         (add_dims, "101 dimensions"),
         (lambda model: model.graph.sparse_initializer.add().dims.append(2**40), "has sparse_initializer"),
