@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.onnx._internal.exporter import _registration
 
+from kd_pipeline._core.optional import switch_off_reports
 from kd_pipeline.onnx.export import export_onnx
 from tests import runs
 from tests.networks import CLASSES as CLASS_NAMES
@@ -24,6 +25,7 @@ from tests.networks import IMAGE_SHAPE, ConvNet
 # the processes that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+switch_off_reports()  # some tests import OpenVINO or ONNX Runtime themselves
 
 # Engines that others may write to are refused, and under some systems' umask every file that a test writes is one.
 os.umask(0o022)
