@@ -1,7 +1,6 @@
 """Measurements in separate processes: opening a list and its first batch, or ranks that share a list."""
 
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from kd_pipeline._core.child_process import spawn_context
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench.measure import peak_memory_bytes
 from kd_pipeline.data.plan import Plan, Shard, uniforms
@@ -92,7 +92,7 @@ def start_in_process(task: ListTask, number: int) -> StartSample:
     Raises:
         DataError: the process was killed.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, spawn_context()) as pool:
         try:
             return pool.submit(_start, task, number).result()
         except BrokenProcessPool as exc:
@@ -110,7 +110,7 @@ def run_ranks(
     Raises:
         DataError: one of the processes was killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = spawn_context()
     barrier = context.Barrier(num_ranks)
     with ProcessPoolExecutor(num_ranks, context, initializer=_set_barrier, initargs=(barrier,)) as pool:
         jobs = [pool.submit(_run_rank, task, Shard(rank, num_ranks), num_batches, repeats) for rank in range(num_ranks)]

@@ -57,7 +57,7 @@ def start_once(checkout: Path, folder: Path, name: str) -> tuple[float, float]:
     overrides = ["stage=baseline", f"run_dir={run_dir}", "train.save_every_steps=1"]
     started = time.perf_counter()
     with subprocess.Popen(
-        [sys.executable, "-m", "kd_pipeline", "train", "-c", str(CONFIG), *overrides],
+        [sys.executable, "-P", "-m", "kd_pipeline", "train", "-c", str(CONFIG), *overrides],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(checkout)},
         stdout=subprocess.PIPE,

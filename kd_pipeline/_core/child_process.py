@@ -1,16 +1,20 @@
-"""Run a function in a child process, and report how it ended: a result, an exception, a crash or a timeout."""
+"""Start child processes, none of which imports from the working directory, and report how they end."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
-__all__ = ["ChildResult", "kill_session", "open_report", "run_child", "start_python"]
+__all__ = ["ChildResult", "isolate_children", "kill_session", "open_report", "run_child", "spawn_context", "start_python"]
 
 _GRACE_S = 5.0
 """How long to wait for a killed child; one that is stuck in a driver call never exits."""
@@ -69,6 +73,29 @@ def start_python(
     )
 
 
+def spawn_context() -> SpawnContext:
+    """The `multiprocessing` context for processes that share queues or pipes with this one.
+
+    `get_context("spawn")` starts `python -c`, which imports its first modules, `multiprocessing` and `pickle` among
+    them, from the working directory before it learns the parent's path. Processes of this context do not, and neither
+    do those that they start.
+    """
+    with _safe_path():
+        resource_tracker.ensure_running()  # the first queue or barrier would start it, in the same way
+    return _SafeSpawnContext()
+
+
+def isolate_children() -> None:
+    """From now on, no Python process that a library starts here imports from the working directory either.
+
+    Torch's compiler starts `python -c` to try what it compiled. Nothing changes where this process itself imports from
+    the working directory, by Python's own rule: with `python -m`, in a notebook, or in a script of that folder.
+    """
+    here = Path.cwd()
+    if not any(not each or Path(each).resolve() == here for each in sys.path):
+        os.environ["PYTHONSAFEPATH"] = "1"
+
+
 def open_report() -> TextIO:
     """In the child: the stream that the parent reads. Ordinary prints go to the log instead."""
     report = os.fdopen(os.dup(1), "w", buffering=1)
@@ -84,12 +111,43 @@ def kill_session(child: subprocess.Popen[bytes]) -> None:
         child.wait(_GRACE_S)
 
 
+class _SafeSpawnProcess(SpawnProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Any:
+        with _safe_path():
+            return SpawnProcess._Popen(process_obj)  # type: ignore[attr-defined]
+
+
+class _SafeSpawnContext(SpawnContext):
+    Process = _SafeSpawnProcess
+
+
+_safe_path_lock = threading.Lock()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Processes that are started in this block have `PYTHONSAFEPATH`, the `-P` for those whose command is fixed."""
+    with _safe_path_lock:
+        before = os.environ.get("PYTHONSAFEPATH")
+        os.environ["PYTHONSAFEPATH"] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["PYTHONSAFEPATH"]
+            else:
+                os.environ["PYTHONSAFEPATH"] = before
+
+
 def _import_path() -> list[str]:
     """`sys.path` without the working directory, unless this package is there."""
+    # A part with the separator in it would be read as several, such as a relative one or the working directory.
+    parts = [each for each in sys.path if each and os.pathsep not in each]
     here = Path.cwd()
     if here == Path(__file__).parents[2]:
-        return [each for each in sys.path if each]
-    return [each for each in sys.path if each and Path(each).resolve() != here]
+        return parts
+    return [each for each in parts if Path(each).resolve() != here]
 
 
 def _describe_exit(status: int) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kd_pipeline import losses
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.torch_compile import torch_compile
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench.torchvision_loaders import LoadTask, Stream, torchvision_pil, torchvision_tensor
 from kd_pipeline.data.sources import ImageFolder
@@ -128,7 +129,7 @@ def _best_torch(task: StepTask, opened: ExitStack) -> Step:
     """The best of PyTorch: `decode_jpeg` to tensors, channels last, half precision, both networks compiled."""
     dtype = _DTYPES[task.teacher_precision]
     network = _network(task.teacher, task).eval().to(dtype).to(memory_format=torch.channels_last)
-    compiled: Callable[[Tensor], Tensor] = torch.compile(network)
+    compiled = torch_compile(network)
 
     def teacher(images: Tensor) -> Tensor:
         return compiled(images.to(dtype, memory_format=torch.channels_last))
@@ -252,7 +253,7 @@ class _Student:
         self._format = torch.channels_last if compiled else torch.contiguous_format
         network = network.to(task.device).to(memory_format=self._format).train()
         self._optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-        self._network: Callable[[Tensor], Tensor] = torch.compile(network) if compiled else network
+        self._network: Callable[[Tensor], Tensor] = torch_compile(network) if compiled else network
         self._autocast = (
             nullcontext()
             if task.precision == "fp32"

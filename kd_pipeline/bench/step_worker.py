@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kd_pipeline._core.child_process import spawn_context
 from kd_pipeline.bench.measure import peak_memory_bytes, reset_peak_memory, traced, wait_until_idle
 from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer, Step, StepTask
 from kd_pipeline.errors import KDPipelineError
@@ -47,7 +48,7 @@ class StepWorker:
             KDPipelineError: the variant does not work on this machine.
         """
         self.letter = letter
-        context = multiprocessing.get_context("spawn")
+        context = spawn_context()
         self._connection, theirs = context.Pipe()
         # Not a daemon, which could not start torch's workers; it ends when this side of the pipe closes.
         self._process = context.Process(target=_serve, args=(theirs, letter, task))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
+from kd_pipeline._core.child_process import spawn_context
 from kd_pipeline._core.optional import require
 from kd_pipeline.data.transforms import TrainTransform
 
@@ -60,7 +61,7 @@ def _batches(dataset: Any, task: LoadTask) -> Stream:
         drop_last=True,
         pin_memory=task.device.type == "cuda",
         # Forking a process in which DALI's threads run is not safe.
-        multiprocessing_context="spawn",
+        multiprocessing_context=spawn_context(),
     )
     for images, _ in loader:
         yield images.to(task.device, non_blocking=True)

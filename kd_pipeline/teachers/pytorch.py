@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline._core.torch_compile import torch_compile
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.modules import frozen_copy, named_outputs
 from kd_pipeline.teachers.base import Teacher
@@ -78,7 +79,7 @@ class PyTorchTeacher(Teacher):
             fingerprint=fingerprint,
         )
         if compile:
-            self._model = torch.compile(self._model)
+            self._model = torch_compile(self._model)
         self._cuda_graph: _CudaGraph | None = None
         if batch_size is not None:
             usual = zeros.new_zeros(batch_size, *image_shape)

@@ -8,6 +8,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.torch_compile import torch_compile
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, images_for
@@ -62,7 +63,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._settings, self._steps_per_epoch, self._identity = settings, steps_per_epoch, identity
         self._validate = validate
         # In a list, so it is not a second submodule with the same weights.
-        self._compiled = [torch.compile(student)] if settings.compile else []
+        self._compiled = [torch_compile(student)] if settings.compile else []
         self._throughput = Throughput(teacher)
         self._logs_throughput = False
         """Whether the current batch ends with an optimizer step that is logged."""

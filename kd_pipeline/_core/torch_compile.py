@@ -1,0 +1,63 @@
+"""`torch.compile` with a cache that is this user's alone."""
+
+import atexit
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kd_pipeline._core.child_process import isolate_children
+from kd_pipeline._core.user_cache import user_cache
+
+__all__ = ["torch_compile"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where torch keeps what it compiled: code, pickles, and below it what Triton compiled."""
+_HEADERS_VARIABLE = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
+"""Whether compiled C++ headers are kept; torch keeps them in the temporary directory, whatever `_VARIABLE` says."""
+
+
+def torch_compile(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`torch.compile(module)`, whose results are kept in the user's cache, unless `TORCHINDUCTOR_CACHE_DIR` is set.
+
+    Torch would keep them in a folder of the temporary directory whose name everybody knows, and would run what
+    somebody else put there.
+    """
+    if not os.environ.get(_VARIABLE) or _is_torchs_own(os.environ[_VARIABLE]):
+        os.environ[_VARIABLE] = str(_private_folder())  # read at each compilation, also by torch's worker processes
+    if _HEADERS_VARIABLE not in os.environ:
+        from torch._inductor import config  # takes a second, and makes torch's own folder if no other is set
+
+        config.cpp_cache_precompile_headers = False
+    isolate_children()
+    compiled: Callable[[Tensor], Tensor] = torch.compile(module)
+    return compiled
+
+
+def _is_torchs_own(folder: str) -> bool:
+    """Whether it is torch's default, to which torch sets the variable when it compiles for the first time."""
+    path = Path(os.path.abspath(folder))
+    return path.parent == Path(os.path.abspath(tempfile.gettempdir())) and path.name.startswith("torchinductor_")
+
+
+def _private_folder() -> Path:
+    try:
+        return user_cache("inductor")
+    except (OSError, RuntimeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        folder = Path(tempfile.mkdtemp(prefix="kd_pipeline-inductor-"))
+        _logger.warning("what torch compiles is kept for this process only: no cache folder, as %s", reason)
+        atexit.register(_remove, folder, os.getpid())
+        return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not a process that was forked
+        shutil.rmtree(folder, ignore_errors=True)
