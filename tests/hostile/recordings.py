@@ -1,0 +1,138 @@
+"""Hostile recordings."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_pipeline.errors import KDPipelineError, TeacherError
+from kd_pipeline.teachers.recorded.recording import Recording
+from tests import recordings
+from tests.hostile.cases import Case, Kind, edit_json
+from tests.hostile.prepare import NUM_PHOTOS, PHOTOS, RECORDING, TOP_RECORDING
+
+DIGITS = "9" * 5000
+
+
+def replay(path: Path) -> object:
+    """Open a recording, and replay its first epoch."""
+    recording = Recording(path)
+    position = np.arange(NUM_PHOTOS)
+    samples = recording.samples(0, position)
+    outputs = recording.replay(0, position, samples)
+    assert all(bool(output.isfinite().all()) for output in outputs.values())
+    return {name: output.shape for name, output in outputs.items()}
+
+
+def replay_cut_off(path: Path) -> object:
+    """Replay a recording whose files are cut off once they are open."""
+    recording = Recording(path)
+    position = np.arange(NUM_PHOTOS)
+    samples = recording.samples(0, position)
+    for column in path.glob("*.bin"):
+        os.truncate(column, 0)
+    return recording.replay(0, position, samples)
+
+
+def cases(good: Path) -> list[Case]:
+    def kind(name: str, source: str, file: str, open: Callable[[Path], object] = replay) -> Kind:
+        def around(folder: Path) -> None:
+            shutil.copytree(good / source, folder / "recording")
+
+        return Kind(name, open, KDPipelineError, file=f"recording/{file}", around=around, target="recording")
+
+    manifest = kind("manifest of a recording", RECORDING, "manifest.json", Recording)
+    manifest.add_special()
+    manifest.add_nested_json("stream", "teacher")
+    manifest.add_bytes("not UTF-8", b'{"\xff": 1}')
+    manifest.add_bytes("number of 5000 digits", f'{{"num_rows": {DIGITS}}}'.encode())
+
+    def change(to: Kind, source: str, name: str, **values: Any) -> None:
+        def edit(content: dict[str, Any]) -> None:
+            for key, value in values.items():
+                first, _, second = key.partition("__")
+                if second:
+                    content[first][second] = value
+                else:
+                    content[first] = value
+
+        def write(path: Path) -> None:
+            shutil.copy(good / source / "manifest.json", path)
+            edit_json(path, edit)
+
+        to.add(name, write)
+
+    claims: dict[str, dict[str, Any]] = {
+        "no size of logits": {"outputs": {"logits": []}},
+        "negative size": {"outputs": {"logits": [-3]}},
+        "size that overflows": {"outputs": {"logits": [2**40, 2**40]}},
+        "size beyond 64 bits": {"outputs": {"logits": [10**30]}},
+        "no classes": {"outputs": {"logits": [0]}},
+        "no outputs": {"outputs": {}},
+        "output without logits": {"outputs": {"features": [3]}},
+        "path as output": {"outputs": {"logits": [3], "../../etc/passwd": [0]}},
+        "long name of an output": {"outputs": {"logits": [3], "x" * 5000: [3]}},
+        "2**62 rows": {"num_rows": 2**62},
+        "10**30 rows": {"num_rows": 10**30},
+        "2**62 epochs": {"epochs": 2**62},
+        "more epochs done than there are": {"epochs": 1, "epochs_done": 9},
+        "many dimensions": {"outputs": {"logits": [3], "a": [1] * 200}},
+        "text as rows": {"num_rows": "many"},
+        "unknown dtype": {"dtype": "object"},
+    }
+    for name, values in claims.items():
+        change(manifest, RECORDING, name, **values)
+        manifest.cases[-1] = _with(manifest.cases[-1], replay)
+
+    stream = kind("stream of a recording", RECORDING, "manifest.json")
+    for name, values in {
+        "empty": {"stream": {}},
+        "without its transform": {"stream": {"transform": None}},
+        "unknown dtype": {"stream__dtype": "nope"},
+        "function as dtype": {"stream__dtype": "load"},
+        "text as seed": {"stream__seed": "x"},
+        "text as batch size": {"stream__global_batch_size": "many"},
+        "nested transform": {"stream__transform": [[[[]]]]},
+        "large shuffle": {"stream__shuffle": "x" * 10**6},
+    }.items():
+        change(stream, RECORDING, name, **values)
+
+    def start(path: Path) -> object:
+        with recordings.replaying(good / PHOTOS, path) as loader:
+            return len(next(iter(loader)))
+
+    stream.cases = [_with(case, start) for case in stream.cases]
+
+    column = kind("column of a recording", RECORDING, "sample.bin")
+    column.add_special()
+    column.add_bytes("cut off", bytes(8))
+    column.add_bytes("zeros", bytes(8 * NUM_PHOTOS * 2))
+    values = kind("logits of a recording", RECORDING, "logits.values.bin")
+    values.add_special("larger than memory")  # files may have space for more epochs
+    values.add("cut off while open", lambda path: shutil.copy(good / RECORDING / path.name, path), open=replay_cut_off)
+
+    classes = kind("classes of a recording", TOP_RECORDING, "logits.classes.bin")
+    classes.add_bytes("too large", np.full(2 * NUM_PHOTOS * 2, 30_000, "<i2").tobytes())
+    classes.add_bytes("negative", np.full(2 * NUM_PHOTOS * 2, -1, "<i2").tobytes())
+    change_top = kind("top logits of a recording", TOP_RECORDING, "manifest.json")
+    change(change_top, TOP_RECORDING, "more than there are", top_k=10, outputs={"logits": [3]})
+    change(change_top, TOP_RECORDING, "2**62", top_k=2**62)
+
+    whole = Kind("recording", Recording, TeacherError, file="recording")
+    whole.add_special("folder", "link to itself", "larger than memory")
+    return [
+        *manifest.cases,
+        *stream.cases,
+        *column.cases,
+        *values.cases,
+        *classes.cases,
+        *change_top.cases,
+        *whole.cases,
+    ]
+
+
+def _with(case: Case, open: Callable[[Path], object]) -> Case:
+    return Case(case.name, case.build, open, case.error, case.names)
