@@ -3,9 +3,26 @@
 import ctypes
 import os
 import time
+from pathlib import Path
 
 from kd_pipeline._core.child_process import open_report
 from kd_pipeline.data.decode_trial import report_trial
+
+TRAPS = (
+    *("bz2", "copyreg", "ctypes", "functools", "heapq", "inspect", "io", "json", "linecache", "multiprocessing"),
+    *("pickle", "queue", "random", "re", "select", "selectors", "signal", "socket", "struct", "subprocess", "tempfile"),
+    *("threading", "tokenize", "traceback", "typing", "weakref", "zipfile"),
+)
+"""Modules that a child imports early."""
+
+
+def write_traps(folder: Path) -> Path:
+    """Put modules into `folder` that note in the returned file that they were imported, and by what."""
+    marker = folder / "imported"
+    for name in TRAPS:
+        code = f"open({str(marker)!r}, 'a').write({name + chr(10)!r})\nraise ImportError('not the real module')\n"
+        (folder / f"{name}.py").write_text(code)
+    return marker
 
 
 def crash(*arguments: str) -> None:

@@ -14,7 +14,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-__all__ = ["ChildResult", "isolate_children", "kill_session", "open_report", "run_child", "spawn_context", "start_python"]
+__all__ = [
+    "ChildResult",
+    "isolate_children",
+    "kill_session",
+    "open_report",
+    "run_child",
+    "spawn_context",
+    "start_python",
+]
 
 _GRACE_S = 5.0
 """How long to wait for a killed child; one that is stuck in a driver call never exits."""

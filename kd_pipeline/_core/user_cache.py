@@ -16,10 +16,14 @@ def user_cache(kind: str) -> Path:
         UntrustedFileError: another user could write to it or to a folder above it.
         OSError: the folder cannot be created.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # by the XDG specification it is then to be ignored
+        base = Path.home() / ".cache"
     folder = base.absolute() / "kd_pipeline" / kind
-    for level in reversed((folder, *folder.parents)):
-        if not level.is_dir():  # parents=True would give the mode to the last one only
-            level.mkdir(mode=0o700, exist_ok=True)
-    check_trusted_folder(folder)
+    missing = [level for level in (folder, *folder.parents) if not level.is_dir()]
+    check_trusted_folder(missing[-1].parent if missing else folder)
+    for level in reversed(missing):  # parents=True would give the mode to the last one only
+        level.mkdir(mode=0o700, exist_ok=True)
+    if missing:
+        check_trusted_folder(folder)
     return folder

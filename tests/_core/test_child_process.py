@@ -1,3 +1,4 @@
+import ast
 import os
 import subprocess
 import sys
@@ -5,17 +6,101 @@ from pathlib import Path
 
 import pytest
 
-from kd_pipeline._core.child_process import run_child
+from kd_pipeline._core.child_process import _import_path, isolate_children, run_child
+from tests.children import write_traps
 
-pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+STARTS = {
+    "subprocess": {"Popen", "run", "call", "check_call", "check_output", "getoutput", "getstatusoutput"},
+    "os": {"fork", "forkpty", "popen", "posix_spawn", "posix_spawnp", "startfile", "system"},
+    "multiprocessing": {"Pool", "Process", "get_context", "set_executable", "set_start_method"},
+    "torch": {"compile"},
+    "sys": {"executable"},
+}
+"""What starts a process, or is needed to start Python. `torch.compile` starts compilers and Python."""
+ALLOWED = {
+    ("kd_pipeline/_core/child_process.py", "subprocess.Popen"): "the helper",
+    ("kd_pipeline/_core/child_process.py", "sys.executable"): "the helper",
+    ("kd_pipeline/_core/torch_compile.py", "torch.compile"): "the helper for compilers",
+    ("kd_pipeline/training/environment.py", "sys.executable"): "only recorded",
+    ("benchmarks/start.py", "subprocess.Popen"): "the package of another checkout, with -P",
+    ("benchmarks/start.py", "sys.executable"): "the package of another checkout, with -P",
+    ("benchmarks/start.py", "subprocess.run"): "git",
+    ("tools/gpu_check.py", "subprocess.Popen"): "pytest and this package, in the checkout that they are in",
+    ("tools/gpu_check.py", "sys.executable"): "pytest and this package, in the checkout that they are in",
+    ("tools/gpu_check.py", "subprocess.run"): "nvidia-smi and uname",
+}
+SPAWN = """
+from concurrent.futures import ProcessPoolExecutor
+from operator import mul
+from torch.utils.data import DataLoader
+from kd_pipeline._core.child_process import spawn_context
+
+if __name__ == "__main__":
+    context = spawn_context()
+    with ProcessPoolExecutor(1, context) as pool:
+        print(pool.submit(mul, 6, 7).result())
+    queue = context.SimpleQueue()
+    child = context.Process(target=queue.put, args=("hello",))
+    child.start()
+    print(queue.get())
+    child.join()
+    print([*DataLoader([1, 2], num_workers=1, batch_size=None, multiprocessing_context=context)])
+"""
 
 
+def test_nothing_else_starts_processes() -> None:
+    found = set()
+    for folder in ("kd_pipeline", "benchmarks", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found |= {(str(path.relative_to(ROOT)), name) for name in _starts(ast.parse(path.read_text()))}
+    assert found == set(ALLOWED)
+
+
+def _starts(tree: ast.Module) -> set[str]:
+    """What is called of `STARTS`, or named in the case of `sys`, and process pools without a context."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in STARTS:
+            found |= {f"{node.module}.{each.name}" for each in node.names if each.name in STARTS[node.module]}
+        called = node.func if isinstance(node, ast.Call) else node
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+            module, name = called.value.id, called.attr
+            is_start = name in STARTS.get(module, ()) or (module == "os" and name.startswith(("exec", "spawn")))
+            if is_start and (called is not node or module == "sys"):
+                found.add(f"{module}.{name}")
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ProcessPoolExecutor") and len(node.args) < 2:
+            found.add("ProcessPoolExecutor")
+        if isinstance(node, ast.keyword) and node.arg == "multiprocessing_context":
+            found |= set() if ast.unparse(node.value) == "spawn_context()" else {"multiprocessing_context"}
+    return found
+
+
+@pytest.mark.slow
+def test_spawned_processes_import_nothing_from_the_working_directory(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    marker = write_traps(tmp_path / "here")
+    (tmp_path / "script.py").write_text(SPAWN)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        cwd=tmp_path / "here",
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "42\nhello\n[1, 2]\n", done.stderr
+    assert not marker.exists(), marker.read_text()
+
+
+@pytest.mark.slow
 def test_report_is_separate_from_log() -> None:
     child = run_child("tests.children:echo", "one", "two three", timeout_s=30)
     assert (child.lines, child.failure) == (["one", "two three"], "")
     assert child.log == "not for the parent\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "timeout_s", "lines", "failure"),
     [
@@ -30,14 +115,36 @@ def test_failure_has_reason(function: str, timeout_s: float, lines: list[str], f
     assert (child.lines, child.failure) == (lines, failure)
 
 
+@pytest.mark.slow
 def test_working_directory_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "json.py").write_text("raise SystemExit(7)")
+    marker = write_traps(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     child = run_child("tests.children:echo", "fine", timeout_s=30)
-    assert (child.lines, child.failure) == (["fine"], "")
+    assert (child.lines, child.failure) == (["fine"], ""), child.log
+    assert not marker.exists()
 
 
+@pytest.mark.parametrize(
+    ("path", "is_set"), [(["/elsewhere"], True), (["", "/elsewhere"], False), (["HERE", "/elsewhere"], False)]
+)
+def test_libraries_import_as_this_process(
+    path: list[str], is_set: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path) if each == "HERE" else each for each in path])
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    isolate_children()
+    assert os.environ["PYTHONSAFEPATH"] == ("1" if is_set else "")
+
+
+def test_path_with_a_separator_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["/elsewhere", f"/elsewhere{os.pathsep}"])
+    assert _import_path() == ["/elsewhere"]
+
+
+@pytest.mark.slow
 def test_interrupt_kills_child(tmp_path: Path) -> None:
     script = (
         "import signal, subprocess, sys\n"

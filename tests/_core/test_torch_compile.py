@@ -1,0 +1,101 @@
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch._inductor.config
+from torch import nn
+
+from kd_pipeline._core import torch_compile as compiling
+from kd_pipeline._core.torch_compile import torch_compile
+from tests.children import write_traps
+
+VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+@pytest.fixture(autouse=True)
+def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back what compiling changes in the whole process, and keep to the test's own folders."""
+    monkeypatch.setenv("PYTHONSAFEPATH", os.environ.get("PYTHONSAFEPATH", ""))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", True)
+
+
+def test_results_go_to_the_users_cache(tmp_path: Path) -> None:
+    torch_compile(nn.Identity())
+    folder = Path(os.environ[VARIABLE])
+    assert folder == tmp_path / "cache" / "kd_pipeline" / "inductor"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert not torch._inductor.config.cpp_cache_precompile_headers
+
+
+def test_torchs_own_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "torchinductor_somebody"))  # as torch itself sets it
+    torch_compile(nn.Identity())
+    assert os.environ[VARIABLE] == str(tmp_path / "cache" / "kd_pipeline" / "inductor")
+
+
+def test_folder_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "mine"))
+    torch_compile(nn.Identity())
+    assert os.environ[VARIABLE] == str(tmp_path / "mine")
+
+
+def test_without_a_cache_results_are_kept_for_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    removed: list[tuple[Path, int]] = []
+    monkeypatch.setattr(compiling.atexit, "register", lambda function, *arguments: removed.append(arguments))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with caplog.at_level(logging.WARNING, "kd_pipeline"):
+        torch_compile(nn.Identity())
+        torch_compile(nn.Identity())
+    folder = Path(os.environ[VARIABLE])
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    (message,) = caplog.messages
+    assert f"group and others may write to {tmp_path / 'cache'}" in message
+    ((of_exit, owner),) = removed
+    assert of_exit == folder
+    compiling._remove(folder, owner + 1)  # a process that was forked
+    assert folder.is_dir()
+    compiling._remove(folder, owner)
+    assert not folder.exists()
+
+
+SCRIPT = """
+import torch
+from torch import nn
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
+
+class Mean(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)).relu()
+
+PyTorchTeacher(Mean(), image_shape=(3, 8, 8), compile=True, batch_size=4)
+print("compiled")
+"""
+
+
+@pytest.mark.slow
+def test_compiling_leaves_nothing_to_others(tmp_path: Path) -> None:
+    """Neither the shared folder, prepared by somebody, nor the working directory takes part."""
+    shared, cache, scripts, here = (tmp_path / name for name in ("tmp", "cache", "scripts", "here"))
+    for folder in (shared, scripts, here):
+        folder.mkdir()
+    marker = write_traps(here)
+    (scripts / "script.py").write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name not in (VARIABLE, "PYTHONSAFEPATH")}
+    environment |= {"TMPDIR": str(shared), "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(scripts / "script.py")], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "compiled\n", done.stderr
+    assert not marker.exists(), marker.read_text()
+    assert [*shared.iterdir()] == []
+    assert any((cache / "kd_pipeline" / "inductor").rglob("*.so"))
