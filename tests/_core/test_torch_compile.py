@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 @pytest.fixture(autouse=True)
-def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put back what compiling changes in the whole process, and keep to the test's own folders."""
     monkeypatch.setenv("PYTHONSAFEPATH", os.environ.get("PYTHONSAFEPATH", ""))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", True)
+    with torch._inductor.config.patch(cpp_cache_precompile_headers=True):
+        yield
 
 
 def test_results_go_to_the_users_cache(tmp_path: Path) -> None:
