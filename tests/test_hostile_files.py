@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 KINDS = (
     *("weights", "safetensors", "checkpoint", "checkpoint of a run"),
-    *("npy", "npz", "classes.json", "classes.txt", "list.csv", "list.jsonl", "list with a class of 5000 digits"),
+    *("npy", "npz", "classes.json", "classes.txt", "list.csv", "list.jsonl"),
     *("index", "image folder", "class folders with 250 digits", "CIFAR", "CIFAR archive"),
     *("config", "model.json", "weights of a run", "history", "metrics.csv", "result.json", "run.lock"),
     *("manifest of a recording", "stream of a recording", "column of a recording", "logits of a recording"),

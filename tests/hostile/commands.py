@@ -143,7 +143,7 @@ def cases(good: Path) -> list[Case]:
             f"eval: {name} as model.onnx",
             lambda folder, name=name: (write_config(folder), SPECIAL[name](folder / "model.onnx")),
             lambda folder: ["eval", "-c", "config.yaml", "--no-teacher", folder / "model.onnx"],
-            "model.onnx",
+            "" if name == "endless device" else "model.onnx",
         )
         add(
             f"eval: {name} as images",
@@ -176,7 +176,7 @@ def cases(good: Path) -> list[Case]:
             f"build-engine: {name} as ONNX file",
             lambda folder, name=name: SPECIAL[name](folder / "model.onnx"),
             lambda folder: ["build-engine", "--onnx", folder / "model.onnx"],
-            "model.onnx",
+            "" if name == "endless device" else "model.onnx",
         )
     add(
         "eval: bomb of images",
@@ -230,7 +230,7 @@ def cases(good: Path) -> list[Case]:
     def resume(name: str, make: Callable[[Path], object]) -> None:
         def write(folder: Path) -> None:
             write_config(folder)
-            path = folder / "runs" / "tiny" / "checkpoints" / "last.ckpt"
+            path = folder / "runs" / "tiny" / "baseline" / "checkpoints" / "last.ckpt"
             path.parent.mkdir(parents=True)
             make(path)
 
@@ -249,9 +249,9 @@ def cases(good: Path) -> list[Case]:
         lambda folder: (
             write_config(folder),
             (folder / "victim").mkdir(),
-            (folder / "runs" / "tiny").mkdir(parents=True),
+            (folder / "runs" / "tiny" / "baseline").mkdir(parents=True),
             (folder / "victim" / "log").write_text("mine"),
-            (folder / "runs" / "tiny" / "train.log").symlink_to(folder / "victim" / "log"),
+            (folder / "runs" / "tiny" / "baseline" / "train.log").symlink_to(folder / "victim" / "log"),
         ),
         lambda folder: ["train", "-c", "config.yaml", "stage=baseline"],
         "train.log",

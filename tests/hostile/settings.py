@@ -153,7 +153,7 @@ def history_cases() -> list[Case]:
         with lock_folder(path.parent, otherwise="choose another"):
             return "locked"
 
-    locks = Kind("run.lock", lock, ConfigError, file="run.lock")
+    locks = Kind("run.lock", lock, KDPipelineError, file="run.lock")
     locks.add("link", lambda path: (path.parent / "victim").touch() or path.symlink_to("victim"), names="")
     locks.add("folder", Path.mkdir, names="")
     return [*history.cases, *metrics.cases, *results.cases, *locks.cases]

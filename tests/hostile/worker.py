@@ -78,7 +78,7 @@ def _judge(case: Case, path: Path, error: KDPipelineError) -> str | None:
     if len(message) > _MAX_MESSAGE:
         return f"a message of {len(message)} characters: {message:.300}"
     name = path.name if case.names is None else case.names
-    if name not in message:
+    if name not in message and str(path.resolve()) not in message:
         return f"the message does not name {name}: {message:.300}"
     if any(char != "\n" and not char.isprintable() for char in message):
         return f"control characters in the message: {message!r:.300}"
