@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from kd_pipeline._core.ranks import is_rank_zero
+from kd_pipeline._core.secret_values import hide_in_arguments
 from kd_pipeline._core.text import printable
 from kd_pipeline._core.version import __version__
 from kd_pipeline.cli import bench, build_engine, check, demo, doctor, predict, record, train
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _announce(arguments: Sequence[str]) -> None:
     """Show at once, on one rank, that a command has started: torch and Lightning take seconds to import."""
     if is_rank_zero():
-        print_message(printable(f"kd-pipeline {__version__}: {shlex.join(arguments)}"))
+        print_message(printable(f"kd-pipeline {__version__}: {shlex.join(hide_in_arguments(arguments))}"))
 
 
 def _import_torch() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from kd_pipeline._core.secret_values import refuse_hidden
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.config.reader import read_config
 from kd_pipeline.data.settings import SPLITS, DataSettings, SplitSettings
@@ -100,6 +101,9 @@ def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Con
     """Read the YAML file `path` and apply `overrides` such as `data.batch_size=128`.
 
     Raises:
-        ConfigError: every problem on its own line: file and line, dotted key, what was expected and what was found.
+        ConfigError: every problem on its own line: file and line, dotted key, what was expected and what was found; or
+            the file is the `config.yaml` of a run, in which a secret was hidden.
     """
-    return read_config(Config, path, overrides)
+    config = read_config(Config, path, overrides)
+    refuse_hidden(config.model_dump(mode="json"), str(path), otherwise=", or override the key on the command line")
+    return config

@@ -1,6 +1,5 @@
 """Plots of runs and benchmarks with matplotlib: training curves, confusion matrix, stacked bars, scaling."""
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.text import printable
+from kd_pipeline.report.metrics_rows import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Bar", "Point", "plot_bars", "plot_confusion", "plot_curves", "plot_scaling"]
+__all__ = ["Bar", "Point", "plot_bars", "plot_confusion", "plot_curves", "plot_scaling", "save_figure"]
 
 Point = tuple[float, float]
 
@@ -52,6 +53,7 @@ def plot_curves(metrics_csv: Path | str) -> "Figure":
 
     Raises:
         MissingPackageError: matplotlib is not installed.
+        DataError: the file cannot be read, or does not hold the metrics of a run.
     """
     columns = _read_columns(Path(metrics_csv))
     names = {name: name.rpartition("/")[2] for name in columns}
@@ -173,6 +175,12 @@ def plot_scaling(curves: Mapping[str, Sequence[Point]], *, title: str, x: str, y
     return figure
 
 
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write the PNG file `path`; a link there is replaced, and not written through."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")
+
+
 def _new_figure(width: float, height: float, *, extra: str) -> "Figure":
     """An empty figure of that size in inches, outside of pyplot's global state."""
     figure: Figure = require("matplotlib.figure", extra=extra).Figure((width, height), _DPI, layout="constrained")
@@ -195,11 +203,10 @@ def _legend(axes: Any) -> None:
 def _read_columns(path: Path) -> dict[str, list[Point]]:
     """The finite numbers of each column with their steps."""
     columns: dict[str, list[Point]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, cell in row.items():
-                if name != "step" and cell and math.isfinite(float(cell)):
-                    columns.setdefault(name, []).append((float(row["step"]), float(cell)))
+    for step, metrics in read_metrics(path):
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                columns.setdefault(name, []).append((float(step), value))
     return columns
 
 

@@ -22,6 +22,8 @@ from kd_pipeline.models.torch_files import HarmfulFileError, check_records, list
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 
+_MAX_SHOWN = 300
+"""Characters of what torch says, in a message."""
 _MAPPINGS = {dict, OrderedDict, Counter}
 _SEQUENCES = {list, tuple, set}
 _LEAVES = {
@@ -110,14 +112,16 @@ def _why_unreadable(exc: Exception) -> str:
     """One line; torch's own message is long and advises running the code in the file."""
     text = str(exc)
     if foreign := re.search(r"GLOBAL (\S+)", text):
-        return f"it needs {foreign[1]}, and a checkpoint holds plain data only"
+        return f"it needs {_one_line(foreign[1])}, and a checkpoint holds plain data only"
     if isinstance(exc, OSError):
         return exc.strerror or text
     if isinstance(exc, HarmfulFileError):
         return f"it {text}"
-    return printable(
-        f"it is truncated, damaged or not a checkpoint ({type(exc).__name__}: {text.partition(chr(10))[0]})"
-    )
+    return f"it is truncated, damaged or not a checkpoint ({type(exc).__name__}: {_one_line(text)})"
+
+
+def _one_line(text: str) -> str:
+    return printable(text.partition("\n")[0])[:_MAX_SHOWN]
 
 
 def _free_space(folder: Path) -> str:

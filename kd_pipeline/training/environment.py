@@ -9,12 +9,19 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-__all__ = ["command_line", "describe_environment"]
+from pydantic import BaseModel
+
+from kd_pipeline._core.secret_values import hide_in_arguments, hide_in_settings
+
+__all__ = ["command_line", "describe_environment", "shown_settings"]
+
+_NAMES_OF_LAYERS = "student_from_teacher"
+"""Its keys are names of layers, such as `cls_token`."""
 
 
 def command_line() -> str:
-    """The command of this process, as one would type it."""
-    name, *arguments = sys.argv
+    """The command of this process, as one would type it, with secrets hidden."""
+    name, *arguments = sys.argv[:1] + hide_in_arguments(sys.argv[1:])
     program = Path(name).name
     if program == "__main__.py":  # python -m package
         program = f"python -m {Path(name).parent.name}"
@@ -22,11 +29,19 @@ def command_line() -> str:
     return shlex.join(["python", name, *arguments] if program.endswith(".py") else [program, *arguments])
 
 
+def shown_settings(config: BaseModel, *, exclude_none: bool = False) -> dict[str, Any]:
+    """The plain values of a config for files and services that others may read: without secrets."""
+    settings = config.model_dump(mode="json", exclude_none=exclude_none)
+    layers = {key: value for key, value in settings.items() if key == _NAMES_OF_LAYERS}
+    shown: dict[str, Any] = hide_in_settings(settings)
+    return shown | layers
+
+
 def describe_environment() -> dict[str, Any]:
-    """Command, folder, machine, and the version of every installed package."""
+    """Command, folder, machine, and the version of every installed package; no environment variables."""
     packages = {each.metadata["Name"]: each.version for each in distributions() if each.metadata["Name"]}
     return {
-        "command": [sys.executable, *sys.argv],
+        "command": [sys.executable, *sys.argv[:1], *hide_in_arguments(sys.argv[1:])],
         "folder": os.getcwd(),
         "host": socket.gethostname(),
         "python": platform.python_version(),

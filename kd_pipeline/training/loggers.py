@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.training.environment import shown_settings
 from kd_pipeline.training.metrics_csv import MetricsFile
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.settings import LoggerName
@@ -35,8 +36,8 @@ def open_loggers(names: Collection[LoggerName], folder: RunFolder, step: int | N
 
 
 def log_settings(loggers: Iterable[Any], config: BaseModel) -> None:
-    """Log all settings under dotted names; `metrics.csv` needs none, as `config.yaml` is beside it."""
-    settings = _flatten(config.model_dump(mode="json", exclude_none=True))
+    """Log all settings under dotted names, secrets hidden; `metrics.csv` needs none, as `config.yaml` is beside it."""
+    settings = _flatten(shown_settings(config, exclude_none=True))
     for logger in _services(loggers):
         if logger.name == "tensorboard":
             # Without a metric, hyperparameters never reach its event file; `log_results` logs them with one.
@@ -53,7 +54,7 @@ def log_results(loggers: Iterable[Any], config: BaseModel, results: Mapping[str,
     }
     for logger in _services(loggers):
         if logger.name == "tensorboard" and final:
-            logger.log_hyperparams(_flatten(config.model_dump(mode="json", exclude_none=True)), final, step)
+            logger.log_hyperparams(_flatten(shown_settings(config, exclude_none=True)), final, step)
         else:
             logger.log_metrics(final, step)
         _close(logger)

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.files import open_own
 from kd_pipeline._core.optional import require
+from kd_pipeline.errors import StateError
+from kd_pipeline.report.metrics_rows import read_metrics
 
 __all__ = ["MetricsFile"]
 
@@ -41,14 +44,16 @@ class MetricsFile(_lightning.Logger):  # type: ignore[misc, name-defined]
         return ""
 
     def resume(self, step: int) -> None:
-        """Keep the rows of the file up to `step`."""
-        if not self._path.is_file():
+        """Keep the rows of the file up to `step`.
+
+        Raises:
+            DataError: the file cannot be read, or is not the metrics of a run.
+        """
+        if not self._path.exists():
             return
-        with self._path.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                if row["step"] and int(row["step"]) <= step:
-                    metrics = {name: float(value) for name, value in row.items() if value and name != "step"}
-                    self._add(int(row["step"]), metrics)
+        for each, metrics in read_metrics(self._path):
+            if each <= step:
+                self._add(each, metrics)
         self._can_append = False
 
     @_rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
@@ -62,17 +67,24 @@ class MetricsFile(_lightning.Logger):  # type: ignore[misc, name-defined]
 
     @_rank_zero_only  # type: ignore[untyped-decorator, unused-ignore]
     def save(self) -> None:
-        """Append the new rows, or rewrite the file if there is a new column or an old row changed."""
-        if self._can_append:
-            with self._path.open("a", newline="", encoding="utf-8") as stream:
-                rows = ({"step": step, **self._rows[step]} for step in self._new_steps)
-                csv.DictWriter(stream, self._columns).writerows(rows)
-        else:
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, self._columns)
-            writer.writeheader()
-            writer.writerows({"step": step, **row} for step, row in sorted(self._rows.items()))
-            write_atomic(self._path, text.getvalue())
+        """Append the new rows, or rewrite the file if there is a new column or an old row changed.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns)
+        try:
+            if self._can_append:
+                writer.writerows({"step": step, **self._rows[step]} for step in self._new_steps)
+                with open_own(self._path, "ab", permissions=0o666) as file:
+                    file.write(text.getvalue().encode())
+            else:
+                writer.writeheader()
+                writer.writerows({"step": step, **row} for step, row in sorted(self._rows.items()))
+                write_atomic(self._path, text.getvalue())
+        except OSError as exc:
+            raise StateError(f"{self._path} cannot be written: {exc.strerror}") from None
         self._can_append, self._new_steps = True, []
 
     def finalize(self, status: str) -> None:

@@ -1,14 +1,16 @@
 """The folder of a run: its config, environment, log, history, checkpoints and results."""
 
 import hashlib
+import io
 import json
 import logging
 import os
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ import yaml
 from pydantic import BaseModel
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.files import open_own, open_regular
+from kd_pipeline._core.secret_values import hide_in_text
+from kd_pipeline._core.text import printable
 from kd_pipeline._core.version import __version__
-from kd_pipeline.errors import ConfigError, KDPipelineError
-from kd_pipeline.training.environment import command_line, describe_environment
-from kd_pipeline.training.run_lock import lock_folder
+from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
+from kd_pipeline.training.environment import command_line, describe_environment, shown_settings
+from kd_pipeline.training.run_lock import LOCK, lock_folder
 
 __all__ = ["RunFolder"]
 
@@ -31,13 +36,25 @@ _OWN_FILES = (
 )
 """What a stage writes about a single run. Not class lists, the folders of other stages, nor the files of loggers that
 keep several runs apart themselves. The checkpoints come first: a kill in between leaves nothing to resume from."""
+_ALSO_WRITTEN = ("classes.json", "check", "comet*", "earlier", "mlflow.db*", "mlruns", LOCK, "wandb")
+"""What else a stage and its loggers write, none of which may lead out of the folder."""
+_FILLED_BY_LIBRARIES = ("checkpoints", "exported", "tensorboard")
+"""Folders in which files are opened that may be there already. Not that of wandb, which makes links itself, and files
+with names of their own."""
+_PRIVATE = 0o600
+"""Permissions of what holds the command and the config: it may have secrets in it that nothing marks as such. Weights,
+metrics and results, which are for others, follow the umask."""
+_MAX_HISTORY = 8 * 2**20
+"""Bytes of `history.jsonl`; a start takes about 500."""
 
 
 class RunFolder:
     """Where a stage writes, and the names of its files."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_named: bool = True) -> None:
+        """The folder at `path`, which may be a link only if the user named it; `is_named` says so."""
         self.path = path
+        self._is_named = is_named
         self.checkpoints = path / "checkpoints"
         self.exported = path / "exported"
         self.metrics = path / "metrics.csv"
@@ -61,7 +78,7 @@ class RunFolder:
             name: what is done, for the first line in `train.log`.
 
         Raises:
-            StateError: another process uses the folder.
+            StateError: another process uses the folder, or something in it is a link that leads out of it.
             ConfigError: the folder cannot be written to.
         """
         with self._locked(), self._logging():
@@ -69,8 +86,9 @@ class RunFolder:
             try:
                 yield
             except BaseException as exc:
-                self.record_end(_outcome(exc))
-                self.write_log(_error_text(exc))
+                with suppress(StateError):  # on a full disk, say what filled it
+                    self.record_end(_outcome(exc))
+                    self.write_log(_error_text(exc))
                 raise
 
     def archive(self) -> Path | None:
@@ -80,7 +98,7 @@ class RunFolder:
             The new folder; None if there was no run.
 
         Raises:
-            StateError: another process uses the folder.
+            StateError: another process uses the folder, or something in it is a link that leads out of it.
             ConfigError: the folder cannot be written to.
         """
         with self._locked():
@@ -102,13 +120,16 @@ class RunFolder:
     def write_config(self, config: BaseModel) -> None:
         """Write the config and the versions of all installed packages, of a run that is about to train with them.
 
+        Only this user can read the files, and what looks like a secret by its name is not in them.
+
         Raises:
             ConfigError: the folder cannot be written to.
         """
-        settings = config.model_dump(mode="json", exclude_none=True)
+        settings = yaml.safe_dump(shown_settings(config, exclude_none=True), sort_keys=False, allow_unicode=True)
+        environment = json.dumps(describe_environment(), indent=2) + "\n"
         try:
-            write_atomic(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-            write_atomic(self.path / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+            write_atomic(self.path / "config.yaml", settings, permissions=_PRIVATE)
+            write_atomic(self.path / "environment.json", environment, permissions=_PRIVATE)
         except OSError as exc:
             raise ConfigError(f"run_dir: cannot write to {self.path}: {exc.strerror}; choose a different one") from None
 
@@ -128,13 +149,21 @@ class RunFolder:
             self._step = None
 
     def write_log(self, text: str) -> None:
-        """Append `text` to `train.log` alone."""
-        with self.log.open("a", encoding="utf-8") as file:
-            file.write(f"{text}\n")
+        """Append `text` to `train.log` alone.
+
+        Raises:
+            StateError: it cannot be written to.
+        """
+        self._append(self.log, f"{_plain(text)}\n")
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Write the final metrics to `result.json`."""
-        write_atomic(self.result, json.dumps(result, indent=2) + "\n")
+        """Write the final metrics to `result.json`.
+
+        Raises:
+            StateError: it cannot be written.
+        """
+        with _written(self.result):
+            write_atomic(self.result, json.dumps(result, indent=2) + "\n")
 
     def record_results(self, made_from: str, step: int, changes: Sequence[str]) -> None:
         """Add to the history that `result.json` and the files in `exported` are complete, and what they were made from.
@@ -151,19 +180,32 @@ class RunFolder:
         recorded = [event for event in self.events() if event.get("event") == "results"]
         if not recorded or recorded[-1].get("made_from") != made_from:
             return False
-        files: dict[str, str] = recorded[-1].get("files", {})
-        return bool(files) and files.items() <= self._result_digests().items()
+        files = recorded[-1].get("files")
+        if not isinstance(files, dict) or not files:
+            return False
+        digests = self._result_digests()
+        return all(digests.get(name) == digest for name, digest in files.items())
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines of `history.jsonl`; a line that a full disk or a crash has cut off is left out."""
-        if not self.history.is_file():
-            return []
+        """The lines of `history.jsonl`; a line that a full disk or a crash has cut off is left out.
+
+        Raises:
+            StateError: it cannot be read, or is too large for a history.
+        """
         found = []
-        for line in self.history.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
+        try:
+            with open_regular(self.history, max_bytes=_MAX_HISTORY) as file:
+                for line in file:
+                    try:
+                        found.append(json.loads(line))
+                    except (ValueError, RecursionError):
+                        continue
+        except FileNotFoundError:
+            return []
+        except OSError as exc:
+            raise StateError(
+                f"{self.history} cannot be read: {exc.strerror}; move it away, and the results are made again"
+            ) from None
         return [event for event in found if isinstance(event, dict)]
 
     def _own_files(self) -> list[Path]:
@@ -184,9 +226,12 @@ class RunFolder:
         return target
 
     def _record(self, event: str, **fields: Any) -> None:
-        line = json.dumps({"time": _now(), "event": event, **fields}, ensure_ascii=False)
-        with self.history.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+        self._append(self.history, json.dumps({"time": _now(), "event": event, **fields}, ensure_ascii=False) + "\n")
+
+    @staticmethod
+    def _append(path: Path, text: str) -> None:
+        with _written(path), open_own(path, "ab", permissions=_PRIVATE) as file:
+            file.write(text.encode("utf-8", errors="backslashreplace"))
 
     def _result_digests(self) -> dict[str, str]:
         files = [self.result, *sorted(self.exported.glob("*"))]
@@ -194,14 +239,43 @@ class RunFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        self._refuse_links()
         with lock_folder(self.path, otherwise="set a different run_dir"):
             yield
+
+    def _refuse_links(self) -> None:
+        """Check that nothing of what a stage writes is a link that leads out of the folder.
+
+        Only the folder that the user has named may be elsewhere: the others come with it, from whoever made it.
+        """
+        inside = self.path.resolve() if self._is_named else self.path.parent.resolve() / self.path.name
+        for file in self._written_files():
+            if file.is_symlink() and not file.resolve().is_relative_to(inside):
+                raise StateError(
+                    f"{file} is a link to {printable(os.readlink(file))}, and a run writes nothing through links that "
+                    "lead out of its folder; delete the link, or set run_dir to the folder where the run should be"
+                )
+
+    def _written_files(self) -> Iterator[Path]:
+        """What a stage writes or opens to write, as far as it is there, and the folder itself unless it was named."""
+        if not self._is_named:
+            yield self.path
+        names = sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        for name in names:  # not glob, which leaves out links to nothing
+            if any(fnmatch(name, pattern) for pattern in (*_OWN_FILES, *_ALSO_WRITTEN)):
+                yield self.path / name
+        for name in _FILLED_BY_LIBRARIES:
+            for folder, folders, files in os.walk(self.path / name):
+                yield from (Path(folder, each) for each in (*folders, *files))
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
         """Copy everything that the library logs to `train.log`."""
-        handler = logging.FileHandler(self.log, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        with _written(self.log):
+            file = open_own(self.log, "ab", permissions=_PRIVATE)
+        stream = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace")
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
         level = _logger.level
         _logger.addHandler(handler)
         _logger.setLevel(logging.INFO)
@@ -211,12 +285,31 @@ class RunFolder:
             _logger.removeHandler(handler)
             _logger.setLevel(level)
             handler.close()
+            stream.close()
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return _plain(super().format(record))
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StateError(f"{path} cannot be written: {exc.strerror}") from None
+
+
+def _plain(text: str) -> str:
+    """Text for `train.log`, which is read in terminals and by others."""
+    return printable(hide_in_text(text), keep="\n\t")
 
 
 def _outcome(exc: BaseException) -> str:
     if isinstance(exc, SystemExit):
         return f"stopped with exit status {exc.code}"
-    return f"{type(exc).__name__}: {exc}".rstrip(": ")
+    return hide_in_text(f"{type(exc).__name__}: {exc}".rstrip(": "))
 
 
 def _error_text(exc: BaseException) -> str:
@@ -234,5 +327,5 @@ def _now() -> str:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,11 +6,14 @@ import json
 import logging
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from kd_pipeline._core.files import NotAFileError, open_own, open_regular
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.training.environment import command_line
 
@@ -21,6 +24,10 @@ _logger = logging.getLogger("kd_pipeline")
 LOCK = "run.lock"
 """Name of the file in the folder. It is never deleted: a process that waits for the deleted file and one that creates
 it again would both hold a lock."""
+_MAX_BYTES = 2**18
+"""A command may be as long as the system's limit for one."""
+_MAX_SHOWN = 1000
+"""Characters of it in a message."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL}
 """How filesystems without locks refuse, such as Lustre that is mounted without `flock`."""
 
@@ -36,17 +43,19 @@ def lock_folder(folder: Path, *, otherwise: str) -> Iterator[None]:
         otherwise: how to work in a different folder, for the message: `set a different run_dir`.
 
     Raises:
-        StateError: another process holds the lock; says which one, since when, and its command.
+        StateError: another process holds the lock; says which one, since when, and its command. Or its file is a link.
         ConfigError: the folder cannot be written to.
     """
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # O_NOFOLLOW: another user could point a symlink at one of our files.
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        file = open_own(path, "ab", permissions=0o600)  # it holds a command, which may have secrets in it
+    except NotAFileError as exc:
+        raise StateError(f"{path} cannot be the lock of the folder: {exc.strerror}") from None
     except OSError as exc:
         raise ConfigError(f"cannot write to the folder {folder}: {exc.strerror}; {otherwise}") from None
-    try:
+    with file:
+        descriptor = file.fileno()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -63,8 +72,6 @@ def lock_folder(folder: Path, *, otherwise: str) -> Iterator[None]:
             yield
         finally:
             _write(descriptor, "")
-    finally:
-        os.close(descriptor)
 
 
 def _write(descriptor: int, text: str) -> None:
@@ -81,9 +88,20 @@ def _this_process() -> dict[str, str | int]:
 def _holder(path: Path) -> str:
     """Who holds the lock, and what to do about it."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        who = f"process {holder['pid']} on {holder['host']} since {holder['started']}: {holder['command']}"
-        stop = f"kill {holder['pid']}" + ("" if holder["host"] == socket.gethostname() else f" on {holder['host']}")
-    except (OSError, ValueError, KeyError, TypeError):
+        with open_regular(path, max_bytes=_MAX_BYTES) as file:
+            status, holder = os.fstat(file.fileno()), json.loads(file.read())
+        pid, host = holder["pid"], _shown(holder["host"])
+        who = f"process {int(pid)} on {host} since {_shown(holder['started'])}: {_shown(holder['command'])}"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "by another process, which has just started or ended\nRun the command again in a moment"
-    return f"by {who}\nWait until it ends, stop it ({stop})"
+    # Whoever else could write the file could name any process of this user.
+    is_own = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not is_own or type(pid) is not int or pid < 2:
+        return f"by {who}\nWait until it ends, stop it"
+    where = "" if holder["host"] == socket.gethostname() else f" on {host}"
+    return f"by {who}\nWait until it ends, stop it (kill {pid}{where})"
+
+
+def _shown(text: object) -> str:
+    shown = printable(text)
+    return shown if len(shown) <= _MAX_SHOWN else f"{shown[:_MAX_SHOWN]}…"

@@ -28,6 +28,7 @@ from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import init_distributed, is_restart, on_rank_zero, set_num_threads
+from kd_pipeline.training.environment import shown_settings
 from kd_pipeline.training.loggers import log_results, log_settings, open_loggers
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
@@ -113,7 +114,7 @@ class _StageRun(ExitStack):
         self._config = config.model_copy(update={"stage": stage})
         self._stage, self._plugins, self._trust_engines = stage, plugins, trust_engines
         self._is_one_of_all = config.stage == "all"
-        self._folder = RunFolder(stage_dir(config, stage))
+        self._folder = _folder_of(config, stage)
         self._val_loaders: dict[str, KDDataLoader] = {}
         self._reference: Teacher | None = None
         """The teacher for validation images; None for a recording, which has no outputs for them."""
@@ -138,7 +139,10 @@ class _StageRun(ExitStack):
             for change in changes:
                 _logger.info("changed since the training: %s", change.line_of_finished_run)
             if folder.has_results(results_digest(config, identity, saved.step)):
-                return self._finish(read_evaluations(folder.result))
+                try:
+                    return self._finish(read_evaluations(folder.result))
+                except StateError as exc:
+                    _logger.warning("%s; the results are made again", exc)
         else:
             self._check_keeps_teacher(saved)
             if teacher is not None and config.probe is not None:
@@ -179,7 +183,7 @@ class _StageRun(ExitStack):
         source = self._source
         splits = (name for name in self._config.data.splits if name != "train")
         return {
-            "config": self._config.model_dump(mode="json"),
+            "config": shown_settings(self._config),
             "teacher": None if teacher is None else teacher.fingerprint,
             "classes": None if source.classes is None else list(source.classes),
             "data": source.fingerprint,
@@ -364,9 +368,14 @@ class _StageRun(ExitStack):
         return student
 
 
+def _folder_of(config: Config, stage: Stage) -> RunFolder:
+    path = stage_dir(config, stage)
+    return RunFolder(path, is_named=path == config.run_dir)
+
+
 def _archive(config: Config, stages: Iterable[Stage]) -> None:
     for stage in stages:
-        folder = RunFolder(stage_dir(config, stage))
+        folder = _folder_of(config, stage)
         if (target := folder.archive()) is not None:
             _logger.warning(
                 "starting again: the earlier run in %s was moved to %s; leave out --fresh to resume the new one",

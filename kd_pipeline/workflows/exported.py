@@ -1,6 +1,7 @@
 """The exported model of a run: write its folder `exported/`, and open it, or a lone ONNX file or engine, again."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.finite import first_nonfinite
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.secret_values import hide_in_settings, refuse_hidden
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import first_few
+from kd_pipeline._core.text import printable
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, ExportError
 from kd_pipeline.models.checkpoints import open_weights
@@ -49,9 +52,12 @@ _BACKENDS = {".onnx": "onnx", ".engine": "engine", ".plan": "engine", ".trt": "e
 """The teacher setting that opens a file with this suffix."""
 _CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar")
 """Suffixes of files with weights alone."""
+_MAX_BYTES = 2**24
+"""Of a description, which has a name for each class."""
+_MAX_SHOWN = 300
+"""Characters of what is wrong with it."""
 _AGAIN = "run the command of the run again, which exports its model again"
 
-_MAX_DESCRIPTION = 2**26
 _WITHOUT_WEIGHTS = {"pretrained": False, "checkpoint": None, "checkpoint_key": None, "reset": ()}
 """What a description says about weights: nothing, as they are in the file beside it."""
 
@@ -129,7 +135,9 @@ def export_student(
         transform=transform,
     )
     write_atomic(folder / WEIGHTS, content)
-    write_atomic(folder / DESCRIPTION, description.model_dump_json(indent=2) + "\n")
+    content_of = description.model_dump(mode="json")
+    content_of["model"] = hide_in_settings(content_of["model"])  # the folder is made to be given to others
+    write_atomic(folder / DESCRIPTION, json.dumps(content_of, indent=2, ensure_ascii=False) + "\n")
     if not export.onnx:
         return
     try:
@@ -158,17 +166,17 @@ def read_exported(path: Path) -> tuple[Path, Exported] | None:
     elif path.suffix not in _BACKENDS:
         raise ConfigError(_no_model(path))
     description = folder / DESCRIPTION
-    if not description.is_file():
+    if not description.exists():
         return None
     try:
-        return folder, Exported.model_validate_json(read_regular(description, max_bytes=_MAX_DESCRIPTION))
+        return folder, Exported.model_validate_json(read_regular(description, max_bytes=_MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"{description} cannot be read: {error.strerror}; {_AGAIN}") from None
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
+        reason = printable(f"{key}: {error.errors()[0]['msg']}")[:_MAX_SHOWN]
         raise ConfigError(
-            f"{description} does not describe a model that this release opens: {key}: {error.errors()[0]['msg']}; "
-            f"{_AGAIN}"
+            f"{description} does not describe a model that this release opens: {reason}; {_AGAIN}"
         ) from None
 
 
@@ -218,11 +226,12 @@ def _open_network(
     plugins: Collection[str],
 ) -> OpenedModel:
     weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise ConfigError(f"{folder} has no {WEIGHTS}; {_AGAIN}")
+    refuse_hidden({"model": exported.model.model_dump(mode="json")}, str(folder / DESCRIPTION))
     try:
         with open_weights(weights) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} has no {WEIGHTS}; {_AGAIN}") from None
     except OSError as error:
         raise ConfigError(f"{weights} cannot be read: {error.strerror}; {_AGAIN}") from None
     if found != exported.weights_sha256:

@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from kd_pipeline._core.files import read_regular
+from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.settings import DataSettings
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import MissingPackageError
+from kd_pipeline.errors import DataError, MissingPackageError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.loader.loader import sample_images
 from kd_pipeline.models.registry import ModelSettings
-from kd_pipeline.report.plots import plot_confusion, plot_curves
+from kd_pipeline.report.plots import plot_confusion, plot_curves, save_figure
 from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import export_student
@@ -25,6 +27,9 @@ from kd_pipeline.workflows.exported import export_student
 __all__ = ["read_evaluations", "results_digest", "write_results"]
 
 _logger = logging.getLogger("kd_pipeline")
+
+_MAX_BYTES = 2**26
+"""Confusion matrices take about 12 bytes for each number. Larger results are made again rather than read."""
 
 
 def results_digest(config: Config, identity: Mapping[str, Any], step: int) -> str:
@@ -78,18 +83,28 @@ def write_results(
 
 
 def read_evaluations(path: Path) -> dict[str, Evaluation]:
-    """The contents of `result.json`."""
-    return TypeAdapter(dict[str, Evaluation]).validate_json(path.read_bytes())
+    """The contents of `result.json`.
+
+    Raises:
+        StateError: it cannot be read, or does not hold the results of a run.
+    """
+    try:
+        return TypeAdapter(dict[str, Evaluation]).validate_json(read_regular(path, max_bytes=_MAX_BYTES))
+    except OSError as exc:
+        reason = exc.strerror
+    except (ValidationError, RecursionError) as exc:
+        reason = f"it does not hold the results of a run ({printable(exc).splitlines()[0][:200]})"
+    raise StateError(f"{path} cannot be read: {reason}")
 
 
 def _plot(folder: RunFolder, evaluations: Mapping[str, Evaluation]) -> None:
     """Plot the curves of the run and the confusion matrix of each split, if matplotlib is installed."""
     try:
-        plot_curves(folder.metrics).savefig(folder.path / "curves.png")
+        save_figure(plot_curves(folder.metrics), folder.path / "curves.png")
         for name, each in evaluations.items():
             if each.confusion is not None:
-                plot_confusion(each.confusion, each.classes).savefig(folder.path / f"confusion_{name}.png")
-    except MissingPackageError as exc:
+                save_figure(plot_confusion(each.confusion, each.classes), folder.path / f"confusion_{name}.png")
+    except (MissingPackageError, DataError, OSError) as exc:
         _logger.warning("no plots were saved: %s", exc)
 
 
