@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from kd_pipeline import load_config
+from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline.workflows._train import train
 
 STAGES = ("teacher", "baseline", "distill")
@@ -36,7 +37,7 @@ def main(config: str, out: str, *seeds: str) -> None:
             for stage, found in top1.items()
         ),
     ]
-    Path(out).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomic(Path(out), "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -24,7 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 # Only modules that need no package: `make gpu` looks for a GPU before it sets up the environment.
+from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.child_process import kill_session
+from kd_pipeline._core.files import open_own
 from kd_pipeline._core.nvidia_driver import Driver, query_driver
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,14 +149,14 @@ def run_stages(stages: Sequence[Stage], out: Path, *, limit_s: float, root: Path
             summary = f"no result ({type(exc).__name__}); see {stage.name}.log"
         outcomes.append(Outcome(stage.name, status, round(seconds, 1), summary))
         print(f"{stage.name}: {status}, {seconds:.0f} s; {summary}", flush=True)
-        (out / "summary.json").write_text(json.dumps([asdict(each) for each in outcomes], indent=2) + "\n")
+        write_atomic(out / "summary.json", json.dumps([asdict(each) for each in outcomes], indent=2) + "\n")
     return outcomes
 
 
 def run_stage(stage: Stage, out: Path, most_s: float, root: Path) -> tuple[str, float]:
     """Run a stage; return how it ended, and after how many seconds."""
     started = time.monotonic()
-    with (out / f"{stage.name}.log").open("wb") as log:
+    with open_own(out / f"{stage.name}.log", "w+b") as log:
         log.write(f"$ {' '.join(stage.command)}\n".encode())
         log.flush()
         process = subprocess.Popen(
@@ -207,7 +209,7 @@ def run_environment(out: str) -> int:
         for number in range(torch.cuda.device_count())
     ]
     about = {"python": sys.version, "gpus": gpus, "packages": dict(sorted(packages.items()))}
-    Path(out, "environment.json").write_text(json.dumps(about, indent=2) + "\n")
+    write_atomic(Path(out, "environment.json"), json.dumps(about, indent=2) + "\n")
     print(f"torch {torch.__version__} on {', '.join(gpu['name'] for gpu in gpus) or 'no GPU'}")
     return 0
 
@@ -220,14 +222,15 @@ def run_decode(out: str, device: str) -> int:
 
     gpu = 0 if device == "cuda" else None
     modes = [(load, mode) for load in ((0.0, 0.65, 1.0) if device == "cuda" else (0.0,)) for mode in ("window", "full")]
-    with ThreadPoolExecutor(len(modes)) as pool, Path(out, "decode.jsonl").open("w") as file:
+    with ThreadPoolExecutor(len(modes)) as pool, open_own(Path(out, "decode.jsonl"), "w+b") as file:
         trials = [
             pool.submit(try_decoding, mode, device_id=gpu, hw_decoder_load=load, timeout_s=90) for load, mode in modes
         ]
         found = []
         for trial in as_completed(trials):
             found.append(trial.result())
-            print(found[-1].model_dump_json(), file=file, flush=True)
+            file.write(f"{found[-1].model_dump_json()}\n".encode())
+            file.flush()
             print(found[-1], flush=True)
     return 0 if any(trial.works and not trial.hw_decoder_load for trial in found) else 1
 
@@ -237,7 +240,7 @@ def run_doctor(out: str) -> int:
     from kd_pipeline.workflows.doctor import diagnose
 
     report = diagnose()
-    Path(out, "doctor.json").write_text(report.model_dump_json(indent=2) + "\n")
+    write_atomic(Path(out, "doctor.json"), report.model_dump_json(indent=2) + "\n")
     print(report.to_text())
     return 0 if report.is_usable else 1
 

@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 import kd_pipeline
+from kd_pipeline._core.output import prepare_output, write_output
+from kd_pipeline._core.secret_values import hide_in_arguments
 from kd_pipeline._core.text import printable
-from kd_pipeline.errors import ConfigError, MissingPackageError
+from kd_pipeline.errors import MissingPackageError
+from kd_pipeline.report.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,15 +181,14 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 
 def prepare_out(out: Path | None) -> None:
-    """Create the folder of a result file now, rather than fail after an hour of measuring.
+    """Create the folder of the result files now, rather than fail after an hour of measuring.
 
     Raises:
-        ConfigError: `out` is a folder itself.
+        ConfigError: `out`, or the plot next to it, is a folder, a link or no regular file.
     """
     if out is not None:
-        if out.is_dir():
-            raise ConfigError(f"out: {out} is a folder; give the name of a JSON file")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        prepare_output(out)
+        prepare_output(out.with_suffix(".png"))
 
 
 def save_result(
@@ -201,16 +203,16 @@ def save_result(
     """
     if out is None:
         return
-    out.write_text(to_json() + "\n", encoding="utf-8")
+    write_output(out, to_json() + "\n")
     if plot is not None:
         try:
-            plot().savefig(out.with_suffix(".png"))
-        except MissingPackageError as exc:
+            save_figure(plot(), out.with_suffix(".png"))
+        except (MissingPackageError, OSError) as exc:
             report(f"no plot was saved: {exc}")
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions of the packages, the command line, and the time (UTC)."""
+    """The machine, the versions of the packages, the command line without secrets, and the time (UTC)."""
     cpu_models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     versions = {"kd_pipeline": kd_pipeline.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
@@ -224,7 +226,7 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "versions": versions,
-        "command": f"{program} {shlex.join(sys.argv[1:])}",
+        "command": f"{program} {shlex.join(hide_in_arguments(sys.argv[1:]))}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, prepare_out, rotated, save_result
 from kd_pipeline.bench.photographs import photographs, read_jpeg
@@ -128,7 +129,8 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
         samples = _measure(_open(task, settings, opened, report), settings, report)
     result = StepResult(
         rows=tuple(StepRow(letter, VARIANTS[letter].name, tuple(own)) for letter, own in samples.items()),
-        settings=settings.model_dump(mode="json") | {"num_threads": task.num_threads, "device": task.device},
+        settings=hide_in_settings(settings.model_dump(mode="json"))
+        | {"num_threads": task.num_threads, "device": task.device},
         environment=environment(),
     )
     save_result(settings.out, result.to_json, report, result.plot)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, format_table, prepare_out, save_result, spread
 from kd_pipeline.bench.photographs import photographs
@@ -184,7 +185,7 @@ def bench_teacher(
         reference=comparison.reference,
         export_s=teacher.export_s,
         has_random_weights=teacher.has_random_weights,
-        settings=settings.model_dump(mode="json") | used,
+        settings=hide_in_settings(settings.model_dump(mode="json")) | used,
         environment=environment(),
     )
     save_result(settings.out, result.to_json, report, result.plot)

@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import Any
 
+from kd_pipeline._core.output import prepare_output, write_output
 from kd_pipeline.cli.arguments import add_permissions, checked, path_option, permissions, print_progress
 from kd_pipeline.cli.printing import print_result
 
@@ -62,6 +63,8 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.evaluation._evaluate import MetricSettings
     from kd_pipeline.workflows._compare import compare_files
 
+    if parsed.out is not None:
+        prepare_output(parsed.out)
     found = compare_files(
         load_config(parsed.config, parsed.set),
         parsed.models,
@@ -74,5 +77,5 @@ def _run(parsed: argparse.Namespace) -> int:
     print_result(found.table())
     if parsed.out is not None:
         evaluations = {row.name: row.evaluation.to_dict() for row in found.rows}
-        parsed.out.write_text(json.dumps(evaluations, indent=2) + "\n", encoding="utf-8")
+        write_output(parsed.out, json.dumps(evaluations, indent=2) + "\n")
     return 0

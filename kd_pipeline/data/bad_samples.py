@@ -16,7 +16,7 @@ from kd_pipeline.data.dali import FileChecker
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Source
-from kd_pipeline.errors import BadSampleError, DataError, TooManyBadSamplesError
+from kd_pipeline.errors import BadSampleError, StateError, TooManyBadSamplesError
 
 __all__ = ["BadSample", "BadSamples", "fraction_for"]
 
@@ -164,7 +164,7 @@ class BadSamples:
             with open_own(self._record, "ab") as file:
                 file.write(json.dumps(asdict(sample)).encode() + b"\n")
         except OSError as exc:
-            raise DataError(f"{self._record} cannot be written: {exc.strerror}") from exc
+            raise StateError(f"{self._record} cannot be written: {exc.strerror}") from exc
 
     def _shown_for(self, index: int) -> int:
         """The sample at `index` or, if it cannot be read, the next one that can in the dataset's order.

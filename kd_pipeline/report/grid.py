@@ -33,6 +33,8 @@ def save_grid(
 ) -> Path:
     """Write the first images of `batch` as a PNG file, with the normalization of `transform` undone.
 
+    A link at `path` is replaced, and not written through.
+
     Below each image are its label and, if the batch has teacher logits, the teacher's top-1 class and probability:
     green if both agree, red if not, gray for rows that are not valid.
 

@@ -2,17 +2,19 @@
 
 import os
 import re
+import socket
 from collections.abc import Callable
 
 import torch
 
 from kd_pipeline._core.cpu import num_cores
-from kd_pipeline._core.ranks import Launched, is_rank_zero, launched, local_world_size
+from kd_pipeline._core.ranks import Launched, is_rank_zero, launched, local_world_size, num_nodes
 from kd_pipeline.errors import ConfigError, StateError
 
 __all__ = ["init_distributed", "is_restart", "on_rank_zero", "set_num_threads"]
 
 _TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_HOST, _LOOPBACK = "127.0.0.1", "lo"
 _MPI_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
@@ -22,9 +24,12 @@ def init_distributed() -> None:
     Call it before the loader is opened, which asks for its shard. Under `srun` and `mpirun` it also sets the
     environment variables of `torchrun`, so the rest of the program need not know about them.
 
+    Processes of one machine connect by its loopback interface, whatever MASTER_ADDR is. Only `torchrun` itself listens
+    on all interfaces.
+
     Raises:
-        ConfigError: the launcher's variables are set in part, or it started a different number of processes on each
-            node.
+        ConfigError: the launcher's variables are set in part, it started a different number of processes on each node,
+            or the port is in use.
     """
     if torch.distributed.is_initialized():
         return
@@ -40,7 +45,16 @@ def init_distributed() -> None:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if num_nodes() > 1:
+        torch.distributed.init_process_group(backend)
+        return
+    _connect_by_loopback()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        torch.distributed.init_process_group(backend)  # torchrun itself listens, and the ranks are its clients
+    else:
+        store = _loopback_store(found)
+        torch.distributed.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size)
 
 
 def on_rank_zero(function: Callable[[], object]) -> None:
@@ -75,6 +89,42 @@ def set_num_threads(num_threads: int | None) -> None:
     """Set torch's CPU threads. None means `OMP_NUM_THREADS` if it is set, or else the cores of this process."""
     if num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(num_threads or num_cores())
+
+
+def _connect_by_loopback() -> None:
+    """Let the ranks of one machine connect to each other where no other machine can: their messages hold pickles."""
+    if _LOOPBACK in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={_LOOPBACK}")  # without = all that begin with it
+
+
+def _loopback_store(found: Launched) -> torch.distributed.Store:
+    """The store by which the ranks of one machine find each other.
+
+    torch's own listens on all interfaces, whatever MASTER_ADDR is, and takes commands from everybody.
+
+    Raises:
+        ConfigError: another process uses the port.
+    """
+    port, descriptor = int(os.environ["MASTER_PORT"]), None
+    if found.rank == 0:
+        try:
+            with socket.create_server((_HOST, port)) as server:
+                descriptor = server.detach()
+        except OSError as exc:
+            reason = os.strerror(exc.errno or 0)
+            raise ConfigError(
+                f"the processes cannot meet at port {port} of {_HOST}: {reason}; set MASTER_PORT to another one "
+                "in all of them"
+            ) from None
+    return torch.distributed.TCPStore(
+        _HOST,
+        port,
+        found.world_size,
+        is_master=found.rank == 0,
+        timeout=torch.distributed.constants.default_pg_timeout,
+        master_listen_fd=descriptor,
+    )
 
 
 def _torchrun_environment() -> dict[str, str]:

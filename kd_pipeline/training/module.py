@@ -70,6 +70,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._guard = StepGuard(
             settings.max_nonfinite_steps, sample_name=lambda index: self.trainer.train_dataloader.source.name(index)
         )
+        self.has_begun = False
+        """Whether all was set up and a checkpoint restored, and an epoch has begun."""
         self._num_valid: Tensor | None = None
         """Valid rows of this rank in the batches of the current optimizer step, if they are counted."""
         self._train_counts: Tensor | None = None
@@ -103,6 +105,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
 
     def on_train_epoch_start(self) -> None:
         """Reset the counters of the epoch."""
+        self.has_begun = True
         self._throughput.restart()
         self._train_counts = None
 

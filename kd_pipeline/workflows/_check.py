@@ -108,7 +108,10 @@ def check(
             config, training, out, plugins=plugins, trust_engines=trust_engines, findings=findings, report=report
         )
     checked = CheckReport(tuple(splits), teacher, grid, findings.sorted())
-    write_atomic(out / "check.json", json.dumps(checked.to_dict(), indent=2, default=str) + "\n")
+    try:
+        write_atomic(out / "check.json", json.dumps(checked.to_dict(), indent=2, default=str) + "\n")
+    except OSError as exc:
+        raise ConfigError(f"out: cannot write to {out}: {exc.strerror}; choose another with --out") from None
     return checked
 
 

@@ -15,7 +15,7 @@ from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
-from kd_pipeline.errors import ConfigError, StateError
+from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
 from kd_pipeline.evaluation.probe import probe_teacher
 from kd_pipeline.loader.loader import KDDataLoader
@@ -35,7 +35,7 @@ from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
-from kd_pipeline.workflows.resume import Change, SavedRun
+from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
 from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_of, stage_dir
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, with_trained_weights
 
@@ -221,7 +221,13 @@ class _StageRun(ExitStack):
         on_rank_zero(lambda: self._record_start(trainer, saved, changes))
         if is_rank_zero():
             log_settings(trainer.loggers, config)
-        trainer.fit(module, loader, ckpt_path=folder.last_checkpoint)
+        try:
+            trainer.fit(module, loader, ckpt_path=folder.last_checkpoint)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:
+            is_about_checkpoint = saved is not None and not module.has_begun
+            if not is_about_checkpoint or isinstance(exc, KDPipelineError | torch.OutOfMemoryError):
+                raise
+            raise unusable_checkpoint(folder.last_checkpoint, exc) from exc
         if is_rank_zero():
             folder.record_end("trained")
         return trainer
@@ -350,21 +356,18 @@ class _StageRun(ExitStack):
         if is_sharded(student):
             student = self._open_student(loader)
         best = self._folder.checkpoints / "best_student.pt"
-        if self._config.data.validated and best.is_file():
-            state = read_checkpoint(best)
-        else:
-            last = load_checkpoint(self._folder.checkpoints / "last.ckpt")
-            saved = last["state_dict"]
-            names = [*student.state_dict()]
-            state = last["ema"]["student"] if module.ema else {name: saved[f"student.{name}"] for name in names}
+        path = best if self._config.data.validated and best.is_file() else self._folder.checkpoints / "last.ckpt"
         try:
+            if path == best:
+                state = read_checkpoint(path)
+            else:
+                last = load_checkpoint(path)
+                saved = last["state_dict"]
+                names = [*student.state_dict()]
+                state = last["ema"]["student"] if module.ema else {name: saved[f"student.{name}"] for name in names}
             student.load_state_dict(state)
-        except (RuntimeError, TypeError, AttributeError) as exc:
-            line = str(exc).strip().partition("\n")[0]
-            raise StateError(
-                f"the best student in {self._folder.checkpoints} is not of this run ({printable(line):.200}); start "
-                "again with train --fresh"
-            ) from exc
+        except (AttributeError, LookupError, RuntimeError, TypeError) as exc:
+            raise unusable_checkpoint(path, exc) from exc
         return student
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from kd_pipeline._core.atomic_write import atomic_file, write_atomic
 from kd_pipeline._core.optional import require
 from kd_pipeline.config.config import Config, load_config
 from kd_pipeline.errors import ConfigError
@@ -78,7 +79,7 @@ def run_demo(overrides: Sequence[str] = ()) -> dict[str, Any]:
                 "seconds": time.perf_counter() - started,
                 "grid": str(grid),
             }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_atomic(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -101,9 +102,8 @@ def write_digits(root: Path) -> tuple[int, int]:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray((pixels * 255 / 16).round().astype("uint8"))
-            temporary = path.with_suffix(".tmp")
-            image.resize((32, 32), Image.Resampling.BICUBIC).save(temporary, format="PNG")
-            temporary.rename(path)
+            with atomic_file(path) as file:
+                image.resize((32, 32), Image.Resampling.BICUBIC).save(file, format="PNG")
     return counts["train"], counts["val"]
 
 

@@ -10,13 +10,14 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import ValidationError
 
+from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import StateError
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.settings import TrainSettings
 
-__all__ = ["Change", "SavedRun", "check_epochs", "check_resume", "rule_of"]
+__all__ = ["Change", "SavedRun", "check_epochs", "check_resume", "rule_of", "unusable_checkpoint"]
 
 _MAX_SHOWN = 150
 """Characters of a value in a message."""
@@ -125,7 +126,7 @@ class Change:
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.key.removeprefix('stream.')}: {_show(self.old)} → {_show(self.new)}"
+        return f"{printable(self.key.removeprefix('stream.'))}: {_show(self.old)} → {_show(self.new)}"
 
     @property
     def line(self) -> str:
@@ -166,18 +167,22 @@ class SavedRun:
         checkpoint = load_checkpoint(path)
         try:
             epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-            return cls(
-                run=checkpoint["run"],
-                step=checkpoint["global_step"],
-                epochs_done=epochs["processed"],
-                is_within_epoch=epochs["ready"] > epochs["processed"],
+            found = cls(
+                run={**checkpoint["run"]},
+                step=_count(checkpoint["global_step"]),
+                epochs_done=_count(epochs["processed"]),
+                is_within_epoch=_count(epochs["ready"]) > epochs["processed"],
                 early_stopping=checkpoint["callbacks"].get(StopEarly.__qualname__),
             )
-        except (KeyError, TypeError, AttributeError) as exc:
-            missing = f"it has no {exc}" if isinstance(exc, KeyError) else "its parts are of other kinds"
+            if found.early_stopping is not None:
+                _count(found.early_stopping["num_waited"])
+        except KeyError as exc:
             raise StateError(
-                f"{path} is not the checkpoint of kd-pipeline train: {missing}; {_way_out(path.parent.parent)}"
+                f"{path} is not the checkpoint of kd-pipeline train: it has no {exc}; {_way_out(path.parent.parent)}"
             ) from None
+        except (AttributeError, TypeError, ValueError) as exc:
+            raise unusable_checkpoint(path, exc) from None
+        return found
 
     def check(self, identity: Mapping[str, Any], config: Config, folder: Path) -> list[Change]:
         """The changes since the checkpoint was saved, all of which can be applied; see `check_resume`.
@@ -221,6 +226,17 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any], folder: P
     """
     if "config" not in saved:
         raise StateError(f"the checkpoint in {folder} does not say which config made it; {_way_out(folder)}")
+    try:
+        applied, refused = _sorted_changes(saved, current)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:  # of plain data of any shape
+        raise unusable_checkpoint(folder / "checkpoints" / "last.ckpt", exc) from exc
+    if refused:
+        _refuse(refused, folder, current["config"]["stage"])
+    return applied
+
+
+def _sorted_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[list[Change], list[Change]]:
+    """The changes that are applied, and those that are refused."""
     old_config, new_config = _config(saved), current["config"]
     identity = {name for name in current if name not in ("config", "validation")}
     refused = list(_changes({name: saved.get(name) for name in identity}, {name: current[name] for name in identity}))
@@ -253,9 +269,17 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any], folder: P
             case "applied":
                 is_applied = True
         (applied if is_applied else refused).append(change)
-    if refused:
-        _refuse(refused, folder, new_config["stage"])
-    return applied
+    return applied, refused
+
+
+def unusable_checkpoint(path: Path | None, exc: Exception) -> StateError:
+    """The error for a checkpoint that loads, and does not hold what a run has saved."""
+    reason = printable(f"{type(exc).__name__}: {exc}".partition("\n")[0])[:_MAX_SHOWN]
+    assert path is not None
+    return StateError(
+        f"{path} does not hold what kd-pipeline train resumes from ({reason}); use a different one, or "
+        f"{_way_out(path.parent.parent)}"
+    )
 
 
 def check_epochs(done: int, is_within_epoch: bool, epochs: int, folder: Path) -> None:
@@ -337,6 +361,12 @@ def _splits(data: Mapping[str, Any]) -> set[str]:
     return {name for name in ("val",) if data[name] is not None} | {*data["more"]}
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"a number of steps or epochs is {value!r}")
+    return value
+
+
 def _config(saved: Mapping[str, Any]) -> dict[str, Any]:
     """The config in a checkpoint; settings that are newer than it have their defaults, with which it ran."""
     config: dict[str, Any] = dict(saved["config"])
@@ -369,8 +399,11 @@ def _show(value: Any) -> str:
     """A value as in a config file, on one line; a fingerprint by its first digits."""
     if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
         return f"fingerprint {value[:12]}"
-    text = yaml.safe_dump(_without_none(value), default_flow_style=True, sort_keys=False, width=math.inf)
-    text = text.removesuffix("...\n").strip()
+    try:
+        text = yaml.safe_dump(_without_none(value), default_flow_style=True, sort_keys=False, width=math.inf)
+    except (yaml.YAMLError, RecursionError):  # no config has such a value
+        text = f"a {type(value).__name__}"
+    text = printable(text.removesuffix("...\n").strip())
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 

@@ -140,6 +140,34 @@ def start_by_slurm(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]
     ]
 
 
+def listening(process: int) -> set[str]:
+    """Addresses on which a process takes connections, as in /proc/net: bytes of each word in reverse order."""
+    links = [os.readlink(each) for each in Path(f"/proc/{process}/fd").iterdir()]
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in links:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+def test_port_in_use_is_a_clear_error(slurm: pytest.MonkeyPatch) -> None:
+    slurm.setenv("SLURM_STEP_NUM_TASKS", "2")
+    slurm.setenv("SLURM_STEP_NUM_NODES", "1")
+    slurm.setenv("SLURM_STEP_TASKS_PER_NODE", "2")
+    slurm.setenv("SLURM_PROCID", "0")
+    for name in (*TORCHRUN, "GROUP_RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        slurm.setenv(name, "")  # what is set in the test is undone
+        slurm.delenv(name)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        slurm.setenv("MASTER_PORT", str(port))
+        with pytest.raises(ConfigError, match=f"cannot meet at port {port} of 127.0.0.1: .* in use; set MASTER_PORT"):
+            init_distributed()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo" and os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
+
+
 @pytest.mark.slow
 def test_slurm_tasks_train_and_stop_together(trained_teacher: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
@@ -148,6 +176,8 @@ def test_slurm_tasks_train_and_stop_together(trained_teacher: Path, tmp_path: Pa
     processes = start_by_slurm(work, "data.batch_size=16")
     while not last.exists() and all(process.poll() is None for process in processes):
         time.sleep(0.02)
+    # Only this machine can connect to a run on one machine: to the store of rank 0, and to each rank.
+    assert [listening(process.pid) for process in processes] == [{"0100007F"}, {"0100007F"}]
     processes[1].send_signal(signal.SIGUSR1)  # SLURM sends it to all, but one is enough
     for status, output in map(finish, processes):
         assert status == 143 and "Traceback" not in output, output

@@ -1,0 +1,40 @@
+"""The JSON file that a user names for a result: looked at before the work, and written whole after it."""
+
+import os
+from pathlib import Path
+
+from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.files import describe_special
+from kd_pipeline.errors import ConfigError
+
+__all__ = ["prepare_output", "write_output"]
+
+
+def prepare_output(out: Path) -> None:
+    """Create the folder of a result file now, rather than fail after an hour of work.
+
+    Raises:
+        ConfigError: `out` is a folder, a link or no regular file, or its folder cannot be created.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        kind = describe_special(os.lstat(out).st_mode)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise ConfigError(f"out: {out} cannot be written: {exc.strerror}; choose another") from None
+    if kind is not None:
+        kind = kind.replace("directory", "folder")
+        raise ConfigError(f"out: {out} is {kind}; give the name of a JSON file, which may exist and is then replaced")
+
+
+def write_output(out: Path, text: str) -> None:
+    """Write a result to a file that `prepare_output` has looked at.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        write_atomic(out, text)
+    except OSError as exc:
+        raise ConfigError(f"out: {out} cannot be written: {exc.strerror}; choose another") from None
