@@ -19,7 +19,7 @@ _SECRET = re.compile(
 _TOKEN = re.compile(r"token(_|$)")
 """Numbers under such a name are not secret: networks have tokens too."""
 _USER_OF_URL = re.compile(r"(?<=://)[^\s/]+@")
-_QUERY_OF_URL = re.compile(r"(?<=[?&;])([^?&;=\s]+)=[^&;#\s]+")
+_QUERY_OF_URL = re.compile(r"(?<=[?&;])([^?&;=\s]+)=[^&;#\s'\"]+")
 _KEY_IN_BRACES = re.compile(r"([\w.-]+)[\"']?\s*[:=]")
 """In an argument such as `student.kwargs={api_key: abc}`."""
 
@@ -118,5 +118,5 @@ def _hidden(values: Any, key: str) -> Iterator[str]:
         case list() | tuple():
             for position, value in enumerate(values):
                 yield from _hidden(value, f"{key}.{position}")
-        case str() if values == HIDDEN or f"://{HIDDEN}@" in values:
+        case str() if values == HIDDEN or ("://" in values and HIDDEN in values):
             yield key

@@ -105,3 +105,9 @@ SPOILED: set[int] = set()
 def spoiled(num_classes: int = 10) -> nn.Module:
     """With BatchNorm, whose statistics a single NaN would spoil for good."""
     return nn.Sequential(Spoiled(), with_batchnorm(num_classes))
+
+
+def with_key(num_classes: int = 10, api_key: str = "", uri: str = "") -> nn.Module:
+    """Of somebody who downloads weights."""
+    assert api_key and uri and "***" not in api_key + uri
+    return plain(num_classes)
