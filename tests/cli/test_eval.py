@@ -96,6 +96,17 @@ def test_invalid_model_is_one_message(
     assert message in error and "Traceback" not in error
 
 
+def test_out_that_is_a_link_is_refused_before_the_work(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, victim = tmp_path / "metrics.json", tmp_path / "victim"
+    victim.write_text("mine")
+    out.symlink_to(victim)
+    assert main(["eval", "-c", str(config), "no such run", "--out", str(out)]) == 1
+    assert f"kd-pipeline: out: {out} is a link; give the name of a JSON file" in capsys.readouterr().err
+    assert victim.read_text() == "mine"
+
+
 def test_checkpoint_is_told_what_to_do(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

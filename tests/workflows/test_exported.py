@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -158,3 +159,42 @@ def test_factory_needs_plugin(tmp_path: Path) -> None:
         open_model_file(tmp_path / "run", size=8, device=CPU)
     opened = open_model_file(tmp_path / "run", size=8, device=CPU, plugins=["tests.training.networks"])
     assert opened.model(torch.zeros(2, 3, 8, 8)).shape == (2, 10) and opened.classes is None
+
+
+HOSTILE_DESCRIPTIONS = {
+    "nested": b"[" * 1_000_000,
+    "a huge number": b'{"format": ' + b"9" * 5000 + b"}",
+    "a key with control characters": b'{"format": 1, "x\\u001b]0;y\\u0007\\nall is well": 1}',
+    "bytes": b"\xff\xfe{",
+    "too large": b" " * (2**24 + 1),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_DESCRIPTIONS)
+def test_hostile_description_is_one_message(tmp_path: Path, name: str) -> None:
+    export(tmp_path)
+    (tmp_path / "exported" / "model.json").write_bytes(HOSTILE_DESCRIPTIONS[name])
+    with pytest.raises(ConfigError, match="run the command of the run again") as caught:
+        read_exported(tmp_path)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 1000
+
+
+@pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
+def test_pipes_are_refused_without_waiting(tmp_path: Path, name: str) -> None:
+    export(tmp_path)
+    (tmp_path / "exported" / name).unlink()
+    os.mkfifo(tmp_path / "exported" / name)
+    with pytest.raises(ConfigError, match=r"has no exported/model.json|cannot be read: this is a pipe and no file"):
+        open_model_file(tmp_path, size=32, device=CPU)
+
+
+def test_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "exported").mkdir()
+    for name in ("model.json", "model.safetensors"):
+        (tmp_path / "exported" / name).symlink_to(victim)
+    export(tmp_path)
+    open_model_file(tmp_path, size=32, device=CPU).close()
+    assert victim.read_text() == "mine"
