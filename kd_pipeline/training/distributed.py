@@ -4,6 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ def _connect_by_loopback() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={_LOOPBACK}")  # without = all that begin with it
 
 
-def _loopback_store(found: Launched) -> torch.distributed.Store:
+def _loopback_store(found: Launched) -> Any:
     """The store by which the ranks of one machine find each other.
 
     torch's own listens on all interfaces, whatever MASTER_ADDR is, and takes commands from everybody.
@@ -117,7 +118,7 @@ def _loopback_store(found: Launched) -> torch.distributed.Store:
                 f"the processes cannot meet at port {port} of {_HOST}: {reason}; set MASTER_PORT to another one "
                 "in all of them"
             ) from None
-    return torch.distributed.TCPStore(
+    return torch.distributed.TCPStore(  # type: ignore[attr-defined, unused-ignore]
         _HOST,
         port,
         found.world_size,
