@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from kd_pipeline._core.output import prepare_output, write_output
 from kd_pipeline.workflows.demo import write_digits
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--against", type=Path, help="another checkout of this repository, to be measured in turn")
     parser.add_argument("--out", type=Path, help="a JSON file for every repeat")
     options = parser.parse_args(arguments)
+    if options.out:
+        prepare_output(options.out)
     checkouts = [ROOT, *([options.against.resolve()] if options.against else [])]
     times: dict[Path, list[tuple[float, float]]] = {checkout: [] for checkout in checkouts}
     with tempfile.TemporaryDirectory() as folder:
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{commit_of(checkout)}: first line {spread(first_line_s)}, first step {spread(first_step_s)}")
     if options.out:
         environment = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
-        options.out.write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+        write_output(options.out, json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
 
 
 def start_once(checkout: Path, folder: Path, name: str) -> tuple[float, float]:

@@ -124,6 +124,10 @@ def _folder(config: Config, settings: CheckSettings) -> Path:
     out = settings.out or (None if config.run_dir is None else config.run_dir / "check")
     if out is None:
         raise ConfigError("a check writes a report: set run_dir, such as run_dir: runs/mine, or pass --out")
+    if settings.out is None and out.is_symlink():  # it came with the run's folder
+        raise ConfigError(
+            f"out: {out} is a link, and a run's folder is not left through links; delete it, or pass --out"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:

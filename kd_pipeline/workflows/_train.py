@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from kd_pipeline._core.ranks import is_rank_zero, world_size
-from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError

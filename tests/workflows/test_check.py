@@ -438,3 +438,13 @@ def test_folder_is_required(photo_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="choose another"):
         check(config, CheckSettings(out=tmp_path / "file" / "check"))
+
+
+def test_report_follows_no_link_out_of_the_run(photo_folder: Path, tmp_path: Path) -> None:
+    config, victim = photographs(tmp_path, photo_folder), tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "check").symlink_to(victim)
+    with pytest.raises(ConfigError, match=r"out: .*check is a link, .* delete it, or pass --out"):
+        check(config)
+    assert not [*victim.iterdir()]

@@ -58,11 +58,15 @@ def save_classes(path: str | os.PathLike[str], classes: Sequence[str]) -> None:
     """Write class names in label order to the JSON file `path`, for `load_classes` and `classes: <path>` to read.
 
     Raises:
-        DataError: there are no names, or one is empty, not a string, or duplicated.
+        DataError: there are no names, or one is empty, not a string, or duplicated; or the file cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(_check_names(classes, "classes"), indent=0) + "\n")
+    content = json.dumps(_check_names(classes, "classes"), indent=0) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    except OSError as exc:
+        raise DataError(f"{path} cannot be written: {exc.strerror}") from None
 
 
 def load_classes(path: str | os.PathLike[str]) -> tuple[str, ...]:

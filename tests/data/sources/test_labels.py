@@ -150,11 +150,13 @@ def test_huge_class_file_is_not_read(tmp_path):
     assert "(it has 1099511627776 bytes, and at most 4194304 are read)" in error_of(load_classes, path)
 
 
-def test_classes_are_not_written_through_a_link(tmp_path):
+def test_names_are_written_through_no_link_and_to_no_pipe(tmp_path):
     (tmp_path / "victim").write_text("mine")
-    (tmp_path / "classes.json").symlink_to("victim")
-    save_classes(tmp_path / "classes.json", ["a"])
-    assert (tmp_path / "victim").read_text() == "mine" and load_classes(tmp_path / "classes.json") == ("a",)
+    (tmp_path / "link.json").symlink_to(tmp_path / "victim")
+    save_classes(tmp_path / "link.json", ["cat"])
+    assert load_classes(tmp_path / "link.json") == ("cat",) and (tmp_path / "victim").read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "pipe.json cannot be written: this is a pipe" in error_of(save_classes, tmp_path / "pipe.json", ["cat"])
 
 
 def test_warnings_have_no_control_characters(tmp_path, caplog):
