@@ -13,7 +13,7 @@ __all__ = ["read_metrics"]
 _MAX_BYTES = 2**26
 """A row of 20 metrics takes about 250 bytes."""
 _MAX_LINE = 2**20
-_MAX_CELLS = 40_000_000
+_MAX_CELLS = 10_000_000
 """Most are empty, as each row has the metrics of one kind; looking at them takes some seconds."""
 _MAX_NUMBERS = 4_000_000
 """What is held in memory, at less than 100 bytes for each."""

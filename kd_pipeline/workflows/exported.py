@@ -169,15 +169,17 @@ def read_exported(path: Path) -> tuple[Path, Exported] | None:
     if not description.exists():
         return None
     try:
-        return folder, Exported.model_validate_json(read_regular(description, max_bytes=_MAX_BYTES))
+        # Not model_validate_json, each of whose errors holds a copy of what it is about.
+        return folder, Exported.model_validate(json.loads(read_regular(description, max_bytes=_MAX_BYTES)))
     except OSError as error:
         raise ConfigError(f"{description} cannot be read: {error.strerror}; {_AGAIN}") from None
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
-        reason = printable(f"{key}: {error.errors()[0]['msg']}")[:_MAX_SHOWN]
-        raise ConfigError(
-            f"{description} does not describe a model that this release opens: {reason}; {_AGAIN}"
-        ) from None
+        reason = f"{key}: {error.errors()[0]['msg']}"
+    except (ValueError, RecursionError) as error:
+        reason = f"the file: Invalid JSON ({error})"
+    reason = printable(reason)[:_MAX_SHOWN]
+    raise ConfigError(f"{description} does not describe a model that this release opens: {reason}; {_AGAIN}")
 
 
 def open_model_file(

@@ -28,7 +28,7 @@ __all__ = ["read_evaluations", "results_digest", "write_results"]
 
 _logger = logging.getLogger("kd_pipeline")
 
-_MAX_BYTES = 2**26
+_MAX_BYTES = 2**25
 """Confusion matrices take about 12 bytes for each number. Larger results are made again rather than read."""
 
 
@@ -89,11 +89,15 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
         StateError: it cannot be read, or does not hold the results of a run.
     """
     try:
-        return TypeAdapter(dict[str, Evaluation]).validate_json(read_regular(path, max_bytes=_MAX_BYTES))
+        # Not validate_json, each of whose errors holds a copy of what it is about.
+        content = json.loads(read_regular(path, max_bytes=_MAX_BYTES))
+        return TypeAdapter(dict[str, Evaluation]).validate_python(content)
     except OSError as exc:
         reason = exc.strerror
-    except (ValidationError, RecursionError) as exc:
-        reason = f"it does not hold the results of a run ({printable(exc).splitlines()[0][:200]})"
+    except ValidationError as exc:
+        reason = f"it does not hold the results of a run ({printable(exc.errors()[0]['msg'])[:200]})"
+    except (ValueError, RecursionError) as exc:
+        reason = f"it does not hold the results of a run ({printable(exc)[:200]})"
     raise StateError(f"{path} cannot be read: {reason}")
 
 
