@@ -25,7 +25,7 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import FileList, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.errors import BadSampleError, DataError, TooManyBadSamplesError
+from kd_pipeline.errors import BadSampleError, StateError, TooManyBadSamplesError
 from kd_pipeline.loader.loader import KDDataLoader
 from tests.corpus import BROKEN, ODD, Broken, Odd, cut_in_half, encoded, photo_of, png_of_zeros
 from tests.rare_files import RARE, without_last_scans
@@ -432,7 +432,7 @@ def test_record_is_not_written_through_a_link(damaged, tmp_path):
     (tmp_path / "bad_samples.jsonl").symlink_to(tmp_path / "victim")
     with (
         open_loader(damaged(3), run_dir=tmp_path) as loader,
-        pytest.raises(DataError, match=r"bad_samples.jsonl cannot be written: this is a link"),
+        pytest.raises(StateError, match=r"bad_samples.jsonl cannot be written: this is a link"),
     ):
         run(loader, 1)
     assert (tmp_path / "victim").read_text() == "kept"

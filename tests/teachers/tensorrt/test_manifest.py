@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from kd_pipeline._core.files import NotAFileError
 from kd_pipeline.errors import ConfigError, EngineError
 from kd_pipeline.teachers.tensorrt.manifest import (
     EngineManifest,
@@ -501,7 +502,7 @@ def test_manifest_is_replaced(engine: Path) -> None:
 def test_failed_write_leaves_nothing(engine: Path) -> None:
     manifest_path(engine).unlink()
     manifest_path(engine).mkdir()
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(NotAFileError, match="this is a directory"):
         write_manifest(engine, MANIFEST)
     assert sorted(path.name for path in engine.parent.iterdir()) == ["teacher.engine", "teacher.engine.json"]
 
