@@ -3,16 +3,18 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
+from kd_pipeline._core.text import printable
+
 __all__ = ["first_few", "suggest"]
 
 _MAX_NAMES = 10
 
 
 def first_few(names: Sequence[str], count: int | None = None) -> str:
-    """The first ten of `names` and the number of the rest, out of `count` in all; defaults to the number of names."""
+    """The first ten of `names`, safe to print, and the number of the rest out of `count`, by default all names."""
     shown = names[:_MAX_NAMES]
     rest = (count or len(names)) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+    return ", ".join(map(printable, shown)) + (f" and {rest} more" if rest else "")
 
 
 def suggest(word: str, known: Iterable[str], *, otherwise: str | None = None) -> str:

@@ -51,7 +51,7 @@ PerChannel = tuple[float, float, float]
 class _Output(Settings):
     """The format of the finished image, the same for both presets."""
 
-    size: int = Field(gt=0)
+    size: int = Field(gt=0, le=8192)
     """Height and width of the finished image, in pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Filter of the resize, which is always antialiased."""
@@ -133,7 +133,7 @@ class EvalTransform(_Output):
     """
 
     preset: Literal["eval"] = "eval"
-    resize: int | None = Field(default=None, gt=0)
+    resize: int | None = Field(default=None, gt=0, le=2 * 8192)
     """Length of the shorter side before the crop; defaults to `size / 0.875`, which is 256 for 224."""
 
     num_draws: ClassVar[int] = 0

@@ -15,7 +15,9 @@ import torch
 from pydantic import ValidationError
 
 from kd_pipeline._core.files import open_regular
+from kd_pipeline._core.optional import require
 from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.input_adapter import InputAdapter
 from kd_pipeline.onnx.outline import CHUNK, MAX_BYTES, Outline, OutlineError, read_outline
@@ -41,6 +43,8 @@ _MAX_METADATA = 2**23
 """Characters of JSON in the metadata; a list of them takes up to 20 times as much memory."""
 _MAX_VALUES = 2**28
 """Values of an image or an output, 1 GiB in float32."""
+_MAX_VERSION = 1000
+"""Of operators that are not ONNX's own, such as com.microsoft's."""
 _MAX_NAME = 200
 _MAX_SHOWN = 10
 """Names in a message."""
@@ -115,8 +119,7 @@ def read_onnx(path: Path) -> OnnxFile:
     """
     path, outline = _read_outline(path)
     model = outline.model
-    if len([entry for entry in model.opset_import if entry.domain == ""]) != 1:
-        raise TeacherError(f"{path} does not say once which version of ONNX's operators it uses; export it again")
+    _check_opsets(path, model)
     tensors = list(all_tensors(path, model))
     external = external_ranges(path, outline, tensors)
     _add_external(outline.sha256, path, external)
@@ -215,6 +218,19 @@ def _external_chunks(path: Path, location: str, ranges: Ranges) -> Iterator[tupl
             f"{path} has weights in {quoted(location)}, which cannot be read: {exc.strerror or exc}; copy the external "
             "data together with the model"
         ) from exc
+
+
+def _check_opsets(path: Path, model: Any) -> None:
+    """Refuse versions of operators that nobody has; OpenVINO counts from the newest that it knows to the named one."""
+    if len([entry for entry in model.opset_import if entry.domain == ""]) != 1:
+        raise TeacherError(f"{path} does not say once which version of ONNX's operators it uses; export it again")
+    known = require("onnx", extra="cpu").defs.onnx_opset_version()
+    for entry in (*model.opset_import, *(entry for function in model.functions for entry in function.opset_import)):
+        if not 1 <= entry.version <= (known if entry.domain in ("", "ai.onnx") else _MAX_VERSION):
+            raise TeacherError(
+                f"{path} uses opset {entry.version} of {printable(entry.domain)[:_MAX_NAME] or 'ai.onnx'}, and the "
+                f"installed onnx knows opset {known}; install a newer onnx, or export the teacher with an earlier opset"
+            )
 
 
 def _read_input(path: Path, graph: Any) -> tuple[str, TensorSpec]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError, TeacherError
 
 __all__ = ["Teacher"]
@@ -80,7 +81,8 @@ class Teacher(ABC):
         except Exception as exc:  # each runtime has its own error classes
             found = TensorSpec(tuple(images.shape), images.dtype)
             kind = EngineError if isinstance(exc, EngineError) else TeacherError
-            raise kind(f"the {self.backend} teacher failed on images {found}: {exc}") from exc
+            reason = printable(exc, keep="\n")  # may have names from the file
+            raise kind(f"the {self.backend} teacher failed on images {found}: {reason}") from exc
         finally:
             self.busy_s += time.perf_counter() - started
         for name, output in outputs.items():

@@ -58,10 +58,12 @@ def build_trainer(
     early_stopping = [] if settings.early_stopping is None else [StopEarly(settings.early_stopping)]
     # Left to itself, Lightning would detect SLURM and set the processes up again, differently.
     is_distributed = world_size() > 1
+    # Without a launcher, its variables are left over, and Lightning would start processes of its own.
+    num_devices = local_world_size() if is_distributed else 1
     environment = _environments.TorchElasticEnvironment() if is_distributed else _environments.LightningEnvironment()
     return _lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=local_world_size(),
+        devices=num_devices,
         num_nodes=num_nodes(),
         strategy=_strategy(settings.strategy) if is_distributed else "auto",
         sync_batchnorm=settings.sync_batchnorm,

@@ -24,6 +24,7 @@ from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.teachers.tensorrt.output import check_folder, make_folders
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import init_distributed, is_restart, on_rank_zero, set_num_threads
@@ -33,6 +34,7 @@ from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
+from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
 from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_of, stage_dir
@@ -121,7 +123,7 @@ class _StageRun(ExitStack):
     def run(self) -> TrainResult:
         """Train unless that is done, then export and evaluate the best student unless that is done."""
         config, folder = self._config, self._folder
-        on_rank_zero(lambda: self.enter_context(folder.session(f"train, stage {self._stage}")))
+        on_rank_zero(self._enter_folder)
         self._prepare()
         self._source = open_source(config.data.split("train").source)
         teacher = self._open_teacher() if self._stage == "distill" else None
@@ -162,6 +164,13 @@ class _StageRun(ExitStack):
             folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
             log_results(loggers, config, evaluations, step)
         return self._finish(evaluations)
+
+    def _enter_folder(self) -> None:
+        folder = self._folder
+        if self._config.train.export.engine is not None:  # it is refused where others can write, whatever the umask
+            check_folder(folder.path / "exported" / ENGINE, otherwise="set a different run_dir")
+            make_folders(folder.path)
+        self.enter_context(folder.session(f"train, stage {self._stage}"))
 
     def _prepare(self) -> None:
         """Everything that can fail before the data is opened, rather than after the first epoch."""

@@ -30,12 +30,14 @@ from kd_pipeline.teachers.class_order import match_classes
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.teachers.tensorrt.build import build_engine
+from kd_pipeline.teachers.tensorrt.output import make_folders
 from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 from kd_pipeline.training.settings import ExportSettings
 
 __all__ = [
     "DESCRIPTION",
+    "ENGINE",
     "ONNX",
     "WEIGHTS",
     "Exported",
@@ -125,7 +127,7 @@ def export_student(
             f"the student's weights hold NaN or inf, first in {bad!r}, so it is not exported to {folder}; train again "
             "with a lower train.optimizer.lr, or in float32 or bfloat16, in another run_dir"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
     description = Exported(

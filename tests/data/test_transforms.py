@@ -116,6 +116,7 @@ def as_numpy(image):
     ("field", "value", "words"),
     [
         ("size", 0, "greater than 0 .*input_value=0"),
+        ("size", 2**40, "less than or equal to 8192"),
         ("size", 22.5, "integer.*input_value=22.5"),
         ("interpolation", "nearest", "bilinear.*input_value='nearest'"),
         ("dtype", "bfloat16", "float32.*input_value='bfloat16'"),

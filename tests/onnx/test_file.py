@@ -338,6 +338,16 @@ def add_dims(model: onnx.ModelProto) -> None:
         (change("opset_import.0.domain", "other"), "does not say once which version"),
         (lambda model: model.opset_import.add(version=3), "does not say once which version"),
         (
+            change("opset_import.0.version", 10**9),
+            "uses opset 1000000000 of ai.onnx, and the installed onnx knows opset",
+        ),
+        (lambda model: model.opset_import.add(domain="ai.onnx", version=10**9), "uses opset 1000000000 of ai.onnx"),
+        (lambda model: model.opset_import.add(domain="x\x1b", version=10**9), r"uses opset 1000000000 of x\\x1b"),
+        (
+            lambda model: model.functions.add(name="f", domain="d").opset_import.add(version=10**9),
+            "uses opset 1000000000 of ai.onnx",
+        ),
+        (
             lambda model: model.graph.output.extend([*model.graph.output]),
             "returns 'logits', 'logits'; one of them, and",
         ),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kd_pipeline.data.sources import Arrays
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import ConfigError, MissingPackageError
+from kd_pipeline.errors import ConfigError, EngineError, MissingPackageError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.tensorrt.manifest import read_engine
 from kd_pipeline.training.checkpoint import load_checkpoint
@@ -248,11 +249,23 @@ def test_export_without_onnx(digits: Path) -> None:
 def test_export_engine(digits: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     wanted = {"precision": "fp16", "runtime": "tensorrt_rtx", "profiles": [{"min": 1, "opt": 4, "max": 8}]}
-    folder = run(digits, "engine", train__epochs=1, train__export={"engine": wanted})
+    before = os.umask(0o002)  # under which folders are made that the group can write to
+    try:
+        folder = run(digits, "engine", train__epochs=1, train__export={"engine": wanted})
+    finally:
+        os.umask(before)
     manifest = read_engine(folder / "exported" / "model.engine").manifest
     assert manifest is not None and manifest.precision == "fp16"
     assert manifest.onnx_sha256 == read_onnx(folder / "exported" / "model.onnx").sha256
     assert manifest.parity.images == "the split val of the run" and manifest.parity.num_images == NUM_VAL
+
+
+def test_folder_in_which_the_engine_would_be_refused_fails_early(digits: Path) -> None:
+    (digits / "loose").mkdir()
+    (digits / "loose").chmod(0o775)
+    with pytest.raises(EngineError, match=f"group may write to {digits}/loose; .*; or set a different run_dir"):
+        run(digits, "loose", train__export={"engine": {"runtime": "tensorrt_rtx"}})
+    assert not [*(digits / "loose").iterdir()]
 
 
 def test_missing_tensorrt_fails_early(digits: Path) -> None:

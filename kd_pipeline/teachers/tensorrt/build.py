@@ -3,8 +3,8 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 
 from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline.data.sources.labels import class_names
-from kd_pipeline.errors import EngineError
+from kd_pipeline.errors import EngineError, TeacherError
 from kd_pipeline.onnx.edit import edit_onnx
 from kd_pipeline.onnx.file import OnnxFile, read_onnx
 from kd_pipeline.onnx.half_precision import CONVERTER_VERSION, convert_precision, emulate_precision
@@ -113,13 +113,14 @@ class _Build:
     def run(self, folder: Path, engine: Path) -> None:
         """Make the engine and its files in `folder`, and then move them to where `engine` is to be."""
         built = folder / engine.name
-        edited = self._edit(folder)
-        converted, emulated, kept_float32 = self._convert(edited, folder)
-        reference, parity = self._check_parity(edited, emulated, built)
-        started = time.perf_counter()
-        self._compile(converted, built)
-        build_s = time.perf_counter() - started
-        image, outputs = _tensors(read_onnx(converted), reference)
+        with self._source() as source:
+            edited = self._edit(source, folder)
+            converted, emulated, kept_float32 = self._convert(edited, folder)
+            reference, parity = self._check_parity(edited, emulated, built)
+            started = time.perf_counter()
+            self._compile(converted, built)
+            build_s = time.perf_counter() - started
+            image, outputs = _tensors(read_onnx(converted), reference)
         manifest = EngineManifest(
             **self.recipe.model_dump(),
             engine_sha256=hashlib.sha256(built.read_bytes()).hexdigest(),
@@ -142,19 +143,28 @@ class _Build:
         for path in (parity_path(built), manifest_path(built), built):
             os.replace(path, engine.parent / path.name)
 
-    def _edit(self, folder: Path) -> Path:
-        """The float32 file with adapter, outputs and classes of the settings; the file itself if there are none."""
+    @contextmanager
+    def _source(self) -> Iterator[Path]:
+        """A copy of the file that others cannot change while it is built; errors name the file itself."""
+        with self.file.private_copy() as source:
+            try:
+                yield source
+            except TeacherError as exc:  # EngineError is one
+                raise type(exc)(str(exc).replace(str(source), str(self.file.path))) from exc
+
+    def _edit(self, source: Path, folder: Path) -> Path:
+        """`source` with adapter, outputs and classes of the settings; the file itself if there are none."""
         settings = self.settings
         if self.file.precision != "fp32":
             raise EngineError(
                 f"{self.file.path} holds {self.file.precision} weights; give the float32 file, from which the build "
                 "makes every precision and with which it compares them"
             )
-        OnnxRuntimeTeacher(self.file.path).close()  # fail early on truncated weights and unknown operators
+        OnnxRuntimeTeacher(source).close()  # fail early on truncated weights and unknown operators
         if settings.input_adapter is None and not settings.outputs and settings.classes is None:
-            return self.file.path
+            return source
         return edit_onnx(
-            self.file.path,
+            source,
             folder / "edited.onnx",
             input_adapter=settings.input_adapter,
             outputs=settings.outputs,

@@ -25,6 +25,7 @@ __all__ = [
 
 _SUFFIXES = (".engine", ".plan", ".trt")
 _ELSEWHERE = "choose a different file with save_engine (--save-engine)"
+_OTHER_FOLDER = "choose a different folder, such as one in ~/.cache, with save_engine (--save-engine)"
 
 
 def cache_folder() -> Path:
@@ -63,8 +64,10 @@ def check_paths(engine: Path, timing_cache: Path | None = None) -> None:
             make_folders(path.parent)
 
 
-def check_folder(engine: Path) -> None:
+def check_folder(engine: Path, *, otherwise: str = _OTHER_FOLDER) -> None:
     """Refuse an engine that somebody else could replace, which would then be refused when it is opened.
+
+    `otherwise` is what else to do than to change the folder, for the message.
 
     Raises:
         EngineError: somebody else can write to the folder of `engine`, or to the one in which it would be created.
@@ -75,8 +78,7 @@ def check_folder(engine: Path) -> None:
         check_trusted_folder(existing)
     except UntrustedFileError as exc:
         raise EngineError(
-            f"the engine would go to {engine}, and would be refused when it is opened: {exc.strerror}; or choose a "
-            "different folder, such as one in ~/.cache, with save_engine (--save-engine)"
+            f"the engine would go to {engine}, and would be refused when it is opened: {exc.strerror}; or {otherwise}"
         ) from None
 
 
