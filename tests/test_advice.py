@@ -444,7 +444,7 @@ def test_export_of_torch_itself(folder: Path) -> None:
     found = re.search(r"such as dynamic_shapes=(.*) in torch\.onnx\.export", str(caught.value))
     assert found is not None
     dynamic = {"dynamic_shapes": ast.literal_eval(found[1])}
-    with pytest.raises(KDPipelineError, match="one of them must be named 'logits'"):
+    with pytest.raises(KDPipelineError, match="one of them, and only one, must be named 'logits'"):
         opened(**dynamic)
     opened(output_names=["logits", "features"], **dynamic)
 

@@ -68,7 +68,7 @@ def test_architecture_is_the_map_of_packages() -> None:
     assert rows == [package for package in PACKAGES if package != "__main__"]
 
 
-DOCS = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+DOCS = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *(REPOSITORY / "docs").glob("*.md")]
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)

@@ -30,8 +30,8 @@ def build(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "precision"), [("resnet18", "fp16"), ("vit_tiny_patch16_224", "bf16")])
-def test_timm_model_becomes_engine(tmp_path: Path, name: str, precision: str) -> None:
+def test_timm_model_becomes_engine(tmp_path: Path) -> None:
+    name, precision = "vit_tiny_patch16_224", "bf16"
     engine = tmp_path / f"{name}.{precision}.engine"
     result = build(tmp_path, "--timm", name, "--precision", precision, "--batch", 1, 32, 64)
     assert result.returncode == 0, result.stderr
