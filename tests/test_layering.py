@@ -55,7 +55,10 @@ WRAPPED_IN = {
         "loader.loader",
         "workflows.doctor",
     },
-    "onnx": {"onnx.edit", "onnx.export", "onnx.half_precision", "onnx.outline", "onnx.weights", "workflows.doctor"},
+    "onnx": {
+        *("onnx.edit", "onnx.export", "onnx.file", "onnx.half_precision", "onnx.outline", "onnx.weights"),
+        "workflows.doctor",
+    },
     "onnx_ir": {"onnx.edit", "onnx.half_precision", "onnx.quantize", "onnx.ranges"},
     "onnxruntime": {"onnx.export", "onnx.session", "teachers.onnxruntime", "workflows.doctor"},
     "onnxscript": {"onnx.export", "workflows.doctor"},
