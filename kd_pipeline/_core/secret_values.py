@@ -10,7 +10,7 @@ from kd_pipeline.errors import ConfigError
 __all__ = ["HIDDEN", "hide_in_arguments", "hide_in_settings", "hide_in_text", "is_secret", "refuse_hidden"]
 
 HIDDEN = "***"
-"""What stands in the place of a secret."""
+"""Written in place of a secret."""
 
 _KEYS = "access|account|api|encryption|private|secret|shared|signing|ssh"
 _SECRET = re.compile(

@@ -209,7 +209,7 @@ class _Scan:
         """The stacks below each mark."""
         self._memo: dict[int, _Value] = {}
         self.is_supported = True
-        """Whether torch's reader goes on to the end, as far as known here."""
+        """Whether torch's reader would read all of it; False after an opcode that it refuses."""
 
     def names(self) -> Iterator[str]:
         """Go through the pickle, and return the names in it."""

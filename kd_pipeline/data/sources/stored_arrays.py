@@ -6,6 +6,7 @@ import os
 import shlex
 import weakref
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ _READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-class StoredArray:
+class StoredArray(ABC):
     """An array in a file, of which nothing but the header was read.
 
     Args:
@@ -73,13 +74,13 @@ class StoredArray:
         whole: NDArray[Any] = np.ndarray(self.shape, self.dtype, flat, order="F" if self._header.is_fortran else "C")
         return whole
 
+    @abstractmethod
     def _fill(self, memory: memoryview) -> None:
         """Read the array's bytes into `memory`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advice(self) -> str:
         """What to do with an array that does not fit into memory."""
-        raise NotImplementedError
 
 
 class NpyFile(StoredArray):
