@@ -6,6 +6,7 @@ import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -37,7 +38,7 @@ class UntrustedFileError(PermissionError):
     """A file or folder that a different user could have written."""
 
 
-def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BufferedReader:
     """Open a regular file for reading, following links; never waits for a pipe or a device.
 
     Raises:
@@ -61,7 +62,7 @@ def read_regular(path: str | os.PathLike[str], *, max_bytes: int) -> bytes:
         return _read(file, path)
 
 
-def open_trusted(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BinaryIO:
+def open_trusted(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> BufferedReader:
     """Open a file that only this user or root can have written; what is checked is what the caller reads.
 
     The path is followed from / on, one folder at a time. Each folder, each link to one and the file itself must belong

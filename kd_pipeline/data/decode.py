@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -11,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from kd_pipeline._core.atomic_write import atomic_file, locked
+from kd_pipeline._core.atomic_write import locked, write_atomic
 from kd_pipeline._core.files import UntrustedFileError, read_trusted
 from kd_pipeline._core.nvidia_driver import query_driver
 from kd_pipeline._core.optional import require
@@ -167,8 +166,7 @@ def _read(path: Path) -> DecodeChoice | None:
 def _save(path: Path | None, choice: DecodeChoice) -> None:
     if path is not None and choice.is_certain:
         try:
-            with atomic_file(path) as file:
-                os.fchmod(file.fileno(), 0o600)  # or the next process might not trust it
-                file.write(choice.model_dump_json().encode())
+            # With the umask alone, the next process might not trust it.
+            write_atomic(path, choice.model_dump_json(), permissions=0o600)
         except OSError as exc:
             _logger.debug("how the GPU decodes is not cached: %s", exc)

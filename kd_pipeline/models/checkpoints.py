@@ -6,6 +6,7 @@ import tarfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,7 +108,7 @@ def read_checkpoint(path: Path) -> Any:
         return _read_pickle(path, file, is_zip=head.startswith(b"PK"))
 
 
-def open_weights(path: Path) -> BinaryIO:
+def open_weights(path: Path) -> BufferedReader:
     """Open a file of weights, which has to fit into the memory of this machine.
 
     Raises:
@@ -249,7 +250,7 @@ def _check_names_of_records(path: Path, names: Sequence[str]) -> None:
         if names and all(name.endswith(".npy") for name in names):
             raise _refused(path, "it is an archive of NumPy arrays", f"give a state dict: {_SAVE}")
         advice = f"set checkpoint to a file of weights: {_SAVE}"
-        raise _refused(path, f"it is a zip archive of {printable(first_few(names))}", advice)
+        raise _refused(path, f"it is a zip archive of {first_few(names)}", advice)
 
 
 def _is_known_to_torch(name: str) -> bool:

@@ -328,4 +328,4 @@ def _now() -> str:
 
 def _sha256(path: Path) -> str:
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type, unused-ignore]
+        return hashlib.file_digest(file, "sha256").hexdigest()

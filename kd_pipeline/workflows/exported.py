@@ -233,7 +233,7 @@ def _open_network(
     refuse_hidden({"model": exported.model.model_dump(mode="json")}, str(folder / DESCRIPTION))
     try:
         with open_weights(weights) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise ConfigError(f"{folder} has no {WEIGHTS}; {_AGAIN}") from None
     except OSError as error:

@@ -66,14 +66,14 @@ class ImageFolder(FileSource):
             _refuse_splits(top, folders)
         if names is not None and (unknown := sorted(set(folders) - set(names))):
             raise DataError(
-                f"{top}: folder(s) that are not among the {len(names)} classes: {_shown(unknown)}; rename or remove "
+                f"{top}: folder(s) that are not among the {len(names)} classes: {first_few(unknown)}; rename or remove "
                 f"them, or add them to `classes`{suggest(unknown[0], names)}"
             )
         parents = frozenset({_inode(top)})
         counts = [paths.extend(_find_images(os.path.join(top, folder), skipped, parents)) for folder in folders]
         if empty := [folder for folder, count in zip(folders, counts, strict=True) if not count]:
             advice = f"add images or remove the folder{_with_containers(os.path.join(top, empty[0]), skipped)}"
-            raise DataError(f"{top}: empty class folder(s): {_shown(empty)}; {advice}")
+            raise DataError(f"{top}: empty class folder(s): {first_few(empty)}; {advice}")
         warnings = skipped.warnings()
         if names is None:
             warnings += _level_warnings(top, folders)
@@ -237,10 +237,6 @@ def _inode(folder: str) -> _Inode:
         reason = f"cannot be listed ({exc.strerror}); check the path and its permissions"
         raise DataError(f"{printable(folder)}: {reason}") from exc
     return status.st_dev, status.st_ino
-
-
-def _shown(names: list[str]) -> str:
-    return printable(first_few(names))
 
 
 def _is_system_folder(name: str) -> bool:

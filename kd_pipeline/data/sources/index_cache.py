@@ -118,8 +118,7 @@ def save_index(key: str, index: ListIndex) -> None:
     with suppress(OSError, RuntimeError):
         path = _file(key)
         _delete_unused(path.parent)
-        with atomic_file(path) as file:
-            os.fchmod(file.fileno(), 0o600)
+        with atomic_file(path, permissions=0o600) as file:
             for part in (_MAGIC, digest.digest(), *parts):
                 file.write(part)
 
