@@ -1,9 +1,6 @@
 """`torch.compile` with a cache that is this user's alone."""
 
-import atexit
-import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline._core.child_process import isolate_children
-from kd_pipeline._core.user_cache import user_cache
+from kd_pipeline._core.user_cache import temporary_without_cache
 
 __all__ = ["torch_compile"]
-
-_logger = logging.getLogger("kd_pipeline")
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch keeps what it compiled: code, pickles, and below it what Triton compiled."""
@@ -31,7 +26,9 @@ def torch_compile(module: nn.Module) -> Callable[[Tensor], Tensor]:
     somebody else put there.
     """
     if not os.environ.get(_VARIABLE) or _is_torchs_own(os.environ[_VARIABLE]):
-        os.environ[_VARIABLE] = str(_private_folder())  # read at each compilation, also by torch's worker processes
+        os.environ[_VARIABLE] = str(
+            temporary_without_cache("inductor")
+        )  # read at each compilation, also by torch's worker processes
     if _HEADERS_VARIABLE not in os.environ:
         from torch._inductor import config  # takes a second, and makes torch's own folder if no other is set
 
@@ -45,19 +42,3 @@ def _is_torchs_own(folder: str) -> bool:
     """Whether it is torch's default, to which torch sets the variable when it compiles for the first time."""
     path = Path(os.path.abspath(folder))
     return path.parent == Path(os.path.abspath(tempfile.gettempdir())) and path.name.startswith("torchinductor_")
-
-
-def _private_folder() -> Path:
-    try:
-        return user_cache("inductor")
-    except (OSError, RuntimeError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else exc
-        folder = Path(tempfile.mkdtemp(prefix="kd_pipeline-inductor-"))
-        _logger.warning("what torch compiles is kept for this process only: no cache folder, as %s", reason)
-        atexit.register(_remove, folder, os.getpid())
-        return folder
-
-
-def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not a process that was forked
-        shutil.rmtree(folder, ignore_errors=True)

@@ -1,11 +1,18 @@
 """The user's cache folder, which holds programs and what programs are made from, and is therefore this user's alone."""
 
+import atexit
+import logging
 import os
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from kd_pipeline._core.files import check_trusted_folder
 
-__all__ = ["user_cache"]
+__all__ = ["temporary_without_cache", "user_cache"]
+
+_logger = logging.getLogger("kd_pipeline")
 
 
 def user_cache(kind: str) -> Path:
@@ -27,3 +34,24 @@ def user_cache(kind: str) -> Path:
     if missing:
         check_trusted_folder(folder)
     return folder
+
+
+def temporary_without_cache(kind: str) -> Path:
+    """`user_cache(kind)`, or a folder that lasts as long as this process where there is none; a warning says why."""
+    try:
+        return user_cache(kind)
+    except (OSError, RuntimeError) as exc:
+        return _temporary(kind, str(exc.strerror if isinstance(exc, OSError) else exc))
+
+
+@cache
+def _temporary(kind: str, reason: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=f"kd_pipeline-{kind}-"))
+    _logger.warning("what is kept in the cache of %s lasts only for this process: no cache folder, as %s", kind, reason)
+    atexit.register(_remove, folder, os.getpid())
+    return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not a process that was forked
+        shutil.rmtree(folder, ignore_errors=True)

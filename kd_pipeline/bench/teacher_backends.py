@@ -16,8 +16,8 @@ from kd_pipeline.errors import ConfigError, KDPipelineError, TeacherError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.parity import measure_parity
 from kd_pipeline.teachers.settings import TeacherSettings
-from kd_pipeline.teachers.tensorrt.parity import measure_parity
 
 __all__ = ["NUM_COMPARED", "BackendComparison", "ExportedModel", "TeacherRow"]
 

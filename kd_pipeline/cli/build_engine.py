@@ -15,8 +15,8 @@ from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from kd_pipeline.models.input_adapter import InputAdapter
+    from kd_pipeline.teachers.parity import CalibrationSet
     from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, Profile
-    from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["add_to"]
@@ -241,7 +241,7 @@ def _calibration_set(parsed: argparse.Namespace) -> "Callable[[], CalibrationSet
         return None
     from kd_pipeline.config.config import load_config
     from kd_pipeline.loader.loader import sample_images
-    from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
+    from kd_pipeline.teachers.parity import CalibrationSet
 
     path: Path = parsed.calibrate
     config = load_config(path)

@@ -20,13 +20,13 @@ from kd_pipeline.teachers.ensemble import EnsembleTeacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher, why_no_cuda
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
 from kd_pipeline.teachers.outputs_check import NUM_IMAGES, check_outputs
+from kd_pipeline.teachers.parity import CalibrationSet
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings, is_recording, refuse_unused
 from kd_pipeline.teachers.tensorrt.build import build_engine
 from kd_pipeline.teachers.tensorrt.load import open_engine
 from kd_pipeline.teachers.tensorrt.manifest import Profile
 from kd_pipeline.teachers.tensorrt.package import why_unusable
-from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["open_teacher"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.tensorrt.parity import generate_calibration_set
+from kd_pipeline.teachers.parity import generate_calibration_set
 
 __all__ = ["NUM_IMAGES", "check_outputs", "probability_problem"]
 

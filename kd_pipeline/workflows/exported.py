@@ -28,10 +28,10 @@ from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.class_order import match_classes
 from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.parity import CalibrationSet
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.teachers.tensorrt.build import build_engine
 from kd_pipeline.teachers.tensorrt.output import make_folders
-from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 from kd_pipeline.training.settings import ExportSettings
 

@@ -20,7 +20,7 @@ from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.loader.loader import sample_images
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.report.plots import plot_confusion, plot_curves, save_figure
-from kd_pipeline.teachers.tensorrt.parity import CalibrationSet
+from kd_pipeline.teachers.parity import CalibrationSet
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import export_student
 

@@ -10,7 +10,7 @@ import pytest
 import torch._inductor.config
 from torch import nn
 
-from kd_pipeline._core import torch_compile as compiling
+from kd_pipeline._core import user_cache
 from kd_pipeline._core.torch_compile import torch_compile
 from tests.children import write_traps
 
@@ -52,7 +52,7 @@ def test_without_a_cache_results_are_kept_for_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     removed: list[tuple[Path, int]] = []
-    monkeypatch.setattr(compiling.atexit, "register", lambda function, *arguments: removed.append(arguments))
+    monkeypatch.setattr(user_cache.atexit, "register", lambda function, *arguments: removed.append(arguments))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
     with caplog.at_level(logging.WARNING, "kd_pipeline"):
@@ -64,9 +64,9 @@ def test_without_a_cache_results_are_kept_for_the_process(
     assert f"group and others may write to {tmp_path / 'cache'}" in message
     ((of_exit, owner),) = removed
     assert of_exit == folder
-    compiling._remove(folder, owner + 1)  # a process that was forked
+    user_cache._remove(folder, owner + 1)  # a process that was forked
     assert folder.is_dir()
-    compiling._remove(folder, owner)
+    user_cache._remove(folder, owner)
     assert not folder.exists()
 
 

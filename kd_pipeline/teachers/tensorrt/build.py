@@ -20,6 +20,13 @@ from kd_pipeline.onnx.file import OnnxFile, read_onnx
 from kd_pipeline.onnx.half_precision import CONVERTER_VERSION, convert_precision, emulate_precision
 from kd_pipeline.onnx.quantize import quantize_onnx
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
+from kd_pipeline.teachers.parity import (
+    CalibrationSet,
+    ParityReference,
+    check_parity,
+    generate_calibration_set,
+    make_reference,
+)
 from kd_pipeline.teachers.tensorrt.builder_process import BuilderJob, run_builder
 from kd_pipeline.teachers.tensorrt.load import capability_of, record_engine_parity
 from kd_pipeline.teachers.tensorrt.manifest import (
@@ -40,15 +47,7 @@ from kd_pipeline.teachers.tensorrt.output import (
     lock_engine,
 )
 from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
-from kd_pipeline.teachers.tensorrt.parity import (
-    CalibrationSet,
-    ParityReference,
-    check_parity,
-    generate_calibration_set,
-    load_reference,
-    make_reference,
-    parity_path,
-)
+from kd_pipeline.teachers.tensorrt.parity import load_reference, parity_path
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["build_engine"]

@@ -10,9 +10,10 @@ import torch
 
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError
+from kd_pipeline.teachers.parity import check_parity
 from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, read_engine, read_own_engine, write_manifest
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
-from kd_pipeline.teachers.tensorrt.parity import check_parity, load_reference
+from kd_pipeline.teachers.tensorrt.parity import load_reference
 from kd_pipeline.teachers.tensorrt.teacher import TensorRTTeacher
 
 __all__ = ["capability_of", "incompatibilities", "open_engine", "record_engine_parity"]

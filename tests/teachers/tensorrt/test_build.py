@@ -23,9 +23,10 @@ from kd_pipeline.cli import main
 from kd_pipeline.errors import EngineError, MissingPackageError, TeacherError
 from kd_pipeline.models.input_adapter import InputAdapter
 from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.teachers.parity import CalibrationSet
 from kd_pipeline.teachers.tensorrt.build import build_engine
 from kd_pipeline.teachers.tensorrt.manifest import Profile, manifest_path, read_engine, read_manifest
-from kd_pipeline.teachers.tensorrt.parity import CalibrationSet, parity_path
+from kd_pipeline.teachers.tensorrt.parity import parity_path
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images
 from tests.teachers.onnx_models import linear_model

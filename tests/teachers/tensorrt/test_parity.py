@@ -13,16 +13,15 @@ import torch
 from torch import Tensor
 
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.tensorrt.manifest import Parity
-from kd_pipeline.teachers.tensorrt.parity import (
+from kd_pipeline.teachers.parity import (
     CalibrationSet,
     ParityReference,
     check_parity,
     generate_calibration_set,
-    load_reference,
     make_reference,
-    parity_path,
 )
+from kd_pipeline.teachers.tensorrt.manifest import Parity
+from kd_pipeline.teachers.tensorrt.parity import load_reference, parity_path
 from tests.networks import IMAGE_SHAPE, ConvNet, random_images
 from tests.teachers.tensorrt.special_files import SPECIAL_FILES
 
