@@ -1,5 +1,6 @@
 """`KDDataLoader`: runs DALI's graph and the teacher ahead of the consumer, and keeps the position of a run."""
 
+import hashlib
 import logging
 import sys
 from collections import deque
@@ -42,7 +43,7 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.class_order import match_classes
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.recorded.recording import Recording, open_recording
-from kd_pipeline.teachers.settings import is_recording
+from kd_pipeline.teachers.settings import StudentPrecision, is_recording
 
 if TYPE_CHECKING:
     from kd_pipeline.config.config import Config
@@ -251,6 +252,7 @@ class KDDataLoader:
                     device=arguments["device"],
                     plugins=plugins,
                     trust_engines=trust_engines,
+                    source=source,
                 )
             teacher = owned
         try:
@@ -583,6 +585,8 @@ def open_config_teacher(
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
     split: str = "train",
+    source: Source | None = None,
+    student_precision: StudentPrecision | None = None,
 ) -> Teacher | Recording:
     """Open the teacher of `config` for the images of a split.
 
@@ -594,6 +598,8 @@ def open_config_teacher(
         plugins: modules that factories in the config may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         split: whose transform makes the images.
+        source: the open source of the split, to save the time of listing it, and to know how many images there are.
+        student_precision: in which the student trains, if the teacher is to follow it.
 
     Raises:
         ConfigError: the config has no teacher that can be opened.
@@ -605,14 +611,20 @@ def open_config_teacher(
         recording = open_recording(config.teacher)
         recording.check_classes(classes)
         return recording
-    transform = config.data.split(split).transform
+    settings = config.data.split(split)
+    transform = settings.transform
+    batch_size = batch_size or config.data.batch_size
+    training = source if split == "train" else None
     teacher = open_teacher(
         config.teacher,
         image_shape=(3, transform.size, transform.size),
         device=resolve_device(device or config.data.device),
         dtype=getattr(torch, transform.dtype),
-        batch_size=batch_size or config.data.batch_size,
-        calibration_images=lambda: sample_images(config, split),
+        batch_size=batch_size,
+        student_precision=student_precision,
+        num_images=None if source is None else _num_images(config, split, source, batch_size),
+        calibration_images=lambda: sample_images(config, split, training=training),
+        calibration_key=None if source is None else _images_key(config, split, source),
         plugins=plugins,
         trust_engines=trust_engines,
         normalization=Normalization(transform.mean, transform.std),
@@ -625,10 +637,13 @@ def open_config_teacher(
         raise
 
 
-def sample_images(config: "Config", split: str = "train", *, num_images: int = 64) -> Tensor:
+def sample_images(
+    config: "Config", split: str = "train", *, num_images: int = 64, training: Source | None = None
+) -> Tensor:
     """The first images of a split as the teacher sees them, but unmixed: `[num_images, 3, H, W]` float32 on the CPU.
 
-    There are fewer if the split has fewer. They depend on seed and dataset only.
+    There are fewer if the split has fewer. They depend on seed and dataset only. `training` is the open source of the
+    split `train`, to save the time of listing it.
 
     Raises:
         ConfigError, DataError: as `KDDataLoader.from_config`.
@@ -636,13 +651,29 @@ def sample_images(config: "Config", split: str = "train", *, num_images: int = 6
     batch_size = min(config.data.batch_size, num_images)  # reads no more than needed
     images: list[Tensor] = []
     with KDDataLoader.from_config(
-        config, split, teacher=None, shard=Shard(), batch_size=batch_size, **EACH_IMAGE_ONCE
+        config, split, teacher=None, shard=Shard(), training=training, batch_size=batch_size, **EACH_IMAGE_ONCE
     ) as loader:
         for batch in loader:
             images.append(batch.images[batch.valid].float().cpu())
             if sum(map(len, images)) >= num_images:
                 break
     return torch.cat(images)[:num_images]
+
+
+def _num_images(config: "Config", split: str, source: Source, batch_size: int) -> int:
+    """How many images of the split a teacher will get: in a whole training, or in one pass."""
+    num_images = len(source) * config.data.split(split).repeats
+    if split != "train":
+        return num_images
+    limit = config.train.limit_train_batches
+    return config.train.epochs * (num_images if limit is None else min(num_images, limit * batch_size))
+
+
+def _images_key(config: "Config", split: str, source: Source) -> str:
+    """Digest of what `sample_images` depends on."""
+    settings = config.data.split(split)
+    facts = (source.fingerprint, _transform_fields(settings.transform), config.seed, settings.shuffle, split == "train")
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _transform_fields(transform: TrainTransform | EvalTransform) -> dict[str, Any]:

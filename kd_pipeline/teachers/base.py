@@ -50,6 +50,8 @@ class Teacher(ABC):
         """Name of the runtime, as in `TeacherSettings.backend`."""
         self.precision = precision
         """Precision of the arithmetic as the runtime reports it, such as `"fp32"`, `"bf16"` or `"fp16"`."""
+        self.runtimes: tuple[str, ...] = (f"{backend} {precision}",)
+        """Backend and precision, such as `"openvino bf16"`; of an ensemble, those of each member."""
         self.device = device
         self.images = images
         """Shape `[N, 3, H, W]` and dtype of its input."""

@@ -46,6 +46,7 @@ class PermutedTeacher(Teacher):
             classes=tuple(classes),
             fingerprint=hashlib.sha256(f"permuted {teacher.fingerprint} {positions}".encode()).hexdigest(),
         )
+        self.runtimes = teacher.runtimes
         self.problems = teacher.problems
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:

@@ -57,6 +57,7 @@ class EnsembleTeacher(Teacher):
             classes=_common_classes(self._members),
             fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         )
+        self.runtimes = tuple(runtime for member in self._members for runtime in member.runtimes)
         self.problems = tuple(
             f"member {number}: {problem}" for number, member in enumerate(self._members) for problem in member.problems
         )

@@ -3,43 +3,37 @@
 import logging
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.models.features import with_features
-from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapterLayer, Normalization
-from kd_pipeline.models.registry import open_model, pretrained_input
+from kd_pipeline.errors import ConfigError, EngineError, TeacherError
+from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.ensemble import EnsembleTeacher
-from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher, why_no_cuda
-from kd_pipeline.teachers.openvino import OpenVINOTeacher
+from kd_pipeline.teachers.onnxruntime import why_no_cuda
+from kd_pipeline.teachers.open_on_cpu import open_on_cpu
 from kd_pipeline.teachers.outputs_check import NUM_IMAGES, check_outputs
-from kd_pipeline.teachers.parity import CalibrationSet
-from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings, is_recording, refuse_unused
-from kd_pipeline.teachers.tensorrt.build import build_engine
-from kd_pipeline.teachers.tensorrt.load import open_engine
-from kd_pipeline.teachers.tensorrt.manifest import Profile
+from kd_pipeline.teachers.runner import Inputs, Runner
+from kd_pipeline.teachers.settings import (
+    EnsembleSettings,
+    Runtime,
+    StudentPrecision,
+    TeacherSettings,
+    is_recording,
+    refuse_unused,
+)
 from kd_pipeline.teachers.tensorrt.package import why_unusable
-from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["open_teacher"]
 
 _logger = logging.getLogger("kd_pipeline")
 
-_MAX_BATCH = 1024
 _UNKNOWN_SIZE = 224
 """Height and width of the images for a check, if nobody knows them."""
-_SMALL_BATCH = 2
-"""Batch size of a module's first call on a GPU, if the loader's is unknown."""
-_ENGINE_BATCH = 64
-"""Largest batch of an engine built from an ONNX file, if neither settings nor loader have one."""
+_USUAL_NUM_IMAGES = 10_000
+"""Images that a teacher will get, if nobody knows how many."""
 
 
 def open_teacher(
@@ -50,7 +44,10 @@ def open_teacher(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
+    student_precision: StudentPrecision | None = None,
+    num_images: int | None = None,
     calibration_images: Callable[[], Tensor] | None = None,
+    calibration_key: str | None = None,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
     normalization: Normalization | None = None,
@@ -60,19 +57,26 @@ def open_teacher(
 
     An open teacher is checked against these images and returned.
 
+    With `backend: auto` and `precision: auto`, what runs the teacher is decided here, on a few images; what was decided
+    is kept in the user's cache, as are exports, and one line says what runs and why.
+
     Every teacher, and each member of an ensemble, is run on a few generated images. It has to return a row for each.
     Outputs that change when it runs again, or with the rest of a batch, that are probabilities instead of logits, hold
     NaN, or are the same for all images become its `problems`, and a warning each.
 
     Args:
         settings: what to open, or an open teacher.
-        module: the model, for the `pytorch` backend.
+        module: the model, if the settings do not name one.
         image_shape: `(3, H, W)`; required for a module.
         device: device of the images.
         dtype: float32 or float16.
         batch_size: usual number of images in one call; an engine built from an ONNX file is tuned for it.
-        calibration_images: returns images `[N, 3, H, W]` float32 on the CPU, normalized for the teacher. An engine
-            built from an ONNX file is checked on them, and takes the ranges of int8 and fp8 from them.
+        student_precision: in which the student trains; with `precision: auto` the teacher follows it.
+        num_images: how many images the teacher will get, which decides whether an export pays off; defaults to 10,000.
+        calibration_images: returns images `[N, 3, H, W]` float32 on the CPU, normalized for the teacher. Precisions and
+            runtimes are compared on them, an engine built from an ONNX file is checked on them, and int8 and fp8 take
+            their ranges from them. By default they are generated.
+        calibration_key: digest of what these images depend on, by which a comparison is kept without loading them.
         plugins: modules that a model's `factory` may come from.
         trust_engines: sha256 of engines to load although somebody else could have written them, or they have no
             manifest. A config file is data and cannot grant this itself: pass what the user typed.
@@ -86,12 +90,15 @@ def open_teacher(
             if `strict`, has problems.
         MissingPackageError: the package of the backend is not installed.
     """
-    inputs = _Inputs(
+    inputs = Inputs(
         image_shape,
         torch.device(device),
         dtype,
         batch_size,
+        student_precision,
+        _USUAL_NUM_IMAGES if num_images is None else num_images,
         calibration_images,
+        calibration_key,
         plugins,
         trust_engines,
         normalization or Normalization(),
@@ -116,28 +123,13 @@ def open_teacher(
             return _open_checked(settings, module, inputs)
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """The images that the teacher will get, and what else is needed to open it for them."""
-
-    image_shape: tuple[int, int, int] | None
-    device: torch.device
-    dtype: torch.dtype
-    batch_size: int | None
-    calibration_images: Callable[[], Tensor] | None
-    plugins: Collection[str]
-    trust_engines: Collection[str]
-    normalization: Normalization
-    strict: bool
-
-
-def _check_fits(teacher: Teacher, inputs: _Inputs) -> None:
+def _check_fits(teacher: Teacher, inputs: Inputs) -> None:
     sizes = inputs.image_shape or tuple(size or 1 for size in teacher.images.shape[1:])
     has_no_index = inputs.device.index is None and inputs.device.type == teacher.device.type  # "cuda" is any GPU
     teacher.check_fits((1, *sizes), inputs.dtype, teacher.device if has_no_index else inputs.device)
 
 
-def _open_checked(settings: TeacherSettings, module: nn.Module | None, inputs: _Inputs) -> Teacher:
+def _open_checked(settings: TeacherSettings, module: nn.Module | None, inputs: Inputs) -> Teacher:
     """Open a single teacher, and check it on a few images."""
     with ExitStack() as opened:
         teacher = _open(settings, module, inputs)
@@ -149,7 +141,7 @@ def _open_checked(settings: TeacherSettings, module: nn.Module | None, inputs: _
         return teacher
 
 
-def _examine(teacher: Teacher, inputs: _Inputs, *, one_size: bool = False) -> None:
+def _examine(teacher: Teacher, inputs: Inputs, *, one_size: bool = False) -> None:
     """Run `teacher` on a few images, and log what is wrong with its outputs."""
     channels, height, width = inputs.image_shape or teacher.images.shape[1:]
     teacher.problems = check_outputs(
@@ -168,7 +160,7 @@ def _examine(teacher: Teacher, inputs: _Inputs, *, one_size: bool = False) -> No
         _logger.warning("%s", problem)
 
 
-def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, inputs: _Inputs) -> Teacher:
+def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, inputs: Inputs) -> Teacher:
     if module is not None:
         raise ConfigError("an ensemble opens its members from their settings, and got a module; leave it out")
     with ExitStack() as opened:
@@ -181,93 +173,29 @@ def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, inputs:
         return ensemble
 
 
-def _open(settings: TeacherSettings, module: nn.Module | None, inputs: _Inputs) -> Teacher:
+def _open(settings: TeacherSettings, module: nn.Module | None, inputs: Inputs) -> Teacher:
     backend, reason = _choose(settings, module, inputs.device)
     refuse_unused(settings, backend)
     if backend != "openvino" and inputs.device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"the {backend} backend needs {inputs.device}, and torch sees no GPU; see kd-pipeline doctor")
-    if settings.model is not None:
-        model = settings.model
-        if model.factory is None and model.checkpoint is None and not model.pretrained:
-            raise ConfigError("teacher.model has random weights; set its checkpoint or pretrained")
-        if model.reset:
-            raise ConfigError(
-                f"teacher.model.reset leaves random weights in {', '.join(model.reset)}; remove it, or train the "
-                "teacher first with stage=teacher"
-            )
-        module = open_model(model, plugins=inputs.plugins)
-    teacher: Teacher
-    match backend, module, settings.onnx:
-        case "pytorch", nn.Module(), None:
-            teacher = _open_module(settings, module, inputs)
-        case "tensorrt", None, _:
-            teacher = _open_tensorrt(settings, inputs)
-        case "openvino", None, Path() as onnx:
-            if inputs.device.type != "cpu":
-                raise ConfigError(
-                    f"the openvino backend reads images in CPU memory and they are on {inputs.device}; put the loader "
-                    "on the CPU, or use backend: tensorrt or onnxruntime"
-                )
-            teacher = OpenVINOTeacher(
-                onnx,
-                precision=settings.precision or "fp32",
-                max_batch=settings.max_batch or _MAX_BATCH,
-                num_threads=settings.num_threads,
-            )
-        case "onnxruntime", None, Path() as onnx:
-            if inputs.device.type == "cuda" and (obstacle := why_no_cuda()):
-                raise ConfigError(f"the onnxruntime backend cannot use {inputs.device}: {obstacle}")
-            teacher = OnnxRuntimeTeacher(
-                onnx,
-                device=inputs.device,
-                precision=settings.precision,
-                max_batch=settings.max_batch or _MAX_BATCH,
-                num_threads=settings.num_threads,
-            )
-        case _:
-            raise ConfigError(
-                f"the {backend} backend runs an ONNX file and got a module; export it with "
-                "kd_pipeline.export_onnx and set onnx, or use backend: pytorch"
-            )
-    _logger.info("teacher: %s in %s on %s, %s", backend, teacher.precision, teacher.device, reason)
+    runner = Runner(settings, module, inputs)
+    if inputs.device.type == "cpu" and backend in ("pytorch", "openvino"):
+        teacher, reason = open_on_cpu(runner, backend, reason)
+    elif backend == "tensorrt" and settings.engine is None and settings.precision == "auto":
+        teacher, reason = _open_engine_as_student(runner, reason)
+    else:
+        teacher = runner.open(Runtime(backend=backend, precision=_default_precision(settings, backend, inputs)))
+    _logger.info("teacher: %s in %s on %s, %s", teacher.backend, teacher.precision, teacher.device, reason)
     return teacher
 
 
-def _open_module(settings: TeacherSettings, module: nn.Module, inputs: _Inputs) -> Teacher:
-    if inputs.image_shape is None:
-        raise ConfigError("the pytorch backend needs the size of the images; pass image_shape=(3, H, W)")
-    adapter = _adapter(settings, module, inputs)
-    if settings.features:
-        module = with_features(module, settings.features)
-    on_gpu = inputs.device.type == "cuda"
-    if settings.cuda_graph and not (on_gpu and inputs.batch_size):
-        raise ConfigError(
-            f"cuda_graph needs a GPU and a fixed number of images; the images are on {inputs.device}, and batch_size "
-            f"is {inputs.batch_size}; remove it, or set both"
-        )
-    open_module = partial(
-        PyTorchTeacher,
-        module if adapter is None else nn.Sequential(adapter, module),
-        image_shape=inputs.image_shape,
-        device=inputs.device,
-        dtype=inputs.dtype,
-        precision=settings.precision or (_half_precision(inputs.device) if on_gpu else "fp32"),
-        max_batch=settings.max_batch or _MAX_BATCH,
-        channels_last=settings.channels_last,
-        batch_size=(inputs.batch_size or _SMALL_BATCH) if on_gpu else None,
-        cuda_graph=settings.cuda_graph,
-    )
-    if settings.compile is not None or not on_gpu:
-        return open_module(compile=bool(settings.compile))
-    try:
-        return open_module(compile=True)
-    except TeacherError as exc:
-        teacher = open_module(compile=False)  # fails the same way if compiling was not the reason
-        _logger.warning(
-            "torch.compile fails on the teacher, which runs without it (set teacher.compile: false to skip it): %s",
-            exc,
-        )
-        return teacher
+def _default_precision(settings: TeacherSettings, backend: str, inputs: Inputs) -> str:
+    """The precision of the settings, or where nothing is compared that of the file, and on a GPU half precision."""
+    if settings.precision != "auto":
+        return settings.precision
+    if backend != "pytorch":
+        return "own"
+    return _half_precision(inputs.device) if inputs.device.type == "cuda" else "fp32"
 
 
 def _half_precision(device: torch.device) -> Literal["bf16", "fp16"]:
@@ -275,72 +203,21 @@ def _half_precision(device: torch.device) -> Literal["bf16", "fp16"]:
     return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
-def _adapter(settings: TeacherSettings, module: nn.Module, inputs: _Inputs) -> InputAdapterLayer | None:
-    """The layer that makes the images that `module` was trained on; None if it gets the loader's own."""
-    known = pretrained_input(module)
-    if isinstance(settings.input_adapter, ExpectedInput):
-        return InputAdapterLayer(settings.input_adapter.adapter(inputs.normalization))
-    if settings.input_adapter == "auto":
-        if known is None:
-            raise ConfigError(
-                f"input_adapter: auto uses what timm knows of its networks, and {type(module).__qualname__} does not "
-                "say what it was trained on; give mean and std"
-            )
-        size = known.size[0] if known.fixed_input_size and known.size != (inputs.image_shape or (0,))[1:] else None
-        if size is None and Normalization(*known[:2]) == inputs.normalization:
-            return None
-        return InputAdapterLayer(ExpectedInput(mean=known.mean, std=known.std, size=size).adapter(inputs.normalization))
-    is_pretrained = settings.model is not None and settings.model.pretrained
-    if is_pretrained and known is not None and Normalization(*known[:2]) != inputs.normalization:
-        _logger.warning(
-            "the teacher was trained on images with mean %s and std %s, and gets images with mean %s and std %s; set "
-            "teacher.input_adapter: auto, or mean and std of the transforms",
-            known.mean,
-            known.std,
-            *inputs.normalization,
-        )
-    return None
-
-
-def _open_tensorrt(settings: TeacherSettings, inputs: _Inputs) -> Teacher:
-    """Open an engine, and build it first if the settings name an ONNX file."""
-    if inputs.device.type != "cuda":
-        raise ConfigError(
-            f"the tensorrt backend reads images in the memory of an NVIDIA GPU and they are on {inputs.device}; put "
-            "the loader on a GPU, or use backend: openvino with an ONNX file"
-        )
-    engine = settings.engine
-    if engine is None:
-        assert settings.onnx is not None  # _choose has checked it
-        largest = settings.max_batch or inputs.batch_size or _ENGINE_BATCH
-        profile = Profile(min=1, opt=min(inputs.batch_size or largest, largest), max=largest)
-        images = inputs.calibration_images
-        engine = build_engine(
-            BuildSettings(
-                onnx=settings.onnx,
-                precision=settings.precision or "fp32",
-                half_io=inputs.dtype == torch.float16,
-                profiles=(profile,),
-                image_size=inputs.image_shape and inputs.image_shape[1],
-                runtime=settings.runtime,
-            ),
-            calibration_set=None if images is None else lambda: CalibrationSet(images(), "the training split"),
-            report=_logger.info,
-        )
-    teacher = open_engine(
-        engine,
-        device=inputs.device,
-        runtime=settings.runtime,
-        cuda_graph=settings.cuda_graph,
-        trust_engines=inputs.trust_engines,
-    )
-    if settings.precision not in (None, teacher.precision):
-        teacher.close()
-        raise ConfigError(
-            f"{engine} runs in {teacher.precision} and the settings ask for {settings.precision}; leave precision out, "
-            "or build the engine again"
-        )
-    return teacher
+def _open_engine_as_student(runner: Runner, reason: str) -> tuple[Teacher, str]:
+    """An engine in the student's precision, or in float32 if the GPU lacks it or the build finds it too far off."""
+    student = runner.inputs.student_precision
+    if student in (None, "fp32"):
+        return runner.open(Runtime(backend="tensorrt", precision="fp32")), reason
+    assert student is not None
+    if student == "bf16" and _half_precision(runner.inputs.device) != "bf16":
+        why = "as this GPU has no bf16, in which the student trains"
+    else:
+        try:
+            runtime = Runtime(backend="tensorrt", precision=student)
+            return runner.open(runtime), f"as the student trains in {student}; {reason}"
+        except EngineError as exc:
+            why = f"as {student}, in which the student trains, does not work: {exc}"
+    return runner.open(Runtime(backend="tensorrt", precision="fp32")), why
 
 
 def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.device) -> tuple[str, str]:

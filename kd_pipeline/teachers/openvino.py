@@ -15,7 +15,7 @@ from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.onnx.weights import shortened
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["OpenVINOTeacher"]
+__all__ = ["OpenVINOTeacher", "openvino_precisions"]
 
 _TRAINS = "Training mode is not supported"
 """In what OpenVINO says about dropout in training mode."""
@@ -84,6 +84,16 @@ class OpenVINOTeacher(Teacher):
 
     def _release(self) -> None:
         del self._request
+
+
+def openvino_precisions() -> frozenset[str]:
+    """Those of `fp32`, `bf16` and `fp16` that OpenVINO computes in on this CPU.
+
+    Raises:
+        MissingPackageError: OpenVINO is not installed.
+    """
+    capabilities: list[str] = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return frozenset(_PRECISIONS.values()) & {name.lower() for name in capabilities}
 
 
 @cache

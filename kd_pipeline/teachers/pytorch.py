@@ -15,7 +15,7 @@ from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.modules import frozen_copy, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["PyTorchTeacher"]
+__all__ = ["PyTorchTeacher", "module_digest", "runtime_fingerprint"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -42,6 +42,7 @@ class PyTorchTeacher(Teacher):
         compile: bool = False,
         batch_size: int | None = None,
         cuda_graph: bool = False,
+        digest: str | None = None,
     ) -> None:
         """Copy `module`, and run the copy once to learn its outputs.
 
@@ -58,12 +59,13 @@ class PyTorchTeacher(Teacher):
             batch_size: usual number of images in one call; runs the first such call here.
             cuda_graph: replay calls with `batch_size` images as one captured CUDA graph, and run others without it.
                 https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs lists the conditions for the module.
+            digest: the `module_digest` of the module, if it is known already.
 
         Raises:
             TeacherError: the module cannot be copied, fails, writes to its input, or returns something else.
         """
         model = frozen_copy(module)
-        fingerprint = _fingerprint(model, precision)
+        fingerprint = runtime_fingerprint("pytorch", precision, digest or module_digest(model))
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._dtype = _DTYPES[precision]
         self._model: Callable[[Tensor], object] = model.to(device, self._dtype).to(memory_format=self._memory_format)
@@ -178,9 +180,9 @@ def _owned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: to_own(output) for name, output in outputs.items()}
 
 
-def _fingerprint(model: nn.Module, precision: str) -> str:
-    """Digest of backend, precision, layers with their settings, parameters and buffers."""
-    digest = hashlib.sha256(f"pytorch {precision}".encode())
+def module_digest(model: nn.Module) -> str:
+    """Hex digest of the layers of `model` with their settings, its parameters and its buffers."""
+    digest = hashlib.sha256()
     for name, layer in model.named_modules(remove_duplicate=False):
         digest.update(f"{name} {type(layer).__qualname__} {layer.extra_repr()}\n".encode())
     tensors = chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
@@ -188,3 +190,8 @@ def _fingerprint(model: nn.Module, precision: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def runtime_fingerprint(backend: str, precision: str, digest: str) -> str:
+    """Fingerprint of a teacher that runs the module with this digest, wherever and whenever it was exported."""
+    return hashlib.sha256(f"{backend} {precision} {digest}".encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Settings of the teacher: what to run, and with which runtime."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeGuard
 
@@ -12,7 +12,15 @@ from kd_pipeline.models.input_adapter import ExpectedInput
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.tensorrt.manifest import Precision
 
-__all__ = ["EnsembleSettings", "TeacherSettings", "is_recording", "refuse_unused"]
+__all__ = [
+    "EnsembleSettings",
+    "Runtime",
+    "StudentPrecision",
+    "TeacherSettings",
+    "is_recording",
+    "refuse_unused",
+    "with_runtimes",
+]
 
 _NO_TRUST = (
     "settings cannot trust an engine, which is a program, as whoever wrote them can have made the engine too; type "
@@ -20,13 +28,29 @@ _NO_TRUST = (
 )
 _USED_BY_ALL = {"backend"}
 _USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch"}
+_CHANGE_A_MODEL = {"features", "input_adapter"}
+_USED_BY_EXPORT = _CHANGE_A_MODEL | {"model"}
 _USED_BY = {
-    "pytorch": _USED_BY_RUNTIMES | {"model", "features", "input_adapter", "channels_last", "compile", "cuda_graph"},
-    "openvino": _USED_BY_RUNTIMES | {"onnx", "num_threads"},
-    "onnxruntime": _USED_BY_RUNTIMES | {"onnx", "num_threads"},
-    "tensorrt": _USED_BY_RUNTIMES | {"onnx", "engine", "runtime", "cuda_graph"},
+    "pytorch": _USED_BY_RUNTIMES | _USED_BY_EXPORT | {"channels_last", "compile", "cuda_graph"},
+    "openvino": _USED_BY_RUNTIMES | _USED_BY_EXPORT | {"onnx", "num_threads"},
+    "onnxruntime": _USED_BY_RUNTIMES | _USED_BY_EXPORT | {"onnx", "num_threads"},
+    "tensorrt": _USED_BY_RUNTIMES | _USED_BY_EXPORT | {"onnx", "engine", "runtime", "cuda_graph"},
     "recorded": _USED_BY_ALL | {"path", "verify"},
 }
+
+
+StudentPrecision = Literal["fp32", "bf16", "fp16"]
+"""In which a student can train."""
+
+
+class Runtime(Settings):
+    """How an open teacher runs."""
+
+    backend: str = Field(pattern=r"^\w+$", max_length=20)
+    precision: str = Field(pattern=r"^\w+$", max_length=20)
+
+    def __str__(self) -> str:
+        return f"{self.backend} in {self.precision}"
 
 
 class TeacherSettings(Settings):
@@ -35,16 +59,18 @@ class TeacherSettings(Settings):
     refused_keys: ClassVar[Mapping[str, str]] = {"trust_engine": _NO_TRUST, "trust_engines": _NO_TRUST}
 
     backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt", "recorded"] = "auto"
-    """`auto` picks PyTorch for a model, TensorRT for an engine and `recorded` for a `path`. For an ONNX file it picks
-    OpenVINO on a CPU, and on a GPU TensorRT if one is installed that supports it, else ONNX Runtime."""
+    """`auto` picks TensorRT for an engine and `recorded` for a `path`. For an ONNX file it picks OpenVINO on a CPU, and
+    on a GPU TensorRT if one is installed that supports it, else ONNX Runtime. A model runs in PyTorch on a GPU; on a
+    CPU it is exported once if that pays off, and OpenVINO runs it if it is faster and its outputs agree, else PyTorch.
+    Any backend named here runs a model: those that run ONNX files get an export, which is kept in the user's cache."""
     model: ModelSettings | None = None
-    """A network by name with its weights, for `pytorch`."""
+    """A network by name with its weights."""
     features: tuple[str, ...] = ()
     """Names of layers of the model whose outputs the teacher returns along with the logits."""
     input_adapter: ExpectedInput | Literal["auto"] | None = None
     """Normalization and size of the images that the model was trained on, if the loader's differ: a first layer
     converts. `auto` uses what timm knows of its pretrained networks; the size only for those that take no other. For an
-    ONNX file or an engine, set it when exporting or building."""
+    ONNX file or an engine of your own, set it when exporting or building."""
     onnx: Path | None = None
     """An exported teacher, for `openvino`, `onnxruntime` and `tensorrt`, which first builds an engine from it."""
     engine: Path | None = None
@@ -53,10 +79,11 @@ class TeacherSettings(Settings):
     """The folder of a recording made with `kd-pipeline record`, whose outputs are replayed for the same images."""
     verify: int = Field(default=32, ge=0)
     """How many images, drawn at random at every start, are compared with the recorded ones."""
-    precision: Precision | None = None
-    """Precision of the arithmetic. It defaults to fp32, and for `pytorch` on a GPU to half precision: bf16, or fp16 if
-    the GPU has no bf16. An engine, and an ONNX file under `onnxruntime`, keep their own. `int8` and `fp8` are for
-    `tensorrt` only."""
+    precision: Precision | Literal["auto"] = "auto"
+    """Precision of the arithmetic. `auto` is the one that the student trains in (`train.precision`), if the hardware
+    has it and the teacher's outputs stay close enough to float32 on training images; else fp32. A model in PyTorch on a
+    GPU runs in half precision in any case: bf16, or fp16 if the GPU has no bf16. An engine, and an ONNX file under
+    `onnxruntime`, keep their own. `int8` and `fp8` are for `tensorrt` only."""
     max_batch: int | None = Field(default=None, ge=1)
     """Largest number of images in one call. It defaults to 1024, and to the loader's batch size for an engine that is
     built from an ONNX file."""
@@ -108,10 +135,45 @@ def is_recording(settings: object) -> TypeGuard[TeacherSettings]:
     return isinstance(settings, TeacherSettings) and (settings.backend == "recorded" or settings.path is not None)
 
 
+def with_runtimes(
+    settings: TeacherSettings | EnsembleSettings, runtimes: Sequence[str]
+) -> TeacherSettings | EnsembleSettings:
+    """`settings` with the backend and precision of `Teacher.runtimes` where they leave the choice open.
+
+    An engine and an ONNX file under ONNX Runtime have a precision of their own, which stays open.
+    """
+    if isinstance(settings, EnsembleSettings):
+        if len(runtimes) != len(settings.members):
+            return settings  # a different ensemble, which is refused by its fingerprint
+        pairs = zip(settings.members, runtimes, strict=True)
+        return settings.model_copy(update={"members": tuple(_with_runtime(*pair) for pair in pairs)})
+    return _with_runtime(settings, runtimes[0]) if len(runtimes) == 1 else settings
+
+
+def _with_runtime(settings: TeacherSettings, runtime: str) -> TeacherSettings:
+    backend, _, precision = runtime.partition(" ")
+    chosen: dict[str, str] = {}
+    if settings.backend == "auto":
+        chosen["backend"] = backend
+    elif settings.backend != backend:
+        return settings  # which is another teacher now, as its fingerprint says
+    if settings.precision == "auto" and settings.engine is None and backend != "onnxruntime":
+        chosen["precision"] = precision
+    return settings.model_copy(update=chosen)
+
+
 def refuse_unused(settings: TeacherSettings, backend: str) -> None:
     """Raise a ConfigError if a setting is not at its default and `backend` does not use it."""
     if settings.precision in ("int8", "fp8") and backend != "tensorrt":
         raise ConfigError(f"precision: {settings.precision} is for tensorrt only, and the backend is {backend}")
-    for name, field in TeacherSettings.model_fields.items():
-        if name not in _USED_BY[backend] and (value := getattr(settings, name)) != field.default:
-            raise ConfigError(f"{name}: {value} means nothing to the {backend} backend; remove it or change backend")
+    given = [name for name, field in TeacherSettings.model_fields.items() if getattr(settings, name) != field.default]
+    for name in given:
+        if name not in _USED_BY[backend]:
+            raise ConfigError(
+                f"{name}: {getattr(settings, name)} means nothing to the {backend} backend; remove it or change backend"
+            )
+        if name in _CHANGE_A_MODEL and (file := settings.onnx or settings.engine) is not None:
+            raise ConfigError(
+                f"{name}: {getattr(settings, name)} means nothing to {file}, which is finished; remove it, set it when "
+                "exporting (kd_pipeline.with_features, input_adapter of export_onnx), or give the network as model"
+            )

@@ -13,14 +13,17 @@ from torch import nn
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.errors import ConfigError, KDPipelineError
+from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
 from kd_pipeline.evaluation._compare import Comparison, compare
 from kd_pipeline.evaluation._evaluate import MetricSettings, open_metrics
 from kd_pipeline.loader.loader import KDDataLoader, open_config_teacher
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings, is_recording
+from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings, is_recording, with_runtimes
+from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
-from kd_pipeline.workflows.teacher import with_trained_weights
+from kd_pipeline.workflows.resume import SavedRun
+from kd_pipeline.workflows.stage import stage_dir
+from kd_pipeline.workflows.teacher import student_precision, with_trained_weights
 
 __all__ = ["TEACHER", "compare_files"]
 
@@ -82,7 +85,7 @@ def compare_files(
         opened: dict[str, OpenedModel] = {}
         reference: nn.Module | Teacher | None = None
         if teacher == "config":
-            own = _open_own_teacher(config, split, loader.classes, plugins, trust_engines, is_required=not models)
+            own = _open_own_teacher(config, split, loader, plugins, trust_engines, is_required=not models)
             if own is not None:
                 reference = own.model
                 opened[TEACHER] = own
@@ -105,7 +108,7 @@ def compare_files(
 def _open_own_teacher(
     config: Config,
     split: str,
-    classes: Sequence[str] | None,
+    loader: KDDataLoader,
     plugins: Collection[str],
     trust_engines: Collection[str],
     *,
@@ -131,8 +134,19 @@ def _open_own_teacher(
         settings = config.teacher
         if isinstance(settings, TeacherSettings):
             settings = with_trained_weights(config, settings)
-        config = config.model_copy(update={"teacher": settings})
-        teacher = open_config_teacher(config, classes, plugins=plugins, trust_engines=trust_engines, split=split)
+        begun_with = _runtimes_of(config)
+        config = config.model_copy(
+            update={"teacher": settings if begun_with is None else with_runtimes(settings, begun_with)}
+        )
+        teacher = open_config_teacher(
+            config,
+            loader.classes,
+            plugins=plugins,
+            trust_engines=trust_engines,
+            split=split,
+            source=loader.source,
+            student_precision=student_precision(config),
+        )
     except KDPipelineError as error:
         if is_required:
             raise
@@ -143,6 +157,18 @@ def _open_own_teacher(
     return OpenedModel(
         teacher, teacher.classes, tuple(file for each in members for file in _files(each)), teacher.close
     )
+
+
+def _runtimes_of(config: Config) -> Sequence[str] | None:
+    """Backend and precision of the teacher in the run of `config`, whose outputs are the ones to evaluate, if any."""
+    if config.run_dir is None:
+        return None
+    checkpoint = RunFolder(stage_dir(config, "distill")).last_checkpoint
+    try:
+        return None if checkpoint is None else SavedRun.load(checkpoint).teacher_runtimes
+    except StateError as error:
+        _logger.debug("the run in %s does not say how its teacher ran: %s", config.run_dir, error)
+        return None
 
 
 def _files(settings: TeacherSettings) -> list[Path]:

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.loader.state import changed_fields
 from kd_pipeline.loader.verify_recording import require_repeatable
+from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.files import RecordingReader, RecordingWriter, checksums, create_files, encode
 from kd_pipeline.teachers.recorded.manifest import (
     CHECKSUM,
@@ -119,7 +120,7 @@ def record(
     init_distributed()
     set_num_threads(config.train.num_threads)
     with ExitStack() as opened:
-        loader = _open_loader(config, plugins, trust_engines, opened)
+        loader = _open_loader(config, plugins, trust_engines, opened, begun_with=_runtimes_of(folder))
         manifest = _new_manifest(loader, settings, settings.epochs or config.train.epochs)
         _existing_manifest(folder, manifest)
         on_rank_zero(lambda: _prepare(folder, manifest, opened))
@@ -223,7 +224,11 @@ def _prepare(folder: Path, manifest: RecordingManifest, opened: ExitStack) -> No
 
 
 def _open_loader(
-    config: Config, plugins: Collection[str], trust_engines: Collection[str], opened: ExitStack
+    config: Config,
+    plugins: Collection[str],
+    trust_engines: Collection[str],
+    opened: ExitStack,
+    begun_with: Sequence[str] | None,
 ) -> KDDataLoader:
     """The training images with the live teacher, and every position of an epoch once."""
     train = config.data.split("train")
@@ -235,7 +240,14 @@ def _open_loader(
             f"the teacher is a recording already: {config.teacher.path}; record the teacher that it was made with"
         )
     source = open_source(train.source)
-    teacher = open_run_teacher(config, classes=source.classes, plugins=plugins, trust_engines=trust_engines)
+    teacher = open_run_teacher(
+        config,
+        classes=source.classes,
+        plugins=plugins,
+        trust_engines=trust_engines,
+        training=source,
+        begun_with=begun_with,
+    )
     opened.callback(teacher.close)
     # Samples that training drops are recorded too: the recording works for any batch size and number of ranks.
     last_batch = "pad" if train.last_batch in (None, "drop") else train.last_batch
@@ -254,7 +266,7 @@ def _open_loader(
 
 def _new_manifest(loader: KDDataLoader, settings: RecordSettings, epochs: int) -> RecordingManifest:
     teacher = loader.teacher
-    assert teacher is not None
+    assert isinstance(teacher, Teacher)
     outputs = {name: tuple(size or 0 for size in spec.shape[1:]) for name, spec in teacher.outputs.items()}
     if unknown := [name for name, shape in outputs.items() if 0 in shape]:
         raise TeacherError(f"the shape of the teacher's {unknown[0]!r} is not fixed; export it with fixed sizes")
@@ -269,6 +281,7 @@ def _new_manifest(loader: KDDataLoader, settings: RecordSettings, epochs: int) -
                 fingerprint=teacher.fingerprint,
                 backend=teacher.backend,
                 precision=teacher.precision,
+                runtimes=teacher.runtimes,
                 classes=teacher.classes,
             ),
             outputs=outputs,
@@ -280,6 +293,13 @@ def _new_manifest(loader: KDDataLoader, settings: RecordSettings, epochs: int) -
         )
     except ValidationError as exc:
         raise TeacherError(f"the outputs of this teacher cannot be recorded: {reason_of(exc)}") from None
+
+
+def _runtimes_of(folder: Path) -> Sequence[str] | None:
+    """Backend and precision of the teacher of the recording in `folder`, if there is one."""
+    if not os.path.exists(folder / MANIFEST):
+        return None
+    return RecordingManifest.load(folder).teacher.runtimes
 
 
 def _existing_manifest(folder: Path, new: RecordingManifest) -> RecordingManifest | None:

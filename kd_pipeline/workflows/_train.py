@@ -126,9 +126,9 @@ class _StageRun(ExitStack):
         on_rank_zero(self._enter_folder)
         self._prepare()
         self._source = open_source(config.data.split("train").source)
-        teacher = self._open_teacher() if self._stage == "distill" else None
-        identity = self._identity(teacher)
         saved = None if folder.last_checkpoint is None else SavedRun.load(folder.last_checkpoint)
+        teacher = self._open_teacher(saved) if self._stage == "distill" else None
+        identity = self._identity(teacher)
         if saved is not None:
             saved.check(identity, config, folder.path)  # before the loader writes the class list
         loader = self._open_loader("train", teacher)
@@ -193,6 +193,7 @@ class _StageRun(ExitStack):
         return {
             "config": shown_settings(self._config),
             "teacher": None if teacher is None else teacher.fingerprint,
+            "teacher_runtimes": list(teacher.runtimes) if isinstance(teacher, Teacher) else None,
             "classes": None if source.classes is None else list(source.classes),
             "data": source.fingerprint,
             "num_classes": num_classes_of(source, teacher),
@@ -266,9 +267,14 @@ class _StageRun(ExitStack):
             self._folder.write_log("\n".join(result.lines) or "there is no validation set, so no results")
         return result
 
-    def _open_teacher(self) -> Teacher | Recording:
+    def _open_teacher(self, saved: SavedRun | None) -> Teacher | Recording:
         teacher = open_run_teacher(
-            self._config, classes=self._source.classes, plugins=self._plugins, trust_engines=self._trust_engines
+            self._config,
+            classes=self._source.classes,
+            plugins=self._plugins,
+            trust_engines=self._trust_engines,
+            training=self._source,
+            begun_with=None if saved is None else saved.teacher_runtimes,
         )
         self.callback(teacher.close)
         if isinstance(teacher, Teacher):

@@ -120,6 +120,7 @@ def _open_teacher(
         classes=None if training is None else training.classes,
         plugins=plugins,
         trust_engines=trust_engines,
+        training=training,
     )
 
 

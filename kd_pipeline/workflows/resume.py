@@ -112,6 +112,7 @@ _NOTES = {
     "stream.device": "kind of device that decodes images",
     "stream.global_batch_size": "data.batch_size x processes",
     "teacher": "a teacher with different weights, precision or runtime",
+    "teacher_runtimes": "backend and precision of the teacher",
 }
 _ALWAYS_MEASURED = {"top1", "top5", "macro_f1", "loss", "agreement", "kl"}
 
@@ -183,6 +184,12 @@ class SavedRun:
         except (AttributeError, TypeError, ValueError) as exc:
             raise unusable_checkpoint(path, exc) from None
         return found
+
+    @property
+    def teacher_runtimes(self) -> list[str] | None:
+        """`Teacher.runtimes` of the run; None for a run without a teacher, or with a recording."""
+        found = self.run.get("teacher_runtimes")
+        return [str(each) for each in found] if isinstance(found, list) else None
 
     def check(self, identity: Mapping[str, Any], config: Config, folder: Path) -> list[Change]:
         """The changes since the checkpoint was saved, all of which can be applied; see `check_resume`.

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline.config.config import Config
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.data.sources import Source
+from kd_pipeline.errors import ConfigError, MissingPackageError, TeacherError
 from kd_pipeline.loader.loader import open_config_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
-from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.teachers.settings import StudentPrecision, TeacherSettings, is_recording, with_runtimes
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import DESCRIPTION, ONNX, WEIGHTS, read_exported
 
@@ -18,11 +19,20 @@ __all__ = [
     "check_no_input_adapter",
     "check_recording",
     "open_run_teacher",
+    "student_precision",
     "starts_without_teacher",
     "with_trained_weights",
 ]
 
 _logger = logging.getLogger("kd_pipeline")
+
+_STUDENT_PRECISIONS: dict[str, StudentPrecision] = {
+    "32-true": "fp32",
+    "bf16-mixed": "bf16",
+    "bf16-true": "bf16",
+    "16-mixed": "fp16",
+    "16-true": "fp16",
+}
 
 
 def starts_without_teacher(config: Config) -> bool:
@@ -38,6 +48,8 @@ def open_run_teacher(
     classes: Sequence[str] | None = None,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
+    training: Source | None = None,
+    begun_with: Sequence[str] | None = None,
 ) -> Teacher | Recording:
     """Open the teacher of `config` for its training images. The caller closes it.
 
@@ -46,6 +58,8 @@ def open_run_teacher(
         classes: those of the data, whose order the logits get; None keeps the teacher's.
         plugins: modules that factories in the config may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
+        training: the open source of the split `train`, to save the time of listing it.
+        begun_with: the `runtimes` of the teacher when the run began, which it keeps where the settings leave them open.
 
     Raises:
         ConfigError: the config has no teacher, or one without weights.
@@ -55,7 +69,26 @@ def open_run_teacher(
         raise ConfigError("stage: distill needs a teacher: set teacher, or use stage: baseline")
     if isinstance(config.teacher, TeacherSettings):
         config = config.model_copy(update={"teacher": with_trained_weights(config, config.teacher)})
-    return open_config_teacher(config, classes, plugins=plugins, trust_engines=trust_engines)
+    if begun_with is not None and config.teacher is not None and not is_recording(config.teacher):
+        config = config.model_copy(update={"teacher": with_runtimes(config.teacher, begun_with)})
+    try:
+        return open_config_teacher(
+            config,
+            classes,
+            plugins=plugins,
+            trust_engines=trust_engines,
+            source=training,
+            student_precision=student_precision(config),
+        )
+    except (ConfigError, MissingPackageError, TeacherError) as exc:
+        if begun_with is None:
+            raise
+        raise type(exc)(f"{exc}. It began with {' and '.join(begun_with)} for the teacher, and resumes so") from exc
+
+
+def student_precision(config: Config) -> StudentPrecision:
+    """In which the student of `config` trains."""
+    return _STUDENT_PRECISIONS[config.train.precision]
 
 
 def check_recording(config: Config, recording: Recording) -> None:

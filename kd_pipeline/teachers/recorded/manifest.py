@@ -48,6 +48,8 @@ class TeacherInfo(Settings):
     fingerprint: str = Field(pattern="^[0-9a-f]{1,128}$")
     backend: _Word
     precision: _Word
+    runtimes: tuple[Annotated[str, Field(pattern=r"^\w+ \w+$", max_length=200)], ...] = ()
+    """See `Teacher.runtimes`."""
     classes: tuple[str, ...] | None
 
 

@@ -1,0 +1,43 @@
+"""What this CPU is, and which precisions it computes in."""
+
+import hashlib
+import platform
+from functools import cache
+from pathlib import Path
+
+__all__ = ["cpu_name", "cpu_precisions"]
+
+_CPUINFO = Path("/proc/cpuinfo")
+_FLAGS = {
+    "bf16": {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"},
+    "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+"""What Linux calls the instructions, of which one is enough: x86, and the last of each on ARM."""
+
+
+@cache
+def cpu_precisions() -> frozenset[str]:
+    """Those of `bf16` and `fp16` that this CPU has instructions for, and `fp32`; elsewhere they are emulated, slowly.
+
+    PyTorch reports the instruction set that it was built for rather than this, and computes in any precision.
+    """
+    flags = {flag for line in _lines("flags", "Features") for flag in line.split()}
+    return frozenset({"fp32"} | {precision for precision, enough in _FLAGS.items() if flags & enough})
+
+
+@cache
+def cpu_name() -> str:
+    """The model of this CPU and a digest of its flags, by which what was measured on it is kept."""
+    flags = " ".join(_lines("flags", "Features")[:1])
+    model = next(iter(_lines("model name", "CPU part")), platform.machine())
+    return f"{model} {hashlib.sha256(flags.encode()).hexdigest()[:12]}"
+
+
+def _lines(*names: str) -> list[str]:
+    """The values of all lines of one of these names, in their order."""
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:  # it is not Linux, or it hides this
+        return []
+    pairs = (line.partition(":") for line in lines)
+    return [value.strip() for name, _, value in pairs if name.strip() in names]

@@ -1,0 +1,262 @@
+"""Opens one teacher in the runtime that it is asked for: a network, an ONNX file or an engine."""
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kd_pipeline.errors import ConfigError, ExportError, TeacherError
+from kd_pipeline.models.features import with_features
+from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapterLayer, Normalization
+from kd_pipeline.models.registry import open_model, pretrained_input
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.kept_export import Examined, examine, kept_export
+from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher, why_no_cuda
+from kd_pipeline.teachers.openvino import OpenVINOTeacher
+from kd_pipeline.teachers.parity import CalibrationSet
+from kd_pipeline.teachers.pytorch import PyTorchTeacher, runtime_fingerprint
+from kd_pipeline.teachers.settings import Runtime, StudentPrecision, TeacherSettings
+from kd_pipeline.teachers.tensorrt.build import build_engine
+from kd_pipeline.teachers.tensorrt.load import open_engine
+from kd_pipeline.teachers.tensorrt.manifest import Precision, Profile
+from kd_pipeline.teachers.tensorrt.settings import BuildSettings
+
+__all__ = ["Inputs", "Runner"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+_MAX_BATCH = 1024
+_SMALL_BATCH = 2
+"""Batch size of a module's first call on a GPU, if the loader's is unknown."""
+_ENGINE_BATCH = 64
+"""Largest batch of an engine built from an ONNX file, if neither settings nor loader have one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The images that a teacher will get, and what else is needed to open it for them; see `open_teacher`."""
+
+    image_shape: tuple[int, int, int] | None
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int | None
+    student_precision: StudentPrecision | None
+    num_images: int
+    calibration_images: Callable[[], Tensor] | None
+    calibration_key: str | None
+    plugins: Collection[str]
+    trust_engines: Collection[str]
+    normalization: Normalization
+    strict: bool
+
+
+class Runner:
+    """One teacher, to be opened in any runtime that can run it."""
+
+    def __init__(self, settings: TeacherSettings, module: nn.Module | None, inputs: Inputs) -> None:
+        """Open the network of `settings`, if they name one; `module` is given if they do not name a teacher.
+
+        Raises:
+            ConfigError: the network has no weights, or its images are unknown.
+        """
+        self.settings, self.inputs = settings, inputs
+        if settings.model is not None:
+            module = _open_network(settings, inputs)
+        self.module = None if module is None else _adapted(settings, module, inputs)
+        """With its input adapter and features; None for a file."""
+
+    @cached_property
+    def examined(self) -> Examined:
+        """The module, and what a forward pass shows.
+
+        Raises:
+            ExportError: it fails on the CPU.
+        """
+        assert self.module is not None and self.inputs.image_shape is not None
+        return examine(self.module, self.inputs.image_shape)
+
+    @cached_property
+    def onnx(self) -> Path:
+        """The teacher's ONNX file; that of a module is exported to the user's cache.
+
+        Raises:
+            ExportError: the module cannot be exported.
+            MissingPackageError: a package that exports is not installed.
+        """
+        return self.settings.onnx or kept_export(self.examined)
+
+    def open(self, runtime: Runtime) -> Teacher:
+        """Open the teacher; the precision `own` is that of the file.
+
+        Raises:
+            ConfigError: the runtime cannot run it for these images.
+            TeacherError: it cannot be opened.
+            MissingPackageError: the package of the backend is not installed.
+        """
+        backend, device = runtime.backend, self.inputs.device
+        if backend == "pytorch":
+            if self.module is None:
+                raise ConfigError("the pytorch backend runs a network and got a file; change backend, or give model")
+            return self._open_module(runtime.precision)
+        if backend == "openvino" and device.type != "cpu":
+            raise ConfigError(
+                f"the openvino backend reads images in CPU memory and they are on {device}; put the loader on the CPU, "
+                "or use backend: tensorrt or onnxruntime"
+            )
+        if backend == "tensorrt" and device.type != "cuda":
+            raise ConfigError(
+                f"the tensorrt backend reads images in the memory of an NVIDIA GPU and they are on {device}; put the "
+                "loader on a GPU, or use backend: openvino with a network or an ONNX file"
+            )
+        if backend == "onnxruntime" and device.type == "cuda" and (obstacle := why_no_cuda()):
+            raise ConfigError(f"the onnxruntime backend cannot use {device}: {obstacle}")
+        try:
+            teacher = self._open_file(runtime)
+        except ExportError as exc:
+            raise TeacherError(
+                f"the {backend} backend runs ONNX files, and {exc}; use backend: pytorch, which runs any network"
+            ) from exc
+        if self.module is not None and backend != "tensorrt":  # an engine's is that of what was built
+            teacher.fingerprint = runtime_fingerprint(backend, teacher.precision, self.examined.digest)
+        return teacher
+
+    def _open_file(self, runtime: Runtime) -> Teacher:
+        settings = self.settings
+        max_batch, num_threads = settings.max_batch or _MAX_BATCH, settings.num_threads
+        own = None if runtime.precision == "own" else runtime.precision
+        match runtime.backend:
+            case "openvino":
+                precision = own or "fp32"
+                return OpenVINOTeacher(self.onnx, precision=precision, max_batch=max_batch, num_threads=num_threads)
+            case "onnxruntime":
+                device = self.inputs.device
+                return OnnxRuntimeTeacher(
+                    self.onnx, device=device, precision=own, max_batch=max_batch, num_threads=num_threads
+                )
+            case _:
+                return self._open_engine(own)
+
+    def _open_module(self, precision: str) -> Teacher:
+        settings, inputs = self.settings, self.inputs
+        assert self.module is not None and inputs.image_shape is not None
+        on_gpu = inputs.device.type == "cuda"
+        if settings.cuda_graph and not (on_gpu and inputs.batch_size):
+            raise ConfigError(
+                f"cuda_graph needs a GPU and a fixed number of images; the images are on {inputs.device}, and "
+                f"batch_size is {inputs.batch_size}; remove it, or set both"
+            )
+        open_module = partial(
+            PyTorchTeacher,
+            self.module,
+            image_shape=inputs.image_shape,
+            device=inputs.device,
+            dtype=inputs.dtype,
+            precision=precision,
+            max_batch=settings.max_batch or _MAX_BATCH,
+            channels_last=settings.channels_last,
+            batch_size=(inputs.batch_size or _SMALL_BATCH) if on_gpu else None,
+            cuda_graph=settings.cuda_graph,
+            digest=self.examined.digest if "examined" in vars(self) else None,
+        )
+        if settings.compile is not None or not on_gpu:
+            return open_module(compile=bool(settings.compile))
+        try:
+            return open_module(compile=True)
+        except TeacherError as exc:
+            teacher = open_module(compile=False)  # fails the same way if compiling was not the reason
+            _logger.warning(
+                "torch.compile fails on the teacher, which runs without it (set teacher.compile: false to skip it): %s",
+                exc,
+            )
+            return teacher
+
+    def _open_engine(self, precision: str | None) -> Teacher:
+        """Open an engine, and build it first from an ONNX file."""
+        settings, inputs = self.settings, self.inputs
+        engine = settings.engine
+        if engine is None:
+            largest = settings.max_batch or inputs.batch_size or _ENGINE_BATCH
+            profile = Profile(min=1, opt=min(inputs.batch_size or largest, largest), max=largest)
+            images = inputs.calibration_images
+            asked: Precision = precision or "fp32"  # type: ignore[assignment]  # from the settings
+            engine = build_engine(
+                BuildSettings(
+                    onnx=self.onnx,
+                    precision=asked,
+                    half_io=inputs.dtype == torch.float16,
+                    profiles=(profile,),
+                    image_size=inputs.image_shape and inputs.image_shape[1],
+                    runtime=settings.runtime,
+                ),
+                calibration_set=None if images is None else lambda: CalibrationSet(images(), "the training split"),
+                report=_logger.info,
+            )
+        teacher = open_engine(
+            engine,
+            device=inputs.device,
+            runtime=settings.runtime,
+            cuda_graph=settings.cuda_graph,
+            trust_engines=inputs.trust_engines,
+        )
+        if precision not in (None, teacher.precision):
+            teacher.close()
+            raise ConfigError(
+                f"{engine} runs in {teacher.precision} and the settings ask for {precision}; leave precision out, or "
+                "build the engine again"
+            )
+        return teacher
+
+
+def _open_network(settings: TeacherSettings, inputs: Inputs) -> nn.Module:
+    """The network by name that `settings` have."""
+    model = settings.model
+    assert model is not None
+    if model.factory is None and model.checkpoint is None and not model.pretrained:
+        raise ConfigError("teacher.model has random weights; set its checkpoint or pretrained")
+    if model.reset:
+        raise ConfigError(
+            f"teacher.model.reset leaves random weights in {', '.join(model.reset)}; remove it, or train the teacher "
+            "first with stage=teacher"
+        )
+    return open_model(model, plugins=inputs.plugins)
+
+
+def _adapted(settings: TeacherSettings, module: nn.Module, inputs: Inputs) -> nn.Module:
+    """`module` for the loader's images, with the features that `settings` ask for."""
+    if inputs.image_shape is None:
+        raise ConfigError("a network needs the size of the images; pass image_shape=(3, H, W)")
+    adapter = _adapter(settings, module, inputs)
+    if settings.features:
+        module = with_features(module, settings.features)
+    return module if adapter is None else nn.Sequential(adapter, module)
+
+
+def _adapter(settings: TeacherSettings, module: nn.Module, inputs: Inputs) -> InputAdapterLayer | None:
+    """The layer that makes the images that `module` was trained on; None if it gets the loader's own."""
+    known = pretrained_input(module)
+    if isinstance(settings.input_adapter, ExpectedInput):
+        return InputAdapterLayer(settings.input_adapter.adapter(inputs.normalization))
+    if settings.input_adapter == "auto":
+        if known is None:
+            raise ConfigError(
+                f"input_adapter: auto uses what timm knows of its networks, and {type(module).__qualname__} does not "
+                "say what it was trained on; give mean and std"
+            )
+        size = known.size[0] if known.fixed_input_size and known.size != (inputs.image_shape or (0,))[1:] else None
+        if size is None and Normalization(*known[:2]) == inputs.normalization:
+            return None
+        return InputAdapterLayer(ExpectedInput(mean=known.mean, std=known.std, size=size).adapter(inputs.normalization))
+    is_pretrained = settings.model is not None and settings.model.pretrained
+    if is_pretrained and known is not None and Normalization(*known[:2]) != inputs.normalization:
+        _logger.warning(
+            "the teacher was trained on images with mean %s and std %s, and gets images with mean %s and std %s; set "
+            "teacher.input_adapter: auto, or mean and std of the transforms",
+            known.mean,
+            known.std,
+            *inputs.normalization,
+        )
+    return None
