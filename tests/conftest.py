@@ -60,6 +60,14 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def cache_is_not_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept between runs, such as exports, stays out of the cache of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def torchlib_is_parsed_once() -> Iterator[None]:
     """Every ONNX export parses torch's library of operators again, a third of a small training run."""
     owner = _registration.onnxscript_apis

@@ -203,7 +203,7 @@ class _Race:
 
     def _measure(self, runtime: Runtime, reference: ParityReference, found: dict[Runtime, Measured]) -> None:
         """Add `runtime` to what was `found`, or to those that failed."""
-        if runtime in found:
+        if runtime in found or runtime in self.failed:
             return
         try:
             self.opened[runtime] = self._contest.open(runtime)

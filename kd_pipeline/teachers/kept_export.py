@@ -32,7 +32,7 @@ _logger = logging.getLogger("kd_pipeline")
 _ONNX, _OUTPUTS, _FAILURE = "teacher.onnx", "outputs.npz", "failure.txt"
 """Files in the folder of an export: it and the module's outputs for an image, or why it cannot be exported."""
 _MAX_BATCH = 2
-"""The export is checked on 1, 2 and 7 random images; in the runtime, its outputs are compared with the module's later."""
+"""The export is checked on 1, 2 and 7 random images; its outputs in a runtime are compared with the module's later."""
 _TOLERANCE = 0.02
 """Largest difference of an output between two float32 runs on any CPUs, relative to its largest magnitude."""
 _PACKAGES = ("torch", "onnx", "onnxscript")

@@ -17,7 +17,8 @@ from kd_pipeline.cli import main
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.registry import ModelSettings, open_model
-from kd_pipeline.teachers import open as opening
+from kd_pipeline.teachers.runner import Runner
+from kd_pipeline.teachers.settings import Runtime
 from kd_pipeline.training.settings import ExportSettings
 from kd_pipeline.workflows.exported import export_student
 
@@ -168,11 +169,11 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> list[Collection[str]]:
     """The digests that were trusted each time an engine was to be opened."""
     found: list[Collection[str]] = []
 
-    def open_tensorrt(settings: Any, inputs: Any) -> None:
-        found.append(inputs.trust_engines)
+    def open_tensorrt(runner: Runner, runtime: Runtime) -> None:
+        found.append(runner.inputs.trust_engines)
         raise TeacherError("there is no GPU")
 
-    monkeypatch.setattr(opening, "_open_tensorrt", open_tensorrt)
+    monkeypatch.setattr(Runner, "open", open_tensorrt)
     return found
 
 

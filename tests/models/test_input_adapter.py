@@ -89,7 +89,7 @@ def test_auto_of_unknown_model() -> None:
 
 
 def test_onnx_backend_rejects_adapter() -> None:
-    with pytest.raises(ConfigError, match=r"input_adapter: .* means nothing to the openvino backend"):
+    with pytest.raises(ConfigError, match=r"input_adapter: .* means nothing to teacher.onnx, which is finished"):
         open_teacher(TeacherSettings(onnx=Path("teacher.onnx"), input_adapter=TEACHER))
 
 
@@ -105,7 +105,7 @@ def test_mismatched_normalization_warns(
     adapter: str | None,
 ) -> None:
     net = timm.create_model("vit_tiny_patch16_224", img_size=32)  # substitute for a downloaded model
-    monkeypatch.setattr("kd_pipeline.teachers.open.open_model", lambda settings, plugins: net)
+    monkeypatch.setattr("kd_pipeline.teachers.runner.open_model", lambda settings, plugins: net)
     weights = {"pretrained": True} if pretrained else {"checkpoint": tmp_path}
     model = ModelSettings(timm="vit_tiny_patch16_224", **weights)
     settings = TeacherSettings.model_validate({"model": model, "input_adapter": adapter and TEACHER})

@@ -14,6 +14,7 @@ from torch import nn
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers import open as opening
+from kd_pipeline.teachers import runner
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
@@ -93,7 +94,6 @@ def test_num_threads_is_passed_on(exported: Callable[[int], Path]) -> None:
         ({"backend": "openvino"}, {}, "no teacher to open"),
         ({"onnx": ONNX}, {"module": ConvNet()}, "a module and teacher.onnx; give one of them"),
         ({}, {"module": ConvNet(), "image_shape": None}, r"pass image_shape=\(3, H, W\)"),
-        ({"backend": "onnxruntime"}, {"module": ConvNet()}, "onnxruntime backend runs an ONNX file and got a module"),
         ({"engine": ENGINE}, {"module": ConvNet()}, "a module and teacher.engine; give one of them"),
         ({"engine": ENGINE}, {}, "in the memory of an NVIDIA GPU and they are on cpu; put the loader on a GPU"),
         ({"onnx": ONNX, "backend": "tensorrt"}, {}, "in the memory of an NVIDIA GPU and they are on cpu"),
@@ -156,7 +156,7 @@ def test_an_engine_is_trusted_by_the_caller(
         raise Opened(path, trust_engines)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(opening, "open_engine", open_engine)
+    monkeypatch.setattr(runner, "open_engine", open_engine)
     for arguments, trusted in (({}, ()), ({"trust_engines": [DIGEST]}, [DIGEST])):
         with pytest.raises(Opened) as caught:
             open_teacher(settings, device="cuda:0", **arguments)
@@ -188,7 +188,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
         monkeypatch.setattr(opening, "why_unusable", lambda found: tensorrt)
-        monkeypatch.setattr(opening, "why_no_cuda", lambda: onnxruntime)
+        for module in (opening, runner):
+            monkeypatch.setattr(module, "why_no_cuda", lambda: onnxruntime)
 
         def opened(name: str) -> Callable[..., None]:
             def runtime(*arguments: object, **settings: object) -> None:
@@ -196,8 +197,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
             return runtime
 
-        monkeypatch.setattr(opening, "_open_tensorrt", opened("tensorrt"))
-        monkeypatch.setattr(opening, "OnnxRuntimeTeacher", opened("onnxruntime"))
+        monkeypatch.setattr(runner, "build_engine", opened("tensorrt"))
+        monkeypatch.setattr(runner, "OnnxRuntimeTeacher", opened("onnxruntime"))
 
     return make
 
@@ -250,7 +251,7 @@ def test_module_on_gpu_is_compiled_in_half_precision(
     pretend_gpu(capability)
     asked: list[dict[str, object]] = []
     monkeypatch.setattr(
-        opening, "PyTorchTeacher", lambda module, **settings: (asked.append(settings), open_module(module))[1]
+        runner, "PyTorchTeacher", lambda module, **settings: (asked.append(settings), open_module(module))[1]
     )
 
     def open_module(module: nn.Module) -> Teacher:
@@ -278,7 +279,7 @@ def test_failed_compile_falls_back_unless_requested(
     )
     real = PyTorchTeacher
     monkeypatch.setattr(
-        opening, "PyTorchTeacher", lambda module, **settings: real(module, **{**settings, "device": "cpu"})
+        runner, "PyTorchTeacher", lambda module, **settings: real(module, **{**settings, "device": "cpu"})
     )
     options = {"module": ConvNet(), "image_shape": IMAGE_SHAPE, "device": "cuda:0", "batch_size": 4}
     with caplog.at_level(logging.WARNING, "kd_pipeline"), pytest.raises(TeacherError, match="reads from cpu"):
