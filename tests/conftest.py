@@ -61,10 +61,15 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_is_not_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept between runs, such as exports, stays out of the cache of whoever runs the tests."""
+    """What is kept between runs stays out of the cache of whoever runs the tests.
+
+    A test that exports a teacher to the cache on purpose has one of its own; no other is to take that time.
+    """
+    cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
+    assert not (cache / "kd_pipeline" / "exports").exists(), "a test has exported a teacher by accident"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,8 +19,8 @@ __all__ = [
     "check_no_input_adapter",
     "check_recording",
     "open_run_teacher",
-    "student_precision",
     "starts_without_teacher",
+    "student_precision",
     "with_trained_weights",
 ]
 

@@ -35,7 +35,7 @@ def pixels(num_images: int = 5) -> Tensor:
 
 def open_net(module: nn.Module, normalization: Normalization | None = STUDENT, **settings: object) -> Teacher:
     found = TeacherSettings.model_validate(settings)
-    return open_teacher(found, module=module, image_shape=IMAGE_SHAPE, normalization=normalization)
+    return open_teacher(found, module=module, image_shape=IMAGE_SHAPE, normalization=normalization, num_images=1)
 
 
 @pytest.mark.parametrize("size", [None, 20])
