@@ -195,9 +195,9 @@ SETTINGS = [
         "teacher={onnx: a.onnx, backend: openvino}",
     ),
     case(
-        "teacher={model: {timm: a}, backend: openvino, features: [b]}",
+        "teacher={model: {timm: a}, backend: openvino, channels_last: false}",
         "change backend",
-        "teacher={model: {timm: a}, backend: pytorch, features: [b]}",
+        "teacher={model: {timm: a}, backend: pytorch, channels_last: false}",
     ),
     case(
         "teacher={members: [{onnx: a}], weights: [1, 2]}",
@@ -249,7 +249,7 @@ NO_TEACHER = "teacher=null"
 LOADERS = [
     case(
         "teacher={onnx: teacher.onnx, backend: tensorrt}",
-        "use backend: openvino with an ONNX file",
+        "use backend: openvino with a network or an ONNX file",
         "teacher={onnx: teacher.onnx, backend: openvino}",
     ),
     case(
@@ -399,13 +399,12 @@ def test_class_names_of_the_teacher(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_module_for_a_runtime_of_files(folder: Path) -> None:
+def test_module_for_a_runtime(folder: Path) -> None:
     net, shape = small_resnet(10, width=4), (3, 8, 8)
-    with pytest.raises(
-        KDPipelineError, match=r"export it with kd_pipeline\.export_onnx and set onnx, or use backend: py"
-    ):
-        open_teacher(TeacherSettings(backend="onnxruntime"), module=net, image_shape=shape)
     onnx_file = export_onnx(net, "net.onnx", image_shape=shape)
+    settings = TeacherSettings(onnx=onnx_file, features=("layer1",))
+    with pytest.raises(KDPipelineError, match=r"set it when exporting \(kd_pipeline\.with_features, "):
+        open_teacher(settings, image_shape=shape)
     open_teacher(TeacherSettings(backend="onnxruntime", onnx=onnx_file), image_shape=shape).close()
     open_teacher(TeacherSettings(backend="pytorch"), module=net, image_shape=shape).close()
     with pytest.raises(KDPipelineError, match=r"pass image_shape=\(3, H, W\)"):
