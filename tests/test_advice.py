@@ -403,7 +403,9 @@ def test_module_for_a_runtime(folder: Path) -> None:
     net, shape = small_resnet(10, width=4), (3, 8, 8)
     onnx_file = export_onnx(net, "net.onnx", image_shape=shape)
     settings = TeacherSettings(onnx=onnx_file, features=("layer1",))
-    with pytest.raises(KDPipelineError, match=r"set it when exporting \(kd_pipeline\.with_features, "):
+    with pytest.raises(
+        KDPipelineError, match=r"set it when exporting \(kd_pipeline\.models\.features\.with_features, "
+    ):
         open_teacher(settings, image_shape=shape)
     open_teacher(TeacherSettings(backend="onnxruntime", onnx=onnx_file), image_shape=shape).close()
     open_teacher(TeacherSettings(backend="pytorch"), module=net, image_shape=shape).close()

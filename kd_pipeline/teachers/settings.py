@@ -175,5 +175,5 @@ def refuse_unused(settings: TeacherSettings, backend: str) -> None:
         if name in _CHANGE_A_MODEL and (file := settings.onnx or settings.engine) is not None:
             raise ConfigError(
                 f"{name}: {getattr(settings, name)} means nothing to {file}, which is finished; remove it, set it when "
-                "exporting (with_features of kd_pipeline.models.features, input_adapter of export_onnx), or give the model"
+                "exporting (kd_pipeline.models.features.with_features, input_adapter of export_onnx), or give the model"
             )
