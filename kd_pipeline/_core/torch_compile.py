@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.child_process import isolate_children
 from kd_pipeline._core.user_cache import temporary_without_cache
 
-__all__ = ["torch_compile"]
+__all__ = ["cache_folder", "is_compile_error", "torch_compile"]
 
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch keeps what it compiled: code, pickles, and below it what Triton compiled."""
@@ -36,6 +36,16 @@ def torch_compile(module: nn.Module) -> Callable[[Tensor], Tensor]:
     isolate_children()
     compiled: Callable[[Tensor], Tensor] = torch.compile(module)
     return compiled
+
+
+def cache_folder() -> Path:
+    """Where the results of `torch_compile`, which was called before, are kept."""
+    return Path(os.environ[_VARIABLE])
+
+
+def is_compile_error(exc: BaseException) -> bool:
+    """Whether compiling failed, such as for lack of a C++ compiler, and not what was compiled."""
+    return any(kind.__module__.startswith(("torch._dynamo.", "torch._inductor.")) for kind in type(exc).__mro__)
 
 
 def _is_torchs_own(folder: str) -> bool:

@@ -23,6 +23,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.models.modules import is_channels_last
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
@@ -364,7 +365,7 @@ def _torchmetric(settings: MetricSettings, logits_NK: Tensor, label_N: Tensor) -
     if "task" in inspect.signature(kind).parameters:
         arguments["task"] = "multiclass"
     # A row with NaN or inf becomes one that is surely wrong: all classes alike but the label, which is out.
-    is_bad_N = ~logits_NK.isfinite().all(dim=1, keepdim=True)
+    is_bad_N = ~has_softmax(logits_NK)[:, None]
     is_label_NK = torch.nn.functional.one_hot(label_N, logits_NK.shape[1]).bool()
     probabilities_NK = logits_NK.masked_fill(is_bad_N, 0).masked_fill(is_bad_N & is_label_NK, -torch.inf).softmax(dim=1)
     try:
@@ -384,9 +385,12 @@ def _torchmetrics_class(name: str) -> Any:
 
 
 def images_for(model: nn.Module | Teacher, images: Tensor) -> Tensor:
-    """`images` in the dtype of a network's weights; unchanged for a teacher."""
-    weight = None if isinstance(model, Teacher) else next(model.parameters(), None)
-    return images if weight is None else images.to(weight.dtype)
+    """`images` in dtype and memory format of a network's weights, a copy if they differ; unchanged for a teacher."""
+    if isinstance(model, Teacher) or (weight := next(model.parameters(), None)) is None:
+        return images
+    if is_channels_last(model):
+        return images.to(weight.dtype, memory_format=torch.channels_last)
+    return images.to(weight.dtype)
 
 
 def logits_of(output: object) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.finite import has_softmax
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.paths import FileSource, PathTable
@@ -108,7 +109,7 @@ def predict(
             for batch in loader:
                 with torch.no_grad():
                     logits_NK = logits_of(model(images_for(model, batch.images))).float().cpu()
-                is_finite_N = logits_NK.isfinite().all(dim=1).tolist()
+                is_finite_N = has_softmax(logits_NK).tolist()
                 rows = zip(logits_NK, is_finite_N, batch.valid.tolist(), strict=True)
                 for index, (logits_K, is_finite, is_valid) in enumerate(rows, num_done):
                     sample = None if is_valid else loader.bad_sample(index)

@@ -3,16 +3,26 @@
 import copy
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from kd_pipeline.errors import TeacherError
 
-__all__ = ["frozen_copy", "is_in_layer", "named_outputs"]
+__all__ = ["frozen_copy", "is_channels_last", "is_in_layer", "named_outputs"]
 
 
 def is_in_layer(name: str, layer: str) -> bool:
     """Whether `name`, of a parameter, buffer or module, is `layer` or inside it."""
     return f"{name}.".startswith(f"{layer}.")
+
+
+def is_channels_last(module: nn.Module) -> bool:
+    """Whether the convolutions of `module` have their weights in channels-last order, as `module.to` makes them."""
+    return any(
+        # Weights of 1x1 are in both orders.
+        weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        for weight in module.parameters()
+    )
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

@@ -66,6 +66,8 @@ class Teacher(ABC):
         """What is wrong with its outputs for a few images, a sentence each with what to do; see `open_teacher`."""
         self.busy_s = 0.0
         """Host time of all calls so far, in seconds; on a GPU only the time to queue the work."""
+        self.num_calls = 0
+        """Calls so far."""
         self._closed = False
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -87,6 +89,7 @@ class Teacher(ABC):
             raise kind(f"the {self.backend} teacher failed on images {found}: {reason}") from exc
         finally:
             self.busy_s += time.perf_counter() - started
+            self.num_calls += 1
         for name, output in outputs.items():
             if output.ndim == 0 or len(output) != len(images):
                 raise TeacherError(

@@ -1,5 +1,7 @@
 """The student and its loss as a Lightning module. The teacher is no part of it: its outputs come with the batches."""
 
+import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -7,8 +9,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.optional import require
-from kd_pipeline._core.torch_compile import torch_compile
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, images_for
@@ -16,6 +18,7 @@ from kd_pipeline.losses.distillation import Distillation, LossTerms
 from kd_pipeline.losses.ramp import value_at
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
+from kd_pipeline.training.compiled_student import CompiledStudent
 from kd_pipeline.training.ema import StudentEma
 from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weights, gradient_norm
 from kd_pipeline.training.optimizers import build_optimizer
@@ -27,6 +30,7 @@ from kd_pipeline.training.throughput import Throughput
 __all__ = ["DistillModule"]
 
 _lightning = require("lightning", extra="train")
+_logger = logging.getLogger("kd_pipeline")
 
 
 class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -62,11 +66,14 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self.ema = None if settings.ema is None else StudentEma(student, settings.ema)
         self._settings, self._steps_per_epoch, self._identity = settings, steps_per_epoch, identity
         self._validate = validate
-        # In a list, so it is not a second submodule with the same weights.
-        self._compiled = [torch_compile(student)] if settings.compile else []
+        self._compiled = CompiledStudent(student) if settings.compile else None
         self._throughput = Throughput(teacher)
-        self._logs_throughput = False
-        """Whether the current batch ends with an optimizer step that is logged."""
+        self._is_logged = False
+        """Whether the current step is one of those that are logged."""
+        self._took_optimizer_step = False
+        """Whether the current batch ended an optimizer step, taken or skipped."""
+        self._last_step: dict[str, tuple[Tensor | float, bool]] = {}
+        """Metrics of the epoch's last step, and whether to average them over the ranks, if only its epoch logs it."""
         self._guard = StepGuard(
             settings.max_nonfinite_steps, sample_name=lambda index: self.trainer.train_dataloader.source.name(index)
         )
@@ -103,10 +110,19 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         if self.ema is not None:
             self.ema.student.to(self.device)
 
+    def on_train_start(self) -> None:
+        """Give restored optimizer state the memory format of its weights, which may have been a different one."""
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    is_alike = isinstance(value, Tensor) and value.shape == parameter.shape
+                    if is_alike and value.stride() != parameter.stride():  # optimizers fall back to slow loops
+                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
     def on_train_epoch_start(self) -> None:
         """Reset the counters of the epoch."""
         self.has_begun = True
-        self._throughput.restart()
+        self._throughput.start_epoch()
         self._train_counts = None
 
     def on_train_batch_start(self, batch: KDBatch, number: int) -> None:
@@ -118,7 +134,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         if number % self._settings.accumulate == 0:
             self._guard.start_step(self.buffers())
             self._num_valid = None
-        student = self._compiled[0] if self._compiled else self.student
+        self._is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+        self._took_optimizer_step = False
+        student = self._compiled or self.student
         with self.distillation.student_features(self.student) as features:
             logits_NK = student(images_for(self.student, batch.images))
         num_done = self.current_epoch * self.trainer.num_training_batches + number
@@ -126,10 +144,18 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         terms = self.distillation(logits_NK, features, batch, epoch=epoch, epochs=self._settings.epochs)
         self._guard.watch(TrainedBatch(number, batch, logits_NK.detach(), terms, self._temperatures(terms, epoch)))
         self._count_correct(logits_NK.detach(), batch)
-        if self._is_log_step():
+        if self._is_logged or self.trainer.is_last_batch:
             self._log_terms(terms, self._rank_weight(batch))
         loss: Tensor = terms.total * self._loss_weight(batch)
         return loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's backward pass; says what is wrong if it cannot be compiled."""
+        if self._compiled is None:
+            super().backward(loss, *args, **kwargs)
+            return
+        with self._compiled.explained():
+            super().backward(loss, *args, **kwargs)
 
     def on_after_backward(self) -> None:
         """Check the loss now if no optimizer step follows, where it would be checked."""
@@ -154,26 +180,27 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             # the gradient, and skips the step because of it.
             for parameter in self.parameters():
                 parameter.grad = None
-        if self._is_log_step():
-            if self._settings.log_gradient_norm:
-                self.log("train/gradient_norm", norm)
-            if self._settings.max_nonfinite_steps:
-                self.log("train/skipped_steps", float(self._guard.num_skipped))
+        if self._settings.log_gradient_norm:
+            self._log_step("gradient_norm", norm)
+        if self._settings.max_nonfinite_steps and self._is_logged:
+            self.log("train/skipped_steps", float(self._guard.num_skipped))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then update the EMA: here, because checkpoints are written before the end of the batch."""
-        self._logs_throughput = self._is_log_step()
-        super().optimizer_step(*args, **kwargs)
+        super().optimizer_step(*args, **kwargs)  # runs `training_step`
+        self._took_optimizer_step = True
         if self.ema is not None and self._guard.took_step:
             self.ema.update(self.student)
 
     def on_train_batch_end(self, outputs: Any, batch: KDBatch, number: int) -> None:
         """Time the step."""
-        self._throughput.batch_trained(len(batch))
-        if self._logs_throughput:
-            self._logs_throughput = False
+        if self._compiled is not None and self._compiled.end_step():
+            self._throughput.batch_dropped()
+        else:
+            self._throughput.batch_trained(len(batch))
+        if self._took_optimizer_step and (self._is_logged or self.trainer.is_last_batch):
             for name, value in self._throughput.compute().items():
-                self.log(f"train/{name}", value)
+                self._log_step(name, value)
 
     def on_train_epoch_end(self) -> None:
         """Validate; early stopping and checkpoints read these metrics next."""
@@ -182,12 +209,33 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             self.log("train/top1", correct / valid.clamp(min=1))
         if self._settings.max_nonfinite_steps:
             self.log("train/skipped_steps", float(self._guard.num_skipped))
+        for name, (last, is_mean) in self._last_step.items():
+            self.log(name, last, sync_dist=is_mean)
+        self._last_step = {}
         for name, value in self._validation_metrics().items():
             self.log(name, value, prog_bar=name.endswith("/top1"))
         self.student.train()
         if self.trainer.progress_bar_callback is not None:
             # Lightning drew the bar before this hook, with the metrics of the previous epoch.
             self.trainer.progress_bar_callback.on_train_epoch_end(self.trainer, self)
+
+    def on_train_end(self) -> None:
+        """Say how fast it was."""
+        if self.trainer.is_global_zero and (found := self._throughput.of_run()):
+            teacher_share = found.get("teacher_share", 0.0)
+            _logger.info(
+                "trained at %.4g images/s%s; %sloader %.0f %% of the time",
+                found["images_per_s"],
+                " per process" if self.trainer.world_size > 1 else "",
+                f"teacher {teacher_share:.0%}, ".replace("%", " %") if "teacher_share" in found else "",
+                100 * (found["loader_share"] - teacher_share),
+            )
+
+    def bar_metrics(self) -> dict[str, str]:
+        """What the progress bar shows besides the metrics of the validation: loss and speed, on this rank."""
+        speed = self._throughput.now()
+        shown = {"loss": f"{self._guard.loss:.3g}", "images/s": f"{speed.get('images_per_s', math.nan):.3g}"}
+        return shown | ({"teacher": f"{speed['teacher_share']:.0%}"} if "teacher_share" in speed else {})
 
     def validate_now(self) -> Mapping[str, float]:
         """Validate within an epoch, log the metrics at once and return them by name."""
@@ -288,26 +336,37 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def _is_log_step(self) -> bool:
-        return bool((self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0)
-
     def _count_correct(self, logits_NK: Tensor, batch: KDBatch) -> None:
         if batch.labels is None:
             return
         labels_N = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
         # The top class of a row with NaN is arbitrary.
-        is_correct_N = logits_NK.argmax(1).eq(labels_N) & logits_NK.isfinite().all(1)
+        is_correct_N = logits_NK.argmax(1).eq(labels_N) & has_softmax(logits_NK)
         counts = torch.stack([(is_correct_N & batch.valid).sum(), batch.valid.sum()])
         self._train_counts = counts if self._train_counts is None else self._train_counts + counts
+
+    def _log_step(self, name: str, value: Tensor | float, *, is_mean: bool = False) -> None:
+        """Log a metric if this is a step to log, and that of an epoch's last step in any case.
+
+        Args:
+            name: without `train/`.
+            value: of the step.
+            is_mean: average it over the ranks.
+        """
+        if self._is_logged:
+            self.log(f"train/{name}", value, sync_dist=is_mean)
+        elif self.trainer.is_last_batch:
+            # Lightning gives nothing else to its loggers now; what the end of the epoch logs is in the same row.
+            self._last_step[f"train/{name}"] = value, is_mean
 
     def _log_terms(self, terms: LossTerms, weight: Tensor | float) -> None:
         """Log the loss and its terms as means over the valid rows of all ranks, and what else determined the step."""
         for name, value in {"loss": terms.total, **terms.terms}.items():
-            self.log(f"train/{name}", value.detach() * weight, prog_bar=name == "loss", sync_dist=True)
+            self._log_step(name, value.detach() * weight, is_mean=True)
         for name, term_weight in terms.weights.items():
-            self.log(f"train/{name}_weight", float(term_weight))
+            self._log_step(f"{name}_weight", float(term_weight))
         if terms.temperature is not None:
-            self.log("train/temperature", float(terms.temperature))
-        self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+            self._log_step("temperature", float(terms.temperature))
+        self._log_step("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
         if self.device.type == "cuda":
-            self.log("train/memory_gib", torch.cuda.max_memory_allocated(self.device) / 2**30)
+            self._log_step("memory_gib", torch.cuda.max_memory_allocated(self.device) / 2**30)

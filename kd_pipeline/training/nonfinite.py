@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from kd_pipeline._core.finite import first_nonfinite
+from kd_pipeline._core.finite import first_nonfinite, has_softmax
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.losses.distillation import LossTerms
@@ -19,6 +19,7 @@ __all__ = ["StepGuard", "TrainedBatch", "check_weights", "gradient_norm"]
 
 _logger = logging.getLogger("kd_pipeline")
 
+_TEACHER_LOGITS, _STUDENT_LOGITS = "the teacher's 'logits'", "the student's logits"
 _MAX_LISTED = 10
 """Samples of a batch that a message lists."""
 _SMALLER_STEPS = (
@@ -83,6 +84,8 @@ class StepGuard:
         """Steps of the run that were not taken."""
         self.took_step = True
         """Whether the last step was taken."""
+        self.loss = float("nan")
+        """Of the last batch of the last step on this rank; NaN before the first one."""
         self._num_in_a_row = 0
         self._buffers: list[Tensor] = []
         self._last: TrainedBatch | None = None
@@ -125,7 +128,8 @@ class StepGuard:
         trained, self._last = self._last, None
         assert trained is not None
         norm = num_bad.new_zeros(()) if gradient_norm is None else gradient_norm.to(num_bad)
-        num_bad_batches, norm_value = torch.stack([num_bad, norm]).tolist()  # the one wait for the device
+        loss = trained.terms.total.detach().to(num_bad)
+        num_bad_batches, norm_value, self.loss = torch.stack([num_bad, norm, loss]).tolist()  # the one wait
         is_finite_norm = abs(norm_value) < float("inf")  # False for NaN too
         self.took_step = num_bad_batches == 0 and is_finite_norm
         if self.took_step:
@@ -194,11 +198,9 @@ def _describe(trained: TrainedBatch, sample_name: Callable[[int], str]) -> _Repo
     outputs = {
         "the images": ("images", batch.images),
         **{f"the teacher's {name!r}": ("teacher", output) for name, output in batch.teacher.items()},
-        "the student's logits": ("student", trained.logits_NK),
+        _STUDENT_LOGITS: ("student", trained.logits_NK),
     }
-    bad_N = {
-        name: (~output.flatten(1).isfinite().all(dim=1) & batch.valid).tolist() for name, (_, output) in outputs.items()
-    }
+    bad_N = {name: (_is_bad(name, output) & batch.valid).tolist() for name, (_, output) in outputs.items()}
     causes = {outputs[name][0] for name, is_bad in bad_N.items() if any(is_bad)}
     valid_N = batch.valid.tolist()
     if not any(valid_N):
@@ -216,8 +218,13 @@ def _describe(trained: TrainedBatch, sample_name: Callable[[int], str]) -> _Repo
         lines.append(f"  and {len(rows) - _MAX_LISTED} more samples{also}")
     # What goes in explains what comes out.
     given = causes & {"images", "teacher", "rows"}
-    is_diverged = all(bad_N["the student's logits"][row] for row in rows)
+    is_diverged = all(bad_N[_STUDENT_LOGITS][row] for row in rows)
     return _Report("\n".join(lines), tuple(given or {"diverged" if is_diverged else "student"}), None)
+
+
+def _is_bad(name: str, output: Tensor) -> Tensor:
+    """`[N]`, whether a row holds NaN or inf. Logits of -inf are excluded classes."""
+    return ~has_softmax(output) if name in (_TEACHER_LOGITS, _STUDENT_LOGITS) else ~output.flatten(1).isfinite().all(1)
 
 
 def _terms(trained: TrainedBatch) -> str:

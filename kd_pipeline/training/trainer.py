@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -80,10 +81,22 @@ def build_trainer(
         enable_model_summary=False,
         enable_checkpointing=True,
         logger=open_loggers(settings.loggers, folder, resume_step),
-        callbacks=[*early_stopping, checkpoints, StopOnSignal(checkpoints.save_last)],
+        callbacks=[_progress_bar(), *early_stopping, checkpoints, StopOnSignal(checkpoints.save_last)],
         plugins=[AtomicCheckpointIO(), environment],
         default_root_dir=folder.path,
     )
+
+
+def _progress_bar() -> Any:
+    """Lightning's progress bar, with the loss and the speed of every step beside the validation's metrics."""
+    callbacks = require("lightning.pytorch.callbacks", extra="train")
+    kind = callbacks.RichProgressBar if find_spec("rich") is not None else callbacks.TQDMProgressBar
+
+    class _Bar(kind):  # type: ignore[misc, valid-type]
+        def get_metrics(self, trainer: Any, module: Any) -> dict[str, Any]:
+            return {**module.bar_metrics(), **super().get_metrics(trainer, module)}
+
+    return _Bar()
 
 
 def _strategy(name: Literal["ddp", "fsdp"]) -> Any:

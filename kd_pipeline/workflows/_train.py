@@ -30,6 +30,7 @@ from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import init_distributed, is_restart, on_rank_zero, set_num_threads
 from kd_pipeline.training.environment import shown_settings
 from kd_pipeline.training.loggers import log_results, log_settings, open_loggers
+from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
@@ -343,6 +344,14 @@ class _StageRun(ExitStack):
             labels_are_soft=loader.mix is not None,
             plugins=self._plugins,
         )
+        if config.train.strategy != "fsdp":  # which shards dense weights in the usual order only
+            use_channels_last(
+                student,
+                config.train.channels_last,
+                image_shape=(3, size, size),
+                device=loader.device,
+                is_half=config.train.precision != "32-true",
+            )
         num_batches = min(len(loader), config.train.limit_train_batches or len(loader))
         return DistillModule(
             student,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
@@ -63,7 +64,7 @@ def write_results(
     Args:
         folder: where to.
         config: of the run.
-        student: the network; it is moved to the CPU, in float32.
+        student: the network; it is moved to the CPU, in float32 and in contiguous memory.
         model: how it is built.
         classes: names of the classes in label order.
         evaluations: its metrics by split.
@@ -72,7 +73,7 @@ def write_results(
     folder.write_result({name: each.to_dict() for name, each in evaluations.items()})
     _plot(folder, evaluations)
     export_student(
-        student.float().cpu().eval(),
+        student.float().cpu().to(memory_format=torch.contiguous_format).eval(),
         model,
         folder.exported,
         classes=classes,

@@ -65,6 +65,7 @@ _RULES: dict[str, Rule] = {
     "train.select_mode": "applied",
     # What is watched, saved and exported, and how fast it is computed.
     "train.compare_with_teacher": "applied",
+    "train.channels_last": "applied",
     "train.compile": "applied",
     "train.deterministic": "applied",
     "train.export": "applied",

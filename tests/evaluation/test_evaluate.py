@@ -1,5 +1,6 @@
 """Real loaders over arrays of pixels, and a network whose logits are the pixels, so every metric is known."""
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError, TeacherError
-from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings, evaluate
+from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings, evaluate, images_for
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -125,14 +126,16 @@ def test_teacher_may_exclude_classes(tmp_path) -> None:
     source = pixel_arrays(tmp_path)
     logits, _ = all_rows(source)
     excluding = pixel_teacher(lambda x: x.masked_fill(torch.arange(NUM_LOGITS) == 3, -math.inf))
+    metric = MetricSettings(name="Accuracy", kwargs={"average": "micro"})
     with open_loader(source, teacher=excluding) as loader:
         found = evaluate(Pixels(), loader)
-        itself = evaluate(excluding, loader)
+        itself = evaluate(excluding, loader, metrics=[metric])
     possible = [k for k in range(NUM_LOGITS) if k != 3]
     q, p = (logits.double() / 4).log_softmax(1), (logits[:, possible].double() / 4).softmax(1)
     assert found.agreement == float((logits.argmax(1) != 3).double().mean()) < 1
     assert found.kl == pytest.approx(float(nn.functional.kl_div(q[:, possible], p, reduction="batchmean")), rel=1e-5)
     assert (itself.num_bad_rows, itself.agreement, itself.kl) == (0, 1.0, 0.0)
+    assert itself.metrics["Accuracy"] == pytest.approx(itself.top1)
 
 
 def everything(source, **options) -> Evaluation:
@@ -235,6 +238,17 @@ def test_model_without_a_finite_row_is_refused(tmp_path, value) -> None:
         pytest.raises(NonFiniteError, match="the model's logits hold NaN or inf for all 101 images; check its weights"),
     ):
         evaluate(Pixels(lambda x: x * 0 + value), loader)
+
+
+def test_images_for_a_network(tmp_path) -> None:
+    images = torch.rand(2, 3, 4, 4)
+    usual = nn.Conv2d(3, 4, 3)
+    assert images_for(usual, images) is images and images_for(pixel_teacher(Tensor.float), images) is images
+    found = images_for(copy.deepcopy(usual).bfloat16().to(memory_format=torch.channels_last), images)
+    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
+    assert images.is_contiguous()
+    pointwise = nn.Conv2d(3, 4, 1).to(memory_format=torch.channels_last)  # whose weights have both orders
+    assert images_for(pointwise, images) is images
 
 
 def test_to_dict_and_scalars(tmp_path) -> None:

@@ -99,6 +99,15 @@ def test_logits_with_nan_are_no_prediction(photo_folder: Path) -> None:
     assert all((each.logits_K is None) == (each.problem is not None) for each in found)
 
 
+def test_model_may_exclude_classes(photo_folder: Path) -> None:
+    class Excluding(LogitsOnly):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).masked_fill(torch.arange(3) == 1, -torch.inf)
+
+    for each in predictions(find_images([photo_folder / "sky"]), Excluding(3)):
+        assert each.problem is None and (1, 0.0) in each.top(3)
+
+
 def test_all_files_unreadable(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     found = predictions([str(tmp_path / "empty.png"), str(tmp_path / "nowhere.jpg")], batch_size=1)

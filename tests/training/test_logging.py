@@ -1,5 +1,6 @@
 """What a run logs: which metric, at which step, with which value, to which logger."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from kd_pipeline.errors import MissingPackageError
+from kd_pipeline.training.throughput import Throughput
 from kd_pipeline.workflows._train import TrainResult
 from tests.training import networks, tiny_run
 from tests.training.tiny_run import logged, run
@@ -82,18 +84,24 @@ def test_epoch_row_has_all_validation_metrics(full: Path) -> None:
 def test_progress_bar_shows_metrics_of_its_epoch(digits: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     lightning = pytest.importorskip("lightning")
     drawn: dict[int, float] = {}
+    shown: dict[str, str] = {}
 
     class Bar(getattr(lightning.pytorch.callbacks, kind)):  # type: ignore[misc]
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             super().on_train_epoch_end(trainer, module)
-            drawn[trainer.current_epoch] = float(self.get_metrics(trainer, module).get("val/top1", -1.0))
+            metrics = self.get_metrics(trainer, module)
+            drawn[trainer.current_epoch] = float(metrics.pop("val/top1", -1.0))
+            shown.update(metrics)
 
-    connector = lightning.pytorch.trainer.connectors.callback_connector
-    monkeypatch.setattr(connector, "RichProgressBar", Bar)
-    monkeypatch.setattr(connector, "TQDMProgressBar", Bar)
+    monkeypatch.setattr(lightning.pytorch.callbacks, "RichProgressBar", Bar)
+    monkeypatch.setattr(lightning.pytorch.callbacks, "TQDMProgressBar", Bar)
     found = run(digits, kind).folder
     wanted = {int(row["epoch"]): row["val/top1"] for row in logged(found) if "val/top1" in row}
     assert len(drawn) == 2 and drawn == pytest.approx(wanted, abs=1e-3)
+    last = logged(found)[-1]
+    assert float(shown["loss"]) == pytest.approx(last["train/loss"], rel=0.01)
+    assert float(shown["images/s"]) == pytest.approx(last["train/images_per_s"], rel=0.01)
+    assert shown["teacher"].endswith("%")
 
 
 @pytest.mark.slow
@@ -112,17 +120,24 @@ def test_best_epoch_matches_result(full: Path) -> None:
 # Throughput
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate"), [(16, 1), (8, 2)])
-def test_throughput_excludes_validation(
-    digits: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, accumulate: int
+@pytest.mark.parametrize(("batch_size", "accumulate", "ahead"), [(16, 1, 0), (16, 1, 2), (8, 2, 1)])
+def test_throughput_of_every_row(
+    digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    batch_size: int,
+    accumulate: int,
+    ahead: int,
 ) -> None:
+    """Without validation, and with the teacher's time in the row of its batch, however far ahead it runs."""
     monkeypatch.setattr("kd_pipeline.training.throughput.time", networks.CLOCK)
     monkeypatch.setattr("kd_pipeline.teachers.base.time", networks.CLOCK)
+    caplog.set_level(logging.INFO, "kd_pipeline")
     found = run(
         digits,
-        f"speed{accumulate}",
+        f"speed{accumulate}{ahead}",
         data__batch_size=batch_size,
-        data__ahead=0,
+        data__ahead=ahead,
         student={"factory": "tests.training.networks:timed_student"},
         teacher={"model": {"factory": "tests.training.networks:timed_teacher", "checkpoint": digits / "teacher.pt"}}
         | {"backend": "pytorch"},
@@ -137,6 +152,49 @@ def test_throughput_excludes_validation(
         assert row["train/images_per_s"] == pytest.approx(batch_size / 5)
         assert row["train/loader_share"] == pytest.approx(0.6)
         assert row["train/teacher_share"] == pytest.approx(0.6)
+    assert f"trained at {batch_size / 5:.4g} images/s; teacher 60 %, loader 0 % of the time" in caplog.messages
+
+
+def test_last_step_of_every_epoch_is_logged(digits: Path) -> None:
+    rows = logged(run(digits, "short", train__log_every_steps=4, train__log_gradient_norm=True).folder)
+    usual = logged(run(digits, "each step").folder)
+    assert [row["step"] for row in rows] == [3, 5, 7, 11]
+    for row in rows:
+        assert {"train/lr", "train/gradient_norm", "train/images_per_s", "train/loader_share"} <= row.keys()
+        assert row["train/loss"] == usual[int(row["step"])]["train/loss"]
+    assert [row["step"] for row in rows if "val/top1" in row] == [5, 11]
+
+
+class TimedTeacher:
+    """Counts like a teacher, by hand."""
+
+    num_calls, busy_s = 0, 0.0
+
+    def call(self, seconds: float) -> None:
+        self.num_calls, self.busy_s = self.num_calls + 1, self.busy_s + seconds
+        networks.CLOCK.now_s += seconds
+
+
+def test_batches_that_were_ready_belong_to_their_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd_pipeline.training.throughput.time", networks.CLOCK)
+    teacher: Any = TimedTeacher()
+    throughput = Throughput(teacher)
+    assert throughput.compute() == throughput.of_run() == {}
+    for _ in range(2):  # the loop of an epoch is left after a batch, when a second one was ready
+        throughput.start_epoch()
+        teacher.call(3.0)
+        teacher.call(3.0)
+        networks.CLOCK.now_s += 1.0
+        throughput.batch_loaded()
+        networks.CLOCK.now_s += 1.0
+        throughput.batch_trained(10)
+        expected = {"images_per_s": 2.0, "loader_share": 0.8, "teacher_share": 0.6}
+        assert throughput.now() == pytest.approx(expected)
+        assert throughput.compute() == throughput.now() == pytest.approx(expected)
+    throughput.batch_loaded()
+    networks.CLOCK.now_s += 100.0
+    throughput.batch_dropped()
+    assert throughput.of_run() == pytest.approx(expected)
 
 
 # Loggers

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,17 @@ def test_advice_fits_the_cause(rows: dict[str, list[int]], advice: str) -> None:
     assert advice in message
     assert ("Lower train" in message) == (advice.startswith("Lower"))
     assert ("train.max_nonfinite_steps" in message) == ("invalid" not in rows)
+
+
+def test_excluded_classes_are_no_cause() -> None:
+    batch = trained(student=[0])
+    excluding = torch.zeros(12, 4).masked_fill(torch.arange(4) == 1, -math.inf)
+    found = replace(batch, batch=replace(batch.batch, teacher={"logits": excluding}))
+    guard = StepGuard(0, sample_name=str)
+    guard.start_step([])
+    guard.watch(found)
+    with pytest.raises(NonFiniteError, match=r"Lower train\.optimizer\.lr"):
+        guard.decide(nn.Linear(2, 2), "epoch 0", num_bad=guard.num_bad(), gradient_norm=torch.tensor(1.0))
 
 
 def test_first_nonfinite() -> None:

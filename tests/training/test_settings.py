@@ -153,6 +153,9 @@ def test_compile(digits: Path, default_run: Path) -> None:
     undisturbed = run(digits, "compiled", train__compile=True).folder
     assert distance(weights(undisturbed), weights(default_run)) < 1e-5
     assert torch._dynamo.utils.counters["inductor"]
+    # Not again for validation, nor for its smaller last batch; and the step that compiles is no measure of speed.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert ["train/images_per_s" in row for row in logged(undisturbed)[:2]] == [False, True]
     run(digits, "compiled again", train__compile=True, train__epochs=1)
     again = run(digits, "compiled again", train__compile=True).folder
     assert distance(weights(again), weights(undisturbed)) == 0
@@ -161,6 +164,28 @@ def test_compile(digits: Path, default_run: Path) -> None:
         assert exported.keys() == networks.plain().state_dict().keys()
         checkpoint = load_checkpoint(folder / "checkpoints" / "last.ckpt")
         assert not any("_orig_mod" in name for name in checkpoint["state_dict"])
+
+
+@pytest.mark.slow
+def test_channels_last_changes_last_digits_only(digits: Path, default_run: Path) -> None:
+    usual = run(digits, "nchw", train__channels_last=False).folder
+    assert 0 < distance(weights(usual), weights(default_run)) < 1e-5
+    # What was trained in one order resumes in the other, with optimizer state in the order of the weights.
+    momentum = {"name": "sgd", "lr": LR, "momentum": 0.9}
+    for setting in (False, True):
+        found = run(
+            digits, "switched", train__channels_last=setting, train__epochs=1 + setting, train__optimizer=momentum
+        ).folder
+        checkpoint = load_checkpoint(found / "checkpoints" / "last.ckpt")
+        kernel = checkpoint["state_dict"]["student.0.weight"]
+        (buffer,) = (
+            state["momentum_buffer"]
+            for state in checkpoint["optimizer_states"][0]["state"].values()
+            if state["momentum_buffer"].ndim == 4
+        )
+        assert kernel.is_contiguous() == buffer.is_contiguous() == (not setting)
+    exported = load_file(found / "exported" / "model.safetensors")
+    assert torch.equal(exported["0.weight"], kernel) or logged(found)[5]["val/top1"] >= logged(found)[11]["val/top1"]
 
 
 def test_baseline_uses_labels_only(digits: Path, default_run: Path) -> None:

@@ -92,7 +92,7 @@ def test_unsharded_module() -> None:
     assert full_state_dict(net).keys() == net.state_dict().keys()
 
 
-@pytest.mark.parametrize(("name", "value"), [("compile", True), ("precision", "16-mixed")])
+@pytest.mark.parametrize(("name", "value"), [("compile", True), ("channels_last", True), ("precision", "16-mixed")])
 def test_settings_that_need_ddp(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}: {str(value).lower()} needs strategy: ddp"):
         TrainSettings.model_validate({"strategy": "fsdp", name: value})

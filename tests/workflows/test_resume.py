@@ -41,7 +41,14 @@ APPLIED = {
     *("data.device", "data.decode", "data.num_threads", "data.prefetch", "data.ahead", "data.batch_size"),
     *("data.on_bad_sample", "data.max_bad_fraction", "data.test", "probe", "student.num_classes", "train.epochs"),
     *("train.early_stopping", "train.select_by", "train.select_mode", "train.compare_with_teacher", "train.compile"),
-    *("train.deterministic", "train.export", "train.log_every_steps", "train.log_gradient_norm", "train.loggers"),
+    *(
+        "train.channels_last",
+        "train.deterministic",
+        "train.export",
+        "train.log_every_steps",
+        "train.log_gradient_norm",
+        "train.loggers",
+    ),
     *("train.num_threads", "train.max_nonfinite_steps", "train.save_every_steps", "train.validate_every_steps"),
 }
 CONDITIONAL = {

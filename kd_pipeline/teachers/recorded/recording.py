@@ -57,6 +57,8 @@ class Recording:
         self.fingerprint = _fingerprint(manifest)
         self.busy_s = 0.0
         """Host time spent on reading, in seconds."""
+        self.num_calls = 0
+        """Batches read so far."""
         self._reader = RecordingReader(self.path, manifest)
 
     @property
@@ -112,6 +114,7 @@ class Recording:
             )
         outputs = self.read(epoch, position, device=device)
         self.busy_s += time.perf_counter() - started
+        self.num_calls += 1
         return outputs
 
     def samples(self, epoch: int, position: NDArray[np.int64]) -> NDArray[np.int64]:

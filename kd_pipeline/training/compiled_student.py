@@ -1,0 +1,74 @@
+"""The student's training steps by `torch.compile`, and what compiling costs."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from kd_pipeline._core.text import printable
+from kd_pipeline._core.torch_compile import cache_folder, is_compile_error, torch_compile
+from kd_pipeline.errors import ConfigError
+
+__all__ = ["CompiledStudent"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+
+class CompiledStudent:
+    """Compiles at its first batch, and for that batch size alone: others run without it.
+
+    Validation runs the student itself, so nothing is compiled for its mode and batch sizes. It is no `nn.Module`, so it
+    is no second submodule with the same weights.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self._student = student
+        self._compiled: Callable[[Tensor], Tensor] = torch_compile(student)
+        self._num_images: int | None = None
+        self._started_s: float | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The student's logits for `images`.
+
+        Raises:
+            ConfigError: it cannot be compiled.
+        """
+        if self._num_images is None:
+            self._num_images, self._started_s = len(images), time.perf_counter()
+            _logger.info(
+                "compiling the student (train.compile), which can take a minute or more; what is compiled is kept in "
+                "%s for later runs",
+                cache_folder(),
+            )
+        if len(images) != self._num_images:
+            logits: Tensor = self._student(images)
+            return logits
+        with self.explained():
+            return self._compiled(images)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise what fails in compiling as a `ConfigError`; the backward pass is compiled when it first runs."""
+        if self._started_s is None:
+            yield
+            return
+        try:
+            yield
+        except Exception as exc:
+            if not is_compile_error(exc):
+                raise
+            reason = printable(str(exc).partition("\n")[0])
+            raise ConfigError(
+                f"train.compile: torch.compile fails on the student: {reason}. On a CPU it needs a C++ compiler such "
+                "as g++; install one, or set train.compile: false"
+            ) from exc
+
+    def end_step(self) -> bool:
+        """Whether this was the step that compiled; says then how long it took. Call it at the end of each step."""
+        started_s, self._started_s = self._started_s, None
+        if started_s is None:
+            return False
+        _logger.info("compiled the student and took its first step in %.0f s", time.perf_counter() - started_s)
+        return True
