@@ -10,6 +10,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from kd_pipeline._core.finite import has_softmax
+from kd_pipeline._core.memory import release_free_memory
 from kd_pipeline._core.optional import require
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import NonFiniteError
@@ -112,6 +113,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
 
     def on_train_start(self) -> None:
         """Give restored optimizer state the memory format of its weights, which may have been a different one."""
+        release_free_memory()
         for optimizer in self.trainer.optimizers:
             for parameter, state in optimizer.state.items():
                 for name, value in state.items():
@@ -221,6 +223,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
 
     def on_train_end(self) -> None:
         """Say how fast it was."""
+        release_free_memory()
         if self.trainer.is_global_zero and (found := self._throughput.of_run()):
             teacher_share = found.get("teacher_share", 0.0)
             _logger.info(
@@ -263,10 +266,12 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
     def _validation_metrics(self) -> dict[str, float]:
         self._broadcast_buffers()
         check_weights(self.model, self.trainer, before="validating and saving them")
+        release_free_memory()
         try:
             evaluations = self._validate(self.model)
         except NonFiniteError as exc:
             raise NonFiniteError(f"validation after {self.trainer.global_step} steps: {exc}") from exc
+        release_free_memory()
         return {
             f"{split}/{name}": value
             for split, evaluation in evaluations.items()
