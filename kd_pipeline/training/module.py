@@ -1,7 +1,6 @@
 """The student and its loss as a Lightning module. The teacher is no part of it: its outputs come with the batches."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -237,8 +236,12 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
     def bar_metrics(self) -> dict[str, str]:
         """What the progress bar shows besides the metrics of the validation: loss and speed, on this rank."""
         speed = self._throughput.now()
-        shown = {"loss": f"{self._guard.loss:.3g}", "images/s": f"{speed.get('images_per_s', math.nan):.3g}"}
-        return shown | ({"teacher": f"{speed['teacher_share']:.0%}"} if "teacher_share" in speed else {})
+        shown = {"loss": f"{self._guard.loss:.3g}"}
+        if "images_per_s" in speed:
+            shown["images/s"] = f"{speed['images_per_s']:.3g}"
+        if "teacher_share" in speed:
+            shown["teacher"] = f"{speed['teacher_share']:.0%}"
+        return shown
 
     def validate_now(self) -> Mapping[str, float]:
         """Validate within an epoch, log the metrics at once and return them by name."""

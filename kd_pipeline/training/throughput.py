@@ -46,6 +46,7 @@ class Throughput:
         self._teacher = teacher
         self._calls_ahead_s: deque[float] = deque()
         """Of the teacher, for batches that the loader has not returned."""
+        self._last_call_s = 0.0
         self._batch, self._window, self._last_window, self._run = _Spent(), _Spent(), _Spent(), _Spent()
         self.restart()
 
@@ -62,8 +63,10 @@ class Throughput:
     def batch_loaded(self) -> None:
         """Count the time since the last call as the loader's."""
         loader_s = self._lap()
-        teacher_s = self._calls_ahead_s.popleft() if self._calls_ahead_s else 0.0
-        self._batch = _Spent(loader_s=loader_s, teacher_s=teacher_s)
+        # There is none for the last batch of an epoch whose first one was ready before it began.
+        if self._calls_ahead_s:
+            self._last_call_s = self._calls_ahead_s.popleft()
+        self._batch = _Spent(loader_s=loader_s, teacher_s=self._last_call_s)
 
     def batch_trained(self, num_images: int) -> None:
         """Count the time since the last call as the student's; on a GPU that is the time to queue its work."""

@@ -11,7 +11,7 @@ import torch._inductor.config
 from torch import nn
 
 from kd_pipeline._core import user_cache
-from kd_pipeline._core.torch_compile import torch_compile
+from kd_pipeline._core.torch_compile import cache_folder, torch_compile
 from tests.children import write_traps
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -31,7 +31,7 @@ def restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_results_go_to_the_users_cache(tmp_path: Path) -> None:
     torch_compile(nn.Identity())
     folder = Path(os.environ[VARIABLE])
-    assert folder == tmp_path / "cache" / "kd_pipeline" / "inductor"
+    assert folder == cache_folder() == tmp_path / "cache" / "kd_pipeline" / "inductor"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert not torch._inductor.config.cpp_cache_precompile_headers
 

@@ -197,6 +197,21 @@ def test_batches_that_were_ready_belong_to_their_epoch(monkeypatch: pytest.Monke
     assert throughput.of_run() == pytest.approx(expected)
 
 
+def test_batch_that_was_ready_before_the_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kd_pipeline.training.throughput.time", networks.CLOCK)
+    teacher: Any = TimedTeacher()
+    throughput = Throughput(teacher)
+    teacher.call(3.0)
+    throughput.start_epoch()
+    for call_s in (3.0, 0.0):
+        if call_s:
+            teacher.call(call_s)
+        throughput.batch_loaded()
+        networks.CLOCK.now_s += 1.0
+        throughput.batch_trained(10)
+        assert throughput.compute() == {"images_per_s": 2.5, "loader_share": 0.75, "teacher_share": 0.75}
+
+
 # Loggers
 
 

@@ -167,25 +167,19 @@ def test_compile(digits: Path, default_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_channels_last_changes_last_digits_only(digits: Path, default_run: Path) -> None:
+def test_channels_last(digits: Path, default_run: Path) -> None:
     usual = run(digits, "nchw", train__channels_last=False).folder
-    assert 0 < distance(weights(usual), weights(default_run)) < 1e-5
-    # What was trained in one order resumes in the other, with optimizer state in the order of the weights.
+    assert distance(weights(usual), weights(default_run)) < 1e-5  # the same but for the last digits
+    assert [weights(folder)["0.weight"].is_contiguous() for folder in (usual, default_run)] == [True, False]
+    # What began in one order resumes in the other, with the optimizer's state in the order of the weights.
     momentum = {"name": "sgd", "lr": LR, "momentum": 0.9}
-    for setting in (False, True):
+    for epochs, setting in ((1, False), (2, True)):
         found = run(
-            digits, "switched", train__channels_last=setting, train__epochs=1 + setting, train__optimizer=momentum
+            digits, "switched", train__channels_last=setting, train__epochs=epochs, train__optimizer=momentum
         ).folder
-        checkpoint = load_checkpoint(found / "checkpoints" / "last.ckpt")
-        kernel = checkpoint["state_dict"]["student.0.weight"]
-        (buffer,) = (
-            state["momentum_buffer"]
-            for state in checkpoint["optimizer_states"][0]["state"].values()
-            if state["momentum_buffer"].ndim == 4
-        )
-        assert kernel.is_contiguous() == buffer.is_contiguous() == (not setting)
-    exported = load_file(found / "exported" / "model.safetensors")
-    assert torch.equal(exported["0.weight"], kernel) or logged(found)[5]["val/top1"] >= logged(found)[11]["val/top1"]
+        optimizer = load_checkpoint(found / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"]
+        assert optimizer[0]["momentum_buffer"].is_contiguous() == weights(found)["0.weight"].is_contiguous()
+        assert weights(found)["0.weight"].is_contiguous() == (not setting)
 
 
 def test_baseline_uses_labels_only(digits: Path, default_run: Path) -> None:
