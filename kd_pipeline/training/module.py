@@ -21,7 +21,7 @@ from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.compiled_student import CompiledStudent
 from kd_pipeline.training.ema import StudentEma
 from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weights, gradient_norm
-from kd_pipeline.training.optimizers import build_optimizer
+from kd_pipeline.training.optimizers import build_optimizer, match_memory_format
 from kd_pipeline.training.schedules import build_schedule
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import is_sharded, shard
@@ -111,14 +111,10 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             self.ema.student.to(self.device)
 
     def on_train_start(self) -> None:
-        """Give restored optimizer state the memory format of its weights, which may have been a different one."""
-        release_free_memory()
+        """Put restored optimizer state in the order of its weights, which may have been a different one."""
         for optimizer in self.trainer.optimizers:
-            for parameter, state in optimizer.state.items():
-                for name, value in state.items():
-                    is_alike = isinstance(value, Tensor) and value.shape == parameter.shape
-                    if is_alike and value.stride() != parameter.stride():  # optimizers fall back to slow loops
-                        state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            match_memory_format(optimizer)
+        release_free_memory()
 
     def on_train_epoch_start(self) -> None:
         """Reset the counters of the epoch."""
@@ -229,7 +225,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
                 "trained at %.4g images/s%s; %sloader %.0f %% of the time",
                 found["images_per_s"],
                 " per process" if self.trainer.world_size > 1 else "",
-                f"teacher {teacher_share:.0%}, ".replace("%", " %") if "teacher_share" in found else "",
+                f"teacher {100 * teacher_share:.0f} %, " if "teacher_share" in found else "",
                 100 * (found["loader_share"] - teacher_share),
             )
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from kd_pipeline.config.reader import read_config
 from kd_pipeline.errors import ConfigError, MissingPackageError
-from kd_pipeline.training.optimizers import OptimizerSettings, build_optimizer
+from kd_pipeline.training.optimizers import OptimizerSettings, build_optimizer, match_memory_format
 from tests.networks import ConvNet, LogitsOnly, random_images
 
 timm = pytest.importorskip("timm")
@@ -282,3 +282,16 @@ def test_settings_from_yaml(tmp_path):
     path.write_text("name: adamm")
     with pytest.raises(ConfigError, match="did you mean 'adam'"):
         read_config(OptimizerSettings, path)
+
+
+def test_loaded_state_gets_the_order_of_the_weights():
+    student = nn.Conv2d(3, 4, 3)
+    optimizer = build_optimizer(student, OptimizerSettings(name="adamw"))
+    train(student, optimizer, 2, seed=0)
+    state = optimizer.state[student.weight]
+    wanted = state["exp_avg"].clone()
+    student.to(memory_format=torch.channels_last)
+    match_memory_format(optimizer)
+    assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == student.weight.stride() != wanted.stride()
+    assert torch.equal(state["exp_avg"], wanted)
+    assert state["step"] == 2
