@@ -10,22 +10,22 @@ from kd_pipeline.errors import ConfigError
 __all__ = ["prepare_output", "write_output"]
 
 
-def prepare_output(out: Path) -> None:
-    """Create the folder of a result file now, rather than fail after an hour of work.
+def prepare_output(out: Path, *, kind: str = "JSON file") -> None:
+    """Create the folder of a result file, a `kind` for messages, now, rather than fail after an hour of work.
 
     Raises:
         ConfigError: `out` is a folder, a link or no regular file, or its folder cannot be created.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        kind = describe_special(os.lstat(out).st_mode)
+        special = describe_special(os.lstat(out).st_mode)
     except FileNotFoundError:
         return
     except OSError as exc:
         raise ConfigError(f"out: {out} cannot be written: {exc.strerror}; choose another") from None
-    if kind is not None:
-        kind = kind.replace("directory", "folder")
-        raise ConfigError(f"out: {out} is {kind}; give the name of a JSON file, which may exist and is then replaced")
+    if special is not None:
+        special = special.replace("directory", "folder")
+        raise ConfigError(f"out: {out} is {special}; give the name of a {kind}, which may exist and is then replaced")
 
 
 def write_output(out: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse, parse_override
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["read_config"]
+__all__ = ["read_config", "read_text"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -57,7 +57,7 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
             found.
     """
     path = argument_path(path)
-    data, places = parse(_read_text(path), lambda line: Place(line, f"{path}:{line}"))
+    data, places = parse(read_text(path), lambda line: Place(line, f"{path}:{line}"))
     if not isinstance(data, dict):
         text = f"should be a mapping with keys of {', '.join(model.model_fields)}, {_found(data)}"
         raise config_error([Problem(places[()], (), text)])
@@ -70,7 +70,12 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
         raise config_error(_problems(exc.errors(include_url=False)[:_MAX_ERRORS], model, places)) from None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file of at most 1 MiB.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
     try:
         raw = read_regular(path, max_bytes=_MAX_BYTES)
     except OSError as exc:

@@ -18,7 +18,7 @@ from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import full_state_dict
 from kd_pipeline.training.signals import StopOnSignal
 
-__all__ = ["PURE_PRECISIONS", "build_trainer"]
+__all__ = ["PURE_PRECISIONS", "build_trainer", "build_trial_trainer"]
 
 _lightning = require("lightning", extra="train")
 _environments = require("lightning.fabric.plugins.environments", extra="train")
@@ -84,6 +84,31 @@ def build_trainer(
         callbacks=[_progress_bar(), *early_stopping, checkpoints, StopOnSignal(checkpoints.save_last)],
         plugins=[AtomicCheckpointIO(), environment],
         default_root_dir=folder.path,
+    )
+
+
+def build_trial_trainer(settings: TrainSettings, *, device: torch.device) -> Any:
+    """A `lightning.Trainer` that takes the steps of a run on `device` in this process, and writes and shows nothing.
+
+    It trains for one epoch of what it is given, without checkpoints, loggers, progress or early stopping.
+    """
+    _silence_lightning()
+    return _lightning.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision="32-true" if settings.precision in PURE_PRECISIONS else settings.precision,
+        max_epochs=1,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.clip,
+        deterministic=settings.deterministic,
+        log_every_n_steps=settings.log_every_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        logger=False,
+        plugins=[_environments.LightningEnvironment()],
     )
 
 
