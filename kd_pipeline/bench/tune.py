@@ -24,8 +24,9 @@ __all__ = ["TuneSettings", "tune"]
 
 _SPARE_S = 10.0
 """Of the time allowed: to start Python, and to close everything at the end."""
-_FIRST_LOOK, _LAST_LOOK = 0.12, 0.25
-"""Shares of the time for the present settings alone, and for the last comparison."""
+_FIRST_KNOB, _FIRST_LOOK, _LAST_LOOK = 0.35, 0.12, 0.25
+"""Shares of the time: the most that the first knob may take, and those for the parts of a step before and after the
+others."""
 
 
 class TuneSettings(Settings):
@@ -100,17 +101,19 @@ class _Search:
 
     def run(self, started_s: float, seconds: float) -> TuneResult:
         """Search until so many seconds after `started_s`."""
-        first = self._look("present settings", started_s + _FIRST_LOOK * seconds)
         last_s = started_s + (1 - _LAST_LOOK) * seconds
-        knobs = [knob for knob in KNOBS if self._is_worth_it(knob, first)]
+        for knob in KNOBS[:1]:  # with threads that get into each other's way, nothing else can be measured well
+            self._try(knob, knob.name, started_s + _FIRST_KNOB * seconds)
+        first = self._look("parts of a step", self._best, time.perf_counter() + _FIRST_LOOK * seconds)
+        knobs = [knob for knob in KNOBS[1:] if self._is_worth_it(knob, first)]
         for number, knob in enumerate(knobs):
             self._try(knob, knob.name, _share(last_s, len(knobs) - number))
-        again = [knob for knob in knobs if knob.name.endswith("num_threads")]
+        again = [knob for knob in (KNOBS[0], *knobs) if knob.name.endswith("num_threads")]
         if self._best and len(again) > 1:  # the best number of one depends on the others
             for number, knob in enumerate(again):
                 self._try(knob, f"{knob.name} again", _share(last_s, len(again) - number))
         options = self._options(last_s)
-        final = self._look("last comparison", started_s + seconds)
+        final = self._look("last comparison", (), started_s + seconds)
         return TuneResult(
             tried=self._best,
             final=final,
@@ -121,24 +124,26 @@ class _Search:
             environment=environment(),
         )
 
-    def _look(self, name: str, until_s: float) -> Race:
-        """Compare the present settings, the best so far, and the best so far without parts of a step."""
+    def _look(self, name: str, present: Values, until_s: float) -> Race:
+        """Compare the `present` settings, the best so far, and the best so far without parts of a step."""
         parts: list[Part] = ["no loader"] if self._place.has_student or self._place.has_teacher else []
         if self._place.has_teacher and self._place.has_student:
             parts += ["no teacher", "student"]
         elif self._place.has_teacher:
             parts = ["no loader", "no teacher"]
         trials = [Trial(self._best), *(Trial(self._best, part) for part in parts)]
-        found = race(self._steps, Trial(), trials, until_s=until_s, drop=False)
+        found = race(self._steps, Trial(present), trials, until_s=until_s, drop=False)
         self._report_race(name, found)
         return found
 
     def _is_worth_it(self, knob: Knob, first: Race) -> bool:
         """Whether the part of a step that the knob speeds up takes any time."""
         part: Part | None = {"loader": "no loader", "teacher": "no teacher"}.get(knob.speeds)  # type: ignore[assignment]
-        if part is None or Trial((), part) not in first.rates:
+        trial = None if part is None else Trial(self._best, part)
+        if trial is None or trial not in first.rates:
             return True
-        if first.gain(Trial((), part)).is_possible:
+        gain = first.over(trial, Trial(self._best))
+        if gain.num_rounds == 1 or gain.is_possible:
             return True
         self._report(f"{knob.name}: left as it is, because the {knob.speeds} costs less than {MIN_GAIN:.0%} of a step")
         return False
@@ -175,8 +180,13 @@ class _Search:
         return True
 
     def _check_teacher(self, values: Values) -> None:
-        teacher, present = self._steps.teacher(values), self._steps.teacher(self._best)
-        assert isinstance(teacher, Teacher) and isinstance(present, Teacher)
+        present = self._steps.teacher(self._best)
+        wanted = dict(values)
+        assert isinstance(present, Teacher)
+        if (wanted["teacher.backend"], wanted["teacher.precision"]) == (present.backend, present.precision):
+            raise ConfigError("it is the present one")
+        teacher = self._steps.teacher(values)
+        assert isinstance(teacher, Teacher)
         if teacher.fingerprint == present.fingerprint:
             raise ConfigError("it is the present one")
         if teacher.precision == present.precision:

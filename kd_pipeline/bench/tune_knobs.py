@@ -48,15 +48,13 @@ class Place:
         """
         return self._resolved(values) == self._resolved(others)
 
-    def _resolved(self, values: Values) -> Config:
-        config = with_values(self.config, values)
-        threads: dict[str, Any] = {
-            "data.num_threads": config.data.num_threads or self.num_cores,
-            "train.num_threads": config.train.num_threads or self.default_threads,
-        }
+    def _resolved(self, values: Values) -> dict[str, Any]:
+        settings = with_values(self.config, values).model_dump()
+        settings["data"]["num_threads"] = settings["data"]["num_threads"] or self.num_cores
+        settings["train"]["num_threads"] = settings["train"]["num_threads"] or self.default_threads
         if self.teacher is not None:
-            threads["teacher.num_threads"] = getattr(config.teacher, "num_threads", None) or self.num_cores
-        return with_values(config, tuple(threads.items()))
+            settings["teacher"]["num_threads"] = settings["teacher"]["num_threads"] or self.num_cores
+        return settings
 
     @property
     def teacher(self) -> TeacherSettings | None:

@@ -70,9 +70,9 @@ class TuneResult:
         for name, part in parts.items():
             trial = Trial(self.tried, part)
             if trial in self.final.rates:
-                gain = self.final.gain(trial).ratio / self.gain.ratio
-                shares[name] = max(0.0, 1 - 1 / gain)
-        return {**shares, "student": max(0.0, 1 - sum(shares.values()))}
+                shares[name] = max(0.0, 1 - 1 / self.final.over(trial, Trial(self.tried)).ratio)
+        rest = "student" if Trial(self.tried, "student") in self.final.rates or "teacher" not in shares else "rest"
+        return {**shares, rest: max(0.0, 1 - sum(shares.values()))}
 
     def table(self) -> str:
         """Plain text: the rates, what limits the run, the settings to change, and what else would be faster."""
@@ -139,7 +139,7 @@ def as_overrides(values: Values) -> str:
 
 
 def _gain_dict(gain: Gain) -> dict[str, float | None]:
-    return {"ratio": gain.ratio, "error": gain.error if gain.error < float("inf") else None}
+    return {"ratio": gain.ratio, "error": gain.error if gain.num_rounds > 1 else None}
 
 
 def _race_dict(race: Race) -> dict[str, Any]:

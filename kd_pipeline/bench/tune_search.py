@@ -20,6 +20,8 @@ _MIN_ROUNDS = 3
 """Fewer decide only where time is up, or the difference is plain."""
 _PLAIN_LOSS = 0.7
 """A choice with less of the present rate is out after one round."""
+_PLAIN_GAIN = 1.2
+"""A choice that gained so much in each of two rounds or more is faster, however far the rounds are apart."""
 _TRIAL_S = (0.25, 2.0)
 """Shortest and longest time of one measurement."""
 
@@ -39,22 +41,27 @@ class Gain:
     """The median of the ratios within each round, in which both are measured one after the other."""
     error: float
     """The standard error of that median, estimated from how far the ratios are apart; infinite for a single one."""
+    lowest: float
+    """The smallest of the ratios."""
+    num_rounds: int
 
     @classmethod
     def of(cls, own: Sequence[float], others: Sequence[float]) -> "Gain":
-        """From the rates of both in the same rounds; the first round of a choice that joined later may be missing."""
+        """From the rates of both in the same rounds."""
         ratios = [mine / its for mine, its in zip(own, others, strict=True)]
         middle = median(ratios)
         if len(ratios) == 1:
-            return cls(middle, math.inf)
+            return cls(middle, math.inf, middle, 1)
         # Of a normal distribution: 1.4826 MAD is its standard deviation, and 1.2533 the loss of the median over the
         # mean. With few ratios the MAD is often too small by chance, so the range is looked at as well.
         deviation = max(1.4826 * median(abs(ratio - middle) for ratio in ratios), (max(ratios) - min(ratios)) / 4)
-        return cls(middle, 1.2533 * deviation / math.sqrt(len(ratios)))
+        return cls(middle, 1.2533 * deviation / math.sqrt(len(ratios)), min(ratios), len(ratios))
 
     @property
     def is_certain(self) -> bool:
         """Whether it is faster by more than `MIN_GAIN`, and no accident."""
+        if self.num_rounds > 1 and self.lowest >= _PLAIN_GAIN:
+            return True
         return self.ratio >= 1 + MIN_GAIN and self.ratio - 2 * self.error > 1
 
     @property
@@ -79,8 +86,13 @@ class Race:
 
     def gain(self, trial: Trial) -> Gain:
         """Of one trial over the present settings."""
-        rates = self.rates[trial]
-        return Gain.of(rates, self.rates[self.present][: len(rates)])
+        return self.over(trial, self.present)
+
+    def over(self, trial: Trial, other: Trial) -> Gain:
+        """Of one trial over another one, in the rounds in which both were measured."""
+        own, others = self.rates[trial], self.rates[other]
+        num_rounds = min(len(own), len(others))
+        return Gain.of(own[:num_rounds], others[:num_rounds])
 
     @property
     def best(self) -> Trial:
@@ -134,7 +146,8 @@ def race(
         if drop:
             running = [trial for trial in running if trial == present or found.gain(trial).is_possible]
             gains = [found.gain(trial) for trial in running if trial != present]
-            if not gains or (number + 1 >= _MIN_ROUNDS and all(gain.is_certain for gain in gains)):
+            enough = 2 if len(gains) == 1 else _MIN_ROUNDS  # of several, the best one is wanted
+            if not gains or (number + 1 >= enough and all(gain.is_certain for gain in gains)):
                 break
         # The first round also opens everything, and says little about the next one.
         next_s = 0.0 if number == 0 else (clock() - started_s) * len(running) / max(len(measured), 1)

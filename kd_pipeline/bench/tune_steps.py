@@ -109,8 +109,10 @@ class RunSteps(ExitStack):
         """
         step_s = self._step_s.get(trial)
         if step_s is None:  # the first step is slower: kernels are chosen, memory is allocated
-            self._run(trial, 1, 1)
-            step_s = self._run(trial, 1, 1).step_s
+            timed = self._run(trial, 1, 1)
+            step_s = self._step_s[trial] = timed.step_s
+            if step_s > seconds:
+                return timed.images_per_s
         num_steps, num_warm_up = max(1, round(seconds / step_s)), 1
         if trial.part in ("all", "no teacher"):
             data = with_values(self._config, trial.values).data
