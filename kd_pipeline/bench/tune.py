@@ -17,7 +17,6 @@ from kd_pipeline.bench.tune_search import MIN_GAIN, Race, race
 from kd_pipeline.bench.tune_steps import Part, RunSteps, Trial, Values
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, KDPipelineError
-from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.workflows.stage import Stage, check_config
 
 __all__ = ["TuneSettings", "tune"]
@@ -32,7 +31,7 @@ others."""
 class TuneSettings(Settings):
     """How long to search, and among what."""
 
-    seconds: float = Field(default=180.0, ge=20)
+    seconds: float = Field(default=180.0, gt=0)
     """How long it may take, at most."""
     allow: tuple[Allowed, ...] = ()
     """What to choose although it changes more than the speed."""
@@ -95,6 +94,8 @@ class _Search:
     ) -> None:
         self._steps, self._place, self._allow, self._report = steps, place, allow, report
         self._best: Values = ()
+        self._changed: list[str] = []
+        """Names of the knobs that changed it."""
         self._races: dict[str, Race] = {}
         self._left_out: dict[str, str] = {}
         self._not_allowed: list[Choice] = []
@@ -108,10 +109,11 @@ class _Search:
         knobs = [knob for knob in KNOBS[1:] if self._is_worth_it(knob, first)]
         for number, knob in enumerate(knobs):
             self._try(knob, knob.name, _share(last_s, len(knobs) - number))
-        again = [knob for knob in (KNOBS[0], *knobs) if knob.name.endswith("num_threads")]
-        if self._best and len(again) > 1:  # the best number of one depends on the others
-            for number, knob in enumerate(again):
-                self._try(knob, f"{knob.name} again", _share(last_s, len(again) - number))
+        tried = [KNOBS[0], *knobs]
+        again = tried[: max((tried.index(knob) for knob in tried if knob.name in self._changed), default=0)]
+        again = [knob for knob in again if knob.name.endswith("num_threads")]
+        for number, knob in enumerate(again):  # the best number of threads depends on what was changed after it
+            self._try(knob, f"{knob.name} again", _share(last_s, len(again) - number))
         options = self._options(last_s)
         final = self._look("last comparison", (), started_s + seconds)
         return TuneResult(
@@ -162,7 +164,9 @@ class _Search:
         self._races[name] = found
         self._left_out |= {as_overrides(trial.values): reason for trial, reason in found.failed.items()}
         self._report_race(name, found)
-        self._best = found.best.values
+        if found.best.values != self._best:
+            self._best = found.best.values
+            self._changed.append(name)
         self._steps.keep({(), self._best})
 
     def _works(self, choice: Choice) -> bool:
@@ -180,16 +184,13 @@ class _Search:
         return True
 
     def _check_teacher(self, values: Values) -> None:
-        present = self._steps.teacher(self._best)
-        wanted = dict(values)
-        assert isinstance(present, Teacher)
+        present, wanted = self._steps.runtime(self._best), dict(values)
         if (wanted["teacher.backend"], wanted["teacher.precision"]) == (present.backend, present.precision):
             raise ConfigError("it is the present one")
-        teacher = self._steps.teacher(values)
-        assert isinstance(teacher, Teacher)
-        if teacher.fingerprint == present.fingerprint:
+        runtime = self._steps.runtime(values)
+        if runtime.fingerprint == present.fingerprint:
             raise ConfigError("it is the present one")
-        if teacher.precision == present.precision:
+        if runtime.precision == present.precision:
             return
         if self._steps.has_random_teacher:
             raise ConfigError("the teacher has no weights yet with which its precisions could be compared")

@@ -102,7 +102,7 @@ class TuneResult:
     def _limit(self) -> str:
         shares = self.shares
         if len(shares) == 1:
-            return "Nothing but the loader runs in a step."
+            return "What limits it was not measured."
         name = max(shares, key=lambda part: shares[part])
         parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
         return f"The {name} limits it: {parts} of the time of a step."

@@ -37,7 +37,7 @@ from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trial_trainer
 from kd_pipeline.workflows.stage import Stage, network_of, num_classes_of
 from kd_pipeline.workflows.teacher import open_run_teacher, starts_without_teacher
 
-__all__ = ["Part", "RunSteps", "Trial", "Values", "with_values"]
+__all__ = ["Part", "RunSteps", "Runtime", "Trial", "Values", "with_values"]
 
 Values = tuple[tuple[str, Any], ...]
 """Settings by their dotted keys, such as `data.num_threads`, that replace those of the config; sorted by key."""
@@ -63,6 +63,14 @@ class Trial(NamedTuple):
 
     values: Values = ()
     part: Part = "all"
+
+
+class Runtime(NamedTuple):
+    """How a teacher runs; see `Teacher`."""
+
+    backend: str
+    precision: str
+    fingerprint: str
 
 
 class RunSteps(ExitStack):
@@ -135,24 +143,14 @@ class RunSteps(ExitStack):
             if (teacher := self._teachers.pop(values)) is not None:
                 teacher.close()
 
-    def teacher(self, values: Values) -> Teacher | Recording | None:
-        """The teacher under these settings.
+    def runtime(self, values: Values) -> Runtime:
+        """How the teacher runs under these settings.
 
         Raises:
             KDPipelineError: it cannot be opened.
         """
-        key = _of("teacher", values)
-        if key not in self._teachers:
-            config = with_values(self._config, values)
-            has_teacher = self._stage == "distill" and config.teacher is not None
-            self._teachers[key] = (
-                open_run_teacher(
-                    config, classes=self.source.classes, plugins=self._plugins, trust_engines=self._trust_engines
-                )
-                if has_teacher
-                else None
-            )
-        return self._teachers[key]
+        teacher = self._live_teacher(values)
+        return Runtime(teacher.backend, teacher.precision, teacher.fingerprint)
 
     def check_agreement(self, values: Values) -> None:
         """Compare the teacher under these settings with float32 on images of the run, as an engine is.
@@ -161,12 +159,10 @@ class RunSteps(ExitStack):
             EngineError: it is too far from float32.
             KDPipelineError: one of the two cannot be opened.
         """
-        teacher = self.teacher(values)
-        assert isinstance(teacher, Teacher)
+        teacher = self._live_teacher(values)
         if self._reference is None:
             images = CalibrationSet(sample_images(self._config), "the training split")
-            exact = self.teacher((("teacher.precision", "fp32"),))
-            assert isinstance(exact, Teacher)
+            exact = self._live_teacher((("teacher.precision", "fp32"),))
             self._reference = make_reference(_from_cpu(exact), images)
         precision: Any = teacher.precision
         sizes = (min(self._config.data.batch_size, teacher.max_batch),)
@@ -175,7 +171,7 @@ class RunSteps(ExitStack):
     def _run(self, trial: Trial, num_steps: int, num_warm_up: int) -> "_Timed":
         """Take steps, and time the last `num_steps` of them."""
         config = with_values(self._config, trial.values)
-        teacher = self.teacher(trial.values)
+        teacher = self._teacher(trial.values)
         opened = self._loader(config, trial, teacher)
         torch.set_num_threads(config.train.num_threads or self.default_threads)
         clock = _Clock(opened.loader.device, num_warm_up, num_steps)
@@ -213,6 +209,23 @@ class RunSteps(ExitStack):
         if part == "no loader" and isinstance(teacher, Teacher):
             return (replace(batch, teacher=teacher(batch.images)) for batch in cycle(self._resident))
         return cycle(self._resident)
+
+    def _live_teacher(self, values: Values) -> Teacher:
+        teacher = self._teacher(values)
+        assert isinstance(teacher, Teacher)  # a recording has nothing to choose
+        return teacher
+
+    def _teacher(self, values: Values) -> Teacher | Recording | None:
+        key = _of("teacher", values)
+        if key not in self._teachers:
+            config = with_values(self._config, values)
+            teacher = None
+            if self._stage == "distill" and config.teacher is not None:
+                teacher = open_run_teacher(
+                    config, classes=self.source.classes, plugins=self._plugins, trust_engines=self._trust_engines
+                )
+            self._teachers[key] = teacher
+        return self._teachers[key]
 
     def _loader(self, config: Config, trial: Trial, teacher: Teacher | Recording | None) -> "_OpenLoader":
         is_taught = trial.part == "all" or (isinstance(teacher, Recording) and not self._resident)
