@@ -11,6 +11,7 @@ from kd_pipeline._core.output import prepare_output, write_output
 from kd_pipeline._core.ranks import world_size
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment
+from kd_pipeline.bench.tune_compile import compile_in_child
 from kd_pipeline.bench.tune_knobs import KNOBS, Allowed, Choice, Knob, Place
 from kd_pipeline.bench.tune_result import Option, TuneResult, as_overrides
 from kd_pipeline.bench.tune_search import MIN_GAIN, Race, race
@@ -26,6 +27,8 @@ _SPARE_S = 10.0
 _FIRST_KNOB, _FIRST_LOOK, _LAST_LOOK = 0.35, 0.12, 0.25
 """Shares of the time: the most that the first knob may take, and those for the parts of a step before and after the
 others."""
+_TRACE_S = 20.0
+"""How long it takes at most to load what was compiled in another process, and to measure it."""
 
 
 class TuneSettings(Settings):
@@ -79,7 +82,12 @@ def tune(
         if steps.has_random_teacher:
             report("the teacher is not trained yet: it is measured with random weights, in the precision that is set")
         place = Place.of(config, stage, default_threads=steps.default_threads)
-        search = _Search(steps, place, settings.allow, report)
+
+        def compile_student(values: Values, timeout_s: float) -> float:
+            config = steps.settings(values)
+            return compile_in_child(config, stage, plugins=plugins, trust_engines=trust_engines, timeout_s=timeout_s)
+
+        search = _Search(steps, place, settings.allow, compile_student, report)
         result = search.run(started_s, settings.seconds - min(_SPARE_S, settings.seconds / 4))
     if settings.out is not None:
         write_output(settings.out, result.to_json() + "\n")
@@ -90,10 +98,18 @@ class _Search:
     """One setting after the other, each compared with the best so far."""
 
     def __init__(
-        self, steps: RunSteps, place: Place, allow: Collection[Allowed], report: Callable[[str], object]
+        self,
+        steps: RunSteps,
+        place: Place,
+        allow: Collection[Allowed],
+        compile_student: Callable[[Values, float], float],
+        report: Callable[[str], object],
     ) -> None:
+        """`compile_student` compiles it under some settings in at most so many seconds, and returns those it took."""
+        self._compile_student = compile_student
         self._steps, self._place, self._allow, self._report = steps, place, allow, report
         self._best: Values = ()
+        self._compile_s = 0.0
         self._changed: list[str] = []
         """Names of the knobs that changed it."""
         self._races: dict[str, Race] = {}
@@ -156,7 +172,7 @@ class _Search:
         for choice in knob.choices(self._place):
             if choice.needs is not None and choice.needs not in self._allow:
                 self._not_allowed += [] if choice in self._not_allowed else [choice]
-            elif time.perf_counter() < until_s and self._works(choice):
+            elif time.perf_counter() < until_s and self._works(choice, until_s):
                 trials.append(Trial(merged(self._best, choice.values)))
         if not trials:
             return
@@ -164,19 +180,36 @@ class _Search:
         self._races[name] = found
         self._left_out |= {as_overrides(trial.values): reason for trial, reason in found.failed.items()}
         self._report_race(name, found)
-        if found.best.values != self._best:
-            self._best = found.best.values
+        best = found.best
+        if best != found.present and self._pays_off(knob, found):
+            self._best = best.values
             self._changed.append(name)
         self._steps.keep({(), self._best})
 
-    def _works(self, choice: Choice) -> bool:
-        """Whether the choice differs from the best so far, and its teacher opens and agrees with float32."""
+    def _pays_off(self, knob: Knob, found: Race) -> bool:
+        """Whether the whole training saves more time than compiling the student takes, if this is about that."""
+        if knob.name != "train.compile":
+            return True
+        before, after = (median(found.rates[trial]) for trial in (found.present, found.best))
+        saved_s = self._steps.num_images * (1 / before - 1 / after)
+        if saved_s > self._compile_s:
+            return True
+        self._left_out["train.compile=true"] = (
+            f"it would save {saved_s:.0f} s of the whole training, and compiling takes {self._compile_s:.0f} s"
+        )
+        return False
+
+    def _works(self, choice: Choice, until_s: float) -> bool:
+        """Whether the choice differs from the best so far, its teacher agrees, and its student compiles."""
         values = merged(self._best, choice.values)
         try:
             if self._place.is_same(values, self._best):
                 return False
             if any(key in ("teacher.precision", "teacher.backend") for key, _ in choice.values):
                 self._check_teacher(values)
+            if ("train.compile", True) in choice.values:
+                self._report("compiling the student")
+                self._compile_s = self._compile_student(values, until_s - time.perf_counter() - _TRACE_S)
         except (KDPipelineError, RuntimeError, ValueError) as exc:
             reason = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else str(exc)
             self._left_out[as_overrides(choice.values)] = reason
@@ -199,7 +232,9 @@ class _Search:
     def _options(self, until_s: float) -> list[Option]:
         """Compare what the user would have to allow with the best so far."""
         choices = {
-            Trial(merged(self._best, choice.values)): choice for choice in self._not_allowed if self._works(choice)
+            Trial(merged(self._best, choice.values)): choice
+            for choice in self._not_allowed
+            if self._works(choice, until_s)
         }
         if not choices or time.perf_counter() > until_s:
             return []

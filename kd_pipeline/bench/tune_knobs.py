@@ -72,6 +72,11 @@ class Place:
         """Whether there is a network to train; else the config is for a loop of one's own."""
         return self.stage != "distill" or self.config.student is not None
 
+    @property
+    def can_compile(self) -> bool:
+        """Whether there is a student that is not compiled yet, and could be."""
+        return self.has_student and self.config.train.strategy != "fsdp"
+
 
 class Choice(NamedTuple):
     """One value of a knob."""
@@ -157,5 +162,6 @@ KNOBS: tuple[Knob, ...] = (
     Knob("data.decode", "loader", _on_gpu("data.decode", "window", "full")),
     Knob("data.hw_decoder_load", "loader", _hw_decoder_loads),
     Knob("train.precision", "student", _student_precisions),
+    Knob("train.compile", "student", lambda place: _each("train.compile", True) if place.can_compile else []),
 )
 """In the order in which they are tried: those that the most depends on come first."""

@@ -94,6 +94,7 @@ class RunSteps(ExitStack):
         self.default_threads = torch.get_num_threads()
         """torch's threads where `train.num_threads` is not set."""
         source = open_source(config.data.split("train").source)
+        self._num_images = len(source)
         num_images = max(_NUM_IMAGES, 8 * config.data.batch_size)
         self.source: Source = source if is_recording(config.teacher) else _Subset(source, num_images)
         self.has_random_teacher = stage == "distill" and _lacks_weights(config)
@@ -151,6 +152,15 @@ class RunSteps(ExitStack):
         """
         teacher = self._live_teacher(values)
         return Runtime(teacher.backend, teacher.precision, teacher.fingerprint)
+
+    def settings(self, values: Values) -> Config:
+        """The config under these settings, with the teacher that is measured."""
+        return with_values(self._config, values)
+
+    @property
+    def num_images(self) -> int:
+        """Images of the whole training."""
+        return self._num_images * self._config.train.epochs
 
     def check_agreement(self, values: Values) -> None:
         """Compare the teacher under these settings with float32 on images of the run, as an engine is.

@@ -10,6 +10,7 @@ import pytest
 
 from kd_pipeline.bench import tune as module
 from kd_pipeline.bench.tune import TuneSettings, tune
+from kd_pipeline.bench.tune_compile import compile_in_child
 from kd_pipeline.bench.tune_knobs import KNOBS, Place
 from kd_pipeline.bench.tune_steps import RunSteps, Runtime, Trial, Values, with_values
 from kd_pipeline.config.config import Config
@@ -56,6 +57,7 @@ class FakeSteps(RunSteps):
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> type[FakeSteps]:
     monkeypatch.setattr(module, "RunSteps", FakeSteps)
+    monkeypatch.setattr(module, "compile_in_child", lambda *arguments, **options: 30.0)
     monkeypatch.setenv("KD_PIPELINE_NUM_CORES", "4")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return FakeSteps
@@ -110,6 +112,26 @@ def test_teacher_has_to_agree(digits: Path, rates: type[FakeSteps], monkeypatch:
     found = tune(settings(digits, "run"), TuneSettings(seconds=60), plugins=NETWORKS)
     assert found.values.get("teacher.precision", "fp32") == "fp32"
     assert found.left_out["teacher.backend=openvino teacher.precision=bf16"] == "too far from float32"
+
+
+@pytest.mark.parametrize(("epochs", "pays_off"), [(2, False), (1_000_000, True)])
+def test_compiling_has_to_pay_off(digits: Path, rates: type[FakeSteps], epochs: int, pays_off: bool) -> None:
+    rates.images_per_s = lambda values, part: 200.0 if values.get("train.compile") else 100.0
+    found = tune(settings(digits, "run", train__epochs=epochs), TuneSettings(seconds=120), plugins=NETWORKS)
+    assert found.values == ({"train.compile": True} if pays_off else {})
+    assert pays_off or "compiling takes 30 s" in found.left_out["train.compile=true"]
+
+
+def test_compiling_in_no_time_is_left_out(digits: Path) -> None:
+    with pytest.raises(ConfigError, match="no time left"):
+        compile_in_child(settings(digits, "run"), "distill", plugins=NETWORKS, trust_engines=[], timeout_s=-1.0)
+
+
+@pytest.mark.slow
+def test_compiling_reports_why_it_fails(digits: Path) -> None:
+    config = settings(digits, "run", student={"factory": "no_such_module:network"})
+    with pytest.raises(ConfigError, match=r"does not compile: .*no_such_module"):
+        compile_in_child(config, "baseline", plugins=[], trust_engines=[], timeout_s=120.0)
 
 
 def test_shares_and_limit(digits: Path, rates: type[FakeSteps]) -> None:

@@ -19,11 +19,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 FASTER = (("data.num_threads", 2), ("train.num_threads", 1))
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tune")
+    write_digits(folder)
+    return folder
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    write_digits(tmp_path)
+def config(digits: Path, tmp_path: Path) -> Path:
     path = tmp_path / "digits.yaml"
-    text = settings(tmp_path, "run").model_dump_json(exclude_none=True)
+    text = settings(digits, "run").model_dump_json(exclude_none=True)
     path.write_text(f"# mine\n{text}\n", encoding="utf-8")
     return path
 
@@ -78,7 +84,7 @@ def test_error_is_one_message(config: Path, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_whole_search(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    digits: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, plugin = tmp_path / "tune.json", ["--plugin", "tests.training.networks"]
     monkeypatch.setattr(command, "_age_s", lambda: 0.0)  # tests have been running for long
@@ -87,4 +93,4 @@ def test_whole_search(
     assert "present settings" in printed.out and "interleaved rounds in " in printed.out
     assert "last comparison, images/s: " in printed.err
     assert json.loads(out.read_text())["final"]["images_per_s"][0]["median"] > 0
-    assert not (tmp_path / "run").exists()
+    assert not (digits / "run").exists()
