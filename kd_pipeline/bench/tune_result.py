@@ -19,6 +19,8 @@ _ROWS = {
     "student": "and both: the student alone",
 }
 """What the rows after the chosen settings are called, by what is left out of a step."""
+_KEPT_BY_A_RUN = ("teacher.backend", "teacher.precision", "train.precision", "data.decode", "data.hw_decoder_load")
+"""What a run cannot resume with other values of, because pixels, outputs or arithmetic depend on it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,10 @@ class TuneResult:
         if not self.values:
             tried = ", ".join(self.races) or "nothing"
             return [f"No other settings are faster by {MIN_GAIN:.0%} and more than the noise. Tried: {tried}."]
-        return [f"{self.gain.ratio:.2f} times as fast with", f"  {as_overrides(self.tried)}"]
+        lines = [f"{self.gain.ratio:.2f} times as fast with", f"  {as_overrides(self.tried)}"]
+        if kept := [key for key in self.values if key in _KEPT_BY_A_RUN]:
+            lines.append(f"A run that has begun keeps its {', '.join(kept)}: leave that out to resume it.")
+        return lines
 
     def _limit(self) -> str:
         shares = self.shares

@@ -72,10 +72,13 @@ def _run(parsed: argparse.Namespace) -> int:
     print_result(result.table())
     if settings.out is not None:
         print_result(printable(f"all rounds: {settings.out}"))
-    if target is not None:
-        print_result(printable(_write(parsed.config, target, result.values)))
+    if target is not None and not result.values:
+        print_result(printable(f"{target} was not written, because there is nothing to change"))
+    elif target is not None:
+        also = "; the overrides of this command are not in it" if parsed.overrides else ""
+        print_result(printable(_write(parsed.config, target, result.values) + also))
     elif result.values:
-        print_result("paste that line after a command, or write it into the file with --write or --write-to PATH")
+        print_result("add that line to a command, or let --write or --write-to PATH put it into the file")
     return 0
 
 
@@ -91,7 +94,5 @@ def _write(path: Path, target: Path, values: dict[str, Any]) -> str:
     from kd_pipeline._core.output import write_output
     from kd_pipeline.config.edit import edited_config
 
-    if not values:
-        return f"{target} was not written, because there is nothing to change"
     write_output(target, edited_config(path, values))
     return f"written to {target}"

@@ -1,5 +1,6 @@
 """`tune`: what it tries, what it chooses, and that it measures the real steps of a run without leaving a trace."""
 
+import io
 import json
 import random
 from collections.abc import Callable
@@ -7,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from kd_pipeline._core.child_process import ChildResult
 from kd_pipeline.bench import tune as module
+from kd_pipeline.bench import tune_compile
 from kd_pipeline.bench.tune import TuneSettings, tune
 from kd_pipeline.bench.tune_compile import compile_in_child
 from kd_pipeline.bench.tune_knobs import KNOBS, Place
@@ -127,11 +131,34 @@ def test_compiling_in_no_time_is_left_out(digits: Path) -> None:
         compile_in_child(settings(digits, "run"), "distill", plugins=NETWORKS, trust_engines=[], timeout_s=-1.0)
 
 
-@pytest.mark.slow
-def test_compiling_reports_why_it_fails(digits: Path) -> None:
+@pytest.fixture
+def child_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs what the child runs in this process, and without a compiler."""
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+
+    def run(function: str, *arguments: str, timeout_s: float) -> ChildResult:
+        report = io.StringIO()
+        monkeypatch.setattr(tune_compile, "open_report", lambda: report)
+        status = getattr(tune_compile, function.partition(":")[2])(*arguments)
+        return ChildResult(report.getvalue().splitlines(), f"exited with status {status}" if status else "", "")
+
+    monkeypatch.setattr(tune_compile, "run_child", run)
+
+
+def test_child_compiles_or_says_why_not(digits: Path, child_here: None) -> None:
+    granted: dict[str, Any] = {"plugins": NETWORKS, "trust_engines": [], "timeout_s": 60.0}
+    config = settings(digits, "run", train__compile=True)
+    assert compile_in_child(config, "distill", **granted) > 0
     config = settings(digits, "run", student={"factory": "no_such_module:network"})
     with pytest.raises(ConfigError, match=r"does not compile: .*no_such_module"):
-        compile_in_child(config, "baseline", plugins=[], trust_engines=[], timeout_s=120.0)
+        compile_in_child(config, "distill", **granted)
+
+
+def test_slow_compiler_is_stopped(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = ChildResult([], "timed out after 40 s", "")
+    monkeypatch.setattr(tune_compile, "run_child", lambda *arguments, timeout_s: late)
+    with pytest.raises(ConfigError, match="did not compile in the 40 s that were left"):
+        compile_in_child(settings(digits, "run"), "distill", plugins=[], trust_engines=[], timeout_s=40.0)
 
 
 def test_shares_and_limit(digits: Path, rates: type[FakeSteps]) -> None:
