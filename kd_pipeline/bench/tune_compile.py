@@ -38,7 +38,9 @@ def compile_in_child(
         granted = json.dumps({"plugins": [*plugins], "trust_engines": [*trust_engines]})
         child = run_child(f"{__name__}:_compile", str(path), stage, granted, timeout_s=timeout_s)
     if child.failure.startswith("timed out"):
-        raise ConfigError(f"the student did not compile in the {timeout_s:.0f} s that were left; give more --seconds")
+        raise ConfigError(
+            f"the student did not compile in the {timeout_s:.0f} s that were left; allow more (--seconds)"
+        )
     if child.failure:
         reason = child.lines[-1] if child.lines else child.log.strip().rpartition("\n")[2]
         raise ConfigError(f"the student does not compile: {reason or child.failure}")
