@@ -18,6 +18,7 @@ from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.output import prepare_output, write_output
 from kd_pipeline.bench.measure import environment, paired_ratio, rotated
 from kd_pipeline.bench.tune import TuneSettings, merged, tune
+from kd_pipeline.bench.tune_knobs import Place
 from kd_pipeline.bench.tune_result import as_overrides
 from kd_pipeline.bench.tune_steps import RunSteps, Trial, Values
 from kd_pipeline.cli.arguments import add_common, add_config, path_option, permissions, print_progress, run_command
@@ -52,18 +53,19 @@ def _run(parsed: argparse.Namespace) -> int:
     print(tuned.table())
     chosen = merged((), tuple(tuned.values.items()))
     with RunSteps(config, stage, **permissions(parsed)) as steps:
+        place = Place.of(config, stage, default_threads=steps.default_threads)
         coarse = _measure(steps, grid, parsed.rounds, parsed.trial)
         best = sorted(coarse, key=lambda values: -median(coarse[values]))[:_NUM_BEST]
         steps.keep([chosen, (), *best])
         fine = _measure(steps, [chosen, (), *best], 3 * parsed.rounds, 2 * parsed.trial)
-    ratios = {values: paired_ratio(fine[chosen], fine[values]) for values in best}
-    distance = 1 - min(ratios.values())
+    others = [values for values in best if not place.is_same(values, chosen)]
+    distance = max([0.0, *(1 - paired_ratio(fine[chosen], fine[values]) for values in others)])
     print(f"{len(grid)} settings in the grid; the best of them, measured again:")
     for values in best:
         print(f"  {as_overrides(values)}: {median(fine[values]):,.1f} images/s")
     print(f"chosen by tune, {as_overrides(chosen) or 'no change'}: {median(fine[chosen]):,.1f} images/s")
-    print(f"tune's choice takes {max(distance, 0):.1%} less than the best of the grid; present settings take "
-          f"{1 - paired_ratio(fine[()], fine[best[0]]):.1%} less")  # fmt: skip
+    print(f"tune's choice is {distance:.1%} slower than the best of the grid, the present settings "
+          f"{1 - paired_ratio(fine[()], fine[best[0]]):.1%}")  # fmt: skip
     if parsed.out is not None:
         found = {
             "chosen": tuned.values,

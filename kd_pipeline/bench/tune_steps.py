@@ -400,7 +400,9 @@ class _Subset:
 
 
 def _of(section: str, values: Values) -> Values:
-    return tuple((key, value) for key, value in values if key.startswith(f"{section}."))
+    """The settings that a part of the run depends on; a teacher also on the precision of the student it may follow."""
+    also = "train.precision" if section == "teacher" else ""
+    return tuple((key, value) for key, value in values if key.startswith(f"{section}.") or key == also)
 
 
 def _lacks_weights(config: Config) -> bool:
