@@ -26,6 +26,8 @@ ALLOWED = {
     ("benchmarks/start.py", "subprocess.Popen"): "the package of another checkout, with -P",
     ("benchmarks/start.py", "sys.executable"): "the package of another checkout, with -P",
     ("benchmarks/start.py", "subprocess.run"): "git",
+    ("benchmarks/peers_process.py", "subprocess.Popen"): "programs of others, as their users start them",
+    ("benchmarks/peers_rows.py", "sys.executable"): "programs of others, as their users start them",
     ("tools/gpu_check.py", "subprocess.Popen"): "pytest and this package, in the checkout that they are in",
     ("tools/gpu_check.py", "sys.executable"): "pytest and this package, in the checkout that they are in",
     ("tools/gpu_check.py", "subprocess.run"): "nvidia-smi and uname",
