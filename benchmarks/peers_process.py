@@ -41,7 +41,8 @@ class ProgramRun:
     end_s: float
     """From the last optimizer step to the end of the process."""
     peak_memory_bytes: int
-    """Of the process and all its children: the sum of their proportional set sizes (PSS), sampled once a second."""
+    """Of the process and all its children, sampled once a second: their own memory, what they share counted once, and
+    the resident libraries of the largest."""
     lines: tuple[str, ...]
     """First lines of what the program printed before its first step, such as what runs its teacher."""
 
@@ -186,17 +187,23 @@ class _Watch:
 
 
 def _memory_bytes(root: int) -> int:
-    """PSS of a process and its descendants, so that what they share is counted once."""
+    """Memory of a process and its descendants, in which what they share is counted once."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(path.parent.name))
-    pending, total = [root], 0
+    pending, total, files = [root], 0, 0
     while pending:
         pid = pending.pop()
         pending += children.get(pid, [])
-        with suppress(OSError):
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total
+        with suppress(OSError, KeyError):
+            total += sum(_kibibytes(pid, "smaps_rollup", "Pss_Anon", "Pss_Shmem"))
+            # Libraries: each process has the same, and others than these may have them too, which would lower the PSS.
+            files = max(files, *_kibibytes(pid, "status", "RssFile"))
+    return 1024 * (total + files)
+
+
+def _kibibytes(pid: int, file: str, *names: str) -> list[int]:
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/{file}").read_text().splitlines() if ":" in line)
+    return [int(lines[name].split()[0]) for name in names]

@@ -77,7 +77,7 @@ COMPARISONS = (
     ),
     *(
         Comparison(
-            f"images/s, {precision}: a step / 1 / (1 / student alone + 1 / teacher alone)",
+            f"images/s, {precision}: a step / student alone after teacher alone",
             (f"ours-{precision}", f"student-{precision}", f"teacher-{precision}"),
             _rate_of_sum,
             "≥ 0.97",
@@ -196,7 +196,7 @@ class PeersResult:
             "without the first and the last, as the last step has no teacher in it where a batch is prepared ahead. "
             "mean: from all intervals but the last.",
             "first line, first step: from the start of the process. end: from the last step to the end of the process. "
-            "Memory: PSS of the process and its children, once a second.",
+            "Memory: of the process and its children, what they share counted once, sampled once a second.",
             f"Versions: {', '.join((*versions, *self._own_versions()))}.",
             *(f"Left out, {programs.get(name, name)}: {reason}." for name, reason in self.left_out.items()),
         ]

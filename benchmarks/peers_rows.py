@@ -44,6 +44,8 @@ SIZE = 224
 _NUM_CLASSES = 10
 """Class folders of `make_photographs`."""
 _NUM_VAL = 64
+_NUM_FITTED = 32
+"""Images from which the teacher's last layer is made."""
 _ROOT = Path(__file__).parents[1]
 
 _BF16 = ("train.precision=bf16-mixed",)
@@ -317,7 +319,8 @@ def _write_teacher(materials: Materials) -> None:
 def _two_photographs(root: Path) -> tuple[Tensor, Tensor]:
     """Crops `[N, 3, H, W]` of two photographs, and which of them are of the second, `[N]` bool."""
     source = ImageFolder(root, labeled=False)
-    with KDDataLoader(source, EvalTransform(size=SIZE), batch_size=len(source), shuffle=False, device="cpu") as loader:
+    transform = EvalTransform(size=SIZE)
+    with KDDataLoader(source, transform, batch_size=_NUM_FITTED, shuffle=False, device="cpu") as loader:
         batch = next(iter(loader))
         numbers = [int(Path(source.name(index)).stem) for index in batch.index.tolist()]
         return batch.images.clone(), torch.tensor(numbers) % 2 == 1
