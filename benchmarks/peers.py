@@ -18,7 +18,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from benchmarks.command import run_benchmark
-from benchmarks.peers_process import MIN_STEPS, ProgramRun, run_program, run_untimed
+from benchmarks.peers_process import MIN_STEPS, ProgramOptions, ProgramRun, run_program, run_untimed
 from benchmarks.peers_result import PeersResult, PeersRow
 from benchmarks.peers_rows import (
     LIGHTLY,
@@ -49,7 +49,7 @@ class BenchPeersSettings(Settings):
     lightly_python: Path | None = None
     """The Python of an environment in which lightly-train and timm are installed."""
     rows: tuple[str, ...] = NAMES
-    """Names of the rows to measure."""
+    """Names of the rows to measure; defaults to all of `benchmarks.peers_rows.NAMES`."""
     repeats: int = Field(default=3, gt=0)
     """How often each row is measured after a first run with cold caches."""
     steps: int = Field(default=10, ge=MIN_STEPS)
@@ -65,7 +65,7 @@ class BenchPeersSettings(Settings):
     def _knows_the_rows(self) -> Self:
         for name in self.rows:
             if name not in NAMES:
-                raise ValueError(f"--rows: there is no {name}{suggest(name, NAMES)}; there are {', '.join(NAMES)}")
+                raise ValueError(f"--rows: there is no {name}{suggest(name, NAMES)}")
         return self
 
 
@@ -115,30 +115,31 @@ class _Bench:
         self._runs: dict[str, list[ProgramRun]] = {}
 
     def record(self, materials: Materials) -> None:
-        """Record the teacher for the rows that need it."""
-        if any(row.needs_recording for row in self.rows):
-            self._report("recording the teacher")
-            row = record_row(materials)
+        """Record the teacher for the rows that need it, or drop them if that fails."""
+        if not any(row.needs_recording for row in self.rows):
+            return
+        self._report("recording the teacher")
+        row = record_row(materials)
+        try:
             with self._empty_folder() as folder:
-                run_untimed(
-                    row.command,
-                    folder=folder,
-                    environment=environment_of(row, self.folder / "caches" / row.name),
-                    timeout_s=self._settings.timeout_s,
-                )
+                run_untimed(row.command, **self._how(row, folder))
+        except KDPipelineError as exc:
+            for each in self.rows:
+                if each.needs_recording:
+                    self._drop(each, f"the teacher was not recorded: {exc}")
 
     def run_all(self, repeat: int) -> None:
         """Run all rows that are left, and drop those that fail."""
         for row in rotated(self.rows, repeat):
             try:
-                run = self._run(row)
+                with self._empty_folder() as folder:
+                    run = run_program(row.command, num_steps=self._settings.steps, **self._how(row, folder))
             except KDPipelineError as exc:
-                self._left_out[row.name] = str(exc)
-                self._report(f"{row.name} is left out: {exc}")
+                self._drop(row, str(exc))
                 continue
             self._runs.setdefault(row.name, []).append(run)
-            self._report(f"repeat {repeat} of {self._settings.repeats}, {row.name}: {self._described(run)}")
-        self.rows = [row for row in self.rows if row.name not in self._left_out]
+            when = f"repeat {repeat} of {self._settings.repeats}" if repeat else "cold run"
+            self._report(f"{when}, {row.name}: {self._described(run)}")
         if not self.rows:
             raise KDPipelineError("no row was measured: " + "; ".join(map(": ".join, self._left_out.items())))
 
@@ -150,15 +151,14 @@ class _Bench:
             rows.append(PeersRow(row.name, row.program, row.options, cold, tuple(warm)))
         return tuple(rows)
 
-    def _run(self, row: Row) -> ProgramRun:
-        with self._empty_folder() as folder:
-            return run_program(
-                row.command,
-                folder=folder,
-                environment=environment_of(row, self.folder / "caches" / row.name),
-                num_steps=self._settings.steps,
-                timeout_s=self._settings.timeout_s,
-            )
+    def _how(self, row: Row, folder: Path) -> ProgramOptions:
+        environment = environment_of(row, self.folder / "caches" / row.name)
+        return {"folder": folder, "environment": environment, "timeout_s": self._settings.timeout_s}
+
+    def _drop(self, row: Row, reason: str) -> None:
+        self.rows = [each for each in self.rows if each != row]
+        self._left_out[row.name] = reason
+        self._report(f"{row.name} is left out: {reason}")
 
     @contextmanager
     def _empty_folder(self) -> Iterator[Path]:

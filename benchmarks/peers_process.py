@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import TypedDict, Unpack
 
 from kd_pipeline._core.child_process import kill_session
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import KDPipelineError
 
-__all__ = ["MIN_STEPS", "ProgramRun", "run_program", "run_untimed"]
+__all__ = ["MIN_STEPS", "ProgramOptions", "ProgramRun", "run_program", "run_untimed"]
 
 MIN_STEPS = 4
 """Steps that a run must have at least, for one interval between the first and the last."""
@@ -61,23 +62,30 @@ class ProgramRun:
         return sum(self.intervals_s[:-1]) / len(self.intervals_s[:-1])
 
 
-def run_program(
-    command: Sequence[str], *, folder: Path, environment: Mapping[str, str], num_steps: int, timeout_s: float
-) -> ProgramRun:
+class ProgramOptions(TypedDict):
+    """How a program is run."""
+
+    folder: Path
+    """Existing and empty; the working directory."""
+    environment: Mapping[str, str]
+    """All variables of the process."""
+    timeout_s: float
+    """When it is killed."""
+
+
+def run_program(command: Sequence[str], *, num_steps: int, **options: Unpack[ProgramOptions]) -> ProgramRun:
     """Run a Python program that takes `num_steps` optimizer steps, at least `MIN_STEPS`.
 
     Args:
         command: path of a Python, then a script or `-m` and a module, and their arguments.
-        folder: existing and empty; the working directory.
-        environment: all variables of the process.
         num_steps: how many steps it will take.
-        timeout_s: when it is killed.
+        options: as in `ProgramOptions`.
 
     Raises:
         KDPipelineError: it failed, was too slow, or took more or fewer steps; has the last lines of output.
     """
-    watch = _run(command, folder, environment, timeout_s)
-    stamps = folder / _STAMPS
+    watch = _run(command, **options)
+    stamps = options["folder"] / _STAMPS
     steps_s = [int(line) / 1e9 for line in stamps.read_text().split()] if stamps.exists() else []
     if len(steps_s) != num_steps:
         raise KDPipelineError(f"it took {len(steps_s)} optimizer steps instead of {num_steps}: {watch.last_lines()}")
@@ -91,16 +99,16 @@ def run_program(
     )
 
 
-def run_untimed(command: Sequence[str], *, folder: Path, environment: Mapping[str, str], timeout_s: float) -> None:
-    """Run a Python program that prepares something.
+def run_untimed(command: Sequence[str], **options: Unpack[ProgramOptions]) -> None:
+    """Run a Python program that prepares something, with the same arguments.
 
     Raises:
         KDPipelineError: it failed or was too slow; has the last lines of output.
     """
-    _run(command, folder, environment, timeout_s)
+    _run(command, **options)
 
 
-def _run(command: Sequence[str], folder: Path, environment: Mapping[str, str], timeout_s: float) -> "_Watch":
+def _run(command: Sequence[str], *, folder: Path, environment: Mapping[str, str], timeout_s: float) -> "_Watch":
     python, *program = command
     started_s = time.monotonic()
     with subprocess.Popen(

@@ -15,7 +15,16 @@ from benchmarks import peers, peers_backbone, peers_rows, peers_teacher
 from benchmarks.peers import BenchPeersSettings, bench_peers, main
 from benchmarks.peers_process import ProgramRun, run_program
 from benchmarks.peers_result import COMPARISONS, PeersResult, PeersRow
-from benchmarks.peers_rows import NAMES, Materials, environment_of, make_materials, make_rows, versions, why_missing
+from benchmarks.peers_rows import (
+    NAMES,
+    Materials,
+    Row,
+    environment_of,
+    make_materials,
+    make_rows,
+    versions,
+    why_missing,
+)
 from kd_pipeline import TeacherSettings, load_config, open_teacher
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.errors import ConfigError, KDPipelineError
@@ -311,7 +320,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
     def start(command: tuple[str, ...], *, folder: Path, environment: Mapping[str, str], **_: Any) -> ProgramRun:
         assert folder.is_dir() and not list(folder.iterdir())
         started.append((command[-1], Path(environment["XDG_CACHE_HOME"]).parent))
-        if command[-1] == "teacher.precision=int8":
+        if command[-1] == "teacher.precision=int8" or command[-1].endswith("/broken"):
             raise KDPipelineError("it ended with status 1: int8 is for tensorrt")
         return ran(float(len(started)))
 
@@ -342,6 +351,15 @@ def test_rows_take_turns_and_the_first_repeat_is_cold(started: list[tuple[str, P
 def test_recording_is_made_first(started: list[tuple[str, Path]]) -> None:
     bench_peers(BenchPeersSettings(rows=("recorded-fp32",), repeats=1))
     assert started[0][0].endswith("/recording") and len(started) == 3
+
+
+def test_rows_without_their_recording_are_left_out(
+    started: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "record_row", lambda materials: Row("record", "", "", ("/broken",), {}))
+    found = bench_peers(BenchPeersSettings(rows=("recorded-fp32", "student-fp32"), repeats=1))
+    assert found.left_out["recorded-fp32"].startswith("the teacher was not recorded: it ended with status 1")
+    assert [row.name for row in found.rows] == ["student-fp32"]
 
 
 def test_failing_row_is_left_out(started: list[tuple[str, Path]]) -> None:
