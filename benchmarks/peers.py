@@ -52,8 +52,8 @@ class BenchPeersSettings(Settings):
     """Names of the rows to measure; defaults to all of `benchmarks.peers_rows.NAMES`."""
     repeats: int = Field(default=3, gt=0)
     """How often each row is measured after a first run with cold caches."""
-    steps: int = Field(default=10, ge=MIN_STEPS)
-    """Optimizer steps of a run."""
+    steps: int = Field(default=12, ge=MIN_STEPS)
+    """Optimizer steps of a run. With few of them no teacher is worth an export to a faster runtime."""
     batch_size: int = Field(default=32, gt=1)
     """Images in a batch."""
     timeout_s: float = Field(default=1800.0, gt=0)

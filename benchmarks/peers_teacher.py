@@ -4,30 +4,39 @@ python -m benchmarks.peers_teacher -c CONFIG [key.path=value ...]
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from kd_pipeline import KDDataLoader, load_config
+from kd_pipeline.cli.arguments import add_common, add_config, run_command
 from kd_pipeline.teachers.base import Teacher
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Open the teacher as a training would, and run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-c", "--config", required=True)
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Open the teacher as a training would, run it, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.peers_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config(parser)
+    add_common(parser)
+    return run_command(_run, parser.parse_args(arguments), prog=parser.prog)
+
+
+def _run(parsed: argparse.Namespace) -> int:
     # A training's step ends with that of its optimizer, which is what `peers_runner` sees.
     step = torch.optim.SGD([torch.zeros(1)]).step
-    with KDDataLoader.from_config(load_config(options.config, options.overrides), split="train") as loader:
+    config = load_config(parsed.config, parsed.overrides)
+    with KDDataLoader.from_config(config, split="train", plugins=parsed.plugin) as loader:
         assert isinstance(loader.teacher, Teacher)
         print(f"teacher: {loader.teacher.backend} in {loader.teacher.precision}")
         images = loader.peek().images.clone()
         for _ in range(len(loader)):
             loader.teacher(images)
             step()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

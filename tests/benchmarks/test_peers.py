@@ -293,7 +293,7 @@ def test_teacher_alone_runs_once_for_each_batch(
     checkpoint = materials.images / "teacher.pt"
     torch.save(small_resnet(10, width=8).state_dict(), checkpoint)
     builtin = f"teacher={{model: {{builtin: small_resnet, kwargs: {{width: 8}}, checkpoint: {checkpoint}}}}}"
-    peers_teacher.main(["-c", str(materials.config), builtin, "data.train.transform.size=32"])
+    assert peers_teacher.main(["-c", str(materials.config), builtin, "data.train.transform.size=32"]) == 0
     assert len(steps) == 4 and capsys.readouterr().out.startswith("teacher: ")
 
 
