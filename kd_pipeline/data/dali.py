@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -150,16 +151,20 @@ class Graph:
 
     def _define(self, stores: Literal["files", "pixels"], settings: GraphSettings) -> Node:
         fn = require("nvidia.dali.fn", extra="cpu")
+        # DALI keeps the arrays until it has used them. Not on a GPU, which copies faster from DALI's pinned memory.
+        no_copy = settings.device_id is None
         if stores == "files":
             images = fn.external_source(self._next_images, ndim=1, no_copy=True)
             cut: Callable[..., Node] = partial(_decode_windows, settings)
         else:
-            images = fn.external_source(self._next_images, ndim=3, layout="HWC")
-            images = images if settings.device_id is None else images.gpu()
+            images = fn.external_source(self._next_images, ndim=3, layout="HWC", no_copy=no_copy)
+            images = images if no_copy else images.gpu()
             cut = _cut
         ops = (self._transform.crop, *self._transform.ops)
         ndims = [1, 1, *(ndim for op in ops for ndim in op.ndims)]
-        corner, extent, *rest = fn.external_source(self._next_parameters, num_outputs=len(ndims), ndim=ndims)
+        corner, extent, *rest = fn.external_source(
+            self._next_parameters, num_outputs=len(ndims), ndim=ndims, no_copy=no_copy
+        )
         images = cut(images, corner, extent)
         for op in ops:
             images = op.apply(images, *rest[: len(op.ndims)])
@@ -188,9 +193,8 @@ class _Files:
         self._pipeline = _pipeline(settings, None, prefetch=1)
         with self._pipeline:
             # Faster than mapping, as the whole file is needed.
-            self._pipeline.set_outputs(
-                fn.io.file.read(fn.external_source(self._next_names, ndim=1), dont_use_mmap=True)
-            )
+            names = fn.external_source(self._next_names, ndim=1, no_copy=True)
+            self._pipeline.set_outputs(fn.io.file.read(names, dont_use_mmap=True))
         self._pipeline.build()
         self._pipeline.schedule_run()
         self._encoded: Any = None
@@ -285,7 +289,7 @@ class FileChecker:
         Raises:
             UnreadableFileError: one of them is of a kind that no decoder reads rightly.
         """
-        lengths = np.array(encoded.shape())[:, 0]
+        lengths = np.fromiter(chain.from_iterable(encoded.shape()), np.int64, len(index))
         decoders, pixel_bytes = self.kinds.decoders(index, lengths, lambda row: np.asarray(encoded[row]))
         (rare,) = np.nonzero(decoders == Decoder.PILLOW)
         if len(rare):

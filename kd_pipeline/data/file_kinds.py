@@ -46,12 +46,14 @@ class FileKinds:
         self._decoder, self._length = _grown(self._decoder, index), _grown(self._length, index)
         self._pixel_bytes = _grown(self._pixel_bytes, index)
         lengths = lengths.astype(np.uint32)
-        is_new = (self._decoder[index] == 0) | (self._length[index] != lengths)
-        for row in np.flatnonzero(is_new).tolist():
-            header = read_header(file_of(row).data)
-            self._decoder[index[row]], self._pixel_bytes[index[row]] = header.decoder, header.pixel_bytes
-            self._length[index[row]] = lengths[row]
-        return self._decoder[index], self._pixel_bytes[index]
+        decoders, pixel_bytes = self._decoder[index], self._pixel_bytes[index]
+        (new,) = ((decoders == 0) | (self._length[index] != lengths)).nonzero()
+        if len(new):
+            headers = [read_header(file_of(row).data) for row in new.tolist()]
+            decoders[new] = [header.decoder for header in headers]
+            pixel_bytes[new] = [header.pixel_bytes for header in headers]
+            self._decoder[index], self._pixel_bytes[index], self._length[index] = decoders, pixel_bytes, lengths
+        return decoders, pixel_bytes
 
     def set_intact(self, index: int) -> None:
         """Take the file of sample `index` as one without damage from now on."""

@@ -57,6 +57,10 @@ class BatchPlan:
     position: NDArray[np.int64]
     """`[N]`, positions in the epoch's order, which all ranks share; with the epoch they identify a view."""
 
+    def part(self, rows: slice) -> "BatchPlan":
+        """Some of the samples, as views."""
+        return BatchPlan(self.index[rows], self.valid[rows], self.repeat[rows], self.position[rows])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -131,20 +135,33 @@ class EpochPlan:
         """Batch `number` of this rank; never empty."""
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of an epoch of {len(self)} batches")
+        return self.batches(number, number + 1)[0]
+
+    def batches(self, start: int, stop: int) -> tuple[BatchPlan, list[int]]:
+        """Batches `start` to `stop - 1` of this rank, one after the other, and the number of samples in each."""
+        plan, size = self.plan, self.plan.global_batch_size
+        num_full = min(max(plan.num_samples // size, start), stop)
+        own = plan.shard.rank * plan.batch_size + np.arange(plan.batch_size)
+        positions = (np.arange(start, num_full)[:, None] * size + own).ravel()
+        valid, sizes = np.ones(len(positions), np.bool_), [plan.batch_size] * (num_full - start)
+        if num_full < stop:
+            last, last_valid = self._last()
+            positions, valid = np.concatenate([positions, last]), np.concatenate([valid, last_valid])
+            sizes.append(len(last))
+        return BatchPlan(self.order[positions], valid, positions % plan.repeats, positions), sizes
+
+    def _last(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Positions of the samples that do not fill a batch on every rank, and False for padding."""
         plan, shard, size = self.plan, self.plan.shard, self.plan.global_batch_size
-        positions = np.arange(number * size, min((number + 1) * size, plan.num_samples))
-        if len(positions) < size and plan.last_batch == "keep":
+        positions = np.arange(plan.num_samples // size * size, plan.num_samples)
+        if plan.last_batch == "keep":
             # The r-th of nearly equal parts; a rank that would get nothing gets one row of padding.
             ends = [len(positions) * rank // shard.world_size for rank in (shard.rank, shard.rank + 1)]
             part = positions[slice(*ends)]
-            return self._batch(part, True) if len(part) else self._batch(positions[:1], False)
+            return (part, np.ones(len(part), np.bool_)) if len(part) else (positions[:1], np.zeros(1, np.bool_))
         own = slice(shard.rank * plan.batch_size, (shard.rank + 1) * plan.batch_size)
         padded = np.concatenate([positions, np.arange(size - len(positions)) % plan.num_samples])
-        return self._batch(padded[own], (np.arange(size) < len(positions))[own])
-
-    def _batch(self, positions: NDArray[np.int64], valid: NDArray[np.bool_] | bool) -> BatchPlan:
-        valid = np.broadcast_to(valid, positions.shape).copy()
-        return BatchPlan(self.order[positions], valid, positions % self.plan.repeats, positions)
+        return padded[own], (np.arange(size) < len(positions))[own]
 
 
 def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -20,7 +20,7 @@ from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
 
-__all__ = ["INDEX", "LABEL", "MIXING", "VALID", "ReadBatch", "Reader", "group_size"]
+__all__ = ["INDEX", "LABEL", "MIXING", "VALID", "GroupPlan", "ReadBatch", "ReadGroup", "Reader", "group_size"]
 
 INDEX, LABEL, VALID = range(3)
 """Rows of a batch's metadata, which reach a GPU in one copy. The label is -1 for unlabeled data, and valid is 0 for
@@ -35,57 +35,79 @@ _ALIGNMENT = 256
 """Every batch starts at a multiple of so many bytes, or a TensorRT engine would need a copy of it."""
 _BLOCK = 4096
 """Samples of files that are prepared at once: for 64 images, a NumPy call takes as long as for a thousand."""
+_MAX_RECYCLED = 31 * 2**20
+"""Bytes of pixels that are read at once, unless a single batch has more. For 32 MiB and more, the C library asks the
+system for new memory each time, which takes as long as to copy them into it."""
 
 T = TypeVar("T")
 _logger = logging.getLogger("kd_pipeline")
 
 
 @dataclass(frozen=True, slots=True)
-class ReadBatch:
-    """A batch as DALI returns it."""
-
-    images: Any
-    """DALI's dense tensor, `[M, 3, H, W]`, of this batch and possibly others."""
-    rows: slice
-    """The rows of `images` that are this batch."""
-    metadata: NDArray[np.int64]
-    """`[F, N]`, what the images show, substitutes included; its rows are named above."""
-    plan: BatchPlan
-    """What was planned."""
-
-
-@dataclass(frozen=True, slots=True)
-class _PlannedBatch:
-    plan: BatchPlan
-    metadata: NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
+class GroupPlan:
     """Batches of one epoch that DALI processes at once."""
 
     epoch: int
     number: int
     """Number of the first batch."""
-    batches: Sequence[_PlannedBatch]
+    ends: list[int]
+    """0, and the row after the last of each batch."""
+    plan: BatchPlan
+    """What was planned, of all batches."""
+    metadata: NDArray[np.int64]
+    """`[F, M]`, what the images of all batches show, substitutes included; its rows are named above."""
 
-    def split(self, size: int) -> tuple["_Group", "_Group"]:
-        """The first `size` batches, and the rest."""
-        first, rest = self.batches[:size], self.batches[size:]
-        return _Group(self.epoch, self.number, first), _Group(self.epoch, self.number + len(first), rest)
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def rows(self, place: int) -> slice:
+        """The rows of the batch at `place` in the group."""
+        return slice(self.ends[place], self.ends[place + 1])
+
+    def part(self, start: int, stop: int) -> "GroupPlan":
+        """The batches at `start` to `stop - 1` in the group."""
+        first, ends = self.ends[start], self.ends[start : stop + 1]
+        rows = slice(first, ends[-1])
+        own = self.plan.part(rows), np.ascontiguousarray(self.metadata[:, rows])
+        return GroupPlan(self.epoch, self.number + start, [end - first for end in ends], *own)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class ReadGroup:
+    """Batches as DALI returns them, at once."""
+
+    images: Any
+    """DALI's dense tensor, `[M, 3, H, W]`."""
+    planned: GroupPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBatch:
+    """A batch of a group."""
+
+    group: ReadGroup
+    place: int
+    """Its place in the group."""
 
     @property
-    def ends(self) -> list[int]:
-        """0, and the row after the last of each batch."""
-        return list(accumulate((batch.metadata.shape[1] for batch in self.batches), initial=0))
+    def images(self) -> Any:
+        """DALI's dense tensor, `[M, 3, H, W]`, of this batch and possibly others."""
+        return self.group.images
 
-    def unpack(self, images: Any) -> dict[tuple[int, int], ReadBatch]:
-        """The batches in the group's `images`, by epoch and number."""
-        rows = [slice(*ends) for ends in pairwise(self.ends)]
-        return {
-            (self.epoch, number): ReadBatch(images, own, batch.metadata, batch.plan)
-            for number, (own, batch) in enumerate(zip(rows, self.batches, strict=True), self.number)
-        }
+    @property
+    def rows(self) -> slice:
+        """The rows of `images` that are this batch."""
+        return self.group.planned.rows(self.place)
+
+    @property
+    def metadata(self) -> NDArray[np.int64]:
+        """`[F, N]`, what the images show, substitutes included; its rows are named above."""
+        return self.group.planned.metadata[:, self.rows]
+
+    @property
+    def plan(self) -> BatchPlan:
+        """What was planned."""
+        return self.group.planned.plan.part(self.rows)
 
 
 class Reader:
@@ -111,7 +133,7 @@ class Reader:
         self._epochs = _Epochs(plan)
         self._thread = ThreadPoolExecutor(1, "kd_pipeline-prepare")
         self._graph: Graph | None = None
-        self._pulled: deque[_Group] = deque()
+        self._pulled: deque[GroupPlan] = deque()
         self._next: tuple[int, int] | None = None
         self._ungrouped: int | None = None
         """Epoch in which batches come one by one, after a group failed."""
@@ -153,11 +175,12 @@ class Reader:
             self._graph = Graph(inputs, self._source.stores, self._transform, self._settings, self._checker)
         try:
             images = self._graph.take(stream)
-            batches = self._pulled.popleft().unpack(images)
-            self._next, self._retried = self._after(max(batches)), None
-            return batches
+            group = ReadGroup(images, self._pulled.popleft())
+            numbers = range(group.planned.number, group.planned.number + len(group.planned))
+            self._next, self._retried = self._after((epoch, numbers[-1])), None
+            return {(epoch, own): ReadBatch(group, place) for place, own in enumerate(numbers)}
         except RuntimeError as failure:
-            planned = self._pulled[0].batches if self._pulled else []  # none if the source itself failed
+            planned = self._pulled[0] if self._pulled else None  # None if the source itself failed
             self.stop()
             self._explain(failure, planned, epoch, number)
             return {}
@@ -165,21 +188,21 @@ class Reader:
             self.stop()  # what was pulled may be lost, as after an interrupt
             raise
 
-    def _explain(self, failure: RuntimeError, batches: Sequence[_PlannedBatch], epoch: int, number: int) -> None:
-        """Find out why DALI failed on batches from `number` on; return if they should be requested again.
+    def _explain(self, failure: RuntimeError, group: GroupPlan | None, epoch: int, number: int) -> None:
+        """Find out why DALI failed on a group that starts with batch `number`; return if it should be requested again.
 
         Raises:
             BadSampleError, TooManyBadSamplesError: a sample is the reason.
             RuntimeError: `failure` itself, if it is the source's or came for the second time.
         """
-        if len(batches) > 1:
+        if group is not None and len(group) > 1:
             # An error is raised at the batch that it belongs to.
-            _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", len(batches), epoch + 1)
+            _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", len(group), epoch + 1)
             self._ungrouped = epoch
             return
-        if any(self.bad_samples.examine(batch.plan.index) for batch in batches):
+        if group is not None and self.bad_samples.examine(group.plan.index):
             return
-        if not batches or self._retried == (epoch, number):
+        if group is None or self._retried == (epoch, number):
             self._retried = None
             failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
             raise failure
@@ -214,13 +237,13 @@ class Reader:
         """
         size = 1
         for block, inputs in _one_ahead(self._blocks(epoch, number), self._thread):
-            row = 0
-            while block.batches:
-                group, block = block.split(size)
-                self._pulled.append(group)
-                row, first = row + group.ends[-1], row
-                yield inputs.part(slice(first, row))
-                size = 1 if group.epoch == self._ungrouped else min(2 * size, self._max_batches())
+            place = 0
+            while place < len(block):
+                end = min(place + size, len(block))
+                self._pulled.append(block.part(place, end))
+                yield inputs.part(slice(block.ends[place], block.ends[end]))
+                size = 1 if block.epoch == self._ungrouped else min(2 * size, self._max_batches())
+                place = end
 
     def _max_batches(self) -> int:
         """How many batches may form a group, given the size of the files read last."""
@@ -228,45 +251,50 @@ class Reader:
         fitting = _GROUP_FILE_PIXELS // (area * self._plan.batch_size) if area > 0 else 1
         return max(1, min(self._group_size, int(fitting)))
 
-    def _blocks(self, epoch: int, number: int) -> Iterator[tuple[_Group, GraphInput]]:
+    def _blocks(self, epoch: int, number: int) -> Iterator[tuple[GroupPlan, GraphInput]]:
         """Many batches at once, without end.
 
         The set of unreadable samples does not change meanwhile: whoever finds one stops and starts again.
         """
-        size = max(1, _BLOCK // self._plan.batch_size) if self._source.stores == "files" else self._group_size
+        is_of_files = self._source.stores == "files"
+        size = max(1, _BLOCK // self._plan.batch_size) if is_of_files else 1
         while True:
-            batches = self._epochs.at(epoch)
-            for first in range(number, len(batches), size):
-                plans = [batches[index] for index in range(first, min(first + size, len(batches)))]
-                planned, inputs = self._prepare(plans, epoch)
-                yield _Group(epoch, first, planned), inputs
+            order = self._epochs.at(epoch)
+            while number < len(order):
+                plan, sizes = order.batches(number, min(number + size, len(order)))
+                ends = [0, *accumulate(sizes)]
+                metadata, inputs = self._prepare(plan, ends, epoch)
+                yield GroupPlan(epoch, number, ends, plan, metadata), inputs
+                number += len(sizes)
+                if not is_of_files:
+                    fitting = _MAX_RECYCLED // (inputs.data[0].nbytes * self._plan.batch_size)
+                    size = max(1, min(self._group_size, fitting))
             epoch, number = epoch + 1, 0
 
-    def _prepare(self, plans: Sequence[BatchPlan], epoch: int) -> tuple[list[_PlannedBatch], GraphInput]:
-        """Batches with their metadata, and the samples of all of them as one input."""
-        index, readable = self.bad_samples.substitute(np.concatenate([plan.index for plan in plans]))
+    def _prepare(self, plan: BatchPlan, ends: list[int], epoch: int) -> tuple[NDArray[np.int64], GraphInput]:
+        """The metadata of the batches that `plan` has one after the other, and their samples as one input."""
+        index, readable = self.bad_samples.substitute(plan.index)
         data = self._source.read(index)
         if self._source.stores == "files":
             data = self._checker.kinds.only_files(index, data)
-        valid = np.concatenate([plan.valid for plan in plans]) & readable
-        repeat = np.concatenate([plan.repeat for plan in plans])
+        valid = plan.valid & readable
         num_draws = self._transform.num_draws
         count = num_draws if self._mix is None else max(num_draws, self._mix.num_draws)
-        draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=repeat).astype(np.float64)
-        cuts = np.cumsum([len(plan.index) for plan in plans])[:-1]
-        metadata = np.split(np.stack([index, self._labels[index], valid]), cuts, axis=1)
+        draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=plan.repeat).astype(np.float64)
+        metadata = np.stack([index, self._labels[index], valid])
         if self._mix is not None:
-            size, repeats = self._transform.size, self._plan.repeats
-            parts = zip(np.split(draws, cuts), np.split(valid, cuts), strict=True)
-            mixed = [plan_mixing(self._mix, *part, size=size, repeats=repeats) for part in parts]
-            metadata = [np.concatenate([own, columns.T]) for own, columns in zip(metadata, mixed, strict=True)]
+            mixing = [self._plan_mixing(self._mix, draws[first:end], valid[first:end]) for first, end in pairwise(ends)]
+            metadata = np.concatenate([metadata, np.concatenate(mixing).T])
         inputs = GraphInput(
             index=index,
             data=data,
             crop=self._transform.crop.parameters(draws[:, :num_draws]),
             parameters=parameters_of(self._transform, draws[:, :num_draws]),
         )
-        return [_PlannedBatch(*pair) for pair in zip(plans, map(np.ascontiguousarray, metadata), strict=True)], inputs
+        return metadata, inputs
+
+    def _plan_mixing(self, mix: MixSettings, draws: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.int64]:
+        return plan_mixing(mix, draws, valid, size=self._transform.size, repeats=self._plan.repeats)
 
 
 class _Epochs:

@@ -5,14 +5,17 @@ import logging
 import torch
 from torch import Tensor
 
-__all__ = ["UniformCounter", "is_uniform"]
+__all__ = ["UniformCounter", "counted", "is_uniform"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 _MANY = 0.01
 """Share of an epoch's images above which those of a single color are reported."""
-_STRIDES = 64, 8, 1
-"""On a CPU every 64th pixel in both directions is looked at first, and more of the images where these are equal."""
+_STRIDE, _CLOSER = 64, (8, 1)
+"""On a CPU, every 64th pixel in both directions is looked at where the middle is as red as the first pixel, and more of
+the images where these are equal."""
+_MAX_KEPT = 64
+"""Batches that are counted at once."""
 
 
 def is_uniform(images: Tensor) -> Tensor:
@@ -23,11 +26,19 @@ def is_uniform(images: Tensor) -> Tensor:
     first = images[:, :, :1, :1]
     if images.device.type != "cpu":
         return (images == first).flatten(1).all(1)
-    uniform = (images[:, :, :: _STRIDES[0], :: _STRIDES[0]] == first).flatten(1).all(1)
+    height, width = images.shape[2:]
+    uniform = images[:, 0, height // 2, width // 2] == images[:, 0, 0, 0]
+    rows = uniform.nonzero().flatten()
+    uniform[rows] = (images[:, :, ::_STRIDE, ::_STRIDE][rows] == first[rows]).flatten(1).all(1)
     for row in uniform.nonzero().flatten().tolist():
         image, color = images[row], first[row]
-        uniform[row] = all(bool((image[:, ::step, ::step] == color).all()) for step in _STRIDES[1:])
+        uniform[row] = all(bool((image[:, ::step, ::step] == color).all()) for step in _CLOSER)
     return uniform
+
+
+def counted(uniform: Tensor, valid: Tensor) -> Tensor:
+    """`[2, N]` bool, which images a `UniformCounter` counts as `uniform` `[N]`, and which it counts: the valid ones."""
+    return torch.stack([uniform & valid, valid])
 
 
 class UniformCounter:
@@ -35,19 +46,23 @@ class UniformCounter:
 
     def __init__(self) -> None:
         self._counts: Tensor | None = None
+        self._to_count: list[Tensor] = []
         self._has_reported = False
 
     def restart(self) -> None:
         """Count from zero."""
         self._counts = None
+        self._to_count.clear()
 
-    def add(self, uniform: Tensor, valid: Tensor) -> None:
-        """Count those of a batch that are `uniform` `[N]`, and those that are `valid` `[N]`."""
-        counts = torch.stack([uniform & valid, valid]).sum(1)
-        self._counts = counts if self._counts is None else self._counts + counts
+    def add(self, counted: Tensor) -> None:
+        """Count the images of a batch; `counted` `[2, N]` bool is what `counted` returned for them."""
+        self._to_count.append(counted)
+        if len(self._to_count) == _MAX_KEPT:
+            self._count()
 
     def read(self) -> tuple[int, int]:
         """How many images were of a single color, and how many were counted; waits for the device."""
+        self._count()
         if self._counts is None:
             return 0, 0
         num_uniform, num_images = self._counts.tolist()
@@ -65,3 +80,9 @@ class UniformCounter:
                 "files that are decoded wrongly; kd-pipeline check names the files that have a single color as a whole",
                 *(num_uniform, num_images, epoch),
             )
+
+    def _count(self) -> None:
+        if self._to_count:
+            counts = torch.cat(self._to_count, 1).sum(1)
+            self._counts = counts if self._counts is None else self._counts + counts
+            self._to_count.clear()

@@ -451,7 +451,7 @@ class KDDataLoader:
         try:
             for pending in self._pending(*position.here):
                 self._sync.hand_over(pending.event, pending.torch_owned)
-                self._uniform.add(pending.is_uniform, pending.batch.valid)
+                self._uniform.add(pending.counted)
                 position.advance()
                 consumer.take(sys._getframe().f_back)
                 try:

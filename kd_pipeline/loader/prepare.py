@@ -1,17 +1,19 @@
 """One batch on its way from DALI through mixing and the teacher to the consumer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.mixing import MixSettings, mix_images, mix_labels
-from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Reader
+from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Reader, ReadGroup
 from kd_pipeline.data.sources import Source
-from kd_pipeline.data.uniform import is_uniform
+from kd_pipeline.data.uniform import counted, is_uniform
 from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -29,8 +31,8 @@ class PendingBatch:
     torch_owned: list[Tensor]
     """The tensors whose memory torch allocated: all but the images, and these too if mixed."""
     event: Any
-    is_uniform: Tensor
-    """`[N]` bool, images that had a single color before they were mixed."""
+    counted: Tensor
+    """`[2, N]` bool, for the counter of images that had a single color before they were mixed."""
 
     def cloned(self) -> KDBatch:
         """The batch in memory of its own."""
@@ -56,27 +58,45 @@ class Preparation:
     teacher: Teacher | Recording | None
     device: torch.device
     sync: StreamSync
+    _groups: WeakKeyDictionary[ReadGroup, list[tuple[Tensor, ...]]] = field(default_factory=WeakKeyDictionary)
+    """What `_split` returned for the groups of which batches are to come."""
 
     def prepare(self, reader: Reader, epoch: int, number: int) -> PendingBatch:
         """Take a batch from DALI and start the teacher on it."""
         read = reader.read(epoch, number, self.sync.stream)
         with self.sync.on_teacher_stream():
-            images, metadata = self.sync.as_tensor(read.images)[read.rows], self.sync.to_device(read.metadata)
+            batches = self._groups.get(read.group)
+            if batches is None:
+                batches = self._groups[read.group] = self._split(read.group)
+            images, metadata, index, valid, counted = batches[read.place]
             labels = None if self.source.labels is None else metadata[LABEL]
-            uniform = is_uniform(images)
             if self.mix is not None:
                 images, labels = self._mixed(self.mix, images, labels, metadata[MIXING].T)
-            batch = KDBatch(
-                images=images,
-                labels=labels,
-                index=metadata[INDEX],
-                valid=metadata[VALID].bool(),
-                teacher=self._teacher_outputs(images, read, epoch),
-            )
-            owned = [batch.index, batch.valid, uniform, *batch.teacher.values(), *([] if labels is None else [labels])]
+            outputs = self._teacher_outputs(images, read, epoch)
+            batch = KDBatch(images=images, labels=labels, index=index, valid=valid, teacher=outputs)
+            owned = [index, valid, counted, *outputs.values(), *([] if labels is None else [labels])]
             if self.mix is not None:
                 owned.append(images)
-            return PendingBatch(batch, read.images, owned, self.sync.record_event(), uniform)
+            return PendingBatch(batch, read.images, owned, self.sync.record_event(), counted)
+
+    @torch.inference_mode(False)  # the next batch may be trained on
+    def _split(self, group: ReadGroup) -> list[tuple[Tensor, ...]]:
+        """Images, metadata, index, valid and `counted` of each batch of a group, as parts of the group's tensors.
+
+        What is done to all batches at once takes as long as for one of them.
+        """
+        images, metadata = self.sync.as_tensor(group.images), self.sync.to_device(group.planned.metadata)
+        valid = metadata[VALID].bool()
+        of_images = counted(is_uniform(images), valid)
+        sizes = [end - start for start, end in pairwise(group.planned.ends)]
+        parts = (
+            images.split_with_sizes(sizes),
+            metadata.split_with_sizes(sizes, 1),
+            metadata[INDEX].split_with_sizes(sizes),
+            valid.split_with_sizes(sizes),
+            of_images.split_with_sizes(sizes, 1),
+        )
+        return list(zip(*parts, strict=True))
 
     def _mixed(
         self, mix: MixSettings, images: Tensor, labels: Tensor | None, columns: Tensor

@@ -142,6 +142,7 @@ class _SelectedEpoch(EpochPlan):
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, number: int) -> BatchPlan:
+    def batches(self, start: int, stop: int) -> tuple[BatchPlan, list[int]]:
         position = self.position
-        return BatchPlan(self.order[position], np.ones(len(position), np.bool_), position % self.plan.repeats, position)
+        plan = BatchPlan(self.order[position], np.ones(len(position), np.bool_), position % self.plan.repeats, position)
+        return plan, [len(position)]

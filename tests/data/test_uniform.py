@@ -2,7 +2,7 @@
 
 import torch
 
-from kd_pipeline.data.uniform import UniformCounter, is_uniform
+from kd_pipeline.data.uniform import UniformCounter, counted, is_uniform
 
 
 def test_one_color_per_image() -> None:
@@ -28,5 +28,5 @@ def test_counter_counts_valid_images() -> None:
     images[1:] = 0.5
     images[3, 2, 69, 89] = 0.25
     for _ in range(2):
-        counter.add(is_uniform(images), torch.tensor([True, True, False, True]))
+        counter.add(counted(is_uniform(images), torch.tensor([True, True, False, True])))
     assert counter.read() == (2, 6)

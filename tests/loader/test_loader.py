@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import kd_pipeline.loader.loader
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.reader import INDEX
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, load_classes
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
@@ -341,13 +342,26 @@ def test_loader_options_are_loader_settings():
 
 
 @pytest.mark.parametrize("mix", [None, MixSettings(mixup=0.5)], ids=["plain", "mixed"])
-def test_metadata_reaches_device_in_one_copy(open_loader, monkeypatch, mix):
+def test_metadata_reaches_device_once_per_group(open_loader, monkeypatch, mix):
     copies = []
     to_device = StreamSync.to_device
     monkeypatch.setattr(StreamSync, "to_device", lambda sync, array: (copies.append(array), to_device(sync, array))[1])
-    for number, batch in enumerate(open_loader(SMALL, mix=mix, ahead=0), start=1):
-        assert len(copies) == number
+    index = []
+    for batch in open_loader(SMALL, mix=mix, ahead=0):
         assert batch.valid.dtype == torch.bool and batch.index.dtype == torch.int64
+        index.append(batch.index)
+    assert len(copies) < len(index)
+    np.testing.assert_array_equal(np.concatenate([copy[INDEX] for copy in copies]), np.concatenate(index))
+
+
+def test_batches_made_in_inference_mode_can_be_trained_on(open_loader):
+    loader = open_loader(SMALL, ahead=0)
+    weight = torch.ones((), requires_grad=True)
+    with torch.inference_mode():
+        iterator = iter(loader)
+        next(iterator), next(iterator)  # the second is in a group with the third
+    (weight * next(iterator).images).sum().backward()
+    assert weight.grad is not None
 
 
 # Teachers
