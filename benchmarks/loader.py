@@ -1,22 +1,25 @@
-"""Compare `KDDataLoader` with a bare DALI graph and with torchvision's two decoders, on the same JPEG files."""
+"""Compare `KDDataLoader` with a bare DALI graph, and on JPEG files with torchvision's two decoders."""
 
 import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch.utils.dlpack import from_dlpack
 
 from benchmarks.command import run_benchmark
+from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
@@ -39,30 +42,37 @@ from kd_pipeline.data.dali import DecodeMode
 from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.data.decode_trial import try_decoding
 from kd_pipeline.data.reader import group_size
-from kd_pipeline.data.sources import ImageFolder
+from kd_pipeline.data.sources import Arrays, ImageFolder, Source
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
 
-_LARGE_BATCH = 256
-"""As on a GPU, where the CPU time per batch in the consuming thread matters most."""
 _ON_DALI = ("KDDataLoader", "bare DALI graph")
-"""These have more rows: one for the large batch, to compare the cost of taking a batch with DALI's own, and those for
-decode modes and loads of the hardware decoder, which the other loaders do not have."""
+"""These have more rows: those for more batch sizes, to compare the cost of taking a batch with DALI's own, and those
+for decode modes and loads of the hardware decoder, which the other loaders do not have."""
+_ARRAY = Path("data/photographs.npy")
+_NUM_IMAGES, _SIDE = 1000, 256
+"""Images in the array that is created, and their height and width: as stored for training at 224 pixels."""
 
 
 class BenchLoaderSettings(Settings):
     """How the loaders are compared."""
 
+    source: Literal["files", "arrays"] = "files"
+    """JPEG files, or an array of images of 256 pixels, which only the loaders on DALI read."""
     root: Path | None = None
-    """JPEG files in class folders, few enough for the page cache. Defaults to `data/photographs`, which is created if
-    it does not exist."""
+    """JPEG files in class folders, or the array in an `.npy` file, few enough for the page cache. Defaults to
+    `data/photographs` or `data/photographs.npy`, which is created if it does not exist."""
     batch_size: int = Field(default=64, gt=0)
     """Images in a batch."""
+    more_batch_sizes: tuple[Annotated[int, Field(gt=0)], ...] = (256,)
+    """Batch sizes that get their own rows of as many images, unless there are too few of them. The large default is
+    that of a GPU, where the CPU time per batch in the consuming thread matters most."""
     size: int = Field(default=224, gt=0)
     """Height and width of the transformed images."""
     num_batches: int = Field(default=20, gt=0)
-    """Timed batches of each loader in each repeat, rounded up to whole groups of batches that become ready together."""
+    """Timed batches of `batch_size` of each loader in each repeat, rounded up to whole groups of batches that become
+    ready together."""
     repeats: int = Field(default=7, gt=0)
     """How often each row is measured."""
     num_threads: int | None = Field(default=None, gt=0)
@@ -77,6 +87,9 @@ class BenchLoaderSettings(Settings):
     """JSON file for the result."""
 
 
+_BATCH = ", batch of "
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeTask(LoadTask):
     """Also says how DALI decodes; the other loaders ignore it."""
@@ -84,6 +97,11 @@ class DecodeTask(LoadTask):
     decode: DecodeMode = "window"
     hw_decoder_load: float = 0.0
     """Fraction of the files for a GPU's hardware decoder."""
+
+    @property
+    def source(self) -> Source:
+        """The samples in `root`."""
+        return Arrays(self.root) if self.root.suffix == ".npy" else ImageFolder(self.root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +113,10 @@ class LoaderResult:
     environment: Mapping[str, Any]
 
     def ratio_to_first(self, row: Measurement) -> float:
-        """How many times as fast as the first row."""
-        return paired_ratio(row.images_per_s, self.rows[0].images_per_s)
+        """How many times as fast as the first row with this batch size."""
+        _, *batch = row.name.split(_BATCH)
+        first = next(other for other in self.rows if other.name.split(_BATCH)[1:] == batch)
+        return paired_ratio(row.images_per_s, first.images_per_s)
 
     def table(self) -> str:
         """Plain text: a line for each loader, and below them what the numbers are."""
@@ -125,8 +145,8 @@ class LoaderResult:
         ]
         note = (
             f"Medians of {len(self.rows[0].images_per_s)} interleaved repeats on {self.environment['num_cores']} "
-            f"core(s), {self.settings['device']}. Times as fast: as {self.rows[0].name}. Own: CPU time of Python, "
-            "planning and handing over. Memory: this process, second half over first."
+            f"core(s), {self.settings['device']}. Times as fast: as {self.rows[0].name} with this batch size. Own: CPU "
+            "time of Python, planning and handing over. Memory: this process, second half over first."
         )
         return "\n".join([*format_table(header, rows), note])
 
@@ -156,51 +176,67 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
         DataError: the folder has files other than JPEG, or too few for one batch.
         MissingPackageError: a package of the extra `bench` is not installed.
     """
-    require("torchvision", extra="bench")
     prepare_out(settings.out)
     device = resolve_device(settings.device)
     if settings.hw_decoder_loads and device.type == "cpu":
         raise ConfigError("hw_decoder_load: only a GPU has a hardware decoder for JPEG; omit it, or set device")
-    root = photographs(settings.root, report)
-    num_files = _read_all(root)
-    report(f"{num_files:,} files read once, so every loader finds them in the page cache")
+    if settings.source == "arrays":
+        root = _array(settings.root, report)
+        num_images = len(Arrays(root).read(np.arange(len(Arrays(root)))))
+    else:
+        require("torchvision", extra="bench")
+        root = photographs(settings.root, report)
+        num_images = _read_all(root)
+    report(f"{num_images:,} {settings.source} read once, so every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
     decode = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
     task = DecodeTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, decode)
-    tasks = _tasks(settings, task, num_files, report)
-    with ExitStack() as stack:
-        candidates = [
-            Candidate(name, partial(_run, stack.enter_context(closing(open_stream(own))), device))
-            for name, (open_stream, own) in tasks.items()
-        ]
-        # Each of torch's workers prepares a batch of its own, and all may become ready together, as do the small
-        # batches of a group in `KDDataLoader`: only full rounds are a fair measure.
-        at_once = math.lcm(num_threads, group_size(settings.batch_size, task.transform))
-        rows = measure(
-            candidates,
-            repeats=settings.repeats,
-            num_batches=-(-settings.num_batches // at_once) * at_once,
-            # Prefetched: `PREFETCH` rounds; with DALI also those of its reader and of the teacher.
-            num_warm_up=(PREFETCH + 2) * at_once,
-            report=report,
-        )
+    rows = _measure(settings, _tasks(settings, task, report), report)
+    for batch_size in settings.more_batch_sizes:
+        if num_images >= batch_size != settings.batch_size:
+            own = replace(task, batch_size=batch_size)
+            named = {f"{name}{_BATCH}{batch_size}": (LOADERS[name], own) for name in _ON_DALI}
+            rows += _measure(settings, named, report)
     used = {"root": str(root), "num_threads": num_threads, "device": str(device), "decode_auto": decode}
     result = LoaderResult(tuple(rows), settings.model_dump(mode="json") | used, environment())
     save_result(settings.out, result.to_json, report)
     return result
 
 
-def _tasks(
-    settings: BenchLoaderSettings, task: DecodeTask, num_files: int, report: Callable[[str], object]
-) -> dict[str, tuple[Callable[[DecodeTask], Stream], DecodeTask]]:
-    """Every row by name; a decode mode that does not work on this GPU is reported and has none."""
+_Tasks = dict[str, tuple[Callable[[DecodeTask], Stream], DecodeTask]]
+
+
+def _measure(settings: BenchLoaderSettings, tasks: _Tasks, report: Callable[[str], object]) -> list[Measurement]:
+    """Measure loaders with one batch size."""
+    task = next(own for _, own in tasks.values())
+    num_batches = -(-settings.num_batches * settings.batch_size // task.batch_size)
+    # Each of torch's workers prepares a batch of its own, and all may become ready together, as do the small batches
+    # of a group in `KDDataLoader`: only full rounds are a fair measure.
+    at_once = math.lcm(task.num_threads, group_size(task.batch_size, task.transform))
+    with ExitStack() as stack:
+        candidates = [
+            Candidate(name, partial(_run, stack.enter_context(closing(open_stream(own))), own.device))
+            for name, (open_stream, own) in tasks.items()
+        ]
+        return measure(
+            candidates,
+            repeats=settings.repeats,
+            num_batches=-(-num_batches // at_once) * at_once,
+            # Prefetched: `PREFETCH` rounds; with DALI also those of its reader and of the teacher.
+            num_warm_up=(PREFETCH + 2) * at_once,
+            report=report,
+        )
+
+
+def _tasks(settings: BenchLoaderSettings, task: DecodeTask, report: Callable[[str], object]) -> _Tasks:
+    """Every row with `batch_size` by name; a decode mode that does not work on this GPU is reported and has none."""
+    if settings.source == "arrays":
+        return {name: (LOADERS[name], task) for name in _ON_DALI}
     tasks = {name: (open_stream, task) for name, open_stream in LOADERS.items()}
 
     def add(label: str, **changes: Any) -> None:
         tasks.update({f"{name}, {label}": (LOADERS[name], replace(task, **changes)) for name in _ON_DALI})
 
-    if num_files >= _LARGE_BATCH != task.batch_size:
-        add(f"batch of {_LARGE_BATCH}", batch_size=_LARGE_BATCH)
     gpu = task.device.index
     for decode in settings.decode:
         # A decode mode that crashes on this GPU would end the whole benchmark.
@@ -220,7 +256,7 @@ def _tasks(
 
 def _kd_data_loader(task: DecodeTask) -> Stream:
     with KDDataLoader(
-        ImageFolder(task.root),
+        task.source,
         task.transform,
         batch_size=task.batch_size,
         last_batch="drop",
@@ -236,11 +272,10 @@ def _kd_data_loader(task: DecodeTask) -> Stream:
 
 
 def _dali_graph(task: DecodeTask) -> Stream:
-    """The shortest graph that does the work: DALI itself reads, shuffles and draws random numbers."""
+    """The shortest graph that does the work: DALI itself reads files, shuffles and draws random numbers."""
     dali = require("nvidia.dali", extra="cpu")
     fn, types = require("nvidia.dali.fn", extra="cpu"), dali.types
-    source, transform = ImageFolder(task.root), task.transform
-    assert source.labels is not None
+    source, transform = task.source, task.transform
     stream: torch.cuda.Stream | None = None
     decoder: dict[str, Any] = {"device": "cpu"}
     if task.device.type == "cuda":
@@ -254,20 +289,29 @@ def _dali_graph(task: DecodeTask) -> Stream:
         prefetch_queue_depth=PREFETCH,
     )
     with pipeline:
-        encoded, labels = fn.readers.file(
-            files=[source.name(index) for index in range(len(source))],
-            labels=source.labels.tolist(),
-            shuffle_after_epoch=True,
-        )
         crop = {"random_area": transform.area, "random_aspect_ratio": transform.ratio}
         size = [transform.size, transform.size]
         resize = {"size": size, "interp_type": types.INTERP_TRIANGULAR, "antialias": True}
-        if task.decode == "full":
-            images = fn.decoders.image(encoded, output_type=types.RGB, **decoder)
-            images = fn.random_resized_crop(images, **crop, **resize)
+        if source.stores == "pixels":
+            pixels, labels = fn.external_source(
+                _shuffled(task), num_outputs=2, ndim=[3, 0], layout=["HWC", ""], no_copy=task.device.type == "cpu"
+            )
+            if task.device.type == "cuda":
+                pixels = pixels.gpu()
+            images = fn.random_resized_crop(pixels, **crop, **resize)
         else:
-            images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **crop, **decoder)
-            images = fn.resize(images, **resize)
+            assert source.labels is not None
+            encoded, labels = fn.readers.file(
+                files=[source.name(index) for index in range(len(source))],
+                labels=source.labels.tolist(),
+                shuffle_after_epoch=True,
+            )
+            if task.decode == "full":
+                images = fn.decoders.image(encoded, output_type=types.RGB, **decoder)
+                images = fn.random_resized_crop(images, **crop, **resize)
+            else:
+                images = fn.decoders.image_random_crop(encoded, output_type=types.RGB, **crop, **decoder)
+                images = fn.resize(images, **resize)
         images = fn.crop_mirror_normalize(
             images,
             mirror=fn.random.coin_flip(probability=transform.flip),
@@ -281,6 +325,17 @@ def _dali_graph(task: DecodeTask) -> Stream:
         images, labels = pipeline.run(stream)
         from_dlpack(labels.as_tensor())
         yield from_dlpack(images.as_tensor())
+
+
+def _shuffled(task: DecodeTask) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Full batches of an array and of their positions, without end."""
+    images = np.load(task.root, mmap_mode="r")
+    rng = np.random.default_rng(0)
+    while True:
+        order = rng.permutation(len(images))
+        for first in range(0, len(images) - task.batch_size + 1, task.batch_size):
+            index = order[first : first + task.batch_size]
+            yield images[index], index
 
 
 LOADERS: dict[str, Callable[[DecodeTask], Stream]] = {
@@ -298,6 +353,24 @@ def _run(stream: Stream, device: torch.device, num_batches: int) -> int:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # the batches are finished, not just queued
     return num_images
+
+
+def _array(path: Path | None, report: Callable[[str], object]) -> Path:
+    """Return `path`; None is `data/photographs.npy`, of crops of the photographs, which is created if it is missing."""
+    if path is not None:
+        return path
+    report(f"photographs: {_ARRAY}, created if it does not exist")
+    if not _ARRAY.exists():
+        photos = np.stack(require("sklearn.datasets", extra="bench").load_sample_images().images)
+        height, width = photos.shape[1:3]
+        rng = np.random.default_rng(0)
+        tops, lefts = (rng.integers(side - _SIDE, size=_NUM_IMAGES, endpoint=True) for side in (height, width))
+        places = enumerate(zip(tops, lefts, strict=True))
+        crops = [photos[number % 2, top : top + _SIDE, left : left + _SIDE] for number, (top, left) in places]
+        _ARRAY.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(_ARRAY) as file:
+            np.save(file, np.stack(crops))
+    return _ARRAY
 
 
 def _read_all(root: Path) -> int:

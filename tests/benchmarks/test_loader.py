@@ -124,25 +124,49 @@ def test_each_loader_has_a_row_with_every_repeat(measured: tuple[LoaderResult, l
 
 
 @pytest.mark.slow
-def test_large_folder_adds_rows_for_a_large_batch(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_batch_sizes_have_rows_on_dali(numbered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["KDDataLoader", "bare DALI graph"]
     monkeypatch.setattr(loader, "LOADERS", {name: LOADERS[name] for name in names})
-    for large, batch_size, expected in [(NUM_FILES, 12, 4), (NUM_FILES + 1, 12, 2), (12, 12, 2)]:
-        monkeypatch.setattr(loader, "_LARGE_BATCH", large)
-        settings = BenchLoaderSettings(
-            root=numbered, batch_size=batch_size, size=16, num_batches=1, repeats=1, num_threads=1
-        )
-        rows = bench_loader(settings).rows
-        assert [row.name for row in rows] == [*names, *(f"{name}, batch of {large}" for name in names)][:expected]
-        assert all(own > 0 for row in rows for own in row.own_s_per_batch)
+    settings = BenchLoaderSettings(
+        root=numbered,
+        batch_size=12,
+        more_batch_sizes=(12, NUM_FILES, NUM_FILES + 1),
+        size=16,
+        num_batches=1,
+        repeats=1,
+        num_threads=1,
+    )
+    result = bench_loader(settings)
+    suffixes = ["", f", batch of {NUM_FILES}"]
+    assert [row.name for row in result.rows] == [name + suffix for suffix in suffixes for name in names]
+    assert all(own > 0 for row in result.rows for own in row.own_s_per_batch)
+    assert [result.ratio_to_first(row) for row in result.rows[::2]] == [1, 1]
+
+
+@pytest.mark.slow
+def test_arrays_are_read_by_the_loaders_on_dali(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loader, "_NUM_IMAGES", 8)
+    settings = BenchLoaderSettings(
+        source="arrays", batch_size=4, more_batch_sizes=(8,), size=16, num_batches=1, repeats=1, num_threads=1
+    )
+    result = bench_loader(settings)
+    names = ["KDDataLoader", "bare DALI graph"]
+    assert [row.name for row in result.rows] == [*names, *(f"{name}, batch of 8" for name in names)]
+    assert np.load("data/photographs.npy").shape == (8, 256, 256, 3)
+    task = DecodeTask(Path("data/photographs.npy"), TRANSFORM, 4, 1, CPU)
+    kd, bare = (next(LOADERS[name](task)) for name in names)
+    assert kd.shape == bare.shape == (4, 3, SIZE, SIZE) and kd.dtype == bare.dtype
 
 
 @pytest.mark.slow
 def test_result_has_the_settings(measured: tuple[LoaderResult, list[str], Path]) -> None:
     result, _, here = measured
     assert result.settings == {
+        "source": "files",
         "root": "data/photographs",
         "batch_size": 8,
+        "more_batch_sizes": [256],
         "size": 33,
         "num_batches": 2,
         "repeats": 2,
