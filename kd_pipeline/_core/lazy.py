@@ -1,11 +1,16 @@
-"""Lazy imports of a package's public names (PEP 562)."""
+"""Lazy imports: of a package's public names (PEP 562), and of a module that others import and hardly ever use."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
-__all__ = ["lazy_exports"]
+__all__ = ["lazy_exports", "postpone_import"]
 
 
 def lazy_exports(
@@ -29,3 +34,64 @@ def lazy_exports(
         return sorted({*vars(sys.modules[package]), *modules})
 
     return getattr_, dir_, sorted(modules)
+
+
+@contextmanager
+def postpone_import(name: str, *, functions: Iterable[str] = ()) -> Iterator[None]:
+    """Let the code in this context `import name` at no cost, until it uses the module.
+
+    After the context, `name` is as if it had not been imported, unless it was used. Python's own `LazyLoader` imports
+    a module when it is asked whether it has a function, and leaves its substitute in `sys.modules`.
+
+    Args:
+        name: the module; its parent is imported.
+        functions: attributes that the module counts as having; calling one uses the module.
+    """
+    spec = None if name in sys.modules else _find(name)
+    if spec is None:
+        yield
+        return
+    substitute = _Substitute(name)
+    # Known without the import: `inspect` asks every module for its file.
+    substitute.__spec__, substitute.__loader__, substitute.__file__ = spec, spec.loader, spec.origin
+    for function in functions:
+        setattr(substitute, function, partial(_call, name, function))
+    sys.modules[name] = substitute
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, substitute)
+    try:
+        yield
+    finally:
+        _remove_substitute(name)
+
+
+class _Substitute(ModuleType):
+    """Takes every attribute from the module itself, which it imports for that."""
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(_import_itself(self.__name__), attribute)
+
+
+def _find(name: str) -> ModuleSpec | None:
+    try:
+        return find_spec(name)
+    except ModuleNotFoundError:  # the parent
+        return None
+
+
+def _import_itself(name: str) -> ModuleType:
+    _remove_substitute(name)
+    return import_module(name)
+
+
+def _call(name: str, function: str, *args: Any, **kwargs: Any) -> Any:
+    return getattr(_import_itself(name), function)(*args, **kwargs)
+
+
+def _remove_substitute(name: str) -> None:
+    if isinstance(sys.modules.get(name), _Substitute):
+        del sys.modules[name]
+    parent, _, child = name.rpartition(".")
+    if parent and isinstance(vars(sys.modules[parent]).get(child), _Substitute):
+        delattr(sys.modules[parent], child)

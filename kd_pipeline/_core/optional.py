@@ -6,6 +6,7 @@ import sys
 from types import ModuleType
 from typing import cast
 
+from kd_pipeline._core.lazy import postpone_import
 from kd_pipeline.errors import MissingPackageError
 
 __all__ = ["require", "switch_off_reports"]
@@ -17,6 +18,8 @@ _REPORTS_OFF = {
     "WANDB_ERROR_REPORTING": "false",
 }
 """What the packages document to switch their reports off; a variable that the user has set stays."""
+_WITH_TORCHMETRICS = ("lightning", "torchmetrics")
+"""Packages that import torchmetrics."""
 _OPENVINO_REPORTER = "openvino_telemetry"
 
 
@@ -28,6 +31,11 @@ def require(module: str, *, extra: str) -> ModuleType:
     """
     switch_off_reports()
     try:
+        if module.partition(".")[0] in _WITH_TORCHMETRICS:
+            # torchmetrics imports it only to ask for this function, for the sake of a package for speech. With it
+            # come half of SciPy and half a second.
+            with postpone_import("scipy.signal", functions=["hamming"]):
+                return importlib.import_module(module)
         return importlib.import_module(module)
     except ImportError as exc:
         raise MissingPackageError(

@@ -1,7 +1,12 @@
 """Base class of all settings."""
 
+import ast
+import inspect
 from collections.abc import Mapping
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -17,14 +22,38 @@ class Settings(BaseModel):
     `~` is expanded in every path, and URLs and variables such as `$DATA` are refused in every path.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     refused_keys: ClassVar[Mapping[str, str]] = {}
     """Keys that are no settings on purpose, and why; for the message about an unknown key."""
+
+    @classmethod
+    def docstring_of(cls, field: str) -> str:
+        """The docstring of a field; empty if it has none, or there is no source code to read it from."""
+        for base in cls.__mro__:
+            if field in vars(base).get("__annotations__", {}):
+                return _field_docstrings(base).get(field, "")
+        return ""
 
     @field_validator("*", mode="after")
     @classmethod
     def _read_paths(cls, value: Any) -> Any:
         return _with_local_paths(value)
+
+
+@cache
+def _field_docstrings(model: type) -> dict[str, str]:
+    """By field. Read when it is needed: pydantic's own way reads the code of every class while it is imported."""
+    try:
+        (code,) = ast.parse(dedent(inspect.getsource(model))).body
+    except OSError:
+        return {}
+    assert isinstance(code, ast.ClassDef)
+    found = {}
+    for field, docstring in pairwise(code.body):
+        match field, docstring:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = inspect.cleandoc(text)
+    return found
 
 
 def _with_local_paths(value: Any) -> Any:

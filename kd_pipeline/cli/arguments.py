@@ -10,10 +10,10 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from kd_pipeline._core.paths import local_path
+from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.text import printable
 from kd_pipeline.cli.printing import PrintableFormatter, print_message
 from kd_pipeline.errors import ConfigError, KDPipelineError
@@ -115,7 +115,7 @@ def path_option(text: str) -> Path:
 
 def add_options(
     parser: argparse._ActionsContainer,
-    model: type[BaseModel],
+    model: type[Settings],
     *fields: str,
     prefix: str = "",
     flags: Mapping[str, Sequence[str]] | None = None,
@@ -135,7 +135,10 @@ def add_options(
         field = model.model_fields[name]
         option = f"--{prefix}{name}".replace("_", "-")
         parser.add_argument(
-            *(flags or {}).get(name, [option]), dest=f"{prefix}{name}", help=_help(field), **_syntax(field.annotation)
+            *(flags or {}).get(name, [option]),
+            dest=f"{prefix}{name}",
+            help=_help(model, name),
+            **_syntax(field.annotation),
         )
 
 
@@ -198,9 +201,10 @@ def _sha256(text: str) -> str:
     return text.lower()
 
 
-def _help(field: FieldInfo) -> str:
+def _help(model: type[Settings], name: str) -> str:
     """The docstring of a field in argparse's style, and its default."""
-    text = " ".join((field.description or "").replace("`", "").split()).removesuffix(".")
+    field = model.model_fields[name]
+    text = " ".join(model.docstring_of(name).replace("`", "").split()).removesuffix(".")
     if text[1:2].islower():
         text = text[0].lower() + text[1:]
     if field.default not in (None, False, (), PydanticUndefined) and "defaults to" not in text:

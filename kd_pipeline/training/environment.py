@@ -5,7 +5,8 @@ import platform
 import shlex
 import socket
 import sys
-from importlib.metadata import distributions
+from collections.abc import Iterator
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def shown_settings(config: BaseModel, *, exclude_none: bool = False) -> dict[str
 
 def describe_environment() -> dict[str, Any]:
     """Command, folder, machine, and the version of every installed package; no environment variables."""
-    packages = {each.metadata["Name"]: each.version for each in distributions() if each.metadata["Name"]}
+    packages = {name: version for each in distributions() for name, version in _name_and_version(each)}
     return {
         "command": [sys.executable, *sys.argv[:1], *hide_in_arguments(sys.argv[1:])],
         "folder": os.getcwd(),
@@ -48,3 +49,12 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": dict(sorted(packages.items(), key=lambda each: each[0].lower())),
     }
+
+
+def _name_and_version(package: Distribution) -> Iterator[tuple[str, str]]:
+    """Nothing for a damaged package. `package.metadata` would also parse the description, which is a whole README."""
+    text = package.read_text("METADATA") or package.read_text("PKG-INFO") or ""
+    header = text.partition("\n\n")[0]
+    fields = dict(line.split(": ", 1) for line in header.splitlines() if line.startswith(("Name: ", "Version: ")))
+    if "Name" in fields and "Version" in fields:
+        yield fields["Name"], fields["Version"]
