@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.settings import Settings
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import TrainTransform
@@ -26,12 +28,15 @@ from kd_pipeline.teachers.recorded.recording import Recording
 if TYPE_CHECKING:
     from kd_pipeline.config.config import Config
 
-__all__ = ["ProbeReport", "ProbeSettings", "probe_teacher", "run_probe"]
+__all__ = ["FirstBatches", "ProbeReport", "ProbeSettings", "probe_teacher", "run_probe"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 _CONSTANT = 0.9
 """Share of one class among the predictions from which they count as constant."""
+_MAX_FALSE_ALARMS = 1e-3
+"""Probability that a teacher whose true top-1 is halfway from the required one to 1 is called bad. With fewer than
+about thirty images, a top-1 below the required one may be an accident."""
 _MAX_NAMED = 5
 """Pairs of a permutation to list in a message."""
 
@@ -40,11 +45,14 @@ class ProbeSettings(Settings):
     """How the teacher is probed at the start of a run."""
 
     num_samples: int = Field(default=512, ge=1)
-    """Training images to run the teacher on; all if there are fewer."""
+    """Training images to judge the teacher by; all if there are fewer."""
+    max_seconds: float = Field(default=3.0, gt=0, allow_inf_nan=False)
+    """Wall time after which it is judged by fewer images: those of the batches so far."""
     min_factor: float = Field(default=5.0, ge=1)
     """Required top-1, as a multiple of chance; at most halfway from chance to 1."""
     strict: bool = False
-    """Stop the run if the teacher fails this, or returns doubtful outputs when it opens, instead of a warning."""
+    """Stop the run if the teacher fails this, or returns doubtful outputs when it opens, instead of a warning. The
+    teacher is then probed before the first step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +101,55 @@ def probe_teacher(
     report = run_probe(config, teacher, settings, training=training)
     if report is None:
         return None
-    for problem in report.problems:
-        _logger.warning("teacher probe: %s", problem)
+    _log(report)
     if report.problems and settings is not None and settings.strict:
         raise TeacherError(
             f"the teacher failed its probe on {report.num_samples} training images: {'; '.join(report.problems)}. "
             "Correct it, or continue anyway with probe.strict: false"
         )
+    return report
+
+
+class FirstBatches:
+    """Probes a teacher by the first batches of a run, whose outputs the run needs anyway, and logs the report.
+
+    There must be no reason to look at others: `of_run` returns None if there is.
+    """
+
+    def __init__(self, loader: KDDataLoader, settings: ProbeSettings) -> None:
+        """Judge the teacher of `loader` by the batches that `add` gets."""
+        self._teacher, self._settings = loader.teacher, settings
+        self._classes, self._is_augmented = loader.classes, isinstance(loader.transform, TrainTransform)
+        self._rows = _Rows(settings)
+        self.is_done = False
+        """Whether enough has been seen and the report is logged."""
+
+    @classmethod
+    def of_run(cls, loader: KDDataLoader, settings: ProbeSettings) -> "FirstBatches | None":
+        """For a run that is not to stop, whose images show what its own probe would: shuffled, unmixed, each once."""
+        is_like_probe = loader.mix is None and loader.plan.shuffle and loader.plan.repeats == 1
+        has_all = isinstance(loader.teacher, Teacher) and loader.source.labels is not None
+        return cls(loader, settings) if is_like_probe and has_all and not settings.strict else None
+
+    def add(self, batch: KDBatch) -> None:
+        """Look at a batch; a GPU has to finish it first."""
+        self._rows.add(batch)
+        if self._rows.is_enough:
+            self.finish()
+
+    def finish(self) -> None:
+        """Judge the teacher by what has been seen, unless that is done."""
+        if not self.is_done and self._rows.num_rows:
+            self.is_done = True
+            labels_N, logits_NK = self._rows.take()
+            settings = self._settings
+            report = _judge(labels_N, logits_NK, settings.min_factor, self._classes, is_augmented=self._is_augmented)
+            _log(_with_probability_problem(report, logits_NK, self._teacher))
+
+
+def _log(report: ProbeReport) -> None:
+    for problem in report.problems:
+        _logger.warning("teacher probe: %s", problem)
     if not report.problems:
         _logger.info(
             "teacher probe: top-1 %.1f%% on %d training images%s (chance %.1f%%), mean confidence %.2f",
@@ -109,7 +159,6 @@ def probe_teacher(
             100 * report.chance,
             report.mean_confidence,
         )
-    return report
 
 
 def run_probe(
@@ -121,9 +170,10 @@ def run_probe(
 ) -> ProbeReport | None:
     """Run `teacher` on training images in the training transform's views, and compare its predictions with the labels.
 
-    The images are the first of a shuffled epoch, not mixed, and the same on every rank, so all ranks come to the same
-    result. The probe has a loader of its own and does not affect the run's position, files or random numbers. A
-    recording has no other outputs than those of the run; samples of its first epoch are taken.
+    The images are the first of a shuffled epoch, not mixed, and the same on every rank; how many there are also depends
+    on the time, so with several ranks let one of them decide. The probe has a loader of its own and does not affect the
+    run's position, files or random numbers. A recording has no other outputs than those of the run; samples of its
+    first epoch are taken.
 
     Args:
         config: the run; its seed and split `train` are used.
@@ -153,9 +203,9 @@ def run_probe(
     else:
         # Shuffled, because a folder lists one class after another.
         with KDDataLoader.from_config(
-            config, teacher=teacher, shard=Shard(), training=training, shuffle=True, **EACH_IMAGE_ONCE
+            config, teacher=teacher, shard=Shard(), training=training, shuffle=True, ahead=0, **EACH_IMAGE_ONCE
         ) as loader:
-            labels_N, logits_NK = _first_rows(loader, settings.num_samples)
+            labels_N, logits_NK = _first_rows(loader, settings)
     report = _judge(
         labels_N,
         logits_NK,
@@ -163,6 +213,12 @@ def run_probe(
         training.classes,
         is_augmented=isinstance(train.transform, TrainTransform),
     )
+    return _with_probability_problem(report, logits_NK, teacher)
+
+
+def _with_probability_problem(
+    report: ProbeReport, logits_NK: Tensor, teacher: Teacher | Recording | None
+) -> ProbeReport:
     # What was found when the teacher was opened is known already.
     known = " ".join(teacher.problems) if isinstance(teacher, Teacher) else ""
     problem = probability_problem(logits_NK)
@@ -171,17 +227,40 @@ def run_probe(
     return replace(report, problems=(*report.problems, f"the logits {problem}"))
 
 
-def _first_rows(loader: KDDataLoader, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Labels `[N]` and logits `[N, K]` of the first valid samples, on the CPU."""
-    labels: list[Tensor] = []
-    logits: list[Tensor] = []
-    for batch in loader:
+class _Rows:
+    """Labels and logits of the first valid samples, on the CPU."""
+
+    def __init__(self, settings: ProbeSettings) -> None:
+        self._settings, self._labels, self._logits = settings, list[Tensor](), list[Tensor]()
+        self._started_s = time.monotonic()
+        self.num_rows = 0
+
+    def add(self, batch: KDBatch) -> None:
         assert batch.labels is not None
-        labels.append(batch.labels[batch.valid].cpu())
-        logits.append(batch.teacher["logits"][batch.valid].cpu())
-        if sum(map(len, labels)) >= num_samples:
+        self._labels.append(batch.labels[batch.valid].cpu())
+        self._logits.append(batch.teacher["logits"][batch.valid].cpu())
+        self.num_rows += len(self._labels[-1])
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are as many as wanted, or some and the time is over."""
+        is_late = time.monotonic() - self._started_s >= self._settings.max_seconds
+        return self.num_rows >= self._settings.num_samples or (is_late and self.num_rows > 0)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Labels `[N]` and logits `[N, K]`."""
+        num_samples = self._settings.num_samples
+        return torch.cat(self._labels)[:num_samples], torch.cat(self._logits)[:num_samples]
+
+
+def _first_rows(loader: KDDataLoader, settings: ProbeSettings) -> tuple[Tensor, Tensor]:
+    """Labels `[N]` and logits `[N, K]` of the first valid samples, on the CPU."""
+    rows = _Rows(settings)
+    for batch in loader:
+        rows.add(batch)
+        if rows.is_enough:
             break
-    return torch.cat(labels)[:num_samples], torch.cat(logits)[:num_samples]
+    return rows.take()
 
 
 def _recorded_rows(recording: Recording, labels: NDArray[np.int64], num_samples: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +309,8 @@ def _judge(
         )
     labels_N, predicted_N = labels_N[finite_N], predicted_N[finite_N]
     permutation = _permutation(labels_N, predicted_N, required_top1, classes)
-    if num_bad_rows < num_samples and (top1 < required_top1 or permutation is not None):
+    is_bad = top1 < required_top1 and _is_no_accident(top1, num_samples, (1 + required_top1) / 2)
+    if num_bad_rows < num_samples and (is_bad or permutation is not None):
         facts = f"top-1 is {top1:.1%}, chance {chance:.1%}, required {required_top1:.1%}"
         facts += " on images augmented as for training" if is_augmented else ""
         hint = (
@@ -252,6 +332,18 @@ def _judge(
         predicted=tuple(predicted_K.tolist()),
         problems=tuple(problems),
     )
+
+
+def _is_no_accident(top1: float, num_samples: int, accuracy: float) -> bool:
+    """Whether a teacher of this accuracy would hardly ever get so few of so many samples right."""
+    if accuracy == 1:
+        return top1 < 1
+    log_right, log_wrong, log_ways = math.log(accuracy), math.log1p(-accuracy), math.lgamma(num_samples + 1)
+    probability = 0.0
+    for k in range(round(top1 * num_samples) + 1):
+        log_choices = log_ways - math.lgamma(k + 1) - math.lgamma(num_samples - k + 1)
+        probability += math.exp(log_choices + k * log_right + (num_samples - k) * log_wrong)
+    return probability < _MAX_FALSE_ALARMS
 
 
 def _constant(predicted_N: Tensor, classes: tuple[str, ...] | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ def build_trainer(
     device: torch.device,
     has_validation: bool,
     resume_step: int | None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """A `lightning.Trainer` for `module`; several processes must have been initialized by `init_distributed`.
 
@@ -45,6 +47,7 @@ def build_trainer(
         device: of the batches.
         has_validation: whether `module` has validation sets, whose metrics select the best checkpoint.
         resume_step: the step that the run resumes from, or None.
+        callbacks: more of Lightning's callbacks, which come first.
     """
     _silence_lightning()
     checkpoints = SaveLastAndBest(
@@ -81,7 +84,7 @@ def build_trainer(
         enable_model_summary=False,
         enable_checkpointing=True,
         logger=open_loggers(settings.loggers, folder, resume_step),
-        callbacks=[_progress_bar(), *early_stopping, checkpoints, StopOnSignal(checkpoints.save_last)],
+        callbacks=[_progress_bar(), *callbacks, *early_stopping, checkpoints, StopOnSignal(checkpoints.save_last)],
         plugins=[AtomicCheckpointIO(), environment],
         default_root_dir=folder.path,
     )

@@ -16,7 +16,7 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
-from kd_pipeline.evaluation.probe import probe_teacher
+from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.checkpoints import read_checkpoint
@@ -34,6 +34,7 @@ from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
+from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
 from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
@@ -118,6 +119,7 @@ class _StageRun(ExitStack):
         self._is_one_of_all = config.stage == "all"
         self._folder = _folder_of(config, stage)
         self._val_loaders: dict[str, KDDataLoader] = {}
+        self._callbacks: list[ProbeTeacher] = []
         self._reference: Teacher | None = None
         """The teacher for validation images; None for a recording, which has no outputs for them."""
 
@@ -147,8 +149,7 @@ class _StageRun(ExitStack):
                     _logger.warning("%s; the results are made again", exc)
         else:
             self._check_keeps_teacher(saved)
-            if teacher is not None and config.probe is not None:
-                probe_teacher(config, teacher, config.probe, training=self._source)
+            self._probe_teacher(loader)
         torch.manual_seed(config.seed % 2**63)  # for the initial weights of the student
         module = self._build_module(self._open_student(loader), loader, identity)
         if saved is not None and finished is not None:
@@ -201,6 +202,19 @@ class _StageRun(ExitStack):
             "validation": {name: self._val_loader(name).source.fingerprint for name in splits},
         }
 
+    def _probe_teacher(self, loader: KDDataLoader) -> None:
+        """Judge the teacher by the first batches of the training if they show enough, or else now."""
+        config, teacher = self._config, loader.teacher
+        if teacher is None or (settings := config.probe) is None:
+            return
+        if (first_batches := FirstBatches.of_run(loader, settings)) is not None:
+            self._callbacks.append(ProbeTeacher(first_batches))
+            return
+        if is_rank_zero() and isinstance(teacher, Teacher):
+            _logger.info("teacher probe: running it on training images, for about %g s", settings.max_seconds)
+        # One rank decides: in the same time, each may see a different number of images.
+        on_rank_zero(lambda: probe_teacher(config, teacher, settings, training=self._source))
+
     def _check_keeps_teacher(self, saved: SavedRun | None) -> None:
         """Refuse to train a teacher of which a student learns already, as a part of `stage: all`.
 
@@ -227,6 +241,7 @@ class _StageRun(ExitStack):
             device=loader.device,
             has_validation=bool(config.data.validated),
             resume_step=None if saved is None else saved.step,
+            callbacks=self._callbacks,
         )
         on_rank_zero(lambda: self._record_start(trainer, saved, changes))
         if is_rank_zero():

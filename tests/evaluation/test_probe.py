@@ -17,7 +17,7 @@ from kd_pipeline.data.settings import DataSettings, SplitSettings
 from kd_pipeline.data.sources.base import ArraysSettings
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.evaluation.probe import ProbeReport, ProbeSettings, _judge, probe_teacher, run_probe
+from kd_pipeline.evaluation.probe import FirstBatches, ProbeReport, ProbeSettings, _judge, probe_teacher, run_probe
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -338,3 +338,81 @@ def test_ranks_agree(tmp_path) -> None:
         assert probe_teacher(config, teacher) == alone
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("num_classes", "accuracy"), [(2, 0.9), (10, 0.8), (100, 0.5), (1000, 0.5)])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 5, 8, 16, 40])
+def test_few_images_are_no_false_alarm(num_classes: int, accuracy: float, num_samples: int) -> None:
+    rng = np.random.default_rng(num_samples)
+    num_alarms = 0
+    for _ in range(200):
+        labels = rng.integers(0, num_classes, size=num_samples)
+        is_right = rng.random(num_samples) < accuracy
+        choices = np.where(is_right, labels, rng.integers(0, num_classes, size=num_samples))
+        num_alarms += bool(_judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None).problems)
+    assert num_alarms <= 2
+
+
+@pytest.mark.parametrize("num_classes", [10, 100, 1000])
+def test_few_images_show_untrained_teacher(num_classes: int) -> None:
+    rng = np.random.default_rng(0)
+    labels, choices = rng.integers(0, num_classes, size=(2, 24))
+    (problem,) = _judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None).problems
+    assert "hardly recognizes these images" in problem
+
+
+def test_stops_at_its_time_after_a_batch(tmp_path) -> None:
+    assert probed(colors(tmp_path, batch_size=16), ColorNet(), max_seconds=1e-9).num_samples == 16
+
+
+def first_batches(config: RunConfig, net: nn.Module, **settings) -> tuple[KDDataLoader, FirstBatches | None]:
+    loader = KDDataLoader.from_config(config, teacher=teacher_of(net))
+    return loader, FirstBatches.of_run(loader, ProbeSettings(max_seconds=60, **settings))
+
+
+def test_first_batches_of_run_give_the_same_report(tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, "kd_pipeline")
+    config, net = colors(tmp_path, batch_size=64), ColorNet(order=[1, 2, 3, 4, 5, 6, 7, 8, 9, 0])
+    report = probed(config, net, num_samples=100)
+    caplog.clear()
+    loader, probe = first_batches(config, net, num_samples=100)
+    assert probe is not None
+    with loader:
+        for number, batch in enumerate(loader):
+            assert probe.is_done == (number >= 2)
+            if not probe.is_done:
+                probe.add(batch)
+    probe.finish()
+    assert [line for line in caplog.messages if "probe" in line] == [f"teacher probe: {it}" for it in report.problems]
+
+
+def test_short_epoch_is_judged_at_its_end(tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, "kd_pipeline")
+    loader, probe = first_batches(colors(tmp_path, num_samples=40, batch_size=20), ColorNet())
+    assert probe is not None
+    probe.finish()  # nothing was seen
+    with loader:
+        for batch in loader:
+            probe.add(batch)
+    assert not probe.is_done
+    probe.finish()
+    probe.finish()
+    assert [line.partition("%")[2] for line in caplog.messages if "top-1" in line] != [] and probe.is_done
+    assert sum("on 40 training images" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("split", "settings", "labeled"),
+    [
+        ({"mix": MixSettings(mixup=1.0, cutmix=0.0)}, {}, True),
+        ({"shuffle": False}, {}, True),
+        ({"repeats": 2}, {}, True),
+        ({}, {"strict": True}, True),
+        ({}, {}, False),
+    ],
+    ids=["mixed", "unshuffled", "repeated", "strict", "unlabeled"],
+)
+def test_other_runs_need_a_probe_before(tmp_path, split, settings, labeled: bool) -> None:
+    loader, probe = first_batches(colors(tmp_path, split=split, labeled=labeled), ColorNet(), **settings)
+    loader.close()
+    assert probe is None
