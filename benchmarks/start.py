@@ -1,4 +1,4 @@
-"""Time from typing `kd-pipeline train` to its first line, to the end of the imports and to the first step, on the digits.
+"""Time from typing `kd-pipeline train` to its first line, the end of its imports and its first step, on the digits.
 
     python -m benchmarks.start
     python -m benchmarks.start --against ../another-checkout

@@ -42,6 +42,7 @@ WRAPPED_IN = {
         "training.metrics_csv",
         "training.module",
         "training.signals",
+        "training.teacher_probe",
         "training.trainer",
         "workflows.doctor",
     },

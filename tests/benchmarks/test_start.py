@@ -11,13 +11,16 @@ from benchmarks import start
 @pytest.mark.slow
 def test_first_line_comes_before_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start.main(["--repeats", "1", "--out", str(tmp_path / "start.json")])
-    (result,) = json.loads((tmp_path / "start.json").read_text())["results"]
-    (first_line_s,), (first_step_s,) = result["first_line_s"], result["first_step_s"]
-    assert 0 < first_line_s < first_step_s
-    assert f"first line {first_line_s:.2f} s" in capsys.readouterr().out
+    results = json.loads((tmp_path / "start.json").read_text())["results"]
+    assert [result["stage"] for result in results] == ["baseline", "distill"]
+    out = capsys.readouterr().out
+    for result in results:
+        ((first_line_s,), (imports_done_s,), (first_step_s,)) = (result[name] for name in start.Start._fields)
+        assert 0 < first_line_s < imports_done_s < first_step_s
+        assert f"{result['stage']}: first line {first_line_s:.2f} s" in out
 
 
 @pytest.mark.slow
 def test_run_that_does_not_train_shows_its_output(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"does not train:\n[^$]*data/digits"):
-        start.start_once(start.ROOT, tmp_path, "run")
+        start.start_once(start.ROOT, tmp_path, "baseline", tmp_path / "run")

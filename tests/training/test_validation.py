@@ -206,7 +206,11 @@ def assert_same_run(resumed: Path, undisturbed: Path) -> None:
         assert distance(ours["state_dict"], theirs["state_dict"]) == 0
 
 
-def test_sources_are_opened_once(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_opens_nothing_twice(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also not for the probe, which judges the teacher by the first batches of the run."""
+    caplog.set_level("INFO", "kd_pipeline")
     opened: list[str] = []
     original = Arrays.__init__
 
@@ -217,6 +221,8 @@ def test_sources_are_opened_once(digits: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Arrays, "__init__", counted)
     run(digits, "once", probe={"num_samples": 8})
     assert sorted(opened) == ["train.npz", "val.npz"]
+    (line,) = [line for line in caplog.messages if line.startswith("teacher probe: ")]
+    assert "on 8 training images" in line or "top-1 is" in line
 
 
 @pytest.mark.slow
