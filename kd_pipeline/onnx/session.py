@@ -1,13 +1,15 @@
 """ONNX Runtime sessions."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.optional import require
+from kd_pipeline.onnx.outline import read_outline
 
-__all__ = ["ERROR", "FATAL", "open_session"]
+__all__ = ["ERROR", "FATAL", "fused_types", "open_session"]
 
 ERROR, FATAL = 3, 4
 """ONNX Runtime's log levels: errors, and only those that end the process."""
@@ -20,6 +22,7 @@ def open_session(
     num_threads: int | None = None,
     optimize: bool = True,
     log_level: int = ERROR,
+    save_optimized: Path | None = None,
 ) -> Any:
     """An `onnxruntime.InferenceSession` for the file `path`.
 
@@ -29,6 +32,7 @@ def open_session(
         num_threads: threads of the CPU provider; defaults to the cores of this process.
         optimize: whether the runtime may fuse nodes. If False, it runs each node as the file has it.
         log_level: `ERROR` or `FATAL`.
+        save_optimized: where to write the graph that the runtime has made of the file.
 
     Raises:
         MissingPackageError: `onnxruntime` is not installed.
@@ -40,4 +44,17 @@ def open_session(
     options.intra_op_num_threads = num_threads or num_cores()
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_optimized is not None:
+        options.optimized_model_filepath = str(save_optimized)
     return onnxruntime.InferenceSession(path, options, providers=[*providers, "CPUExecutionProvider"])
+
+
+def fused_types(path: Path) -> list[str]:
+    """The types of the nodes that ONNX Runtime makes of the file `path` on a CPU."""
+    with tempfile.TemporaryDirectory(prefix="kd-pipeline-") as folder:
+        optimized = Path(folder, "optimized.onnx")
+        # FATAL, as it warns that the file is for this CPU.
+        open_session(path, num_threads=1, log_level=FATAL, save_optimized=optimized)
+        with optimized.open("rb") as stream:
+            outline = read_outline(stream, optimized.stat().st_size)
+    return [str(node.op_type) for node in outline.model.graph.node]

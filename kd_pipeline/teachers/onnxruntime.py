@@ -1,7 +1,7 @@
 """ONNX Runtime as the teacher's runtime: an ONNX file on a CPU or an NVIDIA GPU, in the file's own precision."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,16 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import MissingPackageError, TeacherError
 from kd_pipeline.onnx.file import read_onnx
-from kd_pipeline.onnx.session import open_session
+from kd_pipeline.onnx.session import fused_types, open_session
 from kd_pipeline.onnx.weights import shortened
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["OnnxRuntimeTeacher", "why_no_cuda"]
 
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16}
+_INT8_LAYERS = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat"}
+_FLOAT_LAYERS = {"Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"}
+"""Products of activations, as in attention, among them."""
 _CUDA = "CUDAExecutionProvider"
 _CUDA_13_SINCE = "1.27"
 """The first onnxruntime-gpu on PyPI for CUDA 13; earlier ones are for CUDA 12."""
@@ -48,7 +51,8 @@ class OnnxRuntimeTeacher(Teacher):
         Args:
             onnx: the exported teacher.
             device: a CPU or an NVIDIA GPU.
-            precision: that of the file's weights, which the runtime cannot change; None takes any.
+            precision: that of the file's weights, which the runtime cannot change; None takes any, and `int8` is for a
+                file with Q/DQ nodes on a CPU.
             max_batch: largest number of images in one call.
             num_threads: threads of the CPU provider; defaults to the cores of this process.
             optimize: let the runtime fuse nodes, which drops the roundings with which a file emulates a precision.
@@ -59,7 +63,8 @@ class OnnxRuntimeTeacher(Teacher):
         """
         onnxruntime = require("onnxruntime", extra="cpu")
         self._file = file = read_onnx(onnx)
-        if precision not in (None, file.precision):
+        found = "int8" if precision == "int8" else file.precision
+        if precision not in (None, found):
             raise TeacherError(
                 f"{file.path} holds {file.precision} weights, wanted {precision}; ONNX Runtime runs a file as it is: "
                 f"set the teacher's precision to {file.precision}, or export the teacher in {precision}"
@@ -72,6 +77,10 @@ class OnnxRuntimeTeacher(Teacher):
         with file.private_copy() as copy:
             try:
                 self._session = open_session(copy, providers=providers, num_threads=num_threads, optimize=optimize)
+                if precision == "int8":
+                    _check_int8(fused_types(copy), file.path)
+            except TeacherError:
+                raise
             except Exception as exc:
                 raise TeacherError(f"ONNX Runtime cannot load {file.path}: {shortened(exc, copy, file.path)}") from exc
         if self._stream is not None and _CUDA not in self._session.get_providers():
@@ -84,13 +93,13 @@ class OnnxRuntimeTeacher(Teacher):
         """Of each output for one image, by the size of the image."""
         super().__init__(
             backend="onnxruntime",
-            precision=file.precision,
+            precision=found,
             device=device,
             images=file.images,
             outputs={name: TensorSpec(spec.shape, torch.float32) for name, spec in file.outputs.items()},
             max_batch=max_batch,
             classes=file.classes,
-            fingerprint=file.fingerprint("onnxruntime", file.precision),
+            fingerprint=file.fingerprint("onnxruntime", found),
         )
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
@@ -137,6 +146,16 @@ class OnnxRuntimeTeacher(Teacher):
 
     def _ordered(self, images: Tensor) -> AbstractContextManager[None]:
         return nullcontext() if self._stream is None else self._stream.ordered(images)
+
+
+def _check_int8(types: Sequence[str], path: Path) -> None:
+    """Raise a TeacherError unless most layers run in int8."""
+    num_int8, num_float = (sum(name in names for name in types) for names in (_INT8_LAYERS, _FLOAT_LAYERS))
+    if num_int8 <= num_float:
+        raise TeacherError(
+            f"ONNX Runtime runs {num_int8} of {num_int8 + num_float} layers of {path} in int8; set the teacher's "
+            "precision to fp32"
+        )
 
 
 class _CudaStream:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher, why_no_cuda
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
 from kd_pipeline.teachers.parity import CalibrationSet
 from kd_pipeline.teachers.pytorch import PyTorchTeacher, runtime_fingerprint
+from kd_pipeline.teachers.quantized import quantized_onnx
 from kd_pipeline.teachers.settings import Runtime, StudentPrecision, TeacherSettings
 from kd_pipeline.teachers.tensorrt.build import build_engine
 from kd_pipeline.teachers.tensorrt.load import open_engine
@@ -120,7 +122,8 @@ class Runner:
             raise TeacherError(
                 f"the {backend} backend runs ONNX files, and {exc}; use backend: pytorch, which runs any network"
             ) from exc
-        if self.module is not None and backend != "tensorrt":  # an engine's is that of what was built
+        # An engine's is that of what was built, and in int8 it is that of what was quantized on these images.
+        if self.module is not None and backend != "tensorrt" and teacher.precision != "int8":
             teacher.fingerprint = runtime_fingerprint(backend, teacher.precision, self.examined.digest)
         return teacher
 
@@ -130,15 +133,30 @@ class Runner:
         own = None if runtime.precision == "own" else runtime.precision
         match runtime.backend:
             case "openvino":
-                precision = own or "fp32"
-                return OpenVINOTeacher(self.onnx, precision=precision, max_batch=max_batch, num_threads=num_threads)
+                onnx, precision = self._file_for("openvino", own), own or "fp32"
+                return OpenVINOTeacher(onnx, precision=precision, max_batch=max_batch, num_threads=num_threads)
             case "onnxruntime":
-                device = self.inputs.device
+                onnx, device = self._file_for("onnxruntime", own), self.inputs.device
                 return OnnxRuntimeTeacher(
-                    self.onnx, device=device, precision=own, max_batch=max_batch, num_threads=num_threads
+                    onnx, device=device, precision=own, max_batch=max_batch, num_threads=num_threads
                 )
             case _:
                 return self._open_engine(own)
+
+    def _file_for(self, runtime: Literal["openvino", "onnxruntime"], precision: str | None) -> Path:
+        """The ONNX file for a runtime: the teacher's own, or quantized from it for int8."""
+        inputs = self.inputs
+        if precision != "int8":
+            return self.onnx
+        if inputs.device.type != "cpu":
+            raise ConfigError(f"{runtime} has int8 on a CPU only, and the images are on {inputs.device}; use tensorrt")
+        return quantized_onnx(
+            self.onnx,
+            runtime,
+            calibration_images=inputs.calibration_images,
+            batch_size=inputs.batch_size,
+            num_threads=self.settings.num_threads,
+        )
 
     def _open_module(self, precision: str) -> Teacher:
         settings, inputs = self.settings, self.inputs

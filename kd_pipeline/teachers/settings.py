@@ -37,6 +37,7 @@ _USED_BY = {
     "tensorrt": _USED_BY_RUNTIMES | _USED_BY_EXPORT | {"onnx", "engine", "runtime", "cuda_graph"},
     "recorded": _USED_BY_ALL | {"path", "verify"},
 }
+_USE_EIGHT_BITS = {"int8": ("openvino", "onnxruntime", "tensorrt"), "fp8": ("tensorrt",)}
 
 
 StudentPrecision = Literal["fp32", "bf16", "fp16"]
@@ -83,7 +84,8 @@ class TeacherSettings(Settings):
     """Precision of the arithmetic. `auto` is the one that the student trains in (`train.precision`), if the hardware
     has it and the teacher's outputs stay close enough to float32 on training images; else fp32. A model in PyTorch on a
     GPU runs in half precision in any case: bf16, or fp16 if the GPU has no bf16. An engine, and an ONNX file under
-    `onnxruntime`, keep their own. `int8` and `fp8` are for `tensorrt` only."""
+    `onnxruntime`, keep their own. `int8` quantizes an ONNX file, or a model's export,
+    on the run's own images, compares it with float32 and keeps it. `fp8` is for `tensorrt` only."""
     max_batch: int | None = Field(default=None, ge=1)
     """Largest number of images in one call. It defaults to 1024, and to the loader's batch size for an engine that is
     built from an ONNX file."""

@@ -1,0 +1,199 @@
+"""int8 teachers on CPUs: a float32 ONNX file quantized for a runtime, compared with float32, and kept."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+import re
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+from torch import Tensor
+
+from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.files import read_trusted
+from kd_pipeline._core.kept_files import kept_folder
+from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.text import printable
+from kd_pipeline.errors import ConfigError, TeacherError
+from kd_pipeline.onnx.file import OnnxFile, read_onnx
+from kd_pipeline.onnx.quantize import QUANTIZER_VERSION, quantize_onnx
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
+from kd_pipeline.teachers.openvino import OpenVINOTeacher
+from kd_pipeline.teachers.parity import CalibrationSet, check_parity, make_reference
+
+__all__ = ["QuantizedManifest", "quantized_onnx", "read_quantized_manifest"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+Runtime = Literal["openvino", "onnxruntime"]
+
+_FILE, _MANIFEST = "teacher.onnx", "manifest.json"
+_MAX_MANIFEST_BYTES = 1 << 20
+_MAX_CPUINFO_BYTES = 1 << 16
+"""Of /proc/cpuinfo, whose first processor is read."""
+_INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+"""Instructions for products of int8: without them the arithmetic takes about as long as in float32."""
+
+
+class _Recipe(Settings):
+    """Everything that determines the quantized file and how close it was found to be to float32."""
+
+    onnx_sha256: str
+    """Digest of the float32 file and its external weights."""
+    images_sha256: str
+    """Digest of the images that gave the ranges, and that the outputs were compared on."""
+    quantizer: int
+    """Version of the code that quantizes."""
+    runtime: Runtime
+    runtime_version: str
+    cpu: str
+    batch_sizes: tuple[int, ...]
+    """In which the outputs were compared."""
+
+    @property
+    def key(self) -> str:
+        """Hex digest of all fields."""
+        values = self.model_dump(mode="json", include=set(_Recipe.model_fields))
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class QuantizedManifest(_Recipe):
+    """What is known about a quantized teacher; kept beside it."""
+
+    quantized_sha256: str
+    """Digest of the quantized file."""
+    onnx: str
+    """Path of the float32 file at that time."""
+    num_images: int = Field(ge=1)
+    cosine: float
+    """Smallest cosine similarity with float32 for an image, over all images and outputs."""
+    top1_agreement: float
+    """Part of the images whose top class is the same in both, or tied with the top class in float32."""
+    kl: float
+    """Mean KL divergence between the two softmaxes at temperature 4, in nats."""
+
+
+def quantized_onnx(
+    onnx: Path,
+    runtime: Runtime,
+    *,
+    calibration_images: Callable[[], Tensor] | None,
+    batch_size: int | None = None,
+    num_threads: int | None = None,
+) -> Path:
+    """The float32 teacher `onnx` in int8 for a runtime on this CPU: made once, and kept in the user's cache.
+
+    The ranges of the activations come from the images. The outputs of the int8 teacher are compared with those of
+    float32 in the same runtime on the same images, one at a time and in batches of `batch_size`.
+
+    Args:
+        onnx: a float32 image classifier.
+        runtime: which runtime the file is for.
+        calibration_images: returns images `[N, 3, H, W]` float32 on the CPU, normalized for the teacher; it is called
+            at every start, as what is kept depends on them.
+        batch_size: usual number of images in one call.
+        num_threads: threads of the runtime; defaults to the cores of this process.
+
+    Raises:
+        ConfigError: there are no images.
+        TeacherError: the file is no float32 teacher, has nothing to quantize, the int8 teacher's outputs are too far
+            from float32, or the runtime does not compute in int8; what is kept is not what was written.
+        OSError: the cache cannot be written.
+        MissingPackageError: a package is not installed.
+    """
+    if calibration_images is None:
+        raise ConfigError(
+            "precision: int8 takes the ranges of its numbers from real images, and there are none; pass "
+            "calibration_images to open_teacher, or use bf16 or fp32"
+        )
+    file, images = read_onnx(onnx), calibration_images()
+    cpu, has_int8 = _describe_cpu()
+    recipe = _Recipe(
+        onnx_sha256=file.sha256,
+        images_sha256=hashlib.sha256(
+            f"{list(images.shape)}".encode() + images.contiguous().numpy().tobytes()
+        ).hexdigest(),
+        quantizer=QUANTIZER_VERSION,
+        runtime=runtime,
+        runtime_version=importlib.metadata.version(runtime),
+        cpu=cpu,
+        batch_sizes=tuple(sorted({1, batch_size or 1})),
+    )
+    folder = kept_folder("int8", recipe.key, partial(_make, file, recipe, images, num_threads))
+    manifest = read_quantized_manifest(folder)
+    _logger.info(
+        "the teacher in int8 for %s: %.1f %% of the top-1 classes of %d images are those of float32, cosine from %.4f, "
+        "KL divergence %.2g%s",
+        runtime,
+        100 * manifest.top1_agreement,
+        manifest.num_images,
+        manifest.cosine,
+        manifest.kl,
+        "" if has_int8 else "; this CPU has no instructions for int8 (VNNI, AMX), so expect no gain over fp32",
+    )
+    return folder / _FILE
+
+
+def read_quantized_manifest(folder: Path) -> QuantizedManifest:
+    """The manifest of the quantized teacher in `folder`, whose file is the one that was written with it.
+
+    Raises:
+        TeacherError: one of them is missing, was changed, or somebody else could have written it.
+    """
+    path, advice = folder / _MANIFEST, f"delete the folder {folder}, and start again"
+    try:
+        manifest = QuantizedManifest.model_validate_json(read_trusted(path, max_bytes=_MAX_MANIFEST_BYTES))
+    except OSError as exc:
+        raise TeacherError(f"{path} cannot be read: {exc.strerror or exc}; {advice}") from None
+    except ValidationError as exc:
+        raise TeacherError(printable(f"{path} is no manifest: {exc.errors()[0]['msg']}; {advice}")) from None
+    if (manifest.key, manifest.quantized_sha256) != (folder.name, read_onnx(folder / _FILE).sha256):
+        raise TeacherError(f"{folder} is not as it was written; {advice}")
+    return manifest
+
+
+def _make(file: OnnxFile, recipe: _Recipe, images: Tensor, num_threads: int | None, folder: Path) -> None:
+    """Fill the empty `folder` with the quantized file and its manifest."""
+    _logger.info("quantizing the teacher to int8 for %s on %d images, once", recipe.runtime, len(images))
+    with closing(_open(recipe.runtime, file.path, "fp32", num_threads)) as teacher:
+        reference = make_reference(teacher, CalibrationSet(images, "the calibration images"))
+    quantized = quantize_onnx(file.path, folder / _FILE, "int8", images, runtime=recipe.runtime)
+    with closing(_open(recipe.runtime, quantized, "int8", num_threads)) as teacher:
+        metrics = check_parity(reference, teacher, batch_sizes=recipe.batch_sizes, precision="int8")
+    if read_onnx(file.path).sha256 != recipe.onnx_sha256:
+        raise TeacherError(f"{file.path} was changed while it was quantized; start again when it no longer changes")
+    manifest = QuantizedManifest(
+        **recipe.model_dump(),
+        quantized_sha256=read_onnx(quantized).sha256,
+        onnx=printable(file.path),
+        num_images=len(images),
+        **metrics,
+    )
+    write_atomic(folder / _MANIFEST, f"{manifest.model_dump_json(indent=2)}\n", permissions=0o600)
+
+
+def _open(runtime: Runtime, onnx: Path, precision: Literal["fp32", "int8"], num_threads: int | None) -> Teacher:
+    if runtime == "openvino":
+        return OpenVINOTeacher(onnx, precision=precision, num_threads=num_threads)
+    return OnnxRuntimeTeacher(onnx, precision=precision, num_threads=num_threads)
+
+
+def _describe_cpu() -> tuple[str, bool]:
+    """Name and instructions of this CPU, and whether it has some for int8."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
+            text = stream.read(_MAX_CPUINFO_BYTES)
+    except OSError:
+        text = ""
+    fields = dict(re.findall(r"^(model name|flags|Features)\s*:\s*(.*)$", text.split("\n\n")[0], re.MULTILINE))
+    flags = set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())
+    own = [flag for flag in _INT8_FLAGS if flag in flags]
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    return printable(f"{name} ({', '.join(own) or 'no int8 instructions'})"), bool(own)
