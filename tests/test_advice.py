@@ -291,8 +291,8 @@ LOADERS = [
         "teacher={onnx: teacher.onnx, backend: onnxruntime, precision: fp32}",
     ),
     case(
-        "teacher={onnx: teacher.onnx, precision: int8, backend: openvino}",
-        "precision: int8 is for tensorrt only",
+        "teacher={onnx: teacher.onnx, precision: fp8, backend: openvino}",
+        "precision: fp8 is for tensorrt",
         "teacher={onnx: teacher.onnx, backend: openvino}",
     ),
     case(

@@ -60,8 +60,8 @@ class BenchStepSettings(Settings):
     student: ModelSettings = ModelSettings(torchvision="resnet18")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the student in all rows, by autocast."""
-    teacher_precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of the teacher in all rows except (a), where it is float32."""
+    teacher_precision: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
+    """Of the teacher in all rows except (a), where it is float32. PyTorch has no int8: (b) and (c) are in bf16 then."""
     batch_size: int = Field(default=32, gt=0)
     """Images in a step."""
     rows: tuple[str, ...] = tuple("abcdefg")

@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +33,8 @@ concurrently with everything else, and the time that a step waits for it counts 
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEMPERATURE = 4.0
+_NUM_CALIBRATED = 64
+"""Images that an int8 teacher takes its ranges from."""
 
 
 class StepTask(Settings):
@@ -51,12 +54,17 @@ class StepTask(Settings):
     """With its number of classes."""
     precision: Literal["fp32", "bf16", "fp16"]
     """Of the student's forward and backward pass, by autocast."""
-    teacher_precision: Literal["fp32", "bf16", "fp16"]
-    """Of the teacher wherever it is compiled."""
+    teacher_precision: Literal["fp32", "bf16", "fp16", "int8"]
+    """Of the teacher wherever it is compiled; PyTorch, which has no int8, runs it in bf16 then."""
     device: str
     """`cpu` or `cuda:<number>`."""
     num_threads: int
     """Of DALI, of a teacher on the CPU and of torch; also worker processes of torch's `DataLoader`."""
+
+    @property
+    def pytorch_precision(self) -> Literal["fp32", "bf16", "fp16"]:
+        """Of the teacher where PyTorch compiles it."""
+        return "bf16" if self.teacher_precision == "int8" else self.teacher_precision
 
 
 Step = Callable[["PhaseTimer"], int]
@@ -127,7 +135,7 @@ def _eager(task: StepTask, opened: ExitStack) -> Step:
 
 def _best_torch(task: StepTask, opened: ExitStack) -> Step:
     """The best of PyTorch: `decode_jpeg` to tensors, channels last, half precision, both networks compiled."""
-    dtype = _DTYPES[task.teacher_precision]
+    dtype = _DTYPES[task.pytorch_precision]
     network = _network(task.teacher, task).eval().to(dtype).to(memory_format=torch.channels_last)
     compiled = torch_compile(network)
 
@@ -162,7 +170,7 @@ def _plain(
 
 
 def _torch_teacher(task: StepTask, opened: ExitStack) -> Step:
-    settings = TeacherSettings(backend="pytorch", precision=task.teacher_precision, compile=True)
+    settings = TeacherSettings(backend="pytorch", precision=task.pytorch_precision, compile=True)
     return _distill(task, opened, _open_teacher(task, opened, settings, _network(task.teacher, task)), ahead=1)
 
 
@@ -289,7 +297,12 @@ def _open_teacher(
 ) -> Teacher:
     image_shape = (3, task.transform.size, task.transform.size)
     teacher = open_teacher(
-        settings, module=module, image_shape=image_shape, device=task.device, batch_size=task.batch_size
+        settings,
+        module=module,
+        image_shape=image_shape,
+        device=task.device,
+        batch_size=task.batch_size,
+        calibration_images=lambda: _calibration_images(task),
     )
     return opened.enter_context(closing(teacher))
 
@@ -307,6 +320,14 @@ def _batches(task: StepTask, teacher: Teacher | Recording | None, ahead: int) ->
     ) as loader:
         while True:
             yield from loader
+
+
+def _calibration_images(task: StepTask) -> Tensor:
+    """The first training images `[N, 3, H, W]` float32 on the CPU."""
+    num_batches = -(-_NUM_CALIBRATED // task.batch_size)
+    with closing(_batches(task, None, ahead=0)) as batches:
+        images = [batch.images.float().cpu() for batch in islice(batches, num_batches)]
+    return torch.cat(images)[:_NUM_CALIBRATED]
 
 
 def _resident_images(task: StepTask) -> Tensor:

@@ -28,7 +28,7 @@ _BACKENDS = {
     "bf16": ("pytorch", "onnxruntime", "openvino", "tensorrt"),
     "fp16": ("pytorch", "onnxruntime", "openvino", "tensorrt"),
     "fp8": ("tensorrt",),
-    "int8": ("tensorrt",),
+    "int8": ("onnxruntime", "openvino", "tensorrt"),
 }
 """What is tried, by precision; float32 first, as the reference for the others."""
 _COMPILED_PRECISIONS = ("fp32", "bf16", "fp16")
@@ -180,6 +180,8 @@ class BackendComparison:
             return "" if device == "cuda" else f"it needs an NVIDIA GPU, and the device is the {device.upper()}"
         if device != "cpu" and backend == "openvino":
             return "it runs on the CPU, and the device is a GPU; set device to cpu"
+        if (backend, precision) == ("onnxruntime", "int8"):
+            return "" if device == "cpu" else "ONNX Runtime runs int8 on a CPU; TensorRT does on a GPU"
         if backend == "onnxruntime" and (found := read_onnx(onnx).precision) != precision:
             return f"ONNX Runtime runs a file as it is, and this one has {found} weights"
         return ""

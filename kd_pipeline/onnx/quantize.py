@@ -202,11 +202,13 @@ def _fused_input(addition: Any, layers: Sequence[Any]) -> int | None:
 
 
 def _uses_of_output(layer: Any) -> list[tuple[Any, int]]:
-    """Who reads a convolution, after the activation function that is fused with it."""
+    """The nodes that read a convolution, after the Relu that is fused with it, and at which of their inputs."""
     value = layer.outputs[0]
     uses = list(value.uses())
     if len(uses) == 1 and uses[0].node.op_type == "Relu":
         value = uses[0].node.outputs[0]
+    if value.is_graph_output():  # it is needed in float32
+        return []
     return [(use.node, use.idx) for use in value.uses() if use.node.graph is layer.graph]
 
 

@@ -165,8 +165,11 @@ def _make(file: OnnxFile, recipe: _Recipe, images: Tensor, num_threads: int | No
     with closing(_open(recipe.runtime, file.path, "fp32", num_threads)) as teacher:
         reference = make_reference(teacher, CalibrationSet(images, "the calibration images"))
     quantized = quantize_onnx(file.path, folder / _FILE, "int8", images, runtime=recipe.runtime)
-    with closing(_open(recipe.runtime, quantized, "int8", num_threads)) as teacher:
-        metrics = check_parity(reference, teacher, batch_sizes=recipe.batch_sizes, precision="int8")
+    try:
+        with closing(_open(recipe.runtime, quantized, "int8", num_threads)) as teacher:
+            metrics = check_parity(reference, teacher, batch_sizes=recipe.batch_sizes, precision="int8")
+    except TeacherError as exc:  # EngineError is one
+        raise type(exc)(str(exc).replace(str(quantized), str(file.path))) from exc
     if read_onnx(file.path).sha256 != recipe.onnx_sha256:
         raise TeacherError(f"{file.path} was changed while it was quantized; start again when it no longer changes")
     manifest = QuantizedManifest(

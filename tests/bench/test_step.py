@@ -282,3 +282,29 @@ def test_given_settings_override_the_config() -> None:
 def test_incomplete_config_is_an_error(key: str, value: object, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         step_settings(Config.model_validate({**CONFIG, key: value}), BenchStepSettings())
+
+
+@pytest.mark.slow
+def test_int8_teacher(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    lines: list[str] = []
+    settings = BenchStepSettings(
+        root=photographs,
+        transform=TrainTransform(size=32),
+        teacher=SMALL,
+        student=SMALL,
+        teacher_precision="int8",
+        batch_size=8,
+        rows=("e",),
+        num_steps=1,
+        repeats=1,
+        num_threads=1,
+        device="cpu",
+    )
+    found = bench_step(settings, report=lines.append)
+    assert not [line for line in lines if "skipped:" in line]
+    assert [row.letter for row in found.rows] == ["e", "f", "loader", "teacher"]
+    assert "compiled teachers in int8" in found.table()
+    assert len(list((tmp_path / "cache/kd_pipeline/int8").glob("*/manifest.json"))) == 1, "the rows share it"
