@@ -11,13 +11,14 @@ _CPUINFO = Path("/proc/cpuinfo")
 _FLAGS = {
     "bf16": {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"},
     "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+    "int8": {"amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm"},
 }
-"""What Linux calls the instructions, of which one is enough: x86, and the last of each on ARM."""
+"""What Linux calls the instructions, of which one is enough, on x86 and ARM."""
 
 
 @cache
 def cpu_precisions() -> frozenset[str]:
-    """Those of `bf16` and `fp16` that this CPU has instructions for, and `fp32`; elsewhere they are emulated, slowly.
+    """`fp32`, and those of `bf16`, `fp16` and `int8` that this CPU has instructions for; others are emulated, slowly.
 
     PyTorch reports the instruction set that it was built for rather than this, and computes in any precision.
     """

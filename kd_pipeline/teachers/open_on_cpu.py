@@ -44,7 +44,7 @@ def open_on_cpu(runner: Runner, backend: str, reason: str) -> tuple[Teacher, str
     wanted = settings.precision if settings.precision != "auto" else student or "fp32"
     why = [reason if obeys or student is None else f"as the student trains in {student}"]
     backends: tuple[str, ...] = (backend,)
-    if settings.backend == "auto" and runner.module is not None:
+    if backend == "pytorch" and settings.backend == "auto":
         obstacle = _why_not_exported(runner, wanted if obeys else "fp32")
         backends = ("openvino", "pytorch") if obstacle is None else (backend,)
         why += [obstacle] if obstacle else []

@@ -4,11 +4,9 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import platform
-import re
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +14,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.cpu_features import cpu_name, cpu_precisions
 from kd_pipeline._core.files import read_trusted
 from kd_pipeline._core.kept_files import kept_folder
 from kd_pipeline._core.settings import Settings
@@ -36,10 +35,6 @@ Runtime = Literal["openvino", "onnxruntime"]
 
 _FILE, _MANIFEST = "teacher.onnx", "manifest.json"
 _MAX_MANIFEST_BYTES = 1 << 20
-_MAX_CPUINFO_BYTES = 1 << 16
-"""Of /proc/cpuinfo, whose first processor is read."""
-_INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
-"""Instructions for products of int8: without them the arithmetic takes about as long as in float32."""
 
 
 class _Recipe(Settings):
@@ -47,8 +42,8 @@ class _Recipe(Settings):
 
     onnx_sha256: str
     """Digest of the float32 file and its external weights."""
-    images_sha256: str
-    """Digest of the images that gave the ranges, and that the outputs were compared on."""
+    images: str
+    """Digest of the images that gave the ranges and that the outputs were compared on, or of all they depend on."""
     quantizer: int
     """Version of the code that quantizes."""
     runtime: Runtime
@@ -85,6 +80,7 @@ def quantized_onnx(
     runtime: Runtime,
     *,
     calibration_images: Callable[[], Tensor] | None,
+    calibration_key: str | None = None,
     batch_size: int | None = None,
     num_threads: int | None = None,
 ) -> Path:
@@ -96,8 +92,9 @@ def quantized_onnx(
     Args:
         onnx: a float32 image classifier.
         runtime: which runtime the file is for.
-        calibration_images: returns images `[N, 3, H, W]` float32 on the CPU, normalized for the teacher; it is called
-            at every start, as what is kept depends on them.
+        calibration_images: returns images `[N, 3, H, W]` float32 on the CPU, normalized for the teacher.
+        calibration_key: digest of what they depend on, by which the file is kept without loading them; without it they
+            are loaded at every start.
         batch_size: usual number of images in one call.
         num_threads: threads of the runtime; defaults to the cores of this process.
 
@@ -113,20 +110,17 @@ def quantized_onnx(
             "precision: int8 takes the ranges of its numbers from real images, and there are none; pass "
             "calibration_images to open_teacher, or use bf16 or fp32"
         )
-    file, images = read_onnx(onnx), calibration_images()
-    cpu, has_int8 = _describe_cpu()
+    file, load = read_onnx(onnx), cache(calibration_images)
     recipe = _Recipe(
         onnx_sha256=file.sha256,
-        images_sha256=hashlib.sha256(
-            f"{list(images.shape)}".encode() + images.contiguous().numpy().tobytes()
-        ).hexdigest(),
+        images=calibration_key or _digest(load()),
         quantizer=QUANTIZER_VERSION,
         runtime=runtime,
         runtime_version=importlib.metadata.version(runtime),
-        cpu=cpu,
+        cpu=cpu_name(),
         batch_sizes=tuple(sorted({1, batch_size or 1})),
     )
-    folder = kept_folder("int8", recipe.key, partial(_make, file, recipe, images, num_threads))
+    folder = kept_folder("int8", recipe.key, lambda folder: _make(file, recipe, load(), num_threads, folder))
     manifest = read_quantized_manifest(folder)
     _logger.info(
         "the teacher in int8 for %s: %.1f %% of the top-1 classes of %d images are those of float32, cosine from %.4f, "
@@ -136,7 +130,9 @@ def quantized_onnx(
         manifest.num_images,
         manifest.cosine,
         manifest.kl,
-        "" if has_int8 else "; this CPU has no instructions for int8 (VNNI, AMX), so expect no gain over fp32",
+        ""
+        if "int8" in cpu_precisions()
+        else "; this CPU has no instructions for int8 (VNNI, AMX), so expect no gain over fp32",
     )
     return folder / _FILE
 
@@ -188,15 +184,5 @@ def _open(runtime: Runtime, onnx: Path, precision: Literal["fp32", "int8"], num_
     return OnnxRuntimeTeacher(onnx, precision=precision, num_threads=num_threads)
 
 
-def _describe_cpu() -> tuple[str, bool]:
-    """Name and instructions of this CPU, and whether it has some for int8."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as stream:
-            text = stream.read(_MAX_CPUINFO_BYTES)
-    except OSError:
-        text = ""
-    fields = dict(re.findall(r"^(model name|flags|Features)\s*:\s*(.*)$", text.split("\n\n")[0], re.MULTILINE))
-    flags = set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())
-    own = [flag for flag in _INT8_FLAGS if flag in flags]
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return printable(f"{name} ({', '.join(own) or 'no int8 instructions'})"), bool(own)
+def _digest(images: Tensor) -> str:
+    return hashlib.sha256(f"{list(images.shape)}".encode() + images.contiguous().numpy().tobytes()).hexdigest()

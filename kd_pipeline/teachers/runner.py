@@ -154,6 +154,7 @@ class Runner:
             self.onnx,
             runtime,
             calibration_images=inputs.calibration_images,
+            calibration_key=inputs.calibration_key,
             batch_size=inputs.batch_size,
             num_threads=self.settings.num_threads,
         )
