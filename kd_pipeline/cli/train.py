@@ -49,8 +49,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
     from kd_pipeline.workflows._train import train
 
-    result = train(config, **permissions(parsed), fresh=parsed.fresh)
+    result = train(config, **permissions(parsed), fresh=parsed.fresh, report=lambda line: print_result(printable(line)))
     if is_rank_zero():
-        for line in (*result.lines, f"run folder: {result.folder}"):
-            print_result(printable(line))
+        print_result(printable(f"run folder: {result.folder}"))
     return 0

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import (
@@ -104,7 +105,14 @@ def compare(
     for name, model in models.items():
         report(f"evaluating {name}")
         try:
-            evaluation = evaluate(model, loader, reference=None if model is reference else reference, metrics=metrics)
+            with progress_bar(name) as report_batches:
+                evaluation = evaluate(
+                    model,
+                    loader,
+                    reference=None if model is reference else reference,
+                    metrics=metrics,
+                    report=report_batches,
+                )
         except NonFiniteError as exc:
             raise NonFiniteError(f"{name}: {exc}") from exc
         cost = measure_cost(model, next(iter(loader)).images, files=(files or {}).get(name, ()))

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.plugins import import_function
+from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
@@ -145,6 +146,7 @@ def evaluate(
     reference: nn.Module | Teacher | None = None,
     metrics: Sequence[MetricSettings | Metric] = (),
     max_batches: int | None = None,
+    report: Report = no_report,
 ) -> Evaluation:
     """Evaluate `model` on one epoch of `loader`; rows that are not `valid` are ignored.
 
@@ -161,6 +163,7 @@ def evaluate(
         reference: measure `agreement` and `kl` against this network or teacher instead.
         metrics: classes of torchmetrics, and functions of logits and labels.
         max_batches: stop after this many batches.
+        report: called with the number of batches that are done, and that there are.
 
     Raises:
         ConfigError: a model returns no logits, or a metric is unknown, fails or has the name of another one.
@@ -177,8 +180,10 @@ def evaluate(
         )
     tally: _Tally | None = None
     teacher_tally: _Tally | None = None
+    num_batches = min(len(loader), max_batches or len(loader))
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
-        for batch in islice(loader, max_batches):
+        for number, batch in enumerate(islice(loader, max_batches)):
+            report(number, num_batches)
             logits_NK = logits_of(model(images_for(model, batch.images)))
             teacher_NK = batch.teacher.get("logits")
             if reference is not None:

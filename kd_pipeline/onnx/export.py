@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.finite import first_nonfinite
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.paths import argument_path
+from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.errors import ExportError, TeacherError
 from kd_pipeline.models.input_adapter import InputAdapter, InputAdapterLayer
 from kd_pipeline.models.modules import frozen_copy, named_outputs
@@ -25,6 +26,8 @@ _TOLERANCE = 1e-4
 """Largest allowed error of an output, relative to its largest magnitude; usual is 1e-6 between float32 runtimes."""
 _TRACED_BATCH = 2
 """Images of the trace; torch.export takes a size of 1 for a constant."""
+_NUM_STEPS = 3
+"""Trace, file, check."""
 _CHECKED_BATCHES = (1, 3)
 """Images of the checks: fewer than traced, and more but no multiple. A file with a constant batch of two, or with rows
 that are folded by twos, is wrong for either, and random numbers differ for any."""
@@ -39,6 +42,7 @@ def export_onnx(
     input_adapter: InputAdapter | None = None,
     opset: int | None = None,
     max_batch: int = 64,
+    report: Report = no_report,
 ) -> Path:
     """Export `module`, in eval mode and with a dynamic batch, and check the file against the module.
 
@@ -57,6 +61,7 @@ def export_onnx(
         input_adapter: becomes the first layer of the graph.
         opset: ONNX opset; defaults to torch's.
         max_batch: largest batch size to check, for a module that branches on it.
+        report: called with the number of steps that are done, and that there are: trace, file, check.
 
     Raises:
         ExportError: the module cannot be exported, or the file's outputs differ; the message holds the numbers.
@@ -73,12 +78,15 @@ def export_onnx(
         with replace_onnx(path) as file:
             adapter = nn.Identity() if input_adapter is None else InputAdapterLayer(input_adapter)
             model = frozen_copy(_NamedOutputs(nn.Sequential(adapter, module))).cpu()
+            report(0, _NUM_STEPS)
             program = _trace(model, image_shape, classes, opset)
+            report(1, _NUM_STEPS)
             if classes is not None:
                 program.model.metadata_props[CLASSES_KEY] = json.dumps(list(classes))
             if input_adapter is not None:
                 program.model.metadata_props[ADAPTER_KEY] = input_adapter.model_dump_json()
             program.save(file)
+            report(2, _NUM_STEPS)
             _check_outputs(model, file, image_shape, _checked_batches(program, max_batch))
     except (ExportError, TeacherError, OSError) as exc:
         raise ExportError(f"{type(module).__qualname__} cannot be exported to {path}: {exc}") from exc

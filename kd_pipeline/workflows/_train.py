@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
@@ -36,6 +37,7 @@ from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
+from kd_pipeline.training.validation_bar import validation_bar
 from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
@@ -68,7 +70,12 @@ class TrainResult:
 
 
 def train(
-    config: Config, *, plugins: Collection[str] = (), trust_engines: Collection[str] = (), fresh: bool = False
+    config: Config,
+    *,
+    plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
+    fresh: bool = False,
+    report: Callable[[str], object] = lambda line: None,
 ) -> TrainResult:
     """Run the stage that `config` names, or resume it from the last checkpoint in its folder.
 
@@ -82,6 +89,7 @@ def train(
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         fresh: start from the beginning. The files of an earlier run are moved to `earlier/1`, or the next number; class
             lists, recordings and other stages stay. With `stage: all` both stages start again.
+        report: called on rank zero with each of the `lines` of a stage's result, before the model is exported.
 
     Returns:
         The result of the last stage.
@@ -97,7 +105,7 @@ def train(
     if fresh and not is_restart():
         on_rank_zero(lambda: _archive(config, stages))
     for stage in stages:
-        with _StageRun(config, stage, plugins, trust_engines) as run:
+        with _StageRun(config, stage, plugins, trust_engines, report) as run:
             result = run.run()
     return result
 
@@ -112,16 +120,27 @@ class _TrainLoader(KDDataLoader):
 class _StageRun(ExitStack):
     """One stage, from opening the data to exporting the student. Leaving the context closes what it opened."""
 
-    def __init__(self, config: Config, stage: Stage, plugins: Collection[str], trust_engines: Collection[str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        stage: Stage,
+        plugins: Collection[str],
+        trust_engines: Collection[str],
+        report: Callable[[str], object],
+    ) -> None:
         super().__init__()
         self._config = config.model_copy(update={"stage": stage})
         self._stage, self._plugins, self._trust_engines = stage, plugins, trust_engines
+        self._report = report
         self._is_one_of_all = config.stage == "all"
         self._folder = _folder_of(config, stage)
+        self._best_file = self._folder.checkpoints / "best_student.pt"
         self._val_loaders: dict[str, KDDataLoader] = {}
         self._callbacks: list[ProbeTeacher] = []
         self._reference: Teacher | None = None
         """The teacher for validation images; None for a recording, which has no outputs for them."""
+        self._validated: tuple[int, dict[str, Evaluation]] | None = None
+        """The results of the last validation, and the optimizer step after which it was."""
 
     def run(self) -> TrainResult:
         """Train unless that is done, then export and evaluate the best student unless that is done."""
@@ -144,7 +163,7 @@ class _StageRun(ExitStack):
                 _logger.info("changed since the training: %s", change.line_of_finished_run)
             if folder.has_results(results_digest(config, identity, saved.step)):
                 try:
-                    return self._finish(read_evaluations(folder.result))
+                    return self._show(read_evaluations(folder.result))
                 except StateError as exc:
                     _logger.warning("%s; the results are made again", exc)
         else:
@@ -158,14 +177,14 @@ class _StageRun(ExitStack):
         else:
             trainer = self._fit(module, loader, saved, changes)
             loggers, step, changes = trainer.loggers, trainer.global_step, []
-        student = self._best_student(module, loader)
-        splits = (*config.data.validated, *(() if config.data.test is None else ("test",)))
-        evaluations = self._evaluate(student.to(loader.device), splits, self._reference)
+        known = self._known_evaluations(module, step)
+        student = module.model if known else self._best_student(module, loader)
+        result = self._show(known | self._missing_evaluations(student.to(loader.device), known))
         if is_rank_zero():
-            write_results(folder, config, student, self._network, loader.classes, evaluations)
+            write_results(folder, config, student, self._network, loader.classes, result.evaluations)
             folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
-            log_results(loggers, config, evaluations, step)
-        return self._finish(evaluations)
+            log_results(loggers, config, result.evaluations, step)
+        return result
 
     def _enter_folder(self) -> None:
         folder = self._folder
@@ -277,10 +296,13 @@ class _StageRun(ExitStack):
             changes=[str(change) for change in changes],
         )
 
-    def _finish(self, evaluations: Mapping[str, Evaluation]) -> TrainResult:
+    def _show(self, evaluations: Mapping[str, Evaluation]) -> TrainResult:
+        """Report the results and write them to the log, before anything else is made of them."""
         result = TrainResult(self._stage, self._folder.path, evaluations)
         if is_rank_zero():
             self._folder.write_log("\n".join(result.lines) or "there is no validation set, so no results")
+            for line in result.lines:
+                self._report(line)
         return result
 
     def _open_teacher(self, saved: SavedRun | None) -> Teacher | Recording:
@@ -368,32 +390,73 @@ class _StageRun(ExitStack):
                 is_half=config.train.precision != "32-true",
             )
         num_batches = min(len(loader), config.train.limit_train_batches or len(loader))
-        return DistillModule(
+        module = DistillModule(
             student,
             distillation,
             config.train,
             steps_per_epoch=math.ceil(num_batches / config.train.accumulate),
             teacher=teacher,
             identity=identity,
-            validate=lambda model: self._evaluate(
-                model, config.data.validated, self._reference if config.train.compare_with_teacher else None
-            ),
+            validate=lambda model: self._validate(model, module),
         )
+        return module
 
-    def _evaluate(self, model: nn.Module, splits: Sequence[str], teacher: Teacher | None) -> dict[str, Evaluation]:
-        found: dict[str, Evaluation] = {}
-        for split in splits:
-            limit = None if split == "test" else self._config.train.limit_val_batches
-            loader = self._val_loader(split)
-            found[split] = evaluate(model, loader, reference=teacher, metrics=self._metrics, max_batches=limit)
+    def _validate(self, model: nn.Module, module: DistillModule) -> dict[str, Evaluation]:
+        """Validate while training."""
+        teacher = self._reference if self._config.train.compare_with_teacher else None
+        found = {
+            split: self._evaluate(model, split, teacher, validation_bar(module.trainer, f"Validation on {split}"))
+            for split in self._config.data.validated
+        }
+        self._validated = module.trainer.global_step, found
         return found
+
+    def _known_evaluations(self, module: DistillModule, step: int) -> dict[str, Evaluation]:
+        """The last validation, if it was that of the best student, and with the teacher where there is one."""
+        if self._validated is None or self._validated[0] != step or is_sharded(module.model):
+            return {}
+        if self._reference is not None and not self._config.train.compare_with_teacher:
+            return {}
+        is_best = is_rank_zero() and self._is_best(module.model)
+        # Rank zero decides for all, which evaluate together.
+        return self._validated[1] if module.trainer.strategy.broadcast(is_best) else {}
+
+    def _is_best(self, model: nn.Module) -> bool:
+        """Whether these are the weights of the best student, bit by bit."""
+        if not self._best_file.is_file():
+            return False
+        weights, best = model.state_dict(), read_checkpoint(self._best_file)
+        return weights.keys() == best.keys() and all(torch.equal(weights[name].cpu(), best[name]) for name in weights)
+
+    def _missing_evaluations(self, student: nn.Module, known: Collection[str]) -> dict[str, Evaluation]:
+        """The metrics of the exported network on the validation and test splits that are not in `known`."""
+        splits = (*self._config.data.validated, *(() if self._config.data.test is None else ("test",)))
+        return {
+            split: self._evaluate(student, split, self._reference, timed(f"evaluation on {split}"))
+            for split in splits
+            if split not in known
+        }
+
+    def _evaluate(
+        self, model: nn.Module, split: str, teacher: Teacher | None, bar: AbstractContextManager[Report]
+    ) -> Evaluation:
+        limit = None if split == "test" else self._config.train.limit_val_batches
+        with bar as report:
+            return evaluate(
+                model,
+                self._val_loader(split),
+                reference=teacher,
+                metrics=self._metrics,
+                max_batches=limit,
+                report=report,
+            )
 
     def _best_student(self, module: DistillModule, loader: KDDataLoader) -> nn.Module:
         """The best student, or the last one if there was no validation, unsharded."""
         student: nn.Module = module.model
         if is_sharded(student):
             student = self._open_student(loader)
-        best = self._folder.checkpoints / "best_student.pt"
+        best = self._best_file
         path = best if self._config.data.validated and best.is_file() else self._folder.checkpoints / "last.ckpt"
         try:
             if path == best:

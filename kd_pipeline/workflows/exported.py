@@ -16,6 +16,7 @@ from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.finite import first_nonfinite
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.progress import timed
 from kd_pipeline._core.secret_values import hide_in_settings, refuse_hidden
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import first_few
@@ -143,7 +144,10 @@ def export_student(
     if not export.onnx:
         return
     try:
-        export_onnx(student, folder / ONNX, image_shape=(3, transform.size, transform.size), classes=classes)
+        with timed("export to ONNX") as report:
+            export_onnx(
+                student, folder / ONNX, image_shape=(3, transform.size, transform.size), classes=classes, report=report
+            )
     except ExportError as error:
         if export.engine is not None:
             raise

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from kd_pipeline._core.files import read_regular
+from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.settings import DataSettings
@@ -59,7 +61,7 @@ def write_results(
     classes: tuple[str, ...] | None,
     evaluations: Mapping[str, Evaluation],
 ) -> None:
-    """Write `result.json`, the plots and the exported student.
+    """Write `result.json`, the exported student and the plots.
 
     Args:
         folder: where to.
@@ -71,7 +73,6 @@ def write_results(
     """
     split, transform = _evaluation_split(config.data)
     folder.write_result({name: each.to_dict() for name, each in evaluations.items()})
-    _plot(folder, evaluations)
     export_student(
         student.float().cpu().to(memory_format=torch.contiguous_format).eval(),
         model,
@@ -81,6 +82,8 @@ def write_results(
         calibration_set=lambda: CalibrationSet(sample_images(config, split), f"the split {split} of the run"),
         export=config.train.export,
     )
+    with timed("plots") as report:
+        _plot(folder, evaluations, report)
 
 
 def read_evaluations(path: Path) -> dict[str, Evaluation]:
@@ -102,13 +105,16 @@ def read_evaluations(path: Path) -> dict[str, Evaluation]:
     raise StateError(f"{path} cannot be read: {reason}")
 
 
-def _plot(folder: RunFolder, evaluations: Mapping[str, Evaluation]) -> None:
+def _plot(folder: RunFolder, evaluations: Mapping[str, Evaluation], report: Report) -> None:
     """Plot the curves of the run and the confusion matrix of each split, if matplotlib is installed."""
+    plots: dict[str, Callable[[], Any]] = {"curves": lambda: plot_curves(folder.metrics)}
+    for name, each in evaluations.items():
+        if each.confusion is not None:
+            plots[f"confusion_{name}"] = partial(plot_confusion, each.confusion, each.classes)
     try:
-        save_figure(plot_curves(folder.metrics), folder.path / "curves.png")
-        for name, each in evaluations.items():
-            if each.confusion is not None:
-                save_figure(plot_confusion(each.confusion, each.classes), folder.path / f"confusion_{name}.png")
+        for number, (name, plot) in enumerate(plots.items()):
+            report(number, len(plots))
+            save_figure(plot(), folder.path / f"{name}.png")
     except (MissingPackageError, DataError, OSError) as exc:
         _logger.warning("no plots were saved: %s", exc)
 
