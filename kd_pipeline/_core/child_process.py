@@ -70,7 +70,8 @@ def start_python(
     come with a downloaded model, is not what a child means by `import json`. Its stdin is empty and its stdout a pipe.
     """
     module, _, name = function.partition(":")
-    call = f"import sys; from {module} import {name}; sys.exit({name}(*sys.argv[1:]))"
+    end_soon = "atexit.register(gc.freeze)"  # as in kd_pipeline/__main__.py
+    call = f"import atexit, gc, sys; {end_soon}; from {module} import {name}; sys.exit({name}(*sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-P", "-c", call, *arguments],  # -P: without it, -c puts the working directory first
         env=os.environ | {"PYTHONPATH": os.pathsep.join(_import_path())},

@@ -268,6 +268,15 @@ def test_max_batches(tmp_path) -> None:
         assert evaluate(Pixels(), loader, max_batches=2).num_samples == 32
 
 
+def test_progress_counts_batches(tmp_path) -> None:
+    steps: list[tuple[int, int]] = []
+    with open_loader(pixel_arrays(tmp_path)) as loader:
+        evaluate(Pixels(), loader, max_batches=3, report=lambda *step: steps.append(step))
+        assert steps == [(0, 3), (1, 3), (2, 3)]
+        evaluate(Pixels(), loader, max_batches=9, report=lambda *step: steps.append(step))
+        assert steps[-1] == (6, 7)
+
+
 def test_top5_is_1_with_few_classes(tmp_path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((4, SIDE, SIDE, 3), dtype=np.uint8))
     np.save(tmp_path / "labels.npy", np.array([0, 1, 2, 1]))

@@ -1,4 +1,5 @@
 import copy
+import gc
 import json
 import logging
 import warnings
@@ -167,6 +168,22 @@ class BranchesOnBatch(LogitsOnly):
         return 2 * logits if len(images) > 4 else logits
 
 
+class KnowsOneImage(LogitsOnly):
+    """Treats a single image differently, which the trace does not see."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return -logits if len(images) == 1 else logits
+
+
+class KnowsPairs(LogitsOnly):
+    """Treats numbers that are no multiple of the traced one differently."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return -logits if len(images) > 1 and len(images) % 2 else logits
+
+
 class FixesBatch(LogitsOnly):
     """Works for two images only."""
 
@@ -214,6 +231,8 @@ def test_invalid_path(tmp_path: Path) -> None:
     ("module", "message"),
     [
         (BranchesOnBatch(), r"for 5 images 'logits' of the file is off by [\d.]+, with values up to [\d.]+; allowed"),
+        (KnowsOneImage(), "for 1 images 'logits' of the file is off by"),
+        (KnowsPairs(), "for 3 images 'logits' of the file is off by"),
         (DrawsRandomNumbers(), r"for 1 images 'logits' of the file is off by"),
         (NotANumber(), r"'logits' is NaN or inf on random images; check the module's weights"),
         (FixesBatch(), "FixesBatch cannot be exported to .*static shape of 2"),
@@ -249,6 +268,12 @@ def test_max_batch_is_checked(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match="for 21 images 'logits' of the file is off"):
         export_onnx(BranchesLate(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE, max_batch=21)
+
+
+def test_garbage_collection_is_as_before(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    export_onnx(LogitsOnly(), tmp_path / "a.onnx", image_shape=IMAGE_SHAPE, report=lambda *step: steps.append(step))
+    assert gc.isenabled() and steps == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_wrong_number_of_classes(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from kd_pipeline.cli import main
 from kd_pipeline.config.config import load_config
+from kd_pipeline.evaluation._evaluate import Evaluation, evaluate
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
@@ -346,6 +349,42 @@ def test_many_settings_together(work: Path) -> None:
     exported = load_file(work / RUN / "exported" / "model.safetensors")
     assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in exported.values())
     assert not any("projector" in name for name in exported)
+
+
+@in_this_process
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "scores", "num_evaluations"),
+    [
+        ("baseline", (0.1, 0.2), 2),
+        ("baseline", (0.2, 0.1), 3),
+        ("distill", (0.1, 0.2), 3),  # the second validation was without the teacher
+    ],
+)
+def test_best_student_is_validated_once(
+    work: Path,
+    run_here: RunHere,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    scores: tuple[float, float],
+    num_evaluations: int,
+) -> None:
+    measured: list[Evaluation] = []
+
+    def evaluate_with_score(*arguments: Any, **options: Any) -> Evaluation:
+        found = evaluate(*arguments, **options)
+        if len(measured) < len(scores):
+            found = replace(found, top1=scores[len(measured)])
+        measured.append(found)
+        return found
+
+    monkeypatch.setattr("kd_pipeline.workflows._train.evaluate", evaluate_with_score)
+    status, output = run_here(work, f"stage={stage}", "train.export.onnx=false")
+    assert status == 0, output
+    assert len(measured) == num_evaluations
+    folder = RUN if stage == "distill" else RUN / stage
+    assert json.loads((folder / "result.json").read_text())["val"] == json.loads(json.dumps(measured[-1].to_dict()))
+    assert output.index(f"{stage} on val") < output.index("plots: ")
 
 
 @in_this_process
