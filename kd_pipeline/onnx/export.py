@@ -1,10 +1,8 @@
 """Exports a PyTorch module to an ONNX file that every teacher backend can run, and checks the file's outputs."""
 
-import gc
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -113,7 +111,7 @@ def _trace(
         outputs = model(images)
         if classes is not None and len(classes) != outputs["logits"].shape[-1]:
             raise ExportError(f"it has {outputs['logits'].shape[-1]} logits and got {len(classes)} class names")
-        with warnings.catch_warnings(), _garbage_uncollected():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,
@@ -133,18 +131,6 @@ def _trace(
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with paths of this machine
     return program
-
-
-@contextmanager
-def _garbage_uncollected() -> Iterator[None]:
-    """Collect no garbage for a second or two: a trace makes so many objects that all of torch's are searched often."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _checked_batches(program: torch.onnx.ONNXProgram, max_batch: int) -> list[int]:

@@ -61,7 +61,7 @@ def write_results(
     classes: tuple[str, ...] | None,
     evaluations: Mapping[str, Evaluation],
 ) -> None:
-    """Write `result.json`, the exported student and the plots.
+    """Write `result.json`, the plots and the exported student.
 
     Args:
         folder: where to.
@@ -73,6 +73,8 @@ def write_results(
     """
     split, transform = _evaluation_split(config.data)
     folder.write_result({name: each.to_dict() for name, each in evaluations.items()})
+    with timed("plots") as report:
+        _plot(folder, evaluations, report)
     export_student(
         student.float().cpu().to(memory_format=torch.contiguous_format).eval(),
         model,
@@ -82,8 +84,6 @@ def write_results(
         calibration_set=lambda: CalibrationSet(sample_images(config, split), f"the split {split} of the run"),
         export=config.train.export,
     )
-    with timed("plots") as report:
-        _plot(folder, evaluations, report)
 
 
 def read_evaluations(path: Path) -> dict[str, Evaluation]:

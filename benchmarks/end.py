@@ -1,0 +1,92 @@
+"""Time from the last checkpoint of `kd-pipeline train` to its results, its last line and the end of its process.
+
+    python -m benchmarks.end
+    python -m benchmarks.end --against ../another-checkout
+
+On the digits. With `--against`, the runs of both checkouts take turns on the same machine, which is how two commits are
+compared.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.start import CONFIG, ROOT, TIMEOUT_S, commit_of, spread
+from kd_pipeline._core.output import prepare_output, write_output
+from kd_pipeline.workflows.demo import write_digits
+
+
+class End(NamedTuple):
+    """Seconds from the last checkpoint, which is written after the last step and its validation."""
+
+    result_s: float
+    """To the line with the metrics."""
+    last_line_s: float
+    """To the line with the run folder."""
+    exit_s: float
+    """To the end of the process."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print one line for each checkout, and write JSON where it was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="another checkout of this repository, to be measured in turn")
+    parser.add_argument("--out", type=Path, help="a JSON file for every repeat")
+    options = parser.parse_args(arguments)
+    if options.out:
+        prepare_output(options.out)
+    checkouts = [ROOT, *([options.against.resolve()] if options.against else [])]
+    ends: dict[Path, list[End]] = {checkout: [] for checkout in checkouts}
+    with tempfile.TemporaryDirectory() as folder:
+        write_digits(Path(folder, "data", "digits"))
+        for repeat in range(options.repeats + 1):
+            for checkout in checkouts:
+                measured = end_once(checkout, Path(folder), f"{checkouts.index(checkout)}-{repeat}")
+                if repeat:  # the first run of each fills the page cache
+                    ends[checkout].append(measured)
+    results = []
+    for checkout in checkouts:
+        columns = dict(zip(End._fields, map(list, zip(*ends[checkout], strict=True)), strict=True))
+        results.append({"commit": commit_of(checkout), **columns})
+        shown = (f"{name.removesuffix('_s').replace('_', ' ')} {spread(times)}" for name, times in columns.items())
+        print(f"{commit_of(checkout)}: {', '.join(shown)}")
+    if options.out:
+        environment = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
+        write_output(options.out, json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+
+
+def end_once(checkout: Path, folder: Path, name: str) -> End:
+    """One run."""
+    run_dir = folder / "runs" / name
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "kd_pipeline", "train", "-c", str(CONFIG), "stage=baseline", f"run_dir={run_dir}"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        # Wall time, because it is compared with the time of a file.
+        seen = [(time.time(), line) for line in process.stdout]
+        status = process.wait(TIMEOUT_S)
+        ended = time.time()
+    result = [when for when, line in seen if line.startswith("baseline on val")]
+    last = [when for when, line in seen if line.startswith("run folder")]
+    if status or not result or not last:
+        sys.exit(f"{checkout} does not train: status {status}\n{''.join(line for _, line in seen)}")
+    saved = (run_dir / "baseline" / "checkpoints" / "last.ckpt").stat().st_mtime
+    return End(result[0] - saved, last[0] - saved, ended - saved)
+
+
+if __name__ == "__main__":
+    main()
