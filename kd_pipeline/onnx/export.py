@@ -139,7 +139,7 @@ def _checked_batches(program: torch.onnx.ONNXProgram, max_batch: int) -> list[in
     `if len(images) > 20` in the module becomes the branch that two images take, and the trace has the limit 20.
     """
     assert program.exported_program is not None  # it was made from one
-    limits = [limits.upper for limits in program.exported_program.range_constraints.values()]
+    limits = [each.upper for each in program.exported_program.range_constraints.values()]
     return sorted({*_CHECKED_BATCHES, *(int(limit) + 1 for limit in limits if limit < max_batch)})
 
 
