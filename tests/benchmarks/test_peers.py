@@ -289,6 +289,7 @@ def test_teacher_alone_runs_once_for_each_batch(
     materials: Materials, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[int] = []
+    monkeypatch.chdir(materials.images)  # where run_dir is
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1))
     checkpoint = materials.images / "teacher.pt"
     torch.save(small_resnet(10, width=8).state_dict(), checkpoint)
