@@ -232,7 +232,7 @@ def _choose(settings: TeacherSettings, module: nn.Module | None, device: torch.d
         raise ConfigError(f"two teachers to open: a module and {named}; give one of them")
     if settings.backend != "auto":
         return settings.backend, "as the settings ask"
-    if settings.precision == "int8" and device.type == "cpu" and (module or settings.model) is not None:
+    if settings.precision == "int8" and device.type == "cpu" and (module is not None or settings.model is not None):
         return "openvino", "because PyTorch has no int8"
     for given, backend, kind in (
         (module, "pytorch", "a module"),
