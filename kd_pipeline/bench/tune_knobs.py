@@ -73,8 +73,8 @@ class Place:
         return self.stage != "distill" or self.config.student is not None
 
     @property
-    def can_compile(self) -> bool:
-        """Whether there is a student that is not compiled yet, and could be."""
+    def trains_whole_student(self) -> bool:
+        """Whether there is a student whose weights are not sharded, which can be compiled and stored in any order."""
         return self.has_student and self.config.train.strategy != "fsdp"
 
 
@@ -133,6 +133,10 @@ def _student_precisions(place: Place) -> list[Choice]:
     return [Choice((("train.precision", "bf16-mixed"),), "train.precision")]
 
 
+def _memory_orders(place: Place) -> list[Choice]:
+    return _each("train.channels_last", True, False) if place.trains_whole_student else []
+
+
 def _hw_decoder_loads(place: Place) -> list[Choice]:
     if not place.on_gpu:
         return []
@@ -162,6 +166,7 @@ KNOBS: tuple[Knob, ...] = (
     Knob("data.decode", "loader", _on_gpu("data.decode", "window", "full")),
     Knob("data.hw_decoder_load", "loader", _hw_decoder_loads),
     Knob("train.precision", "student", _student_precisions),
-    Knob("train.compile", "student", lambda place: _each("train.compile", True) if place.can_compile else []),
+    Knob("train.channels_last", "student", _memory_orders),
+    Knob("train.compile", "student", lambda place: _each("train.compile", True) if place.trains_whole_student else []),
 )
 """In the order in which they are tried: those that the most depends on come first."""

@@ -1,6 +1,5 @@
 """Real steps of a run, timed under one choice of settings after the other, in one process."""
 
-import math
 import signal
 import tempfile
 import threading
@@ -25,7 +24,6 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.loader.loader import KDDataLoader, sample_images
-from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.parity import CalibrationSet, ParityReference, check_parity, make_reference
@@ -34,6 +32,7 @@ from kd_pipeline.teachers.settings import TeacherSettings, is_recording
 from kd_pipeline.training.distributed import set_num_threads
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trial_trainer
+from kd_pipeline.workflows.distill_module import build_module
 from kd_pipeline.workflows.stage import Stage, network_of, num_classes_of
 from kd_pipeline.workflows.teacher import open_run_teacher, starts_without_teacher
 
@@ -261,22 +260,15 @@ class RunSteps(ExitStack):
             num_classes = num_classes_of(loader.source, teacher)
             student = open_model(network, plugins=self._plugins, num_classes=num_classes if is_open else None)
             student = student.to(PURE_PRECISIONS.get(train.precision, torch.float32))
-            distillation = Distillation(
-                config.distill,
-                student=student,
-                teacher_outputs=None if teacher is None else teacher.outputs,
-                image_shape=(3, loader.transform.size, loader.transform.size),
-                num_classes=num_classes,
-                labels_are_soft=loader.mix is not None,
-                plugins=self._plugins,
-            )
             optimizer = train.optimizer.model_copy(update={"lr": _LEARNING_RATE})
-            self._modules[key] = _TimedModule(
+            config = config.model_copy(update={"train": train.model_copy(update={"optimizer": optimizer})})
+            self._modules[key] = build_module(
+                _TimedModule,
+                config,
                 student,
-                distillation,
-                train.model_copy(update={"optimizer": optimizer}),
-                steps_per_epoch=math.ceil(len(loader) / train.accumulate),
-                teacher=teacher,
+                loader,
+                teacher,
+                plugins=self._plugins,
                 identity={},
                 validate=lambda model: {},
             )

@@ -166,8 +166,9 @@ def _with_runtime(settings: TeacherSettings, runtime: str) -> TeacherSettings:
 
 def refuse_unused(settings: TeacherSettings, backend: str) -> None:
     """Raise a ConfigError if a setting is not at its default and `backend` does not use it."""
-    if settings.precision in ("int8", "fp8") and backend != "tensorrt":
-        raise ConfigError(f"precision: {settings.precision} is for tensorrt only, and the backend is {backend}")
+    runtimes = _USE_EIGHT_BITS.get(settings.precision, (backend,))
+    if backend not in runtimes:
+        raise ConfigError(f"precision: {settings.precision} is for {', '.join(runtimes)}, and the backend is {backend}")
     given = [name for name, field in TeacherSettings.model_fields.items() if getattr(settings, name) != field.default]
     for name in given:
         if name not in _USED_BY[backend]:

@@ -1,7 +1,6 @@
 """Train from a config: run its stages, each in a folder of its own that can be resumed and reproduced."""
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
 from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher
@@ -31,13 +29,13 @@ from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import init_distributed, is_restart, on_rank_zero, set_num_threads
 from kd_pipeline.training.environment import shown_settings
 from kd_pipeline.training.loggers import log_results, log_settings, open_loggers
-from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
 from kd_pipeline.training.validation_bar import validation_bar
+from kd_pipeline.workflows.distill_module import build_module
 from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
@@ -370,32 +368,13 @@ class _StageRun(ExitStack):
         student.load_state_dict(state)
 
     def _build_module(self, student: nn.Module, loader: KDDataLoader, identity: Mapping[str, Any]) -> DistillModule:
-        config, teacher = self._config, loader.teacher
-        size = loader.transform.size
-        distillation = Distillation(
-            config.distill,
-            student=student,
-            teacher_outputs=None if teacher is None else teacher.outputs,
-            image_shape=(3, size, size),
-            num_classes=num_classes_of(loader.source, loader.teacher),
-            labels_are_soft=loader.mix is not None,
-            plugins=self._plugins,
-        )
-        if config.train.strategy != "fsdp":  # which shards dense weights in the usual order only
-            use_channels_last(
-                student,
-                config.train.channels_last,
-                image_shape=(3, size, size),
-                device=loader.device,
-                is_half=config.train.precision != "32-true",
-            )
-        num_batches = min(len(loader), config.train.limit_train_batches or len(loader))
-        module = DistillModule(
+        module = build_module(
+            DistillModule,
+            self._config,
             student,
-            distillation,
-            config.train,
-            steps_per_epoch=math.ceil(num_batches / config.train.accumulate),
-            teacher=teacher,
+            loader,
+            loader.teacher,
+            plugins=self._plugins,
             identity=identity,
             validate=lambda model: self._validate(model, module),
         )

@@ -23,6 +23,8 @@ ALLOWED = {
     ("kd_pipeline/_core/child_process.py", "sys.executable"): "the helper",
     ("kd_pipeline/_core/torch_compile.py", "torch.compile"): "the helper for compilers",
     ("kd_pipeline/training/environment.py", "sys.executable"): "only recorded",
+    ("benchmarks/end.py", "subprocess.Popen"): "the package of another checkout, with -P",
+    ("benchmarks/end.py", "sys.executable"): "the package of another checkout, with -P",
     ("benchmarks/start.py", "subprocess.Popen"): "the package of another checkout, with -P",
     ("benchmarks/start.py", "sys.executable"): "the package of another checkout, with -P",
     ("benchmarks/start.py", "subprocess.run"): "git",

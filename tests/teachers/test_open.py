@@ -98,7 +98,6 @@ def test_num_threads_is_passed_on(exported: Callable[[int], Path]) -> None:
         ({"engine": ENGINE}, {}, "in the memory of an NVIDIA GPU and they are on cpu; put the loader on a GPU"),
         ({"onnx": ONNX, "backend": "tensorrt"}, {}, "in the memory of an NVIDIA GPU and they are on cpu"),
         ({"onnx": ONNX, "precision": "fp8"}, {}, "precision: fp8 is for tensorrt, and the backend is openvino"),
-        ({"precision": "int8"}, {"module": ConvNet()}, "int8 is for openvino, onnxruntime, tensorrt, and the backend"),
         ({"onnx": ONNX, "cuda_graph": True}, {}, "cuda_graph: True means nothing to the openvino backend"),
         ({"onnx": ONNX, "backend": "openvino"}, {"device": "cuda:1"}, "in CPU memory and they are on cuda:1"),
         ({"num_threads": 2}, {"module": ConvNet()}, "num_threads: 2 means nothing to the pytorch backend"),

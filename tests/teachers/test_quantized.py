@@ -1,5 +1,6 @@
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +72,26 @@ def test_auto_on_a_cpu(source: Path) -> None:
     assert (teacher.backend, teacher.precision) == ("openvino", "int8")
 
 
+@pytest.mark.slow
+def test_network_is_quantized_from_its_export(source: Path) -> None:
+    images, settings = random_images(9), TeacherSettings(precision="int8")
+    options = {"image_shape": IMAGE_SHAPE, "batch_size": 4, "calibration_images": lambda: IMAGES}
+    teacher = open_teacher(settings, module=LogitsOnly(), **options)
+    assert (teacher.backend, teacher.precision) == ("openvino", "int8")
+    assert torch.equal(teacher(images)["logits"], open_int8(source, "openvino")(images)["logits"])
+
+
+def test_images_are_not_loaded_again(source: Path) -> None:
+    def open_with(load: Callable[[], Tensor]) -> Teacher:
+        settings = TeacherSettings(onnx=source, precision="int8")
+        return open_teacher(settings, batch_size=4, calibration_images=load, calibration_key="data")
+
+    images = random_images(9)
+    first = open_with(lambda: IMAGES)
+    second = open_with(lambda: pytest.fail("loaded again"))
+    assert torch.equal(first(images)["logits"], second(images)["logits"])
+
+
 def test_second_start_does_not_quantize(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_int8(source, "openvino")
     with monkeypatch.context() as patch:
@@ -125,7 +146,7 @@ def test_cpu_without_int8_is_reported(
     source: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO, logger="kd_pipeline")
-    monkeypatch.setattr(quantized, "_INT8_FLAGS", ())
+    monkeypatch.setattr(quantized, "cpu_precisions", lambda: frozenset({"fp32"}))
     open_int8(source, "openvino")
     assert any("no instructions for int8 (VNNI, AMX), so expect no gain over fp32" in line for line in caplog.messages)
 
