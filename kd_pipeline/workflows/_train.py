@@ -212,7 +212,7 @@ class _StageRun(ExitStack):
         return {
             "config": shown_settings(self._config),
             "teacher": None if teacher is None else teacher.fingerprint,
-            "teacher_runtimes": list(teacher.runtimes) if isinstance(teacher, Teacher) else None,
+            "teacher_runtimes": None if teacher is None else list(teacher.runtimes),
             "classes": None if source.classes is None else list(source.classes),
             "data": source.fingerprint,
             "num_classes": num_classes_of(source, teacher),

@@ -188,7 +188,7 @@ class SavedRun:
 
     @property
     def teacher_runtimes(self) -> list[str] | None:
-        """`Teacher.runtimes` of the run; None for a run without a teacher, or with a recording."""
+        """`Teacher.runtimes` of the run; None for a run without a teacher."""
         found = self.run.get("teacher_runtimes")
         return [str(each) for each in found] if isinstance(found, list) else None
 

@@ -304,6 +304,7 @@ def test_backbone_is_distilled_and_saved(
 ) -> None:
     pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the teacher is exported
     make_photographs(tmp_path / "images", num_files=4)
     peers_backbone.main([str(tmp_path / "images"), "2", "fp32"])
     assert "loss of the last batch: " in capsys.readouterr().out

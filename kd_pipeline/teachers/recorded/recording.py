@@ -55,6 +55,8 @@ class Recording:
         self.outputs = {name: TensorSpec((None, *shape), torch.float32) for name, shape in manifest.outputs.items()}
         """Shape and dtype of each output, by name."""
         self.fingerprint = _fingerprint(manifest)
+        self.runtimes = manifest.teacher.runtimes
+        """Of the teacher that was recorded."""
         self.busy_s = 0.0
         """Host time spent on reading, in seconds."""
         self.num_calls = 0
