@@ -19,11 +19,11 @@ from kd_pipeline.evaluation._evaluate import MetricSettings, open_metrics
 from kd_pipeline.loader.loader import KDDataLoader, open_config_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings, is_recording, with_runtimes
+from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
-from kd_pipeline.workflows.resume import SavedRun
 from kd_pipeline.workflows.stage import stage_dir
-from kd_pipeline.workflows.teacher import student_precision, with_trained_weights
+from kd_pipeline.workflows.teacher import saved_runtimes, student_precision, with_trained_weights
 
 __all__ = ["TEACHER", "compare_files"]
 
@@ -165,8 +165,8 @@ def _runtimes_of(config: Config) -> Sequence[str] | None:
         return None
     checkpoint = RunFolder(stage_dir(config, "distill")).last_checkpoint
     try:
-        return None if checkpoint is None else SavedRun.load(checkpoint).teacher_runtimes
-    except StateError as error:
+        return None if checkpoint is None else saved_runtimes(load_checkpoint(checkpoint)["run"])
+    except (AttributeError, LookupError, StateError) as error:
         _logger.debug("the run in %s does not say how its teacher ran: %s", config.run_dir, error)
         return None
 

@@ -40,7 +40,7 @@ from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
 from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_of, stage_dir
-from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, with_trained_weights
+from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, saved_runtimes, with_trained_weights
 
 __all__ = ["Stage", "TrainResult", "train"]
 
@@ -310,7 +310,7 @@ class _StageRun(ExitStack):
             plugins=self._plugins,
             trust_engines=self._trust_engines,
             training=self._source,
-            begun_with=None if saved is None else saved.teacher_runtimes,
+            begun_with=None if saved is None else saved_runtimes(saved.run),
         )
         self.callback(teacher.close)
         if isinstance(teacher, Teacher):

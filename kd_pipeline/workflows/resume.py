@@ -186,12 +186,6 @@ class SavedRun:
             raise unusable_checkpoint(path, exc) from None
         return found
 
-    @property
-    def teacher_runtimes(self) -> list[str] | None:
-        """`Teacher.runtimes` of the run; None for a run without a teacher."""
-        found = self.run.get("teacher_runtimes")
-        return [str(each) for each in found] if isinstance(found, list) else None
-
     def check(self, identity: Mapping[str, Any], config: Config, folder: Path) -> list[Change]:
         """The changes since the checkpoint was saved, all of which can be applied; see `check_resume`.
 

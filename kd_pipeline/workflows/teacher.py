@@ -1,8 +1,9 @@
 """The teacher of a run: the one in its config, with the weights that `stage: teacher` left in the run's folder."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline.config.config import Config
@@ -19,6 +20,7 @@ __all__ = [
     "check_no_input_adapter",
     "check_recording",
     "open_run_teacher",
+    "saved_runtimes",
     "starts_without_teacher",
     "student_precision",
     "with_trained_weights",
@@ -89,6 +91,12 @@ def open_run_teacher(
 def student_precision(config: Config) -> StudentPrecision:
     """In which the student of `config` trains."""
     return _STUDENT_PRECISIONS[config.train.precision]
+
+
+def saved_runtimes(run: Mapping[str, Any]) -> list[str] | None:
+    """`Teacher.runtimes` in what a checkpoint says about its run; None for a run without a teacher."""
+    found = run.get("teacher_runtimes")
+    return [str(each) for each in found] if isinstance(found, list) else None
 
 
 def check_recording(config: Config, recording: Recording) -> None:

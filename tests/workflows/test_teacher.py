@@ -16,7 +16,7 @@ from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.workflows import _compare as comparing
 from kd_pipeline.workflows import compare_files, record
 from kd_pipeline.workflows.resume import SavedRun
-from kd_pipeline.workflows.teacher import open_run_teacher
+from kd_pipeline.workflows.teacher import open_run_teacher, saved_runtimes
 from tests.training import networks
 from tests.training.tiny_run import result, run, settings, weights, write_digits
 
@@ -64,7 +64,7 @@ def test_run_goes_on_with_the_runtime_it_began_with(digits: Path, cpu: Callable[
     cpu()  # on which a new run has a float32 teacher
     run(digits, "resumed", **changes(digits))
     saved = SavedRun.load(folder / "checkpoints" / "last.ckpt")
-    assert (saved.teacher_runtimes, saved.epochs_done) == (["pytorch bf16"], 2)
+    assert (saved_runtimes(saved.run), saved.epochs_done) == (["pytorch bf16"], 2)
 
 
 def test_eval_runs_the_teacher_as_the_run_did(
@@ -118,6 +118,6 @@ def test_images_are_listed_once(digits: Path, cpu: Callable[..., None], monkeypa
 def test_kept_choice_gives_the_same_bits(digits: Path, cpu: Callable[..., None]) -> None:
     cpu("bf16", openvino=True)
     cold, warm = (run(digits, name, **changes(digits, train__precision="32-true")).folder for name in ("cold", "warm"))
-    assert SavedRun.load(warm / "checkpoints" / "last.ckpt").teacher_runtimes == ["openvino fp32"]
+    assert saved_runtimes(SavedRun.load(warm / "checkpoints" / "last.ckpt").run) == ["openvino fp32"]
     first, second = weights(cold), weights(warm)
     assert all(torch.equal(first[name], second[name]) for name in first) and result(cold) == result(warm)
