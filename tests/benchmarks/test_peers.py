@@ -266,7 +266,7 @@ def test_both_programs_read_the_teacher(tmp_path: Path, monkeypatch: pytest.Monk
     config = load_config(materials.config)
     assert isinstance(config.teacher, TeacherSettings)
     images, is_second = peers_rows._two_photographs(materials.images / "val")
-    ours = open_teacher(config.teacher, image_shape=(3, 48, 48))
+    ours = open_teacher(config.teacher.model_copy(update={"backend": "pytorch"}), image_shape=(3, 48, 48))
     logits = ours(images)["logits"]
     ours.close()
     with torch.no_grad():
