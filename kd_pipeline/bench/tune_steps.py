@@ -127,7 +127,7 @@ class RunSteps(ExitStack):
             at_once = group_size(data.batch_size, data.split("train").transform)  # they become ready together
             if num_steps > at_once:
                 num_steps = -(-num_steps // at_once) * at_once
-            num_queued = at_once * (data.prefetch + 1) + data.ahead
+            num_queued = at_once * (data.prefetch + 1) + (data.ahead or 0)
             num_warm_up = min(num_queued, max(1, round(_WARM_UP_S / step_s)))
         timed = self._run(trial, num_steps, num_warm_up)
         self._step_s[trial] = timed.step_s

@@ -33,8 +33,9 @@ class LoaderSettings(Settings):
     """CPU threads for DALI; defaults to the cores that this process may use."""
     prefetch: int = Field(default=2, ge=1)
     """Batches, or groups of small batches, in DALI's queue, including the current one; 1 decodes nothing ahead."""
-    ahead: int = Field(default=1, ge=0)
-    """Batches for which the teacher has been started ahead of the current one."""
+    ahead: int | None = Field(default=None, ge=0)
+    """Batches for which the teacher has been started ahead of the current one. It defaults to 1 on a GPU, and to 0 on a
+    CPU, where the teacher has finished when its call returns: nothing would run beside it."""
     decode: Decode = "auto"
     """`window` decodes only the crop's window of a file, `full` the whole image, which is cropped afterward. `auto` is
     `window` on a CPU, where both give the same pixels; on a GPU a short trial finds out what works."""
@@ -78,7 +79,7 @@ class LoaderOptions(TypedDict, total=False):
     device: torch.device | str
     num_threads: int | None
     prefetch: int
-    ahead: int
+    ahead: int | None
     decode: Decode
     hw_decoder_load: float
     on_bad_sample: OnBadSample

@@ -173,7 +173,8 @@ class KDDataLoader:
         )
         self._record = None if run_dir is None else argument_path(run_dir) / "bad_samples.jsonl"
         self._reader = self._new_reader()
-        self._sync = open_stream_sync(self.device, ahead=settings.ahead)
+        self._num_ahead = int(self.device.type == "cuda") if settings.ahead is None else settings.ahead
+        self._sync = open_stream_sync(self.device, ahead=self._num_ahead)
         self._preparation = Preparation(source, transform.size, mix, teacher, self.device, self._sync)
         self._ahead: deque[PendingBatch] = deque()
         self._peeked: tuple[tuple[int, int], PendingBatch] | None = None
@@ -480,7 +481,7 @@ class KDDataLoader:
         self._peeked = None
         failure: Exception | None = None
         for number in range(first, len(self._plan)):
-            while failure is None and len(ahead) <= self._settings.ahead and number + len(ahead) < len(self._plan):
+            while failure is None and len(ahead) <= self._num_ahead and number + len(ahead) < len(self._plan):
                 try:
                     ahead.append(self._preparation.prepare(self._reader, epoch, number + len(ahead)))
                 except Exception as exc:
