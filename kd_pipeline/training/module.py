@@ -233,8 +233,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """What the progress bar shows besides the metrics of the validation: loss and speed, on this rank."""
         speed = self._throughput.now()
         shown = {"loss": f"{self._guard.loss:.3g}"}
-        if "images_per_s" in speed:
-            shown["images/s"] = f"{speed['images_per_s']:.3g}"
+        if (images_per_s := speed.get("images_per_s")) is not None:
+            shown["images/s"] = f"{images_per_s:.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
         if "teacher_share" in speed:
             shown["teacher"] = f"{speed['teacher_share']:.0%}"
         return shown
