@@ -7,10 +7,6 @@ On the digits. With `--against`, the runs of both checkouts take turns on the sa
 compared.
 """
 
-import argparse
-import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,8 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.start import CONFIG, ROOT, TIMEOUT_S, commit_of, spread
-from kd_pipeline._core.output import prepare_output, write_output
+from benchmarks.checkouts import (
+    TIMEOUT_S,
+    command_of,
+    commit_of,
+    environment_of,
+    phases,
+    read_options,
+    write_results,
+)
 from kd_pipeline.workflows.demo import write_digits
 
 
@@ -37,14 +40,7 @@ class End(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print one line for each checkout, and write JSON where it was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--against", type=Path, help="another checkout of this repository, to be measured in turn")
-    parser.add_argument("--out", type=Path, help="a JSON file for every repeat")
-    options = parser.parse_args(arguments)
-    if options.out:
-        prepare_output(options.out)
-    checkouts = [ROOT, *([options.against.resolve()] if options.against else [])]
+    options, checkouts = read_options(__doc__, arguments)
     ends: dict[Path, list[End]] = {checkout: [] for checkout in checkouts}
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder, "data", "digits"))
@@ -57,20 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for checkout in checkouts:
         columns = dict(zip(End._fields, map(list, zip(*ends[checkout], strict=True)), strict=True))
         results.append({"commit": commit_of(checkout), **columns})
-        shown = (f"{name.removesuffix('_s').replace('_', ' ')} {spread(times)}" for name, times in columns.items())
-        print(f"{commit_of(checkout)}: {', '.join(shown)}")
-    if options.out:
-        environment = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
-        write_output(options.out, json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+        print(f"{commit_of(checkout)}: {phases(columns)}")
+    write_results(options.out, results)
 
 
 def end_once(checkout: Path, folder: Path, name: str) -> End:
     """One run."""
     run_dir = folder / "runs" / name
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "kd_pipeline", "train", "-c", str(CONFIG), "stage=baseline", f"run_dir={run_dir}"],
+        [*command_of("train"), "stage=baseline", f"run_dir={run_dir}"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(checkout)},
+        env=environment_of(checkout),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -7,12 +7,8 @@ It measures the student alone (`baseline`) and with a trained teacher (`distill`
 checkouts take turns on the same machine, which is how two commits are compared.
 """
 
-import argparse
-import json
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,13 +18,18 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from kd_pipeline._core.output import prepare_output, write_output
+from benchmarks.checkouts import (
+    TIMEOUT_S,
+    command_of,
+    commit_of,
+    environment_of,
+    phases,
+    read_options,
+    write_results,
+)
 from kd_pipeline.workflows.demo import write_digits
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "digits_all_stages.yaml"
 STAGES = ("baseline", "distill")
-TIMEOUT_S = 300.0
 
 
 class Start(NamedTuple):
@@ -43,14 +44,7 @@ class Start(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print one line for each checkout and stage, and write JSON where it was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--against", type=Path, help="another checkout of this repository, to be measured in turn")
-    parser.add_argument("--out", type=Path, help="a JSON file for every repeat")
-    options = parser.parse_args(arguments)
-    if options.out:
-        prepare_output(options.out)
-    checkouts = [ROOT, *([options.against.resolve()] if options.against else [])]
+    options, checkouts = read_options(__doc__, arguments)
     times: dict[tuple[Path, str], list[Start]] = {pair: [] for pair in product(checkouts, STAGES)}
     with tempfile.TemporaryDirectory() as folder:
         write_digits(Path(folder, "data", "digits"))
@@ -68,11 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for (checkout, stage), starts in times.items():
         columns = {name: [getattr(start, name) for start in starts] for name in Start._fields}
         results.append({"commit": commit_of(checkout), "stage": stage, **columns})
-        phases = ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {spread(columns[name])}" for name in columns)
-        print(f"{commit_of(checkout)}, {stage}: {phases}")
-    if options.out:
-        environment = {"python": platform.python_version(), "cores": len(os.sched_getaffinity(0))}
-        write_output(options.out, json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+        print(f"{commit_of(checkout)}, {stage}: {phases(columns)}")
+    write_results(options.out, results)
 
 
 def train_teacher(checkout: Path, folder: Path) -> Path:
@@ -118,28 +109,6 @@ def start_once(checkout: Path, folder: Path, stage: str, run_dir: Path) -> Start
         finally:
             process.kill()
     return Start(**{name: found.get(name, found["first_step_s"]) for name in Start._fields})
-
-
-def command_of(command: str) -> list[str]:
-    """A command of the checkout in `PYTHONPATH`, for the digits."""
-    return [sys.executable, "-P", "-m", "kd_pipeline", command, "-c", str(CONFIG)]
-
-
-def environment_of(checkout: Path) -> dict[str, str]:
-    """The variables of a run of `checkout`, whose modules are compiled once, as those of an installed package are."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {**inherited, "PYTHONPATH": str(checkout)}
-
-
-def commit_of(checkout: Path) -> str:
-    """Its commit, with a mark where files have changed since."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def spread(seconds: list[float]) -> str:
-    """Median, lowest and highest."""
-    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f}-{max(seconds):.2f})"
 
 
 if __name__ == "__main__":

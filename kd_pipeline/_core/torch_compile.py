@@ -26,9 +26,8 @@ def torch_compile(module: nn.Module) -> Callable[[Tensor], Tensor]:
     somebody else put there.
     """
     if not os.environ.get(_VARIABLE) or _is_torchs_own(os.environ[_VARIABLE]):
-        os.environ[_VARIABLE] = str(
-            temporary_without_cache("inductor")
-        )  # read at each compilation, also by torch's worker processes
+        # Read at each compilation, also by torch's worker processes.
+        os.environ[_VARIABLE] = str(temporary_without_cache("inductor"))
     if _HEADERS_VARIABLE not in os.environ:
         from torch._inductor import config  # takes a second, and makes torch's own folder if no other is set
 

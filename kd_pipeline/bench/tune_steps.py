@@ -93,7 +93,7 @@ class RunSteps(ExitStack):
         self.default_threads = torch.get_num_threads()
         """torch's threads where `train.num_threads` is not set."""
         source = open_source(config.data.split("train").source)
-        self._num_images = len(source)
+        self._all_images = source
         num_images = max(_NUM_IMAGES, 8 * config.data.batch_size)
         self.source: Source = source if is_recording(config.teacher) else _Subset(source, num_images)
         self.has_random_teacher = stage == "distill" and _lacks_weights(config)
@@ -159,7 +159,7 @@ class RunSteps(ExitStack):
     @property
     def num_images(self) -> int:
         """Images of the whole training."""
-        return self._num_images * self._config.train.epochs
+        return len(self._all_images) * self._config.train.epochs
 
     def check_agreement(self, values: Values) -> None:
         """Compare the teacher under these settings with float32 on images of the run, as an engine is.
@@ -170,7 +170,7 @@ class RunSteps(ExitStack):
         """
         teacher = self._live_teacher(values)
         if self._reference is None:
-            images = CalibrationSet(sample_images(self._config), "the training split")
+            images = CalibrationSet(sample_images(self._config, training=self._all_images), "the training split")
             exact = self._live_teacher((("teacher.precision", "fp32"),))
             self._reference = make_reference(_from_cpu(exact), images)
         precision: Any = teacher.precision
@@ -231,7 +231,11 @@ class RunSteps(ExitStack):
             teacher = None
             if self._stage == "distill" and config.teacher is not None:
                 teacher = open_run_teacher(
-                    config, classes=self.source.classes, plugins=self._plugins, trust_engines=self._trust_engines
+                    config,
+                    classes=self.source.classes,
+                    plugins=self._plugins,
+                    trust_engines=self._trust_engines,
+                    training=self._all_images,
                 )
             self._teachers[key] = teacher
         return self._teachers[key]

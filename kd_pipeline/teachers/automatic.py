@@ -19,7 +19,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.version import __version__
 from kd_pipeline.errors import EngineError, KDPipelineError, TeacherError
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.parity import ParityReference, check_parity
+from kd_pipeline.teachers.parity import ParityReference, check_parity, images_digest
 from kd_pipeline.teachers.settings import Runtime
 from kd_pipeline.teachers.tensorrt.manifest import Precision
 
@@ -161,7 +161,7 @@ class _Race:
         key = self._contest.images_key
         if key is None:
             images = self._contest.images()
-            key = hashlib.sha256(images.contiguous().numpy().data).hexdigest()
+            key = images_digest(images)
         facts = (
             f"comparison 1 {__version__} {torch.__version__} {cpu_name()} {torch.get_num_threads()} {key} "
             f"{self._contest.key} {self._contest.reference} {', '.join(map(str, self._contest.candidates))}"

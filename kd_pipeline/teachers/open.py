@@ -15,7 +15,7 @@ from kd_pipeline.teachers.ensemble import EnsembleTeacher
 from kd_pipeline.teachers.onnxruntime import why_no_cuda
 from kd_pipeline.teachers.open_on_cpu import open_on_cpu
 from kd_pipeline.teachers.outputs_check import NUM_IMAGES, check_outputs
-from kd_pipeline.teachers.runner import Inputs, Runner
+from kd_pipeline.teachers.runner import Inputs, Runner, usual_shape
 from kd_pipeline.teachers.settings import (
     EnsembleSettings,
     Runtime,
@@ -30,8 +30,6 @@ __all__ = ["open_teacher"]
 
 _logger = logging.getLogger("kd_pipeline")
 
-_UNKNOWN_SIZE = 224
-"""Height and width of the images for a check, if nobody knows them."""
 _USUAL_NUM_IMAGES = 10_000
 """Images that a teacher will get, if nobody knows how many."""
 
@@ -143,10 +141,9 @@ def _open_checked(settings: TeacherSettings, module: nn.Module | None, inputs: I
 
 def _examine(teacher: Teacher, inputs: Inputs, *, one_size: bool = False) -> None:
     """Run `teacher` on a few images, and log what is wrong with its outputs."""
-    channels, height, width = inputs.image_shape or teacher.images.shape[1:]
     teacher.problems = check_outputs(
         teacher,
-        image_shape=(channels or 3, height or _UNKNOWN_SIZE, width or _UNKNOWN_SIZE),
+        image_shape=inputs.image_shape or usual_shape(teacher.images),
         normalization=inputs.normalization,
         num_images=(inputs.batch_size or teacher.max_batch) if one_size else NUM_IMAGES,
         also_alone=not one_size,

@@ -14,7 +14,7 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.kept_export import export_key
 from kd_pipeline.teachers.openvino import openvino_precisions
 from kd_pipeline.teachers.parity import generate_calibration_set
-from kd_pipeline.teachers.runner import Runner
+from kd_pipeline.teachers.runner import Runner, usual_shape
 from kd_pipeline.teachers.settings import Runtime
 
 __all__ = ["open_on_cpu"]
@@ -24,8 +24,6 @@ _logger = logging.getLogger("kd_pipeline")
 _EXPORT_FROM_FLOPS = 1e12
 """Work from which a network is worth an export, which takes some seconds: about ten seconds of float32 on two cores. It
 is counted rather than measured, so that every start comes to the same result."""
-_UNKNOWN_SIZE = 224
-"""Height and width of the images for a comparison, if nobody knows them."""
 
 
 def open_on_cpu(runner: Runner, backend: str, reason: str) -> tuple[Teacher, str]:
@@ -116,11 +114,7 @@ class _Images:
         inputs = self._runner.inputs
         if inputs.calibration_images is not None:
             return inputs.calibration_images()
-        return generate_calibration_set(inputs.image_shape or self._size_of_file()).images
-
-    def _size_of_file(self) -> tuple[int, int, int]:
-        channels, height, width = read_onnx(self._runner.onnx).images.shape[1:]
-        return channels or 3, height or _UNKNOWN_SIZE, width or _UNKNOWN_SIZE
+        return generate_calibration_set(inputs.image_shape or usual_shape(read_onnx(self._runner.onnx).images)).images
 
 
 def _key(runner: Runner) -> str:

@@ -1,5 +1,6 @@
 """Parity of a converted teacher with its float32 ONNX file: how close their outputs are on the same images."""
 
+import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ __all__ = [
     "ParityReference",
     "check_parity",
     "generate_calibration_set",
+    "images_digest",
     "make_reference",
     "measure_parity",
 ]
@@ -79,6 +81,11 @@ def generate_calibration_set(image_shape: tuple[int, int, int], num_images: int 
         noise = torch.randn(num_images, channels, cells, cells, generator=generator)
         images += F.interpolate(noise, size=(height, width), mode="bilinear", align_corners=False)
     return CalibrationSet(images / images.std(), "generated")
+
+
+def images_digest(images: Tensor) -> str:
+    """Hex digest of the values of `images` on the CPU."""
+    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
 
 
 def make_reference(

@@ -25,7 +25,7 @@ from kd_pipeline.onnx.quantize import QUANTIZER_VERSION, quantize_onnx
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
-from kd_pipeline.teachers.parity import CalibrationSet, check_parity, make_reference
+from kd_pipeline.teachers.parity import CalibrationSet, check_parity, images_digest, make_reference
 
 __all__ = ["QuantizedManifest", "quantized_onnx", "read_quantized_manifest"]
 
@@ -113,7 +113,7 @@ def quantized_onnx(
     file, load = read_onnx(onnx), cache(calibration_images)
     recipe = _Recipe(
         onnx_sha256=file.sha256,
-        images=calibration_key or _digest(load()),
+        images=calibration_key or images_digest(load()),
         quantizer=QUANTIZER_VERSION,
         runtime=runtime,
         runtime_version=importlib.metadata.version(runtime),
@@ -182,7 +182,3 @@ def _open(runtime: Runtime, onnx: Path, precision: Literal["fp32", "int8"], num_
     if runtime == "openvino":
         return OpenVINOTeacher(onnx, precision=precision, num_threads=num_threads)
     return OnnxRuntimeTeacher(onnx, precision=precision, num_threads=num_threads)
-
-
-def _digest(images: Tensor) -> str:
-    return hashlib.sha256(f"{list(images.shape)}".encode() + images.contiguous().numpy().tobytes()).hexdigest()

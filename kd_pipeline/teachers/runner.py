@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, ExportError, TeacherError
 from kd_pipeline.models.features import with_features
 from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapterLayer, Normalization
@@ -27,11 +28,13 @@ from kd_pipeline.teachers.tensorrt.load import open_engine
 from kd_pipeline.teachers.tensorrt.manifest import Precision, Profile
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
-__all__ = ["Inputs", "Runner"]
+__all__ = ["Inputs", "Runner", "usual_shape"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 _MAX_BATCH = 1024
+_UNKNOWN_SIZE = 224
+"""Height and width of the images for a check, if nobody knows them."""
 _SMALL_BATCH = 2
 """Batch size of a module's first call on a GPU, if the loader's is unknown."""
 _ENGINE_BATCH = 64
@@ -228,6 +231,12 @@ class Runner:
                 "build the engine again"
             )
         return teacher
+
+
+def usual_shape(images: TensorSpec) -> tuple[int, int, int]:
+    """`(3, H, W)` of images for a check of a teacher that takes `images`, if the loader's size is unknown."""
+    channels, height, width = images.shape[1:]
+    return channels or 3, height or _UNKNOWN_SIZE, width or _UNKNOWN_SIZE
 
 
 def _open_network(settings: TeacherSettings, inputs: Inputs) -> nn.Module:

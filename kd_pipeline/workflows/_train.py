@@ -179,7 +179,7 @@ class _StageRun(ExitStack):
         student = module.model if known else self._best_student(module, loader)
         result = self._show(known | self._missing_evaluations(student.to(loader.device), known))
         if is_rank_zero():
-            write_results(folder, config, student, self._network, loader.classes, result.evaluations)
+            write_results(folder, config, student, self._network, self._source, result.evaluations)
             folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
             log_results(loggers, config, result.evaluations, step)
         return result

@@ -17,6 +17,7 @@ from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.settings import DataSettings
+from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import DataError, MissingPackageError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation
@@ -58,7 +59,7 @@ def write_results(
     config: Config,
     student: nn.Module,
     model: ModelSettings,
-    classes: tuple[str, ...] | None,
+    training: Source,
     evaluations: Mapping[str, Evaluation],
 ) -> None:
     """Write `result.json`, the plots and the exported student.
@@ -68,7 +69,7 @@ def write_results(
         config: of the run.
         student: the network; it is moved to the CPU, in float32 and in contiguous memory.
         model: how it is built.
-        classes: names of the classes in label order.
+        training: the source of the split `train`, with the names of the classes.
         evaluations: its metrics by split.
     """
     split, transform = _evaluation_split(config.data)
@@ -79,9 +80,11 @@ def write_results(
         student.float().cpu().to(memory_format=torch.contiguous_format).eval(),
         model,
         folder.exported,
-        classes=classes,
+        classes=training.classes,
         transform=transform,
-        calibration_set=lambda: CalibrationSet(sample_images(config, split), f"the split {split} of the run"),
+        calibration_set=lambda: CalibrationSet(
+            sample_images(config, split, training=training), f"the split {split} of the run"
+        ),
         export=config.train.export,
     )
 

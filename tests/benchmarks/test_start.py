@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import start
+from benchmarks.checkouts import ROOT
 
 
 @pytest.mark.slow
@@ -23,4 +24,4 @@ def test_first_line_comes_before_first_step(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.slow
 def test_run_that_does_not_train_shows_its_output(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"does not train:\n[^$]*data/digits"):
-        start.start_once(start.ROOT, tmp_path, "baseline", tmp_path / "run")
+        start.start_once(ROOT, tmp_path, "baseline", tmp_path / "run")

@@ -25,6 +25,7 @@ from kd_pipeline.teachers.parity import (
     ParityReference,
     check_parity,
     generate_calibration_set,
+    images_digest,
     make_reference,
 )
 from kd_pipeline.teachers.tensorrt.builder_process import BuilderJob, run_builder
@@ -284,7 +285,7 @@ def _recipe(
         input_adapter=None if adapter is None else adapter.model_dump(mode="json"),
         extra_outputs=settings.outputs,
         classes=file.classes if settings.classes is None else class_names(settings.classes),
-        calibration_sha256=_digest(calibration_set().images) if is_calibrated else None,
+        calibration_sha256=images_digest(calibration_set().images) if is_calibrated else None,
         converter=CONVERTER_VERSION,
         image_shape=image_shape,
         runtime=tensorrt.runtime,
@@ -345,7 +346,3 @@ def _tensors(converted: OnnxFile, reference: ParityReference) -> tuple[TensorIO,
 
 def _name(dtype: torch.dtype) -> Literal["float32", "float16"]:
     return "float16" if dtype == torch.float16 else "float32"
-
-
-def _digest(images: torch.Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy().data).hexdigest()
