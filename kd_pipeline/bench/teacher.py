@@ -29,6 +29,8 @@ from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_in
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.report.plots import plot_scaling
+from kd_pipeline.teachers.open import why_no_onnx
+from kd_pipeline.teachers.tensorrt.manifest import Precision
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,9 +57,13 @@ class BenchTeacherSettings(Settings):
     batch_sizes: tuple[PositiveInt, ...] = Field(default=(1, 8, 32, 64), min_length=1)
     """Images in a batch, one size after the other."""
     compile_at: tuple[PositiveInt, ...] | None = None
-    """Those of `batch_sizes` for which PyTorch is also compiled, separately; defaults to the largest."""
+    """Those of `batch_sizes` for which PyTorch is also compiled, separately, and on a GPU captured as a CUDA graph, and
+    for which TensorRT also builds an engine of that size only; defaults to the largest."""
+    precisions: tuple[Precision, ...] = Field(default=("fp32", "bf16", "fp16", "fp8", "int8"), min_length=1)
+    """Which precisions are measured; one backend in float32, the reference, is measured in any case."""
     num_images: int = Field(default=64, gt=0)
-    """Timed images of each backend at each batch size in each repeat, rounded up to full batches."""
+    """Timed images of each backend at each batch size in each repeat, rounded up to full batches; on a GPU at least 20
+    batches."""
     repeats: int = Field(default=3, gt=0)
     """How often each row is measured."""
     num_threads: int | None = Field(default=None, gt=0)
@@ -86,7 +92,7 @@ class TeacherResult:
     reference: str
     """The row that the others are compared with."""
     export_s: float | None
-    """Seconds to export the model; None if an ONNX file was given, or the export failed."""
+    """Seconds to export the model; None if an ONNX file was given, nothing would run the export, or it failed."""
     has_random_weights: bool
     """An untrained network has similar logits for all classes and images, so agreement with it means little."""
     settings: Mapping[str, Any]
@@ -150,7 +156,8 @@ def bench_teacher(
 
     All get the same photographs, with the transform for evaluation, and equally many threads. At each batch size they
     take turns: every repeat times each one once, after an untimed batch, while the others are idle. Times are wall
-    clock times until the device has finished, without copying the images, which are already there.
+    clock times until the device has finished, without copying the images, which are already there. On a GPU, PyTorch
+    also replays CUDA graphs, and TensorRT also runs engines for a single batch size.
 
     Logits are compared with those of the first backend in float32, in the same way as those of a built engine: two
     practically tied classes count as one. What cannot be opened or fails is in `left_out` with the reason.
@@ -167,12 +174,18 @@ def bench_teacher(
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(num_threads)
-        teacher = _prepare(settings, Path(stack.enter_context(tempfile.TemporaryDirectory())), report)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        teacher = _prepare(settings, folder, report, no_export=why_no_onnx(device))
         images = _photographs(settings, teacher, num_threads, report).to(device)
         comparison = BackendComparison(
             teacher.model, images, batch_sizes=settings.batch_sizes, num_threads=num_threads, report=report
         )
-        comparison.run(compile_at=settings.compile_at, num_images=settings.num_images, repeats=settings.repeats)
+        comparison.run(
+            compile_at=settings.compile_at,
+            num_images=settings.num_images,
+            repeats=settings.repeats,
+            precisions=settings.precisions,
+        )
     used = {
         "name": teacher.model.name,
         "size": images.shape[-1],
@@ -204,7 +217,10 @@ class _Teacher:
     has_random_weights: bool
 
 
-def _prepare(settings: BenchTeacherSettings, folder: Path, report: Callable[[str], object]) -> _Teacher:
+def _prepare(
+    settings: BenchTeacherSettings, folder: Path, report: Callable[[str], object], *, no_export: str | None
+) -> _Teacher:
+    """Open or export the teacher; `no_export` says why nothing would run the export, which takes tens of seconds."""
     if settings.onnx is not None:
         images = read_onnx(settings.onnx).images
         transform = EvalTransform(size=settings.size or images.shape[2] or _SIZE)
@@ -218,13 +234,15 @@ def _prepare(settings: BenchTeacherSettings, folder: Path, report: Callable[[str
     size = settings.size or (expected.size[0] if expected else _BUILTIN_SIZE if model.builtin else _SIZE)
     statistics = {"mean": expected.mean, "std": expected.std} if expected else {}
     name = model.timm or model.torchvision or model.builtin or str(model.factory)
-    report(f"exporting {name} for images of {size} x {size}")
-    started_s = time.perf_counter()
-    try:
-        onnx = export_onnx(module, folder / "teacher.onnx", image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
-        exported, export_s = ExportedModel(name, module, onnx), time.perf_counter() - started_s
-    except (ExportError, MissingPackageError) as exc:
-        exported, export_s = ExportedModel(name, module, None, f"no ONNX file: {exc}"), None
+    exported, export_s = ExportedModel(name, module, None, no_export or ""), None
+    if no_export is None:
+        report(f"exporting {name} for images of {size} x {size}")
+        started_s = time.perf_counter()
+        try:
+            onnx = export_onnx(module, folder / "teacher.onnx", image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
+            exported, export_s = ExportedModel(name, module, onnx), time.perf_counter() - started_s
+        except (ExportError, MissingPackageError) as exc:
+            exported = ExportedModel(name, module, None, f"no ONNX file: {exc}")
     return _Teacher(
         model=exported,
         transform=EvalTransform.model_validate({"size": size} | statistics),

@@ -6,7 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,18 @@ from kd_pipeline.errors import ConfigError, KDPipelineError, TeacherError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
-from kd_pipeline.teachers.parity import measure_parity
+from kd_pipeline.teachers.parity import CalibrationSet, measure_parity
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.teachers.tensorrt.build import build_engine
+from kd_pipeline.teachers.tensorrt.manifest import Precision, Profile
+from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["NUM_COMPARED", "BackendComparison", "ExportedModel", "TeacherRow"]
 
 NUM_COMPARED = 64
 """Images on which the logits are compared, at least."""
-_BACKENDS = {
+_BACKENDS: Mapping[Precision, tuple[str, ...]] = {
     "fp32": ("pytorch", "onnxruntime", "openvino", "tensorrt"),
     "bf16": ("pytorch", "onnxruntime", "openvino", "tensorrt"),
     "fp16": ("pytorch", "onnxruntime", "openvino", "tensorrt"),
@@ -31,7 +36,28 @@ _BACKENDS = {
     "int8": ("onnxruntime", "openvino", "tensorrt"),
 }
 """What is tried, by precision; float32 first, as the reference for the others."""
-_COMPILED_PRECISIONS = ("fp32", "bf16", "fp16")
+_COMPILED_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+_GRAPH_PRECISIONS: tuple[Precision, ...] = ("bf16",)
+"""Compiling takes long, and the fewer bits, the more a GPU waits for launches, which a CUDA graph saves."""
+_MIN_BATCHES_ON_GPU = 20
+"""Timed, as a GPU does a few batches in less time than it takes to start and to wait for it."""
+
+
+class _Kind(NamedTuple):
+    """What a row measures."""
+
+    backend: str
+    precision: Precision
+    compile: bool = False
+    cuda_graph: bool = False
+    fixed_profile: bool = False
+    """For TensorRT: an engine for a single batch size."""
+
+    @property
+    def name(self) -> str:
+        """Of the row."""
+        words = [self.backend, *(["compiled"] * self.compile), *(["graph"] * self.cuda_graph), self.precision]
+        return " ".join(words) + ", fixed profile" * self.fixed_profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +112,8 @@ class BackendComparison:
         self._model, self._images, self._num_threads, self._report = model, images, num_threads, report
         self._batch_sizes, self._largest = sorted(set(batch_sizes)), max(batch_sizes)
         self._reference_logits = torch.empty(0)
+        self._folder = Path()
+        """For engines of a single batch size; temporary, while `run` runs."""
         self.reference = ""
         """The row that the others are compared with: the first one, in float32."""
         self.rows: dict[str, TeacherRow] = {}
@@ -93,19 +121,30 @@ class BackendComparison:
         self.left_out: dict[str, str] = {}
         """Why a row, or one of its batch sizes, was not measured."""
 
-    def run(self, *, compile_at: Sequence[int] | None, num_images: int, repeats: int) -> None:
+    def run(
+        self,
+        *,
+        compile_at: Sequence[int] | None,
+        num_images: int,
+        repeats: int,
+        precisions: Sequence[Precision] = tuple(_BACKENDS),
+    ) -> None:
         """Open everything, then measure at each batch size in turn; see `bench_teacher`.
 
         Raises:
             TeacherError: nothing runs the teacher.
         """
         with ExitStack() as opened:
-            teachers = {}
+            self._folder = Path(opened.enter_context(TemporaryDirectory(prefix="bench_teacher-")))
+            teachers: dict[str, Teacher] = {}
             for precision, backends in _BACKENDS.items():
                 for backend in backends:
-                    name = f"{backend} {precision}"
-                    if teacher := self._open(name, backend, precision, self._largest, opened):
-                        teachers[name] = teacher
+                    is_reference = precision == "fp32" and not self.reference
+                    if not (precision in precisions or is_reference):
+                        continue
+                    kind = _Kind(backend, precision)
+                    if teacher := self._open(kind, self._largest, opened):
+                        teachers[kind.name] = teacher
             if not teachers:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items())
                 raise TeacherError(f"nothing here runs {self._model.name}: {reasons}")
@@ -114,21 +153,32 @@ class BackendComparison:
                     now = dict(teachers)
                     if batch_size in ((self._largest,) if compile_at is None else compile_at):
                         torch.compiler.reset()  # what is compiled for a single size is the fastest
-                        for precision in _COMPILED_PRECISIONS:
-                            name = f"pytorch compiled {precision}"
-                            if teacher := self._open(name, "pytorch", precision, batch_size, opened_now, compile=True):
-                                now[name] = teacher
+                        for kind in self._kinds_of_one_size(precisions, teachers):
+                            if teacher := self._open(kind, batch_size, opened_now):
+                                now[kind.name] = teacher
                     self._measure(now, batch_size, num_images, repeats)
 
-    def _open(
-        self, name: str, backend: str, precision: str, batch_size: int, opened: ExitStack, *, compile: bool = False
-    ) -> Teacher | None:
+    def _kinds_of_one_size(self, precisions: Sequence[Precision], opened: Mapping[str, Teacher]) -> list[_Kind]:
+        """What is compiled, captured or built for a single batch size, beside what is `opened` for all."""
+        compiled = [precision for precision in _COMPILED_PRECISIONS if precision in precisions]
+        kinds = [_Kind("pytorch", precision, compile=True) for precision in compiled]
+        if self._images.device.type == "cuda":
+            captured = [precision for precision in _GRAPH_PRECISIONS if precision in precisions]
+            for compile in (False, True):
+                kinds += [_Kind("pytorch", precision, compile, cuda_graph=True) for precision in captured]
+            built = [precision for precision in _BACKENDS if f"tensorrt {precision}" in opened]
+            kinds += [_Kind("tensorrt", precision, fixed_profile=True) for precision in built]
+        return kinds
+
+    def _open(self, kind: _Kind, batch_size: int, opened: ExitStack) -> Teacher | None:
         """Open a teacher, run it in batches of that size and compare its logits; None, with the reason noted, if any
         of that fails."""
-        started_s = time.perf_counter()
+        name, started_s = kind.name, time.perf_counter()
         try:
-            teacher = self._open_teacher(backend, precision, batch_size, compile)
+            teacher = self._open_teacher(kind, batch_size)
             opened.callback(teacher.close)
+            if kind.cuda_graph and isinstance(teacher, PyTorchTeacher) and not teacher.has_cuda_graph:
+                raise TeacherError("this teacher cannot be captured as a CUDA graph; the warning says why")
             teacher(self._images[:batch_size])
             self._synchronize()
             open_s = time.perf_counter() - started_s
@@ -146,12 +196,15 @@ class BackendComparison:
         self.rows.setdefault(name, row)  # a compiled one is opened for each batch size
         return teacher
 
-    def _open_teacher(self, backend: str, precision: str, batch_size: int, compile: bool) -> Teacher:
+    def _open_teacher(self, kind: _Kind, batch_size: int) -> Teacher:
+        backend, precision = kind.backend, kind.precision
         settings: dict[str, Any] = {"backend": backend, "precision": precision}
         if reason := self._obstacle(backend, precision):
             raise ConfigError(reason)
         if backend == "pytorch":
-            settings["compile"] = compile
+            settings |= {"compile": kind.compile, "cuda_graph": kind.cuda_graph}
+        elif kind.fixed_profile:
+            settings["engine"] = self._build_engine(precision, batch_size)
         else:
             settings["onnx"] = self._model.onnx
         if backend in ("onnxruntime", "openvino"):
@@ -164,6 +217,22 @@ class BackendComparison:
             dtype=self._images.dtype,
             batch_size=batch_size,
             calibration_images=lambda: self._images[:NUM_COMPARED].float().cpu(),
+        )
+
+    def _build_engine(self, precision: Precision, batch_size: int) -> Path:
+        """An engine for this batch size alone, in the temporary folder."""
+        assert self._model.onnx is not None  # it is an obstacle before
+        calibration_set = CalibrationSet(self._images[:NUM_COMPARED].float().cpu(), "the compared images")
+        return build_engine(
+            BuildSettings(
+                onnx=self._model.onnx,
+                precision=precision,
+                half_io=self._images.dtype == torch.float16,
+                profiles=(Profile(min=batch_size, opt=batch_size, max=batch_size),),
+                image_size=self._images.shape[2],
+            ),
+            save_engine=self._folder / f"{precision}-{batch_size}.engine",
+            calibration_set=lambda: calibration_set,
         )
 
     def _obstacle(self, backend: str, precision: str) -> str:
@@ -187,7 +256,9 @@ class BackendComparison:
         return ""
 
     def _measure(self, teachers: Mapping[str, Teacher], batch_size: int, num_images: int, repeats: int) -> None:
-        candidates = []
+        candidates, num_batches = [], -(-num_images // batch_size)
+        if self._images.device.type == "cuda":
+            num_batches = max(num_batches, _MIN_BATCHES_ON_GPU)
         for name, teacher in teachers.items():
             run = partial(self._run, teacher, self._images[:batch_size])
             try:
@@ -199,7 +270,7 @@ class BackendComparison:
         rows = measure(
             candidates,
             repeats=repeats,
-            num_batches=-(-num_images // batch_size),
+            num_batches=num_batches,
             num_warm_up=1,
             report=lambda line: self._report(f"{batch_size} at a time, {line}"),
         )

@@ -87,10 +87,9 @@ def _add_teacher_options(parser: argparse.ArgumentParser) -> None:
     add_options(model, ModelSettings, "torchvision", "timm", "builtin")
     named = parser.add_argument_group("a teacher by name")
     add_options(named, ModelSettings, "checkpoint", "checkpoint_key", "pretrained", "num_classes")
-    add_options(
-        parser, BenchTeacherSettings, "root", "size", "batch_sizes", "num_images", "repeats", "num_threads", "device"
-    )
-    text = "batch sizes at which PyTorch is also compiled; none for no compiling (default: the largest)"
+    fields = ("root", "size", "batch_sizes", "precisions", "num_images", "repeats", "num_threads", "device")
+    add_options(parser, BenchTeacherSettings, *fields)
+    text = "batch sizes at which PyTorch is also compiled and captured; none for neither (default: the largest)"
     parser.add_argument("--compile-at", nargs="*", metavar="N", help=text)
     _add_out(parser, "runs/bench_teacher.json")
 

@@ -26,7 +26,7 @@ from kd_pipeline.teachers.settings import (
 )
 from kd_pipeline.teachers.tensorrt.package import why_unusable
 
-__all__ = ["open_teacher"]
+__all__ = ["open_teacher", "why_no_onnx"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -253,7 +253,23 @@ def _choose_on_gpu(settings: TeacherSettings, device: torch.device) -> tuple[str
     if (no_onnxruntime := why_no_cuda()) is None:
         return "onnxruntime", f"because the teacher is an ONNX file and no TensorRT runs on this GPU ({no_tensorrt})"
     raise ConfigError(
-        f"no installed runtime runs {settings.onnx} on {torch.cuda.get_device_name(device)}. TensorRT: {no_tensorrt}. "
-        f"ONNX Runtime: {no_onnxruntime}. Install one of them, or give the teacher as a network (teacher.model) or a "
-        "module, which PyTorch runs"
+        f"{_no_runtime(settings.onnx, device, no_tensorrt, no_onnxruntime)}. Install one of them, or give the teacher "
+        "as a network (teacher.model) or a module, which PyTorch runs"
+    )
+
+
+def why_no_onnx(device: torch.device) -> str | None:
+    """Why no installed runtime runs ONNX files on `device`, so an export is in vain; None if one may."""
+    if device.type != "cuda":
+        return None
+    no_tensorrt = why_unusable(torch.cuda.get_device_capability(device))
+    if no_tensorrt is None or (no_onnxruntime := why_no_cuda()) is None:
+        return None
+    return _no_runtime("ONNX files", device, no_tensorrt, no_onnxruntime)
+
+
+def _no_runtime(what: object, device: torch.device, no_tensorrt: str, no_onnxruntime: str) -> str:
+    return (
+        f"no installed runtime runs {what} on {torch.cuda.get_device_name(device)}. TensorRT: {no_tensorrt}. "
+        f"ONNX Runtime: {no_onnxruntime}"
     )

@@ -92,6 +92,11 @@ class PyTorchTeacher(Teacher):
             # The weights are there for the first call, on whatever stream it is.
             torch.cuda.synchronize(zeros.device)
 
+    @property
+    def has_cuda_graph(self) -> bool:
+        """Whether calls with `batch_size` images replay a CUDA graph; false also if it could not be captured."""
+        return self._cuda_graph is not None
+
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
         if self._cuda_graph is not None and len(images) == self._cuda_graph.num_images:
             return self._cuda_graph.run(images)

@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
+from kd_pipeline.bench import teacher as bench_teacher_module
 from kd_pipeline.bench import teacher_backends
 from kd_pipeline.bench.teacher import BenchTeacherSettings, TeacherResult, bench_teacher
 from kd_pipeline.bench.teacher_backends import BackendComparison, ExportedModel, TeacherRow
@@ -21,6 +23,7 @@ from tests.networks import LogitsOnly, random_images
 MODEL = ModelSettings(builtin="small_resnet", kwargs={"width": 4})
 ON_A_CPU = ["pytorch fp32", "onnxruntime fp32", "openvino fp32", "pytorch bf16"]
 """Rows on any CPU, in the order of opening; OpenVINO also has bf16 if the CPU has it."""
+RUN_FILES = ("onnxruntime", "openvino", "tensorrt")
 
 
 @pytest.fixture(autouse=True)
@@ -206,6 +209,81 @@ def test_compiled_is_opened_for_each_batch_size(
     assert list(found.rows["pytorch compiled fp32"].images_per_s) == [4], "defaults to the largest"
 
 
+def test_only_the_wanted_precisions_are_measured_beside_the_reference() -> None:
+    found = comparison_of(LogitsOnly())
+    found.run(compile_at=(4,), num_images=1, repeats=1, precisions=("bf16",))
+    assert list(found.rows) == ["pytorch fp32", "pytorch bf16", "pytorch compiled bf16"]
+    assert found.reference == "pytorch fp32" and found.left_out.keys() == {f"{name} bf16" for name in RUN_FILES}
+
+
+def test_reference_of_a_file_is_the_first_that_runs_it(exported: Callable[[int], Path], photographs: Path) -> None:
+    settings = BenchTeacherSettings(
+        onnx=exported(0),
+        root=photographs,
+        batch_sizes=(2,),
+        precisions=("bf16",),
+        num_images=2,
+        repeats=1,
+        device="cpu",
+    )
+    result = bench_teacher(settings)
+    assert result.reference == result.rows[0].name == "onnxruntime fp32"
+    assert "openvino fp32" not in {row.name for row in result.rows} | result.left_out.keys()
+
+
+@pytest.mark.parametrize(
+    ("device", "names"),
+    [
+        ("cpu", ["pytorch compiled fp32", "pytorch compiled bf16"]),
+        (
+            "cuda",
+            [
+                "pytorch compiled fp32",
+                "pytorch compiled bf16",
+                "pytorch graph bf16",
+                "pytorch compiled graph bf16",
+                "tensorrt bf16, fixed profile",
+            ],
+        ),
+    ],
+)
+def test_graphs_and_fixed_profiles_are_measured_on_a_gpu(device: str, names: list[str]) -> None:
+    found = comparison_of(LogitsOnly())
+    found._images = SimpleNamespace(device=torch.device(device))  # type: ignore[assignment]
+    opened: Any = {"pytorch bf16": None, "tensorrt bf16": None}
+    assert [kind.name for kind in found._kinds_of_one_size(("bf16", "fp32"), opened)] == names
+
+
+def test_engine_with_a_fixed_profile_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[Any] = []
+    monkeypatch.setattr(teacher_backends, "build_engine", lambda *args, **more: got.append((args, more)) or tmp_path)
+    monkeypatch.setattr(teacher_backends, "open_teacher", lambda *args, **more: got.append((args, more)))
+    monkeypatch.setattr(BackendComparison, "_obstacle", lambda *args: "")
+    found = BackendComparison(
+        ExportedModel("net", None, tmp_path / "net.onnx"),
+        random_images(64),
+        batch_sizes=(8,),
+        num_threads=1,
+        report=print,
+    )
+    found._open_teacher(teacher_backends._Kind("tensorrt", "bf16", fixed_profile=True), 8)
+    (build,), more = got[0]
+    assert [(each.min, each.opt, each.max) for each in build.profiles] == [(8, 8, 8)]
+    assert build.precision == "bf16" and len(more["calibration_set"]().images) == 64
+    ((opened,), _) = got[1]
+    assert (opened.engine, opened.onnx, opened.backend) == (tmp_path, None, "tensorrt")
+
+
+def test_nothing_is_exported_where_nothing_runs_it(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_teacher_module, "why_no_onnx", lambda device: "no runtime for it")
+    monkeypatch.setattr(bench_teacher_module, "export_onnx", None)
+    settings = BenchTeacherSettings(
+        model=MODEL, root=photographs, batch_sizes=(1,), compile_at=(), num_images=1, repeats=1, device="cpu"
+    )
+    result = bench_teacher(settings)
+    assert result.export_s is None and result.left_out["openvino fp32"] == "no runtime for it"
+
+
 def test_error_names_every_reason_if_nothing_runs() -> None:
     with pytest.raises(TeacherError, match=r"nothing here runs net: pytorch fp32: .*; openvino fp32: not exported"):
         comparison_of(None).run(compile_at=None, num_images=1, repeats=1)
@@ -239,6 +317,8 @@ def test_table_has_medians_and_joins_equal_reasons() -> None:
         ),
         ({"onnx": "a.onnx", "batch_sizes": ()}, "batch_sizes"),
         ({"onnx": "a.onnx", "batch_sizes": (0,)}, "batch_sizes"),
+        ({"onnx": "a.onnx", "precisions": ("fp64",)}, "precisions"),
+        ({"onnx": "a.onnx", "precisions": ()}, "precisions"),
     ],
 )
 def test_impossible_settings_are_errors(values: dict[str, Any], words: str) -> None:

@@ -16,7 +16,7 @@ from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers import open as opening
 from kd_pipeline.teachers import runner
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.open import open_teacher, why_no_onnx
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images
@@ -201,6 +201,26 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(runner, "OnnxRuntimeTeacher", opened("onnxruntime"))
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("tensorrt", "onnxruntime", "reason"),
+    [
+        (None, None, None),
+        (None, "not installed", None),
+        ("no support", None, None),
+        ("no support", "for CPUs", "words"),
+    ],
+)
+def test_exports_are_in_vain_where_no_runtime_runs_them(
+    tensorrt: str | None, onnxruntime: str | None, reason: str | None, pretend_gpu: Callable[..., None]
+) -> None:
+    pretend_gpu((9, 0), tensorrt=tensorrt, onnxruntime=onnxruntime)
+    found = why_no_onnx(torch.device("cuda", 0))
+    assert (found is None) == (reason is None)
+    if found is not None:
+        assert "ONNX files on NVIDIA H100. TensorRT: no support. ONNX Runtime: for CPUs" in found
+    assert why_no_onnx(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
