@@ -1,4 +1,4 @@
-"""Compare `KDDataLoader` with a bare DALI graph, and on JPEG files with torchvision's two decoders."""
+"""Compare `KDDataLoader` with a bare DALI graph, and on JPEG files with torchvision's decoders."""
 
 import argparse
 import json
@@ -36,7 +36,15 @@ from kd_pipeline.bench.measure import (
     spread,
 )
 from kd_pipeline.bench.photographs import photographs, read_jpeg
-from kd_pipeline.bench.torchvision_loaders import PREFETCH, LoadTask, Stream, torchvision_pil, torchvision_tensor
+from kd_pipeline.bench.torchvision_loaders import (
+    PREFETCH,
+    LoadTask,
+    Stream,
+    torchvision_cuda,
+    torchvision_pil,
+    torchvision_tensor,
+    why_no_cuda_decoder,
+)
 from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.data.dali import DecodeMode
 from kd_pipeline.data.decode import resolve_decode
@@ -212,10 +220,16 @@ def _measure(settings: BenchLoaderSettings, tasks: _Tasks, report: Callable[[str
     num_batches = -(-settings.num_batches * settings.batch_size // task.batch_size)
     # Each of torch's workers prepares a batch of its own, and all may become ready together, as do the small batches
     # of a group in `KDDataLoader`: only full rounds are a fair measure.
-    at_once = math.lcm(task.num_threads, group_size(task.batch_size, task.transform))
+    group = group_size(task.batch_size, task.transform)
+    at_once = math.lcm(task.num_threads, group)
     with ExitStack() as stack:
         candidates = [
-            Candidate(name, partial(_run, stack.enter_context(closing(open_stream(own))), own.device))
+            Candidate(
+                name,
+                partial(_run, stack.enter_context(closing(open_stream(own))), own.device),
+                # With many workers the warm-up of torch's loaders takes longer than what is timed.
+                num_warm_up=(PREFETCH + 2) * group if name.startswith(_ON_DALI) else None,
+            )
             for name, (open_stream, own) in tasks.items()
         ]
         return measure(
@@ -229,10 +243,15 @@ def _measure(settings: BenchLoaderSettings, tasks: _Tasks, report: Callable[[str
 
 
 def _tasks(settings: BenchLoaderSettings, task: DecodeTask, report: Callable[[str], object]) -> _Tasks:
-    """Every row with `batch_size` by name; a decode mode that does not work on this GPU is reported and has none."""
+    """Every row with `batch_size` by name; what does not work on this GPU is reported and has none."""
     if settings.source == "arrays":
         return {name: (LOADERS[name], task) for name in _ON_DALI}
     tasks = {name: (open_stream, task) for name, open_stream in LOADERS.items()}
+    if task.device.type == "cuda":
+        if reason := why_no_cuda_decoder(task.device):
+            report(f"no row for {', '.join(GPU_LOADERS)}: {reason}")
+        else:
+            tasks |= {name: (open_stream, task) for name, open_stream in GPU_LOADERS.items()}
 
     def add(label: str, **changes: Any) -> None:
         tasks.update({f"{name}, {label}": (LOADERS[name], replace(task, **changes)) for name in _ON_DALI})
@@ -345,6 +364,8 @@ LOADERS: dict[str, Callable[[DecodeTask], Stream]] = {
     "torchvision, decode_jpeg": torchvision_tensor,
 }
 """What is compared."""
+GPU_LOADERS: dict[str, Callable[[DecodeTask], Stream]] = {"torchvision, CUDA decode_jpeg": torchvision_cuda}
+"""What is compared as well on a GPU, if torchvision was built for it."""
 
 
 def _run(stream: Stream, device: torch.device, num_batches: int) -> int:

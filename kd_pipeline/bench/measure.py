@@ -73,6 +73,8 @@ class Candidate:
     name: str
     run: Callable[[int], int]
     """Processes so many more batches and returns the number of images in them."""
+    num_warm_up: int | None = None
+    """Of this one instead of `measure`'s, if it prefetches less than others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def measure(
         report: receives a line after every repeat.
     """
     for candidate in candidates:
-        candidate.run(num_warm_up)
+        candidate.run(candidate.num_warm_up or num_warm_up)
     samples: dict[str, list[_Sample]] = {candidate.name: [] for candidate in candidates}
     for repeat in range(repeats):
         for candidate in rotated(candidates, repeat):
@@ -142,7 +144,7 @@ def measure(
 
 def _time(candidate: Candidate, num_batches: int, num_warm_up: int) -> _Sample:
     wait_until_idle()
-    candidate.run(num_warm_up)
+    candidate.run(candidate.num_warm_up or num_warm_up)
     reset_peak_memory()
     cpu_start_s, own_start_s, start_s = _cpu_s(), _own_cpu_s(), time.perf_counter()
     num_images = candidate.run(num_batches)

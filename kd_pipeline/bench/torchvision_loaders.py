@@ -1,6 +1,6 @@
 """Loading as people do it without DALI: torchvision's `ImageFolder` in torch's `DataLoader`."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,15 @@ from kd_pipeline._core.child_process import spawn_context
 from kd_pipeline._core.optional import require
 from kd_pipeline.data.transforms import TrainTransform
 
-__all__ = ["PREFETCH", "LoadTask", "Stream", "torchvision_pil", "torchvision_tensor"]
+__all__ = [
+    "PREFETCH",
+    "LoadTask",
+    "Stream",
+    "torchvision_cuda",
+    "torchvision_pil",
+    "torchvision_tensor",
+    "why_no_cuda_decoder",
+]
 
 PREFETCH = 2
 """Batches that each worker of torch's prefetches, the default of torch and of DALI."""
@@ -50,8 +58,42 @@ def torchvision_tensor(task: LoadTask) -> Stream:
     return _batches(datasets.ImageFolder(task.root, v2.Compose(steps), loader=_read_jpeg), task)
 
 
+def torchvision_cuda(task: LoadTask) -> Stream:
+    """Read the files in worker processes, decode whole batches on the GPU, and crop and flip image by image there."""
+    io, datasets = require("torchvision.io", extra="bench"), require("torchvision.datasets", extra="bench")
+    v2 = require("torchvision.transforms.v2", extra="bench")
+    crop, normalize = v2.Compose(_crop(v2, task.transform)), v2.Compose(_normalize(v2, task.transform))
+    dataset = datasets.ImageFolder(task.root, loader=io.read_file)
+    for content, sizes in _loader(dataset, task, collate_fn=_joined, pin_memory=False):
+        files = list(content.split(sizes))
+        images = io.decode_jpeg(files, mode=io.ImageReadMode.RGB, device=task.device)
+        yield normalize(torch.stack([crop(image) for image in images]))
+
+
+def why_no_cuda_decoder(device: torch.device) -> str | None:
+    """Why torchvision cannot decode JPEG files on the GPU `device`; None if it can."""
+    io = require("torchvision.io", extra="bench")
+    file = io.encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8))
+    try:
+        io.decode_jpeg([file], mode=io.ImageReadMode.RGB, device=device)
+    except (RuntimeError, NotImplementedError) as exc:  # such as torchvision built without nvJPEG
+        return (str(exc).splitlines() or [type(exc).__name__])[0]
+    return None
+
+
+def _joined(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, list[int]]:
+    """The files of a batch in one tensor, and their sizes: each tensor from a worker costs an open file."""
+    files = [file for file, _ in samples]
+    return torch.cat(files), [len(file) for file in files]
+
+
 def _batches(dataset: Any, task: LoadTask) -> Stream:
-    loader = DataLoader(
+    for images, _ in _loader(dataset, task, pin_memory=task.device.type == "cuda"):
+        yield images.to(task.device, non_blocking=True)
+
+
+def _loader(dataset: Any, task: LoadTask, **options: Any) -> "DataLoader[Any]":
+    return DataLoader(
         dataset,
         task.batch_size,
         # Practically endless, one permutation after the other, so workers do not restart at every epoch.
@@ -59,12 +101,10 @@ def _batches(dataset: Any, task: LoadTask) -> Stream:
         num_workers=task.num_threads,
         prefetch_factor=PREFETCH,
         drop_last=True,
-        pin_memory=task.device.type == "cuda",
         # Forking a process in which DALI's threads run is not safe.
         multiprocessing_context=spawn_context(),
+        **options,
     )
-    for images, _ in loader:
-        yield images.to(task.device, non_blocking=True)
 
 
 def _crop(v2: Any, transform: TrainTransform) -> list[Any]:

@@ -234,3 +234,14 @@ def _work(done: Event, leave: Event) -> None:
         pass
     done.set()
     leave.wait(60)
+
+
+def test_candidate_can_have_its_own_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "wait_until_idle", lambda: None)
+    calls: list[tuple[str, int]] = []
+    candidates = [
+        Candidate(name, Stream(name, 1.0, calls, [0.0]), num_warm_up) for name, num_warm_up in [("a", None), ("b", 2)]
+    ]
+    measure(candidates, repeats=1, num_batches=4, num_warm_up=9, report=lambda line: None)
+    assert [number for name, number in calls if name == "a"] == [9, 9, 4]
+    assert [number for name, number in calls if name == "b"] == [2, 2, 4]

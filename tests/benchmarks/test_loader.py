@@ -14,13 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import loader
-from benchmarks.loader import LOADERS, BenchLoaderSettings, DecodeTask, LoaderResult, bench_loader, main
+from benchmarks.loader import GPU_LOADERS, LOADERS, BenchLoaderSettings, DecodeTask, LoaderResult, bench_loader, main
 from kd_pipeline.bench import photographs as photographs_module
 from kd_pipeline.bench.measure import Measurement
 from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.bench.torchvision_loaders import why_no_cuda_decoder
 from kd_pipeline.data.decode_trial import DecodeTrial
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, MissingPackageError
+
+# From 0.29 on, torchvision advises TorchCodec instead.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 
 NUM_FILES, BATCH_SIZE, SIZE = 24, 12, 48
 TRANSFORM = TrainTransform(size=SIZE)
@@ -41,10 +45,10 @@ def numbered(photos: tuple[NDArray[np.uint8], NDArray[np.uint8]], tmp_path_facto
     return root
 
 
-@pytest.fixture(params=LOADERS, scope="module")
+@pytest.fixture(params=[*LOADERS, *GPU_LOADERS], scope="module")
 def batches(request: pytest.FixtureRequest, numbered: Path) -> Iterator[list[Tensor]]:
-    """Three epochs of each loader, two batches each."""
-    stream = LOADERS[request.param](DecodeTask(numbered, TRANSFORM, BATCH_SIZE, 1, CPU))
+    """Three epochs of each loader, two batches each; those for a GPU do the same with torchvision's CPU decoder."""
+    stream = (LOADERS | GPU_LOADERS)[request.param](DecodeTask(numbered, TRANSFORM, BATCH_SIZE, 1, CPU))
     yield [next(stream) for _ in range(6)]
     stream.close()
 
@@ -244,6 +248,7 @@ def test_each_hw_decoder_load_adds_rows(photographs: Path, monkeypatch: pytest.M
 
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(loader, "resolve_device", lambda device: gpu)
+    monkeypatch.setattr(loader, "why_no_cuda_decoder", lambda device: "built without nvJPEG")
 
     def find(decode: str, *, device_id: int, hw_decoder_load: float) -> str:
         assert (decode, device_id) == ("auto", 0)
@@ -261,6 +266,7 @@ def test_each_hw_decoder_load_adds_rows(photographs: Path, monkeypatch: pytest.M
     lines: list[str] = []
     settings = BenchLoaderSettings(root=photographs, decode=("window", "full"), hw_decoder_loads=(0, 0.75, 1))
     names = list(bench_loader(settings, report=lines.append).rows)
+    assert lines[-3] == "no row for torchvision, CUDA decode_jpeg: built without nvJPEG"
     assert lines[-2] == "no rows for decode window: windows: crashed with SIGSEGV"
     assert lines[-1] == "no rows for hw_decoder_load 1: this GPU decodes images in neither mode"
     assert names == [
@@ -275,6 +281,41 @@ def test_each_hw_decoder_load_adds_rows(photographs: Path, monkeypatch: pytest.M
     assert [task.hw_decoder_load for task in tasks] == [0] * 8 + [0.75] * 2
     assert [task.decode for task in tasks] == ["window"] * 4 + ["full"] * 2 + ["window"] * 2 + ["full"] * 2
     assert all(task.device == gpu for task in tasks)
+
+
+def test_cuda_decoder_has_a_row_on_a_gpu_that_has_it(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(loader, "resolve_decode", lambda *args, **more: "window")
+    monkeypatch.setattr(loader, "why_no_cuda_decoder", lambda device: None)
+    for offered in ("LOADERS", "GPU_LOADERS"):
+        empty = dict.fromkeys(getattr(loader, offered), lambda task: (tensor for tensor in ()))
+        monkeypatch.setattr(loader, offered, empty)
+    monkeypatch.setattr(loader, "measure", lambda candidates, **options: [candidate.name for candidate in candidates])
+    names = list(bench_loader(BenchLoaderSettings(root=photographs)).rows)
+    assert names == [*LOADERS, "torchvision, CUDA decode_jpeg"]
+
+
+def test_reason_for_no_cuda_decoder_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise RuntimeError("not compiled with nvJPEG\nException raised from")
+
+    assert why_no_cuda_decoder(CPU) is None
+    monkeypatch.setattr("torchvision.io.decode_jpeg", fail)
+    assert why_no_cuda_decoder(CPU) == "not compiled with nvJPEG"
+
+
+@pytest.mark.parametrize("num_threads", [2, 16])
+def test_loaders_on_dali_warm_up_only_their_own_prefetched_batches(
+    num_threads: int, photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    got: dict[str, int | None] = {}
+    monkeypatch.setattr(
+        loader,
+        "measure",
+        lambda candidates, **options: got.update({one.name: one.num_warm_up for one in candidates}) or [],
+    )
+    bench_loader(BenchLoaderSettings(root=photographs, num_threads=num_threads))
+    assert list(got.values()) == [16, 16, None, None]
 
 
 def test_each_decode_mode_adds_rows(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
