@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import Field
+from torch import nn
 
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
@@ -17,8 +19,9 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, prepare_out, rotated, save_result
 from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.bench.step_result import StepResult, StepRow
-from kd_pipeline.bench.step_variants import PARTS, VARIANTS, StepTask
-from kd_pipeline.bench.step_worker import StepSample, StepWorker
+from kd_pipeline.bench.step_variants import NEED_NETWORK, NEED_ONNX, ON_TORCH_LOADERS, PARTS, VARIANTS, StepTask
+from kd_pipeline.bench.step_worker import NUM_OPENING, NUM_PROFILED, StepSample, StepWorker
+from kd_pipeline.bench.torchvision_loaders import PREFETCH
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.settings import DataSettings, SplitSettings
@@ -26,9 +29,11 @@ from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.base import ImageFolderSettings
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, KDPipelineError
+from kd_pipeline.models.modules import named_outputs
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import read_onnx
+from kd_pipeline.teachers.open import why_no_onnx
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows._record import RecordSettings, record
 
@@ -37,14 +42,12 @@ __all__ = ["BenchStepSettings", "bench_step", "step_settings"]
 _NUM_IMAGES = 2000
 """Of a larger folder so many are used, evenly spaced, to fit into the page cache."""
 _NUM_WARM_UP = 2
-"""Steps before the timed ones. A step takes far longer than loading a batch, so the loader has prefetched as much at
-the beginning of the timed steps as at their end."""
+"""Steps before the timed ones; more on a GPU, see `_num_steps`. On a CPU a step takes far longer than loading a batch,
+so the loader has prefetched as much at the beginning of the timed steps as at their end."""
 _LOADING_FACTOR = 4
 """Loading alone is timed over so many times as many batches, after more batches than a loader prefetches."""
 _NUM_PREFETCHED = 8
 """More batches than a loader reads beyond those that it delivers."""
-_NEED_NETWORK = ("a", "b", "c")
-"""Variants that run the teacher in PyTorch."""
 
 
 class BenchStepSettings(Settings):
@@ -56,7 +59,7 @@ class BenchStepSettings(Settings):
     """Only its crop, flip and normalization are used: all variants have these."""
     teacher: ModelSettings | None = ModelSettings(torchvision="resnet50")
     onnx: Path | None = None
-    """The exported teacher; defaults to an export of `teacher`."""
+    """The exported teacher; defaults to an export of `teacher`, if a row runs it and a runtime is installed for it."""
     student: ModelSettings = ModelSettings(torchvision="resnet18")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the student in all rows, by autocast."""
@@ -65,9 +68,10 @@ class BenchStepSettings(Settings):
     batch_size: int = Field(default=32, gt=0)
     """Images in a step."""
     rows: tuple[str, ...] = tuple("abcdefg")
-    """Letters of the variants, some of a b c d e f g; defaults to all."""
+    """Letters of the variants, some of a b c d e f g h; defaults to all but h, which is (c) with no teacher ahead."""
     num_steps: int = Field(default=6, gt=0)
-    """Timed steps of each row in each repeat."""
+    """Timed steps of each row in each repeat. On a GPU, those of (a) and (b) are rounded up to as many batches as
+    torch's workers prepare at once."""
     repeats: int = Field(default=5, gt=0)
     """How often each row is measured."""
     num_threads: int | None = Field(default=None, gt=0)
@@ -122,15 +126,16 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
     require("torchvision", extra="bench")
     unknown = [row for row in settings.rows if row not in VARIANTS]
     if unknown:
-        raise ConfigError(f"rows: there is no {unknown[0]!r}; choose from {', '.join('abcdefg')}")
+        raise ConfigError(f"rows: there is no {unknown[0]!r}; choose from {', '.join('abcdefgh')}")
     prepare_out(settings.out)
     with tempfile.TemporaryDirectory(prefix="bench_step-") as folder, ExitStack() as opened:
         task = _task(settings, Path(folder), report)
-        samples = _measure(_open(task, settings, opened, report), settings, report)
+        workers, compared = _open(task, settings, opened, report)
+        samples = _measure(workers, task, settings, report)
     result = StepResult(
         rows=tuple(StepRow(letter, VARIANTS[letter].name, tuple(own)) for letter, own in samples.items()),
         settings=hide_in_settings(settings.model_dump(mode="json"))
-        | {"num_threads": task.num_threads, "device": task.device},
+        | {"num_threads": task.num_threads, "device": task.device, "compared": compared},
         environment=environment(),
     )
     save_result(settings.out, result.to_json, report, result.plot)
@@ -140,14 +145,15 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
 def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], object]) -> StepTask:
     root = _subset(photographs(settings.root, report), folder / "images", settings.batch_size)
     transform = _comparable(settings.transform, report)
-    onnx = settings.onnx
-    if onnx is None:
-        assert settings.teacher is not None  # the command always sets one of the two
-        report("exporting the teacher to ONNX")
-        shape = (3, transform.size, transform.size)
-        onnx = export_onnx(open_model(settings.teacher), folder / "teacher.onnx", image_shape=shape)
-    num_classes = read_onnx(onnx).outputs["logits"].shape[1]
-    assert num_classes is not None
+    device = resolve_device(settings.device)
+    onnx, wanted = settings.onnx, [row for row in settings.rows if row in NEED_ONNX]
+    if onnx is None and wanted:  # an export takes tens of seconds
+        if reason := why_no_onnx(device):
+            report(f"({') ('.join(wanted)}) skipped: {reason}")
+        else:
+            report("exporting the teacher to ONNX")
+            shape = (3, transform.size, transform.size)
+            onnx = export_onnx(_teacher(settings), folder / "teacher.onnx", image_shape=shape)
     return StepTask(
         root=root,
         transform=transform,
@@ -155,12 +161,28 @@ def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], obj
         teacher=settings.teacher,
         onnx=onnx,
         recording=folder / "recording",
-        student=settings.student.model_copy(update={"num_classes": num_classes}),
+        student=settings.student.model_copy(update={"num_classes": _num_classes(settings, onnx)}),
         precision=settings.precision,
         teacher_precision=settings.teacher_precision,
-        device=str(resolve_device(settings.device)),
+        device=str(device),
         num_threads=settings.num_threads or num_cores(),
     )
+
+
+def _teacher(settings: BenchStepSettings) -> nn.Module:
+    assert settings.teacher is not None  # the command always sets it or `onnx`
+    return open_model(settings.teacher).eval()
+
+
+def _num_classes(settings: BenchStepSettings, onnx: Path | None) -> int:
+    """Of the teacher."""
+    if onnx is None:
+        size = settings.transform.size
+        with torch.inference_mode():
+            return named_outputs(_teacher(settings)(torch.zeros(1, 3, size, size)))["logits"].shape[1]
+    num_classes = read_onnx(onnx).outputs["logits"].shape[1]
+    assert num_classes is not None
+    return num_classes
 
 
 def _comparable(transform: TrainTransform, report: Callable[[str], object]) -> TrainTransform:
@@ -189,7 +211,8 @@ def _subset(root: Path, folder: Path, batch_size: int) -> Path:
 
 def _record(task: StepTask, settings: BenchStepSettings) -> None:
     """Record the compiled teacher's outputs for as many epochs as row (g) needs."""
-    num_batches = _NUM_PREFETCHED + settings.repeats * (_NUM_WARM_UP + settings.num_steps)
+    steps = NUM_OPENING + settings.repeats * sum(_num_steps("g", task, settings)) + NUM_PROFILED
+    num_batches = _NUM_PREFETCHED + steps
     batches_in_epoch = len(ImageFolder(task.root)) // task.batch_size
     train = SplitSettings(source=ImageFolderSettings(root=task.root, labeled=False), transform=task.transform)
     config = Config(
@@ -201,13 +224,20 @@ def _record(task: StepTask, settings: BenchStepSettings) -> None:
 
 def _open(
     task: StepTask, settings: BenchStepSettings, opened: ExitStack, report: Callable[[str], object]
-) -> list[StepWorker]:
-    """Open the rows that work here, then the parts; the others are reported and skipped."""
-    workers = []
+) -> tuple[list[StepWorker], Literal["c", "e"]]:
+    """Open the rows that work here, then the parts; the others are reported and skipped.
+
+    Also returns the row whose teacher is measured alone.
+    """
+    workers: list[StepWorker] = []
     for letter in dict.fromkeys([*settings.rows, *PARTS]):
-        if task.teacher is None and letter in _NEED_NETWORK:
+        if letter in NEED_ONNX and task.onnx is None:
+            continue  # the report has the reason
+        if task.teacher is None and letter in NEED_NETWORK:
             report(f"({letter}) skipped: the teacher is an ONNX file, and this variant runs a network in PyTorch")
             continue
+        if letter == "teacher":
+            task = task.model_copy(update={"teacher_alone": _compared(task, workers)})
         report(f"({letter}) {VARIANTS[letter].name}: opening")
         try:
             if letter == "g":
@@ -217,22 +247,44 @@ def _open(
             report(f"({letter}) skipped: {exc}")
     if not workers:
         raise ConfigError("no variant of the step works here; the lines above say why")
-    return workers
+    return workers, task.teacher_alone
+
+
+def _compared(task: StepTask, workers: Sequence[StepWorker]) -> Literal["c", "e"]:
+    """The row that is compared with its parts: (e), or (c) where (e) is not open."""
+    letters = {worker.letter for worker in workers}
+    return "c" if task.onnx is None or ("c" in letters and "e" not in letters) else "e"
+
+
+def _num_steps(letter: str, task: StepTask, settings: BenchStepSettings) -> tuple[int, int]:
+    """Timed steps in a repeat, and those before them, in which what a loader prefetched while it was idle is used up.
+
+    Small batches of `KDDataLoader` become ready in groups, and those of torch's workers all at once.
+    """
+    at_once, on_gpu = group_size(task.batch_size, task.transform), task.device != "cpu"
+    if letter == "loader":
+        return _round_up(_LOADING_FACTOR * settings.num_steps, at_once), _LOADING_FACTOR * at_once
+    if letter in ("f", "teacher") or not on_gpu:
+        return settings.num_steps, _NUM_WARM_UP
+    if letter in ON_TORCH_LOADERS:
+        return _round_up(settings.num_steps, task.num_threads), PREFETCH * task.num_threads + _NUM_WARM_UP
+    return _round_up(settings.num_steps, at_once), (_LOADING_FACTOR + 1) * at_once  # one more is with the teacher
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def _measure(
-    workers: Sequence[StepWorker], settings: BenchStepSettings, report: Callable[[str], object]
+    workers: Sequence[StepWorker], task: StepTask, settings: BenchStepSettings, report: Callable[[str], object]
 ) -> dict[str, list[StepSample]]:
     """Time every variant in every repeat, in an order that rotates from repeat to repeat."""
     samples: dict[str, list[StepSample]] = {worker.letter: [] for worker in workers}
     for repeat in range(settings.repeats):
         for worker in rotated(workers, repeat):
-            num_steps, num_warm_up = settings.num_steps, _NUM_WARM_UP
-            if worker.letter == "loader":  # small batches become ready in groups
-                at_once = group_size(settings.batch_size, settings.transform)
-                num_steps = -(-_LOADING_FACTOR * num_steps // at_once) * at_once
-                num_warm_up = _LOADING_FACTOR * at_once
-            samples[worker.letter].append(worker.time(num_steps, num_warm_up=num_warm_up))
+            num_steps, num_warm_up = _num_steps(worker.letter, task, settings)
+            count_copies = repeat == settings.repeats - 1  # it would slow down what is timed later
+            samples[worker.letter].append(worker.time(num_steps, num_warm_up=num_warm_up, count_copies=count_copies))
         rates = ", ".join(f"({letter}) {own[-1].images_per_s:,.1f}" for letter, own in samples.items())
         report(f"repeat {repeat + 1} of {settings.repeats}, images/s: {rates}")
     return samples

@@ -1,7 +1,7 @@
 """The result of `bench step`: rows, their ratios, the bottleneck in words, and a plot of where the time goes."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 __all__ = ["StepResult", "StepRow"]
 
-_RATIOS = (("e", "a"), ("e", "b"), ("e", "c"), ("e", "d"), ("e", "f"), ("g", "e"), ("g", "f"), ("b", "a"))
+_RATIOS = (
+    *(("e", other) for other in "abcdf"),
+    *(("g", other) for other in "ef"),
+    *(("c", other) for other in "abfh"),
+    ("b", "a"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +50,8 @@ class StepRow:
         """All numbers with all repeats."""
         found: dict[str, Any] = {"row": self.letter, "name": self.name}
         for name in ("images_per_s", "ms_per_step", "host_bytes", "device_bytes", "copied_bytes_per_image"):
-            if getattr(self.samples[0], name) is not None:
-                found[name] = spread([getattr(sample, name) for sample in self.samples])
+            if known := [value for sample in self.samples if (value := getattr(sample, name)) is not None]:
+                found[name] = spread(known)
         found["phases_ms"] = {phase: spread([sample.phases_ms[phase] for sample in self.samples]) for phase in PHASES}
         return found
 
@@ -65,17 +70,23 @@ class StepResult:
 
     @property
     def overhead(self) -> float | None:
-        """How much longer an image takes in (e) than at the limit, as a fraction of the limit.
+        """How much longer an image takes in `compared` than at the limit, as a fraction of the limit.
 
-        On a CPU, where all share the cores, the limit is the sum of loading, teacher and student alone; on a GPU the
-        largest of them. The median over the repeats; None if (e) or a part was not measured.
+        On a CPU, where all share the cores, the limit is the sum of loading, teacher and student alone. On a GPU, which
+        teacher and student share, it is the larger of loading alone and of the sum of teacher and student alone. The
+        median over the repeats; None if that row or a part was not measured.
         """
-        rows = [row for letter in ("e", *PARTS) if (row := self.row(letter)) is not None]
+        rows = [row for letter in (self.compared, *PARTS) if (row := self.row(letter)) is not None]
         if len(rows) <= len(PARTS):
             return None
-        limit: Callable[[list[float]], float] = sum if self.settings["device"] == "cpu" else max
         times_s = [[1 / rate for rate in row.images_per_s] for row in rows]
-        return float(median(step_s / limit(parts_s) - 1 for step_s, *parts_s in zip(*times_s, strict=True)))
+        limit = _limit_on_cpu if self.settings["device"] == "cpu" else _limit_on_gpu
+        return float(median(step_s / limit(*parts_s) - 1 for step_s, *parts_s in zip(*times_s, strict=True)))
+
+    @property
+    def compared(self) -> str:
+        """The row that is compared with the limit: (e), or (c) where (e) does not work; their teacher is a part."""
+        return str(self.settings["compared"])
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -86,7 +97,7 @@ class StepResult:
     @property
     def advice(self) -> str:
         """What takes most of the time of (e), or of the closest row to it, and which setting to change."""
-        row = next((row for letter in "edcgba" if (row := self.row(letter)) is not None), None)
+        row = next((row for letter in "edchgba" if (row := self.row(letter)) is not None), None)
         if row is None:
             return "no advice: no row with the complete step was measured"
         phases_ms = row.phases_ms
@@ -132,8 +143,9 @@ class StepResult:
             f"{self.settings['batch_size']}."
         )
         if self.overhead is not None:
-            limit = "the sum of its parts" if self.settings["device"] == "cpu" else "its largest part"
-            lines.append(f"(e) takes {self.overhead:+.1%} of time over {limit} alone.")
+            on_gpu_limit = "the larger of loading alone and of teacher plus student, which share the GPU, alone"
+            limit = "the sum of its parts alone" if self.settings["device"] == "cpu" else on_gpu_limit
+            lines.append(f"({self.compared}) takes {self.overhead:+.1%} of time over {limit}.")
         return "\n".join([*lines, self.advice])
 
     def to_json(self) -> str:
@@ -141,7 +153,8 @@ class StepResult:
         found = {
             "rows": [row.to_dict() for row in self.rows],
             "ratios": self.ratios,
-            "overhead_of_e": self.overhead,
+            "compared": self.compared,
+            "overhead": self.overhead,
             "advice": self.advice,
             "settings": self.settings,
             "environment": self.environment,
@@ -156,3 +169,11 @@ class StepResult:
             if len(row.letter) == 1
         ]
         return plot_bars(bars, title="Where the time of a step goes", x="milliseconds")
+
+
+def _limit_on_cpu(student_s: float, loader_s: float, teacher_s: float) -> float:
+    return student_s + loader_s + teacher_s
+
+
+def _limit_on_gpu(student_s: float, loader_s: float, teacher_s: float) -> float:
+    return max(loader_s, teacher_s + student_s)

@@ -25,7 +25,18 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 
-__all__ = ["PARTS", "PHASES", "VARIANTS", "PhaseTimer", "Step", "StepTask", "Variant"]
+__all__ = [
+    "NEED_NETWORK",
+    "NEED_ONNX",
+    "ON_TORCH_LOADERS",
+    "PARTS",
+    "PHASES",
+    "VARIANTS",
+    "PhaseTimer",
+    "Step",
+    "StepTask",
+    "Variant",
+]
 
 PHASES = ("loader", "teacher", "student", "optimizer")
 """What the time of a step is split into. `student` is forward, loss and backward. On a GPU this library's teacher runs
@@ -46,8 +57,10 @@ class StepTask(Settings):
     batch_size: int
     teacher: ModelSettings | None
     """The network, for variants that run it in PyTorch; None if there is only the ONNX file."""
-    onnx: Path
-    """The teacher, for the compiled backends."""
+    onnx: Path | None
+    """The teacher, for the compiled backends; None if no variant runs it."""
+    teacher_alone: Literal["c", "e"] = "e"
+    """The row whose teacher is measured alone: that of `torch.compile`, or the one that runs the ONNX file."""
     recording: Path
     """Its recorded outputs, for the variant that replays them."""
     student: ModelSettings
@@ -169,9 +182,8 @@ def _plain(
     return step
 
 
-def _torch_teacher(task: StepTask, opened: ExitStack) -> Step:
-    settings = TeacherSettings(backend="pytorch", precision=task.pytorch_precision, compile=True)
-    return _distill(task, opened, _open_teacher(task, opened, settings, _network(task.teacher, task)), ahead=1)
+def _torch_teacher(task: StepTask, opened: ExitStack, *, ahead: int) -> Step:
+    return _distill(task, opened, _open_torch_compiled(task, opened), ahead=ahead)
 
 
 def _compiled_teacher(task: StepTask, opened: ExitStack, *, ahead: int) -> Step:
@@ -226,7 +238,7 @@ def _loader_only(task: StepTask, opened: ExitStack) -> Step:
 
 def _teacher_only(task: StepTask, opened: ExitStack) -> Step:
     images = _resident_images(task)
-    teacher = _open_compiled(task, opened)
+    teacher = (_open_torch_compiled if task.teacher_alone == "c" else _open_compiled)(task, opened)
 
     def step(timer: PhaseTimer) -> int:
         teacher(images)
@@ -239,17 +251,24 @@ def _teacher_only(task: StepTask, opened: ExitStack) -> Step:
 VARIANTS: Mapping[str, Variant] = {
     "a": Variant("PIL, all eager", _eager),
     "b": Variant("decode_jpeg, all torch.compile", _best_torch),
-    "c": Variant("KDDataLoader, torch.compile teacher", _torch_teacher),
+    "c": Variant("KDDataLoader, torch.compile teacher", lambda task, opened: _torch_teacher(task, opened, ahead=1)),
     "d": Variant("KDDataLoader, compiled teacher", lambda task, opened: _compiled_teacher(task, opened, ahead=0)),
     "e": Variant("the same, teacher ahead", lambda task, opened: _compiled_teacher(task, opened, ahead=1)),
     "f": Variant("student alone, data resident", _student_only),
     "g": Variant("KDDataLoader, recorded teacher", _recorded_teacher),
+    "h": Variant("(c) with no teacher ahead", lambda task, opened: _torch_teacher(task, opened, ahead=0)),
     "loader": Variant("loading alone", _loader_only),
     "teacher": Variant("compiled teacher alone", _teacher_only),
 }
 """By the letter of the row in the table."""
 PARTS = ("f", "loader", "teacher")
 """Parts of the step, which are always measured."""
+NEED_NETWORK = ("a", "b", "c", "h")
+"""Variants that run the teacher in PyTorch."""
+NEED_ONNX = ("d", "e", "g")
+"""Variants that run its ONNX file, or replay what that returned."""
+ON_TORCH_LOADERS = ("a", "b")
+"""Variants that load with worker processes of torch's `DataLoader`."""
 
 
 class _Student:
@@ -284,6 +303,11 @@ def _network(settings: ModelSettings | None, task: StepTask) -> nn.Module:
     assert settings is not None  # variants that need the network are skipped without one
     torch.manual_seed(1)
     return copy.deepcopy(open_model(settings)).requires_grad_(False).to(task.device)
+
+
+def _open_torch_compiled(task: StepTask, opened: ExitStack) -> Teacher:
+    settings = TeacherSettings(backend="pytorch", precision=task.pytorch_precision, compile=True)
+    return _open_teacher(task, opened, settings, _network(task.teacher, task))
 
 
 def _open_compiled(task: StepTask, opened: ExitStack) -> Teacher:

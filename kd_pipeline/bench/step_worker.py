@@ -2,7 +2,7 @@
 
 import multiprocessing
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -13,9 +13,11 @@ from kd_pipeline.bench.measure import peak_memory_bytes, reset_peak_memory, trac
 from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer, Step, StepTask
 from kd_pipeline.errors import KDPipelineError
 
-__all__ = ["StepSample", "StepWorker"]
+__all__ = ["NUM_OPENING", "NUM_PROFILED", "StepSample", "StepWorker"]
 
-_NUM_PROFILED = 3
+NUM_OPENING = 2
+"""Steps before the first request, in which all memory is taken."""
+NUM_PROFILED = 3
 """Steps in which copies between host and device are counted."""
 
 
@@ -30,9 +32,10 @@ class StepSample:
     host_bytes: int
     """Peak resident memory of the process and its workers."""
     device_bytes: int | None
-    """GPU memory taken since the process started; None on a CPU."""
+    """GPU memory that opening and the first steps took; None on a CPU."""
     copied_bytes_per_image: float | None
-    """Between host and device in both directions, by torch's profiler; None on a CPU."""
+    """Between host and device in both directions, by torch's profiler; None on a CPU, and where they are not counted.
+    """
 
 
 class StepWorker:
@@ -60,9 +63,12 @@ class StepWorker:
             self.close()
             raise
 
-    def time(self, num_steps: int, *, num_warm_up: int) -> StepSample:
-        """Do `num_warm_up` steps, then time `num_steps`."""
-        self._connection.send((num_steps, num_warm_up))
+    def time(self, num_steps: int, *, num_warm_up: int, count_copies: bool = True) -> StepSample:
+        """Do `num_warm_up` steps, then time `num_steps`; then on a GPU count the copies in a few more.
+
+        What is timed after copies were counted may be slower: torch's profiler leaves its hooks in the process.
+        """
+        self._connection.send((num_steps, num_warm_up, count_copies))
         sample: StepSample = self._receive()
         return sample
 
@@ -93,13 +99,20 @@ def _serve(connection: Connection, letter: str, task: StepTask) -> None:
     with ExitStack() as opened:
         try:
             device = torch.device(task.device)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # the timer's events are on the current one
             free_bytes = _free_bytes(device)
             step = VARIANTS[letter].open(task, opened)
-            step(_started(device))  # compiles, builds and starts what does so on first use
+            for _ in range(NUM_OPENING):
+                step(_started(device))  # compiles, builds and starts what does so on first use
+            device_bytes = _taken_bytes(device, free_bytes)
             connection.send("ready")
             while True:
-                num_steps, num_warm_up = connection.recv()
-                connection.send(_time(step, device, num_steps, num_warm_up, free_bytes))
+                num_steps, num_warm_up, count_copies = connection.recv()
+                sample = _time(step, device, num_steps, num_warm_up, device_bytes)
+                if count_copies and device.type == "cuda":
+                    sample = replace(sample, copied_bytes_per_image=_copied_bytes_per_image(step, device))
+                connection.send(sample)
         except (EOFError, BrokenPipeError, KeyboardInterrupt):  # Ctrl-C reaches the parent too
             return
         except Exception as exc:
@@ -108,7 +121,7 @@ def _serve(connection: Connection, letter: str, task: StepTask) -> None:
             connection.send(KDPipelineError(str(exc) if is_ours else f"{type(exc).__name__}: {exc}"))
 
 
-def _time(step: Step, device: torch.device, num_steps: int, num_warm_up: int, free_bytes: int | None) -> StepSample:
+def _time(step: Step, device: torch.device, num_steps: int, num_warm_up: int, device_bytes: int | None) -> StepSample:
     wait_until_idle()
     for _ in range(num_warm_up):
         step(_started(device))
@@ -118,14 +131,13 @@ def _time(step: Step, device: torch.device, num_steps: int, num_warm_up: int, fr
     timer = _started(device)
     num_images = sum(step(timer) for _ in range(num_steps))
     totals_s, elapsed_s = timer.totals_s(), timer.elapsed_s()
-    now_free = _free_bytes(device)
     sample = StepSample(
         images_per_s=num_images / elapsed_s,
         ms_per_step=1000 * elapsed_s / num_steps,
         phases_ms={phase: 1000 * totals_s[phase] / num_steps for phase in PHASES},
         host_bytes=peak_memory_bytes() + sum(map(peak_memory_bytes, _worker_pids())),
-        device_bytes=None if free_bytes is None or now_free is None else free_bytes - now_free,
-        copied_bytes_per_image=None if device.type == "cpu" else _copied_bytes_per_image(step, device),
+        device_bytes=device_bytes,
+        copied_bytes_per_image=None,
     )
     wait_until_idle()  # the next worker must have the machine to itself
     return sample
@@ -145,10 +157,18 @@ def _free_bytes(device: torch.device) -> int | None:
     return None if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
+def _taken_bytes(device: torch.device, free_bytes: int | None) -> int | None:
+    """How much less is free than `free_bytes`; only while the other processes are idle it is this one that took it."""
+    if free_bytes is None:
+        return None
+    torch.cuda.synchronize(device)
+    return free_bytes - torch.cuda.mem_get_info(device)[0]
+
+
 def _copied_bytes_per_image(step: Step, device: torch.device) -> float:
     timer = _started(device)
     with traced(device) as events:
-        num_images = sum(step(timer) for _ in range(_NUM_PROFILED))
+        num_images = sum(step(timer) for _ in range(NUM_PROFILED))
     copies = [event for event in events if event.get("cat") == "gpu_memcpy"]
     with_host = [copy for copy in copies if "HtoD" in copy["name"] or "DtoH" in copy["name"]]
     return float(sum(copy["args"]["bytes"] for copy in with_host) / num_images)

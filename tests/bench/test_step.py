@@ -1,14 +1,17 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from kd_pipeline.bench import step
 from kd_pipeline.bench.step import BenchStepSettings, bench_step, step_settings
 from kd_pipeline.bench.step_result import StepResult, StepRow
-from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer
+from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer, StepTask
 from kd_pipeline.bench.step_worker import StepSample
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.transforms import TrainTransform
@@ -123,8 +126,9 @@ def row(letter: str, *times_ms: float, **phases: float) -> StepRow:
     return StepRow(letter, VARIANTS[letter].name, tuple(sample(time_ms, **phases) for time_ms in times_ms))
 
 
-def result(*rows: StepRow, device: str = "cpu") -> StepResult:
+def result(*rows: StepRow, device: str = "cpu", compared: str = "e") -> StepResult:
     settings = {"device": device, "precision": "fp32", "teacher_precision": "bf16", "batch_size": 10}
+    settings["compared"] = compared
     return StepResult(rows, settings, {"num_cores": 2})
 
 
@@ -135,8 +139,86 @@ def test_limit_on_a_cpu_is_the_sum_of_the_parts() -> None:
     assert result(row("e", 110, 121), *PARTS).overhead == pytest.approx(0.1)
 
 
-def test_limit_on_a_gpu_is_the_largest_part() -> None:
-    assert result(row("e", 66, 72.6), *PARTS, device="cuda:0").overhead == pytest.approx(0.1)
+def test_teacher_and_student_share_a_gpu() -> None:
+    assert result(row("e", 99, 108.9), *PARTS, device="cuda:0").overhead == pytest.approx(0.1)
+
+
+def test_limit_on_a_gpu_can_be_loading() -> None:
+    parts = (PARTS[0], row("loader", 200, 220), PARTS[2])
+    found = result(row("e", 220, 242), *parts, device="cuda:0")
+    assert found.overhead == pytest.approx(0.1)
+    assert "(e) takes +10.0% of time over the larger of loading alone and of teacher plus student" in found.table()
+
+
+def test_row_with_the_teacher_of_the_parts_is_compared() -> None:
+    found = result(row("c", 110, 121), row("e", 990, 990), *PARTS, compared="c")
+    assert found.overhead == pytest.approx(0.1) and "(c) takes +10.0% of time over the sum" in found.table()
+    assert json.loads(found.to_json())["compared"] == "c"
+
+
+def test_copies_are_counted_in_the_last_repeat_only() -> None:
+    first, last = sample(10), replace(sample(10), copied_bytes_per_image=3.0)
+    found = StepRow("e", "ours", (first, last)).to_dict()
+    assert found["copied_bytes_per_image"]["repeats"] == [3.0] and "device_bytes" not in found
+
+
+def task(**changes: object) -> StepTask:
+    values = {
+        "root": Path("photos"),
+        "transform": TrainTransform(size=224),
+        "batch_size": 256,
+        "teacher": SMALL,
+        "onnx": None,
+        "recording": Path("recording"),
+        "student": SMALL,
+        "precision": "bf16",
+        "teacher_precision": "bf16",
+        "device": "cuda:0",
+        "num_threads": 16,
+    }
+    return StepTask.model_validate(values | changes)
+
+
+@pytest.mark.parametrize(
+    ("onnx", "opened", "compared"),
+    [("a.onnx", "abcde", "e"), ("a.onnx", "c", "c"), ("a.onnx", "ab", "e"), (None, "abc", "c"), (None, "a", "c")],
+)
+def test_teacher_alone_is_that_of_the_compared_row(onnx: str | None, opened: str, compared: str) -> None:
+    workers: list[Any] = [SimpleNamespace(letter=letter) for letter in opened]
+    assert step._compared(task(onnx=onnx), workers) == compared
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "letter", "steps"),
+    [
+        ("cpu", 256, "b", (6, 2)),
+        ("cuda:0", 256, "b", (16, 34)),
+        ("cuda:0", 256, "c", (6, 5)),
+        ("cuda:0", 64, "c", (8, 20)),
+        ("cuda:0", 64, "f", (6, 2)),
+        ("cpu", 64, "loader", (24, 16)),
+    ],
+)
+def test_prefetched_batches_are_used_up_before_the_timed_steps(
+    device: str, batch_size: int, letter: str, steps: tuple[int, int]
+) -> None:
+    settings = BenchStepSettings(batch_size=batch_size)
+    assert step._num_steps(letter, task(device=device, batch_size=batch_size), settings) == steps
+
+
+@pytest.mark.parametrize("rows", ["abcf", "abce"])
+def test_nothing_is_exported_if_no_row_runs_it(
+    rows: str, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "export_onnx", None)
+    monkeypatch.setattr(step, "why_no_onnx", lambda device: "no runtime")
+    settings = BenchStepSettings(
+        root=photographs, teacher=SMALL, student=SMALL, batch_size=4, rows=tuple(rows), device="cpu"
+    )
+    lines: list[str] = []
+    found = step._task(settings, tmp_path, lines.append)
+    assert found.onnx is None and found.student.num_classes == 10
+    assert ("(e) skipped: no runtime" in lines) == ("e" in rows)
 
 
 def test_overhead_needs_all_parts() -> None:
@@ -189,7 +271,7 @@ def test_failing_variant_is_reported_and_skipped(photographs: Path) -> None:
         student=SMALL,
         teacher_precision="fp16",  # OpenVINO does not support it on every CPU; (a) does not need it
         batch_size=8,
-        rows=("a",),
+        rows=("a", "e"),
         num_steps=1,
         repeats=1,
         num_threads=1,
@@ -200,7 +282,29 @@ def test_failing_variant_is_reported_and_skipped(photographs: Path) -> None:
         found = bench_step(settings, report=lines.append)
     letters = [row.letter for row in found.rows]
     assert letters[0] == "a" and "f" in letters
-    assert ("teacher" in letters) != any("(teacher) skipped: " in line for line in lines)
+    for letter in ("e", "teacher"):
+        assert (letter in letters) != any(f"({letter}) skipped: " in line for line in lines)
+
+
+@pytest.mark.slow
+def test_torch_compile_teacher_is_compared_without_onnx(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setattr(step, "export_onnx", None)
+    settings = BenchStepSettings(
+        root=photographs,
+        transform=TrainTransform(size=32),
+        teacher=SMALL,
+        student=SMALL,
+        batch_size=8,
+        rows=("c", "h"),
+        num_steps=1,
+        repeats=1,
+        num_threads=1,
+        device="cpu",
+    )
+    found = bench_step(settings)
+    assert [row.letter for row in found.rows] == ["c", "h", "f", "loader", "teacher"]
+    assert found.compared == "c" and found.overhead is not None and "c/h" in found.ratios
 
 
 @pytest.mark.slow

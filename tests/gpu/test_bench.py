@@ -1,14 +1,24 @@
-"""The loader benchmark on a GPU: every loader delivers there, and the hardware decoder's load can be swept."""
+"""The benchmarks on a GPU: every loader delivers there, and what only a GPU has is measured."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.loader import LOADERS, BenchLoaderSettings, DecodeTask, bench_loader
+from benchmarks.loader import GPU_LOADERS, LOADERS, BenchLoaderSettings, DecodeTask, bench_loader
+from kd_pipeline.bench import teacher as bench_teacher_module
 from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.bench.step import BenchStepSettings, bench_step
+from kd_pipeline.bench.teacher import BenchTeacherSettings, bench_teacher
+from kd_pipeline.bench.torchvision_loaders import why_no_cuda_decoder
 from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.models.registry import ModelSettings
+
+# From 0.29 on, torchvision advises TorchCodec instead.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
+
+SMALL = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})
 
 
 @pytest.fixture(scope="module")
@@ -16,10 +26,12 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_photographs(tmp_path_factory.mktemp("bench") / "photographs", num_files=40)
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", [*LOADERS, *GPU_LOADERS])
 def test_each_loader_delivers_full_batches(name: str, photographs: Path, device: torch.device) -> None:
+    if name in GPU_LOADERS and (reason := why_no_cuda_decoder(device)):
+        pytest.skip(reason)
     mode = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
-    stream = LOADERS[name](DecodeTask(photographs, TrainTransform(size=32), 8, 2, device, mode))
+    stream = (LOADERS | GPU_LOADERS)[name](DecodeTask(photographs, TrainTransform(size=32), 8, 2, device, mode))
     for _ in range(6):
         images = next(stream)
         assert images.shape == (8, 3, 32, 32) and images.device == device and images.isfinite().all()
@@ -34,3 +46,41 @@ def test_hw_decoder_loads_can_be_swept(photographs: Path) -> None:
     assert len(result.rows) >= len(LOADERS) + 2  # none for a load at which the GPU decodes wrongly
     assert all(min(row.images_per_s) > 0 for row in result.rows)
     assert result.environment["gpus"]
+
+
+def test_cuda_graphs_of_a_teacher_are_measured(
+    photographs: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # which takes half a minute
+    monkeypatch.setattr(bench_teacher_module, "why_no_onnx", lambda device: "builds take minutes")
+    settings = BenchTeacherSettings(
+        model=SMALL, root=photographs, batch_sizes=(8,), precisions=("bf16",), num_images=8, repeats=1
+    )
+    rows = bench_teacher(settings).rows
+    graphs = ["pytorch graph bf16", "pytorch compiled graph bf16"]
+    assert [row.name for row in rows] == ["pytorch fp32", "pytorch bf16", "pytorch compiled bf16", *graphs]
+    assert all(row.cosine > 0.99 for row in rows)
+
+
+def test_step_has_its_memory_copies_and_limit(
+    photographs: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    settings = BenchStepSettings(
+        root=photographs,
+        transform=TrainTransform(size=32),
+        teacher=SMALL,
+        student=SMALL,
+        batch_size=8,
+        rows=("b", "c"),
+        num_steps=2,
+        repeats=2,
+        num_threads=2,
+    )
+    result = bench_step(settings)
+    assert [row.letter for row in result.rows] == ["b", "c", "f", "loader", "teacher"]
+    assert result.compared == "c" and result.overhead is not None
+    for row in result.rows:
+        first, last = row.samples
+        assert first.device_bytes and first.copied_bytes_per_image is None
+        assert last.copied_bytes_per_image is not None and min(row.images_per_s) > 0
