@@ -105,6 +105,7 @@ def test_bench_teacher_writes_table_json_and_plot(
         (["--timm", "resnet18", "--builtin", "small_resnet"], "got timm and builtin"),
         (["--onnx", "a.onnx", "--pretrained"], "--pretrained is for a model by name, and a.onnx is a file"),
         (["--batch-sizes", "0"], "--batch-sizes: "),
+        (["--precisions", "bf16", "fp64"], "--precisions: "),
         (["--compile-at", "3"], "are not among the batch_sizes [1, 8, 32, 64]"),
         (["--onnx", "none.onnx"], "none.onnx: there is no such file"),
     ],
