@@ -31,7 +31,7 @@ from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings, is_recording
 from kd_pipeline.training.distributed import set_num_threads
 from kd_pipeline.training.module import DistillModule
-from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trial_trainer
+from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trial_trainer, set_deterministic
 from kd_pipeline.workflows.distill_module import build_module
 from kd_pipeline.workflows.stage import Stage, network_of, num_classes_of
 from kd_pipeline.workflows.teacher import open_run_teacher, starts_without_teacher
@@ -180,6 +180,7 @@ class RunSteps(ExitStack):
     def _run(self, trial: Trial, num_steps: int, num_warm_up: int) -> "_Timed":
         """Take steps, and time the last `num_steps` of them."""
         config = with_values(self._config, trial.values)
+        set_deterministic(config.train.deterministic)
         teacher = self._teacher(trial.values)
         opened = self._loader(config, trial, teacher)
         torch.set_num_threads(config.train.num_threads or self.default_threads)
@@ -192,7 +193,6 @@ class RunSteps(ExitStack):
             return clock.timed
         module = self._module(config, trial.values, opened.loader, teacher)
         module.clock = clock
-        torch.use_deterministic_algorithms(config.train.deterministic)
         trainer = build_trial_trainer(config.train, device=opened.loader.device)
         wait_until_idle()
         handler = signal.getsignal(signal.SIGINT)

@@ -1,6 +1,7 @@
 """Lightning's `Trainer` for a run: devices, strategy, callbacks, loggers and checkpoints from the settings."""
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,13 +20,24 @@ from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import full_state_dict
 from kd_pipeline.training.signals import StopOnSignal
 
-__all__ = ["PURE_PRECISIONS", "build_trainer", "build_trial_trainer"]
+__all__ = ["PURE_PRECISIONS", "build_trainer", "build_trial_trainer", "set_deterministic"]
 
 _lightning = require("lightning", extra="train")
 _environments = require("lightning.fabric.plugins.environments", extra="train")
 
 PURE_PRECISIONS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 """Precisions that the student's weights are stored in."""
+
+
+def set_deterministic(is_deterministic: bool) -> None:
+    """Refuse operations whose result may differ from run to run, or allow them; call it before the teacher is opened.
+
+    torch reads cuBLAS's setting at the first matrix product of the process, and Lightning makes it after that of the
+    teacher.
+    """
+    if is_deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(is_deterministic)
 
 
 def build_trainer(
@@ -63,11 +75,11 @@ def build_trainer(
     # Left to itself, Lightning would detect SLURM and set the processes up again, differently.
     is_distributed = world_size() > 1
     # Without a launcher, its variables are left over, and Lightning would start processes of its own.
-    num_devices = local_world_size() if is_distributed else 1
+    devices = local_world_size() if is_distributed else _own_device(device)
     environment = _environments.TorchElasticEnvironment() if is_distributed else _environments.LightningEnvironment()
     return _lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=num_devices,
+        devices=devices,
         num_nodes=num_nodes(),
         strategy=_strategy(settings.strategy) if is_distributed else "auto",
         sync_batchnorm=settings.sync_batchnorm,
@@ -98,7 +110,7 @@ def build_trial_trainer(settings: TrainSettings, *, device: torch.device) -> Any
     _silence_lightning()
     return _lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index or 0] if device.type == "cuda" else 1,
+        devices=_own_device(device),
         precision="32-true" if settings.precision in PURE_PRECISIONS else settings.precision,
         max_epochs=1,
         accumulate_grad_batches=settings.accumulate,
@@ -113,6 +125,11 @@ def build_trial_trainer(settings: TrainSettings, *, device: torch.device) -> Any
         logger=False,
         plugins=[_environments.LightningEnvironment()],
     )
+
+
+def _own_device(device: torch.device) -> list[int] | int:
+    """Lightning's `devices` for this process alone."""
+    return [device.index or 0] if device.type == "cuda" else 1
 
 
 def _progress_bar() -> Any:

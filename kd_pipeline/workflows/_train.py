@@ -33,7 +33,7 @@ from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.teacher_probe import ProbeTeacher
-from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer
+from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
 from kd_pipeline.training.validation_bar import validation_bar
 from kd_pipeline.workflows.distill_module import build_module
 from kd_pipeline.workflows.exported import ENGINE
@@ -203,7 +203,7 @@ class _StageRun(ExitStack):
             for remark in config.remarks:
                 _logger.warning("%s", remark)
         set_num_threads(config.train.num_threads)
-        torch.use_deterministic_algorithms(config.train.deterministic)
+        set_deterministic(config.train.deterministic)
 
     def _identity(self, teacher: Teacher | Recording | None) -> dict[str, Any]:
         """What a checkpoint holds about its run, in plain values."""
