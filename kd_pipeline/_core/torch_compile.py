@@ -24,6 +24,9 @@ def torch_compile(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
     Torch would keep them in a folder of the temporary directory whose name everybody knows, and would run what
     somebody else put there.
+
+    Each batch size has its own code. By default torch would compile the second one for any size, and from then on run
+    that for the first one too, whose outputs could change.
     """
     if not os.environ.get(_VARIABLE) or _is_torchs_own(os.environ[_VARIABLE]):
         # Read at each compilation, also by torch's worker processes.
@@ -33,7 +36,7 @@ def torch_compile(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
         config.cpp_cache_precompile_headers = False
     isolate_children()
-    compiled: Callable[[Tensor], Tensor] = torch.compile(module)
+    compiled: Callable[[Tensor], Tensor] = torch.compile(module, dynamic=False)
     return compiled
 
 

@@ -3,10 +3,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch._inductor.config
 from torch import nn
 
@@ -46,6 +49,28 @@ def test_folder_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(VARIABLE, str(tmp_path / "mine"))
     torch_compile(nn.Identity())
     assert os.environ[VARIABLE] == str(tmp_path / "mine")
+
+
+def test_other_batch_sizes_leave_the_code_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    made: list[int] = []
+    ran: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        number = len(made)
+        made.append(number)
+
+        def run(*values: torch.Tensor) -> Any:
+            ran.append(number)
+            return graph.forward(*values)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compiled = torch_compile(nn.Linear(3, 4))
+    for size in (8, 5, 8, 3, 5, 8):
+        assert compiled(torch.zeros(size, 3)).shape == (size, 4)
+    assert ran == [0, 1, 0, 2, 1, 0]
 
 
 def test_without_a_cache_results_are_kept_for_the_process(
