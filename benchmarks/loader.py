@@ -197,15 +197,15 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
         num_images = _read_all(root)
     report(f"{num_images:,} {settings.source} read once, so every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
-    decode = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
-    task = DecodeTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, decode)
+    decoding = resolve_decode("auto", None, device_id=device.index)
+    task = DecodeTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, *decoding)
     rows = _measure(settings, _tasks(settings, task, report), report)
     for batch_size in settings.more_batch_sizes:
         if num_images >= batch_size != settings.batch_size:
             own = replace(task, batch_size=batch_size)
             named = {f"{name}{_BATCH}{batch_size}": (LOADERS[name], own) for name in _ON_DALI}
             rows += _measure(settings, named, report)
-    used = {"root": str(root), "num_threads": num_threads, "device": str(device), "decode_auto": decode}
+    used = {"root": str(root), "num_threads": num_threads, "device": str(device), "decode_auto": decoding._asdict()}
     result = LoaderResult(tuple(rows), settings.model_dump(mode="json") | used, environment())
     save_result(settings.out, result.to_json, report)
     return result
@@ -259,17 +259,20 @@ def _tasks(settings: BenchLoaderSettings, task: DecodeTask, report: Callable[[st
     gpu = task.device.index
     for decode in settings.decode:
         # A decode mode that crashes on this GPU would end the whole benchmark.
-        if task.device.type == "cuda" and not (trial := try_decoding(decode, device_id=gpu)).works:
+        if (
+            task.device.type == "cuda"
+            and not (trial := try_decoding(decode, device_id=gpu, hw_decoder_load=task.hw_decoder_load)).works
+        ):
             report(f"no rows for decode {decode}: {trial}")
             continue
         add(f"decode {decode}", decode=decode)
     for load in settings.hw_decoder_loads:
         try:
-            decode = resolve_decode("auto", device_id=gpu, hw_decoder_load=load)
+            decoding = resolve_decode("auto", load, device_id=gpu)
         except ConfigError as exc:
             report(f"no rows for hw_decoder_load {load:g}: {exc}")
             continue
-        add(f"hw_decoder_load {load:g}", decode=decode, hw_decoder_load=load)
+        add(f"hw_decoder_load {load:g}", **decoding._asdict())
     return tasks
 
 

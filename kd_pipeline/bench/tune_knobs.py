@@ -15,11 +15,10 @@ __all__ = ["ALLOWABLE", "KNOBS", "Allowed", "Choice", "Knob", "Place", "Speeds"]
 
 Speeds = Literal["loader", "teacher", "student"]
 
-Allowed = Literal["train.precision", "teacher.int8", "data.hw_decoder_load"]
+Allowed = Literal["train.precision", "teacher.int8"]
 ALLOWABLE: dict[Allowed, str] = {
     "train.precision": "changes the student's arithmetic",
     "teacher.int8": "changes the teacher's outputs by more than half precision does",
-    "data.hw_decoder_load": "lets the last bits of an image depend on its batch",
 }
 """What is chosen only if the user allows it, and why."""
 
@@ -137,12 +136,6 @@ def _memory_orders(place: Place) -> list[Choice]:
     return _each("train.channels_last", True, False) if place.trains_whole_student else []
 
 
-def _hw_decoder_loads(place: Place) -> list[Choice]:
-    if not place.on_gpu:
-        return []
-    return [Choice((("data.hw_decoder_load", load),), "data.hw_decoder_load") for load in (0.5, 0.75)]
-
-
 def _has_student(place: Place) -> bool:
     return place.has_student
 
@@ -164,7 +157,8 @@ KNOBS: tuple[Knob, ...] = (
     # On a CPU the teacher has finished when its call returns, so nothing runs ahead of anything.
     Knob("data.ahead", "teacher", _on_gpu("data.ahead", 0, 1, 2)),
     Knob("data.decode", "loader", _on_gpu("data.decode", "window", "full")),
-    Knob("data.hw_decoder_load", "loader", _hw_decoder_loads),
+    # Not between them, which lets the last bits of an image depend on its batch.
+    Knob("data.hw_decoder_load", "loader", _on_gpu("data.hw_decoder_load", 0.0, 1.0)),
     Knob("train.precision", "student", _student_precisions),
     Knob("train.channels_last", "student", _memory_orders),
     Knob("train.compile", "student", lambda place: _each("train.compile", True) if place.trains_whole_student else []),

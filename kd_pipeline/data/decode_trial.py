@@ -2,8 +2,8 @@
 
 import ctypes
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,11 @@ __all__ = ["DecodeTrial", "compare_decoding", "describe_faults", "make_images", 
 
 _CHILD = "kd_pipeline.data.decode_trial:report_trial"
 """Function that the child process of a trial runs."""
-_NUM_IMAGES, _NUM_ROUNDS = 64, 6
-"""Each round decodes all images as one batch, in a different order, so a stale buffer shows the wrong image."""
+_NUM_IMAGES, _NUM_ROUNDS = 64, 3
+"""Each round decodes all images twice: as one batch, and in a different order as two. So a stale buffer shows the wrong
+image, and an image that depends on its neighbors differs."""
+_SPLIT = 41
+"""Where the second order of a round is cut into two batches."""
 _SIZE, _TILE = 64, 8
 """Side of a transformed view in pixels, and of the squares in it that are compared."""
 _WRONG = 24.0
@@ -43,6 +46,8 @@ class DecodeTrial(Settings):
     works: bool
     detail: str
     """Distance of the pixels from the CPU's, or what went wrong."""
+    is_repeatable: bool = True
+    """Whether an image had the same pixels in different batches."""
     is_conclusive: bool = True
     """False if the trial could not run, as with too little memory, which says nothing about the decoder."""
     nvjpeg: tuple[int, int] | None = None
@@ -113,9 +118,9 @@ def report_trial(decode: DecodeMode, device: str, hw_decoder_load: str) -> None:
     """Run the trial in this process and report it to the parent."""
     report = open_report()
     device_id, load = None if device == "cpu" else int(device), float(hw_decoder_load)
-    works, is_conclusive = False, True
+    works, is_repeatable, is_conclusive = False, True, True
     try:
-        works, detail = compare_decoding(decode, device_id=device_id, hw_decoder_load=load)
+        works, is_repeatable, detail = compare_decoding(decode, device_id=device_id, hw_decoder_load=load)
     except Exception as exc:
         detail = " ".join(f"{type(exc).__name__}: {exc}".split())[:400]
         is_conclusive = not any(text in detail.lower() for text in _NOT_THE_DECODER)
@@ -124,14 +129,17 @@ def report_trial(decode: DecodeMode, device: str, hw_decoder_load: str) -> None:
         hw_decoder_load=load,
         works=works,
         detail=detail,
+        is_repeatable=is_repeatable,
         is_conclusive=is_conclusive,
         nvjpeg=_loaded_nvjpeg(),
     )
     print(trial.model_dump_json(), file=report)
 
 
-def compare_decoding(decode: DecodeMode, *, device_id: int | None, hw_decoder_load: float = 0.0) -> tuple[bool, str]:
-    """Whether test images that are decoded in this process are right, and how far they are off.
+def compare_decoding(
+    decode: DecodeMode, *, device_id: int | None, hw_decoder_load: float = 0.0
+) -> tuple[bool, bool, str]:
+    """Whether test images that are decoded in this process are right and the same in any batch; how far they are off.
 
     Raises:
         RuntimeError: DALI cannot decode them, or even the CPU decodes an image as one color.
@@ -148,21 +156,27 @@ def compare_decoding(decode: DecodeMode, *, device_id: int | None, hw_decoder_lo
     )
     with tempfile.TemporaryDirectory() as folder:
         paths = make_images(Path(folder))
-        expected = _render(paths, replace(settings, device_id=None, decode="window"))
-        found = _render(paths, settings)
+        inputs = _inputs(paths)
+        expected = _render(inputs, replace(settings, device_id=None, decode="window"))
+        found = _render(inputs, settings)
     if np.ptp(expected, axis=(2, 3)).max(axis=1).min() < _BLANK:
         raise RuntimeError("the CPU's decoder gives images of one color")
     if faults := describe_faults(found, expected):
-        return False, faults
+        return False, True, faults
+    index = np.concatenate([batch.index for batch in inputs]).reshape(_NUM_ROUNDS, 2, _NUM_IMAGES)
+    views = np.take_along_axis(
+        found.reshape(_NUM_ROUNDS, 2, _NUM_IMAGES, *found.shape[1:]), np.argsort(index)[..., None, None, None], axis=2
+    )
     error = np.abs(found - expected).mean(axis=(1, 2, 3)).max()
-    return True, f"{len(found)} images are right, each at most {error:.2f}/255 from the CPU's pixels on average"
+    detail = f"{len(found)} images are right, each at most {error:.2f}/255 from the CPU's pixels on average"
+    return True, np.array_equal(views[:, 0], views[:, 1]), detail
 
 
-def _render(paths: list[Path], settings: GraphSettings) -> NDArray[np.float32]:
-    """All rounds of views `[N, 3, H, W]`."""
-    graph = Graph(_rounds(paths), "files", _TRANSFORM, settings, FileChecker(settings))
+def _render(inputs: list[GraphInput], settings: GraphSettings) -> NDArray[np.float32]:
+    """All views `[N, 3, H, W]`, in the order of the inputs."""
+    graph = Graph(cycle(inputs), "files", _TRANSFORM, settings, FileChecker(settings))
     try:
-        views = [graph.take() for _ in range(_NUM_ROUNDS)]  # all held, as by a slow consumer
+        views = [graph.take() for _ in inputs]  # all held, as by a slow consumer
         if settings.device_id is not None:
             views = [view.as_cpu() for view in views]
         return np.concatenate([np.array(view) for view in views])
@@ -170,17 +184,23 @@ def _render(paths: list[Path], settings: GraphSettings) -> NDArray[np.float32]:
         graph.close()
 
 
-def _rounds(paths: list[Path]) -> Iterator[GraphInput]:
+def _inputs(paths: list[Path]) -> list[GraphInput]:
+    """The batches of all rounds; within a round, a sample has the same parameters."""
     names = np.array([str(path).encode() for path in paths])
     data = names.view(np.uint8).reshape(len(paths), -1)
-    rng = np.random.default_rng(1)
-    while True:
-        index = rng.permutation(len(paths))
+    rng, inputs = np.random.default_rng(1), []
+    for _ in range(_NUM_ROUNDS):
         draws = rng.random((len(paths), _TRANSFORM.num_draws))
         tries, place = _TRANSFORM.crop.parameters(draws)
         at_border = np.arange(len(paths)) % 3 == 0
         place = np.where(at_border[:, None], np.where(place < 0.5, 0.0, 1 - 2.0**-24), place)
-        yield GraphInput(index, data[index], (tries, place), parameters_of(_TRANSFORM, draws))
+        parameters = parameters_of(_TRANSFORM, draws)
+        for cuts in ((0, len(paths)), (0, _SPLIT, len(paths))):
+            order = rng.permutation(len(paths))
+            for index in (order[start:end] for start, end in pairwise(cuts)):
+                crop = (tries[index], place[index])
+                inputs.append(GraphInput(index, data[index], crop, tuple(part[index] for part in parameters)))
+    return inputs
 
 
 def _random_image(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:

@@ -39,9 +39,10 @@ class LoaderSettings(Settings):
     decode: Decode = "auto"
     """`window` decodes only the crop's window of a file, `full` the whole image, which is cropped afterward. `auto` is
     `window` on a CPU, where both give the same pixels; on a GPU a short trial finds out what works."""
-    hw_decoder_load: float = Field(default=0.0, ge=0, le=1)
-    """Share of a batch's JPEG images for the GPU's hardware decoder. Unless it is 0, the last bits of an image depend
-    on its batch: a different batch size, a resumed run or different ranks change them."""
+    hw_decoder_load: float | None = Field(default=None, ge=0, le=1)
+    """Share of a batch's JPEG images for the GPU's hardware decoder. With `decode: auto` it defaults to 1 if the trial
+    finds that this gives the right pixels in any batch, else to 0. With any share between them, the last bits of an
+    image depend on its batch: a different batch size, a resumed run or different ranks change them."""
     on_bad_sample: OnBadSample = "raise"
     """`raise` an error with the file's name, or `substitute` the next readable sample, with `valid=False`."""
     max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
@@ -81,7 +82,7 @@ class LoaderOptions(TypedDict, total=False):
     prefetch: int
     ahead: int | None
     decode: Decode
-    hw_decoder_load: float
+    hw_decoder_load: float | None
     on_bad_sample: OnBadSample
     max_bad_fraction: float
     max_pixels: int

@@ -157,18 +157,19 @@ class KDDataLoader:
                 f"batch_size must be a multiple of {2 * repeats} when images are mixed and repeats is {repeats}, to "
                 f"keep partners in one batch, got {batch_size}"
             )
+        decoding = resolve_decode(
+            settings.decode if source.stores == "files" else "window",
+            settings.hw_decoder_load,
+            device_id=self.device.index,
+        )
         self._graph_settings = GraphSettings(
             max_batch=batch_size,
             device_id=self.device.index,
             num_threads=settings.num_threads or num_cores(),
             prefetch=settings.prefetch,
             max_pixels=settings.max_pixels,
-            decode=resolve_decode(
-                settings.decode if source.stores == "files" else "window",
-                device_id=self.device.index,
-                hw_decoder_load=settings.hw_decoder_load,
-            ),
-            hw_decoder_load=settings.hw_decoder_load,
+            decode=decoding.decode,
+            hw_decoder_load=decoding.hw_decoder_load,
             orientation=transform.orientation,
         )
         self._record = None if run_dir is None else argument_path(run_dir) / "bad_samples.jsonl"
@@ -567,7 +568,7 @@ class KDDataLoader:
             "device": self.device.type,
             # Both modes give the same pixels on a CPU; a GPU's decoder may round windows and whole images differently.
             "decode": self.decode if depends_on_decoder else None,
-            "hw_decoder_load": self._settings.hw_decoder_load or None,
+            "hw_decoder_load": self._graph_settings.hw_decoder_load or None,
             "dali": require("nvidia.dali", extra="cpu").__version__,
         }
 

@@ -36,12 +36,12 @@ def require_repeatable(hw_decoder_load: float | None) -> None:
     """Refuse to record or replay images whose last bits depend on their batch.
 
     Raises:
-        ConfigError: the GPU's hardware decoder has a share of them.
+        ConfigError: the GPU's hardware decoder has a part of them.
     """
-    if hw_decoder_load:
+    if hw_decoder_load and hw_decoder_load < 1:
         raise ConfigError(
             f"data.hw_decoder_load is {hw_decoder_load:g}, with which the pixels of an image depend on its batch, but "
-            "recorded outputs need pixels that are the same in every run; set it to 0"
+            "recorded outputs need pixels that are the same in every run; set it to 0 or 1"
         )
 
 

@@ -28,7 +28,7 @@ __all__ = ["Capability", "Check", "Gpu", "Report", "diagnose"]
 
 _GIB = 2**30
 _HW_DECODER_LOADS = (0.0, 1.0)
-"""Values of `hw_decoder_load` to try: the default, and the largest."""
+"""Values of `hw_decoder_load` to try: those with which an image does not depend on its batch."""
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 _OPENVINO_PRECISIONS = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
 _EXTRAS = {"lightning": "train", "timm": "timm", "torchvision": "timm", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
@@ -197,19 +197,16 @@ def _decoding(trials: "Sequence[DecodeTrial]") -> Iterator[Capability]:
     """What the trials on the first GPU mean for loaders. The choice for the default settings is cached for them."""
     from kd_pipeline.data.decode import keep_choice, pick_decode
 
-    window, full = (trial for trial in trials if trial.hw_decoder_load == 0)
+    known = {(trial.decode, trial.hw_decoder_load): trial for trial in trials}
     try:
-        choice = pick_decode(window, lambda: full)
+        choice = pick_decode(lambda mode, load: known[mode, load])
     except ConfigError as exc:
         yield Capability(kind="loader", name="gpu", works=False, detail=str(exc))
         return
-    keep_choice(0, 0.0, choice)
+    keep_choice(0, None, choice)
     yield Capability(kind="loader", name="gpu", works=True, detail="")
-    yield Capability(kind="setting", name="decode: auto", works=True, detail=f"takes {choice.decode}; {choice.reason}")
-    for trial in trials:
-        if trial.hw_decoder_load and trial.decode == choice.decode:
-            detail = f"{trial}; pixels then depend on the batch" if trial.works else str(trial)
-            yield Capability(kind="setting", name="hw_decoder_load", works=trial.works, detail=detail)
+    taken = f"takes {choice.decode} with hw_decoder_load {choice.hw_decoder_load:g}"
+    yield Capability(kind="setting", name="decode: auto", works=True, detail=f"{taken}; {choice.reason}")
 
 
 def _capabilities(
@@ -313,7 +310,7 @@ def _check_dali(has_gpu: bool) -> _Fields:
     dali = require("nvidia.dali", extra="cpu")
     from kd_pipeline.data.decode_trial import compare_decoding
 
-    works, detail = compare_decoding("full", device_id=None)  # against windows, the other way on a CPU
+    works, _, detail = compare_decoding("full", device_id=None)  # against windows, the other way on a CPU
     if not works:
         raise RuntimeError(f"windows and whole images differ: {detail}")
     return {"version": dali.__version__, "detail": "decodes on the CPU"}

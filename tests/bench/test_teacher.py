@@ -29,7 +29,7 @@ RUN_FILES = ("onnxruntime", "openvino", "tensorrt")
 @pytest.fixture(autouse=True)
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiling takes half a minute, and changes no result."""
-    monkeypatch.setattr(torch, "compile", lambda module: module)
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def measured(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         out=out,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", lambda module: module)
+        patch.setattr(torch, "compile", lambda module, **options: module)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return bench_teacher(settings, report=lines.append), lines, out
 

@@ -19,6 +19,7 @@ from kd_pipeline.bench import photographs as photographs_module
 from kd_pipeline.bench.measure import Measurement
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.bench.torchvision_loaders import why_no_cuda_decoder
+from kd_pipeline.data.decode import Decoding
 from kd_pipeline.data.decode_trial import DecodeTrial
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, MissingPackageError
@@ -177,7 +178,7 @@ def test_result_has_the_settings(measured: tuple[LoaderResult, list[str], Path])
         "num_threads": 1,
         "device": "cpu",
         "decode": [],
-        "decode_auto": "window",
+        "decode_auto": {"decode": "window", "hw_decoder_load": 0.0},
         "hw_decoder_loads": [],
         "out": str(here / "a/b.json"),
     }
@@ -250,13 +251,13 @@ def test_each_hw_decoder_load_adds_rows(photographs: Path, monkeypatch: pytest.M
     monkeypatch.setattr(loader, "resolve_device", lambda device: gpu)
     monkeypatch.setattr(loader, "why_no_cuda_decoder", lambda device: "built without nvJPEG")
 
-    def find(decode: str, *, device_id: int, hw_decoder_load: float) -> str:
+    def find(decode: str, hw_decoder_load: float | None, *, device_id: int) -> Decoding:
         assert (decode, device_id) == ("auto", 0)
         if hw_decoder_load == 1:
             raise ConfigError("this GPU decodes images in neither mode")
-        return "full" if hw_decoder_load else "window"
+        return Decoding("full", hw_decoder_load) if hw_decoder_load else Decoding("window", 0)
 
-    def trial(mode: str, *, device_id: int) -> DecodeTrial:
+    def trial(mode: str, *, device_id: int, hw_decoder_load: float) -> DecodeTrial:
         return DecodeTrial(decode=mode, hw_decoder_load=0, works=mode == "full", detail="crashed with SIGSEGV")
 
     monkeypatch.setattr(loader, "resolve_decode", find)
@@ -285,7 +286,7 @@ def test_each_hw_decoder_load_adds_rows(photographs: Path, monkeypatch: pytest.M
 
 def test_cuda_decoder_has_a_row_on_a_gpu_that_has_it(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "resolve_device", lambda device: torch.device("cuda", 0))
-    monkeypatch.setattr(loader, "resolve_decode", lambda *args, **more: "window")
+    monkeypatch.setattr(loader, "resolve_decode", lambda *args, **more: Decoding("window", 1))
     monkeypatch.setattr(loader, "why_no_cuda_decoder", lambda device: None)
     for offered in ("LOADERS", "GPU_LOADERS"):
         empty = dict.fromkeys(getattr(loader, offered), lambda task: (tensor for tensor in ()))

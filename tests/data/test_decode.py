@@ -1,7 +1,8 @@
-"""The decode mode on a GPU: found by a trial, and cached by driver, GPU and packages."""
+"""How a GPU decodes: found by a trial, and cached by driver, GPU and packages."""
 
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from kd_pipeline._core.nvidia_driver import Driver, DriverGpu
 from kd_pipeline.data import decode, decode_trial
-from kd_pipeline.data.decode import DecodeChoice, choose_decode, keep_choice, pick_decode, resolve_decode
+from kd_pipeline.data.decode import DecodeChoice, Decoding, choose_decode, keep_choice, pick_decode, resolve_decode
 from kd_pipeline.data.decode_trial import DecodeTrial
 from kd_pipeline.errors import ConfigError
 
@@ -32,7 +33,8 @@ class Gpu:
 
     def try_decoding(self, mode: str, *, device_id: int, hw_decoder_load: float) -> DecodeTrial:
         self.tried.append((mode, hw_decoder_load))
-        return next(trial for trial in self.trials if trial.decode == mode)
+        found = next(trial for trial in self.trials if trial.decode == mode)
+        return found.model_copy(update={"hw_decoder_load": hw_decoder_load})
 
 
 @pytest.fixture
@@ -48,6 +50,16 @@ def gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     monkeypatch.setattr(decode, "try_decoding", gpu.try_decoding)
     gpu.trials = [trial("window"), trial("full")]
     return gpu
+
+
+def trials(**found: dict[str, object]) -> Callable[[str, float], DecodeTrial]:
+    """Results of trials by mode, or by mode and load, such as `window_1`."""
+
+    def trial_of(mode: str, load: float) -> DecodeTrial:
+        more = found.get(f"{mode}_{load:g}", found.get(mode, {}))
+        return trial(mode, **more).model_copy(update={"hw_decoder_load": load})
+
+    return trial_of
 
 
 CRASHED = {"works": False, "detail": "crashed with SIGSEGV", "nvjpeg": None}
@@ -72,12 +84,12 @@ INCONCLUSIVE = {"works": False, "detail": "CUDA out of memory", "is_conclusive":
 def test_pick_decode_prefers_windows_on_gpu(
     window: dict[str, object], full: dict[str, object], taken: str, is_certain: bool
 ) -> None:
-    choice = pick_decode(trial("window", **window), lambda: trial("full", **full))
-    assert (choice.decode, choice.is_certain) == (taken, is_certain)
+    choice = pick_decode(trials(window=window, full=full), 0)
+    assert (choice.decode, choice.hw_decoder_load, choice.is_certain) == (taken, 0, is_certain)
 
 
 def test_old_nvjpeg_names_both_versions() -> None:
-    choice = pick_decode(trial("window", nvjpeg=(12, 4)), lambda: trial("full"))
+    choice = pick_decode(trials(window={"nvjpeg": (12, 4)}), 0)
     assert choice.reason == (
         "nvJPEG 12.4 decodes windows on the CPU, 13.2 and later do it on the GPU; whole images: all right"
     )
@@ -85,40 +97,73 @@ def test_old_nvjpeg_names_both_versions() -> None:
 
 @pytest.mark.parametrize("load", [0.0, 0.5])
 def test_no_working_mode_is_an_error(load: float) -> None:
-    window, full = (trial(mode, **CRASHED).model_copy(update={"hw_decoder_load": load}) for mode in ("window", "full"))
     with pytest.raises(ConfigError, match="neither mode") as info:
-        pick_decode(window, lambda: full)
+        pick_decode(trials(window=CRASHED, full=CRASHED), load)
     assert str(info.value).count("crashed with SIGSEGV") == 2 and "data.device: cpu" in str(info.value)
     assert ("data.hw_decoder_load: 0" in str(info.value)) == bool(load)
 
 
+DEPENDS = {"is_repeatable": False}
+
+
+@pytest.mark.parametrize(
+    ("found", "taken", "is_certain"),
+    [
+        ({}, ("window", 1), True),
+        ({"window_1": CRASHED}, ("full", 1), True),
+        ({"window_1": DEPENDS}, ("full", 1), True),
+        ({"window_1": {"nvjpeg": (12, 4)}}, ("full", 1), True),
+        ({"window_1": INCONCLUSIVE}, ("full", 1), False),
+        ({"window_1": CRASHED, "full_1": CRASHED}, ("window", 0), True),
+        ({"window_1": DEPENDS, "full_1": DEPENDS}, ("window", 0), True),
+        ({"window_1": CRASHED, "full_1": INCONCLUSIVE}, ("window", 0), False),
+        ({"window": CRASHED, "full_1": DEPENDS}, ("full", 0), True),
+    ],
+)
+def test_hardware_decodes_all_images_or_none(
+    found: dict[str, dict[str, object]], taken: tuple[str, float], is_certain: bool
+) -> None:
+    choice = pick_decode(trials(**found))
+    assert (choice.decode, choice.hw_decoder_load, choice.is_certain) == (*taken, is_certain)
+
+
+def test_reason_names_what_was_not_taken() -> None:
+    choice = pick_decode(trials(window_1=CRASHED, full_1=DEPENDS))
+    assert choice.reason == (
+        "windows with hw_decoder_load 1: crashed with SIGSEGV; whole images with hw_decoder_load 1: all right; pixels "
+        "depend on the batch; windows: all right"
+    )
+
+
 def test_explicit_setting_needs_no_trial(gpu: Gpu) -> None:
     for mode in ("window", "full"):
-        assert resolve_decode(mode, device_id=0, hw_decoder_load=0) == mode
-    assert resolve_decode("auto", device_id=None, hw_decoder_load=0) == "window"
+        assert resolve_decode(mode, None, device_id=0) == Decoding(mode, 0)
+        assert resolve_decode(mode, 1.0, device_id=0) == Decoding(mode, 1)
+    assert resolve_decode("auto", None, device_id=None) == Decoding("window", 0)
     assert gpu.tried == []
 
 
 def test_choice_is_cached(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
     gpu.trials[0] = trial("window", **CRASHED)
     with caplog.at_level(logging.WARNING, "kd_pipeline"):
-        assert resolve_decode("auto", device_id=0, hw_decoder_load=0) == "full"
+        assert resolve_decode("auto", 0, device_id=0).decode == "full"
         assert gpu.tried == [("window", 0), ("full", 0)]
         for device_id in (0, 1, 0):
-            assert resolve_decode("auto", device_id=device_id, hw_decoder_load=0) == "full"
+            assert resolve_decode("auto", 0, device_id=device_id).decode == "full"
     assert len(gpu.tried) == 2
     (line,) = caplog.messages
     assert line == ("data.decode: auto uses full on GPU 0: windows: crashed with SIGSEGV; whole images: all right")
 
 
 def test_cache_depends_on_driver_gpu_packages_and_load(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ask(load: float = 0.0) -> int:
+    def ask(load: float | None = 0.0) -> int:
         before = len(gpu.tried)
         choose_decode(0, load)
         return len(gpu.tried) - before
 
     assert (ask(), ask()) == (1, 0)
     assert (ask(0.5), ask(0.5), ask()) == (1, 0, 0)
+    assert (ask(None), ask(None), ask()) == (1, 0, 0)
     monkeypatch.setattr(gpu, "version", "590.10")
     assert (ask(), ask()) == (1, 0)
     monkeypatch.setattr(gpu, "name", "NVIDIA L4")
@@ -172,7 +217,7 @@ def test_choice_that_others_could_write_is_measured_again(
 def test_pipe_and_link_in_place_of_a_choice_are_not_read(gpu: Gpu, cache: Path, tmp_path: Path) -> None:
     choose_decode(0, 0)
     (kept,) = (cache / "kd_pipeline" / "decode").glob("*.json")
-    choice = DecodeChoice(decode="full", reason="somebody says so", is_certain=True)
+    choice = DecodeChoice(decode="full", hw_decoder_load=0, reason="somebody says so", is_certain=True)
     (tmp_path / "elsewhere").write_text(choice.model_dump_json())
     for put in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "elsewhere")):
         kept.unlink()
@@ -198,7 +243,7 @@ def test_failing_driver_query_is_tolerated(gpu: Gpu, monkeypatch: pytest.MonkeyP
 
 def test_doctor_choice_is_used(gpu: Gpu) -> None:
     choose_decode(0, 0)
-    keep_choice(0, 0, DecodeChoice(decode="full", reason="the doctor says so", is_certain=True))
+    keep_choice(0, 0, DecodeChoice(decode="full", hw_decoder_load=0, reason="the doctor says so", is_certain=True))
     assert choose_decode(0, 0).decode == "full" and len(gpu.tried) == 1
 
 
@@ -230,7 +275,7 @@ def test_failed_child_falls_back_to_full(
     timeouts_s = {"window": 4, "full": 60}
     monkeypatch.setattr(decode, "try_decoding", lambda mode, **more: trial_of(mode, timeout_s=timeouts_s[mode], **more))
     with caplog.at_level(logging.WARNING, "kd_pipeline"):
-        assert resolve_decode("auto", device_id=0, hw_decoder_load=0) == "full"
+        assert resolve_decode("auto", 0, device_id=0).decode == "full"
     (line,) = caplog.messages
     assert line.startswith(f"data.decode: auto uses full on GPU 0: {finding}; whole images: 384 images are right")
 

@@ -30,8 +30,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_loader_delivers_full_batches(name: str, photographs: Path, device: torch.device) -> None:
     if name in GPU_LOADERS and (reason := why_no_cuda_decoder(device)):
         pytest.skip(reason)
-    mode = resolve_decode("auto", device_id=device.index, hw_decoder_load=0.0)
-    stream = (LOADERS | GPU_LOADERS)[name](DecodeTask(photographs, TrainTransform(size=32), 8, 2, device, mode))
+    decoding = resolve_decode("auto", None, device_id=device.index)
+    stream = (LOADERS | GPU_LOADERS)[name](DecodeTask(photographs, TrainTransform(size=32), 8, 2, device, *decoding))
     for _ in range(6):
         images = next(stream)
         assert images.shape == (8, 3, 32, 32) and images.device == device and images.isfinite().all()

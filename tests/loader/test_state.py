@@ -25,7 +25,7 @@ from tests.streams import (
 
 TEACHER = conv_teacher()
 TRANSFORM = TrainTransform(size=SIZE)
-FULL = {"decode": "full", "reason": "windows crash here", "is_certain": True}
+FULL = {"decode": "full", "reason": "windows crash here", "is_certain": True, "hw_decoder_load": 1}
 
 
 def open_loader(source, **options: Any) -> KDDataLoader:
@@ -193,7 +193,7 @@ def test_decode_mode_belongs_to_stream_on_gpu(source, on_a_gpu):
     with open_loader(source, teacher=None) as loader, pytest.raises(StateError) as info:
         assert loader.decode == "full"
         loader.load_state_dict(state)
-    assert differences(str(info.value)) == {"decode": "'window' → 'full'"}
+    assert differences(str(info.value)) == {"decode": "'window' → 'full'", "hw_decoder_load": "None → 1.0"}
 
 
 def test_decode_mode_is_ignored_for_pixels(on_a_gpu):

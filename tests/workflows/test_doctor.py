@@ -192,28 +192,35 @@ def decoding_of(report: Report, found: list[DecodeTrial]) -> dict[tuple[str, str
 def test_auto_decode_is_reported_and_cached(report: Report, fake_driver: None) -> None:
     found = decoding_of(report, trials())
     assert found["loader", "gpu"].works
-    assert found["setting", "decode: auto"].detail == "takes window; windows: all images are right"
-    assert found["setting", "hw_decoder_load"].detail.endswith("pixels then depend on the batch")
-    assert choose_decode(0, 0.0).decode == "window"
+    assert found["setting", "decode: auto"].detail == (
+        "takes window with hw_decoder_load 1; windows with hw_decoder_load 1: all images are right"
+    )
+    assert choose_decode(0).hw_decoder_load == 1
 
-    found = decoding_of(report, trials(window_0="3 of 384 images are wrong (3 of one color)"))
+    found = decoding_of(report, trials(window_1="3 of 384 images are wrong (3 of one color)"))
     assert found["loader", "gpu"].works
     assert found["setting", "decode: auto"].detail == (
-        "takes full; windows: 3 of 384 images are wrong (3 of one color); whole images: all images are right"
+        "takes full with hw_decoder_load 1; windows with hw_decoder_load 1: 3 of 384 images are wrong (3 of one "
+        "color); whole images with hw_decoder_load 1: all images are right"
     )
-    assert choose_decode(0, 0.0).decode == "full"
+    assert choose_decode(0).decode == "full"
 
 
 @pytest.mark.slow
 def test_wrong_hardware_decoder_is_reported(report: Report, fake_driver: None) -> None:
-    found = decoding_of(report, trials(window_1="crashed with SIGSEGV"))
-    assert found["loader", "gpu"].works and not found["setting", "hw_decoder_load"].works
-    assert found["setting", "hw_decoder_load"].detail == "windows with hw_decoder_load 1: crashed with SIGSEGV"
+    found = decoding_of(report, trials(window_1="crashed with SIGSEGV", full_1="timed out after 60 s"))
+    assert found["loader", "gpu"].works
+    assert found["setting", "decode: auto"].detail == (
+        "takes window with hw_decoder_load 0; windows with hw_decoder_load 1: crashed with SIGSEGV; whole images with "
+        "hw_decoder_load 1: timed out after 60 s; windows: all images are right"
+    )
 
 
 @pytest.mark.slow
 def test_gpu_that_cannot_decode_has_no_loader(report: Report, fake_driver: None) -> None:
-    found = decoding_of(report, trials(window_0="crashed with SIGSEGV", full_0="timed out after 60 s"))
+    found = decoding_of(
+        report, trials(**dict.fromkeys(["window_0", "full_0", "window_1", "full_1"], "crashed with SIGSEGV"))
+    )
     assert not found["loader", "gpu"].works and ("setting", "decode: auto") not in found
     assert "crashed with SIGSEGV" in found["loader", "gpu"].detail
 

@@ -219,7 +219,7 @@ def test_changed_setting_is_named(photo_folder: Path, plain: Path, options: dict
 
 
 def test_batch_dependent_pixels_are_refused(photo_folder: Path, plain: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.hw_decoder_load is 0\.5.*set it to 0"):
+    with pytest.raises(ConfigError, match=r"data\.hw_decoder_load is 0\.5.*set it to 0 or 1"):
         replaying(photo_folder, plain, hw_decoder_load=0.5)
 
 
