@@ -438,6 +438,7 @@ class KDDataLoader:
         self._sync.close()
         if self._owns_teacher and self.teacher is not None:
             self.teacher.close()
+        self._uniform.report(wait=True)  # last, as it raises if the GPU has failed
 
     def __enter__(self) -> Self:
         return self
@@ -471,7 +472,7 @@ class KDDataLoader:
             if loop == position.loop and not sys.is_finalizing():
                 position.drop(consumer.how_dropped(sys._getframe().f_back))
             raise
-        self._uniform.report(position.epoch)
+        self._uniform.end(position.epoch)
         position.finish()
 
     def _pending(self, epoch: int, first: int) -> Iterator[PendingBatch]:

@@ -1,7 +1,9 @@
 """`is_uniform`: images of a single color."""
 
+import pytest
 import torch
 
+from kd_pipeline.data import uniform
 from kd_pipeline.data.uniform import UniformCounter, counted, is_uniform
 
 
@@ -30,3 +32,60 @@ def test_counter_counts_valid_images() -> None:
     for _ in range(2):
         counter.add(counted(is_uniform(images), torch.tensor([True, True, False, True])))
     assert counter.read() == (2, 6)
+
+
+class Event:
+    """A CUDA event that is done when a test says so, or when it is waited for."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+
+    def query(self) -> bool:
+        return self.is_done
+
+    def synchronize(self) -> None:
+        self.is_done = True
+
+
+ALL_UNIFORM = torch.ones(2, 4, dtype=torch.bool)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """One for each epoch that has ended, as on a GPU."""
+    made: list[Event] = []
+
+    def copy(counts: torch.Tensor) -> tuple[torch.Tensor, Event]:
+        made.append(Event())
+        return counts, made[-1]
+
+    monkeypatch.setattr(uniform, "_copy_to_host", copy)
+    return made
+
+
+def test_epoch_is_reported_once_the_device_is_done(events: list[Event], caplog: pytest.LogCaptureFixture) -> None:
+    counter = UniformCounter()
+    for epoch in range(2):
+        counter.restart()
+        counter.add(ALL_UNIFORM)
+        counter.end(epoch)
+    counter.restart()
+    counter.add(ALL_UNIFORM)
+    assert caplog.messages == [] and not any(event.is_done for event in events)
+    events[0].is_done = True
+    counter.add(ALL_UNIFORM)
+    (message,) = caplog.messages
+    assert message.startswith("4 of 4 images of epoch 0 had a single color")
+    counter.report(wait=True)
+    counter.end(2)
+    assert len(caplog.messages) == 1 and len(events) == 2
+
+
+@pytest.mark.parametrize("ask", [lambda counter: counter.report(wait=True), UniformCounter.read], ids=["wait", "read"])
+def test_who_asks_waits_for_the_report(ask, events: list[Event], caplog: pytest.LogCaptureFixture) -> None:
+    counter = UniformCounter()
+    counter.add(ALL_UNIFORM)
+    counter.end(0)
+    assert caplog.messages == []
+    ask(counter)
+    assert len(caplog.messages) == 1 and events[0].is_done

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import kd_pipeline.loader.loader
 from kd_pipeline.config.config import Config
+from kd_pipeline.data import uniform
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.reader import INDEX
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
@@ -209,6 +210,21 @@ def test_many_images_of_one_color_are_reported_once(open_loader, caplog, num_uni
     assert len(found) == is_reported
     if is_reported:
         assert found[0].startswith(f"{num_uniform} of 100 images of epoch 0 had a single color")
+
+
+def test_images_of_one_color_are_reported_by_close(open_loader, caplog, monkeypatch):
+    """If a GPU has not counted them by the end of the last epoch."""
+
+    class Event:
+        query = staticmethod(lambda: False)
+        synchronize = staticmethod(lambda: None)
+
+    monkeypatch.setattr(uniform, "_copy_to_host", lambda counts: (counts, Event()))
+    loader = open_loader(EVAL, of=one_color_of(100, 100))
+    run(loader, 1)
+    assert "single color" not in caplog.text
+    loader.close()
+    assert "100 of 100 images of epoch 0 had a single color" in caplog.text
 
 
 def test_teacher_changes_no_pixels(open_loader, recorder):
