@@ -1,11 +1,12 @@
-# `make demo` and `make test` set up all they need; `make gpu` checks what needs an NVIDIA GPU.
+# `make demo` and `make test` set up all they need; `make gpu` checks what needs an NVIDIA GPU, which the other tests do
+# not use, as most are about a CPU and `device: auto` would take the GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 WORKERS ?= 2
 SLOW_WORKERS ?= 3  # the slow tests often wait for processes
-PYTEST := $(BIN)/python -m pytest --dist loadfile --numprocesses
+PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --numprocesses
 METADATA := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: demo test test-slow test-all gpu format clean

@@ -106,12 +106,16 @@ def all_stages(device: str, out: Path) -> list[Stage]:
     """Most valuable first; short on a CPU, where only the stages themselves are checked."""
     python, on_gpu = [sys.executable, "-m"], device == "cuda"
     this = [sys.executable, str(Path(__file__).resolve()), "--run"]
-    pytest = [*python, "pytest", "-k", "gpu or cuda", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
-    if find_spec("xdist"):
-        pytest += ["-n", "3"]  # a crash costs only one test
-    if find_spec("pytest_timeout"):
-        pytest += ["--timeout", "90"]
-    tests = ["tests/gpu", "tests/teachers/test_contract.py", "tests/teachers/test_ensemble.py"]
+
+    def tests(name: str, marks: str, limit_s: float, *, timeout_s: int) -> Stage:
+        pytest = [*python, "pytest", "-m", marks, "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
+        if find_spec("xdist"):
+            pytest += ["-n", "3"]  # a crash costs only one test
+        if find_spec("pytest_timeout"):
+            pytest += ["--timeout", str(timeout_s)]
+        return Stage(
+            name, [*pytest, "--junitxml", str(out / f"{name}.xml"), *files_of_gpu_tests()], limit_s, last_line(name)
+        )
 
     def bench(name: str, *command: str) -> Stage:
         where = ["--root", str(PHOTOGRAPHS), "--device", device, "--out", str(out / f"{name}.json")]
@@ -127,12 +131,19 @@ def all_stages(device: str, out: Path) -> list[Stage]:
         Stage("environment", [*this, "environment", str(out)], 60, last_line("environment")),
         Stage("decode", [*this, "decode", str(out), device], 120, read_decode),
         Stage("doctor", [*this, "doctor", str(out)], 240, read_doctor),
-        Stage("tests", [*pytest, "--junitxml", str(out / "tests.xml"), *tests], 420, last_line("tests")),
+        tests("tests", "gpu and not slow", 300, timeout_s=90),
         Stage("photographs", [*this, "photographs", str(out), "2000" if on_gpu else "40"], 240),
         bench("bench_loader", "benchmarks.loader", "--decode", "window", "full", *loader.split()),
         bench("bench_step", "kd_pipeline", "bench", "step", *rows.split(), *step.split()),
         bench("bench_teacher", "kd_pipeline", "bench", "teacher", *teacher.split()),
+        tests("slow_tests", "gpu and slow", 600, timeout_s=240),
     ]
+
+
+def files_of_gpu_tests() -> list[str]:
+    """All that hold tests with the mark `gpu`, as it takes long to collect the others."""
+    files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
+    return ["tests/gpu", *(str(path.relative_to(ROOT)) for path in files)]
 
 
 def run_stages(stages: Sequence[Stage], out: Path, *, limit_s: float, root: Path) -> list[Outcome]:
