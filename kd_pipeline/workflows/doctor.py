@@ -235,12 +235,22 @@ def _capabilities(
         capability("command", "build-engine", "onnx", "onnxscript", "onnxruntime", *builder),
     ]
     works = {each.name: each.works for each in found if each.kind == "teacher"}
-    backend = "tensorrt" if gpus else "openvino"
-    if gpus and works["onnxruntime"] and not works["tensorrt"]:
-        backend = "onnxruntime"
-    detail = f"takes pytorch for a module and {backend} for an ONNX file"
-    is_usable = works["pytorch"] and works[backend]
-    return [*found, Capability(kind="setting", name="backend: auto", works=is_usable, detail=detail)]
+    return [*found, _auto_backend(works, checks, on_gpu=bool(gpus))]
+
+
+def _auto_backend(works: Mapping[str, bool], checks: Mapping[str, Check], *, on_gpu: bool) -> Capability:
+    """What `backend: auto` takes; `works` says which backends do."""
+    backend = next((each for each in (("tensorrt", "onnxruntime") if on_gpu else ("openvino",)) if works[each]), None)
+    if backend is not None:
+        file = f"{backend} runs an ONNX file"
+    elif not on_gpu:
+        file = "nothing runs an ONNX file (install 'kd_pipeline[cpu]')"
+    else:
+        tensorrt = "'kd_pipeline[trt]' or " if checks["tensorrt"].status == "missing" else ""
+        file = f"nothing runs an ONNX file (install {tensorrt}onnxruntime-gpu in place of onnxruntime)"
+    module = "pytorch runs a module" if works["pytorch"] else "nothing runs a module (install torch)"
+    is_usable = works["pytorch"] and backend is not None
+    return Capability(kind="setting", name="backend: auto", works=is_usable, detail=f"{module}, {file}")
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

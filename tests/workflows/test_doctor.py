@@ -115,7 +115,7 @@ def test_report_without_gpu(report: Report) -> None:
     assert report.checks[0].name == "NVIDIA driver" and report.checks[0].status != "ok"
     assert not any("GPU" in check.name or check.name == "torch.cuda" for check in report.checks)
     assert not capability_of(report, "teacher", "tensorrt").works
-    assert capability_of(report, "setting", "backend: auto").detail.endswith("openvino for an ONNX file")
+    assert capability_of(report, "setting", "backend: auto").detail.endswith("openvino runs an ONNX file")
 
 
 @pytest.mark.slow
@@ -364,11 +364,14 @@ def test_gpu_and_tensorrt_packages(
     found = {(item.kind, item.name): item for item in _capabilities(checks, [gpu])}
     assert found["teacher", "tensorrt"].works == bool(serving)
     assert found["setting", "backend: auto"].works == bool(serving)
-    assert "tensorrt for an ONNX file" in found["setting", "backend: auto"].detail
+    remedy = "'kd_pipeline[trt]' or onnxruntime-gpu" if "tensorrt" not in installed else "onnxruntime-gpu"
+    auto = "tensorrt runs" if serving else "nothing runs"
+    assert f"pytorch runs a module, {auto} an ONNX file" in found["setting", "backend: auto"].detail
+    assert (f"(install {remedy} in place" in found["setting", "backend: auto"].detail) != bool(serving)
     assert found["teacher", "onnxruntime"].detail.endswith("needs onnxruntime-gpu in place of onnxruntime")
     provider = Check(name="onnxruntime", status="ok", supports=("CUDAExecutionProvider", "CPUExecutionProvider"))
     with_provider = {(item.kind, item.name): item for item in _capabilities({**checks, "onnxruntime": provider}, [gpu])}
     assert with_provider["teacher", "onnxruntime"].works and with_provider["setting", "backend: auto"].works
     taken = "tensorrt" if serving else "onnxruntime"
-    assert f"{taken} for an ONNX file" in with_provider["setting", "backend: auto"].detail
+    assert f"{taken} runs an ONNX file" in with_provider["setting", "backend: auto"].detail
     assert not found["loader", "gpu"].works and "missing" in found["loader", "gpu"].detail
