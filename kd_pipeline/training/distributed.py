@@ -19,7 +19,7 @@ _HOST, _LOOPBACK = "127.0.0.1", "lo"
 _MPI_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 
-def init_distributed() -> None:
+def init_distributed(device: torch.device | str = "auto") -> None:
     """Initialize the default process group if there are several processes and none is initialized yet.
 
     Call it before the loader is opened, which asks for its shard. Under `srun` and `mpirun` it also sets the
@@ -27,6 +27,9 @@ def init_distributed() -> None:
 
     Processes of one machine connect by its loopback interface, whatever MASTER_ADDR is. Only `torchrun` itself listens
     on all interfaces.
+
+    Args:
+        device: of the run, as in a config; on `cpu` the processes leave GPUs alone, even if there are some.
 
     Raises:
         ConfigError: the launcher's variables are set in part, it started a different number of processes on each node,
@@ -44,9 +47,10 @@ def init_distributed() -> None:
             f"{found.variables} are set, but not {', '.join(missing)}, as torchrun does; start with torchrun, or set "
             "them too"
         )
-    if torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available() and not str(device).startswith("cpu")
+    if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if on_gpu else "gloo"
     if num_nodes() > 1:
         torch.distributed.init_process_group(backend)
         return

@@ -17,15 +17,17 @@ _logger = getLogger(__name__)
 def capture_rng() -> list[dict[str, Any]]:
     """The state of all generators, one entry per rank; call it on all ranks, each of which gets the same list.
 
-    Of a rank's GPUs only the current one is read: a context on each of the others would cost memory there.
+    Of a rank's GPUs only the current one is read: a context on each of the others would cost memory there. A run
+    on the CPU uses none, and makes no context either.
     """
     numpy_state: Any = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()  # checkpoints hold no arrays
+    uses_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     local = {
         "python": random.getstate(),
         "numpy": numpy_state,
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_rng_state() if uses_cuda else None,
     }
     if not _is_distributed():
         return [local]

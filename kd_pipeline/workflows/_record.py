@@ -117,7 +117,7 @@ def record(
         raise ConfigError("a recording needs a folder: set run_dir, such as run_dir: runs/mine, or pass --out")
     if num_nodes() > 1:
         raise ConfigError("a recording is written by the processes of one machine; use torchrun --nnodes 1, srun -N 1")
-    init_distributed()
+    init_distributed(config.data.device)
     set_num_threads(config.train.num_threads)
     with ExitStack() as opened:
         loader = _open_loader(config, plugins, trust_engines, opened, begun_with=_runtimes_of(folder))

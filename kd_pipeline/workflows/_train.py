@@ -99,7 +99,7 @@ def train(
         SystemExit: a signal stopped the run, which was saved: 143 for SIGTERM and SIGUSR1, 130 for Ctrl-C.
     """
     stages: tuple[Stage, ...] = ("teacher", "distill") if config.stage == "all" else (config.stage,)
-    init_distributed()
+    init_distributed(config.data.device)
     if fresh and not is_restart():
         on_rank_zero(lambda: _archive(config, stages))
     for stage in stages:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from kd_pipeline._core.ranks import is_rank_zero, num_nodes, world_size
 from kd_pipeline.errors import ConfigError
@@ -166,6 +167,22 @@ def test_port_in_use_is_a_clear_error(slurm: pytest.MonkeyPatch) -> None:
         with pytest.raises(ConfigError, match=f"cannot meet at port {port} of 127.0.0.1: .* in use; set MASTER_PORT"):
             init_distributed()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo" and os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted"), [("cpu", [("backend", "gloo")]), ("auto", [("gpu", 1), ("backend", "nccl")])]
+)
+def test_run_on_the_cpu_leaves_gpus_alone(
+    slurm: pytest.MonkeyPatch, device: str, wanted: list[tuple[str, object]]
+) -> None:
+    for name, value in zip(TORCHRUN, ("5", "8", "1", "4", "node07", "1234"), strict=True):
+        slurm.setenv(name, value)
+    done: list[tuple[str, object]] = []
+    slurm.setattr(torch.cuda, "is_available", lambda: True)
+    slurm.setattr(torch.cuda, "set_device", lambda number: done.append(("gpu", number)))
+    slurm.setattr(torch.distributed, "init_process_group", lambda backend: done.append(("backend", backend)))
+    init_distributed(device)
+    assert done == wanted
 
 
 @pytest.mark.slow

@@ -42,6 +42,15 @@ def test_capture_draws_nothing():
     assert draw() == found
 
 
+def test_run_on_the_cpu_makes_no_cuda_context(monkeypatch):
+    def initialize():
+        raise AssertionError("makes a context")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", initialize)
+    assert capture_rng()[0]["cuda"] is None
+
+
 def test_different_number_of_ranks_is_warned(caplog):
     states = capture_rng() * 2
     draw()
