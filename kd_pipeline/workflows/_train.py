@@ -12,9 +12,10 @@ from torch import nn
 
 from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.ranks import is_rank_zero, world_size
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
-from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
+from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
 from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
 from kd_pipeline.loader.loader import KDDataLoader
@@ -35,6 +36,7 @@ from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
 from kd_pipeline.training.validation_bar import validation_bar
+from kd_pipeline.workflows.check_images import key_of
 from kd_pipeline.workflows.distill_module import build_module
 from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
@@ -314,10 +316,28 @@ class _StageRun(ExitStack):
         )
         self.callback(teacher.close)
         if isinstance(teacher, Teacher):
+            self._check_evaluates(teacher)
             self._reference = teacher
         else:
             check_recording(self._config, teacher)
         return teacher
+
+    def _check_evaluates(self, teacher: Teacher) -> None:
+        """Refuse images now on which the teacher would fail in the evaluation after the training.
+
+        Raises:
+            TeacherError: the teacher, opened for the images of the training, cannot take those of a split.
+        """
+        for split, settings in self._config.data.splits.items():
+            transform = settings.transform
+            size, dtype = transform.size, getattr(torch, transform.dtype)
+            if not teacher.images.accepts((1, 3, size, size), dtype):
+                key = key_of(split)
+                raise TeacherError(
+                    f"{key}.transform makes images {TensorSpec((None, 3, size, size), dtype)}, and the teacher, which "
+                    f"is evaluated on them too, takes those of the training, {teacher.images}; give {key}.transform "
+                    "the size and dtype of data.train.transform"
+                )
 
     def _open_loader(self, split: str, teacher: Teacher | Recording | None) -> KDDataLoader:
         return self.enter_context(

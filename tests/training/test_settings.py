@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kd_pipeline import losses
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.evaluation._evaluate import evaluate
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
 from tests.training import networks, tiny_run
-from tests.training.tiny_run import NUM_TRAIN, NUM_VAL, Weights, distance, logged, run, settings, weights
+from tests.training.tiny_run import EVAL, NUM_TRAIN, NUM_VAL, TRAIN, Weights, distance, logged, run, settings, weights
 
 # Lightning's advice on workers, loggers and the trainer's options.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -124,6 +124,30 @@ def test_deterministic(digits: Path) -> None:
     with pytest.raises(ConfigError, match="put_ does not have a deterministic implementation"):
         run(digits, "put", **ONE_STEP, student=put, train__deterministic=True)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "images"),
+    [
+        ({"data__train__transform": {**TRAIN, "dtype": "float16"}}, r"\[any, 3, 8, 8\] float32"),
+        ({"data__val__transform": {**EVAL, "size": 6}}, r"\[any, 3, 6, 6\] float32"),
+    ],
+    ids=["dtype", "size"],
+)
+def test_images_that_the_teacher_cannot_take_are_refused_before_the_training(
+    digits: Path, request: pytest.FixtureRequest, changes: dict[str, Any], images: str
+) -> None:
+    """In the evaluation after it, the teacher would fail on them."""
+    name = request.node.name
+    model = {"factory": "tests.training.networks:plain", "checkpoint": digits / "teacher.pt"}
+    changes = {**ONE_STEP, "teacher": {"model": model}, **changes}
+    with pytest.raises(TeacherError, match=rf"data\.val\.transform makes images {images}"):
+        run(digits, name, **changes)
+    assert not (digits / name / "checkpoints").exists()
+    # What the message advises works.
+    training = settings(digits, name, **changes).data.split("train").transform
+    advised = {**EVAL, "size": training.size, "dtype": training.dtype}
+    assert run(digits, name, **{**changes, "data__val__transform": advised}).evaluations["val"].agreement is not None
 
 
 @pytest.mark.slow
