@@ -15,7 +15,10 @@ from torch import nn
 
 from kd_pipeline._core import user_cache
 from kd_pipeline._core.torch_compile import cache_folder, torch_compile
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from tests.children import write_traps
+from tests.networks import IMAGE_SHAPE, LogitsOnly, random_images
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -51,26 +54,48 @@ def test_folder_of_the_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert os.environ[VARIABLE] == str(tmp_path / "mine")
 
 
-def test_other_batch_sizes_leave_the_code_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    made: list[int] = []
-    ran: list[int] = []
+class Backend:
+    """Of `torch.compile`; runs what it gets as it is, and notes what was compiled and what ran, by number."""
 
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        number = len(made)
-        made.append(number)
+    def __init__(self) -> None:
+        self.num_compiled = 0
+        self.ran: list[int] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        number = self.num_compiled
+        self.num_compiled += 1
 
         def run(*values: torch.Tensor) -> Any:
-            ran.append(number)
+            self.ran.append(number)
             return graph.forward(*values)
 
         return run
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+
+@pytest.fixture
+def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    made = Backend()
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=made))
+    return made
+
+
+def test_other_batch_sizes_leave_the_code_of_the_first(backend: Backend) -> None:
     compiled = torch_compile(nn.Linear(3, 4))
     for size in (8, 5, 8, 3, 5, 8):
         assert compiled(torch.zeros(size, 3)).shape == (size, 4)
-    assert ran == [0, 1, 0, 2, 1, 0]
+    assert backend.ran == [0, 1, 0, 2, 1, 0]
+
+
+def test_teacher_is_compiled_once_and_checked_without_its_code(backend: Backend) -> None:
+    teacher = PyTorchTeacher(LogitsOnly(), image_shape=IMAGE_SHAPE, compile=True, batch_size=8)
+    assert backend.ran == [0]
+    assert open_teacher(teacher, image_shape=IMAGE_SHAPE).problems == ()
+    assert backend.ran == [0] and backend.num_compiled == 1
+    teacher(random_images(8))
+    with torch.autocast("cpu"):  # as in a training step
+        teacher(random_images(8))
+    assert backend.ran == [0, 0, 0] and backend.num_compiled == 1
 
 
 def test_without_a_cache_results_are_kept_for_the_process(

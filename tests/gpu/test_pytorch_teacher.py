@@ -11,11 +11,13 @@ from torch import Tensor
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.outputs_check import check_outputs
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from tests.gpu.conftest import MAX_BATCH, SMALL, copies_in, no_synchronization
-from tests.networks import IMAGE_SHAPE, ConvNet, random_images
+from tests.networks import IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
 
 Open = Callable[..., PyTorchTeacher]
 
@@ -149,6 +151,18 @@ def test_repeated_outputs_are_no_problem(device: torch.device, precision: str) -
     settings = TeacherSettings(compile=False, cuda_graph=True, precision=precision)
     teacher = open_teacher(settings, module=ConvNet(), image_shape=IMAGE_SHAPE, device=device, batch_size=8)
     assert teacher.problems == ()
+    teacher.close()
+
+
+def test_check_leaves_the_random_numbers_of_the_run(device: torch.device) -> None:
+    class Noisy(LogitsOnly):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + torch.rand(1, device=images.device)
+
+    teacher = PyTorchTeacher(Noisy(), image_shape=IMAGE_SHAPE, device=device)
+    state = torch.cuda.get_rng_state(device)
+    assert check_outputs(teacher, image_shape=IMAGE_SHAPE, normalization=Normalization())
+    assert torch.equal(torch.cuda.get_rng_state(device), state)
     teacher.close()
 
 
