@@ -51,7 +51,7 @@ def test_hw_decoder_loads_can_be_swept(photographs: Path) -> None:
 def test_cuda_graphs_of_a_teacher_are_measured(
     photographs: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "compile", lambda module: module)  # which takes half a minute
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)  # which takes half a minute
     monkeypatch.setattr(bench_teacher_module, "why_no_onnx", lambda device: "builds take minutes")
     settings = BenchTeacherSettings(
         model=SMALL, root=photographs, batch_sizes=(8,), precisions=("bf16",), num_images=8, repeats=1

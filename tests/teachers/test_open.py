@@ -295,7 +295,7 @@ def test_failed_compile_falls_back_unless_requested(
 ) -> None:
     pretend_gpu((9, 0))
     monkeypatch.setattr(
-        torch, "compile", lambda model: lambda images: (_ for _ in ()).throw(RuntimeError("no C compiler"))
+        torch, "compile", lambda model, **options: lambda images: (_ for _ in ()).throw(RuntimeError("no C compiler"))
     )
     real = PyTorchTeacher
     monkeypatch.setattr(
