@@ -55,15 +55,17 @@ def echo(*arguments: str) -> None:
     print(*arguments, sep="\n", file=report)
 
 
-def _on_windows(misbehave):
-    def child(decode: str, device: str, load: str) -> None:
-        misbehave() if decode == "window" else report_trial(decode, "cpu", load)
+def _on_whole_images(misbehave):
+    def child(decode: str, device: str, load: str, nvjpeg: str) -> None:
+        misbehave() if decode == "full" else report_trial(decode, "cpu", load, nvjpeg)
 
     return child
 
 
-crash_on_windows, hang_on_windows, report_garbage_on_windows = map(_on_windows, (crash, hang, report_garbage))
+crash_on_whole_images, hang_on_whole_images, report_garbage_on_whole_images = map(
+    _on_whole_images, (crash, hang, report_garbage)
+)
 
 
-def decode_on_the_cpu(decode: str, device: str, load: str) -> None:
-    report_trial(decode, "cpu", load)
+def decode_on_the_cpu(decode: str, device: str, load: str, nvjpeg: str) -> None:
+    report_trial(decode, "cpu", load, nvjpeg)

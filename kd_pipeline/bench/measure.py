@@ -281,7 +281,7 @@ def traced(device: torch.device) -> Iterator[list[dict[str, Any]]]:
     """Profile what the GPU `device` does: the list receives the events of torch's profiler at the end."""
     events: list[dict[str, Any]] = []
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         yield events
         torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:

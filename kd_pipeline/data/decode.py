@@ -17,19 +17,30 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.user_cache import user_cache
 from kd_pipeline.data.dali import DecodeMode
-from kd_pipeline.data.decode_trial import DecodeTrial, try_decoding
+from kd_pipeline.data.decode_trial import DecodeTrial, Nvjpeg, loaded_nvjpeg, try_decoding
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["Decode", "DecodeChoice", "Decoding", "choose_decode", "keep_choice", "pick_decode", "resolve_decode"]
+__all__ = [
+    "Decode",
+    "DecodeChoice",
+    "Decoding",
+    "choose_decode",
+    "keep_choice",
+    "pick_decode",
+    "resolve_decode",
+    "warn_of_old_nvjpeg",
+]
 
 Decode = Literal["auto", "window", "full"]
 """The setting; `auto` is `window` on a CPU, and the result of `choose_decode` on a GPU."""
 
 _logger = logging.getLogger("kd_pipeline")
 
-_VERSION = 2
+_VERSION = 3
 """Version of the trial; older choices are not used."""
 _MAX_BYTES = 2**16
+_MODES: tuple[DecodeMode, ...] = ("full", "window")
+"""On a GPU, the preferred one first."""
 _WINDOWS_ON_GPU_SINCE = (13, 2)
 """The first nvJPEG with which nvImageCodec decodes windows with fancy upsampling on a GPU and not on the CPU."""
 _PACKAGES = {
@@ -66,6 +77,8 @@ def resolve_decode(decode: Decode, hw_decoder_load: float | None, *, device_id: 
         ConfigError: `decode` is `auto`, and the GPU decodes in neither mode.
     """
     if decode != "auto":
+        if decode == "window" and device_id is not None:
+            warn_of_old_nvjpeg()
         return Decoding(decode, hw_decoder_load or 0.0)
     if device_id is None:
         return Decoding("window", hw_decoder_load or 0.0)
@@ -76,9 +89,9 @@ def resolve_decode(decode: Decode, hw_decoder_load: float | None, *, device_id: 
 def choose_decode(device_id: int, hw_decoder_load: float | None = None) -> DecodeChoice:
     """What works on a GPU, found by a trial in a child process the first time, and then read from a cache.
 
-    The cache depends on the driver, the kind of GPU, DALI, nvImageCodec, nvJPEG and the share of the hardware decoder
-    that is asked for; None chooses it too. If several processes start at once, one of them runs the trial and the
-    others wait for it.
+    The cache depends on the driver, the kind of GPU, DALI, nvImageCodec, the nvJPEG that this process uses, and the
+    share of the hardware decoder that is asked for; None chooses it too. If several processes start at once, one of
+    them runs the trial and the others wait for it.
 
     Raises:
         ConfigError: neither mode works.
@@ -88,10 +101,10 @@ def choose_decode(device_id: int, hw_decoder_load: float | None = None) -> Decod
             _logger.info("data.decode: auto uses %s on GPU %d: %s", _described(cached), device_id, cached.reason)
             return cached
         _logger.info("testing how GPU %d decodes, once for this driver and DALI", device_id)
-        choice = pick_decode(
-            lambda mode, load: try_decoding(mode, device_id=device_id, hw_decoder_load=load), hw_decoder_load
-        )
-        level = logging.INFO if choice.decode == "window" else logging.WARNING
+        library = _other_nvjpeg()
+        trial = partial(try_decoding, device_id=device_id, nvjpeg=None if library is None else library.path)
+        choice = pick_decode(lambda mode, load: trial(mode, hw_decoder_load=load), hw_decoder_load)
+        level = logging.INFO if choice.decode == _MODES[0] else logging.WARNING
         _logger.log(level, "data.decode: auto uses %s on GPU %d: %s", _described(choice), device_id, choice.reason)
         _save(path, choice)
         return choice
@@ -106,67 +119,56 @@ def keep_choice(device_id: int, hw_decoder_load: float | None, choice: DecodeCho
 def pick_decode(
     trial_of: Callable[[DecodeMode, float], DecodeTrial], hw_decoder_load: float | None = None
 ) -> DecodeChoice:
-    """The best way that works: with all JPEG images on the hardware decoder, unless its share is given.
+    """The first way that works: whole images before windows, on the hardware decoder unless its share is given.
 
-    On an H200 the hardware decoder is twice as fast as CUDA's, and leaves the CPU idle. With all images it gives the
-    same pixels in any batch; with a part of them, the share of an image depends on its neighbors. Windows are preferred
-    to whole images, unless they would be decoded on the CPU.
-
-    Raises:
-        ConfigError: neither mode works.
-    """
-    if hw_decoder_load is not None:
-        return _pick_mode(trial_of("window", hw_decoder_load), lambda: trial_of("full", hw_decoder_load))
-    window = trial_of("window", 1.0)
-    if window.works and window.is_repeatable and _is_on_gpu(window):
-        return DecodeChoice(decode="window", hw_decoder_load=1.0, reason=str(window), is_certain=True)
-    full = trial_of("full", 1.0)
-    is_certain = window.is_conclusive and full.is_conclusive
-    if full.works and full.is_repeatable:
-        reason = f"{_why_not(window)}; {full}"
-        return DecodeChoice(decode="full", hw_decoder_load=1.0, reason=reason, is_certain=is_certain)
-    choice = _pick_mode(trial_of("window", 0.0), lambda: trial_of("full", 0.0))
-    reason = f"{_why_not(window)}; {_why_not(full)}; {choice.reason}"
-    return choice.model_copy(update={"reason": reason, "is_certain": is_certain and choice.is_certain})
-
-
-def _pick_mode(window: DecodeTrial, try_full: Callable[[], DecodeTrial]) -> DecodeChoice:
-    """The better of the modes that work with one share of the hardware decoder.
+    On an H200 the hardware decoder is more than twice as fast as CUDA's, and leaves the CPU idle. With all images it
+    gives the same pixels in any batch; with a part of them, whether it decodes an image depends on its neighbors. Whole
+    images are as fast as windows there, and no process decodes them on the CPU; see `warn_of_old_nvjpeg`.
 
     Raises:
         ConfigError: neither mode works.
     """
-    load = window.hw_decoder_load
-    if window.works and _is_on_gpu(window):
-        return DecodeChoice(decode="window", hw_decoder_load=load, reason=str(window), is_certain=True)
-    full = try_full()
-    is_certain = window.is_conclusive and full.is_conclusive
-    choice = partial(DecodeChoice, hw_decoder_load=load, reason=f"{_why_not(window)}; {full}", is_certain=is_certain)
-    if full.works or not (window.is_conclusive or full.is_conclusive):
-        return choice(decode="full")
-    if window.works:
-        return choice(decode="window", reason=f"{window}; {full}")
+    tried: list[DecodeTrial] = []
+    for load in (1.0, 0.0) if hw_decoder_load is None else (hw_decoder_load,):
+        for mode in _MODES:
+            trial = trial_of(mode, load)
+            if trial.works and (trial.is_repeatable or hw_decoder_load is not None or not load):
+                return _choice(trial, tried)
+            tried.append(trial)
+    if not any(trial.is_conclusive for trial in tried):
+        return _choice(tried[-len(_MODES)], tried)
     raise ConfigError(
-        f"this GPU decodes images in neither mode ({window}; {full}); set data.device: cpu, or set data.decode to "
-        "window or full to skip this check"
-        + ("; or set data.hw_decoder_load: 0" if load else "")
+        f"this GPU decodes images in neither mode ({'; '.join(map(str, tried))}); set data.device: cpu, or set "
+        "data.decode to window or full to skip this check"
+        + ("; or set data.hw_decoder_load: 0" if hw_decoder_load else "")
         + ". kd-pipeline doctor tests all modes"
     )
 
 
-def _is_on_gpu(window: DecodeTrial) -> bool:
-    """Whether the GPU decodes windows, and not the CPU."""
-    return (window.nvjpeg or _WINDOWS_ON_GPU_SINCE) >= _WINDOWS_ON_GPU_SINCE
+def warn_of_old_nvjpeg() -> None:
+    """Warn if this process decodes windows on the CPU, as it has loaded an nvJPEG that cannot do it on a GPU.
+
+    torchvision brings its own, older nvJPEG; if it is imported first, nvImageCodec uses that one too.
+    """
+    library = loaded_nvjpeg()
+    if library is not None and library.version < _WINDOWS_ON_GPU_SINCE:
+        found, since = (".".join(map(str, it)) for it in (library.version, _WINDOWS_ON_GPU_SINCE))
+        _logger.warning(
+            "data.decode: window is decoded on the CPU in this process, which has loaded nvJPEG %s: %s and later do it "
+            "on the GPU. torchvision brings an older one: set data.decode: full, or import nvidia.dali and use a "
+            "loader before torchvision is imported",
+            *(found, since),
+        )
 
 
-def _why_not(trial: DecodeTrial) -> str:
-    """Why a way to decode is not taken."""
-    if not trial.works:
-        return str(trial)
-    if trial.decode == "window" and not _is_on_gpu(trial):
-        version, since = (".".join(map(str, it)) for it in (trial.nvjpeg or (), _WINDOWS_ON_GPU_SINCE))
-        return f"nvJPEG {version} decodes windows on the CPU, {since} and later do it on the GPU"
-    return f"{trial}; pixels depend on the batch"
+def _choice(trial: DecodeTrial, tried: Sequence[DecodeTrial]) -> DecodeChoice:
+    others = [str(each) + ("; pixels depend on the batch" if each.works else "") for each in tried if each != trial]
+    return DecodeChoice(
+        decode=trial.decode,
+        hw_decoder_load=trial.hw_decoder_load,
+        reason="; ".join([*others, str(trial)]),
+        is_certain=all(each.is_conclusive for each in (*tried, trial)),
+    )
 
 
 def _described(choice: DecodeChoice) -> str:
@@ -199,8 +201,16 @@ def _key(device_id: int, hw_decoder_load: float | None) -> str:
         "gpu": driver.gpus[device_id].name,
         "dali": require("nvidia.dali", extra="cpu").__version__,
         "hw_decoder_load": hw_decoder_load,
+        "other_nvjpeg": None if (library := _other_nvjpeg()) is None else library.version,
     } | {name: _installed(packages) for name, packages in _PACKAGES.items()}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _other_nvjpeg() -> Nvjpeg | None:
+    """The nvJPEG that nvImageCodec gets in this process, unless it is that of DALI's packages."""
+    library = loaded_nvjpeg()
+    installed = {tuple(map(int, version.split(".")[:2])) for version in _installed(_PACKAGES["nvjpeg"]).values()}
+    return None if library is None or library.version in installed else library
 
 
 def _installed(packages: Sequence[str]) -> dict[str, str]:

@@ -1,10 +1,13 @@
 """Test images decoded by the loader's graph in one mode, on a CPU or GPU, and compared with the CPU's pixels."""
 
 import ctypes
+import os
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from itertools import cycle, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +18,15 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.dali import DecodeMode, FileChecker, Graph, GraphInput, GraphSettings
 from kd_pipeline.data.transforms import TrainTransform, parameters_of
 
-__all__ = ["DecodeTrial", "compare_decoding", "describe_faults", "make_images", "try_decoding"]
+__all__ = [
+    "DecodeTrial",
+    "Nvjpeg",
+    "compare_decoding",
+    "describe_faults",
+    "loaded_nvjpeg",
+    "make_images",
+    "try_decoding",
+]
 
 _CHILD = "kd_pipeline.data.decode_trial:report_trial"
 """Function that the child process of a trial runs."""
@@ -34,8 +45,17 @@ _BLANK = 2.0
 _NOT_THE_DECODER = ("out of memory", "bad_alloc", "memoryerror", "cuda is not available", "busy or unavailable")
 """Texts in errors that say nothing about the decoder."""
 _TRANSFORM = TrainTransform(size=_SIZE, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+_NVJPEG = ("libnvjpeg.so.13", "libnvjpeg.so.12")
+"""Names by which nvImageCodec loads it. If another copy has been loaded with such a name, it gets that one."""
 _MAX_PIXELS = 10**7
 _LOG_LENGTH = 2000
+
+
+class Nvjpeg(NamedTuple):
+    """A loaded nvJPEG library."""
+
+    version: tuple[int, int]
+    path: Path
 
 
 class DecodeTrial(Settings):
@@ -62,7 +82,12 @@ class DecodeTrial(Settings):
 
 
 def try_decoding(
-    decode: DecodeMode, *, device_id: int | None, hw_decoder_load: float = 0.0, timeout_s: float = 60.0
+    decode: DecodeMode,
+    *,
+    device_id: int | None,
+    hw_decoder_load: float = 0.0,
+    nvjpeg: Path | None = None,
+    timeout_s: float = 60.0,
 ) -> DecodeTrial:
     """Decode test images in a child process; that it crashes or hangs is a result, not an error.
 
@@ -70,10 +95,12 @@ def try_decoding(
         decode: the mode to test.
         device_id: ordinal of the GPU, or None for the CPU.
         hw_decoder_load: share of JPEG images for the GPU's hardware decoder.
+        nvjpeg: the nvJPEG library to use, as this process has loaded it; defaults to that of DALI's packages.
         timeout_s: seconds after which the process counts as hanging.
     """
     device = "cpu" if device_id is None else str(device_id)
-    child = run_child(_CHILD, decode, device, str(hw_decoder_load), timeout_s=timeout_s)
+    library = "" if nvjpeg is None else str(nvjpeg)
+    child = run_child(_CHILD, decode, device, str(hw_decoder_load), library, timeout_s=timeout_s)
     if child.lines and not child.failure:
         try:
             return DecodeTrial.model_validate_json(child.lines[-1])
@@ -114,9 +141,11 @@ def describe_faults(found: NDArray[np.float32], expected: NDArray[np.float32]) -
     return f"{len(wrong)} of {len(found)} images are wrong" + (f" ({named})" if named else "")
 
 
-def report_trial(decode: DecodeMode, device: str, hw_decoder_load: str) -> None:
+def report_trial(decode: DecodeMode, device: str, hw_decoder_load: str, nvjpeg: str) -> None:
     """Run the trial in this process and report it to the parent."""
     report = open_report()
+    if nvjpeg:
+        ctypes.CDLL(nvjpeg, mode=ctypes.RTLD_GLOBAL)
     device_id, load = None if device == "cpu" else int(device), float(hw_decoder_load)
     works, is_repeatable, is_conclusive = False, True, True
     try:
@@ -124,6 +153,7 @@ def report_trial(decode: DecodeMode, device: str, hw_decoder_load: str) -> None:
     except Exception as exc:
         detail = " ".join(f"{type(exc).__name__}: {exc}".split())[:400]
         is_conclusive = not any(text in detail.lower() for text in _NOT_THE_DECODER)
+    library = loaded_nvjpeg()
     trial = DecodeTrial(
         decode=decode,
         hw_decoder_load=load,
@@ -131,7 +161,7 @@ def report_trial(decode: DecodeMode, device: str, hw_decoder_load: str) -> None:
         detail=detail,
         is_repeatable=is_repeatable,
         is_conclusive=is_conclusive,
-        nvjpeg=_loaded_nvjpeg(),
+        nvjpeg=None if library is None else library.version,
     )
     print(trial.model_dump_json(), file=report)
 
@@ -170,6 +200,25 @@ def compare_decoding(
     error = np.abs(found - expected).mean(axis=(1, 2, 3)).max()
     detail = f"{len(found)} images are right, each at most {error:.2f}/255 from the CPU's pixels on average"
     return True, np.array_equal(views[:, 0], views[:, 1]), detail
+
+
+def loaded_nvjpeg() -> Nvjpeg | None:
+    """The nvJPEG library that this process has loaded, and that nvImageCodec uses; None without one.
+
+    torchvision brings its own copy, with the same name. What was loaded first is what everybody gets.
+    """
+    for name in _NVJPEG:
+        with suppress(OSError):
+            library = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            found = [ctypes.c_int(), ctypes.c_int()]
+            for number, value in enumerate(found):  # MAJOR_VERSION, MINOR_VERSION
+                if library.nvjpegGetProperty(number, ctypes.byref(value)):
+                    return None
+            # The file of a loaded library: dladdr(3) takes an address in it.
+            info = (ctypes.c_char_p * 4)()
+            ctypes.CDLL(None).dladdr(ctypes.cast(library.nvjpegGetProperty, ctypes.c_void_p), ctypes.byref(info))
+            return Nvjpeg((found[0].value, found[1].value), Path(os.fsdecode(info[0] or b"")))
+    return None
 
 
 def _render(inputs: list[GraphInput], settings: GraphSettings) -> NDArray[np.float32]:
@@ -223,18 +272,3 @@ def _worst_tile(found: NDArray[np.float32], expected: NDArray[np.float32]) -> ND
     tiles = error.reshape(len(error), 3, _SIZE // _TILE, _TILE, _SIZE // _TILE, _TILE)
     worst: NDArray[np.float32] = tiles.mean(axis=(3, 5)).max(axis=(1, 2, 3))
     return worst
-
-
-def _loaded_nvjpeg() -> tuple[int, int] | None:
-    """Version of the nvJPEG library that this process loaded."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if "/libnvjpeg.so" in path:
-            library, value = ctypes.CDLL(path), ctypes.c_int()
-            numbers = []
-            for part in range(2):  # MAJOR_VERSION, MINOR_VERSION
-                if library.nvjpegGetProperty(part, ctypes.byref(value)):
-                    return None
-                numbers.append(value.value)
-            return numbers[0], numbers[1]
-    return None

@@ -38,7 +38,8 @@ class LoaderSettings(Settings):
     CPU, where the teacher has finished when its call returns: nothing would run beside it."""
     decode: Decode = "auto"
     """`window` decodes only the crop's window of a file, `full` the whole image, which is cropped afterward. `auto` is
-    `window` on a CPU, where both give the same pixels; on a GPU a short trial finds out what works."""
+    `window` on a CPU, where both give the same pixels; on a GPU it is `full`, unless a short trial finds that only
+    `window` works."""
     hw_decoder_load: float | None = Field(default=None, ge=0, le=1)
     """Share of a batch's JPEG images for the GPU's hardware decoder. With `decode: auto` it defaults to 1 if the trial
     finds that this gives the right pixels in any batch, else to 0. With any share between them, the last bits of an

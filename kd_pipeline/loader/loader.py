@@ -22,7 +22,7 @@ from kd_pipeline._core.paths import argument_path
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSample
 from kd_pipeline.data.dali import DecodeMode, GraphSettings
-from kd_pipeline.data.decode import resolve_decode
+from kd_pipeline.data.decode import Decoding, resolve_decode
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
 from kd_pipeline.data.reader import Reader
@@ -157,11 +157,9 @@ class KDDataLoader:
                 f"batch_size must be a multiple of {2 * repeats} when images are mixed and repeats is {repeats}, to "
                 f"keep partners in one batch, got {batch_size}"
             )
-        decoding = resolve_decode(
-            settings.decode if source.stores == "files" else "window",
-            settings.hw_decoder_load,
-            device_id=self.device.index,
-        )
+        decoding = Decoding("window", 0.0)  # of pixels nothing is decoded
+        if source.stores == "files":
+            decoding = resolve_decode(settings.decode, settings.hw_decoder_load, device_id=self.device.index)
         self._graph_settings = GraphSettings(
             max_batch=batch_size,
             device_id=self.device.index,

@@ -11,7 +11,7 @@ import pytest
 from kd_pipeline._core.nvidia_driver import Driver, DriverGpu
 from kd_pipeline.data import decode, decode_trial
 from kd_pipeline.data.decode import DecodeChoice, Decoding, choose_decode, keep_choice, pick_decode, resolve_decode
-from kd_pipeline.data.decode_trial import DecodeTrial
+from kd_pipeline.data.decode_trial import DecodeTrial, Nvjpeg
 from kd_pipeline.errors import ConfigError
 
 
@@ -31,8 +31,9 @@ class Gpu:
         gpu = DriverGpu(name=self.name, compute_capability="9.0", memory_bytes=1)
         return Driver(version=self.version, cuda="13.0", gpus=(gpu, gpu))
 
-    def try_decoding(self, mode: str, *, device_id: int, hw_decoder_load: float) -> DecodeTrial:
+    def try_decoding(self, mode: str, *, device_id: int, hw_decoder_load: float, nvjpeg: Path | None) -> DecodeTrial:
         self.tried.append((mode, hw_decoder_load))
+        self.nvjpeg = nvjpeg
         found = next(trial for trial in self.trials if trial.decode == mode)
         return found.model_copy(update={"hw_decoder_load": hw_decoder_load})
 
@@ -48,6 +49,7 @@ def gpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     gpu = Gpu()
     monkeypatch.setattr(decode, "query_driver", gpu.query_driver)
     monkeypatch.setattr(decode, "try_decoding", gpu.try_decoding)
+    monkeypatch.setattr(decode, "loaded_nvjpeg", lambda: None)
     gpu.trials = [trial("window"), trial("full")]
     return gpu
 
@@ -67,32 +69,25 @@ INCONCLUSIVE = {"works": False, "detail": "CUDA out of memory", "is_conclusive":
 
 
 @pytest.mark.parametrize(
-    ("window", "full", "taken", "is_certain"),
+    ("full", "window", "taken", "is_certain"),
     [
-        ({}, {}, "window", True),
-        ({}, CRASHED, "window", True),
-        ({"nvjpeg": None}, {}, "window", True),
-        (CRASHED, {}, "full", True),
-        ({"nvjpeg": (13, 1)}, {}, "full", True),
-        ({"nvjpeg": (12, 4)}, {}, "full", True),
-        ({"nvjpeg": (12, 4)}, CRASHED, "window", True),
-        (INCONCLUSIVE, {}, "full", False),
-        ({"nvjpeg": (12, 4)}, INCONCLUSIVE, "window", False),
+        ({}, {}, "full", True),
+        ({}, CRASHED, "full", True),
+        (CRASHED, {}, "window", True),
+        (INCONCLUSIVE, {}, "window", False),
         (INCONCLUSIVE, INCONCLUSIVE, "full", False),
     ],
 )
-def test_pick_decode_prefers_windows_on_gpu(
+def test_whole_images_are_preferred(
     window: dict[str, object], full: dict[str, object], taken: str, is_certain: bool
 ) -> None:
     choice = pick_decode(trials(window=window, full=full), 0)
     assert (choice.decode, choice.hw_decoder_load, choice.is_certain) == (taken, 0, is_certain)
 
 
-def test_old_nvjpeg_names_both_versions() -> None:
-    choice = pick_decode(trials(window={"nvjpeg": (12, 4)}), 0)
-    assert choice.reason == (
-        "nvJPEG 12.4 decodes windows on the CPU, 13.2 and later do it on the GPU; whole images: all right"
-    )
+def test_given_load_is_taken_though_pixels_depend_on_the_batch() -> None:
+    choice = pick_decode(trials(full={"is_repeatable": False}), 0.5)
+    assert (choice.decode, choice.hw_decoder_load) == ("full", 0.5)
 
 
 @pytest.mark.parametrize("load", [0.0, 0.5])
@@ -109,15 +104,14 @@ DEPENDS = {"is_repeatable": False}
 @pytest.mark.parametrize(
     ("found", "taken", "is_certain"),
     [
-        ({}, ("window", 1), True),
-        ({"window_1": CRASHED}, ("full", 1), True),
-        ({"window_1": DEPENDS}, ("full", 1), True),
-        ({"window_1": {"nvjpeg": (12, 4)}}, ("full", 1), True),
-        ({"window_1": INCONCLUSIVE}, ("full", 1), False),
-        ({"window_1": CRASHED, "full_1": CRASHED}, ("window", 0), True),
-        ({"window_1": DEPENDS, "full_1": DEPENDS}, ("window", 0), True),
-        ({"window_1": CRASHED, "full_1": INCONCLUSIVE}, ("window", 0), False),
-        ({"window": CRASHED, "full_1": DEPENDS}, ("full", 0), True),
+        ({}, ("full", 1), True),
+        ({"full_1": CRASHED}, ("window", 1), True),
+        ({"full_1": DEPENDS}, ("window", 1), True),
+        ({"full_1": INCONCLUSIVE}, ("window", 1), False),
+        ({"window_1": CRASHED, "full_1": CRASHED}, ("full", 0), True),
+        ({"window_1": DEPENDS, "full_1": DEPENDS}, ("full", 0), True),
+        ({"window_1": INCONCLUSIVE, "full_1": CRASHED}, ("full", 0), False),
+        ({"full": CRASHED, "window_1": DEPENDS}, ("window", 0), True),
     ],
 )
 def test_hardware_decodes_all_images_or_none(
@@ -128,11 +122,38 @@ def test_hardware_decodes_all_images_or_none(
 
 
 def test_reason_names_what_was_not_taken() -> None:
-    choice = pick_decode(trials(window_1=CRASHED, full_1=DEPENDS))
+    choice = pick_decode(trials(full_1=DEPENDS, window_1=CRASHED))
     assert choice.reason == (
-        "windows with hw_decoder_load 1: crashed with SIGSEGV; whole images with hw_decoder_load 1: all right; pixels "
-        "depend on the batch; windows: all right"
+        "whole images with hw_decoder_load 1: all right; pixels depend on the batch; windows with hw_decoder_load 1: "
+        "crashed with SIGSEGV; whole images: all right"
     )
+
+
+def test_trial_uses_nvjpeg_of_this_process(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another package may have loaded an older one, which nvImageCodec then uses too."""
+    choose_decode(0, 0)
+    assert gpu.nvjpeg is None
+    older = Nvjpeg((13, 0), Path("/elsewhere/libnvjpeg.so.13"))
+    monkeypatch.setattr(decode, "loaded_nvjpeg", lambda: older)
+    for _ in range(2):
+        choose_decode(0, 0)
+    assert gpu.nvjpeg == older.path and len(gpu.tried) == 2
+
+
+@pytest.mark.parametrize(("version", "warns"), [((13, 0), True), ((13, 3), False), (None, False)])
+def test_windows_that_the_cpu_decodes_are_a_warning(
+    gpu: Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: tuple[int, int] | None,
+    warns: bool,
+) -> None:
+    library = None if version is None else Nvjpeg(version, Path("libnvjpeg.so.13"))
+    monkeypatch.setattr(decode, "loaded_nvjpeg", lambda: library)
+    assert resolve_decode("window", None, device_id=0).decode == "window"
+    assert resolve_decode("full", None, device_id=0).decode == "full"
+    assert resolve_decode("window", None, device_id=None).decode == "window"
+    assert [("nvJPEG 13.0" in line, "data.decode: full" in line) for line in caplog.messages] == [(True, True)] * warns
 
 
 def test_explicit_setting_needs_no_trial(gpu: Gpu) -> None:
@@ -144,15 +165,15 @@ def test_explicit_setting_needs_no_trial(gpu: Gpu) -> None:
 
 
 def test_choice_is_cached(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
-    gpu.trials[0] = trial("window", **CRASHED)
+    gpu.trials[1] = trial("full", **CRASHED)
     with caplog.at_level(logging.WARNING, "kd_pipeline"):
-        assert resolve_decode("auto", 0, device_id=0).decode == "full"
-        assert gpu.tried == [("window", 0), ("full", 0)]
+        assert resolve_decode("auto", 0, device_id=0).decode == "window"
+        assert gpu.tried == [("full", 0), ("window", 0)]
         for device_id in (0, 1, 0):
-            assert resolve_decode("auto", 0, device_id=device_id).decode == "full"
+            assert resolve_decode("auto", 0, device_id=device_id).decode == "window"
     assert len(gpu.tried) == 2
     (line,) = caplog.messages
-    assert line == ("data.decode: auto uses full on GPU 0: windows: crashed with SIGSEGV; whole images: all right")
+    assert line == ("data.decode: auto uses window on GPU 0: whole images: crashed with SIGSEGV; windows: all right")
 
 
 def test_cache_depends_on_driver_gpu_packages_and_load(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,10 +199,10 @@ def test_cache_depends_on_driver_gpu_packages_and_load(gpu: Gpu, monkeypatch: py
 
 
 def test_uncertain_choice_is_not_cached(gpu: Gpu) -> None:
-    gpu.trials[0] = trial("window", **INCONCLUSIVE)
-    assert choose_decode(0, 0).decode == "full"
-    gpu.trials[0] = trial("window")
+    gpu.trials[1] = trial("full", **INCONCLUSIVE)
     assert choose_decode(0, 0).decode == "window"
+    gpu.trials[1] = trial("full")
+    assert choose_decode(0, 0).decode == "full"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"decode": "both"}', b"\xff\xfe"])
@@ -190,7 +211,7 @@ def test_damaged_cache_is_replaced(gpu: Gpu, cache: Path, content: bytes) -> Non
     (kept,) = (cache / "kd_pipeline" / "decode").glob("*.json")
     whole = kept.read_bytes()
     kept.write_bytes(content)
-    assert choose_decode(0, 0).decode == "window" and len(gpu.tried) == 2
+    assert choose_decode(0, 0).decode == "full" and len(gpu.tried) == 2
     assert kept.read_bytes() == whole
 
 
@@ -204,7 +225,7 @@ def test_choice_that_others_could_write_is_measured_again(
         assert kept.stat().st_mode & 0o777 == 0o600
         kept.chmod(0o660)
         with caplog.at_level(logging.WARNING, "kd_pipeline"):
-            assert choose_decode(0, 0).decode == "window" and len(gpu.tried) == 2
+            assert choose_decode(0, 0).decode == "full" and len(gpu.tried) == 2
     finally:
         os.umask(old_mask)
     (line,) = caplog.messages
@@ -217,12 +238,12 @@ def test_choice_that_others_could_write_is_measured_again(
 def test_pipe_and_link_in_place_of_a_choice_are_not_read(gpu: Gpu, cache: Path, tmp_path: Path) -> None:
     choose_decode(0, 0)
     (kept,) = (cache / "kd_pipeline" / "decode").glob("*.json")
-    choice = DecodeChoice(decode="full", hw_decoder_load=0, reason="somebody says so", is_certain=True)
+    choice = DecodeChoice(decode="window", hw_decoder_load=0, reason="somebody says so", is_certain=True)
     (tmp_path / "elsewhere").write_text(choice.model_dump_json())
     for put in (os.mkfifo, lambda path: path.symlink_to(tmp_path / "elsewhere")):
         kept.unlink()
         put(kept)
-        assert choose_decode(0, 0).decode == "window"
+        assert choose_decode(0, 0).decode == "full"
     assert kept.is_file() and not kept.is_symlink()
 
 
@@ -230,7 +251,7 @@ def test_unwritable_cache_repeats_trial(gpu: Gpu, cache: Path) -> None:
     cache.parent.mkdir(exist_ok=True)
     cache.write_text("a file where the folder should be")
     for tried in (1, 2):
-        assert choose_decode(0, 0).decode == "window" and len(gpu.tried) == tried
+        assert choose_decode(0, 0).decode == "full" and len(gpu.tried) == tried
 
 
 def test_failing_driver_query_is_tolerated(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,31 +259,31 @@ def test_failing_driver_query_is_tolerated(gpu: Gpu, monkeypatch: pytest.MonkeyP
         raise RuntimeError("cuInit: unknown error")
 
     monkeypatch.setattr(decode, "query_driver", fail)
-    assert choose_decode(0, 0).decode == "window"
+    assert choose_decode(0, 0).decode == "full"
 
 
 def test_doctor_choice_is_used(gpu: Gpu) -> None:
     choose_decode(0, 0)
-    keep_choice(0, 0, DecodeChoice(decode="full", hw_decoder_load=0, reason="the doctor says so", is_certain=True))
-    assert choose_decode(0, 0).decode == "full" and len(gpu.tried) == 1
+    keep_choice(0, 0, DecodeChoice(decode="window", hw_decoder_load=0, reason="the doctor says so", is_certain=True))
+    assert choose_decode(0, 0).decode == "window" and len(gpu.tried) == 1
 
 
 def test_concurrent_processes_run_one_trial(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(4) as pool:
-        assert {it.decode for it in pool.map(lambda _: choose_decode(0, 0), range(8))} == {"window"}
-    assert gpu.tried == [("window", 0)]
+        assert {it.decode for it in pool.map(lambda _: choose_decode(0, 0), range(8))} == {"full"}
+    assert gpu.tried == [("full", 0)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("child", "finding"),
     [
-        ("crash_on_windows", "windows: crashed with SIGSEGV"),
-        ("hang_on_windows", "windows: timed out after 4 s"),
-        ("report_garbage_on_windows", "windows: reported '{}'"),
+        ("crash_on_whole_images", "whole images: crashed with SIGSEGV"),
+        ("hang_on_whole_images", "whole images: timed out after 4 s"),
+        ("report_garbage_on_whole_images", "whole images: reported '{}'"),
     ],
 )
-def test_failed_child_falls_back_to_full(
+def test_failed_child_falls_back_to_windows(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -272,17 +293,17 @@ def test_failed_child_falls_back_to_full(
     gpu, trial_of = Gpu(), decode_trial.try_decoding
     monkeypatch.setattr(decode, "query_driver", gpu.query_driver)
     monkeypatch.setattr(decode_trial, "_CHILD", f"tests.children:{child}")
-    timeouts_s = {"window": 4, "full": 60}
+    timeouts_s = {"full": 4, "window": 60}
     monkeypatch.setattr(decode, "try_decoding", lambda mode, **more: trial_of(mode, timeout_s=timeouts_s[mode], **more))
     with caplog.at_level(logging.WARNING, "kd_pipeline"):
-        assert resolve_decode("auto", 0, device_id=0).decode == "full"
+        assert resolve_decode("auto", 0, device_id=0).decode == "window"
     (line,) = caplog.messages
-    assert line.startswith(f"data.decode: auto uses full on GPU 0: {finding}; whole images: 384 images are right")
+    assert line.startswith(f"data.decode: auto uses window on GPU 0: {finding}; windows: 384 images are right")
 
 
 @pytest.mark.slow
-def test_successful_trial_picks_windows(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_successful_trial_picks_whole_images(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "query_driver", Gpu().query_driver)
     monkeypatch.setattr(decode_trial, "_CHILD", "tests.children:decode_on_the_cpu")
     choice = choose_decode(0, 0)
-    assert (choice.decode, choice.is_certain) == ("window", True)
+    assert (choice.decode, choice.is_certain) == ("full", True)

@@ -86,6 +86,18 @@ def test_trial_reports_nvjpeg_from_child_process() -> None:
 
 
 @pytest.mark.slow
+def test_trial_uses_the_given_nvjpeg() -> None:
+    """torchvision's has the same name, so the one that is loaded first is used."""
+    torchvision = pytest.importorskip("torchvision")
+    copies = [*(Path(torchvision.__file__).parents[1] / "torchvision.libs").glob("libnvjpeg.*")]
+    if not copies:
+        pytest.skip("this torchvision brings no nvJPEG")
+    usual, other = (try_decoding("full", device_id=None, nvjpeg=path) for path in (None, copies[0]))
+    assert usual.works and other.works
+    assert usual.nvjpeg != other.nvjpeg, "one of them is not what was asked for"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("child", "detail"),
     [

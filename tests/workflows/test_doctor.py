@@ -193,17 +193,17 @@ def test_auto_decode_is_reported_and_cached(report: Report, fake_driver: None) -
     found = decoding_of(report, trials())
     assert found["loader", "gpu"].works
     assert found["setting", "decode: auto"].detail == (
-        "takes window with hw_decoder_load 1; windows with hw_decoder_load 1: all images are right"
+        "takes full with hw_decoder_load 1; whole images with hw_decoder_load 1: all images are right"
     )
-    assert choose_decode(0).hw_decoder_load == 1
+    assert (choose_decode(0).decode, choose_decode(0).hw_decoder_load) == ("full", 1)
 
-    found = decoding_of(report, trials(window_1="3 of 384 images are wrong (3 of one color)"))
+    found = decoding_of(report, trials(full_1="3 of 384 images are wrong (3 of one color)"))
     assert found["loader", "gpu"].works
     assert found["setting", "decode: auto"].detail == (
-        "takes full with hw_decoder_load 1; windows with hw_decoder_load 1: 3 of 384 images are wrong (3 of one "
-        "color); whole images with hw_decoder_load 1: all images are right"
+        "takes window with hw_decoder_load 1; whole images with hw_decoder_load 1: 3 of 384 images are wrong (3 of one "
+        "color); windows with hw_decoder_load 1: all images are right"
     )
-    assert choose_decode(0).decode == "full"
+    assert choose_decode(0).decode == "window"
 
 
 @pytest.mark.slow
@@ -211,8 +211,8 @@ def test_wrong_hardware_decoder_is_reported(report: Report, fake_driver: None) -
     found = decoding_of(report, trials(window_1="crashed with SIGSEGV", full_1="timed out after 60 s"))
     assert found["loader", "gpu"].works
     assert found["setting", "decode: auto"].detail == (
-        "takes window with hw_decoder_load 0; windows with hw_decoder_load 1: crashed with SIGSEGV; whole images with "
-        "hw_decoder_load 1: timed out after 60 s; windows: all images are right"
+        "takes full with hw_decoder_load 0; whole images with hw_decoder_load 1: timed out after 60 s; windows with "
+        "hw_decoder_load 1: crashed with SIGSEGV; whole images: all images are right"
     )
 
 
