@@ -119,14 +119,22 @@ def all_stages(device: str, out: Path) -> list[Stage]:
 
     def bench(name: str, *command: str) -> Stage:
         where = ["--root", str(PHOTOGRAPHS), "--device", device, "--out", str(out / f"{name}.json")]
-        return Stage(name, [*python, *command, *where], 300, read_rates(name))
+        return Stage(name, [*python, *command, *where], 420, read_rates(name))
 
     loader, step, teacher = (
-        ("--batch-size 256 --num-batches 16 --repeats 5 --hw-decoder-load 0 0.65 1", "--batch 64", "--batch-sizes 64")
+        (
+            "--batch-size 256 --num-batches 16 --repeats 5 --hw-decoder-load 0 0.65 1",
+            "--batch 256",
+            "--batch-sizes 256 --num-images 5120 --precisions bf16",
+        )
         if on_gpu
         else ("--batch-size 8 --num-batches 2 --repeats 1", "--batch 4 --size 64", "--batch-sizes 2 --repeats 1")
     )
-    rows = "--rows c f --num-steps 6 --repeats 3 --precision bf16"
+    rows = (
+        "--rows a b c h f --num-steps 12 --repeats 3 --precision bf16"
+        if on_gpu
+        else "--rows c f --num-steps 2 --repeats 1 --precision bf16"
+    )
     return [
         Stage("environment", [*this, "environment", str(out)], 60, last_line("environment")),
         Stage("decode", [*this, "decode", str(out), device], 120, read_decode),

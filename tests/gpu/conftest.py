@@ -22,6 +22,8 @@ from kd_pipeline.teachers.tensorrt.package import why_unusable
 from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet
 
 MAX_BATCH = 16
+FEW = {"num_threads": 2}
+"""For the loaders of tests: a decoder takes seconds to open for all cores, and tests run side by side."""
 SMALL = 4096
 """Bytes; shapes and parameters of kernels are smaller, images are larger."""
 

@@ -15,6 +15,7 @@ from kd_pipeline.data.decode_trial import DecodeTrial, try_decoding
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.loader.loader import KDDataLoader
+from tests.gpu.conftest import FEW
 from tests.streams import EVAL, TRAIN, Fields, assert_same, fields, rows
 
 GIB = 2**30
@@ -34,7 +35,7 @@ def open_loader(photo_folder: Path, device: torch.device) -> Iterator[Callable[.
     source, opened = ImageFolder(photo_folder), []
 
     def make(transform: Any = TRAIN, **options: Any) -> KDDataLoader:
-        options = {"device": device, "batch_size": 8, "seed": 5, **options}
+        options = {"device": device, "batch_size": 8, "seed": 5, **FEW, **options}
         opened.append(KDDataLoader(source, transform, **options))
         return opened[-1]
 

@@ -17,7 +17,7 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from tests.corpus import BROKEN, Broken, photo_of
-from tests.gpu.conftest import SMALL, copies_in, no_synchronization
+from tests.gpu.conftest import FEW, SMALL, copies_in, no_synchronization
 from tests.networks import ConvNet
 from tests.streams import EVAL, TRAIN, assert_same, fields, state_after
 
@@ -31,7 +31,7 @@ def open_loader(photo_folder: Any, device: torch.device) -> Iterator[Callable[..
     source, opened = ImageFolder(photo_folder), []
 
     def make(transform: Any = TRAIN, teacher: Teacher | None = None, **options: Any) -> KDDataLoader:
-        opened.append(KDDataLoader(source, transform, teacher, device=device, batch_size=8, seed=5, **options))
+        opened.append(KDDataLoader(source, transform, teacher, device=device, batch_size=8, seed=5, **FEW, **options))
         return opened[-1]
 
     yield make
@@ -94,7 +94,7 @@ def test_images_match_the_cpu(
     source = ARRAYS if stores == "pixels" else ImageFolder(photo_folder)
     found = []
     for where in (device, "cpu"):
-        with KDDataLoader(source, transform, device=where, batch_size=8, seed=5) as loader:
+        with KDDataLoader(source, transform, device=where, batch_size=8, seed=5, **FEW) as loader:
             found.append(epoch(loader))
     level = 1 / 255 / min(transform.std)
     for ours, theirs in zip(*found, strict=True):
@@ -125,7 +125,7 @@ def test_unreadable_file_is_substituted(broken: Broken, photos: Any, tmp_path: P
     names[43] = broken.name
     (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"{name},0\n" for name in names))
     options = {"batch_size": 64, "shuffle": False, "on_bad_sample": "substitute", "max_bad_fraction": 0.2}
-    with KDDataLoader(FileList(tmp_path / "list.csv"), TRAIN, device=device, **options) as loader:
+    with KDDataLoader(FileList(tmp_path / "list.csv"), TRAIN, device=device, **FEW, **options) as loader:
         for batch in (*loader, *loader):
             assert (~batch.valid).nonzero().tolist() == [[43]]
 

@@ -16,7 +16,7 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from tests.gpu.conftest import no_synchronization
+from tests.gpu.conftest import FEW, no_synchronization
 from tests.networks import IMAGE_SHAPE, ConvNet
 from tests.streams import TRAIN, Fields, assert_same, fields, global_rows, rows, run, state_after
 
@@ -64,7 +64,7 @@ def open_loader(source: Source, device: torch.device) -> Iterator[Callable[..., 
     opened: list[KDDataLoader] = []
 
     def make(teacher: Teacher | None = None, transform: TrainTransform = TRAIN, **options: Any) -> KDDataLoader:
-        options = {"batch_size": 8, "seed": 5, **options}
+        options = {"batch_size": 8, "seed": 5, **FEW, **options}
         opened.append(KDDataLoader(source, transform, teacher, device=device, **options))
         return opened[-1]
 
