@@ -104,7 +104,8 @@ def choose_decode(device_id: int, hw_decoder_load: float | None = None) -> Decod
         library = _other_nvjpeg()
         trial = partial(try_decoding, device_id=device_id, nvjpeg=None if library is None else library.path)
         choice = pick_decode(lambda mode, load: trial(mode, hw_decoder_load=load), hw_decoder_load)
-        level = logging.INFO if choice.decode == _MODES[0] else logging.WARNING
+        wanted = (_MODES[0], 1.0 if hw_decoder_load is None else hw_decoder_load)
+        level = logging.INFO if (choice.decode, choice.hw_decoder_load) == wanted else logging.WARNING
         _logger.log(level, "data.decode: auto uses %s on GPU %d: %s", _described(choice), device_id, choice.reason)
         _save(path, choice)
         return choice
@@ -154,9 +155,8 @@ def warn_of_old_nvjpeg() -> None:
     if library is not None and library.version < _WINDOWS_ON_GPU_SINCE:
         found, since = (".".join(map(str, it)) for it in (library.version, _WINDOWS_ON_GPU_SINCE))
         _logger.warning(
-            "data.decode: window is decoded on the CPU in this process, which has loaded nvJPEG %s: %s and later do it "
-            "on the GPU. torchvision brings an older one: set data.decode: full, or import nvidia.dali and use a "
-            "loader before torchvision is imported",
+            "data.decode: with window, the CPU decodes in this process, which has loaded nvJPEG %s: %s and later do it "
+            "on the GPU, and torchvision brings an older one. Set data.decode: full",
             *(found, since),
         )
 

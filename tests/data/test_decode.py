@@ -176,6 +176,19 @@ def test_choice_is_cached(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
     assert line == ("data.decode: auto uses window on GPU 0: whole images: crashed with SIGSEGV; windows: all right")
 
 
+def test_unused_hardware_decoder_is_one_warning(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial_of = trials(full_1=CRASHED, window_1=CRASHED)
+    monkeypatch.setattr(decode, "try_decoding", lambda mode, **more: trial_of(mode, more["hw_decoder_load"]))
+    with caplog.at_level(logging.WARNING, "kd_pipeline"):
+        for _ in range(2):
+            choice = choose_decode(0)
+            assert (choice.decode, choice.hw_decoder_load) == ("full", 0)
+    (line,) = caplog.messages
+    assert line.startswith("data.decode: auto uses full on GPU 0: whole images with hw_decoder_load 1: crashed")
+
+
 def test_cache_depends_on_driver_gpu_packages_and_load(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(load: float | None = 0.0) -> int:
         before = len(gpu.tried)
