@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
@@ -29,6 +30,10 @@ switch_off_reports()  # some tests import OpenVINO or ONNX Runtime themselves
 
 # Engines that others may write to are refused, and under some systems' umask every file that a test writes is one.
 os.umask(0o022)
+
+# What a shell starts in the background, it lets ignore Ctrl-C, which some tests send to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 
