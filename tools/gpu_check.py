@@ -124,16 +124,15 @@ def all_stages(device: str, out: Path) -> list[Stage]:
     loader, step, teacher = (
         (
             "--batch-size 256 --num-batches 16 --repeats 5 --hw-decoder-load 0 0.65 1",
-            "--batch 256",
+            "--rows a b c h f --num-steps 12 --repeats 3 --precision bf16 --batch 256",
             "--batch-sizes 256 --num-images 5120 --precisions bf16",
         )
         if on_gpu
-        else ("--batch-size 8 --num-batches 2 --repeats 1", "--batch 4 --size 64", "--batch-sizes 2 --repeats 1")
-    )
-    rows = (
-        "--rows a b c h f --num-steps 12 --repeats 3 --precision bf16"
-        if on_gpu
-        else "--rows c f --num-steps 2 --repeats 1 --precision bf16"
+        else (
+            "--batch-size 8 --num-batches 2 --repeats 1",
+            "--rows c f --num-steps 2 --repeats 1 --precision bf16 --batch 4 --size 64",
+            "--batch-sizes 2 --repeats 1",
+        )
     )
     return [
         Stage("environment", [*this, "environment", str(out)], 60, last_line("environment")),
@@ -142,7 +141,7 @@ def all_stages(device: str, out: Path) -> list[Stage]:
         tests("tests", "gpu and not slow", 300, timeout_s=90),
         Stage("photographs", [*this, "photographs", str(out), "2000" if on_gpu else "40"], 240),
         bench("bench_loader", "benchmarks.loader", "--decode", "window", "full", *loader.split()),
-        bench("bench_step", "kd_pipeline", "bench", "step", *rows.split(), *step.split()),
+        bench("bench_step", "kd_pipeline", "bench", "step", *step.split()),
         bench("bench_teacher", "kd_pipeline", "bench", "teacher", *teacher.split()),
         tests("slow_tests", "gpu and slow", 600, timeout_s=240),
     ]

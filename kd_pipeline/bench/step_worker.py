@@ -159,10 +159,10 @@ def _free_bytes(device: torch.device) -> int | None:
 
 def _taken_bytes(device: torch.device, free_bytes: int | None) -> int | None:
     """How much less is free than `free_bytes`; only while the other processes are idle it is this one that took it."""
-    if free_bytes is None:
-        return None
-    torch.cuda.synchronize(device)
-    return free_bytes - torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    now_free = _free_bytes(device)
+    return None if free_bytes is None or now_free is None else free_bytes - now_free
 
 
 def _copied_bytes_per_image(step: Step, device: torch.device) -> float:

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,7 +27,6 @@ __all__ = [
     "keep_choice",
     "pick_decode",
     "resolve_decode",
-    "warn_of_old_nvjpeg",
 ]
 
 Decode = Literal["auto", "window", "full"]
@@ -78,7 +76,7 @@ def resolve_decode(decode: Decode, hw_decoder_load: float | None, *, device_id: 
     """
     if decode != "auto":
         if decode == "window" and device_id is not None:
-            warn_of_old_nvjpeg()
+            _warn_of_old_nvjpeg()
         return Decoding(decode, hw_decoder_load or 0.0)
     if device_id is None:
         return Decoding("window", hw_decoder_load or 0.0)
@@ -101,9 +99,9 @@ def choose_decode(device_id: int, hw_decoder_load: float | None = None) -> Decod
             _logger.info("data.decode: auto uses %s on GPU %d: %s", _described(cached), device_id, cached.reason)
             return cached
         _logger.info("testing how GPU %d decodes, once for this driver and DALI", device_id)
-        library = _other_nvjpeg()
-        trial = partial(try_decoding, device_id=device_id, nvjpeg=None if library is None else library.path)
-        choice = pick_decode(lambda mode, load: trial(mode, hw_decoder_load=load), hw_decoder_load)
+        choice = pick_decode(
+            lambda mode, load: try_decoding(mode, device_id=device_id, hw_decoder_load=load), hw_decoder_load
+        )
         wanted = (_MODES[0], 1.0 if hw_decoder_load is None else hw_decoder_load)
         level = logging.INFO if (choice.decode, choice.hw_decoder_load) == wanted else logging.WARNING
         _logger.log(level, "data.decode: auto uses %s on GPU %d: %s", _described(choice), device_id, choice.reason)
@@ -124,7 +122,7 @@ def pick_decode(
 
     On an H200 the hardware decoder is more than twice as fast as CUDA's, and leaves the CPU idle. With all images it
     gives the same pixels in any batch; with a part of them, whether it decodes an image depends on its neighbors. Whole
-    images are as fast as windows there, and no process decodes them on the CPU; see `warn_of_old_nvjpeg`.
+    images are as fast as windows there, and no process decodes them on the CPU; see `_warn_of_old_nvjpeg`.
 
     Raises:
         ConfigError: neither mode works.
@@ -146,7 +144,7 @@ def pick_decode(
     )
 
 
-def warn_of_old_nvjpeg() -> None:
+def _warn_of_old_nvjpeg() -> None:
     """Warn if this process decodes windows on the CPU, as it has loaded an nvJPEG that cannot do it on a GPU.
 
     torchvision brings its own, older nvJPEG; if it is imported first, nvImageCodec uses that one too.

@@ -86,21 +86,22 @@ def try_decoding(
     *,
     device_id: int | None,
     hw_decoder_load: float = 0.0,
-    nvjpeg: Path | None = None,
     timeout_s: float = 60.0,
 ) -> DecodeTrial:
     """Decode test images in a child process; that it crashes or hangs is a result, not an error.
+
+    The child uses the nvJPEG library that this process has loaded, if it has, and otherwise that of DALI's packages.
 
     Args:
         decode: the mode to test.
         device_id: ordinal of the GPU, or None for the CPU.
         hw_decoder_load: share of JPEG images for the GPU's hardware decoder.
-        nvjpeg: the nvJPEG library to use, as this process has loaded it; defaults to that of DALI's packages.
         timeout_s: seconds after which the process counts as hanging.
     """
     device = "cpu" if device_id is None else str(device_id)
-    library = "" if nvjpeg is None else str(nvjpeg)
-    child = run_child(_CHILD, decode, device, str(hw_decoder_load), library, timeout_s=timeout_s)
+    library = loaded_nvjpeg()
+    nvjpeg = "" if library is None else str(library.path)
+    child = run_child(_CHILD, decode, device, str(hw_decoder_load), nvjpeg, timeout_s=timeout_s)
     if child.lines and not child.failure:
         try:
             return DecodeTrial.model_validate_json(child.lines[-1])

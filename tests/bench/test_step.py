@@ -18,8 +18,8 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
+from tests.bench.steps import SMALL, short_step
 
-SMALL = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})
 LETTERS = list("abcdefg")
 
 
@@ -28,19 +28,8 @@ def measured(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     """All rows with small networks, without compiling: the result, the lines of progress and the JSON file."""
     lines: list[str] = []
     out = tmp_path_factory.mktemp("step") / "made" / "step.json"
-    settings = BenchStepSettings(
-        root=photographs,
-        transform=TrainTransform(size=32, hue=0.1),
-        teacher=SMALL,
-        student=SMALL,
-        teacher_precision="fp32",
-        batch_size=8,
-        num_steps=2,
-        repeats=2,
-        num_threads=1,
-        device="cpu",
-        out=out,
-    )
+    transform = TrainTransform(size=32, hue=0.1)
+    settings = short_step(photographs, transform=transform, teacher_precision="fp32", num_steps=2, repeats=2, out=out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         return bench_step(settings, report=lines.append), lines, out
@@ -212,9 +201,7 @@ def test_nothing_is_exported_if_no_row_runs_it(
 ) -> None:
     monkeypatch.setattr(step, "export_onnx", None)
     monkeypatch.setattr(step, "why_no_onnx", lambda device: "no runtime")
-    settings = BenchStepSettings(
-        root=photographs, teacher=SMALL, student=SMALL, batch_size=4, rows=tuple(rows), device="cpu"
-    )
+    settings = short_step(photographs, rows=tuple(rows))
     lines: list[str] = []
     found = step._task(settings, tmp_path, lines.append)
     assert found.onnx is None and found.student.num_classes == 10
@@ -264,19 +251,8 @@ def test_timer_moves_host_time_between_phases() -> None:
 @pytest.mark.slow
 def test_failing_variant_is_reported_and_skipped(photographs: Path) -> None:
     lines: list[str] = []
-    settings = BenchStepSettings(
-        root=photographs,
-        transform=TrainTransform(size=32),
-        teacher=SMALL,
-        student=SMALL,
-        teacher_precision="fp16",  # OpenVINO does not support it on every CPU; (a) does not need it
-        batch_size=8,
-        rows=("a", "e"),
-        num_steps=1,
-        repeats=1,
-        num_threads=1,
-        device="cpu",
-    )
+    # OpenVINO does not support this precision on every CPU; (a) does not need it.
+    settings = short_step(photographs, teacher_precision="fp16", rows=("a", "e"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         found = bench_step(settings, report=lines.append)
@@ -290,19 +266,7 @@ def test_failing_variant_is_reported_and_skipped(photographs: Path) -> None:
 def test_torch_compile_teacher_is_compared_without_onnx(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     monkeypatch.setattr(step, "export_onnx", None)
-    settings = BenchStepSettings(
-        root=photographs,
-        transform=TrainTransform(size=32),
-        teacher=SMALL,
-        student=SMALL,
-        batch_size=8,
-        rows=("c", "h"),
-        num_steps=1,
-        repeats=1,
-        num_threads=1,
-        device="cpu",
-    )
-    found = bench_step(settings)
+    found = bench_step(short_step(photographs, rows=("c", "h")))
     assert [row.letter for row in found.rows] == ["c", "h", "f", "loader", "teacher"]
     assert found.compared == "c" and found.overhead is not None and "c/h" in found.ratios
 
@@ -311,20 +275,7 @@ def test_torch_compile_teacher_is_compared_without_onnx(photographs: Path, monke
 def test_onnx_teacher_has_no_pytorch_rows(photographs: Path, tmp_path: Path) -> None:
     onnx = export_onnx(open_model(SMALL), tmp_path / "teacher.onnx", image_shape=(3, 32, 32))
     lines: list[str] = []
-    settings = BenchStepSettings(
-        root=photographs,
-        transform=TrainTransform(size=32),
-        teacher=None,
-        onnx=onnx,
-        student=SMALL,
-        teacher_precision="fp32",
-        batch_size=8,
-        rows=("b", "d"),
-        num_steps=1,
-        repeats=1,
-        num_threads=1,
-        device="cpu",
-    )
+    settings = short_step(photographs, teacher=None, onnx=onnx, teacher_precision="fp32", rows=("b", "d"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         found = bench_step(settings, report=lines.append)

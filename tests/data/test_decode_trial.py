@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from kd_pipeline.data import decode_trial
-from kd_pipeline.data.decode_trial import compare_decoding, describe_faults, make_images, try_decoding
+from kd_pipeline.data.decode_trial import Nvjpeg, compare_decoding, describe_faults, make_images, try_decoding
 from tests.views import graph_settings
 
 
@@ -86,13 +86,17 @@ def test_trial_reports_nvjpeg_from_child_process() -> None:
 
 
 @pytest.mark.slow
-def test_trial_uses_the_given_nvjpeg() -> None:
-    """torchvision's has the same name, so the one that is loaded first is used."""
+def test_trial_uses_nvjpeg_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's has the same name, so the one that is loaded first is used, by the child too."""
     torchvision = pytest.importorskip("torchvision")
     copies = [*(Path(torchvision.__file__).parents[1] / "torchvision.libs").glob("libnvjpeg.*")]
     if not copies:
         pytest.skip("this torchvision brings no nvJPEG")
-    usual, other = (try_decoding("full", device_id=None, nvjpeg=path) for path in (None, copies[0]))
+    trials = []
+    for library in (None, Nvjpeg((0, 0), copies[0])):
+        monkeypatch.setattr(decode_trial, "loaded_nvjpeg", lambda library=library: library)
+        trials.append(try_decoding("full", device_id=None))
+    usual, other = trials
     assert usual.works and other.works
     assert usual.nvjpeg != other.nvjpeg, "one of them is not what was asked for"
 

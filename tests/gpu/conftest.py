@@ -19,11 +19,13 @@ from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.teachers.tensorrt.manifest import Profile
 from kd_pipeline.teachers.tensorrt.package import why_unusable
-from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet
+from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images
 
 MAX_BATCH = 16
 FEW = {"num_threads": 2}
 """For the loaders of tests: a decoder takes seconds to open for all cores, and tests run side by side."""
+LONG = 2_000_000_000
+"""Clock cycles, about a second."""
 SMALL = 4096
 """Bytes; shapes and parameters of kernels are smaller, images are larger."""
 
@@ -106,6 +108,22 @@ def teacher(request: pytest.FixtureRequest, device: torch.device, exported: Call
             opened = PyTorchTeacher(ConvNet(), image_shape=IMAGE_SHAPE, device=device, **graph)
     yield opened
     opened.close()
+
+
+def assert_ordered_on_changing_streams(teacher: Teacher) -> None:
+    """A teacher whose calls come from different streams, one of them late, returns what it does on a single one."""
+    device = teacher.device
+    batches = [random_images(8, seed=seed).to(device) for seed in range(30)]
+    wanted = [teacher(images)["logits"].clone() for images in batches]
+    torch.cuda.synchronize(device)
+    streams = [torch.cuda.Stream(device), torch.cuda.default_stream(device), torch.cuda.Stream(device)]
+    found = []
+    for number, images in enumerate(batches):
+        with torch.cuda.stream(streams[number % 3]):
+            torch.cuda._sleep(LONG // 1000 * (number % 3))
+            found.append(teacher(images)["logits"])
+    torch.cuda.synchronize(device)
+    assert all(map(torch.equal, found, wanted))
 
 
 @contextmanager

@@ -8,17 +8,15 @@ import torch
 from benchmarks.loader import GPU_LOADERS, LOADERS, BenchLoaderSettings, DecodeTask, bench_loader
 from kd_pipeline.bench import teacher as bench_teacher_module
 from kd_pipeline.bench.photographs import make_photographs
-from kd_pipeline.bench.step import BenchStepSettings, bench_step
+from kd_pipeline.bench.step import bench_step
 from kd_pipeline.bench.teacher import BenchTeacherSettings, bench_teacher
 from kd_pipeline.bench.torchvision_loaders import why_no_cuda_decoder
 from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.data.transforms import TrainTransform
-from kd_pipeline.models.registry import ModelSettings
+from tests.bench.steps import SMALL, short_step
 
 # From 0.29 on, torchvision advises TorchCodec instead.
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
-
-SMALL = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +64,8 @@ def test_step_has_its_memory_copies_and_limit(
     photographs: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    settings = BenchStepSettings(
-        root=photographs,
-        transform=TrainTransform(size=32),
-        teacher=SMALL,
-        student=SMALL,
-        batch_size=8,
-        rows=("b", "c"),
-        num_steps=2,
-        repeats=2,
-        num_threads=2,
-    )
-    result = bench_step(settings)
+    rows = ("b", "c")
+    result = bench_step(short_step(photographs, rows=rows, num_steps=2, repeats=2, num_threads=2, device="auto"))
     assert [row.letter for row in result.rows] == ["b", "c", "f", "loader", "teacher"]
     assert result.compared == "c" and result.overhead is not None
     for row in result.rows:

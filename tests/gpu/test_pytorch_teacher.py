@@ -16,15 +16,13 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.outputs_check import check_outputs
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
-from tests.gpu.conftest import MAX_BATCH, SMALL, copies_in, no_synchronization
+from tests.gpu.conftest import LONG, MAX_BATCH, SMALL, assert_ordered_on_changing_streams, copies_in, no_synchronization
 from tests.networks import IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
 
 Open = Callable[..., PyTorchTeacher]
 
 TOLERANCES = {"fp32": 5e-3, "fp16": 1e-2, "bf16": 5e-2}
 """Largest error of an output, relative to its largest value; convolutions in fp32 are in TF32."""
-LONG = 2_000_000_000
-"""Clock cycles, about a second."""
 MODES = [
     pytest.param({"compile": compile, "cuda_graph": graph}, marks=[pytest.mark.slow] if compile else [], id=name)
     for (compile, graph), name in zip(
@@ -123,19 +121,8 @@ def test_nothing_crosses_the_bus(open_on_gpu: Open, mode: dict[str, bool], devic
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_changing_streams_are_ordered(open_on_gpu: Open, mode: dict[str, bool], device: torch.device) -> None:
-    teacher = open_on_gpu(**mode)
-    batches = [random_images(8, seed=seed).to(device) for seed in range(30)]
-    wanted = [teacher(images)["logits"].clone() for images in batches]
-    torch.cuda.synchronize(device)
-    streams = [torch.cuda.Stream(device), torch.cuda.default_stream(device), torch.cuda.Stream(device)]
-    found = []
-    for number, images in enumerate(batches):
-        with torch.cuda.stream(streams[number % 3]):
-            torch.cuda._sleep(LONG // 1000 * (number % 3))
-            found.append(teacher(images)["logits"])
-    torch.cuda.synchronize(device)
-    assert all(map(torch.equal, found, wanted))
+def test_changing_streams_are_ordered(open_on_gpu: Open, mode: dict[str, bool]) -> None:
+    assert_ordered_on_changing_streams(open_on_gpu(**mode))
 
 
 def test_auto_is_half_precision_without_problems(device: torch.device) -> None:

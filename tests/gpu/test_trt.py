@@ -10,15 +10,21 @@ from torch import Tensor
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
-from tests.gpu.conftest import MAX_BATCH, SMALL, copies_in, no_synchronization, recycled
+from tests.gpu.conftest import (
+    LONG,
+    MAX_BATCH,
+    SMALL,
+    assert_ordered_on_changing_streams,
+    copies_in,
+    no_synchronization,
+    recycled,
+)
 from tests.networks import NUM_CLASSES, random_images
 
 Open = Callable[..., Teacher]
 
 TOLERANCES = {"fp32": 5e-3, "fp16": 1e-2, "bf16": 5e-2}
 """Largest error of an output, relative to its largest value."""
-LONG = 2_000_000_000
-"""Clock cycles, about a second."""
 
 
 @pytest.fixture(scope="module")
@@ -171,19 +177,8 @@ def test_teachers_on_two_streams_are_independent(open_engine: Open, device: torc
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_one_teacher_on_changing_streams_is_ordered(open_engine: Open, device: torch.device, cuda_graph: bool) -> None:
-    teacher = open_engine(cuda_graph=cuda_graph)
-    batches = [random_images(8, seed=seed).to(device) for seed in range(30)]
-    wanted = [teacher(images)["logits"].clone() for images in batches]
-    torch.cuda.synchronize(device)
-    streams = [torch.cuda.Stream(device), torch.cuda.default_stream(device), torch.cuda.Stream(device)]
-    found = []
-    for number, images in enumerate(batches):
-        with torch.cuda.stream(streams[number % 3]):
-            torch.cuda._sleep(LONG // 1000 * (number % 3))
-            found.append(teacher(images)["logits"])
-    torch.cuda.synchronize(device)
-    assert all(map(torch.equal, found, wanted))
+def test_one_teacher_on_changing_streams_is_ordered(open_engine: Open, cuda_graph: bool) -> None:
+    assert_ordered_on_changing_streams(open_engine(cuda_graph=cuda_graph))
 
 
 def test_outputs_survive_closing_the_teacher(open_engine: Open, device: torch.device) -> None:
