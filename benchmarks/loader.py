@@ -220,7 +220,8 @@ def _measure(settings: BenchLoaderSettings, tasks: _Tasks, report: Callable[[str
     num_batches = -(-settings.num_batches * settings.batch_size // task.batch_size)
     # Each of torch's workers prepares a batch of its own, and all may become ready together, as do the small batches
     # of a group in `KDDataLoader`: only full rounds are a fair measure.
-    group = group_size(task.batch_size, task.transform)
+    on_gpu = task.device.type == "cuda"
+    group = group_size(task.batch_size, task.transform, num_threads=task.num_threads, on_gpu=on_gpu)
     at_once = math.lcm(task.num_threads, group)
     with ExitStack() as stack:
         candidates = [

@@ -261,7 +261,8 @@ def _num_steps(letter: str, task: StepTask, settings: BenchStepSettings) -> tupl
 
     Small batches of `KDDataLoader` become ready in groups, and those of torch's workers all at once.
     """
-    at_once, on_gpu = group_size(task.batch_size, task.transform), task.device != "cpu"
+    on_gpu = task.device != "cpu"
+    at_once = group_size(task.batch_size, task.transform, num_threads=task.num_threads, on_gpu=on_gpu)
     if letter == "loader":
         return _round_up(_LOADING_FACTOR * settings.num_steps, at_once), _LOADING_FACTOR * at_once
     if letter in ("f", "teacher") or not on_gpu:

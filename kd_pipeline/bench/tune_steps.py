@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.files import open_regular
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench.measure import wait_until_idle
@@ -124,7 +126,12 @@ class RunSteps(ExitStack):
         num_steps, num_warm_up = max(1, round(seconds / step_s)), 1
         if trial.part in ("all", "no teacher"):
             data = with_values(self._config, trial.values).data
-            at_once = group_size(data.batch_size, data.split("train").transform)  # they become ready together
+            at_once = group_size(  # batches that become ready together
+                data.batch_size,
+                data.split("train").transform,
+                num_threads=data.num_threads or num_cores(),
+                on_gpu=resolve_device(data.device).type == "cuda",
+            )
             if num_steps > at_once:
                 num_steps = -(-num_steps // at_once) * at_once
             num_queued = at_once * (data.prefetch + 1) + (data.ahead or 0)

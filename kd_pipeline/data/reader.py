@@ -28,9 +28,10 @@ padding and substitutes."""
 MIXING = slice(3, None)
 """Rows of the metadata that say how images are mixed, if they are."""
 
-_GROUP_IMAGES, _GROUP_PIXELS, _GROUP_FILE_PIXELS = 256, 256 * 224**2, 2**26
-"""Largest group of batches for DALI: images; their pixels after the transform, 150 MiB in float32; and the pixels of
-their files, 200 MB. A single batch may be larger."""
+_GROUP_IMAGES, _GROUP_PER_THREAD, _GROUP_SIDE, _GROUP_FILE_PIXELS = 256, 32, 224, 2**26
+"""Largest group of batches for DALI: images; on a CPU also images for each thread, as more are no faster, and several
+groups are held at once; height and width of images after the transform, of larger ones fewer form a group; and the
+pixels of their files, 200 MB. A single batch may be larger."""
 _ALIGNMENT = 256
 """Every batch starts at a multiple of so many bytes, or a TensorRT engine would need a copy of it."""
 _BLOCK = 4096
@@ -126,7 +127,9 @@ class Reader:
         """`record` is a JSON lines file that lists the unreadable samples."""
         self._checker = FileChecker(graph_settings)
         self.bad_samples = BadSamples(source, settings, self._checker, record)
-        self._group_size = group_size(plan.batch_size, transform)
+        on_gpu = graph_settings.device_id is not None
+        num_threads = graph_settings.num_threads
+        self._group_size = group_size(plan.batch_size, transform, num_threads=num_threads, on_gpu=on_gpu)
         self._settings = replace(graph_settings, max_batch=plan.batch_size * self._group_size)
         self._source, self._transform, self._plan, self._mix = source, transform, plan, mix
         self._labels = np.full(len(source), -1) if source.labels is None else source.labels
@@ -317,16 +320,17 @@ class _Epochs:
         self._thread.shutdown(cancel_futures=True)
 
 
-def group_size(batch_size: int, transform: TrainTransform | EvalTransform) -> int:
+def group_size(batch_size: int, transform: TrainTransform | EvalTransform, *, num_threads: int, on_gpu: bool) -> int:
     """How many batches DALI processes at once.
 
     After each op its threads wait for the slowest image, and the time in Python hardly depends on the number of images.
     """
-    pixels = transform.size**2
-    batch_bytes = batch_size * 3 * pixels * np.dtype(transform.dtype).itemsize
+    batch_bytes = batch_size * 3 * transform.size**2 * np.dtype(transform.dtype).itemsize
     if batch_bytes % _ALIGNMENT:
         return 1
-    return max(1, min(_GROUP_IMAGES, _GROUP_PIXELS // pixels) // batch_size)
+    images = _GROUP_IMAGES if on_gpu else min(_GROUP_IMAGES, _GROUP_PER_THREAD * num_threads)
+    images = min(images, images * _GROUP_SIDE**2 // transform.size**2)
+    return max(1, images // batch_size)
 
 
 def _one_ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:

@@ -72,15 +72,28 @@ def fail(error: BaseException) -> None:
     [(64, 224, 4), (256, 224, 1), (100, 224, 2), (16, 512, 3), (128, 32, 2), (1, 32, 256), (5000, 8, 1), (8, 33, 1)],
 )
 def test_group_size_of_small_batches(batch_size: int, image_size: int, num_batches: int) -> None:
-    assert group_size(batch_size, TrainTransform(size=image_size)) == num_batches
+    transform = TrainTransform(size=image_size)
+    for num_threads, on_gpu in ((1, True), (8, False), (64, False)):
+        assert group_size(batch_size, transform, num_threads=num_threads, on_gpu=on_gpu) == num_batches
+
+
+def test_few_threads_get_few_images_at_once() -> None:
+    def sizes(num_threads: int) -> list[int]:
+        return [
+            group_size(batch_size, TrainTransform(size=size), num_threads=num_threads, on_gpu=False)
+            for batch_size, size in ((8, 224), (32, 32), (64, 224), (16, 448))
+        ]
+
+    assert sizes(1) == [4, 1, 1, 1] and sizes(2) == [8, 2, 1, 1] and sizes(4) == [16, 4, 2, 2]
 
 
 def test_group_batches_are_aligned_for_engines() -> None:
     for batch_size, size, dtype in itertools.product((1, 3, 8, 20, 64), (17, 24, 32, 33, 224), ("float32", "float16")):
         transform = EvalTransform(size=size, dtype=dtype)
         batch_bytes = batch_size * 3 * size**2 * np.dtype(dtype).itemsize
-        assert group_size(batch_size, transform) == 1 or batch_bytes % 256 == 0
-    assert group_size(64, EvalTransform(size=33)) == 4
+        num_batches = group_size(batch_size, transform, num_threads=8, on_gpu=False)
+        assert num_batches == 1 or batch_bytes % 256 == 0
+    assert group_size(64, EvalTransform(size=33), num_threads=8, on_gpu=False) == 4
 
 
 def test_groups_double_after_first_batch(open_reader: Open) -> None:
