@@ -64,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         blur=1.0,
         blur_sigma=(0.01, 0.1),
     )
+    torch.manual_seed(0)  # the same random teacher in every run, as pretrained weights would be
     teacher = open_teacher(
         TeacherSettings(precision=options.precision),
         module=VitEmbeddings(),

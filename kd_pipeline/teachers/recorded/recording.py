@@ -203,11 +203,11 @@ def open_recording(settings: TeacherSettings) -> Recording:
         raise ConfigError("backend: recorded replays a recording; set path to its folder")
     recording = Recording(settings.path, num_verified=settings.verify)
     _logger.info(
-        "teacher: recording in %s, %d epochs of a %s teacher in %s",
+        "teacher: recording in %s, made by %s in %s; epochs: %d",
         recording.path,
-        recording.num_epochs,
         recording.manifest.teacher.backend,
         recording.precision,
+        recording.num_epochs,
     )
     return recording
 
