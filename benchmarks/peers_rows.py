@@ -52,8 +52,8 @@ _ROOT = Path(__file__).parents[1]
 
 _BF16 = ("train.precision=bf16-mixed",)
 _BEST = ("train.compile=true", "teacher.precision=bf16")
-"""What else may be faster: all other settings are chosen by themselves. bf16 is what the teacher gets by itself beside a
-student in bf16; timm's script has one precision for both."""
+"""What else may be faster: all other settings are chosen by themselves, as is bf16 for a teacher if its student has it.
+timm's script has one precision for both."""
 _INT8 = ("teacher.precision=int8",)
 _STUDENT = ("stage=baseline",)
 _TIMM_BF16 = ("--amp", "--amp-dtype", "bfloat16")
