@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from kd_pipeline import TeacherSettings, load_config, open_teacher
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.errors import ConfigError, KDPipelineError
 from kd_pipeline.models import small_resnet
+from kd_pipeline.teachers.base import Teacher
+from tests.processes import ends
 
 TORCH = """
 hooks = []
@@ -124,18 +125,7 @@ def test_slow_program_is_killed_with_its_children(tmp_path: Path) -> None:
     hangs = "import os, subprocess, sys\nchild = subprocess.Popen(['sleep', '600'])\nprint(child.pid, flush=True)\n"
     with pytest.raises(KDPipelineError, match=r"it ran for more than 3 s: \d+") as caught:
         run(hangs + "child.wait()", tmp_path, timeout_s=3)
-    stat = Path(f"/proc/{str(caught.value).split()[-1]}/stat")
-    deadline_s = time.monotonic() + 10  # a signal takes its time on a busy machine
-    while is_running(stat) and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert not is_running(stat)
-
-
-def is_running(stat: Path) -> bool:
-    try:
-        return stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    assert ends(int(str(caught.value).split()[-1]))
 
 
 def ran(step_s: float, *, first_step_s: float = 10.0, end_s: float = 2.0, gib: float = 1.0) -> ProgramRun:
@@ -295,6 +285,13 @@ def test_classifier_tells_groups_apart() -> None:
     assert (logits.argmax(1) == is_second).all() and logits.abs().max() < 15
 
 
+def options_of_small_teacher(materials: Materials) -> list[str]:
+    checkpoint = materials.images / "teacher.pt"
+    torch.save(small_resnet(10, width=8).state_dict(), checkpoint)
+    builtin = f"teacher={{model: {{builtin: small_resnet, kwargs: {{width: 8}}, checkpoint: {checkpoint}}}}}"
+    return ["-c", str(materials.config), builtin, "data.train.transform.size=32"]
+
+
 @pytest.mark.slow
 def test_teacher_alone_runs_once_for_each_batch(
     materials: Materials, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -302,11 +299,22 @@ def test_teacher_alone_runs_once_for_each_batch(
     steps: list[int] = []
     monkeypatch.chdir(materials.images)  # where run_dir is
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(1))
-    checkpoint = materials.images / "teacher.pt"
-    torch.save(small_resnet(10, width=8).state_dict(), checkpoint)
-    builtin = f"teacher={{model: {{builtin: small_resnet, kwargs: {{width: 8}}, checkpoint: {checkpoint}}}}}"
-    assert peers_teacher.main(["-c", str(materials.config), builtin, "data.train.transform.size=32"]) == 0
+    assert peers_teacher.main(options_of_small_teacher(materials)) == 0
     assert len(steps) == 4 and capsys.readouterr().out.startswith("teacher: ")
+
+
+@pytest.mark.slow
+def test_teacher_alone_follows_the_student_of_the_run(materials: Materials, monkeypatch: pytest.MonkeyPatch) -> None:
+    followed: list[str] = []
+
+    def remember(settings: TeacherSettings, **options: Any) -> Teacher:
+        followed.append(options["student_precision"])
+        return open_teacher(settings, **options)
+
+    monkeypatch.chdir(materials.images)
+    monkeypatch.setattr("kd_pipeline.loader.loader.open_teacher", remember)
+    assert peers_teacher.main([*options_of_small_teacher(materials), "train.precision=bf16-mixed"]) == 0
+    assert followed == ["bf16"]
 
 
 @pytest.mark.slow

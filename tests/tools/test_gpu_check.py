@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from kd_pipeline._core.nvidia_driver import Driver, DriverGpu
+from tests.processes import ends
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,13 +70,9 @@ def test_children_of_a_stage_end_with_it(tool: ModuleType, tmp_path: Path) -> No
     stage = tool.Stage("parent", python(f"{child}; print(p.pid, flush=True); time.sleep(600)"), tool.MIN_S)
     tool.run_stages([stage], tmp_path, limit_s=60, root=tmp_path)
     pid = int((tmp_path / "parent.log").read_text().splitlines()[-1])
-    for _ in range(50):
-        stat = Path(f"/proc/{pid}/stat")
-        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
-            return
-        time.sleep(0.1)
-    os.kill(pid, 9)
-    pytest.fail("the child of a stopped stage is still running")
+    if not ends(pid):
+        os.kill(pid, 9)
+        pytest.fail("the child of a stopped stage is still running")
 
 
 def test_stage_without_time_is_not_started(tool: ModuleType, tmp_path: Path) -> None:
