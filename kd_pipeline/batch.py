@@ -27,7 +27,8 @@ class KDBatch:
     valid: Tensor
     """`[N]` bool; False for a row to ignore: padding, or the substitute for an unreadable image."""
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
-    """The teacher's outputs by name, always including `"logits"` `[N, K]` float32; empty without a teacher."""
+    """The teacher's outputs by name, float32: those of `Teacher.outputs`, such as `"logits"` `[N, K]`; empty without a
+    teacher."""
 
     def to(self, device: torch.device | str) -> Self:
         """The batch on `device`; returns `self` if it is there already, as Lightning and accelerate expect."""

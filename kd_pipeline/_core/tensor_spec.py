@@ -13,6 +13,9 @@ class TensorSpec:
 
     shape: tuple[int | None, ...]
     dtype: torch.dtype
+    num_prefix_tokens: int | None = None
+    """Of tokens `[N, L, D]`: how many at the start are no part of the image, such as class and register tokens; None
+    if it is unknown, and for anything else."""
 
     def accepts(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Whether a tensor of this shape and dtype fits."""

@@ -35,7 +35,7 @@ from kd_pipeline.training.distributed import set_num_threads
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trial_trainer, set_deterministic
 from kd_pipeline.workflows.distill_module import build_module
-from kd_pipeline.workflows.stage import Stage, network_of, num_classes_of
+from kd_pipeline.workflows.stage import Stage, network_of, num_classes_for
 from kd_pipeline.workflows.teacher import open_run_teacher, starts_without_teacher
 
 __all__ = ["Part", "RunSteps", "Runtime", "Trial", "Values", "with_values"]
@@ -267,9 +267,8 @@ class RunSteps(ExitStack):
         key = tuple(pair for pair in _of("train", values) if pair[0] != "train.num_threads")
         if key not in self._modules:
             network, train = network_of(config, self._stage), config.train
-            is_open = network.num_classes is None and network.factory is None
-            num_classes = num_classes_of(loader.source, teacher)
-            student = open_model(network, plugins=self._plugins, num_classes=num_classes if is_open else None)
+            num_classes = num_classes_for(network, loader.source, teacher)
+            student = open_model(network, plugins=self._plugins, num_classes=num_classes)
             student = student.to(PURE_PRECISIONS.get(train.precision, torch.float32))
             optimizer = train.optimizer.model_copy(update={"lr": _LEARNING_RATE})
             config = config.model_copy(update={"train": train.model_copy(update={"optimizer": optimizer})})

@@ -3,21 +3,30 @@
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from kd_pipeline._core.secret_values import refuse_hidden
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.config.reader import read_config
 from kd_pipeline.data.settings import SPLITS, DataSettings, SplitSettings
 from kd_pipeline.evaluation.probe import ProbeSettings
-from kd_pipeline.losses.distillation import DistillSettings
+from kd_pipeline.losses.settings import DistillSettings, TermSettings
+from kd_pipeline.models.backbone import POOLED
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from kd_pipeline.training.settings import TrainSettings
 
 __all__ = ["Config", "DistillSettings", "TrainSettings", "load_config"]
+
+
+def default_terms(teacher: TeacherSettings | EnsembleSettings | None) -> tuple[TermSettings, ...]:
+    """What a student without a head learns from: the loss of AM-RADIO (Ranzinger et al., arXiv 2312.06709).
+
+    The cosine of the pooled vectors, and cosine and smooth L1 of the maps or tokens.
+    """
+    return (TermSettings(loss="cosine", student=POOLED, teacher=POOLED, projector="linear"),)
 
 
 def _kind(teacher: Any) -> str:
@@ -53,6 +62,16 @@ class Config(Settings):
     train: TrainSettings = TrainSettings()
     probe: ProbeSettings | None = ProbeSettings()
     """How the teacher is checked on labeled images before a run; null skips the check."""
+
+    @model_validator(mode="after")
+    def _complete_headless(self) -> Self:
+        """Fill in what a student without a head learns from, unless it is set."""
+        if self.student is not None and self.student.is_headless and "loss" not in self.distill.model_fields_set:
+            terms = self.distill.features or default_terms(self.teacher)
+            distill = self.distill.model_dump(exclude={"distill_weight", "temperature"}, exclude_unset=True)
+            # The settings are frozen for everybody else.
+            object.__setattr__(self, "distill", DistillSettings(**distill | {"loss": None, "features": terms}))
+        return self
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -128,7 +128,8 @@ class FirstBatches:
     def of_run(cls, loader: KDDataLoader, settings: ProbeSettings) -> "FirstBatches | None":
         """For a run that is not to stop, whose images show what its own probe would: shuffled, unmixed, each once."""
         is_like_probe = loader.mix is None and loader.plan.shuffle and loader.plan.repeats == 1
-        has_all = isinstance(loader.teacher, Teacher) and loader.source.labels is not None
+        teacher = loader.teacher
+        has_all = isinstance(teacher, Teacher) and "logits" in teacher.outputs and loader.source.labels is not None
         return cls(loader, settings) if is_like_probe and has_all and not settings.strict else None
 
     def add(self, batch: KDBatch) -> None:
@@ -194,6 +195,9 @@ def run_probe(
     training = training or open_source(train.source)
     if training.labels is None:
         _logger.info("teacher probe: skipped, because the training data has no labels")
+        return None
+    if "logits" not in teacher.outputs:
+        _logger.info("teacher probe: skipped, because the teacher has no logits")
         return None
     if isinstance(teacher, Recording):
         if train.mix is not None:

@@ -12,19 +12,21 @@ from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.losses.ramp import max_value, value_at
 from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.models.features import capture_features
+from kd_pipeline.models.modules import named_outputs
 
-__all__ = ["CustomLoss", "DistillSettings", "Distillation", "LossTerms", "TermSettings"]
+__all__ = ["CustomLoss", "DistillSettings", "Distillation", "LossTerms", "TermSettings", "student_outputs"]
 
-CustomLoss = Callable[[Tensor, KDBatch], Tensor]
-"""Your own loss: maps the student's logits `[N, K]` and the batch to a scalar, the mean over the valid rows."""
+CustomLoss = Callable[[Any, KDBatch], Tensor]
+"""Your own loss: maps what the student returns, such as logits `[N, K]`, and the batch to a scalar, the mean over the
+valid rows."""
 
 _LOSSES_WITH_LABELS = {"dkd"}
 """Losses that need the class of each image besides the teacher's logits."""
-_STUDENT = "the student's features (run it inside distillation.student_features)"
+_STUDENT = "the student's outputs and features (run it inside distillation.student_features)"
 _TEACHER = "the batch's teacher outputs (give the loader the teacher)"
 
 
@@ -59,7 +61,7 @@ class Distillation(nn.Module):
         student: nn.Module,
         teacher_outputs: Mapping[str, TensorSpec] | None,
         image_shape: tuple[int, int, int],
-        num_classes: int,
+        num_classes: int | None,
         labels_are_soft: bool = False,
         loss: CustomLoss | None = None,
         plugins: Collection[str] = (),
@@ -68,10 +70,11 @@ class Distillation(nn.Module):
 
         Args:
             settings: the terms and their weights.
-            student: maps `[N, *image_shape]` to logits `[N, num_classes]`. It runs once, in eval mode, and is not kept.
+            student: maps `[N, *image_shape]` to logits `[N, num_classes]`, or to outputs by name. It runs once, in eval
+                mode, and is not kept.
             teacher_outputs: `Teacher.outputs`, or None to train on labels only.
             image_shape: `(C, H, W)` of the images.
-            num_classes: number of classes in the data.
+            num_classes: number of classes in the data; None if it has none.
             labels_are_soft: whether labels are `[N, K]` weights, as with mixup and cutmix.
             loss: replaces the loss named in the settings; the weights stay theirs.
             plugins: modules that a `loss` in the settings may come from. A config file is data and cannot grant this
@@ -92,6 +95,7 @@ class Distillation(nn.Module):
         self._custom_loss: CustomLoss | None = loss
         self._distill_term: TermSettings | None = None
         if "distill" in self._weights and loss is None:
+            assert settings.loss is not None  # without one the weight is 0
             if settings.has_custom_loss:
                 self._custom_loss = import_function("loss", settings.loss, plugins)
             else:
@@ -99,11 +103,15 @@ class Distillation(nn.Module):
                     loss=settings.loss, temperature=settings.temperature, options=settings.options
                 )
         self._temperature = None if self._distill_term is None else self._distill_term.temperature
-        self.layers = tuple(dict.fromkeys(term.student for term in self._extra_terms if term.student != LOGITS))
-        """Layers of the student whose features `forward` needs."""
         if labels_are_soft:
             self._check_soft_labels()
-        outputs = _dry_run(student, self.layers, image_shape, num_classes)
+        own = _run_on_zeros(student, (), image_shape)
+        needs_logits = {"task", "distill"} & self._weights.keys()
+        if LOGITS in own or needs_logits:
+            _check_logits(student, own, num_classes, needed_by=sorted(needs_logits))
+        self.layers = tuple(dict.fromkeys(term.student for term in self._extra_terms if term.student not in own))
+        """Layers of the student whose features `forward` needs besides what the student returns."""
+        outputs = own | _run_on_zeros(student, self.layers, image_shape) if self.layers else own
         self.projectors = nn.ModuleList()
         """One per extra term; `nn.Identity` for a term without a projector."""
         if teacher_outputs is not None:
@@ -117,12 +125,18 @@ class Distillation(nn.Module):
         return capture_features(student, self.layers)
 
     def forward(
-        self, logits: Tensor, features: Mapping[str, Tensor], batch: KDBatch, *, epoch: float, epochs: int
+        self,
+        outputs: Tensor | Mapping[str, Tensor],
+        features: Mapping[str, Tensor],
+        batch: KDBatch,
+        *,
+        epoch: float,
+        epochs: int,
     ) -> LossTerms:
         """The loss of a batch.
 
         Args:
-            logits: the student's, `[N, K]`.
+            outputs: what the student returns: logits `[N, K]`, or outputs by name.
             features: outputs of the student's `layers`, by name.
             batch: labels, valid rows and teacher outputs.
             epoch: epochs done so far, fractional within an epoch.
@@ -132,14 +146,16 @@ class Distillation(nn.Module):
             ConfigError: the batch has no labels, or features of the student or the teacher are missing.
         """
         temperature = None if self._temperature is None else value_at(self._temperature, epoch, epochs)
+        found = {**student_outputs(outputs), **features}
         terms = {}
         if "task" in self._weights:
+            logits = _get(found, LOGITS, _STUDENT)
             smoothing = self.settings.label_smoothing
             terms["task"] = losses.task(logits, batch.labels, label_smoothing=smoothing, valid=batch.valid)
         if "distill" in self._weights:
-            terms["distill"] = self.distill_loss(logits, features, batch, temperature)
+            terms["distill"] = self.distill_loss(outputs, features, batch, temperature)
         for term, projector in zip(self._extra_terms, self.projectors, strict=True):
-            student = logits if term.student == LOGITS else _get(features, term.student, _STUDENT)
+            student = _get(found, term.student, _STUDENT)
             teacher = _get(batch.teacher, term.teacher, _TEACHER)
             term_temperature = None if term.temperature is None else value_at(term.temperature, epoch, epochs)
             terms[term.name] = _compute(
@@ -150,23 +166,27 @@ class Distillation(nn.Module):
         return LossTerms(total, terms, weights, temperature)
 
     def distill_loss(
-        self, logits: Tensor, features: Mapping[str, Tensor], batch: KDBatch, temperature: float | None
+        self,
+        outputs: Tensor | Mapping[str, Tensor],
+        features: Mapping[str, Tensor],
+        batch: KDBatch,
+        temperature: float | None,
     ) -> Tensor:
         """The term `distill`, a scalar: the mean over the valid rows. Override it for a loss of your own.
 
         Args:
-            logits: the student's, `[N, K]`.
+            outputs: what the student returns: logits `[N, K]`, or outputs by name.
             features: outputs of the student's `layers`, by name.
-            batch: the batch of the logits.
+            batch: the batch of the outputs.
             temperature: current temperature; None if the loss in the settings has none.
         """
         if self._distill_term is not None:
-            teacher = _get(batch.teacher, LOGITS, _TEACHER)
+            logits, teacher = _get(student_outputs(outputs), LOGITS, _STUDENT), _get(batch.teacher, LOGITS, _TEACHER)
             return _compute(
                 self._distill_term, logits, teacher, batch.labels, valid=batch.valid, temperature=temperature
             )
         assert self._custom_loss is not None
-        value = self._custom_loss(logits, batch)
+        value = self._custom_loss(outputs, batch)
         if not isinstance(value, Tensor) or value.shape != ():
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__qualname__
             raise ConfigError(
@@ -184,17 +204,24 @@ class Distillation(nn.Module):
                 )
 
     def _build_projectors(
-        self, outputs: Mapping[str, Tensor], teacher_outputs: Mapping[str, TensorSpec], num_classes: int
+        self, outputs: Mapping[str, Tensor], teacher_outputs: Mapping[str, TensorSpec], num_classes: int | None
     ) -> None:
         """Build the projectors, and compute every term on zeros in place of the teacher's outputs."""
-        spec = teacher_outputs[LOGITS]
-        if spec.shape[1] not in (None, num_classes):
+        logits = teacher_outputs.get(LOGITS)
+        if logits is None and "distill" in self._weights and self._custom_loss is None:
             raise ConfigError(
-                f"the teacher has {spec.shape[1]} classes and the data has {num_classes}; use a teacher and data with "
-                "the same classes"
+                f"distill.loss: {self.settings.loss} compares logits, and the teacher returns "
+                f"{', '.join(map(repr, teacher_outputs))}; set distill.loss: null, and distill.features to what is to "
+                "be compared"
+            )
+        if logits is not None and LOGITS in outputs and logits.shape[1] not in (None, num_classes):
+            raise ConfigError(
+                f"the teacher has {logits.shape[1]} classes and the data has {num_classes}; use a teacher and data "
+                "with the same classes"
             )
         if self._distill_term is not None:
-            _check_term("distill", self._distill_term, outputs[LOGITS], spec)
+            assert logits is not None
+            _check_term("distill", self._distill_term, outputs[LOGITS], logits)
         for term in self._extra_terms:
             if term.teacher not in teacher_outputs:
                 raise ConfigError(
@@ -207,10 +234,20 @@ class Distillation(nn.Module):
                 _check_term(f"distill.features: {term.name}", term, self.projectors[-1](student), spec)
 
 
-def _dry_run(
-    student: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int], num_classes: int
-) -> dict[str, Tensor]:
-    """The student's logits and features for two images of zeros; its train and eval modes are unchanged."""
+def student_outputs(outputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What a student returns, by name.
+
+    Raises:
+        ConfigError: it is neither a tensor nor a mapping of tensors.
+    """
+    try:
+        return named_outputs(outputs, owner="a student")
+    except TeacherError as exc:
+        raise ConfigError(str(exc)) from None
+
+
+def _run_on_zeros(student: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
+    """The student's outputs, or the features of `layers`, for two images of zeros; its modes are unchanged."""
     name = type(student).__qualname__
     like = next(student.parameters(), torch.zeros(()))
     zeros = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
@@ -221,7 +258,8 @@ def _dry_run(
             torch.compiler.set_stance("force_eager"),
             capture_features(student, layers) as features,
         ):
-            logits = student.eval()(zeros)
+            outputs = student.eval()(zeros)
+        return dict(features) if layers else dict(student_outputs(outputs))
     except ConfigError:
         raise
     except Exception as exc:
@@ -229,13 +267,25 @@ def _dry_run(
     finally:
         for module, mode in modes:
             module.training = mode
-    found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__qualname__
-    if found != [2, num_classes]:
+
+
+def _check_logits(
+    student: nn.Module, outputs: Mapping[str, Tensor], num_classes: int | None, *, needed_by: Sequence[str]
+) -> None:
+    """Raise a ConfigError if the logits lack, or have another number of classes than the data."""
+    name = type(student).__qualname__
+    if LOGITS not in outputs:
+        found = ", ".join(f"{key!r} {list(output.shape)}" for key, output in outputs.items())
+        raise ConfigError(
+            f"the student {name} returns {found}, and no logits, which {' and '.join(needed_by)} compares: give it a "
+            "head with num_classes, or set distill.loss: null and distill.features to what is to be compared"
+        )
+    found_shape = list(outputs[LOGITS].shape)
+    if num_classes is not None and found_shape != [2, num_classes]:
         raise ConfigError(
             f"the student {name} should return logits [2, {num_classes}] for 2 images of {num_classes} classes, got "
-            f"{found}; set its num_classes"
+            f"{found_shape}; set its num_classes"
         )
-    return {LOGITS: logits, **features}
 
 
 def _projector(term: TermSettings, student: Tensor, teacher: TensorSpec) -> nn.Module:

@@ -32,8 +32,8 @@ def _check_not_negative(value: float | Ramp) -> float | Ramp:
     return value
 
 
-def _check_logit_loss(loss: str) -> str:
-    return loss if _CUSTOM_LOSS.fullmatch(loss) else _check_known(loss, _LOGIT_LOSSES)
+def _check_logit_loss(loss: str | None) -> str | None:
+    return loss if loss is None or _CUSTOM_LOSS.fullmatch(loss) else _check_known(loss, _LOGIT_LOSSES)
 
 
 def _check_term_loss(loss: str) -> str:
@@ -127,9 +127,10 @@ class DistillSettings(Settings):
     What is left out is filled in with the loss's own values, so the settings of a run tell what ran.
     """
 
-    loss: Annotated[str, AfterValidator(_check_logit_loss)] = "soft_target"
+    loss: Annotated[str | None, AfterValidator(_check_logit_loss)] = "soft_target"
     """Loss between the student's and the teacher's logits: `soft_target`, `dkd`, `dist`, `logit_mse`, `cosine`,
-    `hard_label`, or your own function of the logits and the batch, as `package.module:function`."""
+    `hard_label`, or your own function of the logits and the batch, as `package.module:function`. None if only
+    `features` are compared, which is the default for a student without a head (`student.num_classes: 0`)."""
     temperature: Temperature = Field(default=None, validate_default=True)
     """Divisor of both models' logits before the softmax. Defaults to the loss's own, which is that of its function in
     `kd_pipeline.losses`: 4 for `soft_target` and `dkd`, 1 for `dist`. None for a loss without a temperature."""
@@ -160,6 +161,8 @@ class DistillSettings(Settings):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"features: two terms called {name}; change the layer of one, or remove it")
+        if self.loss is None and not self.features:
+            raise ValueError("loss: null leaves nothing to learn from; set loss, or features to compare")
         if not any(max_value(weight) for weight in (*self.weights, *(term.weight for term in self.features))):
             raise ValueError("all weights are 0, so the student learns nothing; set one of them")
         return self
@@ -167,7 +170,7 @@ class DistillSettings(Settings):
     @property
     def has_custom_loss(self) -> bool:
         """Whether `loss` is a function of the user's own."""
-        return _CUSTOM_LOSS.fullmatch(self.loss) is not None
+        return self.loss is not None and _CUSTOM_LOSS.fullmatch(self.loss) is not None
 
     @property
     def weights(self) -> tuple[float | Ramp, float | Ramp]:
@@ -177,9 +180,13 @@ class DistillSettings(Settings):
 
 
 def _complete(
-    loss: str, distill_weight: float | Ramp | None, task_weight: float | Ramp | None
+    loss: str | None, distill_weight: float | Ramp | None, task_weight: float | Ramp | None
 ) -> tuple[float | Ramp, float | Ramp]:
     """Both weights, those that are None with their defaults."""
+    if loss is None:
+        if distill_weight is not None and max_value(distill_weight):
+            raise ValueError("distill_weight has no effect without a loss; remove it, or set loss")
+        return 0.0, 0.0 if task_weight is None else task_weight
     own_distill_weight, own_task_weight = _WEIGHTS.get(loss, (1.0, 1.0))
     if distill_weight is None and task_weight is None:
         return own_distill_weight, own_task_weight

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.models.backbone import trunk_of
 from kd_pipeline.models.modules import frozen_copy, named_outputs
 
 __all__ = ["capture_features", "with_features"]
@@ -120,7 +121,7 @@ def _has_version(output: Tensor) -> bool:
 
 
 def _find_layer(module: nn.Module, name: str) -> nn.Module:
-    module = getattr(module, "_orig_mod", module)  # torch.compile(module) wraps the original
+    module = trunk_of(getattr(module, "_orig_mod", module))  # torch.compile(module) wraps the original
     layers: dict[str, nn.Module] = dict(module.named_modules(remove_duplicate=False))
     if not name or name not in layers:
         raise ConfigError(

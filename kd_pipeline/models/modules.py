@@ -37,22 +37,26 @@ def frozen_copy(module: nn.Module) -> nn.Module:
         raise TeacherError(f"the teacher {type(module).__qualname__} cannot be copied: {exc}") from exc
 
 
-def named_outputs(output: object) -> Mapping[str, Tensor]:
-    """The return value of a module by name: a tensor is `"logits"`, a mapping keeps its keys.
+def named_outputs(output: object, *, vector: str = "logits", owner: str = "a teacher") -> Mapping[str, Tensor]:
+    """The return value of a module by name.
+
+    A mapping keeps its keys, but for those without a value. A tensor `[N, D]` is called `vector`, and any other, a map
+    or tokens, `"spatial"`.
 
     Raises:
-        TeacherError: it is something else, or has no `"logits"`.
+        TeacherError: it is something else. `owner` is whose output it is, for the message.
     """
     if isinstance(output, Tensor):
-        return {"logits": output}
+        return {vector if output.ndim == 2 else "spatial": output}
     if not isinstance(output, Mapping):
         raise TeacherError(
-            f"a teacher returns a tensor or a mapping of tensors with 'logits', got {type(output).__qualname__}; "
-            "wrap the module to return one"
+            f"{owner} returns a tensor or a mapping of tensors by name, got {type(output).__qualname__}; wrap the "
+            "module to return one"
         )
-    if "logits" not in output:
-        raise TeacherError(f"a teacher returns 'logits' among its outputs, got {', '.join(map(repr, output))}")
-    for key, value in output.items():
+    named = {key: value for key, value in output.items() if value is not None}
+    for key, value in named.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise TeacherError(f"a teacher returns tensors by name, got {type(value).__qualname__} for {key!r}")
-    return output
+            raise TeacherError(f"{owner} returns tensors by name, got {type(value).__qualname__} for {key!r}")
+    if not named:
+        raise TeacherError(f"{owner} returns tensors by name, got none")
+    return named

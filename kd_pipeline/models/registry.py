@@ -16,6 +16,7 @@ from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.models.backbone import Backbone, without_head
 from kd_pipeline.models.resnet import create_builtin
 from kd_pipeline.models.weights import Checkpoint, load_weights, match_weights
 
@@ -51,9 +52,9 @@ class ModelSettings(Settings):
     """Your own function that returns an `nn.Module`, as `package.module:function`."""
     kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """More arguments for the function that builds the model. Only a factory's may name weights or files."""
-    num_classes: int | None = Field(default=None, ge=1)
+    num_classes: int | None = Field(default=None, ge=0)
     """Number of logits; defaults to that of the data for a model that is trained, else to that of the checkpoint, else
-    to the model's own."""
+    to the model's own. With 0 the network has no head, and returns features by name, as `Backbone` describes."""
     pretrained: bool = False
     """Download the pretrained weights of timm or torchvision."""
     checkpoint: Path | None = None
@@ -64,6 +65,11 @@ class ModelSettings(Settings):
     reset: tuple[str, ...] = ()
     """Names of layers that keep their random initialization instead of the checkpoint's weights: `[fc]` for the head
     of a model that is to learn different classes."""
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether the network returns features and no logits."""
+        return self.num_classes == 0
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
@@ -114,7 +120,7 @@ def open_model(settings: ModelSettings, *, plugins: Collection[str] = (), num_cl
 
     A checkpoint may be of any trainer: `match_weights` finds the weights in it by their names, which must be those of
     the model, except in layers that are reset. Of raw and averaged weights (EMA) it takes the averaged ones. No code in
-    the file is run.
+    the file is run. With `num_classes: 0` the model is a `Backbone`.
 
     Args:
         settings: what to build.
@@ -130,10 +136,10 @@ def open_model(settings: ModelSettings, *, plugins: Collection[str] = (), num_cl
     build, name = _find_builder(settings, plugins)
     # Read before the model is built, which may take long.
     checkpoint = None if settings.checkpoint is None else Checkpoint(settings.checkpoint)
-    wanted = settings.num_classes or num_classes
+    wanted = num_classes if settings.num_classes is None else settings.num_classes
     model = _build(settings, build, name, wanted)
     if checkpoint is None:
-        return model
+        return Backbone(model) if settings.is_headless else model
     choose = partial(match_weights, checkpoint, key=settings.checkpoint_key, reset=settings.reset)
     choice = choose(model)
     if wanted is None and choice.match.num_classes and _takes_num_classes(settings, build):
@@ -142,7 +148,7 @@ def open_model(settings: ModelSettings, *, plugins: Collection[str] = (), num_cl
         model = _build(settings, build, name, wanted)
         choice = choose(model)
     load_weights(checkpoint, model, choice, keep_classes=_keep_classes(settings, num_classes))
-    return model
+    return Backbone(model) if settings.is_headless else model
 
 
 def pretrained_input(module: nn.Module) -> PretrainedInput | None:
@@ -156,7 +162,10 @@ def pretrained_input(module: nn.Module) -> PretrainedInput | None:
 
 
 def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_classes: int | None) -> nn.Module:
-    arguments: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    # Without a head, timm's networks are built; the others lose it. A factory may have nothing to leave out.
+    is_built = num_classes is not None and (num_classes or settings.timm or _takes_num_classes(settings, build))
+    is_cut = num_classes == 0 and settings.timm is None and settings.factory is None
+    arguments: dict[str, Any] = {"num_classes": num_classes} if is_built and not is_cut else {}
     if settings.pretrained:
         arguments |= {"pretrained": True} if settings.timm else {"weights": "DEFAULT"}
     try:
@@ -172,7 +181,7 @@ def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_cl
         raise ConfigError(f"{name} cannot be built: {reason}; check kwargs, num_classes and pretrained") from exc
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} should return an nn.Module, got {type(model).__qualname__}")
-    return model
+    return without_head(model) if is_cut else model
 
 
 def _takes_num_classes(settings: ModelSettings, build: Callable[..., Any]) -> bool:

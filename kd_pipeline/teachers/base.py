@@ -19,8 +19,9 @@ class Teacher(ABC):
 
     The contract, which the same tests check for every backend:
 
-    1. `"logits"` `[N, K]` float32 is always among the outputs; features join it under their own names. Each has a row
-       for each image, which depends on that image alone and is the same in every call.
+    1. Outputs are float32 tensors by name: vectors `[N, D]`, maps `[N, C, h, w]` or tokens `[N, L, D]`. The logits
+       `[N, K]` of a classifier are called `"logits"`. Each has a row for each image, which depends on that image alone
+       and is the same in every call.
     2. Every batch size from 1 to `max_batch` works. Images that do not match `images` raise a `TeacherError` that says
        what the teacher takes and what it got.
     3. Outputs are new tensors that the caller owns: no later call changes them, and none requires a gradient.
@@ -56,7 +57,7 @@ class Teacher(ABC):
         self.images = images
         """Shape `[N, 3, H, W]` and dtype of its input."""
         self.outputs = dict(outputs)
-        """Shape and dtype of each output, by name."""
+        """Shape and dtype of each output, by name, and of tokens how many are no part of the image."""
         self.max_batch = max_batch
         self.classes = classes
         """Names of the K classes in logit order; None if the model does not carry them."""

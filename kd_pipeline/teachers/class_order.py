@@ -61,13 +61,13 @@ def match_classes(teacher: Teacher, classes: Sequence[str] | None) -> Teacher:
     """Return `teacher` with its logits in the order of `classes`, those of the data; as it is if they match already.
 
     Classes are matched by name, and a warning reports what was reordered or dropped. Without names on the teacher's
-    side only the number of logits is checked, and without names on the data's side nothing.
+    side only the number of logits is checked, and without names on the data's side, or without logits, nothing.
 
     Raises:
         TeacherError: the teacher lacks a class of the data, or its number of logits differs; names the first
             differences and what to do.
     """
-    if classes is None or teacher.classes == tuple(classes):
+    if classes is None or teacher.classes == tuple(classes) or "logits" not in teacher.outputs:
         return teacher
     if teacher.classes is None:
         num_logits = teacher.outputs["logits"].shape[1]

@@ -86,13 +86,17 @@ def check_outputs(
                 raise TeacherError(f"{problem}. It fails on a single image: {error}") from error
             problem = problem or _depends_on_batch(teacher, first, alone)
     problems = [] if problem is None else [problem]
+    for name in first:
+        rows = torch.cat([first[name], others[name]])
+        if not problems and torch.equal(rows, rows[:1].expand_as(rows)):
+            problems.append(
+                f"the {teacher.backend} teacher returns the same {name!r} for every image; are its weights loaded, and "
+                "does it read its input?"
+            )
+    if problems or "logits" not in first:
+        return tuple(problems)
     logits = torch.cat([first["logits"], others["logits"]])
-    if problem is None and torch.equal(logits, logits[:1].expand_as(logits)):
-        problems.append(
-            f"the {teacher.backend} teacher returns the same logits for every image; are its weights loaded, and does "
-            "it read its input?"
-        )
-    elif (problem := probability_problem(logits, min_sigmoids=_MIN_SIGMOIDS)) is not None:
+    if (problem := probability_problem(logits, min_sigmoids=_MIN_SIGMOIDS)) is not None:
         problems.append(f"the {teacher.backend} teacher's logits {problem}")
     return tuple(problems)
 
@@ -208,9 +212,9 @@ def _not_repeatable(teacher: Teacher, first: Mapping[str, Tensor], again: Mappin
     if distance <= (_REPEATED_CPU if teacher.device.type == "cpu" else _REPEATED_GPU):
         return None
     return (
-        f"the {teacher.backend} teacher returns other outputs when the same {len(first['logits'])} images are run "
-        f"again ({_share(distance)}): dropout is active, BatchNorm is in training mode, or it draws random numbers. A "
-        f"recording and a resumed run will not repeat its outputs; {_advice(teacher)}"
+        f"the {teacher.backend} teacher returns other outputs when the same images are run again ({_share(distance)}): "
+        "dropout is active, BatchNorm is in training mode, or it draws random numbers. A recording and a resumed run "
+        f"will not repeat its outputs; {_advice(teacher)}"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.torch_compile import torch_compile
 from kd_pipeline.errors import TeacherError
+from kd_pipeline.models.backbone import num_prefix_tokens
 from kd_pipeline.models.modules import frozen_copy, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
@@ -25,7 +26,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PyTorchTeacher(Teacher):
-    """A frozen copy of a module that returns the logits, or a mapping of tensors with `"logits"` among its keys."""
+    """A frozen copy of a module that returns logits, other features, or a mapping of tensors by name."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -133,7 +134,11 @@ class PyTorchTeacher(Teacher):
                 raise TeacherError(
                     f"the teacher {name} returns {key!r} {list(output.shape)} for 2 images, not {wanted}"
                 )
-        return {key: TensorSpec((None, *output.shape[1:]), torch.float32) for key, output in outputs.items()}
+        prefix = num_prefix_tokens(self._model) if isinstance(self._model, nn.Module) else None
+        return {
+            key: TensorSpec((None, *output.shape[1:]), torch.float32, prefix if output.ndim == 3 else None)
+            for key, output in outputs.items()
+        }
 
 
 class _CudaGraph:

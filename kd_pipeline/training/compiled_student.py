@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,12 +26,12 @@ class CompiledStudent:
 
     def __init__(self, student: nn.Module) -> None:
         self._student = student
-        self._compiled: Callable[[Tensor], Tensor] = torch_compile(student)
+        self._compiled: Callable[[Tensor], Any] = torch_compile(student)
         self._num_images: int | None = None
         self._started_s: float | None = None
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """The student's logits for `images`.
+    def __call__(self, images: Tensor) -> Any:
+        """What the student returns for `images`.
 
         Raises:
             ConfigError: it cannot be compiled.
@@ -43,8 +44,7 @@ class CompiledStudent:
                 cache_folder(),
             )
         if len(images) != self._num_images:
-            logits: Tensor = self._student(images)
-            return logits
+            return self._student(images)
         with self.explained():
             return self._compiled(images)
 

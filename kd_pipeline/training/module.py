@@ -14,7 +14,7 @@ from kd_pipeline._core.optional import require
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, images_for
-from kd_pipeline.losses.distillation import Distillation, LossTerms
+from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
 from kd_pipeline.losses.ramp import value_at
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -53,7 +53,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Wrap `student`.
 
         Args:
-            student: maps images `[N, 3, H, W]` to logits `[N, K]`.
+            student: maps images `[N, 3, H, W]` to logits `[N, K]`, or to outputs by name.
             distillation: the loss.
             settings: how to train.
             steps_per_epoch: optimizer steps in an epoch.
@@ -135,12 +135,14 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._took_optimizer_step = False
         student = self._compiled or self.student
         with self.distillation.student_features(self.student) as features:
-            logits_NK = student(images_for(self.student, batch.images))
+            outputs = student(images_for(self.student, batch.images))
         num_done = self.current_epoch * self.trainer.num_training_batches + number
         epoch = num_done / self.trainer.num_training_batches
-        terms = self.distillation(logits_NK, features, batch, epoch=epoch, epochs=self._settings.epochs)
-        self._guard.watch(TrainedBatch(number, batch, logits_NK.detach(), terms, self._temperatures(terms, epoch)))
-        self._count_correct(logits_NK.detach(), batch)
+        terms = self.distillation(outputs, features, batch, epoch=epoch, epochs=self._settings.epochs)
+        outputs = {name: output.detach() for name, output in student_outputs(outputs).items()}
+        self._guard.watch(TrainedBatch(number, batch, outputs, terms, self._temperatures(terms, epoch)))
+        if "logits" in outputs:
+            self._count_correct(outputs["logits"], batch)
         if self._is_logged or self.trainer.is_last_batch:
             self._log_terms(terms, self._rank_weight(batch))
         loss: Tensor = terms.total * self._loss_weight(batch)

@@ -19,7 +19,7 @@ __all__ = ["StepGuard", "TrainedBatch", "check_weights", "gradient_norm"]
 
 _logger = logging.getLogger("kd_pipeline")
 
-_TEACHER_LOGITS, _STUDENT_LOGITS = "the teacher's 'logits'", "the student's logits"
+_TEACHER_LOGITS, _STUDENT_LOGITS = "the teacher's 'logits'", "the student's 'logits'"
 _MAX_LISTED = 10
 """Samples of a batch that a message lists."""
 _SMALLER_STEPS = (
@@ -44,7 +44,7 @@ class TrainedBatch:
     number: int
     """Its number in the epoch."""
     batch: KDBatch
-    logits_NK: Tensor
+    outputs: Mapping[str, Tensor]
     """The student's."""
     terms: LossTerms
     temperatures: Mapping[str, float]
@@ -198,7 +198,7 @@ def _describe(trained: TrainedBatch, sample_name: Callable[[int], str]) -> _Repo
     outputs = {
         "the images": ("images", batch.images),
         **{f"the teacher's {name!r}": ("teacher", output) for name, output in batch.teacher.items()},
-        _STUDENT_LOGITS: ("student", trained.logits_NK),
+        **{f"the student's {name!r}": ("student", output) for name, output in trained.outputs.items()},
     }
     bad_N = {name: (_is_bad(name, output) & batch.valid).tolist() for name, (_, output) in outputs.items()}
     causes = {outputs[name][0] for name, is_bad in bad_N.items() if any(is_bad)}
@@ -218,7 +218,8 @@ def _describe(trained: TrainedBatch, sample_name: Callable[[int], str]) -> _Repo
         lines.append(f"  and {len(rows) - _MAX_LISTED} more samples{also}")
     # What goes in explains what comes out.
     given = causes & {"images", "teacher", "rows"}
-    is_diverged = all(bad_N[_STUDENT_LOGITS][row] for row in rows)
+    bad_students = [is_bad for name, is_bad in bad_N.items() if outputs[name][0] == "student"]
+    is_diverged = all(any(is_bad[row] for is_bad in bad_students) for row in rows)
     return _Report("\n".join(lines), tuple(given or {"diverged" if is_diverged else "student"}), None)
 
 

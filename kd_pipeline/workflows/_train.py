@@ -17,8 +17,10 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
+from kd_pipeline.evaluation._features import evaluate_features
 from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher
@@ -41,7 +43,7 @@ from kd_pipeline.workflows.distill_module import build_module
 from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
-from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_of, stage_dir
+from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_for, num_classes_of, stage_dir
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, saved_runtimes, with_trained_weights
 
 __all__ = ["Stage", "TrainResult", "train"]
@@ -137,6 +139,7 @@ class _StageRun(ExitStack):
         self._best_file = self._folder.checkpoints / "best_student.pt"
         self._val_loaders: dict[str, KDDataLoader] = {}
         self._callbacks: list[ProbeTeacher] = []
+        self._distillation: Distillation | None = None
         self._reference: Teacher | None = None
         """The teacher for validation images; None for a recording, which has no outputs for them."""
         self._validated: tuple[int, dict[str, Evaluation]] | None = None
@@ -354,8 +357,7 @@ class _StageRun(ExitStack):
 
     def _open_student(self, loader: KDDataLoader) -> nn.Module:
         network = self._network
-        takes_classes = network.num_classes is None and network.factory is None
-        num_classes = num_classes_of(loader.source, loader.teacher) if takes_classes else None
+        num_classes = num_classes_for(network, loader.source, loader.teacher)
         student = open_model(network, plugins=self._plugins, num_classes=num_classes)
         if num_classes is not None:
             self._network = network.model_copy(update={"num_classes": num_classes})
@@ -398,11 +400,13 @@ class _StageRun(ExitStack):
             identity=identity,
             validate=lambda model: self._validate(model, module),
         )
+        self._distillation = module.distillation
         return module
 
     def _validate(self, model: nn.Module, module: DistillModule) -> dict[str, Evaluation]:
         """Validate while training."""
-        teacher = self._reference if self._config.train.compare_with_teacher else None
+        config = self._config
+        teacher = self._reference if config.train.compare_with_teacher or self._network.is_headless else None
         found = {
             split: self._evaluate(model, split, teacher, validation_bar(module.trainer, f"Validation on {split}"))
             for split in self._config.data.validated
@@ -440,6 +444,19 @@ class _StageRun(ExitStack):
         self, model: nn.Module, split: str, teacher: Teacher | None, bar: AbstractContextManager[Report]
     ) -> Evaluation:
         limit = None if split == "test" else self._config.train.limit_val_batches
+        if self._network.is_headless:
+            assert teacher is not None and self._distillation is not None
+            with bar as report:
+                return evaluate_features(
+                    model,
+                    self._distillation,
+                    self._val_loader(split),
+                    teacher,
+                    epoch=self._config.train.epochs,
+                    epochs=self._config.train.epochs,
+                    max_batches=limit,
+                    report=report,
+                )
         with bar as report:
             return evaluate(
                 model,

@@ -24,7 +24,7 @@ from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.workflows.check_images import SKIP_UNREADABLE
 from kd_pipeline.workflows.findings import Findings
-from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_of
+from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_for, num_classes_of
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, starts_without_teacher
 
 __all__ = ["TeacherReport", "check_models"]
@@ -171,10 +171,8 @@ def _check_student(
     settings = network_of(config, stage)
     if training is None and teacher is None:
         return  # which is the error to correct first
-    num_classes = num_classes_of(training, teacher)
     settings = settings.model_copy(update={"pretrained": False})  # no download
-    takes_classes = settings.num_classes is None and settings.factory is None
-    student = open_model(settings, plugins=plugins, num_classes=num_classes if takes_classes else None)
+    student = open_model(settings, plugins=plugins, num_classes=num_classes_for(settings, training, teacher))
     train = config.data.split("train")
     size = train.transform.size
     distillation = Distillation(
@@ -182,7 +180,7 @@ def _check_student(
         student=student,
         teacher_outputs=None if teacher is None or stage != "distill" else teacher.outputs,
         image_shape=(3, size, size),
-        num_classes=num_classes,
+        num_classes=num_classes_of(training, teacher),
         labels_are_soft=train.mix is not None,
         plugins=plugins,
     )
@@ -200,9 +198,9 @@ def _check_loss(distillation: Distillation, student: nn.Module, batch: KDBatch, 
     device = resolve_device(config.data.device)
     student, distillation = student.to(device).eval(), distillation.to(device)
     with distillation.student_features(student) as features:
-        logits = student(images_for(student, batch.images))
+        outputs = student(images_for(student, batch.images))
     try:
-        found = distillation(logits, features, batch, epoch=0, epochs=config.train.epochs)
+        found = distillation(outputs, features, batch, epoch=0, epochs=config.train.epochs)
     except KDPipelineError:
         raise
     except Exception as exc:  # a custom loss may raise anything

@@ -23,6 +23,7 @@ from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, ExportError
+from kd_pipeline.models.backbone import trunk_of
 from kd_pipeline.models.checkpoints import open_weights
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
@@ -129,7 +130,7 @@ def export_student(
             "with a lower train.optimizer.lr, or in float32 or bfloat16, in another run_dir"
         )
     make_folders(folder)
-    weights = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in trunk_of(student).state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
     description = Exported(
         model=model.model_copy(update=_WITHOUT_WEIGHTS),

@@ -15,7 +15,7 @@ from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows.teacher import check_no_input_adapter
 
-__all__ = ["Stage", "check_config", "network_of", "num_classes_of", "stage_dir"]
+__all__ = ["Stage", "check_config", "network_of", "num_classes_for", "num_classes_of", "stage_dir"]
 
 Stage = Literal["teacher", "baseline", "distill"]
 
@@ -44,17 +44,28 @@ def check_config(config: Config, stage: Stage) -> None:
     _check_metric_names(config, stage)
 
 
-def num_classes_of(source: Source | None, teacher: Teacher | Recording | None) -> int:
-    """From the data, or from the teacher if the images have no labels.
+def num_classes_of(source: Source | None, teacher: Teacher | Recording | None) -> int | None:
+    """From the data, or from the teacher if the images have no labels; None if neither has classes."""
+    num_classes = None if source is None else source.num_classes
+    if num_classes is None and teacher is not None and (logits := teacher.outputs.get("logits")) is not None:
+        num_classes = logits.shape[1]
+    return num_classes
+
+
+def num_classes_for(network: ModelSettings, source: Source | None, teacher: Teacher | Recording | None) -> int | None:
+    """The number of classes to build `network` with; None if it has a number of its own, or is a factory's.
 
     Raises:
-        ConfigError: neither has a number of classes.
+        ConfigError: neither the data nor the teacher has one.
     """
-    num_classes = None if source is None else source.num_classes
-    if num_classes is None and teacher is not None:
-        num_classes = teacher.outputs["logits"].shape[1]
+    if network.num_classes is not None or network.factory is not None:
+        return None
+    num_classes = num_classes_of(source, teacher)
     if num_classes is None:
-        raise ConfigError("neither the data nor the teacher has a number of classes; set the classes of the source")
+        raise ConfigError(
+            "neither the data nor the teacher has a number of classes; set the classes of the source, or "
+            "student.num_classes: 0 for a student without a head, which learns the teacher's features"
+        )
     return num_classes
 
 

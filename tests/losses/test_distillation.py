@@ -376,7 +376,7 @@ def test_mismatched_num_classes():
 
 
 def test_invalid_student():
-    with pytest.raises(ConfigError, match=r"the student ReturnsTuple should return logits \[2, 10\] .* got tuple"):
+    with pytest.raises(ConfigError, match=r"a student returns a tensor or a mapping of tensors by name, got tuple"):
         make({}, student=ReturnsTuple())
     with pytest.raises(ConfigError, match=r"the student Conv2d fails on zeros \[2, 3, 32, 32\]"):
         make({}, student=nn.Conv2d(4, 4, 1))
@@ -399,7 +399,9 @@ def test_missing_features(teacher):
     student, batch = LogitsOnly(), make_batch(teacher)
     distillation = make({"features": [FEATURE]}, teacher)
     logits, features, _ = run(distillation, student, batch)
-    with pytest.raises(ConfigError, match=rf"'{END_LAYER}' among the student's features .*student_features.* nothing"):
+    with pytest.raises(
+        ConfigError, match=rf"'{END_LAYER}' among the student's outputs and features .*student_features.* 'logits'"
+    ):
         distillation(logits, {}, batch, epoch=0, epochs=1)
     with pytest.raises(ConfigError, match=r"'logits' among the batch's teacher outputs .* found nothing"):
         distillation(logits, features, replace(batch, teacher={}), epoch=0, epochs=1)

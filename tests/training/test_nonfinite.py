@@ -86,7 +86,7 @@ def test_first_nan_stops_before_the_step(digits: Path, spoil: set[int]) -> None:
         r"batch 1 of the epoch: loss nan of task nan \(weight 0.1\) \+ distill nan \(weight 0.9, ", message
     )
     assert "temperature 4)" in message and "lower train.optimizer.lr" in message.lower()
-    listed = re.findall(r"  sample (\d+), .*train\.npz\[(\d+)\]: NaN or inf in the student's logits", message)
+    listed = re.findall(r"  sample (\d+), .*train\.npz\[(\d+)\]: NaN or inf in the student's 'logits'", message)
     assert len(listed) == 10 and all(index == place for index, place in listed)
     assert "and 6 more samples, 6 with NaN or inf" in message
     last = load_checkpoint(digits / "stopped" / LAST)
@@ -143,7 +143,7 @@ def test_gradient_that_is_not_finite_stops(digits: Path, accumulate: int) -> Non
         train__accumulate=accumulate,
     )
     assert message.startswith("the gradient has norm nan in epoch 0 at step 0")
-    assert "distill 0 (weight 1)" in message and "in the student's logits" not in message
+    assert "distill 0 (weight 1)" in message and "in the student's 'logits'" not in message
 
 
 @pytest.mark.slow
@@ -208,7 +208,7 @@ def trained(**rows: list[int]) -> TrainedBatch:
     )
     loss = torch.tensor(math.nan)
     terms = LossTerms(loss, {"distill": loss}, {"distill": 0.5}, None)
-    return TrainedBatch(7, batch, spoiled("student", 4), terms, {})
+    return TrainedBatch(7, batch, {"logits": spoiled("student", 4)}, terms, {})
 
 
 def message_for(**rows: list[int]) -> str:
@@ -224,7 +224,7 @@ def test_samples_with_nan_come_first() -> None:
     lines = message_for(student=[3, 11], teacher=[11], layer3=[5], invalid=[3]).splitlines()
     assert lines[1] == "batch 7 of the epoch: loss nan of distill nan (weight 0.5)"
     assert lines[2] == "  sample 105, 105.jpg: NaN or inf in the teacher's 'layer3'"
-    assert lines[3] == "  sample 111, 111.jpg: NaN or inf in the teacher's 'logits' and the student's logits"
+    assert lines[3] == "  sample 111, 111.jpg: NaN or inf in the teacher's 'logits' and the student's 'logits'"
     assert lines[4] == "  sample 100, 100.jpg"
     assert lines[12] == "  and 1 more samples"
     assert not any("103" in line for line in lines)  # a row that is not valid is in no loss
