@@ -13,7 +13,7 @@ from kd_pipeline.config.reader import read_config
 from kd_pipeline.data.settings import SPLITS, DataSettings, SplitSettings
 from kd_pipeline.evaluation.probe import ProbeSettings
 from kd_pipeline.losses.settings import DistillSettings, TermSettings
-from kd_pipeline.models.backbone import POOLED
+from kd_pipeline.models.backbone import POOLED, SPATIAL
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from kd_pipeline.training.settings import TrainSettings
@@ -21,12 +21,19 @@ from kd_pipeline.training.settings import TrainSettings
 __all__ = ["Config", "DistillSettings", "TrainSettings", "load_config"]
 
 
-def default_terms(teacher: TeacherSettings | EnsembleSettings | None) -> tuple[TermSettings, ...]:
+def default_terms(members: Sequence[str] | None) -> tuple[TermSettings, ...]:
     """What a student without a head learns from: the loss of AM-RADIO (Ranzinger et al., arXiv 2312.06709).
 
-    The cosine of the pooled vectors, and cosine and smooth L1 of the maps or tokens.
+    The cosine of the pooled vectors, and cosine and smooth L1 of the maps or tokens, for each of the teachers.
+
+    Args:
+        members: names of several teachers; None for one.
     """
-    return (TermSettings(loss="cosine", student=POOLED, teacher=POOLED, projector="linear"),)
+    return tuple(
+        TermSettings(loss=loss, student=name, teacher=f"{prefix}{name}")
+        for prefix in ([""] if members is None else [f"{member}." for member in members])
+        for loss, name in (("cosine", POOLED), ("am_radio", SPATIAL))
+    )
 
 
 def _kind(teacher: Any) -> str:
@@ -67,7 +74,7 @@ class Config(Settings):
     def _complete_headless(self) -> Self:
         """Fill in what a student without a head learns from, unless it is set."""
         if self.student is not None and self.student.is_headless and "loss" not in self.distill.model_fields_set:
-            terms = self.distill.features or default_terms(self.teacher)
+            terms = self.distill.features or default_terms(None)
             distill = self.distill.model_dump(exclude={"distill_weight", "temperature"}, exclude_unset=True)
             # The settings are frozen for everybody else.
             object.__setattr__(self, "distill", DistillSettings(**distill | {"loss": None, "features": terms}))

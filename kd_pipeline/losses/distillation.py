@@ -1,6 +1,6 @@
 """The training loss: a weighted sum of named terms, with their projectors."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from kd_pipeline import losses
 from kd_pipeline._core.plugins import import_function
-from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.errors import ConfigError, TeacherError
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.dry_run import check_logits, run_on_zeros, student_outputs
+from kd_pipeline.losses.outputs import find_output, is_alias
 from kd_pipeline.losses.ramp import max_value, value_at
 from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
+from kd_pipeline.losses.terms import NEED_LABELS, Term, TermModules, check_on_zeros, compute_loss, settle_term
+from kd_pipeline.models.backbone import num_prefix_tokens, trunk_of
 from kd_pipeline.models.features import capture_features
-from kd_pipeline.models.modules import named_outputs
 
 __all__ = ["CustomLoss", "DistillSettings", "Distillation", "LossTerms", "TermSettings", "student_outputs"]
 
@@ -24,8 +26,6 @@ CustomLoss = Callable[[Any, KDBatch], Tensor]
 """Your own loss: maps what the student returns, such as logits `[N, K]`, and the batch to a scalar, the mean over the
 valid rows."""
 
-_LOSSES_WITH_LABELS = {"dkd"}
-"""Losses that need the class of each image besides the teacher's logits."""
 _STUDENT = "the student's outputs and features (run it inside distillation.student_features)"
 _TEACHER = "the batch's teacher outputs (give the loader the teacher)"
 
@@ -42,6 +42,15 @@ class LossTerms(NamedTuple):
     temperature: float | None
     """Current temperature of the term `distill`; None if it has none."""
 
+    @property
+    def shares(self) -> dict[str, Tensor]:
+        """The balance: weight · term / total of each term, without a graph; 0 where the total is 0."""
+        total = self.total.detach()
+        return {
+            name: (self.weights[name] * value.detach() / total).where(total != 0, 0.0)
+            for name, value in self.terms.items()
+        }
+
 
 class Distillation(nn.Module):
     """The training loss that `settings` describe, with its projectors, which are trained with the student.
@@ -49,6 +58,8 @@ class Distillation(nn.Module):
         with distillation.student_features(student) as features:
             logits = student(batch.images)
         loss = distillation(logits, features, batch, epoch=epoch, epochs=10).total
+
+    In training mode terms with `standardize` or a queue learn from the teacher's features too, on all ranks together.
 
     Terms with a weight of 0 for the whole run are not computed. Without a teacher the loss is the cross-entropy with
     the labels, with weight 1. For a loss of your own, pass `loss` or override `distill_loss`.
@@ -66,7 +77,7 @@ class Distillation(nn.Module):
         loss: CustomLoss | None = None,
         plugins: Collection[str] = (),
     ) -> None:
-        """Build the projectors, and check all names and shapes with a dry run on zeros.
+        """Build the projectors, and settle all names and shapes with a dry run on zeros.
 
         Args:
             settings: the terms and their weights.
@@ -81,16 +92,20 @@ class Distillation(nn.Module):
                 itself: pass what the user typed.
 
         Raises:
-            ConfigError: a layer, an output or a function does not exist, shapes do not match, or a loss needs the class
-                of each image and labels are soft.
+            ConfigError: a layer, an output or a function does not exist, features cannot be compared, or a loss needs
+                the class of each image and labels are soft.
         """
         super().__init__()
         self.settings = settings
         has_teacher = teacher_outputs is not None
         distill_weight, task_weight = settings.weights if has_teacher else (0.0, 1.0)
-        self._extra_terms = tuple(term for term in settings.features if has_teacher and max_value(term.weight))
+        extra = {
+            name: term
+            for name, term in zip(settings.term_names, settings.features, strict=True)
+            if has_teacher and max_value(term.weight)
+        }
         weights = {"task": task_weight, "distill": distill_weight}
-        weights |= {term.name: term.weight for term in self._extra_terms}
+        weights |= {name: term.weight for name, term in extra.items()}
         self._weights = {name: weight for name, weight in weights.items() if max_value(weight)}
         self._custom_loss: CustomLoss | None = loss
         self._distill_term: TermSettings | None = None
@@ -104,18 +119,25 @@ class Distillation(nn.Module):
                 )
         self._temperature = None if self._distill_term is None else self._distill_term.temperature
         if labels_are_soft:
-            self._check_soft_labels()
-        own = _run_on_zeros(student, (), image_shape)
+            _check_soft_labels([*extra.values()] + ([self._distill_term] if self._distill_term else []))
+        own = run_on_zeros(student, (), image_shape)
         needs_logits = {"task", "distill"} & self._weights.keys()
         if LOGITS in own or needs_logits:
-            _check_logits(student, own, num_classes, needed_by=sorted(needs_logits))
-        self.layers = tuple(dict.fromkeys(term.student for term in self._extra_terms if term.student not in own))
+            check_logits(student, own, num_classes, needed_by=sorted(needs_logits))
+        names = {name: _student_name(name, term, student, own) for name, term in extra.items()}
+        self.layers = tuple(dict.fromkeys(name for name in names.values() if name not in own))
         """Layers of the student whose features `forward` needs besides what the student returns."""
-        outputs = own | _run_on_zeros(student, self.layers, image_shape) if self.layers else own
+        outputs = own | run_on_zeros(student, self.layers, image_shape) if self.layers else own
         self.projectors = nn.ModuleList()
         """One per extra term; `nn.Identity` for a term without a projector."""
+        self.standardizers, self.queues = nn.ModuleDict(), nn.ModuleDict()
+        """Those of the extra terms that have one, by their number."""
+        self._terms: tuple[Term, ...] = ()
         if teacher_outputs is not None:
-            self._build_projectors(outputs, teacher_outputs, num_classes)
+            self._check_teacher_logits(outputs.get(LOGITS), teacher_outputs, num_classes)
+            prefix = num_prefix_tokens(student)
+            for name, term in extra.items():
+                self._add(*settle_term(name, term, names[name], outputs[names[name]], prefix, teacher_outputs))
 
     def student_features(self, student: nn.Module) -> AbstractContextManager[Mapping[str, Tensor]]:
         """A context that captures the features that `forward` needs in one forward pass of `student`.
@@ -154,16 +176,41 @@ class Distillation(nn.Module):
             terms["task"] = losses.task(logits, batch.labels, label_smoothing=smoothing, valid=batch.valid)
         if "distill" in self._weights:
             terms["distill"] = self.distill_loss(outputs, features, batch, temperature)
-        for term, projector in zip(self._extra_terms, self.projectors, strict=True):
-            student = _get(found, term.student, _STUDENT)
-            teacher = _get(batch.teacher, term.teacher, _TEACHER)
-            term_temperature = None if term.temperature is None else value_at(term.temperature, epoch, epochs)
-            terms[term.name] = _compute(
-                term, projector(student), teacher, batch.labels, valid=batch.valid, temperature=term_temperature
+        for term, modules in self._term_modules():
+            student, teacher = _get(found, term.student, _STUDENT), _get(batch.teacher, term.teacher, _TEACHER)
+            ramp = term.settings.temperature
+            terms[term.name] = modules.compute(
+                term,
+                student,
+                teacher,
+                batch.labels,
+                valid=batch.valid,
+                temperature=None if ramp is None else value_at(ramp, epoch, epochs),
             )
         weights = {name: value_at(self._weights[name], epoch, epochs) for name in terms}
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossTerms(total, terms, weights, temperature)
+
+    def cosines(
+        self, outputs: Tensor | Mapping[str, Tensor], features: Mapping[str, Tensor], batch: KDBatch
+    ) -> dict[str, Tensor]:
+        """How close the student is to the teacher: the cosine of what each extra term compares, by its name.
+
+        It is taken after projector, resizing and standardization, mean over the positions of a map or tokens, `[N]`
+        float32 without a graph; rows that are not valid may hold anything. A term whose loss compares features of
+        different widths has none. Nothing is learned from the batch, in training mode either.
+
+        Raises:
+            ConfigError: features of the student or the teacher are missing.
+        """
+        found = {**student_outputs(outputs), **features}
+        cosines = {}
+        for term, modules in self._term_modules():
+            student, teacher = _get(found, term.student, _STUDENT), _get(batch.teacher, term.teacher, _TEACHER)
+            cosine_N = modules.cosine(term, student, teacher)
+            if cosine_N is not None:
+                cosines[term.name] = cosine_N
+        return cosines
 
     def distill_loss(
         self,
@@ -182,7 +229,7 @@ class Distillation(nn.Module):
         """
         if self._distill_term is not None:
             logits, teacher = _get(student_outputs(outputs), LOGITS, _STUDENT), _get(batch.teacher, LOGITS, _TEACHER)
-            return _compute(
+            return compute_loss(
                 self._distill_term, logits, teacher, batch.labels, valid=batch.valid, temperature=temperature
             )
         assert self._custom_loss is not None
@@ -194,19 +241,25 @@ class Distillation(nn.Module):
             )
         return value
 
-    def _check_soft_labels(self) -> None:
-        terms = self._extra_terms if self._distill_term is None else (self._distill_term, *self._extra_terms)
-        for term in terms:
-            if term.loss in _LOSSES_WITH_LABELS:
-                raise ConfigError(
-                    f"the loss {term.loss} needs one class per image, and mixing gives an image two; disable mixup and "
-                    "cutmix, or choose another loss"
-                )
+    def _add(self, term: Term, modules: TermModules) -> None:
+        number = str(len(self._terms))
+        self._terms += (term,)
+        self.projectors.append(modules.projector)
+        if modules.standardizer is not None:
+            self.standardizers[number] = modules.standardizer
+        if modules.queue is not None:
+            self.queues[number] = modules.queue
 
-    def _build_projectors(
-        self, outputs: Mapping[str, Tensor], teacher_outputs: Mapping[str, TensorSpec], num_classes: int | None
+    def _term_modules(self) -> Iterator[tuple[Term, TermModules]]:
+        standardizers: Mapping[str, Any] = dict(self.standardizers.items())
+        queues: Mapping[str, Any] = dict(self.queues.items())
+        for number, (term, projector) in enumerate(zip(self._terms, self.projectors, strict=True)):
+            yield term, TermModules(projector, standardizers.get(str(number)), queues.get(str(number)))
+
+    def _check_teacher_logits(
+        self, student: Tensor | None, teacher_outputs: Mapping[str, TensorSpec], num_classes: int | None
     ) -> None:
-        """Build the projectors, and compute every term on zeros in place of the teacher's outputs."""
+        """Raise a ConfigError if the term `distill` cannot compare the logits, or the classes are different ones."""
         logits = teacher_outputs.get(LOGITS)
         if logits is None and "distill" in self._weights and self._custom_loss is None:
             raise ConfigError(
@@ -214,132 +267,35 @@ class Distillation(nn.Module):
                 f"{', '.join(map(repr, teacher_outputs))}; set distill.loss: null, and distill.features to what is to "
                 "be compared"
             )
-        if logits is not None and LOGITS in outputs and logits.shape[1] not in (None, num_classes):
+        if logits is not None and student is not None and logits.shape[1] not in (None, num_classes):
             raise ConfigError(
                 f"the teacher has {logits.shape[1]} classes and the data has {num_classes}; use a teacher and data "
                 "with the same classes"
             )
         if self._distill_term is not None:
-            assert logits is not None
-            _check_term("distill", self._distill_term, outputs[LOGITS], logits)
-        for term in self._extra_terms:
-            if term.teacher not in teacher_outputs:
-                raise ConfigError(
-                    f"distill.features: {term.name}: the teacher has no output called {term.teacher!r}; a PyTorch "
-                    f"teacher returns the layers listed in its features{suggest(term.teacher, teacher_outputs)}"
-                )
-            student, spec = outputs[term.student], teacher_outputs[term.teacher]
-            self.projectors.append(_projector(term, student, spec))
-            with torch.no_grad():
-                _check_term(f"distill.features: {term.name}", term, self.projectors[-1](student), spec)
+            assert logits is not None and student is not None  # `check_logits` was called
+            try:
+                check_on_zeros(self._distill_term, student, logits)
+            except ConfigError as exc:
+                raise ConfigError(f"distill: {exc}") from exc
 
 
-def student_outputs(outputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What a student returns, by name.
-
-    Raises:
-        ConfigError: it is neither a tensor nor a mapping of tensors.
-    """
-    try:
-        return named_outputs(outputs, owner="a student")
-    except TeacherError as exc:
-        raise ConfigError(str(exc)) from None
+def _student_name(name: str, term: TermSettings, student: nn.Module, own: Mapping[str, Tensor]) -> str:
+    """The output or the layer of the student that a term means."""
+    layers = dict(trunk_of(getattr(student, "_orig_mod", student)).named_modules(remove_duplicate=False))
+    if term.student in own or term.student in layers or not is_alias(term.student):
+        return term.student
+    specs = {key: TensorSpec(tuple(output.shape), output.dtype) for key, output in own.items()}
+    return find_output(term.student, specs, place=f"distill.features: {name}", owner="student")
 
 
-def _run_on_zeros(student: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    """The student's outputs, or the features of `layers`, for two images of zeros; its modes are unchanged."""
-    name = type(student).__qualname__
-    like = next(student.parameters(), torch.zeros(()))
-    zeros = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
-    modes = [(module, module.training) for module in student.modules()]
-    try:
-        with (
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
-            capture_features(student, layers) as features,
-        ):
-            outputs = student.eval()(zeros)
-        return dict(features) if layers else dict(student_outputs(outputs))
-    except ConfigError:
-        raise
-    except Exception as exc:
-        raise ConfigError(f"the student {name} fails on zeros {list(zeros.shape)}: {exc}") from exc
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _check_logits(
-    student: nn.Module, outputs: Mapping[str, Tensor], num_classes: int | None, *, needed_by: Sequence[str]
-) -> None:
-    """Raise a ConfigError if the logits lack, or have another number of classes than the data."""
-    name = type(student).__qualname__
-    if LOGITS not in outputs:
-        found = ", ".join(f"{key!r} {list(output.shape)}" for key, output in outputs.items())
-        raise ConfigError(
-            f"the student {name} returns {found}, and no logits, which {' and '.join(needed_by)} compares: give it a "
-            "head with num_classes, or set distill.loss: null and distill.features to what is to be compared"
-        )
-    found_shape = list(outputs[LOGITS].shape)
-    if num_classes is not None and found_shape != [2, num_classes]:
-        raise ConfigError(
-            f"the student {name} should return logits [2, {num_classes}] for 2 images of {num_classes} classes, got "
-            f"{found_shape}; set its num_classes"
-        )
-
-
-def _projector(term: TermSettings, student: Tensor, teacher: TensorSpec) -> nn.Module:
-    """Maps the student's features to the teacher's number of channels."""
-    like: dict[str, Any] = {"device": student.device, "dtype": student.dtype}
-    ndims = student.ndim, len(teacher.shape)
-    match term.projector:
-        case "none":
-            return nn.Identity()
-        case "conv":
-            expected = "maps [N, C, H, W]"
-            if ndims == (4, 4) and teacher.shape[1] is not None:
-                return nn.Conv2d(student.shape[1], teacher.shape[1], 1, **like)
-        case "linear":
-            expected = "embeddings [N, D] or tokens [N, L, D]"
-            if ndims in ((2, 2), (3, 3)) and teacher.shape[-1] is not None:
-                return nn.Linear(student.shape[-1], teacher.shape[-1], **like)
-    raise ConfigError(
-        f"distill.features: {term.name}: projector: {term.projector} takes {expected} with a known C or D; the "
-        f"student's {term.student!r} is {list(student.shape)} and the teacher's {term.teacher!r} {teacher}; choose "
-        "another projector or other layers"
-    )
-
-
-def _check_term(place: str, term: TermSettings, student: Tensor, teacher: TensorSpec) -> None:
-    """Compute the term on zeros, to report what does not fit before training; not if the teacher's shape is open."""
-    sizes = [size for size in teacher.shape[1:] if size is not None]
-    if len(sizes) < len(teacher.shape) - 1:
-        return
-    zeros = student.new_zeros(len(student), *sizes)
-    labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
-    try:
-        _compute(term, student, zeros, labels)
-    except ConfigError as exc:
-        raise ConfigError(f"{place}: {exc}") from exc
-
-
-def _compute(
-    term: TermSettings,
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    *,
-    valid: Tensor | None = None,
-    temperature: float | None = None,
-) -> Tensor:
-    """The value of a term; without a `temperature`, at the default of its loss."""
-    arguments: dict[str, Any] = {**term.options, "valid": valid}
-    if temperature is not None:
-        arguments["temperature"] = temperature
-    if term.loss in _LOSSES_WITH_LABELS:
-        arguments["labels"] = labels
-    value: Tensor = getattr(losses, term.loss)(student, teacher, **arguments)
-    return value
+def _check_soft_labels(terms: Collection[TermSettings]) -> None:
+    for term in terms:
+        if term.loss in NEED_LABELS:
+            raise ConfigError(
+                f"the loss {term.loss} needs one class per image, and mixing gives an image two; disable mixup and "
+                "cutmix, or choose another loss"
+            )
 
 
 def _get(tensors: Mapping[str, Tensor], name: str, owner: str) -> Tensor:

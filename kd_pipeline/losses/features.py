@@ -1,20 +1,31 @@
 """Losses that compare intermediate features of two models: feature maps, tokens or embeddings."""
 
+import math
+
+import torch
 from torch import Tensor
 from torch.linalg import vector_norm
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, smooth_l1_loss
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.losses._inputs import describe, no_autocast, prepare_student
-from kd_pipeline.losses.similarity import cosine, logit_mse
+from kd_pipeline.losses._inputs import describe, mask_rows, masked_mean, no_autocast, prepare_student
+from kd_pipeline.losses.similarity import normalize
 from kd_pipeline.losses.soft import soft_target
 
-__all__ = ["attention_transfer", "channel_wise", "feature_cosine", "feature_mse"]
+__all__ = [
+    "am_radio",
+    "attention_transfer",
+    "channel_wise",
+    "feature_cosine",
+    "feature_mse",
+    "feature_smooth_l1",
+    "sample_cosine",
+]
 
 _LAYOUTS = {2: "[N, D] embeddings", 3: "[N, L, D] tokens", 4: "[N, C, H, W] maps"}
 
 
-def feature_mse(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def feature_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
     """Mean squared error of features (FitNets, Romero et al., arXiv 1412.6550): mean over a sample, then batch mean.
 
     1/D · Σ_d (s_d - t_d)² over the D numbers of a sample. If the sizes of feature maps differ by a whole factor, the
@@ -23,14 +34,46 @@ def feature_mse(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None
     Args:
         student: `[N, D]` embeddings, `[N, L, D]` tokens or `[N, C, H, W]` maps, floating.
         teacher: the same, with as many features or channels; only H and W may differ.
+        mask: `[N, L]` or `[N, H, W]` bool, the positions that count, after pooling; defaults to all. A sample without
+            any counts as invalid.
         valid: `[N]` bool, the samples that count; defaults to all.
     """
     with no_autocast(student):
-        student, teacher, valid_N = _prepare(student, teacher, valid, ndims=(2, 3, 4))
-        return logit_mse(student.flatten(1), teacher.flatten(1), valid=valid_N)
+        _check_layouts(student, teacher)
+        student, teacher, mask_NP, valid_N = _prepare(student, teacher, mask, valid)
+        return _mean((student - teacher).square().mean(dim=1), mask_NP, valid_N)
 
 
-def feature_cosine(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def feature_smooth_l1(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float = 1.0,
+    mask: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Smooth L1 distance of features (Girshick, arXiv 1504.08083): mean over a sample, then batch mean.
+
+    With d = s - t, a number adds d² / (2 · beta) if |d| < beta, else |d| - beta / 2, as in torch, whose default is 1.
+    No temperature. Maps of different sizes are pooled as in `feature_mse`.
+
+    Args:
+        student: `[N, D]` embeddings, `[N, L, D]` tokens or `[N, C, H, W]` maps, floating.
+        teacher: the same, with as many features or channels; only H and W may differ.
+        beta: where the square becomes a line, above 0.
+        mask: as in `feature_mse`.
+        valid: `[N]` bool, the samples that count; defaults to all.
+    """
+    _check_beta(beta)
+    with no_autocast(student):
+        _check_layouts(student, teacher)
+        student, teacher, mask_NP, valid_N = _prepare(student, teacher, mask, valid)
+        return _mean(_smooth_l1(student, teacher, beta), mask_NP, valid_N)
+
+
+def feature_cosine(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
     """Cosine distance of feature vectors: mean over the positions i of 1 - s_i · t_i / (‖s_i‖ ‖t_i‖), then batch mean.
 
     No paper and no temperature. An embedding has one position, tokens have L and a map has H · W. Maps of different
@@ -39,17 +82,51 @@ def feature_cosine(student: Tensor, teacher: Tensor, *, valid: Tensor | None = N
     Args:
         student: `[N, D]` embeddings, `[N, L, D]` tokens or `[N, C, H, W]` maps, floating.
         teacher: the same, with as many features or channels; only H and W may differ.
+        mask: as in `feature_mse`.
         valid: `[N]` bool, the samples that count; defaults to all.
     """
     with no_autocast(student):
-        student, teacher, valid_N = _prepare(student, teacher, valid, ndims=(2, 3, 4))
-        student, teacher = _channels_last(student), _channels_last(teacher)
-        # One row of `cosine` per position. All samples have equally many, so the mean of means is the mean.
-        valid_rows = _repeat(valid_N, student.shape[1:-1].numel())
-        return cosine(student.flatten(0, -2), teacher.flatten(0, -2), valid=valid_rows)
+        _check_layouts(student, teacher)
+        student, teacher, mask_NP, valid_N = _prepare(student, teacher, mask, valid)
+        return _mean(1 - _cosine(student, teacher), mask_NP, valid_N)
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
+def am_radio(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    cosine_weight: float = 0.9,
+    smooth_l1_weight: float = 0.1,
+    beta: float = 1.0,
+    mask: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """AM-RADIO (Ranzinger et al., arXiv 2312.06709): cosine_weight · cosine distance + smooth_l1_weight · smooth L1.
+
+    Both are means over a sample's positions, as in `feature_cosine` and `feature_smooth_l1`, then the batch mean. The
+    defaults are the authors', who have this loss on maps and tokens, with a weight of 1, and the cosine distance alone
+    on the vector of the image; Theia (Shang et al., arXiv 2407.20179) has the same weights. No temperature.
+
+    Args:
+        student: `[N, D]` embeddings, `[N, L, D]` tokens or `[N, C, H, W]` maps, floating.
+        teacher: the same, with as many features or channels; only H and W may differ.
+        cosine_weight: alpha of the paper.
+        smooth_l1_weight: beta of the paper.
+        beta: of the smooth L1 distance, above 0; the paper does not name it, and torch's default is 1.
+        mask: as in `feature_mse`.
+        valid: `[N]` bool, the samples that count; defaults to all.
+    """
+    _check_beta(beta)
+    with no_autocast(student):
+        _check_layouts(student, teacher)
+        student, teacher, mask_NP, valid_N = _prepare(student, teacher, mask, valid)
+        loss_NP = cosine_weight * (1 - _cosine(student, teacher))
+        return _mean(loss_NP + smooth_l1_weight * _smooth_l1(student, teacher, beta), mask_NP, valid_N)
+
+
+def attention_transfer(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
     """Attention transfer (Zagoruyko & Komodakis, arXiv 1612.03928): mean over H · W of (q_s - q_t)², batch mean.
 
     q is a sample's attention map: the mean over channels of the squared features, divided by its L2 norm over H · W.
@@ -60,15 +137,23 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, valid: Tensor | None
     Args:
         student: `[N, C, H, W]` floating, H · W at least 2 after pooling.
         teacher: `[N, C', H', W']` floating.
+        mask: as in `feature_mse`; the others have no part in the norm either.
         valid: `[N]` bool, the samples that count; defaults to all.
     """
     with no_autocast(student):
-        student, teacher, valid_N = _prepare(student, teacher, valid, ndims=(4,), same_channels=False)
-        _check_num_positions(student)
-        return logit_mse(_attention(student), _attention(teacher), valid=valid_N)
+        _check_layouts(student, teacher, ndims=(4,), same_channels=False)
+        student, teacher, mask_NP, valid_N = _prepare(student, teacher, mask, valid, min_positions=2)
+        return _mean((_attention(student) - _attention(teacher)).square(), mask_NP, valid_N)
 
 
-def channel_wise(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, valid: Tensor | None = None) -> Tensor:
+def channel_wise(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 4.0,
+    mask: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
     """Channel-wise distillation (Shu et al., arXiv 2011.13256): T² / C · Σ_c Σ_i p_ci · (log p_ci - log q_ci).
 
     p_c and q_c are the softmax over the H · W positions of channel c / T of the teacher and the student: where in the
@@ -79,6 +164,7 @@ def channel_wise(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, 
         student: `[N, C, H, W]` floating, H · W at least 2.
         teacher: `[N, C, H, W]` floating.
         temperature: T, above 0; defaults to that of the authors, who give the term a weight of 3.
+        mask: as in `feature_mse`; the others have no part in the softmax either.
         valid: `[N]` bool, the samples that count; defaults to all.
     """
     with no_autocast(student):
@@ -87,29 +173,68 @@ def channel_wise(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, 
             raise ConfigError(
                 f"both maps must have the same size here, {_describe_both(student, teacher)}; resize one of them"
             )
-        _check_num_positions(student)
-        student, teacher, valid_N = _upcast(student, teacher, valid)
-        valid_rows = _repeat(valid_N, student.shape[1])
-        student, teacher = student.flatten(2).flatten(0, 1), teacher.flatten(2).flatten(0, 1)
-        return soft_target(student, teacher, temperature=temperature, valid=valid_rows)
+        student, teacher, mask_NP, valid_N = _prepare(student, teacher, mask, valid, min_positions=2)
+        if mask_NP is not None:
+            valid_N = valid_N & mask_NP.any(dim=1)
+            student, teacher = (side.masked_fill(~mask_NP[:, None], -math.inf) for side in (student, teacher))
+        valid_rows = valid_N[:, None].expand(-1, student.shape[1]).flatten()
+        return soft_target(student.flatten(0, 1), teacher.flatten(0, 1), temperature=temperature, valid=valid_rows)
+
+
+def sample_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cosine of both models' vectors, mean over the positions of a sample, `[N]`; for inputs as in `feature_cosine`.
+
+    It measures, and is no loss: rows that are not valid hold anything.
+    """
+    with no_autocast(student):
+        _check_layouts(student, teacher)
+        student, teacher, _, _ = _prepare(student, teacher, None, None)
+        return _cosine(student, teacher).mean(dim=1)
 
 
 def _prepare(
-    student: Tensor, teacher: Tensor, valid: Tensor | None, *, ndims: tuple[int, ...], same_channels: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Student and teacher, checked, upcast and pooled to the same size, and which samples count."""
-    _check_layouts(student, teacher, ndims=ndims, same_channels=same_channels)
-    student, teacher, valid_N = _upcast(student, teacher, valid)
-    return *_pool_to_same_size(student, teacher), valid_N
+    student: Tensor, teacher: Tensor, mask: Tensor | None, valid: Tensor | None, *, min_positions: int = 1
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Student and teacher as `[N, D, P]` for P positions, upcast, pooled to the same size and masked.
 
-
-def _upcast(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Both in the dtype of the computation, the student masked.
-
-    The losses that finish the computation mask the teacher and detach it.
+    Returns:
+        Both, `mask` as `[N, P]`, and which samples count.
     """
     rows, valid_N = prepare_student(student.flatten(1), valid, min_columns=1)
-    return rows.view(student.shape), teacher.to(rows.dtype), valid_N
+    student, teacher = rows.view(student.shape), mask_rows(teacher.detach().to(rows.dtype), valid_N)
+    student, teacher = _pool_to_same_size(student, teacher)
+    if student.ndim == 4:
+        _check_num_positions(student, min_positions)
+    mask_NP = None if mask is None else _check_mask(mask, student)
+    student, teacher = _positions_last(student), _positions_last(teacher)
+    if mask_NP is not None:
+        student, teacher = (side.masked_fill(~mask_NP[:, None], 0) for side in (student, teacher))
+    return student, teacher, mask_NP, valid_N
+
+
+def _mean(loss_NP: Tensor, mask_NP: Tensor | None, valid_N: Tensor) -> Tensor:
+    """Mean over the positions of each sample, then over the samples."""
+    if mask_NP is None:
+        return masked_mean(loss_NP.mean(dim=1), valid_N)
+    loss_N = loss_NP.masked_fill(~mask_NP, 0).sum(dim=1) / mask_NP.sum(dim=1).clamp(min=1)
+    return masked_mean(loss_N, valid_N & mask_NP.any(dim=1))
+
+
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Per position, `[N, P]`."""
+    return (normalize(student) * normalize(teacher)).sum(dim=1)
+
+
+def _smooth_l1(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Mean over the features of each position, `[N, P]`."""
+    return smooth_l1_loss(student, teacher, reduction="none", beta=beta).mean(dim=1)
+
+
+def _attention(features: Tensor) -> Tensor:
+    """`[N, P]`, each row with an L2 norm of 1, or 0 for a map of zeros."""
+    energy = features.square().mean(dim=1)
+    norm: Tensor = vector_norm(energy, dim=1, keepdim=True)
+    return energy / norm.where(norm > 0, 1.0)
 
 
 def _pool_to_same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,23 +254,20 @@ def _pool_to_same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor
     return pooled[0], pooled[1]
 
 
-def _attention(features: Tensor) -> Tensor:
-    """`[N, H · W]`, each row with an L2 norm of 1, or 0 for a map of zeros."""
-    energy = features.square().mean(dim=1).flatten(1)
-    norm: Tensor = vector_norm(energy, dim=1, keepdim=True)
-    return energy / norm.where(norm > 0, 1.0)
+def _positions_last(features: Tensor) -> Tensor:
+    """`[N, D, P]`; an embedding has one position."""
+    match features.ndim:
+        case 2:
+            return features[..., None]
+        case 3:
+            return features.transpose(1, 2)
+        case _:
+            return features.flatten(2)
 
 
-def _channels_last(features: Tensor) -> Tensor:
-    return features.movedim(1, -1) if features.ndim == 4 else features
-
-
-def _repeat(valid_N: Tensor, num_repeats: int) -> Tensor:
-    """Each entry `num_repeats` times in a row."""
-    return valid_N[:, None].expand(-1, num_repeats).flatten()
-
-
-def _check_layouts(student: Tensor, teacher: Tensor, *, ndims: tuple[int, ...], same_channels: bool = True) -> None:
+def _check_layouts(
+    student: Tensor, teacher: Tensor, *, ndims: tuple[int, ...] = (2, 3, 4), same_channels: bool = True
+) -> None:
     if student.ndim not in ndims or teacher.ndim != student.ndim or len(teacher) != len(student):
         layouts = " or ".join(_LAYOUTS[ndim] for ndim in ndims)
         raise ConfigError(
@@ -162,11 +284,27 @@ def _check_layouts(student: Tensor, teacher: Tensor, *, ndims: tuple[int, ...], 
         )
 
 
-def _check_num_positions(features: Tensor) -> None:
-    if features.shape[2:].numel() < 2:
+def _check_mask(mask: Tensor, features: Tensor) -> Tensor:
+    """`[N, P]`, the mask of the positions of `features`."""
+    shape = features.shape[:-1] if features.ndim == 3 else features.shape[:1] + features.shape[2:]
+    if features.ndim == 2 or mask.shape != shape or mask.dtype != torch.bool:
         raise ConfigError(
-            f"this loss compares positions of a map and needs H * W of at least 2, got {list(features.shape)}; choose "
-            "an earlier layer"
+            f"mask must be [N, L] bool for tokens [N, L, D] or [N, H, W] bool for maps [N, C, H, W], got "
+            f"{describe(mask)} for {describe(features)}"
+        )
+    return mask.flatten(1)
+
+
+def _check_beta(beta: float) -> None:
+    if not 0 < beta < math.inf:
+        raise ConfigError(f"beta must be a finite number above 0, got {beta}; 1 is the usual one")
+
+
+def _check_num_positions(features: Tensor, minimum: int) -> None:
+    if features.shape[2:].numel() < minimum:
+        raise ConfigError(
+            f"this loss compares positions of a map and needs H * W of at least {minimum}, got "
+            f"{list(features.shape)}; choose an earlier layer"
         )
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, TypeAdapter, ValidationError, ValidationInfo, model_validator
 
 from kd_pipeline import losses
 from kd_pipeline._core.settings import Settings
@@ -18,7 +18,20 @@ LOGITS = "logits"
 """Name of a model's final output, where a term names a layer of the student or an output of the teacher."""
 
 _LOGIT_LOSSES = ("cosine", "dist", "dkd", "hard_label", "logit_mse", "soft_target")
-_FEATURE_LOSSES = ("attention_transfer", "channel_wise", "feature_cosine", "feature_mse")
+_FEATURE_LOSSES = (
+    "am_radio",
+    "attention_transfer",
+    "channel_wise",
+    "feature_cosine",
+    "feature_mse",
+    "feature_smooth_l1",
+    "relational",
+)
+_TENSORS = ("mask", "references_MD", "references_valid", "valid")
+"""Arguments of losses that come with the batch."""
+_QUEUE_SIZE = 4096
+"""Earlier vectors of the teacher that `relational` compares with. The authors have 65,536 of 128 numbers each, as many
+numbers as 8,192 vectors of 1,024."""
 _CUSTOM_LOSS = re.compile(r"\w+(\.\w+)*:\w+")
 
 _WEIGHTS = {"soft_target": (0.9, 0.1), "hard_label": (0.5, 0.5)}
@@ -76,7 +89,7 @@ def _parse_options(options: dict[str, Any], info: ValidationInfo) -> dict[str, A
     types = {
         name: parameter.annotation
         for name, parameter in _parameters(loss).items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("temperature", "valid")
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in ("temperature", *_TENSORS)
     }
     parsed = {}
     for name, value in options.items():
@@ -89,6 +102,15 @@ def _parse_options(options: dict[str, Any], info: ValidationInfo) -> dict[str, A
     return parsed
 
 
+def _complete_queue_size(value: int | None, info: ValidationInfo) -> int | None:
+    loss = info.data.get("loss")
+    if loss == "relational":
+        return _QUEUE_SIZE if value is None else value
+    if loss is not None and value is not None:  # one that is None was rejected already
+        raise ValueError(f"queue_size has no effect on {loss}; remove it or set it to null")
+    return value
+
+
 Weight = Annotated[float | Ramp, AfterValidator(_check_not_negative)]
 """A number or a ramp, at least 0."""
 Temperature = Annotated[float | Ramp | None, AfterValidator(_complete_temperature)]
@@ -98,27 +120,45 @@ Options = Annotated[dict[str, bool | float | str], AfterValidator(_parse_options
 
 
 class TermSettings(Settings):
-    """An extra term of the loss, which compares an output of the student with one of the teacher."""
+    """An extra term of the loss, which compares an output of the student with one of the teacher.
+
+    The two need not have the same width, kind or size. A vector meets the mean of a map or of tokens; tokens, without
+    those at the start that are no part of the image, meet a map as the grid that they are of.
+    """
 
     loss: Annotated[str, AfterValidator(_check_term_loss)]
     """Name of a function in `kd_pipeline.losses`."""
     student: str = LOGITS
-    """Name of a layer of the student, as in `named_modules()`, or `logits`."""
+    """Name of an output of the student, of one of its layers as in `named_modules()`, or `stage:N`. `pooled` and
+    `spatial` also stand for its only vector besides the logits, and its only map or tokens."""
     teacher: str = LOGITS
-    """Name of an output of the teacher."""
+    """Name of an output of the teacher, `member.output` if there are several; `pooled` and `spatial` as above, also
+    within a member."""
     weight: Weight = 1.0
     temperature: Temperature = Field(default=None, validate_default=True)
     """Divisor of both models' outputs before the softmax; defaults to that of the loss. None for one without."""
     options: Options = Field(default_factory=dict)
     """More arguments of the loss."""
-    projector: Literal["none", "conv", "linear"] = "none"
-    """Layer that maps the student's features to the teacher's number of channels, trained with the student: `conv` is
-    a 1x1 convolution for maps `[N, C, H, W]`, `linear` is for `[N, D]` and `[N, L, D]`; both have a bias."""
-
-    @property
-    def name(self) -> str:
-        """Name of the term in logs: the loss and the student's layer, such as `feature_mse.layer3`."""
-        return self.loss if self.student == LOGITS else f"{self.loss}.{self.student}"
+    projector: Literal["auto", "none", "linear", "mlp", "conv"] = "auto"
+    """Layer that maps the student's features to the teacher's number of channels, trained with the student: `linear`
+    is for vectors `[N, D]` and tokens `[N, L, D]`, `conv`, a 1x1 convolution, for maps `[N, C, H, W]`, both with a
+    bias; `mlp` for all of them is that of C-RADIO (linear, LayerNorm, GELU, linear), as wide inside as the wider of the
+    two. `auto` is `none` if the loss needs none or the numbers agree, else `linear` or `conv`."""
+    grid: Literal["teacher", "student", "smaller"] | PositiveInt = "teacher"
+    """Height and width at which maps are compared: those of one side, the smaller of both, or a number for both."""
+    resize: Literal["auto", "bilinear", "area"] = "auto"
+    """How to get there: `bilinear` interpolates between the centers of pixels, `area` takes the mean of those that a
+    new one covers; `auto` enlarges by the first and shrinks by the second."""
+    standardize: Literal["none", "global", "channels", "phi_s"] = "none"
+    """What to make of the teacher's features before they are compared, to let teachers and levels weigh the same. All
+    subtract the mean of each channel; then `global` divides by one number, the root of the mean variance, `channels` by
+    the deviation of each channel (Theia, arXiv 2407.20179), and `phi_s` rotates them so that all have the same variance
+    (PHI-S, arXiv 2410.01680). The statistics are those of the first 128 batches."""
+    queue_size: Annotated[PositiveInt | None, AfterValidator(_complete_queue_size)] = Field(
+        default=None, validate_default=True
+    )
+    """For `relational`, how many earlier vectors of the teacher to compare with besides those of the batch; defaults to
+    4096. They are part of checkpoints. None for other losses."""
 
 
 class DistillSettings(Settings):
@@ -157,15 +197,28 @@ class DistillSettings(Settings):
 
     @model_validator(mode="after")
     def _check_terms(self) -> Self:
-        names = ["task", "distill", *(term.name for term in self.features)]
+        names = self.term_names
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"features: two terms called {name}; change the layer of one, or remove it")
+                raise ValueError(f"features: two terms called {name}; change an output of one, or remove it")
         if self.loss is None and not self.features:
             raise ValueError("loss: null leaves nothing to learn from; set loss, or features to compare")
         if not any(max_value(weight) for weight in (*self.weights, *(term.weight for term in self.features))):
             raise ValueError("all weights are 0, so the student learns nothing; set one of them")
         return self
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the `features` in logs: the loss and the student's output, such as `feature_mse.layer3`.
+
+        Where several would have the same name, the teacher's output follows: `cosine.pooled.dino.pooled`. `logits` of
+        the student are left out.
+        """
+        names = [term.loss if term.student == LOGITS else f"{term.loss}.{term.student}" for term in self.features]
+        return tuple(
+            f"{name}.{term.teacher}" if names.count(name) > 1 else name
+            for name, term in zip(names, self.features, strict=True)
+        )
 
     @property
     def has_custom_loss(self) -> bool:

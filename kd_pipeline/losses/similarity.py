@@ -11,7 +11,7 @@ from kd_pipeline.losses._inputs import (
     prepare_logits,
 )
 
-__all__ = ["cosine", "dist", "logit_mse"]
+__all__ = ["cosine", "dist", "logit_mse", "normalize"]
 
 
 def logit_mse(student_logits_NK: Tensor, teacher_logits_NK: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -43,7 +43,7 @@ def cosine(student_ND: Tensor, teacher_ND: Tensor, *, valid: Tensor | None = Non
     """
     with no_autocast(student_ND):
         student_ND, teacher_ND, valid_N = prepare_logits(student_ND, teacher_ND, valid, min_columns=1)
-        return masked_mean(1 - (_normalize(student_ND) * _normalize(teacher_ND)).sum(dim=1), valid_N)
+        return masked_mean(1 - (normalize(student_ND) * normalize(teacher_ND)).sum(dim=1), valid_N)
 
 
 def dist(
@@ -87,7 +87,8 @@ def dist(
         return temperature**2 * (inter_weight * masked_mean(inter_N, valid_N) + intra_weight * intra)
 
 
-def _normalize(rows_ND: Tensor) -> Tensor:
+def normalize(rows_ND: Tensor) -> Tensor:
+    """Each vector along the second dimension with an L2 norm of 1; zeros stay zeros."""
     norm_N1: Tensor = vector_norm(rows_ND, dim=1, keepdim=True)
     return rows_ND / norm_N1.where(norm_N1 > 0, 1.0)
 

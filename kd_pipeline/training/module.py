@@ -64,6 +64,12 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         super().__init__()
         self.student, self.distillation = student, distillation
         self.ema = None if settings.ema is None else StudentEma(student, settings.ema)
+        # DDP would broadcast these in each step, although the ranks compute the same, some of them on the CPU.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"distillation.{part}.{name}"
+            for part in ("standardizers", "queues")
+            for name, _ in distillation.get_submodule(part).named_buffers()
+        ]
         self._settings, self._steps_per_epoch, self._identity = settings, steps_per_epoch, identity
         self._validate = validate
         self._compiled = CompiledStudent(student) if settings.compile else None
@@ -282,9 +288,10 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
     def _temperatures(self, terms: LossTerms, epoch: float) -> dict[str, float]:
         """The current temperature of each term that has one."""
         found = {} if terms.temperature is None else {"distill": terms.temperature}
-        for term in self.distillation.settings.features:
+        settings = self.distillation.settings
+        for name, term in zip(settings.term_names, settings.features, strict=True):
             if term.temperature is not None:
-                found[term.name] = value_at(term.temperature, epoch, self._settings.epochs)
+                found[name] = value_at(term.temperature, epoch, self._settings.epochs)
         return found
 
     def _loss_weight(self, batch: KDBatch) -> Tensor | float:
@@ -371,6 +378,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             self._log_step(name, value.detach() * weight, is_mean=True)
         for name, term_weight in terms.weights.items():
             self._log_step(f"{name}_weight", float(term_weight))
+        if len(terms.terms) > 1:
+            for name, share in terms.shares.items():
+                self._log_step(f"{name}_share", share * weight, is_mean=True)
         if terms.temperature is not None:
             self._log_step("temperature", float(terms.temperature))
         self._log_step("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
