@@ -150,7 +150,8 @@ def _phi_s(covariance: Tensor) -> Tensor:
     matrix = hadamard(size)
     assert matrix is not None  # checked at construction
     rotation = torch.from_numpy(matrix.copy()).to(vectors) / size**0.5 @ vectors.T
-    return rotation * _inverse_root(eigenvalues.clamp(min=0).mean())
+    scaled: Tensor = rotation * _inverse_root(eigenvalues.clamp(min=0).mean())
+    return scaled
 
 
 def _inverse_root(variance: Tensor) -> Tensor:

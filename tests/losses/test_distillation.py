@@ -1,6 +1,7 @@
 import copy
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -349,13 +350,17 @@ FEATURE = {"loss": "feature_mse", "student": END_LAYER, "teacher": "layer2", "pr
         ({"projector": "none"}, [f"feature_mse.{END_LAYER}", "[2, 32, 8, 8]", "[2, 40, 8, 8]", "projector"]),
         ({"projector": "linear"}, ["projector: linear", "[2, 32, 8, 8]", "[any, 40, 8, 8]", "tokens [N, L, D]"]),
         ({"teacher": "pooled"}, ["projector: conv", "[2, 32, 8, 8]", "[any, 40]", "maps [N, C, H, W]"]),
-        ({"teacher": "layer1", "loss": "channel_wise"}, ["[2, 24, 8, 8]", "[2, 24, 16, 16]", "same size"]),
-        ({"loss": "dist"}, ["[2, 40, 8, 8]", "dist."]),
+        ({"teacher": "pooled", "loss": "channel_wise"}, ["[2, 32, 8, 8]", "[any, 40]", "compares maps"]),
+        ({"loss": "dist"}, ["[2, 32, 8, 8]", "[any, 40, 8, 8]", "dist.", "compares vectors"]),
+        ({"standardize": "phi_s", "teacher": "wide"}, ["[2, 32, 8, 8]", "[any, 52]", "phi_s", "standardize: global"]),
+        ({"projector": "none", "loss": "relational", "teacher": "pooled"}, ["[2, 32]", "[2, 40]", "[any, 40]"]),
         ({"student": "net.body.1"}, ["'net.body.1'", "in place"]),
     ],
 )
 def test_mismatched_term(teacher, term, words):
     make({"features": [FEATURE]}, teacher)
+    if term.get("teacher") == "wide":
+        teacher, term = SimpleNamespace(outputs={**teacher.outputs, "wide": spec(52)}), term | {"projector": "auto"}
     with pytest.raises(ConfigError) as caught:
         make({"features": [FEATURE | term]}, teacher)
     for word in words:

@@ -61,6 +61,41 @@ LOSSES = {
     "feature_cosine of a map": lambda b: losses.feature_cosine(
         two_channels(b.student), two_channels(b.teacher), valid=b.valid
     ),
+    "feature_mse masked": lambda b: losses.feature_mse(
+        as_map(b.student), as_map(b.teacher), mask=all_but_first(b.student)[..., None], valid=b.valid
+    ),
+    "feature_cosine masked": lambda b: losses.feature_cosine(
+        as_tokens(b.student), as_tokens(b.teacher), mask=all_but_first(b.student), valid=b.valid
+    ),
+    "feature_smooth_l1": lambda b: losses.feature_smooth_l1(b.student, b.teacher, beta=2.0, valid=b.valid),
+    "feature_smooth_l1 masked": lambda b: losses.feature_smooth_l1(
+        as_tokens(b.student), as_tokens(b.teacher), mask=all_but_first(b.student), valid=b.valid
+    ),
+    "am_radio": lambda b: losses.am_radio(b.student, b.teacher, valid=b.valid),
+    "am_radio of a map": lambda b: losses.am_radio(two_channels(b.student), two_channels(b.teacher), valid=b.valid),
+    "am_radio masked": lambda b: losses.am_radio(
+        two_channels(b.student), two_channels(b.teacher), mask=all_but_first(b.student)[..., None], valid=b.valid
+    ),
+    "relational in the batch": lambda b: losses.relational(
+        b.student, b.teacher, student_temperature=b.temperature, teacher_temperature=0.5, form="kl", valid=b.valid
+    ),
+    "relational": lambda b: losses.relational(
+        b.student,
+        b.teacher,
+        references_MD=fixed_references(b.student),
+        teacher_temperature=0.5,
+        valid=b.valid,
+    ),
+    "attention_transfer masked": lambda b: losses.attention_transfer(
+        as_map(b.student), as_map(b.teacher), mask=all_but_first(b.student)[..., None], valid=b.valid
+    ),
+    "channel_wise masked": lambda b: losses.channel_wise(
+        as_map(b.student),
+        as_map(b.teacher),
+        temperature=b.temperature,
+        mask=all_but_first(b.student)[..., None],
+        valid=b.valid,
+    ),
     "attention_transfer": lambda b: losses.attention_transfer(as_map(b.student), as_map(b.teacher), valid=b.valid),
     "channel_wise": lambda b: losses.channel_wise(
         as_map(b.student), as_map(b.teacher), temperature=b.temperature, valid=b.valid
@@ -76,6 +111,24 @@ no_autocast = torch.autocast("cpu", enabled=False)
 def as_map(rows: Tensor) -> Tensor:
     """Rows `[N, K]` as maps with one channel, `[N, 1, K, 1]`."""
     return rows[:, None, :, None]
+
+
+@no_autocast
+def as_tokens(rows: Tensor) -> Tensor:
+    """Rows `[N, K]` as K tokens with one channel, `[N, K, 1]`."""
+    return rows[..., None]
+
+
+@no_autocast
+def all_but_first(rows: Tensor) -> Tensor:
+    """`[N, K]`, a mask without the first position."""
+    return (torch.arange(rows.shape[1]) > 0).expand(rows.shape)
+
+
+@no_autocast
+def fixed_references(rows: Tensor) -> Tensor:
+    """`[7, K]` float32, the same for any rows."""
+    return torch.cos(torch.arange(7.0)[:, None] * torch.arange(1.0, rows.shape[1] + 1))
 
 
 @no_autocast
@@ -318,7 +371,7 @@ S = torch.zeros(4, 3)
 
 @pytest.mark.parametrize(
     "loss",
-    [losses.soft_target, losses.hard_label, losses.logit_mse, losses.cosine, losses.dist],
+    [losses.soft_target, losses.hard_label, losses.logit_mse, losses.cosine, losses.dist, losses.relational],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize(

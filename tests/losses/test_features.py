@@ -6,12 +6,28 @@ import torch
 
 from kd_pipeline import losses
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.losses import attention_transfer, channel_wise, feature_cosine, feature_mse
+from kd_pipeline.losses import (
+    am_radio,
+    attention_transfer,
+    channel_wise,
+    feature_cosine,
+    feature_mse,
+    feature_smooth_l1,
+)
+from kd_pipeline.losses.features import sample_cosine
 from tests.losses.reference import softmax, two_models, two_models_torch
 
 
 def mse_formula(student, teacher):
     return sum(((s - t) ** 2).sum() / s.size for s, t in zip(student, teacher, strict=True)) / len(student)
+
+
+def smooth_l1_formula(student, teacher, beta=1.0):
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        distances = abs((s - t).flatten())
+        total += sum(d * d / (2 * beta) if d < beta else d - beta / 2 for d in distances) / len(distances)
+    return total / len(student)
 
 
 def cosine_of_vectors(s, t):
@@ -60,6 +76,82 @@ def test_feature_cosine_formula(assert_matches, shape):
     student, teacher = two_models(shape)
     loss = partial(feature_cosine, teacher=torch.tensor(teacher))
     assert_matches(loss, partial(cosine_formula, teacher=teacher), student)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (2, 3, 2, 2)], ids=["embeddings", "tokens", "maps"])
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_feature_smooth_l1_formula(assert_matches, shape, beta):
+    student, teacher = two_models(shape)
+    loss = partial(feature_smooth_l1, teacher=torch.tensor(teacher), beta=beta)
+    assert_matches(loss, partial(smooth_l1_formula, teacher=teacher, beta=beta), student)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 2, 2)])
+def test_am_radio_formula(assert_matches, shape):
+    student, teacher = two_models(shape)
+
+    def formula(student):
+        return 0.9 * cosine_formula(student, teacher) + 0.1 * smooth_l1_formula(student, teacher)
+
+    assert_matches(partial(am_radio, teacher=torch.tensor(teacher)), formula, student)
+
+
+def test_am_radio_as_in_the_paper():
+    """Its equation, of tokens, with torch's functions."""
+    student, teacher = two_models_torch((2, 5, 4))
+    cosine = 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1).mean()
+    expected = 0.9 * cosine + 0.1 * torch.nn.functional.smooth_l1_loss(student, teacher)
+    torch.testing.assert_close(am_radio(student, teacher), expected)
+
+
+def test_am_radio_layouts():
+    student, teacher = two_models_torch((2, 3, 2, 4))
+    tokens = (side.flatten(2).transpose(1, 2) for side in (student, teacher))
+    torch.testing.assert_close(am_radio(*tokens), am_radio(student, teacher))
+
+
+@pytest.mark.parametrize("loss", [feature_mse, feature_cosine, feature_smooth_l1, am_radio])
+def test_masked_positions_are_left_out(loss):
+    """A sample's mean is over its own positions, and a sample without any is no sample."""
+    student, teacher = two_models_torch((3, 6, 4))
+    mask = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]).bool()
+    expected = (loss(student[:1, mask[0]], teacher[:1, mask[0]]) + loss(student[2:, mask[2]], teacher[2:, mask[2]])) / 2
+    student[~mask], teacher[~mask] = float("nan"), float("inf")
+    student.requires_grad_()
+    with torch.autograd.set_detect_anomaly(True):
+        found = loss(student, teacher, mask=mask)
+        found.backward()
+    torch.testing.assert_close(found, expected)
+    assert student.grad[mask].abs().sum() > 0
+    assert (student.grad[~mask] == 0).all()
+    maps = (side.transpose(1, 2).unflatten(2, (2, 3)) for side in (student, teacher))
+    torch.testing.assert_close(loss(*maps, mask=mask.unflatten(1, (2, 3))), expected)
+
+
+@pytest.mark.parametrize("loss", [attention_transfer, channel_wise])
+def test_masked_positions_have_no_part_in_the_map(loss):
+    """As if the map had the other positions only."""
+    student, teacher = two_models_torch((2, 3, 2, 4))
+    mask = torch.tensor([True, False, True, True]).expand(2, 2, 4)
+    expected = loss(student[..., [0, 2, 3]], teacher[..., [0, 2, 3]])
+    student[..., 1], teacher[..., 1] = float("nan"), float("inf")
+    torch.testing.assert_close(loss(student, teacher, mask=mask), expected)
+
+
+def test_mask_is_that_of_the_pooled_map():
+    student, teacher = two_models_torch((2, 3, 4, 4))
+    small = torch.nn.functional.avg_pool2d(teacher, 2)
+    mask = torch.tensor([[[1, 0], [0, 1]]] * 2).bool()
+    pooled = torch.nn.functional.avg_pool2d(student, 2)
+    torch.testing.assert_close(feature_mse(student, small, mask=mask), feature_mse(pooled, small, mask=mask))
+
+
+def test_sample_cosine():
+    student, teacher = two_models_torch((3, 2, 4))
+    found = sample_cosine(student, teacher)
+    for row in range(3):
+        expected = 1 - feature_cosine(student[row : row + 1], teacher[row : row + 1])
+        torch.testing.assert_close(found[row], expected)
 
 
 def test_feature_cosine_layouts():
@@ -190,6 +282,21 @@ def test_invalid_features(loss, student, teacher, words):
         loss(student, teacher)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, 4), torch.ones(2, 16).bool(), torch.ones(2, 2, 2).bool()])
+def test_invalid_position_mask(mask):
+    with pytest.raises(ConfigError, match=r"mask must be \[N, L\] bool .* got .* for \[2, 3, 4, 4\] float32"):
+        am_radio(MAP, MAP, mask=mask)
+    with pytest.raises(ConfigError, match="mask must be"):
+        am_radio(MAP[..., 0, 0], MAP[..., 0, 0], mask=torch.ones(2).bool())
+
+
+@pytest.mark.parametrize("loss", [feature_smooth_l1, am_radio])
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("inf")])
+def test_invalid_beta(loss, beta):
+    with pytest.raises(ConfigError, match=f"beta must be a finite number above 0, got {beta}"):
+        loss(MAP, MAP, beta=beta)
 
 
 @pytest.mark.parametrize("loss", [feature_mse, feature_cosine, attention_transfer, channel_wise])

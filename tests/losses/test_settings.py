@@ -44,7 +44,7 @@ def test_temperature_of_a_loss_is_the_same_everywhere(loss):
     parameter = inspect.signature(getattr(losses, loss)).parameters.get("temperature")
     expected = None if parameter is None else parameter.default
     assert TermSettings(loss=loss).temperature == expected
-    if loss not in ("attention_transfer", "channel_wise", "feature_cosine", "feature_mse"):
+    if not loss.startswith("feature_") and loss not in ("am_radio", "attention_transfer", "channel_wise", "relational"):
         assert DistillSettings(loss=loss).temperature == DistillSettings(loss=loss, temperature=None).temperature
         assert DistillSettings(loss=loss).temperature == expected
 
@@ -126,11 +126,34 @@ def test_default_distill_weight_of_ramp(kind):
         ({"features": [{"loss": "feature_mse", "temperature": 2.0}]}, r"temperature has no effect on feature_mse"),
         ({"features": [{"loss": "feature_mse", "weight": -2.0}]}, r"should not fall below 0, got -2"),
         ({"features": [{"loss": "feature_mse", "student": "a"}] * 2}, r"two terms called feature_mse.a"),
+        ({"features": [{"loss": "am_radio", "options": {"mask": True}}]}, r"am_radio has no option 'mask'"),
+        ({"features": [{"loss": "relational", "options": {"references_MD": 1.0}}]}, r"no option 'references_MD'"),
+        ({"features": [{"loss": "cosine", "queue_size": 8}]}, r"queue_size has no effect on cosine"),
+        ({"features": [{"loss": "relational", "queue_size": 0}]}, r"queue_size"),
+        ({"features": [{"loss": "am_radio", "grid": 0}]}, r"grid"),
+        ({"features": [{"loss": "am_radio", "grid": "larger"}]}, r"grid"),
+        ({"features": [{"loss": "am_radio", "projector": "mlp2"}]}, r"projector"),
+        ({"loss": "relational"}, r"no loss called 'relational'"),
     ],
 )
 def test_invalid_settings(given, message):
     with pytest.raises(ValidationError, match=message):
         DistillSettings(**given)
+
+
+def test_term_names_differ():
+    """The teacher's output tells terms apart that compare it with the same output of the student."""
+    pairs = [("pooled", "dino.pooled"), ("pooled", "clip.pooled"), ("spatial", "dino.spatial"), ("logits", "logits")]
+    terms = [{"loss": "cosine", "student": student, "teacher": teacher} for student, teacher in pairs]
+    names = ("cosine.pooled.dino.pooled", "cosine.pooled.clip.pooled", "cosine.spatial", "cosine")
+    assert DistillSettings(features=terms).term_names == names
+    assert DistillSettings(features=terms[::-1]).term_names == names[::-1]
+
+
+def test_queue_size():
+    assert TermSettings(loss="relational").queue_size == 4096
+    assert TermSettings(loss="relational", queue_size=8).queue_size == 8
+    assert TermSettings(loss="cosine").queue_size is None
 
 
 def test_every_loss_but_task_can_be_a_term():
@@ -150,6 +173,8 @@ def test_every_loss_but_task_can_be_a_term():
         {"loss": "dkd", "options": {"alpha": 1, "beta": 2.5, "standardize": True}, "temperature": FALLING},
         {"task_weight": FALLING},
         {"features": [{"loss": "channel_wise", "student": "a", "teacher": "b", "temperature": 3, "weight": FALLING}]},
+        {"features": [{"loss": "am_radio", "grid": 7, "resize": "area", "projector": "mlp", "standardize": "phi_s"}]},
+        {"features": [{"loss": "relational", "queue_size": 16, "options": {"form": "kl"}}]},
     ],
 )
 def test_json_round_trip(given):
@@ -180,7 +205,7 @@ distill:
     assert settings.temperature == Ramp(start=10, end=1, kind="decay", rate=0.9)
     assert settings.options == {"alpha": 1.0, "beta": 8.0, "standardize": True}
     assert settings.weights == (Ramp(start=0, end=1, epochs=20), 1.0)
-    assert [term.name for term in settings.features] == ["feature_mse.layer3", "channel_wise.layer2"]
+    assert settings.term_names == ("feature_mse.layer3", "channel_wise.layer2")
 
 
 @pytest.mark.parametrize(
