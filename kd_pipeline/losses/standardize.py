@@ -103,11 +103,11 @@ class Standardizer(nn.Module):
     @torch.no_grad()
     def _update(self, features: Tensor, valid: Tensor) -> None:
         with no_autocast(features):
-            num_channels = len(self.mean)
             is_left_out = ~valid.view(-1, 1, 1)
-            rows = _channels_last(features).double().reshape(len(features), -1, num_channels)
-            rows = rows.masked_fill(is_left_out, 0)
-            count, total = sum_over_ranks(valid.sum(dtype=torch.float64) * rows.shape[1], rows.sum(dim=(0, 1)))
+            rows = _channels_last(features).double()
+            num_positions = rows.shape[1:-1].numel()
+            rows = rows.reshape(len(rows), num_positions, rows.shape[-1]).masked_fill(is_left_out, 0)
+            count, total = sum_over_ranks(valid.sum(dtype=torch.float64) * num_positions, rows.sum(dim=(0, 1)))
             mean = total / count.clamp(min=1)
             centered = (rows - mean).masked_fill(is_left_out, 0).flatten(0, 1)
             (scatter,) = sum_over_ranks(centered.T @ centered if self.kind == "phi_s" else centered.square().sum(dim=0))

@@ -472,3 +472,201 @@ def test_no_gpu_sync(teacher):
         result = run(distillation, student, fake, epoch=0.5)[2]
         assert result.total.shape == ()
         result.total.backward()
+
+
+class Trunk(nn.Module):
+    """A student without logits: a vector `[N, 40]` and a map `[N, 40, 8, 8]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = WideNet()
+        self.wide.head = nn.Identity()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        spatial = self.wide.layer2(self.wide.layer1(images))
+        return {"embedding": self.wide.pooled(spatial), "grid": spatial}
+
+
+MEMBERS = {
+    "dino.pooled": TensorSpec((None, 24), torch.float32),
+    "dino.spatial": TensorSpec((None, 5 + 16, 24), torch.float32, num_prefix_tokens=5),
+    "clip.embeds": TensorSpec((None, 20), torch.float32),
+    "clip.tokens": TensorSpec((None, 1 + 9, 20), torch.float32),
+}
+"""Two vision transformers."""
+
+
+def members_batch(num_rows: int = 4, *, seed: int = 0, valid=None) -> KDBatch:
+    generator = torch.Generator().manual_seed(seed)
+    return KDBatch(
+        images=torch.randn(num_rows, *IMAGE_SHAPE, generator=generator),
+        labels=None,
+        index=torch.arange(num_rows),
+        valid=torch.ones(num_rows, dtype=torch.bool) if valid is None else torch.tensor(valid),
+        teacher={name: torch.randn(num_rows, *spec.shape[1:], generator=generator) for name, spec in MEMBERS.items()},
+    )
+
+
+def of_members(*terms, student=None) -> Distillation:
+    return Distillation(
+        DistillSettings(loss=None, features=terms),
+        student=Trunk() if student is None else student,
+        teacher_outputs=MEMBERS,
+        image_shape=IMAGE_SHAPE,
+        num_classes=None,
+    )
+
+
+BOTH_MEMBERS = (
+    {"loss": "cosine", "student": "pooled", "teacher": "dino.pooled"},
+    {"loss": "am_radio", "student": "spatial", "teacher": "dino.spatial", "standardize": "phi_s", "weight": 0.5},
+    {"loss": "cosine", "student": "pooled", "teacher": "clip.pooled", "projector": "mlp"},
+    {"loss": "relational", "student": "pooled", "teacher": "clip.pooled", "queue_size": 6, "standardize": "global"},
+    {"loss": "feature_smooth_l1", "student": "spatial", "teacher": "clip.spatial", "grid": 4},
+)
+
+
+def test_terms_of_several_teachers():
+    """Aliases on both sides, names that differ, projectors that fit, and gradients in all of it."""
+    student, distillation, batch = Trunk(), of_members(*BOTH_MEMBERS), members_batch()
+    result = run(distillation, student, batch)[2]
+    assert list(result.terms) == [
+        "cosine.pooled.dino.pooled",
+        "am_radio.spatial",
+        "cosine.pooled.clip.pooled",
+        "relational.pooled",
+        "feature_smooth_l1.spatial",
+    ]
+    expected = losses.cosine(
+        distillation.projectors[0](student(batch.images)["embedding"]), batch.teacher["dino.pooled"]
+    )
+    torch.testing.assert_close(result.terms["cosine.pooled.dino.pooled"], expected)
+    result.total.backward()
+    for parameter in (*student.parameters(), *distillation.parameters()):
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.abs().sum() > 0
+    assert not any(tensor.requires_grad for tensor in batch.teacher.values())
+
+
+def test_shares_are_the_balance():
+    student, distillation = Trunk(), of_members(*BOTH_MEMBERS)
+    result = run(distillation, student, members_batch())[2]
+    assert sum(result.shares.values()) == pytest.approx(1)
+    name = "am_radio.spatial"
+    assert result.shares[name] == pytest.approx(0.5 * result.terms[name].item() / result.total.item())
+    assert not any(share.requires_grad for share in result.shares.values())
+    nothing = run(distillation, student, members_batch(valid=[False] * 4))[2]
+    assert nothing.total == 0 and set(nothing.shares.values()) == {0.0}
+
+
+def test_other_rows_do_not_matter():
+    """Of the terms that do not compare images with each other."""
+    student, distillation = Trunk().eval(), of_members(*BOTH_MEMBERS[:3], BOTH_MEMBERS[4]).eval()
+    batch = members_batch(6, valid=[True, True, False, False, False, False])
+    other = replace(
+        batch,
+        images=batch.images.clone(),
+        teacher={name: tensor.clone() for name, tensor in batch.teacher.items()},
+    )
+    for tensor in (other.images, *other.teacher.values()):
+        tensor[2:] = float("nan")
+    first, second = run(distillation, student, batch)[2], run(distillation, student, other)[2]
+    assert second.total.isfinite()
+    for name in first.terms:
+        torch.testing.assert_close(first.terms[name], second.terms[name])
+
+
+def test_cosines():
+    """Of what is compared, for each sample, and nothing is learned from them."""
+    student, batch = Trunk(), members_batch()
+    distillation = of_members(
+        *BOTH_MEMBERS, {"loss": "attention_transfer", "student": "spatial", "teacher": "dino.spatial"}
+    )
+    run(distillation, student, members_batch(seed=1))
+    before = copy.deepcopy(distillation.state_dict())
+    outputs, features = student(batch.images), {}
+    cosines = distillation.cosines(outputs, features, batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in distillation.state_dict().items())
+    # Attention maps of different widths have no cosine.
+    assert list(cosines) == list(distillation.settings.term_names[:5])
+    for cosine in cosines.values():
+        assert cosine.shape == (4,) and cosine.dtype == torch.float32 and not cosine.requires_grad
+        assert cosine.abs().max() <= 1 + 1e-6
+    name = "cosine.pooled.dino.pooled"
+    distillation.eval()
+    value = distillation(outputs, features, batch, epoch=0, epochs=1).terms[name]
+    torch.testing.assert_close(1 - cosines[name].mean(), value.detach())
+
+
+def test_queue_and_statistics_resume():
+    """From any batch, as if it had not stopped."""
+    student, distillation, twin = Trunk(), of_members(*BOTH_MEMBERS), of_members(*BOTH_MEMBERS)
+    for seed in range(3):
+        run(distillation, student, members_batch(seed=seed))
+    assert {name.split(".")[0] for name in distillation.state_dict()} == {"projectors", "standardizers", "queues"}
+    twin.load_state_dict(copy.deepcopy(distillation.state_dict()))
+    for seed in range(3, 6):
+        batch = members_batch(seed=seed, valid=[True, False, True, True])
+        expected, found = (run(each, student, batch)[2] for each in (distillation, twin))
+        for name, value in expected.terms.items():
+            assert torch.equal(found.terms[name], value), name
+    for name, tensor in distillation.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], tensor), name
+
+
+def test_queue_serves_the_next_batch():
+    student, distillation = Trunk().eval(), of_members(BOTH_MEMBERS[3] | {"standardize": "none"})
+    first, second = members_batch(seed=0), members_batch(seed=1)
+    run(distillation, student, first)
+    found = run(distillation, student, second)[2].total
+    references = torch.cat([second.teacher["clip.embeds"], first.teacher["clip.embeds"]])
+    projected = distillation.projectors[0](student(second.images)["embedding"])
+    expected = losses.relational(projected, second.teacher["clip.embeds"], references_MD=references)
+    torch.testing.assert_close(found, expected)
+    assert int(distillation.queues["0"].is_filled.sum()) == 6
+
+
+def test_evaluation_changes_nothing():
+    student, distillation = Trunk(), of_members(*BOTH_MEMBERS)
+    run(distillation, student, members_batch())
+    before = copy.deepcopy(distillation.state_dict())
+    distillation.eval()
+    run(distillation, student, members_batch(seed=1))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in distillation.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ({"student": "spatial"}, ["cosine.spatial", "compares vectors", "'spatial' is [2, 40, 8, 8]", "[any, 21, 24]"]),
+        ({"student": "wide.head"}, ["'wide.head'", "gave no output"]),
+        ({"student": "wide.layer9"}, ["no layer called 'wide.layer9'"]),
+        ({"teacher": "sam.spatial"}, ["no output called 'sam.spatial'", "'dino.spatial' [any, 21, 24]"]),
+        ({"teacher": "pooled"}, ["may mean 'dino.pooled' or 'clip.embeds'"]),
+        ({"teacher": "dino.pooled", "projector": "none"}, ["[2, 40]", "[2, 24]", "[any, 24]"]),
+        ({"loss": "am_radio", "projector": "conv", "teacher": "dino.pooled"}, ["projector: conv", "auto or mlp"]),
+    ],
+)
+def test_what_does_not_fit_is_named(term, words):
+    with pytest.raises(ConfigError) as caught:
+        of_members({"loss": "cosine", "student": "pooled", "teacher": "dino.spatial"} | term)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_student_without_map():
+    """The advice of the message works."""
+
+    class Vector(Trunk):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"embedding": super().forward(images)["embedding"]}
+
+    with pytest.raises(ConfigError, match=r"no map .*to the pooled term alone: \[{loss: cosine, student: pooled, "):
+        of_members(*BOTH_MEMBERS[:2], student=Vector())
+    of_members(BOTH_MEMBERS[0], student=Vector())
+
+
+def test_layer_comes_before_alias(teacher):
+    """`WideNet` returns logits alone, and `pooled` is one of its layers."""
+    term = {"loss": "feature_cosine", "student": "pooled", "teacher": "pooled"}
+    assert make({"features": [term]}, teacher, student=WideNet()).layers == ("pooled",)

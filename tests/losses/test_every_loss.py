@@ -62,7 +62,7 @@ LOSSES = {
         two_channels(b.student), two_channels(b.teacher), valid=b.valid
     ),
     "feature_mse masked": lambda b: losses.feature_mse(
-        as_map(b.student), as_map(b.teacher), mask=all_but_first(b.student)[..., None], valid=b.valid
+        as_map(b.student), as_map(b.teacher), mask=all_but_first(b.student, 3), valid=b.valid
     ),
     "feature_cosine masked": lambda b: losses.feature_cosine(
         as_tokens(b.student), as_tokens(b.teacher), mask=all_but_first(b.student), valid=b.valid
@@ -74,7 +74,7 @@ LOSSES = {
     "am_radio": lambda b: losses.am_radio(b.student, b.teacher, valid=b.valid),
     "am_radio of a map": lambda b: losses.am_radio(two_channels(b.student), two_channels(b.teacher), valid=b.valid),
     "am_radio masked": lambda b: losses.am_radio(
-        two_channels(b.student), two_channels(b.teacher), mask=all_but_first(b.student)[..., None], valid=b.valid
+        two_channels(b.student), two_channels(b.teacher), mask=all_but_first(b.student, 3), valid=b.valid
     ),
     "relational in the batch": lambda b: losses.relational(
         b.student, b.teacher, student_temperature=b.temperature, teacher_temperature=0.5, form="kl", valid=b.valid
@@ -87,13 +87,13 @@ LOSSES = {
         valid=b.valid,
     ),
     "attention_transfer masked": lambda b: losses.attention_transfer(
-        as_map(b.student), as_map(b.teacher), mask=all_but_first(b.student)[..., None], valid=b.valid
+        as_map(b.student), as_map(b.teacher), mask=all_but_first(b.student, 3), valid=b.valid
     ),
     "channel_wise masked": lambda b: losses.channel_wise(
         as_map(b.student),
         as_map(b.teacher),
         temperature=b.temperature,
-        mask=all_but_first(b.student)[..., None],
+        mask=all_but_first(b.student, 3),
         valid=b.valid,
     ),
     "attention_transfer": lambda b: losses.attention_transfer(as_map(b.student), as_map(b.teacher), valid=b.valid),
@@ -120,9 +120,10 @@ def as_tokens(rows: Tensor) -> Tensor:
 
 
 @no_autocast
-def all_but_first(rows: Tensor) -> Tensor:
-    """`[N, K]`, a mask without the first position."""
-    return (torch.arange(rows.shape[1]) > 0).expand(rows.shape)
+def all_but_first(rows: Tensor, ndim: int = 2) -> Tensor:
+    """A mask without the first position, `[N, K]`, or `[N, K, 1]` for the rows as a map."""
+    mask = (torch.arange(rows.shape[1]) > 0).expand(rows.shape)
+    return mask if ndim == 2 else mask[..., None]
 
 
 @no_autocast

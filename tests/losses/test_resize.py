@@ -4,7 +4,14 @@ from torch.nn import functional
 
 from kd_pipeline.losses.resize import Resizer, resize_matrix
 
-SIZES = [((7, 7), (14, 14)), ((14, 14), (7, 7)), ((16, 16), (14, 14)), ((5, 8), (9, 3)), ((1, 3), (4, 4)), ((6, 6), (1, 1))]
+SIZES = [
+    ((7, 7), (14, 14)),
+    ((14, 14), (7, 7)),
+    ((16, 16), (14, 14)),
+    ((5, 8), (9, 3)),
+    ((1, 3), (4, 4)),
+    ((6, 6), (1, 1)),
+]
 
 
 def interpolated(maps, size):
