@@ -58,6 +58,8 @@ def test_step_row_explains_loss(full: Path) -> None:
         weights = {name.removesuffix("_weight"): value for name, value in row.items() if name.endswith("_weight")}
         assert set(weights) == {"train/task", "train/distill", "train/logit_mse"}
         assert row["train/loss"] == pytest.approx(sum(row[name] * weight for name, weight in weights.items()), rel=1e-5)
+        for name, weight in weights.items():
+            assert row[f"{name}_share"] == pytest.approx(row[name] * weight / row["train/loss"], rel=1e-5)
         done = row["step"] / 12
         assert row["train/temperature"] == pytest.approx(4 - 2 * done)
         assert weights["train/task"] == pytest.approx(1.2 * done)

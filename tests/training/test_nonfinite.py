@@ -99,8 +99,12 @@ def test_skipped_step_changes_nothing(digits: Path, spoil: set[int], saved: list
     spoil.update({2, 4})
     adam = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1}
     options = {"train__save_every_steps": 1, "train__optimizer": adam, "train__ema": {"decay": 0.9}}
+    relations = {"loss": "relational", "queue_size": 100, "standardize": "channels"}
+    options["distill"] = {"features": [relations]}  # with a queue and statistics, which learn in the forward pass
     folder = run(digits, "skipped", **SPOILED, **options, train__max_nonfinite_steps=1, data__val=None).folder
     before, after = (checkpoint for checkpoint in saved if checkpoint["global_step"] in (2, 3))
+    assert before["state_dict"]["distillation.queues.0.is_filled"].sum() == 32
+    assert before["state_dict"]["distillation.standardizers.0.num_batches"] == 2
     for part in ("state_dict", "ema", "optimizer_states"):
         assert same(before[part], after[part]), part
     assert first_nonfinite(networks.spoiled()) is None

@@ -1,0 +1,84 @@
+"""Real networks of different families as student and teacher, by the terms that a student without a head gets."""
+
+import pytest
+import timm
+import torch
+
+from kd_pipeline.batch import KDBatch
+from kd_pipeline.config.config import default_terms
+from kd_pipeline.losses.distillation import Distillation, DistillSettings
+from kd_pipeline.models.backbone import Backbone
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
+from tests.networks import random_images
+
+SHAPE = (3, 64, 64)
+NETWORKS = {
+    "resnet": ("test_resnet", {}),
+    "convnext": ("test_convnext", {}),
+    "vit": ("test_vit", {"img_size": 64}),
+    "vit with registers": ("test_vit3", {"img_size": 64}),
+    "vit with small patches": ("test_vit", {"img_size": 64, "patch_size": 8}),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 64, "window_size": 2, "embed_dim": 24, "depths": (1, 1, 1, 1)},
+    ),
+}
+
+
+def backbone(name: str) -> Backbone:
+    network, options = NETWORKS[name]
+    torch.manual_seed(0)
+    return Backbone(timm.create_model(network, num_classes=0, **options))
+
+
+@pytest.mark.parametrize("teacher_name", NETWORKS)
+@pytest.mark.parametrize("student_name", NETWORKS)
+def test_pairs(student_name, teacher_name):
+    student, teacher = backbone(student_name), PyTorchTeacher(backbone(teacher_name), image_shape=SHAPE)
+    distillation = Distillation(
+        DistillSettings(loss=None, features=default_terms(None)),
+        student=student,
+        teacher_outputs=teacher.outputs,
+        image_shape=SHAPE,
+        num_classes=None,
+    )
+    images = random_images(2, shape=SHAPE)
+    batch = KDBatch(
+        images=images,
+        labels=None,
+        index=torch.arange(2),
+        valid=torch.ones(2, dtype=torch.bool),
+        teacher=teacher(images),
+    )
+    outputs = student(images)
+    found = distillation(outputs, {}, batch, epoch=0, epochs=1)
+    assert list(found.terms) == ["cosine.pooled", "am_radio.spatial"]
+    assert all(value.isfinite() and value > 0 for value in found.terms.values())
+    found.total.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in distillation.parameters())
+    cosines = distillation.cosines(outputs, {}, batch)
+    for name, cosine_N in cosines.items():
+        assert cosine_N.shape == (2,) and cosine_N.abs().max() <= 1 + 1e-6, name
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_network_is_close(name):
+    """A student with the teacher's weights has nothing to learn: no projector, no resizing, the same positions."""
+    student, teacher = backbone(name).eval(), PyTorchTeacher(backbone(name), image_shape=SHAPE)
+    distillation = Distillation(
+        DistillSettings(loss=None, features=default_terms(None)),
+        student=student,
+        teacher_outputs=teacher.outputs,
+        image_shape=SHAPE,
+        num_classes=None,
+    )
+    assert not list(distillation.parameters())
+    images = random_images(2, shape=SHAPE)
+    batch = KDBatch(
+        images=images,
+        labels=None,
+        index=torch.arange(2),
+        valid=torch.ones(2, dtype=torch.bool),
+        teacher=teacher(images),
+    )
+    assert distillation(student(images), {}, batch, epoch=0, epochs=1).total.item() < 1e-5
