@@ -101,6 +101,15 @@ def train_accumulated(folder: Path, rank: int) -> dict[str, Any]:
     return final_state(folder, "quarters", "odd67", data__batch_size=16, train__accumulate=2)
 
 
+RELATIONS = {"features": [{"loss": "relational", "queue_size": 100, "standardize": "channels"}]}
+"""A loss that compares with images of all ranks and of earlier batches."""
+
+
+def train_relations(folder: Path, rank: int) -> dict[str, Any]:
+    """As `train_halves`, with a queue and statistics."""
+    return final_state(folder, "relations", "odd67", data__batch_size=32, distill=RELATIONS)
+
+
 def spoil_rank_one(folder: Path, rank: int) -> dict[str, Any]:
     """The errors of runs whose student returns NaN on rank one only, in the third pass."""
     student = {"factory": "tests.training.networks:spoiled"}
@@ -127,4 +136,5 @@ def do_all(folder: Path, rank: int) -> dict[str, Any]:
     train_one = {2: train_halves, 4: train_small}[distributed.get_world_size()]
     if distributed.get_world_size() == 2:
         found["accumulated"] = train_accumulated(folder, rank)
+        found["relations"] = train_relations(folder, rank)
     return found | {"state": train_one(folder, rank)}

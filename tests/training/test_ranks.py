@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.workflows import stage
 from tests.training import tiny_run
-from tests.training.rank_worker import BATCH_SIZE, SIZES, do_all, run_ranks
+from tests.training.rank_worker import BATCH_SIZE, RELATIONS, SIZES, do_all, run_ranks
 from tests.training.tiny_run import distance, logged, run, weights
 
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -75,6 +76,22 @@ def test_two_ranks_match_one_with_double_batch(digits: Path, ranks: dict[int, li
         assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
         for name in {"train/loss", "train/task", "train/distill", "train/top1", "val/loss"} & ours.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_ranks_share_queue_and_statistics(digits: Path, ranks: dict[int, list[dict[str, Any]]]) -> None:
+    first, second = ({name: each.double() for name, each in rank["relations"].items()} for rank in ranks[2])
+    assert distance(first, second) == 0
+    single = run(
+        digits,
+        "single relations",
+        data__train=tiny_run.split(digits, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
+        data__batch_size=64,
+        distill=RELATIONS,
+    ).folder
+    state = torch.load(single / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert distance({name: each.double() for name, each in state.items()}, first) < 1e-5
+    assert first["distillation.queues.0.is_filled"].all()
 
 
 def test_sync_batchnorm_on_cpu_is_refused(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
