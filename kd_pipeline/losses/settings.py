@@ -200,7 +200,7 @@ class DistillSettings(Settings):
         names = self.term_names
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"features: two terms called {name}; change an output of one, or remove it")
+                raise ValueError(f"features: two terms called {name}; change the layer of one, or remove it")
         if self.loss is None and not self.features:
             raise ValueError("loss: null leaves nothing to learn from; set loss, or features to compare")
         if not any(max_value(weight) for weight in (*self.weights, *(term.weight for term in self.features))):

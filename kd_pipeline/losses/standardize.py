@@ -83,7 +83,7 @@ class Standardizer(nn.Module):
             features: `[N, D]`, `[N, L, D]` or `[N, D, H, W]`, floating.
             valid: `[N]` bool; rows that are not valid may hold anything.
         """
-        if self.training and int(self.num_batches.numpy()) < NUM_BATCHES:
+        if self.training and int(self.num_batches) < NUM_BATCHES:
             self._update(features, valid)
         return self.standardize(features)
 
@@ -113,7 +113,7 @@ class Standardizer(nn.Module):
             (scatter,) = sum_over_ranks(centered.T @ centered if self.kind == "phi_s" else centered.square().sum(dim=0))
             self._merge(count, mean, scatter)
         self.num_batches += 1
-        number = int(self.num_batches.numpy())
+        number = int(self.num_batches)
         if number & (number - 1) == 0:
             self._refresh()
 

@@ -457,9 +457,12 @@ def test_no_gpu_sync(teacher):
             {"loss": "attention_transfer", "student": MAP_LAYER, "teacher": "layer2"},
             {"loss": "channel_wise", "student": END_LAYER, "teacher": "layer2", "projector": "conv"},
             {"loss": "feature_cosine"},
+            {"loss": "relational", "queue_size": 8, "standardize": "channels"},
+            {"loss": "am_radio", "student": MAP_LAYER, "teacher": "layer2", "projector": "mlp", "standardize": "phi_s"},
         ],
     }
     distillation, student = make(settings, teacher), LogitsOnly()
+    distillation.standardizers.eval()  # they count the first batches on the CPU, as real numbers
     batch = make_batch(teacher)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = replace(
@@ -556,7 +559,7 @@ def test_shares_are_the_balance():
     assert result.shares[name] == pytest.approx(0.5 * result.terms[name].item() / result.total.item())
     assert not any(share.requires_grad for share in result.shares.values())
     nothing = run(distillation, student, members_batch(valid=[False] * 4))[2]
-    assert nothing.total == 0 and set(nothing.shares.values()) == {0.0}
+    assert nothing.total == 0 and all(share == 0 for share in nothing.shares.values())
 
 
 def test_other_rows_do_not_matter():
