@@ -1,7 +1,12 @@
 """Small models whose outputs differ between train and eval mode."""
 
+from collections import OrderedDict
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from kd_pipeline.models.backbone import Backbone
 
 NUM_CLASSES = 10
 IMAGE_SHAPE = (3, 32, 32)
@@ -44,6 +49,49 @@ class LogitsOnly(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)["logits"]
+
+
+def vit_backbone(seed: int = 0) -> Backbone:
+    """A ViT of timm without a head: `pooled` `[N, 32]`, and `spatial` `[N, 1 + 2 + 16, 32]` with 3 prefix tokens."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}
+    return _backbone("vit_tiny_patch16_224", seed, **sizes)
+
+
+def cnn_backbone(seed: int = 0) -> Backbone:
+    """A ResNet of timm without a head: `pooled` `[N, 96]`, and `spatial` `[N, 96, 2, 2]`."""
+    return _backbone("test_resnet", seed, output_stride=16)
+
+
+def _backbone(name: str, seed: int, **sizes: Any) -> Backbone:
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Backbone(timm.create_model(name, num_classes=0, **sizes))
+
+
+class ModelOutput(OrderedDict):
+    """A mapping as `transformers.utils.ModelOutput`: its values are attributes too, and some have none."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class HuggingFaceLike(nn.Module):
+    """A vision transformer that returns what those of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = vit_backbone().trunk
+        self.head = nn.Linear(32, 32)
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        tokens = self.trunk.forward_features(images)
+        pooled = self.head(tokens[:, 0]).tanh()
+        return ModelOutput(last_hidden_state=tokens, pooler_output=pooled, hidden_states=None, attentions=None)
 
 
 def random_images(num_images: int, *, seed: int = 0, shape: tuple[int, int, int] = IMAGE_SHAPE) -> Tensor:

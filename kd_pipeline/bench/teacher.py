@@ -103,7 +103,8 @@ class TeacherResult:
         header = ("", "batch", "images/s", "lowest", "highest", "ms/image", "open s", "top-1 as fp32", "cosine")
         cells = []
         for row in self.rows:
-            shown = [row.name, f"{row.open_s:.1f}", f"{row.top1_agreement:.1%}", f"{row.cosine:.5f}"]
+            top1 = "" if row.top1_agreement is None else f"{row.top1_agreement:.1%}"
+            shown = [row.name, f"{row.open_s:.1f}", top1, f"{row.cosine:.5f}"]
             for batch_size, rates in sorted(row.images_per_s.items()):
                 speeds = [f"{rate:,.1f}" for rate in (median(rates), min(rates), max(rates))]
                 name, *about = shown

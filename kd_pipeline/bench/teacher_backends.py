@@ -82,9 +82,9 @@ class TeacherRow:
     an engine that is not in the cache."""
     first_batch: int
     cosine: float
-    """Cosine similarity of the logits with the reference; of the worst image."""
-    top1_agreement: float
-    """Fraction of the images with the same top-1 class as the reference."""
+    """Cosine similarity of an output with that of the reference; of the worst image and output."""
+    top1_agreement: float | None
+    """Fraction of the images with the same top-1 class as the reference; None without logits."""
     images_per_s: dict[int, tuple[float, ...]] = field(default_factory=dict)
     """By batch size, a number for each repeat."""
 
@@ -111,7 +111,7 @@ class BackendComparison:
     ) -> None:
         self._model, self._images, self._num_threads, self._report = model, images, num_threads, report
         self._batch_sizes, self._largest = sorted(set(batch_sizes)), max(batch_sizes)
-        self._reference_logits = torch.empty(0)
+        self._reference_outputs: Mapping[str, Tensor] = {}
         self._folder = Path()
         """For engines of a single batch size; temporary, while `run` runs."""
         self.reference = ""
@@ -171,7 +171,7 @@ class BackendComparison:
         return kinds
 
     def _open(self, kind: _Kind, batch_size: int, opened: ExitStack) -> Teacher | None:
-        """Open a teacher, run it in batches of that size and compare its logits; None, with the reason noted, if any
+        """Open a teacher, run it in batches of that size and compare its outputs; None, with the reason noted, if any
         of that fails."""
         name, started_s = kind.name, time.perf_counter()
         try:
@@ -184,15 +184,19 @@ class BackendComparison:
             open_s = time.perf_counter() - started_s
             number = len(self._images) // batch_size * batch_size
             batches = torch.split(self._images[:number], batch_size)
-            logits = torch.cat([teacher(batch)["logits"].cpu() for batch in batches])
+            found = [{key: output.cpu() for key, output in teacher(batch).items()} for batch in batches]
+            outputs = {key: torch.cat([each[key] for each in found]) for key in teacher.outputs}
             if not self.reference:
-                self.reference, self._reference_logits = name, logits
-            parity = measure_parity({"logits": logits}, {"logits": self._reference_logits[:number]})
+                self.reference, self._reference_outputs = name, outputs
+            wanted = {key: output[:number] for key, output in self._reference_outputs.items()}
+            parity = measure_parity(outputs, wanted)
         except KDPipelineError as exc:
             self.left_out[name] = str(exc)
             return None
         self._report(f"{name}: first output after {open_s:.1f} s")
-        row = TeacherRow(name, open_s, batch_size, parity["cosine"], parity["top1_agreement"])
+        cosine = min(each.cosine for each in parity.values())
+        top1_agreement = parity["logits"].top1_agreement if "logits" in parity else None
+        row = TeacherRow(name, open_s, batch_size, cosine, top1_agreement)
         self.rows.setdefault(name, row)  # a compiled one is opened for each batch size
         return teacher
 

@@ -57,9 +57,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
     model = parser.add_argument_group("the model, one of")
-    model.add_argument(
-        "--onnx", type=path_option, metavar="FILE", help="a float32 classifier with a dynamic batch size"
-    )
+    model.add_argument("--onnx", type=path_option, metavar="FILE", help="a float32 teacher with a dynamic batch size")
     add_options(model, ModelSettings, *_MODELS)
 
     named = parser.add_argument_group("a model by name")
@@ -155,7 +153,7 @@ def _onnx(parsed: argparse.Namespace) -> Path:
         engine: Path = parsed.save_engine or Path(f"{stem}.engine")
         return engine.parent / f"{engine.stem}.onnx"
     for name in ("checkpoint", "checkpoint_key", "pretrained", "num_classes"):
-        if getattr(parsed, name):
+        if getattr(parsed, name) not in (None, False):
             raise ConfigError(f"--{name.replace('_', '-')} is for a model by name; the weights of {onnx} are in it")
     return onnx
 
@@ -261,11 +259,8 @@ def _table(engine: Path, manifest: "EngineManifest") -> list[tuple[str, str]]:
         ("precision", f"{manifest.precision}{kept}"),
         ("images", f"{manifest.image}, {batches} at a time"),
         *(("output", f"{name} {output}") for name, output in manifest.outputs.items()),
-        (
-            "parity",
-            f"to float32: cosine {parity.cosine:.6f}, top-1 agreement {parity.top1_agreement:.1%}, KL {parity.kl:.2g}, "
-            f"on {parity.num_images} images ({parity.images})",
-        ),
+        ("parity", f"to float32 on {parity.num_images} images ({parity.images})"),
+        *(("", f"{name}: {metrics}") for name, metrics in parity.outputs.items()),
     ]
     if parity.measured_on == "onnx":
         rows.append(("", "measured on the converted ONNX file; the engine is checked when a GPU first opens it"))

@@ -1,6 +1,7 @@
 """Networks without a head: what they return by name, whichever library they are from."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.modules import named_outputs
 
-__all__ = ["POOLED", "SPATIAL", "Backbone", "num_prefix_tokens", "trunk_of", "without_head"]
+__all__ = ["POOLED", "SPATIAL", "Backbone", "num_prefix_tokens", "prefix_tokens_of", "trunk_of", "without_head"]
 
 POOLED, SPATIAL = "pooled", "spatial"
 """Names of a backbone's outputs: a vector for the whole image, and a map or tokens."""
@@ -90,6 +91,15 @@ def num_prefix_tokens(model: nn.Module) -> int | None:
             registers = getattr(module, "register_tokens", None)
             return 1 + (registers.shape[1] if isinstance(registers, Tensor) else 0)
     return None
+
+
+def prefix_tokens_of(model: nn.Module, outputs: Mapping[str, Tensor]) -> dict[str, int | None]:
+    """The `num_prefix_tokens` of each of the outputs of `model`; None for what is no tokens `[N, L, D]`."""
+    number = num_prefix_tokens(model)
+    return {
+        name: None if number is None or output.ndim != 3 or output.shape[1] <= number else number
+        for name, output in outputs.items()
+    }
 
 
 class _Caught:

@@ -35,18 +35,18 @@ def edit_onnx(
     """Write the teacher `source` with changes to `target`, which may be the same file.
 
     Args:
-        source: an image classifier that `read_onnx` accepts.
+        source: a teacher that `read_onnx` accepts.
         target: the file to write; an existing one is replaced, missing folders are created.
         input_adapter: inserted before the graph; the input keeps its name and type. The outputs are those of the module
             exported with the adapter. With a `size`, the new input accepts any height and width.
-        outputs: names of float tensors `[N, ...]` of the graph to add as outputs. A single output of any name is then
-            renamed to `"logits"`, unless `outputs` has that name.
+        outputs: names of float tensors `[N, ...]` of the graph to add as outputs. A single output that counts as the
+            logits is then renamed to `"logits"`, unless `outputs` has that name.
         classes: names of the K classes in logit order, stored in the file.
 
     Raises:
-        EngineError: the file already has an adapter, its image size is not the adapter's, it has no such tensor or
-            a different number of classes; the message has both sides.
-        TeacherError: `source` is not an image classifier in ONNX.
+        EngineError: the file already has an adapter, its image size is not the adapter's, it has no such tensor, no
+            logits for the classes or a different number of them; the message has both sides.
+        TeacherError: `source` is not a teacher in ONNX.
         MissingPackageError: `onnx` or `onnx_ir` is not installed.
     """
     file = read_onnx(source)
@@ -56,7 +56,12 @@ def edit_onnx(
         if outputs:
             _add_outputs(model, file, outputs)
         if classes is not None:
-            num_classes = file.outputs["logits"].shape[1]
+            if (logits := file.outputs.get("logits")) is None:
+                raise EngineError(
+                    f"{source} returns {', '.join(map(repr, file.outputs))} and no 'logits', which class names are "
+                    "for; leave classes out"
+                )
+            num_classes = logits.shape[1]
             if num_classes not in (None, len(classes)):
                 raise EngineError(f"{source} has {num_classes} logits and got {len(classes)} class names")
             model.metadata_props[CLASSES_KEY] = json.dumps(list(classes))
@@ -174,7 +179,7 @@ def _resize(model: Any, images: Any, value: Any, size: int) -> list[Any]:
 
 
 def _add_outputs(model: Any, file: OnnxFile, names: Sequence[str]) -> None:
-    """Add the tensors `names` to the outputs, and rename a single output to `"logits"`."""
+    """Add the tensors `names` to the outputs, and rename the one that counts as the logits."""
     require("onnx_ir.passes.common", extra="cpu").ShapeInferencePass(check_type=False, strict_mode=False)(model)
     graph = model.graph
     computed = {value.name: value for node in graph for value in node.outputs if value.name}
@@ -188,7 +193,7 @@ def _add_outputs(model: Any, file: OnnxFile, names: Sequence[str]) -> None:
             raise EngineError(f"{file.path}: {name!r} is an output already; leave it out")
         _check_feature(file, computed[name], _find_input(model, file).shape[0])
         graph.outputs.append(computed[name])
-    if "logits" not in {*file.output_names.values(), *names}:
+    if file.output_names.get("logits", "logits") != "logits" and "logits" not in names:
         graph.outputs[0].name = "logits"
 
 

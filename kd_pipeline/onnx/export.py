@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,17 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.errors import ExportError, TeacherError
+from kd_pipeline.models.backbone import prefix_tokens_of
 from kd_pipeline.models.input_adapter import InputAdapter, InputAdapterLayer
 from kd_pipeline.models.modules import frozen_copy, named_outputs
-from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, read_onnx, replace_onnx
+from kd_pipeline.onnx.file import (
+    ADAPTER_KEY,
+    CLASSES_KEY,
+    OUTPUTS_KEY,
+    outputs_metadata,
+    read_onnx,
+    replace_onnx,
+)
 from kd_pipeline.onnx.session import open_session
 
 __all__ = ["export_onnx"]
@@ -44,18 +52,19 @@ def export_onnx(
 ) -> Path:
     """Export `module`, in eval mode and with a dynamic batch, and check the file against the module.
 
-    The file maps `"images"` `[N, 3, H, W]` float32 to `"logits"` `[N, K]`, and to more outputs by name if the module
-    returns a mapping. Weights are stored in the file or, near ONNX's limit of 2 GB, in one file next to it. ONNX
-    Runtime's outputs must equal the module's on 1 and 3 random normal images, to 1e-4 of the largest magnitude of each
-    output. It was traced with 2, so a batch size that the export made constant shows. If the module compares the batch
-    size with a number, the first size for which the file may be wrong is checked too, up to `max_batch`. `module` is
-    unchanged, and no file is left after a failure.
+    The file maps `"images"` `[N, 3, H, W]` float32 to the outputs that the module has as a teacher: a tensor `[N, K]`
+    is called `"logits"` and any other `"spatial"`, and a mapping keeps its names, but for values that are None. It also
+    says how many class and register tokens are at the start of tokens, where the module does. Weights are stored in the
+    file or, near ONNX's limit of 2 GB, in one file next to it. ONNX Runtime's outputs must equal the module's on 1 and 3
+    random normal images, to 1e-4 of the largest magnitude of each output. It was traced with 2, so a batch size that
+    the export made constant shows. If the module compares the batch size with a number, the first size for which the
+    file may be wrong is checked too, up to `max_batch`. `module` is unchanged, and no file is left after a failure.
 
     Args:
-        module: a float32 model that returns logits `[N, K]`, or a mapping of tensors with `"logits"`.
+        module: a float32 model that returns a tensor, or a mapping of tensors by name, as of Hugging Face.
         path: the file to write; an existing one is replaced, missing folders are created.
         image_shape: `(3, H, W)` of the images.
-        classes: names of the K classes in logit order, stored in the file.
+        classes: names of the K classes in logit order, stored in the file; only for a module with logits.
         input_adapter: becomes the first layer of the graph.
         opset: ONNX opset; defaults to torch's.
         max_batch: largest batch size to check, for a module that branches on it.
@@ -109,8 +118,7 @@ def _trace(
     images = torch.zeros(_TRACED_BATCH, *image_shape)
     try:
         outputs = model(images)
-        if classes is not None and len(classes) != outputs["logits"].shape[-1]:
-            raise ExportError(f"it has {outputs['logits'].shape[-1]} logits and got {len(classes)} class names")
+        _check_classes(classes, outputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -130,7 +138,19 @@ def _trace(
     assert program is not None  # torch returns one whenever dynamo=True
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with paths of this machine
+    program.model.metadata_props[OUTPUTS_KEY] = outputs_metadata(prefix_tokens_of(model, outputs))
     return program
+
+
+def _check_classes(classes: Sequence[str] | None, outputs: Mapping[str, Tensor]) -> None:
+    if classes is None:
+        return
+    if "logits" not in outputs:
+        raise ExportError(
+            f"it returns {', '.join(map(repr, outputs))} and no 'logits', which class names are for; leave classes out"
+        )
+    if len(classes) != outputs["logits"].shape[-1]:
+        raise ExportError(f"it has {outputs['logits'].shape[-1]} logits and got {len(classes)} class names")
 
 
 def _checked_batches(program: torch.onnx.ONNXProgram, max_batch: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The interface of an image classifier in ONNX: reads and validates a file before any runtime parses it."""
+"""The interface of a teacher in ONNX: reads and validates a file before any runtime parses it."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import TeacherError
+from kd_pipeline.models.backbone import POOLED
 from kd_pipeline.models.input_adapter import InputAdapter
 from kd_pipeline.onnx.outline import CHUNK, MAX_BYTES, Outline, OutlineError, read_outline
 from kd_pipeline.onnx.weights import (
@@ -32,10 +33,22 @@ from kd_pipeline.onnx.weights import (
     read_ranges,
 )
 
-__all__ = ["ADAPTER_KEY", "CLASSES_KEY", "OnnxFile", "read_onnx", "replace_onnx"]
+__all__ = [
+    "ADAPTER_KEY",
+    "CLASSES_KEY",
+    "OUTPUTS_KEY",
+    "OnnxFile",
+    "outputs_metadata",
+    "own_names",
+    "read_onnx",
+    "replace_onnx",
+]
 
 CLASSES_KEY = "kd_pipeline.classes"
 """Metadata key of the class names, a JSON list in logit order."""
+OUTPUTS_KEY = "kd_pipeline.outputs"
+"""Metadata key of the outputs that have the teacher's names: a JSON object with the number of prefix tokens of each, or
+null."""
 ADAPTER_KEY = "kd_pipeline.input_adapter"
 """Metadata key of the input adapter that is part of the graph, as JSON."""
 
@@ -54,7 +67,7 @@ _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE":
 
 @dataclass(frozen=True, slots=True)
 class OnnxFile:
-    """An image classifier in ONNX: a dynamic batch of images in, logits and possibly features out."""
+    """A teacher in ONNX: a dynamic batch of images in, vectors, maps and tokens by name out."""
 
     path: Path
     """The file with symlinks resolved. A runtime gets a `private_copy`, as others may change the file."""
@@ -62,14 +75,14 @@ class OnnxFile:
     images: TensorSpec
     """`[N, 3, H, W]`, float32 or float16; H and W are None if dynamic."""
     outputs: Mapping[str, TensorSpec]
-    """Shape and dtype, float32 or float16, by the teacher's name of the output."""
+    """Shape, dtype (float32 or float16) and prefix tokens, by the teacher's name of the output."""
     output_names: Mapping[str, str]
-    """Name in the file by the teacher's name; they differ if a single output counts as `"logits"`."""
+    """Name in the file by the teacher's name; they differ if a single vector counts as `"logits"`."""
     precision: str
     """`"fp32"`, `"fp16"`, `"bf16"` or `"fp64"`: the dtype of most floating weights."""
     opset: int
     classes: tuple[str, ...] | None
-    """Class names in logit order, if the file has them."""
+    """Class names in logit order, if the file has them; never without logits."""
     input_adapter: InputAdapter | None
     """The adapter that is part of the graph, if the file names one."""
     external: Mapping[str, Ranges]
@@ -114,7 +127,7 @@ def read_onnx(path: Path) -> OnnxFile:
 
     Raises:
         TeacherError: the file does not exist, is not ONNX, has weights outside its folder or other ones than its
-            tensors need, or is not an image classifier with a dynamic batch; the message names the file.
+            tensors need, or is no network for a dynamic batch of images; the message names the file.
         MissingPackageError: `onnx` is not installed.
     """
     path, outline = _read_outline(path)
@@ -124,7 +137,7 @@ def read_onnx(path: Path) -> OnnxFile:
     external = external_ranges(path, outline, tensors)
     _add_external(outline.sha256, path, external)
     input_name, images = _read_input(path, model.graph)
-    output_names, outputs = _read_outputs(path, model.graph)
+    output_names, outputs = _read_outputs(path, model)
     return OnnxFile(
         path=path,
         input_name=input_name,
@@ -133,11 +146,31 @@ def read_onnx(path: Path) -> OnnxFile:
         output_names=output_names,
         precision=_precision(tensors),
         opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
-        classes=_read_classes(path, model, outputs["logits"].shape[1]),
+        classes=_read_classes(path, model, outputs.get("logits")),
         input_adapter=_read_adapter(path, model),
         external=external,
         sha256=outline.sha256.hexdigest(),
     )
+
+
+def own_names(ranks: Mapping[str, int]) -> dict[str, str]:
+    """The names of a network's outputs by the teacher's names for them.
+
+    They are the same, but for a single vector, which counts as `"logits"` unless it is called `"pooled"`.
+
+    Args:
+        ranks: number of dimensions by the network's own name.
+    """
+    if len(ranks) == 1:
+        ((name, rank),) = ranks.items()
+        if rank == 2 and name != POOLED:
+            return {"logits": name}
+    return {name: name for name in ranks}
+
+
+def outputs_metadata(num_prefix_tokens: Mapping[str, int | None]) -> str:
+    """The metadata `OUTPUTS_KEY` for outputs whose names are the teacher's."""
+    return json.dumps(dict(num_prefix_tokens))
 
 
 @contextmanager
@@ -248,17 +281,66 @@ def _read_input(path: Path, graph: Any) -> tuple[str, TensorSpec]:
     return inputs[0].name, images
 
 
-def _read_outputs(path: Path, graph: Any) -> tuple[dict[str, str], dict[str, TensorSpec]]:
-    names = [value.name for value in graph.output]
-    output_names = {"logits": names[0]} if len(names) == 1 else {name: name for name in names}
-    if "logits" not in output_names or len(output_names) != len(names):
-        raise TeacherError(f"{path} returns {_names(names)}; one of them, and only one, must be named 'logits'")
-    outputs = dict(zip(output_names, (_spec(path, value) for value in graph.output), strict=True))
-    if len(outputs["logits"].shape) != 2:
+def _read_outputs(path: Path, model: Any) -> tuple[dict[str, str], dict[str, TensorSpec]]:
+    values = {value.name: value for value in model.graph.output}
+    if not values or len(values) != len(model.graph.output):
+        names = _names(value.name for value in model.graph.output)
         raise TeacherError(
-            f"{path}: the logits {quoted(output_names['logits'])} are {outputs['logits']}, expected [N, K]"
+            f"{path} returns {names or 'nothing'}; export the teacher with at least one output, each with a name of "
+            "its own"
         )
-    return output_names, outputs
+    specs = {name: _spec(path, value) for name, value in values.items()}
+    known = _read_num_prefix_tokens(path, model, specs)
+    by_name = own_names({name: len(spec.shape) for name, spec in specs.items()})
+    if not known.keys().isdisjoint(by_name.values()):  # what has the teacher's name keeps it
+        by_name = {name: name for name in specs}
+    outputs = {name: replace(specs[own], num_prefix_tokens=known.get(own)) for name, own in by_name.items()}
+    if "logits" in outputs and len(outputs["logits"].shape) != 2:
+        raise TeacherError(
+            f"{path}: the logits {quoted(by_name['logits'])} are {outputs['logits']}, expected [N, K]; export them "
+            "as such, or give this output another name"
+        )
+    return by_name, outputs
+
+
+def _read_num_prefix_tokens(path: Path, model: Any, specs: Mapping[str, TensorSpec]) -> dict[str, int | None]:
+    """The number of prefix tokens of each output that the metadata lists."""
+    text = _metadata(path, model, OUTPUTS_KEY)
+    if text is None:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as exc:  # ValueError: not JSON, or a number of thousands of digits
+        raise TeacherError(f"{path}: the metadata {OUTPUTS_KEY} is not JSON ({exc}); export the teacher again") from exc
+    if not isinstance(found, dict):
+        raise TeacherError(
+            f"{path}: the metadata {OUTPUTS_KEY} is no object with a number for each output; export the teacher again"
+        )
+    for name, number in found.items():
+        spec = specs.get(name)
+        if spec is None:
+            raise TeacherError(
+                f"{path}: the metadata {OUTPUTS_KEY} has {quoted(name)}, and the outputs are {_names(specs)}; export "
+                "the teacher again"
+            )
+        if number is not None and (reason := _why_no_prefix(number, spec)):
+            raise TeacherError(
+                f"{path}: {quoted(name)} is {spec} and has, by the metadata {OUTPUTS_KEY}, {reason}; export the "
+                "teacher again"
+            )
+    return found
+
+
+def _why_no_prefix(number: object, spec: TensorSpec) -> str:
+    """What is wrong with `number` prefix tokens of an output; empty if they fit."""
+    if type(number) is not int:  # a bool is an int
+        return f"a number of prefix tokens that is {type(number).__name__}"
+    if not 0 <= number <= _MAX_VALUES:
+        return f"a number of prefix tokens that is {'negative' if number < 0 else 'too large'}"
+    if len(spec.shape) != 3:
+        return f"{number} prefix tokens, which only tokens [N, L, D] have"
+    length = spec.shape[1]
+    return f"{number} prefix tokens" if length is not None and number >= length else ""
 
 
 def _spec(path: Path, value: Any) -> TensorSpec:
@@ -293,7 +375,7 @@ def _names(names: Iterable[str]) -> str:
     return shown if len(names) <= _MAX_SHOWN else f"{shown} and {len(names) - _MAX_SHOWN} more"
 
 
-def _read_classes(path: Path, model: Any, num_classes: int | None) -> tuple[str, ...] | None:
+def _read_classes(path: Path, model: Any, logits: TensorSpec | None) -> tuple[str, ...] | None:
     text = _metadata(path, model, CLASSES_KEY)
     if text is None:
         return None
@@ -305,6 +387,12 @@ def _read_classes(path: Path, model: Any, num_classes: int | None) -> tuple[str,
         ) from exc
     if not isinstance(names, list) or not all(isinstance(name, str) and _is_text(name) for name in names):
         raise TeacherError(f"{path}: the metadata {CLASSES_KEY} is not a list of names; export the teacher again")
+    if logits is None:
+        raise TeacherError(
+            f"{path} has class names in {CLASSES_KEY} and no output 'logits' [N, K]; export the teacher again, without "
+            "classes or with its logits"
+        )
+    num_classes = logits.shape[1]
     if num_classes not in (None, len(names)):
         raise TeacherError(f"{path} has {num_classes} logits and {len(names)} class names in {CLASSES_KEY}")
     return tuple(names)

@@ -56,7 +56,7 @@ def convert_precision(
     - operators that ONNX or TensorRT lacks in this precision, and `QuantizeLinear` and `DequantizeLinear`.
 
     Args:
-        source: a float32 image classifier that `read_onnx` accepts.
+        source: a float32 teacher that `read_onnx` accepts.
         target: the file to write; an existing one is replaced, missing folders are created.
         precision: dtype of weights and arithmetic.
         samples: `[N, 3, H, W]` float32 training images, on which ONNX Runtime measures the range of every value for
@@ -69,7 +69,7 @@ def convert_precision(
     Raises:
         EngineError: the file is not float32, or has custom operators or an opset without bfloat16, or `samples` do not
             match; `target` is unchanged.
-        TeacherError: `source` is not an image classifier in ONNX.
+        TeacherError: `source` is not a teacher in ONNX.
         MissingPackageError: `onnx`, `onnx_ir` or `onnxruntime` is not installed.
     """
     dtypes = require("onnx_ir", extra="cpu").DataType
@@ -107,7 +107,7 @@ def emulate_precision(source: Path, target: Path) -> Path:
 
     Raises:
         EngineError: `target` cannot be written.
-        TeacherError: `source` is not an image classifier in ONNX.
+        TeacherError: `source` is not a teacher in ONNX.
         MissingPackageError: `onnx` or `onnx_ir` is not installed.
     """
     ir = require("onnx_ir", extra="cpu")

@@ -54,7 +54,8 @@ def quantize_onnx(
 
     In float32 stay
 
-    - the layer that computes the logits, because the student learns from them;
+    - the layer that computes the logits, because the student learns from them; in a file without logits the last layer
+      before each output, unless a sum of two branches is in between, as after a residual block;
     - products of two activations, as in attention;
     - for fp8, convolutions without float8 kernels in TensorRT.
 
@@ -62,7 +63,7 @@ def quantize_onnx(
     kernels for or, with `session.disable_quant_qdq`, drops each ReLU before a Q, which makes the outputs wrong.
 
     Args:
-        source: a float32 image classifier that `read_onnx` accepts.
+        source: a float32 teacher that `read_onnx` accepts.
         target: the file to write; an existing one is replaced, missing folders are created.
         precision: `"int8"`, or `"fp8"` in E4M3.
         samples: `[N, 3, H, W]` training images, 100 or more; they determine the range of each activation.
@@ -71,7 +72,7 @@ def quantize_onnx(
     Raises:
         EngineError: the file is not float32, has nothing to quantize, an opset that is too old or values that are not
             finite, or the samples do not match; `target` is unchanged.
-        TeacherError: `source` is not an image classifier in ONNX.
+        TeacherError: `source` is not a teacher in ONNX.
         MissingPackageError: `onnx`, `onnx_ir` or `onnxruntime` is not installed.
     """
     file = read_onnx(source)
@@ -120,7 +121,7 @@ def _find_layers(graph: Any, file: OnnxFile, precision: str) -> list[Any]:
     # was 1.3 % and 1.2 % of their root mean square in int8, 4.0 % and 3.4 % in fp8. Quantizing the last layer too added
     # 4 to 18 % to that error, and the products in attention 15 to 145 %.
     ir = require("onnx_ir", extra="cpu")
-    last = _last_layers(graph, file.output_names["logits"])
+    last = _last_layers(graph, file.output_names)
 
     def is_quantizable(node: Any) -> bool:
         if node.op_type not in _OP_TYPES or node.domain or node in last:
@@ -136,11 +137,15 @@ def _find_layers(graph: Any, file: OnnxFile, precision: str) -> list[Any]:
     return [node for node in graph if is_quantizable(node)]
 
 
-def _last_layers(graph: Any, logits: str) -> set[Any]:
-    """The layers with no other layer between them and the logits; most models have one."""
+def _last_layers(graph: Any, output_names: Mapping[str, str]) -> set[Any]:
+    """The layers with no other layer between them and the logits; most models have one.
+
+    Without logits, those before any output. There it ends at a sum, since each block of a residual network adds to it.
+    """
+    logits = output_names.get("logits")
     found: set[Any] = set()
     seen: set[Any] = set()
-    pending = [value for value in graph.outputs if value.name == logits]
+    pending = [value for value in graph.outputs if logits in (None, value.name)]
     while pending:
         node = pending.pop().producer()
         if node is None or node in seen:
@@ -148,9 +153,17 @@ def _last_layers(graph: Any, logits: str) -> set[Any]:
         seen.add(node)
         if node.op_type in _OP_TYPES:
             found.add(node)
-        else:
+        elif logits is not None or not _is_sum(node):
             pending.extend(value for value in node.inputs if value is not None)
     return found
+
+
+def _is_sum(node: Any) -> bool:
+    """Whether it adds two activations."""
+    if node.op_type != "Add" or node.domain:
+        return False
+    get_constant = require("onnx_ir", extra="cpu").convenience.get_const_tensor
+    return all(get_constant(value) is None for value in node.inputs)
 
 
 def _activations(graph: Any, layers: Sequence[Any], runtime: Runtime) -> list[tuple[Any, int]]:
@@ -184,10 +197,7 @@ def _addition_before(layer: Any) -> Any | None:
     node = layer.inputs[0].producer()
     while node is not None and node.op_type in ("Relu", "MaxPool"):
         node = node.inputs[0].producer()
-    if node is None or node.op_type != "Add" or node.domain:
-        return None
-    get_constant = require("onnx_ir", extra="cpu").convenience.get_const_tensor
-    return node if all(get_constant(value) is None for value in node.inputs) else None
+    return node if node is not None and _is_sum(node) else None
 
 
 def _fused_input(addition: Any, layers: Sequence[Any]) -> int | None:

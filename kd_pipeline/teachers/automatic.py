@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kd_pipeline._core.atomic_write import write_atomic
@@ -19,9 +20,9 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.version import __version__
 from kd_pipeline.errors import EngineError, KDPipelineError, TeacherError
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.parity import ParityReference, check_parity, images_digest
+from kd_pipeline.teachers.parity import ParityReference, check_parity, images_digest, measure_parity, summary
 from kd_pipeline.teachers.settings import Runtime
-from kd_pipeline.teachers.tensorrt.manifest import Precision
+from kd_pipeline.teachers.tensorrt.manifest import OutputParity, Precision
 
 __all__ = ["Choice", "Comparison", "Contest", "choose"]
 
@@ -43,10 +44,8 @@ class Measured(Settings):
     runtime: Runtime
     s_per_image: float
     """Of the fastest call; it includes the first one only if there was no other."""
-    cosine: float
-    """Smallest cosine of an output with that of float32 over the images, and over the outputs."""
-    top1_agreement: float
-    """Fraction of the images with the top-1 class of float32."""
+    outputs: dict[str, OutputParity] = Field(default_factory=dict)
+    """How close they are to those of float32; empty if they are too far off."""
     problem: str = ""
     """Why its outputs are too far from float32; empty if they are not."""
 
@@ -91,14 +90,9 @@ class Choice:
 
     @property
     def agreement(self) -> str:
-        """How close it is to float32, such as `top-1 as in float32 on 100.0 % of 64 images (cosine 0.99997)`."""
+        """How close it is to float32, such as `cosine 0.99997 to float32 on 64 images`."""
         found = next((each for each in self.comparison.measured if each.runtime == self.runtime), None)
-        if found is None:
-            return ""
-        return (
-            f"top-1 as in float32 on {100 * found.top1_agreement:.1f} % of {self.comparison.num_images} images (cosine "
-            f"{found.cosine:.5f})"
-        )
+        return "" if found is None else found.problem or summary(found.outputs, self.comparison.num_images)
 
     def times_as_fast_as(self, backend: str) -> float | None:
         """Its speed relative to the same precision, or else float32, in another backend, if both were measured."""
@@ -163,7 +157,7 @@ class _Race:
             images = self._contest.images()
             key = images_digest(images)
         facts = (
-            f"comparison 1 {__version__} {torch.__version__} {cpu_name()} {torch.get_num_threads()} {key} "
+            f"comparison 2 {__version__} {torch.__version__} {cpu_name()} {torch.get_num_threads()} {key} "
             f"{self._contest.key} {self._contest.reference} {', '.join(map(str, self._contest.candidates))}"
         )
         compared: list[Comparison] = []
@@ -188,11 +182,8 @@ class _Race:
         teacher = contest.open(contest.reference)
         self.opened[contest.reference] = teacher
         reference, s_per_image = _run_reference(teacher, images)
-        found = {
-            contest.reference: Measured(
-                runtime=contest.reference, s_per_image=s_per_image, cosine=1.0, top1_agreement=1.0
-            )
-        }
+        itself = measure_parity(reference.outputs, reference.outputs)
+        found = {contest.reference: Measured(runtime=contest.reference, s_per_image=s_per_image, outputs=itself)}
         for runtime in contest.candidates:
             self._measure(runtime, reference, found)
         for runtime in contest.candidates:
@@ -259,13 +250,11 @@ def _measure(runtime: Runtime, teacher: Teacher, reference: ParityReference) -> 
     timed = _Timed(teacher)
     batch = min(_BATCH, teacher.max_batch, len(reference.images))
     precision: Precision = runtime.precision  # type: ignore[assignment]  # a runtime may have one of its own
-    cosine, top1, problem = 0.0, 0.0, ""
     try:
-        metrics = check_parity(reference, timed, batch_sizes=(batch,), precision=precision)
-        cosine, top1 = metrics["cosine"], metrics["top1_agreement"]
+        outputs = check_parity(reference, timed, batch_sizes=(batch,), precision=precision)
     except EngineError as exc:
-        problem = str(exc)
-    return Measured(runtime=runtime, s_per_image=timed.s_per_image, cosine=cosine, top1_agreement=top1, problem=problem)
+        return Measured(runtime=runtime, s_per_image=timed.s_per_image, problem=str(exc))
+    return Measured(runtime=runtime, s_per_image=timed.s_per_image, outputs=outputs)
 
 
 def _read(path: Path) -> Comparison:

@@ -31,6 +31,8 @@ _logger = logging.getLogger("kd_pipeline")
 
 _ONNX, _OUTPUTS, _FAILURE = "teacher.onnx", "outputs.npz", "failure.txt"
 """Files in the folder of an export: it and the module's outputs for an image, or why it cannot be exported."""
+_OUTPUT_PREFIX = "output."
+"""Before an output's name among the arguments of `np.savez`, of which one is called `file`."""
 _MAX_BATCH = 2
 """The export is checked on 1, 2 and 7 random images; its outputs in a runtime are compared with the module's later."""
 _TOLERANCE = 0.02
@@ -90,7 +92,7 @@ def kept_export(found: Examined) -> Path:
     if (failure := folder / _FAILURE).is_file():
         raise ExportError(failure.read_text(encoding="utf-8"))
     with np.load(folder / _OUTPUTS, allow_pickle=False) as saved:
-        outputs = {name: torch.from_numpy(saved[name]) for name in saved.files}
+        outputs = {name.removeprefix(_OUTPUT_PREFIX): torch.from_numpy(saved[name]) for name in saved.files}
     if not _same(outputs, found.outputs):
         raise ExportError(
             f"the outputs of {type(found.module).__qualname__} have changed since it was exported to {folder}, and its "
@@ -102,7 +104,7 @@ def kept_export(found: Examined) -> Path:
 
 def export_key(found: Examined) -> str:
     """Digest of all that the export of a module depends on: weights, layers, code, image shape and packages."""
-    digest = hashlib.sha256(f"export 1 {__version__} {found.digest} {found.image_shape}\n".encode())
+    digest = hashlib.sha256(f"export 2 {__version__} {found.digest} {found.image_shape}\n".encode())
     digest.update(" ".join(f"{name} {metadata.version(name)}" for name in _installed(_PACKAGES)).encode())
     for name, layer in found.module.named_modules():
         state = {key: value for key, value in vars(layer).items() if key not in _NOT_STATE}
@@ -125,7 +127,7 @@ def _export(found: Examined, folder: Path) -> None:
             raise
         write_atomic(folder / _FAILURE, str(exc.__cause__ or exc))
         return
-    arrays: dict[str, Any] = {output: tensor.numpy() for output, tensor in found.outputs.items()}
+    arrays: dict[str, Any] = {f"{_OUTPUT_PREFIX}{name}": output.numpy() for name, output in found.outputs.items()}
     with open(folder / _OUTPUTS, "wb") as file:
         np.savez(file, **arrays)
 

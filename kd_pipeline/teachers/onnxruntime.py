@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kd_pipeline._core.optional import require
-from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import MissingPackageError, TeacherError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.onnx.session import fused_types, open_session
@@ -96,7 +96,7 @@ class OnnxRuntimeTeacher(Teacher):
             precision=found,
             device=device,
             images=file.images,
-            outputs={name: TensorSpec(spec.shape, torch.float32) for name, spec in file.outputs.items()},
+            outputs={name: replace(spec, dtype=torch.float32) for name, spec in file.outputs.items()},
             max_batch=max_batch,
             classes=file.classes,
             fingerprint=file.fingerprint("onnxruntime", found),

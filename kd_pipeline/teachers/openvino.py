@@ -1,5 +1,6 @@
 """OpenVINO as the teacher's runtime: an ONNX file on a CPU."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.optional import require
-from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.onnx.weights import shortened
@@ -67,7 +67,7 @@ class OpenVINOTeacher(Teacher):
             precision=found,
             device=torch.device("cpu"),
             images=file.images,
-            outputs={name: TensorSpec(spec.shape, torch.float32) for name, spec in file.outputs.items()},
+            outputs={name: replace(spec, dtype=torch.float32) for name, spec in file.outputs.items()},
             max_batch=max_batch,
             classes=file.classes,
             fingerprint=file.fingerprint("openvino", found),

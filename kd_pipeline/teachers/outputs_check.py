@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -67,10 +67,10 @@ def check_outputs(
         first = _run(teacher, images[:num_images])
         again = _run(teacher, images[:num_images])
         others = _run(teacher, images[-num_images:])
-        if bad := [name for name, output in first.items() if _not_finite(output).any()]:
+        if bad := [name for name, output in first.items() if _not_finite(name, output).any()]:
             return (
-                f"the {teacher.backend} teacher returns {bad[0]!r} with NaN or inf for {num_images} generated images; "
-                "check its weights, and if it runs in fp16, use bf16 or fp32",
+                f"the {teacher.backend} teacher returns {_quoted(bad)} with NaN or inf for {num_images} generated "
+                "images; check its weights, and if it runs in fp16, use bf16 or fp32",
             )
         problem = _not_repeatable(teacher, first, again)
         # The last of the first images is the first of the others.
@@ -86,17 +86,17 @@ def check_outputs(
                 raise TeacherError(f"{problem}. It fails on a single image: {error}") from error
             problem = problem or _depends_on_batch(teacher, first, alone)
     problems = [] if problem is None else [problem]
-    for name in first:
-        rows = torch.cat([first[name], others[name]])
-        if not problems and torch.equal(rows, rows[:1].expand_as(rows)):
-            problems.append(
-                f"the {teacher.backend} teacher returns the same {name!r} for every image; are its weights loaded, and "
-                "does it read its input?"
-            )
+    rows = {name: torch.cat([output, others[name]]) for name, output in first.items()}
+    # Tokens or positions that are alike within an image are fine.
+    constant = [name for name, output in rows.items() if torch.equal(output, output[:1].expand_as(output))]
+    if constant and not problems:
+        problems.append(
+            f"the {teacher.backend} teacher returns the same {_quoted(constant)} for every image; are its weights "
+            "loaded, and does it read its input?"
+        )
     if problems or "logits" not in first:
         return tuple(problems)
-    logits = torch.cat([first["logits"], others["logits"]])
-    if (problem := probability_problem(logits, min_sigmoids=_MIN_SIGMOIDS)) is not None:
+    if (problem := probability_problem(rows["logits"], min_sigmoids=_MIN_SIGMOIDS)) is not None:
         problems.append(f"the {teacher.backend} teacher's logits {problem}")
     return tuple(problems)
 
@@ -182,22 +182,28 @@ def _working_batch(teacher: Teacher, images: Tensor) -> int | None:
     return None
 
 
-def _not_finite(output: Tensor) -> Tensor:
-    """`[N]` bool, which rows hold NaN or +inf, or nothing but -inf; -inf alone is the logit of an excluded class."""
-    rows = output.flatten(1)
+def _not_finite(name: str, output: Tensor) -> Tensor:
+    """`[N]` bool, which rows hold NaN or inf; logits may be -inf, of an excluded class, but not all of a row."""
+    rows = output.reshape(len(output), -1)
+    if name != "logits":
+        return ~rows.isfinite().all(1)
     return rows.isnan().any(1) | (rows == math.inf).any(1) | (rows == -math.inf).all(1)
 
 
-def _distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], spread: Mapping[str, float]) -> float:
-    """The largest difference of a row of an output, as a share of the output's spread."""
-    return max(_row_distance(found[name], output, spread[name]) for name, output in wanted.items())
+def _distance(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], spread: Mapping[str, float]
+) -> tuple[float, str]:
+    """The largest difference of a row of an output, as a share of the output's spread; and which output that is."""
+    return max((_row_distance(found[name], output, spread[name]), name) for name, output in wanted.items())
 
 
 def _row_distance(found: Tensor, wanted: Tensor, spread: float) -> float:
     is_finite = wanted.isfinite()
     if found.shape != wanted.shape or not torch.equal(found.isfinite(), is_finite):
         return math.inf
-    difference = torch.where(is_finite, found - wanted, 0.0).flatten(1).square().mean(1).sqrt().max().item()
+    difference = (
+        torch.where(is_finite, found - wanted, 0.0).reshape(len(wanted), -1).square().mean(1).sqrt().max().item()
+    )
     return difference / spread if spread else (math.inf if difference else 0.0)
 
 
@@ -208,31 +214,35 @@ def _spread(outputs: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _not_repeatable(teacher: Teacher, first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> str | None:
     """What is wrong if the outputs for the same images differ."""
-    distance = _distance(again, first, _spread(first))
+    distance, name = _distance(again, first, _spread(first))
     if distance <= (_REPEATED_CPU if teacher.device.type == "cpu" else _REPEATED_GPU):
         return None
     return (
-        f"the {teacher.backend} teacher returns other outputs when the same images are run again ({_share(distance)}): "
-        "dropout is active, BatchNorm is in training mode, or it draws random numbers. A recording and a resumed run "
-        f"will not repeat its outputs; {_advice(teacher)}"
+        f"the {teacher.backend} teacher returns other outputs when the same images are run again "
+        f"({name!r} by {_share(distance)}): dropout is active, BatchNorm is in training mode, or it draws random "
+        f"numbers. A recording and a resumed run will not repeat its outputs; {_advice(teacher)}"
     )
 
 
 def _depends_on_batch(teacher: Teacher, first: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
     """What is wrong if an image, the last of `first` and the first of `other`, has different outputs in them."""
     found = {name: output[:1] for name, output in other.items()}
-    distance = _distance(found, {name: output[-1:] for name, output in first.items()}, _spread(first))
+    distance, worst = _distance(found, {name: output[-1:] for name, output in first.items()}, _spread(first))
     if distance <= _BATCHED:
         return None
     return (
         f"the {teacher.backend} teacher returns other outputs for an image when the rest of its batch changes "
-        f"({_share(distance)}): BatchNorm is in training mode, and normalizes with the batch instead of what it "
-        f"learned. A recording and another batch size will not repeat its outputs; {_advice(teacher)}"
+        f"({worst!r} by {_share(distance)}): BatchNorm is in training mode, and normalizes with the batch instead of "
+        f"what it learned. A recording and another batch size will not repeat its outputs; {_advice(teacher)}"
     )
 
 
+def _quoted(names: Iterable[str]) -> str:
+    return " and ".join(map(repr, names))
+
+
 def _share(distance: float) -> str:
-    return "finite or not" if math.isinf(distance) else f"{distance:.1%} of their spread"
+    return "more than its spread" if math.isinf(distance) else f"{distance:.1%} of its spread"
 
 
 def _advice(teacher: Teacher) -> str:

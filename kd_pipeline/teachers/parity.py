@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.tensorrt.manifest import Precision
+from kd_pipeline.teachers.tensorrt.manifest import OutputParity, Precision
 
 __all__ = [
     "CalibrationSet",
@@ -23,6 +24,8 @@ __all__ = [
     "images_digest",
     "make_reference",
     "measure_parity",
+    "read_reference",
+    "summary",
 ]
 
 _NUM_IMAGES = 64
@@ -35,10 +38,50 @@ _TIE = 0.05
 The top class of an untrained network leads by so little on many images that any rounding changes it, at a cosine of
 0.9999998. A trained network's hardly ever does.
 """
-_WORSE: dict[str, Callable[[float, float], float]] = {"cosine": min, "top1_agreement": min, "kl": max}
-"""The metrics of `Parity`, and how to take the worse one of two values."""
-_HALF_BOUNDS = {"cosine": 0.999, "top1_agreement": 0.99, "kl": 0.001}
-_EIGHT_BIT_BOUNDS = {"cosine": 0.99, "top1_agreement": 0.95, "kl": 0.01}
+_NEGLIGIBLE = 0.01
+"""Vectors shorter than this part of the usual length in an output, in both, count as equal: their direction is noise.
+"""
+_OUTPUT_PREFIX = "output."
+"""Before the names of outputs in a file, where images are too."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Metric:
+    """A field of `OutputParity`, and what is allowed."""
+
+    field: str
+    label: str
+    half: float
+    """Bound for fp32, fp16 and bf16."""
+    eight_bits: float
+    """Bound for int8 and fp8."""
+    error: Callable[[float], float]
+    """How far a value is from that of equal outputs; larger is worse."""
+
+    def bound(self, precision: Precision) -> float:
+        return self.half if precision in ("fp32", "fp16", "bf16") else self.eight_bits
+
+    def excess(self, value: float, precision: Precision) -> float:
+        """The error as a multiple of what is allowed."""
+        return self.error(value) / self.error(self.bound(precision))
+
+
+def _lack(share: float) -> float:
+    return 1 - share
+
+
+def _stretch(ratio: float) -> float:
+    return max(ratio, 1 / ratio) - 1 if ratio > 0 else float("inf")
+
+
+_METRICS = (
+    _Metric("cosine", "cosine", 0.999, 0.99, _lack),
+    _Metric("position_cosine", "cosine of a position", 0.995, 0.95, _lack),
+    _Metric("pooled_cosine", "cosine of the mean over positions", 0.999, 0.99, _lack),
+    _Metric("norm_ratio", "ratio of norms", 1.05, 1.15, _stretch),
+    _Metric("top1_agreement", "top-1 agreement", 0.99, 0.95, _lack),
+    _Metric("kl", "KL divergence", 0.001, 0.01, float),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +110,25 @@ class ParityReference:
     def to_bytes(self) -> bytes:
         """An `.npz` file with float16 images and float32 outputs."""
         stream = io.BytesIO()
-        arrays: dict[str, Any] = {name: output.numpy() for name, output in self.outputs.items()}
+        arrays: dict[str, Any] = {f"{_OUTPUT_PREFIX}{name}": output.numpy() for name, output in self.outputs.items()}
         np.savez(stream, images=self.images.half().numpy(), **arrays)
         return stream.getvalue()
+
+
+def read_reference(content: bytes) -> tuple[Tensor, dict[str, Tensor]]:
+    """Images and outputs, in float32, of what `ParityReference.to_bytes` returned.
+
+    Raises:
+        Exception: it is something else; zipfile and NumPy raise of many kinds.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        num_bytes = sum(member.file_size for member in archive.infolist())
+    if num_bytes > len(content):  # it would be compressed, and nothing is
+        raise ValueError(f"it would unpack to {num_bytes} bytes")
+    arrays = np.load(io.BytesIO(content), allow_pickle=False)
+    tensors = {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
+    images = tensors.pop("images")
+    return images, {name.removeprefix(_OUTPUT_PREFIX): output for name, output in tensors.items()}
 
 
 def generate_calibration_set(image_shape: tuple[int, int, int], num_images: int = _NUM_IMAGES) -> CalibrationSet:
@@ -118,53 +177,50 @@ def check_parity(
     *,
     batch_sizes: Sequence[int],
     precision: Precision,
-) -> dict[str, float]:
+) -> dict[str, OutputParity]:
     """Run `teacher` on the images of `reference` in batches of each size, and compare the outputs.
 
     Returns:
-        The worst `cosine`, `top1_agreement` and `kl` over all batch sizes, as `Parity` describes them.
+        By output, the worst value of each metric over all batch sizes.
 
     Raises:
-        EngineError: an output has NaN or inf or the wrong shape, or a metric is out of bounds for `precision`.
+        EngineError: an output has NaN or inf or the wrong shape, or a metric is out of bounds for `precision`; names
+            the outputs, the worst first.
     """
-    bounds = _HALF_BOUNDS if precision in ("fp32", "fp16", "bf16") else _EIGHT_BIT_BOUNDS
-    worst = {"cosine": 1.0, "top1_agreement": 1.0, "kl": 0.0}
+    worst: dict[str, OutputParity] = {}
     for batch_size in sorted(set(batch_sizes)):
-        outputs = _run(teacher, reference.images, batch_size)
-        metrics = measure_parity(outputs, reference.outputs)
-        failed = [
-            f"{name} {metrics[name]:.4g} (allowed {'up to' if name == 'kl' else 'from'} {bound:g})"
-            for name, bound in bounds.items()
-            if _WORSE[name](metrics[name], bound) != bound
-        ]
-        if failed:
-            cosines = sorted((_cosine(name, wanted, outputs), name) for name, wanted in reference.outputs.items())
+        found = measure_parity(_run(teacher, reference.images, batch_size), reference.outputs)
+        if reasons := _out_of_bounds(found, precision):
             raise EngineError(
                 f"the {precision} teacher's outputs in batches of {batch_size} are too far from float32 on "
-                f"{len(reference.images)} images ({reference.source}): {', '.join(failed)}; cosine of each output, "
-                f"worst first: {', '.join(f'{name!r} {cosine:.4g}' for cosine, name in cosines)}. {_advice(precision)}"
+                f"{len(reference.images)} images ({reference.source}), worst first: {'; '.join(reasons)}. "
+                f"{_advice(precision)}"
             )
-        worst = {name: worse(worst[name], metrics[name]) for name, worse in _WORSE.items()}
+        worst = {name: _worse(worst[name], parity) if worst else parity for name, parity in found.items()}
     return worst
 
 
-def measure_parity(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compare outputs with the float32 outputs `wanted`: `cosine`, `top1_agreement` and `kl`, as in `Parity`.
+def measure_parity(outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, OutputParity]:
+    """Compare outputs `[N, ...]` with the float32 outputs `wanted`, by name.
 
     Raises:
         EngineError: an output is missing, has NaN or inf, or has a different shape.
     """
-    cosine = min(_cosine(name, output, outputs) for name, output in wanted.items())
-    if "logits" not in wanted:
-        return {"cosine": cosine, "top1_agreement": 1.0, "kl": 0.0}
-    logits_NK, wanted_NK = outputs["logits"], wanted["logits"]
-    log_found_NK = F.log_softmax(logits_NK.double() / _TEMPERATURE, dim=1)
-    log_wanted_NK = F.log_softmax(wanted_NK.double() / _TEMPERATURE, dim=1)
-    return {
-        "cosine": cosine,
-        "top1_agreement": _top1_agreement(logits_NK, wanted_NK),
-        "kl": F.kl_div(log_found_NK, log_wanted_NK, reduction="batchmean", log_target=True).clamp(min=0).item(),
-    }
+    return {name: _measure(name, _checked(name, output, outputs), output) for name, output in wanted.items()}
+
+
+def summary(parities: Mapping[str, OutputParity], num_images: int) -> str:
+    """The worst over all outputs, such as `top-1 as in float32 on 100.0 % of 64 images (cosine 0.99997)`.
+
+    Without logits it is `cosine 0.99997 to float32 on 64 images`; empty if nothing was compared.
+    """
+    if not parities:
+        return ""
+    cosine = f"cosine {min(each.cosine for each in parities.values()):.5f}"
+    for each in parities.values():
+        if each.top1_agreement is not None:
+            return f"top-1 as in float32 on {100 * each.top1_agreement:.1f} % of {num_images} images ({cosine})"
+    return f"{cosine} to float32 on {num_images} images"
 
 
 def _run(teacher: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor, batch_size: int) -> dict[str, Tensor]:
@@ -176,8 +232,7 @@ def _run(teacher: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor, batc
     return {name: torch.cat([batch[name].cpu() for batch in batches])[:num_images] for name in batches[0]}
 
 
-def _cosine(name: str, wanted: Tensor, outputs: Mapping[str, Tensor]) -> float:
-    """Smallest cosine of an output with `wanted` over the images."""
+def _checked(name: str, wanted: Tensor, outputs: Mapping[str, Tensor]) -> Tensor:
     found = outputs.get(name)
     if found is None or found.shape != wanted.shape:
         shape = "nothing" if found is None else list(found.shape)
@@ -187,10 +242,87 @@ def _cosine(name: str, wanted: Tensor, outputs: Mapping[str, Tensor]) -> float:
             f"the converted teacher returns {name!r} with NaN or inf for {_num_bad(found)} of {len(found)} images, and "
             "float32 does not: values exceed the range of the precision; use bf16, which has the range of float32"
         )
-    found, wanted = found.double().flatten(1), wanted.double().flatten(1)
-    norms = found.norm(dim=1) * wanted.norm(dim=1)
-    cosines = (found * wanted).sum(1) / norms.clamp(min=1e-300)
-    return torch.where(norms > 0, cosines, (found == wanted).all(1).double()).min().item()
+    return found
+
+
+def _measure(name: str, found: Tensor, wanted: Tensor) -> OutputParity:
+    found, wanted = found.double(), wanted.double()
+    rows_found, rows_wanted = (each.reshape(len(each), -1) for each in (found, wanted))
+    parity: dict[str, float] = {
+        "cosine": _smallest_cosine(rows_found, rows_wanted),
+        "norm_ratio": _norm_ratio(rows_found, rows_wanted),
+    }
+    if wanted.ndim > 2:
+        found_NLD, wanted_NLD = _positions(found), _positions(wanted)
+        usual = wanted_NLD.square().sum(2).mean().sqrt().item()
+        at_positions = [each.transpose(0, 1).flatten(1) for each in (found_NLD, wanted_NLD)]
+        parity["position_cosine"] = _smallest_cosine(*at_positions, negligible=_NEGLIGIBLE * usual * len(wanted) ** 0.5)
+        parity["pooled_cosine"] = _smallest_cosine(
+            found_NLD.mean(1), wanted_NLD.mean(1), negligible=_NEGLIGIBLE * usual
+        )
+    if name == "logits":
+        parity |= {"top1_agreement": _top1_agreement(found, wanted), "kl": _kl(found, wanted)}
+    return OutputParity(**parity)
+
+
+def _positions(output: Tensor) -> Tensor:
+    """`[N, L, D]`: tokens as they are, and the vectors at the positions of a map `[N, C, h, w]`."""
+    return output if output.ndim == 3 else output.flatten(2).transpose(1, 2)
+
+
+def _smallest_cosine(found: Tensor, wanted: Tensor, *, negligible: float = 0.0) -> float:
+    """Over the rows, of which those no longer than `negligible` in both count as equal."""
+    lengths_found, lengths_wanted = found.norm(dim=1), wanted.norm(dim=1)
+    products = lengths_found * lengths_wanted
+    cosines = (found * wanted).sum(1) / products.clamp(min=1e-300)
+    is_short = (lengths_found <= negligible) & (lengths_wanted <= negligible)
+    return float(torch.where(is_short, 1.0, torch.where(products > 0, cosines, 0.0)).min())
+
+
+def _norm_ratio(found: Tensor, wanted: Tensor) -> float:
+    """The ratio of the rows' norms that is farthest from 1; rows of zeros in both count as equal."""
+    norms_found, norms_wanted = found.norm(dim=1), wanted.norm(dim=1)
+    ratios = torch.where(norms_found == norms_wanted, 1.0, norms_found / norms_wanted.clamp(min=1e-300))
+    return float(max(ratios.tolist(), key=_stretch))
+
+
+def _kl(logits_NK: Tensor, wanted_NK: Tensor) -> float:
+    log_found_NK = F.log_softmax(logits_NK / _TEMPERATURE, dim=1)
+    log_wanted_NK = F.log_softmax(wanted_NK / _TEMPERATURE, dim=1)
+    return F.kl_div(log_found_NK, log_wanted_NK, reduction="batchmean", log_target=True).clamp(min=0).item()
+
+
+def _out_of_bounds(parities: Mapping[str, OutputParity], precision: Precision) -> list[str]:
+    """What is too far off, a text for each output, the worst one first."""
+    reasons: list[tuple[float, str]] = []
+    for name, parity in parities.items():
+        metrics = [(metric, getattr(parity, metric.field)) for metric in _METRICS]
+        failed = [
+            (metric.excess(value, precision), f"{metric.label} {value:.4g} (allowed {_allowed(metric, precision)})")
+            for metric, value in metrics
+            if value is not None and metric.excess(value, precision) > 1
+        ]
+        if failed:
+            failed.sort(key=lambda reason: -reason[0])
+            reasons.append((failed[0][0], f"{name!r} {', '.join(text for _, text in failed)}"))
+    return [text for _, text in sorted(reasons, key=lambda reason: -reason[0])]
+
+
+def _allowed(metric: _Metric, precision: Precision) -> str:
+    bound = metric.bound(precision)
+    if metric.field == "norm_ratio":
+        return f"{1 / bound:.2f} to {bound:.2f}"
+    return f"{'up to' if metric.field == 'kl' else 'from'} {bound:g}"
+
+
+def _worse(first: OutputParity, second: OutputParity) -> OutputParity:
+    """The worse value of each metric."""
+    pairs = {
+        metric: (getattr(first, metric.field), getattr(second, metric.field))
+        for metric in _METRICS
+        if getattr(first, metric.field) is not None
+    }
+    return OutputParity(**{metric.field: max(pair, key=metric.error) for metric, pair in pairs.items()})
 
 
 def _num_bad(output: Tensor) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.torch_compile import torch_compile
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.models.backbone import num_prefix_tokens
+from kd_pipeline.models.backbone import prefix_tokens_of
 from kd_pipeline.models.modules import frozen_copy, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
@@ -134,10 +134,10 @@ class PyTorchTeacher(Teacher):
                 raise TeacherError(
                     f"the teacher {name} returns {key!r} {list(output.shape)} for 2 images, not {wanted}"
                 )
-        prefix = num_prefix_tokens(self._model) if isinstance(self._model, nn.Module) else None
+        assert isinstance(self._model, nn.Module)  # it is compiled later
+        prefix = prefix_tokens_of(self._model, outputs)
         return {
-            key: TensorSpec((None, *output.shape[1:]), torch.float32, prefix if output.ndim == 3 else None)
-            for key, output in outputs.items()
+            key: TensorSpec((None, *output.shape[1:]), torch.float32, prefix[key]) for key, output in outputs.items()
         }
 
 

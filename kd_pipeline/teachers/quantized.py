@@ -26,6 +26,7 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
 from kd_pipeline.teachers.parity import CalibrationSet, check_parity, images_digest, make_reference
+from kd_pipeline.teachers.tensorrt.manifest import OutputParity
 
 __all__ = ["QuantizedManifest", "quantized_onnx", "read_quantized_manifest"]
 
@@ -67,12 +68,8 @@ class QuantizedManifest(_Recipe):
     onnx: str
     """Path of the float32 file at that time."""
     num_images: int = Field(ge=1)
-    cosine: float
-    """Smallest cosine similarity with float32 for an image, over all images and outputs."""
-    top1_agreement: float
-    """Part of the images whose top class is the same in both, or tied with the top class in float32."""
-    kl: float
-    """Mean KL divergence between the two softmaxes at temperature 4, in nats."""
+    outputs: dict[str, OutputParity] = Field(min_length=1)
+    """By output, how close it is to that of float32."""
 
 
 def quantized_onnx(
@@ -90,7 +87,7 @@ def quantized_onnx(
     float32 in the same runtime on the same images, one at a time and in batches of `batch_size`.
 
     Args:
-        onnx: a float32 image classifier.
+        onnx: a float32 teacher.
         runtime: which runtime the file is for.
         calibration_images: returns images `[N, 3, H, W]` float32 on the CPU, normalized for the teacher.
         calibration_key: digest of what they depend on, by which the file is kept without loading them; without it they
@@ -123,13 +120,10 @@ def quantized_onnx(
     folder = kept_folder("int8", recipe.key, lambda folder: _make(file, recipe, load(), num_threads, folder))
     manifest = read_quantized_manifest(folder)
     _logger.info(
-        "the teacher in int8 for %s: %.1f %% of the top-1 classes of %d images are those of float32, cosine from %.4f, "
-        "KL divergence %.2g%s",
+        "the teacher in int8 for %s, compared with float32 on %d images: %s%s",
         runtime,
-        100 * manifest.top1_agreement,
         manifest.num_images,
-        manifest.cosine,
-        manifest.kl,
+        "; ".join(f"{name!r} {parity}" for name, parity in manifest.outputs.items()),
         ""
         if "int8" in cpu_precisions()
         else "; this CPU has no instructions for int8 (VNNI, AMX), so expect no gain over fp32",
@@ -163,7 +157,7 @@ def _make(file: OnnxFile, recipe: _Recipe, images: Tensor, num_threads: int | No
     quantized = quantize_onnx(file.path, folder / _FILE, "int8", images, runtime=recipe.runtime)
     try:
         with closing(_open(recipe.runtime, quantized, "int8", num_threads)) as teacher:
-            metrics = check_parity(reference, teacher, batch_sizes=recipe.batch_sizes, precision="int8")
+            outputs = check_parity(reference, teacher, batch_sizes=recipe.batch_sizes, precision="int8")
     except TeacherError as exc:  # EngineError is one
         raise type(exc)(str(exc).replace(str(quantized), str(file.path))) from exc
     if read_onnx(file.path).sha256 != recipe.onnx_sha256:
@@ -173,7 +167,7 @@ def _make(file: OnnxFile, recipe: _Recipe, images: Tensor, num_threads: int | No
         quantized_sha256=read_onnx(quantized).sha256,
         onnx=printable(file.path),
         num_images=len(images),
-        **metrics,
+        outputs=outputs,
     )
     write_atomic(folder / _MANIFEST, f"{manifest.model_dump_json(indent=2)}\n", permissions=0o600)
 

@@ -1,8 +1,8 @@
 """Opens one teacher in the runtime that it is asked for: a network, an ONNX file or an engine."""
 
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -98,10 +98,21 @@ class Runner:
         """Open the teacher; the precision `own` is that of the file.
 
         Raises:
-            ConfigError: the runtime cannot run it for these images.
+            ConfigError: the runtime cannot run it for these images, or it does not have the prefix tokens that the
+                settings ask for.
             TeacherError: it cannot be opened.
             MissingPackageError: the package of the backend is not installed.
         """
+        teacher = self._open(runtime)
+        if self.settings.num_prefix_tokens is not None:
+            try:
+                teacher.outputs = _with_prefix(teacher.outputs, self.settings.num_prefix_tokens)
+            except ConfigError:
+                teacher.close()
+                raise
+        return teacher
+
+    def _open(self, runtime: Runtime) -> Teacher:
         backend, device = runtime.backend, self.inputs.device
         if backend == "pytorch":
             if self.module is None:
@@ -237,6 +248,19 @@ def usual_shape(images: TensorSpec) -> tuple[int, int, int]:
     """`(3, H, W)` of images for a check of a teacher that takes `images`, if the loader's size is unknown."""
     channels, height, width = images.shape[1:]
     return channels or 3, height or _UNKNOWN_SIZE, width or _UNKNOWN_SIZE
+
+
+def _with_prefix(outputs: Mapping[str, TensorSpec], number: int) -> dict[str, TensorSpec]:
+    """The `outputs`, of which all tokens have `number` prefix tokens."""
+    tokens = {name: spec for name, spec in outputs.items() if len(spec.shape) == 3}
+    too_short = [name for name, spec in tokens.items() if spec.shape[1] is not None and spec.shape[1] <= number]
+    if not tokens or too_short:
+        found = ", ".join(f"{name!r} {spec}" for name, spec in outputs.items())
+        problem = "it returns no tokens [N, L, D]" if not tokens else f"{too_short[0]!r} has no more tokens than that"
+        raise ConfigError(
+            f"teacher.num_prefix_tokens: {number}, and {problem}; remove it, or correct it; its outputs: {found}"
+        )
+    return {**outputs, **{name: replace(spec, num_prefix_tokens=number) for name, spec in tokens.items()}}
 
 
 def _open_network(settings: TeacherSettings, inputs: Inputs) -> nn.Module:

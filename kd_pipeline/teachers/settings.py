@@ -27,7 +27,7 @@ _NO_TRUST = (
     '--trust-engine SHA256 on the command line, or pass trust_engines=["SHA256"] in Python'
 )
 _USED_BY_ALL = {"backend"}
-_USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch"}
+_USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch", "num_prefix_tokens"}
 _CHANGE_A_MODEL = {"features", "input_adapter"}
 _USED_BY_EXPORT = _CHANGE_A_MODEL | {"model"}
 _USED_BY = {
@@ -67,7 +67,7 @@ class TeacherSettings(Settings):
     model: ModelSettings | None = None
     """A network by name with its weights."""
     features: tuple[str, ...] = ()
-    """Names of layers of the model whose outputs the teacher returns along with the logits."""
+    """Names of layers of the model whose outputs the teacher returns along with its own."""
     input_adapter: ExpectedInput | Literal["auto"] | None = None
     """Normalization and size of the images that the model was trained on, if the loader's differ: a first layer
     converts. `auto` uses what timm knows of its pretrained networks; the size only for those that take no other. For an
@@ -89,6 +89,9 @@ class TeacherSettings(Settings):
     max_batch: int | None = Field(default=None, ge=1)
     """Largest number of images in one call. It defaults to 1024, and to the loader's batch size for an engine that is
     built from an ONNX file."""
+    num_prefix_tokens: int | None = Field(default=None, ge=0)
+    """How many tokens at the start of its outputs `[N, L, D]` are no part of the image, such as class and register
+    tokens. It defaults to what the network or the file says."""
     num_threads: int | None = Field(default=None, ge=1)
     """Threads of the CPU runtimes; defaults to the cores of this process."""
     channels_last: bool = True

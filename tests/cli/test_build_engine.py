@@ -37,14 +37,16 @@ def test_timm_model_becomes_engine(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = read_engine(engine)
     assert found.manifest is not None
-    assert found.manifest.parity.cosine >= 0.999 and found.manifest.parity.top1_agreement >= 0.99
+    parity = found.manifest.parity.outputs["logits"]
+    assert parity.cosine >= 0.999 and parity.top1_agreement >= 0.99
     assert [(each.min, each.opt, each.max) for each in found.manifest.profiles] == [(1, 32, 64)]
     assert str(found.manifest.outputs["logits"]) == "[N, 1000] float32"
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if not line.startswith(" "))
     assert lines["engine"] == str(engine)
     assert lines["precision"].startswith(precision)
     assert lines["images"] == "[N, 3, 224, 224] float32, 1 to 64 (best at 32) at a time"
-    assert lines["parity"].startswith("to float32: cosine ")
+    assert lines["parity"].startswith("to float32 on 64 images (")
+    assert "logits: cosine " in result.stdout
     assert "Traceback" not in result.stderr
 
 

@@ -14,7 +14,7 @@ from kd_pipeline.onnx.edit import edit_onnx
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, read_onnx
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
-from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
+from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, LogitsOnly, random_images, vit_backbone
 from tests.teachers.onnx_models import linear_model, write_external
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
@@ -208,6 +208,31 @@ def test_single_output_is_renamed(tmp_path: Path) -> None:
     assert read_onnx(joined).output_names == {"logits": "logits", "flat": "flat"}
     images = random_images(2, shape=(3, 8, 8))
     assert torch.equal(run(joined, images)["logits"], run(path, images)["logits"])
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("backbone") / "vit.onnx"
+    return export_onnx(vit_backbone(), path, image_shape=IMAGE_SHAPE, max_batch=2)
+
+
+def test_file_without_logits(tmp_path: Path, backbone: Path) -> None:
+    inner = next(node.output[0] for node in onnx.load(backbone).graph.node if node.op_type == "LayerNormalization")
+    edited = edit_onnx(backbone, tmp_path / "edited.onnx", input_adapter=ADAPTER, outputs=[inner])
+    assert {name: (spec.shape[1:], spec.num_prefix_tokens) for name, spec in read_onnx(edited).outputs.items()} == {
+        "pooled": ((32,), None),
+        "spatial": ((19, 32), 3),
+        inner: ((19, 32), None),
+    }
+    with pytest.raises(EngineError, match=r"vit\.onnx returns 'pooled', 'spatial' and no 'logits', which class names"):
+        edit_onnx(backbone, tmp_path / "other.onnx", classes=CLASSES)
+
+
+def test_single_map_keeps_its_name(tmp_path: Path) -> None:
+    model = linear_model(outputs=[("spare", FLOAT, ["N", 5]), ("map", FLOAT, ["N", 3, 8, 8])])
+    del model.graph.output[0]
+    edited = edit_onnx(saved(tmp_path, model), tmp_path / "edited.onnx", outputs=["flat"])
+    assert read_onnx(edited).output_names == {"map": "map", "flat": "flat"}
 
 
 def test_inner_tensor_called_logits(tmp_path: Path) -> None:

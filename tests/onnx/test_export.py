@@ -11,11 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ExportError
-from kd_pipeline.models.input_adapter import InputAdapter
+from kd_pipeline.models.input_adapter import InputAdapter, InputAdapterLayer
+from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
-from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
+from tests.networks import (
+    CLASSES,
+    IMAGE_SHAPE,
+    ConvNet,
+    HuggingFaceLike,
+    LogitsOnly,
+    ModelOutput,
+    random_images,
+    vit_backbone,
+)
+
+ADAPTER = InputAdapter(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3))
 
 
 def run(path: Path, images: Tensor) -> dict[str, Tensor]:
@@ -47,6 +60,59 @@ def test_names_and_dynamic_batch(tmp_path: Path) -> None:
 def test_tensor_becomes_logits(tmp_path: Path) -> None:
     path = export_onnx(LogitsOnly(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     assert run(path, random_images(2)).keys() == {"logits"}
+
+
+def test_backbone_keeps_names_and_prefix_tokens(tmp_path: Path) -> None:
+    path = export_onnx(vit_backbone(), tmp_path / "vit.onnx", image_shape=IMAGE_SHAPE, input_adapter=ADAPTER)
+    outputs = read_onnx(path).outputs
+    assert {name: spec.num_prefix_tokens for name, spec in outputs.items()} == {"pooled": None, "spatial": 3}
+    images = random_images(3)
+    expected = nn.Sequential(InputAdapterLayer(ADAPTER), vit_backbone()).eval()(images)
+    torch.testing.assert_close(run(path, images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_mapping_of_hugging_face(tmp_path: Path) -> None:
+    """With attributes, and values that are None."""
+    path = export_onnx(HuggingFaceLike(), tmp_path / "hf.onnx", image_shape=IMAGE_SHAPE)
+    assert {name: spec.num_prefix_tokens for name, spec in read_onnx(path).outputs.items()} == {
+        "last_hidden_state": 3,
+        "pooler_output": None,
+    }
+    images = random_images(3)
+    torch.testing.assert_close(run(path, images), named(HuggingFaceLike().eval()(images)), atol=1e-4, rtol=1e-4)
+
+
+def named(outputs: ModelOutput) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in outputs.items() if value is not None}
+
+
+class Embeds(LogitsOnly):
+    """Returns one vector that is no logits, under a name of its own."""
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"embedding": super().forward(images)}
+
+
+def test_single_output_keeps_its_name(tmp_path: Path) -> None:
+    path = export_onnx(Embeds(), tmp_path / "embeds.onnx", image_shape=IMAGE_SHAPE)
+    assert run(path, random_images(2)).keys() == {"embedding"}
+
+
+def test_headless_classifier_of_torchvision(tmp_path: Path) -> None:
+    """Whose last layer has no outputs, and whose map is caught by a hook."""
+    module = open_model(ModelSettings(torchvision="resnet18", num_classes=0))
+    path = export_onnx(module, tmp_path / "resnet.onnx", image_shape=IMAGE_SHAPE, max_batch=2)
+    images = random_images(2)
+    found, expected = run(path, images), module.eval()(images)
+    assert found.keys() == {"pooled", "spatial"}
+    for name, output in found.items():
+        torch.testing.assert_close(output, expected[name].detach(), atol=1e-3, rtol=1e-3)
+
+
+def test_classes_without_logits_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="returns 'pooled', 'spatial' and no 'logits', which class names are for"):
+        export_onnx(vit_backbone(), tmp_path / "vit.onnx", image_shape=IMAGE_SHAPE, classes=CLASSES)
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_file_in_new_folder(tmp_path: Path) -> None:

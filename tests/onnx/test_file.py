@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.input_adapter import InputAdapter
-from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, OnnxFile, read_onnx
+from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, OUTPUTS_KEY, OnnxFile, outputs_metadata, read_onnx
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
@@ -50,6 +50,79 @@ def test_single_output_is_logits(tmp_path: Path) -> None:
     file = read(tmp_path, outputs=[("scores", FLOAT, ["N", 5])])
     assert file.outputs.keys() == {"logits"}
     assert file.output_names == {"logits": "scores"}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [
+        ([("pooled", ["N", 5])], {"pooled": "pooled"}),
+        ([("logits", ["N", 5])], {"logits": "logits"}),
+        ([("image_embeds", ["N", 5])], {"logits": "image_embeds"}),
+        ([("tokens", ["N", 17, 5])], {"tokens": "tokens"}),
+        ([("map", ["N", 5, 4, 4])], {"map": "map"}),
+        ([("a", ["N", 5]), ("b", ["N", 3, 8, 8])], {"a": "a", "b": "b"}),
+        ([("pooled", ["N", 5]), ("logits", ["N", 3])], {"pooled": "pooled", "logits": "logits"}),
+    ],
+)
+def test_outputs_keep_their_names(
+    tmp_path: Path, outputs: list[tuple[str, list[str | int]]], names: dict[str, str]
+) -> None:
+    file = read(tmp_path, outputs=[(name, FLOAT, shape) for name, shape in outputs])
+    assert file.output_names == names
+    assert [spec.shape[1:] for spec in file.outputs.values()] == [tuple(shape[1:]) for _, shape in outputs]
+
+
+def test_prefix_tokens_and_names_from_metadata(tmp_path: Path) -> None:
+    outputs = [("pooled", FLOAT, ["N", 5]), ("tokens", FLOAT, ["N", 17, 5]), ("more", FLOAT, ["N", None, 5])]
+    metadata = {OUTPUTS_KEY: outputs_metadata({"pooled": None, "tokens": 5, "more": 3})}
+    file = read(tmp_path, outputs=outputs, metadata=metadata)
+    assert {name: spec.num_prefix_tokens for name, spec in file.outputs.items()} == {
+        "pooled": None,
+        "tokens": 5,
+        "more": 3,
+    }
+    one = [("embedding", FLOAT, ["N", 5])]
+    assert read(tmp_path, outputs=one).output_names == {"logits": "embedding"}
+    named = read(tmp_path, outputs=one, metadata={OUTPUTS_KEY: outputs_metadata({"embedding": None})})
+    assert named.output_names == {"embedding": "embedding"}
+
+
+TOKENS = [("tokens", FLOAT, ["N", 17, 5]), ("vector", FLOAT, ["N", 5])]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("five", "the metadata kd_pipeline.outputs is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("9" * 5000, "is not JSON"),
+        ("5", "is no object with a number for each output"),
+        ('["tokens"]', "is no object"),
+        ('{"other": 1}', "has 'other', and the outputs are 'tokens', 'vector'"),
+        ('{"\\u001b]0;x": 1}', r"has '\\x1b\]0;x', and the outputs are"),
+        (
+            '{"tokens": -1}',
+            r"'tokens' is \[any, 17, 5\] float32 and has, .*, a number of prefix tokens that is negative",
+        ),
+        ('{"tokens": 17}', "17 prefix tokens"),
+        ('{"tokens": 1%s}' % ("0" * 4000), "a number of prefix tokens that is too large"),
+        ('{"tokens": 1.0}', "that is float"),
+        ('{"tokens": NaN}', "that is float"),
+        ('{"tokens": true}', "that is bool"),
+        ('{"tokens": "1"}', "that is str"),
+        ('{"tokens": [1]}', "that is list"),
+        ('{"vector": 0}', r"'vector' is \[any, 5\] .*0 prefix tokens, which only tokens \[N, L, D\] have"),
+    ],
+)
+def test_hostile_outputs_in_metadata(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(TeacherError, match=message) as caught:
+        read(tmp_path, outputs=TOKENS, metadata={OUTPUTS_KEY: text})
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_class_names_need_logits(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="has class names in .* and no output 'logits'"):
+        read(tmp_path, outputs=TOKENS, metadata={CLASSES_KEY: json.dumps(["cat", "dog"])})
 
 
 def test_no_classes(tmp_path: Path) -> None:
@@ -92,7 +165,6 @@ def test_precision(tmp_path: Path, weights: int, precision: str) -> None:
         ({"inputs": [("images", FLOAT, ["N", 8, 8, 3])]}, r"'images' is \[any, 8, 8, 3\] float32"),
         ({"inputs": [("images", TensorProto.UINT8, ["N", 3, 8, 8])]}, "'images' is a tensor of UINT8"),
         ({"inputs": [("images", FLOAT, None)]}, "'images' has no shape"),
-        ({"outputs": [("a", FLOAT, ["N", 5]), ("b", FLOAT, ["N", 3, 8, 8])]}, "returns 'a', 'b'; .* named 'logits'"),
         (
             {"outputs": [("logits", FLOAT, ["N", 5, 1])]},
             r"'logits' are \[any, 5, 1\] float32, expected \[N, K\]",
@@ -103,7 +175,7 @@ def test_precision(tmp_path: Path, weights: int, precision: str) -> None:
         ({"metadata": {CLASSES_KEY: json.dumps(["cat", "dog"])}}, "has 5 logits and 2 class names"),
     ],
 )
-def test_not_an_image_classifier(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_not_a_teacher(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(TeacherError, match=message) as caught:
         read(tmp_path, **changes)
     assert str(tmp_path / "model.onnx") in str(caught.value)
@@ -349,9 +421,13 @@ def add_dims(model: onnx.ModelProto) -> None:
         ),
         (
             lambda model: model.graph.output.extend([*model.graph.output]),
-            "returns 'logits', 'logits'; one of them, and",
+            "returns 'logits', 'logits'; export the teacher with",
         ),
-        (lambda model: model.graph.output.extend(model.graph.output[:1] * 999), "and 990 more; one of them"),
+        (
+            lambda model: model.graph.output.extend(model.graph.output[:1] * 999),
+            "and 990 more; export the teacher with",
+        ),
+        (lambda model: model.graph.ClearField("output"), "returns nothing; export the teacher with at least one"),
         (add_dims, "101 dimensions"),
         (lambda model: model.graph.sparse_initializer.add().dims.append(2**40), "has sparse_initializer"),
         (lambda model: model.training_info.add().algorithm.SetInParent(), "has training_info"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.onnxruntime import why_no_cuda
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
-from tests.networks import IMAGE_SHAPE, NUM_CLASSES, ConvNet, random_images
+from tests.networks import IMAGE_SHAPE, NUM_CLASSES, ConvNet, cnn_backbone, random_images, vit_backbone
 
 MAX_BATCH = 16
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -38,8 +39,26 @@ NO_OPENVINO = pytest.mark.skipif(not PRECISIONS, reason="OpenVINO is not install
 
 
 @dataclass(frozen=True)
+class Network:
+    """What is run."""
+
+    make: Callable[[int], nn.Module]
+    outputs: dict[str, str]
+    """Their specs as text."""
+    num_prefix_tokens: dict[str, int] = field(default_factory=dict)
+
+
+CLASSIFIER = Network(ConvNet, {"logits": f"[any, {NUM_CLASSES}] float32", "features": "[any, 32, 8, 8] float32"})
+TRANSFORMER = Network(vit_backbone, {"pooled": "[any, 32] float32", "spatial": "[any, 19, 32] float32"}, {"spatial": 3})
+TRUNK = Network(cnn_backbone, {"pooled": "[any, 96] float32", "spatial": "[any, 96, 2, 2] float32"})
+
+Files = Callable[[Network, int], Path]
+"""The ONNX file of a network with the weights of a seed."""
+
+
+@dataclass(frozen=True)
 class Case:
-    """How to run `ConvNet`."""
+    """How to run a network."""
 
     backend: str
     precision: str = "fp32"
@@ -47,17 +66,18 @@ class Case:
     tolerance: float = 1e-5
     """Largest error of an output, relative to its largest value."""
     options: dict[str, object] = field(default_factory=dict)
+    network: Network = CLASSIFIER
 
-    def open(self, exported: Callable[[int], Path], *, seed: int = 0) -> Teacher:
+    def open(self, files: Files, *, seed: int = 0) -> Teacher:
         runs_module = self.backend == "pytorch"
         settings = TeacherSettings(
             backend=self.backend,
             precision=self.precision,
             max_batch=MAX_BATCH,
-            onnx=None if runs_module else exported(seed),
+            onnx=None if runs_module else files(self.network, seed),
             **self.options,
         )
-        module = ConvNet(seed) if runs_module else None
+        module = self.network.make(seed) if runs_module else None
         return open_teacher(settings, module=module, image_shape=IMAGE_SHAPE, device=self.device, batch_size=MAX_BATCH)
 
 
@@ -90,6 +110,12 @@ CASES = [
     pytest.param(
         Case("onnxruntime", device="cuda", tolerance=1e-4), id="onnxruntime-cuda", marks=[*GPU, NO_CUDA_PROVIDER]
     ),
+    *(
+        pytest.param(Case(backend, network=network, tolerance=1e-4), id=f"{backend}-{name}", marks=marks)
+        for name, network in (("transformer", TRANSFORMER), ("trunk", TRUNK))
+        for backend, marks in (("pytorch", ()), ("openvino", NO_OPENVINO), ("onnxruntime", ()))
+    ),
+    pytest.param(Case("pytorch", "bf16", tolerance=0.05, network=TRANSFORMER), id="pytorch-bf16-transformer"),
 ]
 
 
@@ -99,15 +125,26 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 @pytest.fixture(scope="module")
-def teacher(case: Case, exported: Callable[[int], Path]) -> Iterator[Teacher]:
-    opened = case.open(exported)
+def files(exported: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("files")
+
+    @cache
+    def export(make: Callable[[int], nn.Module], seed: int) -> Path:
+        return export_onnx(make(seed), folder / f"{make.__name__}-{seed}.onnx", image_shape=IMAGE_SHAPE, max_batch=4)
+
+    return lambda network, seed: exported(seed) if network is CLASSIFIER else export(network.make, seed)
+
+
+@pytest.fixture(scope="module")
+def teacher(case: Case, files: Files) -> Iterator[Teacher]:
+    opened = case.open(files)
     yield opened
     opened.close()
 
 
 @pytest.fixture(scope="module")
-def reference() -> nn.Module:
-    return ConvNet().eval().requires_grad_(False)
+def reference(case: Case) -> nn.Module:
+    return case.network.make(0).eval().requires_grad_(False)
 
 
 def images_for(teacher: Teacher, num_images: int, *, seed: int = 0) -> Tensor:
@@ -125,16 +162,15 @@ def test_outputs_match_module_at_any_batch_size(
 ) -> None:
     images = random_images(num_images, seed=num_images)
     outputs, wanted = teacher(images.to(teacher.device)), reference(images)
-    assert outputs.keys() == {"logits", "features"}
+    assert outputs.keys() == case.network.outputs.keys()
     for name in outputs:
         assert relative_error(outputs[name], wanted[name]) < case.tolerance
 
 
-def test_outputs_match_specs(teacher: Teacher) -> None:
-    assert [str(teacher.outputs[name]) for name in ("logits", "features")] == [
-        f"[any, {NUM_CLASSES}] float32",
-        "[any, 32, 8, 8] float32",
-    ]
+def test_outputs_match_specs(case: Case, teacher: Teacher) -> None:
+    assert {name: str(spec) for name, spec in teacher.outputs.items()} == case.network.outputs
+    prefixes = {name: spec.num_prefix_tokens for name, spec in teacher.outputs.items() if spec.num_prefix_tokens}
+    assert prefixes == case.network.num_prefix_tokens
     outputs = teacher(images_for(teacher, 3))
     assert outputs.keys() == teacher.outputs.keys()
     assert all(teacher.outputs[name].accepts(tuple(output.shape), output.dtype) for name, output in outputs.items())
@@ -144,9 +180,11 @@ def test_outputs_match_specs(teacher: Teacher) -> None:
 def test_precision_shows_in_outputs(case: Case, teacher: Teacher, reference: nn.Module) -> None:
     assert teacher.precision == case.precision
     images = random_images(8)
-    error = relative_error(teacher(images.to(teacher.device))["logits"], reference(images)["logits"])
+    outputs, wanted = teacher(images.to(teacher.device)), reference(images)
     has_tf32 = case.device == "cuda" and case.backend == "pytorch"
-    assert (error > 1e-4) == (case.precision == "bf16" or has_tf32)
+    for name in outputs:
+        error = relative_error(outputs[name], wanted[name])
+        assert (error > 1e-4) == (case.precision == "bf16" or has_tf32)
 
 
 def test_autocast_does_not_change_outputs(teacher: Teacher) -> None:
@@ -173,10 +211,10 @@ def test_later_call_keeps_earlier_outputs(teacher: Teacher) -> None:
         assert torch.equal(first[name], kept[name])
 
 
-def test_outputs_survive_close(case: Case, exported: Callable[[int], Path]) -> None:
+def test_outputs_survive_close(case: Case, files: Files) -> None:
     if case.options.get("compile"):
         pytest.skip("would compile once more, and shares the code for outputs with pytorch-fp32")
-    opened = case.open(exported)
+    opened = case.open(files)
     images = images_for(opened, 4)
     outputs = opened(images)
     kept = {name: output.clone() for name, output in outputs.items()}
@@ -231,18 +269,20 @@ def test_dali_memory_is_read(case: Case, teacher: Teacher, reference: nn.Module)
     (output,) = pipeline.run()
     images = torch.from_dlpack(output.as_tensor())
     before = images.clone()
-    found = teacher(images.to(teacher.device))
-    assert relative_error(found["logits"], reference(before)["logits"]) < case.tolerance
+    found, wanted = teacher(images.to(teacher.device)), reference(before)
+    for name in found:
+        assert relative_error(found[name], wanted[name]) < case.tolerance
     assert np.array_equal(output.as_array(), before.numpy())
 
 
 def test_outputs_in_inference_mode_are_normal_tensors(teacher: Teacher) -> None:
     with torch.inference_mode():
-        logits = teacher(images_for(teacher, 4))["logits"]
-    assert not logits.is_inference()
-    student = torch.zeros(NUM_CLASSES, device=teacher.device, requires_grad=True)
-    (student * logits).square().sum().add(((student - logits) ** 2).sum()).backward()
-    assert torch.allclose(student.grad, -2 * logits.sum(0))
+        outputs = teacher(images_for(teacher, 4))
+    for output in outputs.values():
+        assert not output.is_inference()
+        student = torch.zeros(output.shape[1:], device=teacher.device, requires_grad=True)
+        (student * output).square().sum().add(((student - output) ** 2).sum()).backward()
+        assert torch.allclose(student.grad, -2 * output.sum(0))
 
 
 def test_batch_above_max_is_refused(teacher: Teacher) -> None:
@@ -280,26 +320,27 @@ def test_wrong_layout_is_refused(teacher: Teacher) -> None:
         teacher(images_for(teacher, 4).to(memory_format=torch.channels_last))
 
 
-def test_close_twice(case: Case, exported: Callable[[int], Path]) -> None:
-    opened = case.open(exported)
+def test_close_twice(case: Case, files: Files) -> None:
+    opened = case.open(files)
     opened.close()
     opened.close()
     with pytest.raises(TeacherError, match=f"the {case.backend} teacher is closed"):
         opened(images_for(opened, 1))
 
 
-def test_fingerprint_depends_on_content(case: Case, teacher: Teacher, exported: Callable[[int], Path]) -> None:
-    again, other = case.open(exported), case.open(exported, seed=1)
+def test_fingerprint_depends_on_content(case: Case, teacher: Teacher, files: Files) -> None:
+    again, other = case.open(files), case.open(files, seed=1)
     assert again.fingerprint == teacher.fingerprint
     assert other.fingerprint != teacher.fingerprint
     images = images_for(teacher, 2)
     if not case.options.get("compile"):  # each opening compiles again
-        assert not torch.equal(other(images)["logits"], teacher(images)["logits"])
+        found, wanted = other(images), teacher(images)
+        assert not any(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def test_fingerprint_depends_on_backend_and_precision(exported: Callable[[int], Path]) -> None:
+def test_fingerprint_depends_on_backend_and_precision(files: Files) -> None:
     cases = [Case("pytorch"), Case("pytorch", "bf16"), Case("onnxruntime"), *([Case("openvino")] if PRECISIONS else [])]
-    fingerprints = {(case.backend, case.precision): case.open(exported).fingerprint for case in cases}
+    fingerprints = {(case.backend, case.precision): case.open(files).fingerprint for case in cases}
     assert len(set(fingerprints.values())) == len(fingerprints) >= 3
 
 

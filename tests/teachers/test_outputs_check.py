@@ -17,7 +17,7 @@ from kd_pipeline.teachers.class_order import match_classes
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.outputs_check import check_outputs, probability_problem
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
-from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images
+from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images, vit_backbone
 from tests.teachers.onnx_models import (
     active_dropout_model,
     fixed_batch_model,
@@ -84,6 +84,46 @@ def test_random_outputs_are_found(change: Callable[[Tensor], Tensor]) -> None:
     (problem,) = problems_of(Changed(change))
     assert "when the same images are run again" in problem and "dropout is active" in problem
     assert "training=True" in problem  # what to look for in a module, which is in eval mode already
+
+
+class Spoiled(nn.Module):
+    """A backbone of which some outputs are changed."""
+
+    def __init__(self, **changes: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.trunk, self.changes = vit_backbone(), changes
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        outputs = self.trunk(images)
+        return outputs | {name: change(outputs[name]) for name, change in self.changes.items()}
+
+
+def same_for_all(output: Tensor) -> Tensor:
+    return torch.zeros_like(output) + torch.arange(output.shape[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pooled": same_for_all}, "returns the same 'pooled' for every image"),
+        ({"spatial": same_for_all}, "returns the same 'spatial' for every image"),
+        ({"pooled": same_for_all, "spatial": same_for_all}, "the same 'pooled' and 'spatial' for every image"),
+        ({"spatial": lambda tokens: tokens / 0}, "returns 'spatial' with NaN or inf"),
+        ({"pooled": lambda vectors: vectors.log()}, "returns 'pooled' with NaN or inf"),
+        ({"spatial": lambda tokens: torch.where(tokens > 1, -math.inf, tokens)}, "returns 'spatial' with NaN or inf"),
+        ({"spatial": lambda tokens: dropout(tokens, 0.1, training=True)}, "are run again ('spatial' by "),
+        ({"pooled": lambda vectors: vectors - vectors.mean(0)}, "rest of its batch changes ('pooled' by "),
+    ],
+)
+def test_problem_of_a_backbone_names_the_output(changes: dict[str, Callable[[Tensor], Tensor]], message: str) -> None:
+    (problem,) = problems_of(Spoiled(**changes))
+    assert message in problem
+
+
+def test_outputs_that_are_alike_within_an_image_are_fine() -> None:
+    """Tokens without positions, and vectors between 0 and 1 that are no logits."""
+    changes = {"spatial": lambda tokens: tokens[:, :1].expand_as(tokens), "pooled": lambda each: each.softmax(1)}
+    assert problems_of(Spoiled(**changes)) == ()
 
 
 def test_random_numbers_of_the_run_stay() -> None:

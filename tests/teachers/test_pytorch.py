@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from tests.networks import IMAGE_SHAPE, ConvNet, LogitsOnly, random_images
+from tests.networks import IMAGE_SHAPE, ConvNet, HuggingFaceLike, LogitsOnly, random_images
 
 
 class Returns(nn.Module):
@@ -27,6 +27,17 @@ def open_module(module: nn.Module, **settings: object) -> PyTorchTeacher:
 
 def logits_of(images: Tensor) -> Tensor:
     return images.mean((2, 3))
+
+
+def test_mapping_of_hugging_face() -> None:
+    """With attributes, and values that are None."""
+    teacher, images = open_module(HuggingFaceLike()), random_images(3)
+    assert {name: (spec.shape[1:], spec.num_prefix_tokens) for name, spec in teacher.outputs.items()} == {
+        "last_hidden_state": ((19, 32), 3),
+        "pooler_output": ((32,), None),
+    }
+    outputs, wanted = teacher(images), HuggingFaceLike().eval()(images)
+    torch.testing.assert_close(outputs["last_hidden_state"], wanted.last_hidden_state)
 
 
 def test_tensor_becomes_logits() -> None:

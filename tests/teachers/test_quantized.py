@@ -23,7 +23,7 @@ from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
-from tests.networks import CLASSES, IMAGE_SHAPE, LogitsOnly, random_images
+from tests.networks import CLASSES, IMAGE_SHAPE, LogitsOnly, cnn_backbone, random_images, vit_backbone
 
 pytest.importorskip("openvino")
 Runtime = Literal["openvino", "onnxruntime"]
@@ -59,11 +59,34 @@ def test_float32_file_runs_in_int8(
     expected = OnnxRuntimeTeacher(source)(images)["logits"]
     error = (teacher(images)["logits"] - expected).pow(2).mean().sqrt()
     assert 0 < error < 0.03 * expected.std()
-    assert any("of the top-1 classes of 64 images are those of float32, cosine from" in x for x in caplog.messages)
+    assert any(
+        "compared with float32 on 64 images: 'logits' cosine 0.99" in message and "top-1 agreement" in message
+        for message in caplog.messages
+    )
     (folder,) = (path for path in cache.iterdir() if path.is_dir())
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["batch_sizes"] == [1, 4] and manifest["runtime"] == runtime and manifest["cosine"] > 0.99
+    assert manifest["batch_sizes"] == [1, 4] and manifest["runtime"] == runtime
+    assert manifest["outputs"].keys() == {"logits"} and manifest["outputs"]["logits"]["cosine"] > 0.99
     assert manifest["onnx_sha256"] != manifest["quantized_sha256"]
+
+
+@BOTH
+@pytest.mark.parametrize("make", [vit_backbone, cnn_backbone])
+def test_backbone_without_logits_runs_in_int8(
+    tmp_path: Path, cache: Path, runtime: Runtime, make: Callable[[], nn.Module]
+) -> None:
+    source = export_onnx(make(), tmp_path / "net.onnx", image_shape=IMAGE_SHAPE, max_batch=2)
+    teacher = open_int8(source, runtime)
+    images = random_images(9)
+    expected, outputs = OnnxRuntimeTeacher(source)(images), teacher(images)
+    for name in ("pooled", "spatial"):
+        error = (outputs[name] - expected[name]).pow(2).mean().sqrt()
+        assert 0 < error < 0.1 * expected[name].std()
+    assert teacher.outputs["spatial"].num_prefix_tokens == (3 if make is vit_backbone else None)
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    manifest = quantized.read_quantized_manifest(folder)
+    assert manifest.outputs.keys() == {"pooled", "spatial"}
+    assert manifest.outputs["spatial"].position_cosine < 1 and manifest.outputs["pooled"].kl is None
 
 
 def test_auto_on_a_cpu(source: Path) -> None:

@@ -198,7 +198,7 @@ class _Build:
             reference = make_reference(teacher, images)
         # ONNX Runtime's optimizer would drop the roundings that emulate half precision.
         with closing(OnnxRuntimeTeacher(emulated, optimize=precision == "fp32")) as teacher:
-            metrics = check_parity(
+            outputs = check_parity(
                 reference, lambda images: teacher(images.to(dtype)), batch_sizes=batch_sizes, precision=precision
             )
         content = reference.to_bytes()
@@ -208,7 +208,7 @@ class _Build:
             images=reference.source,
             num_images=len(reference.images),
             batch_sizes=batch_sizes,
-            **metrics,
+            outputs=outputs,
             tensors_sha256=hashlib.sha256(content).hexdigest(),
         )
 
@@ -340,7 +340,12 @@ def _tensors(converted: OnnxFile, reference: ParityReference) -> tuple[TensorIO,
     outputs = {}
     for name, spec in converted.outputs.items():
         shape = (None, *reference.outputs[name].shape[1:])
-        outputs[name] = TensorIO(name=converted.output_names[name], shape=shape, dtype=_name(spec.dtype))
+        outputs[name] = TensorIO(
+            name=converted.output_names[name],
+            shape=shape,
+            dtype=_name(spec.dtype),
+            num_prefix_tokens=spec.num_prefix_tokens,
+        )
     return image, outputs
 
 

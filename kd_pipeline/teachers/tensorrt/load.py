@@ -10,7 +10,7 @@ import torch
 
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.parity import check_parity
+from kd_pipeline.teachers.parity import check_parity, summary
 from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, read_engine, read_own_engine, write_manifest
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.teachers.tensorrt.parity import load_reference
@@ -112,14 +112,21 @@ def incompatibilities(manifest: EngineManifest, device: torch.device) -> list[st
 def _record_parity(path: Path, manifest: EngineManifest, teacher: TensorRTTeacher) -> None:
     batch_sizes = tuple(sorted({size for each in manifest.profiles for size in (1, each.opt, each.max)}))
     dtype = teacher.images.dtype
-    metrics = check_parity(
+    outputs = check_parity(
         load_reference(path, manifest.parity),
         lambda images: teacher(images.to(teacher.device, dtype)),
         batch_sizes=batch_sizes,
         precision=manifest.precision,
     )
-    parity = manifest.parity.model_copy(update={"measured_on": "engine", "batch_sizes": batch_sizes, **metrics})
-    _logger.info("%s: its outputs on %s are close enough to float32: %s", path, teacher.device, metrics)
+    parity = manifest.parity.model_copy(
+        update={"measured_on": "engine", "batch_sizes": batch_sizes, "outputs": outputs}
+    )
+    _logger.info(
+        "%s: its outputs on %s are close enough to float32: %s",
+        path,
+        teacher.device,
+        summary(outputs, manifest.parity.num_images),
+    )
     try:
         write_manifest(path, manifest.model_copy(update={"parity": parity}))
     except OSError as error:

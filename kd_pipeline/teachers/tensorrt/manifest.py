@@ -23,6 +23,7 @@ from kd_pipeline.errors import ConfigError, EngineError
 __all__ = [
     "EngineFile",
     "EngineManifest",
+    "OutputParity",
     "Parity",
     "Precision",
     "Profile",
@@ -71,10 +72,51 @@ class TensorIO(Settings):
     shape: tuple[int | None, ...]
     """None stands for the batch size."""
     dtype: Literal["float32", "float16"]
+    num_prefix_tokens: int | None = Field(default=None, ge=0)
+    """As in `TensorSpec`."""
+
+    @model_validator(mode="after")
+    def _has_the_prefix(self) -> Self:
+        if self.num_prefix_tokens is not None and (
+            len(self.shape) != 3 or self.shape[1] is None or self.num_prefix_tokens >= self.shape[1]
+        ):
+            raise ValueError(f"{self} cannot have {self.num_prefix_tokens} prefix tokens")
+        return self
 
     def __str__(self) -> str:
         sizes = ", ".join("N" if size is None else str(size) for size in self.shape)
         return f"[{sizes}] {self.dtype}"
+
+
+class OutputParity(Settings):
+    """How close an output is to that of float32, for the same images."""
+
+    cosine: float
+    """Smallest cosine similarity over the images, of the whole output for each."""
+    position_cosine: float | None = None
+    """Of tokens and maps: smallest cosine similarity over the tokens or positions, of the vectors that all images have
+    there."""
+    pooled_cosine: float | None = None
+    """Of tokens and maps: smallest cosine similarity over the images, of the mean over the tokens or positions."""
+    norm_ratio: float
+    """Ratio of the norms for an image; the one farthest from 1."""
+    top1_agreement: float | None = None
+    """Of logits: part of the images whose top class is the same in both, or tied with the top class in float32."""
+    kl: float | None = None
+    """Of logits: mean KL divergence between the two softmaxes at temperature 4, in nats."""
+
+    def __str__(self) -> str:
+        parts = [f"cosine {self.cosine:.6f}"]
+        if self.position_cosine is not None:
+            parts.append(f"of each position {self.position_cosine:.6f}")
+        if self.pooled_cosine is not None:
+            parts.append(f"pooled {self.pooled_cosine:.6f}")
+        parts.append(f"norm ratio {self.norm_ratio:.4f}")
+        if self.top1_agreement is not None:
+            parts.append(f"top-1 agreement {self.top1_agreement:.1%}")
+        if self.kl is not None:
+            parts.append(f"KL {self.kl:.2g}")
+        return ", ".join(parts)
 
 
 class Parity(Settings):
@@ -86,12 +128,8 @@ class Parity(Settings):
     """Where the images came from."""
     num_images: int = Field(ge=1)
     batch_sizes: tuple[int, ...]
-    cosine: float
-    """Smallest cosine similarity between the two outputs for an image, over all images and outputs."""
-    top1_agreement: float
-    """Part of the images whose top class is the same in both, or tied with the top class in float32."""
-    kl: float
-    """Mean KL divergence between the two softmaxes at temperature 4, in nats."""
+    outputs: dict[str, OutputParity] = Field(min_length=1)
+    """By the teacher's name for the output; the worst over the batch sizes."""
     tensors_sha256: str
     """Digest of the `.parity.npz` beside the engine, which holds the images and their float32 outputs."""
 
@@ -144,7 +182,7 @@ class EngineManifest(Recipe):
     engine_bytes: int
     image: TensorIO
     outputs: dict[str, TensorIO]
-    """By the teacher's name for the output; `logits` is among them."""
+    """By the teacher's name for the output."""
     kept_float32: tuple[str, ...]
     """Nodes kept in float32, for the range of their values or because TensorRT lacks them in half precision."""
     parity: Parity

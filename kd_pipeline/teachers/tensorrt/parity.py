@@ -1,17 +1,14 @@
 """The file with the reference of an engine: the images it is compared on, and the outputs of float32 for them."""
 
-import io
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from kd_pipeline._core.files import open_trusted
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError
-from kd_pipeline.teachers.parity import ParityReference
+from kd_pipeline.teachers.parity import ParityReference, read_reference
 from kd_pipeline.teachers.tensorrt.manifest import Parity, read_if_digest, why_unreadable
 
 __all__ = ["load_reference", "parity_path"]
@@ -42,22 +39,16 @@ def load_reference(engine: Path, parity: Parity) -> ParityReference:
             printable(f"{path} has the sha256 {found}, wanted {parity.tensors_sha256}; build the engine again")
         )
     try:
-        tensors = _read_tensors(content, parity.num_images)
+        images, outputs = read_reference(content)
+        _check_numbers(images, outputs, parity)
     except Exception as exc:  # zipfile and NumPy raise of many kinds
         raise EngineError(printable(f"{path} holds no images and outputs: {exc!r}{advice}")) from None
-    images = tensors.pop("images")
-    return ParityReference(images, tensors, printable(parity.images))
+    return ParityReference(images, outputs, printable(parity.images))
 
 
-def _read_tensors(content: bytes, num_images: int) -> dict[str, Tensor]:
-    """The float32 tensors of an `.npz` file that `ParityReference.to_bytes` made; raises whatever is wrong with it."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        num_bytes = sum(member.file_size for member in archive.infolist())
-    if num_bytes > len(content):  # it would be compressed, and nothing is
-        raise ValueError(f"it would unpack to {num_bytes} bytes")
-    arrays = np.load(io.BytesIO(content), allow_pickle=False)
-    tensors = {name: torch.from_numpy(arrays[name]).float() for name in arrays.files}
-    if not {"images", "logits"} <= tensors.keys() or {len(tensor) for tensor in tensors.values()} != {num_images}:
-        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"found {found}, wanted images and logits, {num_images} of each")
-    return tensors
+def _check_numbers(images: Tensor, outputs: Mapping[str, Tensor], parity: Parity) -> None:
+    lengths = {len(images), *map(len, outputs.values())}
+    if outputs.keys() != parity.outputs.keys() or lengths != {parity.num_images}:
+        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in {"images": images, **outputs}.items())
+        wanted = ", ".join(parity.outputs)
+        raise ValueError(f"found {found}, wanted images and {wanted}, {parity.num_images} of each")

@@ -9,6 +9,7 @@ from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.files import check_trusted_folder, read_trusted
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import EngineError
+from kd_pipeline.onnx.file import own_names
 from kd_pipeline.teachers.tensorrt.manifest import EngineFile, Profile, TensorIO
 from kd_pipeline.teachers.tensorrt.package import TensorRT, open_tensorrt
 
@@ -26,7 +27,7 @@ class LoadedEngine:
     tensorrt: TensorRT
     image: TensorIO
     outputs: dict[str, TensorIO]
-    """By the teacher's name for the output; `logits` is among them."""
+    """By the teacher's name for the output."""
     profiles: tuple[Profile, ...]
     _runtime: Any
     _engine: Any
@@ -54,7 +55,7 @@ def load_engine(
     """Load an engine on the current GPU.
 
     Args:
-        file: the engine; without a manifest a single output counts as the logits.
+        file: the engine; without a manifest its outputs are named as those of an ONNX file.
         runtime: which TensorRT to use; `auto` is the manifest's.
         cuda_graph: let TensorRT-RTX run the engine as CUDA graphs.
 
@@ -164,20 +165,28 @@ def _tensor_io(tensorrt: TensorRT, engine: Any, file: EngineFile, name: str) -> 
 
 
 def _named(file: EngineFile, outputs: list[TensorIO]) -> dict[str, TensorIO]:
-    """The outputs by the teacher's names for them."""
-    if file.manifest is not None:
-        named = {name: output.name for name, output in file.manifest.outputs.items()}
-    else:
-        named = {"logits" if len(outputs) == 1 else output.name: output.name for output in outputs}
+    """The outputs by the teacher's names for them, with the prefix tokens that the manifest knows."""
     by_name = {output.name: output for output in outputs}
-    if named.get("logits") not in by_name or sorted(named.values()) != sorted(by_name):
-        wanted = ", ".join(named.values()) if file.manifest is not None else "one that is called logits among them"
-        found_names = ", ".join(by_name)
-        raise EngineError(printable(f"{file.path}: found the outputs {found_names}, wanted {wanted}; build it again"))
-    found = {name: by_name[own] for name, own in named.items()}
-    if len(found["logits"].shape) != 2:
+    if file.manifest is None:
+        named = own_names({name: len(output.shape) for name, output in by_name.items()})
+        found = {name: by_name[own] for name, own in named.items()}
+    else:
+        wanted = file.manifest.outputs
+        if not by_name or sorted(each.name for each in wanted.values()) != sorted(by_name):
+            found_names, wanted_names = ", ".join(by_name) or "none", ", ".join(each.name for each in wanted.values())
+            raise EngineError(
+                printable(f"{file.path}: found the outputs {found_names}, wanted {wanted_names}; build it again")
+            )
+        found = {name: _with_prefix(by_name[each.name], each) for name, each in wanted.items()}
+    if not found:
+        raise EngineError(f"{file.path} has no outputs; build it again")
+    if "logits" in found and len(found["logits"].shape) != 2:
         raise EngineError(f"{file.path}: the logits are {found['logits']}, wanted [N, K]")
     return found
+
+
+def _with_prefix(found: TensorIO, wanted: TensorIO) -> TensorIO:
+    return found.model_copy(update={"num_prefix_tokens": wanted.num_prefix_tokens})
 
 
 def _shown(value: object) -> str:

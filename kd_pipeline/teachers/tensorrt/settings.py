@@ -16,7 +16,7 @@ class BuildSettings(Settings):
     """What to build an engine from, and for which hardware."""
 
     onnx: Path
-    """A float32 image classifier with a dynamic batch size."""
+    """A float32 teacher with a dynamic batch size, with logits or other outputs."""
     precision: Precision = "fp32"
     half_io: bool = False
     """Take float16 images, those of a loader with `dtype: float16`."""

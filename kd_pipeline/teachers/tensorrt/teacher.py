@@ -71,7 +71,10 @@ class TensorRTTeacher(Teacher):
             precision="unknown" if manifest is None else manifest.precision,
             device=device,
             images=TensorSpec(loaded.image.shape, getattr(torch, loaded.image.dtype)),
-            outputs={name: TensorSpec(output.shape, torch.float32) for name, output in loaded.outputs.items()},
+            outputs={
+                name: TensorSpec(output.shape, torch.float32, output.num_prefix_tokens)
+                for name, output in loaded.outputs.items()
+            },
             max_batch=max(profile.max for profile in loaded.profiles),
             classes=None if manifest is None else manifest.classes,
             fingerprint=_fingerprint(engine),

@@ -95,8 +95,11 @@ def test_manifest_describes_engine(exported: Callable[[int], Path], tmp_path: Pa
     assert (parity.images, parity.num_images) == ("the test", 64)
     assert parity.batch_sizes == (1, 4, 8)
     least = 0.999 if precision in ("fp32", "fp16", "bf16") else 0.99
-    assert least <= parity.cosine <= 1 + 1e-9
-    assert (parity.cosine > 1 - 1e-9) == (precision == "fp32")
+    assert parity.outputs.keys() == manifest.outputs.keys()
+    for name, found_parity in parity.outputs.items():
+        assert least <= found_parity.cosine <= 1 + 1e-9
+        assert (found_parity.cosine > 1 - 1e-9) == (precision == "fp32")
+        assert (found_parity.position_cosine is None) == (found_parity.kl is not None) == (name == "logits")
 
 
 def test_command_in_manifest_builds_same_recipe(exported: Callable[[int], Path], tmp_path: Path) -> None:
@@ -199,7 +202,7 @@ def test_extra_outputs_are_built_and_compared(tmp_path: Path) -> None:
     engine = build_engine(settings_for(file, outputs=(relu,)), save_engine=tmp_path / "teacher.engine")
     manifest = read_manifest(engine)
     assert str(manifest.outputs[relu]) == "[N, 16, 16, 16] float32"
-    assert set(np.load(parity_path(engine))) == {"images", "logits", relu}
+    assert set(np.load(parity_path(engine))) == {"images", "output.logits", f"output.{relu}"}
     with pytest.raises(EngineError, match="computes no tensor 'relo'"):
         build_engine(settings_for(file, outputs=("relo",)), save_engine=engine)
 
@@ -220,7 +223,7 @@ def test_overflowing_nodes_stay_float32(tmp_path: Path) -> None:
     file = export_onnx(Overflows(), tmp_path / "teacher.onnx", image_shape=IMAGE_SHAPE)
     manifest = read_manifest(build_engine(settings_for(file), save_engine=tmp_path / "teacher.engine"))
     assert 1 <= len(manifest.kept_float32) <= 3
-    assert manifest.parity.cosine > 0.9999
+    assert manifest.parity.outputs["logits"].cosine > 0.9999
 
 
 class Fragile(nn.Module):

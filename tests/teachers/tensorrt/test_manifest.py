@@ -19,6 +19,7 @@ from kd_pipeline._core.files import NotAFileError
 from kd_pipeline.errors import ConfigError, EngineError
 from kd_pipeline.teachers.tensorrt.manifest import (
     EngineManifest,
+    OutputParity,
     Parity,
     Profile,
     Recipe,
@@ -63,9 +64,7 @@ MANIFEST = EngineManifest(
         images="generated",
         num_images=64,
         batch_sizes=(1, 4, 8),
-        cosine=0.99999,
-        top1_agreement=1.0,
-        kl=1e-7,
+        outputs={"logits": OutputParity(cosine=0.99999, norm_ratio=1.001, top1_agreement=1.0, kl=1e-7)},
         tensors_sha256="b" * 64,
     ),
     onnx="/models/teacher.onnx",
@@ -396,6 +395,15 @@ def test_hostile_manifest_is_one_short_error(engine: Path, field: str, value: st
     with pytest.raises(EngineError, match=r"teacher.engine.json") as error:
         read_engine(engine)
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("shape", "number"), [((None, 8), 1), ((None, 8, 4), 8), ((None, 8, 4), -1), ((None, 3, 2, 2), 0)]
+)
+def test_prefix_tokens_that_an_output_cannot_have(shape: tuple[int | None, ...], number: int) -> None:
+    assert TensorIO(name="a", shape=(None, 8, 4), dtype="float32", num_prefix_tokens=7).num_prefix_tokens == 7
+    with pytest.raises(ValueError, match="prefix tokens|greater than or equal to 0"):
+        TensorIO(name="a", shape=shape, dtype="float32", num_prefix_tokens=number)
 
 
 def test_manifest_that_could_not_be_read_is_not_written(engine: Path) -> None:
