@@ -10,6 +10,7 @@ from kd_pipeline.models.backbone import Backbone
 
 NUM_CLASSES = 10
 IMAGE_SHAPE = (3, 32, 32)
+VIT_SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}
 CLASSES = tuple(f"class {index}" for index in range(NUM_CLASSES))
 
 
@@ -53,8 +54,7 @@ class LogitsOnly(nn.Module):
 
 def vit_backbone(seed: int = 0) -> Backbone:
     """A ViT of timm without a head: `pooled` `[N, 32]`, and `spatial` `[N, 1 + 2 + 16, 32]` with 3 prefix tokens."""
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "reg_tokens": 2}
-    return _backbone("vit_tiny_patch16_224", seed, **sizes)
+    return _backbone("vit_tiny_patch16_224", seed, **VIT_SIZES)
 
 
 def cnn_backbone(seed: int = 0) -> Backbone:
@@ -86,11 +86,10 @@ class HuggingFaceLike(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.trunk = vit_backbone().trunk
-        self.head = nn.Linear(32, 32)
 
     def forward(self, images: Tensor) -> ModelOutput:
         tokens = self.trunk.forward_features(images)
-        pooled = self.head(tokens[:, 0]).tanh()
+        pooled = tokens[:, 0].tanh()
         return ModelOutput(last_hidden_state=tokens, pooler_output=pooled, hidden_states=None, attentions=None)
 
 

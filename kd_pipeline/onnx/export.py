@@ -55,10 +55,12 @@ def export_onnx(
     The file maps `"images"` `[N, 3, H, W]` float32 to the outputs that the module has as a teacher: a tensor `[N, K]`
     is called `"logits"` and any other `"spatial"`, and a mapping keeps its names, but for values that are None. It also
     says how many class and register tokens are at the start of tokens, where the module does. Weights are stored in the
-    file or, near ONNX's limit of 2 GB, in one file next to it. ONNX Runtime's outputs must equal the module's on 1 and 3
-    random normal images, to 1e-4 of the largest magnitude of each output. It was traced with 2, so a batch size that
-    the export made constant shows. If the module compares the batch size with a number, the first size for which the
-    file may be wrong is checked too, up to `max_batch`. `module` is unchanged, and no file is left after a failure.
+    file or, near ONNX's limit of 2 GB, in one file next to it.
+
+    ONNX Runtime's outputs must equal the module's on 1 and 3 random normal images, to 1e-4 of the largest magnitude of
+    each output. It was traced with 2, so a batch size that the export made constant shows. If the module compares the
+    batch size with a number, the first size for which the file may be wrong is checked too, up to `max_batch`. `module`
+    is unchanged, and no file is left after a failure.
 
     Args:
         module: a float32 model that returns a tensor, or a mapping of tensors by name, as of Hugging Face.

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import onnx
 import pytest
+from onnx import TensorProto
 
 from kd_pipeline.cli import main
+from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.teachers.tensorrt.manifest import read_engine, read_manifest
 from kd_pipeline.teachers.tensorrt.parity import parity_path
-from tests.networks import NUM_CLASSES
+from tests.networks import IMAGE_SHAPE, NUM_CLASSES, vit_backbone
 from tests.teachers.onnx_models import linear_model
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_engine.py"
@@ -48,6 +50,41 @@ def test_timm_model_becomes_engine(tmp_path: Path) -> None:
     assert lines["parity"].startswith("to float32 on 64 images (")
     assert "logits: cosine " in result.stdout
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_network_without_a_head_becomes_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["build-engine", "--timm", "test_resnet", "--num-classes", "0", "--image-size", "64"]
+    assert main([*arguments, "--precision", "fp16"]) == 0
+    manifest = read_manifest(tmp_path / "test_resnet.fp16.engine")
+    found = {name: str(output) for name, output in manifest.outputs.items()}
+    assert found == {"pooled": "[N, 96] float32", "spatial": "[N, 96, 2, 2] float32"}
+    assert manifest.parity.outputs.keys() == found.keys() and manifest.classes is None
+    output = capsys.readouterr().out
+    assert "pooled: cosine " in output and "spatial: cosine " in output and "of each position" in output
+    assert "top-1" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_tokens_keep_their_prefix_in_an_engine(tmp_path: Path, precision: str) -> None:
+    file = export_onnx(vit_backbone(), tmp_path / "vit.onnx", image_shape=IMAGE_SHAPE, max_batch=2)
+    assert main(["build-engine", "--onnx", str(file), "--precision", precision]) == 0
+    outputs = read_manifest(tmp_path / f"vit.{precision}.engine").outputs
+    assert {name: output.num_prefix_tokens for name, output in outputs.items()} == {"pooled": None, "spatial": 3}
+
+
+def test_classes_of_a_network_without_logits_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, names = tmp_path / "map.onnx", tmp_path / "names.json"
+    model = linear_model(outputs=[("spare", TensorProto.FLOAT, ["N", 5]), ("map", TensorProto.FLOAT, ["N", 3, 8, 8])])
+    del model.graph.output[0]
+    onnx.save(model, file)
+    names.write_text(json.dumps(["cat", "dog"]))
+    assert main(["build-engine", "--onnx", str(file), "--classes", str(names)]) == 1
+    assert "map.onnx returns 'map' and no 'logits', which class names are for" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ def test_single_output_keeps_its_name(tmp_path: Path) -> None:
     assert run(path, random_images(2)).keys() == {"embedding"}
 
 
+@pytest.mark.slow
 def test_headless_classifier_of_torchvision(tmp_path: Path) -> None:
     """Whose last layer has no outputs, and whose map is caught by a hook."""
     module = open_model(ModelSettings(torchvision="resnet18", num_classes=0))

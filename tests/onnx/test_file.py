@@ -121,7 +121,7 @@ def test_hostile_outputs_in_metadata(tmp_path: Path, text: str, message: str) ->
 
 
 def test_class_names_need_logits(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="has class names in .* and no output 'logits'"):
+    with pytest.raises(TeacherError, match=r"has class names in .* and no output 'logits'"):
         read(tmp_path, outputs=TOKENS, metadata={CLASSES_KEY: json.dumps(["cat", "dog"])})
 
 

@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.errors import EngineError, MissingPackageError, TeacherError
+from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers import automatic, open_on_cpu
 from kd_pipeline.teachers.automatic import Comparison, Contest, Measured
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.openvino import openvino_precisions
 from kd_pipeline.teachers.pytorch import PyTorchTeacher, module_digest, runtime_fingerprint
 from kd_pipeline.teachers.settings import EnsembleSettings, Runtime, TeacherSettings, with_runtimes
-from tests.networks import IMAGE_SHAPE, ConvNet, random_images
+from tests.networks import IMAGE_SHAPE, VIT_SIZES, ConvNet, random_images, vit_backbone
 
 NO_OPENVINO = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("openvino", "onnxscript")), reason="OpenVINO or onnxscript is missing"
+)
+NO_BF16 = pytest.mark.skipif(
+    find_spec("openvino") is not None and "bf16" not in openvino_precisions(), reason="OpenVINO has no bf16 on this CPU"
 )
 OPENVINO, PYTORCH = "openvino", "pytorch"
 
@@ -197,6 +202,83 @@ def test_onnx_file_follows_the_student(
     monkeypatch.setattr(open_on_cpu, "openvino_precisions", lambda: frozenset({"fp32"}))
     teacher = open_teacher(TeacherSettings(onnx=exported(0)), student_precision="bf16")
     assert teacher.runtimes == ("openvino fp32",)
+
+
+@pytest.fixture(scope="module")
+def vit_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "vit.pt"
+    torch.save(vit_backbone().trunk.state_dict(), path)
+    return path
+
+
+def open_vit(weights: Path, *, backend: str = "auto", precision: str = "auto", **options: object) -> Teacher:
+    """A network by name, without a head."""
+    model = ModelSettings(timm="vit_tiny_patch16_224", num_classes=0, kwargs=VIT_SIZES, checkpoint=weights)
+    settings = TeacherSettings(model=model, backend=backend, precision=precision)
+    return open_teacher(settings, image_shape=IMAGE_SHAPE, calibration_images=lambda: random_images(64), **options)
+
+
+@NO_OPENVINO
+@pytest.mark.parametrize(
+    ("backend", "precision", "runtime"),
+    [
+        ("auto", "auto", "openvino fp32"),
+        (PYTORCH, "bf16", "pytorch bf16"),
+        (OPENVINO, "fp32", "openvino fp32"),
+        pytest.param(OPENVINO, "bf16", "openvino bf16", marks=NO_BF16),
+        (OPENVINO, "int8", "openvino int8"),
+        ("auto", "int8", "openvino int8"),
+        ("onnxruntime", "fp32", "onnxruntime fp32"),
+        ("onnxruntime", "int8", "onnxruntime int8"),
+    ],
+)
+def test_network_without_a_head_runs_everywhere(
+    backend: str, precision: str, runtime: str, exporting: Callable[..., None], vit_weights: Path
+) -> None:
+    exporting()
+    teacher, images = open_vit(vit_weights, backend=backend, precision=precision), random_images(3)
+    assert teacher.runtimes == (runtime,) and teacher.problems == ()
+    assert {name: spec.num_prefix_tokens for name, spec in teacher.outputs.items()} == {"pooled": None, "spatial": 3}
+    tolerance = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.2}[teacher.precision]
+    outputs, wanted = teacher(images), vit_backbone().eval()(images)
+    for name, output in outputs.items():
+        assert (output - wanted[name]).abs().max() <= tolerance * wanted[name].abs().max()
+
+
+@NO_OPENVINO
+def test_agreement_without_logits_is_a_cosine(
+    exporting: Callable[..., None], log: pytest.LogCaptureFixture, vit_weights: Path
+) -> None:
+    exporting()
+    open_vit(vit_weights, student_precision="fp32")
+    assert log.messages[-1] == (
+        "teacher: openvino in fp32 on cpu, as the student trains in fp32; 2.0 times as fast as PyTorch here, cosine "
+        "1.00000 to float32 on 64 images"
+    )
+
+
+class Blurred(nn.Module):
+    """A backbone whose tokens, and only these, bfloat16 cannot tell apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = vit_backbone()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        outputs = self.trunk(images)
+        return outputs | {"spatial": (1000 + outputs["spatial"]) - 1000}
+
+
+def test_precision_that_changes_tokens_is_not_taken(
+    exporting: Callable[..., None], log: pytest.LogCaptureFixture
+) -> None:
+    exporting()
+    teacher = open_teacher(
+        TeacherSettings(backend=PYTORCH), module=Blurred(), image_shape=IMAGE_SHAPE, student_precision="bf16"
+    )
+    assert teacher.precision == "fp32"
+    line = next(line for line in log.messages if line.startswith("teacher: "))
+    assert "changes its outputs too much" in line and "worst first: 'spatial' cosine" in line and "'pooled'" not in line
 
 
 @NO_OPENVINO

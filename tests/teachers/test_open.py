@@ -5,9 +5,11 @@ from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 
+import onnx
 import pytest
 import timm
 import torch
+from onnx import TensorProto, helper
 from pydantic import ValidationError
 from torch import nn
 
@@ -19,7 +21,8 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher, why_no_onnx
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
-from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images
+from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, cnn_backbone, random_images, vit_backbone
+from tests.teachers.onnx_models import LOGITS, linear_model
 
 NO_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 ONNX, ENGINE = Path("teacher.onnx"), Path("teacher.engine")
@@ -65,6 +68,46 @@ def test_no_layer_is_random(tmp_path: Path) -> None:
 def test_named_backend_is_used(exported: Callable[[int], Path]) -> None:
     teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0), max_batch=5))
     assert (teacher.backend, teacher.max_batch) == ("onnxruntime", 5)
+
+
+def prefixes(teacher: Teacher) -> dict[str, int | None]:
+    return {name: spec.num_prefix_tokens for name, spec in teacher.outputs.items()}
+
+
+def test_prefix_tokens_of_the_settings_come_first(tmp_path: Path) -> None:
+    tokens = ("tokens", TensorProto.FLOAT, ["N", 3, 8])
+    path = tmp_path / "net.onnx"
+    model = linear_model(outputs=[LOGITS, tokens])
+    del model.graph.node[-1]
+    model.graph.node.append(helper.make_node("ReduceMean", ["images"], ["tokens"], axes=[3], keepdims=0))
+    model.opset_import[0].version = 13
+    onnx.save(model, path)
+    settings = TeacherSettings(backend="onnxruntime", onnx=path)
+    assert prefixes(open_teacher(settings)) == {"logits": None, "tokens": None}
+    told = settings.model_copy(update={"num_prefix_tokens": 2})
+    assert prefixes(open_teacher(told)) == {"logits": None, "tokens": 2}
+    with pytest.raises(
+        ConfigError, match=r"num_prefix_tokens: 3, and 'tokens' has no more tokens than that; .*'logits'"
+    ):
+        open_teacher(settings.model_copy(update={"num_prefix_tokens": 3}))
+    module = vit_backbone()
+    for number in (None, 0, 5):
+        teacher = open_teacher(TeacherSettings(num_prefix_tokens=number), module=module, image_shape=IMAGE_SHAPE)
+        assert prefixes(teacher) == {"pooled": None, "spatial": 3 if number is None else number}
+    with pytest.raises(
+        ConfigError, match=r"num_prefix_tokens: 1, and it returns no tokens \[N, L, D\]; .*'spatial' \["
+    ):
+        open_teacher(TeacherSettings(num_prefix_tokens=1), module=cnn_backbone(), image_shape=IMAGE_SHAPE)
+
+
+def test_features_join_the_outputs_of_a_backbone(tmp_path: Path) -> None:
+    torch.save(cnn_backbone().trunk.state_dict(), tmp_path / "a.pt")
+    model = ModelSettings(timm="test_resnet", num_classes=0, kwargs={"output_stride": 16}, checkpoint=tmp_path / "a.pt")
+    settings = TeacherSettings(model=model, features=("layer2",), channels_last=False)
+    teacher, images = open_teacher(settings, image_shape=IMAGE_SHAPE), random_images(2)
+    outputs, wanted = teacher(images), cnn_backbone().eval()(images)
+    assert list(outputs) == ["pooled", "spatial", "layer2"] and outputs["layer2"].shape == (2, 48, 4, 4)
+    torch.testing.assert_close(outputs["spatial"], wanted["spatial"].detach())
 
 
 def test_pytorch_settings_are_passed_on() -> None:

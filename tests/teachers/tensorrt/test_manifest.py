@@ -402,7 +402,7 @@ def test_hostile_manifest_is_one_short_error(engine: Path, field: str, value: st
 )
 def test_prefix_tokens_that_an_output_cannot_have(shape: tuple[int | None, ...], number: int) -> None:
     assert TensorIO(name="a", shape=(None, 8, 4), dtype="float32", num_prefix_tokens=7).num_prefix_tokens == 7
-    with pytest.raises(ValueError, match="prefix tokens|greater than or equal to 0"):
+    with pytest.raises(ValueError, match=r"prefix tokens|greater than or equal to 0"):
         TensorIO(name="a", shape=shape, dtype="float32", num_prefix_tokens=number)
 
 

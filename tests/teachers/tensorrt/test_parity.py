@@ -118,7 +118,7 @@ def test_backbone_without_logits_agrees_with_itself() -> None:
         ("spatial", lambda tokens: tokens.index_copy(0, torch.tensor([3]), -tokens[3:4]), ("cosine -1 (allowed ",)),
         ("pooled", lambda vectors: vectors.index_copy(0, torch.tensor([3]), vectors[4:5]), ("cosine 0.",)),
     ],
-    ids=["permuted tokens", "permuted map", "doubled", "halved", "one position", "lost position", "one image", "mix-up"],
+    ids=["permuted tokens", "permuted map", "doubled", "halved", "one position", "no position", "one image", "mix-up"],
 )  # fmt: skip
 def test_fault_in_one_output_is_found(
     name: str, change: Callable[[Tensor], Tensor], metrics: tuple[str, ...], precision: Precision
