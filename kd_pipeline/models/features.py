@@ -43,7 +43,7 @@ def capture_features(module: nn.Module, layers: Sequence[str]) -> Iterator[Mappi
 
 
 def with_features(module: nn.Module, layers: Sequence[str]) -> nn.Module:
-    """A frozen copy of `module` that returns a mapping: its own outputs, and the output of each layer by its name.
+    """A frozen copy of `module` that returns a mapping: `"logits"`, and the output of each layer by its name.
 
     Use it as a teacher, or export it to ONNX, to distill features. Later changes to `module` do not affect it.
 

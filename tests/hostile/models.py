@@ -13,7 +13,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from kd_pipeline.errors import EngineError, TeacherError
-from kd_pipeline.onnx.file import CLASSES_KEY, read_onnx
+from kd_pipeline.onnx.file import CLASSES_KEY, OUTPUTS_KEY, read_onnx
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.teachers.tensorrt.manifest import manifest_path, read_engine, write_manifest
@@ -48,6 +48,15 @@ def onnx_cases() -> list[Case]:
     }
     for name, text in names.items():
         kind.add_bytes(name, linear_model(metadata={CLASSES_KEY: text}).SerializeToString())
+
+    prefixes = {
+        "nested outputs": '{"logits": ' * DEEP,
+        "prefix of 5000 digits": f'{{"logits": {"9" * 5000}}}',
+        "prefix of a vector": '{"logits": 1}',
+        "outputs that it does not have": json.dumps({"x\x1b]0;title\x07": 1}),
+    }
+    for name, text in prefixes.items():
+        kind.add_bytes(name, linear_model(metadata={OUTPUTS_KEY: text}).SerializeToString())
 
     run = Kind("onnx in OpenVINO", open_on_cpu, TeacherError, file="model.onnx")
 

@@ -17,7 +17,7 @@ from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.onnx.half_precision import convert_precision, emulate_precision
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
-from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images
+from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images, vit_backbone
 from tests.onnx.engines import assert_builds
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,6 +126,24 @@ def inferred_types(path: Path) -> tuple[onnx.GraphProto, dict[str, int]]:
     types |= {weights.name: weights.data_type for weights in graph.initializer}
     assert {name: types[name] for name in noted} == noted
     return graph, types
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("backbone") / "vit.onnx"
+    return export_onnx(vit_backbone(), path, image_shape=IMAGE_SHAPE, max_batch=2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_network_without_logits_keeps_its_outputs(backbone: Path, tmp_path: Path, precision: Any) -> None:
+    images = random_images(5)
+    target = tmp_path / "half.onnx"
+    convert_precision(backbone, target, precision, images)
+    assert read_onnx(target).outputs == read_onnx(backbone).outputs
+    assert read_onnx(target).outputs["spatial"].num_prefix_tokens == 3
+    found, wanted = run_emulated(target, images), OnnxRuntimeTeacher(backbone)(images)
+    for name, output in found.items():
+        assert 0 < (output - wanted[name]).abs().max() < 0.05 * wanted[name].abs().max()
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

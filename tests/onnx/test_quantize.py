@@ -19,7 +19,7 @@ from kd_pipeline.onnx.edit import edit_onnx
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import ADAPTER_KEY, read_onnx
 from kd_pipeline.onnx.quantize import quantize_onnx
-from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, random_images
+from tests.networks import CLASSES, IMAGE_SHAPE, ConvNet, cnn_backbone, random_images, vit_backbone
 from tests.teachers.onnx_models import linear_model
 
 Precision = Literal["int8", "fp8"]
@@ -139,6 +139,46 @@ def test_quantized_layers(
     before, after = (Counter(node.op_type for node in onnx.load(file).graph.node) for file in (sources[name], path))
     assert set(after - before) == {"QuantizeLinear", "DequantizeLinear"}
     assert not before - after
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("backbones")
+    networks = {"vit": vit_backbone(), "cnn": cnn_backbone(), "projected": Projected()}
+    return {
+        name: export_onnx(network, folder / f"{name}.onnx", image_shape=IMAGE_SHAPE, max_batch=2)
+        for name, network in networks.items()
+    }
+
+
+class Projected(nn.Module):
+    """A projection at the end, as in CLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.projection = vit_backbone(), nn.Linear(32, 16, bias=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"image_embeds": self.projection(self.trunk(images)["pooled"])}
+
+
+@pytest.mark.parametrize(
+    ("name", "num_float"),
+    [
+        ("vit", 4),  # the products in attention
+        ("cnn", 0),
+        ("projected", 5),  # and the projection, which the student learns from
+    ],
+)
+def test_layers_of_a_network_without_logits(
+    backbones: dict[str, Path], tmp_path: Path, name: str, num_float: int
+) -> None:
+    path = quantize_onnx(backbones[name], tmp_path / "quantized.onnx", "int8", SAMPLES)
+    layers = quantized_layers(path)
+    assert sum(not is_quantized for is_quantized in layers.values()) == num_float < len(layers)
+    assert read_onnx(path).outputs == read_onnx(backbones[name]).outputs  # prefix tokens among them
+    if name == "projected":
+        assert not layers["image_embeds"]
 
 
 @BOTH
