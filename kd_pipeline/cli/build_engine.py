@@ -15,6 +15,7 @@ from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from kd_pipeline.models.input_adapter import InputAdapter
+    from kd_pipeline.models.registry import ModelSettings
     from kd_pipeline.teachers.parity import CalibrationSet
     from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, Profile
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
@@ -116,12 +117,20 @@ def _settings(parsed: argparse.Namespace) -> "BuildSettings":
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
     values = given(parsed, BuildSettings) | {"onnx": _onnx(parsed), "input_adapter": _input_adapter(parsed)}
+    if parsed.classes is not None and parsed.onnx is None and _model(parsed).is_headless:
+        raise ConfigError("--classes names the logits, which --num-classes 0 leaves out; leave one of them out")
     profiles, size = _profiles(parsed)
     if profiles:
         values["profiles"] = profiles
     if size is not None:
         values["image_size"] = size
     return checked(BuildSettings, **values)
+
+
+def _model(parsed: argparse.Namespace) -> "ModelSettings":
+    from kd_pipeline.models.registry import ModelSettings
+
+    return checked(ModelSettings, **given(parsed, ModelSettings))
 
 
 def _input_adapter(parsed: argparse.Namespace) -> "InputAdapter | None":
@@ -162,7 +171,7 @@ def _export(parsed: argparse.Namespace, settings: "BuildSettings") -> None:
     """Export the model that was named to `settings.onnx`; an existing file is kept, and must be that model."""
     import torch
 
-    from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
+    from kd_pipeline.models.registry import open_model, pretrained_input
     from kd_pipeline.onnx.export import export_onnx
     from kd_pipeline.onnx.file import read_onnx
 
@@ -170,9 +179,7 @@ def _export(parsed: argparse.Namespace, settings: "BuildSettings") -> None:
     (name,) = (name for name in map(vars(parsed).get, _MODELS) if name is not None)
     torch.manual_seed(0)  # the same random weights in every call
     # Typing the factory's name allows its module to run.
-    module = open_model(
-        checked(ModelSettings, **given(parsed, ModelSettings)), plugins=[str(parsed.factory).partition(":")[0]]
-    )
+    module = open_model(_model(parsed), plugins=[str(parsed.factory).partition(":")[0]])
     if parsed.factory is None and not (parsed.pretrained or parsed.checkpoint):
         print_progress(f"{name} has random weights; give --pretrained or --checkpoint for trained ones")
     expected = pretrained_input(module)

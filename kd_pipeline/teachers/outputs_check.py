@@ -58,13 +58,14 @@ def check_outputs(
         What is wrong, a sentence each with what to do; empty for a teacher that passes.
 
     Raises:
-        TeacherError: the teacher fails, or returns more or fewer rows than images.
+        TeacherError: the teacher fails, returns more or fewer rows than images, or no tokens after its prefix tokens.
     """
     num_images = min(num_images, teacher.max_batch)
     images = _generate_images(max(2, 2 * num_images - 1), image_shape, normalization)
     images = images.to(teacher.device, teacher.images.dtype)
     with _eagerly(), torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
         first = _run(teacher, images[:num_images])
+        _check_prefix_tokens(teacher, first)
         again = _run(teacher, images[:num_images])
         others = _run(teacher, images[-num_images:])
         if bad := [name for name, output in first.items() if _not_finite(name, output).any()]:
@@ -168,6 +169,17 @@ def _run(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
             "with images.flatten(1), and pass dynamic_shapes)"
         ) from error
     return {name: output.double().cpu() for name, output in outputs.items()}
+
+
+def _check_prefix_tokens(teacher: Teacher, outputs: Mapping[str, Tensor]) -> None:
+    """Raise a TeacherError if nothing is left of tokens without their prefix; a file may leave their number open."""
+    for name, output in outputs.items():
+        number = teacher.outputs[name].num_prefix_tokens
+        if number is not None and (output.ndim != 3 or output.shape[1] <= number):
+            raise TeacherError(
+                f"the {teacher.backend} teacher returns {name!r} {list(output.shape)}, which has no tokens after the "
+                f"{number} prefix tokens that it is said to have; set teacher.num_prefix_tokens"
+            )
 
 
 def _working_batch(teacher: Teacher, images: Tensor) -> int | None:

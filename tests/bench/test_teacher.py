@@ -94,6 +94,29 @@ def test_logits_are_compared_with_float32_pytorch(measured: tuple[TeacherResult,
 
 
 @pytest.mark.slow
+def test_network_without_logits_is_compared_by_cosine(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings = BenchTeacherSettings(
+        model=ModelSettings(timm="test_resnet", num_classes=0),
+        size=64,
+        root=photographs,
+        batch_sizes=(2,),
+        compile_at=(),
+        num_images=2,
+        repeats=1,
+        num_threads=1,
+        device="cpu",
+    )
+    result = bench_teacher(settings)
+    rows = {row.name: row for row in result.rows}
+    assert {"pytorch fp32", "openvino fp32", "openvino int8", "onnxruntime fp32"} <= rows.keys()
+    assert all(row.top1_agreement is None and row.cosine > 0.99 for row in rows.values())
+    assert f"{rows['openvino int8'].cosine:.5f}" in result.table() and "%" not in result.table().splitlines()[1]
+
+
+@pytest.mark.slow
 def test_result_has_the_settings(measured: tuple[TeacherResult, Any, Any]) -> None:
     result = measured[0]
     assert result.has_random_weights and result.export_s is not None and result.export_s > 0

@@ -198,6 +198,8 @@ def test_folder_is_checked_before_export(
         ([], "give one of --onnx, --timm, --torchvision, --factory, got none of them"),
         (["--onnx", "FILE", "--timm", "resnet18"], "got --onnx and --timm"),
         (["--onnx", "FILE", "--pretrained"], "--pretrained is for a model by name"),
+        (["--onnx", "FILE", "--num-classes", "0"], "--num-classes is for a model by name"),
+        (["--timm", "resnet18", "--num-classes", "0", "--classes", "names.json"], "which --num-classes 0 leaves out"),
         (["--onnx", "nowhere.onnx"], "nowhere.onnx: there is no such file"),
         (["--onnx", "FILE", "--batch", "4", "2", "8"], "a profile needs min <= opt <= max, got 4, 2, 8"),
         (["--onnx", "FILE", "--batch", "0", "2", "8"], "--batch: Input should be greater than or equal to 1, got 0"),

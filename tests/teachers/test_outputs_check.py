@@ -8,17 +8,20 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, dropout
 
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.input_adapter import Normalization
+from kd_pipeline.onnx.file import OUTPUTS_KEY, outputs_metadata
 from kd_pipeline.teachers.class_order import match_classes
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.outputs_check import check_outputs, probability_problem
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly, random_images, vit_backbone
 from tests.teachers.onnx_models import (
+    LOGITS,
     active_dropout_model,
     fixed_batch_model,
     linear_model,
@@ -124,6 +127,24 @@ def test_outputs_that_are_alike_within_an_image_are_fine() -> None:
     """Tokens without positions, and vectors between 0 and 1 that are no logits."""
     changes = {"spatial": lambda tokens: tokens[:, :1].expand_as(tokens), "pooled": lambda each: each.softmax(1)}
     assert problems_of(Spoiled(**changes)) == ()
+
+
+def test_more_prefix_tokens_than_tokens(tmp_path: Path) -> None:
+    """In a file that leaves the number of its tokens open."""
+    model = linear_model(outputs=[LOGITS, ("tokens", TensorProto.FLOAT, ["N", "L", 8])])
+    model.graph.node[-1].CopyFrom(helper.make_node("ReduceMean", ["images"], ["tokens"], axes=[3], keepdims=0))
+    model.opset_import[0].version = 13
+    path = tmp_path / "net.onnx"
+    for number in (2, 3):
+        helper.set_model_props(model, {OUTPUTS_KEY: outputs_metadata({"tokens": number})})
+        onnx.save(model, path)
+        if number == 2:
+            teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=path))
+            assert teacher.outputs["tokens"].num_prefix_tokens == 2
+    with pytest.raises(TeacherError, match=r"returns 'tokens' \[3, 3, 8\], which has no tokens after the 3 prefix tok"):
+        open_teacher(TeacherSettings(backend="onnxruntime", onnx=path))
+    settings = TeacherSettings(backend="onnxruntime", onnx=path, num_prefix_tokens=0)  # the advice
+    assert open_teacher(settings).outputs["tokens"].num_prefix_tokens == 0
 
 
 def test_random_numbers_of_the_run_stay() -> None:
