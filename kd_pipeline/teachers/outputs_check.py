@@ -173,9 +173,9 @@ def _run(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
 
 def _check_prefix_tokens(teacher: Teacher, outputs: Mapping[str, Tensor]) -> None:
     """Raise a TeacherError if nothing is left of tokens without their prefix; a file may leave their number open."""
-    for name, output in outputs.items():
-        number = teacher.outputs[name].num_prefix_tokens
-        if number is not None and (output.ndim != 3 or output.shape[1] <= number):
+    for name, spec in teacher.outputs.items():
+        number, output = spec.num_prefix_tokens, outputs.get(name)
+        if number is not None and output is not None and (output.ndim != 3 or output.shape[1] <= number):
             raise TeacherError(
                 f"the {teacher.backend} teacher returns {name!r} {list(output.shape)}, which has no tokens after the "
                 f"{number} prefix tokens that it is said to have; set teacher.num_prefix_tokens"
