@@ -9,8 +9,10 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from kd_pipeline._core.secret_values import refuse_hidden
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.reader import read_config
 from kd_pipeline.data.settings import SPLITS, DataSettings, SplitSettings
+from kd_pipeline.evaluation.frozen import FeatureProbeSettings
 from kd_pipeline.evaluation.probe import ProbeSettings
 from kd_pipeline.losses.settings import DistillSettings, TermSettings
 from kd_pipeline.models.backbone import POOLED, SPATIAL
@@ -69,6 +71,9 @@ class Config(Settings):
     train: TrainSettings = TrainSettings()
     probe: ProbeSettings | None = ProbeSettings()
     """How the teacher is checked on labeled images before a run; null skips the check."""
+    feature_probe: FeatureProbeSettings | None = None
+    """How the features of a student without a head are judged by labeled images, beside the teacher's; defaults to
+    not at all."""
 
     @model_validator(mode="after")
     def _complete_headless(self) -> Self:
@@ -78,6 +83,20 @@ class Config(Settings):
             distill = self.distill.model_dump(exclude={"distill_weight", "temperature"}, exclude_unset=True)
             # The settings are frozen for everybody else.
             object.__setattr__(self, "distill", DistillSettings(**distill | {"loss": None, "features": terms}))
+        return self
+
+    @model_validator(mode="after")
+    def _feature_probe_has_its_splits(self) -> Self:
+        if (probe := self.feature_probe) is not None:
+            splits = self.data.splits
+            for key, name in (("bank", probe.bank), *(("sets", name) for name in probe.sets or ())):
+                if name not in splits:
+                    raise ValueError(f"feature_probe.{key}: there is no split {name!r}{suggest(name, splits)}")
+            if "train" in (probe.sets or ()) and probe.bank != "train":
+                raise ValueError(
+                    "feature_probe.sets: features of the images that the student is trained on say nothing about new "
+                    "ones; remove train"
+                )
         return self
 
     @property

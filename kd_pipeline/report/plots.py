@@ -23,7 +23,8 @@ Point = tuple[float, float]
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6e503c", "#5a5a5a")
 """Okabe and Ito's palette, which color-blind people can tell apart, with brown and gray for yellow and black."""
 _DPI = 160
-_ACCURACIES = {"top1", "top5", "macro_f1", "agreement"}
+_ACCURACIES = ("top1", "top5", "macro_f1", "agreement")
+"""Ends of their names: there are `teacher_knn_top1` and others."""
 _MAX_POINTS = 400
 """Longer curves are drawn through the means of equally many neighbors."""
 _MAX_MARKED = 40
@@ -45,7 +46,7 @@ class Bar(NamedTuple):
 
 
 def plot_curves(metrics_csv: Path | str) -> "Figure":
-    """Draw loss terms, accuracies and learning rate over the steps, a panel for each of these that was logged.
+    """Draw loss terms, accuracies, cosines and learning rate over the steps, a panel for each of these that was logged.
 
     Args:
         metrics_csv: a run's `metrics.csv`: a column `step`, others such as `train/loss` and `val/top1`, empty cells
@@ -59,7 +60,12 @@ def plot_curves(metrics_csv: Path | str) -> "Figure":
     names = {name: name.rpartition("/")[2] for name in columns}
     found = (
         ("loss", [name for name, last in names.items() if last == "loss" or f"{name}_weight" in columns], _number),
-        ("accuracy", [name for name, last in names.items() if last in _ACCURACIES], _percentage),
+        ("accuracy", [name for name, last in names.items() if last.endswith(_ACCURACIES)], _percentage),
+        (
+            "cosine to the teacher",
+            [name for name, last in names.items() if last.startswith("cosine_to_teacher.")],
+            _number,
+        ),
         ("learning rate", [name for name, last in names.items() if last == "lr"], _number),
     )
     panels = [panel for panel in found if panel[1]]

@@ -64,21 +64,24 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         every_n_steps: int | None = None,
         validate: Callable[[], Mapping[str, float]] | None = None,
         validate_every_n_steps: int | None = None,
+        is_measured: Callable[[str], bool] = lambda metric: True,
     ) -> None:
         """Save into `folder` at the end of every epoch.
 
         Args:
             folder: created if missing.
             student: returns the weights that `monitor` was measured with (the EMA's, if there is one).
-            monitor: metric, logged every epoch, that selects the best student; None keeps no best.
+            monitor: metric that selects the best student; None keeps no best.
             mode: whether a higher or a lower value is better.
             every_n_steps: optimizer steps between saves of `last.ckpt` within an epoch; None saves at its end only.
             validate: validates, logs the metrics and returns them; for validation within an epoch.
             validate_every_n_steps: optimizer steps between these validations; None for none.
+            is_measured: whether the last validation measured a metric. Lightning keeps the value of an earlier one.
         """
         self._folder, self._student, self._every_n_steps = Path(folder), student, every_n_steps
         self._monitor, self._mode = monitor, mode
         self._validate, self._validate_every_n_steps = validate, validate_every_n_steps
+        self._is_measured = is_measured
         self._rng: list[dict[str, Any]] | None = None
         self.best_score = -math.inf if mode == "max" else math.inf
 
@@ -149,7 +152,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         trainer.save_checkpoint(self._folder / name)
 
     def _is_best(self, trainer: Any, metrics: Mapping[str, Any]) -> bool:
-        if self._monitor is None:
+        if self._monitor is None or not self._is_measured(self._monitor):
             return False
         if self._monitor not in metrics:
             known = ", ".join(sorted(metrics))

@@ -1,6 +1,7 @@
 """Stop a run when its metric no longer improves."""
 
 import math
+from collections.abc import Callable
 from logging import getLogger
 from typing import Any
 
@@ -23,18 +24,27 @@ class StopEarly(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
     patience cannot be changed on resume.
     """
 
-    def __init__(self, settings: EarlyStoppingSettings) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: EarlyStoppingSettings, *, is_measured: Callable[[str], bool] = lambda metric: True
+    ) -> None:
+        """Stop by `settings.metric`, which is set.
+
+        Args:
+            settings: the metric and the patience.
+            is_measured: whether the last validation measured a metric. Lightning keeps the value of an earlier one.
+        """
+        assert settings.metric is not None
+        self._settings, self._metric, self._is_measured = settings, settings.metric, is_measured
         self._best = -math.inf
         self._num_waited = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far and the number of epochs since then."""
-        return {"metric": self._settings.metric, "best": self._best, "num_waited": self._num_waited}
+        return {"metric": self._metric, "best": self._best, "num_waited": self._num_waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume, unless the state is of a different metric."""
-        if state["metric"] == self._settings.metric:
+        if state["metric"] == self._metric:
             self._best, self._num_waited = state["best"], state["num_waited"]
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -42,16 +52,18 @@ class StopEarly(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
         trainer.should_stop = self.is_over
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        """Compare with the best epoch so far; NaN is never better.
+        """Compare with the best epoch so far, unless this one did not measure it; NaN is never better.
 
         Raises:
             ConfigError: the metric was not logged.
         """
-        metric, metrics = self._settings.metric, trainer.callback_metrics
+        metric, metrics = self._metric, trainer.callback_metrics
+        if not self._is_measured(metric):
+            return
         if metric not in metrics:
             raise ConfigError(f"early_stopping.metric: there is no {metric!r}; there are {', '.join(sorted(metrics))}")
         # Rank zero decides for all, because the last digits may differ between ranks.
-        value = trainer.strategy.broadcast(float(metrics[metric])) * (1 if self._settings.mode == "max" else -1)
+        value = trainer.strategy.broadcast(float(metrics[metric])) * (-1 if self._settings.mode == "min" else 1)
         if math.isnan(value):
             _logger.warning("%s is NaN after %d steps, which counts as no improvement", metric, trainer.global_step)
         self._num_waited = 0 if value > self._best else self._num_waited + 1

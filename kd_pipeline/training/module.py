@@ -83,6 +83,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._guard = StepGuard(
             settings.max_nonfinite_steps, sample_name=lambda index: self.trainer.train_dataloader.source.name(index)
         )
+        self.measured: dict[str, float] = {}
+        """The metrics of the last validation."""
         self.has_begun = False
         """Whether all was set up and a checkpoint restored, and an epoch has begun."""
         self._num_valid: Tensor | None = None
@@ -218,7 +220,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             self.log(name, last, sync_dist=is_mean)
         self._last_step = {}
         for name, value in self._validation_metrics().items():
-            self.log(name, value, prog_bar=name.endswith("/top1"))
+            self.log(name, value, prog_bar=name.endswith(("/top1", "/knn_top1")))
         self.student.train()
         if self.trainer.progress_bar_callback is not None:
             # Lightning drew the bar before this hook, with the metrics of the previous epoch.
@@ -279,11 +281,12 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         except NonFiniteError as exc:
             raise NonFiniteError(f"validation after {self.trainer.global_step} steps: {exc}") from exc
         release_free_memory()
-        return {
+        self.measured = {
             f"{split}/{name}": value
             for split, evaluation in evaluations.items()
             for name, value in evaluation.scalars().items()
         }
+        return self.measured
 
     def _temperatures(self, terms: LossTerms, epoch: float) -> dict[str, float]:
         """The current temperature of each term that has one."""

@@ -20,10 +20,12 @@ LoggerName = Literal["csv", "tensorboard", "wandb", "comet", "mlflow"]
 class EarlyStoppingSettings(Settings):
     """When to stop before the last epoch."""
 
-    metric: str = "val/top1"
-    mode: Literal["max", "min"] = "max"
+    metric: str | None = None
+    """Defaults to the metric that selects the best checkpoint."""
+    mode: Literal["max", "min"] | None = None
+    """`min` if lower is better; defaults to what it is for the metric."""
     patience: int = Field(default=10, ge=1)
-    """Epochs without improvement before the run stops."""
+    """Epochs in which the metric is measured, without improvement, before the run stops."""
 
 
 class EngineSettings(Settings):
@@ -78,10 +80,11 @@ class TrainSettings(Settings):
     early_stopping: EarlyStoppingSettings | None = None
     metrics: tuple[MetricSettings, ...] = ()
     """Validation metrics besides accuracy, loss and F1; logged as `val/` and the name."""
-    select_by: str = "val/top1"
-    """Validation metric that selects the best checkpoint."""
-    select_mode: Literal["max", "min"] = "max"
-    """`min` if lower is better, as for `val/loss`."""
+    select_by: str | None = None
+    """Validation metric that selects the best checkpoint. Defaults to the first of `val/knn_top1`, `val/top1` and
+    `val/loss` that is measured every epoch; without any, the last student is the result."""
+    select_mode: Literal["max", "min"] | None = None
+    """`min` if lower is better; defaults to `min` for losses and to `max` for other metrics."""
     compare_with_teacher: bool = False
     """Run the teacher in validation too, for its agreement with the student."""
     deterministic: bool = False
@@ -106,6 +109,12 @@ class TrainSettings(Settings):
     student that does not fit on one GPU."""
     sync_batchnorm: bool = False
     """Synchronize BatchNorm statistics over all processes."""
+
+    @model_validator(mode="after")
+    def _mode_has_a_metric(self) -> Self:
+        if self.select_by is None and self.select_mode is not None:
+            raise ValueError(f"select_mode: {self.select_mode} is of a metric; set select_by too, or remove it")
+        return self
 
     @model_validator(mode="after")
     def _fits_the_strategy(self) -> Self:

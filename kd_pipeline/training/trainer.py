@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -48,6 +48,7 @@ def build_trainer(
     device: torch.device,
     has_validation: bool,
     resume_step: int | None,
+    sparse_metrics: Collection[str] = (),
     callbacks: Sequence[Any] = (),
 ) -> Any:
     """A `lightning.Trainer` for `module`; several processes must have been initialized by `init_distributed`.
@@ -57,21 +58,28 @@ def build_trainer(
         module: what to train.
         folder: where checkpoints and logs go.
         device: of the batches.
-        has_validation: whether `module` has validation sets, whose metrics select the best checkpoint.
+        has_validation: whether `module` has validation sets.
         resume_step: the step that the run resumes from, or None.
+        sparse_metrics: names of those that not every validation measures.
         callbacks: more of Lightning's callbacks, which come first.
     """
     _silence_lightning()
+
+    def is_measured(metric: str) -> bool:
+        return metric not in sparse_metrics or metric in module.measured
+
     checkpoints = SaveLastAndBest(
         folder.checkpoints,
         student=lambda: full_state_dict(module.model),
-        monitor=settings.select_by if has_validation else None,
-        mode=settings.select_mode,
+        monitor=settings.select_by,
+        mode=settings.select_mode or "max",
         every_n_steps=settings.save_every_steps,
         validate=module.validate_now if has_validation else None,
         validate_every_n_steps=settings.validate_every_steps,
+        is_measured=is_measured,
     )
-    early_stopping = [] if settings.early_stopping is None else [StopEarly(settings.early_stopping)]
+    stopping = settings.early_stopping
+    early_stopping = [] if stopping is None else [StopEarly(stopping, is_measured=is_measured)]
     # Left to itself, Lightning would detect SLURM and set the processes up again, differently.
     is_distributed = world_size() > 1
     # Without a launcher, its variables are left over, and Lightning would start processes of its own.

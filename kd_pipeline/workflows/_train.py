@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
-from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, open_metrics
-from kd_pipeline.evaluation._features import evaluate_features
+from kd_pipeline.evaluation._evaluate import Evaluation, open_metrics
+from kd_pipeline.evaluation._features import COSINE
 from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.registry import open_model
@@ -39,12 +38,14 @@ from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
 from kd_pipeline.training.validation_bar import validation_bar
 from kd_pipeline.workflows.check_images import key_of
-from kd_pipeline.workflows.distill_module import build_module
+from kd_pipeline.workflows.distill_module import build_distillation, build_module
+from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
 from kd_pipeline.workflows.exported import ENGINE
-from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
+from kd_pipeline.workflows.results import evaluation_split, read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
 from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_for, num_classes_of, stage_dir
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, saved_runtimes, with_trained_weights
+from kd_pipeline.workflows.validation import StageEvaluator, check_probed
 
 __all__ = ["Stage", "TrainResult", "train"]
 
@@ -65,9 +66,14 @@ class TrainResult:
         """The metrics of the network, and of its teacher, as `kd-pipeline train` prints them."""
         lines = []
         for split, found in self.evaluations.items():
-            lines.append(f"{self.stage} on {split} ({found.num_samples} images): {_metrics_line(found)}")
-            if found.teacher is not None and found.teacher.top1 is not None:
-                lines.append(f"teacher on {split}: {_metrics_line(found.teacher)}")
+            if metrics := _metrics_line(found):
+                lines.append(f"{self.stage} on {split} ({found.num_samples} images): {metrics}")
+            if (
+                found.teacher is not None
+                and (metrics := _metrics_line(found.teacher))
+                and found.teacher.top1 is not None
+            ):
+                lines.append(f"teacher on {split}: {metrics}")
         return tuple(lines)
 
 
@@ -139,11 +145,9 @@ class _StageRun(ExitStack):
         self._best_file = self._folder.checkpoints / "best_student.pt"
         self._val_loaders: dict[str, KDDataLoader] = {}
         self._callbacks: list[ProbeTeacher] = []
-        self._distillation: Distillation | None = None
         self._reference: Teacher | None = None
         """The teacher for validation images; None for a recording, which has no outputs for them."""
-        self._validated: tuple[int, dict[str, Evaluation]] | None = None
-        """The results of the last validation, and the optimizer step after which it was."""
+        self._validated: _Validated | None = None
 
     def run(self) -> TrainResult:
         """Train unless that is done, then export and evaluate the best student unless that is done."""
@@ -153,6 +157,8 @@ class _StageRun(ExitStack):
         self._source = open_source(config.data.split("train").source)
         saved = None if folder.last_checkpoint is None else SavedRun.load(folder.last_checkpoint)
         teacher = self._open_teacher(saved) if self._stage == "distill" else None
+        self._plan_evaluation()
+        config = self._config
         identity = self._identity(teacher)
         if saved is not None:
             saved.check(identity, config, folder.path)  # before the loader writes the class list
@@ -181,8 +187,8 @@ class _StageRun(ExitStack):
             trainer = self._fit(module, loader, saved, changes)
             loggers, step, changes = trainer.loggers, trainer.global_step, []
         known = self._known_evaluations(module, step)
-        student = module.model if known else self._best_student(module, loader)
-        result = self._show(known | self._missing_evaluations(student.to(loader.device), known))
+        student, distillation = (module.model, module.distillation) if known else self._best_student(module, loader)
+        result = self._show(known | self._missing_evaluations(student.to(loader.device), distillation, known))
         if is_rank_zero():
             write_results(folder, config, student, self._network, self._source, result.evaluations)
             folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
@@ -209,6 +215,19 @@ class _StageRun(ExitStack):
                 _logger.warning("%s", remark)
         set_num_threads(config.train.num_threads)
         set_deterministic(config.train.deterministic)
+
+    def _plan_evaluation(self) -> None:
+        """Decide what is measured, and by what the best student is selected, which is then part of the config."""
+        config = self._config
+        sources = {"train": self._source} | {
+            split: self._val_loader(split).source for split in config.data.splits if split != "train"
+        }
+        labeled = [split for split, source in sources.items() if source.labels is not None]
+        self._plan = EvaluationPlan.of(config, self._stage, labeled=labeled, has_reference=self._reference is not None)
+        self._config = select_best(config, self._stage, self._plan)
+        self._evaluator = StageEvaluator(
+            self._config, self._plan, self._evaluation_loader, metrics=self._metrics, reference=self._reference
+        )
 
     def _identity(self, teacher: Teacher | Recording | None) -> dict[str, Any]:
         """What a checkpoint holds about its run, in plain values."""
@@ -261,7 +280,8 @@ class _StageRun(ExitStack):
             module,
             folder,
             device=loader.device,
-            has_validation=bool(config.data.validated),
+            has_validation=any(split != "test" for split in self._evaluated),
+            sparse_metrics=self._plan.sparse,
             resume_step=None if saved is None else saved.step,
             callbacks=self._callbacks,
         )
@@ -355,6 +375,17 @@ class _StageRun(ExitStack):
             self._val_loaders[split] = self._open_loader(split, None)
         return self._val_loaders[split]
 
+    def _evaluation_loader(self, split: str) -> KDDataLoader:
+        """The loader of a split for evaluation: of `train` too, whose images are then not augmented."""
+        if split == "train" and split not in self._val_loaders:
+            data = self._config.data
+            train = data.split("train").model_copy(update={"transform": evaluation_split(data)[1]})
+            config = self._config.model_copy(update={"data": data.model_copy(update={"train": train})})
+            options = {**EACH_IMAGE_ONCE, "shuffle": False, "last_batch": None}
+            loader = KDDataLoader.from_config(config, teacher=None, training=self._source, **options)
+            self._val_loaders[split] = self.enter_context(loader)
+        return self._val_loader(split)
+
     def _open_student(self, loader: KDDataLoader) -> nn.Module:
         network = self._network
         num_classes = num_classes_for(network, loader.source, loader.teacher)
@@ -363,6 +394,8 @@ class _StageRun(ExitStack):
             self._network = network.model_copy(update={"num_classes": num_classes})
         if self._config.student_from_teacher and self._stage == "distill":
             self._copy_teacher_layers(student)
+        if self._plan.probed:
+            check_probed(student, (3, loader.transform.size, loader.transform.size))
         return student.to(PURE_PRECISIONS.get(self._config.train.precision, torch.float32))
 
     def _copy_teacher_layers(self, student: nn.Module) -> None:
@@ -390,7 +423,7 @@ class _StageRun(ExitStack):
         student.load_state_dict(state)
 
     def _build_module(self, student: nn.Module, loader: KDDataLoader, identity: Mapping[str, Any]) -> DistillModule:
-        module = build_module(
+        module: DistillModule = build_module(
             DistillModule,
             self._config,
             student,
@@ -400,29 +433,39 @@ class _StageRun(ExitStack):
             identity=identity,
             validate=lambda model: self._validate(model, module),
         )
-        self._distillation = module.distillation
         return module
 
     def _validate(self, model: nn.Module, module: DistillModule) -> dict[str, Evaluation]:
-        """Validate while training."""
-        config = self._config
-        teacher = self._reference if config.train.compare_with_teacher or self._network.is_headless else None
-        found = {
-            split: self._evaluate(model, split, teacher, validation_bar(module.trainer, f"Validation on {split}"))
-            for split in self._config.data.validated
-        }
-        self._validated = module.trainer.global_step, found
+        """Validate while training; the features are judged at the end of an epoch only."""
+        trainer, settings = module.trainer, self._config.feature_probe
+        epoch = trainer.current_epoch + 1
+        with_probe = (
+            settings is not None
+            and trainer.is_last_batch
+            and (epoch % settings.every == 0 or epoch == self._config.train.epochs)
+        )
+        found = self._evaluator.evaluate(
+            model,
+            module.distillation,
+            [split for split in self._evaluated if split != "test"],
+            compare=self._config.train.compare_with_teacher,
+            with_probe=with_probe,
+            bar=lambda title: validation_bar(trainer, title),
+        )
+        self._validated = _Validated(trainer.global_step, with_probe, found)
         return found
 
     def _known_evaluations(self, module: DistillModule, step: int) -> dict[str, Evaluation]:
-        """The last validation, if it was that of the best student, and with the teacher where there is one."""
-        if self._validated is None or self._validated[0] != step or is_sharded(module.model):
+        """The last validation, if it was that of the best student, and measured all that is known of it."""
+        last = self._validated
+        if last is None or last.step != step or is_sharded(module.model):
             return {}
-        if self._reference is not None and not self._config.train.compare_with_teacher:
+        lacks_teacher = self._reference is not None and not self._config.train.compare_with_teacher
+        if (lacks_teacher and not self._network.is_headless) or (self._plan.probed and not last.with_probe):
             return {}
         is_best = is_rank_zero() and self._is_best(module.model)
         # Rank zero decides for all, which evaluate together.
-        return self._validated[1] if module.trainer.strategy.broadcast(is_best) else {}
+        return last.evaluations if module.trainer.strategy.broadcast(is_best) else {}
 
     def _is_best(self, model: nn.Module) -> bool:
         """Whether these are the weights of the best student, bit by bit."""
@@ -431,61 +474,50 @@ class _StageRun(ExitStack):
         weights, best = model.state_dict(), read_checkpoint(self._best_file)
         return weights.keys() == best.keys() and all(torch.equal(weights[name].cpu(), best[name]) for name in weights)
 
-    def _missing_evaluations(self, student: nn.Module, known: Collection[str]) -> dict[str, Evaluation]:
-        """The metrics of the exported network on the validation and test splits that are not in `known`."""
-        splits = (*self._config.data.validated, *(() if self._config.data.test is None else ("test",)))
-        return {
-            split: self._evaluate(student, split, self._reference, timed(f"evaluation on {split}"))
-            for split in splits
-            if split not in known
-        }
+    def _missing_evaluations(
+        self, student: nn.Module, distillation: Distillation, known: Collection[str]
+    ) -> dict[str, Evaluation]:
+        """The metrics of the exported network on the splits that are not in `known`."""
+        missing = [split for split in self._evaluated if split not in known]
+        return self._evaluator.evaluate(student, distillation, missing, compare=True, with_probe=True)
 
-    def _evaluate(
-        self, model: nn.Module, split: str, teacher: Teacher | None, bar: AbstractContextManager[Report]
-    ) -> Evaluation:
-        limit = None if split == "test" else self._config.train.limit_val_batches
-        if self._network.is_headless:
-            assert teacher is not None and self._distillation is not None
-            with bar as report:
-                return evaluate_features(
-                    model,
-                    self._distillation,
-                    self._val_loader(split),
-                    teacher,
-                    epoch=self._config.train.epochs,
-                    epochs=self._config.train.epochs,
-                    max_batches=limit,
-                    report=report,
-                )
-        with bar as report:
-            return evaluate(
-                model,
-                self._val_loader(split),
-                reference=teacher,
-                metrics=self._metrics,
-                max_batches=limit,
-                report=report,
-            )
+    @property
+    def _evaluated(self) -> tuple[str, ...]:
+        """Splits that the exported network is evaluated on."""
+        tests = () if self._config.data.test is None else ("test",)
+        return tuple(dict.fromkeys((*self._plan.validated, *self._plan.probed, *tests)))
 
-    def _best_student(self, module: DistillModule, loader: KDDataLoader) -> nn.Module:
-        """The best student, or the last one if there was no validation, unsharded."""
+    def _best_student(self, module: DistillModule, loader: KDDataLoader) -> tuple[nn.Module, Distillation]:
+        """The best student, or the last one if none was selected, unsharded, with the projectors that it had."""
         student: nn.Module = module.model
-        if is_sharded(student):
+        distillation = module.distillation
+        if is_sharded(module.student):
             student = self._open_student(loader)
-        best = self._best_file
-        path = best if self._config.data.validated and best.is_file() else self._folder.checkpoints / "last.ckpt"
+            distillation = build_distillation(self._config, student, loader, loader.teacher, plugins=self._plugins)
+        has_best = self._config.train.select_by is not None and self._best_file.is_file()
+        path = self._folder.checkpoints / ("best.ckpt" if has_best else "last.ckpt")
         try:
-            if path == best:
-                state = read_checkpoint(path)
+            saved = load_checkpoint(path)
+            state, names = saved["state_dict"], [*student.state_dict()]
+            if has_best:
+                weights = read_checkpoint(self._best_file)
             else:
-                last = load_checkpoint(path)
-                saved = last["state_dict"]
-                names = [*student.state_dict()]
-                state = last["ema"]["student"] if module.ema else {name: saved[f"student.{name}"] for name in names}
-            student.load_state_dict(state)
+                weights = saved["ema"]["student"] if module.ema else {name: state[f"student.{name}"] for name in names}
+            student.load_state_dict(weights)
+            distillation.load_state_dict({name: state[f"distillation.{name}"] for name in distillation.state_dict()})
         except (AttributeError, LookupError, RuntimeError, TypeError) as exc:
             raise unusable_checkpoint(path, exc) from exc
-        return student
+        return student, distillation.to(loader.device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Validated:
+    """The results of the last validation."""
+
+    step: int
+    """Optimizer step after which it was."""
+    with_probe: bool
+    evaluations: dict[str, Evaluation]
 
 
 def _folder_of(config: Config, stage: Stage) -> RunFolder:
@@ -511,4 +543,16 @@ def _stream(loader: KDDataLoader) -> dict[str, Any]:
 
 def _metrics_line(found: Evaluation) -> str:
     metrics = {"top-1": found.top1, "top-5": found.top5, "F1": found.macro_f1, "agreement": found.agreement}
-    return ", ".join(f"{name} {value:.1%}" for name, value in metrics.items() if value is not None)
+    parts = [f"{name} {value:.1%}" for name, value in metrics.items() if value is not None]
+    if found.top1 is None and found.loss is not None:
+        parts.append(f"loss {found.loss:.4g}")
+    prefix = f"{COSINE}."
+    cosines = {name.removeprefix(prefix): value for name, value in found.metrics.items() if name.startswith(prefix)}
+    if cosines:
+        parts.append(f"cosine to the teacher {', '.join(f'{name} {value:.3f}' for name, value in cosines.items())}")
+    for metric, title in (("knn_top1", "k-NN"), ("linear_top1", "linear")):
+        if metric in found.metrics:
+            teachers = [name.removesuffix(f"_{metric}") for name in found.metrics if name.endswith(f"_{metric}")]
+            others = ", ".join(f"{name} {found.metrics[f'{name}_{metric}']:.1%}" for name in teachers)
+            parts.append(f"{title} {found.metrics[metric]:.1%}{f' ({others})' if others else ''}")
+    return ", ".join(parts)

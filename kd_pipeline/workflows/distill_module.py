@@ -16,7 +16,7 @@ from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.workflows.stage import num_classes_of
 
-__all__ = ["build_module"]
+__all__ = ["build_distillation", "build_module"]
 
 Module = TypeVar("Module", bound=DistillModule)
 
@@ -48,21 +48,12 @@ def build_module(
         ConfigError: student, teacher and loss do not go together.
     """
     train = config.train
-    image_shape = (3, loader.transform.size, loader.transform.size)
-    distillation = Distillation(
-        config.distill,
-        student=student,
-        teacher_outputs=None if teacher is None else teacher.outputs,
-        image_shape=image_shape,
-        num_classes=num_classes_of(loader.source, teacher),
-        labels_are_soft=loader.mix is not None,
-        plugins=plugins,
-    )
+    distillation = build_distillation(config, student, loader, teacher, plugins=plugins)
     if train.strategy != "fsdp":  # which shards dense weights in the usual order only
         use_channels_last(
             student,
             train.channels_last,
-            image_shape=image_shape,
+            image_shape=_image_shape(loader),
             device=loader.device,
             is_half=train.precision != "32-true",
         )
@@ -76,3 +67,27 @@ def build_module(
         identity=identity,
         validate=validate,
     )
+
+
+def build_distillation(
+    config: Config,
+    student: nn.Module,
+    loader: KDDataLoader,
+    teacher: Teacher | Recording | None,
+    *,
+    plugins: Collection[str],
+) -> Distillation:
+    """The loss of a run, with new projectors; the arguments and errors are those of `build_module`."""
+    return Distillation(
+        config.distill,
+        student=student,
+        teacher_outputs=None if teacher is None else teacher.outputs,
+        image_shape=_image_shape(loader),
+        num_classes=num_classes_of(loader.source, teacher),
+        labels_are_soft=loader.mix is not None,
+        plugins=plugins,
+    )
+
+
+def _image_shape(loader: KDDataLoader) -> tuple[int, int, int]:
+    return 3, loader.transform.size, loader.transform.size

@@ -28,7 +28,7 @@ from kd_pipeline.teachers.parity import CalibrationSet
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import export_student
 
-__all__ = ["read_evaluations", "results_digest", "write_results"]
+__all__ = ["evaluation_split", "read_evaluations", "results_digest", "write_results"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -50,6 +50,7 @@ def results_digest(config: Config, identity: Mapping[str, Any], step: int) -> st
         "identity": {name: identity[name] for name in ("teacher", "classes", "data", "num_classes", "validation")},
         "splits": {name: splits[name].model_dump(mode="json", exclude={"source"}) for name in splits},
         "train": train.model_dump(mode="json", include={"limit_val_batches", "metrics", "export"}),
+        "feature_probe": None if config.feature_probe is None else config.feature_probe.model_dump(mode="json"),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -72,7 +73,7 @@ def write_results(
         training: the source of the split `train`, with the names of the classes.
         evaluations: its metrics by split.
     """
-    split, transform = _evaluation_split(config.data)
+    split, transform = evaluation_split(config.data)
     folder.write_result({name: each.to_dict() for name, each in evaluations.items()})
     with timed("plots") as report:
         _plot(folder, evaluations, report)
@@ -122,7 +123,7 @@ def _plot(folder: RunFolder, evaluations: Mapping[str, Evaluation], report: Repo
         _logger.warning("no plots were saved: %s", exc)
 
 
-def _evaluation_split(data: DataSettings) -> tuple[str, EvalTransform]:
+def evaluation_split(data: DataSettings) -> tuple[str, EvalTransform]:
     """The split whose images the export is for: `val`, else `test`, else `train` with the usual transform."""
     for name, split in (("val", data.val), ("test", data.test)):
         if split is not None and isinstance(split.transform, EvalTransform):

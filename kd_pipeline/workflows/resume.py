@@ -52,6 +52,11 @@ _RULES: dict[str, Rule] = {
     # Where the teacher is, and what runs it. The fingerprint covers weights, precision and runtime.
     "teacher": "if same teacher",
     "probe": "applied",
+    # What the features are measured by, unless that has selected the best student so far.
+    "feature_probe": "if not selecting",
+    "feature_probe.sets": "applied",
+    "feature_probe.every": "applied",
+    "feature_probe.linear": "applied",
     # The number of logits is compared itself.
     "student.num_classes": "applied",
     # How long. `check_epochs` refuses fewer than are done.
@@ -90,6 +95,7 @@ _RULES_OF_STAGE: dict[str, dict[str, Rule]] = {
     "baseline": _WITHOUT_TEACHER,
     "teacher": {
         **_WITHOUT_TEACHER,
+        "feature_probe": "ignored",
         "student": "ignored",
         "student.num_classes": "ignored",
         "teacher.model": "refused",
@@ -98,7 +104,10 @@ _RULES_OF_STAGE: dict[str, dict[str, Rule]] = {
 }
 
 _AFTER_TRAINING = dict.fromkeys(
-    ("data.more", "data.test", "data.val", "teacher", "train.export", "train.limit_val_batches", "train.metrics")
+    (
+        *("data.more", "data.test", "data.val", "feature_probe", "teacher", "train.export"),
+        *("train.limit_val_batches", "train.metrics"),
+    )
 )
 """What the results of a finished run depend on."""
 _NOTES = {
@@ -115,6 +124,7 @@ _NOTES = {
     "teacher": "a teacher with different weights, precision or runtime",
     "teacher_runtimes": "backend and precision of the teacher",
 }
+_PROBE_METRIC = re.compile(r"(\w+_)?(knn|linear)_top1")
 _ALWAYS_MEASURED = {"top1", "top5", "macro_f1", "loss", "agreement", "kl"}
 
 
@@ -330,11 +340,18 @@ class _Selecting:
         }
         named = [metric[0].rpartition("/") for metric in metrics]
         measured = _splits(old["data"])
+        self._is_probe = any(_PROBE_METRIC.fullmatch(name) for _, _, name in named)
         self.splits = {split for split, _, _ in named if split in measured}
+        if self._is_probe and old.get("feature_probe") and old["feature_probe"]["bank"] in measured:
+            self.splits.add(old["feature_probe"]["bank"])
         before, after = _metrics(old)[1], _metrics(new)[1]
         self.stops_by_other_metric = before is not None and after is not None and before[0] != after[0]
         """Whether early stopping starts over."""
-        self._is_custom = any(name not in _ALWAYS_MEASURED for split, _, name in named if split in self.splits)
+        self._is_custom = any(
+            name not in _ALWAYS_MEASURED and not _PROBE_METRIC.fullmatch(name)
+            for split, _, name in named
+            if split in self.splits
+        )
 
     def depends_on(self, change: Change) -> bool:
         """Whether the old and the new best score would be measured in different ways."""
@@ -345,6 +362,8 @@ class _Selecting:
                 return "val" in self.splits
             case ["data", "more", split, *_]:
                 return split in self.splits
+            case ["feature_probe", *below]:
+                return bool(below) and self._is_probe
             case ["train", "limit_val_batches"]:
                 return bool(self.splits)
             case _:
@@ -355,7 +374,7 @@ def _metrics(config: Mapping[str, Any]) -> tuple[tuple[str, str] | None, tuple[s
     """Metric and mode that select the best student, and that stop the run."""
     train = config["train"]
     stopping = train["early_stopping"]
-    best = train["select_by"], train["select_mode"]
+    best = None if train["select_by"] is None else (train["select_by"], train["select_mode"])
     return best, None if stopping is None else (stopping["metric"], stopping["mode"])
 
 

@@ -5,7 +5,6 @@ from typing import Literal
 
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.ranks import world_size
-from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError
@@ -13,6 +12,7 @@ from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.workflows.evaluation_plan import EvaluationPlan
 from kd_pipeline.workflows.teacher import check_no_input_adapter
 
 __all__ = ["Stage", "check_config", "network_of", "num_classes_for", "num_classes_of", "stage_dir"]
@@ -39,9 +39,9 @@ def check_config(config: Config, stage: Stage) -> None:
     """
     if config.data.train is None:
         raise ConfigError("a run needs images to train on: set data.train")
-    network_of(config, stage)
+    _check_head(config, stage)
     _check_sync_batchnorm(config)
-    _check_metric_names(config, stage)
+    EvaluationPlan.of(config, stage).check(config.train)
 
 
 def num_classes_of(source: Source | None, teacher: Teacher | Recording | None) -> int | None:
@@ -95,18 +95,17 @@ def _check_sync_batchnorm(config: Config) -> None:
         )
 
 
-def _check_metric_names(config: Config, stage: Stage) -> None:
-    """Refuse to select or stop by a metric that is not measured."""
-    train, splits = config.train, config.data.validated
-    if any(metric.is_custom for metric in train.metrics):
-        return  # its names are not known before it is called
-    names = ["top1", "top5", "macro_f1", "loss", *(metric.name for metric in train.metrics)]
-    if train.compare_with_teacher and stage == "distill":
-        names += ["agreement", "kl"]
-    known = [f"{split}/{name}" for split in splits for name in names]
-    wanted = {"select_by": train.select_by if splits else None}
-    if train.early_stopping is not None:
-        wanted["early_stopping.metric"] = train.early_stopping.metric
-    for key, metric in wanted.items():
-        if metric is not None and not metric.startswith("train/") and metric not in known:
-            raise ConfigError(f"train.{key}: {metric!r} is not measured{suggest(metric, known)}")
+def _check_head(config: Config, stage: Stage) -> None:
+    network = network_of(config, stage)
+    if network.is_headless and stage != "distill":
+        key, what = ("teacher.model", "teacher") if stage == "teacher" else ("student", "baseline")
+        raise ConfigError(
+            f"stage: {what} trains on labels, and {key}.num_classes: 0 leaves no head to classify with; remove "
+            "num_classes to train a classifier, or set stage: distill to learn a teacher's features"
+        )
+    has_logits = network.factory is None and not network.is_headless
+    if config.feature_probe is not None and has_logits and stage != "teacher":
+        raise ConfigError(
+            "feature_probe judges features, and the student is a classifier, which returns logits; set "
+            "student.num_classes: 0, or remove feature_probe"
+        )
