@@ -255,6 +255,8 @@ def _fit_linear(features_ND: Tensor, target_N: Tensor, *, num_classes: int) -> t
     """Weights `[C, D]` and biases `[C]` that minimize the summed cross-entropy + ‖weights‖² / 2."""
     num_samples, num_features = features_ND.shape
     with torch.inference_mode(False), torch.enable_grad():
+        if features_ND.is_inference():  # autograd refuses what was made in inference mode
+            features_ND, target_N = features_ND.clone(), target_N.clone()
         weight_CD = features_ND.new_zeros(num_classes, num_features, requires_grad=True)
         bias_C = features_ND.new_zeros(num_classes, requires_grad=True)
         optimizer = torch.optim.LBFGS(
