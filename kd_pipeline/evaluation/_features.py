@@ -14,9 +14,10 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError, StateError
 from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, eval_mode, images_for
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.losses.distillation import _LOSSES_WITH_LABELS, Distillation, student_outputs
+from kd_pipeline.losses.distillation import Distillation, student_outputs
 from kd_pipeline.losses.ramp import max_value
-from kd_pipeline.losses.settings import DistillSettings
+from kd_pipeline.losses.settings import DistillSettings, TermSettings
+from kd_pipeline.losses.terms import NEED_LABELS
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["COSINE", "cosine_names", "evaluate_features", "label_free_terms", "only_metrics"]
@@ -98,9 +99,9 @@ def evaluate_features(
 
 def label_free_terms(settings: DistillSettings) -> tuple[str, ...]:
     """Terms of the loss that are computed without labels; a loss of the user's own may need them."""
-    names = [term.name for term in settings.features if max_value(term.weight) and term.loss not in _LOSSES_WITH_LABELS]
-    needs_labels = settings.loss in (None, *_LOSSES_WITH_LABELS) or settings.has_custom_loss
-    return (*(["distill"] if max_value(settings.weights[0]) and not needs_labels else []), *names)
+    extra = [name for name, term in _terms(settings).items() if term.loss not in NEED_LABELS]
+    needs_labels = settings.loss in (None, *NEED_LABELS) or settings.has_custom_loss
+    return (*(["distill"] if max_value(settings.weights[0]) and not needs_labels else []), *extra)
 
 
 def cosine_names(settings: DistillSettings) -> dict[str, str]:
@@ -108,9 +109,7 @@ def cosine_names(settings: DistillSettings) -> dict[str, str]:
 
     Terms that compare the same have their whole names in it.
     """
-    short = {
-        term.name: term.name.partition(".")[2] or term.name for term in settings.features if max_value(term.weight)
-    }
+    short = {name: name.partition(".")[2] or name for name in _terms(settings)}
     times = Counter(short.values())
     return {name: f"{COSINE}.{each if times[each] == 1 else name}" for name, each in short.items()}
 
@@ -131,6 +130,12 @@ def only_metrics(metrics: Mapping[str, float], *, num_samples: int) -> Evaluatio
         classes=None,
         metrics=dict(metrics),
     )
+
+
+def _terms(settings: DistillSettings) -> dict[str, TermSettings]:
+    """The terms that are computed besides `task` and `distill`, by name."""
+    named = zip(settings.term_names, settings.features, strict=True)
+    return {name: term for name, term in named if max_value(term.weight)}
 
 
 def _complete(batch: KDBatch, teacher: Teacher) -> KDBatch:
@@ -157,8 +162,7 @@ def _sums(
     means = {name: torch.where(num_valid > 0, value.double(), 0.0) for name, value in means.items()}
     sums = {name: (value * num_valid / _QUANTUM).round() for name, value in means.items()}
     names = cosine_names(distillation.settings)
-    cosines = getattr(distillation, "cosines", None)
-    for name, cosine_N in ({} if cosines is None else cosines(outputs, features, batch)).items():
+    for name, cosine_N in distillation.cosines(outputs, features, batch).items():
         sums[names[name]] = (cosine_N.double() / _QUANTUM).round().masked_fill(~valid_N, 0).sum()
     is_bad_N = torch.stack(
         [~output.isfinite().flatten(1).all(dim=1) for output in student_outputs(outputs).values()]

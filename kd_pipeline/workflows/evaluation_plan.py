@@ -189,5 +189,5 @@ def _mode(config: Config, metric: str) -> Literal["max", "min"]:
     name = metric.partition("/")[2]
     if _PROBE_METRIC.fullmatch(name) or name.startswith(f"{COSINE}."):
         return "max"
-    losses = {"loss", "kl", "task", "distill", *(term.name for term in config.distill.features)}
+    losses = {"loss", "kl", "task", "distill", *config.distill.term_names}
     return "min" if name in losses else "max"
