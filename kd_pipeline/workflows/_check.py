@@ -104,8 +104,16 @@ def check(
     _add_copies_of_training(findings, config, fingerprints)
     teacher, grid = None, None
     if config.data.train is not None:
+        unlabeled = {split.split for split in splits if split.class_sizes is None}
         teacher, grid = check_models(
-            config, training, out, plugins=plugins, trust_engines=trust_engines, findings=findings, report=report
+            config,
+            training,
+            out,
+            plugins=plugins,
+            trust_engines=trust_engines,
+            labeled=[name for name in config.data.splits if name not in unlabeled],
+            findings=findings,
+            report=report,
         )
     checked = CheckReport(tuple(splits), teacher, grid, findings.sorted())
     try:

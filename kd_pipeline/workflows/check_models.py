@@ -23,9 +23,11 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.workflows.check_images import SKIP_UNREADABLE
+from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
 from kd_pipeline.workflows.findings import Findings
 from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_for, num_classes_of
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, starts_without_teacher
+from kd_pipeline.workflows.validation import check_probed
 
 __all__ = ["TeacherReport", "check_models"]
 
@@ -50,6 +52,7 @@ def check_models(
     *,
     plugins: Collection[str],
     trust_engines: Collection[str],
+    labeled: Collection[str],
     findings: Findings,
     report: Callable[[str], object],
 ) -> tuple[TeacherReport | None, Path | None]:
@@ -61,6 +64,7 @@ def check_models(
         out: folder of `train_batch.png`.
         plugins: modules that factories in the config may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
+        labeled: splits with labels, or that do not open.
         findings: gets the problems.
         report: called with lines of progress.
 
@@ -100,6 +104,7 @@ def check_models(
         for stage in stages:
             report("the network of the teacher" if stage == "teacher" else "the student")
             with findings.part("teacher.model" if stage == "teacher" else "student"):
+                _check_evaluation(config, stage, labeled, teacher)
                 _check_student(config, stage, training, teacher, batch, plugins)
     return found, grid
 
@@ -151,6 +156,19 @@ def _first_rows(batch: KDBatch) -> KDBatch:
     )
 
 
+def _check_evaluation(
+    config: Config, stage: Stage, labeled: Collection[str], teacher: Teacher | Recording | None
+) -> None:
+    """Decide what a run would measure.
+
+    Raises:
+        ConfigError: the config asks for more.
+    """
+    check_config(config, stage)
+    plan = EvaluationPlan.of(config, stage, labeled=labeled, has_reference=not isinstance(teacher, Recording))
+    select_best(config, stage, plan)
+
+
 def _check_student(
     config: Config,
     stage: Stage,
@@ -164,7 +182,6 @@ def _check_student(
     Raises:
         ConfigError: what would stop it.
     """
-    check_config(config, stage)
     open_metrics(config.train.metrics, plugins=plugins)
     if (engine := config.train.export.engine) is not None:
         open_tensorrt(engine.runtime)
@@ -175,6 +192,8 @@ def _check_student(
     student = open_model(settings, plugins=plugins, num_classes=num_classes_for(settings, training, teacher))
     train = config.data.split("train")
     size = train.transform.size
+    if config.feature_probe is not None and stage != "teacher":
+        check_probed(student, (3, size, size))
     distillation = Distillation(
         config.distill,
         student=student,

@@ -130,7 +130,7 @@ class StageEvaluator:
             found = evaluate(
                 model,
                 loader,
-                reference=self._reference if compare else None,
+                reference=self._reference if compare and _has_logits(self._reference) else None,
                 metrics=() if loader.source.labels is None else self._metrics,
                 max_batches=limit,
                 report=report,
@@ -230,3 +230,8 @@ def _teacher_outputs(config: Config, teacher: Teacher | None) -> dict[str, str]:
                 shapes,
             )
     return found
+
+
+def _has_logits(teacher: Teacher | None) -> bool:
+    """Whether the student's logits can be compared with the teacher's; members' of several are not averaged."""
+    return teacher is not None and "logits" in teacher.outputs

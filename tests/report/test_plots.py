@@ -73,6 +73,14 @@ def test_each_kind_of_metric_has_a_panel(tmp_path: Path) -> None:
     assert titles(curves_of(tmp_path, [{"step": 1, "val/top1": 0.5}])) == ["accuracy"]
 
 
+def test_features_have_panels(tmp_path: Path) -> None:
+    names = ("val/loss", "val/knn_top1", "val/teacher_linear_top1", "val/cosine_to_teacher.pooled", "val/other_cosine")
+    figure = curves_of(tmp_path, [{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)])
+    assert titles(figure) == ["loss", "accuracy", "cosine to the teacher"]
+    assert legend(figure.axes[1]) == ["val/knn_top1  50%", "val/teacher_linear_top1  50%"]
+    assert legend(figure.axes[2]) == ["val/cosine_to_teacher.pooled  0.5"]
+
+
 def test_nothing_logged_is_said(tmp_path: Path) -> None:
     figure = curves_of(tmp_path, [{"step": 1, "train/x": 0.5}])
     assert not figure.axes and [text.get_text() for text in figure.texts] == ["no metrics were logged"]

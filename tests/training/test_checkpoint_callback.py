@@ -68,6 +68,14 @@ def test_nan_is_never_best(tmp_path):
     assert saver.best_score == pytest.approx(0.1)
 
 
+def test_epoch_that_did_not_measure_is_never_best(tmp_path):
+    io, measured = Recorder(), iter([False, True, False])
+    _, saver = train(tmp_path, io=io, scores=[0.9, 0.1, 0.5], is_measured=lambda metric: next(measured))
+    assert [step for name, step in io.saved if name == "best.ckpt"] == [2 * NUM_BATCHES]
+    assert saver.best_score == pytest.approx(0.1)
+    assert [step for name, step in io.saved if name == "last.ckpt"] == [6, 12, 18]
+
+
 def test_resume_in_moved_folder_keeps_best_score(tmp_path):
     copies, io = tmp_path / "all", Recorder()
     train(tmp_path / "first", io=Recorder(copies), scores=[0.5, 0.4, 0.6])

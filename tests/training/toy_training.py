@@ -82,6 +82,7 @@ def train(
     monitor: str = "val/top1",
     mode: Any = "max",
     io: Any = None,
+    is_measured: Callable[[str], bool] = lambda metric: True,
     **options: Any,
 ) -> tuple[Module, SaveLastAndBest]:
     """Train into `folder`, or resume from `resume`; calls `at_step` in each step, passes `options` to the trainer."""
@@ -97,6 +98,7 @@ def train(
         monitor=monitor if scores else None,
         mode=mode,
         every_n_steps=every_n_steps,
+        is_measured=is_measured,
     )
     trainer = lightning.Trainer(
         max_epochs=NUM_EPOCHS,

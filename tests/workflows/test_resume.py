@@ -50,10 +50,11 @@ APPLIED = {
         "train.loggers",
     ),
     *("train.num_threads", "train.max_nonfinite_steps", "train.save_every_steps", "train.validate_every_steps"),
+    *("feature_probe.sets", "feature_probe.every", "feature_probe.linear"),
 }
 CONDITIONAL = {
     *("data.train.source", "data.val", "data.more", "teacher", "train.limit_val_batches", "train.metrics"),
-    "train.early_stopping.mode",
+    *("train.early_stopping.mode", "feature_probe"),
 }
 
 
@@ -64,10 +65,10 @@ def is_below(key: str, groups: set[str]) -> bool:
 def test_every_key_has_a_rule() -> None:
     for key in KEYS:
         rule = rule_of(key, "distill")
-        if is_below(key, CONDITIONAL):
-            assert rule.startswith("if "), key
-        elif is_below(key, APPLIED):
+        if is_below(key, APPLIED) and not is_below(key, CONDITIONAL - {"feature_probe"}):
             assert rule == "applied", key
+        elif is_below(key, CONDITIONAL):
+            assert rule.startswith("if "), key
         else:
             assert rule == "refused", key
 
@@ -82,6 +83,7 @@ def test_rules_are_of_existing_keys() -> None:
 def test_unused_settings_are_ignored(stage: str) -> None:
     for key in ("distill.temperature", "distill.features[0].weight", "teacher.backend", "probe.strict"):
         assert rule_of(key, stage) == "ignored"
+    assert rule_of("feature_probe.k", "teacher") == "ignored"
     assert rule_of("distill.label_smoothing", stage) == "refused"
     assert rule_of("teacher.model.kwargs.width", stage) == ("refused" if stage == "teacher" else "ignored")
 
@@ -90,6 +92,8 @@ def test_unused_settings_are_ignored(stage: str) -> None:
 
 
 def saved(folder: Path, run: str = "run", **changes: Any) -> dict[str, Any]:
+    """With the metric that selects the best student, which a run fills in before it is compared."""
+    changes = {"train__select_by": "val/top1", "train__select_mode": "max", **changes}
     config = tiny_run.settings(folder, run, **changes).model_dump(mode="json")
     splits = {name: "ab" * 32 for name in ("val", *config["data"]["more"])}
     return {"config": config, "teacher": "cd" * 32, "classes": ["cat", "dog"], "data": "ef" * 32, "validation": splits}
@@ -171,6 +175,30 @@ def test_custom_metric_that_selects_stays(tmp_path: Path) -> None:
         "train.metrics[0].kwargs.beta: 1.0 → 2.0"
     ]
     assert len(changes_of(with_beta(1.0, "val/top1"), with_beta(2.0, "val/top1"))) == 1
+
+
+def test_feature_probe_that_selects_stays(tmp_path: Path) -> None:
+    extra = {"bank": tiny_run.split(tmp_path, "val", tiny_run.EVAL)}
+
+    def probed(metric: str, **changes: Any) -> dict[str, Any]:
+        probe = {"bank": "bank"} | {key: value for key, value in changes.items() if key != "resize"}
+        bank = {"bank": extra["bank"] | {"transform": tiny_run.EVAL | {"resize": changes.get("resize", 8)}}}
+        return saved(tmp_path, data__more=bank, feature_probe=probe, train__select_by=metric)
+
+    by_knn, by_loss = probed("val/knn_top1"), probed("val/loss")
+    assert refused(by_knn, probed("val/knn_top1", k=5)) == ["feature_probe.k: 20 → 5"]
+    assert refused(by_knn, probed("val/knn_top1", resize=9)) == ["data.more.bank.transform.resize: 8 → 9"]
+    assert changes_of(by_loss, probed("val/loss", k=5)) == ["feature_probe.k: 20 → 5"]
+    assert changes_of(by_loss, probed("val/loss", resize=9)) == ["data.more.bank.transform.resize: 8 → 9"]
+    assert len(changes_of(by_knn, probed("val/knn_top1", every=3, linear=False, sets=("val",)))) == 3
+    without = saved(tmp_path, data__more=extra, train__select_by="val/loss")
+    assert [line.partition(":")[0] for line in changes_of(by_knn, without)] == [
+        "train.select_by",
+        "feature_probe",
+    ]
+    assert changes_of(by_knn, probed("val/loss", k=5))[-1] == "feature_probe.k: 20 → 5"
+    changed = probed("val/teacher_knn_top1", temperature=0.1)
+    assert refused(probed("val/teacher_knn_top1"), changed) == ["feature_probe.temperature: 0.07 → 0.1"]
 
 
 def test_setting_newer_than_checkpoint_has_its_default(tmp_path: Path) -> None:
