@@ -178,6 +178,23 @@ def test_classifier_with_unlabeled_validation(digits: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.slow
+def test_classifier_learns_from_teacher_without_logits(digits: Path) -> None:
+    found = headless.run(
+        digits,
+        "classifier of features",
+        data__train=tiny_run.split(digits, "train", tiny_run.TRAIN),
+        student={"factory": "tests.training.networks:plain"},
+        distill={
+            "loss": None,
+            "task_weight": 1.0,
+            "features": [{"loss": "cosine", "student": "1", "teacher": "pooled"}],
+        },
+        feature_probe=None,
+    )
+    assert found.evaluations["val"].top1 is not None and found.evaluations["val"].agreement is None
+
+
+@pytest.mark.slow
 def test_bank_of_its_own_and_test_split(digits: Path) -> None:
     test = tiny_run.split(digits, "odd19", tiny_run.EVAL)
     changes = {
