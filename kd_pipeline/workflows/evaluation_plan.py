@@ -13,13 +13,14 @@ from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._features import COSINE, cosine_names, label_free_terms
 from kd_pipeline.training.settings import TrainSettings
 
-__all__ = ["EvaluationPlan", "member_names", "select_best"]
+__all__ = ["PROBE_METRIC", "EvaluationPlan", "member_names", "select_best"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 _DEFAULTS = ("knn_top1", "top1", "loss")
 """Metrics that select the best student if none is named, the first that is measured."""
-_PROBE_METRIC = re.compile(r"(\w+_)?(knn|linear)_top1")
+PROBE_METRIC = re.compile(r"(\w+_)?(knn|linear)_top1")
+"""Names of the metrics of `feature_probe`, the student's and the teachers'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ def _default_metric(plan: EvaluationPlan) -> str | None:
 def _mode(config: Config, metric: str) -> Literal["max", "min"]:
     """Losses, and terms of the loss, are better the lower they are."""
     name = metric.partition("/")[2]
-    if _PROBE_METRIC.fullmatch(name) or name.startswith(f"{COSINE}."):
+    if PROBE_METRIC.fullmatch(name) or name.startswith(f"{COSINE}."):
         return "max"
     losses = {"loss", "kl", "task", "distill", *config.distill.term_names}
     return "min" if name in losses else "max"

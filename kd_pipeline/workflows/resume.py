@@ -16,6 +16,7 @@ from kd_pipeline.errors import StateError
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.settings import TrainSettings
+from kd_pipeline.workflows.evaluation_plan import PROBE_METRIC
 
 __all__ = ["Change", "SavedRun", "check_epochs", "check_resume", "rule_of", "unusable_checkpoint"]
 
@@ -124,7 +125,6 @@ _NOTES = {
     "teacher": "a teacher with different weights, precision or runtime",
     "teacher_runtimes": "backend and precision of the teacher",
 }
-_PROBE_METRIC = re.compile(r"(\w+_)?(knn|linear)_top1")
 _ALWAYS_MEASURED = {"top1", "top5", "macro_f1", "loss", "agreement", "kl"}
 
 
@@ -340,7 +340,7 @@ class _Selecting:
         }
         named = [metric[0].rpartition("/") for metric in metrics]
         measured = _splits(old["data"])
-        self._is_probe = any(_PROBE_METRIC.fullmatch(name) for _, _, name in named)
+        self._is_probe = any(PROBE_METRIC.fullmatch(name) for _, _, name in named)
         self.splits = {split for split, _, _ in named if split in measured}
         if self._is_probe and old.get("feature_probe") and old["feature_probe"]["bank"] in measured:
             self.splits.add(old["feature_probe"]["bank"])
@@ -348,7 +348,7 @@ class _Selecting:
         self.stops_by_other_metric = before is not None and after is not None and before[0] != after[0]
         """Whether early stopping starts over."""
         self._is_custom = any(
-            name not in _ALWAYS_MEASURED and not _PROBE_METRIC.fullmatch(name)
+            name not in _ALWAYS_MEASURED and not PROBE_METRIC.fullmatch(name)
             for split, _, name in named
             if split in self.splits
         )
