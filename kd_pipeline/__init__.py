@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kd_pipeline.teachers.open import open_teacher as open_teacher
     from kd_pipeline.teachers.recorded.recording import Recording as Recording
     from kd_pipeline.teachers.settings import EnsembleSettings as EnsembleSettings
+    from kd_pipeline.teachers.settings import TeacherGroupSettings as TeacherGroupSettings
     from kd_pipeline.teachers.settings import TeacherSettings as TeacherSettings
     from kd_pipeline.teachers.tensorrt.build import build_engine as build_engine
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings as BuildSettings
@@ -61,7 +62,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.teachers.base": ["Teacher"],
         "kd_pipeline.teachers.open": ["open_teacher"],
         "kd_pipeline.teachers.recorded.recording": ["Recording"],
-        "kd_pipeline.teachers.settings": ["EnsembleSettings", "TeacherSettings"],
+        "kd_pipeline.teachers.settings": ["EnsembleSettings", "TeacherGroupSettings", "TeacherSettings"],
         "kd_pipeline.teachers.tensorrt.build": ["build_engine"],
         "kd_pipeline.teachers.tensorrt.settings": ["BuildSettings"],
         "kd_pipeline.workflows": ["check", "record", "train"],

@@ -114,10 +114,11 @@ def _row(split: "SplitReport") -> str:
 
 def _teacher(teacher: "TeacherReport") -> str:
     known = ""
-    if (probe := teacher.probe) is not None:
+    for output, probe in teacher.probes.items():
         augmented = ", augmented as for training" if probe.is_augmented else ""
-        known = (
-            f": top-1 {probe.top1:.1%} on {probe.num_samples} training images{augmented} (chance {probe.chance:.1%})"
+        known += (
+            f"{';' if known else ':'}{'' if output == 'logits' else f' {output}'} top-1 {probe.top1:.1%} on "
+            f"{probe.num_samples} training images{augmented} (chance {probe.chance:.1%})"
         )
     return f"teacher, {teacher.backend} in {teacher.precision}{known}"
 

@@ -10,14 +10,18 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from kd_pipeline._core.secret_values import refuse_hidden
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.reader import read_config
 from kd_pipeline.data.settings import SPLITS, DataSettings, SplitSettings
+from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation.frozen import FeatureProbeSettings
 from kd_pipeline.evaluation.probe import ProbeSettings
-from kd_pipeline.losses.settings import DistillSettings, TermSettings
+from kd_pipeline.losses.outputs import find_output
+from kd_pipeline.losses.ramp import max_value
+from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.models.backbone import POOLED, SPATIAL
 from kd_pipeline.models.registry import ModelSettings
-from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
+from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings
 from kd_pipeline.training.settings import TrainSettings
 
 __all__ = ["Config", "DistillSettings", "TrainSettings", "load_config"]
@@ -39,16 +43,21 @@ def default_terms(members: Sequence[str] | None) -> tuple[TermSettings, ...]:
 
 
 def _kind(teacher: Any) -> str:
-    has_members = "members" in teacher if isinstance(teacher, Mapping) else isinstance(teacher, EnsembleSettings)
-    return EnsembleSettings.__name__ if has_members else TeacherSettings.__name__
+    if not isinstance(teacher, Mapping):
+        is_several = isinstance(teacher, EnsembleSettings | TeacherGroupSettings)
+        return type(teacher).__name__ if is_several else TeacherSettings.__name__
+    if "members" not in teacher:
+        return TeacherSettings.__name__
+    return TeacherGroupSettings.__name__ if isinstance(teacher["members"], Mapping) else EnsembleSettings.__name__
 
 
 OneOrMoreTeachers = Annotated[
     Annotated[TeacherSettings, Tag(TeacherSettings.__name__)]
-    | Annotated[EnsembleSettings, Tag(EnsembleSettings.__name__)],
+    | Annotated[EnsembleSettings, Tag(EnsembleSettings.__name__)]
+    | Annotated[TeacherGroupSettings, Tag(TeacherGroupSettings.__name__)],
     Discriminator(_kind),
 ]
-"""One teacher, or `members` whose outputs are averaged."""
+"""One teacher, a list of `members` whose logits are averaged, or `members` by name with outputs side by side."""
 
 
 class Config(Settings):
@@ -79,7 +88,8 @@ class Config(Settings):
     def _complete_headless(self) -> Self:
         """Fill in what a student without a head learns from, unless it is set."""
         if self.student is not None and self.student.is_headless and "loss" not in self.distill.model_fields_set:
-            terms = self.distill.features or default_terms(None)
+            members = [*self.teacher.members] if isinstance(self.teacher, TeacherGroupSettings) else None
+            terms = self.distill.features or default_terms(members)
             distill = self.distill.model_dump(exclude={"distill_weight", "temperature"}, exclude_unset=True)
             # The settings are frozen for everybody else.
             object.__setattr__(self, "distill", DistillSettings(**distill | {"loss": None, "features": terms}))
@@ -98,6 +108,26 @@ class Config(Settings):
                     "ones; remove train"
                 )
         return self
+
+    def used_outputs(self, outputs: Mapping[str, TensorSpec]) -> frozenset[str] | None:
+        """Which of a teacher's `outputs` the loss compares, and the evaluation with `train.compare_with_teacher`.
+
+        None if that is unknown: without a student, with a loss of the user's own, and where a term names no output.
+        """
+        distill = self.distill
+        compares_logits = bool(max_value(distill.weights[0]))
+        if self.student is None or (compares_logits and distill.has_custom_loss):
+            return None
+        names = [LOGITS] if compares_logits else []
+        if self.train.compare_with_teacher and not self.student.is_headless:
+            names.append(LOGITS)
+        try:
+            for name, term in zip(distill.term_names, distill.features, strict=True):
+                if max_value(term.weight):
+                    names.append(find_output(term.teacher, outputs, place=name, owner="teacher"))
+        except ConfigError:
+            return None  # `Distillation` says so
+        return frozenset(names)
 
     @property
     def remarks(self) -> tuple[str, ...]:

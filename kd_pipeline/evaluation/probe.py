@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import StateError, TeacherError
 from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
-from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.outputs_check import probability_problem
 from kd_pipeline.teachers.recorded.recording import Recording
 
@@ -85,29 +86,37 @@ def probe_teacher(
     settings: ProbeSettings | None = None,
     *,
     training: Source | None = None,
-) -> ProbeReport | None:
-    """Run `run_probe` before a run, and log its report: one line for a teacher that passes, else a warning per problem.
+) -> dict[str, ProbeReport]:
+    """Run `run_probe` before a run for all logits of the teacher, of which several teachers have several, and log it.
+
+    That is one line for logits that pass, else a warning per problem.
 
     Args:
         config, teacher, settings, training: as for `run_probe`.
 
     Returns:
-        The report, or None if the data cannot show anything.
+        The reports by the names of the outputs; none if the data cannot show anything.
 
     Raises:
         TeacherError: there is a problem and the settings are strict, or the teacher does not fit the data.
         ConfigError, DataError: as `KDDataLoader.from_config`.
     """
-    report = run_probe(config, teacher, settings, training=training)
-    if report is None:
-        return None
-    _log(report)
-    if report.problems and settings is not None and settings.strict:
-        raise TeacherError(
-            f"the teacher failed its probe on {report.num_samples} training images: {'; '.join(report.problems)}. "
-            "Correct it, or continue anyway with probe.strict: false"
-        )
-    return report
+    reports = {}
+    outputs = [name for name in teacher.outputs if is_logits(name)]
+    if not outputs:
+        _logger.info("teacher probe: skipped, because the teacher has no logits")
+    for output in outputs:
+        report = run_probe(config, teacher, settings, training=training, output=output)
+        if report is None:
+            break  # for a reason that holds for the others too
+        reports[output] = report
+        _log(report, output)
+        if report.problems and settings is not None and settings.strict:
+            raise TeacherError(
+                f"the teacher failed its probe on {report.num_samples} training images{_of(output)}: "
+                f"{'; '.join(report.problems)}. Correct it, or continue anyway with probe.strict: false"
+            )
+    return reports
 
 
 class FirstBatches:
@@ -120,7 +129,8 @@ class FirstBatches:
         """Judge the teacher of `loader` by the batches that `add` gets."""
         self._teacher, self._settings = loader.teacher, settings
         self._classes, self._is_augmented = loader.classes, isinstance(loader.transform, TrainTransform)
-        self._rows = _Rows(settings)
+        assert loader.teacher is not None
+        self._rows = _Rows(settings, [name for name in loader.teacher.outputs if is_logits(name)])
         self.is_done = False
         """Whether enough has been seen and the report is logged."""
 
@@ -129,7 +139,9 @@ class FirstBatches:
         """For a run that is not to stop, whose images show what its own probe would: shuffled, unmixed, each once."""
         is_like_probe = loader.mix is None and loader.plan.shuffle and loader.plan.repeats == 1
         teacher = loader.teacher
-        has_all = isinstance(teacher, Teacher) and "logits" in teacher.outputs and loader.source.labels is not None
+        has_all = (
+            isinstance(teacher, Teacher) and any(map(is_logits, teacher.outputs)) and loader.source.labels is not None
+        )
         return cls(loader, settings) if is_like_probe and has_all and not settings.strict else None
 
     def add(self, batch: KDBatch) -> None:
@@ -142,18 +154,25 @@ class FirstBatches:
         """Judge the teacher by what has been seen, unless that is done."""
         if not self.is_done and self._rows.num_rows:
             self.is_done = True
-            labels_N, logits_NK = self._rows.take()
-            settings = self._settings
-            report = _judge(labels_N, logits_NK, settings.min_factor, self._classes, is_augmented=self._is_augmented)
-            _log(_with_probability_problem(report, logits_NK, self._teacher))
+            settings, is_augmented = self._settings, self._is_augmented
+            for output in self._rows.outputs:
+                labels_N, logits_NK = self._rows.take(output)
+                report = _judge(labels_N, logits_NK, settings.min_factor, self._classes, is_augmented=is_augmented)
+                _log(_with_probability_problem(report, logits_NK, self._teacher), output)
 
 
-def _log(report: ProbeReport) -> None:
+def _of(output: str) -> str:
+    """Which logits are meant, where there are several teachers."""
+    return "" if output == "logits" else f" ({output})"
+
+
+def _log(report: ProbeReport, output: str) -> None:
     for problem in report.problems:
-        _logger.warning("teacher probe: %s", problem)
+        _logger.warning("teacher probe%s: %s", _of(output), problem)
     if not report.problems:
         _logger.info(
-            "teacher probe: top-1 %.1f%% on %d training images%s (chance %.1f%%), mean confidence %.2f",
+            "teacher probe%s: top-1 %.1f%% on %d training images%s (chance %.1f%%), mean confidence %.2f",
+            _of(output),
             100 * report.top1,
             report.num_samples,
             ", augmented as for training" if report.is_augmented else "",
@@ -168,6 +187,7 @@ def run_probe(
     settings: ProbeSettings | None = None,
     *,
     training: Source | None = None,
+    output: str = "logits",
 ) -> ProbeReport | None:
     """Run `teacher` on training images in the training transform's views, and compare its predictions with the labels.
 
@@ -181,9 +201,11 @@ def run_probe(
         teacher: an open teacher, which stays open, or a recording.
         settings: number of images and requirements.
         training: the source of the split `train`, if already open.
+        output: name of the logits to judge, such as `member.logits` of one of several teachers.
 
     Returns:
-        The report, or None if the training data has no labels, or a recording only mixed images.
+        The report, or None if the training data has no labels, the teacher no such output, or a recording only mixed
+        images.
 
     Raises:
         TeacherError: the teacher does not fit the data, or the recording is damaged.
@@ -196,20 +218,20 @@ def run_probe(
     if training.labels is None:
         _logger.info("teacher probe: skipped, because the training data has no labels")
         return None
-    if "logits" not in teacher.outputs:
-        _logger.info("teacher probe: skipped, because the teacher has no logits")
+    if output not in teacher.outputs:
+        _logger.info("teacher probe: skipped, because the teacher has no %s", output)
         return None
     if isinstance(teacher, Recording):
         if train.mix is not None:
             _logger.info("teacher probe: skipped, because the recording is of mixed images, which have no single label")
             return None
-        labels_N, logits_NK = _recorded_rows(teacher, training.labels, settings.num_samples)
+        labels_N, logits_NK = _recorded_rows(teacher, training.labels, settings.num_samples, output)
     else:
         # Shuffled, because a folder lists one class after another.
         with KDDataLoader.from_config(
             config, teacher=teacher, shard=Shard(), training=training, shuffle=True, ahead=0, **EACH_IMAGE_ONCE
         ) as loader:
-            labels_N, logits_NK = _first_rows(loader, settings)
+            labels_N, logits_NK = _first_rows(loader, settings, output)
     report = _judge(
         labels_N,
         logits_NK,
@@ -232,17 +254,20 @@ def _with_probability_problem(
 
 
 class _Rows:
-    """Labels and logits of the first valid samples, on the CPU."""
+    """Labels, and logits of the outputs by name, of the first valid samples, on the CPU."""
 
-    def __init__(self, settings: ProbeSettings) -> None:
-        self._settings, self._labels, self._logits = settings, list[Tensor](), list[Tensor]()
+    def __init__(self, settings: ProbeSettings, outputs: Sequence[str]) -> None:
+        self.outputs = outputs
+        self._settings, self._labels = settings, list[Tensor]()
+        self._logits: dict[str, list[Tensor]] = {output: [] for output in outputs}
         self._started_s = time.monotonic()
         self.num_rows = 0
 
     def add(self, batch: KDBatch) -> None:
         assert batch.labels is not None
         self._labels.append(batch.labels[batch.valid].cpu())
-        self._logits.append(batch.teacher["logits"][batch.valid].cpu())
+        for output, rows in self._logits.items():
+            rows.append(batch.teacher[output][batch.valid].cpu())
         self.num_rows += len(self._labels[-1])
 
     @property
@@ -251,23 +276,25 @@ class _Rows:
         is_late = time.monotonic() - self._started_s >= self._settings.max_seconds
         return self.num_rows >= self._settings.num_samples or (is_late and self.num_rows > 0)
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Labels `[N]` and logits `[N, K]`."""
+    def take(self, output: str) -> tuple[Tensor, Tensor]:
+        """Labels `[N]` and logits `[N, K]` of one of the outputs."""
         num_samples = self._settings.num_samples
-        return torch.cat(self._labels)[:num_samples], torch.cat(self._logits)[:num_samples]
+        return torch.cat(self._labels)[:num_samples], torch.cat(self._logits[output])[:num_samples]
 
 
-def _first_rows(loader: KDDataLoader, settings: ProbeSettings) -> tuple[Tensor, Tensor]:
+def _first_rows(loader: KDDataLoader, settings: ProbeSettings, output: str) -> tuple[Tensor, Tensor]:
     """Labels `[N]` and logits `[N, K]` of the first valid samples, on the CPU."""
-    rows = _Rows(settings)
+    rows = _Rows(settings, [output])
     for batch in loader:
         rows.add(batch)
         if rows.is_enough:
             break
-    return rows.take()
+    return rows.take(output)
 
 
-def _recorded_rows(recording: Recording, labels: NDArray[np.int64], num_samples: int) -> tuple[Tensor, Tensor]:
+def _recorded_rows(
+    recording: Recording, labels: NDArray[np.int64], num_samples: int, output: str
+) -> tuple[Tensor, Tensor]:
     """Labels `[N]` and logits `[N, K]` of positions spread over the first recorded epoch, on the CPU."""
     num_rows = recording.manifest.num_rows
     # Spread out, because an epoch without shuffling has one class after another.
@@ -278,7 +305,7 @@ def _recorded_rows(recording: Recording, labels: NDArray[np.int64], num_samples:
             f"the recording in {recording.path} is of {num_rows} images, and the training data has {len(labels)}; "
             "record the teacher again"
         )
-    return torch.from_numpy(labels[sample]), recording.read(0, position)["logits"]
+    return torch.from_numpy(labels[sample]), recording.read(0, position)[output]
 
 
 def _judge(

@@ -593,7 +593,8 @@ def open_config_teacher(
 
     Args:
         config: with the split and `teacher`.
-        classes: those of the data, whose order the logits get.
+        classes: those of the data, whose order the logits get. Logits that the loss does not use and that do not match
+            them are left out.
         batch_size: images in a call; defaults to the config's.
         device: of the images; defaults to the config's.
         plugins: modules that factories in the config may come from.
@@ -632,7 +633,7 @@ def open_config_teacher(
         strict=config.probe is not None and config.probe.strict,
     )
     try:
-        return match_classes(teacher, classes)
+        return match_classes(teacher, classes, used=config.used_outputs(teacher.outputs))
     except BaseException:
         teacher.close()
         raise
@@ -686,10 +687,12 @@ def _check_teacher(teacher: Teacher, loader: KDDataLoader) -> None:
     """Refuse now what would fail, or be silently wrong, at the first batch."""
     size = loader.transform.size
     teacher.check_fits((loader.batch_size, 3, size, size), getattr(torch, loader.transform.dtype), loader.device)
-    ours, theirs = loader.classes, teacher.classes
-    if ours is not None and theirs is not None and ours != theirs:
-        ours_here, theirs_here = next(pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1])
-        raise TeacherError(
-            f"the teacher's {len(theirs)} classes are not the data's {len(ours)} in the same order: where the data has "
-            f"{ours_here!r} the teacher has {theirs_here!r}; give the source the teacher's order as `classes`"
-        )
+    ours = loader.classes
+    for name, theirs in teacher.logits.items():
+        if ours is not None and theirs is not None and ours != theirs:
+            ours_here, theirs_here = next(pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1])
+            raise TeacherError(
+                f"the {len(theirs)} classes of the teacher's {name} are not the data's {len(ours)} in the same order: "
+                f"where the data has {ours_here!r} the teacher has {theirs_here!r}; give the source the teacher's "
+                "order as `classes`"
+            )

@@ -1,6 +1,6 @@
 """The training loss: a weighted sum of named terms, with their projectors."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -265,7 +265,7 @@ class Distillation(nn.Module):
             raise ConfigError(
                 f"distill.loss: {self.settings.loss} compares logits, and the teacher returns "
                 f"{', '.join(map(repr, teacher_outputs))}; set distill.loss: null, and distill.features to what is to "
-                "be compared"
+                f"be compared{_logit_term(self.settings.loss, teacher_outputs)}"
             )
         if logits is not None and student is not None and logits.shape[1] not in (None, num_classes):
             raise ConfigError(
@@ -278,6 +278,12 @@ class Distillation(nn.Module):
                 check_on_zeros(self._distill_term, student, logits)
             except ConfigError as exc:
                 raise ConfigError(f"distill: {exc}") from exc
+
+
+def _logit_term(loss: str | None, teacher_outputs: Iterable[str]) -> str:
+    """The term that `distill.loss` would be with one of several teachers; empty if none of them has logits."""
+    named = next((name for name in teacher_outputs if name.endswith(f".{LOGITS}")), None)
+    return "" if named is None else f", such as [{{loss: {loss}, student: {LOGITS}, teacher: {named}}}]"
 
 
 def _student_name(name: str, term: TermSettings, student: nn.Module, own: Mapping[str, Tensor]) -> str:

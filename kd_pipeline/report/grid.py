@@ -14,6 +14,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.teachers.base import is_logits
 
 __all__ = ["save_grid"]
 
@@ -78,8 +79,9 @@ def _captions(batch: KDBatch, position: int, classes: Sequence[str] | None) -> l
     is_valid = bool(batch.valid[position])
     if label is not None:
         lines.append((f"label {_name(label, classes)}", _BLACK if is_valid else _GRAY))
-    if "logits" in batch.teacher:
-        probability, top1 = batch.teacher["logits"][position].softmax(dim=0).max(dim=0)
+    logits = [output for name, output in batch.teacher.items() if is_logits(name)]
+    if len(logits) == 1:  # of several classifiers, none is the teacher
+        probability, top1 = logits[0][position].softmax(dim=0).max(dim=0)
         color = _GRAY if label is None or not is_valid else _GREEN if int(top1) == label else _RED
         lines.append((f"teacher {_name(int(top1), classes)} {float(probability):.0%}", color))
     return lines

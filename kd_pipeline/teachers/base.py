@@ -2,16 +2,22 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
-from kd_pipeline.errors import EngineError, TeacherError
+from kd_pipeline.errors import ConfigError, EngineError, TeacherError
 
-__all__ = ["Teacher"]
+__all__ = ["Teacher", "is_logits"]
+
+
+def is_logits(name: str) -> bool:
+    """Whether an output, perhaps of one of several teachers, is a classifier's logits."""
+    return name.rpartition(".")[2] == "logits"
 
 
 class Teacher(ABC):
@@ -52,7 +58,7 @@ class Teacher(ABC):
         self.precision = precision
         """Precision of the arithmetic as the runtime reports it, such as `"fp32"`, `"bf16"` or `"fp16"`."""
         self.runtimes: tuple[str, ...] = (f"{backend} {precision}",)
-        """Backend and precision, such as `"openvino bf16"`; of an ensemble, those of each member."""
+        """Backend and precision, such as `"openvino bf16"`; of several teachers, those of each."""
         self.device = device
         self.images = images
         """Shape `[N, 3, H, W]` and dtype of its input."""
@@ -62,7 +68,8 @@ class Teacher(ABC):
         self.classes = classes
         """Names of the K classes in logit order; None if the model does not carry them."""
         self.fingerprint = fingerprint
-        """Hex digest of model, precision and backend; teachers with different outputs have different ones."""
+        """Hex digest of model, precision and backend. Teachers that return different numbers under one name have
+        different ones; which outputs are kept makes no difference."""
         self.problems: tuple[str, ...] = ()
         """What is wrong with its outputs for a few images, a sentence each with what to do; see `open_teacher`."""
         self.busy_s = 0.0
@@ -100,6 +107,27 @@ class Teacher(ABC):
                 )
         return outputs
 
+    @property
+    def logits(self) -> dict[str, tuple[str, ...] | None]:
+        """Names of the classes of each output that is logits, by the name of the output; None if it has none."""
+        return {name: self.classes for name in self.outputs if is_logits(name)}
+
+    def keep_outputs(self, names: Collection[str]) -> None:
+        """Return only the outputs `names` from now on, and spend nothing on the others where the runtime allows.
+
+        Raises:
+            ConfigError: there is no such output, or no name; lists those that there are.
+        """
+        for name in names:
+            if name not in self.outputs:
+                found = ", ".join(f"{output!r} {spec}" for output, spec in self.outputs.items())
+                raise ConfigError(
+                    f"the teacher has no output {name!r}{suggest(name, self.outputs)}. It returns {found}"
+                )
+        if not names:
+            raise ConfigError("a teacher without outputs; name at least one")
+        self.outputs = {name: spec for name, spec in self.outputs.items() if name in names}
+
     def close(self) -> None:
         """Free the runtime. A second call does nothing."""
         if not self._closed:
@@ -108,7 +136,10 @@ class Teacher(ABC):
 
     @abstractmethod
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        """Run the model. `images` has been checked, and autograd is off."""
+        """Run the model, and return those of its outputs that are in `outputs`.
+
+        `images` has been checked, and autograd is off.
+        """
 
     @abstractmethod
     def _release(self) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.group import TeacherGroup
 
 __all__ = ["PermutedTeacher", "match_classes"]
 
@@ -49,25 +50,68 @@ class PermutedTeacher(Teacher):
         self.runtimes = teacher.runtimes
         self.problems = teacher.problems
 
+    def keep_outputs(self, names: Collection[str]) -> None:
+        """Return only the outputs `names` from now on."""
+        super().keep_outputs(names)
+        self._teacher.keep_outputs(names)
+
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
         outputs = self._teacher(images)
-        return {**outputs, "logits": outputs["logits"].index_select(1, self._positions_K)}
+        if "logits" in outputs:
+            outputs["logits"] = outputs["logits"].index_select(1, self._positions_K)
+        return outputs
 
     def _release(self) -> None:
         self._teacher.close()
 
 
-def match_classes(teacher: Teacher, classes: Sequence[str] | None) -> Teacher:
+def match_classes(teacher: Teacher, classes: Sequence[str] | None, *, used: Collection[str] | None = None) -> Teacher:
     """Return `teacher` with its logits in the order of `classes`, those of the data; as it is if they match already.
 
     Classes are matched by name, and a warning reports what was reordered or dropped. Without names on the teacher's
-    side only the number of logits is checked, and without names on the data's side, or without logits, nothing.
+    side only the number of logits is checked, and without names on the data's side, or without logits, nothing. Of
+    several teachers each that has logits is matched on its own. Logits that cannot be matched are an error if they are
+    used, and else are left out, as those of a classifier that gives features only.
+
+    Args:
+        teacher: an open teacher; the one that is returned closes it.
+        classes: of the data, in label order; None if it has none.
+        used: names of the outputs that are used; None for all.
 
     Raises:
         TeacherError: the teacher lacks a class of the data, or its number of logits differs; names the first
             differences and what to do.
     """
-    if classes is None or teacher.classes == tuple(classes) or "logits" not in teacher.outputs:
+    if classes is None:
+        return teacher
+    members: Mapping[str, Teacher] = teacher.members if isinstance(teacher, TeacherGroup) else {"": teacher}
+    matched, foreign = dict(members), set()
+    for name, member in members.items():
+        output = f"{name}.logits" if name else "logits"
+        try:
+            if output in teacher.logits:
+                matched[name] = _matched(member, classes)
+        except TeacherError as exc:
+            if used is None or output in used or len(teacher.outputs) == 1:
+                raise TeacherError(f"member {name}: {exc}" if name else str(exc)) from exc
+            foreign.add(output)
+            _logger.info("the teacher's %s are left out, as the loss does not use them, and %s", output, exc)
+    kept = [output for output in teacher.outputs if output not in foreign]
+    if "" in matched:
+        teacher = matched[""]
+    elif matched != members:
+        teacher = TeacherGroup(matched)
+    teacher.keep_outputs(kept)
+    return teacher
+
+
+def _matched(teacher: Teacher, classes: Sequence[str]) -> Teacher:
+    """A single teacher with logits in the order of `classes`.
+
+    Raises:
+        TeacherError: they do not match.
+    """
+    if teacher.classes == tuple(classes):
         return teacher
     if teacher.classes is None:
         num_logits = teacher.outputs["logits"].shape[1]

@@ -2,20 +2,20 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.combined import CombinedTeacher, merge_specs
 
 __all__ = ["EnsembleTeacher"]
 
 
-class EnsembleTeacher(Teacher):
+class EnsembleTeacher(CombinedTeacher):
     """Open teachers whose averaged logits `[N, K]` are the output.
 
     Hinton et al. (arXiv 1503.02531, section 1) average the predictions of an ensemble for soft targets.
@@ -24,7 +24,7 @@ class EnsembleTeacher(Teacher):
     `sum_i w_i z_i`, and commutes with temperature.
 
     Features are dropped, as those of different networks have different axes. Members without class names take those of
-    the others, which must agree. `max_batch` is the smallest of all. `close()` also closes the members.
+    the others, which must agree. Members are called `0`, `1` and so on.
     """
 
     def __init__(
@@ -38,41 +38,36 @@ class EnsembleTeacher(Teacher):
 
         Raises:
             ConfigError: there are no teachers, or not one positive weight for each.
-            TeacherError: two members differ in images, number of logits, class names or device; names both.
+            TeacherError: a member has no logits, or two differ in images, number of logits, class names or device.
         """
-        self._members = tuple(teachers)
-        self._weights = _normalized(weights, len(self._members))
-        self._average = average
-        images = _merge(self._members, "images", [member.images for member in self._members])
-        logits = _merge(self._members, "logits", [member.outputs["logits"] for member in self._members])
-        weighted = zip(self._members, self._weights, strict=True)
+        weights = _normalized(weights, len(teachers))
+        members = {str(number): teacher for number, teacher in enumerate(teachers)}
+        for name, member in members.items():
+            if "logits" not in member.outputs:
+                raise TeacherError(
+                    f"an ensemble averages logits, and member {name} ({member.backend}) returns "
+                    f"{', '.join(map(repr, member.outputs))}; give the members names, to have all their outputs: "
+                    "members: {first: {...}, second: {...}}"
+                )
+        logits = merge_specs(members, "logits", [member.outputs["logits"] for member in teachers])
+        weighted = zip(teachers, weights, strict=True)
         content = [f"ensemble {average}", *(f"{member.fingerprint} {weight.hex()}" for member, weight in weighted)]
+        self._weights, self._average = weights, average
         super().__init__(
+            members,
             backend="ensemble",
-            precision="+".join(dict.fromkeys(member.precision for member in self._members)),
-            device=_common_device(self._members),
-            images=images,
             outputs={"logits": logits},
-            max_batch=min(member.max_batch for member in self._members),
-            classes=_common_classes(self._members),
+            classes=_common_classes(members),
             fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
-        )
-        self.runtimes = tuple(runtime for member in self._members for runtime in member.runtimes)
-        self.problems = tuple(
-            f"member {number}: {problem}" for number, member in enumerate(self._members) for problem in member.problems
         )
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        logits = [member(images)["logits"] for member in self._members]
+        logits = [outputs["logits"] for outputs in self._run_members(images, self.members).values()]
         weighted = list(zip(self._weights, logits, strict=True))
         if self._average == "logits":
             return {"logits": torch.stack([weight * logits_NK for weight, logits_NK in weighted]).sum(0)}
         log_shares = [math.log(weight) + logits_NK.log_softmax(1) for weight, logits_NK in weighted]
         return {"logits": torch.stack(log_shares).logsumexp(0)}
-
-    def _release(self) -> None:
-        for member in self._members:
-            member.close()
 
 
 def _normalized(weights: Sequence[float] | None, num_members: int) -> list[float]:
@@ -88,43 +83,17 @@ def _normalized(weights: Sequence[float] | None, num_members: int) -> list[float
     return [weight / total for weight in weights]
 
 
-def _merge(members: Sequence[Teacher], what: str, specs: Sequence[TensorSpec]) -> TensorSpec:
-    """The one spec that fits all; a size that some leave open is the others'."""
-    merged = specs[0]
-    for number, spec in enumerate(specs):
-        pairs = list(zip(merged.shape, spec.shape, strict=False))
-        fits = len(merged.shape) == len(spec.shape) and merged.dtype == spec.dtype
-        if not fits or any(None not in pair and pair[0] != pair[1] for pair in pairs):
-            raise TeacherError(
-                f"the members of an ensemble must share their {what}: teacher {number} ({members[number].backend}) has "
-                f"{spec}, those before it {merged}; export or open them for the same {what}"
-            )
-        merged = TensorSpec(tuple(known if size is None else size for known, size in pairs), merged.dtype)
-    return merged
-
-
-def _common_device(members: Sequence[Teacher]) -> torch.device:
-    device = members[0].device
-    for number, member in enumerate(members):
-        if member.device != device:
-            raise TeacherError(
-                f"the members of an ensemble must be on one device: teacher {number} ({member.backend}) is on "
-                f"{member.device}, teacher 0 on {device}; open them on the same device"
-            )
-    return device
-
-
-def _common_classes(members: Sequence[Teacher]) -> tuple[str, ...] | None:
-    named = [(number, member.classes) for number, member in enumerate(members) if member.classes is not None]
+def _common_classes(members: Mapping[str, Teacher]) -> tuple[str, ...] | None:
+    named = [(name, member.classes) for name, member in members.items() if member.classes is not None]
     if not named:
         return None
     first, classes = named[0]
-    for number, names in named:
+    for name, found_classes in named:
         # Equally long: both have a name for each of the K logits.
-        for index, (known, found) in enumerate(zip(classes, names, strict=True)):
+        for index, (known, found) in enumerate(zip(classes, found_classes, strict=True)):
             if found != known:
                 raise TeacherError(
-                    f"the members of an ensemble must have the same classes: logit {index} is {found!r} for teacher "
-                    f"{number} ({members[number].backend}) and {known!r} for teacher {first}; reorder one of them"
+                    f"the members of an ensemble must have the same classes: logit {index} is {found!r} for member "
+                    f"{name} ({members[name].backend}) and {known!r} for member {first}; reorder one of them"
                 )
     return classes

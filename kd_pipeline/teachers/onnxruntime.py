@@ -89,7 +89,7 @@ class OnnxRuntimeTeacher(Teacher):
             )
         self._run_options = onnxruntime.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._output_sizes: dict[torch.Size, list[tuple[Any, ...]]] = {}
+        self._output_sizes: dict[torch.Size, dict[str, tuple[Any, ...]]] = {}
         """Of each output for one image, by the size of the image."""
         super().__init__(
             backend="onnxruntime",
@@ -103,34 +103,38 @@ class OnnxRuntimeTeacher(Teacher):
         )
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        outputs = [
-            torch.empty(len(images), *sizes, dtype=spec.dtype, device=images.device)
-            for spec, sizes in zip(self._file.outputs.values(), self._sizes_for(images), strict=True)
-        ]
+        sizes, file = self._sizes_for(images), self._file
+        outputs = {
+            name: torch.empty(len(images), *sizes[name], dtype=file.outputs[name].dtype, device=images.device)
+            for name in self.outputs
+        }
         binding = self._bind(images)
-        for own_name, output in zip(self._file.output_names.values(), outputs, strict=True):
-            binding.bind_output(own_name, *self._place(output))
+        for name, output in outputs.items():
+            binding.bind_output(file.output_names[name], *self._place(output))
         with self._ordered(images):
             self._session.run_with_iobinding(binding, self._run_options)
-        return {name: output.float() for name, output in zip(self.outputs, outputs, strict=True)}
+        return {name: output.float() for name, output in outputs.items()}
 
     def _release(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
         del self._session
 
-    def _sizes_for(self, images: Tensor) -> list[tuple[Any, ...]]:
+    def _sizes_for(self, images: Tensor) -> dict[str, tuple[Any, ...]]:
         """Size of each output for one image; if the file leaves one open, the model is run once to learn it."""
         size = images.shape[1:]
         if size not in self._output_sizes:
-            sizes = [spec.shape[1:] for spec in self._file.outputs.values()]
-            if any(None in each for each in sizes):
+            sizes = {name: spec.shape[1:] for name, spec in self._file.outputs.items()}
+            if any(None in each for each in sizes.values()):
                 binding = self._bind(images[:1])
                 for own_name in self._file.output_names.values():
                     binding.bind_output(own_name)  # in the runtime's own CPU memory
                 with self._ordered(images):
                     self._session.run_with_iobinding(binding)
-                sizes = [tuple(value.shape())[1:] for value in binding.get_outputs()]
+                values = binding.get_outputs()
+                sizes = {
+                    name: tuple(value.shape())[1:] for name, value in zip(self._file.output_names, values, strict=True)
+                }
             self._output_sizes[size] = sizes
         return self._output_sizes[size]
 

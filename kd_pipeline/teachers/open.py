@@ -1,25 +1,28 @@
 """Open the teacher that settings describe."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline.errors import ConfigError, EngineError, TeacherError
+from kd_pipeline.errors import ConfigError, EngineError, MissingPackageError, TeacherError
 from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.ensemble import EnsembleTeacher
+from kd_pipeline.teachers.group import TeacherGroup
 from kd_pipeline.teachers.onnxruntime import why_no_cuda
 from kd_pipeline.teachers.open_on_cpu import open_on_cpu
 from kd_pipeline.teachers.outputs_check import NUM_IMAGES, check_outputs
 from kd_pipeline.teachers.runner import Inputs, Runner, usual_shape
 from kd_pipeline.teachers.settings import (
+    AnyTeacherSettings,
     EnsembleSettings,
     Runtime,
     StudentPrecision,
+    TeacherGroupSettings,
     TeacherSettings,
     is_recording,
     refuse_unused,
@@ -35,7 +38,7 @@ _USUAL_NUM_IMAGES = 10_000
 
 
 def open_teacher(
-    settings: TeacherSettings | EnsembleSettings | Teacher,
+    settings: AnyTeacherSettings | Teacher,
     *,
     module: nn.Module | None = None,
     image_shape: tuple[int, int, int] | None = None,
@@ -58,7 +61,7 @@ def open_teacher(
     With `backend: auto` and `precision: auto`, what runs the teacher is decided here, on a few images; what was decided
     is kept in the user's cache, as are exports, and one line says what runs and why.
 
-    Every teacher, and each member of an ensemble, is run on a few generated images. It has to return a row for each.
+    Every teacher, and each of several, is run on a few generated images. It has to return a row for each.
     Outputs that change when it runs again, or with the rest of a batch, that are probabilities instead of logits, hold
     NaN, or are the same for all images become its `problems`, and a warning each.
 
@@ -115,8 +118,8 @@ def open_teacher(
             _check_fits(settings, inputs)
             _examine(settings, inputs)
             return settings
-        case EnsembleSettings():
-            return _open_ensemble(settings, module, inputs)
+        case EnsembleSettings() | TeacherGroupSettings():
+            return _open_several(settings, module, inputs)
         case _:
             return _open_checked(settings, module, inputs)
 
@@ -127,19 +130,24 @@ def _check_fits(teacher: Teacher, inputs: Inputs) -> None:
     teacher.check_fits((1, *sizes), inputs.dtype, teacher.device if has_no_index else inputs.device)
 
 
-def _open_checked(settings: TeacherSettings, module: nn.Module | None, inputs: Inputs) -> Teacher:
-    """Open a single teacher, and check it on a few images."""
+def _open_checked(
+    settings: TeacherSettings, module: nn.Module | None, inputs: Inputs, *, name: str = "teacher"
+) -> Teacher:
+    """Open a single teacher, called `name` in the log, and check it on a few images."""
     with ExitStack() as opened:
-        teacher = _open(settings, module, inputs)
+        teacher = _open(settings, module, inputs, name)
         opened.callback(teacher.close)
+        if settings.outputs:
+            teacher.keep_outputs(settings.outputs)
         _check_fits(teacher, inputs)
         # Each size that a TensorRT engine replays as a CUDA graph takes memory of its own.
-        _examine(teacher, inputs, one_size=settings.cuda_graph and teacher.backend == "tensorrt")
+        one_size = settings.cuda_graph and teacher.backend == "tensorrt"
+        _examine(teacher, inputs, one_size=one_size, name=name)
         opened.pop_all()
         return teacher
 
 
-def _examine(teacher: Teacher, inputs: Inputs, *, one_size: bool = False) -> None:
+def _examine(teacher: Teacher, inputs: Inputs, *, one_size: bool = False, name: str = "teacher") -> None:
     """Run `teacher` on a few images, and log what is wrong with its outputs."""
     teacher.problems = check_outputs(
         teacher,
@@ -154,23 +162,37 @@ def _examine(teacher: Teacher, inputs: Inputs, *, one_size: bool = False) -> Non
             "strict=False (in a config: probe.strict: false)"
         )
     for problem in teacher.problems:
-        _logger.warning("%s", problem)
+        _logger.warning("%s%s", "" if name == "teacher" else f"{name}: ", problem)
 
 
-def _open_ensemble(settings: EnsembleSettings, module: nn.Module | None, inputs: Inputs) -> Teacher:
+def _open_several(
+    settings: EnsembleSettings | TeacherGroupSettings, module: nn.Module | None, inputs: Inputs
+) -> Teacher:
     if module is not None:
-        raise ConfigError("an ensemble opens its members from their settings, and got a module; leave it out")
+        raise ConfigError("several teachers are opened from their settings, and got a module; leave it out")
+    named: Mapping[str, TeacherSettings]
+    if isinstance(settings, TeacherGroupSettings):
+        named = settings.members
+    else:
+        named = {str(number): member for number, member in enumerate(settings.members)}
     with ExitStack() as opened:
-        members = []
-        for member in settings.members:
-            members.append(_open_checked(member, None, inputs))
-            opened.callback(members[-1].close)
-        ensemble = EnsembleTeacher(members, weights=settings.weights, average=settings.average)
+        members = {}
+        for name, member in named.items():
+            try:
+                members[name] = _open_checked(member, None, inputs, name=f"member {name}")
+            except (ConfigError, MissingPackageError, TeacherError) as exc:
+                raise type(exc)(f"member {name}: {exc}") from exc
+            opened.callback(members[name].close)
+        several: Teacher
+        if isinstance(settings, TeacherGroupSettings):
+            several = TeacherGroup(members)
+        else:
+            several = EnsembleTeacher([*members.values()], weights=settings.weights, average=settings.average)
         opened.pop_all()
-        return ensemble
+        return several
 
 
-def _open(settings: TeacherSettings, module: nn.Module | None, inputs: Inputs) -> Teacher:
+def _open(settings: TeacherSettings, module: nn.Module | None, inputs: Inputs, name: str) -> Teacher:
     backend, reason = _choose(settings, module, inputs.device)
     refuse_unused(settings, backend)
     if backend != "openvino" and inputs.device.type == "cuda" and not torch.cuda.is_available():
@@ -182,7 +204,7 @@ def _open(settings: TeacherSettings, module: nn.Module | None, inputs: Inputs) -
         teacher, reason = _open_engine_as_student(runner, reason)
     else:
         teacher = runner.open(Runtime(backend=backend, precision=_default_precision(settings, backend, inputs)))
-    _logger.info("teacher: %s in %s on %s, %s", teacher.backend, teacher.precision, teacher.device, reason)
+    _logger.info("%s: %s in %s on %s, %s", name, teacher.backend, teacher.precision, teacher.device, reason)
     return teacher
 
 

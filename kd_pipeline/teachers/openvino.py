@@ -77,7 +77,7 @@ class OpenVINOTeacher(Teacher):
         # OpenVINO reads the images in place. It copies each output into a new array, which costs little next to the
         # arithmetic and needs no shapes in advance.
         arrays = self._request.infer(self._tensor(images.numpy(), shared_memory=True), share_outputs=False)
-        return {name: torch.from_numpy(arrays[own]).float() for name, own in self._output_names.items()}
+        return {name: torch.from_numpy(arrays[self._output_names[name]]).float() for name in self.outputs}
 
     def _release(self) -> None:
         del self._request

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import chain
 
@@ -100,8 +100,8 @@ class PyTorchTeacher(Teacher):
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
         if self._cuda_graph is not None and len(images) == self._cuda_graph.num_images:
-            return self._cuda_graph.run(images)
-        return _owned(self._forward(self._cast(images)))
+            return self._cuda_graph.run(images, self.outputs)
+        return _owned(self._forward(self._cast(images)), self.outputs)
 
     def _release(self) -> None:
         del self._model, self._cuda_graph
@@ -164,14 +164,14 @@ class _CudaGraph:
         """The one batch size that it can run."""
         return len(self._images)
 
-    def run(self, images: Tensor) -> dict[str, Tensor]:
-        """Queue the graph on the current stream, after its earlier runs on any stream."""
+    def run(self, images: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """The outputs `names`; queues the graph on the current stream, after its earlier runs on any stream."""
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._done)
             self._images.copy_(images)  # the cast to the module's dtype and layout
             self._graph.replay()
-            outputs = _owned(self._outputs)
+            outputs = _owned(self._outputs, names)
             current.record_event(self._done)
             return outputs
 
@@ -184,10 +184,10 @@ def _capture(forward: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) 
         return None
 
 
-def _owned(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Float32 copies in any case: a module may return a view of the images or of its own buffers."""
+def _owned(outputs: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Float32 copies of the outputs `names`: a module may return a view of the images or of its own buffers."""
     to_own = partial(Tensor.to, dtype=torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return {name: to_own(output) for name, output in outputs.items()}
+    return {name: to_own(outputs[name]) for name in names}
 
 
 def module_digest(model: nn.Module) -> str:

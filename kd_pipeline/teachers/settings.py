@@ -1,6 +1,7 @@
 """Settings of the teacher: what to run, and with which runtime."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeGuard
 
@@ -13,11 +14,15 @@ from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.tensorrt.manifest import Precision
 
 __all__ = [
+    "AnyTeacherSettings",
     "EnsembleSettings",
     "Runtime",
     "StudentPrecision",
+    "TeacherGroupSettings",
     "TeacherSettings",
+    "check_member_name",
     "is_recording",
+    "members_of",
     "refuse_unused",
     "with_runtimes",
 ]
@@ -27,7 +32,8 @@ _NO_TRUST = (
     '--trust-engine SHA256 on the command line, or pass trust_engines=["SHA256"] in Python'
 )
 _USED_BY_ALL = {"backend"}
-_USED_BY_RUNTIMES = _USED_BY_ALL | {"precision", "max_batch", "num_prefix_tokens"}
+_NO_NESTING = "a member is one teacher; list the members of several at one level"
+_USED_BY_RUNTIMES = _USED_BY_ALL | {"outputs", "precision", "max_batch", "num_prefix_tokens"}
 _CHANGE_A_MODEL = {"features", "input_adapter"}
 _USED_BY_EXPORT = _CHANGE_A_MODEL | {"model"}
 _USED_BY = {
@@ -39,6 +45,9 @@ _USED_BY = {
 }
 _USE_EIGHT_BITS = {"int8": ("openvino", "onnxruntime", "tensorrt"), "fp8": ("tensorrt",)}
 
+
+_MEMBER_NAME = r"(?!(logits|pooled|spatial)$)[A-Za-z_]\w*"
+"""Name of one of several teachers: an identifier, and no output's name, which could be mistaken for the output."""
 
 StudentPrecision = Literal["fp32", "bf16", "fp16"]
 """In which a student can train."""
@@ -57,7 +66,11 @@ class Runtime(Settings):
 class TeacherSettings(Settings):
     """What the teacher is, and which runtime runs it. A setting that the runtime does not use is an error."""
 
-    refused_keys: ClassVar[Mapping[str, str]] = {"trust_engine": _NO_TRUST, "trust_engines": _NO_TRUST}
+    refused_keys: ClassVar[Mapping[str, str]] = {
+        "trust_engine": _NO_TRUST,
+        "trust_engines": _NO_TRUST,
+        "members": _NO_NESTING,
+    }
 
     backend: Literal["auto", "pytorch", "openvino", "onnxruntime", "tensorrt", "recorded"] = "auto"
     """`auto` picks TensorRT for an engine and `recorded` for a `path`. For an ONNX file it picks OpenVINO on a CPU, and
@@ -68,6 +81,9 @@ class TeacherSettings(Settings):
     """A network by name with its weights."""
     features: tuple[str, ...] = ()
     """Names of layers of the model whose outputs the teacher returns along with its own."""
+    outputs: tuple[str, ...] = ()
+    """Names of the outputs to return, such as `[pooled]`; defaults to all. Nothing is spent on the others where the
+    runtime allows: PyTorch does not copy them, and ONNX Runtime does not fetch them."""
     input_adapter: ExpectedInput | Literal["auto"] | None = None
     """Normalization and size of the images that the model was trained on, if the loader's differ: a first layer
     converts. `auto` uses what timm knows of its pretrained networks; the size only for those that take no other. For an
@@ -130,9 +146,49 @@ class EnsembleSettings(Settings):
     def _has_a_weight_for_each(self) -> Self:
         if self.weights is not None and len(self.weights) != len(self.members):
             raise ValueError(f"{len(self.members)} members and {len(self.weights)} weights; give one for each")
-        if any(map(is_recording, self.members)):
-            raise ValueError("a recording cannot be a member; record the outputs of the whole ensemble")
+        _refuse_recordings(self.members)
         return self
+
+
+class TeacherGroupSettings(Settings):
+    """Several teachers of different kinds, whose outputs stand side by side as `member.output`, such as `dino.pooled`.
+
+    The terms of the loss name what they compare, such as `distill.features: [{loss: cosine, student: pooled, teacher:
+    dino.pooled}]`. Each teacher has its own runtime, precision, `input_adapter` and order of classes.
+    """
+
+    members: dict[str, TeacherSettings] = Field(min_length=1)
+    """Each teacher by a name of your choice, which starts with a letter and has letters, digits and _."""
+
+    @model_validator(mode="after")
+    def _check_members(self) -> Self:
+        for name in self.members:
+            check_member_name(name)
+        _refuse_recordings(self.members.values())
+        return self
+
+
+AnyTeacherSettings = TeacherSettings | EnsembleSettings | TeacherGroupSettings
+"""One teacher or several."""
+
+
+def check_member_name(name: str) -> None:
+    """Raise a ConfigError if one of several teachers cannot be called `name`."""
+    if not re.fullmatch(_MEMBER_NAME, name):
+        raise ConfigError(
+            f"members: a teacher cannot be called {name!r}; start with a letter, use letters, digits and _, and not "
+            "logits, pooled or spatial, which are names of outputs"
+        )
+
+
+def members_of(settings: AnyTeacherSettings) -> tuple[TeacherSettings, ...]:
+    """The single teachers of `settings`."""
+    match settings:
+        case TeacherSettings():
+            return (settings,)
+        case EnsembleSettings():
+            return settings.members
+    return tuple(settings.members.values())
 
 
 def is_recording(settings: object) -> TypeGuard[TeacherSettings]:
@@ -140,9 +196,12 @@ def is_recording(settings: object) -> TypeGuard[TeacherSettings]:
     return isinstance(settings, TeacherSettings) and (settings.backend == "recorded" or settings.path is not None)
 
 
-def with_runtimes(
-    settings: TeacherSettings | EnsembleSettings, runtimes: Sequence[str]
-) -> TeacherSettings | EnsembleSettings:
+def _refuse_recordings(members: Iterable[TeacherSettings]) -> None:
+    if any(map(is_recording, members)):
+        raise ValueError("a recording cannot be a member; record the outputs of all members together")
+
+
+def with_runtimes(settings: AnyTeacherSettings, runtimes: Sequence[str]) -> AnyTeacherSettings:
     """`settings` with the backend and precision of `Teacher.runtimes` where they leave the choice open.
 
     An engine and an ONNX file under ONNX Runtime have a precision of their own, which stays open.
@@ -152,6 +211,12 @@ def with_runtimes(
             return settings  # a different ensemble, which is refused by its fingerprint
         pairs = zip(settings.members, runtimes, strict=True)
         return settings.model_copy(update={"members": tuple(_with_runtime(*pair) for pair in pairs)})
+    if isinstance(settings, TeacherGroupSettings):
+        if len(runtimes) != len(settings.members):
+            return settings
+        runs = zip(sorted(settings.members), runtimes, strict=True)  # in the order of a `TeacherGroup`
+        members = {name: _with_runtime(settings.members[name], runtime) for name, runtime in runs}
+        return settings.model_copy(update={"members": members})
     return _with_runtime(settings, runtimes[0]) if len(runtimes) == 1 else settings
 
 

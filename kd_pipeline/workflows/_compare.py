@@ -18,7 +18,7 @@ from kd_pipeline.evaluation._compare import Comparison, compare
 from kd_pipeline.evaluation._evaluate import MetricSettings, open_metrics
 from kd_pipeline.loader.loader import KDDataLoader, open_config_teacher
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings, is_recording, with_runtimes
+from kd_pipeline.teachers.settings import TeacherSettings, is_recording, members_of, with_runtimes
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
@@ -147,13 +147,18 @@ def _open_own_teacher(
             source=loader.source,
             student_precision=student_precision(config),
         )
+        if "logits" not in teacher.outputs:
+            teacher.close()
+            raise ConfigError(
+                f"the config's teacher returns {', '.join(map(repr, teacher.outputs))}, and no logits to compare with"
+            )
     except KDPipelineError as error:
         if is_required:
             raise
         _logger.warning("compared without the config's teacher: %s", error)
         return None
     assert isinstance(teacher, Teacher)  # and no recording
-    members = settings.members if isinstance(settings, EnsembleSettings) else (settings,)
+    members = members_of(settings)
     return OpenedModel(
         teacher, teacher.classes, tuple(file for each in members for file in _files(each)), teacher.close
     )

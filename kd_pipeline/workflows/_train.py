@@ -346,11 +346,18 @@ class _StageRun(ExitStack):
         return teacher
 
     def _check_evaluates(self, teacher: Teacher) -> None:
-        """Refuse images now on which the teacher would fail in the evaluation after the training.
+        """Refuse what would fail in the evaluation after the training: images, or a comparison of logits without them.
 
         Raises:
+            ConfigError: `compare_with_teacher` compares logits that the teacher does not have.
             TeacherError: the teacher, opened for the images of the training, cannot take those of a split.
         """
+        compares_logits = self._config.train.compare_with_teacher and not self._network.is_headless
+        if compares_logits and "logits" not in teacher.outputs:
+            raise ConfigError(
+                "train.compare_with_teacher compares the student's logits with the teacher's, which returns "
+                f"{', '.join(map(repr, teacher.outputs))}; set it to false"
+            )
         for split, settings in self._config.data.splits.items():
             transform = settings.transform
             size, dtype = transform.size, getattr(torch, transform.dtype)

@@ -1,6 +1,6 @@
 """Open teacher and student as a training would, and compute its loss on a few images."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.report.grid import save_grid
-from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.workflows.check_images import SKIP_UNREADABLE
@@ -41,8 +41,8 @@ class TeacherReport:
 
     backend: str
     precision: str
-    probe: ProbeReport | None
-    """Its accuracy on labeled training images; None if there are none."""
+    probes: Mapping[str, ProbeReport]
+    """Its accuracy on labeled training images, by the name of its logits; empty if there are none."""
 
 
 def check_models(
@@ -92,12 +92,17 @@ def check_models(
                 with findings.part("first batch"):
                     batch, grid = _draw(config, training, out, None)
         if teacher is not None:
-            probe = None
+            probes = {}
             if training is not None and config.probe is not None:
                 with findings.part("teacher"):
-                    probe = run_probe(_lenient(config, teacher), teacher, config.probe, training=training)
-                    findings.add("error", "teacher", () if probe is None else probe.problems)
-            found = TeacherReport(teacher.backend, teacher.precision, probe)
+                    for output in filter(is_logits, teacher.outputs):
+                        lenient = _lenient(config, teacher)
+                        probe = run_probe(lenient, teacher, config.probe, training=training, output=output)
+                        if probe is not None:
+                            probes[output] = probe
+                            of = "" if output == "logits" else f"{output}: "
+                            findings.add("error", "teacher", [f"{of}{problem}" for problem in probe.problems])
+            found = TeacherReport(teacher.backend, teacher.precision, probes)
         stages = _stages(config)
         if "distill" in stages and config.teacher is None:
             findings.add("error", "teacher", ["stage: distill needs a teacher: set teacher, or use stage: baseline"])

@@ -9,7 +9,7 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.registry import ModelSettings
-from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan
@@ -47,8 +47,9 @@ def check_config(config: Config, stage: Stage) -> None:
 def num_classes_of(source: Source | None, teacher: Teacher | Recording | None) -> int | None:
     """From the data, or from the teacher if the images have no labels; None if neither has classes."""
     num_classes = None if source is None else source.num_classes
-    if num_classes is None and teacher is not None and (logits := teacher.outputs.get("logits")) is not None:
-        num_classes = logits.shape[1]
+    if num_classes is None and teacher is not None:
+        sizes = {spec.shape[1] for name, spec in teacher.outputs.items() if is_logits(name)}
+        num_classes = sizes.pop() if len(sizes) == 1 else None
     return num_classes
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
+from kd_pipeline.teachers.base import is_logits
 from kd_pipeline.teachers.recorded.files import RecordingReader, decode
 from kd_pipeline.teachers.recorded.manifest import CHECKSUM, SAMPLE, RecordingManifest
 from kd_pipeline.teachers.settings import TeacherSettings, refuse_unused
@@ -69,12 +70,13 @@ class Recording:
         return self.manifest.epochs_done
 
     def check_classes(self, classes: Sequence[str] | None) -> None:
-        """Check that the recorded classes are `classes`, the data's; no error if one side has no names.
+        """Check that the recorded classes are `classes`, the data's; no error if one side has no names, or no logits.
 
         Raises:
             TeacherError: names the first difference.
         """
-        if classes is None or self.classes is None or self.classes == tuple(classes):
+        has_logits = any(map(is_logits, self.outputs))
+        if classes is None or self.classes is None or self.classes == tuple(classes) or not has_logits:
             return
         pairs = enumerate(zip_longest(classes, self.classes))
         label, (here, there) = next((label, pair) for label, pair in pairs if pair[0] != pair[1])

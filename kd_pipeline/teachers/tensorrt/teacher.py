@@ -105,7 +105,9 @@ class TensorRTTeacher(Teacher):
             # DALI recycles the memory of images as soon as nobody holds them, whatever is still queued.
             self._held.append((consumed, images, read))
             return {
-                name: output[: len(images)].float() for name, output in zip(self._engine.outputs, outputs, strict=True)
+                name: output[: len(images)].float()
+                for name, output in zip(self._engine.outputs, outputs, strict=True)
+                if name in self.outputs
             }
 
     def _release(self) -> None:

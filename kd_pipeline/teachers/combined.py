@@ -1,0 +1,102 @@
+"""What several open teachers that read the same images as one share."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline.errors import TeacherError
+from kd_pipeline.teachers.base import Teacher
+
+__all__ = ["CombinedTeacher", "merge_specs"]
+
+
+class CombinedTeacher(Teacher):
+    """Open teachers by name that count as one; subclasses say what becomes of their outputs.
+
+    All get the same buffer of images. `max_batch` is the smallest of all, `runtimes` are those of the members in their
+    order, and the `problems` and errors of a member name it. `close()` also closes the members.
+    """
+
+    def __init__(
+        self,
+        members: Mapping[str, Teacher],
+        *,
+        backend: str,
+        outputs: Mapping[str, TensorSpec],
+        classes: tuple[str, ...] | None,
+        fingerprint: str,
+    ) -> None:
+        """Combine `members`, of which there is at least one.
+
+        Raises:
+            TeacherError: two members differ in images or device; names both.
+        """
+        self.members = dict(members)
+        """The open teachers, by name."""
+        super().__init__(
+            backend=backend,
+            precision="+".join(dict.fromkeys(member.precision for member in members.values())),
+            device=_common_device(members),
+            images=merge_specs(members, "images", [member.images for member in members.values()]),
+            outputs=outputs,
+            max_batch=min(member.max_batch for member in members.values()),
+            classes=classes,
+            fingerprint=fingerprint,
+        )
+        self.runtimes = tuple(runtime for member in members.values() for runtime in member.runtimes)
+        self.problems = tuple(
+            f"member {name}: {problem}" for name, member in members.items() for problem in member.problems
+        )
+
+    def _run_members(self, images: Tensor, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """The outputs of the members `names` for `images`.
+
+        Raises:
+            TeacherError: one fails; names it.
+        """
+        outputs = {}
+        for name in names:
+            try:
+                outputs[name] = self.members[name](images)
+            except TeacherError as exc:
+                raise type(exc)(f"member {name}: {exc}") from exc
+        return outputs
+
+    def _release(self) -> None:
+        with ExitStack() as stack:  # each, even if closing another one fails
+            for member in self.members.values():
+                stack.callback(member.close)
+
+
+def merge_specs(members: Mapping[str, Teacher], what: str, specs: Sequence[TensorSpec]) -> TensorSpec:
+    """The one spec that fits all `members`, which have `specs`; a size that some leave open is the others'.
+
+    Raises:
+        TeacherError: there is none; names the first member that differs from those before it.
+    """
+    merged = specs[0]
+    for (name, member), spec in zip(members.items(), specs, strict=True):
+        pairs = list(zip(merged.shape, spec.shape, strict=False))
+        fits = len(merged.shape) == len(spec.shape) and merged.dtype == spec.dtype
+        if not fits or any(None not in pair and pair[0] != pair[1] for pair in pairs):
+            raise TeacherError(
+                f"teachers that run as one must share their {what}: member {name} ({member.backend}) has {spec}, those "
+                f"before it {merged}; export or open them for the same {what}"
+                + (", and give one that was trained on others an input_adapter" if what == "images" else "")
+            )
+        merged = TensorSpec(tuple(known if size is None else size for known, size in pairs), merged.dtype)
+    return merged
+
+
+def _common_device(members: Mapping[str, Teacher]) -> torch.device:
+    first, device = next((name, member.device) for name, member in members.items())
+    for name, member in members.items():
+        if member.device != device:
+            raise TeacherError(
+                f"teachers that run as one must be on one device: member {name} ({member.backend}) is on "
+                f"{member.device}, member {first} on {device}; open them on the same device"
+            )
+    return device
