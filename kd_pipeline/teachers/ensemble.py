@@ -49,17 +49,19 @@ class EnsembleTeacher(CombinedTeacher):
                     f"{', '.join(map(repr, member.outputs))}; give the members names, to have all their outputs: "
                     "members: {first: {...}, second: {...}}"
                 )
-        logits = merge_specs(members, "logits", [member.outputs["logits"] for member in teachers])
         weighted = zip(teachers, weights, strict=True)
         content = [f"ensemble {average}", *(f"{member.fingerprint} {weight.hex()}" for member, weight in weighted)]
         self._weights, self._average = weights, average
         super().__init__(
             members,
             backend="ensemble",
-            outputs={"logits": logits},
-            classes=_common_classes(members),
+            outputs={},
+            classes=None,
             fingerprint=hashlib.sha256("\n".join(content).encode()).hexdigest(),
         )
+        # After the images, which are the more likely mistake.
+        self.outputs = {"logits": merge_specs(members, "logits", [member.outputs["logits"] for member in teachers])}
+        self.classes = _common_classes(members)
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
         logits = [outputs["logits"] for outputs in self._run_members(images, self.members).values()]

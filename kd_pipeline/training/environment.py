@@ -31,11 +31,33 @@ def command_line() -> str:
 
 
 def shown_settings(config: BaseModel, *, exclude_none: bool = False) -> dict[str, Any]:
-    """The plain values of a config for files and services that others may read: without secrets."""
-    settings = config.model_dump(mode="json", exclude_none=exclude_none)
+    """The plain values of a config for files and services that others may read: without secrets.
+
+    `exclude_none` leaves out the settings that are None by default, and so None again where they are read.
+    """
+    settings = config.model_dump(mode="json")
+    if exclude_none:
+        settings = _without_default_nones(config, settings)
     layers = {key: value for key, value in settings.items() if key == _NAMES_OF_LAYERS}
     shown: dict[str, Any] = hide_in_settings(settings)
     return shown | layers
+
+
+def _without_default_nones(value: Any, dumped: Any) -> Any:
+    """`dumped`, the plain values of `value`; a setting that is None although that is not its default stays."""
+    match value, dumped:
+        case BaseModel(), dict():
+            fields = type(value).model_fields
+            return {
+                name: _without_default_nones(getattr(value, name), plain)
+                for name, plain in dumped.items()
+                if plain is not None or fields[name].default is not None
+            }
+        case dict(), dict():
+            return {key: _without_default_nones(value.get(key), plain) for key, plain in dumped.items()}
+        case ((list() | tuple()), list()):
+            return [_without_default_nones(*pair) for pair in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def describe_environment() -> dict[str, Any]:

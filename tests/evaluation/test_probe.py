@@ -90,9 +90,7 @@ def teacher_of(net: nn.Module) -> Teacher:
 
 
 def probed(config: RunConfig, net: nn.Module, **settings) -> ProbeReport:
-    report = probe_teacher(config, teacher_of(net), ProbeSettings(**settings))
-    assert report is not None
-    return report
+    return probe_teacher(config, teacher_of(net), ProbeSettings(**settings))["logits"]
 
 
 def test_good_teacher_passes_with_one_line(tmp_path, caplog) -> None:
@@ -100,7 +98,7 @@ def test_good_teacher_passes_with_one_line(tmp_path, caplog) -> None:
     config = colors(tmp_path)
     teacher = teacher_of(ColorNet())
     caplog.clear()
-    report = probe_teacher(config, teacher, ProbeSettings(strict=True))
+    report = probe_teacher(config, teacher, ProbeSettings(strict=True))["logits"]
     assert report.problems == () and report.top1 > 0.95 and report.num_samples == 400
     assert report.chance == pytest.approx(0.1, abs=0.01) and report.required_top1 == pytest.approx(0.5, abs=0.05)
     assert report.mean_confidence is not None and 0.3 < report.mean_confidence < 1 and report.num_bad_rows == 0
@@ -300,7 +298,7 @@ def test_strict_raises_else_warns(tmp_path, caplog) -> None:
 def test_skips_unlabeled_data(tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO, "kd_pipeline")
     config = colors(tmp_path, labeled=False)
-    assert probe_teacher(config, teacher_of(ColorNet()), ProbeSettings(strict=True)) is None
+    assert probe_teacher(config, teacher_of(ColorNet()), ProbeSettings(strict=True)) == {}
     assert caplog.messages[-1] == "teacher probe: skipped, because the training data has no labels"
 
 

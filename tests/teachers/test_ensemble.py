@@ -116,7 +116,7 @@ def test_images_and_max_batch_fit_all_members(tmp_path: Path) -> None:
 def test_different_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         TeacherError,
-        match=r"teacher 1 \(onnxruntime\) has \[any, 3, 8, 8\] float32, those before it \[any, 3, 32, 32\] float32",
+        match=r"member 1 \(onnxruntime\) has \[any, 3, 8, 8\] float32, those before it \[any, 3, 32, 32\] float32",
     ):
         EnsembleTeacher([member(), linear(tmp_path / "small.onnx")])
     half = open_teacher(TeacherSettings(), module=ConvNet(), image_shape=IMAGE_SHAPE, dtype=torch.float16)
@@ -136,7 +136,7 @@ def test_different_num_classes_are_refused() -> None:
 def test_different_devices_are_refused() -> None:
     other = member(1)
     other.device = torch.device("meta")
-    with pytest.raises(TeacherError, match=r"teacher 1 \(pytorch\) is on meta, teacher 0 on cpu"):
+    with pytest.raises(TeacherError, match=r"member 1 \(pytorch\) is on meta, member 0 on cpu"):
         EnsembleTeacher([member(0), other])
 
 
@@ -149,7 +149,7 @@ def test_different_class_names_are_refused(tmp_path: Path) -> None:
     assert EnsembleTeacher([nameless, first, nameless]).classes == ("ant", "bee", "cat", "dog", "eel")
     assert EnsembleTeacher([nameless]).classes is None
     with pytest.raises(
-        TeacherError, match=r"logit 2 is 'dog' for teacher 2 \(onnxruntime\) and 'cat' for teacher 1; reorder"
+        TeacherError, match=r"logit 2 is 'dog' for member 2 \(onnxruntime\) and 'cat' for member 1; reorder"
     ):
         EnsembleTeacher([nameless, first, named("other", '["ant", "bee", "dog", "cat", "eel"]')])
 

@@ -380,7 +380,7 @@ def test_ensemble_settings_open_ensemble(exported: Callable[[int], Path]) -> Non
 def test_invalid_ensemble_is_refused(exported: Callable[[int], Path]) -> None:
     with pytest.raises(ValidationError, match="1 members and 2 weights"):
         EnsembleSettings(members=[TeacherSettings(onnx=ONNX)], weights=(1, 1))
-    with pytest.raises(ConfigError, match="an ensemble opens its members from their settings, and got a module"):
+    with pytest.raises(ConfigError, match="several teachers are opened from their settings, and got a module"):
         open_teacher(EnsembleSettings(members=[TeacherSettings(onnx=ONNX)]), module=ConvNet())
     with pytest.raises(TeacherError, match=r"teacher.onnx: there is no such file"):
         onnx = [exported(0), ONNX]

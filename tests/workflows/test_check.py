@@ -152,8 +152,8 @@ def test_validation_on_training_images_is_a_problem(photo_folder: Path, tmp_path
 
 def test_good_teacher_is_no_problem(known: Callable[..., Config]) -> None:
     found = check(known())
-    assert found.problems == () and found.teacher is not None and found.teacher.probe is not None
-    assert found.teacher.backend == "openvino" and found.teacher.probe.top1 > 0.95
+    assert found.problems == () and found.teacher is not None
+    assert found.teacher.backend == "openvino" and found.teacher.probes["logits"].top1 > 0.95
 
 
 def test_bad_teacher_is_a_problem_despite_strict_probe(
@@ -252,7 +252,7 @@ def test_one_split_that_does_not_open_leaves_the_others(known: Callable[..., Con
     assert any("gone" in problem for problem in found.problems)
     found = check(config.model_copy(update={"data": config.data.model_copy(update={"train": gone, "val": gone})}))
     assert found.splits == () and found.grid is None
-    assert found.teacher is not None and found.teacher.probe is None
+    assert found.teacher is not None and not found.teacher.probes
     data = config.data.model_copy(update={"train": gone, "val": config.data.train})
     found = check(config.model_copy(update={"data": data}))
     assert [split.split for split in found.splits] == ["val"]
@@ -296,7 +296,7 @@ def test_teacher_with_softmax_is_a_problem(tmp_path: Path) -> None:
         found = check(config.model_copy(update={"probe": probe}))
         ((severity, message),) = rows(found, "teacher")  # once, though asked twice
         assert severity == "error" and "without the softmax at its end" in message
-        assert found.teacher is not None and (found.teacher.probe is None) == (probe is None)
+        assert found.teacher is not None and (not found.teacher.probes) == (probe is None)
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
@@ -402,7 +402,7 @@ def test_writes_only_the_report(known: Callable[..., Config], tmp_path: Path) ->
     assert before.items() <= after.items()
     written = json.loads((tmp_path / "findings" / "check.json").read_text())
     assert written["splits"][0]["class_sizes"] == [40] * 10 and written["problems"] == written["findings"] == []
-    assert written["teacher"]["probe"]["top1"] == found.teacher.probe.top1  # type: ignore[union-attr]
+    assert written["teacher"]["probes"]["logits"]["top1"] == found.teacher.probes["logits"].top1  # type: ignore[union-attr]
 
 
 def test_grid_shows_first_training_batch(known: Callable[..., Config], tmp_path: Path) -> None:

@@ -422,13 +422,13 @@ def test_probe_reads_recorded_logits(photo_folder: Path, copy: Path) -> None:
     logits = np.fromfile(copy / "logits.values.bin", "<f4").reshape(NUM_EPOCHS, 37, 3)
     assert labels is not None
     top1 = float((logits[0].argmax(1) == labels[samples]).mean())
-    report = probe_teacher(config(photo_folder), Recording(copy))
-    assert report is not None and report.num_samples == 37
+    report = probe_teacher(config(photo_folder), Recording(copy))["logits"]
+    assert report.num_samples == 37
     assert report.top1 == pytest.approx(top1)
     logits[0] = 5 * np.eye(3)[labels[samples]]
     logits.tofile(copy / "logits.values.bin")
-    report = probe_teacher(config(photo_folder), Recording(copy))
-    assert report is not None and report.top1 == 1 and not report.problems
+    report = probe_teacher(config(photo_folder), Recording(copy))["logits"]
+    assert report.top1 == 1 and not report.problems
 
 
 def test_probe_refuses_recording_of_more_images(photo_folder: Path, tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_probe_refuses_recording_of_more_images(photo_folder: Path, tmp_path: Pa
 
 def test_probe_skips_mixed_recording(photo_folder: Path, plain: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="kd_pipeline")
-    assert probe_teacher(config(photo_folder, mix=MIX), Recording(plain)) is None
+    assert probe_teacher(config(photo_folder, mix=MIX), Recording(plain)) == {}
     assert "mixed images" in caplog.text
 
 
