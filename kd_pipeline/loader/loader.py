@@ -692,7 +692,7 @@ def _check_teacher(teacher: Teacher, loader: KDDataLoader) -> None:
         if ours is not None and theirs is not None and ours != theirs:
             ours_here, theirs_here = next(pair for pair in zip_longest(ours, theirs) if pair[0] != pair[1])
             raise TeacherError(
-                f"the {len(theirs)} classes of the teacher's {name} are not the data's {len(ours)} in the same order: "
-                f"where the data has {ours_here!r} the teacher has {theirs_here!r}; give the source the teacher's "
-                "order as `classes`"
+                f"the teacher's {len(theirs)} classes are not the data's {len(ours)} in the same order: where the data "
+                f"has {ours_here!r} the teacher has {theirs_here!r} ({name}); give the source the teacher's order as "
+                "`classes`"
             )

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from kd_pipeline._core.secret_values import is_secret
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.input_adapter import ExpectedInput
@@ -174,10 +175,10 @@ AnyTeacherSettings = TeacherSettings | EnsembleSettings | TeacherGroupSettings
 
 def check_member_name(name: str) -> None:
     """Raise a ConfigError if one of several teachers cannot be called `name`."""
-    if not re.fullmatch(_MEMBER_NAME, name):
+    if not re.fullmatch(_MEMBER_NAME, name) or is_secret(name):  # which is hidden in what a run writes
         raise ConfigError(
-            f"members: a teacher cannot be called {name!r}; start with a letter, use letters, digits and _, and not "
-            "logits, pooled or spatial, which are names of outputs"
+            f"members: a teacher cannot be called {name!r}; start with a letter, use letters, digits and _, and "
+            "neither a word for a secret, such as token, nor logits, pooled or spatial, which are names of outputs"
         )
 
 

@@ -165,7 +165,7 @@ def test_fingerprint_depends_on_names_and_members() -> None:
     assert len({each.fingerprint for each in (group, *others)}) == 4
 
 
-@pytest.mark.parametrize("name", ["logits", "pooled", "spatial", "a.b", "a/b", "", "1st", "a b", "a\n"])
+@pytest.mark.parametrize("name", ["logits", "pooled", "spatial", "a.b", "a/b", "", "1st", "a b", "a\n", "api_key"])
 def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="a teacher cannot be called"):
         TeacherGroupSettings(members={name: TeacherSettings()})

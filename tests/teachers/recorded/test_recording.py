@@ -409,7 +409,7 @@ def test_recording_without_path_is_refused() -> None:
 
 
 def test_recording_is_no_ensemble_member() -> None:
-    with pytest.raises(ValidationError, match="record the outputs of the whole ensemble"):
+    with pytest.raises(ValidationError, match="record the outputs of all members together"):
         EnsembleSettings(members=(TeacherSettings(path=Path("recording")),))
 
 
