@@ -20,12 +20,13 @@ from tests.streams import TRAIN, Fields, run
 
 NUM_EPOCHS = 2
 PLUGINS = [__name__]
+TOP_2 = {"logits": {"shape": [3], "top_k": 2}}
+"""Outputs of a manifest, for `small_recording`."""
+INT8 = {"spatial": {"shape": [2, 3], "dtype": "int8", "num_prefix_tokens": 1}}
 GOOD: dict[str, Any] = {
     "version": 1,
     "teacher": {"fingerprint": "f", "backend": "pytorch", "precision": "fp32", "classes": ["a", "b", "c"]},
-    "outputs": {"logits": [3]},
-    "top_k": None,
-    "dtype": "float32",
+    "outputs": {"logits": {"shape": [3]}},
     "stream": {"seed": 5, "transform": {"mean": [0.5, 0.5, 0.5], "auto_augment": {"kind": "rand_augment"}}},
     "num_rows": 40,
     "epochs": 1,
@@ -114,4 +115,6 @@ def small_recording(folder: Path, **changes: Any) -> Path:
     np.arange(120, dtype="<f4").tofile(folder / "logits.values.bin")
     np.zeros(80, "<i2").tofile(folder / "logits.classes.bin")
     np.zeros(40, "<f4").tofile(folder / "logits.rest.bin")
+    np.arange(240, dtype="i1").tofile(folder / "spatial.values.bin")
+    np.ones(80, "<f4").tofile(folder / "spatial.scale.bin")
     return folder

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_pipeline.cli.arguments import add_config, add_options, checked, given, permissions, print_progress
+from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
 from kd_pipeline.cli.printing import print_result
 
 if TYPE_CHECKING:
-    from kd_pipeline.workflows._record import Progress
+    from kd_pipeline.workflows._record import Progress, RecordingPlan
 
 __all__ = ["add_to"]
 
@@ -18,6 +18,7 @@ _EXAMPLES = """\
 examples:
   kd-pipeline record -c my.yaml
   kd-pipeline record -c my.yaml --top-k 16 --dtype float16 --epochs 100
+  kd-pipeline record -c my.yaml --outputs pooled spatial --grid 7 --dtype int8 --dry-run
   kd-pipeline train -c my.yaml 'teacher={path: runs/mine/recording}'
 
 Run the same command to resume an interrupted recording.
@@ -40,16 +41,28 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from kd_pipeline.workflows._record import RecordSettings
 
     add_config(parser)
-    add_options(parser, RecordSettings, "top_k", "dtype", "epochs", "out")
+    add_options(parser, RecordSettings, "outputs", "dtype", "grid", "top_k", "epochs", "out")
+    parser.add_argument("--dry-run", action="store_true", help="say what the recording would take, and write nothing")
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.config.config import load_config
     from kd_pipeline.teachers.recorded.manifest import RecordingManifest
-    from kd_pipeline.workflows._record import RecordSettings, record
+    from kd_pipeline.workflows._record import RecordSettings, plan_recording, record
 
-    settings = checked(RecordSettings, **given(parsed, RecordSettings))
-    folder = record(load_config(parsed.config, parsed.overrides), settings, **permissions(parsed), report=_show)
+    fields, overrides = given(parsed, RecordSettings), list(parsed.overrides)
+    if "outputs" in fields:
+        # `--outputs` takes every word that follows it.
+        overrides += [word for word in fields["outputs"] if "=" in word]
+        fields["outputs"] = tuple(word for word in fields["outputs"] if "=" not in word)
+    settings, config = checked(RecordSettings, **fields), load_config(parsed.config, overrides)
+    plugins, trust_engines = parsed.plugin, parsed.trust_engine
+    if parsed.dry_run:
+        plan = plan_recording(config, settings, plugins=plugins, trust_engines=trust_engines)
+        plan.require_space()
+        print_result("\n  ".join(plan.lines))
+        return 0
+    folder = record(config, settings, plugins=plugins, trust_engines=trust_engines, announce=_announce, report=_show)
     manifest = RecordingManifest.load(folder)
     print_result(
         f"{manifest.num_rows} images x {manifest.epochs_done} epochs, {manifest.row_bytes} bytes each "
@@ -62,6 +75,10 @@ def _yaml(path: Path) -> str:
     """A path as it is written in YAML."""
     text = str(path)
     return text if re.fullmatch(r"[\w/.][\w/.+-]*", text) else json.dumps(text)
+
+
+def _announce(plan: "RecordingPlan") -> None:
+    print_progress("\n".join(plan.lines))
 
 
 def _show(progress: "Progress") -> None:

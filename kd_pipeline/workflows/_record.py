@@ -2,10 +2,9 @@
 
 import logging
 import os
-import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from kd_pipeline._core.ranks import is_rank_zero, num_nodes
-from kd_pipeline._core.settings import Settings
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import BatchPlan, EpochPlan
@@ -26,12 +24,12 @@ from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.loader.state import changed_fields
 from kd_pipeline.loader.verify_recording import require_repeatable
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.recorded.files import RecordingReader, RecordingWriter, checksums, create_files, encode
+from kd_pipeline.teachers.recorded.encoding import encode
+from kd_pipeline.teachers.recorded.files import RecordingReader, RecordingWriter, checksums, create_files
 from kd_pipeline.teachers.recorded.manifest import (
     CHECKSUM,
     MANIFEST,
     SAMPLE,
-    RecordedDtype,
     RecordingManifest,
     TeacherInfo,
     reason_of,
@@ -39,9 +37,17 @@ from kd_pipeline.teachers.recorded.manifest import (
 from kd_pipeline.teachers.settings import is_recording
 from kd_pipeline.training.distributed import init_distributed, on_rank_zero, set_num_threads
 from kd_pipeline.training.run_lock import lock_folder
+from kd_pipeline.workflows.record_plan import (
+    RecordingPlan,
+    RecordSettings,
+    existing_bytes,
+    free_bytes,
+    stored_outputs,
+    with_outputs,
+)
 from kd_pipeline.workflows.teacher import open_run_teacher
 
-__all__ = ["Progress", "RecordSettings", "record"]
+__all__ = ["Progress", "RecordSettings", "RecordingPlan", "plan_recording", "record"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -50,21 +56,6 @@ _COMMIT_INTERVAL_S = 10.0
 _ROUNDING = 0.02
 """Largest difference between two runs of one teacher, relative to the largest number of the output: bfloat16 has eight
 bits, and a different batch size or processor rounds differently."""
-_SMALL_TOP_K = 16
-"""Suggested by the message about a full disk."""
-
-
-class RecordSettings(Settings):
-    """Which outputs to keep, for how many epochs, and where."""
-
-    top_k: int | None = Field(default=None, ge=1)
-    """Keep only the largest logits of an image; the other classes share the rest of the probability."""
-    dtype: RecordedDtype = "float32"
-    """Of the outputs in the files. Training with float32 and all logits gives exactly the weights of a live teacher."""
-    epochs: int | None = Field(default=None, ge=1)
-    """Epochs to record; defaults to `train.epochs`."""
-    out: Path | None = None
-    """The folder; defaults to `recording` in `run_dir`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +79,7 @@ def record(
     *,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
+    announce: Callable[[RecordingPlan], None] | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Record the teacher of `config`, or resume an earlier recording in the same folder.
@@ -97,20 +89,54 @@ def record(
 
     Args:
         config: the training that will use the recording.
-        settings: what to keep; defaults to everything, in `run_dir`.
+        settings: what to keep; defaults to what the config's loss compares, for `train.epochs`, in `run_dir`.
         plugins: modules that factories in the config may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
+        announce: called with the plan before anything is written.
         report: called every few seconds.
 
     Returns:
         The folder of the recording, for `teacher.path`.
 
     Raises:
-        ConfigError: the config lacks something, or the disk is too small.
+        ConfigError: the config lacks something, the teacher has no such outputs, or the disk is too small.
         StateError: the folder holds a recording of different images, outputs or of a different teacher; or the disk is
             full or fails.
         DataError, TeacherError: the data or the teacher is not what the config says.
     """
+    with _planned(config, settings, plugins, trust_engines) as (loader, plan, opened):
+        if announce is not None and is_rank_zero():
+            announce(plan)
+        on_rank_zero(lambda: _prepare(plan, opened))
+        writer = RecordingWriter(plan.folder)
+        opened.callback(writer.close)
+        _Recorder(loader, writer, plan.manifest.epochs, report).run()
+    return plan.folder
+
+
+def plan_recording(
+    config: Config,
+    settings: RecordSettings | None = None,
+    *,
+    plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
+) -> RecordingPlan:
+    """What `record` would do with the same arguments, which are its own; nothing is written to the folder.
+
+    `RecordingPlan.require_space` says whether it fits.
+
+    Raises:
+        ConfigError, StateError, DataError, TeacherError: as `record`, but for the size of the disk.
+    """
+    with _planned(config, settings, plugins, trust_engines) as (_, plan, _):
+        return plan
+
+
+@contextmanager
+def _planned(
+    config: Config, settings: RecordSettings | None, plugins: Collection[str], trust_engines: Collection[str]
+) -> Iterator[tuple[KDDataLoader, RecordingPlan, ExitStack]]:
+    """The open loader, the plan, and the stack that closes everything."""
     settings = settings or RecordSettings()
     folder = settings.out or (None if config.run_dir is None else config.run_dir / "recording")
     if folder is None:
@@ -121,13 +147,20 @@ def record(
     set_num_threads(config.train.num_threads)
     with ExitStack() as opened:
         loader = _open_loader(config, plugins, trust_engines, opened, begun_with=_runtimes_of(folder))
-        manifest = _new_manifest(loader, settings, settings.epochs or config.train.epochs)
-        _existing_manifest(folder, manifest)
-        on_rank_zero(lambda: _prepare(folder, manifest, opened))
-        writer = RecordingWriter(folder)
-        opened.callback(writer.close)
-        _Recorder(loader, writer, manifest.epochs, report).run()
-    return folder
+        assert isinstance(loader.teacher, Teacher)
+        settings = with_outputs(settings, config, loader.teacher.outputs)
+        manifest = _new_manifest(loader, loader.teacher, settings, settings.epochs or config.train.epochs)
+        existing = _existing_manifest(folder, manifest)
+        plan = RecordingPlan(
+            folder=folder,
+            settings=settings,
+            teacher_outputs=loader.teacher.outputs,
+            manifest=manifest,
+            existing_bytes=existing_bytes(folder, manifest),
+            free_bytes=free_bytes(folder),
+            num_epochs_done=None if existing is None else existing.epochs_done,
+        )
+        yield loader, plan, opened
 
 
 class _Recorder:
@@ -213,14 +246,14 @@ class _Recorder:
         self._report(Progress(epoch, self._epochs, done, images_per_s, left / images_per_s))
 
 
-def _prepare(folder: Path, manifest: RecordingManifest, opened: ExitStack) -> None:
+def _prepare(plan: RecordingPlan, opened: ExitStack) -> None:
     """Lock the folder and create the files of the recording, on one rank."""
-    _check_space(folder, manifest)
-    opened.enter_context(lock_folder(folder, otherwise="choose a different folder with --out"))
-    existing = _existing_manifest(folder, manifest)
-    if existing is None or existing.epochs < manifest.epochs:
+    plan.require_space()
+    opened.enter_context(lock_folder(plan.folder, otherwise="choose a different folder with --out"))
+    existing = _existing_manifest(plan.folder, plan.manifest)
+    if existing is None or existing.epochs < plan.manifest.epochs:
         epochs_done = 0 if existing is None else existing.epochs_done
-        create_files(folder, manifest.model_copy(update={"epochs_done": epochs_done}))
+        create_files(plan.folder, plan.manifest.model_copy(update={"epochs_done": epochs_done}))
 
 
 def _open_loader(
@@ -264,17 +297,7 @@ def _open_loader(
     )
 
 
-def _new_manifest(loader: KDDataLoader, settings: RecordSettings, epochs: int) -> RecordingManifest:
-    teacher = loader.teacher
-    assert isinstance(teacher, Teacher)
-    outputs = {name: tuple(size or 0 for size in spec.shape[1:]) for name, spec in teacher.outputs.items()}
-    if unknown := [name for name, shape in outputs.items() if 0 in shape]:
-        raise TeacherError(f"the shape of the teacher's {unknown[0]!r} is not fixed; export it with fixed sizes")
-    num_classes = outputs["logits"][0]
-    if settings.top_k is not None and settings.top_k >= num_classes:
-        raise ConfigError(
-            f"--top-k must be below the number of classes, got {settings.top_k} of {num_classes}; leave it out for all"
-        )
+def _new_manifest(loader: KDDataLoader, teacher: Teacher, settings: RecordSettings, epochs: int) -> RecordingManifest:
     try:
         return RecordingManifest(
             teacher=TeacherInfo(
@@ -284,9 +307,7 @@ def _new_manifest(loader: KDDataLoader, settings: RecordSettings, epochs: int) -
                 runtimes=teacher.runtimes,
                 classes=teacher.classes,
             ),
-            outputs=outputs,
-            top_k=settings.top_k,
-            dtype=settings.dtype,
+            outputs=stored_outputs(teacher.outputs, settings),
             stream=loader.stream_fingerprint,
             num_rows=len(loader.source),
             epochs=epochs,
@@ -320,38 +341,6 @@ def _existing_manifest(folder: Path, new: RecordingManifest) -> RecordingManifes
             "use the old values to resume it, or choose a different folder with --out"
         )
     return existing
-
-
-def _check_space(folder: Path, manifest: RecordingManifest) -> None:
-    """Refuse a recording that does not fit on the disk.
-
-    Raises:
-        ConfigError: says how much it needs, how much is free and how much a smaller one would need.
-    """
-    parent = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.isdir(each))
-    needed, free = manifest.num_bytes - _allocated_bytes(folder, manifest), shutil.disk_usage(parent).free
-    if needed <= free:
-        return
-    small = {"top_k": _SMALL_TOP_K if manifest.outputs["logits"][0] > _SMALL_TOP_K else None, "dtype": "float16"}
-    smaller = manifest.model_copy(update=small)
-    options = f"{'' if smaller.top_k is None else f'--top-k {_SMALL_TOP_K} '}--dtype float16"
-    raise ConfigError(
-        f"the recording needs {_size(needed)} more in {folder} ({manifest.num_rows} images x {manifest.epochs} epochs "
-        f"x {manifest.row_bytes} bytes) and {_size(free)} are free; {options} would need {_size(smaller.num_bytes)} in "
-        "all. Or record fewer epochs with --epochs, or use a different disk with --out"
-    )
-
-
-def _allocated_bytes(folder: Path, manifest: RecordingManifest) -> int:
-    files = [folder / column.file for column in manifest.columns.values()]
-    return sum(file.stat().st_blocks * 512 for file in files if file.exists())
-
-
-def _size(num_bytes: int) -> str:
-    size, units = float(num_bytes), ["bytes", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.3g} {units[0]}"
 
 
 def _first_missing(batches: EpochPlan, committed: NDArray[np.bool_]) -> int:
@@ -391,9 +380,9 @@ def _check_same_rows(old: Mapping[str, NDArray[Any]], new: Mapping[str, NDArray[
     worst = 0.0
     for name in old:
         # Of two classes with nearly the same logit, either may be the last one that is kept.
-        if name in (SAMPLE, CHECKSUM, "logits.classes"):
+        if name in (SAMPLE, CHECKSUM) or name.endswith((".classes", ".scale")):
             continue
-        before, after = old[name].astype(np.float64), new[name].astype(np.float64)
+        before, after = (_numbers(name, columns) for columns in (old, new))
         with np.errstate(invalid="ignore"):
             equal = (before == after) | (np.isnan(before) & np.isnan(after))
             difference = np.where(equal, 0.0, np.abs(before - after))
@@ -411,6 +400,16 @@ def _check_same_rows(old: Mapping[str, NDArray[Any]], new: Mapping[str, NDArray[
             "packages the recording would be the same to the bit",
             worst,
         )
+
+
+def _numbers(name: str, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """A column in float64; of int8, the numbers that it stands for."""
+    values = columns[name].astype(np.float64)
+    scale = columns.get(f"{name.removesuffix('.values')}.scale")
+    if scale is None:
+        return values
+    numbers: NDArray[np.float64] = values * np.expand_dims(scale, 1 if values.ndim == 4 else -1)
+    return numbers
 
 
 def _barrier() -> None:

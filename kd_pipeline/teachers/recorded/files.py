@@ -25,7 +25,7 @@ from kd_pipeline._core.files import open_own, open_regular
 from kd_pipeline.errors import StateError, TeacherError
 from kd_pipeline.teachers.recorded.manifest import MANIFEST, SAMPLE, Column, RecordingManifest
 
-__all__ = ["RecordingReader", "RecordingWriter", "checksums", "create_files", "decode", "encode"]
+__all__ = ["RecordingReader", "RecordingWriter", "checksums", "create_files"]
 
 _CHUNK = 16
 """Images in a step of a GPU's checksums, to limit its memory."""
@@ -210,38 +210,6 @@ def create_files(folder: Path, manifest: RecordingManifest) -> None:
         manifest.save(folder)
 
 
-def encode(outputs: Mapping[str, Tensor], manifest: RecordingManifest) -> dict[str, Tensor]:
-    """Outputs `[N, ...]` float32 as columns of a recording, on the same device.
-
-    Raises:
-        TeacherError: a finite number is too large for float16.
-    """
-    columns = {f"{name}.values": output for name, output in outputs.items()}
-    if manifest.top_k is not None:
-        logits_NK = outputs["logits"]
-        values_Nk, classes_Nk = logits_NK.topk(manifest.top_k)
-        others_NK = logits_NK.scatter(1, classes_Nk, -torch.inf)
-        columns |= {"logits.values": values_Nk, "logits.rest": others_NK.logsumexp(1), "logits.classes": classes_Nk}
-    if manifest.dtype == "float32":
-        return columns
-    return {name: column if name == "logits.classes" else _half(name, column) for name, column in columns.items()}
-
-
-def decode(columns: Mapping[str, Tensor], manifest: RecordingManifest) -> dict[str, Tensor]:
-    """Columns of a recording as outputs `[N, ...]` float32, on the same device.
-
-    With `top_k`, the other classes share the rest of the probability evenly, so a softmax gives the kept classes the
-    probabilities that they had.
-    """
-    outputs = {name: columns[f"{name}.values"].float() for name in manifest.outputs}
-    if manifest.top_k is not None:
-        num_classes = manifest.outputs["logits"][0]
-        share_N1 = (columns["logits.rest"].float() - float(np.log(num_classes - manifest.top_k)))[:, None]
-        logits_NK = share_N1.repeat(1, num_classes)
-        outputs["logits"] = logits_NK.scatter_(1, columns["logits.classes"].long(), outputs["logits"])
-    return outputs
-
-
 def checksums(images: Tensor) -> NDArray[np.uint32]:
     """`[N]`, a checksum of each image `[N, ...]`, float32 or float16: the bits of its pixels times odd numbers, summed.
 
@@ -318,13 +286,3 @@ def _writing(path: Path) -> Iterator[None]:
         raise StateError(
             f"{path} cannot be written: {exc.strerror}; solve that and run the same command again to resume"
         ) from exc
-
-
-def _half(name: str, column: Tensor) -> Tensor:
-    halved = column.half()
-    if bool((halved.isinf() & column.isfinite()).any()):
-        raise TeacherError(
-            f"{name} goes up to {float(column[column.isfinite()].abs().max()):.4g}, and float16 to 65504; record it "
-            "with --dtype float32"
-        )
-    return halved

@@ -2,28 +2,46 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote
 
 import numpy as np
+import torch
 from pydantic import Field, ValidationError, model_validator
 
 from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import TeacherError
 
-__all__ = ["CHECKSUM", "MANIFEST", "SAMPLE", "Column", "RecordedDtype", "RecordingManifest", "TeacherInfo", "reason_of"]
+__all__ = [
+    "CHECKSUM",
+    "LOGITS",
+    "MANIFEST",
+    "SAMPLE",
+    "Column",
+    "RecordedDtype",
+    "RecordedOutput",
+    "RecordingManifest",
+    "TeacherInfo",
+    "is_logits",
+    "reason_of",
+]
 
-RecordedDtype = Literal["float32", "float16"]
+RecordedDtype = Literal["float32", "float16", "int8"]
+
+LOGITS = "logits"
+"""Name of a classifier's output."""
 
 SAMPLE, CHECKSUM = "sample", "checksum"
 """Columns besides those of the outputs, whose names contain a dot."""
 MANIFEST = "manifest.json"
 """Name of the file that describes the others."""
+_DTYPES = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
 _MAX_INT16_CLASSES = 2**15
 _MAX_BYTES = 2**23
 """Of a manifest, which is enough for the names of a hundred thousand classes."""
@@ -67,17 +85,80 @@ class Column:
         return self.dtype.itemsize * math.prod(self.shape)
 
 
+class RecordedOutput(Settings):
+    """How an output of the teacher is stored."""
+
+    shape: tuple[_Count, ...] = Field(min_length=1, max_length=3)
+    """Of an image: a vector `[D]`, tokens `[L, D]` or a map `[C, h, w]`."""
+    dtype: RecordedDtype = "float32"
+    """Of its numbers in the files. `int8` has a float32 scale for each vector, token or position of a map."""
+    top_k: int | None = Field(default=None, ge=1)
+    """How many logits of an image are kept; None keeps all."""
+    num_prefix_tokens: int | None = Field(default=None, ge=0)
+    """Of tokens; see `TensorSpec`."""
+    teacher_grid: tuple[_Count, _Count] | None = None
+    """Height and width of the teacher's own map or tokens, if they were resized or lost their prefix; else None."""
+
+    @property
+    def spec(self) -> TensorSpec:
+        """Of the outputs that are replayed."""
+        return TensorSpec((None, *self.shape), torch.float32, self.num_prefix_tokens)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what is replayed is what the teacher returned, bit for bit."""
+        return self.dtype == "float32" and self.top_k is None and self.teacher_grid is None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of what has one scale each: nothing for a vector, `[L]` for tokens and `[h, w]` for a map."""
+        return self.shape[1:] if len(self.shape) == 3 else self.shape[:-1]
+
+    def columns(self, name: str) -> dict[str, "Column"]:
+        """The arrays of the output called `name`, by the name of the column."""
+        values = Column(_file(name, "values"), np.dtype(_DTYPES[self.dtype]), self.shape)
+        if self.dtype == "int8":
+            scale = Column(_file(name, "scale"), np.dtype("<f4"), self.row_shape)
+            return {f"{name}.values": values, f"{name}.scale": scale}
+        if self.top_k is None:
+            return {f"{name}.values": values}
+        classes = np.dtype("<i2" if self.shape[0] <= _MAX_INT16_CLASSES else "<i4")
+        return {
+            f"{name}.values": replace(values, shape=(self.top_k,)),
+            f"{name}.classes": Column(_file(name, "classes"), classes, (self.top_k,)),
+            f"{name}.rest": Column(_file(name, "rest"), values.dtype, ()),
+        }
+
+    def check(self, name: str) -> None:
+        """Refuse what no output called `name` can be.
+
+        Raises:
+            ValueError: says what is wrong.
+        """
+        if not name or printable(name) != name or len(_file(name, "classes")) > _MAX_NAME:
+            raise ValueError(f"the output name {name!r:.80} is empty, too long or not printable")
+        if is_logits(name):
+            if len(self.shape) != 1:
+                raise ValueError(f"the logits {name!r} should have one dimension, got {list(self.shape)}")
+            if self.dtype == "int8":
+                raise ValueError(f"the logits {name!r} are stored as float32 or float16, not as int8")
+        elif self.top_k is not None:
+            raise ValueError(f"top_k is for logits, and {name!r} are none")
+        if self.top_k is not None and self.top_k >= self.shape[0]:
+            raise ValueError(f"top_k is {self.top_k} for {self.shape[0]} logits")
+        if (prefix := self.num_prefix_tokens) is not None and (len(self.shape) != 2 or prefix >= self.shape[0]):
+            raise ValueError(f"num_prefix_tokens is {prefix} for {name!r} with the shape {list(self.shape)}")
+        if self.teacher_grid is not None and (len(self.shape) == 1 or prefix):
+            raise ValueError(f"teacher_grid is for maps, and tokens without a prefix, and {name!r} are neither")
+
+
 class RecordingManifest(Settings):
     """What was recorded, and how; `manifest.json`."""
 
     version: Literal[1] = 1
     teacher: TeacherInfo
-    outputs: dict[str, tuple[_Count, ...]]
-    """Shape of each output, without the batch."""
-    top_k: int | None = Field(default=None, ge=1)
-    """How many logits of an image are kept; None keeps all."""
-    dtype: RecordedDtype = "float32"
-    """Of the outputs in the files."""
+    outputs: dict[str, RecordedOutput] = Field(min_length=1)
+    """The recorded outputs by name."""
     stream: dict[_Word, _Fields | dict[_Word, _Fields]]
     """Everything that the image at a position of an epoch depends on; see `KDDataLoader.stream_fingerprint`."""
     num_rows: _Count
@@ -124,22 +205,23 @@ class RecordingManifest(Settings):
     def columns(self) -> dict[str, Column]:
         """The arrays by name: sample, checksum, and `<output>.values` for each output.
 
-        With `top_k` the logits also have `logits.classes`, and `logits.rest`: the log of the summed exponentials of all
-        logits that are not kept.
+        In int8 an output also has `<output>.scale`. With `top_k`, logits also have `<output>.classes`, and
+        `<output>.rest`: the log of the summed exponentials of all logits that are not kept.
         """
         largest = self.num_rows + 1
         columns = {SAMPLE: Column("sample.bin", np.dtype("<i4" if largest < 2**31 else "<i8"), ())}
         columns[CHECKSUM] = Column("checksum.bin", np.dtype("<u4"), ())
-        values = np.dtype("<f4" if self.dtype == "float32" else "<f2")
-        for name, shape in self.outputs.items():
-            if name != "logits" or self.top_k is None:
-                columns[f"{name}.values"] = Column(_file(name), values, shape)
-                continue
-            classes = np.dtype("<i2" if shape[0] <= _MAX_INT16_CLASSES else "<i4")
-            columns["logits.values"] = Column("logits.values.bin", values, (self.top_k,))
-            columns["logits.classes"] = Column("logits.classes.bin", classes, (self.top_k,))
-            columns["logits.rest"] = Column("logits.rest.bin", values, ())
+        for name, output in self.outputs.items():
+            columns |= output.columns(name)
         return columns
+
+    @property
+    def output_bytes(self) -> dict[str, int]:
+        """Bytes of each output for one image of one epoch."""
+        return {
+            name: sum(column.row_bytes for column in output.columns(name).values())
+            for name, output in self.outputs.items()
+        }
 
     @property
     def row_bytes(self) -> int:
@@ -160,16 +242,11 @@ class RecordingManifest(Settings):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        for name in self.outputs:
-            if not name or printable(name) != name or len(_file(name)) > _MAX_NAME:
-                raise ValueError(f"the output name {name!r:.80} is empty, too long or not printable")
-        if len(logits := self.outputs.get("logits", ())) != 1:
-            raise ValueError("outputs should have logits with one dimension")
-        num_classes = logits[0]
-        if self.teacher.classes is not None and len(self.teacher.classes) != num_classes:
-            raise ValueError(f"there are {len(self.teacher.classes)} class names for {num_classes} logits")
-        if self.top_k is not None and self.top_k >= num_classes:
-            raise ValueError(f"top_k is {self.top_k} for {num_classes} logits")
+        for name, output in self.outputs.items():
+            output.check(name)
+        logits = self.outputs.get(LOGITS)
+        if logits is not None and self.teacher.classes is not None and len(self.teacher.classes) != logits.shape[0]:
+            raise ValueError(f"there are {len(self.teacher.classes)} class names for {logits.shape[0]} logits")
         if self.epochs_done > self.epochs:
             raise ValueError(f"{self.epochs_done} epochs are done of {self.epochs}")
         if self.row_bytes > _MAX_ROW_BYTES or self.num_bytes > _MAX_FILE_BYTES:
@@ -178,6 +255,11 @@ class RecordingManifest(Settings):
                 f"and {_MAX_FILE_BYTES} are possible"
             )
         return self
+
+
+def is_logits(name: str) -> bool:
+    """Whether an output, perhaps of one of several teachers, is a classifier's logits."""
+    return name.rpartition(".")[2] == LOGITS
 
 
 def reason_of(exc: ValueError | RecursionError) -> str:
@@ -191,9 +273,9 @@ def reason_of(exc: ValueError | RecursionError) -> str:
     return printable(": ".join(filter(None, [".".join(map(str, error["loc"])), text])))
 
 
-def _file(output: str) -> str:
+def _file(output: str, part: str) -> str:
     """A plain file name, whatever the output is called."""
-    return f"{quote(output, safe='')}.values.bin"
+    return f"{quote(output, safe='')}.{part}.bin"
 
 
 def _integer(digits: str) -> int:

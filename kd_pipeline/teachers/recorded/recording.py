@@ -1,6 +1,7 @@
 """Recorded teacher outputs, replayed for the same images."""
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kd_pipeline._core.paths import argument_path
-from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.teachers.base import is_logits
-from kd_pipeline.teachers.recorded.files import RecordingReader, decode
+from kd_pipeline.teachers.recorded.encoding import MAX_SCALE, decode
+from kd_pipeline.teachers.recorded.files import RecordingReader
 from kd_pipeline.teachers.recorded.manifest import CHECKSUM, SAMPLE, RecordingManifest
 from kd_pipeline.teachers.settings import TeacherSettings, refuse_unused
 
@@ -30,8 +31,8 @@ class Recording:
     """The outputs that a teacher had for the images of a training, by epoch and position.
 
     It replaces the teacher of a `KDDataLoader`, which knows the positions of its images. It is not a `Teacher`: it has
-    no outputs for other images. A float32 recording of all logits has the fingerprint of its teacher, whose outputs it
-    replays exactly, so a run may resume with either.
+    no outputs for other images. A float32 recording of whole outputs has the fingerprint of its teacher, whose outputs
+    it replays exactly, so a run may resume with either.
     """
 
     backend = "recorded"
@@ -53,8 +54,8 @@ class Recording:
         """Of the recorded teacher."""
         self.classes = manifest.teacher.classes
         """Class names in logit order; None if the teacher did not have them."""
-        self.outputs = {name: TensorSpec((None, *shape), torch.float32) for name, shape in manifest.outputs.items()}
-        """Shape and dtype of each output, by name."""
+        self.outputs = {name: stored.spec for name, stored in manifest.outputs.items()}
+        """Shape and dtype of each recorded output, by name, and of tokens how many are no part of the image."""
         self.fingerprint = _fingerprint(manifest)
         self.runtimes = manifest.teacher.runtimes
         """Of the teacher that was recorded."""
@@ -173,18 +174,30 @@ class Recording:
         # From pinned memory the copy is queued, and torch keeps the memory until it is done.
         rows = torch.empty((len(position), *column.shape), dtype=dtype, pin_memory=device.type == "cuda")
         self._reader.read(name, epoch, position, out=rows.numpy())
-        if name == "logits.classes":
-            self._check_class_indices(epoch, position, rows.numpy())
+        output, _, part = name.rpartition(".")
+        if part == "classes":
+            self._check_class_indices(output, epoch, position, rows.numpy())
+        elif part == "scale":
+            self._check_scales(name, epoch, position, rows.numpy())
         return rows.to(device, non_blocking=True)
 
-    def _check_class_indices(self, epoch: int, position: NDArray[np.int64], classes: NDArray[Any]) -> None:
+    def _check_class_indices(self, output: str, epoch: int, position: NDArray[np.int64], classes: NDArray[Any]) -> None:
         """Refuse an index out of range here, as on a GPU it would end the process."""
-        num_classes = self.manifest.outputs["logits"][0]
+        num_classes = self.manifest.outputs[output].shape[0]
         is_outside = (classes < 0) | (classes >= num_classes)
         if is_outside.any():
             row = int(np.flatnonzero(is_outside.any(1))[0])
             found = classes[row][is_outside[row]][0]
             raise self._damaged(epoch, position[row], f"the class {found} of {num_classes}")
+
+    def _check_scales(self, name: str, epoch: int, position: NDArray[np.int64], scales: NDArray[Any]) -> None:
+        """Refuse a scale that `encode` never writes, with which a whole row would be wrong."""
+        is_possible = (scales >= 0) & (scales <= MAX_SCALE)  # false for NaN too
+        if not is_possible.all():
+            row = int(np.flatnonzero(~is_possible.reshape(len(scales), -1).all(1))[0])
+            found = scales[row][~is_possible[row]].flat[0]
+            file = self._reader.columns[name].file
+            raise self._damaged(epoch, position[row], f"the scale {found} in {file}")
 
     def _damaged(self, epoch: int, position: int, found: str) -> TeacherError:
         return TeacherError(
@@ -215,7 +228,8 @@ def open_recording(settings: TeacherSettings) -> Recording:
 
 
 def _fingerprint(manifest: RecordingManifest) -> str:
-    if manifest.top_k is None and manifest.dtype == "float32":
+    if all(stored.is_exact for stored in manifest.outputs.values()):
         return manifest.teacher.fingerprint
-    about = f"recorded {manifest.teacher.fingerprint} top {manifest.top_k} {manifest.dtype}"
+    stored = {name: stored.model_dump(mode="json") for name, stored in manifest.outputs.items()}
+    about = f"recorded {manifest.teacher.fingerprint} {json.dumps(stored, sort_keys=True)}"
     return hashlib.sha256(about.encode()).hexdigest()

@@ -23,6 +23,11 @@ def folder(tmp_path: Path) -> Path:
     return small_recording(tmp_path / "recording")
 
 
+def of(name: str, shape: Any = (3,), **fields: Any) -> dict[str, Any]:
+    """A manifest's field `outputs` with one output."""
+    return {"outputs": {name: {"shape": list(shape), **fields}}}
+
+
 def complaint(folder: Path) -> str:
     with pytest.raises(TeacherError) as caught:
         Recording(folder)
@@ -34,22 +39,38 @@ def complaint(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"dtype": "load"}, "dtype: Input should be 'float32' or 'float16'"),
-        ({"dtype": "nope"}, "dtype: Input should be 'float32' or 'float16'"),
-        ({"outputs": {}}, "outputs should have logits with one dimension"),
-        ({"outputs": {"logits": []}}, "outputs should have logits with one dimension"),
-        ({"outputs": {"logits": [-3]}}, "outputs.logits.0: Input should be greater than or equal to 1"),
-        ({"outputs": {"logits": [2**62]}}, "outputs.logits.0: Input should be less than"),
-        ({"outputs": {"logits": [3], "map": [2**20, 2**20]}}, "bytes for an image"),
-        ({"outputs": {"logits": [3.5]}}, "outputs.logits.0: Input should be a valid integer"),
-        ({"outputs": {"logits": ["3"]}}, "outputs.logits.0: Input should be a valid integer"),
-        ({"outputs": {"logits": [True]}}, "outputs.logits.0: Input should be a valid integer"),
-        ({"outputs": {"logits": [3], "\x1b]0;owned\x07": [1]}}, r"the output name '\x1b]0;owned\x07' is"),
-        ({"outputs": {"logits": [3], "a" * 300: [1]}}, "is empty, too long or not printable"),
-        ({"outputs": {"logits": [3], "": [1]}}, "the output name '' is empty"),
-        ({"outputs": [["logits", [3]]]}, "outputs: Input should be an object"),
-        ({"top_k": 3}, "top_k is 3 for 3 logits"),
-        ({"top_k": 0}, "top_k: Input should be greater than or equal to 1"),
+        (of("logits", dtype="load"), "outputs.logits.dtype: Input should be 'float32', 'float16' or 'int8'"),
+        (of("logits", dtype=3), "outputs.logits.dtype: Input should be 'float32', 'float16' or 'int8'"),
+        ({"outputs": {}}, "outputs: Dictionary should have at least 1 item"),
+        (of("logits", []), "outputs.logits.shape: Tuple should have at least 1 item"),
+        (of("logits", [1, 2, 3, 4]), "outputs.logits.shape: Tuple should have at most 3 items"),
+        (of("logits", [3, 4]), "the logits 'logits' should have one dimension, got [3, 4]"),
+        (of("a.logits", [3, 4]), "the logits 'a.logits' should have one dimension, got [3, 4]"),
+        (of("logits", [-3]), "outputs.logits.shape.0: Input should be greater than or equal to 1"),
+        (of("logits", [2**62]), "outputs.logits.shape.0: Input should be less than"),
+        (of("map", [2**20, 2**20]), "bytes for an image"),
+        (of("logits", [3.5]), "outputs.logits.shape.0: Input should be a valid integer"),
+        (of("logits", ["3"]), "outputs.logits.shape.0: Input should be a valid integer"),
+        (of("logits", [True]), "outputs.logits.shape.0: Input should be a valid integer"),
+        ({"outputs": {"logits": [3]}}, "outputs.logits: Input should be an object"),
+        (of("\x1b]0;owned\x07", [1]), r"the output name '\x1b]0;owned\x07' is"),
+        (of("a" * 300, [1]), "is empty, too long or not printable"),
+        (of("", [1]), "the output name '' is empty"),
+        ({"outputs": [["logits", {"shape": [3]}]]}, "outputs: Input should be an object"),
+        (of("logits", dtype="int8"), "the logits 'logits' are stored as float32 or float16, not as int8"),
+        (of("logits", top_k=3), "top_k is 3 for 3 logits"),
+        (of("logits", top_k=0), "outputs.logits.top_k: Input should be greater than or equal to 1"),
+        (of("pooled", top_k=2), "top_k is for logits, and 'pooled' are none"),
+        (of("spatial", [9, 4], num_prefix_tokens=9), "num_prefix_tokens is 9 for 'spatial' with the shape [9, 4]"),
+        (of("spatial", [9, 4], num_prefix_tokens=-1), "outputs.spatial.num_prefix_tokens: Input should be greater"),
+        (of("pooled", num_prefix_tokens=0), "num_prefix_tokens is 0 for 'pooled' with the shape [3]"),
+        (of("map", [4, 3, 3], num_prefix_tokens=0), "num_prefix_tokens is 0 for 'map' with the shape [4, 3, 3]"),
+        (of("pooled", teacher_grid=[2, 2]), "teacher_grid is for maps, and tokens without a prefix"),
+        (of("spatial", [9, 4], num_prefix_tokens=1, teacher_grid=[4, 4]), "teacher_grid is for maps, and tokens"),
+        (
+            of("spatial", [9, 4], num_prefix_tokens=0, teacher_grid=[4]),
+            "outputs.spatial.teacher_grid.1: Field required",
+        ),
         ({"num_rows": 2**62}, "num_rows: Input should be less than"),
         ({"num_rows": -1}, "num_rows: Input should be greater than or equal to 1"),
         ({"num_rows": 2**39, "epochs": 2**39}, "bytes for an image"),
@@ -119,10 +140,12 @@ def test_special_file_as_column_is_refused(folder: Path, kind: str, name: str) -
 
 
 def test_columns_are_plain_files_in_the_folder(folder: Path) -> None:
-    names = ["../../x", "/etc/passwd", "..", ".", "%2e%2e", "a/b", "layer4.1.conv2"]
-    manifest = RecordingManifest.model_validate(GOOD | {"outputs": {"logits": [3], **{name: [1] for name in names}}})
+    names = ["../../x", "/etc/passwd", "..", ".", "%2e%2e", "a/b", "layer4.1.conv2", "dino.spatial"]
+    manifest = RecordingManifest.model_validate(
+        GOOD | {"outputs": {name: {"shape": [1], "dtype": "int8"} for name in names}}
+    )
     files = [column.file for column in manifest.columns.values()]
-    assert len(set(files)) == len(files) == 3 + len(names)
+    assert len(set(files)) == len(files) == 2 + 2 * len(names)
     assert all(file == os.path.basename(file) and file.endswith(".bin") and "\0" not in file for file in files)
 
 

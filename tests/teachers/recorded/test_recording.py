@@ -25,7 +25,19 @@ from kd_pipeline.teachers.recorded.recording import Recording, open_recording
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.corpus import cut_in_half
-from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, live, recorded, replayed, replaying, small_recording
+from tests.recordings import (
+    INT8,
+    NUM_EPOCHS,
+    PLUGINS,
+    TOP_2,
+    config,
+    edit,
+    live,
+    recorded,
+    replayed,
+    replaying,
+    small_recording,
+)
 from tests.streams import TRAIN, assert_same, global_rows, rows, run
 
 MIX = MixSettings(mixup=0.5, cutmix=1.0).model_dump()
@@ -317,7 +329,7 @@ def test_truncated_file_is_refused(copy: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["sample.bin", "logits.values.bin", "logits.rest.bin"])
 def test_file_cut_off_while_used_is_an_error(tmp_path: Path, name: str) -> None:
     """It would end the process with SIGBUS if the file were memory-mapped."""
-    recording = Recording(small_recording(tmp_path / "recording", top_k=2))
+    recording = Recording(small_recording(tmp_path / "recording", outputs=TOP_2))
     position = np.arange(30, 40)
     recording.replay(0, position, position)
     os.truncate(recording.path / name, 17)
@@ -345,13 +357,27 @@ def test_sample_out_of_range_is_named(tmp_path: Path, sample: int) -> None:
 
 @pytest.mark.parametrize("index", [30_000, 3, -1])
 def test_class_out_of_range_is_named(tmp_path: Path, index: int) -> None:
-    recording = Recording(small_recording(tmp_path / "recording", top_k=2))
+    recording = Recording(small_recording(tmp_path / "recording", outputs=TOP_2))
     classes = np.zeros((40, 2), "<i2")
     classes[21, 1] = index
     classes.tofile(recording.path / "logits.classes.bin")
     recording.replay(0, np.arange(20), np.arange(20))
     with pytest.raises(TeacherError, match=rf"at position 21 of epoch 0 it has the class {index} of 3"):
         recording.replay(0, np.arange(20, 30), np.arange(20, 30))
+
+
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, -1.0, 2e36])
+def test_scale_out_of_range_is_named(tmp_path: Path, scale: float) -> None:
+    recording = Recording(small_recording(tmp_path / "recording", outputs=INT8))
+    assert recording.outputs["spatial"].num_prefix_tokens == 1
+    scales = np.ones((40, 2), "<f4")
+    scales[21, 1] = scale
+    scales.tofile(recording.path / "spatial.scale.bin")
+    recording.replay(0, np.arange(20), np.arange(20))
+    found = np.float32(scale)
+    with pytest.raises(TeacherError) as caught:
+        recording.replay(0, np.arange(20, 30), np.arange(20, 30))
+    assert f"at position 21 of epoch 0 it has the scale {found} in spatial.scale.bin" in str(caught.value)
 
 
 def test_missing_file_is_named(copy: Path) -> None:
@@ -445,12 +471,24 @@ def test_probe_skips_mixed_recording(photo_folder: Path, plain: Path, caplog: py
 
 def test_different_outputs_have_different_fingerprints(copy: Path) -> None:
     full = Recording(copy).fingerprint
-    assert full == RecordingManifest.load(copy).teacher.fingerprint
+    about = RecordingManifest.load(copy)
+    assert full == about.teacher.fingerprint
     found = {full}
-    for change in ({"top_k": 1}, {"top_k": 2}, {"dtype": "float16"}):
-        about = RecordingManifest.load(copy).model_copy(update={"top_k": None, "dtype": "float32"} | change)
-        about.save(copy)
-        shutil.copy(copy / "logits.values.bin", copy / "logits.classes.bin")
-        shutil.copy(copy / "logits.values.bin", copy / "logits.rest.bin")
+    changes: list[dict[str, Any]] = [{"top_k": 1}, {"top_k": 2}, {"dtype": "float16"}]
+    for name, each in [("logits", change) for change in changes] + [
+        ("features", {"dtype": "int8"}),
+        ("features", {"teacher_grid": (9, 9)}),
+    ]:
+        outputs = {**about.outputs, name: about.outputs[name].model_copy(update=each)}
+        about.model_copy(update={"outputs": outputs}).save(copy)
+        for part in ("logits.classes", "logits.rest", "features.scale"):
+            shutil.copy(copy / "features.values.bin", copy / f"{part}.bin")
         found.add(Recording(copy).fingerprint)
-    assert len(found) == 4
+    assert len(found) == 6
+
+
+def test_part_of_exact_outputs_has_fingerprint_of_teacher(copy: Path) -> None:
+    about = RecordingManifest.load(copy)
+    about.model_copy(update={"outputs": {"features": about.outputs["features"]}}).save(copy)
+    recording = Recording(copy)
+    assert recording.fingerprint == about.teacher.fingerprint and list(recording.outputs) == ["features"]
