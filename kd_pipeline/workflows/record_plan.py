@@ -13,7 +13,6 @@ from typing import Any
 from pydantic import Field
 
 from kd_pipeline._core.settings import Settings
-from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, TeacherError
@@ -194,7 +193,8 @@ def with_outputs(settings: RecordSettings, config: Config, teacher_outputs: Mapp
     if settings.outputs is None:
         is_known = bool(needed) and all(name in teacher_outputs for name in needed or ())
         return settings.model_copy(update={"outputs": needed if is_known else tuple(teacher_outputs)})
-    if missing := [name for name in needed or () if name not in settings.outputs]:
+    missing = [name for name in needed or () if name not in settings.outputs]
+    if missing and teacher_outputs.keys() >= set(settings.outputs):
         _logger.warning(
             "the loss of this config compares %s too, which --outputs leaves out: training with this recording needs "
             "another distill.features, or the output",
@@ -214,8 +214,7 @@ def stored_outputs(teacher_outputs: Mapping[str, TensorSpec], settings: RecordSe
     for name in names:
         if name not in teacher_outputs:
             raise ConfigError(
-                f"--outputs: the teacher has no output called {name!r}{suggest(name, teacher_outputs)}; it returns "
-                f"{_described(teacher_outputs)}"
+                f"--outputs: the teacher has no output called {name!r}; it returns {_described(teacher_outputs)}"
             )
     if settings.top_k is not None and not any(map(is_logits, names)):
         raise ConfigError(f"--top-k keeps the largest logits, and {', '.join(names)} are none; leave it out")

@@ -27,11 +27,36 @@ def test_options_and_overrides_reach_recording(
     options = ["--top-k", "3", "--dtype", "float16", "--epochs", "3", "--out", str(out)]
     assert main(["record", "-c", str(config), *options, "seed=4"]) == 0
     manifest = RecordingManifest.load(out)
-    assert (manifest.top_k, manifest.dtype, manifest.epochs_done) == (3, "float16", 3)
+    logits = manifest.outputs["logits"]
+    assert (logits.top_k, logits.dtype, manifest.epochs_done) == (3, "float16", 3)
     assert manifest.stream["seed"] == 4
     printed = capsys.readouterr()
     assert f"96 images x 3 epochs, 22 bytes each (0.0 MB): train with teacher: {{path: {out}}}" in printed.out
     assert "epoch 3 of 3: 100.0% recorded, " in printed.err and "images/s, 0:00:00 left" in printed.err
+
+
+def test_plan_is_shown_before_the_progress(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["record", "-c", str(config), "--epochs", "1"]) == 0
+    lines = capsys.readouterr().err.splitlines()[1:]
+    assert (
+        lines[0].startswith("recording 96 images x 1 epoch in ")
+        and ": 4.61 kB in all (4.61 kB per epoch); " in lines[0]
+    )
+    assert lines[1:3] == ["  logits [10] float32: 40 bytes per image", "  training reads 48 kB/s at 1,000 images/s"]
+    assert lines[-1].startswith("epoch 1 of 1: 100.0% recorded")
+
+
+def test_dry_run_writes_nothing(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["record", "-c", str(config), "--out", str(tmp_path / "here"), "--dry-run"]
+    # Overrides may follow `--outputs`.
+    assert main([*arguments, "--outputs", "logits", "seed=4", "--top-k", "3"]) == 0
+    assert "logits [10] float32, the 3 largest: 22 bytes per image" in capsys.readouterr().out
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert main(arguments) == 1
+    assert "the recording needs 9.22 kB more" in capsys.readouterr().err
+    assert not (tmp_path / "here").exists()
 
 
 def test_defaults_to_epochs_and_folder_of_training(config: Path, tmp_path: Path) -> None:
@@ -58,7 +83,7 @@ def test_resumes_after_ctrl_c(
     arguments = ["record", "-c", str(config), "--out", str(tmp_path / "stopped")]
     capsys.readouterr()
     assert main(arguments) == 130
-    assert capsys.readouterr().err.splitlines()[1:] == ["kd-pipeline: stopped"]
+    assert capsys.readouterr().err.splitlines()[-1] == "kd-pipeline: stopped"
     samples = (tmp_path / "stopped" / "sample.bin").read_bytes()
     assert samples[: 4 * 48].count(b"\0" * 4) < 5 and not samples[4 * 48 :].strip(b"\0")
     assert main(arguments) == 0
@@ -71,6 +96,8 @@ def test_resumes_after_ctrl_c(
     [
         (["--top-k", "0"], "--top-k: Input should be greater than or equal to 1, got '0'"),
         (["--epochs", "many"], "--epochs: Input should be a valid integer"),
+        (["--grid", "0"], "--grid: Input should be greater than or equal to 1, got '0'"),
+        (["--outputs", "pooled", "seed=4"], "--outputs: the teacher has no output called 'pooled'; it returns logits"),
         (["--top-k", "10"], "--top-k must be below the number of classes, got 10 of 10"),
         (["teacher=null"], "there is no teacher to record"),
     ],

@@ -16,18 +16,21 @@ import pytest
 import torch
 
 from kd_pipeline import losses
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.training.run_lock import LOCK, lock_folder
 from kd_pipeline.workflows import _record as workflow
-from kd_pipeline.workflows._record import Progress, RecordSettings, record
+from kd_pipeline.workflows._record import Progress, RecordSettings, plan_recording, record
+from kd_pipeline.workflows.record_plan import RecordingPlan, format_bytes, loss_outputs, stored_outputs
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, net, recorded, replayed
 from tests.streams import rows
 from tests.training.tiny_run import run, settings, weights, write_digits
 
+README = Path(__file__).parents[2] / "README.md"
 FILES = ["manifest.json", "sample.bin", "checksum.bin", "logits.values.bin", "features.values.bin"]
 
 
@@ -155,13 +158,29 @@ def test_top_k_float16_is_replayed_within_rounding(photo_folder: Path, tmp_path:
 def test_sizes_in_readme() -> None:
     """ImageNet for 100 epochs."""
     facts = {"fingerprint": "f", "backend": "tensorrt", "precision": "fp16", "classes": None}
-    common = {"teacher": facts, "outputs": {"logits": (1000,)}, "stream": {}, "num_rows": 1_281_167, "epochs": 100}
-    found = [
-        RecordingManifest.model_validate({**common, "top_k": top_k, "dtype": dtype})
-        for top_k, dtype in [(None, "float32"), (None, "float16"), (16, "float16")]
-    ]
-    assert [each.row_bytes for each in found] == [4008, 2008, 74]
-    assert [round(each.num_bytes / 1e9, 1) for each in found] == [513.5, 257.3, 9.5]
+    common = {"teacher": facts, "stream": {}, "num_rows": 1_281_167}
+    logits = {"logits": TensorSpec((None, 1000), torch.float32)}
+    vit = {
+        "pooled": TensorSpec((None, 384), torch.float32),
+        "spatial": TensorSpec((None, 197, 384), torch.float32, num_prefix_tokens=1),
+    }
+    rows = {
+        "all logits, float32": (logits, {}, 100),
+        "all logits, float16": (logits, {"dtype": "float16"}, 100),
+        "the 16 largest, float16": (logits, {"dtype": "float16", "top_k": 16}, 100),
+        "pooled vector, float32": (vit, {"outputs": ("pooled",)}, 1),
+        "pooled vector, int8": (vit, {"outputs": ("pooled",), "dtype": "int8"}, 1),
+        "pooled vector and tokens, float32": (vit, {}, 1),
+        "pooled vector and tokens, float16": (vit, {"dtype": "float16"}, 1),
+        "pooled vector and tokens, int8": (vit, {"dtype": "int8"}, 1),
+        "pooled vector and tokens, float16, grid 7": (vit, {"dtype": "float16", "grid": 7}, 1),
+        "pooled vector and tokens, int8, grid 7": (vit, {"dtype": "int8", "grid": 7}, 1),
+    }
+    for row, (outputs, options, epochs) in rows.items():
+        stored = stored_outputs(outputs, RecordSettings(**options))
+        found = RecordingManifest.model_validate({**common, "outputs": stored, "epochs": epochs})
+        line = f"| {row} | {found.row_bytes:,} | {format_bytes(found.num_bytes)} |"
+        assert line in README.read_text(encoding="utf-8"), line
 
 
 # Resuming
@@ -325,8 +344,11 @@ def test_resume_with_other_batch_size(
 @pytest.mark.parametrize(
     ("kept", "changes", "line"),
     [
-        ({"top_k": 2}, {}, "top_k: None → 2"),
-        ({"dtype": "float16"}, {}, "dtype: 'float32' → 'float16'"),
+        ({"top_k": 2}, {}, "outputs.logits.top_k: None → 2"),
+        ({"dtype": "float16"}, {}, "outputs.logits.dtype: 'float32' → 'float16'"),
+        ({"dtype": "int8"}, {}, "outputs.features.dtype: 'float32' → 'int8'"),
+        ({"grid": 4}, {}, "outputs.features.shape: [32, 8, 8] → [32, 4, 4]"),
+        ({"outputs": ("logits",)}, {}, "outputs.features.shape: [32, 8, 8] → None"),
         ({}, {"seed": 6}, "stream.seed: 5 → 6"),
         ({}, {"teacher": {"model": {"factory": "tests.recordings:other_net"}}}, "teacher.fingerprint: "),
     ],
@@ -454,26 +476,151 @@ def test_two_processes_write_equal_files(digits: Path, tmp_path: Path) -> None:
 # Disk space and other errors
 
 
-def test_small_disk_is_refused_with_what_fits(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = type("Usage", (), {"free": 100_000})
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`disk(n)` leaves n bytes free."""
+    return lambda free: monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free}))
+
+
+def test_small_disk_is_refused_with_what_fits(photo_folder: Path, tmp_path: Path, disk: Callable[[int], None]) -> None:
+    disk(310_000)
     with pytest.raises(ConfigError) as caught:
         recorded(photo_folder, tmp_path / "recording")
     message = str(caught.value)
     assert "needs 608 kB more" in message and "37 images x 2 epochs x 8212 bytes" in message
-    assert "100 kB are free" in message and "--dtype float16 would need 304 kB" in message
-    assert not (tmp_path / "recording").exists()
+    assert "310 kB are free" in message and not (tmp_path / "recording").exists()
+    assert (
+        "what fits: --dtype float16 (304 kB), --dtype int8 (172 kB), --grid 4 (153 kB), --outputs logits (1.48 kB)."
+    ) in message
+    for number, options in enumerate(({"dtype": "float16"}, {"dtype": "int8"}, {"grid": 4}, {"outputs": ("logits",)})):
+        recorded(photo_folder, tmp_path / str(number), kept=options)
 
 
-def test_top_k_is_suggested_for_many_classes() -> None:
+def test_advice_combines_options_where_one_is_not_enough(
+    photo_folder: Path, tmp_path: Path, disk: Callable[[int], None]
+) -> None:
+    disk(50_000)
+    with pytest.raises(ConfigError) as caught:
+        recorded(photo_folder, tmp_path / "recording", kept={"outputs": ("features",)})
+    assert "what fits: --dtype int8 --grid 4 (43.2 kB). Or use" in str(caught.value)
+    recorded(photo_folder, tmp_path / "recording", kept={"outputs": ("features",), "dtype": "int8", "grid": 4})
+    disk(10)
+    with pytest.raises(ConfigError, match=r"nothing smaller fits, and even --dtype int8 --grid 4 takes 43\.2 kB"):
+        recorded(photo_folder, tmp_path / "none", kept={"outputs": ("features",)})
+
+
+def test_fewer_epochs_are_suggested(photo_folder: Path, tmp_path: Path, disk: Callable[[int], None]) -> None:
+    disk(2_000)
+    with pytest.raises(ConfigError, match=r"what fits: .*--epochs 2 \(1\.48 kB\)\. Or use"):
+        recorded(photo_folder, tmp_path / "recording", kept={"outputs": ("logits",), "epochs": 20})
+
+
+def test_resumed_recording_needs_only_the_rest(photo_folder: Path, tmp_path: Path, disk: Callable[[int], None]) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1})
+    disk(320_000)  # for one of two epochs
+    plan = plan_recording(config(photo_folder), RecordSettings(out=folder), plugins=PLUGINS)
+    assert plan.num_epochs_done == 1 and plan.num_bytes == 2 * 37 * 8212
+    assert 37 * 8212 <= plan.existing_bytes <= 37 * 8212 + 5 * 4096  # whole blocks
+    assert plan.missing_bytes == plan.num_bytes - plan.existing_bytes
+    assert "of it exists" in plan.lines[0]
+    recorded(photo_folder, folder)
+    disk(400_000)
+    with pytest.raises(ConfigError, match=r"what fits: --epochs 3 \(912 kB\)\. Or use"):
+        recorded(photo_folder, folder, kept={"epochs": 4})
+
+
+def test_top_k_is_suggested_for_many_classes(disk: Callable[[int], None]) -> None:
+    disk(7_500_000_000_000)
     facts = {"fingerprint": "f", "backend": "tensorrt", "precision": "fp16", "classes": None}
+    specs = {"logits": TensorSpec((None, 1000), torch.float32)}
+    stored = stored_outputs(specs, RecordSettings())
     manifest = RecordingManifest.model_validate(
-        {"teacher": facts, "outputs": {"logits": (1000,)}, "stream": {}, "num_rows": 10**9, "epochs": 100}
+        {"teacher": facts, "outputs": stored, "stream": {}, "num_rows": 10**9, "epochs": 100}
     )
-    with pytest.raises(ConfigError, match=r"needs 401 TB more .*--top-k 16 --dtype float16 would need 7\.4 TB"):
-        workflow._check_space(Path("/nowhere/recording"), manifest)
+    plan = RecordingPlan(
+        folder=Path("/nowhere/recording"),
+        settings=RecordSettings(),
+        teacher_outputs=specs,
+        manifest=manifest,
+        existing_bytes=0,
+        free_bytes=7_500_000_000_000,
+        num_epochs_done=None,
+    )
+    with pytest.raises(
+        ConfigError, match=r"needs 401 TB more .*fits: --dtype float16 --top-k 16 \(7\.4 TB\), --epochs 1"
+    ):
+        plan.require_space()
+
+
+# The plan
+
+
+def test_plan_is_announced_before_anything_is_written(photo_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "recording"
+    settings, seen = RecordSettings(out=folder, dtype="int8", grid=4), list[RecordingPlan]()
+
+    def announce(plan: RecordingPlan) -> None:
+        assert not folder.exists()
+        seen.append(plan)
+
+    record(config(photo_folder), settings, plugins=PLUGINS, announce=announce)
+    (plan,) = seen
+    files = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    assert plan.num_bytes == plan.missing_bytes == files == 2 * 37 * (8 + 2 * 3 + 16 * (32 + 4))
+    assert plan.bytes_per_s == 1000 * 590
+    assert plan.lines[0].startswith(f"recording 37 images x 2 epochs in {folder}: 43.7 kB in all (21.8 kB per epoch); ")
+    assert plan.lines[1:] == (
+        "logits [3] float16: 6 bytes per image",
+        "features [32, 4, 4] int8, from 8 x 8: 576 bytes per image",
+        "training reads 590 kB/s at 1,000 images/s",
+    )
+
+
+def test_plan_alone_writes_nothing(photo_folder: Path, tmp_path: Path, disk: Callable[[int], None]) -> None:
+    disk(10)
+    settings = RecordSettings(out=tmp_path / "recording", outputs=("features",))
+    plan = plan_recording(config(photo_folder), settings, plugins=PLUGINS)
+    assert not (tmp_path / "recording").exists()
+    assert list(plan.manifest.outputs) == ["features"] and "not recorded: logits" in plan.lines
+    with pytest.raises(ConfigError, match="10 bytes are free"):
+        plan.require_space()
+
+
+# Outputs
+
+
+def test_named_outputs_are_replayed_bit_for_bit(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording", kept={"outputs": ("features",)})
+    assert {path.name for path in folder.glob("*.bin")} == {"sample.bin", "checksum.bin", "features.values.bin"}
+    for ours, theirs in zip(replayed(photo_folder, folder), replayed(photo_folder, whole), strict=True):
+        assert torch.equal(ours["features"], theirs["features"]) and "logits" not in ours
+
+
+@pytest.mark.parametrize(
+    ("changes", "outputs"),
+    [
+        ({}, None),
+        ({"student": {"builtin": "small_resnet"}}, ("logits",)),
+        ({"student": {"builtin": "small_resnet", "num_classes": 0}}, ("pooled",)),
+        ({"distill": {"features": [{"loss": "feature_mse", "student": "a", "teacher": "b"}]}}, ("logits", "b")),
+        ({"distill": {"loss": None, "features": [{"loss": "cosine", "student": "a", "teacher": "b"}]}}, ("b",)),
+        ({"distill": {"loss": "my.losses:own"}}, None),
+    ],
+    ids=str,
+)
+def test_outputs_that_the_loss_compares_are_known(
+    photo_folder: Path, changes: dict[str, Any], outputs: tuple[str, ...] | None
+) -> None:
+    assert loss_outputs(config(photo_folder, **changes)) == outputs
+
+
+def test_outputs_default_to_those_of_the_loss(photo_folder: Path, tmp_path: Path, caplog: Any) -> None:
+    student = {"student": {"builtin": "small_resnet"}}
+    folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1}, **student)
+    assert list(RecordingManifest.load(folder).outputs) == ["logits"]
+    assert not caplog.text
+    recorded(photo_folder, tmp_path / "other", kept={"epochs": 1, "outputs": ("features",)}, **student)
+    assert "the loss of this config compares logits too, which --outputs leaves out" in caplog.text
 
 
 def test_full_disk_can_be_resumed(
@@ -509,6 +656,8 @@ def test_partial_write_is_continued(
     ("kept", "changes", "message"),
     [
         ({"top_k": 3}, {}, "--top-k must be below the number of classes, got 3 of 3"),
+        ({"outputs": ("feature",)}, {}, "no output called 'feature'; it returns logits .*, features"),
+        ({"outputs": ("features",), "top_k": 2}, {}, "--top-k keeps the largest logits, and features are none"),
         ({}, {"teacher": None}, "there is no teacher to record"),
         (
             {},
