@@ -50,7 +50,7 @@ class RecordSettings(Settings):
     """Of the outputs in the files. Training with float32 and whole outputs gives exactly the weights of a live teacher.
     `int8` stores each vector, token or position of a map with its own scale, and logits as float16."""
     grid: int | None = Field(default=None, ge=1)
-    """Average maps and tokens over areas to at most so many rows and columns, and drop the tokens' prefix."""
+    """Average maps and tokens over areas to maps of at most so many rows and columns, without the tokens' prefix."""
     top_k: int | None = Field(default=None, ge=1)
     """Keep only the largest logits of an image; the other classes share the rest of the probability."""
     epochs: int | None = Field(default=None, ge=1)
@@ -264,26 +264,23 @@ def _stored(name: str, spec: TensorSpec, settings: RecordSettings) -> RecordedOu
 
 
 def _at_grid(name: str, stored: RecordedOutput, grid: int) -> RecordedOutput:
-    """`stored` with at most `grid` rows and columns, and without a prefix."""
+    """`stored` as a map of at most `grid` rows and columns."""
     if len(stored.shape) == 3:
         channels, height, width = stored.shape
         if max(height, width) <= grid:
             return stored
-        shape: tuple[int, ...] = (channels, min(height, grid), min(width, grid))
-        return stored.model_copy(update={"shape": shape, "teacher_grid": (height, width)})
-    num_tokens, channels = stored.shape
-    num_patches = num_tokens - (stored.num_prefix_tokens or 0)
-    side = math.isqrt(num_patches)
-    if stored.num_prefix_tokens is None or side**2 != num_patches:
-        known = "an unknown number of" if stored.num_prefix_tokens is None else str(stored.num_prefix_tokens)
-        raise ConfigError(
-            f"--grid: the teacher's {name!r} are {num_tokens} tokens with {known} prefix tokens, which are no square; "
-            "leave --grid out"
-        )
-    if not stored.num_prefix_tokens and side <= grid:
-        return stored
-    shape = (min(side, grid) ** 2, channels)
-    return stored.model_copy(update={"shape": shape, "num_prefix_tokens": 0, "teacher_grid": (side, side)})
+    else:
+        num_tokens, channels = stored.shape
+        side = _side(stored)
+        if side is None:
+            known = "an unknown number of" if stored.num_prefix_tokens is None else str(stored.num_prefix_tokens)
+            raise ConfigError(
+                f"--grid: the teacher's {name!r} are {num_tokens} tokens with {known} prefix tokens, which are no "
+                "square; leave --grid out"
+            )
+        height = width = side
+    shape = (channels, min(height, grid), min(width, grid))
+    return RecordedOutput(shape=shape, dtype=stored.dtype, teacher_grid=(height, width))
 
 
 def _side(stored: RecordedOutput) -> int | None:

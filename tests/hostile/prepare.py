@@ -7,7 +7,8 @@ from PIL import Image
 
 from tests.hostile.cases import write_torch_archive, write_zip, zeros
 
-PHOTOS, RECORDING, TOP_RECORDING, RUN, BOMB = "photos", "recording", "top_recording", "run", "bomb"
+PHOTOS, RECORDING, TOP_RECORDING, INT8_RECORDING = "photos", "recording", "top_recording", "int8_recording"
+RUN, BOMB = "run", "bomb"
 NUM_PHOTOS = 12
 BOMB_BYTES = 700_000_000
 
@@ -42,6 +43,7 @@ def make(folder: Path) -> None:
         Image.fromarray(rng.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(path)
     recordings.recorded(folder / PHOTOS, folder / RECORDING)
     recordings.recorded(folder / PHOTOS, folder / TOP_RECORDING, kept={"top_k": 2, "dtype": "float16"})
+    recordings.recorded(folder / PHOTOS, folder / INT8_RECORDING, kept={"dtype": "int8"})
     model = ModelSettings(builtin="small_resnet", num_classes=3, kwargs={"width": 4})
     export_student(
         open_model(model).eval(),

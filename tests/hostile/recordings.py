@@ -12,7 +12,7 @@ from kd_pipeline.errors import KDPipelineError, TeacherError
 from kd_pipeline.teachers.recorded.recording import Recording
 from tests import recordings
 from tests.hostile.cases import Case, Kind, edit_json
-from tests.hostile.prepare import NUM_PHOTOS, PHOTOS, RECORDING, TOP_RECORDING
+from tests.hostile.prepare import INT8_RECORDING, NUM_PHOTOS, PHOTOS, RECORDING, TOP_RECORDING
 
 DIGITS = "9" * 5000
 
@@ -66,23 +66,36 @@ def cases(good: Path) -> list[Case]:
         to.add(name, write)
 
     claims: dict[str, dict[str, Any]] = {
-        "no size of logits": {"outputs": {"logits": []}},
-        "negative size": {"outputs": {"logits": [-3]}},
-        "size that overflows": {"outputs": {"logits": [2**40, 2**40]}},
-        "size beyond 64 bits": {"outputs": {"logits": [10**30]}},
-        "no classes": {"outputs": {"logits": [0]}},
+        "no size of logits": _outputs(logits=[]),
+        "negative size": _outputs(logits=[-3]),
+        "size that overflows": _outputs(features=[2**40, 2**40]),
+        "size beyond 64 bits": _outputs(logits=[10**30]),
+        "no classes": _outputs(logits=[0]),
         "no outputs": {"outputs": {}},
-        "output without logits": {"outputs": {"features": [3]}},
-        "path as output": {"outputs": {"logits": [3], "../../etc/passwd": [0]}},
-        "long name of an output": {"outputs": {"logits": [3], "x" * 5000: [3]}},
+        "output that was not recorded": _outputs(pooled=[3]),
+        "list as an output": {"outputs": {"logits": [3]}},
+        "path as output": _outputs(**{"logits": [3], "../../etc/passwd": [0]}),
+        "long name of an output": _outputs(**{"logits": [3], "x" * 5000: [3]}),
         "2**62 rows": {"num_rows": 2**62},
         "10**30 rows": {"num_rows": 10**30},
         "2**62 epochs": {"epochs": 2**62},
         "more epochs done than there are": {"epochs": 1, "epochs_done": 9},
-        "many dimensions": {"outputs": {"logits": [3], "a": [1] * 200}},
+        "many dimensions": _outputs(logits=[3], a=[1] * 200),
         "text as rows": {"num_rows": "many"},
-        "unknown dtype": {"dtype": "object"},
+        "unknown dtype": _outputs("object", logits=[3]),
+        "int8 logits": _outputs("int8", logits=[3]),
     }
+    prefixes: dict[str, Any] = {
+        "negative prefix": -1,
+        "prefix of all tokens": 64,
+        "prefix beyond 64 bits": 10**30,
+        "text as prefix": "one",
+        "fraction as prefix": 0.5,
+    }
+    for name, prefix in prefixes.items():
+        claims[name] = {"outputs": {"features": {"shape": [64, 32], "num_prefix_tokens": prefix}}}
+    for name, grid in {"no grid": [], "negative grid": [-1, 4], "text as grid": "student"}.items():
+        claims[name] = {"outputs": {"features": {"shape": [32, 8, 8], "teacher_grid": grid}}}
     for name, values in claims.items():
         change(manifest, RECORDING, name, **values)
         manifest.cases[-1] = _with(manifest.cases[-1], replay)
@@ -118,8 +131,17 @@ def cases(good: Path) -> list[Case]:
     classes.add_bytes("too large", np.full(2 * NUM_PHOTOS * 2, 30_000, "<i2").tobytes())
     classes.add_bytes("negative", np.full(2 * NUM_PHOTOS * 2, -1, "<i2").tobytes())
     change_top = kind("top logits of a recording", TOP_RECORDING, "manifest.json")
-    change(change_top, TOP_RECORDING, "more than there are", top_k=10, outputs={"logits": [3]})
-    change(change_top, TOP_RECORDING, "2**62", top_k=2**62)
+    for name, top_k in {"more than there are": 10, "2**62": 2**62, "negative": -1}.items():
+        change(change_top, TOP_RECORDING, name, outputs={"logits": {"shape": [3], "top_k": top_k}})
+
+    scales = kind("scales of a recording", INT8_RECORDING, "features.scale.bin")
+    scales.add_special("larger than memory")
+    for name, scale in {"NaN": np.nan, "infinite": np.inf, "negative": -1.0, "too large": 3e38}.items():
+        scales.add_bytes(name, np.full(2 * NUM_PHOTOS * 64, scale, "<f4").tobytes())
+    scales.add_bytes("cut off", bytes(8))
+    steps = kind("int8 features of a recording", INT8_RECORDING, "features.values.bin")
+    steps.add_special("larger than memory")
+    steps.add_bytes("cut off", bytes(8))
 
     whole = Kind("recording", Recording, TeacherError, file="recording")
     whole.add_special("folder", "link to itself", "larger than memory")
@@ -130,8 +152,14 @@ def cases(good: Path) -> list[Case]:
         *values.cases,
         *classes.cases,
         *change_top.cases,
+        *scales.cases,
+        *steps.cases,
         *whole.cases,
     ]
+
+
+def _outputs(dtype: str = "float32", **shapes: list[int]) -> dict[str, Any]:
+    return {"outputs": {name: {"shape": shape, "dtype": dtype} for name, shape in shapes.items()}}
 
 
 def _with(case: Case, open: Callable[[Path], object]) -> Case:

@@ -15,6 +15,25 @@ def plain(num_classes: int = 10, width: int = 8) -> nn.Module:
     )
 
 
+class _Trunk(nn.Module):
+    """Returns features by name, of a grid of 2 x 2 for images of 8x8."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.second = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        spatial = self.second(self.first(images).relu())
+        return {"pooled": spatial.mean((2, 3)), "spatial": spatial}
+
+
+def trunk(num_classes: int = 0, width: int = 8) -> nn.Module:
+    """Without a head, and without BatchNorm as above."""
+    assert num_classes == 0
+    return _Trunk(width)
+
+
 def with_batchnorm(num_classes: int = 10, width: int = 8) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False),

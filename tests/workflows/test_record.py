@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from kd_pipeline import losses
@@ -20,15 +21,17 @@ from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.teachers.recorded.manifest import RecordingManifest
+from kd_pipeline.teachers.recorded.manifest import RecordedDtype, RecordingManifest, is_logits
 from kd_pipeline.training.run_lock import LOCK, lock_folder
 from kd_pipeline.workflows import _record as workflow
 from kd_pipeline.workflows._record import Progress, RecordSettings, plan_recording, record
+from kd_pipeline.workflows._train import train
 from kd_pipeline.workflows.record_plan import RecordingPlan, format_bytes, loss_outputs, stored_outputs
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, net, recorded, replayed
 from tests.streams import rows
-from tests.training.tiny_run import run, settings, weights, write_digits
+from tests.training import networks
+from tests.training.tiny_run import Weights, distance, run, settings, weights, write_digits
 
 README = Path(__file__).parents[2] / "README.md"
 FILES = ["manifest.json", "sample.bin", "checksum.bin", "logits.values.bin", "features.values.bin"]
@@ -103,6 +106,58 @@ def test_plain_loop_ends_with_weights_of_live_teacher(photo_folder: Path, whole:
     again = train(KDDataLoader.from_config(config(photo_folder, teacher={"path": whole})))
     assert all(torch.equal(live[name], again[name]) for name in live)
     assert not all(torch.equal(weight, net().state_dict()[name]) for name, weight in live.items())
+
+
+def headless(digits: Path, name: str, **changes: Any) -> Config:
+    """A run without labels: a small ViT with a grid of 4 x 4 teaches a CNN."""
+    vit = {"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        teacher = timm.create_model("vit_tiny_patch16_224", num_classes=0, **vit)
+    torch.save(teacher.state_dict(), digits / "vit.pt")
+    model = {"timm": "vit_tiny_patch16_224", "num_classes": 0, "kwargs": vit, "checkpoint": digits / "vit.pt"}
+    found = {
+        "teacher": {"model": model, "backend": "pytorch"},
+        "student": {"factory": f"{networks.__name__}:trunk", "num_classes": 0},
+        "data__train__source": {"kind": "arrays", "images": digits / "unlabeled.npz"},
+        "data__val": None,
+    }
+    return settings(digits, name, **found | changes)
+
+
+def learned(config: Config) -> Weights:
+    """Weights of the student and of its projectors after a run."""
+    folder = train(config, plugins=[networks.__name__]).folder
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return {name: weight for name, weight in state.items() if weight.is_floating_point()}
+
+
+@pytest.fixture(scope="module")
+def learned_live(digits: Path) -> Weights:
+    """After `headless` with the teacher itself."""
+    return learned(headless(digits, "headless"))
+
+
+@pytest.mark.slow
+def test_features_train_student_bit_for_bit(digits: Path, learned_live: Weights, tmp_path: Path) -> None:
+    recording = record(headless(digits, "headless"), RecordSettings(out=tmp_path / "recording"))
+    assert not any(map(is_logits, RecordingManifest.load(recording).outputs))
+    found = learned(headless(digits, str(tmp_path / "run"), teacher={"path": recording}))
+    assert found.keys() == learned_live.keys()
+    assert all(torch.equal(found[name], learned_live[name]) for name in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 2**-11), ("int8", 1 / 254)])
+def test_rounded_features_train_student_within_bound(
+    digits: Path, learned_live: Weights, tmp_path: Path, dtype: RecordedDtype, bound: float
+) -> None:
+    """The bound is of the distance to the weights of the live teacher, relative to that from the initial ones."""
+    recording = record(headless(digits, "headless"), RecordSettings(out=tmp_path / "recording", dtype=dtype))
+    found = learned(headless(digits, str(tmp_path / "run"), teacher={"path": recording}))
+    # After steps that change nothing.
+    initial = learned(headless(digits, str(tmp_path / "still"), train__optimizer={"name": "sgd", "lr": 1e-12}))
+    assert 0 < distance(found, learned_live) < bound * distance(initial, learned_live)
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ class RecordedOutput(Settings):
     num_prefix_tokens: int | None = Field(default=None, ge=0)
     """Of tokens; see `TensorSpec`."""
     teacher_grid: tuple[_Count, _Count] | None = None
-    """Height and width of the teacher's own map or tokens, if they were resized or lost their prefix; else None."""
+    """Height and width of the teacher's map, or the grid of its tokens, that was resized to this map; else None."""
 
     @property
     def spec(self) -> TensorSpec:
@@ -148,8 +148,8 @@ class RecordedOutput(Settings):
             raise ValueError(f"top_k is {self.top_k} for {self.shape[0]} logits")
         if (prefix := self.num_prefix_tokens) is not None and (len(self.shape) != 2 or prefix >= self.shape[0]):
             raise ValueError(f"num_prefix_tokens is {prefix} for {name!r} with the shape {list(self.shape)}")
-        if self.teacher_grid is not None and (len(self.shape) == 1 or prefix):
-            raise ValueError(f"teacher_grid is for maps, and tokens without a prefix, and {name!r} are neither")
+        if self.teacher_grid is not None and len(self.shape) != 3:
+            raise ValueError(f"teacher_grid is for maps, and {name!r} has the shape {list(self.shape)}")
 
 
 class RecordingManifest(Settings):

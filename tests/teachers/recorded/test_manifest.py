@@ -65,8 +65,8 @@ def complaint(folder: Path) -> str:
         (of("spatial", [9, 4], num_prefix_tokens=-1), "outputs.spatial.num_prefix_tokens: Input should be greater"),
         (of("pooled", num_prefix_tokens=0), "num_prefix_tokens is 0 for 'pooled' with the shape [3]"),
         (of("map", [4, 3, 3], num_prefix_tokens=0), "num_prefix_tokens is 0 for 'map' with the shape [4, 3, 3]"),
-        (of("pooled", teacher_grid=[2, 2]), "teacher_grid is for maps, and tokens without a prefix"),
-        (of("spatial", [9, 4], num_prefix_tokens=1, teacher_grid=[4, 4]), "teacher_grid is for maps, and tokens"),
+        (of("pooled", teacher_grid=[2, 2]), "teacher_grid is for maps, and 'pooled' has the shape [3]"),
+        (of("spatial", [9, 4], teacher_grid=[4, 4]), "teacher_grid is for maps, and 'spatial' has the shape [9, 4]"),
         (
             of("spatial", [9, 4], num_prefix_tokens=0, teacher_grid=[4]),
             "outputs.spatial.teacher_grid.1: Field required",
