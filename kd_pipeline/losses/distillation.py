@@ -139,6 +139,19 @@ class Distillation(nn.Module):
             for name, term in extra.items():
                 self._add(*settle_term(name, term, names[name], outputs[names[name]], prefix, teacher_outputs))
 
+    @property
+    def student_grids(self) -> dict[str, tuple[int, int]]:
+        """Height and width of the student's features that an output of the teacher is compared with, by its name.
+
+        The larger of several; 1 x 1 for a vector. Outputs whose grid of the student is unknown are left out.
+        """
+        grids: dict[str, tuple[int, int]] = {}
+        for term in self._terms:
+            if (grid := term.meeting.student_grid) is not None:
+                height, width = grids.get(term.teacher, (1, 1))
+                grids[term.teacher] = max(height, grid[0]), max(width, grid[1])
+        return grids
+
     def student_features(self, student: nn.Module) -> AbstractContextManager[Mapping[str, Tensor]]:
         """A context that captures the features that `forward` needs in one forward pass of `student`.
 

@@ -12,7 +12,7 @@ from kd_pipeline.losses.projectors import build_projector
 from kd_pipeline.losses.resize import Resizer
 from kd_pipeline.losses.settings import TermSettings
 
-__all__ = ["Meeting"]
+__all__ = ["Meeting", "guess_prefix_tokens"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -135,6 +135,11 @@ class Meeting:
         return self._teacher.width
 
     @property
+    def student_grid(self) -> tuple[int, int] | None:
+        """Height and width of the student's map or tokens, 1 x 1 for a vector; None if they are unknown."""
+        return self._student.grid
+
+    @property
     def shapes(self) -> str:
         """Both outputs, for messages."""
         return f"{self._student} and {self._teacher}"
@@ -170,6 +175,20 @@ class _Side:
     def width(self) -> int | None:
         """Features of a vector, token or position; None if they are unknown."""
         return self.spec.shape[1 if self.rank == 4 and not _is_nhwc(self.spec.shape) else -1]
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Height and width of a map, or of the square that tokens are of; 1 x 1 for a vector, None if unknown."""
+        match self.spec.shape:
+            case (_, _):
+                return 1, 1
+            case (_, int(length), _):
+                side = math.isqrt(length - self._num_prefix_tokens(length))
+                return (side, side) if _is_square(length - self._num_prefix_tokens(length)) else None
+            case (_, first, second, third):
+                height, width = (first, second) if _is_nhwc(self.spec.shape) else (second, third)
+                return None if height is None or width is None else (height, width)
+        return None
 
     def features(self, tensor: Tensor) -> Tensor:
         """Without prefix tokens, and maps as `[N, C, H, W]`."""
@@ -222,7 +241,7 @@ class _Side:
         """As stated; else the smallest number that leaves a square, or 0 if none does."""
         if self.spec.num_prefix_tokens is not None:
             return self.spec.num_prefix_tokens
-        found = next((n for n in range(min(_MAX_PREFIX_TOKENS + 1, length)) if _is_square(length - n)), None)
+        found = guess_prefix_tokens(length)
         if found is not None and length not in self._logged:
             self._logged.add(length)
             _logger.info(
@@ -232,6 +251,11 @@ class _Side:
                 *[math.isqrt(length - found)] * 2,
             )
         return found or 0
+
+
+def guess_prefix_tokens(length: int) -> int | None:
+    """The smallest number of class and register tokens whose rest is a square grid; None if there is none up to 16."""
+    return next((n for n in range(min(_MAX_PREFIX_TOKENS + 1, length)) if _is_square(length - n)), None)
 
 
 def _is_nhwc(shape: tuple[int | None, ...]) -> bool:

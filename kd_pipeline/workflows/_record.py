@@ -23,6 +23,8 @@ from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.loader.state import changed_fields
 from kd_pipeline.loader.verify_recording import require_repeatable
+from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.encoding import encode
 from kd_pipeline.teachers.recorded.files import RecordingReader, RecordingWriter, checksums, create_files
@@ -30,6 +32,7 @@ from kd_pipeline.teachers.recorded.manifest import (
     CHECKSUM,
     MANIFEST,
     SAMPLE,
+    RecordedOutput,
     RecordingManifest,
     TeacherInfo,
     reason_of,
@@ -45,6 +48,7 @@ from kd_pipeline.workflows.record_plan import (
     stored_outputs,
     with_outputs,
 )
+from kd_pipeline.workflows.stage import num_classes_for, num_classes_of
 from kd_pipeline.workflows.teacher import open_run_teacher
 
 __all__ = ["Progress", "RecordSettings", "RecordingPlan", "plan_recording", "record"]
@@ -149,12 +153,15 @@ def _planned(
         loader = _open_loader(config, plugins, trust_engines, opened, begun_with=_runtimes_of(folder))
         assert isinstance(loader.teacher, Teacher)
         settings = with_outputs(settings, config, loader.teacher.outputs)
-        manifest = _new_manifest(loader, loader.teacher, settings, settings.epochs or config.train.epochs)
+        grids = _student_grids(config, loader, loader.teacher, plugins) if settings.grid == "student" else {}
+        stored = stored_outputs(loader.teacher.outputs, settings, grids)
+        manifest = _new_manifest(loader, loader.teacher, stored, settings.epochs or config.train.epochs)
         existing = _existing_manifest(folder, manifest)
         plan = RecordingPlan(
             folder=folder,
             settings=settings,
             teacher_outputs=loader.teacher.outputs,
+            student_grids=grids,
             manifest=manifest,
             existing_bytes=existing_bytes(folder, manifest),
             free_bytes=free_bytes(folder),
@@ -297,7 +304,27 @@ def _open_loader(
     )
 
 
-def _new_manifest(loader: KDDataLoader, teacher: Teacher, settings: RecordSettings, epochs: int) -> RecordingManifest:
+def _student_grids(
+    config: Config, loader: KDDataLoader, teacher: Teacher, plugins: Collection[str]
+) -> dict[str, tuple[int, int]]:
+    """Of the student's features that each output is compared with, by a dry run of the loss."""
+    if config.student is None:
+        raise ConfigError("--grid student is that of the student's features: set student, or give a number")
+    num_classes = num_classes_for(config.student, loader.source, teacher)
+    distillation = Distillation(
+        config.distill,
+        student=open_model(config.student, plugins=plugins, num_classes=num_classes),
+        teacher_outputs=teacher.outputs,
+        image_shape=(3, loader.transform.size, loader.transform.size),
+        num_classes=num_classes_of(loader.source, teacher),
+        plugins=plugins,
+    )
+    return distillation.student_grids
+
+
+def _new_manifest(
+    loader: KDDataLoader, teacher: Teacher, outputs: dict[str, RecordedOutput], epochs: int
+) -> RecordingManifest:
     try:
         return RecordingManifest(
             teacher=TeacherInfo(
@@ -307,7 +334,7 @@ def _new_manifest(loader: KDDataLoader, teacher: Teacher, settings: RecordSettin
                 runtimes=teacher.runtimes,
                 classes=teacher.classes,
             ),
-            outputs=stored_outputs(teacher.outputs, settings),
+            outputs=outputs,
             stream=loader.stream_fingerprint,
             num_rows=len(loader.source),
             epochs=epochs,

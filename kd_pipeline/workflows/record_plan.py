@@ -4,11 +4,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, TeacherError
+from kd_pipeline.losses.meeting import guess_prefix_tokens
+from kd_pipeline.losses.outputs import find_output
 from kd_pipeline.losses.ramp import max_value
 from kd_pipeline.teachers.recorded.manifest import LOGITS, RecordedDtype, RecordedOutput, RecordingManifest, is_logits
 
@@ -45,12 +47,13 @@ class RecordSettings(Settings):
 
     outputs: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Names of the teacher's outputs to keep, such as `pooled spatial`. Defaults to those that the loss of the config
-    compares, and to all of them for a config without a student."""
+    compares, with the logits for a student that has some, and to all for a config without a student."""
     dtype: RecordedDtype = "float32"
     """Of the outputs in the files. Training with float32 and whole outputs gives exactly the weights of a live teacher.
     `int8` stores each vector, token or position of a map with its own scale, and logits as float16."""
-    grid: int | None = Field(default=None, ge=1)
-    """Average maps and tokens over areas to maps of at most so many rows and columns, without the tokens' prefix."""
+    grid: Annotated[int, Field(ge=1)] | Literal["student"] | None = None
+    """Average maps and tokens over areas to maps of at most so many rows and columns, without the tokens' prefix;
+    `student` for the size of the student's features that they are compared with, as `grid: student` of a term does."""
     top_k: int | None = Field(default=None, ge=1)
     """Keep only the largest logits of an image; the other classes share the rest of the probability."""
     epochs: int | None = Field(default=None, ge=1)
@@ -67,6 +70,8 @@ class RecordingPlan:
     settings: RecordSettings
     teacher_outputs: Mapping[str, TensorSpec]
     """Of the teacher, which may have more than are recorded."""
+    student_grids: Mapping[str, tuple[int, int]]
+    """See `Distillation.student_grids`; empty where they are not needed."""
     manifest: RecordingManifest
     """With the number of images, of epochs, and the shape and dtype of each output."""
     existing_bytes: int
@@ -147,7 +152,7 @@ class RecordingPlan:
         base = self.settings.model_copy(update={"outputs": tuple(manifest.outputs)})
         found: dict[int, str] = {}
         for changes in sorted(self._changes(), key=len):
-            outputs = stored_outputs(self.teacher_outputs, base.model_copy(update=changes))
+            outputs = stored_outputs(self.teacher_outputs, base.model_copy(update=changes), self.student_grids)
             num_bytes = manifest.model_copy(update={"outputs": outputs}).num_bytes
             if num_bytes < self.num_bytes:
                 found.setdefault(num_bytes, _options(changes))
@@ -160,7 +165,7 @@ class RecordingPlan:
         stored = self.manifest.outputs
         dtypes = ["float16"] if all(map(is_logits, stored)) else ["float16", "int8"]
         has_many = any(is_logits(name) and each.shape[0] > _SMALL_TOP_K for name, each in stored.items())
-        side = max(_side(each) or 0 for each in stored.values())
+        side = max(max(_grid(each) or (0,)) for each in stored.values())
         largest = max(self.manifest.output_bytes.items(), key=lambda each: each[1])[0]
         kinds: list[list[dict[str, Any]]] = [
             [{}, *({"dtype": dtype} for dtype in dtypes)],
@@ -188,37 +193,72 @@ def loss_outputs(config: Config) -> tuple[str, ...] | None:
 
 
 def with_outputs(settings: RecordSettings, config: Config, teacher_outputs: Mapping[str, TensorSpec]) -> RecordSettings:
-    """`settings` that name the outputs to record: those that the loss of `config` compares, unless they are named."""
-    needed = loss_outputs(config)
-    if settings.outputs is None:
-        is_known = bool(needed) and all(name in teacher_outputs for name in needed or ())
-        return settings.model_copy(update={"outputs": needed if is_known else tuple(teacher_outputs)})
-    missing = [name for name in needed or () if name not in settings.outputs]
-    if missing and teacher_outputs.keys() >= set(settings.outputs):
-        _logger.warning(
-            "the loss of this config compares %s too, which --outputs leaves out: training with this recording needs "
-            "another distill.features, or the output",
-            " and ".join(missing),
-        )
-    return settings
-
-
-def stored_outputs(teacher_outputs: Mapping[str, TensorSpec], settings: RecordSettings) -> dict[str, RecordedOutput]:
-    """How `settings` store the outputs that they name, or all of them.
+    """`settings` with the names of the outputs to record, where they are left open or are aliases.
 
     Raises:
-        ConfigError: there is no such output, or a setting does not fit it.
+        ConfigError: there is no such output.
+    """
+
+    def find(names: Sequence[str], place: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(find_output(name, teacher_outputs, place=place, owner="teacher") for name in names))
+
+    if settings.outputs is not None:
+        outputs = find(settings.outputs, "--outputs")
+        _warn_about_missing(config, outputs, teacher_outputs)
+    elif needed := loss_outputs(config):
+        outputs = find(needed, "the loss of this config (--outputs names others to record)")
+        has_head = config.student is None or not config.student.is_headless
+        if has_head and LOGITS in teacher_outputs and LOGITS not in outputs:
+            outputs = (LOGITS, *outputs)
+    else:
+        outputs = tuple(teacher_outputs)
+    return settings.model_copy(update={"outputs": outputs})
+
+
+def _warn_about_missing(config: Config, outputs: Sequence[str], teacher_outputs: Mapping[str, TensorSpec]) -> None:
+    specs = {name: teacher_outputs[name] for name in outputs}
+    for name in loss_outputs(config) or ():
+        try:
+            find_output(name, specs, place="", owner="teacher")
+        except ConfigError:
+            _logger.warning(
+                "the loss of this config compares %s too, which --outputs leaves out: training with this recording "
+                "needs another distill.features, or the output",
+                name,
+            )
+
+
+def stored_outputs(
+    teacher_outputs: Mapping[str, TensorSpec],
+    settings: RecordSettings,
+    student_grids: Mapping[str, tuple[int, int]] | None = None,
+) -> dict[str, RecordedOutput]:
+    """How `settings` store the outputs that they name, or all of them.
+
+    Args:
+        teacher_outputs: of the teacher.
+        settings: whose `outputs` exist.
+        student_grids: for `grid: student`, the largest height and width of outputs by name; others keep their own.
+
+    Raises:
+        ConfigError: a setting does not fit an output.
         TeacherError: the shape of an output is open, or unlike that of any output.
     """
-    names = tuple(teacher_outputs) if settings.outputs is None else tuple(dict.fromkeys(settings.outputs))
-    for name in names:
-        if name not in teacher_outputs:
-            raise ConfigError(
-                f"--outputs: the teacher has no output called {name!r}; it returns {_described(teacher_outputs)}"
-            )
+    names = tuple(teacher_outputs) if settings.outputs is None else settings.outputs
     if settings.top_k is not None and not any(map(is_logits, names)):
         raise ConfigError(f"--top-k keeps the largest logits, and {', '.join(names)} are none; leave it out")
-    return {name: _stored(name, teacher_outputs[name], settings) for name in names}
+    found = {}
+    for name in names:
+        match settings.grid:
+            case "student":
+                limit = (student_grids or {}).get(name)
+            case None:
+                limit = None
+            case side:
+                limit = side, side
+        stored = _stored(name, teacher_outputs[name], settings)
+        found[name] = stored if limit is None or len(stored.shape) == 1 else _at_grid(name, stored, limit)
+    return found
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -259,38 +299,34 @@ def _stored(name: str, spec: TensorSpec, settings: RecordSettings) -> RecordedOu
         dtype: RecordedDtype = "float16" if settings.dtype == "int8" else settings.dtype
         return RecordedOutput(shape=shape, dtype=dtype, top_k=settings.top_k)
     prefix = spec.num_prefix_tokens if len(shape) == 2 else None
-    stored = RecordedOutput(shape=shape, dtype=settings.dtype, num_prefix_tokens=prefix)
-    return stored if settings.grid is None or len(shape) == 1 else _at_grid(name, stored, settings.grid)
+    return RecordedOutput(shape=shape, dtype=settings.dtype, num_prefix_tokens=prefix)
 
 
-def _at_grid(name: str, stored: RecordedOutput, grid: int) -> RecordedOutput:
-    """`stored` as a map of at most `grid` rows and columns."""
-    if len(stored.shape) == 3:
-        channels, height, width = stored.shape
-        if max(height, width) <= grid:
-            return stored
-    else:
-        num_tokens, channels = stored.shape
-        side = _side(stored)
-        if side is None:
-            known = "an unknown number of" if stored.num_prefix_tokens is None else str(stored.num_prefix_tokens)
-            raise ConfigError(
-                f"--grid: the teacher's {name!r} are {num_tokens} tokens with {known} prefix tokens, which are no "
-                "square; leave --grid out"
-            )
-        height = width = side
-    shape = (channels, min(height, grid), min(width, grid))
-    return RecordedOutput(shape=shape, dtype=stored.dtype, teacher_grid=(height, width))
+def _at_grid(name: str, stored: RecordedOutput, limit: tuple[int, int]) -> RecordedOutput:
+    """`stored` as a map of at most this height and width."""
+    grid = _grid(stored)
+    if grid is None:
+        raise ConfigError(
+            f"--grid: the teacher's {name!r} are {stored.spec} tokens, which are no square grid after "
+            f"{stored.num_prefix_tokens or 0} prefix tokens; leave --grid out, or name other outputs with --outputs"
+        )
+    height, width = (min(sizes) for sizes in zip(grid, limit, strict=True))
+    if len(stored.shape) == 3 and grid == (height, width):
+        return stored
+    channels = stored.shape[0 if len(stored.shape) == 3 else -1]
+    return RecordedOutput(shape=(channels, height, width), dtype=stored.dtype, teacher_grid=grid)
 
 
-def _side(stored: RecordedOutput) -> int | None:
-    """Rows or columns of a map or of square tokens; None for anything else."""
+def _grid(stored: RecordedOutput) -> tuple[int, int] | None:
+    """Height and width of a map, or of the square that tokens are of; None for anything else."""
     match stored.shape:
         case (_, height, width):
-            return max(height, width)
-        case (num_tokens, _) if stored.num_prefix_tokens is not None:
-            side = math.isqrt(num_tokens - stored.num_prefix_tokens)
-            return side if side**2 == num_tokens - stored.num_prefix_tokens else None
+            return height, width
+        case (num_tokens, _):
+            prefix = stored.num_prefix_tokens
+            num_patches = num_tokens - ((guess_prefix_tokens(num_tokens) or 0) if prefix is None else prefix)
+            side = math.isqrt(num_patches)
+            return (side, side) if side**2 == num_patches else None
     return None
 
 
@@ -306,7 +342,3 @@ def _options(changes: Mapping[str, Any]) -> str:
     for name, value in changes.items():
         words += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [str(value)])]
     return " ".join(words)
-
-
-def _described(outputs: Mapping[str, TensorSpec]) -> str:
-    return ", ".join(f"{name} {spec}" for name, spec in outputs.items())

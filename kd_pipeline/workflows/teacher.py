@@ -10,11 +10,13 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError, MissingPackageError, TeacherError
 from kd_pipeline.loader.loader import open_config_teacher
+from kd_pipeline.losses.outputs import find_output
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import StudentPrecision, TeacherSettings, is_recording, with_runtimes
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import DESCRIPTION, ONNX, WEIGHTS, read_exported
+from kd_pipeline.workflows.record_plan import loss_outputs
 
 __all__ = [
     "check_no_input_adapter",
@@ -103,8 +105,16 @@ def check_recording(config: Config, recording: Recording) -> None:
     """Check that a recording has what the training of `config` needs.
 
     Raises:
-        ConfigError: it has fewer epochs, or validation needs outputs that it does not have.
+        ConfigError: it lacks epochs or outputs, or validation needs outputs for other images.
     """
+    for name in loss_outputs(config) or ():
+        try:
+            find_output(name, recording.outputs, place="the loss", owner="recorded teacher")
+        except ConfigError as exc:
+            raise ConfigError(
+                f"{exc}. The recording in {recording.path} has these outputs only; compare others in distill.features, "
+                "or record again in a different folder with kd-pipeline record --outputs and --out"
+            ) from None
     if recording.num_epochs < config.train.epochs:
         raise ConfigError(
             f"train.epochs is {config.train.epochs} and the recording in {recording.path} has {recording.num_epochs} "

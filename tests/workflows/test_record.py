@@ -161,6 +161,37 @@ def test_rounded_features_train_student_within_bound(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("grid", ["student", 2])
+def test_grid_of_student_trains_as_live(digits: Path, tmp_path: Path, grid: Any) -> None:
+    terms = [
+        {"loss": "am_radio", "student": "spatial", "teacher": "spatial", "grid": "student"},
+        {"loss": "cosine", "student": "pooled", "teacher": "pooled"},
+    ]
+    described = headless(digits, str(tmp_path / "live"), distill={"loss": None, "features": terms})
+    kept = RecordSettings(out=tmp_path / "recording", grid=grid)
+    recording = record(described, kept, plugins=[networks.__name__])
+    stored = RecordingManifest.load(recording).outputs["spatial"]
+    assert (stored.shape, stored.teacher_grid, stored.num_prefix_tokens) == ((24, 2, 2), (4, 4), None)
+    live = learned(described)
+    found = learned(
+        headless(digits, str(tmp_path / "run"), distill={"loss": None, "features": terms}, teacher={"path": recording})
+    )
+    for name, weight in live.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_grid_of_student_needs_a_student(photo_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--grid student is that of the student's features: set student"):
+        recorded(photo_folder, tmp_path / "recording", kept={"grid": "student"})
+
+
+def test_recording_without_what_the_loss_compares_is_refused(digits: Path, tmp_path: Path) -> None:
+    recording = record(headless(digits, "headless"), RecordSettings(out=tmp_path / "here", outputs=("pooled",)))
+    with pytest.raises(ConfigError, match=r"no .* to compare as 'spatial'.*record again .* --outputs"):
+        learned(headless(digits, str(tmp_path / "run"), teacher={"path": recording}))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("begun_with", ["teacher", "recording"])
 def test_run_resumes_with_recording(digits: Path, tmp_path: Path, begun_with: str) -> None:
     recording = record(settings(digits, str(tmp_path / "whole")))
@@ -276,6 +307,29 @@ def test_killed_recording_resumes_to_equal_files(
     kill_at(None)
     recorded(photo_folder, folder)
     assert_same_files(folder, whole)
+
+
+INT8 = {"dtype": "int8", "grid": 4}
+
+
+def test_killed_int8_recording_resumes_to_equal_files(
+    photo_folder: Path, tmp_path: Path, kill_at: Callable[[int | None], None], always_committed: None
+) -> None:
+    kill_at(None)
+    whole = recorded(photo_folder, tmp_path / "whole", kept=INT8)
+    kill_at(27)  # of fifty
+    with pytest.raises(Killed):
+        recorded(photo_folder, tmp_path / "recording", kept=INT8)
+    kill_at(None)
+    recorded(photo_folder, tmp_path / "recording", kept=INT8)
+    assert len(files := sorted(whole.glob("*.bin"))) == 5
+    for file in files:
+        assert (tmp_path / "recording" / file.name).read_bytes() == file.read_bytes(), file.name
+    # All teacher outputs are compared as the numbers that they stand for.
+    scales = np.fromfile(whole / "features.scale.bin", "<f4")
+    (scales * 2).tofile(whole / "features.scale.bin")
+    with pytest.raises(StateError, match=r"outputs have changed: in batch \d of epoch [01], its features"):
+        recorded(photo_folder, whole, kept=INT8)
 
 
 @pytest.mark.parametrize("num_saves", [0, 1, 2, 3])
@@ -597,6 +651,7 @@ def test_top_k_is_suggested_for_many_classes(disk: Callable[[int], None]) -> Non
         settings=RecordSettings(),
         teacher_outputs=specs,
         manifest=manifest,
+        student_grids={},
         existing_bytes=0,
         free_bytes=7_500_000_000_000,
         num_epochs_done=None,
@@ -605,6 +660,31 @@ def test_top_k_is_suggested_for_many_classes(disk: Callable[[int], None]) -> Non
         ConfigError, match=r"needs 401 TB more .*fits: --dtype float16 --top-k 16 \(7\.4 TB\), --epochs 1"
     ):
         plan.require_space()
+
+
+@pytest.mark.parametrize(
+    ("spec", "grid", "shape", "teacher_grid"),
+    [
+        (TensorSpec((None, 17, 24), torch.float32, 1), 2, (24, 2, 2), (4, 4)),
+        (TensorSpec((None, 17, 24), torch.float32, 1), 4, (24, 4, 4), (4, 4)),
+        (TensorSpec((None, 17, 24), torch.float32, 1), 9, (24, 4, 4), (4, 4)),
+        (TensorSpec((None, 21, 24), torch.float32), 2, (24, 2, 2), (4, 4)),
+        (TensorSpec((None, 24, 8, 6), torch.float32), 7, (24, 7, 6), (8, 6)),
+        (TensorSpec((None, 24, 8, 8), torch.float32), 8, (24, 8, 8), None),
+        (TensorSpec((None, 24), torch.float32), 2, (24,), None),
+    ],
+    ids=str,
+)
+def test_grid_is_at_most_that_of_the_teacher(spec: TensorSpec, grid: int, shape: Any, teacher_grid: Any) -> None:
+    stored = stored_outputs({"x": spec}, RecordSettings(grid=grid))["x"]
+    assert (stored.shape, stored.teacher_grid, stored.num_prefix_tokens) == (shape, teacher_grid, None)
+
+
+def test_tokens_without_grid_are_refused() -> None:
+    tokens = TensorSpec((None, 18, 24), torch.float32, 1)
+    with pytest.raises(ConfigError, match=r"--grid: .*'x' are \[any, 18, 24\] .* no square grid after 1 prefix tokens"):
+        stored_outputs({"x": tokens}, RecordSettings(grid=2))
+    assert stored_outputs({"x": tokens}, RecordSettings())["x"].spec == tokens
 
 
 # The plan
@@ -656,7 +736,7 @@ def test_named_outputs_are_replayed_bit_for_bit(photo_folder: Path, whole: Path,
     [
         ({}, None),
         ({"student": {"builtin": "small_resnet"}}, ("logits",)),
-        ({"student": {"builtin": "small_resnet", "num_classes": 0}}, ("pooled",)),
+        ({"student": {"builtin": "small_resnet", "num_classes": 0}}, ("pooled", "spatial")),
         ({"distill": {"features": [{"loss": "feature_mse", "student": "a", "teacher": "b"}]}}, ("logits", "b")),
         ({"distill": {"loss": None, "features": [{"loss": "cosine", "student": "a", "teacher": "b"}]}}, ("b",)),
         ({"distill": {"loss": "my.losses:own"}}, None),
@@ -674,7 +754,8 @@ def test_outputs_default_to_those_of_the_loss(photo_folder: Path, tmp_path: Path
     folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1}, **student)
     assert list(RecordingManifest.load(folder).outputs) == ["logits"]
     assert not caplog.text
-    recorded(photo_folder, tmp_path / "other", kept={"epochs": 1, "outputs": ("features",)}, **student)
+    recorded(photo_folder, tmp_path / "other", kept={"epochs": 1, "outputs": ("spatial",)}, **student)
+    assert list(RecordingManifest.load(tmp_path / "other").outputs) == ["features"]  # the only map
     assert "the loss of this config compares logits too, which --outputs leaves out" in caplog.text
 
 
@@ -711,7 +792,11 @@ def test_partial_write_is_continued(
     ("kept", "changes", "message"),
     [
         ({"top_k": 3}, {}, "--top-k must be below the number of classes, got 3 of 3"),
-        ({"outputs": ("feature",)}, {}, "no output called 'feature'; it returns logits .*, features"),
+        (
+            {"outputs": ("feature",)},
+            {},
+            "--outputs: the teacher .* 'feature'.*did you mean 'features'",
+        ),
         ({"outputs": ("features",), "top_k": 2}, {}, "--top-k keeps the largest logits, and features are none"),
         ({}, {"teacher": None}, "there is no teacher to record"),
         (

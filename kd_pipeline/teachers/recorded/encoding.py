@@ -6,9 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from kd_pipeline.errors import TeacherError
+from kd_pipeline.losses.resize import Resizer
 from kd_pipeline.teachers.recorded.manifest import RecordedOutput, RecordingManifest
 
 __all__ = ["MAX_SCALE", "decode", "encode"]
@@ -74,7 +74,7 @@ def _at_grid(output: Tensor, stored: RecordedOutput) -> Tensor:
         height, width = stored.teacher_grid
         patches = output[:, output.shape[1] - height * width :]
         output = patches.transpose(1, 2).view(len(output), -1, height, width)
-    return adaptive_avg_pool2d(output, (stored.shape[1], stored.shape[2]))
+    return Resizer("area")(output, (stored.shape[1], stored.shape[2]))  # as a loss does with a live teacher
 
 
 def _top(logits_NK: Tensor, top_k: int) -> dict[str, Tensor]:
