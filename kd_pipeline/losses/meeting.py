@@ -12,7 +12,7 @@ from kd_pipeline.losses.projectors import build_projector
 from kd_pipeline.losses.resize import Resizer
 from kd_pipeline.losses.settings import TermSettings
 
-__all__ = ["Meeting", "guess_prefix_tokens"]
+__all__ = ["Meeting", "guess_prefix_tokens", "is_nhwc"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -174,7 +174,7 @@ class _Side:
     @property
     def width(self) -> int | None:
         """Features of a vector, token or position; None if they are unknown."""
-        return self.spec.shape[1 if self.rank == 4 and not _is_nhwc(self.spec.shape) else -1]
+        return self.spec.shape[1 if self.rank == 4 and not is_nhwc(self.spec.shape) else -1]
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -186,7 +186,7 @@ class _Side:
                 side = math.isqrt(length - self._num_prefix_tokens(length))
                 return (side, side) if _is_square(length - self._num_prefix_tokens(length)) else None
             case (_, first, second, third):
-                height, width = (first, second) if _is_nhwc(self.spec.shape) else (second, third)
+                height, width = (first, second) if is_nhwc(self.spec.shape) else (second, third)
                 return None if height is None or width is None else (height, width)
         return None
 
@@ -194,7 +194,7 @@ class _Side:
         """Without prefix tokens, and maps as `[N, C, H, W]`."""
         if self.rank == 3:
             return tensor[:, self._num_prefix_tokens(tensor.shape[1]) :]
-        return tensor.permute(0, 3, 1, 2) if self.rank == 4 and _is_nhwc(tensor.shape) else tensor
+        return tensor.permute(0, 3, 1, 2) if self.rank == 4 and is_nhwc(tensor.shape) else tensor
 
     def mean(self, features: Tensor) -> Tensor:
         """A vector as it is, or the mean over the positions of anything else.
@@ -258,8 +258,8 @@ def guess_prefix_tokens(length: int) -> int | None:
     return next((n for n in range(min(_MAX_PREFIX_TOKENS + 1, length)) if _is_square(length - n)), None)
 
 
-def _is_nhwc(shape: tuple[int | None, ...]) -> bool:
-    """Whether a map is `[N, h, w, C]`: images are square, so its equal sides tell."""
+def is_nhwc(shape: tuple[int | None, ...]) -> bool:
+    """Whether a map's shape is `[N, h, w, C]`: images are square, so its equal sides tell."""
     _, first, second, third = shape
     return None not in (first, second) and first == second != third
 

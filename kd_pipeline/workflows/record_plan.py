@@ -16,7 +16,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, TeacherError
-from kd_pipeline.losses.meeting import guess_prefix_tokens
+from kd_pipeline.losses.meeting import guess_prefix_tokens, is_nhwc
 from kd_pipeline.losses.outputs import find_output
 from kd_pipeline.losses.ramp import max_value
 from kd_pipeline.teachers.recorded.manifest import LOGITS, RecordedDtype, RecordedOutput, RecordingManifest, is_logits
@@ -299,6 +299,8 @@ def _stored(name: str, spec: TensorSpec, settings: RecordSettings) -> RecordedOu
         dtype: RecordedDtype = "float16" if settings.dtype == "int8" else settings.dtype
         return RecordedOutput(shape=shape, dtype=dtype, top_k=settings.top_k)
     prefix = spec.num_prefix_tokens if len(shape) == 2 else None
+    if len(shape) == 3 and settings.dtype == "int8" and is_nhwc(spec.shape):  # one scale for each position
+        return RecordedOutput(shape=(shape[2], *shape[:2]), dtype="int8", teacher_grid=(shape[0], shape[1]))
     return RecordedOutput(shape=shape, dtype=settings.dtype, num_prefix_tokens=prefix)
 
 
@@ -311,17 +313,18 @@ def _at_grid(name: str, stored: RecordedOutput, limit: tuple[int, int]) -> Recor
             f"{stored.num_prefix_tokens or 0} prefix tokens; leave --grid out, or name other outputs with --outputs"
         )
     height, width = (min(sizes) for sizes in zip(grid, limit, strict=True))
-    if len(stored.shape) == 3 and grid == (height, width):
+    is_channels_first = len(stored.shape) == 3 and not is_nhwc((None, *stored.shape))
+    if is_channels_first and grid == (height, width):
         return stored
-    channels = stored.shape[0 if len(stored.shape) == 3 else -1]
+    channels = stored.shape[0 if is_channels_first else -1]
     return RecordedOutput(shape=(channels, height, width), dtype=stored.dtype, teacher_grid=grid)
 
 
 def _grid(stored: RecordedOutput) -> tuple[int, int] | None:
     """Height and width of a map, or of the square that tokens are of; None for anything else."""
     match stored.shape:
-        case (_, height, width):
-            return height, width
+        case (first, second, third):
+            return (first, second) if is_nhwc((None, *stored.shape)) else (second, third)
         case (num_tokens, _):
             prefix = stored.num_prefix_tokens
             num_patches = num_tokens - ((guess_prefix_tokens(num_tokens) or 0) if prefix is None else prefix)

@@ -226,6 +226,21 @@ def test_no_projector_for_losses_of_any_width(loss):
 
 
 @pytest.mark.parametrize(
+    ("student", "prefix", "grid"),
+    [
+        ((2, 8), None, (1, 1)),
+        ((2, 8, 5, 3), None, (5, 3)),
+        ((2, 5, 5, 8), None, (5, 5)),
+        ((2, 17, 8), 1, (4, 4)),
+        ((2, 21, 8), None, (4, 4)),
+        ((2, 17, 8), 0, None),
+    ],
+)
+def test_grid_of_the_student(student, prefix, grid):
+    assert meeting(random(*student), random(2, 6, 4, 4), (prefix, None)).student_grid == grid
+
+
+@pytest.mark.parametrize(
     ("student", "teacher", "projector"),
     [((2, 17, 8), (2, 6, 4, 4), "conv"), ((2, 8), (2, 6), "conv"), ((2, 8, 4, 4), (2, 6, 4, 4), "linear")],
 )

@@ -322,7 +322,8 @@ def test_killed_int8_recording_resumes_to_equal_files(
         recorded(photo_folder, tmp_path / "recording", kept=INT8)
     kill_at(None)
     recorded(photo_folder, tmp_path / "recording", kept=INT8)
-    assert len(files := sorted(whole.glob("*.bin"))) == 5
+    files = sorted(whole.glob("*.bin"))
+    assert len(files) == 5
     for file in files:
         assert (tmp_path / "recording" / file.name).read_bytes() == file.read_bytes(), file.name
     # All teacher outputs are compared as the numbers that they stand for.
@@ -671,6 +672,8 @@ def test_top_k_is_suggested_for_many_classes(disk: Callable[[int], None]) -> Non
         (TensorSpec((None, 21, 24), torch.float32), 2, (24, 2, 2), (4, 4)),
         (TensorSpec((None, 24, 8, 6), torch.float32), 7, (24, 7, 6), (8, 6)),
         (TensorSpec((None, 24, 8, 8), torch.float32), 8, (24, 8, 8), None),
+        (TensorSpec((None, 8, 8, 24), torch.float32), 4, (24, 4, 4), (8, 8)),
+        (TensorSpec((None, 8, 8, 24), torch.float32), 8, (24, 8, 8), (8, 8)),
         (TensorSpec((None, 24), torch.float32), 2, (24,), None),
     ],
     ids=str,
@@ -678,6 +681,13 @@ def test_top_k_is_suggested_for_many_classes(disk: Callable[[int], None]) -> Non
 def test_grid_is_at_most_that_of_the_teacher(spec: TensorSpec, grid: int, shape: Any, teacher_grid: Any) -> None:
     stored = stored_outputs({"x": spec}, RecordSettings(grid=grid))["x"]
     assert (stored.shape, stored.teacher_grid, stored.num_prefix_tokens) == (shape, teacher_grid, None)
+
+
+def test_int8_map_with_channels_last_has_a_scale_for_each_position() -> None:
+    spec = TensorSpec((None, 8, 8, 24), torch.float32)
+    stored = stored_outputs({"x": spec}, RecordSettings(dtype="int8"))["x"]
+    assert (stored.shape, stored.teacher_grid, stored.row_shape) == ((24, 8, 8), (8, 8), (8, 8))
+    assert stored_outputs({"x": spec}, RecordSettings())["x"].spec == spec
 
 
 def test_tokens_without_grid_are_refused() -> None:

@@ -67,13 +67,15 @@ def _decode(name: str, stored: RecordedOutput, columns: Mapping[str, Tensor]) ->
 
 
 def _at_grid(output: Tensor, stored: RecordedOutput) -> Tensor:
-    """A map `[N, C, h, w]`, or the grid of tokens, at the size that is stored."""
+    """A map `[N, C, h, w]` or `[N, h, w, C]`, or the grid of tokens, as a map at the size that is stored."""
     if stored.teacher_grid is None:
         return output
     if output.ndim == 3:
         height, width = stored.teacher_grid
         patches = output[:, output.shape[1] - height * width :]
         output = patches.transpose(1, 2).view(len(output), -1, height, width)
+    elif output.shape[1] != stored.shape[0]:
+        output = output.permute(0, 3, 1, 2)
     return Resizer("area")(output, (stored.shape[1], stored.shape[2]))  # as a loss does with a live teacher
 
 

@@ -201,6 +201,13 @@ def test_map_is_averaged_over_areas() -> None:
     torch.testing.assert_close(through_files({"map": output}, kept)["map"], avg_pool2d(output, 2))
 
 
+def test_map_with_channels_last_is_stored_with_channels_first() -> None:
+    output = torch.randn(3, 5, 6, 6, generator=torch.Generator().manual_seed(0))
+    for side, wanted in ((3, avg_pool2d(output, 2)), (6, output)):
+        kept = of(map=RecordedOutput(shape=(5, side, side), teacher_grid=(6, 6)))
+        torch.testing.assert_close(through_files({"map": output.permute(0, 2, 3, 1)}, kept)["map"], wanted)
+
+
 @pytest.mark.parametrize("num_prefix_tokens", [0, 1, 5])
 def test_tokens_lose_their_prefix_and_become_a_map(num_prefix_tokens: int) -> None:
     patches = torch.randn(3, 5, 6, 6, generator=torch.Generator().manual_seed(0))
