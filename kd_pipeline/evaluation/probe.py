@@ -305,7 +305,7 @@ def _recorded_rows(
             f"the recording in {recording.path} is of {num_rows} images, and the training data has {len(labels)}; "
             "record the teacher again"
         )
-    return torch.from_numpy(labels[sample]), recording.read(0, position)[output]
+    return torch.from_numpy(labels[sample]), recording.read(0, position, outputs=(output,))[output]
 
 
 def _judge(

@@ -133,7 +133,7 @@ class RecordingPlan:
 
     def _advice(self) -> str:
         available = self.free_bytes + self.existing_bytes
-        options = list(self._smaller())
+        options = self._smaller()
         fitting = [each for each in options if each[1] <= available][:_MAX_OPTIONS]
         if fitting:
             return "what fits: " + ", ".join(f"{option} ({format_bytes(size)})" for option, size in fitting)
@@ -165,12 +165,13 @@ class RecordingPlan:
         stored = self.manifest.outputs
         dtypes = ["float16"] if all(map(is_logits, stored)) else ["float16", "int8"]
         has_many = any(is_logits(name) and each.shape[0] > _SMALL_TOP_K for name, each in stored.items())
-        side = max(max(_grid(each) or (0,)) for each in stored.values())
+        grids = [_grid(each) for each in stored.values() if len(each.shape) > 1]
+        side = max((max(grid) for grid in grids if grid is not None), default=0)
         largest = max(self.manifest.output_bytes.items(), key=lambda each: each[1])[0]
         kinds: list[list[dict[str, Any]]] = [
             [{}, *({"dtype": dtype} for dtype in dtypes)],
             [{}, *([{"top_k": _SMALL_TOP_K}] if has_many else [])],
-            [{}, *([{"grid": side // 2}] if side > 1 else [])],
+            [{}, *([{"grid": side // 2}] if side > 1 and None not in grids else [])],
             [{}, *([{"outputs": tuple(name for name in stored if name != largest)}] if len(stored) > 1 else [])],
         ]
         combined = ({name: value for each in chosen for name, value in each.items()} for chosen in product(*kinds))

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -602,7 +603,7 @@ def test_small_disk_is_refused_with_what_fits(photo_folder: Path, tmp_path: Path
     assert (
         "what fits: --dtype float16 (304 kB), --dtype int8 (172 kB), --grid 4 (153 kB), --outputs logits (1.48 kB)."
     ) in message
-    for number, options in enumerate(({"dtype": "float16"}, {"dtype": "int8"}, {"grid": 4}, {"outputs": ("logits",)})):
+    for number, options in enumerate(({"dtype": "float16"}, {"grid": 4})):
         recorded(photo_folder, tmp_path / str(number), kept=options)
 
 
@@ -639,28 +640,50 @@ def test_resumed_recording_needs_only_the_rest(photo_folder: Path, tmp_path: Pat
         recorded(photo_folder, folder, kept={"epochs": 4})
 
 
-def test_top_k_is_suggested_for_many_classes(disk: Callable[[int], None]) -> None:
-    disk(7_500_000_000_000)
+def planned(specs: dict[str, TensorSpec], free: int, **options: Any) -> RecordingPlan:
+    """A plan for a billion images and a hundred epochs."""
     facts = {"fingerprint": "f", "backend": "tensorrt", "precision": "fp16", "classes": None}
-    specs = {"logits": TensorSpec((None, 1000), torch.float32)}
-    stored = stored_outputs(specs, RecordSettings())
+    settings = RecordSettings(**options)
+    stored = stored_outputs(specs, settings)
     manifest = RecordingManifest.model_validate(
         {"teacher": facts, "outputs": stored, "stream": {}, "num_rows": 10**9, "epochs": 100}
     )
-    plan = RecordingPlan(
+    return RecordingPlan(
         folder=Path("/nowhere/recording"),
-        settings=RecordSettings(),
+        settings=settings,
         teacher_outputs=specs,
-        manifest=manifest,
         student_grids={},
+        manifest=manifest,
         existing_bytes=0,
-        free_bytes=7_500_000_000_000,
+        free_bytes=free,
         num_epochs_done=None,
     )
-    with pytest.raises(
-        ConfigError, match=r"needs 401 TB more .*fits: --dtype float16 --top-k 16 \(7\.4 TB\), --epochs 1"
-    ):
-        plan.require_space()
+
+
+@pytest.mark.parametrize(
+    ("specs", "free", "message"),
+    [
+        (
+            {"logits": TensorSpec((None, 1000), torch.float32)},
+            7_500 * 10**9,
+            "needs 401 TB more .* what fits: --dtype float16 --top-k 16 (7.4 TB), --epochs 1 (4.01 TB). Or",
+        ),
+        (
+            {"tokens": TensorSpec((None, 18, 64), torch.float32, 1)},  # of no grid
+            200_000 * 10**9,
+            "needs 462 TB more .* what fits: --dtype int8 (123 TB), --epochs 43 (198 TB). Or",
+        ),
+        (
+            {"tokens": TensorSpec((None, 17, 64), torch.float32, 1)},
+            200_000 * 10**9,
+            "needs 436 TB more .* what fits: --dtype int8 (116 TB), --grid 2 (103 TB), --dtype float16 --grid 2",
+        ),
+    ],
+    ids=["logits", "tokens", "tokens of a grid"],
+)
+def test_only_what_has_an_effect_is_suggested(specs: dict[str, TensorSpec], free: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message).replace(r"\.\*", ".*")):
+        planned(specs, free).require_space()
 
 
 @pytest.mark.parametrize(

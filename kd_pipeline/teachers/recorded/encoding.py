@@ -45,13 +45,13 @@ def encode(outputs: Mapping[str, Tensor], manifest: RecordingManifest) -> dict[s
     return columns
 
 
-def decode(columns: Mapping[str, Tensor], manifest: RecordingManifest) -> dict[str, Tensor]:
-    """Columns of a recording as outputs `[N, ...]` float32, on the same device.
+def decode(columns: Mapping[str, Tensor], stored: Mapping[str, RecordedOutput]) -> dict[str, Tensor]:
+    """Columns of the `stored` outputs as outputs `[N, ...]` float32, on the same device.
 
     With `top_k`, the other classes share the rest of the probability evenly, so a softmax gives the kept classes the
     probabilities that they had.
     """
-    return {name: _decode(name, stored, columns) for name, stored in manifest.outputs.items()}
+    return {name: _decode(name, output, columns) for name, output in stored.items()}
 
 
 def _decode(name: str, stored: RecordedOutput, columns: Mapping[str, Tensor]) -> Tensor:

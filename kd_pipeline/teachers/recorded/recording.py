@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -154,14 +154,28 @@ class Recording:
         """`[N]`, checksums of the recorded images at these positions; see `files.checksums`."""
         return self._reader.read(CHECKSUM, epoch, position)
 
-    def read(self, epoch: int, position: NDArray[np.int64], *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    def read(
+        self,
+        epoch: int,
+        position: NDArray[np.int64],
+        *,
+        device: torch.device | str = "cpu",
+        outputs: Collection[str] | None = None,
+    ) -> dict[str, Tensor]:
         """The outputs `[N, ...]` at recorded positions, whatever samples the data has there now.
+
+        Args:
+            epoch: number of the epoch.
+            position: `[N]`, positions in its order.
+            device: where the outputs are needed.
+            outputs: names of those to read; defaults to all.
 
         Raises:
             TeacherError: the recording is damaged.
         """
-        names = [name for name in self._reader.columns if name not in (SAMPLE, CHECKSUM)]
-        return decode({name: self._rows(name, epoch, position, torch.device(device)) for name in names}, self.manifest)
+        stored = {name: each for name, each in self.manifest.outputs.items() if outputs is None or name in outputs}
+        columns = [column for name, each in stored.items() for column in each.columns(name)]
+        return decode({name: self._rows(name, epoch, position, torch.device(device)) for name in columns}, stored)
 
     def close(self) -> None:
         """Close the files. A second call does nothing."""

@@ -32,7 +32,7 @@ def through_files(outputs: dict[str, Tensor], kept: RecordingManifest) -> dict[s
     for name, each in columns.items():
         assert each.shape[1:] == kept.columns[name].shape, name
     stored = {name: torch.from_numpy(each.numpy().astype(kept.columns[name].dtype)) for name, each in columns.items()}
-    found = decode(stored, kept)
+    found = decode(stored, kept.outputs)
     assert all(found[name].shape[1:] == each.shape for name, each in kept.outputs.items())
     assert all(each.dtype == torch.float32 for each in found.values())
     return found

@@ -151,6 +151,14 @@ def test_outputs_belong_to_caller(plain: Path) -> None:
     assert recording.busy_s > 0
 
 
+def test_named_outputs_are_read_alone(copy: Path) -> None:
+    recording, position = Recording(copy), np.arange(5)
+    whole = recording.read(0, position)
+    os.truncate(copy / "features.values.bin", 0)
+    found = recording.read(0, position, outputs=("logits",))
+    assert found.keys() == {"logits"} and torch.equal(found["logits"], whole["logits"])
+
+
 def test_properties_are_those_of_the_teacher(plain: Path) -> None:
     recording = Recording(plain)
     assert (recording.backend, recording.precision, recording.num_epochs) == ("recorded", "fp32", NUM_EPOCHS)
