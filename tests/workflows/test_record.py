@@ -181,6 +181,19 @@ def test_grid_of_student_trains_as_live(digits: Path, tmp_path: Path, grid: Any)
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_grid_of_student_is_that_of_what_each_output_meets(digits: Path, tmp_path: Path) -> None:
+    def shape(term: dict[str, str]) -> tuple[int, ...]:
+        terms = [{"loss": "feature_cosine", "teacher": "spatial", **term}]
+        described = headless(digits, "headless", distill={"loss": None, "features": terms})
+        kept = RecordSettings(out=tmp_path / "recording", grid="student")
+        plan = plan_recording(described, kept, plugins=[networks.__name__])
+        return plan.manifest.outputs["spatial"].shape
+
+    assert shape({"student": "spatial"}) == (24, 2, 2)
+    assert shape({"student": "first"}) == (24, 4, 4)
+    assert shape({"student": "pooled"}) == (24, 1, 1)
+
+
 def test_grid_of_student_needs_a_student(photo_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--grid student is that of the student's features: set student"):
         recorded(photo_folder, tmp_path / "recording", kept={"grid": "student"})
