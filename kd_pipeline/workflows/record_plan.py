@@ -19,7 +19,8 @@ from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.losses.meeting import guess_prefix_tokens, is_nhwc
 from kd_pipeline.losses.outputs import find_output
 from kd_pipeline.losses.ramp import max_value
-from kd_pipeline.teachers.recorded.manifest import LOGITS, RecordedDtype, RecordedOutput, RecordingManifest, is_logits
+from kd_pipeline.teachers.base import is_logits
+from kd_pipeline.teachers.recorded.manifest import LOGITS, RecordedDtype, RecordedOutput, RecordingManifest
 
 __all__ = [
     "RecordSettings",

@@ -22,7 +22,8 @@ from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.teachers.recorded.manifest import RecordedDtype, RecordingManifest, is_logits
+from kd_pipeline.teachers.base import is_logits
+from kd_pipeline.teachers.recorded.manifest import RecordedDtype, RecordingManifest
 from kd_pipeline.training.run_lock import LOCK, lock_folder
 from kd_pipeline.workflows import _record as workflow
 from kd_pipeline.workflows._record import Progress, RecordSettings, plan_recording, record

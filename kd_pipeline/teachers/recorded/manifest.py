@@ -17,6 +17,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import TeacherError
+from kd_pipeline.teachers.base import is_logits
 
 __all__ = [
     "CHECKSUM",
@@ -28,7 +29,6 @@ __all__ = [
     "RecordedOutput",
     "RecordingManifest",
     "TeacherInfo",
-    "is_logits",
     "reason_of",
 ]
 
@@ -255,11 +255,6 @@ class RecordingManifest(Settings):
                 f"and {_MAX_FILE_BYTES} are possible"
             )
         return self
-
-
-def is_logits(name: str) -> bool:
-    """Whether an output, perhaps of one of several teachers, is a classifier's logits."""
-    return name.rpartition(".")[2] == LOGITS
 
 
 def reason_of(exc: ValueError | RecursionError) -> str:
