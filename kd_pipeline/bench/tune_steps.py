@@ -268,7 +268,7 @@ class RunSteps(ExitStack):
         if key not in self._modules:
             network, train = network_of(config, self._stage), config.train
             num_classes = num_classes_for(network, loader.source, teacher)
-            student = open_model(network, plugins=self._plugins, num_classes=num_classes)
+            student = open_model(network, plugins=self._plugins, num_classes=num_classes, is_trained=True)
             student = student.to(PURE_PRECISIONS.get(train.precision, torch.float32))
             optimizer = train.optimizer.model_copy(update={"lr": _LEARNING_RATE})
             config = config.model_copy(update={"train": train.model_copy(update={"optimizer": optimizer})})

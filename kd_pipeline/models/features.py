@@ -1,10 +1,18 @@
-"""Intermediate features of a model, by layer name, through forward hooks."""
+"""Intermediate features of a model, by layer name, through forward hooks.
 
-from collections.abc import Iterator, Mapping, Sequence
+A layer has the name that `named_modules` gives it, or is one of the stages of a timm model: `stage:N`, counted from 0,
+or from the end if N is negative, is the layer that entry N of the model's `feature_info` names. Maps are `[N, C, H, W]`
+also where the network computes in NHWC, as timm's Swin does.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import ConfigError
@@ -13,13 +21,15 @@ from kd_pipeline.models.modules import frozen_copy, named_outputs
 
 __all__ = ["capture_features", "with_features"]
 
+_STAGE = re.compile(r"stage:(-?\d+)")
+
 
 @contextmanager
 def capture_features(module: nn.Module, layers: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
     """Capture the outputs of `layers` in the forward pass inside the `with`, with their graph.
 
-        with capture_features(student, ["layer3"]) as features:
-            logits = student(images)
+        with capture_features(student, ["layer3", "stage:-1"]) as features:
+            outputs = student(images)
         features["layer3"]
 
     The mapping is filled, and the hooks are removed, when the `with` ends. It takes one forward pass, in which each
@@ -27,28 +37,29 @@ def capture_features(module: nn.Module, layers: Sequence[str]) -> Iterator[Mappi
     the current mode (train or eval) was not traced without the hooks.
 
     Raises:
-        ConfigError: there is no such layer, it does not run exactly once, it does not return a tensor, or a later
-            layer modifies its output in place.
+        ConfigError: there is no such layer or stage, it does not run exactly once, it does not return a tensor, or a
+            later layer modifies its output in place.
     """
     outputs: dict[str, Tensor] = {}
-    hooks = [_FeatureHook(layer) for layer in layers]
-    modules = [_find_layer(module, layer) for layer in layers]
-    handles = [layer.register_forward_hook(hook) for layer, hook in zip(modules, hooks, strict=True)]
+    network = _network_of(module)
+    hooks = [_FeatureHook(name, network) for name in layers]
+    handles = [hook.register(network) for hook in hooks]
     try:
         yield outputs
     finally:
         for handle in handles:
             handle.remove()
-    outputs.update((hook.layer, hook.pop()) for hook in hooks)
+    outputs.update((hook.name, hook.pop()) for hook in hooks)
 
 
 def with_features(module: nn.Module, layers: Sequence[str]) -> nn.Module:
-    """A frozen copy of `module` that returns a mapping: `"logits"`, and the output of each layer by its name.
+    """A frozen copy of `module` that returns a mapping: the outputs of `module`, and that of each layer by its name.
 
-    Use it as a teacher, or export it to ONNX, to distill features. Later changes to `module` do not affect it.
+    The outputs are `"logits"` of a classifier, and `"pooled"` and `"spatial"` of a `Backbone`. Use it as a teacher, or
+    export it to ONNX, to distill features. Later changes to `module` do not affect it.
 
     Raises:
-        ConfigError: there is no such layer, or its name is that of another output.
+        ConfigError: there is no such layer or stage, or its name is that of another output.
         TeacherError: the module cannot be copied.
     """
     return _WithFeatures(module, layers)
@@ -58,9 +69,10 @@ class _WithFeatures(nn.Module):
     def __init__(self, module: nn.Module, layers: Sequence[str]) -> None:
         super().__init__()
         self.module = frozen_copy(module)
-        self._hooks = [_FeatureHook(layer) for layer in layers]
+        network = _network_of(self.module)
+        self._hooks = [_FeatureHook(name, network) for name in layers]
         for hook in self._hooks:
-            _find_layer(self.module, hook.layer).register_forward_hook(hook)
+            hook.register(network)
         self.eval()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -68,32 +80,39 @@ class _WithFeatures(nn.Module):
             hook.output = None  # left over if the last pass failed
         outputs = dict(named_outputs(self.module(images)))
         for hook in self._hooks:
-            if hook.layer in outputs:
-                raise ConfigError(f"the layer {hook.layer!r} has the name of an output of the model; rename the output")
-            outputs[hook.layer] = hook.pop()
+            if hook.name in outputs:
+                raise ConfigError(f"the layer {hook.name!r} has the name of an output of the model; rename the output")
+            outputs[hook.name] = hook.pop()
         return outputs
 
     def extra_repr(self) -> str:
-        return f"features={[hook.layer for hook in self._hooks]}"
+        return f"features={[hook.name for hook in self._hooks]}"
 
 
 class _FeatureHook:
     """A forward hook. An object rather than a closure, so `deepcopy` of a module copies its hooks too."""
 
-    def __init__(self, layer: str) -> None:
-        self.layer = layer
+    def __init__(self, name: str, network: nn.Module) -> None:
+        self.name = name
         self.output: Tensor | None = None
+        self._layer = _layer_of(network, name)
+        self._widths = _nhwc_widths(network, self._layer)
         self._version = 0
+
+    def register(self, network: nn.Module) -> RemovableHandle:
+        """Capture the layer of `network`, which may be a copy of the one it was found in."""
+        layers: dict[str, nn.Module] = dict(network.named_modules(remove_duplicate=False))
+        return layers[self._layer].register_forward_hook(self)
 
     def __call__(self, module: nn.Module, arguments: object, output: object) -> None:
         if self.output is not None:
             raise ConfigError(
-                f"the layer {self.layer!r} runs more than once in a forward pass, so its output is ambiguous; name the "
+                f"the layer {self.name!r} runs more than once in a forward pass, so its output is ambiguous; name the "
                 "layer that contains it"
             )
         if not isinstance(output, Tensor):
             raise ConfigError(
-                f"the layer {self.layer!r} returns {type(output).__qualname__} and not a tensor; name a layer inside "
+                f"the layer {self.name!r} returns {type(output).__qualname__} and not a tensor; name a layer inside "
                 "it, or the one after it"
             )
         self.output = output
@@ -105,26 +124,69 @@ class _FeatureHook:
         output, self.output = self.output, None
         if output is None:
             raise ConfigError(
-                f"the layer {self.layer!r} gave no output: the forward pass skips it, or was compiled without the "
+                f"the layer {self.name!r} gave no output: the forward pass skips it, or was compiled without the "
                 "hook; name a layer that runs, and compile the model after its first pass with hooks"
             )
         if _has_version(output) and output._version != self._version:
             raise ConfigError(
-                f"the output of the layer {self.layer!r} is modified in place by a later layer, such as an activation "
+                f"the output of the layer {self.name!r} is modified in place by a later layer, such as an activation "
                 "with inplace=True; name that layer instead"
             )
-        return output
+        is_nhwc = output.ndim == 4 and output.shape[3] in self._widths and output.shape[1] not in self._widths
+        return output.permute(0, 3, 1, 2) if is_nhwc else output
 
 
 def _has_version(output: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not output.is_inference()
 
 
-def _find_layer(module: nn.Module, name: str) -> nn.Module:
-    module = trunk_of(getattr(module, "_orig_mod", module))  # torch.compile(module) wraps the original
-    layers: dict[str, nn.Module] = dict(module.named_modules(remove_duplicate=False))
-    if not name or name not in layers:
+def _network_of(module: nn.Module) -> nn.Module:
+    """The network whose layers have the names that users know."""
+    return trunk_of(getattr(module, "_orig_mod", module))  # torch.compile(module) wraps the original
+
+
+def _layer_of(network: nn.Module, name: str) -> str:
+    """The name of the layer that `name` stands for, which is a stage or the layer itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    stage = _STAGE.fullmatch(name)
+    layer = name if stage is None else _layer_of_stage(network, int(stage[1]))
+    layers = [each for each, _ in network.named_modules(remove_duplicate=False) if each]
+    if layer not in layers:
+        which = f"{layer!r}" if stage is None else f"{layer!r}, which its feature_info gives for {name}"
+        raise ConfigError(f"{type(network).__qualname__} has no layer called {which}{suggest(layer, layers)}")
+    return layer
+
+
+def _layer_of_stage(network: nn.Module, number: int) -> str:
+    stages = _stages(network)
+    if not stages:
         raise ConfigError(
-            f"{type(module).__qualname__} has no layer called {name!r}{suggest(name, filter(None, layers))}"
+            f"{type(network).__qualname__} has no stages for stage:{number}, which are those in the feature_info of "
+            "timm's models; name a layer instead"
         )
-    return layers[name]
+    if not -len(stages) <= number < len(stages):
+        known = ", ".join(f"stage:{index} is {each['module']}" for index, each in enumerate(stages))
+        raise ConfigError(
+            f"{type(network).__qualname__} has {len(stages)} stages and no stage:{number}; {known}, and negative "
+            "numbers count from the end"
+        )
+    return str(stages[number]["module"])
+
+
+def _stages(network: nn.Module) -> Sequence[Mapping[str, Any]]:
+    """timm's description of the layers between which the size or the width changes; empty for other networks."""
+    found = getattr(network, "feature_info", ())
+    return tuple(getattr(found, "info", found) or ())
+
+
+def _nhwc_widths(network: nn.Module, layer: str) -> Collection[int]:
+    """The numbers of channels by which a map of `layer` in NHWC is told; empty if there is none."""
+    stages = _stages(network)
+    if (known := next((each["num_chs"] for each in stages if each["module"] == layer), None)) is not None:
+        return (known,)
+    if getattr(network, "output_fmt", None) == "NHWC":
+        return {each["num_chs"] for each in stages}
+    return ()

@@ -58,6 +58,11 @@ class Match:
         return not self.missing and not self.unexpected
 
     @property
+    def fits(self) -> bool:
+        """Whether names and shapes are the network's."""
+        return self.has_all_names and not self.reshaped
+
+    @property
     def num_classes(self) -> tuple[int, int] | None:
         """Classes in the file and in the network, if the classifier is all that differs; else None."""
         pairs = {(tuple(file[:1]), tuple(own[:1])) for file, own in self.reshaped.values()}
@@ -97,6 +102,8 @@ def _compare(
         return any(is_in_layer(name, layer) for layer in reset)
 
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    # A head without outputs, as of torchvision with num_classes=0, is none.
+    inside = {name: tensor for name, tensor in inside.items() if tensor.numel() or list(tensor.shape) == own.get(name)}
     found = {name: inside[name] for name in own if name in inside and not is_reset(name)}
     wanted = [name for name in own if name not in found and not is_reset(name) and not is_counter(name)]
     head = _head(prefix, tensors, wanted)

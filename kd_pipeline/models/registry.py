@@ -8,17 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import nn
 
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
-from kd_pipeline._core.suggestions import suggest
+from kd_pipeline._core.suggestions import first_few, suggest
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models.backbone import Backbone, without_head
+from kd_pipeline.models.backbone import Backbone, classifier_layers, trunk_of, without_head
+from kd_pipeline.models.matching import Match
+from kd_pipeline.models.modules import is_in_layer
 from kd_pipeline.models.resnet import create_builtin
-from kd_pipeline.models.weights import Checkpoint, load_weights, match_weights
+from kd_pipeline.models.weights import Checkpoint, lacks_only, load_weights, match_weights
 
 __all__ = ["ModelSettings", "PretrainedInput", "open_model", "pretrained_input"]
 
@@ -115,18 +118,26 @@ class PretrainedInput(NamedTuple):
     """Whether the model accepts no other size."""
 
 
-def open_model(settings: ModelSettings, *, plugins: Collection[str] = (), num_classes: int | None = None) -> nn.Module:
+def open_model(
+    settings: ModelSettings,
+    *,
+    plugins: Collection[str] = (),
+    num_classes: int | None = None,
+    is_trained: bool = False,
+) -> nn.Module:
     """Build a model in float32 on the CPU, and load its weights.
 
     A checkpoint may be of any trainer: `match_weights` finds the weights in it by their names, which must be those of
     the model, except in layers that are reset. Of raw and averaged weights (EMA) it takes the averaged ones. No code in
-    the file is run. With `num_classes: 0` the model is a `Backbone`.
+    the file is run. With `num_classes: 0` the model is a `Backbone`, for which the head in a checkpoint is left out.
 
     Args:
         settings: what to build.
         plugins: modules that a `factory` may come from. A config file is data and cannot grant this itself: pass what
             the user typed.
         num_classes: number of classes of the data, for a model that is to learn them; where settings have no number.
+        is_trained: whether the model is trained next, so that a checkpoint may lack the head, which then keeps its
+            random initialization: fine-tuning of a backbone.
 
     Raises:
         ConfigError: there is no such model, it cannot be built or downloaded, its factory is not allowed, or the
@@ -138,22 +149,28 @@ def open_model(settings: ModelSettings, *, plugins: Collection[str] = (), num_cl
     checkpoint = None if settings.checkpoint is None else Checkpoint(settings.checkpoint)
     wanted = num_classes if settings.num_classes is None else settings.num_classes
     model = _build(settings, build, name, wanted)
-    if checkpoint is None:
-        return Backbone(model) if settings.is_headless else model
-    choose = partial(match_weights, checkpoint, key=settings.checkpoint_key, reset=settings.reset)
-    choice = choose(model)
-    if wanted is None and choice.match.num_classes and _takes_num_classes(settings, build):
-        wanted, _ = choice.match.num_classes
-        _logger.info("%s has %d classes, as the checkpoint %s", name, wanted, checkpoint.path)
-        model = _build(settings, build, name, wanted)
+    if checkpoint is not None:
+        choose = partial(match_weights, checkpoint, key=settings.checkpoint_key, reset=settings.reset)
         choice = choose(model)
-    load_weights(checkpoint, model, choice, keep_classes=_keep_classes(settings, num_classes))
+        if wanted is None and choice.match.num_classes and _takes_num_classes(settings, build):
+            wanted, _ = choice.match.num_classes
+            _logger.info("%s has %d classes, as the checkpoint %s", name, wanted, checkpoint.path)
+            model = _build(settings, build, name, wanted)
+            choice = choose(model)
+        head: tuple[str, ...] = ()
+        if not choice.match.fits:
+            head = _head_of(settings, build, name, model)
+            if settings.is_headless or (is_trained and lacks_only(choice.match, head)):
+                choice = choose(model, without=head)
+        load_weights(checkpoint, model, choice, keep_classes=_keep_classes(settings, num_classes), head=head)
+        if head:
+            _report_head(checkpoint, choice.match, model, head, settings.is_headless)
     return Backbone(model) if settings.is_headless else model
 
 
 def pretrained_input(module: nn.Module) -> PretrainedInput | None:
     """The images that a timm model was trained on; None for a model without timm's `pretrained_cfg`."""
-    config = getattr(module, "pretrained_cfg", None)
+    config = getattr(trunk_of(module), "pretrained_cfg", None)
     if not isinstance(config, Mapping) or not {"mean", "std", "input_size"} <= config.keys():
         return None
     _, height, width = config["input_size"]
@@ -182,6 +199,30 @@ def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_cl
     if not isinstance(model, nn.Module):
         raise ConfigError(f"{name} should return an nn.Module, got {type(model).__qualname__}")
     return without_head(model) if is_cut else model
+
+
+def _head_of(settings: ModelSettings, build: Callable[..., Any], name: str, model: nn.Module) -> tuple[str, ...]:
+    """The layers of the head of `model`, which may lack it; empty if it is a factory's and says nothing about it."""
+    if settings.factory is not None:
+        return ()
+    if settings.timm is None or settings.is_headless:
+        return classifier_layers(model, model.state_dict().keys())
+    with torch.device("meta"):  # for the names
+        without = _build(settings.model_copy(update={"pretrained": False}), build, name, 0)
+    return classifier_layers(model, without.state_dict().keys())
+
+
+def _report_head(
+    checkpoint: Checkpoint, match: Match, model: nn.Module, head: Sequence[str], is_headless: bool
+) -> None:
+    """One line about a head that only one of file and model has."""
+    own = [*model.state_dict()]
+    in_file = (name.removeprefix(match.prefix) for name in checkpoint.sets[match.key] if name.startswith(match.prefix))
+    names = [name for name in (in_file if is_headless else own) if any(is_in_layer(name, layer) for layer in head)]
+    if is_headless and names:
+        _logger.info("%s: left out the head (%s), as the network has none", checkpoint.path, first_few(names))
+    elif not is_headless:
+        _logger.info("%s has no head, so %s keep their random initialization", checkpoint.path, first_few(names))
 
 
 def _takes_num_classes(settings: ModelSettings, build: Callable[..., Any]) -> bool:

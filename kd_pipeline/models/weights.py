@@ -18,7 +18,7 @@ from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.matching import Match, find_matches, is_companion, is_counter, part_of
 from kd_pipeline.models.modules import is_in_layer
 
-__all__ = ["Checkpoint", "Choice", "load_weights", "match_weights"]
+__all__ = ["Checkpoint", "Choice", "lacks_only", "load_weights", "match_weights"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -76,7 +76,12 @@ class Checkpoint:
 
 
 def match_weights(
-    checkpoint: Checkpoint, model: nn.Module, *, key: str | None = None, reset: Sequence[str] = ()
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    *,
+    key: str | None = None,
+    reset: Sequence[str] = (),
+    without: Sequence[str] = (),
 ) -> Choice:
     """Choose the weights of `model`: by name only, never by order.
 
@@ -87,7 +92,8 @@ def match_weights(
         checkpoint: the file.
         model: the network.
         key: which weights to use; None chooses.
-        reset: layers that take no weights from the file.
+        reset: layers of the model that take no weights from the file.
+        without: layers that take none either, and that the model need not have: those of a head.
 
     Raises:
         ConfigError: no weights have such a key, or several sets fit and none is the obvious one.
@@ -99,8 +105,9 @@ def match_weights(
             raise ConfigError(
                 f"reset: {type(model).__qualname__} has no weights in a layer {layer!r}{suggest(layer, names)}"
             )
+    left_out = (*reset, *without)
     found = [
-        match for set_key, tensors in checkpoint.sets.items() for match in find_matches(set_key, tensors, own, reset)
+        match for set_key, tensors in checkpoint.sets.items() for match in find_matches(set_key, tensors, own, left_out)
     ]
     if key is not None:
         found = _with_key(checkpoint, found, key)
@@ -119,7 +126,9 @@ def match_weights(
     return Choice(choice.match, (*choice.remarks, *((logging.WARNING, text) for text in remarks)))
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module, choice: Choice, *, keep_classes: str) -> None:
+def load_weights(
+    checkpoint: Checkpoint, model: nn.Module, choice: Choice, *, keep_classes: str, head: Sequence[str] = ()
+) -> None:
     """Copy the chosen weights into `model`. Counters that the file lacks, and layers that are reset, stay as is.
 
     Args:
@@ -127,6 +136,7 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, choice: Choice, *, ke
         model: the network.
         choice: its weights in the file.
         keep_classes: end of the message about another number of classes, about how to keep those of the file.
+        head: the layers of the model that `num_classes: 0` leaves out, for the message about a file without them.
 
     Raises:
         ConfigError: the weights do not fit, or are not numbers.
@@ -134,10 +144,10 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, choice: Choice, *, ke
     name, match = type(model).__qualname__, choice.match
     for level, remark in choice.remarks:
         _logger.log(level, "%s", remark)
-    if not match.has_all_names or match.reshaped:
+    if not match.fits:
         raise ConfigError(
             f"{checkpoint.path} does not fit {name}: {_differences(match)}. "
-            f"{_cause(checkpoint, model, match, keep_classes)}"
+            f"{_cause(checkpoint, model, match, keep_classes, head)}"
         )
     own = model.state_dict()
     parameters = dict(model.named_parameters())
@@ -162,13 +172,19 @@ def load_weights(checkpoint: Checkpoint, model: nn.Module, choice: Choice, *, ke
     _report_rest(checkpoint.path, name, match, [key for key in own if is_counter(key) and key not in match.found])
 
 
+def lacks_only(match: Match, layers: Sequence[str]) -> bool:
+    """Whether weights of the model are missing in the file, all of them in `layers`, and nothing else differs."""
+    is_of_layers = (any(is_in_layer(name, layer) for layer in layers) for name in match.missing)
+    return bool(match.missing) and all(is_of_layers) and not match.unexpected and not match.reshaped
+
+
 def _differences(match: Match) -> str:
     shapes = [f"{name} {file} in the file, {own} in the model" for name, (file, own) in match.reshaped.items()]
     kinds = {"missing": match.missing, "unexpected": match.unexpected, "of a different shape": shapes}
     return "; ".join(f"{len(names)} {kind} ({first_few(names)})" for kind, names in kinds.items() if names)
 
 
-def _cause(checkpoint: Checkpoint, model: nn.Module, match: Match, keep_classes: str) -> str:
+def _cause(checkpoint: Checkpoint, model: nn.Module, match: Match, keep_classes: str, head: Sequence[str]) -> str:
     """The likely reason, and what to do."""
     layers = list(dict.fromkeys(name.rpartition(".")[0] or name for name in [*match.missing, *match.reshaped]))
     names = (f'"{name}"' if re.fullmatch(r"[\d.]+", name) else name for name in layers)  # no numbers in YAML
@@ -182,6 +198,8 @@ def _cause(checkpoint: Checkpoint, model: nn.Module, match: Match, keep_classes:
         return f"The file is for images of {size[1]} pixels: set kwargs: {{{size[0]}: {size[1]}}}"
     if [len(file) == 4 and file[1] != own[1] == 3 for file, own in match.reshaped.values()] == [True]:
         return "The file is for images of another number of channels, and images here have 3; give weights for those"
+    if lacks_only(match, head):
+        return f"The file has no head: to use the network without one, set num_classes: 0; to train one, set {listed}"
     if len(layers) == 1 and not match.unexpected and not match.reshaped:
         return f"To train the missing layer, set {listed}"
     says = checkpoint.architecture

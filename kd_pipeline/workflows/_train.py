@@ -396,7 +396,7 @@ class _StageRun(ExitStack):
     def _open_student(self, loader: KDDataLoader) -> nn.Module:
         network = self._network
         num_classes = num_classes_for(network, loader.source, loader.teacher)
-        student = open_model(network, plugins=self._plugins, num_classes=num_classes)
+        student = open_model(network, plugins=self._plugins, num_classes=num_classes, is_trained=True)
         if num_classes is not None:
             self._network = network.model_copy(update={"num_classes": num_classes})
         if self._config.student_from_teacher and self._stage == "distill":

@@ -194,7 +194,9 @@ def _check_student(
     if training is None and teacher is None:
         return  # which is the error to correct first
     settings = settings.model_copy(update={"pretrained": False})  # no download
-    student = open_model(settings, plugins=plugins, num_classes=num_classes_for(settings, training, teacher))
+    student = open_model(
+        settings, plugins=plugins, num_classes=num_classes_for(settings, training, teacher), is_trained=True
+    )
     train = config.data.split("train")
     size = train.transform.size
     if config.feature_probe is not None and stage != "teacher":

@@ -1,11 +1,14 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from kd_pipeline.errors import ConfigError, TeacherError
+from kd_pipeline.models.backbone import Backbone
 from kd_pipeline.models.features import capture_features, with_features
+from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
@@ -212,3 +215,69 @@ def test_export_with_features(tmp_path):
         "logits": (None, 10),
         "net.body.2": (None, 16, 16, 16),
     }
+
+
+def backbone(name: str, **kwargs: object) -> Backbone:
+    model = open_model(ModelSettings.model_validate({"timm": name, "num_classes": 0, "kwargs": kwargs})).eval()
+    assert isinstance(model, Backbone)
+    return model
+
+
+def test_stages_of_timm():
+    net, images = backbone("test_resnet"), random_images(2, shape=(3, 64, 64))
+    with capture_features(net, ["stage:1", "layer1", "stage:-1", "layer4"]) as features:
+        net(images)
+    assert features["stage:1"].equal(features["layer1"]) and features["stage:-1"].equal(features["layer4"])
+    assert list(features["stage:1"].shape) == [2, 32, 16, 16]
+
+
+def test_stages_beside_the_outputs_of_a_backbone():
+    net = backbone("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_heads=3)
+    images = random_images(2, shape=(3, 32, 32))
+    outputs = with_features(net, ["stage:-2", "blocks.0"])(images)
+    assert list(outputs) == ["pooled", "spatial", "stage:-2", "blocks.0"]
+    teacher = PyTorchTeacher(with_features(net, ["stage:-2", "patch_embed"]), image_shape=(3, 32, 32))
+    prefix = {name: spec.num_prefix_tokens for name, spec in teacher.outputs.items()}
+    assert prefix == {"pooled": None, "spatial": 1, "stage:-2": 1, "patch_embed": 0}
+
+
+def test_stages_of_a_classifier():
+    net = timm.create_model("test_resnet", num_classes=5).eval()
+    assert list(with_features(net, ["stage:0"])(random_images(2, shape=(3, 64, 64)))) == ["logits", "stage:0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kwargs", "layers"),
+    [
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}, ["layers.1", "layers.1.blocks.0"]),
+        ("mambaout_femto", {}, ["stages.1", "stages.1.blocks.0"]),
+    ],
+)
+def test_maps_in_nhwc_are_returned_in_nchw(name, kwargs, layers):
+    net, images = backbone(name, **kwargs), random_images(2, shape=(3, 64, 64))
+    width = net.trunk.feature_info[1]["num_chs"]
+    with capture_features(net, ["stage:1", *layers]) as features:
+        net(images)
+    assert features["stage:1"].equal(features[layers[0]])
+    assert [list(output.shape) for output in features.values()] == [[2, width, 8, 8]] * 3
+
+
+def test_unknown_stages():
+    for name in ("stage:5", "stage:-6"):
+        with (
+            pytest.raises(
+                ConfigError, match=rf"ResNet has 5 stages and no {name}; stage:0 is act1, .*stage:4 is layer4"
+            ),
+            capture_features(backbone("test_resnet"), [name]),
+        ):
+            pass
+    with pytest.raises(ConfigError, match=r"ConvNet has no stages for stage:0, .* feature_info of timm's models; name"):
+        with_features(ConvNet(), ["stage:0"])
+
+
+def test_stage_whose_layer_is_missing():
+    net = ConvNet()
+    net.feature_info = [{"module": "boddy", "num_chs": 3}]
+    with pytest.raises(ConfigError, match=r"'boddy', which its feature_info gives for stage:0; did you mean 'body'"):
+        with_features(net, ["stage:0"])

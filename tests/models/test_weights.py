@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models import resnet18
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.models.backbone import trunk_of
 from kd_pipeline.models.registry import ModelSettings, open_model
 
 State = dict[str, Tensor]
@@ -312,7 +313,7 @@ def test_channels(tmp_path: Path) -> None:
 def test_missing_classifier(tmp_path: Path) -> None:
     backbone = {name: tensor for name, tensor in RAW.items() if not name.startswith("fc.")}
     with pytest.raises(
-        ConfigError, match=r"2 missing \(fc\.weight, fc\.bias\)\. To train the missing layer, set reset: \[fc\]"
+        ConfigError, match=r"2 missing \(fc\.weight, fc\.bias\)\. The file has no head: .* one, set reset: \[fc\]"
     ):
         opened(backbone, tmp_path)
     opened(backbone, tmp_path, reset=("fc",))
@@ -339,3 +340,114 @@ def test_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     half = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in RAW.items()}
     model = opened(half, tmp_path)
     assert torch.equal(model.conv1[0].weight, half["conv1.0.weight"].float())  # type: ignore[index, union-attr]
+
+
+Classifier = tuple[str, str, dict[str, Any], tuple[str, ...]]
+CLASSIFIERS: list[Classifier] = [
+    ("timm", "test_resnet", {}, ("fc",)),
+    ("timm", "test_vit", {"img_size": 32}, ("head",)),
+    ("timm", "test_convnext", {}, ("head.fc",)),
+    ("torchvision", "shufflenet_v2_x0_5", {}, ("fc",)),
+    ("builtin", "small_resnet", {"width": 4}, ("8",)),
+]
+LARGER_CLASSIFIERS: list[Classifier] = [
+    ("timm", "levit_128s", {}, ("head", "head_dist")),  # with a BatchNorm
+    ("timm", "deit_tiny_distilled_patch16_224", {"depth": 1}, ("head", "head_dist")),
+    ("torchvision", "mobilenet_v3_small", {}, ("classifier.3",)),
+    ("torchvision", "googlenet", {"init_weights": False}, ("fc", "aux1", "aux2")),
+]
+
+
+def is_of(name: str, layers: tuple[str, ...]) -> bool:
+    return name.startswith(tuple(f"{layer}." for layer in layers))
+
+
+def check_head(
+    case: tuple[str, str, dict[str, Any], tuple[str, ...]], path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    """A classifier's weights in a backbone, and a backbone's in a classifier."""
+    log.set_level(logging.INFO)
+    library, name, kwargs, head = case
+    settings = ModelSettings.model_validate({library: name, "kwargs": kwargs, "num_classes": 7})
+    headless = settings.model_copy(update={"num_classes": 0})
+    trained = open_model(settings).state_dict()
+    trunk = {key for key in trained if not is_of(key, head)}
+    torch.save(trained, path / "classifier.pt")
+    backbone = open_model(headless.model_copy(update={"checkpoint": path / "classifier.pt"}))
+    found = trunk_of(backbone).state_dict()
+    assert all(torch.equal(found[key], trained[key]) for key in trunk)
+    assert {key for key, tensor in found.items() if tensor.numel()} == trunk
+    (record,) = log.records
+    assert record.levelname == "INFO" and f"left out the head ({head[0]}." in record.message
+    log.clear()
+    torch.save(found, path / "backbone.pt")
+    from_backbone = settings.model_copy(update={"checkpoint": path / "backbone.pt"})
+    tuned = open_model(from_backbone, is_trained=True).state_dict()
+    assert all(torch.equal(tuned[key], trained[key]) for key in trunk) and tuned.keys() == trained.keys()
+    (record,) = log.records
+    assert record.levelname == "INFO" and "has no head, so " in record.message and f"{head[0]}." in record.message
+    with pytest.raises(ConfigError, match=r"The file has no head: to use the network without one, set num_classes: 0"):
+        open_model(from_backbone)
+    again = trunk_of(open_model(headless.model_copy(update={"checkpoint": path / "backbone.pt"}))).state_dict()
+    assert all(torch.equal(again[key], found[key]) for key in found)
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_head_of_file_or_model_alone(case: Classifier, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_head(case, tmp_path, caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LARGER_CLASSIFIERS, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_head_of_file_or_model_alone_in_more_networks(
+    case: Classifier, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_head(case, tmp_path, caplog)
+
+
+def test_only_the_head_may_be_missing(tmp_path: Path) -> None:
+    backbone = {name: tensor for name, tensor in RAW.items() if not name.startswith("fc.")}
+    torch.save({name: tensor for name, tensor in backbone.items() if name != "conv1.0.weight"}, tmp_path / "a.pt")
+    settings = ModelSettings(timm=NAME, num_classes=5, checkpoint=tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"3 missing \(conv1\.0\.weight, fc\.weight, fc\.bias\)"):
+        open_model(settings, is_trained=True)
+    with pytest.raises(ConfigError, match=r"does not fit ResNet: 1 missing \(conv1\.0\.weight\)"):
+        open_model(settings.model_copy(update={"num_classes": 0}))
+    torch.save(RAW | {"extra.weight": torch.ones(3)}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"1 unexpected \(extra\.weight\)"):
+        open_model(settings.model_copy(update={"num_classes": 0}))
+
+
+def test_missing_norm_before_the_head_is_no_head(tmp_path: Path) -> None:
+    whole = timm.create_model("test_convnext", num_classes=5).state_dict()
+    torch.save({name: tensor for name, tensor in whole.items() if not name.startswith("head.")}, tmp_path / "a.pt")
+    settings = ModelSettings(timm="test_convnext", num_classes=5, checkpoint=tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"4 missing \(head\.norm\.weight"):
+        open_model(settings, is_trained=True)
+
+
+def test_backbone_in_the_checkpoint_of_a_run(tmp_path: Path) -> None:
+    """As `last.ckpt` and the weights of the best student have it."""
+    backbone = {name: tensor for name, tensor in RAW.items() if not name.startswith("fc.")}
+    projector = {"distillation.projectors.0.weight": torch.ones(3, 3)}
+    torch.save({"state_dict": prefixed("student.trunk.", backbone) | projector, "epoch": 3}, tmp_path / "last.ckpt")
+    torch.save(prefixed("trunk.", backbone), tmp_path / "best.pt")
+    for file in ("last.ckpt", "best.pt"):
+        settings = ModelSettings(timm=NAME, num_classes=5, checkpoint=tmp_path / file)
+        tuned = open_model(settings, is_trained=True).state_dict()
+        headless = trunk_of(open_model(settings.model_copy(update={"num_classes": 0}))).state_dict()
+        assert all(torch.equal(tuned[name], tensor) for name, tensor in backbone.items())
+        assert all(torch.equal(headless[name], tensor) for name, tensor in backbone.items())
+
+
+def test_factory_does_not_say_what_its_head_is(tmp_path: Path) -> None:
+    settings = ModelSettings(factory="tests.training.networks:plain", num_classes=10)
+    state = open_model(settings, plugins=["tests.training.networks"]).state_dict()
+    head = list(state)[-2:]
+    torch.save({name: tensor for name, tensor in state.items() if name not in head}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"missing .*To train the missing layer, set reset"):
+        open_model(
+            settings.model_copy(update={"checkpoint": tmp_path / "a.pt"}),
+            plugins=["tests.training.networks"],
+            is_trained=True,
+        )
