@@ -15,6 +15,7 @@ examples:
   kd-pipeline eval -c my.yaml                     (the teacher of the config)
   kd-pipeline eval -c my.yaml runs/mine           (the run, its teacher, and how far they agree)
   kd-pipeline eval -c my.yaml --split test student.onnx runs/mine --teacher teacher.engine --metric CohenKappa
+  kd-pipeline eval -c my.yaml --bank train runs/backbone timm:resnet18.a1_in1k torchvision:resnet18=weights.pt
 """
 
 
@@ -23,7 +24,8 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     commands.add_parser(
         "eval",
         parents=[common],
-        help="compare accuracy, agreement, latency and size of runs, ONNX files, engines and the config's teacher",
+        help="compare accuracy, agreement, latency and size of runs, ONNX files, engines, backbones and the config's "
+        "teacher",
         epilog=_EXAMPLES,
         add_options=_add_options,
         run=_run,
@@ -35,7 +37,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "-c", "--config", type=path_option, required=True, metavar="FILE", help="describes data and teacher"
     )
     parser.add_argument(
-        "models", nargs="*", type=path_option, metavar="MODEL", help="folder of a run, ONNX file or engine"
+        "models",
+        nargs="*",
+        type=path_option,
+        metavar="MODEL",
+        help="folder of a run, ONNX file or engine; or a network without its head, timm:NAME or torchvision:NAME, with "
+        "its pretrained weights or, as timm:NAME=FILE, those of a file",
     )
     parser.add_argument("--split", default="val", help="split to evaluate on (default: val)")
     teacher = parser.add_mutually_exclusive_group()
@@ -46,6 +53,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="model to measure agreement with (default: the config's teacher, which then has a row)",
     )
     teacher.add_argument("--no-teacher", action="store_true", help="leave out the config's teacher")
+    parser.add_argument(
+        "--bank",
+        metavar="SPLIT",
+        help="labeled split with the neighbors for models without logits, which are judged by k-NN and a linear "
+        "classifier (default: the split itself, every fifth of whose images is classified by the rest)",
+    )
+    parser.add_argument(
+        "--random", action="store_true", help="give networks by name random weights instead of pretrained ones"
+    )
     parser.add_argument(
         "--metric",
         action="append",
@@ -70,6 +86,8 @@ def _run(parsed: argparse.Namespace) -> int:
         parsed.models,
         split=parsed.split,
         teacher=parsed.teacher or (None if parsed.no_teacher else "config"),
+        bank=parsed.bank,
+        pretrained=not parsed.random,
         metrics=[checked(MetricSettings, {"name": "metric"}, name=name) for name in parsed.metric],
         **permissions(parsed),
         report=print_progress,

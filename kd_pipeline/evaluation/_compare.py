@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline._core.progress import progress_bar
+from kd_pipeline._core.progress import Report, progress_bar
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import (
@@ -21,21 +22,35 @@ from kd_pipeline.evaluation._evaluate import (
     evaluate,
     images_for,
 )
+from kd_pipeline.evaluation.frozen import extract_features, knn_top1, linear_top1, split_bank
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.losses.settings import LOGITS
+from kd_pipeline.models.modules import named_outputs
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["Comparison", "ComparisonRow", "Cost", "compare", "measure_cost"]
+__all__ = ["Comparison", "ComparisonRow", "Cost", "compare", "has_logits", "measure_cost"]
 
 _NUM_WARMUP = 3
 _NUM_RUNS = 30
 _UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 _COLUMNS = (
-    "", "samples", "top-1", "top-5", "macro F1", "loss", "agreement", "KL", "ms/image", "batch", "parameters", "bytes",
-    "on",
+    "", "samples", "top-1", "top-5", "macro F1", "loss", "agreement", "KL", "k-NN", "linear", "ms/image", "batch",
+    "parameters", "bytes", "on",
 )  # fmt: skip
+_KNN, _LINEAR = "knn_top1", "linear_top1"
+"""Metrics of a model without logits, which have columns of their own."""
+_COLUMNS_OF = {
+    True: {"k-NN", "linear"},
+    False: {"top-1", "top-5", "macro F1", "loss", "agreement", "KL"},
+}
+"""Columns that only models without logits have, and only those with logits."""
 _FOOTNOTE = (
     f"Agreement and KL (T = {TEMPERATURE:g}, in nats): with the teacher. ms/image: time of one batch of that size "
     f"divided by its images, median of {_NUM_RUNS} runs."
+)
+_FEATURES_FOOTNOTE = (
+    "k-NN and linear: accuracy of the nearest neighbors (cosine, k = 20, T = 0.07, as of DINO) and of a linear "
+    "classifier on the frozen features."
 )
 
 
@@ -70,12 +85,24 @@ class Comparison:
     rows: tuple[ComparisonRow, ...]
 
     def table(self) -> str:
-        """Plain text: a line per model, `-` for what cannot be known, and then a line per further metric."""
-        table = [_COLUMNS, *map(_cells, self.rows)]
+        """Plain text: a line per model, `-` for what cannot be known, and then a line per further metric.
+
+        Columns that no model can have are left out: those of logits, or those of features.
+        """
+        has_features = {_KNN in row.evaluation.metrics for row in self.rows}
+        left_out = set().union(*(names for kind, names in _COLUMNS_OF.items() if kind not in has_features))
+        is_shown = [name not in left_out for name in _COLUMNS]
+        table = [[*compress(cells, is_shown)] for cells in (_COLUMNS, *map(_cells, self.rows))]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
-        metrics = [f"{row.name}: {name} {value}" for row in self.rows for name, value in row.evaluation.metrics.items()]
-        return "\n".join([*lines, _FOOTNOTE, *map(printable, metrics)])
+        metrics = [
+            f"{row.name}: {name} {value}"
+            for row in self.rows
+            for name, value in row.evaluation.metrics.items()
+            if name not in (_KNN, _LINEAR)
+        ]
+        footnotes = [_FOOTNOTE, *([_FEATURES_FOOTNOTE] if True in has_features else [])]
+        return "\n".join([*lines, *footnotes, *map(printable, metrics)])
 
 
 def compare(
@@ -85,39 +112,60 @@ def compare(
     reference: nn.Module | Teacher | None = None,
     metrics: Sequence[MetricSettings | Metric] = (),
     files: Mapping[str, Sequence[Path]] | None = None,
+    bank: KDDataLoader | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
     """Evaluate every model on one epoch of `loader`, and time it on one of its batches.
 
+    A model without logits is judged by its vector `"pooled"`: by its nearest neighbors and by a linear classifier, in
+    the metrics `knn_top1` and `linear_top1` of its evaluation.
+
     Args:
         models: networks and teachers by name, on the loader's device.
-        loader: the split; see `evaluate`.
+        loader: the split; see `evaluate`. For a model without logits it has labels.
         reference: the network or teacher for `agreement` and `kl`, which its own row does not have; defaults to the
-            loader's teacher, if any.
-        metrics: see `evaluate`.
+            loader's teacher, if any. One without logits is not compared with.
+        metrics: see `evaluate`; they are of models with logits.
         files: the files that a model was opened from, by its name, for its size.
+        bank: the labeled split with the neighbors of models without logits, transformed as `loader`'s. Defaults to the
+            split itself, every fifth of whose images is then classified by the rest.
         report: called with a line of progress for each model.
 
     Raises:
-        ConfigError, DataError, NonFiniteError, TeacherError: as `evaluate`.
+        ConfigError, DataError, NonFiniteError, TeacherError: as `evaluate` and `extract_features`.
     """
     rows = []
+    images = next(iter(loader)).images
+    if reference is not None and not has_logits(reference, images):
+        reference = None
     for name, model in models.items():
         report(f"evaluating {name}")
         try:
             with progress_bar(name) as report_batches:
-                evaluation = evaluate(
-                    model,
-                    loader,
-                    reference=None if model is reference else reference,
-                    metrics=metrics,
-                    report=report_batches,
-                )
+                if has_logits(model, images):
+                    evaluation = evaluate(
+                        model,
+                        loader,
+                        reference=None if model is reference else reference,
+                        metrics=metrics,
+                        report=report_batches,
+                    )
+                else:
+                    evaluation = _evaluate_features(model, loader, bank, report_batches)
         except NonFiniteError as exc:
             raise NonFiniteError(f"{name}: {exc}") from exc
-        cost = measure_cost(model, next(iter(loader)).images, files=(files or {}).get(name, ()))
+        cost = measure_cost(model, images, files=(files or {}).get(name, ()))
         rows.append(ComparisonRow(name=name, evaluation=evaluation, cost=cost))
     return Comparison(tuple(rows))
+
+
+@torch.no_grad()
+def has_logits(model: nn.Module | Teacher, images: Tensor) -> bool:
+    """Whether `model` returns logits, and not only features by name, for the batch `images` `[N, 3, H, W]`."""
+    if isinstance(model, Teacher):
+        return LOGITS in model.outputs
+    with eval_mode(model):
+        return LOGITS in named_outputs(model(images_for(model, images[:1])), owner="a model")
 
 
 @torch.no_grad()
@@ -154,6 +202,28 @@ def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[
     )
 
 
+def _evaluate_features(
+    model: nn.Module | Teacher, loader: KDDataLoader, bank: KDDataLoader | None, report: Report
+) -> Evaluation:
+    """The accuracy of nearest neighbors and of a linear classifier on the features of `model`."""
+    queries = extract_features(model, loader, report=report)
+    pair = split_bank(queries) if bank is None else (extract_features(model, bank), queries)
+    return Evaluation(
+        num_samples=len(pair[1]),
+        num_bad_rows=int((~pair[1].is_finite).sum()),
+        top1=None,
+        top5=None,
+        macro_f1=None,
+        loss=None,
+        agreement=None,
+        kl=None,
+        class_accuracy=None,
+        confusion=None,
+        classes=None,
+        metrics={_KNN: knn_top1(*pair), _LINEAR: linear_top1(*pair)},
+    )
+
+
 def _cells(row: ComparisonRow) -> tuple[str, ...]:
     evaluation, cost = row.evaluation, row.cost
     return (
@@ -165,6 +235,8 @@ def _cells(row: ComparisonRow) -> tuple[str, ...]:
         _cell(evaluation.loss, ".4f"),
         _cell(evaluation.agreement, ".2%"),
         _cell(evaluation.kl, ".4f"),
+        _cell(evaluation.metrics.get(_KNN), ".2%"),
+        _cell(evaluation.metrics.get(_LINEAR), ".2%"),
         f"{cost.ms_per_image:.3f}",
         str(cost.batch_size),
         _with_unit(cost.num_parameters),

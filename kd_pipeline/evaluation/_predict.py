@@ -1,7 +1,7 @@
 """Predictions of a model for single images, prepared by the transform that it was validated with."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.paths import FileSource, PathTable
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import DataError, TooManyBadSamplesError
+from kd_pipeline.errors import ConfigError, DataError, TooManyBadSamplesError
 from kd_pipeline.evaluation._evaluate import eval_mode, images_for, logits_of
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["NOT_FINITE", "Prediction", "find_images", "predict"]
@@ -82,7 +83,7 @@ def predict(
         num_threads: CPU threads for decoding; defaults to the cores of this process.
 
     Raises:
-        ConfigError: the model returns no logits, or a value is out of range.
+        ConfigError: the model has no classes, as a backbone without a head, or a value is out of range.
         DataError: there are no images.
         TeacherError: a teacher refuses the images or fails.
     """
@@ -108,7 +109,9 @@ def predict(
         try:
             for batch in loader:
                 with torch.no_grad():
-                    logits_NK = logits_of(model(images_for(model, batch.images))).float().cpu()
+                    output = model(images_for(model, batch.images))
+                _check_classes(output)
+                logits_NK = logits_of(output).float().cpu()
                 is_finite_N = has_softmax(logits_NK).tolist()
                 rows = zip(logits_NK, is_finite_N, batch.valid.tolist(), strict=True)
                 for index, (logits_K, is_finite, is_valid) in enumerate(rows, num_done):
@@ -119,3 +122,13 @@ def predict(
         except TooManyBadSamplesError:  # not a single file can be read, so there is no substitute
             for bad in loader.bad_samples[num_done:]:
                 yield Prediction(images[bad.index], None, bad.reason)
+
+
+def _check_classes(output: object) -> None:
+    """Raise a ConfigError for the features of a network without a head."""
+    if isinstance(output, Mapping) and LOGITS not in output:
+        raise ConfigError(
+            f"the model has no classes to predict: it returns {', '.join(map(repr, output))}, the features of a "
+            "network without a head. Fine-tune it on labeled images, with kd-pipeline train stage=baseline and its weights "
+            "as student.checkpoint, or measure its features with kd-pipeline eval"
+        )

@@ -3,6 +3,7 @@
 import inspect
 import logging
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -186,7 +187,10 @@ def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_cl
     if settings.pretrained:
         arguments |= {"pretrained": True} if settings.timm else {"weights": "DEFAULT"}
     try:
-        model = build(**settings.kwargs, **arguments)
+        with warnings.catch_warnings():
+            # torchvision's GoogLeNet and Inception announce another initialization.
+            warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
+            model = build(**settings.kwargs, **arguments)
     except Exception as exc:
         if settings.pretrained and isinstance(exc, OSError):  # how downloads fail in both libraries
             raise ConfigError(

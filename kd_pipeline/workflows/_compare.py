@@ -1,22 +1,29 @@
-"""Compare saved models on a split of a config: runs, ONNX files, engines, and the config's own teacher."""
+"""Compare models on a split of a config: runs, ONNX files, engines, backbones by name, and the config's own teacher."""
 
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.settings import LoaderSettings
+from kd_pipeline.data.sources import open_source
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
 from kd_pipeline.evaluation._compare import Comparison, compare
 from kd_pipeline.evaluation._evaluate import MetricSettings, open_metrics
 from kd_pipeline.loader.loader import KDDataLoader, open_config_teacher
+from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, InputAdapterLayer, Normalization
+from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.settings import TeacherSettings, is_recording, members_of, with_runtimes
 from kd_pipeline.training.checkpoint import load_checkpoint
@@ -29,6 +36,9 @@ __all__ = ["TEACHER", "compare_files"]
 
 _logger = logging.getLogger("kd_pipeline")
 
+_BY_NAME = re.compile(r"(timm|torchvision):([^=]+)(?:=(.+))?")
+"""A backbone by name, and possibly a file with its weights."""
+
 TEACHER = "teacher of the config"
 """Name of the row of the config's own teacher."""
 
@@ -40,20 +50,30 @@ def compare_files(
     split: str = "val",
     teacher: str | os.PathLike[str] | Literal["config"] | None = "config",
     metrics: Sequence[MetricSettings] = (),
+    bank: str | None = None,
+    pretrained: bool = True,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
     report: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
     """Open the models, match their classes to those of the data, and compare them on a split of `config`.
 
+    Models without logits are judged by their features, as `compare` describes.
+
     Args:
         config: describes the data, and the teacher if it has one.
-        models: folders of finished runs, ONNX files and engines; the rows are named as these are written.
+        models: folders of finished runs, ONNX files and engines, and backbones by name: `timm:NAME` or
+            `torchvision:NAME` with the pretrained weights, for which images are normalized as they were trained, and
+            `timm:NAME=FILE` with those of a checkpoint. The rows are named as these are written.
         split: the split.
         teacher: the model to measure agreement with: a path, or None for none; or `"config"` for the config's teacher,
             with the weights of its run if there are, which then has the first row. A config without a teacher, or with
             one that cannot run here, is compared without, and a warning says why.
-        metrics: further metrics.
+        metrics: further metrics, of models with logits.
+        bank: a split with labels, whose images are the neighbors of those of `split`; defaults to `split` itself, every
+            fifth of whose images is then classified by the rest.
+        pretrained: whether backbones by name without a checkpoint have their pretrained weights, which are downloaded,
+            or random ones, which show what the network is worth untrained.
         plugins: modules that factories and custom metrics may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         report: called with a line of progress for each model.
@@ -70,6 +90,8 @@ def compare_files(
         transform = loader.transform
 
         def open_one(path: str | os.PathLike[str]) -> OpenedModel:
+            if (named := _BY_NAME.fullmatch(os.fspath(path))) is not None:
+                return _open_backbone(*named.groups(), loader, pretrained=pretrained)
             model = open_model_file(
                 argument_path(path),
                 size=transform.size,
@@ -95,14 +117,69 @@ def compare_files(
         opened |= {os.fspath(path): open_one(path) for path in models}
         if not opened:
             raise ConfigError("there is nothing to compare: name a run, an ONNX file or an engine")
+        own_bank = None if bank in (None, split) else stack.enter_context(_open_bank(config, bank, loader))
         return compare(
             {name: each.model for name, each in opened.items()},
             loader,
             reference=reference,
             metrics=opened_metrics,
             files={name: each.files for name, each in opened.items()},
+            bank=own_bank,
             report=report,
         )
+
+
+def _open_backbone(
+    library: str, name: str, checkpoint: str | None, loader: KDDataLoader, *, pretrained: bool
+) -> OpenedModel:
+    """A network without a head by name, for the images of `loader`."""
+    file = None if checkpoint is None else argument_path(checkpoint)
+    try:
+        settings = ModelSettings.model_validate(
+            {library: name, "num_classes": 0, "checkpoint": file, "pretrained": pretrained and file is None}
+        )
+    except ValidationError as error:
+        raise ConfigError(f"{library}:{name}: {error.errors()[0]['msg']}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = open_model(settings)
+    adapter = _adapter(network, loader.transform, is_pretrained=settings.pretrained)
+    network = network if adapter is None else nn.Sequential(InputAdapterLayer(adapter), network)
+    network = network.to(loader.device, getattr(torch, loader.transform.dtype)).eval()
+    return OpenedModel(network, None, () if file is None else (file,), lambda: None)
+
+
+def _adapter(network: nn.Module, images: TrainTransform | EvalTransform, *, is_pretrained: bool) -> InputAdapter | None:
+    """Makes the images that a backbone by name expects of those of the data.
+
+    Pretrained weights expect the normalization of their training, and others that of the data. Some networks of timm
+    take one size only.
+    """
+    own = Normalization(images.mean, images.std)
+    known = pretrained_input(network)
+    wanted = own
+    if is_pretrained:
+        wanted = Normalization() if known is None else Normalization(known.mean, known.std)  # torchvision's
+    size = None if known is None or not known.fixed_input_size else known.size[0]
+    size = None if size == images.size else size
+    if wanted == own and size is None:
+        return None
+    return ExpectedInput(mean=wanted.mean, std=wanted.std, size=size).adapter(own)
+
+
+def _open_bank(config: Config, split: str, loader: KDDataLoader) -> KDDataLoader:
+    """Every image of a split once, transformed as those of `loader`, and with labels of the same order."""
+    data = config.data
+    return KDDataLoader(
+        open_source(data.split(split).source, classes=loader.classes),
+        loader.transform,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        shuffle=False,
+        shard=loader.shard,
+        last_batch="keep",
+        **data.model_dump(include={*LoaderSettings.model_fields}),
+    )
 
 
 def _open_own_teacher(

@@ -109,13 +109,17 @@ def export_student(
 ) -> None:
     """Write `model.safetensors` and `model.json`, and as `export` says `model.onnx` and `model.engine`, into `folder`.
 
+    The tensors of a student without a head have the names that its library gives them: `timm.create_model(name,
+    num_classes=0)` and the constructors of torchvision load the file strictly. Its ONNX file returns what `Backbone`
+    does.
+
     If no engine is wanted, a student that cannot be exported to ONNX is a warning.
 
     Args:
         student: the network, in float32 on the CPU and in eval mode.
         model: how it is built.
         folder: created if missing.
-        classes: class names in logit order.
+        classes: class names in logit order; a student without a head has none.
         transform: the evaluation transform.
         calibration_set: returns images as the network gets them, to build the engine with.
         export: which files to write.
@@ -130,6 +134,7 @@ def export_student(
             "with a lower train.optimizer.lr, or in float32 or bfloat16, in another run_dir"
         )
     make_folders(folder)
+    classes = None if model.is_headless else classes
     weights = {name: tensor.contiguous() for name, tensor in trunk_of(student).state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
     description = Exported(
@@ -206,7 +211,8 @@ def open_model_file(
         size: height and width of the images.
         device: where the images will be.
         dtype: float32 or float16.
-        classes: class names in the order that the logits should have; defaults to the model's own order.
+        classes: class names in the order that the logits should have; defaults to the model's own order. A model
+            without logits has no classes.
         plugins: modules that the network's factory may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
 
@@ -254,7 +260,7 @@ def _open_network(
     if (bad := first_nonfinite(network)) is not None:
         raise ConfigError(f"{weights} holds NaN or inf, first in {bad!r}; train the model again, in another run_dir")
     known = exported.classes
-    if classes is not None:
+    if classes is not None and not exported.model.is_headless:
         if known is not None and known != tuple(classes):
             network = nn.Sequential(network, _PermuteLogits(_positions(folder, known, classes)))
         known = tuple(classes)
