@@ -44,14 +44,12 @@ _COLUMNS_OF = {
     False: {"top-1", "top-5", "macro F1", "loss", "agreement", "KL"},
 }
 """Columns that only models without logits have, and only those with logits."""
-_FOOTNOTE = (
-    f"Agreement and KL (T = {TEMPERATURE:g}, in nats): with the teacher. ms/image: time of one batch of that size "
-    f"divided by its images, median of {_NUM_RUNS} runs."
-)
+_LOGITS_FOOTNOTE = f"Agreement and KL (T = {TEMPERATURE:g}, in nats): with the teacher."
 _FEATURES_FOOTNOTE = (
     "k-NN and linear: accuracy of the nearest neighbors (cosine, k = 20, T = 0.07, as of DINO) and of a linear "
     "classifier on the frozen features."
 )
+_COST_FOOTNOTE = f"ms/image: time of one batch of that size divided by its images, median of {_NUM_RUNS} runs."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +99,13 @@ class Comparison:
             for name, value in row.evaluation.metrics.items()
             if name not in (_KNN, _LINEAR)
         ]
-        footnotes = [_FOOTNOTE, *([_FEATURES_FOOTNOTE] if True in has_features else [])]
-        return "\n".join([*lines, *footnotes, *map(printable, metrics)])
+        notes = {
+            _LOGITS_FOOTNOTE: False in has_features,
+            _FEATURES_FOOTNOTE: True in has_features,
+            _COST_FOOTNOTE: True,
+        }
+        footnote = " ".join(note for note, applies in notes.items() if applies)
+        return "\n".join([*lines, footnote, *map(printable, metrics)])
 
 
 def compare(

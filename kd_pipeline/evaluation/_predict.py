@@ -129,6 +129,6 @@ def _check_classes(output: object) -> None:
     if isinstance(output, Mapping) and LOGITS not in output:
         raise ConfigError(
             f"the model has no classes to predict: it returns {', '.join(map(repr, output))}, the features of a "
-            "network without a head. Fine-tune it on labeled images, with kd-pipeline train stage=baseline and its weights "
-            "as student.checkpoint, or measure its features with kd-pipeline eval"
+            "network without a head. Fine-tune it on labeled images, with kd-pipeline train stage=baseline and its "
+            "weights as student.checkpoint, or measure its features with kd-pipeline eval"
         )

@@ -220,13 +220,13 @@ def _report_head(
     checkpoint: Checkpoint, match: Match, model: nn.Module, head: Sequence[str], is_headless: bool
 ) -> None:
     """One line about a head that only one of file and model has."""
-    own = [*model.state_dict()]
-    in_file = (name.removeprefix(match.prefix) for name in checkpoint.sets[match.key] if name.startswith(match.prefix))
-    names = [name for name in (in_file if is_headless else own) if any(is_in_layer(name, layer) for layer in head)]
-    if is_headless and names:
-        _logger.info("%s: left out the head (%s), as the network has none", checkpoint.path, first_few(names))
+    in_file = {name.removeprefix(match.prefix) for name in checkpoint.sets[match.key] if name.startswith(match.prefix)}
+    names = in_file if is_headless else model.state_dict().keys()
+    layers = [layer for layer in head if any(is_in_layer(name, layer) for name in names)]
+    if is_headless and layers:
+        _logger.info("%s: left out the head (%s), as the network has none", checkpoint.path, first_few(layers))
     elif not is_headless:
-        _logger.info("%s has no head, so %s keep their random initialization", checkpoint.path, first_few(names))
+        _logger.info("%s has no head: initialized %s at random", checkpoint.path, first_few(layers))
 
 
 def _takes_num_classes(settings: ModelSettings, build: Callable[..., Any]) -> bool:

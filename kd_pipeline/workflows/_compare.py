@@ -91,7 +91,7 @@ def compare_files(
 
         def open_one(path: str | os.PathLike[str]) -> OpenedModel:
             if (named := _BY_NAME.fullmatch(os.fspath(path))) is not None:
-                return _open_backbone(*named.groups(), loader, pretrained=pretrained)
+                return _open_backbone(loader, *named.groups(), is_pretrained=pretrained)
             model = open_model_file(
                 argument_path(path),
                 size=transform.size,
@@ -130,13 +130,13 @@ def compare_files(
 
 
 def _open_backbone(
-    library: str, name: str, checkpoint: str | None, loader: KDDataLoader, *, pretrained: bool
+    loader: KDDataLoader, library: str, name: str, checkpoint: str | None, *, is_pretrained: bool
 ) -> OpenedModel:
     """A network without a head by name, for the images of `loader`."""
     file = None if checkpoint is None else argument_path(checkpoint)
     try:
         settings = ModelSettings.model_validate(
-            {library: name, "num_classes": 0, "checkpoint": file, "pretrained": pretrained and file is None}
+            {library: name, "num_classes": 0, "checkpoint": file, "pretrained": is_pretrained and file is None}
         )
     except ValidationError as error:
         raise ConfigError(f"{library}:{name}: {error.errors()[0]['msg']}") from None

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from kd_pipeline.cli import main
+from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.models.registry import ModelSettings, open_model
+from kd_pipeline.evaluation.frozen import extract_features, knn_top1, linear_top1, split_bank
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.training.settings import ExportSettings
 from kd_pipeline.workflows._compare import TEACHER
-from kd_pipeline.workflows.exported import export_student
+from kd_pipeline.workflows.exported import export_student, open_model_file
 
 CONFIG = """
 data:
@@ -245,3 +248,100 @@ def test_evaluates_any_split(config: Path, run: Path, tmp_path: Path) -> None:
         arguments = ["eval", "-c", str(config), str(run), "--split", split, "--set", f"{key}={five}"]
         assert main([*arguments, "--out", str(out)]) == 0
         assert json.loads(out.read_text())[str(run)]["num_samples"] == 5
+
+
+@pytest.fixture(scope="module")
+def backbone_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of a student without a head; read only."""
+    settings = ModelSettings(timm="test_resnet", num_classes=0)
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(1)
+    export_student(
+        open_model(settings).eval(),
+        settings,
+        folder / "exported",
+        classes=None,
+        transform=EvalTransform(size=32),
+        calibration_set=lambda: 1 / 0,
+        export=ExportSettings(onnx=False),
+    )
+    return folder
+
+
+def evaluated(out: Path, *arguments: str) -> dict[str, dict[str, float]]:
+    assert main(["eval", *arguments, "--out", str(out)]) == 0
+    return {name: found["metrics"] for name, found in json.loads(out.read_text()).items()}
+
+
+def test_backbones_of_runs_and_by_name(
+    config: Path, backbone_run: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_name = f"timm:test_resnet={backbone_run / 'exported' / 'model.safetensors'}"
+    models = [str(backbone_run), by_name, "torchvision:shufflenet_v2_x0_5", str(run)]
+    found = evaluated(tmp_path / "out.json", "-c", str(config), *models, "--random")
+    assert list(found) == models
+    assert found[str(backbone_run)] == found[by_name] and found[str(run)] == {}
+    assert all(0 <= found[name][metric] <= 1 for name in models[:3] for metric in ("knn_top1", "linear_top1"))
+    table = capsys.readouterr().out
+    assert "k-NN" in table and "top-1" in table
+
+
+def test_bank_is_another_split(config: Path, backbone_run: Path, photo_folder: Path, tmp_path: Path) -> None:
+    training = f"{{source: {{kind: image_folder, root: {photo_folder}}}, transform: {{preset: train, size: 32}}}}"
+    arguments = ["-c", str(config), str(backbone_run), "--set", f"data.train={training}", "--bank"]
+    found = evaluated(tmp_path / "out.json", *arguments, "train")[str(backbone_run)]
+    model = open_model_file(backbone_run, size=32, device=torch.device("cpu")).model
+    # Images of a bank are not augmented.
+    source, transform = ImageFolder(photo_folder), EvalTransform(size=32)
+    with KDDataLoader(source, transform, batch_size=8, shuffle=False, device="cpu") as loader:
+        features = extract_features(model, loader)
+    expected = {"knn_top1": knn_top1(features, features), "linear_top1": linear_top1(features, features)}
+    assert found == expected
+    held_out = evaluated(tmp_path / "out.json", *arguments, "val")[str(backbone_run)]
+    bank = split_bank(features)
+    assert held_out == {"knn_top1": knn_top1(*bank), "linear_top1": linear_top1(*bank)} != expected
+
+
+@pytest.mark.slow
+def test_onnx_file_of_a_backbone(config: Path, backbone_run: Path, tmp_path: Path) -> None:
+    net = open_model_file(backbone_run, size=32, device=torch.device("cpu")).model
+    file = export_onnx(net, tmp_path / "trunk.onnx", image_shape=(3, 32, 32))
+    found = evaluated(tmp_path / "out.json", "-c", str(config), str(backbone_run), str(file))
+    assert found[str(file)] == found[str(backbone_run)]
+
+
+def test_pretrained_backbone_gets_the_images_of_its_training(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`test_vit` of timm is normalized with 0.5, and the data with ImageNet's mean."""
+    asked: list[ModelSettings] = []
+
+    def without_download(settings: ModelSettings) -> torch.nn.Module:
+        asked.append(settings)
+        return open_model(settings.model_copy(update={"pretrained": False}))
+
+    monkeypatch.setattr("kd_pipeline.workflows._compare.open_model", without_download)
+    model = "timm:test_vit2"
+    size = ["--set", "data.val.transform.size=160", "--set", "data.batch_size=8"]
+    assert pretrained_input(open_model(ModelSettings(timm="test_vit2"))).mean == (0.5, 0.5, 0.5)
+    adapted = evaluated(tmp_path / "out.json", "-c", str(config), model, *size)
+    halves = ["--set", "data.val.transform.mean=[0.5,0.5,0.5]", "--set", "data.val.transform.std=[0.5,0.5,0.5]"]
+    own = evaluated(tmp_path / "out.json", "-c", str(config), model, *size, *halves)
+    assert [each.pretrained for each in asked] == [True, True]
+    assert adapted[model] == own[model]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("timm:resnet81", "timm has no classifier called 'resnet81'; did you mean"),
+        ("torchvision:squeezenet1_1", "no linear layer at its end to leave out"),
+        ("timm:resnet18=gone.pt", "gone.pt: there is no such file"),
+    ],
+)
+def test_invalid_backbone_is_one_message(
+    config: Path, model: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "-c", str(config), model, "--random"]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

@@ -7,14 +7,16 @@ import torch
 from torch import nn
 
 from kd_pipeline.data.sources import ImageFolder
-from kd_pipeline.errors import NonFiniteError
+from kd_pipeline.errors import DataError, NonFiniteError
 from kd_pipeline.evaluation import compare, evaluate
 from kd_pipeline.evaluation._compare import Comparison, ComparisonRow, Cost, measure_cost
 from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings
+from kd_pipeline.evaluation.frozen import extract_features, knn_top1, linear_top1, split_bank
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
-from tests.networks import ConvNet, random_images
+from tests.networks import ConvNet, LogitsOnly, random_images
 from tests.streams import EVAL
 
 UNKNOWN = dict.fromkeys(
@@ -122,3 +124,39 @@ def test_model_with_nan_is_named(photo_folder: Path) -> None:
         pytest.raises(NonFiniteError, match="broken: the model's logits hold NaN or inf for all 37 images"),
     ):
         compare({"good": ConvNet(), "broken": broken}, loader)
+
+
+def backbone() -> nn.Module:
+    torch.manual_seed(0)
+    return open_model(ModelSettings(timm="test_resnet", num_classes=0)).eval()
+
+
+def test_models_with_and_without_logits(photo_folder: Path) -> None:
+    with KDDataLoader(ImageFolder(photo_folder), EVAL, batch_size=8, shuffle=False, device="cpu") as loader:
+        trunk, classifier = backbone(), LogitsOnly(3).eval()
+        found = compare({"trunk": trunk, "classifier": classifier}, loader, reference=trunk)
+        features = split_bank(extract_features(trunk, loader))
+        expected = evaluate(classifier, loader)
+        (alone,) = compare({"trunk": trunk}, loader, bank=loader).rows
+        whole = extract_features(trunk, loader)
+    first, second = found.rows
+    assert first.evaluation.metrics == {"knn_top1": knn_top1(*features), "linear_top1": linear_top1(*features)}
+    assert first.evaluation.num_samples == len(features[1]) and first.evaluation.top1 is None
+    assert second.evaluation.top1 == expected.top1 and second.evaluation.agreement is None
+    assert alone.evaluation.metrics["knn_top1"] == knn_top1(whole, whole)
+    header, *_ = found.table().splitlines()
+    assert {"top-1", "agreement", "k-NN", "linear", "ms/image"} <= set(header.replace(" F1", "-F1").split())
+    header, row, footnote = Comparison((first,)).table().splitlines()
+    assert "k-NN" in header and "top-1" not in header
+    assert "k-NN and linear: " in footnote and "ms/image" in footnote and "KL" not in footnote
+    assert f"{first.evaluation.metrics['linear_top1']:.2%}" in row
+    assert "k-NN" not in Comparison((second,)).table()
+
+
+def test_features_need_labels(photo_folder: Path) -> None:
+    source = ImageFolder(photo_folder, labeled=False)
+    with (
+        KDDataLoader(source, EVAL, batch_size=8, shuffle=False, device="cpu") as loader,
+        pytest.raises(DataError, match="it has no labels; use another split"),
+    ):
+        compare({"trunk": backbone()}, loader)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import DataError
+from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.evaluation._predict import NOT_FINITE, Prediction, find_images, predict
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.models.registry import ModelSettings, open_model
 from tests.corpus import BROKEN, Photo, photo_of
 from tests.networks import LogitsOnly
 
@@ -127,3 +128,9 @@ def test_top_classes_with_probabilities() -> None:
 def test_caller_gradients_stay_enabled(photo_folder: Path) -> None:
     for _ in predict(LogitsOnly(3), find_images([photo_folder / "sky"]), EVAL, device="cpu", batch_size=4):
         assert torch.is_grad_enabled()
+
+
+def test_network_without_head_has_no_classes(photo_folder: Path) -> None:
+    model = open_model(ModelSettings(timm="test_resnet", num_classes=0))
+    with pytest.raises(ConfigError, match=r"has no classes to predict: it returns 'pooled', 'spatial', .* eval"):
+        predictions(find_images([photo_folder])[:2], model)

@@ -4,16 +4,21 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, ExportError, TeacherError
+from kd_pipeline.models.backbone import Backbone, num_prefix_tokens
 from kd_pipeline.models.registry import ModelSettings, open_model
+from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.training.settings import ExportSettings
 from kd_pipeline.workflows.exported import export_student, open_model_file, read_exported
 from tests.networks import CLASSES, random_images
@@ -198,3 +203,62 @@ def test_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
     export(tmp_path)
     open_model_file(tmp_path, size=32, device=CPU).close()
     assert victim.read_text() == "mine"
+
+
+HEADLESS = {
+    "timm": ModelSettings(timm="test_resnet", num_classes=0),
+    "timm, ViT": ModelSettings(timm="test_vit", num_classes=0, kwargs={"img_size": 32}),
+    "torchvision": ModelSettings(torchvision="shufflenet_v2_x0_5", num_classes=0),
+}
+
+
+def export_headless(settings: ModelSettings, folder: Path, *, onnx: bool = False) -> Backbone:
+    student = open_model(settings).eval()
+    assert isinstance(student, Backbone)
+    export_student(
+        student,
+        settings,
+        folder / "exported",
+        classes=CLASSES,
+        transform=EVAL,
+        calibration_set=lambda: 1 / 0,
+        export=ExportSettings(onnx=onnx),
+    )
+    return student
+
+
+@pytest.mark.parametrize("name", HEADLESS)
+def test_headless_export_is_the_trunk(tmp_path: Path, name: str) -> None:
+    settings = HEADLESS[name]
+    student = export_headless(settings, tmp_path)
+    state = load_file(tmp_path / "exported" / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        if settings.timm is not None:
+            again = timm.create_model(settings.timm, num_classes=0, **settings.kwargs)
+        else:
+            again = torchvision.models.get_model(settings.torchvision, num_classes=0)
+    again.load_state_dict(state, strict=True)
+    images = random_images(2)
+    assert torch.equal(Backbone(again).eval()(images)["pooled"], student(images)["pooled"])
+    found = json.loads((tmp_path / "exported" / "model.json").read_text())
+    assert found["classes"] is None and found["model"]["num_classes"] == 0
+    opened = open_model_file(tmp_path, size=32, device=CPU, classes=CLASSES)
+    outputs, expected = opened.model(images), student(images)
+    assert opened.classes is None and list(outputs) == ["pooled", "spatial"]
+    assert all(torch.equal(outputs[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEADLESS)
+def test_headless_onnx_file_returns_features(tmp_path: Path, name: str) -> None:
+    student, images = export_headless(HEADLESS[name], tmp_path, onnx=True), random_images(3)
+    opened = open_model_file(tmp_path / "exported" / "model.onnx", size=32, device=CPU, classes=CLASSES)
+    assert isinstance(opened.model, Teacher) and opened.classes is None
+    outputs, expected = opened.model(images), student(images)
+    assert list(outputs) == list(opened.model.outputs) == ["pooled", "spatial"]
+    for key, output in outputs.items():
+        torch.testing.assert_close(output, expected[key], rtol=1e-3, atol=1e-3)
+    prefix = num_prefix_tokens(student) if expected["spatial"].ndim == 3 else None
+    assert opened.model.outputs["spatial"].num_prefix_tokens == prefix
+    opened.close()
