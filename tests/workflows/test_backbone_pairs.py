@@ -109,7 +109,7 @@ def check_pair(teacher_name: str, student_name: str, folder: Path) -> None:
         with distillation.student_features(student) as features:
             outputs = student(images)
         found = distillation(outputs, features, batch, epoch=0, epochs=1)
-        assert found.total.isfinite() and found.terms.keys() == set(config.distill.term_names)
+        assert found.total.isfinite() and len(found.terms) == len(config.distill.features)
         optimizer.zero_grad()
         found.total.backward()
         assert not [name for name, each in trained.items() if each.grad is None]
