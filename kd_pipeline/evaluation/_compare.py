@@ -22,9 +22,10 @@ from kd_pipeline.evaluation._evaluate import (
     evaluate,
     images_for,
 )
-from kd_pipeline.evaluation.frozen import extract_features, knn_top1, linear_top1, split_bank
+from kd_pipeline.evaluation.frozen import extract_outputs, feature_name, knn_top1, linear_top1, split_bank
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.settings import LOGITS
+from kd_pipeline.models.backbone import POOLED
 from kd_pipeline.models.modules import named_outputs
 from kd_pipeline.teachers.base import Teacher
 
@@ -87,7 +88,7 @@ class Comparison:
 
         Columns that no model can have are left out: those of logits, or those of features.
         """
-        has_features = {_KNN in row.evaluation.metrics for row in self.rows}
+        has_features = {any(name.endswith(_KNN) for name in row.evaluation.metrics) for row in self.rows}
         left_out = set().union(*(names for kind, names in _COLUMNS_OF.items() if kind not in has_features))
         is_shown = [name not in left_out for name in _COLUMNS]
         table = [[*compress(cells, is_shown)] for cells in (_COLUMNS, *map(_cells, self.rows))]
@@ -121,7 +122,7 @@ def compare(
     """Evaluate every model on one epoch of `loader`, and time it on one of its batches.
 
     A model without logits is judged by its vector `"pooled"`: by its nearest neighbors and by a linear classifier, in
-    the metrics `knn_top1` and `linear_top1` of its evaluation.
+    the metrics `knn_top1` and `linear_top1` of its evaluation, or `dino.knn_top1` for the teacher `dino` of several.
 
     Args:
         models: networks and teachers by name, on the loader's device.
@@ -208,9 +209,14 @@ def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[
 def _evaluate_features(
     model: nn.Module | Teacher, loader: KDDataLoader, bank: KDDataLoader | None, report: Report
 ) -> Evaluation:
-    """The accuracy of nearest neighbors and of a linear classifier on the features of `model`."""
-    queries = extract_features(model, loader, report=report)
-    pair = split_bank(queries) if bank is None else (extract_features(model, bank), queries)
+    """The accuracy of nearest neighbors and of a linear classifier on the features of `model`, or of its members."""
+    outputs = _vectors(model)
+    queries = extract_outputs(model, loader, [*outputs.values()], report=report)
+    banks = None if bank is None else extract_outputs(model, bank, [*outputs.values()])
+    metrics: dict[str, float] = {}
+    for prefix, output in outputs.items():
+        pair = split_bank(queries[output]) if banks is None else (banks[output], queries[output])
+        metrics |= {f"{prefix}{_KNN}": knn_top1(*pair), f"{prefix}{_LINEAR}": linear_top1(*pair)}
     return Evaluation(
         num_samples=len(pair[1]),
         num_bad_rows=int((~pair[1].is_finite).sum()),
@@ -223,8 +229,20 @@ def _evaluate_features(
         class_accuracy=None,
         confusion=None,
         classes=None,
-        metrics={_KNN: knn_top1(*pair), _LINEAR: linear_top1(*pair)},
+        metrics=metrics,
     )
+
+
+def _vectors(model: nn.Module | Teacher) -> dict[str, str]:
+    """The outputs to judge, by the start of their metrics' names: `dino.pooled` for `dino.` of several teachers."""
+    if isinstance(model, Teacher):
+        num_dims = {name: len(spec.shape) for name, spec in model.outputs.items()}
+        members = dict.fromkeys(name.partition(".")[0] for name in num_dims if "." in name)
+        found = {f"{member}.": f"{member}.{POOLED}" for member in members}
+        found = {prefix: name for prefix, name in found.items() if feature_name(num_dims, name) is not None}
+        if feature_name(num_dims, POOLED) is None and found:
+            return found
+    return {"": POOLED}
 
 
 def _cells(row: ComparisonRow) -> tuple[str, ...]:

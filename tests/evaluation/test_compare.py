@@ -15,6 +15,7 @@ from kd_pipeline.evaluation.frozen import extract_features, knn_top1, linear_top
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from tests.networks import ConvNet, LogitsOnly, random_images
 from tests.streams import EVAL
@@ -160,3 +161,25 @@ def test_features_need_labels(photo_folder: Path) -> None:
         pytest.raises(DataError, match="it has no labels; use another split"),
     ):
         compare({"trunk": backbone()}, loader)
+
+
+class TwoTrunks(nn.Module):
+    """Returns what two teachers of different kinds do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = backbone(), nn.AdaptiveAvgPool2d(2)
+
+    def forward(self, images):
+        outputs = {f"dino.{name}": output for name, output in self.first(images).items()}
+        return {**outputs, "small.pooled": self.second(images).flatten(1)}
+
+
+def test_several_teachers_are_judged_by_name(photo_folder: Path) -> None:
+    with KDDataLoader(ImageFolder(photo_folder), EVAL, batch_size=8, shuffle=False, device="cpu") as loader:
+        teacher = PyTorchTeacher(TwoTrunks().eval(), image_shape=(3, EVAL.size, EVAL.size))
+        found = compare({"teachers": teacher, "trunk": backbone()}, loader)
+    several, alone = (row.evaluation.metrics for row in found.rows)
+    assert list(several) == ["dino.knn_top1", "dino.linear_top1", "small.knn_top1", "small.linear_top1"]
+    assert several["dino.knn_top1"] == alone["knn_top1"]
+    assert f"teachers: small.knn_top1 {several['small.knn_top1']}" in found.table()

@@ -212,7 +212,11 @@ def test_channels_last() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("library", "name", "kwargs"),
-    [("torchvision", "resnet18", {}), ("timm", "test_vit", {"img_size": 32}), ("torchvision", "densenet121", {})],
+    [
+        ("torchvision", "resnet18", {}),
+        ("timm", "test_vit", {"img_size": 32}),
+        ("torchvision", "shufflenet_v2_x0_5", {}),
+    ],
 )
 def test_compiled_as_one_graph(library: str, name: str, kwargs: dict[str, Any]) -> None:
     torch.compiler.reset()
