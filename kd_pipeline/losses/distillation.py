@@ -17,7 +17,7 @@ from kd_pipeline.losses.outputs import find_output, is_alias
 from kd_pipeline.losses.ramp import max_value, value_at
 from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.losses.terms import NEED_LABELS, Term, TermModules, check_on_zeros, compute_loss, settle_term
-from kd_pipeline.models.backbone import num_prefix_tokens, trunk_of
+from kd_pipeline.models.backbone import prefix_tokens_of, trunk_of
 from kd_pipeline.models.features import capture_features
 
 __all__ = ["CustomLoss", "DistillSettings", "Distillation", "LossTerms", "TermSettings", "student_outputs"]
@@ -135,9 +135,10 @@ class Distillation(nn.Module):
         self._terms: tuple[Term, ...] = ()
         if teacher_outputs is not None:
             self._check_teacher_logits(outputs.get(LOGITS), teacher_outputs, num_classes)
-            prefix = num_prefix_tokens(student)
+            prefix = prefix_tokens_of(student, outputs)
             for name, term in extra.items():
-                self._add(*settle_term(name, term, names[name], outputs[names[name]], prefix, teacher_outputs))
+                own_name = names[name]
+                self._add(*settle_term(name, term, own_name, outputs[own_name], prefix[own_name], teacher_outputs))
 
     @property
     def student_grids(self) -> dict[str, tuple[int, int]]:

@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import default_terms
-from kd_pipeline.losses.distillation import Distillation, DistillSettings
+from kd_pipeline.losses.distillation import Distillation, DistillSettings, TermSettings
 from kd_pipeline.models.backbone import Backbone
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from tests.networks import random_images
@@ -83,3 +84,28 @@ def test_same_network_is_close(name):
         teacher=teacher(images),
     )
     assert distillation(student(images), {}, batch, epoch=0, epochs=1).total.item() < 1e-5
+
+
+@pytest.mark.parametrize(("layer", "grid"), [("stage:0", [4, 4]), ("spatial", [4, 4])])
+def test_layer_before_the_class_token(layer, grid):
+    """CaiT has its class token in the last layers only."""
+    student = Backbone(timm.create_model("cait_xxs24_224", num_classes=0, img_size=64, depth=1))
+    term = TermSettings(loss="feature_mse", student=layer, teacher="spatial", grid="student")
+    distillation = Distillation(
+        DistillSettings(loss=None, features=(term,)),
+        student=student,
+        teacher_outputs={"spatial": TensorSpec((None, 8, *grid), torch.float32)},
+        image_shape=SHAPE,
+        num_classes=None,
+    )
+    images = random_images(2, shape=SHAPE)
+    batch = KDBatch(
+        images=images,
+        labels=None,
+        index=torch.arange(2),
+        valid=torch.ones(2, dtype=torch.bool),
+        teacher={"spatial": torch.randn(2, 8, *grid)},
+    )
+    with distillation.student_features(student) as features:
+        outputs = student(images)
+    assert distillation(outputs, features, batch, epoch=0, epochs=1).total > 0
