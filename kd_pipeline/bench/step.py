@@ -1,7 +1,7 @@
 """Measure the whole distillation step next to the usual PyTorch scripts."""
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Literal
@@ -16,10 +16,19 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.bench.measure import environment, prepare_out, rotated, save_result
 from kd_pipeline.bench.photographs import photographs, read_jpeg
 from kd_pipeline.bench.step_result import StepResult, StepRow
-from kd_pipeline.bench.step_variants import NEED_NETWORK, NEED_ONNX, ON_TORCH_LOADERS, PARTS, VARIANTS, StepTask
+from kd_pipeline.bench.step_variants import (
+    NEED_NETWORK,
+    NEED_ONNX,
+    ON_TORCH_LOADERS,
+    PARTS,
+    VARIANTS,
+    StepTask,
+    open_network,
+)
 from kd_pipeline.bench.step_worker import NUM_OPENING, NUM_PROFILED, StepSample, StepWorker
 from kd_pipeline.bench.torchvision_loaders import PREFETCH
 from kd_pipeline.config.config import Config
@@ -29,16 +38,19 @@ from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.base import ImageFolderSettings
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, KDPipelineError
-from kd_pipeline.models.modules import named_outputs
-from kd_pipeline.models.registry import ModelSettings, open_model
+from kd_pipeline.losses.settings import LOGITS, DistillSettings
+from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.open import why_no_onnx
+from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows._record import RecordSettings, record
 
 __all__ = ["BenchStepSettings", "bench_step", "step_settings"]
 
+_ON_LOGITS = DistillSettings(loss="soft_target", task_weight=0.0)
+"""Without labels, which not all variants read."""
 _NUM_IMAGES = 2000
 """Of a larger folder so many are used, evenly spaced, to fit into the page cache."""
 _NUM_WARM_UP = 2
@@ -60,7 +72,12 @@ class BenchStepSettings(Settings):
     teacher: ModelSettings | None = ModelSettings(torchvision="resnet50")
     onnx: Path | None = None
     """The exported teacher; defaults to an export of `teacher`, if a row runs it and a runtime is installed for it."""
+    features: tuple[str, ...] = ()
+    """Layers of `teacher` whose outputs the student learns from too."""
     student: ModelSettings = ModelSettings(torchvision="resnet18")
+    """With `num_classes: 0`, without a head, it learns features instead of logits."""
+    distill: DistillSettings | None = None
+    """The loss in all rows, without labels. It defaults to `soft_target`, and without a head to that of a config."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the student in all rows, by autocast."""
     teacher_precision: Literal["fp32", "bf16", "fp16", "int8"] = "bf16"
@@ -85,6 +102,8 @@ class BenchStepSettings(Settings):
 def step_settings(config: Config, settings: BenchStepSettings, given: Collection[str] = ()) -> BenchStepSettings:
     """Take images, teacher and student from a config, except for settings that are `given` by name.
 
+    The loss is that of the config for a student without a head only: the others may need labels.
+
     Raises:
         ConfigError: the config's training data is not a folder of images, or there is no teacher or student.
     """
@@ -101,13 +120,18 @@ def step_settings(config: Config, settings: BenchStepSettings, given: Collection
         "root": train.source.root,
         "transform": train.transform,
         "teacher": teacher.model,
+        "features": teacher.features,
         "onnx": teacher.onnx,
         "student": config.student,
         "batch_size": config.data.batch_size,
         "device": config.data.device,
     }
+    if config.student.is_headless:
+        values["distill"] = config.distill
     if "teacher" in given:
-        del values["onnx"]
+        del values["onnx"], values["features"]
+    if "student" in given:
+        values.pop("distill", None)
     return settings.model_copy(update={name: value for name, value in values.items() if name not in given})
 
 
@@ -115,8 +139,8 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
     """Measure all variants of the step, interleaved, each in its own process; `report` receives lines of progress.
 
     All read the same JPEG files from the page cache, crop, flip and normalize them alike, and train the same student
-    with the same loss and optimizer. (a) runs student and teacher eagerly; all others compile the student and keep it
-    in channels last, so they differ in loader and teacher only.
+    with the same loss, projectors and optimizer. (a) runs student and teacher eagerly; all others compile the student
+    and keep it in channels last, so they differ in loader and teacher only.
 
     Raises:
         ConfigError: a setting makes no sense, or no variant can be measured here.
@@ -135,7 +159,8 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
     result = StepResult(
         rows=tuple(StepRow(letter, VARIANTS[letter].name, tuple(own)) for letter, own in samples.items()),
         settings=hide_in_settings(settings.model_dump(mode="json"))
-        | {"num_threads": task.num_threads, "device": task.device, "compared": compared},
+        | {"num_threads": task.num_threads, "device": task.device, "compared": compared}
+        | {"distill": task.distill.model_dump(mode="json")},
         environment=environment(),
     )
     save_result(settings.out, result.to_json, report, result.plot)
@@ -147,21 +172,30 @@ def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], obj
     transform = _comparable(settings.transform, report)
     device = resolve_device(settings.device)
     onnx, wanted = settings.onnx, [row for row in settings.rows if row in NEED_ONNX]
-    if onnx is None and wanted:  # an export takes tens of seconds
-        if reason := why_no_onnx(device):
+    network = None if settings.teacher is None else open_network(settings.teacher, settings.features)
+    shape = (3, transform.size, transform.size)
+    if onnx is not None or network is None:
+        assert onnx is not None  # the command always sets it or `teacher`
+        outputs = read_onnx(onnx).outputs
+    else:
+        with closing(PyTorchTeacher(network, image_shape=shape)) as teacher:
+            outputs = teacher.outputs
+    student = _sized(settings.student, outputs)
+    if onnx is None and network is not None and wanted:  # an export takes tens of seconds
+        onnx, reason = _export(network, folder / "teacher.onnx", shape, device, report)
+        if onnx is None:
             report(f"({') ('.join(wanted)}) skipped: {reason}")
-        else:
-            report("exporting the teacher to ONNX")
-            shape = (3, transform.size, transform.size)
-            onnx = export_onnx(_teacher(settings), folder / "teacher.onnx", image_shape=shape)
     return StepTask(
         root=root,
         transform=transform,
         batch_size=settings.batch_size,
         teacher=settings.teacher,
+        features=settings.features,
+        outputs=dict(outputs),
         onnx=onnx,
         recording=folder / "recording",
-        student=settings.student.model_copy(update={"num_classes": _num_classes(settings, onnx)}),
+        student=student,
+        distill=settings.distill or _default_loss(settings),
         precision=settings.precision,
         teacher_precision=settings.teacher_precision,
         device=str(device),
@@ -169,20 +203,37 @@ def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], obj
     )
 
 
-def _teacher(settings: BenchStepSettings) -> nn.Module:
-    assert settings.teacher is not None  # the command always sets it or `onnx`
-    return open_model(settings.teacher).eval()
+def _export(
+    network: nn.Module, path: Path, shape: tuple[int, int, int], device: torch.device, report: Callable[[str], object]
+) -> tuple[Path | None, str]:
+    """The ONNX file, or None and the reason why there is none."""
+    if reason := why_no_onnx(device):
+        return None, reason
+    report("exporting the teacher to ONNX")
+    try:
+        return export_onnx(network, path, image_shape=shape), ""
+    except KDPipelineError as exc:
+        return None, str(exc)
 
 
-def _num_classes(settings: BenchStepSettings, onnx: Path | None) -> int:
-    """Of the teacher."""
-    if onnx is None:
-        size = settings.transform.size
-        with torch.inference_mode():
-            return named_outputs(_teacher(settings)(torch.zeros(1, 3, size, size)))["logits"].shape[1]
-    num_classes = read_onnx(onnx).outputs["logits"].shape[1]
-    assert num_classes is not None
-    return num_classes
+def _sized(student: ModelSettings, outputs: Mapping[str, TensorSpec]) -> ModelSettings:
+    """The student with as many classes as the teacher, unless it has no head."""
+    if student.is_headless:
+        return student
+    if LOGITS not in outputs:
+        raise ConfigError(
+            f"the teacher returns {' and '.join(map(repr, outputs))} and no logits, which the student has: leave out "
+            "the head of both (--headless, or num_classes: 0 of the student too)"
+        )
+    return student.model_copy(update={"num_classes": outputs[LOGITS].shape[1]})
+
+
+def _default_loss(settings: BenchStepSettings) -> DistillSettings:
+    if not settings.student.is_headless:
+        return _ON_LOGITS
+    teacher = TeacherSettings(model=settings.teacher, onnx=None if settings.teacher else settings.onnx)
+    data = DataSettings(batch_size=settings.batch_size)
+    return Config(data=data, teacher=teacher, student=settings.student).distill
 
 
 def _comparable(transform: TrainTransform, report: Callable[[str], object]) -> TrainTransform:

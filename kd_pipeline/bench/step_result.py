@@ -140,13 +140,18 @@ class StepResult:
             f"Medians of {len(first.samples)} interleaved repeats, each row in its own process, on "
             f"{self.environment['num_cores']} core(s), {self.settings['device']}. Student in "
             f"{self.settings['precision']}, compiled teachers in {self.settings['teacher_precision']}, batch "
-            f"{self.settings['batch_size']}."
+            f"{self.settings['batch_size']}, loss {self._loss}."
         )
         if self.overhead is not None:
             on_gpu_limit = "the larger of loading alone and of teacher plus student, which share the GPU, alone"
             limit = "the sum of its parts alone" if self.settings["device"] == "cpu" else on_gpu_limit
             lines.append(f"({self.compared}) takes {self.overhead:+.1%} of time over {limit}.")
         return "\n".join([*lines, self.advice])
+
+    @property
+    def _loss(self) -> str:
+        terms = [f"{term['loss']} on {term['student']}" for term in self.settings["distill"]["features"]]
+        return " + ".join(filter(None, [self.settings["distill"]["loss"], *terms]))
 
     def to_json(self) -> str:
         """Everything, including every repeat."""

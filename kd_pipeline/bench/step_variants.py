@@ -1,24 +1,29 @@
 """The variants of a distillation step that `bench step` compares: plain PyTorch, and this library."""
 
-import copy
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import InstanceOf
 from torch import Tensor, nn
 
-from kd_pipeline import losses
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.torch_compile import torch_compile
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench.torchvision_loaders import LoadTask, Stream, torchvision_pil, torchvision_tensor
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.losses.settings import DistillSettings
+from kd_pipeline.models.features import with_features
+from kd_pipeline.models.modules import named_outputs
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -36,6 +41,7 @@ __all__ = [
     "Step",
     "StepTask",
     "Variant",
+    "open_network",
 ]
 
 PHASES = ("loader", "teacher", "student", "optimizer")
@@ -43,7 +49,6 @@ PHASES = ("loader", "teacher", "student", "optimizer")
 concurrently with everything else, and the time that a step waits for it counts as `loader`."""
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_TEMPERATURE = 4.0
 _NUM_CALIBRATED = 64
 """Images that an int8 teacher takes its ranges from."""
 
@@ -57,6 +62,10 @@ class StepTask(Settings):
     batch_size: int
     teacher: ModelSettings | None
     """The network, for variants that run it in PyTorch; None if there is only the ONNX file."""
+    features: tuple[str, ...] = ()
+    """Layers of the network whose outputs the student learns from too."""
+    outputs: dict[str, InstanceOf[TensorSpec]]
+    """What the teacher returns."""
     onnx: Path | None
     """The teacher, for the compiled backends; None if no variant runs it."""
     teacher_alone: Literal["c", "e"] = "e"
@@ -64,7 +73,9 @@ class StepTask(Settings):
     recording: Path
     """Its recorded outputs, for the variant that replays them."""
     student: ModelSettings
-    """With its number of classes."""
+    """With its number of classes, or 0 without a head."""
+    distill: DistillSettings
+    """The loss, which needs no labels."""
     precision: Literal["fp32", "bf16", "fp16"]
     """Of the student's forward and backward pass, by autocast."""
     teacher_precision: Literal["fp32", "bf16", "fp16", "int8"]
@@ -73,6 +84,11 @@ class StepTask(Settings):
     """`cpu` or `cuda:<number>`."""
     num_threads: int
     """Of DALI, of a teacher on the CPU and of torch; also worker processes of torch's `DataLoader`."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(3, H, W)`."""
+        return 3, self.transform.size, self.transform.size
 
     @property
     def pytorch_precision(self) -> Literal["fp32", "bf16", "fp16"]:
@@ -142,17 +158,17 @@ class PhaseTimer:
 
 def _eager(task: StepTask, opened: ExitStack) -> Step:
     """The usual script: PIL in worker processes, a float32 teacher under `no_grad`, everything eager."""
-    teacher = _network(task.teacher, task).eval()
+    teacher = _network(task)
     return _plain(task, opened, torchvision_pil, teacher, _Student(task, compiled=False))
 
 
 def _best_torch(task: StepTask, opened: ExitStack) -> Step:
     """The best of PyTorch: `decode_jpeg` to tensors, channels last, half precision, both networks compiled."""
     dtype = _DTYPES[task.pytorch_precision]
-    network = _network(task.teacher, task).eval().to(dtype).to(memory_format=torch.channels_last)
+    network = _network(task).to(dtype).to(memory_format=torch.channels_last)
     compiled = torch_compile(network)
 
-    def teacher(images: Tensor) -> Tensor:
+    def teacher(images: Tensor) -> object:
         return compiled(images.to(dtype, memory_format=torch.channels_last))
 
     return _plain(task, opened, torchvision_tensor, teacher, _Student(task))
@@ -162,21 +178,22 @@ def _plain(
     task: StepTask,
     opened: ExitStack,
     open_stream: Callable[[LoadTask], Stream],
-    teacher: Callable[[Tensor], Tensor],
+    teacher: Callable[[Tensor], object],
     student: "_Student",
 ) -> Step:
     """A step without this library."""
     torch.set_num_threads(task.num_threads)
     loading = LoadTask(task.root, task.transform, task.batch_size, task.num_threads, torch.device(task.device))
     stream = opened.enter_context(closing(open_stream(loading)))
+    rows = _rows(task)
 
     def step(timer: PhaseTimer) -> int:
         images = next(stream)
         timer.mark("loader")
         with torch.no_grad():
-            logits = teacher(images)
+            outputs = {name: output.float() for name, output in named_outputs(teacher(images)).items()}
         timer.mark("teacher")
-        student.learn(images, logits.float(), timer)
+        student.learn(KDBatch(images=images, teacher=outputs, **rows), timer)
         return len(images)
 
     return step
@@ -205,21 +222,22 @@ def _distill(task: StepTask, opened: ExitStack, teacher: Teacher | Recording, *,
         batch = next(batches)
         timer.mark("loader")
         timer.move(teacher.busy_s - busy_s, origin="loader", to="teacher")
-        student.learn(batch.images, batch.teacher["logits"], timer)
+        student.learn(batch, timer)
         return len(batch.images)
 
     return step
 
 
 def _student_only(task: StepTask, opened: ExitStack) -> Step:
-    """Images and teacher logits that are already there: the limit of any loader and teacher."""
+    """Images and teacher outputs that are already there: the limit of any loader and teacher."""
     torch.set_num_threads(task.num_threads)
     images = _resident_images(task)
-    logits = torch.randn(len(images), task.student.num_classes or 0, device=images.device)
+    outputs = {name: _random(name, spec, images) for name, spec in task.outputs.items()}
+    batch = KDBatch(images=images, teacher=outputs, **_rows(task))
     student = _Student(task)
 
     def step(timer: PhaseTimer) -> int:
-        student.learn(images, logits, timer)
+        student.learn(batch, timer)
         return len(images)
 
     return step
@@ -278,36 +296,65 @@ class _Student:
         torch.manual_seed(0)
         network = open_model(task.student)
         self._format = torch.channels_last if compiled else torch.contiguous_format
-        network = network.to(task.device).to(memory_format=self._format).train()
-        self._optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-        self._network: Callable[[Tensor], Tensor] = torch_compile(network) if compiled else network
+        self._network = network.to(task.device).to(memory_format=self._format).train()
+        self._distillation = Distillation(
+            task.distill,
+            student=self._network,
+            teacher_outputs=task.outputs,
+            image_shape=task.image_shape,
+            num_classes=task.student.num_classes or None,
+        )
+        parameters = [*self._network.parameters(), *self._distillation.parameters()]
+        self._optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+        self._run: Callable[[Tensor], Any] = torch_compile(self._network) if compiled else self._network
         self._autocast = (
             nullcontext()
             if task.precision == "fp32"
             else torch.autocast(torch.device(task.device).type, dtype=_DTYPES[task.precision])
         )
 
-    def learn(self, images: Tensor, teacher_logits: Tensor, timer: PhaseTimer) -> None:
-        """Do one step on `images` `[N, 3, H, W]` with the teacher's logits `[N, K]`."""
+    def learn(self, batch: KDBatch, timer: PhaseTimer) -> None:
+        """Do one step on a batch with the teacher's outputs, as a training does."""
         with self._autocast:
-            logits = self._network(images.contiguous(memory_format=self._format))
-        loss = losses.soft_target(logits, teacher_logits, temperature=_TEMPERATURE)
-        loss.backward()  # type: ignore[no-untyped-call]
+            with self._distillation.student_features(self._network) as features:
+                outputs = self._run(batch.images.contiguous(memory_format=self._format))
+            loss = self._distillation(outputs, features, batch, epoch=0, epochs=1).total
+        loss.backward()
         timer.mark("student")
         self._optimizer.step()
         self._optimizer.zero_grad()
         timer.mark("optimizer")
 
 
-def _network(settings: ModelSettings | None, task: StepTask) -> nn.Module:
-    assert settings is not None  # variants that need the network are skipped without one
-    torch.manual_seed(1)
-    return copy.deepcopy(open_model(settings)).requires_grad_(False).to(task.device)
+def open_network(settings: ModelSettings, features: Sequence[str]) -> nn.Module:
+    """The teacher in PyTorch, in eval mode, whose outputs include those layers."""
+    torch.manual_seed(1)  # the same in every process
+    network = open_model(settings)
+    return (with_features(network, features) if features else network).eval().requires_grad_(False)
+
+
+def _network(task: StepTask) -> nn.Module:
+    assert task.teacher is not None  # variants that need the network are skipped without one
+    return open_network(task.teacher, task.features).to(task.device)
+
+
+def _rows(task: StepTask) -> dict[str, Any]:
+    """What a batch without labels has besides images and the teacher's outputs."""
+    index = torch.arange(task.batch_size, device=task.device)
+    return {"labels": None, "index": index, "valid": torch.ones_like(index, dtype=torch.bool)}
+
+
+def _random(name: str, spec: TensorSpec, images: Tensor) -> Tensor:
+    """In place of an output of the teacher for `images`."""
+    sizes = [size for size in spec.shape[1:] if size is not None]
+    if len(sizes) < len(spec.shape) - 1:
+        raise ConfigError(f"the student alone needs the size of the teacher's output {name!r}, which is open: {spec}")
+    return torch.randn(len(images), *sizes, device=images.device)
 
 
 def _open_torch_compiled(task: StepTask, opened: ExitStack) -> Teacher:
     settings = TeacherSettings(backend="pytorch", precision=task.pytorch_precision, compile=True)
-    return _open_teacher(task, opened, settings, _network(task.teacher, task))
+    return _open_teacher(task, opened, settings, _network(task))
 
 
 def _open_compiled(task: StepTask, opened: ExitStack) -> Teacher:
@@ -319,11 +366,10 @@ def _open_compiled(task: StepTask, opened: ExitStack) -> Teacher:
 def _open_teacher(
     task: StepTask, opened: ExitStack, settings: TeacherSettings, module: nn.Module | None = None
 ) -> Teacher:
-    image_shape = (3, task.transform.size, task.transform.size)
     teacher = open_teacher(
         settings,
         module=module,
-        image_shape=image_shape,
+        image_shape=task.image_shape,
         device=task.device,
         batch_size=task.batch_size,
         calibration_images=lambda: _calibration_images(task),

@@ -11,6 +11,19 @@ from kd_pipeline.errors import ConfigError
 
 __all__ = ["add_to"]
 
+_NETWORKS = {"teacher": "resnet50", "student": "resnet18"}
+"""Of `bench step`, by name."""
+
+_STEP_EXAMPLES = """\
+examples:
+  kd-pipeline bench step -c mine.yaml
+  kd-pipeline bench step --teacher resnet50 --student resnet18 --precision bf16
+  kd-pipeline bench step --headless --teacher timm:vit_small_patch16_224 --student timm:resnet18
+  kd-pipeline bench step --headless --teacher timm:vit_base_patch16_224 --student timm:resnet50 --num-steps 3
+
+Each row runs in a process of its own, in turn. Let the machine do nothing else meanwhile.
+"""
+
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the command to `commands`."""
@@ -20,6 +33,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
         "step",
         parents=[common],
         help="the whole distillation step, next to the usual PyTorch scripts",
+        epilog=_STEP_EXAMPLES,
         add_options=_add_step_options,
     )
     step.set_defaults(run=_run_step)
@@ -41,6 +55,8 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the config")
     parser.add_argument("--teacher", metavar="NAME", help="a torchvision model, or timm:NAME (default: resnet50)")
     parser.add_argument("--student", metavar="NAME", help="a torchvision model, or timm:NAME (default: resnet18)")
+    text = "of --teacher and --student, leave out the heads: the student learns features instead of logits"
+    parser.add_argument("--headless", action="store_true", help=text)
     parser.add_argument("--size", type=int, metavar="N", help="height and width of the images (default: 224)")
     fields = ("root", "precision", "teacher_precision", "batch_size", "rows", "num_steps", "repeats", "num_threads")
     add_options(parser, BenchStepSettings, *fields, "device", flags={"batch_size": ["--batch"]})
@@ -60,7 +76,7 @@ def _run_step(parsed: argparse.Namespace) -> int:
     if parsed.config is None and parsed.overrides:
         raise ConfigError(f"{parsed.overrides[0]} changes a config; give the config with -c")
     values = given(parsed, BenchStepSettings)
-    values |= {name: _network(values[name]) for name in ("teacher", "student") if name in values}
+    values |= _networks(parsed)
     if parsed.size is not None:
         values["transform"] = checked(TrainTransform, size=parsed.size)
     settings = checked(BenchStepSettings, {"batch_size": "batch"}, **values)
@@ -71,7 +87,19 @@ def _run_step(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _network(name: str) -> dict[str, str]:
+def _networks(parsed: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The networks that options name, those of no config in any case if they have no head."""
+    names = {name: text for name in _NETWORKS if (text := getattr(parsed, name)) is not None}
+    if not parsed.headless:
+        return {name: _network(text) for name, text in names.items()}
+    if parsed.config is None:
+        names = _NETWORKS | names
+    elif not names:
+        raise ConfigError("--headless is for --teacher and --student; in a config it is num_classes: 0 of each")
+    return {name: _network(text) | {"num_classes": 0} for name, text in names.items()}
+
+
+def _network(name: str) -> dict[str, Any]:
     library, _, rest = name.rpartition(":")
     if library not in ("", "torchvision", "timm"):
         raise ConfigError(f"{name}: a network is a torchvision name, or timm:NAME")

@@ -8,6 +8,7 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.models.registry import ModelSettings
 
 SMALL = ModelSettings(builtin="small_resnet", num_classes=10, kwargs={"width": 4})
+HEADLESS = SMALL.model_copy(update={"num_classes": 0})
 
 
 def short_step(root: Path, **changes: Any) -> BenchStepSettings:

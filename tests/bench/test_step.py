@@ -8,17 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
+from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench import step
 from kd_pipeline.bench.step import BenchStepSettings, bench_step, step_settings
 from kd_pipeline.bench.step_result import StepResult, StepRow
-from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer, StepTask
+from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer, StepTask, _Student
 from kd_pipeline.bench.step_worker import StepSample
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.transforms import TrainTransform
-from kd_pipeline.errors import ConfigError, DataError
+from kd_pipeline.errors import ConfigError, DataError, ExportError
+from kd_pipeline.losses.settings import DistillSettings
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
-from tests.bench.steps import SMALL, short_step
+from tests.bench.steps import HEADLESS, SMALL, short_step
 
 LETTERS = list("abcdefg")
 
@@ -116,8 +119,8 @@ def row(letter: str, *times_ms: float, **phases: float) -> StepRow:
 
 
 def result(*rows: StepRow, device: str = "cpu", compared: str = "e") -> StepResult:
-    settings = {"device": device, "precision": "fp32", "teacher_precision": "bf16", "batch_size": 10}
-    settings["compared"] = compared
+    settings: dict[str, Any] = {"device": device, "precision": "fp32", "teacher_precision": "bf16", "batch_size": 10}
+    settings |= {"compared": compared, "distill": DistillSettings().model_dump(mode="json")}
     return StepResult(rows, settings, {"num_cores": 2})
 
 
@@ -159,7 +162,9 @@ def task(**changes: object) -> StepTask:
         "teacher": SMALL,
         "onnx": None,
         "recording": Path("recording"),
+        "outputs": {"logits": TensorSpec((None, 10), torch.float32)},
         "student": SMALL,
+        "distill": DistillSettings(),
         "precision": "bf16",
         "teacher_precision": "bf16",
         "device": "cuda:0",
@@ -206,6 +211,65 @@ def test_nothing_is_exported_if_no_row_runs_it(
     found = step._task(settings, tmp_path, lines.append)
     assert found.onnx is None and found.student.num_classes == 10
     assert ("(e) skipped: no runtime" in lines) == ("e" in rows)
+
+
+@pytest.mark.slow
+def test_networks_without_a_head_are_compared(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    lines: list[str] = []
+    settings = short_step(photographs, teacher=HEADLESS, student=HEADLESS, rows=("a", "c"))
+    found = bench_step(settings, report=lines.append)
+    assert [row.letter for row in found.rows] == ["a", "c", "f", "loader", "teacher"]
+    assert not [line for line in lines if "skipped:" in line]
+    assert "loss cosine on pooled" in found.table()
+
+
+def test_networks_without_a_head_learn_as_in_a_run(photographs: Path, tmp_path: Path) -> None:
+    settings = short_step(photographs, teacher=HEADLESS, student=HEADLESS, rows=("c",))
+    found = step._task(settings, tmp_path, print)
+    config = Config.model_validate({"data": {"batch_size": 8}, "student": HEADLESS, "teacher": {"model": HEADLESS}})
+    assert found.distill == config.distill and found.distill.loss is None
+    assert {name: len(spec.shape) for name, spec in found.outputs.items()} == {"pooled": 2, "spatial": 4}
+
+
+def test_projectors_are_trained(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    wide = HEADLESS.model_copy(update={"kwargs": {"width": 8}})
+    settings = short_step(photographs, teacher=wide, student=HEADLESS, rows=("c",), precision="bf16")
+    student = _Student(step._task(settings, tmp_path, print))
+    batch = KDBatch(
+        images=torch.randn(8, 3, 32, 32),
+        labels=None,
+        index=torch.arange(8),
+        valid=torch.ones(8, dtype=torch.bool),
+        teacher={"pooled": torch.randn(8, 32), "spatial": torch.randn(8, 32, 8, 8)},
+    )
+    projectors = [*student._distillation.parameters()]
+    weights = projectors + [weight for weight in student._network.parameters() if weight.requires_grad]
+    before = [weight.clone() for weight in weights]
+    timer = PhaseTimer(torch.device("cpu"))
+    timer.start()
+    student.learn(batch, timer)
+    changed = [not torch.equal(weight, old) for weight, old in zip(weights, before, strict=True)]
+    assert projectors and all(changed)
+
+
+def test_student_with_a_head_needs_logits(photographs: Path) -> None:
+    with pytest.raises(ConfigError, match="'pooled' and 'spatial' and no logits, which the student has"):
+        bench_step(short_step(photographs, teacher=HEADLESS, student=SMALL))
+
+
+def test_teacher_that_has_no_export_runs_in_pytorch(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> Path:
+        raise ExportError("an operation has no equivalent in ONNX")
+
+    monkeypatch.setattr(step, "export_onnx", fail)
+    lines: list[str] = []
+    found = step._task(short_step(photographs, rows=tuple("acde")), tmp_path, lines.append)
+    assert found.onnx is None
+    assert lines[-1] == "(d) (e) skipped: an operation has no equivalent in ONNX"
 
 
 def test_overhead_needs_all_parts() -> None:
@@ -318,6 +382,17 @@ def test_config_sets_images_teacher_and_student() -> None:
     assert (found.root, found.transform.size, found.batch_size) == (Path("photos"), 96, 48)
     assert found.teacher == ModelSettings(torchvision="resnet50", pretrained=True)
     assert found.student == ModelSettings(timm="resnet18")
+
+
+def test_config_without_a_head_sets_the_loss() -> None:
+    term = {"loss": "feature_mse", "student": "stage3", "teacher": "layer4", "projector": "conv"}
+    teacher = {"model": {"torchvision": "resnet50", "num_classes": 0, "pretrained": True}, "features": ["layer4"]}
+    config = {**CONFIG, "teacher": teacher, "student": {"timm": "resnet18", "num_classes": 0}}
+    found = step_settings(Config.model_validate(config | {"distill": {"features": [term]}}), BenchStepSettings())
+    assert found.features == ("layer4",) and found.distill is not None
+    assert [each.name for each in found.distill.features] == ["feature_mse.stage3"]
+    given = step_settings(Config.model_validate(config), BenchStepSettings(student=SMALL), {"student"})
+    assert given.distill is None
 
 
 def test_given_settings_override_the_config() -> None:
