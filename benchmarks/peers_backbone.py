@@ -1,94 +1,61 @@
-"""Distill a ViT-S/16 into a ResNet-18 without labels, for one epoch, with parts of kd_pipeline.
+"""Distill the teacher of a config into a student without a head, for one epoch, in a loop of one's own.
 
-python -m benchmarks.peers_backbone IMAGES BATCH_SIZE fp32|bf16
+python -m benchmarks.peers_backbone -c CONFIG [key.path=value ...]
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
-from kd_pipeline import ImageFolder, KDDataLoader, TeacherSettings, TrainTransform, open_teacher
-from kd_pipeline._core.optional import require
-from kd_pipeline.losses import cosine, feature_cosine
-
-SIZE, PATCH = 224, 16
-
-
-class VitEmbeddings(nn.Module):
-    """What the teacher returns for images `[N, 3, H, W]`: the class token `[N, D]`, and the patches `[N, L, D]`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vit = require("timm", extra="timm").create_model("vit_small_patch16_224", num_classes=0)
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Run the transformer."""
-        tokens = self.vit.forward_features(images)
-        return {"logits": tokens[:, 0], "patches": tokens[:, 1:]}
+from kd_pipeline import KDDataLoader, load_config
+from kd_pipeline.cli.arguments import add_common, add_config, run_command
+from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.models.backbone import trunk_of
+from kd_pipeline.models.registry import open_model
+from kd_pipeline.training.optimizers import build_optimizer
 
 
-class Student(nn.Module):
-    """A ResNet-18 with two linear heads, for what `VitEmbeddings` returns."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.trunk = require("timm", extra="timm").create_model("resnet18", num_classes=0, global_pool="")
-        self.pooled, self.local = (nn.Linear(self.trunk.num_features, width) for _ in range(2))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings `[N, D]`, and `[N, L, D]` on the teacher's grid of patches."""
-        maps = self.trunk(images)
-        grid = interpolate(maps, size=(SIZE // PATCH, SIZE // PATCH), mode="bilinear")
-        return self.pooled(maps.mean((2, 3))), self.local(grid.flatten(2).transpose(1, 2))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train for one epoch, and save the ResNet-18."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images")
-    parser.add_argument("batch_size", type=int)
-    parser.add_argument("precision", choices=("fp32", "bf16"))
-    options = parser.parse_args(arguments)
-    transform = TrainTransform(  # close to the defaults of lightly-train
-        size=SIZE,
-        area=(0.14, 1.0),
-        brightness=0.4,
-        contrast=0.4,
-        saturation=0.2,
-        hue=0.1,
-        grayscale=0.2,
-        blur=1.0,
-        blur_sigma=(0.01, 0.1),
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train for one epoch, save the student's weights in `student.pt`, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.peers_backbone", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    torch.manual_seed(0)  # the same random teacher in every run, as pretrained weights would be
-    teacher = open_teacher(
-        TeacherSettings(precision=options.precision),
-        module=VitEmbeddings(),
-        image_shape=(3, SIZE, SIZE),
-        batch_size=options.batch_size,
-    )
-    width = teacher.outputs["logits"].shape[-1]
-    assert width is not None
-    print(f"teacher: {teacher.backend} in {teacher.precision}")
-    source = ImageFolder(options.images, labeled=False)
-    with KDDataLoader(source, transform, teacher, batch_size=options.batch_size, device="cpu") as loader:
-        student = Student(width)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    add_config(parser)
+    add_common(parser)
+    return run_command(_run, parser.parse_args(arguments), prog=parser.prog)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    config = load_config(parsed.config, parsed.overrides)
+    assert config.student is not None
+    is_bf16 = config.train.precision == "bf16-mixed"
+    with KDDataLoader.from_config(config, "train") as loader:
+        teacher = loader.teacher
+        assert teacher is not None
+        print(f"teacher: {', '.join(teacher.runtimes)}")
+        student = open_model(config.student)
+        distillation = Distillation(
+            config.distill,
+            student=student,
+            teacher_outputs=teacher.outputs,
+            image_shape=(3, loader.transform.size, loader.transform.size),
+            num_classes=None,
+        )
+        optimizer = build_optimizer(student, config.train.optimizer, extra=distillation.parameters())
         for batch in loader:
-            with torch.autocast("cpu", torch.bfloat16) if options.precision == "bf16" else nullcontext():
-                pooled, patches = student(batch.images)
-            loss = cosine(pooled, batch.teacher["logits"]) + feature_cosine(patches, batch.teacher["patches"])
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+                with distillation.student_features(student) as features:
+                    outputs = student(batch.images)
+                loss = distillation(outputs, features, batch, epoch=0, epochs=1).total
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
-    teacher.close()
-    torch.save(student.trunk.state_dict(), "student.pt")
-    print(f"loss of the last batch: {loss.item():.4f}; student.pt has the ResNet-18")
+    torch.save(trunk_of(student).state_dict(), "student.pt")
+    print(f"loss of the last batch: {loss.item():.4f}; student.pt has the weights of the student")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

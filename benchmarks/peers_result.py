@@ -88,12 +88,10 @@ COMPARISONS = (
     *(Comparison(f"end, {name}: ours - timm, s", rows, _end) for name, rows in _PAIRS.items()),
     *(Comparison(f"peak memory, {name}: ours - timm, GiB", rows, _memory) for name, rows in _PAIRS.items()),
     *(
-        Comparison(
-            f"images/s, backbone, {precision}: ours / lightly-train",
-            (f"backbone-{precision}", f"lightly-{precision}"),
-            _rate,
-        )
-        for precision in ("fp32", "bf16")
+        Comparison(f"{title}, no labels, {precision}: {own} / lightly-train", (f"{row}-{precision}", theirs), value)
+        for precision, theirs in (("fp32", "lightly-fp32"), ("bf16", "lightly-bf16"))
+        for row, own in (("distill", "kd-pipeline train"), ("loop", "own loop"))
+        for title, value in (("images/s", _rate), ("first step", _first_step))
     ),
 )
 

@@ -1,7 +1,8 @@
 """The rows of the comparison with other programs: what each runs, on the same images and with the same teacher.
 
 Pair A is a ResNet-50 that teaches a ResNet-18, by timm's `train.py` and by `kd-pipeline train`. Pair B is a ViT-S/16
-whose embeddings and patches teach a ResNet-18 without labels, by lightly-train and by parts of kd_pipeline.
+whose embeddings and patches teach a ResNet-18 without labels, by lightly-train, by `kd-pipeline train` and by a loop of
+one's own.
 """
 
 import json
@@ -81,9 +82,14 @@ _TIMM: Mapping[str, tuple[str, ...]] = {
     "timm-best-bf16": _TIMM_BF16 + _TIMM_BEST,
 }
 _LIGHTLY = {"lightly-fp32": "32-true", "lightly-bf16": "bf16-mixed"}
-_BACKBONE = {"backbone-fp32": "fp32", "backbone-bf16": "bf16"}
+_BACKBONE: Mapping[str, tuple[str, ...]] = {"fp32": (), "bf16": (*_BF16, "teacher.precision=bf16")}
+"""Overrides by precision; lightly-train has one for both networks. In float32, `auto` keeps the teacher in float32."""
+_DISTILL = {f"distill-{precision}": options for precision, options in _BACKBONE.items()}
+"""Overrides of `kd-pipeline train`."""
+_LOOP = {f"loop-{precision}": options for precision, options in _BACKBONE.items()}
+"""Overrides of `benchmarks.peers_backbone`."""
 
-NAMES = (*_TIMM, *_OURS, *_TEACHER, *_LIGHTLY, *_BACKBONE)
+NAMES = (*_TIMM, *_OURS, *_TEACHER, *_LIGHTLY, *_DISTILL, *_LOOP)
 """Of all rows."""
 
 _CONFIG = """\
@@ -103,6 +109,31 @@ train:
   optimizer: {{name: sgd, lr: 0.0125, momentum: 0.9, weight_decay: 2.0e-5}}
 """
 """Augmentation and optimizer are what timm's script does without options."""
+_BACKBONE_CONFIG = """\
+run_dir: run
+data:
+  batch_size: {batch_size}
+  train:
+    source: {{kind: image_folder, root: {train}, labeled: false}}
+    transform:
+      preset: train
+      size: {size}
+      area: [0.14, 1.0]
+      brightness: 0.4
+      contrast: 0.4
+      saturation: 0.2
+      hue: 0.1
+      grayscale: 0.2
+      blur: 1.0
+      blur_sigma: [0.01, 0.1]
+teacher: {{model: {{timm: {teacher}, num_classes: 0, checkpoint: {backbone}}}}}
+student: {{timm: resnet18, num_classes: 0}}
+train:
+  epochs: 1
+  optimizer: {{name: adamw, lr: 1.0e-4}}
+"""
+"""Augmentation is close to the defaults of lightly-train. It has other losses, on the same outputs of the teacher."""
+_BACKBONE_TEACHER = "vit_small_patch16_224"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +166,10 @@ class Materials:
     """Folder of a ResNet-50, as timm's `local-dir:` takes it; kd_pipeline reads the `model.safetensors` in it."""
     config: Path
     """Of `kd-pipeline train`."""
+    backbone: Path
+    """Weights of a ViT-S/16 without a head."""
+    backbone_config: Path
+    """Of `kd-pipeline train` without labels."""
     recording: Path
     """Where the outputs of the teacher will be."""
     batch_size: int
@@ -149,14 +184,26 @@ def make_materials(folder: Path, *, batch_size: int, num_steps: int) -> Material
     images = folder / "images"
     make_photographs(images / "train", num_files=batch_size * num_steps)
     make_photographs(images / "val", num_files=_NUM_VAL, seed=1)
-    materials = Materials(images, folder / "teacher", folder / "config.yaml", folder / "recording", batch_size)
+    materials = Materials(
+        images=images,
+        teacher=folder / "teacher",
+        config=folder / "config.yaml",
+        backbone=folder / "backbone.pt",
+        backbone_config=folder / "backbone.yaml",
+        recording=folder / "recording",
+        batch_size=batch_size,
+    )
     _write_teacher(materials)
+    _write_backbone(materials)
     texts = {
         "train": json.dumps(str(images / "train")),
         "val": json.dumps(str(images / "val")),
         "checkpoint": json.dumps(str(materials.teacher / "model.safetensors")),
+        "teacher": _BACKBONE_TEACHER,
+        "backbone": json.dumps(str(materials.backbone)),
     }
-    materials.config.write_text(_CONFIG.format(batch_size=batch_size, size=SIZE, **texts))
+    for path, text in ((materials.config, _CONFIG), (materials.backbone_config, _BACKBONE_CONFIG)):
+        path.write_text(text.format(batch_size=batch_size, size=SIZE, **texts))
     return materials
 
 
@@ -176,15 +223,13 @@ def make_rows(materials: Materials, names: Sequence[str], *, timm: Path | None, 
     for name, options in _TEACHER.items():
         command = ("-m", "benchmarks.peers_teacher", "-c", str(materials.config), *options)
         rows[name] = _own_row(name, command, shown=" ".join(("no student", *options)))
-    for name, precision in _BACKBONE.items():
-        command = (
-            "-m",
-            "benchmarks.peers_backbone",
-            str(materials.images / "train"),
-            str(materials.batch_size),
-            precision,
-        )
-        rows[name] = _own_row(name, command, shown=f"benchmarks/peers_backbone.py, {precision}")
+    backbone = ("-c", str(materials.backbone_config))
+    for name, options in _DISTILL.items():
+        shown = " ".join(("student without a head", *options))
+        rows[name] = _own_row(name, ("-m", "kd_pipeline", "train", *backbone, *options), shown=shown)
+    for name, options in _LOOP.items():
+        shown = " ".join(("benchmarks/peers_backbone.py", *options))
+        rows[name] = _own_row(name, ("-m", "benchmarks.peers_backbone", *backbone, *options), shown=shown)
     if timm is not None:
         for name, options in _TIMM.items():
             rows[name] = Row(name, TIMM, " ".join(options), (*_timm_command(timm, materials), *options), {})
@@ -278,7 +323,7 @@ def _lightly_command(python: Path, materials: Materials) -> list[str]:
         f"data={materials.images / 'train'}",
         "model=timm/resnet18",
         "method=distillation",
-        "method_args.teacher=timm/vit_small_patch16_224",
+        f"method_args.teacher=timm/{_BACKBONE_TEACHER}",
         f"batch_size={materials.batch_size}",
         "epochs=1",
         f"num_workers={num_cores()}",
@@ -320,6 +365,13 @@ def _write_teacher(materials: Materials) -> None:
         },
     }
     (materials.teacher / "config.json").write_text(json.dumps(described))
+
+
+def _write_backbone(materials: Materials) -> None:
+    """Write the weights of a random ViT-S/16; lightly-train draws its own, which are as fast."""
+    torch.manual_seed(0)
+    network = require("timm", extra="timm").create_model(_BACKBONE_TEACHER, num_classes=0)
+    torch.save(network.state_dict(), materials.backbone)
 
 
 def _two_photographs(root: Path) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,6 @@ from benchmarks.peers_rows import (
     why_missing,
 )
 from kd_pipeline import TeacherSettings, load_config, open_teacher
-from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.errors import ConfigError, KDPipelineError
 from kd_pipeline.models import small_resnet
 from kd_pipeline.teachers.base import Teacher
@@ -197,6 +196,7 @@ def materials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Materials:
     """Few photographs and a config, without the teacher."""
     monkeypatch.setattr(peers_rows, "_NUM_VAL", 20)
     monkeypatch.setattr(peers_rows, "_write_teacher", lambda materials: None)
+    monkeypatch.setattr(peers_rows, "_write_backbone", lambda materials: None)
     return make_materials(tmp_path, batch_size=5, num_steps=4)
 
 
@@ -208,6 +208,9 @@ def test_configs_of_own_rows_are_valid(materials: Materials) -> None:
             path, *overrides = row.command[row.command.index("-c") + 1 :]
             seen[row.name] = load_config(path, overrides)
     assert seen["ours-best-bf16"].train.precision == "bf16-mixed" and seen["student-fp32"].stage == "baseline"
+    backbone = seen["loop-bf16"]
+    assert backbone == seen["distill-bf16"] and backbone.student is not None and backbone.student.is_headless
+    assert isinstance(backbone.teacher, TeacherSettings) and backbone.teacher.precision == "bf16"
     recorded = seen["recorded-fp32"].teacher
     assert isinstance(recorded, TeacherSettings) and recorded.path == materials.recording
     assert [row.name for row in rows if row.needs_recording] == ["recorded-fp32", "recorded-bf16"]
@@ -318,16 +321,21 @@ def test_teacher_alone_follows_the_student_of_the_run(materials: Materials, monk
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_backbone_is_distilled_and_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    precision: str, materials: Materials, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("timm")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the teacher is exported
-    make_photographs(tmp_path / "images", num_files=4)
-    peers_backbone.main([str(tmp_path / "images"), "2", "fp32"])
+    timm: Any = pytest.importorskip("timm")
+    monkeypatch.chdir(materials.images)
+    kwargs = {"img_size": 32, "patch_size": 8, "depth": 1}
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **kwargs)
+    torch.save(network.state_dict(), materials.backbone)
+    model = {"timm": "vit_tiny_patch16_224", "num_classes": 0, "checkpoint": str(materials.backbone), "kwargs": kwargs}
+    overrides = [f"teacher.model={json.dumps(model)}", "data.train.transform.size=32", f"train.precision={precision}"]
+    assert peers_backbone.main(["-c", str(materials.backbone_config), *overrides, "teacher.backend=pytorch"]) == 0
     assert "loss of the last batch: " in capsys.readouterr().out
-    assert "conv1.weight" in torch.load(tmp_path / "student.pt", weights_only=True)
+    weights = torch.load("student.pt", weights_only=True)
+    timm.create_model("resnet18", num_classes=0).load_state_dict(weights)
 
 
 # The benchmark
@@ -346,7 +354,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
         return ran(float(len(started)))
 
     def materials(folder: Path, **_: int) -> Materials:
-        return Materials(folder, folder, folder / "config.yaml", folder / "recording", 32)
+        files = {name: folder / name for name in ("config", "backbone", "backbone_config", "recording")}
+        return Materials(images=folder, teacher=folder, batch_size=32, **files)
 
     monkeypatch.setattr(peers, "run_program", start)
     monkeypatch.setattr(peers, "run_untimed", start)
@@ -355,15 +364,15 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
 
 
 def test_rows_take_turns_and_the_first_repeat_is_cold(started: list[tuple[str, Path]], tmp_path: Path) -> None:
-    names = ("student-fp32", "backbone-fp32", "timm-fp32", "lightly-fp32")
+    names = ("student-fp32", "loop-bf16", "timm-fp32", "lightly-fp32")
     lines: list[str] = []
     settings = BenchPeersSettings(rows=names, repeats=2, out=tmp_path / "a" / "b.json")
     found = bench_peers(settings, report=lines.append)
-    first, second = "stage=baseline", "fp32"
+    first, second = "stage=baseline", "teacher.precision=bf16"
     assert [last for last, _ in started] == [first, second, second, first, first, second]
-    student, backbone = found.rows
+    student, loop = found.rows
     assert (student.cold.step_s, [each.step_s for each in student.warm]) == (1.0, [4.0, 5.0])
-    assert len(backbone.warm) == 2 and len({cache for _, cache in started}) == 2
+    assert len(loop.warm) == 2 and len({cache for _, cache in started}) == 2
     assert [line[:24] for line in lines[:2]] == ["no rows of timm: give --", "no rows of lightly-train"]
     assert (tmp_path / "a" / "b.json").read_text() == found.to_json() + "\n"
     assert (tmp_path / "a" / "b.md").read_text() == found.markdown()
