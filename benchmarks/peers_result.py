@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.peers_process import ProgramRun
 from benchmarks.peers_rows import LIGHTLY, TIMM
+from benchmarks.tables import markdown_table, with_range
 from kd_pipeline.bench.measure import format_table, spread
 
 __all__ = ["COMPARISONS", "Comparison", "PeersResult", "PeersRow"]
@@ -139,8 +140,8 @@ class PeersResult:
     def markdown(self) -> str:
         """The same for the documentation."""
         parts = [
-            _markdown_table(_ROW_HEADER, self._row_cells()),
-            _markdown_table(_COMPARISON_HEADER, self._comparison_cells()),
+            markdown_table(_ROW_HEADER, self._row_cells()),
+            markdown_table(_COMPARISON_HEADER, self._comparison_cells()),
             "\n".join(f"- {note}" for note in self._notes()),
         ]
         return "\n\n".join(parts) + "\n"
@@ -167,20 +168,20 @@ class PeersResult:
             (
                 row.name,
                 " ".join(filter(None, (row.program, row.options))),
-                _spread([self._images_per_s(run.step_s) for run in row.warm], 1),
+                with_range([self._images_per_s(run.step_s) for run in row.warm], 1),
                 f"{median(self._images_per_s(run.mean_step_s) for run in row.warm):.1f}",
                 f"{median(run.first_line_s for run in row.warm):.2f}",
-                _spread([run.first_step_s for run in row.warm], 2),
+                with_range([run.first_step_s for run in row.warm], 2),
                 f"{row.cold.first_step_s:.2f}",
-                _spread([run.end_s for run in row.warm], 2),
+                with_range([run.end_s for run in row.warm], 2),
                 f"{row.cold.end_s:.2f}",
-                _spread([run.peak_memory_bytes / _GIB for run in row.warm], 2),
+                with_range([run.peak_memory_bytes / _GIB for run in row.warm], 2),
             )
             for row in self.rows
         ]
 
     def _comparison_cells(self) -> list[tuple[str, ...]]:
-        return [(each.title, _spread(values, 2), each.target) for each, values in self.compared().items()]
+        return [(each.title, with_range(values, 2), each.target) for each, values in self.compared().items()]
 
     def _notes(self) -> list[str]:
         versions = [f"{name} {version}" for name, version in self.environment["programs"].items()]
@@ -218,14 +219,3 @@ _ROW_HEADER = (
     "peak GiB",
 )
 _COMPARISON_HEADER = ("comparison", "median (lowest-highest)", "target")
-
-
-def _spread(values: Sequence[float], digits: int) -> str:
-    middle, low, high = (f"{value:.{digits}f}" for value in (median(values), min(values), max(values)))
-    return f"{middle} ({low}-{high})"
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    align = ["---", *["---:"] * (len(header) - 1)]
-    cells = ([cell.replace("|", "\\|") for cell in row] for row in (header, align, *rows))
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

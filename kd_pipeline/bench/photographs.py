@@ -10,9 +10,10 @@ from PIL import Image
 
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.optional import require
+from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.errors import DataError
 
-__all__ = ["make_photographs", "photographs", "read_jpeg"]
+__all__ = ["link_photographs", "make_photographs", "photographs", "read_jpeg"]
 
 _NUM_CLASSES = 10
 _WIDTHS, _HEIGHTS = (400, 600), (325, 425)
@@ -27,6 +28,22 @@ def photographs(root: Path | None, report: Callable[[str], object]) -> Path:
     root = Path("data/photographs")
     report(f"photographs: {root}, created if it does not exist")
     return make_photographs(root)
+
+
+def link_photographs(root: Path, folder: Path, *, num_images: int) -> Path:
+    """Make `folder` with links to so many images of `root`, or all, evenly spaced, each of which is read once.
+
+    Raises:
+        DataError: a file is not JPEG.
+    """
+    source = ImageFolder(root)
+    for index in np.linspace(0, len(source) - 1, min(len(source), num_images)).astype(int).tolist():
+        path = Path(source.name(index))
+        read_jpeg(path)
+        link = folder / str(path.parent.name) / f"{index:09}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.resolve())
+    return folder
 
 
 def read_jpeg(path: Path) -> None:

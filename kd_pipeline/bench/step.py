@@ -6,7 +6,6 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import nn
@@ -18,7 +17,7 @@ from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.bench.measure import environment, prepare_out, rotated, save_result
-from kd_pipeline.bench.photographs import photographs, read_jpeg
+from kd_pipeline.bench.photographs import link_photographs, photographs
 from kd_pipeline.bench.step_result import StepResult, StepRow
 from kd_pipeline.bench.step_variants import (
     NEED_NETWORK,
@@ -248,16 +247,9 @@ def _comparable(transform: TrainTransform, report: Callable[[str], object]) -> T
 
 def _subset(root: Path, folder: Path, batch_size: int) -> Path:
     """A folder of links to as many images of `root` as fit into the page cache, all read once."""
-    source = ImageFolder(root)
-    if len(source) < batch_size:
-        raise DataError(f"{root} has {len(source)} images, fewer than one batch of {batch_size}; lower batch_size")
-    for index in np.linspace(0, len(source) - 1, min(len(source), _NUM_IMAGES)).astype(int).tolist():
-        path = Path(source.name(index))
-        read_jpeg(path)
-        link = folder / str(path.parent.name) / f"{index:09}.jpg"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path.resolve())
-    return folder
+    if (number := len(ImageFolder(root))) < batch_size:
+        raise DataError(f"{root} has {number} images, fewer than one batch of {batch_size}; lower batch_size")
+    return link_photographs(root, folder, num_images=_NUM_IMAGES)
 
 
 def _record(task: StepTask, settings: BenchStepSettings) -> None:

@@ -9,7 +9,7 @@ from kd_pipeline.cli.arguments import add_options, checked, given, path_option, 
 from kd_pipeline.cli.printing import print_result
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["add_to"]
+__all__ = ["add_to", "network_by_name"]
 
 _NETWORKS = {"teacher": "resnet50", "student": "resnet18"}
 """Of `bench step`, by name."""
@@ -91,15 +91,20 @@ def _networks(parsed: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The networks that options name, those of no config in any case if they have no head."""
     names = {name: text for name in _NETWORKS if (text := getattr(parsed, name)) is not None}
     if not parsed.headless:
-        return {name: _network(text) for name, text in names.items()}
+        return {name: network_by_name(text) for name, text in names.items()}
     if parsed.config is None:
         names = _NETWORKS | names
     elif not names:
         raise ConfigError("--headless is for --teacher and --student; in a config it is num_classes: 0 of each")
-    return {name: _network(text) | {"num_classes": 0} for name, text in names.items()}
+    return {name: network_by_name(text) | {"num_classes": 0} for name, text in names.items()}
 
 
-def _network(name: str) -> dict[str, Any]:
+def network_by_name(name: str) -> dict[str, Any]:
+    """The settings of a network called `NAME`, of torchvision, or `timm:NAME`.
+
+    Raises:
+        ConfigError: it is of another library.
+    """
     library, _, rest = name.rpartition(":")
     if library not in ("", "torchvision", "timm"):
         raise ConfigError(f"{name}: a network is a torchvision name, or timm:NAME")
