@@ -26,6 +26,7 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.loader.loader import KDDataLoader, sample_images
+from kd_pipeline.models.backbone import trunk_of
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.parity import CalibrationSet, ParityReference, check_parity, make_reference
@@ -292,7 +293,7 @@ class RunSteps(ExitStack):
         torch.manual_seed(0)
         network = open_model(model, plugins=self._plugins, num_classes=self.source.num_classes)
         folder = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="tune-")))
-        torch.save(network.state_dict(), folder / "random.pt")
+        torch.save(trunk_of(network).state_dict(), folder / "random.pt")
         model = model.model_copy(update={"checkpoint": folder / "random.pt"})
         return config.model_copy(update={"run_dir": None, "teacher": teacher.model_copy(update={"model": model})})
 

@@ -4,6 +4,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from kd_pipeline.bench.tune_knobs import KNOBS, Place
 from kd_pipeline.bench.tune_steps import RunSteps, Runtime, Trial, Values, with_values
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, EngineError
+from kd_pipeline.models.backbone import trunk_of
+from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.workflows._record import RecordSettings, record
 from tests.training import networks
-from tests.training.tiny_run import settings, write_digits
+from tests.training.tiny_run import TRAIN, settings, split, write_digits
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 NETWORKS = [networks.__name__]
@@ -219,6 +222,43 @@ def test_untrained_teacher_is_measured(digits: Path) -> None:
     with RunSteps(config, "distill", plugins=NETWORKS) as steps:
         assert steps.has_random_teacher and steps.rate(Trial(), seconds=0.02) > 0
     assert not (digits / "run").exists()
+
+
+def without_heads(folder: Path, **changes: Any) -> Config:
+    """A run on images without labels, in which the student learns features."""
+    model = {"builtin": "small_resnet", "num_classes": 0, "kwargs": {"width": 8}, "checkpoint": folder / "backbone.pt"}
+    torch.save(
+        trunk_of(open_model(ModelSettings(**{**model, "checkpoint": None}))).state_dict(), folder / "backbone.pt"
+    )
+    student = {"builtin": "small_resnet", "num_classes": 0, "kwargs": {"width": 4}}
+    images = split(folder, "unlabeled", TRAIN)
+    teacher = {"model": model, "backend": "pytorch"}
+    return settings(folder, "run", teacher=teacher, student=student, data__train=images, data__val=None, **changes)
+
+
+def test_steps_without_heads(digits: Path) -> None:
+    assert min(rate_of_each_part(without_heads(digits))) > 0
+    assert not (digits / "run").exists()
+
+
+def test_settings_without_heads_are_found(digits: Path, rates: type[FakeSteps]) -> None:
+    rates.images_per_s = lambda values, part: 1000 / step_ms(values, part)
+    config = without_heads(digits)
+    found = tune(config, TuneSettings(seconds=60))
+    assert found.values["train.num_threads"] == 2 and found.gain.is_certain
+    tuned = with_values(config, tuple(found.values.items()))
+    assert tuned.distill == config.distill and tuned.distill.loss is None
+
+
+def test_agreement_with_float32_without_heads(digits: Path) -> None:
+    config = without_heads(digits)
+    with RunSteps(config, "distill") as steps:
+        steps.check_agreement((("teacher.precision", "bf16"),))
+        assert steps._reference is not None and {*steps._reference.outputs} == {"pooled", "spatial"}
+        opposite = {name: -output for name, output in steps._reference.outputs.items()}
+        steps._reference = replace(steps._reference, outputs=opposite)
+        with pytest.raises(EngineError, match="'pooled' -"):
+            steps.check_agreement((("teacher.precision", "bf16"),))
 
 
 def test_agreement_with_float32(digits: Path) -> None:
