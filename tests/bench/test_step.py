@@ -390,7 +390,7 @@ def test_config_without_a_head_sets_the_loss() -> None:
     config = {**CONFIG, "teacher": teacher, "student": {"timm": "resnet18", "num_classes": 0}}
     found = step_settings(Config.model_validate(config | {"distill": {"features": [term]}}), BenchStepSettings())
     assert found.features == ("layer4",) and found.distill is not None
-    assert [each.name for each in found.distill.features] == ["feature_mse.stage3"]
+    assert [each.student for each in found.distill.features] == ["stage3"] and found.distill.loss is None
     given = step_settings(Config.model_validate(config), BenchStepSettings(student=SMALL), {"student"})
     assert given.distill is None
 
