@@ -257,7 +257,7 @@ def test_agreement_with_float32_without_heads(digits: Path) -> None:
         assert steps._reference is not None and {*steps._reference.outputs} == {"pooled", "spatial"}
         opposite = {name: -output for name, output in steps._reference.outputs.items()}
         steps._reference = replace(steps._reference, outputs=opposite)
-        with pytest.raises(EngineError, match="'pooled' -"):
+        with pytest.raises(EngineError, match="'pooled' cosine -1"):
             steps.check_agreement((("teacher.precision", "bf16"),))
 
 
