@@ -4,7 +4,8 @@ import errno
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from types import NoneType, UnionType
@@ -20,7 +21,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse, parse_override
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["read_config", "read_text"]
+__all__ = ["read_config", "read_text", "read_values"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -61,6 +62,25 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
     if not isinstance(data, dict):
         text = f"should be a mapping with keys of {', '.join(model.model_fields)}, {_found(data)}"
         raise config_error([Problem(places[()], (), text)])
+    return _validated(model, data, places, overrides)
+
+
+def read_values(model: type[Model], values: Mapping[str, Any], overrides: Sequence[str] = (), *, name: str) -> Model:
+    """Apply `overrides` to plain `values`, as they would stand in a YAML file, and validate them as `read_config` does.
+
+    Args:
+        model: the settings.
+        values: of JSON's types.
+        overrides: each `key.path=value`.
+        name: where the values are from, for messages.
+
+    Raises:
+        ConfigError: every problem on its own line.
+    """
+    return _validated(model, deepcopy(dict(values)), {(): Place(0, name)}, overrides)
+
+
+def _validated(model: type[Model], data: dict[str, Any], places: dict[Key, Place], overrides: Sequence[str]) -> Model:
     for number, text in enumerate(overrides):
         _override(data, places, Place(_MAX_BYTES + number, f"override {text!r}", text))
     try:

@@ -24,7 +24,7 @@ from kd_pipeline.models.modules import is_in_layer
 from kd_pipeline.models.resnet import create_builtin
 from kd_pipeline.models.weights import Checkpoint, lacks_only, load_weights, match_weights
 
-__all__ = ["ModelSettings", "PretrainedInput", "open_model", "pretrained_input"]
+__all__ = ["ModelSettings", "PretrainedInput", "known_input", "open_model", "pretrained_input"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -59,8 +59,9 @@ class ModelSettings(Settings):
     num_classes: int | None = Field(default=None, ge=0)
     """Number of logits; defaults to that of the data for a model that is trained, else to that of the checkpoint, else
     to the model's own. With 0 the network has no head, and returns features by name, as `Backbone` describes."""
-    pretrained: bool = False
-    """Download the pretrained weights of timm or torchvision."""
+    pretrained: bool | None = None
+    """Download the pretrained weights of timm or torchvision. False says that random weights are wanted where nothing
+    else is set, which a teacher without it is refused for."""
     checkpoint: Path | None = None
     """File to load the weights from: of `torch.save`, by any of the usual trainers, or of safetensors."""
     checkpoint_key: str | None = None
@@ -171,12 +172,32 @@ def open_model(
 
 def pretrained_input(module: nn.Module) -> PretrainedInput | None:
     """The images that a timm model was trained on; None for a model without timm's `pretrained_cfg`."""
-    config = getattr(trunk_of(module), "pretrained_cfg", None)
+    module = trunk_of(module)
+    config = getattr(module, "pretrained_cfg", None)
     if not isinstance(config, Mapping) or not {"mean", "std", "input_size"} <= config.keys():
         return None
-    _, height, width = config["input_size"]
+    # A transformer may have been built for images of another size.
+    size = getattr(getattr(module, "patch_embed", None), "img_size", None) or config["input_size"][1:]
     fixed = bool(config.get("fixed_input_size"))
-    return PretrainedInput(tuple(config["mean"]), tuple(config["std"]), (height, width), fixed)
+    return PretrainedInput(tuple(config["mean"]), tuple(config["std"]), tuple(size), fixed)
+
+
+def known_input(settings: ModelSettings, *, plugins: Collection[str] = ()) -> PretrainedInput | None:
+    """`pretrained_input` of the model that `settings` describe, which is not built.
+
+    Raises:
+        ConfigError: there is no such model, or its factory is not allowed.
+        MissingPackageError: timm or torchvision is needed and not installed.
+    """
+    _find_builder(settings, plugins)
+    if settings.timm is None:
+        return None
+    config = require("timm", extra="timm").get_pretrained_cfg(settings.timm)
+    if config is None:
+        return None
+    size = settings.kwargs.get("img_size")
+    height, width = config.input_size[1:] if not isinstance(size, int) else (size, size)
+    return PretrainedInput(tuple(config.mean), tuple(config.std), (height, width), bool(config.fixed_input_size))
 
 
 def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_classes: int | None) -> nn.Module:

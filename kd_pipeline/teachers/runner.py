@@ -268,7 +268,9 @@ def _open_network(settings: TeacherSettings, inputs: Inputs) -> nn.Module:
     model = settings.model
     assert model is not None
     if model.factory is None and model.checkpoint is None and not model.pretrained:
-        raise ConfigError("teacher.model has random weights; set its checkpoint or pretrained")
+        if model.pretrained is None:
+            raise ConfigError("teacher.model has random weights; set its checkpoint or pretrained")
+        _logger.warning("the teacher has random weights, as teacher.model.pretrained is false: a student learns noise")
     if model.reset:
         raise ConfigError(
             f"teacher.model.reset leaves random weights in {', '.join(model.reset)}; remove it, or train the teacher "

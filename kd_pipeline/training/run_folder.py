@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from fnmatch import fnmatch
@@ -36,7 +36,7 @@ _OWN_FILES = (
 )
 """What a stage writes about a single run. Not class lists, the folders of other stages, nor the files of loggers that
 keep several runs apart themselves. The checkpoints come first: a kill in between leaves nothing to resume from."""
-_ALSO_WRITTEN = ("classes.json", "check", "comet*", "earlier", "mlflow.db*", "mlruns", LOCK, "wandb")
+_ALSO_WRITTEN = ("classes.json", "check", "comet*", "earlier", "lists", "mlflow.db*", "mlruns", LOCK, "wandb")
 """What else a stage and its loggers write, none of which may lead out of the folder."""
 _FILLED_BY_LIBRARIES = ("checkpoints", "exported", "tensorboard")
 """Folders in which files are opened that may be there already. Not that of wandb, which makes links itself, and files
@@ -61,6 +61,7 @@ class RunFolder:
         self.log = path / "train.log"
         self.result = path / "result.json"
         self.history = path / "history.jsonl"
+        self.lists = path / "lists"
         self._step: Callable[[], int] | None = None
         """The current step of a training whose end is not in the history yet."""
 
@@ -116,6 +117,33 @@ class RunFolder:
                 "earlier run was moved to %s",
                 *(self.path, self._move_away(leftovers)),
             )
+
+    def write_lists(self, lists: Mapping[str, str], *, fresh: bool = False) -> None:
+        """Write the lists of images, by the name of the file, that a run of this folder will read. Call it on one rank.
+
+        Args:
+            lists: the text of each list.
+            fresh: whether an earlier run in the folder is to start from the beginning.
+
+        Raises:
+            StateError: the run in this folder has begun with other images, another process uses the folder, or
+                something in it is a link that leads out of it.
+            ConfigError: the folder cannot be written to.
+        """
+        with self._locked():
+            changed = {name: text for name, text in lists.items() if not _has_text(self.lists / name, text)}
+            if changed and self.last_checkpoint is not None and not fresh:
+                raise StateError(
+                    f"the run in {self.path} has begun with other images than there are now; to resume it with those "
+                    f"of {self.lists}: kd-pipeline train -c {self.path / 'config.yaml'}, else start again with --fresh "
+                    "(in Python fresh=True), or choose a different run folder"
+                )
+            try:
+                self.lists.mkdir(exist_ok=True)
+                for name, text in changed.items():
+                    write_atomic(self.lists / name, text)
+            except OSError as exc:
+                raise ConfigError(f"cannot write to {self.lists}: {exc.strerror}; choose a different folder") from None
 
     def write_config(self, config: BaseModel) -> None:
         """Write the config and the versions of all installed packages, of a run that is about to train with them.
@@ -299,6 +327,15 @@ def _written(path: Path) -> Iterator[None]:
         yield
     except OSError as exc:
         raise StateError(f"{path} cannot be written: {exc.strerror}") from None
+
+
+def _has_text(path: Path, text: str) -> bool:
+    """Whether the file at `path` has this text."""
+    try:
+        with open_regular(path) as file:
+            return file.read() == text.encode()
+    except OSError:
+        return False
 
 
 def _plain(text: str) -> str:

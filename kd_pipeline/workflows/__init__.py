@@ -7,6 +7,7 @@ from kd_pipeline._core.lazy import lazy_exports
 if TYPE_CHECKING:
     from kd_pipeline.workflows._check import check as check
     from kd_pipeline.workflows._compare import compare_files as compare_files
+    from kd_pipeline.workflows._distill import distill as distill
     from kd_pipeline.workflows._record import RecordSettings as RecordSettings
     from kd_pipeline.workflows._record import plan_recording as plan_recording
     from kd_pipeline.workflows._record import record as record
@@ -19,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "kd_pipeline.workflows._check": ["check"],
         "kd_pipeline.workflows._compare": ["compare_files"],
+        "kd_pipeline.workflows._distill": ["distill"],
         "kd_pipeline.workflows._record": ["RecordSettings", "plan_recording", "record"],
         "kd_pipeline.workflows._train": ["train"],
         "kd_pipeline.workflows.demo": ["run_demo"],

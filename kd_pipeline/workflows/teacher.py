@@ -138,7 +138,8 @@ def with_trained_weights(config: Config, teacher: TeacherSettings) -> TeacherSet
         return teacher
     folder = _exported_folder(config.run_dir)
     if not _is_trained(config.run_dir):
-        if model.pretrained or (model.checkpoint is not None and not model.reset):
+        # False says that the weights are random on purpose.
+        if model.pretrained is not None or (model.checkpoint is not None and not model.reset):
             return teacher
         raise ConfigError(
             "teacher.model has no weights: set its checkpoint or pretrained, or train it first with stage=teacher, "

@@ -26,7 +26,19 @@ def test_version() -> None:
 def test_help_lists_commands() -> None:
     result = run("--help")
     assert result.returncode == 0
-    for command in ("demo", "check", "train", "record", "eval", "predict", "build-engine", "tune", "bench", "doctor"):
+    for command in (
+        "demo",
+        "check",
+        "distill",
+        "train",
+        "record",
+        "eval",
+        "predict",
+        "build-engine",
+        "tune",
+        "bench",
+        "doctor",
+    ):
         assert command in result.stdout
 
 

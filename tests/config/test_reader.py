@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.cli import main
-from kd_pipeline.config.reader import read_config
+from kd_pipeline.config.reader import read_config, read_values
 from kd_pipeline.errors import ConfigError
 from tests.no_files import NO_FILES
 
@@ -602,3 +602,18 @@ def test_path_of_the_file_is_read_like_the_paths_in_it(write, tmp_path, monkeypa
     write("seed: 5\n")
     assert read_config(Config, "~/c.yaml").seed == 5
     assert "has the variable $HOME" in complaint("$HOME/c.yaml")
+
+
+def test_values_are_read_like_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("{size: 8, area: [0.5, 1.0]}")
+    values = {"size": 8, "area": [0.5, 1.0]}
+    assert read_values(Crop, values, ["size=9"], name="here") == read_config(Crop, path, ["size=9"])
+    assert values == {"size": 8, "area": [0.5, 1.0]}
+
+
+def test_wrong_value_names_where_it_is_from() -> None:
+    with pytest.raises(ConfigError, match=r"^here: size: should be greater than 0, found 0$"):
+        read_values(Crop, {"size": 0}, name="here")
+    with pytest.raises(ConfigError, match=r"^override 'sise=3': sise: unknown key; did you mean 'size'"):
+        read_values(Crop, {"size": 1}, ["sise=3"], name="here")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
+from kd_pipeline.models.registry import ModelSettings, known_input, open_model, pretrained_input
 from kd_pipeline.models.resnet import cifar_resnet, small_resnet
 
 FACTORY = f"{__name__}:tiny"
@@ -313,3 +313,19 @@ def test_cifar_resnet_num_parameters(name: str, num_parameters: int) -> None:
 def test_invalid_depth() -> None:
     with pytest.raises(ConfigError, match=r"is 8, 14, 20, .*, got 10"):
         cifar_resnet(10, 10)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"img_size": 64}])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_input_is_known_before_and_after_building(kwargs: dict[str, int], num_classes: int) -> None:
+    settings = ModelSettings(timm="vit_tiny_patch16_224", kwargs={**kwargs, "depth": 1}, num_classes=num_classes)
+    known = known_input(settings)
+    assert known is not None and known == pretrained_input(open_model(settings))
+    assert known.size == (kwargs.get("img_size", 224),) * 2 and known.fixed_input_size
+
+
+def test_input_of_other_libraries_is_unknown() -> None:
+    assert known_input(ModelSettings(torchvision="resnet18")) is None
+    assert known_input(ModelSettings(builtin="small_resnet")) is None
+    with pytest.raises(ConfigError, match="no classifier called 'resnet19'; did you mean"):
+        known_input(ModelSettings(torchvision="resnet19"))

@@ -65,6 +65,17 @@ def test_no_layer_is_random(tmp_path: Path) -> None:
         open_teacher(TeacherSettings(model=model), image_shape=IMAGE_SHAPE)
 
 
+def test_random_weights_are_asked_for_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    def open_random(**pretrained: bool) -> None:
+        model = ModelSettings(timm="test_resnet", num_classes=0, **pretrained)
+        open_teacher(TeacherSettings(model=model, backend="pytorch"), image_shape=IMAGE_SHAPE).close()
+
+    with pytest.raises(ConfigError, match=r"teacher\.model has random weights; set its checkpoint or pretrained"):
+        open_random()
+    open_random(pretrained=False)
+    assert "the teacher has random weights" in caplog.text
+
+
 def test_named_backend_is_used(exported: Callable[[int], Path]) -> None:
     teacher = open_teacher(TeacherSettings(backend="onnxruntime", onnx=exported(0), max_batch=5))
     assert (teacher.backend, teacher.max_batch) == ("onnxruntime", 5)
