@@ -51,7 +51,7 @@ $(BIN)/python:
 
 $(VENV)/installed-demo: $(METADATA) | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes a few minutes and about 7 GB, most of it torch's CUDA libraries"
-	$(INSTALL) '.[cpu,demo]'
+	$(INSTALL) '.[cpu,demo,train]'
 	@touch $@
 
 $(VENV)/installed-test: $(METADATA) | $(BIN)/python

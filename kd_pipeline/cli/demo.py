@@ -1,27 +1,77 @@
 """`kd-pipeline demo`."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from kd_pipeline._core.text import printable
+from kd_pipeline.cli.arguments import print_progress
 from kd_pipeline.cli.printing import print_result
 
 __all__ = ["add_to"]
+
+_BACKBONE = "backbone"
+_EXAMPLES = """\
+examples:
+  kd-pipeline demo
+  kd-pipeline demo train.epochs=10 distill.loss=dkd
+  kd-pipeline demo backbone
+  kd-pipeline demo backbone seed=3 epochs=40
+"""
 
 
 def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     """Add the command to `commands`."""
     parser = commands.add_parser(
-        "demo", parents=[common], run=_run, help="distill a small student on handwritten digits, in a minute or two"
+        "demo",
+        parents=[common],
+        run=_run,
+        help="distill a small student on handwritten digits, in a minute or two",
+        epilog=_EXAMPLES,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of configs/digits.yaml")
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="backbone | key.path=value",
+        help="backbone: distill features without labels; then overrides, of configs/digits.yaml or, for backbone, of "
+        "seed, run_dir, epochs and teacher_epochs",
+    )
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    if parsed.arguments[:1] == [_BACKBONE]:
+        return _run_backbone(parsed.arguments[1:])
     from kd_pipeline.workflows.demo import run_demo
 
-    print_result("\n".join(["", *map(printable, _table(run_demo(parsed.overrides)))]))
+    _print(_table(run_demo(parsed.arguments)))
     return 0
+
+
+def _run_backbone(overrides: Sequence[str]) -> int:
+    from kd_pipeline.workflows.demo_backbone import run_backbone_demo
+
+    _print(_backbone_table(run_backbone_demo(overrides, report=print_progress)))
+    return 0
+
+
+def _print(table: Sequence[str]) -> None:
+    print_result("\n".join(["", *map(printable, table)]))
+
+
+def _backbone_table(summary: dict[str, Any]) -> list[str]:
+    rows = {"teacher": "teacher, which knows five", "start": "student at the start", "student": "student distilled"}
+    return [
+        f"{'features of all ten digits':<28}{'k-NN':>8}{'linear probe':>16}",
+        *(
+            f"{text:<28}{summary[f'{name}_knn_top1']:>8.1%}{summary[f'{name}_linear_top1']:>16.1%}"
+            for name, text in rows.items()
+        ),
+        "",
+        f"on {summary['num_val']} images, with {summary['num_train']} labeled ones to compare with, after "
+        f"{summary['epochs']} epochs without labels",
+        f"its weights: {summary['student']}",
+        f"what each finds alike: {summary['neighbors']}",
+    ]
 
 
 def _table(summary: dict[str, Any]) -> list[str]:
