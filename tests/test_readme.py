@@ -1,22 +1,40 @@
-"""What the README shows works as it is written."""
+"""What the README and the pages in docs/ show works as it is written."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
-from kd_pipeline import export_onnx, load_config
+from kd_pipeline import cli, export_onnx, load_config
 from kd_pipeline.models.resnet import small_resnet
 from kd_pipeline.workflows.demo import write_digits
 from tests.test_layering import PACKAGES
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+DOCS = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str) -> list[tuple[str, str]]:
+    """The page and the text of each example in this language."""
+    return [
+        (page.name, text)
+        for page in DOCS
+        for text in re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    ]
+
+
+def commands() -> list[list[str]]:
+    """The arguments of every `kd-pipeline` in the examples."""
+    lines = (line for _, text in blocks("sh") for line in text.replace("\\\n", " ").splitlines())
+    words = (shlex.split(line, comments=True) for line in lines)
+    starts = (
+        re.match(r"(?:\S+=\S* )*(?:(?:torchrun|srun) .*?)?(?:-m kd_pipeline|kd-pipeline) ", shlex.join(each))
+        for each in words
+    )
+    return [shlex.split(match.string[match.end() :]) for match in starts if match]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +53,8 @@ def test_every_python_example_runs_as_written(
     number: int, after_the_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(after_the_demo)
-    code = blocks("python")[number]
-    exec(compile(code, f"README.md, example {number}", "exec"), {})
+    page, code = blocks("python")[number]
+    exec(compile(code, f"{page}, example {number}", "exec"), {})
     if "print(" in code:
         assert capsys.readouterr().out.strip()
 
@@ -47,10 +65,15 @@ def test_there_are_python_examples() -> None:
 
 def test_every_yaml_example_is_a_valid_config(tmp_path: Path) -> None:
     assert blocks("yaml")
-    for number, block in enumerate(blocks("yaml")):
+    for number, (_, block) in enumerate(blocks("yaml")):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block, encoding="utf-8")
         assert load_config(path).data.batch_size > 0
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=shlex.join)
+def test_every_command_has_the_options_that_a_page_gives_it(arguments: list[str]) -> None:
+    assert callable(cli._parser().parse_args(arguments).run)
 
 
 def test_every_make_target_that_the_readme_names_exists() -> None:
@@ -66,9 +89,6 @@ def test_architecture_is_the_map_of_packages() -> None:
         r"^\| `(\w+)(?:\.py|/)` \|", README.split("## Architecture")[1].split("\n## ")[0], flags=re.MULTILINE
     )
     assert rows == [package for package in PACKAGES if package != "__main__"]
-
-
-DOCS = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *(REPOSITORY / "docs").glob("*.md")]
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
