@@ -143,7 +143,7 @@ def _open_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = open_model(settings)
-    adapter = _adapter(network, loader.transform, is_pretrained=settings.pretrained)
+    adapter = _adapter(network, loader.transform, is_pretrained=bool(settings.pretrained))
     network = network if adapter is None else nn.Sequential(InputAdapterLayer(adapter), network)
     network = network.to(loader.device, getattr(torch, loader.transform.dtype)).eval()
     return OpenedModel(network, None, () if file is None else (file,), lambda: None)
