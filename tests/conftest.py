@@ -57,6 +57,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "error")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread again, if a benchmark of the test before has set more."""
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 def pytest_report_header() -> str:
     found = unpinned()
     if not found:

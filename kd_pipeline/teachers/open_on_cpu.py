@@ -66,7 +66,7 @@ def open_on_cpu(runner: Runner, backend: str, reason: str) -> tuple[Teacher, str
         )
     )
     if not obeys and choice.runtime.precision != wanted and wanted in usable.values():
-        why[0] = _too_far(choice, wanted)
+        why[0] = _why_float32(choice, wanted)
     return choice.teacher, "; ".join([*why, *_comparison_reasons(choice, backends)])
 
 
@@ -125,9 +125,11 @@ def _key(runner: Runner) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
-def _too_far(choice: Choice, wanted: str) -> str:
-    problems = (problem for runtime, problem in choice.problems.items() if runtime.precision == wanted)
-    return f"as {wanted}, in which the student trains, changes its outputs too much ({next(problems, 'unknown')})"
+def _why_float32(choice: Choice, wanted: str) -> str:
+    problem = next((problem for runtime, problem in choice.problems.items() if runtime.precision == wanted), None)
+    if problem is None:
+        return f"as that is faster here than {wanted}, in which the student trains"
+    return f"as {wanted}, in which the student trains, changes its outputs too much ({problem})"
 
 
 def _comparison_reasons(choice: Choice, backends: tuple[str, ...]) -> list[str]:

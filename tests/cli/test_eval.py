@@ -334,7 +334,7 @@ def test_pretrained_backbone_gets_the_images_of_its_training(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("timm:resnet81", "timm has no classifier called 'resnet81'; did you mean"),
+        ("timm:resnet81", "timm has no network called 'resnet81'; did you mean"),
         ("torchvision:squeezenet1_1", "no linear layer at its end to leave out"),
         ("timm:resnet18=gone.pt", "gone.pt: there is no such file"),
     ],

@@ -168,6 +168,17 @@ def test_precision_that_the_cpu_lacks_is_not_taken(
     assert open_module(TeacherSettings(backend=PYTORCH, precision="bf16")).precision == "bf16"  # what is said is done
 
 
+def test_slow_precision_of_the_student_is_not_taken(
+    exporting: Callable[..., None], log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporting()
+    seconds = {"fp32": 1.0, "bf16": 3.0}
+    monkeypatch.setattr(automatic._Timed, "s_per_image", property(lambda timed: seconds[timed._teacher.precision]))
+    teacher = open_module(TeacherSettings(backend=PYTORCH), student_precision="bf16")
+    assert teacher.precision == "fp32"
+    assert "pytorch in fp32 on cpu, as that is faster here than bf16, in which the student trains" in log.messages[-1]
+
+
 class Sensitive(nn.Module):
     """Logits that bfloat16 cannot tell apart."""
 

@@ -241,7 +241,7 @@ def test_probe_without_labels_fails_early(digits: Path) -> None:
 @pytest.mark.slow
 def test_check_of_a_headless_config(digits: Path) -> None:
     found = check(headless.settings(digits, "checked"))
-    assert found.problems == () and found.teacher is not None and found.teacher.probe is None
+    assert found.problems == () and found.teacher is not None and not found.teacher.probes
     baseline = check(headless.settings(digits, "checked", stage="baseline"))
     assert any("stage: baseline trains on labels" in problem for problem in baseline.problems)
     unlabeled = headless.settings(digits, "checked", data__val=tiny_run.split(digits, "unlabeled", tiny_run.EVAL))
