@@ -289,4 +289,5 @@ def _find_builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Ca
 
 
 def _unknown_model(library: str, name: str, names: Sequence[str]) -> ConfigError:
-    return ConfigError(f"{library} has no network called {name!r}{suggest(name.partition('.')[0], names)}")
+    kind = "network" if library == "timm" else "classifier"  # torchvision has detectors too
+    return ConfigError(f"{library} has no {kind} called {name!r}{suggest(name.partition('.')[0], names)}")

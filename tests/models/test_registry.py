@@ -114,7 +114,7 @@ def test_advice_to_run_code_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"timm": "resnet81"}, r"timm has no network called 'resnet81'; did you mean 'resnet\d+'"),
         ({"timm": "reznet50.a1_in1k"}, "'reznet50.a1_in1k'; did you mean .*'resnet50'"),
-        ({"torchvision": "resnet81"}, r"torchvision has no network called 'resnet81'; did you mean 'resnet\d+'"),
+        ({"torchvision": "resnet81"}, r"torchvision has no classifier called 'resnet81'; did you mean 'resnet\d+'"),
         ({"torchvision": "fasterrcnn_resnet50_fpn"}, "torchvision has no classifier"),
         ({"torchvision": "%"}, r"there are .*'alexnet'.* and \d+ more"),
     ],
