@@ -22,7 +22,7 @@ from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.registry import open_model
-from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.teachers.tensorrt.output import check_folder, make_folders
@@ -251,7 +251,8 @@ class _StageRun(ExitStack):
         if (first_batches := FirstBatches.of_run(loader, settings)) is not None:
             self._callbacks.append(ProbeTeacher(first_batches))
             return
-        if is_rank_zero() and isinstance(teacher, Teacher):
+        can_probe = self._source.labels is not None and any(map(is_logits, teacher.outputs))
+        if is_rank_zero() and isinstance(teacher, Teacher) and can_probe:
             _logger.info("teacher probe: running it on training images, for about %g s", settings.max_seconds)
         # One rank decides: in the same time, each may see a different number of images.
         on_rank_zero(lambda: probe_teacher(config, teacher, settings, training=self._source))
