@@ -92,7 +92,8 @@ def test_run_folder_is_complete(finished: Path, monkeypatch: pytest.MonkeyPatch)
     ):  # fmt: skip
         if name != "classes.json":  # the classes of arrays have no names
             assert (RUN / name).stat().st_size > 0, name
-    assert load_config(RUN / "config.yaml") == load_config("tiny.yaml")
+    chosen = ["train.select_by=val/top1", "train.select_mode=max"]  # which the run has filled in
+    assert load_config(RUN / "config.yaml") == load_config("tiny.yaml", chosen)
     result = json.loads((RUN / "result.json").read_text())
     assert result["val"]["num_samples"] == 70 and 0 <= result["val"]["top1"] <= 1
     assert result["val"]["agreement"] is not None
