@@ -1,11 +1,13 @@
 """Small models whose outputs differ between train and eval mode."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.models.backbone import Backbone
 
 NUM_CLASSES = 10
@@ -96,3 +98,15 @@ class HuggingFaceLike(nn.Module):
 def random_images(num_images: int, *, seed: int = 0, shape: tuple[int, int, int] = IMAGE_SHAPE) -> Tensor:
     """`[num_images, *shape]` float32 normal noise."""
     return torch.randn(num_images, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unlabeled_batch(images: Tensor, teacher: Mapping[str, Tensor]) -> KDBatch:
+    """`images` with a teacher's outputs, all rows valid."""
+    num_images = len(images)
+    return KDBatch(
+        images=images,
+        labels=None,
+        index=torch.arange(num_images),
+        valid=torch.ones(num_images, dtype=torch.bool),
+        teacher=teacher,
+    )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from kd_pipeline.evaluation._evaluate import (
     evaluate,
     images_for,
 )
+from kd_pipeline.evaluation._features import only_metrics
 from kd_pipeline.evaluation.frozen import extract_outputs, feature_name, knn_top1, linear_top1, split_bank
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.settings import LOGITS
@@ -217,20 +218,8 @@ def _evaluate_features(
     for prefix, output in outputs.items():
         pair = split_bank(queries[output]) if banks is None else (banks[output], queries[output])
         metrics |= {f"{prefix}{_KNN}": knn_top1(*pair), f"{prefix}{_LINEAR}": linear_top1(*pair)}
-    return Evaluation(
-        num_samples=len(pair[1]),
-        num_bad_rows=int((~pair[1].is_finite).sum()),
-        top1=None,
-        top5=None,
-        macro_f1=None,
-        loss=None,
-        agreement=None,
-        kl=None,
-        class_accuracy=None,
-        confusion=None,
-        classes=None,
-        metrics=metrics,
-    )
+    num_bad_rows = int((~pair[1].is_finite).sum())
+    return replace(only_metrics(metrics, num_samples=len(pair[1])), num_bad_rows=num_bad_rows)
 
 
 def _vectors(model: nn.Module | Teacher) -> dict[str, str]:

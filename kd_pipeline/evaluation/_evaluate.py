@@ -32,6 +32,7 @@ __all__ = [
     "Evaluation",
     "Metric",
     "MetricSettings",
+    "check_process_group",
     "eval_mode",
     "evaluate",
     "images_for",
@@ -172,12 +173,7 @@ def evaluate(
         TeacherError: a teacher rejects the images or fails.
         StateError: the loader reads one shard of several, and there is no process group.
     """
-    if loader.shard.world_size > 1 and not torch.distributed.is_initialized():
-        raise StateError(
-            f"the loader reads one of {loader.shard.world_size} shards of the split, and without a process group the "
-            "results of all cannot be added up; call torch.distributed.init_process_group first, or give the loader "
-            "shard=Shard() to evaluate the whole split in this process"
-        )
+    check_process_group(loader)
     tally: _Tally | None = None
     teacher_tally: _Tally | None = None
     num_batches = min(len(loader), max_batches or len(loader))
@@ -409,6 +405,20 @@ def logits_of(output: object) -> Tensor:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(output).__qualname__
         raise ConfigError(f"a model returns logits [N, K], or a mapping with 'logits', got {found}")
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_process_group(loader: KDDataLoader) -> None:
+    """Check that what the shards of a split give can be joined.
+
+    Raises:
+        StateError: `loader` reads one shard of several, and there is no process group.
+    """
+    if loader.shard.world_size > 1 and not torch.distributed.is_initialized():
+        raise StateError(
+            f"the loader reads one of {loader.shard.world_size} shards of the split, and without a process group the "
+            "results of all cannot be added up; call torch.distributed.init_process_group first, or give the loader "
+            "shard=Shard() to evaluate the whole split in this process"
+        )
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.errors import DataError, NonFiniteError, StateError
-from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, eval_mode, images_for
+from kd_pipeline.errors import DataError, NonFiniteError
+from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, eval_mode, images_for
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation, student_outputs
 from kd_pipeline.losses.ramp import max_value
@@ -65,12 +65,7 @@ def evaluate_features(
         StateError: the loader reads one shard of several, and there is no process group.
         TeacherError: the teacher rejects the images or fails.
     """
-    if loader.shard.world_size > 1 and not torch.distributed.is_initialized():
-        raise StateError(
-            f"the loader reads one of {loader.shard.world_size} shards of the split, and without a process group the "
-            "results of all cannot be added up; call torch.distributed.init_process_group first, or give the loader "
-            "shard=Shard()"
-        )
+    check_process_group(loader)
     num_batches = min(len(loader), max_batches or len(loader))
     sums: dict[str, Tensor] = {}
     with eval_mode(student), eval_mode(distillation):

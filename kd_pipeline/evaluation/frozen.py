@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
-from kd_pipeline.evaluation._evaluate import _of_all_ranks, eval_mode, images_for
+from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
+from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, eval_mode, images_for
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import POOLED
@@ -128,13 +128,7 @@ def extract_outputs(
         TeacherError: the teacher rejects the images or fails.
         StateError: the loader reads one shard of several, and there is no process group.
     """
-    is_sharded = loader.shard.world_size > 1
-    if is_sharded and not torch.distributed.is_initialized():
-        raise StateError(
-            f"the loader reads one of {loader.shard.world_size} shards of the split, and without a process group the "
-            "features of all cannot be joined; call torch.distributed.init_process_group first, or give the loader "
-            "shard=Shard()"
-        )
+    check_process_group(loader)
     if loader.source.labels is None or loader.mix is not None:
         what = "its images are mixed" if loader.source.labels is not None else "it has no labels"
         raise DataError(f"features are judged by the label of each image, and {what}; use another split")
@@ -148,7 +142,7 @@ def extract_outputs(
             vectors = [_vector(outputs, name)[batch.valid].float() for name in names]
             columns.append((batch.index[batch.valid], batch.labels[batch.valid], *vectors))
     joined = [torch.cat(column) for column in zip(*columns, strict=True)]
-    index, labels, *vectors = [_of_all_ranks(column) for column in joined] if is_sharded else joined
+    index, labels, *vectors = [_of_all_ranks(column) for column in joined] if loader.shard.world_size > 1 else joined
     if not len(index):
         raise DataError("no sample of this split can be read, so there are no features")
     if int(labels.min()) < 0:

@@ -5,14 +5,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, DataError
-from kd_pipeline.evaluation._evaluate import Evaluation, Metric, MetricSettings, eval_mode, evaluate
+from kd_pipeline.evaluation._evaluate import Evaluation, Metric, MetricSettings, evaluate
 from kd_pipeline.evaluation._features import evaluate_features, label_free_terms, only_metrics
 from kd_pipeline.evaluation.frozen import (
     FeatureProbeSettings,
@@ -24,7 +23,8 @@ from kd_pipeline.evaluation.frozen import (
     split_bank,
 )
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.losses.distillation import Distillation, student_outputs
+from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.losses.dry_run import run_on_zeros
 from kd_pipeline.models.backbone import POOLED
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, member_names
@@ -196,13 +196,9 @@ def check_probed(student: nn.Module, image_shape: tuple[int, int, int]) -> None:
     """Check that a student has features to judge, with images of zeros.
 
     Raises:
-        ConfigError: it returns no vector but logits.
+        ConfigError: it fails, or returns no vector but logits.
     """
-    like = next(student.parameters(), torch.zeros(()))
-    zeros = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
-    with torch.no_grad(), eval_mode(student):
-        output = student(zeros)
-    outputs = student_outputs(output)
+    outputs = run_on_zeros(student, (), image_shape)
     if feature_name({name: each.ndim for name, each in outputs.items()}, POOLED) is None:
         shapes = ", ".join(f"{name!r} {list(each.shape)}" for name, each in outputs.items())
         raise ConfigError(

@@ -22,6 +22,7 @@ from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
+from tests.evaluation.ranks import process_group
 from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly
 from tests.streams import EVAL
 
@@ -160,17 +161,14 @@ SIZES = (1, 19, 101)
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", world_size)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    found = []
-    for size in SIZES:
-        source = Arrays(f"{folder}/{size}/images.npy", f"{folder}/{size}/labels.npy")
-        sharded = everything(source, batch_size=4, last_batch="pad")
-        alone = everything(source, batch_size=4, shard=Shard())
-        found.append([sharded.to_dict(), alone.to_dict()])
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    with process_group(rank, world_size, folder):
+        found = []
+        for size in SIZES:
+            source = Arrays(f"{folder}/{size}/images.npy", f"{folder}/{size}/labels.npy")
+            sharded = everything(source, batch_size=4, last_batch="pad")
+            alone = everything(source, batch_size=4, shard=Shard())
+            found.append([sharded.to_dict(), alone.to_dict()])
+        Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.slow

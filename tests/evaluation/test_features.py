@@ -20,6 +20,7 @@ from kd_pipeline.losses.settings import DistillSettings
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
+from tests.evaluation.ranks import process_group
 from tests.evaluation.test_evaluate import NUM_LOGITS, SIDE, Pixels, open_loader, pixel_arrays
 from tests.evaluation.test_frozen import Pooled
 
@@ -93,16 +94,13 @@ SIZES = (1, 19, 101)
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", world_size)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    found = []
-    for size in SIZES:
-        source = Arrays(f"{folder}/{size}/images.npy", f"{folder}/{size}/labels.npy")
-        sharded = measured(source, batch_size=4, last_batch="pad")
-        found.append([each.to_dict() for each in (sharded, measured(source, batch_size=4, shard=Shard()))])
-    Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    with process_group(rank, world_size, folder):
+        found = []
+        for size in SIZES:
+            source = Arrays(f"{folder}/{size}/images.npy", f"{folder}/{size}/labels.npy")
+            sharded = measured(source, batch_size=4, last_batch="pad")
+            found.append([each.to_dict() for each in (sharded, measured(source, batch_size=4, shard=Shard()))])
+        Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.slow

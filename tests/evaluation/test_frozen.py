@@ -27,6 +27,7 @@ from kd_pipeline.evaluation.frozen import (
 )
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
+from tests.evaluation.ranks import process_group
 from tests.evaluation.test_evaluate import NUM_LOGITS, SIDE, Pixels, open_loader, pixel_arrays
 
 
@@ -187,16 +188,13 @@ SIZES = (1, 19, 101)
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", world_size)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    found = []
-    for size in SIZES:
-        source = Arrays(f"{folder}/{size}/images.npy", f"{folder}/{size}/labels.npy")
-        for each in (everything(source, batch_size=4), everything(source, batch_size=4, shard=Shard())):
-            found.append((each.features, each.labels, each.index))
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with process_group(rank, world_size, folder):
+        found = []
+        for size in SIZES:
+            source = Arrays(f"{folder}/{size}/images.npy", f"{folder}/{size}/labels.npy")
+            for each in (everything(source, batch_size=4), everything(source, batch_size=4, shard=Shard())):
+                found.append((each.features, each.labels, each.index))
+        torch.save(found, f"{folder}/{rank}.pt")
 
 
 @pytest.mark.slow

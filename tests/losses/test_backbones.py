@@ -5,12 +5,11 @@ import timm
 import torch
 
 from kd_pipeline._core.tensor_spec import TensorSpec
-from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import default_terms
 from kd_pipeline.losses.distillation import Distillation, DistillSettings, TermSettings
 from kd_pipeline.models.backbone import Backbone
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
-from tests.networks import random_images
+from tests.networks import random_images, unlabeled_batch
 
 SHAPE = (3, 64, 64)
 NETWORKS = {
@@ -32,26 +31,27 @@ def backbone(name: str, seed: int) -> Backbone:
     return Backbone(timm.create_model(network, num_classes=0, **options))
 
 
+DEFAULT_TERMS = default_terms(None)
+
+
+def distill(student, teacher_outputs, features=DEFAULT_TERMS) -> Distillation:
+    return Distillation(
+        DistillSettings(loss=None, features=features),
+        student=student,
+        teacher_outputs=teacher_outputs,
+        image_shape=SHAPE,
+        num_classes=None,
+    )
+
+
 @pytest.mark.parametrize("teacher_name", NETWORKS)
 @pytest.mark.parametrize("student_name", NETWORKS)
 def test_pairs(student_name, teacher_name):
     student = backbone(student_name, seed=0)
     teacher = PyTorchTeacher(backbone(teacher_name, seed=1), image_shape=SHAPE)
-    distillation = Distillation(
-        DistillSettings(loss=None, features=default_terms(None)),
-        student=student,
-        teacher_outputs=teacher.outputs,
-        image_shape=SHAPE,
-        num_classes=None,
-    )
+    distillation = distill(student, teacher.outputs)
     images = random_images(2, shape=SHAPE)
-    batch = KDBatch(
-        images=images,
-        labels=None,
-        index=torch.arange(2),
-        valid=torch.ones(2, dtype=torch.bool),
-        teacher=teacher(images),
-    )
+    batch = unlabeled_batch(images, teacher(images))
     outputs = student(images)
     found = distillation(outputs, {}, batch, epoch=0, epochs=1)
     assert list(found.terms) == ["cosine.pooled", "am_radio.spatial"]
@@ -67,22 +67,10 @@ def test_pairs(student_name, teacher_name):
 def test_same_network_is_close(name):
     """A student with the teacher's weights has nothing to learn: no projector, no resizing, the same positions."""
     student, teacher = backbone(name, seed=0).eval(), PyTorchTeacher(backbone(name, seed=0), image_shape=SHAPE)
-    distillation = Distillation(
-        DistillSettings(loss=None, features=default_terms(None)),
-        student=student,
-        teacher_outputs=teacher.outputs,
-        image_shape=SHAPE,
-        num_classes=None,
-    )
+    distillation = distill(student, teacher.outputs)
     assert not list(distillation.parameters())
     images = random_images(2, shape=SHAPE)
-    batch = KDBatch(
-        images=images,
-        labels=None,
-        index=torch.arange(2),
-        valid=torch.ones(2, dtype=torch.bool),
-        teacher=teacher(images),
-    )
+    batch = unlabeled_batch(images, teacher(images))
     assert distillation(student(images), {}, batch, epoch=0, epochs=1).total.item() < 1e-5
 
 
@@ -91,21 +79,9 @@ def test_layer_before_the_class_token(layer, grid):
     """CaiT has its class token in the last layers only."""
     student = Backbone(timm.create_model("cait_xxs24_224", num_classes=0, img_size=64, depth=1))
     term = TermSettings(loss="feature_mse", student=layer, teacher="spatial", grid="student")
-    distillation = Distillation(
-        DistillSettings(loss=None, features=(term,)),
-        student=student,
-        teacher_outputs={"spatial": TensorSpec((None, 8, *grid), torch.float32)},
-        image_shape=SHAPE,
-        num_classes=None,
-    )
+    distillation = distill(student, {"spatial": TensorSpec((None, 8, *grid), torch.float32)}, (term,))
     images = random_images(2, shape=SHAPE)
-    batch = KDBatch(
-        images=images,
-        labels=None,
-        index=torch.arange(2),
-        valid=torch.ones(2, dtype=torch.bool),
-        teacher={"spatial": torch.randn(2, 8, *grid)},
-    )
+    batch = unlabeled_batch(images, {"spatial": torch.randn(2, 8, *grid)})
     with distillation.student_features(student) as features:
         outputs = student(images)
     assert distillation(outputs, features, batch, epoch=0, epochs=1).total > 0

@@ -12,7 +12,6 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
-from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.losses.distillation import Distillation
@@ -21,7 +20,7 @@ from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.training.settings import ExportSettings
 from kd_pipeline.workflows.exported import export_student, open_model_file
-from tests.networks import random_images
+from tests.networks import random_images, unlabeled_batch
 
 SIZE = 64
 SHAPE = (3, SIZE, SIZE)
@@ -94,13 +93,7 @@ def check_pair(teacher_name: str, student_name: str, folder: Path) -> None:
             config.distill, student=student, teacher_outputs=teacher.outputs, image_shape=SHAPE, num_classes=None
         )
         images = random_images(4, shape=SHAPE)
-        batch = KDBatch(
-            images=images,
-            labels=None,
-            index=torch.arange(4),
-            valid=torch.ones(4, dtype=torch.bool),
-            teacher=teacher(images),
-        )
+        batch = unlabeled_batch(images, teacher(images))
     parameters = [*student.parameters(), *distillation.parameters()]
     trained = {name: each for name, each in student.named_parameters() if each.requires_grad}
     optimizer = torch.optim.AdamW([each for each in parameters if each.requires_grad], lr=1e-3)

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import default_terms
 from kd_pipeline.losses.distillation import Distillation, DistillSettings
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
-from tests.networks import random_images
+from tests.networks import random_images, unlabeled_batch
 
 SHAPE = (3, 64, 64)
 VIT = {"img_size": 64, "depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -49,13 +48,7 @@ def test_loss_is_the_same_in_every_runtime(
                     image_shape=SHAPE,
                     num_classes=None,
                 ).eval()
-            batch = KDBatch(
-                images=images,
-                labels=None,
-                index=torch.arange(3),
-                valid=torch.ones(3, dtype=torch.bool),
-                teacher=teacher(images),
-            )
+            batch = unlabeled_batch(images, teacher(images))
         terms = distillation(student(images), {}, batch, epoch=0, epochs=1).terms
         losses[backend] = torch.stack([*terms.values()]).detach()
     assert (losses["pytorch"] > 0.01).all() and len(losses["pytorch"]) == 2
