@@ -98,8 +98,8 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     ("overrides", "words"),
     [
         (["train.epoch=3"], r"override 'train.epoch=3': .*did you mean 'epochs'"),
-        (["teacher.model.timm=resnet19"], "no classifier called 'resnet19'; did you mean 'resnet18'"),
-        (["student.timm=resnet8"], "no classifier called 'resnet8'"),
+        (["teacher.model.timm=resnet19"], "no network called 'resnet19'; did you mean 'resnet18'"),
+        (["student.timm=resnet8"], "no network called 'resnet8'"),
         (["student.num_classes=10"], "trains a backbone without a head"),
         (["epochs"], "should be key.path=value"),
     ],
