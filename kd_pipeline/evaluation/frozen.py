@@ -139,9 +139,12 @@ def extract_outputs(
             report(number, num_batches)
             outputs = named_outputs(model(images_for(model, batch.images)), vector=POOLED, owner="the model")
             assert batch.labels is not None
-            vectors = [_vector(outputs, name)[batch.valid].float() for name in names]
-            columns.append((batch.index[batch.valid], batch.labels[batch.valid], *vectors))
-    joined = [torch.cat(column) for column in zip(*columns, strict=True)]
+            # Copied: a vector may be a view of all tokens, which would be kept with it.
+            vectors = [_vector(outputs, name).to(torch.float32, copy=True) for name in names]
+            columns.append((batch.valid, batch.index, batch.labels, *vectors))
+    # Rows are selected once: on a GPU, each selection waits for it.
+    valid, *joined = [torch.cat(column) for column in zip(*columns, strict=True)]
+    joined = [column[valid] for column in joined]
     index, labels, *vectors = [_of_all_ranks(column) for column in joined] if loader.shard.world_size > 1 else joined
     if not len(index):
         raise DataError("no sample of this split can be read, so there are no features")

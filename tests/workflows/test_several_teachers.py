@@ -16,8 +16,13 @@ from kd_pipeline.report.grid import save_grid
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.group import TeacherGroup
 from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.recorded.manifest import RecordingManifest
+from kd_pipeline.training.checkpoint import load_checkpoint
+from kd_pipeline.training.checkpoint_callback import AtomicCheckpointIO
 from kd_pipeline.workflows._check import check
+from kd_pipeline.workflows._record import record
 from kd_pipeline.workflows._train import train
+from kd_pipeline.workflows.record_plan import RecordSettings
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.training import headless, tiny_run
 
@@ -97,6 +102,39 @@ def test_run_without_head(folder: Path) -> None:
     result = train(settings(folder, "run"), plugins=PLUGINS)
     metrics = result.evaluations["val"].metrics
     assert {"dino_knn_top1", "clip_knn_top1", "knn_top1"} <= metrics.keys()
+
+
+@pytest.mark.slow
+def test_recording_of_all_trains_as_they_do(folder: Path) -> None:
+    terms = [*FEATURES[:2], {**FEATURES[2], "teacher": "classes.logits"}]
+    distill, folder_of = {"features": terms}, {"out": folder / "recording"}
+    recording = record(settings(folder, "live", distill=distill), RecordSettings(**folder_of), plugins=PLUGINS)
+    assert [*RecordingManifest.load(recording).outputs] == ["dino.pooled", "dino.spatial", "classes.logits"]
+    live = train(settings(folder, "live", distill=distill, feature_probe=None), plugins=PLUGINS)
+    recorded = settings(folder, "recorded", distill=distill, feature_probe=None, teacher={"path": recording})
+    found, wanted = (tiny_run.weights(run.folder) for run in (train(recorded, plugins=PLUGINS), live))
+    assert tiny_run.distance(found, wanted) == 0
+
+
+@pytest.mark.slow
+def test_interrupted_run_resumes_exactly(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"train__save_every_steps": 1, "feature_probe": None}
+    undisturbed = train(settings(folder, "undisturbed", **changes), plugins=PLUGINS)
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def interrupt(self: Any, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+        save(self, checkpoint, path, storage_options)
+        if checkpoint["global_step"] == 4:
+            raise RuntimeError("pulled the plug")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="pulled the plug"):
+        patch.setattr(AtomicCheckpointIO, "save_checkpoint", interrupt)
+        train(settings(folder, "resumed", **changes), plugins=PLUGINS)
+    resumed = train(settings(folder, "resumed", **changes), plugins=PLUGINS)
+    wanted, found = (load_checkpoint(run.folder / "checkpoints" / "last.ckpt") for run in (undisturbed, resumed))
+    assert wanted["state_dict"].keys() == found["state_dict"].keys()
+    assert all(torch.equal(found["state_dict"][name], value) for name, value in wanted["state_dict"].items())
+    assert resumed.evaluations == undisturbed.evaluations
 
 
 class Reading(Teacher):
