@@ -46,6 +46,7 @@ from kd_pipeline.workflows.record_plan import (
     existing_bytes,
     free_bytes,
     stored_outputs,
+    warn_about_resize,
     with_outputs,
 )
 from kd_pipeline.workflows.stage import num_classes_for, num_classes_of
@@ -155,6 +156,7 @@ def _planned(
         settings = with_outputs(settings, config, loader.teacher.outputs)
         grids = _student_grids(config, loader, loader.teacher, plugins) if settings.grid == "student" else {}
         stored = stored_outputs(loader.teacher.outputs, settings, grids)
+        warn_about_resize(config, stored)
         manifest = _new_manifest(loader, loader.teacher, stored, settings.epochs or config.train.epochs)
         existing = _existing_manifest(folder, manifest)
         plan = RecordingPlan(

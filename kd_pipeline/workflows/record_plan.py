@@ -230,6 +230,24 @@ def _warn_about_missing(config: Config, outputs: Sequence[str], teacher_outputs:
             )
 
 
+def warn_about_resize(config: Config, stored: Mapping[str, RecordedOutput]) -> None:
+    """Say which terms interpolate maps that are averaged here, so that they learn otherwise than from the teacher."""
+    specs = {name: output.spec for name, output in stored.items()}
+    for number, term in enumerate(config.distill.features):
+        if term.resize != "bilinear" or not max_value(term.weight):
+            continue
+        try:
+            name = find_output(term.teacher, specs, place="", owner="teacher")
+        except ConfigError:
+            continue  # not recorded, which has its own line
+        if stored[name].teacher_grid not in (None, stored[name].shape[1:]):
+            _logger.warning(
+                "distill.features[%d].resize is bilinear, and --grid stores means of areas of %s: training with this "
+                "recording differs from the teacher's; set resize: auto, or leave --grid out",
+                *(number, name),
+            )
+
+
 def stored_outputs(
     teacher_outputs: Mapping[str, TensorSpec],
     settings: RecordSettings,

@@ -195,6 +195,18 @@ def test_grid_of_student_is_that_of_what_each_output_meets(digits: Path, tmp_pat
     assert shape({"student": "pooled"}) == (24, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("resize", "grid", "warns"), [("bilinear", 2, True), ("bilinear", 4, False), ("auto", 2, False)]
+)
+def test_interpolated_maps_are_no_means(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, resize: str, grid: int, warns: bool
+) -> None:
+    term = {"loss": "am_radio", "student": "spatial", "teacher": "spatial", "grid": 2, "resize": resize}
+    described = headless(digits, "headless", distill={"loss": None, "features": [term]})
+    plan_recording(described, RecordSettings(out=tmp_path / "recording", grid=grid), plugins=[networks.__name__])
+    assert ("distill.features[0].resize is bilinear, and --grid stores means" in caplog.text) == warns
+
+
 def test_grid_of_student_needs_a_student(photo_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--grid student is that of the student's features: set student"):
         recorded(photo_folder, tmp_path / "recording", kept={"grid": "student"})
