@@ -787,6 +787,6 @@ def test_features_of_the_teacher(folder: Path, capsys: pytest.CaptureFixture[str
     assert main([*command, f"teacher={{{model}}}", term % ""]) == 1
     assert "a PyTorch teacher returns the layers listed in its features" in capsys.readouterr().err
     listed = f"teacher={{{model}, features: ['3']}}"
-    assert main([*command, listed, term % ""]) == 1
+    assert main([*command, listed, term % ", projector: none"]) == 1
     assert "add a projector or choose other layers" in capsys.readouterr().err
-    assert main([*command, listed, term % ", projector: conv"]) == 0
+    assert main([*command, listed, term % ", projector: auto"]) == 0

@@ -29,7 +29,7 @@ MODULES = [
 ]
 NEEDS_LIGHTNING = {
     *(name for name in MODULES if name.startswith("kd_pipeline.bench.tune")),
-    *(f"kd_pipeline.workflows.{name}" for name in ("_train", "distill_module", "resume")),
+    *(f"kd_pipeline.workflows.{name}" for name in ("_distill", "_train", "demo_backbone", "distill_module", "resume")),
     *(
         f"kd_pipeline.training.{name}"
         for name in (
@@ -105,7 +105,7 @@ def test_import_is_light():
 @pytest.mark.slow
 def test_public_names_load_nothing_optional():
     """`nvidia` and `cuda` do not count: torch installs its own libraries there."""
-    names = sorted(set(kd_pipeline.__all__) - {"train"})  # needs Lightning
+    names = sorted(set(kd_pipeline.__all__) - {"distill", "train"})  # need Lightning
     statement = f"import kd_pipeline\nfor name in {names}: getattr(kd_pipeline, name)"
     assert loaded_after(statement, OPTIONAL - {"nvidia", "cuda"} | {"nvidia.dali", "torch"}) == "torch"
 

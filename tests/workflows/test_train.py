@@ -379,7 +379,7 @@ def test_best_student_is_validated_once(
         measured.append(found)
         return found
 
-    monkeypatch.setattr("kd_pipeline.workflows._train.evaluate", evaluate_with_score)
+    monkeypatch.setattr("kd_pipeline.workflows.validation.evaluate", evaluate_with_score)
     status, output = run_here(work, f"stage={stage}", "train.export.onnx=false")
     assert status == 0, output
     assert len(measured) == num_evaluations
