@@ -33,7 +33,7 @@ def build(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_timm_model_becomes_engine(tmp_path: Path) -> None:
-    name, precision = "vit_tiny_patch16_224", "bf16"
+    name, precision = "test_vit", "bf16"
     engine = tmp_path / f"{name}.{precision}.engine"
     result = build(tmp_path, "--timm", name, "--precision", precision, "--batch", 1, 32, 64)
     assert result.returncode == 0, result.stderr
@@ -46,7 +46,7 @@ def test_timm_model_becomes_engine(tmp_path: Path) -> None:
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if not line.startswith(" "))
     assert lines["engine"] == str(engine)
     assert lines["precision"].startswith(precision)
-    assert lines["images"] == "[N, 3, 224, 224] float32, 1 to 64 (best at 32) at a time"
+    assert lines["images"] == "[N, 3, 160, 160] float32, 1 to 64 (best at 32) at a time"
     assert lines["parity"].startswith("to float32 on 64 images (")
     assert "logits: cosine " in result.stdout
     assert "Traceback" not in result.stderr
