@@ -5,7 +5,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["cpu_name", "cpu_precisions"]
+__all__ = ["cpu_name", "cpu_precisions", "trains_faster_in_bf16"]
 
 _CPUINFO = Path("/proc/cpuinfo")
 _FLAGS = {
@@ -22,8 +22,20 @@ def cpu_precisions() -> frozenset[str]:
 
     PyTorch reports the instruction set that it was built for rather than this, and computes in any precision.
     """
-    flags = {flag for line in _lines("flags", "Features") for flag in line.split()}
+    flags = _flags()
     return frozenset({"fp32"} | {precision for precision, enough in _FLAGS.items() if flags & enough})
+
+
+@cache
+def trains_faster_in_bf16() -> bool:
+    """Whether a network usually takes less time in bfloat16 than in float32 on this CPU.
+
+    A ResNet-18 took 1.5 times as long to train in bfloat16 on an Intel Xeon with AVX-512 but no matrix units (AMX),
+    and about half as long with AMX, and on an AMD EPYC with AVX-512.
+    """
+    if "bf16" not in cpu_precisions():
+        return False
+    return "GenuineIntel" not in _lines("vendor_id") or "amx_bf16" in _flags()
 
 
 @cache
@@ -32,6 +44,10 @@ def cpu_name() -> str:
     flags = " ".join(_lines("flags", "Features")[:1])
     model = next(iter(_lines("model name", "CPU part")), platform.machine())
     return f"{model} {hashlib.sha256(flags.encode()).hexdigest()[:12]}"
+
+
+def _flags() -> set[str]:
+    return {flag for line in _lines("flags", "Features") for flag in line.split()}
 
 
 def _lines(*names: str) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from kd_pipeline._core.cpu_features import trains_faster_in_bf16
 from kd_pipeline.bench.measure import format_table, paired_ratio, spread
 from kd_pipeline.bench.step_variants import PARTS, PHASES
 from kd_pipeline.bench.step_worker import StepSample
@@ -106,15 +107,16 @@ class StepResult:
         match phase:
             case "teacher":
                 return (
-                    f"{share} the teacher: lower teacher.precision, take a smaller teacher, or with few epochs record "
-                    "its outputs once with kd-pipeline record"
+                    f"{share} the teacher: try another teacher.precision, take a smaller teacher, or with few epochs "
+                    "record its outputs once with kd-pipeline record"
                 )
             case "loader":
                 return (
                     f"{share} waiting for the loader: raise data.num_threads up to the number of cores, lower "
                     "transform.size, store smaller images, or on a GPU raise data.ahead"
                 )
-        faster = "set train.precision to bf16-mixed, or " if self.settings["precision"] == "fp32" else ""
+        gains = self.settings["precision"] == "fp32" and (self.settings["device"] != "cpu" or trains_faster_in_bf16())
+        faster = "set train.precision to bf16-mixed, or " if gains else ""
         return (
             f"{share} the {phase}, which no loader and no teacher can change: {faster}take a smaller student or "
             "smaller images; train.compile is worth its time, as in these rows"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kd_pipeline._core.cpu_features import cpu_precisions
+from kd_pipeline._core.cpu_features import trains_faster_in_bf16
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.ranks import world_size
@@ -217,13 +217,13 @@ def _complete(values: dict[str, Any], config: Config) -> None:
 
 
 def _precision(device: str) -> str:
-    """bf16 where the device computes in it; else float32."""
+    """bf16 where it is faster; else float32."""
     resolved = resolve_device(device)
     if resolved.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(resolved) >= (8, 0)
+        is_faster = torch.cuda.get_device_capability(resolved) >= (8, 0)
     else:
-        has_bf16 = "bf16" in cpu_precisions()
-    return "bf16-mixed" if has_bf16 else "32-true"
+        is_faster = trains_faster_in_bf16()
+    return "bf16-mixed" if is_faster else "32-true"
 
 
 def _check_headless(config: Config) -> None:

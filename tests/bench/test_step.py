@@ -10,7 +10,7 @@ from PIL import Image
 
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.bench import step
+from kd_pipeline.bench import step, step_result
 from kd_pipeline.bench.step import BenchStepSettings, bench_step, step_settings
 from kd_pipeline.bench.step_result import StepResult, StepRow
 from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer, StepTask, _Student
@@ -286,7 +286,7 @@ def test_ratios_are_within_repeats() -> None:
     [
         ({"loader": 70, "teacher": 20, "student": 10}, ("loader", "data.num_threads")),
         ({"loader": 10, "teacher": 70, "student": 20}, ("teacher", "kd-pipeline record")),
-        ({"loader": 10, "teacher": 20, "student": 70}, ("student", "train.precision")),
+        ({"loader": 10, "teacher": 20, "student": 70}, ("student", "train.compile")),
     ],
 )
 def test_advice_is_on_the_largest_phase(phases: dict[str, float], words: tuple[str, str]) -> None:
@@ -295,10 +295,21 @@ def test_advice_is_on_the_largest_phase(phases: dict[str, float], words: tuple[s
     assert all(word in advice for word in words)
 
 
-def test_advice_for_half_precision_omits_it() -> None:
-    found = result(row("e", 100))
-    assert "bf16-mixed" in found.advice
-    assert "bf16-mixed" not in replace(found, settings={**found.settings, "precision": "bf16"}).advice
+@pytest.mark.parametrize(
+    ("device", "precision", "is_faster", "advised"),
+    [
+        ("cpu", "fp32", True, True),
+        ("cpu", "fp32", False, False),
+        ("cuda:0", "fp32", False, True),
+        ("cpu", "bf16", True, False),
+    ],
+)
+def test_half_precision_is_advised_where_it_is_faster(
+    device: str, precision: str, is_faster: bool, advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_result, "trains_faster_in_bf16", lambda: is_faster)
+    found = result(row("e", 100), device=device)
+    assert ("bf16-mixed" in replace(found, settings={**found.settings, "precision": precision}).advice) == advised
 
 
 def test_timer_moves_host_time_between_phases() -> None:
