@@ -86,14 +86,9 @@ def parse_teacher(name: str, weights: Path | None = None) -> dict[str, Any]:
     model: dict[str, Any] = {library: rest, "num_classes": 0}
     if weights is not None:
         model["checkpoint"] = str(weights)
-    elif library == "builtin":
-        raise ConfigError(
-            f"the teacher {name} has no pretrained weights; give a file with --teacher-weights FILE (in Python "
-            "teacher_weights=FILE)"
-        )
     elif library == "factory":
         model["pretrained"] = False  # its weights are the function's business
-    else:
+    elif library != "builtin":  # which has none
         model["pretrained"] = True
     return {"model": model, **({"input_adapter": "auto"} if library == "timm" else {})}
 
@@ -156,6 +151,7 @@ def distill_config(
     values["data"]["batch_size"] = max(1, batch_size // world_size())
     config = read_values(Config, values, overrides, name="distill")
     _check_headless(config)
+    _check_weights(config)
     values["data"]["train"]["transform"]["size"] = _image_size(config, plugins)
     # Read again each time: an override may have set what others follow.
     _complete(values, read_values(Config, values, overrides, name="distill"))
@@ -232,6 +228,16 @@ def _check_headless(config: Config) -> None:
         raise ConfigError(
             f"student.num_classes is {given}, and distill trains a backbone without a head; remove it, and train a "
             "head on the result with kd-pipeline train, as docs/backbone.md shows"
+        )
+
+
+def _check_weights(config: Config) -> None:
+    """Refuse a network of this package as teacher, which has random weights, where nobody asked for them."""
+    model = config.teacher.model if isinstance(config.teacher, TeacherSettings) else None
+    if model is not None and model.builtin and model.checkpoint is None and model.pretrained is None:
+        raise ConfigError(
+            f"the teacher builtin:{model.builtin} has no pretrained weights; give a file with --teacher-weights FILE "
+            "(in Python teacher_weights=FILE), or ask for random ones with teacher.model.pretrained=false"
         )
 
 

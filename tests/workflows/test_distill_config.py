@@ -76,7 +76,6 @@ def test_student_has_random_weights_and_no_head() -> None:
         ("teacher", "hub:resnet18", "there is no 'hub' to take it from; write one of timm:NAME"),
         ("teacher", "timm:", "lacks a name"),
         ("teacher", "onnx:nowhere.onnx", "there is no such file"),
-        ("teacher", "builtin:small_resnet", "no pretrained weights; give a file with --teacher-weights"),
         ("student", "onnx:some.onnx", "an ONNX file cannot be trained"),
         ("student", "resnet18", "write timm:resnet18"),
     ],
@@ -84,6 +83,16 @@ def test_student_has_random_weights_and_no_head() -> None:
 def test_wrong_name_says_what_to_write(role: str, name: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"the {role} .*{words}"):
         parse_teacher(name) if role == "teacher" else parse_student(name)
+
+
+def test_random_teacher_is_asked_for() -> None:
+    with pytest.raises(
+        ConfigError, match=r"builtin:small_resnet has no pretrained weights; .* teacher\.model\.pretrained"
+    ):
+        config(teacher="builtin:small_resnet")
+    found = config("teacher.model.pretrained=false", teacher="builtin:small_resnet")
+    assert isinstance(found.teacher, TeacherSettings) and found.teacher.model is not None
+    assert found.teacher.model.builtin and found.teacher.model.checkpoint is None
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
