@@ -174,7 +174,9 @@ def read_exported(path: Path) -> tuple[Path, Exported] | None:
     if path.is_dir():
         folder = path if (path / DESCRIPTION).is_file() else path / "exported"
         if not (folder / DESCRIPTION).is_file():
-            raise ConfigError(f"{path} is not the folder of a finished run: it has no exported/{DESCRIPTION}")
+            stages = [file.parents[1] for file in sorted(path.glob(f"*/exported/{DESCRIPTION}"))]
+            hint = f"; of its stages, these are: {first_few(list(map(str, stages)))}" if stages else ""
+            raise ConfigError(f"{path} is not the folder of a finished run: it has no exported/{DESCRIPTION}{hint}")
     elif path.suffix not in _BACKENDS:
         raise ConfigError(_no_model(path))
     description = folder / DESCRIPTION

@@ -262,3 +262,11 @@ def test_headless_onnx_file_returns_features(tmp_path: Path, name: str) -> None:
     prefix = num_prefix_tokens(student) if expected["spatial"].ndim == 3 else None
     assert opened.model.outputs["spatial"].num_prefix_tokens == prefix
     opened.close()
+
+
+def test_folder_of_stages_names_them(tmp_path: Path) -> None:
+    description = tmp_path / "run" / "baseline" / "exported" / "model.json"
+    description.parent.mkdir(parents=True)
+    description.write_text("{}")
+    with pytest.raises(ConfigError, match=r"run is not the folder .*; of its stages, these are: .*baseline$"):
+        read_exported(tmp_path / "run")
