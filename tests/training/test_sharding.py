@@ -21,7 +21,8 @@ OPTIONS = (
     "data.batch_size=16",
     "teacher.backend=pytorch",
     'teacher.features=["4"]',
-    'distill.features=[{loss: feature_mse, student: "4", teacher: "4", weight: 0.1, projector: conv}]',
+    'distill.features=[{loss: feature_mse, student: "4", teacher: "4", weight: 0.1, projector: conv}, '
+    "{loss: relational, student: logits, teacher: logits, weight: 0.1, queue_size: 24}]",
     "train.ema={decay: 0.9}",
     "train.clip=1.0",
     "train.log_gradient_norm=true",
@@ -45,7 +46,8 @@ def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> 
         status, output = finish(start(tmp_path / strategy, *OPTIONS, f"train.strategy={strategy}", ranks=2))
         assert status == 0, output
     ddp, fsdp = (load_checkpoint(tmp_path / name / RUN / "checkpoints" / "last.ckpt") for name in ("ddp", "fsdp"))
-    assert any("projectors" in name for name in fsdp["state_dict"])
+    for part in ("projectors", "queue"):
+        assert any(part in name for name in fsdp["state_dict"]), part
     assert_close(fsdp["state_dict"], ddp["state_dict"])
     assert_close(fsdp["ema"]["student"], ddp["ema"]["student"])
     assert fsdp["optimizer_states"][0]["state"].keys() == ddp["optimizer_states"][0]["state"].keys()
