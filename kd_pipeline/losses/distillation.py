@@ -205,6 +205,20 @@ class Distillation(nn.Module):
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossTerms(total, terms, weights, temperature)
 
+    def compared(self, outputs: Tensor | Mapping[str, Tensor], features: Mapping[str, Tensor]) -> list[Tensor]:
+        """What of the student enters the loss; a loss of the user's own may take all that the student returns.
+
+        Raises:
+            ConfigError: features of the student are missing.
+        """
+        own = student_outputs(outputs)
+        if self._custom_loss is not None:
+            names = [*own]
+        else:
+            names = [LOGITS] if {"task", "distill"} & self._weights.keys() else []
+        names += [term.student for term in self._terms]
+        return [_get({**own, **features}, name, _STUDENT) for name in dict.fromkeys(names)]
+
     def cosines(
         self, outputs: Tensor | Mapping[str, Tensor], features: Mapping[str, Tensor], batch: KDBatch
     ) -> dict[str, Tensor]:

@@ -49,6 +49,7 @@ def build_trainer(
     has_validation: bool,
     resume_step: int | None,
     sparse_metrics: Collection[str] = (),
+    has_unreached: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> Any:
     """A `lightning.Trainer` for `module`; several processes must have been initialized by `init_distributed`.
@@ -61,6 +62,7 @@ def build_trainer(
         has_validation: whether `module` has validation sets.
         resume_step: the step that the run resumes from, or None.
         sparse_metrics: names of those that not every validation measures.
+        has_unreached: whether parameters get no gradient, for which DDP has to look in each step.
         callbacks: more of Lightning's callbacks, which come first.
     """
     _silence_lightning()
@@ -89,7 +91,7 @@ def build_trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=devices,
         num_nodes=num_nodes(),
-        strategy=_strategy(settings.strategy) if is_distributed else "auto",
+        strategy=_strategy(settings.strategy, has_unreached=has_unreached) if is_distributed else "auto",
         sync_batchnorm=settings.sync_batchnorm,
         # With a pure precision Lightning would convert whole batches, mixed labels and teacher outputs included.
         precision="32-true" if settings.precision in PURE_PRECISIONS else settings.precision,
@@ -152,9 +154,9 @@ def _progress_bar() -> Any:
     return _Bar()
 
 
-def _strategy(name: Literal["ddp", "fsdp"]) -> Any:
+def _strategy(name: Literal["ddp", "fsdp"], *, has_unreached: bool) -> Any:
     if name == "ddp":
-        return "ddp"
+        return _lightning.pytorch.strategies.DDPStrategy(find_unused_parameters=has_unreached)
     # One full checkpoint file, from which any number of processes can resume.
     return _lightning.pytorch.strategies.ModelParallelStrategy(
         data_parallel_size=world_size(), tensor_parallel_size=1, save_distributed_checkpoint=False
@@ -162,8 +164,11 @@ def _strategy(name: Literal["ddp", "fsdp"]) -> Any:
 
 
 def _silence_lightning() -> None:
-    """Keep Lightning's warnings but not its tips, about other products and about loaders that are not ours."""
+    """Keep Lightning's warnings but not its tips, about other products and about loaders that are not ours, and not DDP's
+    about strides."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*litlogger.*")
+    # Of projectors that are 1x1 convolutions, whose two orders are the same in memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

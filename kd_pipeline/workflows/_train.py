@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from kd_pipeline._core.ranks import is_rank_zero, world_size
+from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import open_source
@@ -36,9 +37,10 @@ from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
+from kd_pipeline.training.unreached import unreached_parameters
 from kd_pipeline.training.validation_bar import validation_bar
 from kd_pipeline.workflows.check_images import key_of
-from kd_pipeline.workflows.distill_module import build_distillation, build_module
+from kd_pipeline.workflows.distill_module import build_distillation, build_module, image_shape_of
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
 from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import evaluation_split, read_evaluations, results_digest, write_results
@@ -271,6 +273,15 @@ class _StageRun(ExitStack):
                 "with --fresh (in Python fresh=True), or set a different run_dir"
             )
 
+    def _has_unreached(self, module: DistillModule, loader: KDDataLoader) -> bool:
+        """Whether DDP has to look in each step for parameters without a gradient, which it would wait for."""
+        if world_size() == 1 or self._config.train.strategy != "ddp":
+            return False
+        names = unreached_parameters(module.student, module.distillation, image_shape=image_shape_of(loader))
+        if names and is_rank_zero():
+            _logger.info("no term of the loss reaches these of the student, which do not change: %s", first_few(names))
+        return bool(names)
+
     def _fit(
         self, module: DistillModule, loader: KDDataLoader, saved: SavedRun | None, changes: Sequence[Change]
     ) -> Any:
@@ -283,6 +294,7 @@ class _StageRun(ExitStack):
             device=loader.device,
             has_validation=any(split != "test" for split in self._evaluated),
             sparse_metrics=self._plan.sparse,
+            has_unreached=self._has_unreached(module, loader),
             resume_step=None if saved is None else saved.step,
             callbacks=self._callbacks,
         )

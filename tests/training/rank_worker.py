@@ -110,6 +110,19 @@ def train_relations(folder: Path, rank: int) -> dict[str, Any]:
     return final_state(folder, "relations", "odd67", data__batch_size=32, distill=RELATIONS)
 
 
+FEATURES_ONLY = {
+    "loss": None,
+    "task_weight": 0,
+    "features": [{"loss": "cosine", "student": "2", "teacher": "logits", "projector": "linear"}],
+}
+"""A loss that does not reach the head of the student."""
+
+
+def train_features(folder: Path, rank: int) -> dict[str, Any]:
+    """As `train_halves`, without the head."""
+    return final_state(folder, "features", "odd67", data__batch_size=32, distill=FEATURES_ONLY)
+
+
 def spoil_rank_one(folder: Path, rank: int) -> dict[str, Any]:
     """The errors of runs whose student returns NaN on rank one only, in the third pass."""
     student = {"factory": "tests.training.networks:spoiled"}
@@ -137,4 +150,5 @@ def do_all(folder: Path, rank: int) -> dict[str, Any]:
     if distributed.get_world_size() == 2:
         found["accumulated"] = train_accumulated(folder, rank)
         found["relations"] = train_relations(folder, rank)
+        found["features"] = train_features(folder, rank)
     return found | {"state": train_one(folder, rank)}

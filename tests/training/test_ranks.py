@@ -9,7 +9,7 @@ import torch
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.workflows import stage
 from tests.training import tiny_run
-from tests.training.rank_worker import BATCH_SIZE, RELATIONS, SIZES, do_all, run_ranks
+from tests.training.rank_worker import BATCH_SIZE, FEATURES_ONLY, RELATIONS, SIZES, do_all, run_ranks
 from tests.training.tiny_run import distance, logged, run, weights
 
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -76,6 +76,22 @@ def test_two_ranks_match_one_with_double_batch(digits: Path, ranks: dict[int, li
         assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
         for name in {"train/loss", "train/task", "train/distill", "train/top1", "val/loss"} & ours.keys():
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_ranks_match_one_with_parameters_that_no_term_reaches(
+    digits: Path, ranks: dict[int, list[dict[str, Any]]]
+) -> None:
+    single = run(
+        digits,
+        "single features",
+        data__train=tiny_run.split(digits, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
+        data__batch_size=64,
+        distill=FEATURES_ONLY,
+    ).folder
+    assert distance(weights(single), weights(digits / "features")) < 1e-6
+    other = weights(digits / "halves")
+    assert not torch.equal(weights(single)["3.weight"], other["3.weight"])
 
 
 @pytest.mark.slow

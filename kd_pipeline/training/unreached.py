@@ -1,0 +1,44 @@
+"""Find the parameters that no term of the loss reaches, such as those of a head where only features are compared."""
+
+import torch
+from torch import nn
+
+from kd_pipeline.losses.distillation import Distillation
+
+__all__ = ["unreached_parameters"]
+
+
+def unreached_parameters(
+    student: nn.Module, distillation: Distillation, *, image_shape: tuple[int, int, int]
+) -> list[str]:
+    """Names of the trainable parameters of `student` that get no gradient, by one pass of two images of zeros.
+
+    The student runs in eval mode and is left as it was.
+
+    Args:
+        student: the network.
+        distillation: the loss.
+        image_shape: `(C, H, W)` of the images.
+
+    Raises:
+        ConfigError: the student does not return what the loss compares.
+    """
+    named = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    like = next(iter(named.values()))
+    zeros = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
+    modes = [(module, module.training) for module in student.modules()]
+    try:
+        with (
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            distillation.student_features(student) as features,
+        ):
+            outputs = student.eval()(zeros)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    compared = [each.float().sum() for each in distillation.compared(outputs, features) if each.requires_grad]
+    if not compared:
+        return list(named)
+    gradients = torch.autograd.grad(torch.stack(compared).sum(), list(named.values()), allow_unused=True)
+    return [name for name, gradient in zip(named, gradients, strict=True) if gradient is None]
