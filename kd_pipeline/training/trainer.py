@@ -164,11 +164,10 @@ def _strategy(name: Literal["ddp", "fsdp"], *, has_unreached: bool) -> Any:
 
 
 def _silence_lightning() -> None:
-    """Keep Lightning's warnings but not its tips, about other products and about loaders that are not ours, and not DDP's
-    about strides."""
+    """Keep Lightning's warnings but not its tips, about other products and about loaders that are not ours."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*litlogger.*")
-    # Of projectors that are 1x1 convolutions, whose two orders are the same in memory.
+    # DDP's, about projectors that are 1x1 convolutions, whose two orders are the same in memory.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
