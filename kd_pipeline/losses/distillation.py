@@ -141,6 +141,12 @@ class Distillation(nn.Module):
                 self._add(*settle_term(name, term, own_name, outputs[own_name], prefix[own_name], teacher_outputs))
 
     @property
+    def compares_outputs(self) -> bool:
+        """Whether something that the student returns enters the loss, and not layers of it alone."""
+        on_outputs = {"task", "distill"} & self._weights.keys()
+        return bool(on_outputs) or any(term.student not in self.layers for term in self._terms)
+
+    @property
     def student_grids(self) -> dict[str, tuple[int, int]]:
         """Height and width of the student's features that an output of the teacher is compared with, by its name.
 

@@ -1,7 +1,7 @@
 """The student and its loss as a Lightning module. The teacher is no part of it: its outputs come with the batches."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weight
 from kd_pipeline.training.optimizers import build_optimizer, match_memory_format
 from kd_pipeline.training.schedules import build_schedule
 from kd_pipeline.training.settings import TrainSettings
-from kd_pipeline.training.sharding import is_sharded, shard
+from kd_pipeline.training.sharding import is_sharded, reach_outputs, shard
 from kd_pipeline.training.throughput import Throughput
 
 __all__ = ["DistillModule"]
@@ -83,6 +83,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._guard = StepGuard(
             settings.max_nonfinite_steps, sample_name=lambda index: self.trainer.train_dataloader.source.name(index)
         )
+        self.unreached: Collection[str] = ()
+        """Parameters of the student that get no gradient; only known where several processes train."""
         self.measured: dict[str, float] = {}
         """The metrics of the last validation."""
         self.has_begun = False
@@ -147,13 +149,16 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         num_done = self.current_epoch * self.trainer.num_training_batches + number
         epoch = num_done / self.trainer.num_training_batches
         terms = self.distillation(outputs, features, batch, epoch=epoch, epochs=self._settings.epochs)
-        outputs = {name: output.detach() for name, output in student_outputs(outputs).items()}
+        own = student_outputs(outputs)
+        outputs = {name: output.detach() for name, output in own.items()}
         self._guard.watch(TrainedBatch(number, batch, outputs, terms, self._temperatures(terms, epoch)))
         if "logits" in outputs:
             self._count_correct(outputs["logits"], batch)
         if self._is_logged or self.trainer.is_last_batch:
             self._log_terms(terms, self._rank_weight(batch))
         loss: Tensor = terms.total * self._loss_weight(batch)
+        if self.device_mesh is not None and not self.distillation.compares_outputs:
+            loss = reach_outputs(loss, own.values())
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -171,6 +176,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Finish the gradient, and take the step only if it and the losses are finite. Clipping comes after this."""
+        if self.device_mesh is not None:
+            for name in self.unreached:  # 0 from `reach_outputs`, which the weight decay would not pass over
+                self.student.get_parameter(name).grad = None
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         num_bad = self._divide_by_rows(gradients)
         norm = gradient_norm(gradients)

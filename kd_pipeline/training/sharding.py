@@ -1,12 +1,12 @@
 """Shard a student over processes (FSDP) and gather its full weights again."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["full_state_dict", "full_tensor", "is_sharded", "shard"]
+__all__ = ["full_state_dict", "full_tensor", "is_sharded", "reach_outputs", "shard"]
 
 
 def shard(module: nn.Module, mesh: Any) -> None:
@@ -27,6 +27,16 @@ def shard(module: nn.Module, mesh: Any) -> None:
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
+def reach_outputs(loss: Tensor, outputs: Iterable[Tensor]) -> Tensor:
+    """`loss`, whose backward pass gives `outputs` of a sharded network a gradient of 0 too.
+
+    A block gathers its weights for the backward pass when its output gets a gradient, which it may not where only
+    layers are compared.
+    """
+    reached: Tensor = _Reach.apply(loss, *outputs)
+    return reached
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether `shard` was called on `module`."""
     from torch.distributed.fsdp import FSDPModule
@@ -44,6 +54,19 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of `module` with every tensor gathered; call it on all ranks."""
     return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}
+
+
+class _Reach(torch.autograd.Function):
+    """Not a sum times 0, which is NaN where an output is."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *outputs: Tensor) -> Tensor:
+        ctx.shapes = [(output.shape, output.dtype) for output in outputs]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return gradient, *(gradient.new_zeros(shape, dtype=dtype) for shape, dtype in ctx.shapes)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

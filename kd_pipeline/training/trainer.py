@@ -49,7 +49,6 @@ def build_trainer(
     has_validation: bool,
     resume_step: int | None,
     sparse_metrics: Collection[str] = (),
-    has_unreached: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> Any:
     """A `lightning.Trainer` for `module`; several processes must have been initialized by `init_distributed`.
@@ -62,7 +61,6 @@ def build_trainer(
         has_validation: whether `module` has validation sets.
         resume_step: the step that the run resumes from, or None.
         sparse_metrics: names of those that not every validation measures.
-        has_unreached: whether parameters get no gradient, for which DDP has to look in each step.
         callbacks: more of Lightning's callbacks, which come first.
     """
     _silence_lightning()
@@ -91,7 +89,7 @@ def build_trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=devices,
         num_nodes=num_nodes(),
-        strategy=_strategy(settings.strategy, has_unreached=has_unreached) if is_distributed else "auto",
+        strategy=_strategy(settings.strategy, has_unreached=bool(module.unreached)) if is_distributed else "auto",
         sync_batchnorm=settings.sync_batchnorm,
         # With a pure precision Lightning would convert whole batches, mixed labels and teacher outputs included.
         precision="32-true" if settings.precision in PURE_PRECISIONS else settings.precision,
@@ -156,6 +154,7 @@ def _progress_bar() -> Any:
 
 def _strategy(name: Literal["ddp", "fsdp"], *, has_unreached: bool) -> Any:
     if name == "ddp":
+        # It waits for the gradient of every parameter, unless it looks in each step for those that get none.
         return _lightning.pytorch.strategies.DDPStrategy(find_unused_parameters=has_unreached)
     # One full checkpoint file, from which any number of processes can resume.
     return _lightning.pytorch.strategies.ModelParallelStrategy(

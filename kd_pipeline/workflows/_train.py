@@ -273,20 +273,18 @@ class _StageRun(ExitStack):
                 "with --fresh (in Python fresh=True), or set a different run_dir"
             )
 
-    def _has_unreached(self, module: DistillModule, loader: KDDataLoader) -> bool:
-        """Whether DDP has to look in each step for parameters without a gradient, which it would wait for."""
-        if world_size() == 1 or self._config.train.strategy != "ddp":
-            return False
-        names = unreached_parameters(module.student, module.distillation, image_shape=image_shape_of(loader))
-        if names and is_rank_zero():
-            _logger.info("no term of the loss reaches these of the student, which do not change: %s", first_few(names))
-        return bool(names)
-
     def _fit(
         self, module: DistillModule, loader: KDDataLoader, saved: SavedRun | None, changes: Sequence[Change]
     ) -> Any:
         """Train to the end, and return the trainer. From here on, the folder says that it was done with this config."""
         config, folder = self._config, self._folder
+        if world_size() > 1:
+            module.unreached = unreached_parameters(
+                module.student, module.distillation, image_shape=image_shape_of(loader)
+            )
+            if module.unreached and is_rank_zero():
+                names = first_few(module.unreached)
+                _logger.info("no term of the loss reaches these of the student, which do not change: %s", names)
         trainer = build_trainer(
             config.train,
             module,
@@ -294,7 +292,6 @@ class _StageRun(ExitStack):
             device=loader.device,
             has_validation=any(split != "test" for split in self._evaluated),
             sparse_metrics=self._plan.sparse,
-            has_unreached=self._has_unreached(module, loader),
             resume_step=None if saved is None else saved.step,
             callbacks=self._callbacks,
         )

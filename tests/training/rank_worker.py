@@ -110,17 +110,20 @@ def train_relations(folder: Path, rank: int) -> dict[str, Any]:
     return final_state(folder, "relations", "odd67", data__batch_size=32, distill=RELATIONS)
 
 
-FEATURES_ONLY = {
-    "loss": None,
-    "task_weight": 0,
-    "features": [{"loss": "cosine", "student": "2", "teacher": "logits", "projector": "linear"}],
+FEATURES_ONLY: dict[str, Any] = {
+    "distill": {
+        "loss": None,
+        "features": [{"loss": "cosine", "student": "2", "teacher": "logits", "projector": "linear"}],
+    },
+    "train__optimizer": {"name": "sgd", "lr": 0.05, "weight_decay": 0.1},
 }
-"""A loss that does not reach the head of the student."""
+"""A loss that does not reach the head of the student, which does not decay then."""
 
 
 def train_features(folder: Path, rank: int) -> dict[str, Any]:
-    """As `train_halves`, without the head."""
-    return final_state(folder, "features", "odd67", data__batch_size=32, distill=FEATURES_ONLY)
+    """As `train_halves`, without the head; and the same sharded."""
+    final_state(folder, "sharded", "odd67", data__batch_size=32, **FEATURES_ONLY, train__strategy="fsdp")
+    return final_state(folder, "features", "odd67", data__batch_size=32, **FEATURES_ONLY)
 
 
 def spoil_rank_one(folder: Path, rank: int) -> dict[str, Any]:

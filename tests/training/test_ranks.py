@@ -87,11 +87,11 @@ def test_two_ranks_match_one_with_parameters_that_no_term_reaches(
         "single features",
         data__train=tiny_run.split(digits, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
         data__batch_size=64,
-        distill=FEATURES_ONLY,
+        **FEATURES_ONLY,
     ).folder
-    assert distance(weights(single), weights(digits / "features")) < 1e-6
-    other = weights(digits / "halves")
-    assert not torch.equal(weights(single)["3.weight"], other["3.weight"])
+    for name in ("features", "sharded"):
+        assert distance(weights(single), weights(digits / name)) < 1e-6, name
+    assert not torch.equal(weights(single)["3.weight"], weights(digits / "halves")["3.weight"])
 
 
 @pytest.mark.slow
