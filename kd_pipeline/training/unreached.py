@@ -24,6 +24,8 @@ def unreached_parameters(
         ConfigError: the student does not return what the loss compares.
     """
     named = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    if not named:
+        return []
     like = next(iter(named.values()))
     zeros = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
     modes = [(module, module.training) for module in student.modules()]

@@ -59,3 +59,7 @@ def test_student_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert [module.training for module in student] == [True, False, True, True, True]
     assert all(weight.grad is None for weight in student.parameters())
+
+
+def test_frozen_student_has_none() -> None:
+    assert unreached(networks.plain().requires_grad_(False)) == []
