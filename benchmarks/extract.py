@@ -41,9 +41,10 @@ from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.cli.bench import network_by_name
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.evaluation._evaluate import eval_mode, images_for
+from kd_pipeline.evaluation._evaluate import images_for
 from kd_pipeline.evaluation.frozen import extract_features
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.models.modules import eval_mode
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.training.memory_format import use_channels_last
 

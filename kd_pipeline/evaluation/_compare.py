@@ -18,7 +18,6 @@ from kd_pipeline.evaluation._evaluate import (
     Evaluation,
     Metric,
     MetricSettings,
-    eval_mode,
     evaluate,
     images_for,
 )
@@ -27,7 +26,7 @@ from kd_pipeline.evaluation.frozen import extract_outputs, feature_name, knn_top
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import POOLED
-from kd_pipeline.models.modules import named_outputs
+from kd_pipeline.models.modules import eval_mode, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["Comparison", "ComparisonRow", "Cost", "compare", "has_logits", "measure_cost"]

@@ -2,8 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from logging import getLogger
@@ -24,7 +23,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.models.modules import is_channels_last
+from kd_pipeline.models.modules import eval_mode, is_channels_last
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "Metric",
     "MetricSettings",
     "check_process_group",
-    "eval_mode",
     "evaluate",
     "images_for",
     "logits_of",
@@ -419,21 +417,6 @@ def check_process_group(loader: KDDataLoader) -> None:
             "results of all cannot be added up; call torch.distributed.init_process_group first, or give the loader "
             "shard=Shard() to evaluate the whole split in this process"
         )
-
-
-@contextmanager
-def eval_mode(model: nn.Module | Teacher | None) -> Iterator[None]:
-    """Put every module of a network into eval mode, and restore each one's mode afterward."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, eval_mode, images_for
+from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, images_for
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation, student_outputs
 from kd_pipeline.losses.ramp import max_value
 from kd_pipeline.losses.settings import DistillSettings, TermSettings
 from kd_pipeline.losses.terms import NEED_LABELS
+from kd_pipeline.models.modules import eval_mode
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["COSINE", "cosine_names", "evaluate_features", "label_free_terms", "only_metrics"]

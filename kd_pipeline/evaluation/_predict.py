@@ -14,9 +14,10 @@ from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.paths import FileSource, PathTable
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, TooManyBadSamplesError
-from kd_pipeline.evaluation._evaluate import eval_mode, images_for, logits_of
+from kd_pipeline.evaluation._evaluate import images_for, logits_of
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.settings import LOGITS
+from kd_pipeline.models.modules import eval_mode
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["NOT_FINITE", "Prediction", "find_images", "predict"]

@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy, normalize
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, eval_mode, images_for
+from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, images_for
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import POOLED
-from kd_pipeline.models.modules import named_outputs
+from kd_pipeline.models.modules import eval_mode, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.features import capture_features
-from kd_pipeline.models.modules import named_outputs
+from kd_pipeline.models.modules import eval_mode, named_outputs, zero_images
 
 __all__ = ["check_logits", "run_on_zeros", "student_outputs"]
 
@@ -28,24 +28,20 @@ def student_outputs(outputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tens
 def run_on_zeros(student: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
     """The student's outputs, or the features of `layers`, for two images of zeros; its modes are unchanged."""
     name = type(student).__qualname__
-    like = next(student.parameters(), torch.zeros(()))
-    zeros = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
-    modes = [(module, module.training) for module in student.modules()]
+    zeros = zero_images(student, image_shape)
     try:
         with (
+            eval_mode(student),
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
             capture_features(student, layers) as features,
         ):
-            outputs = student.eval()(zeros)
+            outputs = student(zeros)
         return dict(features) if layers else dict(student_outputs(outputs))
     except ConfigError:
         raise
     except Exception as exc:
         raise ConfigError(f"the student {name} fails on zeros {list(zeros.shape)}: {exc}") from exc
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def check_logits(

@@ -1,14 +1,15 @@
-"""Helpers for any `nn.Module`: layer names, a frozen copy, outputs by name."""
+"""Helpers for any `nn.Module`: layer names, eval mode, a frozen copy, outputs by name."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from kd_pipeline.errors import TeacherError
 
-__all__ = ["frozen_copy", "is_channels_last", "is_in_layer", "named_outputs"]
+__all__ = ["eval_mode", "frozen_copy", "is_channels_last", "is_in_layer", "named_outputs", "zero_images"]
 
 
 def is_in_layer(name: str, layer: str) -> bool:
@@ -23,6 +24,27 @@ def is_channels_last(module: nn.Module) -> bool:
         weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
         for weight in module.parameters()
     )
+
+
+@contextmanager
+def eval_mode(model: object) -> Iterator[None]:
+    """Put every module of a network into eval mode, and restore each one's mode afterward; anything else has none."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def zero_images(module: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
+    """Two images `[2, *image_shape]` of zeros, in the dtype and on the device of the weights of `module`."""
+    like = next(module.parameters(), torch.zeros(()))
+    return torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

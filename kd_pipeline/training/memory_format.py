@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.models.modules import eval_mode, zero_images
 
 __all__ = ["ChannelsLast", "use_channels_last"]
 
@@ -64,15 +65,9 @@ def _is_faster(student: nn.Module, device: torch.device, is_half: bool) -> bool:
 
 def _problem(student: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
     """Why `student` fails on two images in channels-last order; None if it does not."""
-    like = next(student.parameters())
-    zeros = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
-    modes = {module: module.training for module in student.modules()}
     try:
-        with torch.no_grad():
-            student.eval()(zeros.to(memory_format=torch.channels_last))
+        with eval_mode(student), torch.no_grad():
+            student(zero_images(student, image_shape).to(memory_format=torch.channels_last))
     except Exception as exc:  # a user's own network may raise anything
         return str(exc).partition("\n")[0]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return None

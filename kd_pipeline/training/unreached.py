@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.models.modules import eval_mode, zero_images
 
 __all__ = ["unreached_parameters"]
 
@@ -26,19 +27,13 @@ def unreached_parameters(
     named = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     if not named:
         return []
-    like = next(iter(named.values()))
-    zeros = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
-    modes = [(module, module.training) for module in student.modules()]
-    try:
-        with (
-            torch.enable_grad(),
-            torch.compiler.set_stance("force_eager"),
-            distillation.student_features(student) as features,
-        ):
-            outputs = student.eval()(zeros)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with (
+        eval_mode(student),
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),
+        distillation.student_features(student) as features,
+    ):
+        outputs = student(zero_images(student, image_shape))
     compared = [each.float().sum() for each in distillation.compared(outputs, features) if each.requires_grad]
     if not compared:
         return list(named)

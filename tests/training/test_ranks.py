@@ -22,6 +22,12 @@ def ranks(digits: Path) -> dict[int, list[dict[str, Any]]]:
     return {num_ranks: run_ranks(num_ranks, digits, do_all) for num_ranks in (2, 4)}
 
 
+def run_alone(digits: Path, name: str, **changes: Any) -> Path:
+    """The folder of a run in one process, with batches of as many images as two ranks have together."""
+    split = tiny_run.split(digits, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"}
+    return run(digits, name, data__train=split, data__batch_size=64, **changes).folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("size", SIZES)
@@ -62,12 +68,7 @@ def test_ranks_end_with_same_state(digits: Path, ranks: dict[int, list[dict[str,
 
 @pytest.mark.slow
 def test_two_ranks_match_one_with_double_batch(digits: Path, ranks: dict[int, list[dict[str, Any]]]) -> None:
-    single = run(
-        digits,
-        "single",
-        data__train=tiny_run.split(digits, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
-        data__batch_size=64,
-    ).folder
+    single = run_alone(digits, "single")
     # Sums of up to 64 float32 gradients in a different order: units in the last place of weights below 1. The mean of
     # the ranks' means would be off by 1e-3 and more.
     assert distance(weights(single), weights(digits / "halves")) < 1e-6
@@ -82,13 +83,7 @@ def test_two_ranks_match_one_with_double_batch(digits: Path, ranks: dict[int, li
 def test_two_ranks_match_one_with_parameters_that_no_term_reaches(
     digits: Path, ranks: dict[int, list[dict[str, Any]]]
 ) -> None:
-    single = run(
-        digits,
-        "single features",
-        data__train=tiny_run.split(digits, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
-        data__batch_size=64,
-        **FEATURES_ONLY,
-    ).folder
+    single = run_alone(digits, "single features", **FEATURES_ONLY)
     for name in ("features", "sharded"):
         assert distance(weights(single), weights(digits / name)) < 1e-6, name
     assert not torch.equal(weights(single)["3.weight"], weights(digits / "halves")["3.weight"])
@@ -98,13 +93,7 @@ def test_two_ranks_match_one_with_parameters_that_no_term_reaches(
 def test_two_ranks_share_queue_and_statistics(digits: Path, ranks: dict[int, list[dict[str, Any]]]) -> None:
     first, second = ({name: each.double() for name, each in rank["relations"].items()} for rank in ranks[2])
     assert distance(first, second) == 0
-    single = run(
-        digits,
-        "single relations",
-        data__train=tiny_run.split(digits, "odd67", tiny_run.TRAIN) | {"last_batch": "keep"},
-        data__batch_size=64,
-        distill=RELATIONS,
-    ).folder
+    single = run_alone(digits, "single relations", distill=RELATIONS)
     state = torch.load(single / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert distance({name: each.double() for name, each in state.items()}, first) < 1e-5
     assert first["distillation.queues.0.is_filled"].all()
