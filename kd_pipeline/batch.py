@@ -1,8 +1,8 @@
-"""The batch that the loader yields."""
+"""The batch that a loader yields."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Self
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -10,38 +10,145 @@ from torch import Tensor
 __all__ = ["KDBatch"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KDBatch:
+@dataclass(frozen=True, slots=True, init=False, eq=False, repr=False)
+class KDBatch(Mapping[str, Any]):
     """One batch; row i of every field belongs to the same sample.
+
+    It is also a mapping: `batch["images"]`, `"labels" in batch` and `dict(batch)` find the inputs and what else there
+    is by name. `len(batch)` is the number of rows, as of a tensor.
 
     `images` is the buffer that the teacher read: DALI's own, or torch's if images are mixed. It is not overwritten
     while it is referenced. Clone it before changing it in place.
     """
 
-    images: Tensor
-    """`[N, 3, H, W]`, float32 or float16, normalized by the transform."""
+    inputs: Mapping[str, Tensor]
+    """What the networks are called with, by name: `{"images": [N, 3, H, W]}`, float32 or float16, normalized by the
+    transform; of a loader of your own, whatever it gives, each `[N, ...]`."""
     labels: Tensor | None
     """`[N]` int64 class indices, `[N, K]` float32 weights after mixing, or None for unlabeled data."""
     index: Tensor
     """`[N]` int64, index of the sample in the dataset."""
     valid: Tensor
     """`[N]` bool; False for a row to ignore: padding, or the substitute for an unreadable image."""
-    teacher: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher: Mapping[str, Tensor]
     """The teacher's outputs by name, float32: those of `Teacher.outputs`, such as `"logits"` `[N, K]`; empty without a
     teacher."""
+    extra: Mapping[str, Any]
+    """What else a loader of your own gives with each batch, by name; no network is called with it."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def __init__(self, fields: Mapping[str, Any] | None = None, /, **more: Any) -> None:
+        """Make a batch of its fields by name, as `dict(batch)` and `asdict()` have them.
+
+        Args:
+            fields: the fields as a mapping.
+            more: the fields as keywords: `labels`, `index`, `valid`, `teacher`, `extra` and `inputs`, of which only
+                `index` and `valid` must be there. All others are inputs by name, such as `images`.
+
+        Raises:
+            TypeError: a field is missing, or there is no input.
+        """
+        given = {**(fields or {}), **more}
+        own = {name: given.pop(name, None) for name in ("inputs", "labels", "index", "valid", "teacher", "extra")}
+        inputs = {**(own["inputs"] or {}), **given}
+        if own["index"] is None or own["valid"] is None or not inputs:
+            raise TypeError("a KDBatch needs index, valid and at least one input, such as images")
+        own |= {"inputs": inputs, "teacher": own["teacher"] or {}, "extra": own["extra"] or {}}
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def images(self) -> Tensor:
+        """`[N, 3, H, W]`: the input called `images`."""
+        if "images" not in self.inputs:
+            raise AttributeError(
+                f"this batch has no images, but {', '.join(self.inputs)}: take batch.inputs, or batch[{self._first!r}]"
+            )
+        return self.inputs["images"]
+
+    @property
+    def input(self) -> Tensor | Mapping[str, Tensor]:
+        """What a network or teacher is called with: the only input, or all of several by name."""
+        return self.inputs[self._first] if len(self.inputs) == 1 else self.inputs
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch on `device`; returns `self` if it is there already, as Lightning and accelerate expect."""
-        if self.images.device == torch.device(device):
+        if self.index.device == torch.device(device):
             return self
-        return replace(
-            self,
-            images=self.images.to(device),
-            labels=None if self.labels is None else self.labels.to(device),
-            index=self.index.to(device),
-            valid=self.valid.to(device),
-            teacher={name: tensor.to(device) for name, tensor in self.teacher.items()},
-        )
+
+        def move(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {name: move(each) for name, each in value.items()}
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+
+        return type(self)(move(self.asdict()))
+
+    def replace(self, **changes: Any) -> Self:
+        """A batch with other values in some fields, which are named as for a new one; nothing is copied."""
+        inputs = changes.pop("inputs", self.inputs)
+        own = {
+            name: changes.pop(name, getattr(self, name)) for name in ("labels", "index", "valid", "teacher", "extra")
+        }
+        return type(self)(inputs={**inputs, **changes}, **own)
+
+    def asdict(self) -> dict[str, Any]:
+        """A plain dict that a new batch can be made of: the inputs by name, and the fields that are there."""
+        found: dict[str, Any] = {**self.inputs}
+        if self.labels is not None:
+            found["labels"] = self.labels
+        found |= {"index": self.index, "valid": self.valid}
+        if self.teacher:
+            found["teacher"] = {**self.teacher}
+        if self.extra:
+            found["extra"] = {**self.extra}
+        return found
+
+    def __getitem__(self, name: str) -> Any:
+        fields = self.asdict()
+        if name in fields:
+            return fields[name]
+        if name in self.extra:
+            return self.extra[name]
+        raise KeyError(f"a batch has no {name!r}; it has {', '.join([*fields, *self.extra])}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.asdict() or name in self.extra
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.asdict())
 
     def __len__(self) -> int:
-        return int(self.images.shape[0])
+        return len(self.index)
+
+    # Those of Mapping would count the rows.
+    def keys(self) -> KeysView[str]:
+        """The names of the fields."""
+        return self.asdict().keys()
+
+    def values(self) -> ValuesView[Any]:
+        """The fields."""
+        return self.asdict().values()
+
+    def items(self) -> ItemsView[str, Any]:
+        """The fields with their names."""
+        return self.asdict().items()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in self.items())})"
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def _first(self) -> str:
+        return next(iter(self.inputs))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_shown(each)}' for name, each in value.items())}}}"
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    device = "" if value.device.type == "cpu" else f" {value.device}"
+    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}{device}"

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -222,9 +221,9 @@ class RunSteps(ExitStack):
             self._resident = [_copied(next(opened.batches), teacher) for _ in range(_NUM_RESIDENT)]
         if part == "no teacher":
             outputs = self._resident[0].teacher
-            return (replace(batch, teacher=outputs) for batch in opened.batches)
+            return (batch.replace(teacher=outputs) for batch in opened.batches)
         if part == "no loader" and isinstance(teacher, Teacher):
-            return (replace(batch, teacher=teacher(batch.images)) for batch in cycle(self._resident))
+            return (batch.replace(teacher=teacher(batch.input)) for batch in cycle(self._resident))
         return cycle(self._resident)
 
     def _live_teacher(self, values: Values) -> Teacher:
@@ -440,8 +439,7 @@ def _without_end(loader: KDDataLoader) -> Iterator[KDBatch]:
 def _copied(batch: KDBatch, teacher: Teacher | Recording | None) -> KDBatch:
     """The batch in memory of its own, with outputs of the teacher."""
     images = batch.images.clone()
-    return replace(
-        batch,
+    return batch.replace(
         images=images,
         labels=None if batch.labels is None else batch.labels.clone(),
         index=batch.index.clone(),

@@ -68,7 +68,7 @@ class Config(Settings):
     run_dir: Path | None = None
     """Folder for what a run writes, such as `classes.json` and `bad_samples.jsonl`. In this and every other path of a
     config `~` is expanded; variables such as `$DATA` are refused."""
-    data: DataSettings
+    data: DataSettings = DataSettings(batch_size=64)
     teacher: OneOrMoreTeachers | None = None
     stage: Literal["teacher", "baseline", "distill", "all"] = "distill"
     """What `kd-pipeline train` does: train the teacher's `model`, train the student alone (`baseline`), or distill the

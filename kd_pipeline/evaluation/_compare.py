@@ -19,7 +19,7 @@ from kd_pipeline.evaluation._evaluate import (
     Metric,
     MetricSettings,
     evaluate,
-    images_for,
+    inputs_for,
 )
 from kd_pipeline.evaluation._features import only_metrics
 from kd_pipeline.evaluation.frozen import extract_outputs, feature_name, knn_top1, linear_top1, split_bank
@@ -169,7 +169,7 @@ def has_logits(model: nn.Module | Teacher, images: Tensor) -> bool:
     if isinstance(model, Teacher):
         return LOGITS in model.outputs
     with eval_mode(model):
-        return LOGITS in named_outputs(model(images_for(model, images[:1])), owner="a model")
+        return LOGITS in named_outputs(model(inputs_for(model, images[:1])), owner="a model")
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[
         TeacherError: a teacher rejects the images.
     """
     on_gpu = images.device.type == "cuda"
-    images = images_for(model, images)
+    images = inputs_for(model, images)
     times_s = []
     with eval_mode(model):
         for _ in range(_NUM_WARMUP + _NUM_RUNS):

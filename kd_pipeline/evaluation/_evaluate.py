@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from logging import getLogger
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed
@@ -23,7 +23,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.models.modules import eval_mode, is_channels_last
+from kd_pipeline.models.modules import call_network, eval_mode, is_channels_last
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "MetricSettings",
     "check_process_group",
     "evaluate",
-    "images_for",
+    "inputs_for",
     "logits_of",
     "open_metrics",
 ]
@@ -178,10 +178,10 @@ def evaluate(
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
         for number, batch in enumerate(islice(loader, max_batches)):
             report(number, num_batches)
-            logits_NK = logits_of(model(images_for(model, batch.images)))
+            logits_NK = logits_of(call_network(model, inputs_for(model, batch.input)))
             teacher_NK = batch.teacher.get("logits")
             if reference is not None:
-                teacher_NK = logits_of(reference(images_for(reference, batch.images)))
+                teacher_NK = logits_of(call_network(reference, inputs_for(reference, batch.input)))
             if tally is None:
                 has_labels, has_teacher = batch.labels is not None, teacher_NK is not None
                 tally = _Tally.empty(logits_NK, has_labels=has_labels, has_teacher=has_teacher)
@@ -383,13 +383,23 @@ def _torchmetrics_class(name: str) -> Any:
     return kind
 
 
-def images_for(model: nn.Module | Teacher, images: Tensor) -> Tensor:
-    """`images` in dtype and memory format of a network's weights, a copy if they differ; unchanged for a teacher."""
+Inputs = TypeVar("Inputs", Tensor, Tensor | Mapping[str, Tensor])
+
+
+def inputs_for(model: nn.Module | Teacher, inputs: Inputs) -> Inputs:
+    """Inputs in dtype and memory format of a network's weights, copies if they differ; unchanged for a teacher.
+
+    Integers and booleans, such as indices of tokens and masks, keep their dtype.
+    """
     if isinstance(model, Teacher) or (weight := next(model.parameters(), None)) is None:
-        return images
-    if is_channels_last(model):
-        return images.to(weight.dtype, memory_format=torch.channels_last)
-    return images.to(weight.dtype)
+        return inputs
+    if not isinstance(inputs, Tensor):
+        return {name: inputs_for(model, each) for name, each in inputs.items()}
+    if not inputs.is_floating_point():
+        return inputs
+    if inputs.ndim == 4 and is_channels_last(model):
+        return inputs.to(weight.dtype, memory_format=torch.channels_last)
+    return inputs.to(weight.dtype)
 
 
 def logits_of(output: object) -> Tensor:

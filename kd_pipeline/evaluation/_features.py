@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, images_for
+from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, inputs_for
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation, student_outputs
 from kd_pipeline.losses.ramp import max_value
 from kd_pipeline.losses.settings import DistillSettings, TermSettings
 from kd_pipeline.losses.terms import NEED_LABELS
-from kd_pipeline.models.modules import eval_mode
+from kd_pipeline.models.modules import call_network, eval_mode
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["COSINE", "cosine_names", "evaluate_features", "label_free_terms", "only_metrics"]
@@ -74,7 +74,7 @@ def evaluate_features(
             report(number, num_batches)
             batch = _complete(batch, teacher)
             with distillation.student_features(student) as features:
-                outputs = student(images_for(student, batch.images))
+                outputs = call_network(student, inputs_for(student, batch.input))
             for name, value in _sums(distillation, outputs, features, batch, epochs).items():
                 sums[name] = sums[name] + value if name in sums else value
     if loader.shard.world_size > 1:
@@ -137,7 +137,7 @@ def _terms(settings: DistillSettings) -> dict[str, TermSettings]:
 def _complete(batch: KDBatch, teacher: Teacher) -> KDBatch:
     """`batch` with the teacher's outputs, and with labels: some terms, which are left out, would fail without."""
     labels = batch.index.new_zeros(len(batch.index)) if batch.labels is None else batch.labels
-    return replace(batch, teacher=teacher(batch.images), labels=labels)
+    return batch.replace(teacher=teacher(batch.input), labels=labels)
 
 
 def _sums(

@@ -14,10 +14,10 @@ from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.paths import FileSource, PathTable
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, TooManyBadSamplesError
-from kd_pipeline.evaluation._evaluate import images_for, logits_of
+from kd_pipeline.evaluation._evaluate import inputs_for, logits_of
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.settings import LOGITS
-from kd_pipeline.models.modules import eval_mode
+from kd_pipeline.models.modules import call_network, eval_mode
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["NOT_FINITE", "Prediction", "find_images", "predict"]
@@ -110,7 +110,7 @@ def predict(
         try:
             for batch in loader:
                 with torch.no_grad():
-                    output = model(images_for(model, batch.images))
+                    output = call_network(model, inputs_for(model, batch.input))
                 _check_classes(output)
                 logits_NK = logits_of(output).float().cpu()
                 is_finite_N = has_softmax(logits_NK).tolist()

@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy, normalize
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, images_for
+from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, inputs_for
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import POOLED
-from kd_pipeline.models.modules import eval_mode, named_outputs
+from kd_pipeline.models.modules import call_network, eval_mode, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
@@ -137,7 +137,9 @@ def extract_outputs(
     with eval_mode(model):
         for number, batch in enumerate(islice(loader, max_batches)):
             report(number, num_batches)
-            outputs = named_outputs(model(images_for(model, batch.images)), vector=POOLED, owner="the model")
+            outputs = named_outputs(
+                call_network(model, inputs_for(model, batch.input)), vector=POOLED, owner="the model"
+            )
             assert batch.labels is not None
             # Copied: a vector may be a view of all tokens, which would be kept with it.
             vectors = [_vector(outputs, name).to(torch.float32, copy=True) for name in names]

@@ -292,6 +292,29 @@ class KDDataLoader:
         return self._plan
 
     @property
+    def num_classes(self) -> int | None:
+        """That of the source; None if it has no classes."""
+        return self.source.num_classes
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether batches have labels."""
+        return self.source.labels is not None
+
+    @property
+    def labels_are_soft(self) -> bool:
+        """Whether labels are weights `[N, K]`, as those of mixed images are."""
+        return self.mix is not None
+
+    def sample_name(self, index: int) -> str:
+        """The name in messages of the sample at `index` of the dataset."""
+        return self.source.name(index)
+
+    def example(self) -> dict[str, Tensor]:
+        """Inputs of two rows by name, for a trial run of a network: images of zeros in float32, on the CPU."""
+        return {"images": torch.zeros(2, 3, self.transform.size, self.transform.size)}
+
+    @property
     def dataset(self) -> NoReturn:
         """What `accelerator.skip_first_batches` looks for in a torch loader; raises what to do instead."""
         raise NotATorchLoaderError("dataset")

@@ -1,7 +1,7 @@
 """One batch on its way from DALI through mixing and the teacher to the consumer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -37,9 +37,8 @@ class PendingBatch:
     def cloned(self) -> KDBatch:
         """The batch in memory of its own."""
         batch = self.batch
-        return replace(
-            batch,
-            images=batch.images.clone(),
+        return batch.replace(
+            inputs={name: tensor.clone() for name, tensor in batch.inputs.items()},
             labels=None if batch.labels is None else batch.labels.clone(),
             index=batch.index.clone(),
             valid=batch.valid.clone(),

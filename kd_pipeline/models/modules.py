@@ -1,15 +1,24 @@
 """Helpers for any `nn.Module`: layer names, eval mode, a frozen copy, outputs by name."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kd_pipeline.errors import TeacherError
 
-__all__ = ["eval_mode", "frozen_copy", "is_channels_last", "is_in_layer", "named_outputs", "zero_images"]
+__all__ = [
+    "call_network",
+    "eval_mode",
+    "frozen_copy",
+    "is_channels_last",
+    "is_in_layer",
+    "named_outputs",
+    "zero_images",
+]
 
 
 def is_in_layer(name: str, layer: str) -> bool:
@@ -24,6 +33,16 @@ def is_channels_last(module: nn.Module) -> bool:
         weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
         for weight in module.parameters()
     )
+
+
+def call_network(network: Callable[..., Any], inputs: Tensor | Mapping[str, Tensor]) -> Any:
+    """What a network, or a teacher, returns for its only input, or for several inputs by name.
+
+    A network takes several as keywords, as those of Hugging Face do; a `Teacher` takes the mapping.
+    """
+    if isinstance(inputs, Tensor) or not isinstance(network, nn.Module):
+        return network(inputs)
+    return network(**inputs)
 
 
 @contextmanager

@@ -78,13 +78,15 @@ class Teacher(ABC):
         """Calls so far."""
         self._closed = False
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the model on `images` `[N, 3, H, W]` and return its outputs by name.
 
         Raises:
             TeacherError: the images do not fit, the runtime failed or returned more or fewer rows than images, or the
                 teacher is closed.
         """
+        if not isinstance(images, Tensor):
+            raise TeacherError(f"the {self.backend} teacher takes one tensor, got {', '.join(images)}")
         self._check(images)
         started = time.perf_counter()
         try:

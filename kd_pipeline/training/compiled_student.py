@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.text import printable
 from kd_pipeline._core.torch_compile import cache_folder, is_compile_error, torch_compile
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.models.modules import call_network
 
 __all__ = ["CompiledStudent"]
 
@@ -26,27 +27,29 @@ class CompiledStudent:
 
     def __init__(self, student: nn.Module) -> None:
         self._student = student
-        self._compiled: Callable[[Tensor], Any] = torch_compile(student)
-        self._num_images: int | None = None
+        self._compiled: Callable[..., Any] = torch_compile(student)
+        self._num_rows: int | None = None
         self._started_s: float | None = None
 
-    def __call__(self, images: Tensor) -> Any:
-        """What the student returns for `images`.
+    def __call__(self, inputs: Tensor | Mapping[str, Tensor]) -> Any:
+        """What the student returns for its only input, or for several by name.
 
         Raises:
             ConfigError: it cannot be compiled.
         """
-        if self._num_images is None:
-            self._num_images, self._started_s = len(images), time.perf_counter()
+        named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+        num_rows = len(next(iter(named.values())))
+        if self._num_rows is None:
+            self._num_rows, self._started_s = num_rows, time.perf_counter()
             _logger.info(
                 "compiling the student (train.compile), which can take a minute or more; what is compiled is kept in "
                 "%s for later runs",
                 cache_folder(),
             )
-        if len(images) != self._num_images:
-            return self._student(images)
+        if num_rows != self._num_rows:
+            return call_network(self._student, inputs)
         with self.explained():
-            return self._compiled(images)
+            return self._compiled(inputs) if isinstance(inputs, Tensor) else self._compiled(**inputs)
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -13,9 +13,10 @@ from kd_pipeline._core.memory import release_free_memory
 from kd_pipeline._core.optional import require
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import NonFiniteError
-from kd_pipeline.evaluation._evaluate import Evaluation, images_for
+from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for
 from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
 from kd_pipeline.losses.ramp import value_at
+from kd_pipeline.models.modules import call_network
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.compiled_student import CompiledStudent
@@ -145,7 +146,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._took_optimizer_step = False
         student = self._compiled or self.student
         with self.distillation.student_features(self.student) as features:
-            outputs = student(images_for(self.student, batch.images))
+            outputs = call_network(student, inputs_for(self.student, batch.input))
         num_done = self.current_epoch * self.trainer.num_training_batches + number
         epoch = num_done / self.trainer.num_training_batches
         terms = self.distillation(outputs, features, batch, epoch=epoch, epochs=self._settings.epochs)

@@ -28,6 +28,7 @@ _SMALLER_STEPS = (
 )
 _ADVICE = {
     "images": "the images themselves hold NaN or inf: check mean, std and dtype of data.train.transform",
+    "inputs": "the inputs themselves hold NaN or inf: check what your loader gives",
     "teacher": "the teacher returns NaN or inf for these images: check its weights and the normalization of its "
     "images, and if it runs in fp16, set teacher.precision to bf16 or fp32",
     "rows": "no row of the batch is valid: a loss of your own should return 0 there",
@@ -195,8 +196,9 @@ def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
 def _describe(trained: TrainedBatch, sample_name: Callable[[int], str]) -> _Report:
     """The terms of the loss, and the samples of the batch: first those for which a model has no finite outputs."""
     batch, terms = trained.batch, trained.terms
+    floats = {name: each for name, each in batch.inputs.items() if each.is_floating_point()}
     outputs = {
-        "the images": ("images", batch.images),
+        **{f"the {name}": ("images" if name == "images" else "inputs", each) for name, each in floats.items()},
         **{f"the teacher's {name!r}": ("teacher", output) for name, output in batch.teacher.items()},
         **{f"the student's {name!r}": ("student", output) for name, output in trained.outputs.items()},
     }
@@ -217,7 +219,7 @@ def _describe(trained: TrainedBatch, sample_name: Callable[[int], str]) -> _Repo
         also = f", {num_bad} with NaN or inf" if num_bad else ""
         lines.append(f"  and {len(rows) - _MAX_LISTED} more samples{also}")
     # What goes in explains what comes out.
-    given = causes & {"images", "teacher", "rows"}
+    given = causes & {"images", "inputs", "teacher", "rows"}
     bad_students = [is_bad for name, is_bad in bad_N.items() if outputs[name][0] == "student"]
     is_diverged = all(any(is_bad[row] for is_bad in bad_students) for row in rows)
     return _Report("\n".join(lines), tuple(given or {"diverged" if is_diverged else "student"}), None)

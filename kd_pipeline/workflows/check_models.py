@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,10 +13,11 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError, KDPipelineError
-from kd_pipeline.evaluation._evaluate import images_for, open_metrics
+from kd_pipeline.evaluation._evaluate import inputs_for, open_metrics
 from kd_pipeline.evaluation.probe import ProbeReport, run_probe
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.models.modules import call_network
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.report.grid import save_grid
 from kd_pipeline.teachers.base import Teacher, is_logits
@@ -151,8 +152,7 @@ def _draw(config: Config, training: Source, out: Path, teacher: Teacher | Record
 
 def _first_rows(batch: KDBatch) -> KDBatch:
     """A copy of the first images, which outlives the loader."""
-    return replace(
-        batch,
+    return batch.replace(
         images=batch.images[:_NUM_IMAGES].clone(),
         labels=None if batch.labels is None else batch.labels[:_NUM_IMAGES],
         index=batch.index[:_NUM_IMAGES],
@@ -224,7 +224,7 @@ def _check_loss(distillation: Distillation, student: nn.Module, batch: KDBatch, 
     device = resolve_device(config.data.device)
     student, distillation = student.to(device).eval(), distillation.to(device)
     with distillation.student_features(student) as features:
-        outputs = student(images_for(student, batch.images))
+        outputs = call_network(student, inputs_for(student, batch.input))
     try:
         found = distillation(outputs, features, batch, epoch=0, epochs=config.train.epochs)
     except KDPipelineError:

@@ -17,7 +17,7 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError, TeacherError
-from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings, evaluate, images_for
+from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings, evaluate, inputs_for
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -241,12 +241,12 @@ def test_model_without_a_finite_row_is_refused(tmp_path, value) -> None:
 def test_images_for_a_network(tmp_path) -> None:
     images = torch.rand(2, 3, 4, 4)
     usual = nn.Conv2d(3, 4, 3)
-    assert images_for(usual, images) is images and images_for(pixel_teacher(Tensor.float), images) is images
-    found = images_for(copy.deepcopy(usual).bfloat16().to(memory_format=torch.channels_last), images)
+    assert inputs_for(usual, images) is images and inputs_for(pixel_teacher(Tensor.float), images) is images
+    found = inputs_for(copy.deepcopy(usual).bfloat16().to(memory_format=torch.channels_last), images)
     assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
     assert images.is_contiguous()
     pointwise = nn.Conv2d(3, 4, 1).to(memory_format=torch.channels_last)  # whose weights have both orders
-    assert images_for(pointwise, images) is images
+    assert inputs_for(pointwise, images) is images
 
 
 def test_to_dict_and_scalars(tmp_path) -> None:

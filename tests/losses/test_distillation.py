@@ -221,7 +221,7 @@ def test_without_teacher_loss_is_cross_entropy():
 def test_soft_labels_reach_task_loss(teacher):
     student, batch = LogitsOnly(), make_batch(teacher)
     mixed = torch.rand(4, NUM_CLASSES).softmax(1)
-    logits, _, result = run(make({}, teacher, labels_are_soft=True), student, replace(batch, labels=mixed))
+    logits, _, result = run(make({}, teacher, labels_are_soft=True), student, batch.replace(labels=mixed))
     assert result.terms["task"] == losses.task(logits, mixed, valid=batch.valid)
 
 
@@ -256,7 +256,7 @@ def test_invalid_rows_are_ignored(teacher):
         tensor[2] = float("nan")
     labels = batch.labels.clone()
     labels[2] = -5
-    found = run(distillation, student, replace(batch, teacher=garbage, labels=labels))[2]
+    found = run(distillation, student, batch.replace(teacher=garbage, labels=labels))[2]
     assert found.total == expected.total
     assert found.total.isfinite()
 
@@ -409,7 +409,7 @@ def test_missing_features(teacher):
     ):
         distillation(logits, {}, batch, epoch=0, epochs=1)
     with pytest.raises(ConfigError, match=r"'logits' among the batch's teacher outputs .* found nothing"):
-        distillation(logits, features, replace(batch, teacher={}), epoch=0, epochs=1)
+        distillation(logits, features, batch.replace(teacher={}), epoch=0, epochs=1)
 
 
 def test_dry_run_leaves_student_unchanged(teacher):

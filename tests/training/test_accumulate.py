@@ -1,6 +1,5 @@
 """Batches that are accumulated count by their valid rows: a step is that of the one large batch."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def test_group_without_valid_rows_has_gradient_zero(
     original = DistillModule.training_step
 
     def without_rows(self: DistillModule, batch: KDBatch, number: int) -> Tensor:
-        return original(self, replace(batch, valid=torch.zeros_like(batch.valid)), number)
+        return original(self, batch.replace(valid=torch.zeros_like(batch.valid)), number)
 
     name, options = f"none{accumulate}", {"train__epochs": 1, "train__accumulate": accumulate}
     torch.manual_seed(settings(digits, name).seed)

@@ -254,7 +254,7 @@ def test_advice_fits_the_cause(rows: dict[str, list[int]], advice: str) -> None:
 def test_excluded_classes_are_no_cause() -> None:
     batch = trained(student=[0])
     excluding = torch.zeros(12, 4).masked_fill(torch.arange(4) == 1, -math.inf)
-    found = replace(batch, batch=replace(batch.batch, teacher={"logits": excluding}))
+    found = replace(batch, batch=batch.batch.replace(teacher={"logits": excluding}))
     guard = StepGuard(0, sample_name=str)
     guard.start_step([])
     guard.watch(found)

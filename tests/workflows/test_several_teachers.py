@@ -1,6 +1,5 @@
 """Runs with several teachers of different kinds: a vision transformer, a wider network and a classifier at once."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +218,9 @@ def test_grid_shows_the_classifier(folder: Path) -> None:
     with KDDataLoader.from_config(config, plugins=PLUGINS) as loader:
         batch = next(iter(loader))
         with_group = save_grid(batch, folder / "group.png", transform=loader.transform)
-        logits = replace(batch, teacher={"logits": batch.teacher["classes.logits"]})
+        logits = batch.replace(teacher={"logits": batch.teacher["classes.logits"]})
         with_one = save_grid(logits, folder / "one.png", transform=loader.transform)
-        without = save_grid(replace(batch, teacher={}), folder / "none.png", transform=loader.transform)
+        without = save_grid(batch.replace(teacher={}), folder / "none.png", transform=loader.transform)
     assert with_group.read_bytes() == with_one.read_bytes() != without.read_bytes()
 
 
