@@ -21,7 +21,7 @@ from kd_pipeline.cli import main
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.models.modules import is_channels_last
 from kd_pipeline.training.module import DistillModule
-from kd_pipeline.workflows import _train
+from kd_pipeline.workflows import stage_run
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows._train import TrainResult, train
 from tests import runs
@@ -352,12 +352,12 @@ def test_doctor_finds_the_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 def test_student_is_left_on_the_cpu_or_gpu_as_a_whole(digits: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """What is exported and evaluated after the training is on one device."""
     devices = []
-    write = _train.write_results
+    write = stage_run.write_results
 
     def spy(folder: Any, config: Any, student: nn.Module, *rest: Any) -> None:
         devices.append({tensor.device.type for tensor in student.state_dict().values()})
         write(folder, config, student, *rest)
 
-    monkeypatch.setattr(_train, "write_results", spy)
+    monkeypatch.setattr(stage_run, "write_results", spy)
     run_on("cuda", digits, tmp_path / "run", train__ema={"decay": 0.9}, train__epochs=1)
     assert [len(found) for found in devices] == [1]
