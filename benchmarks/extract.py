@@ -185,8 +185,8 @@ def _network(settings: BenchExtractSettings, device: torch.device) -> nn.Module:
     """The network in the memory order that a run would choose for it."""
     torch.manual_seed(0)
     network = open_model(ModelSettings(**network_by_name(settings.network), num_classes=0)).to(device)
-    shape = (3, settings.size, settings.size)
-    use_channels_last(network, "auto", image_shape=shape, device=device, is_half=False)
+    example = {"images": torch.zeros(2, 3, settings.size, settings.size)}
+    use_channels_last(network, "auto", example=example, device=device, is_half=False)
     return network
 
 

@@ -71,7 +71,8 @@ class Distillation(nn.Module):
         *,
         student: nn.Module,
         teacher_outputs: Mapping[str, TensorSpec] | None,
-        image_shape: tuple[int, int, int],
+        image_shape: tuple[int, int, int] | None = None,
+        example: Mapping[str, Tensor] | None = None,
         num_classes: int | None,
         labels_are_soft: bool = False,
         loss: CustomLoss | None = None,
@@ -81,10 +82,11 @@ class Distillation(nn.Module):
 
         Args:
             settings: the terms and their weights.
-            student: maps `[N, *image_shape]` to logits `[N, num_classes]`, or to outputs by name. It runs once, in eval
-                mode, and is not kept.
+            student: maps its inputs, such as images `[N, *image_shape]`, to logits `[N, num_classes]`, or to outputs by
+                name. It runs once, in eval mode, and is not kept.
             teacher_outputs: `Teacher.outputs`, or None to train on labels only.
-            image_shape: `(C, H, W)` of the images.
+            image_shape: `(C, H, W)` of the images; the dry run is then on zeros.
+            example: instead of it, the student's inputs by name, of two rows, as `example()` of a loader gives them.
             num_classes: number of classes in the data; None if it has none.
             labels_are_soft: whether labels are `[N, K]` weights, as with mixup and cutmix.
             loss: replaces the loss named in the settings; the weights stay theirs.
@@ -120,14 +122,17 @@ class Distillation(nn.Module):
         self._temperature = None if self._distill_term is None else self._distill_term.temperature
         if labels_are_soft:
             _check_soft_labels([*extra.values()] + ([self._distill_term] if self._distill_term else []))
-        own = run_on_zeros(student, (), image_shape)
+        trial = image_shape if example is None else example
+        if trial is None:
+            raise ConfigError("a Distillation needs image_shape, or an example of the student's inputs, for a dry run")
+        own = run_on_zeros(student, (), trial)
         needs_logits = {"task", "distill"} & self._weights.keys()
         if LOGITS in own or needs_logits:
             check_logits(student, own, num_classes, needed_by=sorted(needs_logits))
         names = {name: _student_name(name, term, student, own) for name, term in extra.items()}
         self.layers = tuple(dict.fromkeys(name for name in names.values() if name not in own))
         """Layers of the student whose features `forward` needs besides what the student returns."""
-        outputs = own | run_on_zeros(student, self.layers, image_shape) if self.layers else own
+        outputs = own | run_on_zeros(student, self.layers, trial) if self.layers else own
         self.projectors = nn.ModuleList()
         """One per extra term; `nn.Identity` for a term without a projector."""
         self.standardizers, self.queues = nn.ModuleDict(), nn.ModuleDict()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.features import capture_features
-from kd_pipeline.models.modules import eval_mode, named_outputs, zero_images
+from kd_pipeline.models.modules import call_network, eval_mode, named_outputs, trial_inputs
 
 __all__ = ["check_logits", "run_on_zeros", "student_outputs"]
 
@@ -25,10 +25,15 @@ def student_outputs(outputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tens
         raise ConfigError(str(exc)) from None
 
 
-def run_on_zeros(student: nn.Module, layers: Sequence[str], image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    """The student's outputs, or the features of `layers`, for two images of zeros; its modes are unchanged."""
+def run_on_zeros(
+    student: nn.Module, layers: Sequence[str], example: Mapping[str, Tensor] | tuple[int, int, int]
+) -> dict[str, Tensor]:
+    """The student's outputs, or the features of `layers`, for an example of two rows; its modes are unchanged.
+
+    `example` is its inputs by name, or the `(C, H, W)` of images, which are then zeros.
+    """
     name = type(student).__qualname__
-    zeros = zero_images(student, image_shape)
+    inputs = trial_inputs(student, example)
     try:
         with (
             eval_mode(student),
@@ -36,12 +41,15 @@ def run_on_zeros(student: nn.Module, layers: Sequence[str], image_shape: tuple[i
             torch.compiler.set_stance("force_eager"),
             capture_features(student, layers) as features,
         ):
-            outputs = student(zeros)
+            outputs = call_network(student, inputs)
         return dict(features) if layers else dict(student_outputs(outputs))
     except ConfigError:
         raise
     except Exception as exc:
-        raise ConfigError(f"the student {name} fails on zeros {list(zeros.shape)}: {exc}") from exc
+        named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+        shapes = ", ".join(f"{key} {list(each.shape)}".strip() for key, each in named.items())
+        what = "zeros" if isinstance(example, tuple) else "an example"
+        raise ConfigError(f"the student {name} fails on {what} {shapes}: {exc}") from exc
 
 
 def check_logits(

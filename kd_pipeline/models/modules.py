@@ -17,6 +17,7 @@ __all__ = [
     "is_channels_last",
     "is_in_layer",
     "named_outputs",
+    "trial_inputs",
     "zero_images",
 ]
 
@@ -64,6 +65,24 @@ def zero_images(module: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
     """Two images `[2, *image_shape]` of zeros, in the dtype and on the device of the weights of `module`."""
     like = next(module.parameters(), torch.zeros(()))
     return torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
+
+
+def trial_inputs(
+    module: nn.Module, example: Mapping[str, Tensor] | tuple[int, int, int]
+) -> Tensor | Mapping[str, Tensor]:
+    """What to call `module` with for a trial run: `example` on its device, and in its dtype where that is a float.
+
+    Args:
+        module: the network.
+        example: its inputs by name, of two rows, or the `(C, H, W)` of images, which are then zeros.
+    """
+    if isinstance(example, tuple):
+        return zero_images(module, example)
+    like = next(module.parameters(), torch.zeros(()))
+    moved = {
+        name: each.to(like.device, like.dtype if each.is_floating_point() else None) for name, each in example.items()
+    }
+    return next(iter(moved.values())) if len(moved) == 1 else moved
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

@@ -1,13 +1,14 @@
 """Whether the student trains in channels-last order (NHWC), in which most convolutions are faster."""
 
 import logging
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models.modules import eval_mode, zero_images
+from kd_pipeline.models.modules import call_network, eval_mode, trial_inputs
 
 __all__ = ["ChannelsLast", "use_channels_last"]
 
@@ -18,7 +19,7 @@ ChannelsLast = bool | Literal["auto"]
 
 
 def use_channels_last(
-    student: nn.Module, setting: ChannelsLast, *, image_shape: tuple[int, int, int], device: torch.device, is_half: bool
+    student: nn.Module, setting: ChannelsLast, *, example: Mapping[str, Tensor], device: torch.device, is_half: bool
 ) -> None:
     """Put the weights of `student` in channels-last order, in place, if `setting` says so.
 
@@ -28,7 +29,7 @@ def use_channels_last(
     Args:
         student: the network, on any device.
         setting: what to do.
-        image_shape: `(C, H, W)` of its images.
+        example: its inputs of two rows by name; only images `[2, C, H, W]` have such an order.
         device: where it will train.
         is_half: whether its convolutions compute in 16 bits.
 
@@ -38,7 +39,7 @@ def use_channels_last(
     if setting is False or (setting == "auto" and not _is_faster(student, device, is_half)):
         return
     student.to(memory_format=torch.channels_last)
-    problem = _problem(student, image_shape)
+    problem = _problem(student, example)
     if problem is None:
         return
     if setting is True:
@@ -63,11 +64,21 @@ def _is_faster(student: nn.Module, device: torch.device, is_half: bool) -> bool:
     return bool(layers) and not (is_half and any(layer.groups == layer.in_channels > 1 for layer in layers))
 
 
-def _problem(student: nn.Module, image_shape: tuple[int, int, int]) -> str | None:
+def _problem(student: nn.Module, example: Mapping[str, Tensor]) -> str | None:
     """Why `student` fails on two images in channels-last order; None if it does not."""
     try:
         with eval_mode(student), torch.no_grad():
-            student(zero_images(student, image_shape).to(memory_format=torch.channels_last))
+            inputs = trial_inputs(student, example)
+            call_network(student, _channels_last(inputs))
     except Exception as exc:  # a user's own network may raise anything
         return str(exc).partition("\n")[0]
     return None
+
+
+def _channels_last(inputs: Tensor | Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:
+    """`inputs` with what has four dimensions in channels-last order."""
+
+    def reorder(each: Tensor) -> Tensor:
+        return each.to(memory_format=torch.channels_last) if each.ndim == 4 else each
+
+    return reorder(inputs) if isinstance(inputs, Tensor) else {name: reorder(each) for name, each in inputs.items()}

@@ -1,25 +1,25 @@
 """Find the parameters that no term of the loss reaches, such as those of a head where only features are compared."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_pipeline.losses.distillation import Distillation
-from kd_pipeline.models.modules import eval_mode, zero_images
+from kd_pipeline.models.modules import call_network, eval_mode, trial_inputs
 
 __all__ = ["unreached_parameters"]
 
 
-def unreached_parameters(
-    student: nn.Module, distillation: Distillation, *, image_shape: tuple[int, int, int]
-) -> list[str]:
-    """Names of the trainable parameters of `student` that get no gradient, by one pass of two images of zeros.
+def unreached_parameters(student: nn.Module, distillation: Distillation, *, example: Mapping[str, Tensor]) -> list[str]:
+    """Names of the trainable parameters of `student` that get no gradient, by one pass of `example`.
 
     The student runs in eval mode and is left as it was.
 
     Args:
         student: the network.
         distillation: the loss.
-        image_shape: `(C, H, W)` of the images.
+        example: inputs of two rows by name.
 
     Raises:
         ConfigError: the student does not return what the loss compares.
@@ -33,7 +33,7 @@ def unreached_parameters(
         torch.compiler.set_stance("force_eager"),
         distillation.student_features(student) as features,
     ):
-        outputs = student(zero_images(student, image_shape))
+        outputs = call_network(student, trial_inputs(student, example))
     compared = [each.float().sum() for each in distillation.compared(outputs, features) if each.requires_grad]
     if not compared:
         return list(named)

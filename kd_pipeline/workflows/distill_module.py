@@ -16,7 +16,7 @@ from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.workflows.stage import num_classes_of
 
-__all__ = ["build_distillation", "build_module", "image_shape_of"]
+__all__ = ["build_distillation", "build_module"]
 
 Module = TypeVar("Module", bound=DistillModule)
 
@@ -53,7 +53,7 @@ def build_module(
         use_channels_last(
             student,
             train.channels_last,
-            image_shape=image_shape_of(loader),
+            example=loader.example(),
             device=loader.device,
             is_half=train.precision != "32-true",
         )
@@ -82,13 +82,8 @@ def build_distillation(
         config.distill,
         student=student,
         teacher_outputs=None if teacher is None else teacher.outputs,
-        image_shape=image_shape_of(loader),
+        example=loader.example(),
         num_classes=num_classes_of(loader.source, teacher),
         labels_are_soft=loader.mix is not None,
         plugins=plugins,
     )
-
-
-def image_shape_of(loader: KDDataLoader) -> tuple[int, int, int]:
-    """`(C, H, W)`."""
-    return 3, loader.transform.size, loader.transform.size

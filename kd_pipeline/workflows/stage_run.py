@@ -37,7 +37,7 @@ from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_det
 from kd_pipeline.training.unreached import unreached_parameters
 from kd_pipeline.training.validation_bar import validation_bar
 from kd_pipeline.workflows.check_images import key_of
-from kd_pipeline.workflows.distill_module import build_distillation, build_module, image_shape_of
+from kd_pipeline.workflows.distill_module import build_distillation, build_module
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
 from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import evaluation_split, read_evaluations, results_digest, write_results
@@ -212,9 +212,7 @@ class StageRun(ExitStack):
         """Train to the end, and return the trainer. From here on, the folder says that it was done with this config."""
         config, folder = self._config, self._folder
         if world_size() > 1:
-            module.unreached = unreached_parameters(
-                module.student, module.distillation, image_shape=image_shape_of(loader)
-            )
+            module.unreached = unreached_parameters(module.student, module.distillation, example=loader.example())
             if module.unreached and is_rank_zero():
                 names = first_few(module.unreached)
                 _logger.info("no term of the loss reaches these of the student, which do not change: %s", names)

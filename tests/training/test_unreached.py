@@ -26,7 +26,7 @@ def unreached(student: nn.Module, *, custom: Any = None, **settings: Any) -> lis
         num_classes=10,
         loss=custom,
     )
-    return unreached_parameters(student, distillation, image_shape=SHAPE)
+    return unreached_parameters(student, distillation, example={"images": torch.zeros(2, *SHAPE)})
 
 
 @pytest.mark.parametrize(
