@@ -12,14 +12,25 @@ from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.secret_values import hide_in_arguments
 from kd_pipeline._core.text import printable
 from kd_pipeline._core.version import __version__
-from kd_pipeline.cli import bench, build_engine, check, demo, distill, doctor, predict, record, train, tune
+from kd_pipeline.cli import bench, build_engine, check, demo, distill, doctor, export, predict, record, train, tune
 from kd_pipeline.cli import eval as evaluation
 from kd_pipeline.cli.arguments import CommandParser, add_common, run_command
 from kd_pipeline.cli.printing import print_message
 
 __all__ = ["main"]
 
-_IMPORTS_TAKE_SECONDS = ("bench", "build-engine", "check", "demo", "distill", "eval", "record", "train", "tune")
+_IMPORTS_TAKE_SECONDS = (
+    "bench",
+    "build-engine",
+    "check",
+    "demo",
+    "distill",
+    "eval",
+    "export",
+    "record",
+    "train",
+    "tune",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +69,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="kd-pipeline", description="Knowledge distillation on NVIDIA DALI.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (demo, check, distill, train, record, evaluation, predict, build_engine, tune, bench, doctor):
+    for command in (
+        demo,
+        check,
+        distill,
+        train,
+        record,
+        evaluation,
+        predict,
+        export,
+        build_engine,
+        tune,
+        bench,
+        doctor,
+    ):
         command.add_to(commands, common)
     return parser

@@ -7,25 +7,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import add_options, checked, given, path_option, print_progress
+from kd_pipeline.cli.model_options import (
+    NAMES,
+    add_input_adapter,
+    add_names,
+    add_weights,
+    given_names,
+    input_adapter,
+    model_plugins,
+    named_model,
+    refuse_weights,
+)
 from kd_pipeline.cli.printing import print_result
 from kd_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from kd_pipeline.models.input_adapter import InputAdapter
-    from kd_pipeline.models.registry import ModelSettings
     from kd_pipeline.teachers.parity import CalibrationSet
     from kd_pipeline.teachers.tensorrt.manifest import EngineManifest, Profile
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
 __all__ = ["add_to"]
 
-_DEFAULT_SIZE = 224
 _EXPORT_BATCH = 8
 """Largest batch that the export is tested with; the build tests larger ones."""
-_MODELS = ("timm", "torchvision", "factory")
 _TRTEXEC = {
     "builder_optimization_level": ("--builder-optimization-level", "--builderOptimizationLevel"),
     "timing_cache": ("--timing-cache", "--timingCacheFile"),
@@ -53,16 +59,12 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    from kd_pipeline.models.input_adapter import InputAdapter
-    from kd_pipeline.models.registry import ModelSettings
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
     model = parser.add_argument_group("the model, one of")
     model.add_argument("--onnx", type=path_option, metavar="FILE", help="a float32 teacher with a dynamic batch size")
-    add_options(model, ModelSettings, *_MODELS)
-
-    named = parser.add_argument_group("a model by name")
-    add_options(named, ModelSettings, "checkpoint", "checkpoint_key", "pretrained", "num_classes")
+    add_names(model)
+    add_weights(parser.add_argument_group("a model by name"))
 
     shapes = parser.add_argument_group("batches and images")
     shapes.add_argument(
@@ -76,8 +78,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     for name in ("min", "opt", "max"):
         shapes.add_argument(f"--{name}-shapes", f"--{name}Shapes", metavar="NAME:NxCxHxW", help="as in trtexec")
     add_options(shapes, BuildSettings, "image_size")
-    add_options(shapes, InputAdapter, "mean", "std", "size", prefix="input_")
-    add_options(shapes, InputAdapter, "from_mean", "from_std")
+    add_input_adapter(shapes)
 
     numbers = parser.add_argument_group("numbers")
     add_options(numbers, BuildSettings, "precision", "half_io", "outputs", "classes")
@@ -116,8 +117,8 @@ def _run(parsed: argparse.Namespace) -> int:
 def _settings(parsed: argparse.Namespace) -> "BuildSettings":
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
-    values = given(parsed, BuildSettings) | {"onnx": _onnx(parsed), "input_adapter": _input_adapter(parsed)}
-    if parsed.classes is not None and parsed.onnx is None and _model(parsed).is_headless:
+    values = given(parsed, BuildSettings) | {"onnx": _onnx(parsed), "input_adapter": input_adapter(parsed)}
+    if parsed.classes is not None and parsed.onnx is None and named_model(parsed).is_headless:
         raise ConfigError("--classes names the logits, which --num-classes 0 leaves out; leave one of them out")
     profiles, size = _profiles(parsed)
     if profiles:
@@ -127,79 +128,52 @@ def _settings(parsed: argparse.Namespace) -> "BuildSettings":
     return checked(BuildSettings, **values)
 
 
-def _model(parsed: argparse.Namespace) -> "ModelSettings":
-    from kd_pipeline.models.registry import ModelSettings
-
-    return checked(ModelSettings, **given(parsed, ModelSettings))
-
-
-def _input_adapter(parsed: argparse.Namespace) -> "InputAdapter | None":
-    from kd_pipeline.models.input_adapter import InputAdapter
-
-    values, source = given(parsed, InputAdapter, prefix="input_"), given(parsed, InputAdapter)
-    if not values:
-        if source:
-            raise ConfigError("--from-mean and --from-std go with --input-mean and --input-std; give those too")
-        return None
-    if ("mean" in values) != ("std" in values):
-        raise ConfigError("--input-mean and --input-std belong together; give both, three numbers each")
-    if "mean" not in values:  # only resize
-        values |= {"mean": source.get("from_mean", IMAGENET_MEAN), "std": source.get("from_std", IMAGENET_STD)}
-    options = {name: f"input-{name}" for name in ("mean", "std", "size")}
-    return checked(InputAdapter, options, **values, **source)
-
-
 def _onnx(parsed: argparse.Namespace) -> Path:
     """The ONNX file that was given, or the one to export the model to."""
-    names = ("onnx", *_MODELS)
-    found = [name for name in names if getattr(parsed, name) is not None]
+    found = given_names(parsed, "onnx")
     if len(found) != 1:
         found_names = " and ".join(f"--{name}" for name in found) or "none of them"
-        raise ConfigError(f"give one of {', '.join(f'--{name}' for name in names)}, got {found_names}")
+        raise ConfigError(f"give one of {', '.join(f'--{name}' for name in ('onnx', *NAMES))}, got {found_names}")
     onnx: Path | None = parsed.onnx
     if onnx is None:
         stem = re.sub(r"[^\w.-]+", "_", getattr(parsed, found[0]))
         engine: Path = parsed.save_engine or Path(f"{stem}.engine")
         return engine.parent / f"{engine.stem}.onnx"
-    for name in ("checkpoint", "checkpoint_key", "pretrained", "num_classes"):
-        if getattr(parsed, name) not in (None, False):
-            raise ConfigError(f"--{name.replace('_', '-')} is for a model by name; the weights of {onnx} are in it")
+    refuse_weights(parsed, onnx)
     return onnx
 
 
 def _export(parsed: argparse.Namespace, settings: "BuildSettings") -> None:
     """Export the model that was named to `settings.onnx`; an existing file is kept, and must be that model."""
-    import torch
-
-    from kd_pipeline.models.registry import open_model, pretrained_input
+    from kd_pipeline._core.progress import timed
     from kd_pipeline.onnx.export import export_onnx
     from kd_pipeline.onnx.file import read_onnx
+    from kd_pipeline.workflows._export import network_by_name
 
     onnx, adapter = settings.onnx, settings.input_adapter
-    (name,) = (name for name in map(vars(parsed).get, _MODELS) if name is not None)
-    torch.manual_seed(0)  # the same random weights in every call
-    # Typing the factory's name allows its module to run.
-    module = open_model(_model(parsed), plugins=[str(parsed.factory).partition(":")[0]])
-    if parsed.factory is None and not (parsed.pretrained or parsed.checkpoint):
-        print_progress(f"{name} has random weights; give --pretrained or --checkpoint for trained ones")
-    expected = pretrained_input(module)
-    size = (adapter and adapter.size) or settings.image_size or (expected.size[0] if expected else _DEFAULT_SIZE)
-    if expected and parsed.input_mean is None and (expected.mean, expected.std) != (IMAGENET_MEAN, IMAGENET_STD):
-        print_progress(
-            f"timm says that {name} was trained with --input-mean {' '.join(map(str, expected.mean))} "
-            f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalized differently"
-        )
-    print_progress(f"exporting {name} for images of {size} x {size} to {onnx}")
-    if not onnx.exists():
-        export_onnx(module, onnx, image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
-        return
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=onnx.parent) as folder:
-        made = export_onnx(module, Path(folder, onnx.name), image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
-        if read_onnx(made).sha256 != read_onnx(onnx).sha256:
-            raise ConfigError(
-                f"{onnx} already exists and is not the export of {name}; remove it, or give a different name with "
-                "--save-engine"
+    network = network_by_name(
+        named_model(parsed),
+        size=(adapter and adapter.size) or settings.image_size,
+        input_adapter=adapter,
+        plugins=model_plugins(parsed),
+        report=print_progress,
+    )
+    size = network.size
+    print_progress(f"exporting {network.name} for images of {size} x {size} to {onnx}")
+    with timed("export to ONNX") as report:
+        if not onnx.exists():
+            export_onnx(network.module, onnx, image_shape=(3, size, size), max_batch=_EXPORT_BATCH, report=report)
+            return
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=onnx.parent) as folder:
+            path = Path(folder, onnx.name)
+            made = export_onnx(
+                network.module, path, image_shape=(3, size, size), max_batch=_EXPORT_BATCH, report=report
             )
+            if read_onnx(made).sha256 != read_onnx(onnx).sha256:
+                raise ConfigError(
+                    f"{onnx} already exists and is not the export of {network.name}; remove it, or give a different "
+                    "name with --save-engine"
+                )
 
 
 def _profiles(parsed: argparse.Namespace) -> "tuple[tuple[Profile, ...], int | None]":

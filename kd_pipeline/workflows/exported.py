@@ -38,6 +38,7 @@ from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 from kd_pipeline.training.settings import ExportSettings
 
 __all__ = [
+    "CHECKPOINTS",
     "DESCRIPTION",
     "ENGINE",
     "ONNX",
@@ -54,7 +55,7 @@ DESCRIPTION, WEIGHTS, ONNX, ENGINE = "model.json", "model.safetensors", "model.o
 
 _BACKENDS = {".onnx": "onnx", ".engine": "engine", ".plan": "engine", ".trt": "engine"}
 """The teacher setting that opens a file with this suffix."""
-_CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar")
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".tar")
 """Suffixes of files with weights alone."""
 _MAX_BYTES = 2**24
 """Of a description, which has a name for each class."""
@@ -274,7 +275,7 @@ def _no_model(path: Path) -> str:
     found = f"{path} is neither the folder of a run nor an .onnx or .engine file"
     if not path.exists():
         return f"{found}; nothing is at this path"
-    if path.suffix not in _CHECKPOINTS:
+    if path.suffix not in CHECKPOINTS:
         return found
     network = f"teacher: {{model: {{timm: resnet50, checkpoint: {path}}}}}"
     return (

@@ -195,7 +195,7 @@ def test_folder_is_checked_before_export(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give one of --onnx, --timm, --torchvision, --factory, got none of them"),
+        ([], "give one of --onnx, --timm, --torchvision, --builtin, --factory, got none of them"),
         (["--onnx", "FILE", "--timm", "resnet18"], "got --onnx and --timm"),
         (["--onnx", "FILE", "--pretrained"], "--pretrained is for a model by name"),
         (["--onnx", "FILE", "--num-classes", "0"], "--num-classes is for a model by name"),

@@ -34,6 +34,7 @@ def test_help_lists_commands() -> None:
         "record",
         "eval",
         "predict",
+        "export",
         "build-engine",
         "tune",
         "bench",
