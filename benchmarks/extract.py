@@ -44,7 +44,7 @@ from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.evaluation._evaluate import inputs_for
 from kd_pipeline.evaluation.frozen import extract_features
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.models.modules import eval_mode
+from kd_pipeline.models.modules import eval_mode, zero_images
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.training.memory_format import use_channels_last
 
@@ -185,7 +185,7 @@ def _network(settings: BenchExtractSettings, device: torch.device) -> nn.Module:
     """The network in the memory order that a run would choose for it."""
     torch.manual_seed(0)
     network = open_model(ModelSettings(**network_by_name(settings.network), num_classes=0)).to(device)
-    example = {"images": torch.zeros(2, 3, settings.size, settings.size)}
+    example = zero_images((3, settings.size, settings.size))
     use_channels_last(network, "auto", example=example, device=device, is_half=False)
     return network
 

@@ -1,6 +1,6 @@
 """The training loss: a weighted sum of named terms, with their projectors."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -12,19 +12,21 @@ from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.losses.dry_run import check_logits, run_on_zeros, student_outputs
+from kd_pipeline.losses.dry_run import check_logits, run_dry
 from kd_pipeline.losses.outputs import find_output, is_alias
 from kd_pipeline.losses.ramp import max_value, value_at
+from kd_pipeline.losses.returned import check_returned_losses, returned_losses, student_outputs
 from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.losses.terms import NEED_LABELS, Term, TermModules, check_on_zeros, compute_loss, settle_term
 from kd_pipeline.models.backbone import prefix_tokens_of, trunk_of
 from kd_pipeline.models.features import capture_features
+from kd_pipeline.models.modules import deployed_network, zero_images
 
 __all__ = ["CustomLoss", "DistillSettings", "Distillation", "LossTerms", "TermSettings", "student_outputs"]
 
 CustomLoss = Callable[[Any, KDBatch], Tensor]
-"""Your own loss: maps what the student returns, such as logits `[N, K]`, and the batch to a scalar, the mean over the
-valid rows."""
+"""Your own loss: maps what the student returns, as it returns it, and the batch to a scalar, the mean over the valid
+rows."""
 
 _STUDENT = "the student's outputs and features (run it inside distillation.student_features)"
 _TEACHER = "the batch's teacher outputs (give the loader the teacher)"
@@ -71,50 +73,57 @@ class Distillation(nn.Module):
         *,
         student: nn.Module,
         teacher_outputs: Mapping[str, TensorSpec] | None,
-        image_shape: tuple[int, int, int] | None = None,
+        image_shape: Sequence[int] | None = None,
         example: Mapping[str, Tensor] | None = None,
         num_classes: int | None,
         labels_are_soft: bool = False,
         loss: CustomLoss | None = None,
         plugins: Collection[str] = (),
     ) -> None:
-        """Build the projectors, and settle all names and shapes with a dry run on zeros.
+        """Build the projectors, and settle all names and shapes with a dry run.
 
         Args:
             settings: the terms and their weights.
-            student: maps its inputs, such as images `[N, *image_shape]`, to logits `[N, num_classes]`, or to outputs by
-                name. It runs once, in eval mode, and is not kept.
+            student: maps its inputs to logits `[N, num_classes]`, or to what `named_outputs` describes. It runs in eval
+                mode, and is not kept.
             teacher_outputs: `Teacher.outputs`, or None to train on labels only.
-            image_shape: `(C, H, W)` of the images; the dry run is then on zeros.
-            example: instead of it, the student's inputs by name, of two rows, as `example()` of a loader gives them.
+            image_shape: shape of one input, such as `(C, H, W)` of images, for a dry run on zeros.
+            example: inputs of two rows by name, for the dry run of a student that takes something else.
             num_classes: number of classes in the data; None if it has none.
             labels_are_soft: whether labels are `[N, K]` weights, as with mixup and cutmix.
-            loss: replaces the loss named in the settings; the weights stay theirs.
+            loss: replaces the loss named in the settings; the weights stay theirs, without a teacher too.
             plugins: modules that a `loss` in the settings may come from. A config file is data and cannot grant this
                 itself: pass what the user typed.
 
         Raises:
-            ConfigError: a layer, an output or a function does not exist, features cannot be compared, or a loss needs
-                the class of each image and labels are soft.
+            ConfigError: a layer, an output or a function does not exist, features cannot be compared, a loss of the
+                student has no weight, or a loss needs the class of each image and labels are soft.
+            TypeError: neither `image_shape` nor `example` is given.
         """
         super().__init__()
+        if example is None:
+            if image_shape is None:
+                raise TypeError("a Distillation needs an example of the inputs, or image_shape, the shape of one")
+            example = zero_images(image_shape)
         self.settings = settings
         has_teacher = teacher_outputs is not None
-        distill_weight, task_weight = settings.weights if has_teacher else (0.0, 1.0)
+        self._is_own_loss = loss is not None or type(self).distill_loss is not Distillation.distill_loss
+        uses_settings = has_teacher or self._is_own_loss or (settings.loss is None and settings.student_losses)
+        distill_weight, task_weight = settings.weights if uses_settings else (0.0, 1.0)
         extra = {
             name: term
             for name, term in zip(settings.term_names, settings.features, strict=True)
             if has_teacher and max_value(term.weight)
         }
         weights = {"task": task_weight, "distill": distill_weight}
-        weights |= {name: term.weight for name, term in extra.items()}
+        weights |= {name: term.weight for name, term in extra.items()} | settings.student_losses
         self._weights = {name: weight for name, weight in weights.items() if max_value(weight)}
         self._custom_loss: CustomLoss | None = loss
         self._distill_term: TermSettings | None = None
         if "distill" in self._weights and loss is None:
             assert settings.loss is not None  # without one the weight is 0
             if settings.has_custom_loss:
-                self._custom_loss = import_function("loss", settings.loss, plugins)
+                self._custom_loss, self._is_own_loss = import_function("loss", settings.loss, plugins), True
             else:
                 self._distill_term = TermSettings(
                     loss=settings.loss, temperature=settings.temperature, options=settings.options
@@ -122,17 +131,18 @@ class Distillation(nn.Module):
         self._temperature = None if self._distill_term is None else self._distill_term.temperature
         if labels_are_soft:
             _check_soft_labels([*extra.values()] + ([self._distill_term] if self._distill_term else []))
-        trial = image_shape if example is None else example
-        if trial is None:
-            raise ConfigError("a Distillation needs image_shape, or an example of the student's inputs, for a dry run")
-        own = run_on_zeros(student, (), trial)
-        needs_logits = {"task", "distill"} & self._weights.keys()
-        if LOGITS in own or needs_logits:
-            check_logits(student, own, num_classes, needed_by=sorted(needs_logits))
+        run = run_dry(student, (), example)
+        if run.losses:  # which a student may return in training mode only
+            check_returned_losses(run.losses, settings.student_losses)
+        own = run.outputs
+        needs_logits = ({"task"} if self._is_own_loss else {"task", "distill"}) & self._weights.keys()
+        if needs_logits or (LOGITS in own and own[LOGITS].ndim == 2):
+            num_rows = len(next(iter(example.values())))
+            check_logits(student, own, num_classes, num_rows=num_rows, needed_by=sorted(needs_logits))
         names = {name: _student_name(name, term, student, own) for name, term in extra.items()}
         self.layers = tuple(dict.fromkeys(name for name in names.values() if name not in own))
         """Layers of the student whose features `forward` needs besides what the student returns."""
-        outputs = own | run_on_zeros(student, self.layers, trial) if self.layers else own
+        outputs = own | run_dry(student, self.layers, example).features if self.layers else own
         self.projectors = nn.ModuleList()
         """One per extra term; `nn.Identity` for a term without a projector."""
         self.standardizers, self.queues = nn.ModuleDict(), nn.ModuleDict()
@@ -140,7 +150,7 @@ class Distillation(nn.Module):
         self._terms: tuple[Term, ...] = ()
         if teacher_outputs is not None:
             self._check_teacher_logits(outputs.get(LOGITS), teacher_outputs, num_classes)
-            prefix = prefix_tokens_of(student, outputs)
+            prefix = prefix_tokens_of(deployed_network(student), outputs)
             for name, term in extra.items():
                 own_name = names[name]
                 self._add(*settle_term(name, term, own_name, outputs[own_name], prefix[own_name], teacher_outputs))
@@ -148,7 +158,7 @@ class Distillation(nn.Module):
     @property
     def compares_outputs(self) -> bool:
         """Whether something that the student returns enters the loss, and not layers of it alone."""
-        on_outputs = {"task", "distill"} & self._weights.keys()
+        on_outputs = {"task", "distill", *self.settings.student_losses} & self._weights.keys()
         return bool(on_outputs) or any(term.student not in self.layers for term in self._terms)
 
     @property
@@ -169,11 +179,11 @@ class Distillation(nn.Module):
 
         The student may be compiled, as `kd_pipeline.models.features.capture_features` describes.
         """
-        return capture_features(student, self.layers)
+        return capture_features(deployed_network(student), self.layers)
 
     def forward(
         self,
-        outputs: Tensor | Mapping[str, Tensor],
+        outputs: Any,
         features: Mapping[str, Tensor],
         batch: KDBatch,
         *,
@@ -183,17 +193,19 @@ class Distillation(nn.Module):
         """The loss of a batch.
 
         Args:
-            outputs: what the student returns: logits `[N, K]`, or outputs by name.
+            outputs: what the student returns: logits `[N, K]`, or what `named_outputs` describes.
             features: outputs of the student's `layers`, by name.
             batch: labels, valid rows and teacher outputs.
             epoch: epochs done so far, fractional within an epoch.
             epochs: length of the run.
 
         Raises:
-            ConfigError: the batch has no labels, or features of the student or the teacher are missing.
+            ConfigError: the batch has no labels, or features of the student or the teacher, or losses of the student,
+                are missing.
         """
         temperature = None if self._temperature is None else value_at(self._temperature, epoch, epochs)
-        found = {**student_outputs(outputs), **features}
+        found, own_losses = {**student_outputs(outputs), **features}, returned_losses(outputs)
+        check_returned_losses(own_losses, self.settings.student_losses)
         terms = {}
         if "task" in self._weights:
             logits = _get(found, LOGITS, _STUDENT)
@@ -212,27 +224,25 @@ class Distillation(nn.Module):
                 valid=batch.valid,
                 temperature=None if ramp is None else value_at(ramp, epoch, epochs),
             )
+        terms |= {name: value for name, value in own_losses.items() if name in self._weights}
         weights = {name: value_at(self._weights[name], epoch, epochs) for name in terms}
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         return LossTerms(total, terms, weights, temperature)
 
-    def compared(self, outputs: Tensor | Mapping[str, Tensor], features: Mapping[str, Tensor]) -> list[Tensor]:
+    def compared(self, outputs: Any, features: Mapping[str, Tensor]) -> list[Tensor]:
         """What of the student enters the loss; a loss of the user's own may take all that the student returns.
 
         Raises:
             ConfigError: features of the student are missing.
         """
-        own = student_outputs(outputs)
-        if self._custom_loss is not None:
-            names = [*own]
-        else:
-            names = [LOGITS] if {"task", "distill"} & self._weights.keys() else []
+        own, own_losses = student_outputs(outputs), returned_losses(outputs)
+        on_logits = [LOGITS] if {"task", "distill"} & self._weights.keys() else []
+        names = [*own] if self._is_own_loss else on_logits
         names += [term.student for term in self._terms]
-        return [_get({**own, **features}, name, _STUDENT) for name in dict.fromkeys(names)]
+        compared = [_get({**own, **features}, name, _STUDENT) for name in dict.fromkeys(names)]
+        return compared + [value for name, value in own_losses.items() if name in self._weights]
 
-    def cosines(
-        self, outputs: Tensor | Mapping[str, Tensor], features: Mapping[str, Tensor], batch: KDBatch
-    ) -> dict[str, Tensor]:
+    def cosines(self, outputs: Any, features: Mapping[str, Tensor], batch: KDBatch) -> dict[str, Tensor]:
         """How close the student is to the teacher: the cosine of what each extra term compares, by its name.
 
         It is taken after projector, resizing and standardization, mean over the positions of a map or tokens, `[N]`
@@ -253,7 +263,7 @@ class Distillation(nn.Module):
 
     def distill_loss(
         self,
-        outputs: Tensor | Mapping[str, Tensor],
+        outputs: Any,
         features: Mapping[str, Tensor],
         batch: KDBatch,
         temperature: float | None,
@@ -261,7 +271,7 @@ class Distillation(nn.Module):
         """The term `distill`, a scalar: the mean over the valid rows. Override it for a loss of your own.
 
         Args:
-            outputs: what the student returns: logits `[N, K]`, or outputs by name.
+            outputs: what the student returns: logits `[N, K]`, or what `named_outputs` describes.
             features: outputs of the student's `layers`, by name.
             batch: the batch of the outputs.
             temperature: current temperature; None if the loss in the settings has none.
@@ -300,18 +310,19 @@ class Distillation(nn.Module):
     ) -> None:
         """Raise a ConfigError if the term `distill` cannot compare the logits, or the classes are different ones."""
         logits = teacher_outputs.get(LOGITS)
-        if logits is None and "distill" in self._weights and self._custom_loss is None:
+        if logits is None and "distill" in self._weights and not self._is_own_loss:
             raise ConfigError(
                 f"distill.loss: {self.settings.loss} compares logits, and the teacher returns "
                 f"{', '.join(map(repr, teacher_outputs))}; set distill.loss: null, and distill.features to what is to "
                 f"be compared{_logit_term(self.settings.loss, teacher_outputs)}"
             )
-        if logits is not None and student is not None and logits.shape[1] not in (None, num_classes):
+        are_per_sample = logits is not None and student is not None and len(logits.shape) == student.ndim == 2
+        if are_per_sample and logits is not None and logits.shape[1] not in (None, num_classes):
             raise ConfigError(
                 f"the teacher has {logits.shape[1]} classes and the data has {num_classes}; use a teacher and data "
                 "with the same classes"
             )
-        if self._distill_term is not None:
+        if self._distill_term is not None and not self._is_own_loss:
             assert logits is not None and student is not None  # `check_logits` was called
             try:
                 check_on_zeros(self._distill_term, student, logits)
@@ -327,7 +338,8 @@ def _logit_term(loss: str | None, teacher_outputs: Iterable[str]) -> str:
 
 def _student_name(name: str, term: TermSettings, student: nn.Module, own: Mapping[str, Tensor]) -> str:
     """The output or the layer of the student that a term means."""
-    layers = dict(trunk_of(getattr(student, "_orig_mod", student)).named_modules(remove_duplicate=False))
+    network = deployed_network(student)
+    layers = dict(trunk_of(getattr(network, "_orig_mod", network)).named_modules(remove_duplicate=False))
     if term.student in own or term.student in layers or not is_alias(term.student):
         return term.student
     specs = {key: TensorSpec(tuple(output.shape), output.dtype) for key, output in own.items()}

@@ -33,6 +33,12 @@ _QUEUE_SIZE = 4096
 """Earlier vectors of the teacher that `relational` compares with. The authors have 65,536 of 128 numbers each, as many
 numbers as 8,192 vectors of 1,024."""
 _CUSTOM_LOSS = re.compile(r"\w+(\.\w+)*:\w+")
+_LOSS_NAME = re.compile(r"\w[\w.-]*(?<!_weight)(?<!_share)")
+_TAKEN = (
+    "distill", "gradient_norm", "images_per_s", "loader_share", "loss", "lr", "memory_gib", "skipped_steps", "task",
+    "teacher_share", "temperature", "top1",
+)  # fmt: skip
+"""What is logged besides a student's losses, as `train/<name>`."""
 
 _WEIGHTS = {"soft_target": (0.9, 0.1), "hard_label": (0.5, 0.5)}
 """`distill_weight` and `task_weight` of the losses that share a weight of 1 with the cross-entropy: those of mdistiller
@@ -129,8 +135,8 @@ class TermSettings(Settings):
     loss: Annotated[str, AfterValidator(_check_term_loss)]
     """Name of a function in `kd_pipeline.losses`."""
     student: str = LOGITS
-    """Name of an output of the student, of one of its layers as in `named_modules()`, or `stage:N`. `pooled` and
-    `spatial` also stand for its only vector besides the logits, and its only map or tokens."""
+    """Name of an output of the student, of one of its layers as in `named_modules()`, `layer:N` or `stage:N`. `pooled`
+    and `spatial` also stand for its only vector besides the logits, and its only map or tokens."""
     teacher: str = LOGITS
     """Name of an output of the teacher, `member.output` if there are several; `pooled` and `spatial` as above, also
     within a member."""
@@ -162,7 +168,7 @@ class TermSettings(Settings):
 
 
 class DistillSettings(Settings):
-    """The training loss: task_weight · task + distill_weight · loss + Σ weight · extra term.
+    """The training loss: task_weight · task + distill_weight · loss + Σ weight · extra term, or loss of the student.
 
     What is left out is filled in with the loss's own values, so the settings of a run tell what ran.
     """
@@ -186,6 +192,10 @@ class DistillSettings(Settings):
     """More arguments of the loss, such as `alpha` and `beta` of `dkd`, or `standardize`."""
     features: tuple[TermSettings, ...] = ()
     """Extra terms, on intermediate features or on the logits."""
+    student_losses: dict[str, Weight] = Field(default_factory=dict)
+    """Weights of the losses that the student itself returns, by their names: `{balance: 0.01}` for a student that
+    returns `losses: {balance: scalar}`; a loss without a name, the scalar `loss`, is called `student`. All that it
+    returns must be listed, those to leave out with 0."""
 
     @model_validator(mode="after")
     def _complete_weights(self) -> Self:
@@ -201,9 +211,13 @@ class DistillSettings(Settings):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"features: two terms called {name}; change the layer of one, or remove it")
-        if self.loss is None and not self.features:
+        for name in self.student_losses:
+            if name in (*_TAKEN, *names) or not _LOSS_NAME.fullmatch(name):
+                raise ValueError(f"student_losses: {name!r} is taken or no name; rename it in the student")
+        if self.loss is None and not self.features and not self.student_losses:
             raise ValueError("loss: null leaves nothing to learn from; set loss, or features to compare")
-        if not any(max_value(weight) for weight in (*self.weights, *(term.weight for term in self.features))):
+        extra = (*(term.weight for term in self.features), *self.student_losses.values())
+        if not any(max_value(weight) for weight in (*self.weights, *extra)):
             raise ValueError("all weights are 0, so the student learns nothing; set one of them")
         return self
 

@@ -1,8 +1,8 @@
 """Intermediate features of a model, by layer name, through forward hooks.
 
-A layer has the name that `named_modules` gives it, or is one of the stages of a timm model: `stage:N`, counted from 0,
-or from the end if N is negative, is the layer that entry N of the model's `feature_info` names. Maps are `[N, C, H, W]`
-also where the network computes in NHWC, as timm's Swin does.
+A layer has the name that `named_modules` gives it, or a number, counted from 0, or from the end if it is negative:
+`layer:N` is the N-th direct child of the network, and `stage:N`, of a timm model, the layer that entry N of its
+`feature_info` names. Maps are `[N, C, H, W]` also where the network computes in NHWC, as timm's Swin does.
 """
 
 import re
@@ -22,13 +22,14 @@ from kd_pipeline.models.modules import frozen_copy, named_outputs
 __all__ = ["capture_features", "with_features"]
 
 _STAGE = re.compile(r"stage:(-?\d+)")
+_CHILD = re.compile(r"layer:(-?\d+)")
 
 
 @contextmanager
 def capture_features(module: nn.Module, layers: Sequence[str]) -> Iterator[Mapping[str, Tensor]]:
     """Capture the outputs of `layers` in the forward pass inside the `with`, with their graph.
 
-        with capture_features(student, ["layer3", "stage:-1"]) as features:
+        with capture_features(student, ["layer3", "layer:-2"]) as features:
             outputs = student(images)
         features["layer3"]
 
@@ -37,8 +38,8 @@ def capture_features(module: nn.Module, layers: Sequence[str]) -> Iterator[Mappi
     the current mode (train or eval) was not traced without the hooks.
 
     Raises:
-        ConfigError: there is no such layer or stage, it does not run exactly once, it does not return a tensor, or a
-            later layer modifies its output in place.
+        ConfigError: there is no such layer, child or stage, it does not run exactly once, it does not return a tensor,
+            or a later layer modifies its output in place.
     """
     outputs: dict[str, Tensor] = {}
     network = _network_of(module)
@@ -59,7 +60,7 @@ def with_features(module: nn.Module, layers: Sequence[str]) -> nn.Module:
     export it to ONNX, to distill features. Later changes to `module` do not affect it.
 
     Raises:
-        ConfigError: there is no such layer or stage, or its name is that of another output.
+        ConfigError: there is no such layer, child or stage, or its name is that of another output.
         TeacherError: the module cannot be copied.
     """
     return _WithFeatures(module, layers)
@@ -146,11 +147,13 @@ def _network_of(module: nn.Module) -> nn.Module:
 
 
 def _layer_of(network: nn.Module, name: str) -> str:
-    """The name of the layer that `name` stands for, which is a stage or the layer itself.
+    """The name of the layer that `name` stands for, which is a child, a stage or the layer itself.
 
     Raises:
         ConfigError: there is none.
     """
+    if (child := _CHILD.fullmatch(name)) is not None:
+        return _child_of(network, int(child[1]))
     stage = _STAGE.fullmatch(name)
     layer = name if stage is None else _layer_of_stage(network, int(stage[1]))
     layers = [each for each, _ in network.named_modules(remove_duplicate=False) if each]
@@ -158,6 +161,17 @@ def _layer_of(network: nn.Module, name: str) -> str:
         which = f"{layer!r}" if stage is None else f"{layer!r}, which its feature_info gives for {name}"
         raise ConfigError(f"{type(network).__qualname__} has no layer called {which}{suggest(layer, layers)}")
     return layer
+
+
+def _child_of(network: nn.Module, number: int) -> str:
+    children = [name for name, _ in network.named_children()]
+    if not -len(children) <= number < len(children):
+        known = ", ".join(f"layer:{index} is {name}" for index, name in enumerate(children)) or "it has none"
+        raise ConfigError(
+            f"{type(network).__qualname__} has {len(children)} children and no layer:{number}; {known}, and negative "
+            "numbers count from the end"
+        )
+    return children[number]
 
 
 def _layer_of_stage(network: nn.Module, number: int) -> str:

@@ -1,7 +1,7 @@
 """Helpers for any `nn.Module`: layer names, eval mode, a frozen copy, outputs by name."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +12,22 @@ from kd_pipeline.errors import TeacherError
 
 __all__ = [
     "call_network",
+    "deployed_network",
+    "trial_inputs",
     "eval_mode",
     "frozen_copy",
+    "has_losses",
+    "inner_teacher",
     "is_channels_last",
     "is_in_layer",
+    "mappings_in",
     "named_outputs",
     "trial_inputs",
     "zero_images",
 ]
+
+_CACHE = "past_key_values"
+"""What decoders of Hugging Face return to generate the next token."""
 
 
 def is_in_layer(name: str, layer: str) -> bool:
@@ -61,10 +69,38 @@ def eval_mode(model: object) -> Iterator[None]:
             module.training = mode
 
 
-def zero_images(module: nn.Module, image_shape: tuple[int, int, int]) -> Tensor:
-    """Two images `[2, *image_shape]` of zeros, in the dtype and on the device of the weights of `module`."""
+def zero_images(image_shape: Sequence[int]) -> dict[str, Tensor]:
+    """Inputs of two rows for a dry run of a network: images `[2, *image_shape]` of zeros in float32, on the CPU."""
+    return {"images": torch.zeros(2, *image_shape)}
+
+
+def trial_inputs(module: nn.Module, example: Mapping[str, Tensor]) -> Tensor | Mapping[str, Tensor]:
+    """What `call_network` calls `module` with in a dry run: the only input, or all of several by name.
+
+    They are on the device of its weights, floating-point numbers in their dtype; indices and masks keep theirs.
+    """
     like = next(module.parameters(), torch.zeros(()))
-    return torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
+    inputs = {
+        name: each.to(like.device, like.dtype if each.is_floating_point() else each.dtype)
+        for name, each in example.items()
+    }
+    return next(iter(inputs.values())) if len(inputs) == 1 else inputs
+
+
+def deployed_network(module: nn.Module) -> nn.Module:
+    """The network that is validated, averaged and exported: `module.student` if there is one, else `module`.
+
+    A module with a submodule called `student`, and usually one called `teacher`, has a forward pass of its own and is
+    trained as a whole.
+    """
+    student = getattr(module, "student", None)
+    return student if isinstance(student, nn.Module) else module
+
+
+def inner_teacher(module: nn.Module) -> nn.Module | None:
+    """The submodule `teacher` of a module that has one called `student` too; None without."""
+    teacher = getattr(module, "teacher", None)
+    return teacher if isinstance(teacher, nn.Module) and deployed_network(module) is not module else None
 
 
 def trial_inputs(
@@ -100,23 +136,94 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 def named_outputs(output: object, *, vector: str = "logits", owner: str = "a teacher") -> Mapping[str, Tensor]:
     """The return value of a module by name.
 
-    A mapping keeps its keys, but for those without a value. A tensor `[N, D]` is called `vector`, and any other, a map
-    or tokens, `"spatial"`.
+    - A tensor `[N, D]` is called `vector`, and any other, a map or tokens, `"spatial"`.
+    - A mapping, such as a `ModelOutput` of Hugging Face, keeps its keys, but for those without a value. A tuple in it
+      becomes `key.0`, `key.1` and so on; the mapping `features` gives its own names, and any other `key.name`.
+    - Of a tuple the first tensor is named as if it were alone, and the one at position i `output.i`; mappings in it
+      give their names.
+
+    The scalar `loss`, the mapping `losses` and the cache `past_key_values` are no outputs of the rows, and left out.
 
     Raises:
-        TeacherError: it is something else. `owner` is whose output it is, for the message.
+        TeacherError: it is something else, or two have one name. `owner` is whose output it is, for the message.
     """
-    if isinstance(output, Tensor):
-        return {vector if output.ndim == 2 else "spatial": output}
-    if not isinstance(output, Mapping):
-        raise TeacherError(
-            f"{owner} returns a tensor or a mapping of tensors by name, got {type(output).__qualname__}; wrap the "
-            "module to return one"
-        )
-    named = {key: value for key, value in output.items() if value is not None}
-    for key, value in named.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise TeacherError(f"{owner} returns tensors by name, got {type(value).__qualname__} for {key!r}")
-    if not named:
+    named: dict[str, Tensor] = {}
+    for name, value in _flat_outputs(output, vector, owner):
+        if name in named:
+            raise TeacherError(f"{owner} returns two outputs called {name!r}; rename one of them")
+        named[name] = value
+    if not named and not has_losses(output):
         raise TeacherError(f"{owner} returns tensors by name, got none")
     return named
+
+
+def has_losses(output: object) -> bool:
+    """Whether the return value of a module has losses of its own: the mapping `losses`, or the scalar `loss`."""
+    return any(_is_loss(key, value) for each in mappings_in(output) for key, value in each.items())
+
+
+def mappings_in(output: object) -> Iterator[Mapping[str, Any]]:
+    """The mapping that a module returns, or those in the tuple that it returns."""
+    if (fields := _fields(output)) is not None:
+        yield fields
+    elif isinstance(output, tuple | list):
+        for each in output:
+            if (fields := _fields(each)) is not None:
+                yield fields
+
+
+def _flat_outputs(output: object, vector: str, owner: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(output, Tensor):
+        yield vector if output.ndim == 2 else "spatial", output
+    elif (fields := _fields(output)) is not None:
+        for key, value in fields.items():
+            if not isinstance(key, str):
+                raise TeacherError(f"{owner} returns tensors by name, got {type(value).__qualname__} for {key!r}")
+            if not _is_loss(key, value) and key != _CACHE:
+                yield from _flat("" if key == "features" and _fields(value) is not None else key, value, owner)
+    elif isinstance(output, tuple | list):
+        is_first = True
+        for number, value in enumerate(output):
+            if isinstance(value, Tensor) and is_first:
+                is_first = False
+                yield from _flat_outputs(value, vector, owner)
+            elif _fields(value) is not None:
+                yield from _flat_outputs(value, vector, owner)
+            else:
+                yield from _flat(f"output.{number}", value, owner)
+    else:
+        raise TeacherError(
+            f"{owner} returns a tensor, a tuple, or a mapping of tensors by name, got {type(output).__qualname__}; "
+            "wrap the module to return one"
+        )
+
+
+def _flat(name: str, value: object, owner: str) -> Iterator[tuple[str, Tensor]]:
+    """A value of a mapping or tuple with all in it, by name."""
+    inside = _fields(value)
+    if inside is None and isinstance(value, tuple | list):
+        inside = {str(number): each for number, each in enumerate(value)}
+    if inside is not None:
+        for key, each in inside.items():
+            yield from _flat(f"{name}.{key}" if name else str(key), each, owner)
+    elif isinstance(value, Tensor):
+        yield name, value
+    elif value is not None:
+        raise TeacherError(
+            f"{owner} returns tensors by name, got {type(value).__qualname__} for {name!r}; leave it out, or return a "
+            "tensor, or tensors in a tuple or mapping"
+        )
+
+
+def _fields(value: object) -> Mapping[str, Any] | None:
+    """What has values by name as a mapping, a named tuple too; None for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        fields: Mapping[str, Any] = value._asdict()
+        return fields
+    return None
+
+
+def _is_loss(key: str, value: object) -> bool:
+    return (key == "losses" and value is not None) or (key == "loss" and isinstance(value, Tensor) and value.ndim == 0)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed
@@ -16,7 +16,7 @@ from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for
 from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
 from kd_pipeline.losses.ramp import value_at
-from kd_pipeline.models.modules import call_network
+from kd_pipeline.models.modules import call_network, deployed_network, inner_teacher, is_in_layer
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.compiled_student import CompiledStudent
@@ -37,7 +37,9 @@ _logger = logging.getLogger("kd_pipeline")
 class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defined]
     """Trains a student on the batches of a `KDDataLoader`.
 
-    Its checkpoints hold the student, the projectors of the loss and the EMA.
+    Its checkpoints hold the student, the projectors of the loss and the EMA. A module with a submodule `student` is
+    trained as a whole, but for a submodule `teacher`, which is frozen and in no checkpoint: the user's own code makes
+    it again.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Wrap `student`.
 
         Args:
-            student: maps images `[N, 3, H, W]` to logits `[N, K]`, or to outputs by name.
+            student: maps images `[N, 3, H, W]`, or the inputs of the batches, to what `named_outputs` describes.
             distillation: the loss.
             settings: how to train.
             steps_per_epoch: optimizer steps in an epoch.
@@ -64,7 +66,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """
         super().__init__()
         self.student, self.distillation = student, distillation
-        self.ema = None if settings.ema is None else StudentEma(student, settings.ema)
+        if (teacher_inside := inner_teacher(student)) is not None:
+            teacher_inside.requires_grad_(False).eval()
+        self.ema = None if settings.ema is None else StudentEma(self.network, settings.ema)
         # DDP would broadcast these in each step, although the ranks compute the same, some of them on the CPU.
         self._ddp_params_and_buffers_to_ignore = [
             f"distillation.{part}.{name}"
@@ -96,9 +100,26 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """`[2]`, correct and valid rows of the epoch so far."""
 
     @property
+    def network(self) -> nn.Module:
+        """The network that is averaged and exported: the student, or the submodule `student` of what is trained."""
+        return deployed_network(self.student)
+
+    @property
     def model(self) -> nn.Module:
         """The network to evaluate and export: the EMA if there is one, else the student."""
-        return self.student if self.ema is None else self.ema.student
+        return self.network if self.ema is None else self.ema.student
+
+    def network_state(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """The weights of `network` in the `state_dict` of a checkpoint, by the network's own names."""
+        prefix = "student." if self.network is self.student else "student.student."
+        names = [name for name in state_dict if name.startswith(prefix)]
+        return {name.removeprefix(prefix): state_dict[name] for name in names}
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all but a teacher within the student, which stays in eval mode."""
+        super().train(mode)
+        self._rest_teacher()
+        return self
 
     def configure_model(self) -> None:
         """Shard student and projectors if the strategy has a device mesh. Lightning calls this first."""
@@ -153,7 +174,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         own = student_outputs(outputs)
         outputs = {name: output.detach() for name, output in own.items()}
         self._guard.watch(TrainedBatch(number, batch, outputs, terms, self._temperatures(terms, epoch)))
-        if "logits" in outputs:
+        if "logits" in outputs and outputs["logits"].ndim == 2:
             self._count_correct(outputs["logits"], batch)
         if self._is_logged or self.trainer.is_last_batch:
             self._log_terms(terms, self._rank_weight(batch))
@@ -206,7 +227,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         super().optimizer_step(*args, **kwargs)  # runs `training_step`
         self._took_optimizer_step = True
         if self.ema is not None and self._guard.took_step:
-            self.ema.update(self.student)
+            self.ema.update(self.network)
 
     def on_train_batch_end(self, outputs: Any, batch: KDBatch, number: int) -> None:
         """Time the step."""
@@ -231,6 +252,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         for name, value in self._validation_metrics().items():
             self.log(name, value, prog_bar=name.endswith(("/top1", "/knn_top1")))
         self.student.train()
+        self._rest_teacher()
         if self.trainer.progress_bar_callback is not None:
             # Lightning drew the bar before this hook, with the metrics of the previous epoch.
             self.trainer.progress_bar_callback.on_train_epoch_end(self.trainer, self)
@@ -269,17 +291,30 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         return metrics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the EMA, the skipped steps and the identity of the run."""
+        """Add the EMA, the skipped steps and the identity of the run; leave out a teacher within the student."""
+        for name in self._frozen_names(checkpoint["state_dict"]):
+            del checkpoint["state_dict"][name]
         checkpoint["run"] = dict(self._identity)
         checkpoint["skipped_steps"] = self._guard.state_dict()
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the EMA and the number of skipped steps."""
+        """Restore the EMA and the number of skipped steps; a teacher within the student stays the user's."""
+        own = self.state_dict()
+        checkpoint["state_dict"] |= {name: own[name] for name in self._frozen_names(own)}
         self._guard.load_state_dict(checkpoint["skipped_steps"])
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])
+
+    def _rest_teacher(self) -> None:
+        if (teacher := inner_teacher(self.student)) is not None:
+            teacher.eval()
+
+    def _frozen_names(self, state: Mapping[str, Any]) -> list[str]:
+        """The tensors in `state` of a teacher within the student."""
+        has_teacher = inner_teacher(self.student) is not None
+        return [name for name in state if has_teacher and is_in_layer(name, "student.teacher")]
 
     def _validation_metrics(self) -> dict[str, float]:
         self._broadcast_buffers()

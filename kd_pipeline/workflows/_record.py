@@ -317,7 +317,7 @@ def _student_grids(
         config.distill,
         student=open_model(config.student, plugins=plugins, num_classes=num_classes),
         teacher_outputs=teacher.outputs,
-        image_shape=(3, loader.transform.size, loader.transform.size),
+        example=loader.example(),
         num_classes=num_classes_of(loader.source, teacher),
         plugins=plugins,
     )

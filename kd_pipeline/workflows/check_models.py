@@ -17,7 +17,7 @@ from kd_pipeline.evaluation._evaluate import inputs_for, open_metrics
 from kd_pipeline.evaluation.probe import ProbeReport, run_probe
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
-from kd_pipeline.models.modules import call_network
+from kd_pipeline.models.modules import call_network, zero_images
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.report.grid import save_grid
 from kd_pipeline.teachers.base import Teacher, is_logits
@@ -198,14 +198,14 @@ def _check_student(
         settings, plugins=plugins, num_classes=num_classes_for(settings, training, teacher), is_trained=True
     )
     train = config.data.split("train")
-    size = train.transform.size
+    example = zero_images((3, train.transform.size, train.transform.size))
     if config.feature_probe is not None and stage != "teacher":
-        check_probed(student, (3, size, size))
+        check_probed(student, example)
     distillation = Distillation(
         config.distill,
         student=student,
         teacher_outputs=None if teacher is None or stage != "distill" else teacher.outputs,
-        image_shape=(3, size, size),
+        example=example,
         num_classes=num_classes_of(training, teacher),
         labels_are_soft=train.mix is not None,
         plugins=plugins,
@@ -222,7 +222,8 @@ def _check_loss(distillation: Distillation, student: nn.Module, batch: KDBatch, 
         ConfigError: it lacks labels or outputs, fails, or is NaN or inf.
     """
     device = resolve_device(config.data.device)
-    student, distillation = student.to(device).eval(), distillation.to(device)
+    # Losses of the student's own may be there in training mode only.
+    student, distillation = student.to(device).train(bool(config.distill.student_losses)), distillation.to(device)
     with distillation.student_features(student) as features:
         outputs = call_network(student, inputs_for(student, batch.input))
     try:

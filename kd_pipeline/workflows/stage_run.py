@@ -343,7 +343,7 @@ class StageRun(ExitStack):
         if self._config.student_from_teacher and self._stage == "distill":
             copy_teacher_layers(self._config, student, plugins=self._plugins)
         if self._plan.probed:
-            check_probed(student, (3, loader.transform.size, loader.transform.size))
+            check_probed(student, loader.example())
         return student.to(PURE_PRECISIONS.get(self._config.train.precision, torch.float32))
 
     def _build_module(self, student: nn.Module, loader: KDDataLoader, identity: Mapping[str, Any]) -> DistillModule:
@@ -422,11 +422,11 @@ class StageRun(ExitStack):
         path = self._folder.checkpoints / ("best.ckpt" if has_best else "last.ckpt")
         try:
             saved = load_checkpoint(path)
-            state, names = saved["state_dict"], [*student.state_dict()]
+            state = saved["state_dict"]
             if has_best:
                 weights = read_checkpoint(self._best_file)
             else:
-                weights = saved["ema"]["student"] if module.ema else {name: state[f"student.{name}"] for name in names}
+                weights = saved["ema"]["student"] if module.ema else module.network_state(state)
             student.load_state_dict(weights)
             distillation.load_state_dict({name: state[f"distillation.{name}"] for name in distillation.state_dict()})
         except (AttributeError, LookupError, RuntimeError, TypeError) as exc:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.ranks import is_rank_zero
@@ -24,7 +24,7 @@ from kd_pipeline.evaluation.frozen import (
 )
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
-from kd_pipeline.losses.dry_run import run_on_zeros
+from kd_pipeline.losses.dry_run import run_dry
 from kd_pipeline.models.backbone import POOLED
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, member_names
@@ -192,13 +192,13 @@ class StageEvaluator:
             raise DataError(f"feature_probe: {split}: {exc}") from exc
 
 
-def check_probed(student: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Check that a student has features to judge, with images of zeros.
+def check_probed(student: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Check that a student has features to judge, with inputs of two rows by name.
 
     Raises:
         ConfigError: it fails, or returns no vector but logits.
     """
-    outputs = run_on_zeros(student, (), image_shape)
+    outputs = run_dry(student, (), example).outputs
     if feature_name({name: each.ndim for name, each in outputs.items()}, POOLED) is None:
         shapes = ", ".join(f"{name!r} {list(each.shape)}" for name, each in outputs.items())
         raise ConfigError(
