@@ -10,7 +10,7 @@ from kd_pipeline.errors import ConfigError
 from kd_pipeline.losses.returned import returned_losses, student_outputs
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.features import capture_features
-from kd_pipeline.models.modules import call_network, deployed_network, trial_inputs, eval_mode
+from kd_pipeline.models.modules import call_network, deployed_network, eval_mode, trial_inputs
 
 __all__ = ["DryRun", "check_logits", "run_dry"]
 

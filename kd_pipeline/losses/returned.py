@@ -21,7 +21,7 @@ def student_outputs(outputs: object) -> Mapping[str, Tensor]:
         ConfigError: it has no names.
     """
     try:
-        named = named_outputs(outputs, owner="a student")
+        named = named_outputs(outputs, owner="a student", or_losses=True)
     except TeacherError as exc:
         raise ConfigError(str(exc)) from None
     if scalars := [name for name, output in named.items() if output.ndim == 0]:

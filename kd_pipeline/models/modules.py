@@ -13,10 +13,8 @@ from kd_pipeline.errors import TeacherError
 __all__ = [
     "call_network",
     "deployed_network",
-    "trial_inputs",
     "eval_mode",
     "frozen_copy",
-    "has_losses",
     "inner_teacher",
     "is_channels_last",
     "is_in_layer",
@@ -103,24 +101,6 @@ def inner_teacher(module: nn.Module) -> nn.Module | None:
     return teacher if isinstance(teacher, nn.Module) and deployed_network(module) is not module else None
 
 
-def trial_inputs(
-    module: nn.Module, example: Mapping[str, Tensor] | tuple[int, int, int]
-) -> Tensor | Mapping[str, Tensor]:
-    """What to call `module` with for a trial run: `example` on its device, and in its dtype where that is a float.
-
-    Args:
-        module: the network.
-        example: its inputs by name, of two rows, or the `(C, H, W)` of images, which are then zeros.
-    """
-    if isinstance(example, tuple):
-        return zero_images(module, example)
-    like = next(module.parameters(), torch.zeros(()))
-    moved = {
-        name: each.to(like.device, like.dtype if each.is_floating_point() else None) for name, each in example.items()
-    }
-    return next(iter(moved.values())) if len(moved) == 1 else moved
-
-
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A deep copy of `module` in eval mode, without gradients; `module` is unchanged.
 
@@ -133,7 +113,9 @@ def frozen_copy(module: nn.Module) -> nn.Module:
         raise TeacherError(f"the teacher {type(module).__qualname__} cannot be copied: {exc}") from exc
 
 
-def named_outputs(output: object, *, vector: str = "logits", owner: str = "a teacher") -> Mapping[str, Tensor]:
+def named_outputs(
+    output: object, *, vector: str = "logits", owner: str = "a teacher", or_losses: bool = False
+) -> Mapping[str, Tensor]:
     """The return value of a module by name.
 
     - A tensor `[N, D]` is called `vector`, and any other, a map or tokens, `"spatial"`.
@@ -145,21 +127,17 @@ def named_outputs(output: object, *, vector: str = "logits", owner: str = "a tea
     The scalar `loss`, the mapping `losses` and the cache `past_key_values` are no outputs of the rows, and left out.
 
     Raises:
-        TeacherError: it is something else, or two have one name. `owner` is whose output it is, for the message.
+        TeacherError: it is something else, two have one name, or there are none, unless there are losses and that is
+            enough by `or_losses`. `owner` is whose output it is, for the message.
     """
     named: dict[str, Tensor] = {}
     for name, value in _flat_outputs(output, vector, owner):
         if name in named:
             raise TeacherError(f"{owner} returns two outputs called {name!r}; rename one of them")
         named[name] = value
-    if not named and not has_losses(output):
+    if not named and not (or_losses and _has_losses(output)):
         raise TeacherError(f"{owner} returns tensors by name, got none")
     return named
-
-
-def has_losses(output: object) -> bool:
-    """Whether the return value of a module has losses of its own: the mapping `losses`, or the scalar `loss`."""
-    return any(_is_loss(key, value) for each in mappings_in(output) for key, value in each.items())
 
 
 def mappings_in(output: object) -> Iterator[Mapping[str, Any]]:
@@ -170,6 +148,10 @@ def mappings_in(output: object) -> Iterator[Mapping[str, Any]]:
         for each in output:
             if (fields := _fields(each)) is not None:
                 yield fields
+
+
+def _has_losses(output: object) -> bool:
+    return any(_is_loss(key, value) for each in mappings_in(output) for key, value in each.items())
 
 
 def _flat_outputs(output: object, vector: str, owner: str) -> Iterator[tuple[str, Tensor]]:

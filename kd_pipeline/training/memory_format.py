@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models.modules import call_network, trial_inputs, eval_mode
+from kd_pipeline.models.modules import call_network, eval_mode, trial_inputs
 
 __all__ = ["ChannelsLast", "use_channels_last"]
 
@@ -29,7 +29,7 @@ def use_channels_last(
     Args:
         student: the network, on any device.
         setting: what to do.
-        example: its inputs of two rows by name.
+        example: its inputs of two rows by name; only images `[2, C, H, W]` have such an order.
         device: where it will train.
         is_half: whether its convolutions compute in 16 bits.
 
@@ -65,14 +65,11 @@ def _is_faster(student: nn.Module, device: torch.device, is_half: bool) -> bool:
 
 
 def _problem(student: nn.Module, example: Mapping[str, Tensor]) -> str | None:
-    """Why `student` fails on two rows with images in channels-last order; None if it does not."""
-    inputs = {
-        name: each.contiguous(memory_format=torch.channels_last) if each.ndim == 4 else each
-        for name, each in example.items()
-    }
+    """Why `student` fails on two images in channels-last order; None if it does not."""
     try:
         with eval_mode(student), torch.no_grad():
-            call_network(student, trial_inputs(student, inputs))
+            inputs = trial_inputs(student, example)
+            call_network(student, _channels_last(inputs))
     except Exception as exc:  # a user's own network may raise anything
         return str(exc).partition("\n")[0]
     return None

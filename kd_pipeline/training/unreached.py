@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.losses.distillation import Distillation
-from kd_pipeline.models.modules import call_network, trial_inputs, eval_mode
+from kd_pipeline.models.modules import call_network, eval_mode, trial_inputs
 
 __all__ = ["unreached_parameters"]
 

@@ -39,9 +39,9 @@ class WideNet(nn.Module):
         return self.head(self.pooled(self.layer2(self.layer1(images))))
 
 
-class ReturnsTuple(nn.Module):
+class ReturnsText(nn.Module):
     def forward(self, images):
-        return images, images
+        return "images"
 
 
 @pytest.fixture(scope="module")
@@ -376,13 +376,13 @@ def test_mismatched_num_classes():
     arguments = {"student": LogitsOnly(), "image_shape": IMAGE_SHAPE}
     with pytest.raises(ConfigError, match="the teacher has 1001 classes and the data has 10"):
         Distillation(DistillSettings(), teacher_outputs={"logits": spec(1001)}, num_classes=10, **arguments)
-    with pytest.raises(ConfigError, match=r"should return logits \[2, 7\] for 2 images of 7 classes, got \[2, 10\]"):
+    with pytest.raises(ConfigError, match=r"should return logits \[2, 7\] for 2 samples of 7 classes, got \[2, 10\]"):
         Distillation(DistillSettings(), teacher_outputs=None, num_classes=7, **arguments)
 
 
 def test_invalid_student():
-    with pytest.raises(ConfigError, match=r"a student returns a tensor or a mapping of tensors by name, got tuple"):
-        make({}, student=ReturnsTuple())
+    with pytest.raises(ConfigError, match=r"a student returns a tensor, a tuple, or a mapping .*, got str; wrap"):
+        make({}, student=ReturnsText())
     with pytest.raises(ConfigError, match=r"the student Conv2d fails on zeros \[2, 3, 32, 32\]"):
         make({}, student=nn.Conv2d(4, 4, 1))
 

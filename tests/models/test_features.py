@@ -46,6 +46,22 @@ def test_hooks_are_removed():
     assert num_hooks(net) == 0
 
 
+def test_children_by_number():
+    net, images = small_net(), random_images(2)
+    with capture_features(net, ["layer:2", "layer:-1"]) as features:
+        net(images)
+    assert features["layer:2"].equal(net[:3](images))
+    assert features["layer:-1"].equal(net(images))
+    assert with_features(net, ["layer:3"])(images)["layer:3"].equal(net.eval()[:4](images))
+
+
+@pytest.mark.parametrize("number", [5, -6])
+def test_missing_child(number):
+    words = rf"Sequential has 5 children and no layer:{number}; layer:0 is 0, .*layer:4 is 4, and negative"
+    with pytest.raises(ConfigError, match=words), capture_features(small_net(), [f"layer:{number}"]):
+        pass
+
+
 def test_nested_layers():
     net = LogitsOnly()
     with capture_features(net, ["net.body.2"]) as features:

@@ -51,11 +51,11 @@ def test_tensor_becomes_logits() -> None:
     ("function", "found"),
     [
         (lambda images: {"features": None}, "returns tensors by name, got none"),
-        (lambda images: (logits_of(images), images), "got tuple"),
+        (lambda images: (logits_of(images), 3), "got int for 'output.1'"),
         (lambda images: {"logits": logits_of(images), "count": 3}, "got int for 'count'"),
         (lambda images: {"logits": images}, r"returns 'logits' \[2, 3, 32, 32\] for 2 images, not \[2, K\]"),
         (lambda images: logits_of(images)[:1], r"returns 'logits' \[1, 3\] for 2 images, not \[2, K\]"),
-        (lambda images: {"logits": logits_of(images), "loss": images.mean()}, r"returns 'loss' \[\] for 2 images"),
+        (lambda images: {"logits": logits_of(images), "count": images.mean()}, r"returns 'count' \[\] for 2 images"),
     ],
     ids=["no outputs", "tuple", "not a tensor", "logits of rank 4", "batch lost", "scalar"],
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.models.modules import is_channels_last, zero_images
+from kd_pipeline.models.modules import is_channels_last
 from kd_pipeline.training.memory_format import ChannelsLast, use_channels_last
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -41,7 +41,7 @@ class Viewing(nn.Module):
 def prepared(student: nn.Module, setting: ChannelsLast, device: torch.device = CPU, *, is_half: bool = False) -> bool:
     """Whether the student is put in channels-last order."""
     student(torch.zeros(2, 3, 8, 8))
-    use_channels_last(student, setting, example=zero_images((3, 8, 8)), device=device, is_half=is_half)
+    use_channels_last(student, setting, example={"images": torch.zeros(2, 3, 8, 8)}, device=device, is_half=is_half)
     assert student.training
     return is_channels_last(student)
 
@@ -83,5 +83,5 @@ def test_same_result() -> None:
     student = convolutional()
     images = torch.rand(4, 3, 8, 8)
     wanted = student(images)
-    use_channels_last(student, True, example=zero_images((3, 8, 8)), device=CPU, is_half=False)
+    use_channels_last(student, True, example={"images": torch.zeros(2, 3, 8, 8)}, device=CPU, is_half=False)
     torch.testing.assert_close(student(images.to(memory_format=torch.channels_last)), wanted)

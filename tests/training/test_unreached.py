@@ -8,7 +8,6 @@ from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.losses.settings import DistillSettings
-from kd_pipeline.models.modules import zero_images
 from kd_pipeline.training.unreached import unreached_parameters
 from tests.training import networks
 
@@ -27,7 +26,7 @@ def unreached(student: nn.Module, *, custom: Any = None, **settings: Any) -> lis
         num_classes=10,
         loss=custom,
     )
-    return unreached_parameters(student, distillation, example=zero_images(SHAPE))
+    return unreached_parameters(student, distillation, example={"images": torch.zeros(2, *SHAPE)})
 
 
 @pytest.mark.parametrize(
