@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from typing import Any
 
 from kd_pipeline._core.output import prepare_output, write_output
@@ -14,6 +15,7 @@ _EXAMPLES = """\
 examples:
   kd-pipeline eval -c my.yaml                     (the teacher of the config)
   kd-pipeline eval -c my.yaml runs/mine           (the run, its teacher, and how far they agree)
+  kd-pipeline eval -c my.yaml --teacher teacher.pt  (other weights of the config's teacher)
   kd-pipeline eval -c my.yaml --split test student.onnx runs/mine --teacher teacher.engine --metric CohenKappa
   kd-pipeline eval -c my.yaml --bank train runs/backbone timm:resnet18.a1_in1k torchvision:resnet18=weights.pt
 """
@@ -41,8 +43,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=path_option,
         metavar="MODEL",
-        help="folder of a run, ONNX file or engine; or a network without its head, timm:NAME or torchvision:NAME, with "
-        "its pretrained weights or, as timm:NAME=FILE, those of a file",
+        help="folder of a run, ONNX file, engine, or checkpoint of the config's student or teacher; or a network "
+        "without its head, timm:NAME or torchvision:NAME, with its pretrained weights or, as timm:NAME=FILE, with those "
+        "of a file",
     )
     parser.add_argument("--split", default="val", help="split to evaluate on (default: val)")
     teacher = parser.add_mutually_exclusive_group()
@@ -50,7 +53,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         type=path_option,
         metavar="MODEL",
-        help="model to measure agreement with (default: the config's teacher, which then has a row)",
+        help="model to measure agreement with, which has the first row, such as a checkpoint of the config's "
+        "teacher.model (default: the config's teacher)",
     )
     teacher.add_argument("--no-teacher", action="store_true", help="leave out the config's teacher")
     parser.add_argument(
@@ -79,6 +83,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.evaluation._evaluate import MetricSettings
     from kd_pipeline.workflows._compare import compare_files
 
+    started = time.monotonic()
     if parsed.out is not None:
         prepare_output(parsed.out)
     found = compare_files(
@@ -96,4 +101,6 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.out is not None:
         evaluations = {row.name: row.evaluation.to_dict() for row in found.rows}
         write_output(parsed.out, json.dumps(evaluations, indent=2) + "\n")
+        print_progress(f"all metrics: {parsed.out}")
+    print_progress(f"evaluated in {time.monotonic() - started:.1f} s")
     return 0

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline._core.progress import Report, progress_bar
+from kd_pipeline._core.progress import Report, no_report, progress_bar
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import (
@@ -31,6 +32,7 @@ from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["Comparison", "ComparisonRow", "Cost", "compare", "has_logits", "measure_cost"]
 
+_UNKNOWN = "-"
 _NUM_WARMUP = 3
 _NUM_RUNS = 30
 _UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
@@ -40,11 +42,8 @@ _COLUMNS = (
 )  # fmt: skip
 _KNN, _LINEAR = "knn_top1", "linear_top1"
 """Metrics of a model without logits, which have columns of their own."""
-_COLUMNS_OF = {
-    True: {"k-NN", "linear"},
-    False: {"top-1", "top-5", "macro F1", "loss", "agreement", "KL"},
-}
-"""Columns that only models without logits have, and only those with logits."""
+_PERCENTAGES = {"Accuracy", "F1Score", "Precision", "Recall", "Specificity"}
+"""Metrics of torchmetrics that are shares."""
 _LOGITS_FOOTNOTE = f"Agreement and KL (T = {TEMPERATURE:g}, in nats): with the teacher."
 _FEATURES_FOOTNOTE = (
     "k-NN and linear: accuracy of the nearest neighbors (cosine, k = 20, T = 0.07, as of DINO) and of a linear "
@@ -84,28 +83,25 @@ class Comparison:
     rows: tuple[ComparisonRow, ...]
 
     def table(self) -> str:
-        """Plain text: a line per model, `-` for what cannot be known, and then a line per further metric.
+        """Plain text: a line per model, `-` for what is not known of it, and then a line per further metric.
 
-        Columns that no model can have are left out: those of logits, or those of features.
+        Columns of what is known of no model are left out.
         """
-        has_features = {any(name.endswith(_KNN) for name in row.evaluation.metrics) for row in self.rows}
-        left_out = set().union(*(names for kind, names in _COLUMNS_OF.items() if kind not in has_features))
-        is_shown = [name not in left_out for name in _COLUMNS]
-        table = [[*compress(cells, is_shown)] for cells in (_COLUMNS, *map(_cells, self.rows))]
+        cells = [_cells(row) for row in self.rows]
+        is_shown = [column == 0 or any(row[column] != _UNKNOWN for row in cells) for column in range(len(_COLUMNS))]
+        table = [[*compress(row, is_shown)] for row in (_COLUMNS, *cells)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]) for cells in table]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
         metrics = [
-            f"{row.name}: {name} {value}"
+            f"{row.name}: {name} {_metric(name, value)}"
             for row in self.rows
             for name, value in row.evaluation.metrics.items()
             if name not in (_KNN, _LINEAR)
         ]
-        notes = {
-            _LOGITS_FOOTNOTE: False in has_features,
-            _FEATURES_FOOTNOTE: True in has_features,
-            _COST_FOOTNOTE: True,
-        }
-        footnote = " ".join(note for note, applies in notes.items() if applies)
+        notes = {_LOGITS_FOOTNOTE: "agreement", _FEATURES_FOOTNOTE: "k-NN", _COST_FOOTNOTE: "ms/image"}
+        has_features = any(name.endswith(_KNN) for row in self.rows for name in row.evaluation.metrics)
+        known = {*table[0], *(["k-NN"] if has_features else [])}
+        footnote = " ".join(note for note, column in notes.items() if column in known)
         return "\n".join([*lines, footnote, *map(printable, metrics)])
 
 
@@ -133,7 +129,7 @@ def compare(
         files: the files that a model was opened from, by its name, for its size.
         bank: the labeled split with the neighbors of models without logits, transformed as `loader`'s. Defaults to the
             split itself, every fifth of whose images is then classified by the rest.
-        report: called with a line of progress for each model.
+        report: called with two lines of progress for each model.
 
     Raises:
         ConfigError, DataError, NonFiniteError, TeacherError: as `evaluate` and `extract_features`.
@@ -144,6 +140,7 @@ def compare(
         reference = None
     for name, model in models.items():
         report(f"evaluating {name}")
+        started = time.monotonic()
         try:
             with progress_bar(name) as report_batches:
                 if has_logits(model, images):
@@ -158,7 +155,13 @@ def compare(
                     evaluation = _evaluate_features(model, loader, bank, report_batches)
         except NonFiniteError as exc:
             raise NonFiniteError(f"{name}: {exc}") from exc
-        cost = measure_cost(model, images, files=(files or {}).get(name, ()))
+        evaluated = time.monotonic()
+        with progress_bar(f"{name}: timing") as report_runs:
+            cost = measure_cost(model, images, files=(files or {}).get(name, ()), report=report_runs)
+        report(
+            f"{name}: {evaluation.num_samples:,} images in {evaluated - started:.1f} s, and "
+            f"{time.monotonic() - evaluated:.1f} s to time a batch"
+        )
         rows.append(ComparisonRow(name=name, evaluation=evaluation, cost=cost))
     return Comparison(tuple(rows))
 
@@ -173,7 +176,9 @@ def has_logits(model: nn.Module | Teacher, images: Tensor) -> bool:
 
 
 @torch.no_grad()
-def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[Path] = ()) -> Cost:
+def measure_cost(
+    model: nn.Module | Teacher, images: Tensor, *, files: Sequence[Path] = (), report: Report = no_report
+) -> Cost:
     """Time `model`, in eval mode, on the batch `images` `[N, 3, H, W]` on its device, and determine its size.
 
     Each run is timed on its own, until the device has finished, after a few warm-up runs.
@@ -182,6 +187,7 @@ def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[
         model: a network or teacher.
         images: a batch of a loader.
         files: the files that the model was opened from.
+        report: called with the number of runs that are done, and that there are.
 
     Raises:
         TeacherError: a teacher rejects the images.
@@ -190,7 +196,8 @@ def measure_cost(model: nn.Module | Teacher, images: Tensor, *, files: Sequence[
     images = inputs_for(model, images)
     times_s = []
     with eval_mode(model):
-        for _ in range(_NUM_WARMUP + _NUM_RUNS):
+        for number in range(_NUM_WARMUP + _NUM_RUNS):
+            report(number, _NUM_WARMUP + _NUM_RUNS)
             start_s = time.perf_counter()
             model(images)
             if on_gpu:
@@ -254,14 +261,24 @@ def _cells(row: ComparisonRow) -> tuple[str, ...]:
     )
 
 
+def _metric(name: str, value: Any) -> str:
+    """A further metric with four digits, or as a percentage if it is a share."""
+    match value:
+        case list() | tuple():
+            return f"[{', '.join(_metric(name, each) for each in value)}]"
+        case float():
+            return format(value, ".2%" if name in _PERCENTAGES else ".4g")
+    return str(value)
+
+
 def _cell(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
+    return _UNKNOWN if value is None else format(value, spec)
 
 
 def _with_unit(number: int | None) -> str:
     """Three digits and a power of a thousand."""
     if number is None:
-        return "-"
+        return _UNKNOWN
     for unit, size in _UNITS:
         if number >= size:
             return f"{number / size:.3g} {unit}"

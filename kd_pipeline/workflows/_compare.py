@@ -29,6 +29,7 @@ from kd_pipeline.teachers.settings import TeacherSettings, is_recording, members
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
+from kd_pipeline.workflows.open_checkpoint import is_checkpoint, open_checkpoint
 from kd_pipeline.workflows.stage import stage_dir
 from kd_pipeline.workflows.teacher import saved_runtimes, student_precision, with_trained_weights
 
@@ -62,13 +63,15 @@ def compare_files(
 
     Args:
         config: describes the data, and the teacher if it has one.
-        models: folders of finished runs, ONNX files and engines, and backbones by name: `timm:NAME` or
-            `torchvision:NAME` with the pretrained weights, for which images are normalized as they were trained, and
-            `timm:NAME=FILE` with those of a checkpoint. The rows are named as these are written.
+        models: folders of finished runs, ONNX files and engines; checkpoints of the config's student, or else of its
+            teacher; and backbones by name: `timm:NAME` or `torchvision:NAME` with the pretrained weights, for which
+            images are normalized as they were trained, and `timm:NAME=FILE` with those of a checkpoint. The rows are
+            named as these are written.
         split: the split.
-        teacher: the model to measure agreement with: a path, or None for none; or `"config"` for the config's teacher,
-            with the weights of its run if there are, which then has the first row. A config without a teacher, or with
-            one that cannot run here, is compared without, and a warning says why.
+        teacher: the model to measure agreement with, which has the first row: a path as of `models`, where a checkpoint
+            is first tried as one of the config's teacher; None for none; or `"config"` for the config's teacher, with
+            the weights of its run if there are. A config without a teacher, or with one that cannot run here, is
+            compared without, and a warning says why.
         metrics: further metrics, of models with logits.
         bank: a split with labels, whose images are the neighbors of those of `split`; defaults to `split` itself, every
             fifth of whose images is then classified by the rest.
@@ -76,7 +79,7 @@ def compare_files(
             or random ones, which show what the network is worth untrained.
         plugins: modules that factories and custom metrics may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
-        report: called with a line of progress for each model.
+        report: called with lines of progress.
 
     Raises:
         ConfigError: there is no such model or split, nothing to compare, or a metric is unknown.
@@ -88,32 +91,36 @@ def compare_files(
         shard = None if torch.distributed.is_initialized() else Shard()
         loader = stack.enter_context(KDDataLoader.from_config(config, split, teacher=None, shard=shard, run_dir=None))
         transform = loader.transform
+        report(f"{split}: {len(loader.source):,} images{_of_classes(loader)} in batches of {loader.batch_size}")
 
-        def open_one(path: str | os.PathLike[str]) -> OpenedModel:
+        def open_one(path: str | os.PathLike[str], wanted: Literal["teacher", "student"] = "student") -> OpenedModel:
             if (named := _BY_NAME.fullmatch(os.fspath(path))) is not None:
                 return _open_backbone(loader, *named.groups(), is_pretrained=pretrained)
-            model = open_model_file(
-                argument_path(path),
-                size=transform.size,
-                device=loader.device,
-                dtype=getattr(torch, transform.dtype),
-                classes=loader.classes,
-                plugins=plugins,
-                trust_engines=trust_engines,
-            )
+            allowed = {"plugins": plugins, "trust_engines": trust_engines}
+            if is_checkpoint(file := argument_path(path)):
+                model = open_checkpoint(file, config, loader, split, wanted=wanted, **allowed)
+            else:
+                dtype = getattr(torch, transform.dtype)
+                size, device, classes = transform.size, loader.device, loader.classes
+                model = open_model_file(file, size=size, device=device, dtype=dtype, classes=classes, **allowed)
             stack.callback(model.close)
             return model
 
         opened: dict[str, OpenedModel] = {}
         reference: nn.Module | Teacher | None = None
         if teacher == "config":
+            if config.teacher is not None:
+                report("opening the teacher of the config")
             own = _open_own_teacher(config, split, loader, plugins, trust_engines, is_required=not models)
             if own is not None:
                 reference = own.model
                 opened[TEACHER] = own
                 stack.callback(own.close)
         elif teacher is not None:
-            reference = open_one(teacher).model
+            named = open_one(teacher, "teacher")
+            reference = named.model
+            if os.fspath(teacher) not in [os.fspath(path) for path in models]:
+                opened[os.fspath(teacher)] = named
         opened |= {os.fspath(path): open_one(path) for path in models}
         if not opened:
             raise ConfigError("there is nothing to compare: name a run, an ONNX file or an engine")
@@ -127,6 +134,10 @@ def compare_files(
             bank=own_bank,
             report=report,
         )
+
+
+def _of_classes(loader: KDDataLoader) -> str:
+    return f" of {loader.num_classes} classes" if loader.num_classes else ""
 
 
 def _open_backbone(

@@ -46,6 +46,7 @@ __all__ = [
     "Exported",
     "OpenedModel",
     "export_student",
+    "no_model",
     "open_model_file",
     "read_exported",
 ]
@@ -179,7 +180,7 @@ def read_exported(path: Path) -> tuple[Path, Exported] | None:
             hint = f"; of its stages, these are: {first_few(list(map(str, stages)))}" if stages else ""
             raise ConfigError(f"{path} is not the folder of a finished run: it has no exported/{DESCRIPTION}{hint}")
     elif path.suffix not in _BACKENDS:
-        raise ConfigError(_no_model(path))
+        raise ConfigError(no_model(path))
     description = folder / DESCRIPTION
     if not description.exists():
         return None
@@ -270,7 +271,7 @@ def _open_network(
     return OpenedModel(network.to(device, dtype).eval(), known, (weights,), lambda: None)
 
 
-def _no_model(path: Path) -> str:
+def no_model(path: Path) -> str:
     """Why `path`, which is no folder, is not opened, and what to do instead."""
     found = f"{path} is neither the folder of a run nor an .onnx or .engine file"
     if not path.exists():
@@ -281,7 +282,7 @@ def _no_model(path: Path) -> str:
     return (
         f"{found}, but a checkpoint, which holds weights without the network. If a run wrote it, name the folder of "
         f"the run. Else name its network in a config, such as {network}, and run kd-pipeline eval -c CONFIG without a "
-        "model; or export the network with kd_pipeline.export_onnx"
+        f"model; or export both with kd-pipeline export --timm resnet50 --checkpoint {path}"
     )
 
 

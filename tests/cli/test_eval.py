@@ -129,6 +129,52 @@ def test_checkpoint_is_told_what_to_do(
 
 
 @pytest.fixture
+def networks(config: Path) -> Path:
+    """The config, with a wide teacher and a narrow student. Their weights are in files of their names."""
+    networks = {"teacher": 8, "student": 4}
+    with config.open("a", encoding="utf-8") as file:
+        for number, (name, width) in enumerate(networks.items()):
+            about = f"{{builtin: small_resnet, num_classes: 3, kwargs: {{width: {width}}}}}"
+            file.write(f"{name}: {about if name == 'student' else f'{{model: {about}}}'}\n")
+            torch.manual_seed(number)
+            settings = ModelSettings(builtin="small_resnet", num_classes=3, kwargs={"width": width})
+            network = open_model(settings)
+            torch.save(network.state_dict(), config.parent / f"{name}.pt")
+    return config
+
+
+def test_checkpoint_is_a_teacher(networks: Path, tmp_path: Path) -> None:
+    teacher, student = str(networks.parent / "teacher.pt"), str(networks.parent / "student.pt")
+    set_in_config = ["--set", f"teacher.model.checkpoint={teacher}"]
+    found = []
+    for number, arguments in enumerate((["--teacher", teacher], set_in_config, [teacher, "--no-teacher"])):
+        out = tmp_path / f"{number}.json"
+        assert main(["eval", "-c", str(networks), *arguments, "--out", str(out)]) == 0
+        ((name, metrics),) = json.loads(out.read_text()).items()
+        assert name == (TEACHER if number == 1 else teacher)
+        found.append(metrics)
+    assert found[0]["confusion"] == found[1]["confusion"] == found[2]["confusion"] and found[0]["num_samples"] == 37
+    out = tmp_path / "both.json"
+    assert main(["eval", "-c", str(networks), student, "--teacher", teacher, "--out", str(out)]) == 0
+    both = json.loads(out.read_text())
+    assert list(both) == [teacher, student] and both[teacher]["confusion"] == found[0]["confusion"]
+    assert both[student]["agreement"] is not None and both[student]["confusion"] != both[teacher]["confusion"]
+
+
+def test_checkpoint_that_fits_nothing_is_one_message(
+    networks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.pt"
+    torch.save(open_model(ModelSettings(timm="test_resnet")).state_dict(), other)
+    assert main(["eval", "-c", str(networks), "--teacher", str(other)]) == 1
+    error = capsys.readouterr().err
+    assert f"{other} fits neither network of the config. teacher.model: {other} does not fit" in error
+    assert f". student: {other} does not fit" in error and "Traceback" not in error
+    assert main(["eval", "-c", str(networks), "--set", "student=null", "--teacher", str(other)]) == 1
+    assert f"teacher.model: {other} does not fit" in capsys.readouterr().err
+
+
+@pytest.fixture
 def taught(config: Path, run: Path) -> Path:
     """The config, with an exported network as its teacher."""
     with config.open("a", encoding="utf-8") as file:

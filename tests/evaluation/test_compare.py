@@ -77,7 +77,7 @@ def test_table_has_line_per_model() -> None:
     big = cost(num_parameters=25_557_032, num_bytes=102_400, batch_size=64, device="NVIDIA X")
     rows = (
         ComparisonRow(name="student", evaluation=known, cost=cost(num_parameters=999, num_bytes=7_654)),
-        ComparisonRow(name="a longer teacher", evaluation=evaluation(num_samples=12, metrics={"F": 0.5}), cost=big),
+        ComparisonRow(name="a longer teacher", evaluation=evaluation(num_samples=12, metrics={"F": 0.51239}), cost=big),
     )
     header, student, teacher, footnote, metric = Comparison(rows).table().splitlines()
     found = [" ".join(line.split()) for line in (header, student, teacher)]
@@ -88,7 +88,28 @@ def test_table_has_line_per_model() -> None:
     ]
     assert header.index("top-1") + len("top-1") == student.index("91.67%") + len("91.67%")
     assert len(header) == len(student) == len(teacher)
-    assert "median of 30 runs" in footnote and metric == "a longer teacher: F 0.5"
+    assert "median of 30 runs" in footnote and metric == "a longer teacher: F 0.5124"
+
+
+def test_columns_of_what_was_measured() -> None:
+    row = ComparisonRow(name="net", evaluation=evaluation(top1=0.5, top5=1.0, macro_f1=0.4, loss=1.0), cost=cost())
+    header, _, footnote = Comparison((row,)).table().splitlines()
+    assert header.split() == ["samples", "top-1", "top-5", "macro", "F1", "loss", "ms/image", "batch", "on"]
+    assert "Agreement" not in footnote and "k-NN" not in footnote
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("Accuracy", 0.4625000059604645, "46.25%"),
+        ("CohenKappa", 0.4625000059604645, "0.4625"),
+        ("Recall", [0.5, 0.25], "[50.00%, 25.00%]"),
+        ("images", 37, "37"),
+    ],
+)
+def test_numbers_of_metrics_are_short(name: str, value: object, text: str) -> None:
+    row = ComparisonRow(name="net", evaluation=evaluation(metrics={name: value}), cost=cost())
+    assert Comparison((row,)).table().splitlines()[-1] == f"net: {name} {text}"
 
 
 def test_compare_evaluates_and_times_every_model(photo_folder: Path, exported) -> None:
@@ -100,7 +121,10 @@ def test_compare_evaluates_and_times_every_model(photo_folder: Path, exported) -
         found = compare(models, loader, reference=ConvNet(), metrics=metrics, files=files, report=lines.append)
         wanted = evaluate(ConvNet(), loader, reference=ConvNet(), metrics=metrics)
     network, of_teacher = found.rows
-    assert lines == ["evaluating network", "evaluating teacher"] and [row.name for row in found.rows] == list(models)
+    assert [line.partition(" in ")[0] for line in lines] == [
+        *("evaluating network", "network: 37 images", "evaluating teacher", "teacher: 37 images")
+    ]
+    assert [row.name for row in found.rows] == list(models)
     assert network.evaluation == wanted and (wanted.agreement, wanted.num_samples) == (1.0, 37)
     assert of_teacher.evaluation.confusion == wanted.confusion and "CohenKappa" in wanted.metrics
     assert network.cost.num_parameters and network.cost.num_bytes is None and network.cost.batch_size == 8
@@ -146,7 +170,7 @@ def test_models_with_and_without_logits(photo_folder: Path) -> None:
     assert second.evaluation.top1 == expected.top1 and second.evaluation.agreement is None
     assert alone.evaluation.metrics["knn_top1"] == knn_top1(whole, whole)
     header, *_ = found.table().splitlines()
-    assert {"top-1", "agreement", "k-NN", "linear", "ms/image"} <= set(header.replace(" F1", "-F1").split())
+    assert {"top-1", "loss", "k-NN", "linear", "ms/image"} <= set(header.replace(" F1", "-F1").split())
     header, row, footnote = Comparison((first,)).table().splitlines()
     assert "k-NN" in header and "top-1" not in header
     assert "k-NN and linear: " in footnote and "ms/image" in footnote and "KL" not in footnote
