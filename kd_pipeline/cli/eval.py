@@ -44,7 +44,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=path_option,
         metavar="MODEL",
         help="folder of a run, ONNX file, engine, or checkpoint of the config's student or teacher; or a network "
-        "without its head, timm:NAME or torchvision:NAME, with its pretrained weights or, as timm:NAME=FILE, with those "
+        "without its head, timm:NAME or torchvision:NAME, with its pretrained weights or, as timm:NAME=FILE, weights "
         "of a file",
     )
     parser.add_argument("--split", default="val", help="split to evaluate on (default: val)")
