@@ -9,6 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from kd_pipeline._core.paths import argument_path
+from kd_pipeline.config.compose import compose
 from kd_pipeline.config.config import Config
 from kd_pipeline.config.reader import read_text
 from kd_pipeline.config.yaml import Place, parse
@@ -19,6 +20,8 @@ __all__ = ["edited_config"]
 
 def edited_config(path: str | PathLike[str], values: Mapping[str, bool | int | float | str | None]) -> str:
     """The text of the config file `path` with `values` in place of what it has for these keys.
+
+    The files that it extends stay as they are: a value of theirs is overridden in `path`.
 
     Args:
         path: a config file.
@@ -38,7 +41,8 @@ def edited_config(path: str | PathLike[str], values: Mapping[str, bool | int | f
             text = _with_value(text, section, name, _written(value))
             wanted[section] = (wanted.get(section) or {}) | {name: value}
         found, _ = parse(text, lambda line: Place(line, f"{path}:{line}"))
-        Config.model_validate_json(json.dumps(found), strict=True)
+        composed = compose(path, text, read_text)
+        Config.model_validate_json(json.dumps(None if composed is None else composed.data), strict=True)
     except (ConfigError, ValidationError, TypeError, AttributeError) as exc:
         found, reason = None, f" ({exc})" if isinstance(exc, ConfigError) else ""
     else:

@@ -18,6 +18,7 @@ from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
+from kd_pipeline.config.compose import EXTENDS, compose
 from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse, parse_override
 from kd_pipeline.errors import ConfigError
 
@@ -26,6 +27,8 @@ __all__ = ["read_config", "read_text", "read_values"]
 Model = TypeVar("Model", bound=BaseModel)
 
 _MAX_BYTES = 2**20
+_AFTER_ALL_FILES = 2**40
+"""Order of overrides in a report."""
 _MAX_ERRORS = 1000
 """Of pydantic, to look into; a message shows twenty."""
 _EXPECTED = {
@@ -47,7 +50,9 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
     The YAML is plain data: no tags, no aliases, no duplicate keys, at most 1 MiB. Only `true` and `false` are booleans,
     and numbers are decimal without leading zeros. Everything else is text: `no`, `2020-01-01`, `010` and `1:30` stay as
     written, while `1e-3` is a number. Nothing is converted: `"12"` is not a number, and `5.0` is not a whole number.
-    Relative paths stay as written, relative to the working directory.
+    Relative paths stay as written, relative to the working directory, except those of `extends`: files, or presets such
+    as `preset:distilbert`, that the file builds on. These paths are relative to the folder of the file that has them.
+    Mappings are merged key by key, and later files win. `compose` says when a section is replaced as a whole.
 
     An override is `key.path=value`; `ops.0.size=32` reaches into a list. The value is a number, `true`, `false`, `null`
     or a text as it stands, with `#`, `: ` and all other signs. In brackets, braces or quotes it is YAML. Sections that
@@ -58,11 +63,13 @@ def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequen
             found.
     """
     path = argument_path(path)
-    data, places = parse(read_text(path), lambda line: Place(line, f"{path}:{line}"))
-    if not isinstance(data, dict):
-        text = f"should be a mapping with keys of {', '.join(model.model_fields)}, {_found(data)}"
-        raise config_error([Problem(places[()], (), text)])
-    return _validated(model, data, places, overrides)
+    text = read_text(path)
+    if (found := compose(path, text, read_text)) is None:
+        place = Place(1, f"{path}:1")
+        data, _ = parse(text, lambda _: place)
+        expected = f"should be a mapping with keys of {', '.join(model.model_fields)}, {_found(data)}"
+        raise config_error([Problem(place, (), expected)])
+    return _validated(model, *found, overrides)
 
 
 def read_values(model: type[Model], values: Mapping[str, Any], overrides: Sequence[str] = (), *, name: str) -> Model:
@@ -82,7 +89,7 @@ def read_values(model: type[Model], values: Mapping[str, Any], overrides: Sequen
 
 def _validated(model: type[Model], data: dict[str, Any], places: dict[Key, Place], overrides: Sequence[str]) -> Model:
     for number, text in enumerate(overrides):
-        _override(data, places, Place(_MAX_BYTES + number, f"override {text!r}", text))
+        _override(data, places, Place(_AFTER_ALL_FILES + number, f"override {text!r}", text))
     try:
         # Strict JSON mode is strict about types, yet lets lists become tuples and text become paths.
         return model.model_validate_json(json.dumps(data), strict=True)
@@ -116,6 +123,8 @@ def _override(data: dict[str, Any], places: dict[Key, Place], place: Place) -> N
     parts = name.split(".")
     if not equals or not all(parts):
         raise config_error([Problem(place, (), "should be key.path=value, such as data.batch_size=64")])
+    if parts[0] == EXTENDS:
+        raise config_error([Problem(place, (EXTENDS,), "can only stand in a file; write it into the config file")])
     key: Key = ()
     node: Any = data
     for depth, part in enumerate(parts, start=1):

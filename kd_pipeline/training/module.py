@@ -52,6 +52,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         teacher: Teacher | Recording | None,
         identity: Mapping[str, Any],
         validate: Callable[[nn.Module], Mapping[str, Evaluation]],
+        plugins: Collection[str] = (),
     ) -> None:
         """Wrap `student`.
 
@@ -63,6 +64,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             teacher: only to log its share of the time; it is not kept as a submodule.
             identity: what identifies the run, to save in its checkpoints.
             validate: evaluates a model on every validation set, by name.
+            plugins: modules that factories of the optimizer and its schedule may come from.
         """
         super().__init__()
         self.student, self.distillation = student, distillation
@@ -76,7 +78,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             for name, _ in distillation.get_submodule(part).named_buffers()
         ]
         self._settings, self._steps_per_epoch, self._identity = settings, steps_per_epoch, identity
-        self._validate = validate
+        self._validate, self._plugins = validate, plugins
         self._compiled = CompiledStudent(student) if settings.compile else None
         self._throughput = Throughput(teacher)
         self._is_logged = False
@@ -131,9 +133,15 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer of student and projectors, and its schedule in steps."""
         settings = self._settings
-        optimizer = build_optimizer(self.student, settings.optimizer, extra=self.distillation.parameters())
+        optimizer = build_optimizer(
+            self.student, settings.optimizer, extra=self.distillation.parameters(), plugins=self._plugins
+        )
         schedule = build_schedule(
-            optimizer, settings.schedule, epochs=settings.epochs, steps_per_epoch=self._steps_per_epoch
+            optimizer,
+            settings.schedule,
+            epochs=settings.epochs,
+            steps_per_epoch=self._steps_per_epoch,
+            plugins=self._plugins,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

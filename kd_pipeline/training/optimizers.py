@@ -1,6 +1,6 @@
 """The student's optimizer, and its parameter groups by learning rate and weight decay."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Annotated, Any, Self
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import ConfigError
@@ -41,6 +42,10 @@ class OptimizerSettings(Settings):
     name: str = "adamw"
     """torch's `sgd`, `adam`, `adamw` and `rmsprop`, timm's `lamb` and `lion`, or any other class of torch, such as
     `torch.optim.RAdam`. `lamb` also clips the gradient to a norm of 1."""
+    factory: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")
+    """Your own function that returns an optimizer of torch, as `package.module:function`, instead of a `name`. It is
+    called as `function(groups, lr=..., **kwargs)`, with torch's parameter groups, which have `lr` and `weight_decay`
+    where `lr_scale` and `decay_norm_and_bias` say so; and with `weight_decay` if it is set."""
     lr: PositiveFloat = 1e-3
     """The peak learning rate of the schedule."""
     weight_decay: float | None = Field(default=None, ge=0)
@@ -56,8 +61,8 @@ class OptimizerSettings(Settings):
     """For `adam`, `adamw`, `lamb` and `lion`: decay of the running means; defaults to the optimizer's own."""
     eps: PositiveFloat | None = None
     """For `adam`, `adamw`, `rmsprop` and `lamb`; defaults to the optimizer's own."""
-    kwargs: dict[str, bool | int | float | tuple[float, float]] = Field(default_factory=dict)
-    """More arguments of the class."""
+    kwargs: dict[str, bool | int | float | str | tuple[float, float]] = Field(default_factory=dict)
+    """More arguments of the class or factory."""
     lr_scale: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Factors of the learning rate by the name of a layer or parameter of the student, such as `{layer1: 0.1}`; the
     longest matching name wins."""
@@ -75,12 +80,15 @@ class OptimizerSettings(Settings):
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
-        for setting in sorted(set().union(*_SETTINGS_OF.values()) - _SETTINGS_OF.get(self.name, set())):
+        if self.factory is not None and self.name != type(self).model_fields["name"].default:
+            raise ValueError(f"name: {self.name} has no effect with a factory; remove one of them")
+        known = set[str]() if self.factory is not None else _SETTINGS_OF.get(self.name, set())
+        for setting in sorted(set().union(*_SETTINGS_OF.values()) - known):
             if (value := getattr(self, setting)) not in (None, False):
                 raise ValueError(
                     f"{setting}: {value} has no effect with {self.name}; remove it or change name"
-                    if self.name in _SETTINGS_OF
-                    else f"{setting}: {value} is an argument of {self.name}; set it in kwargs"
+                    if self.factory is None and self.name in _SETTINGS_OF
+                    else f"{setting}: {value} is an argument of {self.factory or self.name}; set it in kwargs"
                 )
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov: true needs momentum; set momentum: 0.9")
@@ -88,7 +96,11 @@ class OptimizerSettings(Settings):
 
 
 def build_optimizer(
-    student: nn.Module, settings: OptimizerSettings, *, extra: Iterable[nn.Parameter] = ()
+    student: nn.Module,
+    settings: OptimizerSettings,
+    *,
+    extra: Iterable[nn.Parameter] = (),
+    plugins: Collection[str] = (),
 ) -> Optimizer:
     """An optimizer of the student's trainable parameters, in named groups.
 
@@ -99,12 +111,15 @@ def build_optimizer(
         student: the network alone; a teacher inside it would be trained too.
         settings: what to build.
         extra: more parameters to train, such as those of projectors; they join the group `student`.
+        plugins: modules that a factory may come from.
 
     Raises:
         ConfigError: nothing is trainable, a name in `lr_scale` matches no trainable parameter, or the class does not
-            accept its `kwargs`.
+            accept its `kwargs`; or the factory is not allowed, fails, or returns no optimizer of all parameters.
         MissingPackageError: timm is needed and not installed.
     """
+    if settings.factory is not None:
+        return _from_factory(settings, settings.factory, _parameter_groups(student, settings, extra), plugins)
     names = ("weight_decay", *sorted(_SETTINGS_OF.get(settings.name, set())))
     arguments = {name: value for name in names if (value := getattr(settings, name)) is not None} | settings.kwargs
     groups, optimizer_class = _parameter_groups(student, settings, extra), _optimizer_class(settings.name)
@@ -113,6 +128,33 @@ def build_optimizer(
     except (TypeError, ValueError) as exc:
         raise ConfigError(f"train.optimizer: {settings.name} does not accept {arguments}: {exc}") from exc
     return optimizer
+
+
+def _from_factory(
+    settings: OptimizerSettings, factory: str, groups: list[dict[str, Any]], plugins: Collection[str]
+) -> Optimizer:
+    """What the user's function returns, if it is an optimizer of all parameters."""
+    function = import_function("train.optimizer.factory", factory, plugins)
+    decay = {} if settings.weight_decay is None else {"weight_decay": settings.weight_decay}
+    arguments = {"lr": settings.lr, **decay, **settings.kwargs}
+    wanted = {id(parameter) for group in groups for parameter in group["params"]}
+    try:
+        found = function(groups, **arguments)
+    except Exception as exc:  # the user's code can raise anything
+        raise ConfigError(
+            f"train.optimizer.factory: {factory} failed ({type(exc).__name__}: {exc}); it is called with torch's "
+            f"parameter groups and {arguments}"
+        ) from exc
+    if not isinstance(found, Optimizer):
+        raise ConfigError(
+            f"train.optimizer.factory: {factory} returned a {type(found).__name__}; return a torch.optim.Optimizer"
+        )
+    if missing := len(wanted - {id(parameter) for group in found.param_groups for parameter in group["params"]}):
+        raise ConfigError(
+            f"train.optimizer.factory: {factory} left out {missing} of {len(wanted)} parameters, which would not be "
+            "trained; give the optimizer all groups, and freeze what is not to be trained in the student"
+        )
+    return found
 
 
 def match_memory_format(optimizer: Optimizer) -> None:

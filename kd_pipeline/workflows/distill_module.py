@@ -40,7 +40,7 @@ def build_module(
         student: maps images `[N, 3, H, W]` to logits `[N, K]`.
         loader: of the training images.
         teacher: whose outputs the batches have.
-        plugins: modules that losses may come from.
+        plugins: modules that losses and optimizers may come from.
         identity: what identifies the run, to save in its checkpoints.
         validate: evaluates a model on every validation set, by name.
 
@@ -66,6 +66,7 @@ def build_module(
         teacher=teacher,
         identity=identity,
         validate=validate,
+        plugins=plugins,
     )
 
 

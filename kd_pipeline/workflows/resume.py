@@ -265,6 +265,10 @@ def _sorted_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tup
     for change in _changes(old_config, new_config):
         if change.key == "run_dir":  # the folder was moved, or is spelled differently
             continue
+        if change.key == "train.epochs" and old_config["train"]["schedule"].get("factory") is not None:
+            why = "the scheduler of train.schedule.factory keeps its length"
+            refused.append(Change(f"train.epochs ({why})", change.old, change.new))
+            continue
         match rule_of(change.key, new_config["stage"]):
             case "refused":
                 is_applied = False

@@ -168,3 +168,19 @@ def test_schedule_longer_than_run_is_refused(settings, message):
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValidationError, match=message):
         ScheduleSettings(**settings)
+
+
+@pytest.mark.parametrize("kind", sorted(SETTINGS))
+def test_warmup_as_fraction_of_the_run(kind):
+    milestones = {"milestones": (3,)} if kind == "step" else {}
+    fraction = ScheduleSettings(kind=kind, warmup_fraction=0.25, **milestones)
+    epochs = ScheduleSettings(kind=kind, warmup_epochs=2, **milestones)
+    for epoch in (0, 1.3, 2, 5, 7.9):
+        assert lr_factor(fraction, epoch, 8) == lr_factor(epochs, epoch, 8)
+
+
+def test_two_warmups_are_refused():
+    with pytest.raises(ValidationError, match="set one of them"):
+        ScheduleSettings(warmup_epochs=1, warmup_fraction=0.1)
+    with pytest.raises(ConfigError, match=r"warmup_fraction: 0\.75, epochs: 6 and cooldown_epochs: 2 take all 8"):
+        check_length(ScheduleSettings(warmup_fraction=0.75, cooldown_epochs=2), 8)
