@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kd_pipeline.evaluation import compare as compare
     from kd_pipeline.evaluation import evaluate as evaluate
     from kd_pipeline.evaluation import predict as predict
+    from kd_pipeline.loader import BatchLoader as BatchLoader
     from kd_pipeline.loader import KDDataLoader as KDDataLoader
     from kd_pipeline.losses.distillation import Distillation as Distillation
     from kd_pipeline.losses.settings import DistillSettings as DistillSettings
@@ -54,7 +55,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.data.sources": ["Arrays", "Cifar", "FileList", "ImageFolder", "Source", "open_source"],
         "kd_pipeline.data.transforms": ["EvalTransform", "TrainTransform"],
         "kd_pipeline.evaluation": ["compare", "evaluate", "predict"],
-        "kd_pipeline.loader": ["KDDataLoader"],
+        "kd_pipeline.loader": ["BatchLoader", "KDDataLoader"],
         "kd_pipeline.losses": ["losses"],
         "kd_pipeline.losses.distillation": ["Distillation"],
         "kd_pipeline.losses.settings": ["DistillSettings"],

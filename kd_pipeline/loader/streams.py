@@ -38,6 +38,12 @@ class StreamSync:
         """An array as a tensor on the device, copied on the current stream; on a CPU it shares the memory."""
         return torch.from_numpy(array)
 
+    def wait_for(self, tensors: Iterable[Tensor]) -> None:
+        """Let the teacher's stream wait for the current one, on which those of `tensors` that are on a GPU were made.
+
+        There are such tensors if a loader of the user's own puts them there.
+        """
+
     def record_event(self) -> Any:
         """An event after all work queued so far on the teacher's stream."""
         return None
@@ -72,6 +78,13 @@ class _CudaSync(StreamSync):
     def to_device(self, array: NDArray[Any]) -> Tensor:
         # From pinned memory the copy is only queued, and torch keeps the memory until it is done.
         return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+
+    def wait_for(self, tensors: Iterable[Tensor]) -> None:
+        on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+        if on_gpu:
+            self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        for tensor in on_gpu:
+            tensor.record_stream(self.stream)
 
     def record_event(self) -> torch.cuda.Event:
         event: torch.cuda.Event = self.stream.record_event()

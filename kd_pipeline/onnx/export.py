@@ -43,7 +43,7 @@ def export_onnx(
     module: nn.Module,
     path: str | Path,
     *,
-    image_shape: tuple[int, int, int],
+    image_shape: tuple[int, ...],
     classes: Sequence[str] | None = None,
     input_adapter: InputAdapter | None = None,
     opset: int | None = None,
@@ -65,7 +65,7 @@ def export_onnx(
     Args:
         module: a float32 model that returns a tensor, or a mapping of tensors by name, as of Hugging Face.
         path: the file to write; an existing one is replaced, missing folders are created.
-        image_shape: `(3, H, W)` of the images.
+        image_shape: `(3, H, W)` of the images, or the sizes of a row of another float32 input.
         classes: names of the K classes in logit order, stored in the file; only for a module with logits.
         input_adapter: becomes the first layer of the graph.
         opset: ONNX opset; defaults to torch's.
@@ -114,7 +114,7 @@ class _NamedOutputs(nn.Module):
 
 
 def _trace(
-    model: nn.Module, image_shape: tuple[int, int, int], classes: Sequence[str] | None, opset: int | None
+    model: nn.Module, image_shape: tuple[int, ...], classes: Sequence[str] | None, opset: int | None
 ) -> torch.onnx.ONNXProgram:
     """`model` as an ONNX graph with a dynamic batch, without torch's prints and warnings."""
     images = torch.zeros(_TRACED_BATCH, *image_shape)
@@ -165,7 +165,7 @@ def _checked_batches(program: torch.onnx.ONNXProgram, max_batch: int) -> list[in
     return sorted({*_CHECKED_BATCHES, *(int(limit) + 1 for limit in limits if limit < max_batch)})
 
 
-def _check_outputs(model: nn.Module, path: Path, image_shape: tuple[int, int, int], batches: Sequence[int]) -> None:
+def _check_outputs(model: nn.Module, path: Path, image_shape: tuple[int, ...], batches: Sequence[int]) -> None:
     """Compare the outputs of the file and of `model` on random images, for several batch sizes."""
     file, session = read_onnx(path), open_session(path)
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,9 @@
-"""The contract of every teacher: a batch of images in, named float32 tensors out."""
+"""The contract of every teacher: a batch in, named float32 tensors out."""
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,14 +22,14 @@ def is_logits(name: str) -> bool:
 
 
 class Teacher(ABC):
-    """A frozen model that maps a batch of images to named tensors.
+    """A frozen model that maps a batch of images, or of inputs of any other shape, to named tensors.
 
-    The contract, which the same tests check for every backend:
+    The contract, which the same tests check for every backend, and where an image stands for a row of any input:
 
     1. Outputs are float32 tensors by name: vectors `[N, D]`, maps `[N, C, h, w]` or tokens `[N, L, D]`. The logits
        `[N, K]` of a classifier are called `"logits"`. Each has a row for each image, which depends on that image alone
        and is the same in every call.
-    2. Every batch size from 1 to `max_batch` works. Images that do not match `images` raise a `TeacherError` that says
+    2. Every batch size from 1 to `max_batch` works. Inputs that do not match `inputs` raise a `TeacherError` that says
        what the teacher takes and what it got.
     3. Outputs are new tensors that the caller owns: no later call changes them, and none requires a gradient.
     4. Images are read in place and never written to. They are copied only where the runtime cannot read them as is.
@@ -47,12 +48,17 @@ class Teacher(ABC):
         backend: str,
         precision: str,
         device: torch.device,
-        images: TensorSpec,
+        images: TensorSpec | None = None,
+        inputs: Mapping[str, TensorSpec] | None = None,
         outputs: Mapping[str, TensorSpec],
         max_batch: int,
         classes: tuple[str, ...] | None,
         fingerprint: str,
     ) -> None:
+        """Set what the attributes say. Give `images`, or `inputs` if there are others."""
+        if images is not None:
+            inputs = {"images": images}
+        assert inputs
         self.backend = backend
         """Name of the runtime, as in `TeacherSettings.backend`."""
         self.precision = precision
@@ -60,8 +66,8 @@ class Teacher(ABC):
         self.runtimes: tuple[str, ...] = (f"{backend} {precision}",)
         """Backend and precision, such as `"openvino bf16"`; of several teachers, those of each."""
         self.device = device
-        self.images = images
-        """Shape `[N, 3, H, W]` and dtype of its input."""
+        self.inputs = dict(inputs)
+        """Shape and dtype of each input, by name: `{"images": [N, 3, H, W]}`, or others; None is any size."""
         self.outputs = dict(outputs)
         """Shape and dtype of each output, by name, and of tokens how many are no part of the image."""
         self.max_batch = max_batch
@@ -79,35 +85,49 @@ class Teacher(ABC):
         self._closed = False
 
     def __call__(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the model on `images` `[N, 3, H, W]` and return its outputs by name.
+        """Run the model and return its outputs by name.
+
+        Args:
+            images: `[N, 3, H, W]`, or the only input of another shape; several inputs, or a single one, by name.
 
         Raises:
-            TeacherError: the images do not fit, the runtime failed or returned more or fewer rows than images, or the
+            TeacherError: the inputs do not fit, the runtime failed or returned more or fewer rows than it got, or the
                 teacher is closed.
         """
-        if not isinstance(images, Tensor):
-            raise TeacherError(f"the {self.backend} teacher takes one tensor, got {', '.join(images)}")
-        self._check(images)
+        named = self._named(images)
+        self._check(named)
+        num_rows = len(next(iter(named.values())))
         started = time.perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad():
-                outputs = self._infer(images)
+                outputs = self._infer(named if len(named) > 1 else next(iter(named.values())))
         except Exception as exc:  # each runtime has its own error classes
-            found = TensorSpec(tuple(images.shape), images.dtype)
+            found = " and ".join(f"{name} {TensorSpec(tuple(each.shape), each.dtype)}" for name, each in named.items())
             kind = EngineError if isinstance(exc, EngineError) else TeacherError
             reason = printable(exc, keep="\n")  # may have names from the file
-            raise kind(f"the {self.backend} teacher failed on images {found}: {reason}") from exc
+            raise kind(f"the {self.backend} teacher failed on {found}: {reason}") from exc
         finally:
             self.busy_s += time.perf_counter() - started
             self.num_calls += 1
         for name, output in outputs.items():
-            if output.ndim == 0 or len(output) != len(images):
+            if output.ndim == 0 or len(output) != num_rows:
                 raise TeacherError(
-                    f"the {self.backend} teacher returns {name!r} {list(output.shape)} for {len(images)} images: a "
+                    f"the {self.backend} teacher returns {name!r} {list(output.shape)} for {num_rows} {self._rows}: a "
                     "batch size is fixed inside the model, such as in a Reshape; export it again for any batch size "
                     "(flatten with images.flatten(1), and pass dynamic_shapes)"
                 )
         return outputs
+
+    @property
+    def images(self) -> TensorSpec:
+        """Shape and dtype of its only input.
+
+        Raises:
+            TeacherError: it has several.
+        """
+        if len(self.inputs) > 1:
+            raise TeacherError(f"the {self.backend} teacher takes {', '.join(self.inputs)}, and no images alone")
+        return next(iter(self.inputs.values()))
 
     @property
     def logits(self) -> dict[str, tuple[str, ...] | None]:
@@ -137,10 +157,10 @@ class Teacher(ABC):
             self._release()
 
     @abstractmethod
-    def _infer(self, images: Tensor) -> dict[str, Tensor]:
+    def _infer(self, images: Any) -> dict[str, Tensor]:
         """Run the model, and return those of its outputs that are in `outputs`.
 
-        `images` has been checked, and autograd is off.
+        `images` is the tensor of the only input, or several by name. It has been checked, and autograd is off.
         """
 
     @abstractmethod
@@ -148,33 +168,72 @@ class Teacher(ABC):
         """Free what the runtime holds. Called once."""
 
     def check_fits(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        """Raise now, rather than at the first batch, if the teacher cannot take such images.
+        """Raise now, rather than at the first batch, if the teacher cannot take such an only input.
 
         Raises:
             TeacherError: shape, dtype or device do not fit; says what the teacher takes and what it got.
         """
-        if not self.images.accepts(shape, dtype):
+        self._check_fits({next(iter(self.inputs)): TensorSpec(shape, dtype)}, device)
+
+    def check_takes(self, inputs: Mapping[str, Tensor]) -> None:
+        """Raise a TeacherError if the teacher cannot take `inputs`, given by name."""
+        self._check(self._named(inputs))
+
+    @property
+    def _rows(self) -> str:
+        return "images" if "images" in self.inputs else "rows"
+
+    def _named(self, inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The inputs by the teacher's own names; the name of a single one does not matter."""
+        if isinstance(inputs, Tensor):
+            inputs = {"": inputs}
+        if len(self.inputs) == len(inputs) == 1:
+            return dict(zip(self.inputs, inputs.values(), strict=True))
+        if self.inputs.keys() != inputs.keys():
+            found = ", ".join(inputs) if "" not in inputs else "one tensor without a name"
+            wanted = ", ".join(self.inputs) if len(self.inputs) > 1 else "one tensor"
             raise TeacherError(
-                f"the {self.backend} teacher takes images {self.images}, got {TensorSpec(shape, dtype)}; "
-                "change the transform's size or dtype, or export the teacher with an input_adapter"
+                f"the {self.backend} teacher takes {wanted}, got {found}; "
+                + ("pass them by name" if len(self.inputs) > 1 else "several inputs by name take backend: pytorch")
             )
-        if not 1 <= shape[0] <= self.max_batch:
+        return {name: inputs[name] for name in self.inputs}
+
+    def _check(self, inputs: Mapping[str, Tensor]) -> None:
+        if self._closed:
+            raise TeacherError(f"the {self.backend} teacher is closed; open a new one with open_teacher(...)")
+        specs = {name: TensorSpec(tuple(each.shape), each.dtype) for name, each in inputs.items()}
+        for tensor in inputs.values():
+            self._check_fits(specs, tensor.device)
+            if not tensor.is_contiguous():
+                layout = "NCHW buffer" if tensor.ndim == 4 else "buffer"
+                raise TeacherError(
+                    f"the {self.backend} teacher reads one dense {layout}, got strides {tensor.stride()}; "
+                    "call .contiguous() first"
+                )
+
+    def _check_fits(self, found: Mapping[str, TensorSpec], device: torch.device) -> None:
+        for name, spec in found.items():
+            shape = tuple(size or 0 for size in spec.shape)
+            if not self.inputs[name].accepts(shape, spec.dtype):
+                raise TeacherError(
+                    f"the {self.backend} teacher takes {name} {self.inputs[name]}, got {spec}; "
+                    + (
+                        "change the transform's size or dtype, or export the teacher with an input_adapter"
+                        if len(shape) == 4
+                        else "give it that, or open it with an example of what it gets (backend: pytorch)"
+                    )
+                )
+        sizes = {name: spec.shape[0] or 0 for name, spec in found.items()}
+        if len({*sizes.values()}) > 1:
+            raise TeacherError(f"the inputs of a teacher have different numbers of rows: {sizes}")
+        num_rows = next(iter(sizes.values()))
+        if not 1 <= num_rows <= self.max_batch:
             raise TeacherError(
-                f"the {self.backend} teacher takes 1 to {self.max_batch} images at a time, got {shape[0]}; "
+                f"the {self.backend} teacher takes 1 to {self.max_batch} {self._rows} at a time, got {num_rows}; "
                 "lower data.batch_size or open the teacher with a larger max_batch"
             )
         if device != self.device:
             raise TeacherError(
-                f"the {self.backend} teacher reads from {self.device}, the images are on {device}; "
+                f"the {self.backend} teacher reads from {self.device}, the {self._rows} are on {device}; "
                 "open teacher and loader on the same device"
-            )
-
-    def _check(self, images: Tensor) -> None:
-        if self._closed:
-            raise TeacherError(f"the {self.backend} teacher is closed; open a new one with open_teacher(...)")
-        self.check_fits(tuple(images.shape), images.dtype, images.device)
-        if not images.is_contiguous():
-            raise TeacherError(
-                f"the {self.backend} teacher reads one dense NCHW buffer, got strides {images.stride()}; "
-                "call .contiguous() first"
             )

@@ -41,7 +41,7 @@ class PermutedTeacher(Teacher):
             backend=teacher.backend,
             precision=teacher.precision,
             device=teacher.device,
-            images=teacher.images,
+            inputs=teacher.inputs,
             outputs={**teacher.outputs, "logits": logits},
             max_batch=teacher.max_batch,
             classes=tuple(classes),
@@ -55,7 +55,7 @@ class PermutedTeacher(Teacher):
         super().keep_outputs(names)
         self._teacher.keep_outputs(names)
 
-    def _infer(self, images: Tensor) -> dict[str, Tensor]:
+    def _infer(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs = self._teacher(images)
         if "logits" in outputs:
             outputs["logits"] = outputs["logits"].index_select(1, self._positions_K)

@@ -40,7 +40,7 @@ class CombinedTeacher(Teacher):
             backend=backend,
             precision="+".join(dict.fromkeys(member.precision for member in members.values())),
             device=_common_device(members),
-            images=merge_specs(members, "images", [member.images for member in members.values()]),
+            inputs=_common_inputs(members),
             outputs=outputs,
             max_batch=min(member.max_batch for member in members.values()),
             classes=classes,
@@ -51,7 +51,7 @@ class CombinedTeacher(Teacher):
             f"member {name}: {problem}" for name, member in members.items() for problem in member.problems
         )
 
-    def _run_members(self, images: Tensor, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+    def _run_members(self, images: Tensor | Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """The outputs of the members `names` for `images`.
 
         Raises:
@@ -89,6 +89,25 @@ def merge_specs(members: Mapping[str, Teacher], what: str, specs: Sequence[Tenso
             )
         merged = TensorSpec(tuple(known if size is None else size for known, size in pairs), merged.dtype)
     return merged
+
+
+def _common_inputs(members: Mapping[str, Teacher]) -> dict[str, TensorSpec]:
+    """The inputs of all; the name of a single one may differ."""
+    first = next(iter(members.values()))
+    for name, member in members.items():
+        if len(member.inputs) != len(first.inputs) or (
+            len(first.inputs) > 1 and member.inputs.keys() != first.inputs.keys()
+        ):
+            raise TeacherError(
+                f"teachers that run as one must share their inputs: member {name} ({member.backend}) takes "
+                f"{', '.join(member.inputs)}, those before it {', '.join(first.inputs)}; open them for the same inputs"
+            )
+    if len(first.inputs) == 1:
+        own = next(iter(first.inputs))
+        return {own: merge_specs(members, own, [member.images for member in members.values()])}
+    return {
+        each: merge_specs(members, each, [member.inputs[each] for member in members.values()]) for each in first.inputs
+    }
 
 
 def _common_device(members: Mapping[str, Teacher]) -> torch.device:

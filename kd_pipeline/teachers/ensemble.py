@@ -63,7 +63,7 @@ class EnsembleTeacher(CombinedTeacher):
         self.outputs = {"logits": merge_specs(members, "logits", [member.outputs["logits"] for member in teachers])}
         self.classes = _common_classes(members)
 
-    def _infer(self, images: Tensor) -> dict[str, Tensor]:
+    def _infer(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         logits = [outputs["logits"] for outputs in self._run_members(images, self.members).values()]
         weighted = list(zip(self._weights, logits, strict=True))
         if self._average == "logits":

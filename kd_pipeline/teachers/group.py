@@ -65,6 +65,6 @@ class TeacherGroup(CombinedTeacher):
             else:
                 self._idle.add(name)
 
-    def _infer(self, images: Tensor) -> dict[str, Tensor]:
+    def _infer(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs = self._run_members(images, [name for name in self.members if name not in self._idle])
         return {f"{name}.{output}": tensor for name, own in outputs.items() for output, tensor in own.items()}

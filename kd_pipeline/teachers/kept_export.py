@@ -49,7 +49,7 @@ class Examined:
 
     module: nn.Module
     """A frozen copy in float32 on the CPU."""
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     digest: str
     """The `module_digest` of the original."""
     flops: int
@@ -60,8 +60,8 @@ class Examined:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def examine(module: nn.Module, image_shape: tuple[int, int, int]) -> Examined:
-    """Run a copy of `module` on one generated image `[1, *image_shape]` float32 on the CPU.
+def examine(module: nn.Module, image_shape: tuple[int, ...]) -> Examined:
+    """Run a copy of `module` on one generated image, or row of another input, `[1, *image_shape]` float32 on the CPU.
 
     Raises:
         ExportError: it fails there.

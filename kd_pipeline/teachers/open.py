@@ -16,7 +16,7 @@ from kd_pipeline.teachers.group import TeacherGroup
 from kd_pipeline.teachers.onnxruntime import why_no_cuda
 from kd_pipeline.teachers.open_on_cpu import open_on_cpu
 from kd_pipeline.teachers.outputs_check import NUM_IMAGES, check_outputs
-from kd_pipeline.teachers.runner import Inputs, Runner, usual_shape
+from kd_pipeline.teachers.runner import Inputs, Runner
 from kd_pipeline.teachers.settings import (
     AnyTeacherSettings,
     EnsembleSettings,
@@ -41,7 +41,8 @@ def open_teacher(
     settings: AnyTeacherSettings | Teacher,
     *,
     module: nn.Module | None = None,
-    image_shape: tuple[int, int, int] | None = None,
+    image_shape: tuple[int | None, ...] | None = None,
+    example: Mapping[str, Tensor] | Tensor | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int | None = None,
@@ -56,7 +57,9 @@ def open_teacher(
 ) -> Teacher:
     """Open the teacher that `settings` describe, for images `[N, *image_shape]` of `dtype` on `device`.
 
-    An open teacher is checked against these images and returned.
+    An open teacher is checked against these images and returned. With an `example`, the teacher takes inputs of any
+    kind: vectors, sequences with masks, indices of tokens. PyTorch runs them all; the others run one input of fixed
+    sizes.
 
     With `backend: auto` and `precision: auto`, what runs the teacher is decided here, on a few images; what was decided
     is kept in the user's cache, as are exports, and one line says what runs and why.
@@ -68,9 +71,12 @@ def open_teacher(
     Args:
         settings: what to open, or an open teacher.
         module: the model, if the settings do not name one.
-        image_shape: `(3, H, W)`; required for a module.
+        image_shape: `(3, H, W)`, or the sizes of a row of another only input, such as `(100,)` for vectors; None is a
+            free size, which PyTorch has. A module needs it or an example.
+        example: real inputs with at least two rows: a tensor, or tensors by the names that the module takes them by.
+            The sizes of vectors and images are fixed by it, others are free. The checks run on its rows.
         device: device of the images.
-        dtype: float32 or float16.
+        dtype: float32 or float16; with an example, it is the example's.
         batch_size: usual number of images in one call; an engine built from an ONNX file is tuned for it.
         student_precision: in which the student trains; with `precision: auto` the teacher follows it.
         num_images: how many images the teacher will get, which decides whether an export pays off; defaults to 10,000.
@@ -91,8 +97,13 @@ def open_teacher(
             if `strict`, has problems.
         MissingPackageError: the package of the backend is not installed.
     """
+    if isinstance(example, Tensor):
+        example = {"input": example}
+    if example is not None and (floats := [each.dtype for each in example.values() if each.is_floating_point()]):
+        dtype = floats[0]
     inputs = Inputs(
         image_shape,
+        example,
         torch.device(device),
         dtype,
         batch_size,
@@ -125,7 +136,11 @@ def open_teacher(
 
 
 def _check_fits(teacher: Teacher, inputs: Inputs) -> None:
-    sizes = inputs.image_shape or tuple(size or 1 for size in teacher.images.shape[1:])
+    if inputs.example is not None:
+        teacher.check_takes({name: each[:1].to(teacher.device) for name, each in inputs.example.items()})
+    if inputs.example is not None or len(teacher.inputs) > 1:
+        return
+    sizes = inputs.sizes or tuple(size or 1 for size in teacher.images.shape[1:])
     has_no_index = inputs.device.index is None and inputs.device.type == teacher.device.type  # "cuda" is any GPU
     teacher.check_fits((1, *sizes), inputs.dtype, teacher.device if has_no_index else inputs.device)
 
@@ -149,9 +164,13 @@ def _open_checked(
 
 def _examine(teacher: Teacher, inputs: Inputs, *, one_size: bool = False, name: str = "teacher") -> None:
     """Run `teacher` on a few images, and log what is wrong with its outputs."""
+    if inputs.example is None and len(teacher.inputs) > 1:
+        _logger.info("%s: its outputs are not checked, for lack of an example of its inputs", name)
+        return
     teacher.problems = check_outputs(
         teacher,
-        image_shape=inputs.image_shape or usual_shape(teacher.images),
+        image_shape=inputs.sizes,
+        example=inputs.example,
         normalization=inputs.normalization,
         num_images=(inputs.batch_size or teacher.max_batch) if one_size else NUM_IMAGES,
         also_alone=not one_size,

@@ -11,10 +11,11 @@ from kd_pipeline.errors import ExportError, MissingPackageError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.automatic import Choice, Contest, choose
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.example import some_sizes
 from kd_pipeline.teachers.kept_export import export_key
 from kd_pipeline.teachers.openvino import openvino_precisions
 from kd_pipeline.teachers.parity import generate_calibration_set
-from kd_pipeline.teachers.runner import Runner, usual_shape
+from kd_pipeline.teachers.runner import Runner
 from kd_pipeline.teachers.settings import Runtime
 
 __all__ = ["open_on_cpu"]
@@ -38,6 +39,9 @@ def open_on_cpu(runner: Runner, backend: str, reason: str) -> tuple[Teacher, str
         ConfigError, TeacherError, MissingPackageError: as `Runner.open`.
     """
     settings, student = runner.settings, runner.inputs.student_precision
+    if not runner.inputs.is_images:
+        precision = "fp32" if settings.precision == "auto" else settings.precision
+        return runner.open(Runtime(backend=backend, precision=precision)), reason
     obeys = settings.precision != "auto"
     wanted = settings.precision if settings.precision != "auto" else student or "fp32"
     why = [reason if obeys or student is None else f"as the student trains in {student}"]
@@ -105,7 +109,7 @@ class _Images:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         inputs = runner.inputs
-        generated = f"generated {inputs.image_shape}"
+        generated = f"generated {inputs.sizes}"
         self.key = inputs.calibration_key if inputs.calibration_images is not None else generated
         """Digest of what they depend on; None if that is unknown."""
 
@@ -114,7 +118,7 @@ class _Images:
         inputs = self._runner.inputs
         if inputs.calibration_images is not None:
             return inputs.calibration_images()
-        return generate_calibration_set(inputs.image_shape or usual_shape(read_onnx(self._runner.onnx).images)).images
+        return generate_calibration_set(inputs.sizes or some_sizes(read_onnx(self._runner.onnx).images)).images
 
 
 def _key(runner: Runner) -> str:

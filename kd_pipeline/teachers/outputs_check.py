@@ -11,6 +11,7 @@ from torch import Tensor
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.example import some_sizes
 from kd_pipeline.teachers.parity import generate_calibration_set
 
 __all__ = ["NUM_IMAGES", "check_outputs", "probability_problem"]
@@ -36,12 +37,13 @@ _TEMPERATURE = 4.0
 def check_outputs(
     teacher: Teacher,
     *,
-    image_shape: tuple[int, int, int],
     normalization: Normalization,
+    image_shape: tuple[int, ...] | None = None,
+    example: Mapping[str, Tensor] | None = None,
     num_images: int = NUM_IMAGES,
     also_alone: bool = True,
 ) -> tuple[str, ...]:
-    """Run `teacher` on a few generated images, twice, next to other images and alone.
+    """Run `teacher` on a few images, or rows of other inputs, twice, next to others and alone.
 
     A compiled network runs without its compiled code, as what is looked for comes from the network: each batch size
     here would cost a compilation, which takes a GPU tens of seconds, and the run uses another one anyway. The random
@@ -49,10 +51,11 @@ def check_outputs(
 
     Args:
         teacher: an open teacher.
-        image_shape: `(3, H, W)`.
         normalization: of the images, to give the generated ones the values of real ones.
-        num_images: images in a call.
-        also_alone: whether to call it with a single image too.
+        image_shape: the sizes of a generated row of the only input.
+        example: inputs by name, whose rows are used instead of generated ones.
+        num_images: rows in a call.
+        also_alone: whether to call it with a single row too.
 
     Returns:
         What is wrong, a sentence each with what to do; empty for a teacher that passes.
@@ -61,26 +64,28 @@ def check_outputs(
         TeacherError: the teacher fails, returns more or fewer rows than images, or no tokens after its prefix tokens.
     """
     num_images = min(num_images, teacher.max_batch)
-    images = _generate_images(max(2, 2 * num_images - 1), image_shape, normalization)
-    images = images.to(teacher.device, teacher.images.dtype)
+    pool = _pool(teacher, example, image_shape, normalization, max(2, 2 * num_images - 1))
+    num_images = min(num_images, _length(pool))
+    # The last of the first images is the first of the others.
+    first_images, others_at = _part(pool, 0, num_images), num_images - 1 if num_images > 1 else _length(pool) - 1
     with _eagerly(), torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
-        first = _run(teacher, images[:num_images])
+        first = _run(teacher, first_images)
         _check_prefix_tokens(teacher, first)
-        again = _run(teacher, images[:num_images])
-        others = _run(teacher, images[-num_images:])
+        again = _run(teacher, first_images)
+        others = _run(teacher, _part(pool, others_at, others_at + num_images))
         if bad := [name for name, output in first.items() if _not_finite(name, output).any()]:
+            what = "generated images" if example is None else "rows"
             return (
-                f"the {teacher.backend} teacher returns {_quoted(bad)} with NaN or inf for {num_images} generated "
-                "images; check its weights, and if it runs in fp16, use bf16 or fp32",
+                f"the {teacher.backend} teacher returns {_quoted(bad)} with NaN or inf for {num_images} {what}; check "
+                "its weights, and if it runs in fp16, use bf16 or fp32",
             )
         problem = _not_repeatable(teacher, first, again)
-        # The last of the first images is the first of the others.
         if problem is None and num_images > 1 and (problem := _depends_on_batch(teacher, first, others)) is not None:
             # Rare dropout may have spared the second call.
-            problem = _not_repeatable(teacher, first, _run(teacher, images[:num_images])) or problem
+            problem = _not_repeatable(teacher, first, _run(teacher, first_images)) or problem
         if num_images > 1 and also_alone:
             try:
-                alone = _run(teacher, images[num_images - 1 : num_images])
+                alone = _run(teacher, _part(pool, num_images - 1, num_images))
             except TeacherError as error:
                 if problem is None:
                     raise
@@ -90,7 +95,7 @@ def check_outputs(
     rows = {name: torch.cat([output, others[name]]) for name, output in first.items()}
     # Tokens or positions that are alike within an image are fine.
     constant = [name for name, output in rows.items() if torch.equal(output, output[:1].expand_as(output))]
-    if constant and not problems:
+    if constant and not problems and _differ(pool):
         problems.append(
             f"the {teacher.backend} teacher returns the same {_quoted(constant)} for every image; are its weights "
             "loaded, and does it read its input?"
@@ -135,7 +140,43 @@ def _eagerly() -> Iterator[None]:
         yield
 
 
-def _generate_images(num_images: int, image_shape: tuple[int, int, int], normalization: Normalization) -> Tensor:
+def _pool(
+    teacher: Teacher,
+    example: Mapping[str, Tensor] | None,
+    image_shape: tuple[int, ...] | None,
+    normalization: Normalization,
+    num_images: int,
+) -> dict[str, Tensor]:
+    """The rows that the teacher is called with, by its own names of its inputs."""
+    if example is None:
+        shape = image_shape or some_sizes(teacher.images)
+        example = {next(iter(teacher.inputs)): _generate(num_images, shape, normalization)}
+    if len(teacher.inputs) == 1:
+        example = dict(zip(teacher.inputs, example.values(), strict=True))
+    return {name: example[name][:num_images].to(teacher.device, spec.dtype) for name, spec in teacher.inputs.items()}
+
+
+def _length(inputs: Mapping[str, Tensor]) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _part(inputs: Mapping[str, Tensor], start: int, end: int) -> dict[str, Tensor]:
+    return {name: tensor[start:end] for name, tensor in inputs.items()}
+
+
+def _differ(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether there are two rows that are not alike."""
+    return any(not torch.equal(tensor, tensor[:1].expand_as(tensor)) for tensor in inputs.values())
+
+
+def _generate(num_images: int, shape: tuple[int, ...], normalization: Normalization) -> Tensor:
+    """Generated images with the colors of real ones, or rows of another shape."""
+    if len(shape) == 3 and shape[0] == len(normalization.mean):
+        return _generate_images(num_images, shape, normalization)
+    return generate_calibration_set(shape, num_images).images
+
+
+def _generate_images(num_images: int, image_shape: tuple[int, ...], normalization: Normalization) -> Tensor:
     """Smooth noise with a different brightness and contrast in each image, normalized like the loader's images.
 
     BatchNorm in training mode equalizes what differs, which therefore has to differ.
@@ -149,14 +190,16 @@ def _generate_images(num_images: int, image_shape: tuple[int, int, int], normali
     return (pixels - mean) / std
 
 
-def _run(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
+def _run(teacher: Teacher, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The outputs for `images`, on the CPU.
 
     Raises:
         TeacherError: it fails; says so if it does not fail on another number of images.
     """
     try:
-        outputs = teacher(images.clone())  # at an aligned address, like a batch of the loader
+        outputs = teacher(
+            {name: each.clone() for name, each in images.items()}
+        )  # at an aligned address, like a batch of the loader
     except TeacherError as error:
         if error.__cause__ is None:  # it ran, and returned the wrong number of rows
             raise
@@ -164,9 +207,9 @@ def _run(teacher: Teacher, images: Tensor) -> dict[str, Tensor]:
         if other is None:
             raise
         raise TeacherError(
-            f"the {teacher.backend} teacher runs with a batch of {other} and not with one of {len(images)} ({error}): "
-            "a batch size is fixed inside the model, such as in a Reshape; export it again for any batch size (flatten "
-            "with images.flatten(1), and pass dynamic_shapes)"
+            f"the {teacher.backend} teacher runs with a batch of {other} and not with one of {_length(images)} "
+            f"({error}): a batch size is fixed inside the model, such as in a Reshape; export it again for any batch "
+            "size (flatten with images.flatten(1), and pass dynamic_shapes)"
         ) from error
     return {name: output.double().cpu() for name, output in outputs.items()}
 
@@ -182,12 +225,12 @@ def _check_prefix_tokens(teacher: Teacher, outputs: Mapping[str, Tensor]) -> Non
             )
 
 
-def _working_batch(teacher: Teacher, images: Tensor) -> int | None:
+def _working_batch(teacher: Teacher, images: Mapping[str, Tensor]) -> int | None:
     """A usual batch size that `teacher` runs with, other than that of `images`; None if there is none."""
     for size in _USUAL_BATCHES:
-        if size != len(images) and size <= teacher.max_batch:
+        if size != _length(images) and size <= teacher.max_batch:
             try:
-                teacher(images[:1].repeat(size, 1, 1, 1))
+                teacher({name: each[:1].repeat(size, *[1] * (each.ndim - 1)) for name, each in images.items()})
             except TeacherError:
                 continue
             return size

@@ -131,9 +131,14 @@ def read_reference(content: bytes) -> tuple[Tensor, dict[str, Tensor]]:
     return images, {name.removeprefix(_OUTPUT_PREFIX): output for name, output in tensors.items()}
 
 
-def generate_calibration_set(image_shape: tuple[int, int, int], num_images: int = _NUM_IMAGES) -> CalibrationSet:
-    """Smooth noise at several scales `[num_images, *image_shape]`, for a check without real images."""
+def generate_calibration_set(image_shape: tuple[int, ...], num_images: int = _NUM_IMAGES) -> CalibrationSet:
+    """Smooth noise at several scales `[num_images, *image_shape]`, for a check without real images.
+
+    Rows of another shape than `(C, H, W)` are normal numbers.
+    """
     generator = torch.Generator().manual_seed(0)
+    if len(image_shape) != 3:
+        return CalibrationSet(torch.randn(num_images, *image_shape, generator=generator), "generated")
     channels, height, width = image_shape
     images = torch.zeros(num_images, channels, height, width)
     for cells in (2, 4, 8, 16, 32):

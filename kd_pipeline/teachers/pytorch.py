@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,13 @@ from kd_pipeline.errors import TeacherError
 from kd_pipeline.models.backbone import prefix_tokens_of
 from kd_pipeline.models.modules import frozen_copy, named_outputs
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.example import has_free_sizes, input_specs, trial_rows
 
 __all__ = ["PyTorchTeacher", "module_digest", "runtime_fingerprint"]
 
 _logger = logging.getLogger("kd_pipeline")
+
+Inputs = TypeVar("Inputs", Tensor, Tensor | Mapping[str, Tensor])
 
 _NUM_WARM_UP = 3
 """Forward passes before a capture, in which libraries select kernels and allocate; as in PyTorch's own examples."""
@@ -34,7 +38,8 @@ class PyTorchTeacher(Teacher):
         self,
         module: nn.Module,
         *,
-        image_shape: tuple[int, int, int],
+        image_shape: Sequence[int | None] | None = None,
+        example: Mapping[str, Tensor] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         precision: str = "fp32",
@@ -49,11 +54,12 @@ class PyTorchTeacher(Teacher):
 
         Args:
             module: the model; it stays as it is.
-            image_shape: `(3, H, W)`.
+            image_shape: `(3, H, W)`, or the sizes of one row of another only input; None is any size.
+            example: inputs by name, each `[N, ...]`, instead of an `image_shape` and `dtype`; see `input_specs`.
             device: where to run.
             dtype: of the images: float32 or float16.
-            precision: dtype of the parameters and of the images that the module sees: `fp32`, `bf16` or `fp16`, even
-                under autocast. On a GPU, `fp32` follows the TF32 switches in `torch.backends`.
+            precision: dtype of the parameters and of the floating-point inputs that the module sees: `fp32`, `bf16` or
+                `fp16`, even under autocast. On a GPU, `fp32` follows the TF32 switches in `torch.backends`.
             max_batch: largest number of images in one call.
             channels_last: run in NHWC.
             compile: use `torch.compile`, which compiles at the first call and again at a new batch size.
@@ -68,15 +74,16 @@ class PyTorchTeacher(Teacher):
         model = frozen_copy(module)
         fingerprint = runtime_fingerprint("pytorch", precision, digest or module_digest(model))
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self._dtype = _DTYPES[precision]
-        self._model: Callable[[Tensor], object] = model.to(device, self._dtype).to(memory_format=self._memory_format)
-        zeros = torch.zeros(2, *image_shape, dtype=dtype, device=device)
+        self._dtype, self._device_type = _DTYPES[precision], torch.device(device).type
+        self._model: Callable[..., object] = model.to(device, self._dtype).to(memory_format=self._memory_format)
+        specs = input_specs(image_shape, dtype, example)
+        rows = {name: each.to(device) for name, each in trial_rows(specs, example).items()}
         super().__init__(
             backend="pytorch",
             precision=precision,
-            device=zeros.device,
-            images=TensorSpec((None, *image_shape), dtype),
-            outputs=self._learn_outputs(zeros),
+            device=next(iter(rows.values())).device,
+            inputs=specs,
+            outputs=self._learn_outputs(rows, has_free_sizes=has_free_sizes(specs)),
             max_batch=max_batch,
             classes=None,
             fingerprint=fingerprint,
@@ -85,45 +92,56 @@ class PyTorchTeacher(Teacher):
             self._model = torch_compile(self._model)
         self._cuda_graph: _CudaGraph | None = None
         if batch_size is not None:
-            usual = zeros.new_zeros(batch_size, *image_shape)
+            usual = {name: each[torch.arange(batch_size) % 2] for name, each in rows.items()}
             self(usual)
             if cuda_graph:
-                self._cuda_graph = _capture(self._forward, self._cast(usual))
-        if zeros.is_cuda:
+                self._cuda_graph = _capture(self._forward, self._cast(next(iter(usual.values()))))
+        if self.device.type == "cuda":
             # The weights are there for the first call, on whatever stream it is.
-            torch.cuda.synchronize(zeros.device)
+            torch.cuda.synchronize(self.device)
 
     @property
     def has_cuda_graph(self) -> bool:
         """Whether calls with `batch_size` images replay a CUDA graph; false also if it could not be captured."""
         return self._cuda_graph is not None
 
-    def _infer(self, images: Tensor) -> dict[str, Tensor]:
-        if self._cuda_graph is not None and len(images) == self._cuda_graph.num_images:
-            return self._cuda_graph.run(images, self.outputs)
+    def _infer(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        graph = self._cuda_graph
+        if graph is not None and isinstance(images, Tensor) and images.shape == graph.shape:
+            return graph.run(images, self.outputs)
         return _owned(self._forward(self._cast(images)), self.outputs)
 
     def _release(self) -> None:
         del self._model, self._cuda_graph
 
-    def _cast(self, images: Tensor) -> Tensor:
-        return images.to(self._dtype, memory_format=self._memory_format)
+    def _cast(self, inputs: Inputs) -> Inputs:
+        """In the module's dtype and layout; indices and masks stay what they are."""
+        if not isinstance(inputs, Tensor):
+            return {name: self._cast(each) for name, each in inputs.items()}
+        if not inputs.is_floating_point():
+            return inputs
+        if inputs.ndim != 4:
+            return inputs.to(self._dtype)
+        return inputs.to(self._dtype, memory_format=self._memory_format)
 
-    def _forward(self, images: Tensor) -> Mapping[str, Tensor]:
-        with torch.autocast(images.device.type, enabled=False):
-            return named_outputs(self._model(images))
+    def _forward(self, inputs: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        with torch.autocast(self._device_type, enabled=False):
+            return named_outputs(self._model(inputs) if isinstance(inputs, Tensor) else self._model(**inputs))
 
-    def _learn_outputs(self, zeros: Tensor) -> dict[str, TensorSpec]:
-        """Run the module once and check its outputs."""
-        name, images = type(self._model).__qualname__, self._cast(zeros)
-        version = images._version
+    def _learn_outputs(self, rows: Mapping[str, Tensor], *, has_free_sizes: bool) -> dict[str, TensorSpec]:
+        """Run the module once on two rows and check its outputs."""
+        name = type(self._model).__qualname__
+        inputs = self._cast(next(iter(rows.values())) if len(rows) == 1 else rows)
+        tensors = [inputs] if isinstance(inputs, Tensor) else [*inputs.values()]
+        versions = [each._version for each in tensors]
         try:
-            outputs = self._forward(images)
+            outputs = self._forward(inputs)
         except TeacherError:
             raise
         except Exception as exc:
-            raise TeacherError(f"the teacher {name} fails on zeros {list(zeros.shape)}: {exc}") from exc
-        if images._version != version:
+            found = " and ".join(f"{key} {list(each.shape)}" for key, each in rows.items())
+            raise TeacherError(f"the teacher {name} fails on {found}: {exc}") from exc
+        if versions != [each._version for each in tensors]:
             raise TeacherError(
                 f"the teacher {name} writes to its input in place, which the student reads too; "
                 "make its first operation out of place"
@@ -137,8 +155,19 @@ class PyTorchTeacher(Teacher):
         assert isinstance(self._model, nn.Module)  # it is compiled later
         prefix = prefix_tokens_of(self._model, outputs)
         return {
-            key: TensorSpec((None, *output.shape[1:]), torch.float32, prefix[key]) for key, output in outputs.items()
+            key: TensorSpec((None, *_output_sizes(output, has_free_sizes=has_free_sizes)), torch.float32, prefix[key])
+            for key, output in outputs.items()
         }
+
+
+def _output_sizes(output: Tensor, *, has_free_sizes: bool) -> tuple[int | None, ...]:
+    """The sizes of one row; those that may come from a free size of the input are free too."""
+    sizes: tuple[int | None, ...] = tuple(output.shape[1:])
+    if not has_free_sizes or len(sizes) < 2:
+        return sizes
+    if len(sizes) == 2:  # tokens [N, L, D]
+        return None, sizes[1]
+    return sizes[0], *(None for _ in sizes[1:])
 
 
 class _CudaGraph:
@@ -160,9 +189,9 @@ class _CudaGraph:
                 self._outputs = forward(images)
 
     @property
-    def num_images(self) -> int:
-        """The one batch size that it can run."""
-        return len(self._images)
+    def shape(self) -> torch.Size:
+        """The one shape of images that it can run."""
+        return self._images.shape
 
     def run(self, images: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """The outputs `names`; queues the graph on the current stream, after its earlier runs on any stream."""

@@ -16,6 +16,7 @@ from kd_pipeline.models.features import with_features
 from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapterLayer, Normalization
 from kd_pipeline.models.registry import open_model, pretrained_input
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.example import input_specs
 from kd_pipeline.teachers.kept_export import Examined, examine, kept_export
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher, why_no_cuda
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
@@ -28,24 +29,24 @@ from kd_pipeline.teachers.tensorrt.load import open_engine
 from kd_pipeline.teachers.tensorrt.manifest import Precision, Profile
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
-__all__ = ["Inputs", "Runner", "usual_shape"]
+__all__ = ["Inputs", "Runner"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 _MAX_BATCH = 1024
-_UNKNOWN_SIZE = 224
-"""Height and width of the images for a check, if nobody knows them."""
 _SMALL_BATCH = 2
 """Batch size of a module's first call on a GPU, if the loader's is unknown."""
 _ENGINE_BATCH = 64
 """Largest batch of an engine built from an ONNX file, if neither settings nor loader have one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Inputs:
     """The images that a teacher will get, and what else is needed to open it for them; see `open_teacher`."""
 
-    image_shape: tuple[int, int, int] | None
+    image_shape: tuple[int | None, ...] | None
+    example: Mapping[str, Tensor] | None
+    """Real inputs by name; None generates images."""
     device: torch.device
     dtype: torch.dtype
     batch_size: int | None
@@ -57,6 +58,32 @@ class Inputs:
     trust_engines: Collection[str]
     normalization: Normalization
     strict: bool
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of each input by name.
+
+        Raises:
+            ConfigError: they are unknown.
+        """
+        return input_specs(self.image_shape, self.dtype, self.example)
+
+    @property
+    def is_images(self) -> bool:
+        """Whether the teacher gets images of a known size and nothing else."""
+        if self.image_shape is None and self.example is None:
+            return True  # of the size that a file says
+        spec = next(iter(self.specs.values()))
+        return len(self.specs) == 1 and len(spec.shape) == 4 and None not in spec.shape[1:]
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The sizes of one row of the only input; None if they are unknown or free, or there are several inputs."""
+        if self.image_shape is None and self.example is None:
+            return None
+        spec, *others = self.specs.values()
+        sizes = tuple(size for size in spec.shape[1:] if size is not None)
+        return None if others or len(sizes) < len(spec.shape) - 1 or not spec.dtype.is_floating_point else sizes
 
 
 class Runner:
@@ -81,8 +108,13 @@ class Runner:
         Raises:
             ExportError: it fails on the CPU.
         """
-        assert self.module is not None and self.inputs.image_shape is not None
-        return examine(self.module, self.inputs.image_shape)
+        assert self.module is not None
+        if (sizes := self.inputs.sizes) is None:
+            raise ExportError(
+                "an export takes one input of fixed sizes, and this network gets "
+                + " and ".join(f"{name} {spec}" for name, spec in self.inputs.specs.items())
+            )
+        return examine(self.module, sizes)
 
     @cached_property
     def onnx(self) -> Path:
@@ -143,7 +175,8 @@ class Runner:
 
     def _open_file(self, runtime: Runtime) -> Teacher:
         settings = self.settings
-        max_batch, num_threads = settings.max_batch or _MAX_BATCH, settings.num_threads
+        max_batch = settings.max_batch or max(_MAX_BATCH, self.inputs.batch_size or 0)
+        num_threads = settings.num_threads
         own = None if runtime.precision == "own" else runtime.precision
         match runtime.backend:
             case "openvino":
@@ -175,21 +208,24 @@ class Runner:
 
     def _open_module(self, precision: str) -> Teacher:
         settings, inputs = self.settings, self.inputs
-        assert self.module is not None and inputs.image_shape is not None
+        assert self.module is not None
         on_gpu = inputs.device.type == "cuda"
         if settings.cuda_graph and not (on_gpu and inputs.batch_size):
             raise ConfigError(
                 f"cuda_graph needs a GPU and a fixed number of images; the images are on {inputs.device}, and "
                 f"batch_size is {inputs.batch_size}; remove it, or set both"
             )
+        if settings.cuda_graph and inputs.sizes is None:
+            raise ConfigError("cuda_graph needs one input of fixed sizes; remove it, or set image_shape")
         open_module = partial(
             PyTorchTeacher,
             self.module,
             image_shape=inputs.image_shape,
+            example=inputs.example,
             device=inputs.device,
             dtype=inputs.dtype,
             precision=precision,
-            max_batch=settings.max_batch or _MAX_BATCH,
+            max_batch=settings.max_batch or max(_MAX_BATCH, inputs.batch_size or 0),
             channels_last=settings.channels_last,
             batch_size=(inputs.batch_size or _SMALL_BATCH) if on_gpu else None,
             cuda_graph=settings.cuda_graph,
@@ -222,7 +258,7 @@ class Runner:
                     precision=asked,
                     half_io=inputs.dtype == torch.float16,
                     profiles=(profile,),
-                    image_size=inputs.image_shape and inputs.image_shape[1],
+                    image_size=inputs.sizes and inputs.sizes[1],
                     runtime=settings.runtime,
                 ),
                 calibration_set=None if images is None else lambda: CalibrationSet(images(), "the training split"),
@@ -242,12 +278,6 @@ class Runner:
                 "build the engine again"
             )
         return teacher
-
-
-def usual_shape(images: TensorSpec) -> tuple[int, int, int]:
-    """`(3, H, W)` of images for a check of a teacher that takes `images`, if the loader's size is unknown."""
-    channels, height, width = images.shape[1:]
-    return channels or 3, height or _UNKNOWN_SIZE, width or _UNKNOWN_SIZE
 
 
 def _with_prefix(outputs: Mapping[str, TensorSpec], number: int) -> dict[str, TensorSpec]:
@@ -281,8 +311,8 @@ def _open_network(settings: TeacherSettings, inputs: Inputs) -> nn.Module:
 
 def _adapted(settings: TeacherSettings, module: nn.Module, inputs: Inputs) -> nn.Module:
     """`module` for the loader's images, with the features that `settings` ask for."""
-    if inputs.image_shape is None:
-        raise ConfigError("a network needs the size of the images; pass image_shape=(3, H, W)")
+    if not inputs.specs:
+        raise ConfigError("a network needs at least one input")
     adapter = _adapter(settings, module, inputs)
     if settings.features:
         module = with_features(module, settings.features)
@@ -292,6 +322,8 @@ def _adapted(settings: TeacherSettings, module: nn.Module, inputs: Inputs) -> nn
 def _adapter(settings: TeacherSettings, module: nn.Module, inputs: Inputs) -> InputAdapterLayer | None:
     """The layer that makes the images that `module` was trained on; None if it gets the loader's own."""
     known = pretrained_input(module)
+    if settings.input_adapter is not None and not inputs.is_images:
+        raise ConfigError("input_adapter is for images [N, 3, H, W]; remove it")
     if isinstance(settings.input_adapter, ExpectedInput):
         return InputAdapterLayer(settings.input_adapter.adapter(inputs.normalization))
     if settings.input_adapter == "auto":
@@ -300,7 +332,7 @@ def _adapter(settings: TeacherSettings, module: nn.Module, inputs: Inputs) -> In
                 f"input_adapter: auto uses what timm knows of its networks, and {type(module).__qualname__} does not "
                 "say what it was trained on; give mean and std"
             )
-        size = known.size[0] if known.fixed_input_size and known.size != (inputs.image_shape or (0,))[1:] else None
+        size = known.size[0] if known.fixed_input_size and known.size != (inputs.sizes or (0,))[1:] else None
         if size is None and Normalization(*known[:2]) == inputs.normalization:
             return None
         return InputAdapterLayer(ExpectedInput(mean=known.mean, std=known.std, size=size).adapter(inputs.normalization))

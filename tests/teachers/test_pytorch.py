@@ -65,7 +65,7 @@ def test_invalid_outputs_are_refused(function: Callable[[Tensor], object], found
 
 
 def test_failing_module_is_refused() -> None:
-    with pytest.raises(TeacherError, match=r"Returns fails on zeros \[2, 3, 32, 32\]: The size of tensor"):
+    with pytest.raises(TeacherError, match=r"Returns fails on images \[2, 3, 32, 32\]: The size of tensor"):
         open_module(Returns(lambda images: images + torch.zeros(5)))
 
 
