@@ -103,7 +103,6 @@ def open_teacher(
         dtype = floats[0]
     inputs = Inputs(
         image_shape,
-        example,
         torch.device(device),
         dtype,
         batch_size,
@@ -115,6 +114,7 @@ def open_teacher(
         trust_engines,
         normalization or Normalization(),
         strict,
+        example,
     )
     match settings:
         case Teacher() if module is not None:

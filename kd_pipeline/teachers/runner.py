@@ -45,8 +45,6 @@ class Inputs:
     """The images that a teacher will get, and what else is needed to open it for them; see `open_teacher`."""
 
     image_shape: tuple[int | None, ...] | None
-    example: Mapping[str, Tensor] | None
-    """Real inputs by name; None generates images."""
     device: torch.device
     dtype: torch.dtype
     batch_size: int | None
@@ -58,6 +56,8 @@ class Inputs:
     trust_engines: Collection[str]
     normalization: Normalization
     strict: bool
+    example: Mapping[str, Tensor] | None = None
+    """Real inputs by name; None generates images."""
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
