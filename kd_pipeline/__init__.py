@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kd_pipeline.data.mixing import MixSettings as MixSettings
     from kd_pipeline.data.plan import Shard as Shard
     from kd_pipeline.data.sources import Arrays as Arrays
+    from kd_pipeline.data.sources import BaseSource as BaseSource
     from kd_pipeline.data.sources import Cifar as Cifar
     from kd_pipeline.data.sources import FileList as FileList
     from kd_pipeline.data.sources import ImageFolder as ImageFolder
@@ -52,7 +53,15 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.config": ["Config", "load_config"],
         "kd_pipeline.data.mixing": ["MixSettings"],
         "kd_pipeline.data.plan": ["Shard"],
-        "kd_pipeline.data.sources": ["Arrays", "Cifar", "FileList", "ImageFolder", "Source", "open_source"],
+        "kd_pipeline.data.sources": [
+            "Arrays",
+            "BaseSource",
+            "Cifar",
+            "FileList",
+            "ImageFolder",
+            "Source",
+            "open_source",
+        ],
         "kd_pipeline.data.transforms": ["EvalTransform", "TrainTransform"],
         "kd_pipeline.evaluation": ["compare", "evaluate", "predict"],
         "kd_pipeline.loader": ["BatchLoader", "KDDataLoader"],

@@ -94,7 +94,7 @@ class RunSteps(ExitStack):
         set_num_threads(None)
         self.default_threads = torch.get_num_threads()
         """torch's threads where `train.num_threads` is not set."""
-        source = open_source(config.data.split("train").source)
+        source = open_source(config.data.split("train").source, plugins=plugins)
         self._all_images = source
         num_images = max(_NUM_IMAGES, 8 * config.data.batch_size)
         self.source: Source = source if is_recording(config.teacher) else _Subset(source, num_images)

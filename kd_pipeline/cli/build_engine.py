@@ -88,6 +88,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG",
         help="calibrate and compare on training images of this config",
     )
+    numbers.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="module with the source of these images"
+    )
 
     engine = parser.add_argument_group("the engine")
     engine.add_argument("--save-engine", "--saveEngine", type=path_option, metavar="FILE", help="the file to write")
@@ -224,7 +227,9 @@ def _calibration_set(parsed: argparse.Namespace) -> "Callable[[], CalibrationSet
 
     path: Path = parsed.calibrate
     config = load_config(path)
-    return lambda: CalibrationSet(sample_images(config), f"the training split of {path}", config=path)
+    return lambda: CalibrationSet(
+        sample_images(config, plugins=parsed.plugin), f"the training split of {path}", config=path
+    )
 
 
 def _table(engine: Path, manifest: "EngineManifest") -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -188,6 +188,7 @@ def run_probe(
     *,
     training: Source | None = None,
     output: str = "logits",
+    plugins: Collection[str] = (),
 ) -> ProbeReport | None:
     """Run `teacher` on training images in the training transform's views, and compare its predictions with the labels.
 
@@ -202,6 +203,7 @@ def run_probe(
         settings: number of images and requirements.
         training: the source of the split `train`, if already open.
         output: name of the logits to judge, such as `member.logits` of one of several teachers.
+        plugins: modules that the source may come from, if it is not open.
 
     Returns:
         The report, or None if the training data has no labels, the teacher no such output, or a recording only mixed
@@ -214,7 +216,7 @@ def run_probe(
     """
     settings = settings or ProbeSettings()
     train = config.data.split("train")
-    training = training or open_source(train.source)
+    training = training or open_source(train.source, plugins=plugins)
     if training.labels is None:
         _logger.info("teacher probe: skipped, because the training data has no labels")
         return None

@@ -212,7 +212,7 @@ class KDDataLoader:
             shard: as for a loader.
             training: the open source of the split `train`, to save the time of listing it. The other splits have its
                 order of classes, which the loader of `train` saves as `classes.json` in the config's `run_dir`.
-            plugins: modules that the factory of the config's teacher may come from.
+            plugins: modules that factories in the config may come from.
             trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
             changes: arguments of the loader that replace those of the config.
 
@@ -234,12 +234,13 @@ class KDDataLoader:
             **changes,
         }
         if training is None and data.train is not None:
-            training = open_source(data.train.source)
+            training = open_source(data.train.source, plugins=plugins)
         if is_training:
             assert training is not None  # data.split found it
             source = training
         else:
-            source = open_source(settings.source, classes=None if training is None else training.classes)
+            classes = None if training is None else training.classes
+            source = open_source(settings.source, classes=classes, plugins=plugins)
         if is_training and arguments["run_dir"] is not None and source.classes is not None:
             save_classes(argument_path(arguments["run_dir"]) / "classes.json", source.classes)
         owned = None
@@ -648,7 +649,7 @@ def open_config_teacher(
         batch_size=batch_size,
         student_precision=student_precision,
         num_images=None if source is None else _num_images(config, split, source, batch_size),
-        calibration_images=lambda: sample_images(config, split, training=training),
+        calibration_images=lambda: sample_images(config, split, training=training, plugins=plugins),
         calibration_key=None if source is None else _images_key(config, split, source),
         plugins=plugins,
         trust_engines=trust_engines,
@@ -663,12 +664,17 @@ def open_config_teacher(
 
 
 def sample_images(
-    config: "Config", split: str = "train", *, num_images: int = 64, training: Source | None = None
+    config: "Config",
+    split: str = "train",
+    *,
+    num_images: int = 64,
+    training: Source | None = None,
+    plugins: Collection[str] = (),
 ) -> Tensor:
     """The first images of a split as the teacher sees them, but unmixed: `[num_images, 3, H, W]` float32 on the CPU.
 
     There are fewer if the split has fewer. They depend on seed and dataset only. `training` is the open source of the
-    split `train`, to save the time of listing it.
+    split `train`, to save the time of listing it, and `plugins` are the modules that sources may come from.
 
     Raises:
         ConfigError, DataError: as `KDDataLoader.from_config`.
@@ -676,7 +682,14 @@ def sample_images(
     batch_size = min(config.data.batch_size, num_images)  # reads no more than needed
     images: list[Tensor] = []
     with KDDataLoader.from_config(
-        config, split, teacher=None, shard=Shard(), training=training, batch_size=batch_size, **EACH_IMAGE_ONCE
+        config,
+        split,
+        teacher=None,
+        shard=Shard(),
+        training=training,
+        plugins=plugins,
+        batch_size=batch_size,
+        **EACH_IMAGE_ONCE,
     ) as loader:
         for batch in loader:
             images.append(batch.images[batch.valid].float().cpu())

@@ -86,7 +86,7 @@ def check(
     training: Source | None = None
     if config.data.train is not None:
         with findings.part("data.train"):
-            training = open_source(config.data.train.source)
+            training = open_source(config.data.train.source, plugins=plugins)
     splits, fingerprints = [], {}
     for name in config.data.splits:
         if name == "train" and training is None:
@@ -97,6 +97,7 @@ def check(
                 name,
                 num_images=settings.num_images,
                 training=training,
+                plugins=plugins,
                 findings=findings,
                 report=report,
             )

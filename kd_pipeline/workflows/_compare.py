@@ -89,7 +89,9 @@ def compare_files(
     with ExitStack() as stack:
         # Without a process group, each process of a launcher compares on the whole split.
         shard = None if torch.distributed.is_initialized() else Shard()
-        loader = stack.enter_context(KDDataLoader.from_config(config, split, teacher=None, shard=shard, run_dir=None))
+        loader = stack.enter_context(
+            KDDataLoader.from_config(config, split, teacher=None, shard=shard, run_dir=None, plugins=plugins)
+        )
         transform = loader.transform
         report(f"{split}: {len(loader.source):,} images{_of_classes(loader)} in batches of {loader.batch_size}")
 
@@ -124,7 +126,7 @@ def compare_files(
         opened |= {os.fspath(path): open_one(path) for path in models}
         if not opened:
             raise ConfigError("there is nothing to compare: name a run, an ONNX file or an engine")
-        own_bank = None if bank in (None, split) else stack.enter_context(_open_bank(config, bank, loader))
+        own_bank = None if bank in (None, split) else stack.enter_context(_open_bank(config, bank, loader, plugins))
         return compare(
             {name: each.model for name, each in opened.items()},
             loader,
@@ -178,11 +180,11 @@ def _adapter(network: nn.Module, images: TrainTransform | EvalTransform, *, is_p
     return ExpectedInput(mean=wanted.mean, std=wanted.std, size=size).adapter(own)
 
 
-def _open_bank(config: Config, split: str, loader: KDDataLoader) -> KDDataLoader:
+def _open_bank(config: Config, split: str, loader: KDDataLoader, plugins: Collection[str]) -> KDDataLoader:
     """Every image of a split once, transformed as those of `loader`, and with labels of the same order."""
     data = config.data
     return KDDataLoader(
-        open_source(data.split(split).source, classes=loader.classes),
+        open_source(data.split(split).source, classes=loader.classes, plugins=plugins),
         loader.transform,
         batch_size=data.batch_size,
         seed=config.seed,

@@ -281,7 +281,7 @@ def _open_loader(
         raise ConfigError(
             f"the teacher is a recording already: {config.teacher.path}; record the teacher that it was made with"
         )
-    source = open_source(train.source)
+    source = open_source(train.source, plugins=plugins)
     teacher = open_run_teacher(
         config,
         classes=source.classes,

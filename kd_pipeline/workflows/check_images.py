@@ -1,7 +1,7 @@
 """Decode the images of a split: which cannot be read, and which are of a single color."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +73,7 @@ def check_split(
     *,
     num_images: int | None,
     training: Source | None,
+    plugins: Collection[str] = (),
     findings: Findings,
     report: Callable[[str], object],
 ) -> tuple[SplitReport, str]:
@@ -83,6 +84,7 @@ def check_split(
         split: name of the split.
         num_images: load only so many, in random order; None loads all.
         training: the open source of the split `train`.
+        plugins: modules that factories in the config may come from.
         findings: gets a row for the unreadable images, the uniform ones and each warning of the source.
         report: called with lines of progress.
 
@@ -95,7 +97,13 @@ def check_split(
     changes = {**EACH_IMAGE_ONCE, **SKIP_UNREADABLE}
     changes["shuffle"] = num_images is not None  # the first images of a folder are all of one class
     with KDDataLoader.from_config(
-        _only_cropped(config, split), split, teacher=None, shard=Shard(), training=training, **changes
+        _only_cropped(config, split),
+        split,
+        teacher=None,
+        shard=Shard(),
+        training=training,
+        plugins=plugins,
+        **changes,
     ) as loader:
         source = loader.source
         num_wanted = min(len(source), num_images or len(source))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ def write_results(
     model: ModelSettings,
     training: Source,
     evaluations: Mapping[str, Evaluation],
+    *,
+    plugins: Collection[str] = (),
 ) -> None:
     """Write `result.json`, the plots and the exported student.
 
@@ -72,6 +74,7 @@ def write_results(
         model: how it is built.
         training: the source of the split `train`, with the names of the classes.
         evaluations: its metrics by split.
+        plugins: modules that the source of the images for the export may come from.
     """
     split, transform = evaluation_split(config.data)
     folder.write_result({name: each.to_dict() for name, each in evaluations.items()})
@@ -84,7 +87,7 @@ def write_results(
         classes=training.classes,
         transform=transform,
         calibration_set=lambda: CalibrationSet(
-            sample_images(config, split, training=training), f"the split {split} of the run"
+            sample_images(config, split, training=training, plugins=plugins), f"the split {split} of the run"
         ),
         export=config.train.export,
     )

@@ -89,7 +89,7 @@ class StageRun(ExitStack):
         config, folder = self._config, self._folder
         on_rank_zero(self._enter_folder)
         self._prepare()
-        self._source = open_source(config.data.split("train").source)
+        self._source = open_source(config.data.split("train").source, plugins=self._plugins)
         saved = None if folder.last_checkpoint is None else SavedRun.load(folder.last_checkpoint)
         teacher = self._open_teacher(saved) if self._stage == "distill" else None
         self._plan_evaluation()
@@ -125,7 +125,9 @@ class StageRun(ExitStack):
         student, distillation = (module.model, module.distillation) if known else self._best_student(module, loader)
         result = self._show(known | self._missing_evaluations(student.to(loader.device), distillation, known))
         if is_rank_zero():
-            write_results(folder, config, student, self._network, self._source, result.evaluations)
+            write_results(
+                folder, config, student, self._network, self._source, result.evaluations, plugins=self._plugins
+            )
             folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
             log_results(loggers, config, result.evaluations, step)
         return result
@@ -313,7 +315,12 @@ class StageRun(ExitStack):
     def _open_loader(self, split: str, teacher: Teacher | Recording | None) -> KDDataLoader:
         return self.enter_context(
             _TrainLoader.from_config(
-                self._config, split, teacher=teacher, training=self._source, run_dir=self._folder.path
+                self._config,
+                split,
+                teacher=teacher,
+                training=self._source,
+                plugins=self._plugins,
+                run_dir=self._folder.path,
             )
         )
 

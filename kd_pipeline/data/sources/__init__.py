@@ -1,10 +1,21 @@
-"""Where samples come from: image folders, file lists, arrays and CIFAR, all read through one protocol, `Source`."""
+"""Where samples come from: folders, lists, arrays, CIFAR and the user's own, all read through one protocol."""
 
 from kd_pipeline.data.sources.arrays import Arrays
 from kd_pipeline.data.sources.base import Source, open_source
 from kd_pipeline.data.sources.cifar import Cifar
+from kd_pipeline.data.sources.custom import BaseSource
 from kd_pipeline.data.sources.file_list import FileList
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import load_classes, save_classes
 
-__all__ = ["Arrays", "Cifar", "FileList", "ImageFolder", "Source", "load_classes", "open_source", "save_classes"]
+__all__ = [
+    "Arrays",
+    "BaseSource",
+    "Cifar",
+    "FileList",
+    "ImageFolder",
+    "Source",
+    "load_classes",
+    "open_source",
+    "save_classes",
+]

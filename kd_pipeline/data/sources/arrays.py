@@ -13,7 +13,7 @@ from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
-from kd_pipeline.data.sources.labels import Classes, class_names, count_classes, label_warnings
+from kd_pipeline.data.sources.labels import Classes, class_names, count_classes, label_warnings, shown_samples
 from kd_pipeline.data.sources.stored_arrays import NpyFile, NpzFile, StoredArray, check_fits, open_stored
 from kd_pipeline.errors import DataError
 
@@ -90,6 +90,10 @@ class Arrays:
         for start in range(0, len(self), stride):
             digest.update(self._rows(np.arange(start, min(start + stride, len(self)), step)).data)
         return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        shown = shown_samples(len(self), "images", self.labels, self.num_classes)
+        return f"{type(self).__name__}({shown})"
 
     def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         if isinstance(self._images, NpyFile):

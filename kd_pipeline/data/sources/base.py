@@ -1,6 +1,6 @@
 """Settings of every kind of source, the protocol that sources implement, and `open_source` from one to the other."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -12,6 +12,7 @@ from pydantic import Field
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.sources.arrays import Arrays
 from kd_pipeline.data.sources.cifar import Cifar
+from kd_pipeline.data.sources.custom import open_custom
 from kd_pipeline.data.sources.file_list import FileList
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import class_names
@@ -21,6 +22,7 @@ __all__ = [
     "ArraysSettings",
     "Cifar10Settings",
     "Cifar100Settings",
+    "CustomSettings",
     "FileListSettings",
     "ImageFolderSettings",
     "Source",
@@ -91,7 +93,20 @@ class Cifar100Settings(_CifarSettings):
     """The 100 classes, or the 20 superclasses of five each."""
 
 
-AnySourceSettings = ImageFolderSettings | FileListSettings | ArraysSettings | Cifar10Settings | Cifar100Settings
+class CustomSettings(Settings):
+    """A source of your own, which a function returns; its module is allowed by `--plugin`."""
+
+    kind: Literal["custom"] = "custom"
+    factory: str = Field(pattern=r"^\w+(\.\w+)*:\w+$")
+    """The function, as `package.module:function`. It returns a `Source`, such as a `BaseSource`. If it has an argument
+    `classes`, it gets the class names of the training data in label order, or None for the training data itself."""
+    kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Arguments of the function."""
+
+
+AnySourceSettings = (
+    ImageFolderSettings | FileListSettings | ArraysSettings | Cifar10Settings | Cifar100Settings | CustomSettings
+)
 SourceSettings = Annotated[AnySourceSettings, Field(discriminator="kind")]
 
 
@@ -142,16 +157,23 @@ class Source(Protocol):
         """
 
 
-def open_source(settings: AnySourceSettings, *, classes: Sequence[str] | None = None) -> Source:
+def open_source(
+    settings: AnySourceSettings, *, classes: Sequence[str] | None = None, plugins: Collection[str] = ()
+) -> Source:
     """Open the source that `settings` describe.
 
     Args:
         settings: the kind of source and where its data is.
         classes: class names of the training data in label order, which validation data must share.
+        plugins: modules that the factory of a `custom` source may come from. A config file is data and cannot grant
+            this itself: pass what the user typed.
 
     Raises:
+        ConfigError: the factory of a `custom` source is not allowed, or not there.
         DataError: the data is missing or malformed, or its own `classes` differ from those of the training data.
     """
+    if isinstance(settings, CustomSettings):
+        return _open_custom(settings, classes, plugins)
     if isinstance(settings, Cifar10Settings | Cifar100Settings):
         cifar = Cifar(settings.kind, **settings.model_dump(exclude={"kind"}))
         _check_same_classes(cifar.classes, classes, "take the same dataset and kind of labels for both")
@@ -165,6 +187,17 @@ def open_source(settings: AnySourceSettings, *, classes: Sequence[str] | None = 
             return FileList(settings.path, root=settings.root, classes=names)
         case ArraysSettings():
             return Arrays(settings.images, settings.labels, classes=names)
+
+
+def _open_custom(settings: CustomSettings, classes: Sequence[str] | None, plugins: Collection[str]) -> Source:
+    source = open_custom(settings.factory, settings.kwargs, classes=classes, plugins=plugins)
+    advice = f"let {settings.factory} take an argument `classes`, which are the training data's, and number labels so"
+    if source.classes is None and source.labels is not None and classes is not None:
+        raise DataError(
+            f"{settings.factory}: the training data has names of its classes, and this source none; {advice}"
+        )
+    _check_same_classes(source.classes, classes, advice)
+    return source
 
 
 def _check_same_classes(names: Sequence[str] | None, training: Sequence[str] | None, advice: str) -> None:

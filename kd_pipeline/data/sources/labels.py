@@ -27,6 +27,7 @@ __all__ = [
     "load_classes",
     "name_warnings",
     "save_classes",
+    "shown_samples",
 ]
 
 Classes = Sequence[str] | str | os.PathLike[str]
@@ -117,6 +118,12 @@ def count_classes(labels: NDArray[np.int64] | None, classes: tuple[str, ...] | N
     if classes is not None:
         return len(classes)
     return None if labels is None else int(labels.max()) + 1
+
+
+def shown_samples(count: int, what: str, labels: NDArray[np.int64] | None, num_classes: int | None) -> str:
+    """The samples of a source in a few words, such as `37 files, 3 classes`."""
+    of = "" if num_classes is None else f", {num_classes} classes"
+    return f"{count} {what}{of}{'' if labels is not None else ', unlabeled'}"
 
 
 def name_warnings(names: Sequence[str]) -> list[str]:

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.fingerprint import content_digest, label_digest, sampling_step
-from kd_pipeline.data.sources.labels import count_classes
+from kd_pipeline.data.sources.labels import count_classes, shown_samples
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["FileSource", "PathTable"]
+__all__ = ["FileSource", "PathTable", "fingerprint_of_files"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -125,21 +125,30 @@ class FileSource:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of labels, class names, all paths, and evenly sampled sizes and contents; see `Source.fingerprint`."""
-        digest = label_digest(self.labels, self.classes)
-        step = -(-len(self) // _MAX_SIZES)
-        paths = [self._paths.absolute(index) for index in range(0, len(self), step)]
-        sizes = np.fromiter(map(_size, paths), dtype="<i8", count=len(paths))
-        content_step = sampling_step(step * int(sizes[sizes > 0].sum()))
-        for row in range(0, len(paths), -(-content_step // step)):
-            if sizes[row] >= 0:
-                try:
-                    with open_regular(os.fsdecode(paths[row])) as file:
-                        digest.update(content_digest(file, _MAX_CONTENT).digest())
-                except OSError:
-                    sizes[row] = -1
-        digest.update(sizes.tobytes())
-        self._paths.update(digest)
-        return digest.hexdigest()
+        return fingerprint_of_files(self._paths, self.labels, self.classes)
+
+    def __repr__(self) -> str:
+        shown = shown_samples(len(self), "files", self.labels, self.num_classes)
+        return f"{type(self).__name__}({shown})"
+
+
+def fingerprint_of_files(table: PathTable, labels: NDArray[np.int64] | None, classes: tuple[str, ...] | None) -> str:
+    """The `Source.fingerprint` of files."""
+    digest = label_digest(labels, classes)
+    step = -(-len(table) // _MAX_SIZES)
+    paths = [table.absolute(index) for index in range(0, len(table), step)]
+    sizes = np.fromiter(map(_size, paths), dtype="<i8", count=len(paths))
+    content_step = sampling_step(step * int(sizes[sizes > 0].sum()))
+    for row in range(0, len(paths), -(-content_step // step)):
+        if sizes[row] >= 0:
+            try:
+                with open_regular(os.fsdecode(paths[row])) as file:
+                    digest.update(content_digest(file, _MAX_CONTENT).digest())
+            except OSError:
+                sizes[row] = -1
+    digest.update(sizes.tobytes())
+    table.update(digest)
+    return digest.hexdigest()
 
 
 def _size(path: bytes) -> int:
