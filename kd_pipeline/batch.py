@@ -72,7 +72,8 @@ class KDBatch(Mapping[str, Any]):
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch on `device`; returns `self` if it is there already, as Lightning and accelerate expect."""
-        if self.index.device == torch.device(device):
+        target = torch.device(device)
+        if all(each.device == target for each in _tensors(self.asdict())):
             return self
 
         def move(value: Any) -> Any:
@@ -143,6 +144,15 @@ class KDBatch(Mapping[str, Any]):
     @property
     def _first(self) -> str:
         return next(iter(self.inputs))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in a field, or in a mapping of fields."""
+    if isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, Tensor):
+        yield value
 
 
 def _shown(value: Any) -> str:

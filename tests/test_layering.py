@@ -53,7 +53,7 @@ WRAPPED_IN = {
         "data.dali",
         "data.decode",
         "data.transforms",
-        "loader.loader",
+        "loader.batch_stream",
         "workflows.doctor",
     },
     "onnx": {

@@ -24,7 +24,8 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.sources import Source, open_source
-from kd_pipeline.loader.loader import KDDataLoader, sample_images
+from kd_pipeline.loader.config_teacher import sample_images
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.backbone import trunk_of
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher

@@ -222,7 +222,7 @@ def _calibration_set(parsed: argparse.Namespace) -> "Callable[[], CalibrationSet
             raise ConfigError(f"{parsed.precision} takes its ranges from real images; give --calibrate CONFIG")
         return None
     from kd_pipeline.config.config import load_config
-    from kd_pipeline.loader.loader import sample_images
+    from kd_pipeline.loader.config_teacher import sample_images
     from kd_pipeline.teachers.parity import CalibrationSet
 
     path: Path = parsed.calibrate

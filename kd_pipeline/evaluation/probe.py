@@ -21,7 +21,8 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import StateError, TeacherError
-from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
+from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.outputs_check import probability_problem
 from kd_pipeline.teachers.recorded.recording import Recording

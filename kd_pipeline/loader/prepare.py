@@ -1,6 +1,6 @@
 """One batch on its way from DALI through mixing and the teacher to the consumer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ from kd_pipeline.data.mixing import MixSettings, mix_images, mix_labels
 from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Reader, ReadGroup
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.uniform import counted, is_uniform
+from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -57,6 +58,8 @@ class Preparation:
     teacher: Teacher | Recording | None
     device: torch.device
     sync: StreamSync
+    change: Callable[[KDBatch], KDBatch] | None = None
+    """The user's function, which changes a batch before the teacher sees it."""
     _groups: WeakKeyDictionary[ReadGroup, list[tuple[Tensor, ...]]] = field(default_factory=WeakKeyDictionary)
     """What `_split` returned for the groups of which batches are to come."""
 
@@ -71,12 +74,29 @@ class Preparation:
             labels = None if self.source.labels is None else metadata[LABEL]
             if self.mix is not None:
                 images, labels = self._mixed(self.mix, images, labels, metadata[MIXING].T)
-            outputs = self._teacher_outputs(images, read, epoch)
-            batch = KDBatch(images=images, labels=labels, index=index, valid=valid, teacher=outputs)
-            owned = [index, valid, counted, *outputs.values(), *([] if labels is None else [labels])]
-            if self.mix is not None:
-                owned.append(images)
+            batch = KDBatch(images=images, labels=labels, index=index, valid=valid)
+            if self.change is not None:
+                batch = self._changed(self.change, batch)
+            batch = batch.replace(teacher=self._teacher_outputs(batch.input, read, epoch))
+            tensors = [batch.labels, batch.index, batch.valid, counted, *batch.inputs.values(), *batch.teacher.values()]
+            # The images are DALI's own, unless something made new ones.
+            owned = [each for each in tensors if each is not None and (self.mix is not None or each is not images)]
             return PendingBatch(batch, read.images, owned, self.sync.record_event(), counted)
+
+    def _changed(self, change: Callable[[KDBatch], KDBatch], batch: KDBatch) -> KDBatch:
+        changed: object = change(batch)
+        if not isinstance(changed, KDBatch):
+            raise ConfigError(
+                f"prepare returned an object of type {type(changed).__name__}; return a KDBatch, such as "
+                "batch.replace(images=...)"
+            )
+        for name, tensor in changed.items():
+            if isinstance(tensor, Tensor) and tensor.shape[:1] != (len(batch),):
+                raise ConfigError(
+                    f"prepare returned {name} {list(tensor.shape)} for a batch of {len(batch)}; keep the rows, and "
+                    "mark those to leave out as not valid"
+                )
+        return changed
 
     @torch.inference_mode(False)  # the next batch may be trained on
     def _split(self, group: ReadGroup) -> list[tuple[Tensor, ...]]:
@@ -107,11 +127,13 @@ class Preparation:
             labels = mix_labels(labels, columns, num_classes=num_classes, label_smoothing=smoothing, size=self.size)
         return mix_images(images, columns), labels
 
-    def _teacher_outputs(self, images: Tensor, read: ReadBatch, epoch: int) -> Mapping[str, Tensor]:
+    def _teacher_outputs(
+        self, inputs: Tensor | Mapping[str, Tensor], read: ReadBatch, epoch: int
+    ) -> Mapping[str, Tensor]:
         match self.teacher:
             case None:
                 return {}
             case Recording() as recording:
                 return recording.replay(epoch, read.plan.position, read.metadata[INDEX], device=self.device)
             case teacher:
-                return teacher(images)
+                return teacher(inputs)

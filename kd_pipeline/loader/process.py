@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from kd_pipeline.errors import StateError
 
-__all__ = ["NotATorchLoaderError", "NotCopiedError", "OwnProcess"]
+__all__ = ["NotCopiedError", "OwnProcess"]
 
 
 class NotCopiedError(StateError, TypeError):
@@ -20,17 +20,6 @@ class NotCopiedError(StateError, TypeError):
             "a loader cannot be pickled or copied, because DALI's threads and buffers belong to this process. Make it "
             "in the process that uses it (with Lightning, in train_dataloader, or use strategy='ddp' instead of "
             "'ddp_spawn'), and continue there with load_state_dict(state), state being its state_dict()"
-        )
-
-
-class NotATorchLoaderError(StateError, AttributeError):
-    """An attribute of `torch.utils.data.DataLoader` was asked for; an AttributeError, so `hasattr` is False."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"KDDataLoader has no {name!r}: it is no torch DataLoader, so accelerate's skip_first_batches cannot "
-            "rebuild it. To resume within an epoch, save state_dict() and load it with load_state_dict(state), or "
-            "call accelerator.register_for_checkpointing(loader) before save_state and load_state"
         )
 
 

@@ -14,7 +14,8 @@ from kd_pipeline.data.settings import SPLITS, DataSettings
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.data.uniform import is_uniform
-from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
+from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.workflows.findings import Findings
 
 __all__ = ["SKIP_UNREADABLE", "SplitReport", "UniformImage", "check_split", "key_of"]

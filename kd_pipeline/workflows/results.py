@@ -21,7 +21,7 @@ from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import DataError, MissingPackageError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation
-from kd_pipeline.loader.loader import sample_images
+from kd_pipeline.loader.config_teacher import sample_images
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.report.plots import plot_confusion, plot_curves, save_figure
 from kd_pipeline.teachers.parity import CalibrationSet

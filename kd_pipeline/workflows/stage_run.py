@@ -17,7 +17,8 @@ from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation, open_metrics
 from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
-from kd_pipeline.loader.loader import EACH_IMAGE_ONCE, KDDataLoader
+from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.registry import open_model

@@ -9,7 +9,7 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError, MissingPackageError, TeacherError
-from kd_pipeline.loader.loader import open_config_teacher
+from kd_pipeline.loader.config_teacher import open_config_teacher
 from kd_pipeline.losses.outputs import find_output
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording

@@ -315,7 +315,7 @@ def test_teacher_alone_follows_the_student_of_the_run(materials: Materials, monk
         return open_teacher(settings, **options)
 
     monkeypatch.chdir(materials.images)
-    monkeypatch.setattr("kd_pipeline.loader.loader.open_teacher", remember)
+    monkeypatch.setattr("kd_pipeline.loader.config_teacher.open_teacher", remember)
     assert peers_teacher.main([*options_of_small_teacher(materials), "train.precision=bf16-mixed"]) == 0
     assert followed == ["bf16"]
 

@@ -88,7 +88,57 @@ def fit_with_lightning(folder: str) -> None:
     trainer.fit(module, loader)
 
 
+def student() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 7))
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Any, backward: Any) -> None:
+    optimizer.zero_grad()
+    backward(torch.nn.functional.cross_entropy(model(batch["images"]), batch["labels"]))
+    optimizer.step()
+
+
+def weights(model: torch.nn.Module) -> list[Any]:
+    return [parameter.tolist() for parameter in model.parameters()]
+
+
+def train_with_accelerate(folder: str) -> None:
+    """Two epochs, the first from its second batch on; started by `torchrun` or `accelerate launch`."""
+    import accelerate
+
+    torch.set_num_threads(1)
+    accelerator = accelerate.Accelerator(cpu=True)
+    module = student()
+    model, optimizer, loader = accelerator.prepare(
+        module, torch.optim.SGD(module.parameters(), lr=0.1), open_loader(last_batch="drop")
+    )
+    for epoch in range(2):
+        for batch in accelerator.skip_first_batches(loader, 1) if epoch == 0 else loader:
+            step(model, optimizer, batch, accelerator.backward)
+    write(folder, accelerator.process_index, {"weights": weights(model), "world_size": accelerator.num_processes})
+    loader.close()
+
+
+def train_with_ddp(folder: str) -> None:
+    """As `train_with_accelerate`, without it."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    module = torch.nn.parallel.DistributedDataParallel(student())
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    with open_loader(last_batch="drop") as loader:
+        for _ in range(2):
+            for batch in loader:
+                if (loader.epoch, loader.num_returned) != (0, 1):
+                    step(module, optimizer, batch, torch.Tensor.backward)
+    found = {"weights": weights(module), "world_size": distributed.get_world_size()}
+    write(folder, distributed.get_rank(), found)
+    distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
     import sys
 
-    fit_with_lightning(sys.argv[1])
+    {"lightning": fit_with_lightning, "accelerate": train_with_accelerate, "ddp": train_with_ddp}[sys.argv[1]](
+        sys.argv[2]
+    )

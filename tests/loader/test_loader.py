@@ -18,7 +18,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-import kd_pipeline.loader.loader
 from kd_pipeline.config.config import Config
 from kd_pipeline.data import uniform
 from kd_pipeline.data.mixing import MixSettings
@@ -27,7 +26,9 @@ from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, load_classes
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
-from kd_pipeline.loader.loader import KDDataLoader, sample_images
+from kd_pipeline.loader import config_teacher
+from kd_pipeline.loader.config_teacher import sample_images
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.teachers.base import Teacher
@@ -705,7 +706,7 @@ def test_config_teacher_closed_if_loader_fails(config, monkeypatch):
         opened.append(open_teacher(*args, **options))
         return opened[0]
 
-    monkeypatch.setattr(kd_pipeline.loader.loader, "open_teacher", open_and_remember)
+    monkeypatch.setattr(config_teacher, "open_teacher", open_and_remember)
     with pytest.raises(DataError, match="do not fill a batch of 64"):
         KDDataLoader.from_config(config(batch_size=64))
     with pytest.raises(TeacherError, match="closed"):

@@ -18,7 +18,7 @@ import torch
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from tests.loader.rank_worker import NUM_SAMPLES, gather, meet_after_the_loader, open_loader
+from tests.loader.rank_worker import NUM_SAMPLES, gather, meet_after_the_loader, open_loader, step, student
 
 ROOT = Path(__file__).parents[2]
 
@@ -181,12 +181,60 @@ def test_gather_for_metrics_has_every_sample_once(tmp_path):
 def test_lightning_starts_its_own_processes(tmp_path):
     pytest.importorskip("lightning")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.loader.rank_worker", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.loader.rank_worker", "lightning", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = read(tmp_path)
     assert [each["length"] for each in found] == [3, 3]
     assert sorted(index for each in found for index in each["seen"]) == list(range(NUM_SAMPLES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["accelerate", "ddp"])
+def test_two_processes_train_as_one_with_their_global_batch(how, tmp_path):
+    if how == "accelerate":
+        pytest.importorskip("accelerate")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "tests.loader.rank_worker", how, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = read(tmp_path)
+    assert first == second and first["world_size"] == 2
+    model = student()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with open_loader(batch_size=16, last_batch="drop") as loader:
+        for _ in range(2):
+            for batch in loader:
+                if (loader.epoch, loader.num_returned) != (0, 1):
+                    step(model, optimizer, batch, torch.Tensor.backward)
+    for found, parameter in zip(first["weights"], model.parameters(), strict=True):
+        torch.testing.assert_close(torch.tensor(found), parameter.detach())
+
+
+# Loops of the user's own, compiled
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_step_trains_as_a_plain_one(backend):
+    def loss_of(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch.images), batch["labels"]) + 0 * batch.valid.sum()
+
+    def trained(loss) -> torch.nn.Module:
+        model = student()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with open_loader() as loader:
+            for batch in loader:
+                optimizer.zero_grad()
+                loss(model, batch).backward()
+                optimizer.step()
+        return model
+
+    torch._dynamo.reset()
+    compiled, plain = trained(torch.compile(loss_of, backend=backend)), trained(loss_of)
+    torch._dynamo.reset()
+    for first, second in zip(compiled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(first, second)
 
 
 # Copies
@@ -199,12 +247,57 @@ def test_loader_is_not_copied(copied):
     assert isinstance(info.value, TypeError) and "load_state_dict(state)" in str(info.value)
 
 
-def test_skip_first_batches_says_what_to_do():
+# A torch loader around ours, as `accelerate.skip_first_batches` makes one
+
+
+def numbers(batches) -> list[list[int]]:
+    return [batch.index.tolist() for batch in batches]
+
+
+def test_skip_first_batches_reads_the_rest_of_each_epoch():
+    accelerate = pytest.importorskip("accelerate")
+    with open_loader() as loader, open_loader() as plain:
+        accelerator = accelerate.Accelerator(cpu=True)
+        loader = accelerator.prepare(loader)
+        wanted = [numbers(plain) for _ in range(3)]
+        skipped = accelerator.skip_first_batches(loader, 2)
+        assert len(skipped) == 3 and loader.epoch == 0
+        assert numbers(skipped) == wanted[0][2:]
+        assert (loader.epoch, loader.num_returned) == (1, 0) and numbers(loader) == wanted[1]
+        loader.set_epoch(2)
+        assert numbers(accelerate.skip_first_batches(loader, 0)) == wanted[2]
+        assert loader.epoch == 3
+
+
+def test_skipped_batches_are_not_read():
     accelerate = pytest.importorskip("accelerate")
     with open_loader() as loader:
-        assert not hasattr(loader, "dataset")
-        with pytest.raises(StateError, match=r"load_state_dict\(state\)"):
-            accelerate.Accelerator(cpu=True).skip_first_batches(loader, 2)
+        numbers_read = []
+        read = loader.source.read
+        loader.source.read = lambda indices: (numbers_read.append(len(indices)), read(indices))[1]
+        assert len(numbers(accelerate.skip_first_batches(loader, 4))) == 1
+        first = numbers_read[0]
+        assert first == NUM_SAMPLES - 4 * 8  # not the batches before
+
+
+def test_skipped_loader_counts_and_saves():
+    accelerate = pytest.importorskip("accelerate")
+    with open_loader() as loader, open_loader() as other, open_loader() as plain:
+        wanted = numbers(plain)
+        batches = iter(accelerate.skip_first_batches(loader, 2))
+        assert next(batches).index.tolist() == wanted[2]
+        assert (loader.epoch, loader.num_returned) == (0, 3)
+        other.load_state_dict(loader.state_dict())
+        assert numbers(other) == wanted[3:] == numbers(batches)
+
+
+def test_a_torch_loader_of_the_samples_says_what_it_needs():
+    with open_loader() as loader:
+        wrong = torch.utils.data.DataLoader(loader.dataset, batch_size=4, collate_fn=loader.collate_fn)
+        with pytest.raises(TypeError, match=r"batch_sampler=loader\.batch_sampler"):
+            next(iter(wrong))
+        right = {"batch_sampler": loader.batch_sampler, "collate_fn": loader.collate_fn}
+        assert len(numbers(torch.utils.data.DataLoader(loader.dataset, **right))) == len(loader)
 
 
 # Forks. They are started in a new process, as threads of the test's own process would not live in them.

@@ -181,8 +181,8 @@ def test_settings_outside_the_stream_may_differ(source, state, options):
 @pytest.fixture
 def on_a_gpu(monkeypatch) -> None:
     """Loaders have a fake GPU: they can be opened but not run."""
-    monkeypatch.setattr("kd_pipeline.loader.loader.resolve_device", lambda device: torch.device("cuda", 0))
-    monkeypatch.setattr("kd_pipeline.loader.loader.open_stream_sync", lambda device, ahead: StreamSync())
+    monkeypatch.setattr("kd_pipeline.loader.batch_stream.resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("kd_pipeline.loader.batch_stream.open_stream_sync", lambda device, ahead: StreamSync())
     monkeypatch.setattr("kd_pipeline.data.decode.choose_decode", lambda *_: DecodeChoice(**FULL))
 
 

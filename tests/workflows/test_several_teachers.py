@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from kd_pipeline.config.config import Config, load_config
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.evaluation.probe import ProbeSettings, probe_teacher
-from kd_pipeline.loader.loader import KDDataLoader, open_config_teacher
+from kd_pipeline.loader.config_teacher import open_config_teacher
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.report.grid import save_grid
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.group import TeacherGroup

@@ -106,7 +106,9 @@ def test_images_are_listed_once(digits: Path, cpu: Callable[..., None], monkeypa
     cpu("bf16")
     config = settings(digits, "new", **changes(digits))
     source = open_source(config.data.split("train").source)
-    monkeypatch.setattr("kd_pipeline.loader.loader.open_source", lambda *arguments: pytest.fail("listed again"))
+    monkeypatch.setattr(
+        "kd_pipeline.loader.config_split.open_source", lambda *arguments, **options: pytest.fail("listed again")
+    )
     teacher = open_run_teacher(config, plugins=PLUGINS, training=source)
     assert isinstance(teacher, Teacher) and teacher.precision == "bf16"
 

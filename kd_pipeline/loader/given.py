@@ -1,0 +1,152 @@
+"""What the user may give a loader as source and teacher, and how it is opened."""
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, Source, open_source
+from kd_pipeline.data.sources.base import AnySourceSettings
+from kd_pipeline.data.sources.containers import user_path
+from kd_pipeline.data.sources.custom import check_source
+from kd_pipeline.data.sources.paths import FileSource
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.loader.batch_stream import BatchStream
+from kd_pipeline.loader.calibration import first_images, images_key
+from kd_pipeline.models.input_adapter import Normalization
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.class_order import match_classes
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.recorded.recording import Recording, open_recording
+from kd_pipeline.teachers.settings import AnyTeacherSettings, TeacherSettings, is_recording
+
+__all__ = ["open_given_source", "open_given_teacher"]
+
+_LISTS = (".csv", ".jsonl", ".tsv", ".txt")
+_ARRAYS = (".npy", ".npz")
+_NUM_CALIBRATED = 64
+
+
+def open_given_source(source: Any, plugins: Collection[str] = ()) -> Source:
+    """The source that a loader reads.
+
+    Args:
+        source: a source, its settings, or a path: a folder of class folders, a list, or arrays.
+        plugins: modules that the factory of a `custom` source may come from.
+
+    Raises:
+        ConfigError: it is nothing of this kind.
+        DataError: the data is missing or malformed, or a source of the user's own is wrong.
+    """
+    match source:
+        case FileSource() | Arrays():
+            return source
+        case str() | os.PathLike():
+            return _open_path(user_path(os.fspath(source)))
+        case _ if isinstance(source, get_args(AnySourceSettings)):
+            return open_source(source, plugins=plugins)
+        case _ if not hasattr(type(source), "read"):
+            raise ConfigError(
+                f"source is {_described(source)}; give a path (a folder of class folders, a list or arrays), a source "
+                "such as ImageFolder(path) or one of your own (a BaseSource), or settings of one. Batches of your own, "
+                "as of a torch DataLoader, are taken by BatchLoader"
+            )
+    return check_source(source, f"the source {type(source).__name__}")
+
+
+def _open_path(path: Path) -> Source:
+    suffix = path.suffix.lower()
+    if suffix in _LISTS:
+        return FileList(path)
+    if suffix in _ARRAYS:
+        return Arrays(path)
+    if path.is_file():
+        raise ConfigError(
+            f"source is the file {path}; a list ends in {', '.join(_LISTS)}, and arrays in {' or '.join(_ARRAYS)}; "
+            "name it so, or give a folder of class folders"
+        )
+    return ImageFolder(path)
+
+
+def open_given_teacher(
+    teacher: Any,
+    source: Source,
+    transform: TrainTransform | EvalTransform,
+    *,
+    device: torch.device,
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+    plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
+) -> Teacher | Recording:
+    """Open the teacher of a loader for its images, with logits in the order of the source's classes.
+
+    Args:
+        teacher: a module, or settings.
+        source: the samples.
+        transform: makes the images.
+        device: of the images.
+        batch_size: images in a call.
+        seed: of the loader.
+        shuffle: whether the loader shuffles.
+        plugins: modules that a model's factory may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
+
+    Raises:
+        ConfigError: it is neither.
+        TeacherError: it cannot be opened, or has other classes.
+    """
+    module = teacher if isinstance(teacher, nn.Module) else None
+    settings = TeacherSettings() if module is not None else teacher
+    if not isinstance(settings, get_args(AnyTeacherSettings)):
+        raise ConfigError(
+            f"teacher is {_described(teacher)}; give an nn.Module, settings such as "
+            'TeacherSettings(onnx="teacher.onnx"), an open teacher of open_teacher(...), a Recording, or None'
+        )
+    if is_recording(settings):
+        return open_recording(settings)
+
+    def calibration_images() -> Tensor:
+        stream = BatchStream(
+            source,
+            transform,
+            batch_size=min(batch_size, _NUM_CALIBRATED),
+            seed=seed,
+            shuffle=shuffle,
+            shard=Shard(),
+            last_batch="keep",
+            device=device,
+        )
+        with stream:
+            return first_images(stream, _NUM_CALIBRATED)
+
+    opened = open_teacher(
+        settings,
+        module=module,
+        image_shape=(3, transform.size, transform.size),
+        device=device,
+        dtype=getattr(torch, transform.dtype),
+        batch_size=batch_size,
+        calibration_images=calibration_images,
+        calibration_key=images_key(source, transform, seed=seed, shuffle=shuffle),
+        plugins=plugins,
+        trust_engines=trust_engines,
+        normalization=Normalization(transform.mean, transform.std),
+    )
+    try:
+        return match_classes(opened, source.classes)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def _described(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself"
+    return f"an object of type {type(value).__name__}"

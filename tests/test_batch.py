@@ -1,0 +1,161 @@
+"""A batch as a mapping, as a tensor-like thing that moves, and in the hands of other libraries."""
+
+import copy
+import pickle
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from kd_pipeline.batch import KDBatch
+
+ROWS = 3
+
+
+def make(**changes) -> KDBatch:
+    fields = {
+        "images": torch.arange(ROWS * 12.0).reshape(ROWS, 3, 2, 2),
+        "labels": torch.tensor([2, 0, 1]),
+        "index": torch.tensor([5, 6, 7]),
+        "valid": torch.tensor([True, True, False]),
+        "teacher": {"logits": torch.ones(ROWS, 4)},
+    }
+    return KDBatch(**{**fields, **changes})
+
+
+def same(first: KDBatch, second: KDBatch) -> bool:
+    ours, theirs = _pytree.tree_flatten(first.asdict()), _pytree.tree_flatten(second.asdict())
+    return ours[1] == theirs[1] and all(map(torch.equal, ours[0], theirs[0]))
+
+
+def test_is_a_mapping_of_its_fields():
+    batch = make()
+    assert isinstance(batch, Mapping)
+    assert [*batch] == [*batch.keys()] == ["images", "labels", "index", "valid", "teacher"]
+    assert batch["images"] is batch.images is batch.inputs["images"] and batch["teacher"]["logits"].shape == (ROWS, 4)
+    assert dict(batch) == batch.asdict() == dict(batch.items()) and {**batch} == batch.asdict()
+    assert len(batch.keys()) == len(batch.values()) == len(batch.items()) == 5
+    assert batch.get("labels") is batch.labels and batch.get("masks", 1) == 1
+
+
+def test_length_is_the_number_of_rows():
+    assert len(make()) == ROWS
+
+
+def test_what_is_not_there_is_no_key():
+    batch = make(labels=None, teacher={})
+    assert "labels" not in batch and "teacher" not in batch and "extra" not in batch and "images" in batch
+    assert [*batch] == ["images", "index", "valid"]
+    with pytest.raises(KeyError, match="a batch has no 'labels'; it has images, index, valid"):
+        batch["labels"]
+
+
+def test_extra_fields_are_found_by_name():
+    batch = make(extra={"text": ["a", "b", "c"]})
+    assert batch["text"] == ["a", "b", "c"] and "text" in batch and batch["extra"] == {"text": ["a", "b", "c"]}
+
+
+def test_made_again_from_its_own_mapping():
+    batch = make(extra={"name": "x"})
+    again = type(batch)({name: value for name, value in batch.items()})
+    assert again.inputs == batch.inputs and again.teacher == batch.teacher and again.extra == batch.extra
+    assert same(KDBatch(make()), make()) and same(KDBatch(**make()), make())
+
+
+@pytest.mark.parametrize("missing", ["index", "valid", "images"])
+def test_needs_index_valid_and_an_input(missing):
+    fields = make().asdict()
+    del fields[missing]
+    with pytest.raises(TypeError, match="needs index, valid and at least one input"):
+        KDBatch(fields)
+
+
+def test_several_inputs_are_given_by_name():
+    batch = make(audio=torch.zeros(ROWS, 8))
+    assert batch.input is batch.inputs and [*batch.inputs] == ["images", "audio"]
+    assert make().input is not None and make().input.shape == (ROWS, 3, 2, 2)
+    without = KDBatch(audio=torch.zeros(ROWS, 8), index=batch.index, valid=batch.valid)
+    with pytest.raises(AttributeError, match=r"no images, but audio: take batch.inputs, or batch\['audio'\]"):
+        _ = without.images
+
+
+def test_to_moves_every_tensor():
+    batch = make(extra={"weights": torch.ones(ROWS), "name": "x"})
+    assert batch.to("cpu") is batch
+    moved = batch.to("meta", non_blocking=True)
+    tensors = [leaf for leaf in _pytree.tree_leaves(moved.asdict()) if isinstance(leaf, Tensor)]
+    assert len(tensors) == 6 and {tensor.device.type for tensor in tensors} == {"meta"} and moved.extra["name"] == "x"
+
+
+def test_to_moves_a_batch_that_is_partly_there():
+    batch = make(images=torch.zeros(ROWS, 3, 2, 2, device="meta"))
+    assert batch.to("meta").index.device.type == "meta"
+    assert make(index=torch.zeros(ROWS, device="meta")).to("meta").images.device.type == "meta"
+
+
+def test_replace_keeps_the_rest():
+    batch = make()
+    changed = batch.replace(images=batch.images + 1, teacher={})
+    assert changed.labels is batch.labels and changed.teacher == {} and (changed.images == batch.images + 1).all()
+    assert batch.replace(labels=None).labels is None and batch.teacher
+
+
+def test_repr_is_short_and_without_pixels():
+    assert repr(make()) == (
+        "KDBatch(images=[3, 3, 2, 2] float32, labels=[3] int64, index=[3] int64, valid=[3] bool, "
+        "teacher={logits: [3, 4] float32})"
+    )
+
+
+def test_cannot_be_changed():
+    batch = make()
+    with pytest.raises(FrozenInstanceError):
+        batch.labels = None
+    with pytest.raises((AttributeError, TypeError)):
+        batch.other = 1
+    with pytest.raises(TypeError):
+        batch["labels"] = None
+
+
+def test_hash_and_equality_are_those_of_the_object():
+    batch = make()
+    assert batch == batch and batch != make() and len({batch, make()}) == 2
+
+
+@pytest.mark.parametrize("copied", [lambda batch: pickle.loads(pickle.dumps(batch)), copy.deepcopy, copy.copy])
+def test_copies_are_equal(copied):
+    batch = make(extra={"weights": torch.ones(ROWS)})
+    again = copied(batch)
+    assert again is not batch and same(again, batch)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_functions_take_a_batch(backend):
+    def loss(batch: KDBatch) -> Tensor:
+        logits = batch["images"].flatten(1) @ torch.ones(12, 4)
+        return (logits - batch.teacher["logits"]).square().mean(1)[batch.valid].sum() + len(batch)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend=backend, fullgraph=False)
+    assert torch.equal(compiled(make()), loss(make()))
+    torch._dynamo.reset()
+
+
+def test_is_one_leaf_of_a_tree():
+    batch = make()
+    assert _pytree.tree_leaves([batch]) == [batch]
+
+
+def test_lightning_and_accelerate_move_it():
+    pytest.importorskip("lightning")
+    pytest.importorskip("accelerate")
+    from accelerate.utils import find_batch_size, send_to_device
+    from lightning.fabric.utilities import move_data_to_device
+
+    batch = make()
+    for moved in (move_data_to_device(batch, torch.device("meta")), send_to_device(batch, "meta", non_blocking=True)):
+        assert type(moved) is KDBatch and moved.images.device.type == moved.teacher["logits"].device.type == "meta"
+    assert find_batch_size(batch) == ROWS
