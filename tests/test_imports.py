@@ -29,7 +29,10 @@ MODULES = [
 ]
 NEEDS_LIGHTNING = {
     *(name for name in MODULES if name.startswith("kd_pipeline.bench.tune")),
-    *(f"kd_pipeline.workflows.{name}" for name in ("_distill", "_train", "demo_backbone", "distill_module", "resume")),
+    *(
+        f"kd_pipeline.workflows.{name}"
+        for name in ("_distill", "_train", "demo_backbone", "distill_module", "resume", "stage_run")
+    ),
     *(
         f"kd_pipeline.training.{name}"
         for name in (

@@ -101,7 +101,9 @@ def _run(parsed: argparse.Namespace) -> int:
     check_target(out, overwrite=parsed.force)
     network = _network(parsed).changed(features=parsed.features, classes=classes)
     print_progress(f"exporting {network.name} for images of {network.size} x {network.size} to {out}")
-    found = export_network(network, out, precision=parsed.precision, images=images, overwrite=parsed.force)
+    found = export_network(
+        network, out, precision=parsed.precision, images=images, overwrite=parsed.force, plugins=parsed.plugin
+    )
     for name, value in _table(network, found, out):
         print_result(printable(f"{name:<9}{value}"))
     print_progress(f"written in {time.monotonic() - started:.1f} s")

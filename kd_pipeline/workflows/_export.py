@@ -17,7 +17,7 @@ from kd_pipeline._core.progress import timed
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.loader.loader import sample_images
+from kd_pipeline.loader.config_teacher import sample_images
 from kd_pipeline.models.features import with_features
 from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, InputAdapterLayer, Normalization
 from kd_pipeline.models.modules import frozen_copy, named_outputs
@@ -216,6 +216,7 @@ def export_network(
     precision: Literal["fp32", "fp16"] = "fp32",
     images: Config | None = None,
     overwrite: bool = False,
+    plugins: Collection[str] = (),
 ) -> ExportReport:
     """Write `network` to an ONNX file with a dynamic batch, and compare the file with the module.
 
@@ -226,6 +227,7 @@ def export_network(
             cannot hold stay in float32.
         images: the config whose training images both are run on; they are generated without.
         overwrite: whether an existing file is replaced.
+        plugins: modules that the source of these images may come from.
 
     Raises:
         ConfigError: the file exists, or is a folder or a link.
@@ -239,7 +241,7 @@ def export_network(
         whole = path if precision == "fp32" else Path(folder, "float32.onnx")
         options = {"input_adapter": network.input_adapter, "max_batch": _EXPORT_BATCH, "report": report}
         export_onnx(network.module, whole, image_shape=shape, classes=network.classes, **options)  # type: ignore[arg-type]
-        samples = _samples(network, images)
+        samples = _samples(network, images, plugins)
         if precision != "fp32":
             with replace_onnx(path) as converted:
                 convert_precision(whole, converted, precision, samples.images)
@@ -338,10 +340,10 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{path} already exists; give another name with --out, or replace it with --force")
 
 
-def _samples(network: Network, images: Config | None) -> CalibrationSet:
+def _samples(network: Network, images: Config | None, plugins: Collection[str]) -> CalibrationSet:
     if images is None:
         return generate_calibration_set((3, network.size, network.size))
-    found = sample_images(images)
+    found = sample_images(images, plugins=plugins)
     if found.shape[-1] != network.size:
         raise ConfigError(
             f"the file takes images of {network.size} x {network.size}, and the training images of the config are "

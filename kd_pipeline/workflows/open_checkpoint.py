@@ -8,7 +8,8 @@ import torch
 
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.loader.loader import KDDataLoader, open_config_teacher
+from kd_pipeline.loader.config_teacher import open_config_teacher
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.settings import TeacherSettings
