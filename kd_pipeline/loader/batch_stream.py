@@ -36,7 +36,7 @@ from kd_pipeline.loader.process import OwnProcess, refuse_copy
 from kd_pipeline.loader.shards import OwnShard
 from kd_pipeline.loader.state import check_fingerprint, check_position, read_position
 from kd_pipeline.loader.streams import open_stream_sync
-from kd_pipeline.loader.torch_view import BatchSampler, SampleView, as_it_is
+from kd_pipeline.loader.torch_view import BatchNumbers, SampleView, as_it_is
 from kd_pipeline.loader.verify_recording import check_pixels, check_stream, cut_of_mixed_batch
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -117,7 +117,7 @@ class BatchStream:
         self._position = Position(len(self._plan))
         self.dataset = SampleView(self)
         """The samples, as libraries look for them in a loader of torch's: its length is their number."""
-        self.batch_sampler = self.sampler = BatchSampler(self)
+        self.batch_sampler = self.sampler = BatchNumbers(self._position, self)
         """What Lightning sets the epoch of, and accelerate skips batches of."""
         self._owns_teacher = self._is_closed = self._has_warned = False
         self._process = OwnProcess(lambda: [self._reader, self._sync, self._ahead, self._peeked, self.teacher])

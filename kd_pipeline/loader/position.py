@@ -3,11 +3,12 @@
 import dis
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from inspect import CO_GENERATOR
 from types import FrameType
-from typing import Literal
+from typing import Literal, Self
 
-__all__ = ["Consumer", "Position"]
+__all__ = ["BatchSampler", "Consumer", "Position"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -119,6 +120,22 @@ class Position:
             left = self._epoch, self._batch
             self.finish()
             self.left = left
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSampler:
+    """What Lightning expects of a loader: a batch sampler with a `sampler`, whose epoch it sets before every loop."""
+
+    position: Position
+
+    @property
+    def sampler(self) -> Self:
+        """It is its own sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next loop run `epoch`."""
+        self.position.announce_epoch(epoch)
 
 
 class Consumer:

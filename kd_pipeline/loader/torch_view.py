@@ -1,18 +1,20 @@
 """What libraries look for in a torch `DataLoader`: a dataset, and a sampler of batches that can be skipped."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.batch import KDBatch
+from kd_pipeline.loader.position import BatchSampler
 
 if TYPE_CHECKING:
     from kd_pipeline.data.sources import Source
     from kd_pipeline.loader.batch_stream import BatchStream
 
-__all__ = ["BatchSampler", "SampleView", "as_it_is"]
+__all__ = ["BatchNumbers", "SampleView", "as_it_is"]
 
 T = TypeVar("T")
 
@@ -57,7 +59,7 @@ class SampleView:
         return self._loader.pixels(index), None if labels is None else int(labels[index])
 
     def __getitems__(self, number: Any) -> KDBatch:
-        """Batch `number` of the current epoch, as `BatchSampler` asks for them."""
+        """Batch `number` of the current epoch, as `BatchNumbers` asks for them."""
         if not isinstance(number, _BatchNumber):
             raise TypeError(
                 "a DataLoader of loader.dataset takes batch_sampler=loader.batch_sampler and "
@@ -89,36 +91,24 @@ class _BatchNumber(int):
     epoch: int
 
 
-class BatchSampler:
-    """The numbers of the batches in the next loop; Lightning and the Trainer of transformers set its epoch.
+@dataclass(frozen=True)
+class BatchNumbers(BatchSampler):
+    """The numbers of the batches in the next loop, which accelerate can skip."""
 
-    Lightning calls it on the sampler of a batch sampler, as it does not load our state when it resumes after an epoch.
-    """
-
-    def __init__(self, loader: "BatchStream") -> None:
-        self._loader = loader
-
-    @property
-    def sampler(self) -> Self:
-        """It is its own sampler."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Let the next loop run `epoch`."""
-        self._loader.position.announce_epoch(epoch)
+    loader: "BatchStream"
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
-        return len(self._loader)
+        return len(self.loader)
 
     def __iter__(self) -> Iterator[int]:
         """Numbers that only `loader.dataset` understands."""
-        num_batches = len(self._loader)
-        epoch, first = self._loader.position.next_loop
+        num_batches = len(self.loader)
+        epoch, first = self.position.next_loop
         try:
             for number in range(first, num_batches):
                 batch = _BatchNumber(number)
                 batch.epoch = epoch
                 yield batch
         finally:
-            self._loader.dataset.stop()
+            self.loader.dataset.stop()

@@ -51,7 +51,11 @@ def gather(rank: int, folder: str) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     with open_loader() as opened:
         loader = accelerator.prepare(opened)
-        rows = [accelerator.gather_for_metrics((batch.index, batch.valid)) for batch in loader]
+        rows = []
+        for batch in loader:
+            rows.append(accelerator.gather_for_metrics((batch.index, batch.valid)))
+            whole = accelerator.gather_for_metrics(batch)  # the batch itself, as a batch
+            assert len(whole) == 2 * len(batch) and torch.equal(whole["index"], rows[-1][0])
     index, valid = (torch.cat(column) for column in zip(*rows, strict=True))
     write(folder, rank, index[valid].tolist())
     distributed.destroy_process_group()
