@@ -36,7 +36,7 @@ from kd_pipeline.training.distributed import set_num_threads
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trial_trainer, set_deterministic
 from kd_pipeline.workflows.distill_module import build_module
-from kd_pipeline.workflows.stage import Stage, network_of, num_classes_for
+from kd_pipeline.workflows.stage import Stage, network_of, normalization_of, num_classes_for
 from kd_pipeline.workflows.teacher import open_run_teacher, starts_without_teacher
 
 __all__ = ["Part", "RunSteps", "Runtime", "Trial", "Values", "with_values"]
@@ -269,7 +269,13 @@ class RunSteps(ExitStack):
         if key not in self._modules:
             network, train = network_of(config, self._stage), config.train
             num_classes = num_classes_for(network, loader.source, teacher)
-            student = open_model(network, plugins=self._plugins, num_classes=num_classes, is_trained=True)
+            student = open_model(
+                network,
+                plugins=self._plugins,
+                num_classes=num_classes,
+                is_trained=True,
+                images=normalization_of(loader),
+            )
             student = student.to(PURE_PRECISIONS.get(train.precision, torch.float32))
             optimizer = train.optimizer.model_copy(update={"lr": _LEARNING_RATE})
             config = config.model_copy(update={"train": train.model_copy(update={"optimizer": optimizer})})

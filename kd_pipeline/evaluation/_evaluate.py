@@ -23,7 +23,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.models.modules import call_network, eval_mode, is_channels_last
+from kd_pipeline.models.modules import call_network, eval_mode, is_channels_last, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
@@ -408,10 +408,16 @@ def logits_of(output: object) -> Tensor:
     Raises:
         ConfigError: there are none.
     """
-    logits = output.get("logits") if isinstance(output, Mapping) else output
+    logits = output
+    if isinstance(output, Mapping):
+        logits = output.get("logits")
+    elif isinstance(output, tuple | list):
+        logits = named_outputs(output, owner="a model").get("logits")
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         found = list(logits.shape) if isinstance(logits, Tensor) else type(output).__qualname__
-        raise ConfigError(f"a model returns logits [N, K], or a mapping with 'logits', got {found}")
+        raise ConfigError(
+            f"a model returns logits [N, K], alone, first in a tuple, or as 'logits' of a mapping, got {found}"
+        )
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

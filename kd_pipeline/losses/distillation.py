@@ -63,6 +63,8 @@ class Distillation(nn.Module):
 
     In training mode terms with `standardize` or a queue learn from the teacher's features too, on all ranks together.
 
+    Losses that the student returns are terms too, with their weights in the settings; in eval mode it may return none.
+
     Terms with a weight of 0 for the whole run are not computed. Without a teacher the loss is the cross-entropy with
     the labels, with weight 1. For a loss of your own, pass `loss` or override `distill_loss`.
     """
@@ -205,7 +207,8 @@ class Distillation(nn.Module):
         """
         temperature = None if self._temperature is None else value_at(self._temperature, epoch, epochs)
         found, own_losses = {**student_outputs(outputs), **features}, returned_losses(outputs)
-        check_returned_losses(own_losses, self.settings.student_losses)
+        if self.training or own_losses:
+            check_returned_losses(own_losses, self.settings.student_losses)
         terms = {}
         if "task" in self._weights:
             logits = _get(found, LOGITS, _STUDENT)

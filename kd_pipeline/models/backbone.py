@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.models.input_adapter import unadapted
 from kd_pipeline.models.modules import named_outputs
 
 __all__ = [
@@ -112,7 +113,8 @@ def without_head(model: nn.Module) -> nn.Module:
 
 
 def trunk_of(model: nn.Module) -> nn.Module:
-    """The network whose weights have the names of its library: that of a `Backbone`, else `model`."""
+    """The network whose weights have the names of its library: that of a `Backbone` or input adapter, else `model`."""
+    model = unadapted(model)
     return model.trunk if isinstance(model, Backbone) else model
 
 

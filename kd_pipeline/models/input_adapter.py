@@ -1,6 +1,6 @@
-"""Adapts the student's images to a teacher that was trained with a different normalization or image size."""
+"""Adapts the loader's images to a network that was trained with a different normalization or image size."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from kd_pipeline._core.channels import ChannelMeans, ChannelStds
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.settings import Settings
 
-__all__ = ["ExpectedInput", "InputAdapter", "InputAdapterLayer", "Normalization"]
+__all__ = ["AdaptedNetwork", "ExpectedInput", "InputAdapter", "InputAdapterLayer", "Normalization", "unadapted"]
 
 
 class Normalization(NamedTuple):
@@ -22,14 +22,14 @@ class Normalization(NamedTuple):
 
 
 class ExpectedInput(Settings):
-    """The images that a teacher was trained on."""
+    """The images that a network expects."""
 
     mean: ChannelMeans
-    """Mean per channel of the teacher's normalization, for pixels from 0 to 1; one for 0 to 255 is refused."""
+    """Mean per channel of its normalization, for pixels from 0 to 1; one for 0 to 255 is refused."""
     std: ChannelStds
-    """Standard deviation per channel of the teacher's normalization, for pixels from 0 to 1."""
+    """Standard deviation per channel of its normalization, for pixels from 0 to 1."""
     size: int | None = Field(default=None, ge=1)
-    """Height and width in pixels that the teacher expects; defaults to the size of the images."""
+    """Height and width in pixels that it expects; defaults to the size of the images."""
 
     def adapter(self, images: Normalization) -> "InputAdapter":
         """An adapter from images with another normalization."""
@@ -37,7 +37,7 @@ class ExpectedInput(Settings):
 
 
 class InputAdapter(ExpectedInput):
-    """Renormalizes and resizes images for a teacher, as its first layer: teacher and student share one buffer."""
+    """Renormalizes and resizes images for a network, as its first layer: teacher and student share one buffer."""
 
     from_mean: ChannelMeans = IMAGENET_MEAN
     """Mean per channel of the incoming images' normalization; defaults to ImageNet's."""
@@ -57,12 +57,13 @@ class InputAdapterLayer(nn.Module):
     def __init__(self, adapter: InputAdapter) -> None:
         super().__init__()
         mean, std = _per_channel(adapter.mean), _per_channel(adapter.std)
-        self.register_buffer("scale", _per_channel(adapter.from_std) / std)
-        self.register_buffer("shift", (_per_channel(adapter.from_mean) - mean) / std)
+        # The settings say what they are, and the state dict is that of the network alone.
+        self.register_buffer("scale", _per_channel(adapter.from_std) / std, persistent=False)
+        self.register_buffer("shift", (_per_channel(adapter.from_mean) - mean) / std, persistent=False)
         self.size = adapter.size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images `[N, 3, H, W]` as the teacher expects them."""
+        """Images `[N, 3, H, W]` as the network expects them."""
         images = images * self.scale + self.shift
         if self.size is None:
             return images
@@ -71,6 +72,25 @@ class InputAdapterLayer(nn.Module):
     def extra_repr(self) -> str:
         """The size, which is in no tensor, for fingerprints."""
         return f"size={self.size}"
+
+
+class AdaptedNetwork(nn.Module):
+    """A network behind its input adapter; `network` is the one whose layers and weights have names."""
+
+    def __init__(self, network: nn.Module, expected: ExpectedInput, images: Normalization) -> None:
+        """Wrap `network`, which expects other images than those with the normalization of `images`."""
+        super().__init__()
+        self.expected = expected
+        self.adapter, self.network = InputAdapterLayer(expected.adapter(images)), network
+
+    def forward(self, images: Tensor) -> Any:
+        """What the network returns for images `[N, 3, H, W]`."""
+        return self.network(self.adapter(images))
+
+
+def unadapted(module: nn.Module) -> nn.Module:
+    """The network behind an input adapter, or `module` itself."""
+    return module.network if isinstance(module, AdaptedNetwork) else module
 
 
 def _per_channel(values: tuple[float, float, float]) -> Tensor:

@@ -5,7 +5,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -19,8 +19,9 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import first_few, suggest
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.backbone import Backbone, classifier_layers, trunk_of, without_head
+from kd_pipeline.models.input_adapter import AdaptedNetwork, ExpectedInput, Normalization
 from kd_pipeline.models.matching import Match
-from kd_pipeline.models.modules import is_in_layer
+from kd_pipeline.models.modules import deployed_network, is_in_layer
 from kd_pipeline.models.resnet import create_builtin
 from kd_pipeline.models.weights import Checkpoint, lacks_only, load_weights, match_weights
 
@@ -70,6 +71,10 @@ class ModelSettings(Settings):
     reset: tuple[str, ...] = ()
     """Names of layers that keep their random initialization instead of the checkpoint's weights: `[fc]` for the head
     of a model that is to learn different classes."""
+    input_adapter: ExpectedInput | Literal["auto"] | None = None
+    """For a student: normalization and size of the images that it expects, if the transform's differ: a first layer
+    converts, and is a part of what is exported. `auto` uses what timm knows of its pretrained networks; the size only
+    for those that take no other. A teacher has its own, `teacher.input_adapter`."""
 
     @property
     def is_headless(self) -> bool:
@@ -126,6 +131,8 @@ def open_model(
     plugins: Collection[str] = (),
     num_classes: int | None = None,
     is_trained: bool = False,
+    is_deployed: bool = False,
+    images: Normalization | None = None,
 ) -> nn.Module:
     """Build a model in float32 on the CPU, and load its weights.
 
@@ -140,6 +147,8 @@ def open_model(
         num_classes: number of classes of the data, for a model that is to learn them; where settings have no number.
         is_trained: whether the model is trained next, so that a checkpoint may lack the head, which then keeps its
             random initialization: fine-tuning of a backbone.
+        is_deployed: of a module with both networks, take the one that `deployed_network` says.
+        images: the normalization of the images that it gets, for a model with an `input_adapter`.
 
     Raises:
         ConfigError: there is no such model, it cannot be built or downloaded, its factory is not allowed, or the
@@ -147,6 +156,8 @@ def open_model(
         MissingPackageError: timm, torchvision or safetensors is needed and not installed.
     """
     build, name = _find_builder(settings, plugins)
+    if is_deployed:
+        build = _deployed(build)
     # Read before the model is built, which may take long.
     checkpoint = None if settings.checkpoint is None else Checkpoint(settings.checkpoint)
     wanted = num_classes if settings.num_classes is None else settings.num_classes
@@ -167,7 +178,8 @@ def open_model(
         load_weights(checkpoint, model, choice, keep_classes=_keep_classes(settings, num_classes), head=head)
         if head:
             _report_head(checkpoint, choice.match, model, head, settings.is_headless)
-    return Backbone(model) if settings.is_headless else model
+    model = Backbone(model) if settings.is_headless else model
+    return model if settings.input_adapter is None else _adapted(model, settings.input_adapter, images)
 
 
 def pretrained_input(module: nn.Module) -> PretrainedInput | None:
@@ -198,6 +210,36 @@ def known_input(settings: ModelSettings, *, plugins: Collection[str] = ()) -> Pr
     size = settings.kwargs.get("img_size")
     height, width = config.input_size[1:] if not isinstance(size, int) else (size, size)
     return PretrainedInput(tuple(config.mean), tuple(config.std), (height, width), bool(config.fixed_input_size))
+
+
+def _adapted(model: nn.Module, expected: ExpectedInput | Literal["auto"], images: Normalization | None) -> nn.Module:
+    """`model` behind an adapter; without one if `auto` finds that nothing differs."""
+    name = type(model).__qualname__
+    if images is None:
+        raise ConfigError(f"input_adapter: {name} is opened without images here; export the network without it")
+    if deployed_network(model) is not model:
+        raise ConfigError(f"input_adapter: {name} has a forward pass of its own for both networks; adapt images there")
+    if expected == "auto":
+        known = pretrained_input(model)
+        if known is None:
+            raise ConfigError(
+                f"input_adapter: auto uses what timm knows of its networks, and {name} does not say what it was "
+                "trained on; give mean and std"
+            )
+        size = known.size[0] if known.fixed_input_size else None
+        if size is None and Normalization(*known[:2]) == images:
+            return model
+        expected = ExpectedInput(mean=known.mean, std=known.std, size=size)
+    return AdaptedNetwork(model, expected, images)
+
+
+def _deployed(build: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(build)
+    def build_deployed(**arguments: Any) -> Any:
+        model = build(**arguments)
+        return deployed_network(model) if isinstance(model, nn.Module) else model
+
+    return build_deployed
 
 
 def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_classes: int | None) -> nn.Module:

@@ -129,6 +129,10 @@ class TeacherSettings(Settings):
         given += ["model"] if self.model else []
         if len(given) > 1:
             raise ValueError(f"two teachers: {' and '.join(given)}; give one of them")
+        if self.model is not None and self.model.input_adapter is not None:
+            raise ValueError(
+                "model.input_adapter is a student's; set the input_adapter of the teacher beside its model"
+            )
         if self.backend != "auto":
             refuse_unused(self, self.backend)
         return self

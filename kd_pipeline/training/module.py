@@ -16,6 +16,7 @@ from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for
 from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
 from kd_pipeline.losses.ramp import value_at
+from kd_pipeline.models.input_adapter import unadapted
 from kd_pipeline.models.modules import call_network, deployed_network, inner_teacher, is_in_layer
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -134,7 +135,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """The optimizer of student and projectors, and its schedule in steps."""
         settings = self._settings
         optimizer = build_optimizer(
-            self.student, settings.optimizer, extra=self.distillation.parameters(), plugins=self._plugins
+            unadapted(self.student), settings.optimizer, extra=self.distillation.parameters(), plugins=self._plugins
         )
         schedule = build_schedule(
             optimizer,

@@ -49,7 +49,7 @@ from kd_pipeline.workflows.record_plan import (
     warn_about_resize,
     with_outputs,
 )
-from kd_pipeline.workflows.stage import num_classes_for, num_classes_of
+from kd_pipeline.workflows.stage import normalization_of, num_classes_for, num_classes_of
 from kd_pipeline.workflows.teacher import open_run_teacher
 
 __all__ = ["Progress", "RecordSettings", "RecordingPlan", "plan_recording", "record"]
@@ -315,7 +315,7 @@ def _student_grids(
     num_classes = num_classes_for(config.student, loader.source, teacher)
     distillation = Distillation(
         config.distill,
-        student=open_model(config.student, plugins=plugins, num_classes=num_classes),
+        student=open_model(config.student, plugins=plugins, num_classes=num_classes, images=normalization_of(loader)),
         teacher_outputs=teacher.outputs,
         example=loader.example(),
         num_classes=num_classes_of(loader.source, teacher),

@@ -26,7 +26,15 @@ from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.workflows.check_images import SKIP_UNREADABLE
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
 from kd_pipeline.workflows.findings import Findings
-from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_for, num_classes_of
+from kd_pipeline.workflows.stage import (
+    Stage,
+    check_config,
+    loss_settings,
+    network_of,
+    normalization_of,
+    num_classes_for,
+    num_classes_of,
+)
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, starts_without_teacher
 from kd_pipeline.workflows.validation import check_probed
 
@@ -194,15 +202,19 @@ def _check_student(
     if training is None and teacher is None:
         return  # which is the error to correct first
     settings = settings.model_copy(update={"pretrained": False})  # no download
-    student = open_model(
-        settings, plugins=plugins, num_classes=num_classes_for(settings, training, teacher), is_trained=True
-    )
     train = config.data.split("train")
+    student = open_model(
+        settings,
+        plugins=plugins,
+        num_classes=num_classes_for(settings, training, teacher),
+        is_trained=True,
+        images=normalization_of(train),
+    )
     example = zero_images((3, train.transform.size, train.transform.size))
     if config.feature_probe is not None and stage != "teacher":
         check_probed(student, example)
     distillation = Distillation(
-        config.distill,
+        loss_settings(config, stage),
         student=student,
         teacher_outputs=None if teacher is None or stage != "distill" else teacher.outputs,
         example=example,

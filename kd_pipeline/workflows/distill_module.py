@@ -14,7 +14,7 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
-from kd_pipeline.workflows.stage import num_classes_of
+from kd_pipeline.workflows.stage import loss_settings, num_classes_of
 
 __all__ = ["build_distillation", "build_module"]
 
@@ -80,7 +80,7 @@ def build_distillation(
 ) -> Distillation:
     """The loss of a run, with new projectors; the arguments and errors are those of `build_module`."""
     return Distillation(
-        config.distill,
+        loss_settings(config, "teacher" if config.stage == "teacher" else "distill"),
         student=student,
         teacher_outputs=None if teacher is None else teacher.outputs,
         example=loader.example(),

@@ -25,6 +25,7 @@ from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, ExportError
 from kd_pipeline.models.backbone import trunk_of
 from kd_pipeline.models.checkpoints import open_weights
+from kd_pipeline.models.input_adapter import AdaptedNetwork, Normalization
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.teachers.base import Teacher
@@ -137,10 +138,12 @@ def export_student(
         )
     make_folders(folder)
     classes = None if model.is_headless else classes
+    # Not `auto`, by which the network may be adapted to nothing.
+    adapter = student.expected if isinstance(student, AdaptedNetwork) else None
     weights = {name: tensor.contiguous() for name, tensor in trunk_of(student).state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
     description = Exported(
-        model=model.model_copy(update=_WITHOUT_WEIGHTS),
+        model=model.model_copy(update=_WITHOUT_WEIGHTS | {"input_adapter": adapter}),
         weights_sha256=hashlib.sha256(content).hexdigest(),
         classes=None if classes is None else tuple(classes),
         transform=transform,
@@ -260,7 +263,8 @@ def _open_network(
         )
     # A description of somebody else may ask for a download.
     model = exported.model.model_copy(update=_WITHOUT_WEIGHTS | {"checkpoint": weights})
-    network = open_model(model, plugins=plugins)
+    images = Normalization(exported.transform.mean, exported.transform.std)
+    network = open_model(model, plugins=plugins, is_deployed=True, images=images)
     if (bad := first_nonfinite(network)) is not None:
         raise ConfigError(f"{weights} holds NaN or inf, first in {bad!r}; train the model again, in another run_dir")
     known = exported.classes

@@ -14,6 +14,7 @@ from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows.exported import CHECKPOINTS, OpenedModel, no_model
+from kd_pipeline.workflows.stage import normalization_of
 from kd_pipeline.workflows.teacher import student_precision
 
 __all__ = ["is_checkpoint", "open_checkpoint"]
@@ -61,7 +62,8 @@ def open_checkpoint(
     reasons = []
     for role in sorted(networks, key=lambda role: role != wanted):
         try:
-            network = open_model(networks[role], plugins=plugins)
+            images = normalization_of(loader)
+            network = open_model(networks[role], plugins=plugins, is_deployed=role == "student", images=images)
         except ConfigError as error:
             reasons.append(f"{_KEYS[role]}: {error}")
             continue

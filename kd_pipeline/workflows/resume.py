@@ -87,6 +87,7 @@ learned, and the checkpoint holds the beginning of something else."""
 _WITHOUT_TEACHER: dict[str, Rule] = {
     "distill": "ignored",
     "distill.label_smoothing": "refused",
+    "distill.student_losses": "refused",
     "probe": "ignored",
     "student_from_teacher": "ignored",
     "teacher": "ignored",
@@ -96,6 +97,7 @@ _RULES_OF_STAGE: dict[str, dict[str, Rule]] = {
     "baseline": _WITHOUT_TEACHER,
     "teacher": {
         **_WITHOUT_TEACHER,
+        "distill.student_losses": "ignored",
         "feature_probe": "ignored",
         "student": "ignored",
         "student.num_classes": "ignored",

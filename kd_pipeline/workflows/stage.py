@@ -8,6 +8,8 @@ from kd_pipeline._core.ranks import world_size
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.settings import DistillSettings
+from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -15,7 +17,16 @@ from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan
 from kd_pipeline.workflows.teacher import check_no_input_adapter
 
-__all__ = ["Stage", "check_config", "network_of", "num_classes_for", "num_classes_of", "stage_dir"]
+__all__ = [
+    "Stage",
+    "check_config",
+    "loss_settings",
+    "network_of",
+    "normalization_of",
+    "num_classes_for",
+    "num_classes_of",
+    "stage_dir",
+]
 
 Stage = Literal["teacher", "baseline", "distill"]
 
@@ -86,6 +97,17 @@ def network_of(config: Config, stage: Stage) -> ModelSettings:
         )
     check_no_input_adapter(config.teacher)
     return config.teacher.model
+
+
+def normalization_of(loader: object) -> Normalization | None:
+    """How the images of `loader` are normalized; None for batches of the user's own."""
+    transform = getattr(loader, "transform", None)
+    return None if transform is None else Normalization(transform.mean, transform.std)
+
+
+def loss_settings(config: Config, stage: Stage) -> DistillSettings:
+    """The loss of `stage`: what the student returns besides is nothing of the teacher's network."""
+    return config.distill if stage != "teacher" else config.distill.model_copy(update={"student_losses": {}})
 
 
 def _check_sync_batchnorm(config: Config) -> None:

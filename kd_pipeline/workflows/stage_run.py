@@ -21,6 +21,7 @@ from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.checkpoints import read_checkpoint
+from kd_pipeline.models.input_adapter import unadapted
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -43,7 +44,15 @@ from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
 from kd_pipeline.workflows.exported import ENGINE
 from kd_pipeline.workflows.results import evaluation_split, read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
-from kd_pipeline.workflows.stage import Stage, check_config, network_of, num_classes_for, num_classes_of, stage_dir
+from kd_pipeline.workflows.stage import (
+    Stage,
+    check_config,
+    network_of,
+    normalization_of,
+    num_classes_for,
+    num_classes_of,
+    stage_dir,
+)
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, saved_runtimes
 from kd_pipeline.workflows.teacher_layers import copy_teacher_layers
 from kd_pipeline.workflows.train_result import TrainResult
@@ -345,11 +354,13 @@ class StageRun(ExitStack):
     def _open_student(self, loader: KDDataLoader) -> nn.Module:
         network = self._network
         num_classes = num_classes_for(network, loader.source, loader.teacher)
-        student = open_model(network, plugins=self._plugins, num_classes=num_classes, is_trained=True)
+        student = open_model(
+            network, plugins=self._plugins, num_classes=num_classes, is_trained=True, images=normalization_of(loader)
+        )
         if num_classes is not None:
             self._network = network.model_copy(update={"num_classes": num_classes})
         if self._config.student_from_teacher and self._stage == "distill":
-            copy_teacher_layers(self._config, student, plugins=self._plugins)
+            copy_teacher_layers(self._config, unadapted(student), plugins=self._plugins)
         if self._plan.probed:
             check_probed(student, loader.example())
         return student.to(PURE_PRECISIONS.get(self._config.train.precision, torch.float32))

@@ -339,7 +339,10 @@ def test_mismatch_names_both_shapes(tmp_path) -> None:
             evaluate(Pixels(), loader, reference=seven)
         with pytest.raises(DataError, match=r"of 101 labels are not from 0 to 6, and the model has 7 logits"):
             evaluate(Pixels(lambda x: x[:, :7]), loader)
-        with pytest.raises(ConfigError, match=r"returns logits \[N, K\], or a mapping with 'logits', got \[16\]"):
+        with pytest.raises(
+            ConfigError,
+            match=r"returns logits \[N, K\], alone, first in a tuple, or as 'logits' of a mapping, got \[16\]",
+        ):
             evaluate(Pixels(lambda x: x.sum(1)), loader)
         with pytest.raises(ConfigError, match="got tuple"):
             evaluate(Pixels(lambda x: (x, x)), loader)

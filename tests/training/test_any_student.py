@@ -1,0 +1,275 @@
+"""A student may return anything that has names, and losses of its own; a plain loop ends with the same weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kd_pipeline import losses
+from kd_pipeline.batch import KDBatch
+from kd_pipeline.config.config import Config
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.evaluation._evaluate import logits_of
+from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.workflows import train
+from kd_pipeline.workflows._train import TrainResult
+from kd_pipeline.workflows.exported import open_model_file
+from tests.training import any_student, tiny_run
+
+PLUGINS = [any_student.__name__]
+EPOCHS = 2
+
+
+def config_of(folder: Path, run: str, kind: str, **changes: Any) -> Config:
+    return tiny_run.settings(folder, run, **{"student": {"factory": f"{PLUGINS[0]}:{kind}"}} | changes)
+
+
+def run(config: Config) -> TrainResult:
+    return train(config, plugins=PLUGINS)
+
+
+def plain_loop(
+    config: Config,
+    make: Callable[[], nn.Module],
+    loss_of: Callable[[Any, KDBatch], Tensor],
+) -> nn.Module:
+    """Train without any of `kd_pipeline.training`."""
+    with KDDataLoader.from_config(config, plugins=PLUGINS) as loader:
+        torch.manual_seed(config.seed)
+        student = make()
+        optimizer = torch.optim.SGD([each for each in student.parameters() if each.requires_grad], lr=0.05)
+        for _ in range(EPOCHS):
+            for batch in loader:
+                optimizer.zero_grad()
+                loss_of(student(batch.images), batch).backward()
+                optimizer.step()
+    return student
+
+
+def distilled(output: Any, batch: KDBatch) -> Tensor:
+    logits = logits_of(output)
+    soft = losses.soft_target(logits, batch.teacher["logits"], temperature=4.0, valid=batch.valid)
+    assert batch.labels is not None
+    return 0.1 * losses.task(logits, batch.labels, valid=batch.valid) + 0.9 * soft
+
+
+def assert_same(folder: Path, wanted: nn.Module) -> None:
+    found = tiny_run.weights(folder)
+    state = wanted.state_dict()
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].equal(tensor), name
+
+
+@pytest.mark.parametrize("kind", ["a_tensor", "a_tuple", "a_mapping", "a_model_output", "vit"])
+def test_what_it_returns_makes_no_difference(digits: Path, kind: str) -> None:
+    config = config_of(digits, kind, kind, train__export={"onnx": False})
+    result = run(config)
+    assert_same(result.folder, plain_loop(config, getattr(any_student, kind), distilled))
+
+
+@pytest.mark.parametrize("kind", ["with_losses", "with_training_losses"])
+def test_own_losses(digits: Path, kind: str) -> None:
+    config = config_of(
+        digits, kind, kind, train__export={"onnx": False}, distill={"student_losses": {"size": 0.25, "unused": 0.0}}
+    )
+    result = run(config)
+
+    def loss_of(output: Any, batch: KDBatch) -> Tensor:
+        return distilled(output, batch) + 0.25 * output["losses"]["size"]
+
+    assert_same(result.folder, plain_loop(config, getattr(any_student, kind), loss_of))
+    row = tiny_run.logged(result.folder)[0]
+    assert row["train/size"] > 0 and row["train/size_weight"] == 0.25
+    assert row["train/loss"] == pytest.approx(
+        0.1 * row["train/task"] + 0.9 * row["train/distill"] + 0.25 * row["train/size"], rel=1e-5
+    )
+    assert row["train/size_share"] == pytest.approx(0.25 * row["train/size"] / row["train/loss"], rel=1e-5)
+    assert "train/unused" not in row
+
+
+def test_hidden_states_by_name(digits: Path) -> None:
+    term = {"loss": "feature_mse", "student": "hidden_states.1", "teacher": "hidden_states.0", "weight": 0.5}
+    teacher = {"model": {"factory": f"{PLUGINS[0]}:teacher_vit", "pretrained": False}, "backend": "pytorch"}
+    config = config_of(
+        digits, "hidden", "vit", train__export={"onnx": False}, teacher=teacher, distill={"features": [term]}
+    )
+    result = run(config)
+
+    def loss_of(output: Any, batch: KDBatch) -> Tensor:
+        hidden, wanted = output.hidden_states[1], batch.teacher["hidden_states.0"]
+        extra = losses.feature_mse(hidden[:, 1:], wanted[:, 1:], valid=batch.valid)
+        return distilled(output, batch) + 0.5 * extra
+
+    found = plain_loop(config, any_student.vit, loss_of).state_dict()
+    weights = tiny_run.weights(result.folder)
+    for name, tensor in found.items():
+        torch.testing.assert_close(weights[name], tensor, msg=name)
+
+
+def test_hugging_face_by_config(digits: Path) -> None:
+    teacher = {"model": {"factory": f"{PLUGINS[0]}:resnet", "pretrained": False}, "backend": "pytorch"}
+    config = config_of(digits, "hugging face", "vit", teacher=teacher, train__compare_with_teacher=True)
+    result = run(config)
+    assert result.evaluations["val"].agreement is not None
+    assert (result.folder / "exported" / "model.onnx").is_file()
+    images = torch.rand(3, 3, 8, 8)
+    opened = [
+        open_model_file(path, size=8, device=torch.device("cpu"), plugins=PLUGINS)
+        for path in (result.folder, result.folder / "exported" / "model.onnx")
+    ]
+    with torch.no_grad():
+        first, second = (logits_of(each.model(images)) for each in opened)
+    for each in opened:
+        each.close()
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights", "message"),
+    [
+        (
+            "with_losses",
+            {},
+            r"the loss 'size', which has no weight: set distill.student_losses: \{size: 1.0, unused: 1",
+        ),
+        ("with_losses", {"sise": 1.0, "unused": 1.0}, "did you mean 'sise'"),
+        (
+            "with_losses",
+            {"size": 1.0, "unused": 1.0, "more": 1.0},
+            "student_losses: more is not among .* 'size', 'unused'",
+        ),
+        ("with_training_losses", {"size": 1.0}, "the loss 'unused', which has no weight"),
+        ("a_tensor", {"size": 1.0}, "student_losses: size is not among the losses that the student returns, none"),
+    ],
+)
+def test_names_of_losses(digits: Path, kind: str, weights: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(config_of(digits, f"names {kind} {len(weights)}", kind, distill={"student_losses": weights}))
+
+
+@pytest.mark.parametrize("name", ["task", "loss", "lr", "feature_mse.first", "a_weight", "a b"])
+def test_taken_names(digits: Path, name: str) -> None:
+    term = {"loss": "feature_mse", "student": "first", "teacher": "logits"}
+    with pytest.raises(ValueError, match=f"student_losses: {name!r} is taken or no name; rename it"):
+        config_of(digits, "taken", "a_tensor", distill={"features": [term], "student_losses": {name: 1.0}})
+
+
+def test_both_networks_in_one_module(digits: Path) -> None:
+    config = config_of(
+        digits,
+        "both",
+        "both",
+        stage="baseline",
+        distill={"loss": None, "task_weight": 0.5, "student_losses": {"match": 2.0}},
+        train__ema={"decay": 0.5},
+    )
+    result = run(config)
+
+    def make() -> nn.Module:
+        module = any_student.both()
+        module.teacher.requires_grad_(False).eval()  # type: ignore[union-attr,operator]
+        return module
+
+    def loss_of(output: Any, batch: KDBatch) -> Tensor:
+        assert batch.labels is not None
+        task = losses.task(output["logits"], batch.labels, valid=batch.valid)
+        return 0.5 * task + 2.0 * output["losses"]["match"]
+
+    wanted = plain_loop(config, make, loss_of)
+    found = tiny_run.weights(result.folder)
+    assert not any(name.startswith("teacher.") for name in found)
+    for name, tensor in found.items():
+        assert tensor.equal(wanted.state_dict()[name]), name
+    exported = open_model_file(result.folder, size=8, device=torch.device("cpu"), plugins=PLUGINS)
+    assert isinstance(exported.model, any_student.Returns)
+    best = torch.load(result.folder / "checkpoints" / "best_student.pt", weights_only=True)
+    assert best.keys() == exported.model.state_dict().keys()
+
+
+def test_adapted_images_are_those_of_another_transform(digits: Path) -> None:
+    normalization = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
+    student = {"factory": f"{PLUGINS[0]}:a_tensor"}
+    adapted = config_of(
+        digits, "adapted", "a_tensor", stage="baseline", student=student | {"input_adapter": normalization}
+    )
+    plain = config_of(
+        digits,
+        "normalized",
+        "a_tensor",
+        stage="baseline",
+        data__train__transform=tiny_run.TRAIN | normalization,
+        data__val__transform=tiny_run.EVAL | normalization,
+    )
+    first, second = run(adapted).folder, run(plain).folder
+    weights = tiny_run.weights(second)
+    for name, tensor in tiny_run.weights(first).items():
+        torch.testing.assert_close(tensor, weights[name.removeprefix("network.")], rtol=1e-3, atol=1e-5)
+    pixels = torch.rand(3, 3, 8, 8)
+    transforms = adapted.data.split("val").transform, plain.data.split("val").transform
+    logits = []
+    for folder, transform in zip((first, second), transforms, strict=True):
+        images = (pixels - per_channel(transform.mean)) / per_channel(transform.std)
+        for path in (folder, folder / "exported" / "model.onnx"):
+            opened = open_model_file(path, size=8, device=torch.device("cpu"), plugins=PLUGINS)
+            with torch.no_grad():
+                logits.append(logits_of(opened.model(images)))
+            opened.close()
+    for each in logits[1:]:
+        torch.testing.assert_close(each, logits[0], rtol=1e-3, atol=1e-4)
+
+
+def test_adapted_size(digits: Path) -> None:
+    student = {
+        "factory": f"{PLUGINS[0]}:a_tensor",
+        "input_adapter": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "size": 8},
+    }
+    config = config_of(
+        digits,
+        "resized",
+        "a_tensor",
+        stage="baseline",
+        student=student,
+        data__train__transform=tiny_run.TRAIN | {"size": 12},
+        data__val__transform=tiny_run.EVAL | {"size": 12, "resize": 12},
+        train__optimizer={"name": "sgd", "lr": 0.05, "lr_scale": {"head": 0.0001}},
+    )
+    folder = run(config).folder
+    images = torch.rand(2, 3, 12, 12)
+    opened = [
+        open_model_file(path, size=12, device=torch.device("cpu"), plugins=PLUGINS)
+        for path in (folder, folder / "exported" / "model.onnx")
+    ]
+    with torch.no_grad():
+        first, second = (logits_of(each.model(images)) for each in opened)
+    for each in opened:
+        each.close()
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(1, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        ({"factory": f"{PLUGINS[0]}:a_tensor", "input_adapter": "auto"}, "Returns does not say what it was trained on"),
+        (
+            {"factory": f"{PLUGINS[0]}:both", "input_adapter": {"mean": [0.5] * 3, "std": [0.5] * 3}},
+            "adapt images there",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be(digits: Path, student: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(config_of(digits, f"no adapter {message[:7]}", "a_tensor", student=student))
+
+
+def test_the_teacher_has_its_own_adapter(digits: Path) -> None:
+    model = {"factory": f"{PLUGINS[0]}:a_tensor", "input_adapter": "auto"}
+    with pytest.raises(ValueError, match="set the input_adapter of the teacher beside its model"):
+        config_of(digits, "teacher", "a_tensor", teacher={"model": model})
