@@ -37,7 +37,7 @@ NEEDS_LIGHTNING = {
         f"kd_pipeline.training.{name}"
         for name in (
             *("checkpoint_callback", "early_stopping", "loggers", "metrics_csv", "module", "signals"),
-            *("teacher_probe", "trainer"),
+            *("run_story", "teacher_probe", "trainer"),
         )
     ),
 }
@@ -54,7 +54,6 @@ OPTIONAL = {
     "onnx_ir",
     "onnxscript",
     "openvino",
-    "rich",
     "safetensors",
     "sklearn",
     "tensorrt",

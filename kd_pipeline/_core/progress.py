@@ -1,4 +1,4 @@
-"""How far work of seconds or minutes is: a bar on a terminal, and one line with its time in the log."""
+"""How far work of seconds or minutes is: a line on a terminal that is drawn again, and one with its time in the log."""
 
 import logging
 import os
@@ -11,15 +11,16 @@ from typing import TextIO
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.text import printable
 
-__all__ = ["Report", "no_report", "progress_bar", "timed"]
+__all__ = ["REDRAW_S", "Report", "bar_text", "no_report", "progress_bar", "status_line", "time_text", "timed"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 Report = Callable[[int, int], object]
 """Called with the number of steps that are done, and that there are."""
 
+REDRAW_S = 0.1
+"""Seconds between two drawings of a line that moves."""
 _WIDTH = 30
-_REDRAW_S = 0.1
 _ERASE_LINE = "\r\x1b[K"
 
 
@@ -47,60 +48,106 @@ def progress_bar(title: str) -> Iterator[Report]:
 
     The title is there at once, for work that reports late or not at all.
     """
+    started, drawn = time.monotonic(), -REDRAW_S
+    title = printable(title)
+    with status_line() as draw:
+        if draw is None:
+            yield no_report
+            return
+
+        def report(done: int, total: int) -> None:
+            nonlocal drawn
+            now = time.monotonic()
+            if done < total and now - drawn < REDRAW_S:
+                return
+            drawn = now
+            draw(f"{title}  {bar_text(done, total, _WIDTH)}  {done}/{total}  {time_text(now - started)}")
+
+        draw(title)
+        yield report
+
+
+@contextmanager
+def status_line() -> Iterator[Callable[[str], None] | None]:
+    """A function that draws one line on stderr, over the last one; None off a terminal, or on another rank.
+
+    The line makes room for what is logged or printed meanwhile, and comes back when it is drawn next.
+    """
     if not is_rank_zero() or not _is_terminal(sys.stderr):
-        yield no_report
+        yield None
         return
-    bar = _Bar(printable(title), sys.stderr)
-    eraser = _Eraser(bar)
+    line = _Line(sys.stderr)
+    eraser = _Eraser(line)
     _logger.addHandler(eraser)
+    outputs = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _ErasingStream(outputs[0], line), _ErasingStream(outputs[1], line)
     try:
-        yield bar.show
+        yield line.draw
     finally:
+        sys.stdout, sys.stderr = outputs
         _logger.removeHandler(eraser)
-        bar.erase()
+        line.erase()
 
 
-class _Bar:
+def bar_text(done: int, total: int, width: int) -> str:
+    """A bar of `width` characters."""
+    full = width * min(done, total) // max(total, 1)
+    return "━" * full + "╌" * (width - full)
+
+
+def time_text(seconds: float) -> str:
+    """Minutes and seconds such as `0:07`, with hours if there are any."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+class _Line:
     """One line of a terminal, which is drawn again and again."""
 
-    def __init__(self, title: str, terminal: TextIO) -> None:
-        self._title, self._terminal = title, terminal
-        self._started, self._drawn = time.monotonic(), -_REDRAW_S
-        self._draw(self._title)
+    def __init__(self, terminal: TextIO) -> None:
+        self._terminal = terminal
+        self._is_empty = True
 
-    def show(self, done: int, total: int) -> None:
-        """Draw it, unless that has just been done."""
-        now = time.monotonic()
-        if done < total and now - self._drawn < _REDRAW_S:
-            return
-        self._drawn = now
-        full = _WIDTH * done // max(total, 1)
-        minutes, seconds = divmod(int(now - self._started), 60)
-        bar = "━" * full + "╌" * (_WIDTH - full)
-        self._draw(f"{self._title}  {bar}  {done}/{total}  {minutes}:{seconds:02}")
-
-    def erase(self) -> None:
-        """Leave an empty line for what is printed next."""
-        self._draw("")
-
-    def _draw(self, text: str) -> None:
+    def draw(self, text: str) -> None:
+        """Replace what is shown."""
         columns = os.get_terminal_size(self._terminal.fileno()).columns or 80  # some terminals say 0
         encoding = self._terminal.encoding or "utf-8"
         text = text[: columns - 1].encode(encoding, "replace").decode(encoding)  # no more, or the line would break
         self._terminal.write(f"{_ERASE_LINE}{text}")
         self._terminal.flush()
+        self._is_empty = not text
+
+    def erase(self) -> None:
+        """Leave an empty line for what is printed next."""
+        if not self._is_empty:
+            self.draw("")
 
 
 class _Eraser(logging.Handler):
     """Makes room for what is logged meanwhile. A logger's own handlers come before those of the root, which print."""
 
-    def __init__(self, bar: _Bar) -> None:
+    def __init__(self, line: _Line) -> None:
         super().__init__()
-        self._bar = bar
+        self._line = line
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Erase the bar, which comes back with the next step."""
-        self._bar.erase()
+        """Erase the line, which comes back when it is drawn next."""
+        self._line.erase()
+
+
+class _ErasingStream:
+    """An output stream that makes room for what a user's code prints; all else is that of the stream."""
+
+    def __init__(self, stream: TextIO, line: _Line) -> None:
+        self._stream, self._line = stream, line
+
+    def write(self, text: str) -> int:
+        """Erase the line, and write."""
+        self._line.erase()
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -43,7 +43,7 @@ def _run(parsed: argparse.Namespace) -> int:
         return _run_backbone(parsed.arguments[1:])
     from kd_pipeline.workflows.demo import run_demo
 
-    _print(_table(run_demo(parsed.arguments)))
+    _print(_table(run_demo(parsed.arguments, report=print_progress)))
     return 0
 
 

@@ -59,7 +59,11 @@ def plot_curves(metrics_csv: Path | str) -> "Figure":
     columns = _read_columns(Path(metrics_csv))
     names = {name: name.rpartition("/")[2] for name in columns}
     found = (
-        ("loss", [name for name, last in names.items() if last == "loss" or f"{name}_weight" in columns], _number),
+        (
+            "loss",
+            [name for name, last in names.items() if last in ("loss", "epoch_loss") or f"{name}_weight" in columns],
+            _number,
+        ),
         ("accuracy", [name for name, last in names.items() if last.endswith(_ACCURACIES)], _percentage),
         (
             "cosine to the teacher",

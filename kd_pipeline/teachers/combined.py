@@ -47,6 +47,9 @@ class CombinedTeacher(Teacher):
             fingerprint=fingerprint,
         )
         self.runtimes = tuple(runtime for member in members.values() for runtime in member.runtimes)
+        numbers = [member.num_parameters for member in members.values()]
+        known = [number for number in numbers if number is not None]
+        self.num_parameters = sum(known) if len(known) == len(numbers) else None
         self.problems = tuple(
             f"member {name}: {problem}" for name, member in members.items() for problem in member.problems
         )

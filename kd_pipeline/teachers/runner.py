@@ -136,6 +136,8 @@ class Runner:
             MissingPackageError: the package of the backend is not installed.
         """
         teacher = self._open(runtime)
+        if self.module is not None:
+            teacher.num_parameters = sum(each.numel() for each in self.module.parameters())
         if self.settings.num_prefix_tokens is not None:
             try:
                 teacher.outputs = _with_prefix(teacher.outputs, self.settings.num_prefix_tokens)

@@ -79,21 +79,30 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
             is_measured: whether the last validation measured a metric. Lightning keeps the value of an earlier one.
         """
         self._folder, self._student, self._every_n_steps = Path(folder), student, every_n_steps
-        self._monitor, self._mode = monitor, mode
+        self.monitor, self._mode = monitor, mode
         self._validate, self._validate_every_n_steps = validate, validate_every_n_steps
         self._is_measured = is_measured
         self._rng: list[dict[str, Any]] | None = None
         self.best_score = -math.inf if mode == "max" else math.inf
+        self.best_epoch: int | None = None
+        """The epoch of the best score, counted from 1; None before there is one."""
+        self.validated_step = -1
+        """After which the last validation within an epoch was."""
 
     def state_dict(self) -> dict[str, Any]:
         """The best score with its metric, and the random state of all ranks; call it on all ranks."""
-        score = {"monitor": self._monitor, "mode": self._mode, "best_score": self.best_score}
+        score = {
+            "monitor": self.monitor,
+            "mode": self._mode,
+            "best_score": self.best_score,
+            "best_epoch": self.best_epoch,
+        }
         return {**score, "rng": capture_rng()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the best score, unless it is of a different metric, and at `on_train_start` the random state."""
-        if (state["monitor"], state["mode"]) == (self._monitor, self._mode):
-            self.best_score = state["best_score"]
+        if (state["monitor"], state["mode"]) == (self.monitor, self._mode):
+            self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
         else:
             _logger.warning("best score reset: it was %s (%s) before", state["monitor"], state["mode"])
         self._rng = state["rng"]
@@ -120,6 +129,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         step = trainer.global_step
         if self._validate is not None and _is_due(step, self._validate_every_n_steps):
             self._save_if_best(trainer, self._validate())
+            self.validated_step = step
         if _is_due(step, self._every_n_steps):
             self.save_last(trainer)
 
@@ -140,7 +150,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
             student = self._student()  # on all ranks, as they may have to gather it
             if bad := [name for name, tensor in student.items() if tensor.is_floating_point() and tensor.isnan().any()]:
                 raise NonFiniteError(
-                    f"the student with the best {self._monitor} has NaN in {bad[0]!r}, so it was not saved; earlier "
+                    f"the student with the best {self.monitor} has NaN in {bad[0]!r}, so it was not saved; earlier "
                     "checkpoints are intact"
                 )
             self._save(trainer, "best.ckpt")
@@ -152,18 +162,18 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         trainer.save_checkpoint(self._folder / name)
 
     def _is_best(self, trainer: Any, metrics: Mapping[str, Any]) -> bool:
-        if self._monitor is None or not self._is_measured(self._monitor):
+        if self.monitor is None or not self._is_measured(self.monitor):
             return False
-        if self._monitor not in metrics:
+        if self.monitor not in metrics:
             known = ", ".join(sorted(metrics))
-            raise ConfigError(f"no metric {self._monitor!r} to select the best by; there are {known}")
+            raise ConfigError(f"no metric {self.monitor!r} to select the best by; there are {known}")
         # Rank zero decides for all: they save together, and the last digits may differ between ranks.
-        score = trainer.strategy.broadcast(float(metrics[self._monitor]))
+        score = trainer.strategy.broadcast(float(metrics[self.monitor]))
         if math.isnan(score):
-            _logger.warning("%s is NaN after %d steps, which is never the best", self._monitor, trainer.global_step)
+            _logger.warning("%s is NaN after %d steps, which is never the best", self.monitor, trainer.global_step)
         is_better: bool = score > self.best_score if self._mode == "max" else score < self.best_score
         if is_better:
-            self.best_score = score
+            self.best_score, self.best_epoch = score, trainer.current_epoch + 1
         return is_better
 
 

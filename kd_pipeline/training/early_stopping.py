@@ -70,6 +70,14 @@ class StopEarly(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
         self._best = value if value > self._best else self._best
         trainer.should_stop = trainer.should_stop or self.is_over
 
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        """Say why the run ended before its last epoch."""
+        if self.is_over and trainer.is_global_zero and trainer.current_epoch < trainer.max_epochs:
+            _logger.info(
+                "stopped early after epoch %d of %d: %s has not improved for %d epochs (train.early_stopping)",
+                *(trainer.current_epoch, trainer.max_epochs, self._metric, self._num_waited),
+            )
+
     @property
     def is_over(self) -> bool:
         """Whether the metric has not improved for too long."""

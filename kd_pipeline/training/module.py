@@ -22,8 +22,10 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.compiled_student import CompiledStudent
 from kd_pipeline.training.ema import StudentEma
+from kd_pipeline.training.epoch_loss import EpochLoss
 from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weights, gradient_norm
 from kd_pipeline.training.optimizers import build_optimizer, match_memory_format
+from kd_pipeline.training.run_story import StepProgress
 from kd_pipeline.training.schedules import build_schedule
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import is_sharded, reach_outputs, shard
@@ -99,6 +101,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Whether all was set up and a checkpoint restored, and an epoch has begun."""
         self._num_valid: Tensor | None = None
         """Valid rows of this rank in the batches of the current optimizer step, if they are counted."""
+        self._epoch_loss = EpochLoss()
+        self._lr = 0.0
+        """Of the last step."""
         self._train_counts: Tensor | None = None
         """`[2]`, correct and valid rows of the epoch so far."""
 
@@ -161,6 +166,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Reset the counters of the epoch."""
         self.has_begun = True
         self._throughput.start_epoch()
+        self._epoch_loss.start_epoch()
         self._train_counts = None
 
     def on_train_batch_start(self, batch: KDBatch, number: int) -> None:
@@ -185,6 +191,10 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._guard.watch(TrainedBatch(number, batch, outputs, terms, self._temperatures(terms, epoch)))
         if "logits" in outputs and outputs["logits"].ndim == 2:
             self._count_correct(outputs["logits"], batch)
+        self._epoch_loss.add(terms.total, batch.valid.sum())
+        self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self._is_logged:
+            self.log("epoch", float(self.current_epoch + 1))  # Lightning's own is counted from 0
         if self._is_logged or self.trainer.is_last_batch:
             self._log_terms(terms, self._rank_weight(batch))
         loss: Tensor = terms.total * self._loss_weight(batch)
@@ -214,9 +224,10 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         num_bad = self._divide_by_rows(gradients)
         norm = gradient_norm(gradients)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        step = f"step {self.trainer.global_step} (steps are counted from 0, as in metrics.csv)"
         takes_step = self._guard.decide(
             self,
-            f"epoch {self.current_epoch} at step {self.trainer.global_step} (counted from 0, as in metrics.csv)",
+            f"epoch {self.current_epoch + 1} at {step}",
             num_bad=num_bad,
             # With 16-mixed the scaler skips a step whose gradient overflows, by design, and lowers its scale.
             gradient_norm=norm if scaler is None else None,
@@ -250,6 +261,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
 
     def on_train_epoch_end(self) -> None:
         """Validate; early stopping and checkpoints read these metrics next."""
+        self.log("epoch", float(self.current_epoch + 1))
+        if (mean := self._epoch_loss.mean(self.trainer)) is not None:
+            self.log("train/epoch_loss", mean)
         if self._train_counts is not None:
             correct, valid = self.trainer.strategy.reduce(self._train_counts.float(), reduce_op="sum")
             self.log("train/top1", correct / valid.clamp(min=1))
@@ -259,12 +273,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             self.log(name, last, sync_dist=is_mean)
         self._last_step = {}
         for name, value in self._validation_metrics().items():
-            self.log(name, value, prog_bar=name.endswith(("/top1", "/knn_top1")))
+            self.log(name, value)
         self.student.train()
         self._rest_teacher()
-        if self.trainer.progress_bar_callback is not None:
-            # Lightning drew the bar before this hook, with the metrics of the previous epoch.
-            self.trainer.progress_bar_callback.on_train_epoch_end(self.trainer, self)
 
     def on_train_end(self) -> None:
         """Say how fast it was."""
@@ -279,40 +290,49 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
                 100 * (found["loader_share"] - teacher_share),
             )
 
-    def bar_metrics(self) -> dict[str, str]:
-        """What the progress bar shows besides the metrics of the validation: loss and speed, on this rank."""
-        speed = self._throughput.now()
-        shown = {"loss": f"{self._guard.loss:.3g}"}
-        if (images_per_s := speed.get("images_per_s")) is not None:
-            shown["images/s"] = f"{images_per_s:.0f}" if images_per_s >= 100 else f"{images_per_s:.3g}"
-        if "teacher_share" in speed:
-            shown["teacher"] = f"{speed['teacher_share']:.0%}"
-        return shown
+    @property
+    def progress(self) -> StepProgress:
+        """How the run is, after the last step."""
+        images_per_s = self._throughput.now().get("images_per_s")
+        return StepProgress(
+            loss=self._guard.loss,
+            lr=self._lr,
+            images_per_s=None if images_per_s is None else images_per_s * self.trainer.world_size,
+            num_skipped=self._guard.num_skipped,
+        )
 
     def validate_now(self) -> Mapping[str, float]:
         """Validate within an epoch, log the metrics at once and return them by name."""
         metrics = self._validation_metrics()
+        epoch = {"epoch": float(self.current_epoch + 1)}
         for logger in self.trainer.loggers:
             # In the row of the last step; Lightning counts them from 0.
-            logger.log_metrics(metrics, step=self.trainer.global_step - 1)
+            logger.log_metrics({**metrics, **epoch}, step=self.trainer.global_step - 1)
             logger.save()
         self._throughput.restart()
         return metrics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the EMA, the skipped steps and the identity of the run; leave out a teacher within the student."""
+        """Add the EMA, the skipped steps, the loss of the epoch so far and the identity of the run.
+
+        A teacher within the student is left out.
+        """
         for name in self._frozen_names(checkpoint["state_dict"]):
             del checkpoint["state_dict"][name]
         checkpoint["run"] = dict(self._identity)
         checkpoint["skipped_steps"] = self._guard.state_dict()
+        is_within_epoch = not self.trainer.is_last_batch
+        checkpoint["epoch_loss"] = list(self._epoch_loss.of_all_ranks(self.trainer)) if is_within_epoch else None
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the EMA and the number of skipped steps; a teacher within the student stays the user's."""
+        """Restore the EMA, the skipped steps and the loss of the epoch so far; a teacher within stays the user's."""
         own = self.state_dict()
         checkpoint["state_dict"] |= {name: own[name] for name in self._frozen_names(own)}
         self._guard.load_state_dict(checkpoint["skipped_steps"])
+        if checkpoint["epoch_loss"] is not None and self.trainer.is_global_zero:  # the sums of all ranks
+            self._epoch_loss.load(checkpoint["epoch_loss"])
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint["ema"])
 
@@ -439,6 +459,6 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
                 self._log_step(f"{name}_share", share * weight, is_mean=True)
         if terms.temperature is not None:
             self._log_step("temperature", float(terms.temperature))
-        self._log_step("lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        self._log_step("lr", self._lr)
         if self.device.type == "cuda":
             self._log_step("memory_gib", torch.cuda.max_memory_allocated(self.device) / 2**30)

@@ -4,7 +4,6 @@ import logging
 import os
 import warnings
 from collections.abc import Collection, Sequence
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -16,6 +15,7 @@ from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.loggers import open_loggers
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.training.run_story import RunStory
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import full_state_dict
 from kd_pipeline.training.signals import StopOnSignal
@@ -104,7 +104,14 @@ def build_trainer(
         enable_model_summary=False,
         enable_checkpointing=True,
         logger=open_loggers(settings.loggers, folder, resume_step),
-        callbacks=[_progress_bar(), *callbacks, *early_stopping, checkpoints, StopOnSignal(checkpoints.save_last)],
+        enable_progress_bar=False,
+        callbacks=[
+            *callbacks,
+            *early_stopping,
+            checkpoints,
+            RunStory(checkpoints, epochs=settings.epochs),
+            StopOnSignal(checkpoints.save_last),
+        ],
         plugins=[AtomicCheckpointIO(), environment],
         default_root_dir=folder.path,
     )
@@ -138,18 +145,6 @@ def build_trial_trainer(settings: TrainSettings, *, device: torch.device) -> Any
 def _own_device(device: torch.device) -> list[int] | int:
     """Lightning's `devices` for this process alone."""
     return [device.index or 0] if device.type == "cuda" else 1
-
-
-def _progress_bar() -> Any:
-    """Lightning's progress bar, with the loss and the speed of every step beside the validation's metrics."""
-    callbacks = require("lightning.pytorch.callbacks", extra="train")
-    kind = callbacks.RichProgressBar if find_spec("rich") is not None else callbacks.TQDMProgressBar
-
-    class _Bar(kind):  # type: ignore[misc, valid-type]
-        def get_metrics(self, trainer: Any, module: Any) -> dict[str, Any]:
-            return {**module.bar_metrics(), **super().get_metrics(trainer, module)}
-
-    return _Bar()
 
 
 def _strategy(name: Literal["ddp", "fsdp"], *, has_unreached: bool) -> Any:

@@ -34,7 +34,7 @@ def train(
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         fresh: start from the beginning. The files of an earlier run are moved to `earlier/1`, or the next number; class
             lists, recordings and other stages stay. With `stage: all` both stages start again.
-        report: called on rank zero with each of the `lines` of a stage's result, before the model is exported.
+        report: called on rank zero with each of the `lines` of a stage's result, after the model is exported.
 
     Returns:
         The result of the last stage.

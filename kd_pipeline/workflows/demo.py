@@ -5,7 +5,7 @@ import json
 import sys
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from torch import nn
 
 from kd_pipeline._core.atomic_write import atomic_file, write_atomic
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline.config.config import Config, load_config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
@@ -34,8 +35,12 @@ _VALIDATION_STEP = 5
 """Every fifth image of each class is kept for validation."""
 
 
-def run_demo(overrides: Sequence[str] = ()) -> dict[str, Any]:
+def run_demo(overrides: Sequence[str] = (), *, report: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
     """Write the data, train teacher and students, and return the contents of `<run_dir>/summary.json`.
+
+    Args:
+        overrides: of `configs/digits.yaml`.
+        report: called with a line before each part.
 
     Raises:
         ConfigError: an override is wrong, or the demo's own files are missing.
@@ -49,36 +54,37 @@ def run_demo(overrides: Sequence[str] = ()) -> dict[str, Any]:
     started = time.perf_counter()
     num_train, num_val = write_digits(Path("data/digits"))
     networks: dict[str, nn.Module] = {}
-    rich = require("rich.progress", extra="demo")
-    with rich.Progress() as progress:
 
-        def train(name: str, width: int, teacher: Teacher | None) -> float:
-            networks[name], images_per_s = _train(config, loop, width, teacher, progress, name)
-            return images_per_s
+    def train(name: str, width: int, teacher: Teacher | None) -> float:
+        report(f"training the {name}: {num_train:,} images, {config.train.epochs} epochs")
+        networks[name], images_per_s = _train(config, loop, width, teacher, name)
+        return images_per_s
 
-        train("teacher", _TEACHER_WIDTH, None)
-        with closing(_open_teacher(networks["teacher"], config, run_dir)) as teacher:
-            train("alone", _STUDENT_WIDTH, None)
-            images_per_s = train("distilled", _STUDENT_WIDTH, teacher)
-            scores = {name: _evaluate(config, loop, network, teacher) for name, network in networks.items()}
-            grid = _draw_batch(config, teacher, run_dir / "train_batch.png")
-            summary = {
-                "teacher_top1": scores["teacher"][0],
-                "student_alone_top1": scores["alone"][0],
-                "student_distilled_top1": scores["distilled"][0],
-                "agreement": scores["distilled"][1],
-                "agreement_alone": scores["alone"][1],
-                "images_per_s": images_per_s,
-                "teacher_backend": teacher.backend,
-                "teacher_precision": teacher.precision,
-                "device": str(teacher.device),
-                "seed": config.seed,
-                "epochs": config.train.epochs,
-                "num_train": num_train,
-                "num_val": num_val,
-                "seconds": time.perf_counter() - started,
-                "grid": str(grid),
-            }
+    train("teacher", _TEACHER_WIDTH, None)
+    report("exporting the teacher and opening it in its runtime")
+    with closing(_open_teacher(networks["teacher"], config, run_dir)) as teacher:
+        train("student alone", _STUDENT_WIDTH, None)
+        images_per_s = train("student with its teacher", _STUDENT_WIDTH, teacher)
+        report(f"evaluating all three on {num_val:,} images")
+        scores = {name: _evaluate(config, loop, network, teacher) for name, network in networks.items()}
+        grid = _draw_batch(config, teacher, run_dir / "train_batch.png")
+        summary = {
+            "teacher_top1": scores["teacher"][0],
+            "student_alone_top1": scores["student alone"][0],
+            "student_distilled_top1": scores["student with its teacher"][0],
+            "agreement": scores["student with its teacher"][1],
+            "agreement_alone": scores["student alone"][1],
+            "images_per_s": images_per_s,
+            "teacher_backend": teacher.backend,
+            "teacher_precision": teacher.precision,
+            "device": str(teacher.device),
+            "seed": config.seed,
+            "epochs": config.train.epochs,
+            "num_train": num_train,
+            "num_val": num_val,
+            "seconds": time.perf_counter() - started,
+            "grid": str(grid),
+        }
     write_atomic(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -107,17 +113,22 @@ def write_digits(root: Path) -> tuple[int, int]:
     return counts["train"], counts["val"]
 
 
-def _train(
-    config: Config, loop: ModuleType, width: int, teacher: Teacher | None, progress: Any, name: str
-) -> tuple[nn.Module, float]:
+def _train(config: Config, loop: ModuleType, width: int, teacher: Teacher | None, name: str) -> tuple[nn.Module, float]:
     """A network trained by the loop of tools/distill.py, and its images per second."""
     torch.manual_seed(config.seed)
     with KDDataLoader.from_config(config, "train", teacher=teacher) as loader:
         network = small_resnet(len(loader.classes or ()), width=width).to(loader.device)
         num_images = config.train.epochs * len(loader) * loader.batch_size
-        bar = progress.add_task(f"{name:<10}", total=num_images)
+        num_done = 0
         started = time.perf_counter()
-        loop.fit(network, loader, config.train, config.distill, lambda images, loss: progress.advance(bar, images))
+        with progress_bar(name) as report:
+
+            def advance(images: int, loss: float) -> None:
+                nonlocal num_done
+                num_done += images
+                report(num_done, num_images)
+
+            loop.fit(network, loader, config.train, config.distill, advance)
         return network, num_images / (time.perf_counter() - started)
 
 

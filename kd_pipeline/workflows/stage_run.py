@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.tensor_spec import TensorSpec
@@ -37,7 +38,6 @@ from kd_pipeline.training.sharding import is_sharded
 from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
 from kd_pipeline.training.unreached import unreached_parameters
-from kd_pipeline.training.validation_bar import validation_bar
 from kd_pipeline.workflows.check_images import key_of
 from kd_pipeline.workflows.distill_module import build_distillation, build_module
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
@@ -53,6 +53,7 @@ from kd_pipeline.workflows.stage import (
     num_classes_of,
     stage_dir,
 )
+from kd_pipeline.workflows.story import tell_start
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, saved_runtimes
 from kd_pipeline.workflows.teacher_layers import copy_teacher_layers
 from kd_pipeline.workflows.train_result import TrainResult
@@ -133,13 +134,14 @@ class StageRun(ExitStack):
             loggers, step, changes = trainer.loggers, trainer.global_step, []
         known = self._known_evaluations(module, step)
         student, distillation = (module.model, module.distillation) if known else self._best_student(module, loader)
-        result = self._show(known | self._missing_evaluations(student.to(loader.device), distillation, known))
-        if is_rank_zero():
-            write_results(
-                folder, config, student, self._network, self._source, result.evaluations, plugins=self._plugins
-            )
-            folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
-            log_results(loggers, config, result.evaluations, step)
+        evaluations = known | self._missing_evaluations(student.to(loader.device), distillation, known)
+        try:
+            if is_rank_zero():
+                write_results(folder, config, student, self._network, self._source, evaluations, plugins=self._plugins)
+                folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
+                log_results(loggers, config, evaluations, step)
+        finally:
+            result = self._show(evaluations)  # the last thing that is seen, also of an export that failed
         return result
 
     def _enter_folder(self) -> None:
@@ -241,6 +243,7 @@ class StageRun(ExitStack):
         on_rank_zero(lambda: self._record_start(trainer, saved, changes))
         if is_rank_zero():
             log_settings(trainer.loggers, config)
+            tell_start(self._stage, config, module, loader, self._val_loaders, folder=folder.path)
         try:
             trainer.fit(module, loader, ckpt_path=folder.last_checkpoint)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:
@@ -273,7 +276,7 @@ class StageRun(ExitStack):
         )
 
     def _show(self, evaluations: Mapping[str, Evaluation]) -> TrainResult:
-        """Report the results and write them to the log, before anything else is made of them."""
+        """Report the results and write them to the log."""
         result = TrainResult(self._stage, self._folder.path, evaluations)
         if is_rank_zero():
             self._folder.write_log("\n".join(result.lines) or "there is no validation set, so no results")
@@ -393,7 +396,7 @@ class StageRun(ExitStack):
             [split for split in self._evaluated if split != "test"],
             compare=self._config.train.compare_with_teacher,
             with_probe=with_probe,
-            bar=lambda title: validation_bar(trainer, title),
+            bar=progress_bar,
         )
         self._validated = _Validated(trainer.global_step, with_probe, found)
         return found

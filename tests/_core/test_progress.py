@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kd_pipeline._core import progress
 from kd_pipeline._core.progress import progress_bar, timed
 
 
@@ -18,7 +19,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     os.set_blocking(ours, False)
     monkeypatch.setenv("TERM", "xterm")
     with open(theirs, "w", encoding="utf-8") as stream:
-        monkeypatch.setattr("kd_pipeline._core.progress.sys", SimpleNamespace(stderr=stream))
+        monkeypatch.setattr("kd_pipeline._core.progress.sys", SimpleNamespace(stdout=stream, stderr=stream))
         yield ours
     os.close(ours)
 
@@ -53,8 +54,16 @@ def test_bar_is_erased_before_a_record_is_printed(terminal: int, caplog: pytest.
     with progress_bar("work"):
         logging.getLogger("kd_pipeline").warning("a warning")
         assert shown(terminal) == ["work", ""]
-    logging.getLogger("kd_pipeline").warning("another")
-    assert shown(terminal) == [""]
+        logging.getLogger("kd_pipeline").warning("another")
+        assert shown(terminal) == []  # there is nothing to erase
+
+
+def test_bar_is_erased_before_a_user_prints(terminal: int) -> None:
+    streams = progress.sys
+    with progress_bar("work"):
+        print("seen", file=streams.stdout)
+        assert shown(terminal) == ["work", "seen\r\n"]
+    print("as before", file=streams.stdout)
 
 
 @pytest.mark.parametrize(("variable", "value"), [("RANK", "1"), ("TERM", "dumb")])

@@ -81,7 +81,7 @@ def stop_of(digits: Path, name: str, **changes: Any) -> str:
 def test_first_nan_stops_before_the_step(digits: Path, spoil: set[int]) -> None:
     spoil.add(STEPS + 1)
     message = stop_of(digits, "stopped", **SPOILED, train__save_every_steps=1)
-    assert "the loss is not finite in epoch 1 at step 7 (counted from 0, as in metrics.csv)" in message
+    assert "the loss is not finite in epoch 2 at step 7 (steps are counted from 0, as in metrics.csv)" in message
     assert re.search(
         r"batch 1 of the epoch: loss nan of task nan \(weight 0.1\) \+ distill nan \(weight 0.9, ", message
     )
@@ -112,14 +112,14 @@ def test_skipped_step_changes_nothing(digits: Path, spoil: set[int], saved: list
     counts = {int(row["step"]): row["train/skipped_steps"] for row in logged(folder) if "train/skipped_steps" in row}
     assert counts == {step: (step >= 2) + (step >= 4) for step in range(2 * STEPS)}
     text = (folder / "train.log").read_text()
-    assert text.count("step skipped, 1 in a row of at most 1: the loss is not finite in epoch 0 at step") == 2
+    assert text.count("step skipped, 1 in a row of at most 1: the loss is not finite in epoch 1 at step") == 2
     assert saved[-1]["skipped_steps"] == {"num_skipped": 2, "num_in_a_row": 0}
 
 
 def test_too_many_in_a_row_stop(digits: Path, spoil: set[int]) -> None:
     spoil.update({2, 3, 5, 6, 7})
     message = stop_of(digits, "many", **SPOILED, train__max_nonfinite_steps=2)
-    assert "in epoch 1 at step 7" in message and "train.max_nonfinite_steps=2 allows no more in a row" in message
+    assert "in epoch 2 at step 7" in message and "train.max_nonfinite_steps=2 allows no more in a row" in message
 
 
 def nan_for_one(logits: Tensor, batch: KDBatch) -> Tensor:
@@ -146,7 +146,7 @@ def test_gradient_that_is_not_finite_stops(digits: Path, accumulate: int) -> Non
         distill={"loss": f"{__name__}:{sqrt_of_zero.__name__}"},
         train__accumulate=accumulate,
     )
-    assert message.startswith("the gradient has norm nan in epoch 0 at step 0")
+    assert message.startswith("the gradient has norm nan in epoch 1 at step 0")
     assert "distill 0 (weight 1)" in message and "in the student's 'logits'" not in message
 
 
@@ -185,7 +185,7 @@ def test_nan_on_one_rank_stops_all(digits: Path) -> None:
     for found in run_ranks(2, digits, spoil_rank_one):
         for name in ("ddp", "accumulated", "fsdp"):
             message = found[name]
-            assert "the loss is not finite in epoch 0 at step" in message, message
+            assert "the loss is not finite in epoch 1 at step" in message, message
             assert "rank 1, batch 2 of the epoch: loss nan" in message and "rank 0, batch" not in message
         assert found["skipped"] == ["", 1]
 

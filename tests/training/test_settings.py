@@ -74,7 +74,7 @@ def test_gradient_norm_is_off_by_default(default_run: Path) -> None:
 def test_limits_on_batches(digits: Path) -> None:
     found = run(digits, "limits", train__limit_train_batches=2, train__limit_val_batches=1).folder
     assert load_checkpoint(found / "checkpoints" / "last.ckpt")["global_step"] == 2 * 2
-    assert [row["epoch"] for row in logged(found)] == [0, 0, 1, 1]
+    assert [row["epoch"] for row in logged(found)] == [1, 1, 2, 2]
     assert tiny_run.result(found)["val"]["num_samples"] == 16
 
 
