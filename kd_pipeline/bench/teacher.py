@@ -23,7 +23,7 @@ from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.bench.teacher_backends import NUM_COMPARED, BackendComparison, ExportedModel, TeacherRow
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.errors import ExportError, MissingPackageError
+from kd_pipeline.errors import ConfigError, ExportError, MissingPackageError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
 from kd_pipeline.onnx.export import export_onnx
@@ -224,6 +224,8 @@ def _prepare(
     """Open or export the teacher; `no_export` says why nothing would run the export, which takes tens of seconds."""
     if settings.onnx is not None:
         images = read_onnx(settings.onnx).images
+        if len(images.shape) != 4:
+            raise ConfigError(f"{settings.onnx} takes {images}, and images [N, 3, H, W] are measured; give such a file")
         transform = EvalTransform(size=settings.size or images.shape[2] or _SIZE)
         return _Teacher(ExportedModel(settings.onnx.name, None, settings.onnx), transform, images.dtype, None, False)
     model = settings.model

@@ -24,10 +24,10 @@ from kd_pipeline.evaluation._evaluate import (
 )
 from kd_pipeline.evaluation._features import only_metrics
 from kd_pipeline.evaluation.frozen import extract_outputs, feature_name, knn_top1, linear_top1, split_bank
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import POOLED
-from kd_pipeline.models.modules import eval_mode, named_outputs
+from kd_pipeline.models.modules import call_network, eval_mode, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["Comparison", "ComparisonRow", "Cost", "compare", "has_logits", "measure_cost"]
@@ -107,12 +107,12 @@ class Comparison:
 
 def compare(
     models: Mapping[str, nn.Module | Teacher],
-    loader: KDDataLoader,
+    loader: AnyLoader,
     *,
     reference: nn.Module | Teacher | None = None,
     metrics: Sequence[MetricSettings | Metric] = (),
     files: Mapping[str, Sequence[Path]] | None = None,
-    bank: KDDataLoader | None = None,
+    bank: AnyLoader | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
     """Evaluate every model on one epoch of `loader`, and time it on one of its batches.
@@ -135,15 +135,15 @@ def compare(
         ConfigError, DataError, NonFiniteError, TeacherError: as `evaluate` and `extract_features`.
     """
     rows = []
-    images = next(iter(loader)).images
-    if reference is not None and not has_logits(reference, images):
+    inputs = loader.peek().input
+    if reference is not None and not has_logits(reference, inputs):
         reference = None
     for name, model in models.items():
         report(f"evaluating {name}")
         started = time.monotonic()
         try:
             with progress_bar(name) as report_batches:
-                if has_logits(model, images):
+                if has_logits(model, inputs):
                     evaluation = evaluate(
                         model,
                         loader,
@@ -157,7 +157,7 @@ def compare(
             raise NonFiniteError(f"{name}: {exc}") from exc
         evaluated = time.monotonic()
         with progress_bar(f"{name}: timing") as report_runs:
-            cost = measure_cost(model, images, files=(files or {}).get(name, ()), report=report_runs)
+            cost = measure_cost(model, inputs, files=(files or {}).get(name, ()), report=report_runs)
         report(
             f"{name}: {evaluation.num_samples:,} images in {evaluated - started:.1f} s, and "
             f"{time.monotonic() - evaluated:.1f} s to time a batch"
@@ -167,54 +167,60 @@ def compare(
 
 
 @torch.no_grad()
-def has_logits(model: nn.Module | Teacher, images: Tensor) -> bool:
-    """Whether `model` returns logits, and not only features by name, for the batch `images` `[N, 3, H, W]`."""
+def has_logits(model: nn.Module | Teacher, inputs: Tensor | Mapping[str, Tensor]) -> bool:
+    """Whether `model` returns logits, and not only features by name, for the only input of a batch or for several."""
     if isinstance(model, Teacher):
         return LOGITS in model.outputs
+    first = inputs[:1] if isinstance(inputs, Tensor) else {name: each[:1] for name, each in inputs.items()}
     with eval_mode(model):
-        return LOGITS in named_outputs(model(inputs_for(model, images[:1])), owner="a model")
+        return LOGITS in named_outputs(call_network(model, inputs_for(model, first)), owner="a model")
 
 
 @torch.no_grad()
 def measure_cost(
-    model: nn.Module | Teacher, images: Tensor, *, files: Sequence[Path] = (), report: Report = no_report
+    model: nn.Module | Teacher,
+    inputs: Tensor | Mapping[str, Tensor],
+    *,
+    files: Sequence[Path] = (),
+    report: Report = no_report,
 ) -> Cost:
-    """Time `model`, in eval mode, on the batch `images` `[N, 3, H, W]` on its device, and determine its size.
+    """Time `model`, in eval mode, on a batch on its device, and determine its size.
 
     Each run is timed on its own, until the device has finished, after a few warm-up runs.
 
     Args:
         model: a network or teacher.
-        images: a batch of a loader.
+        inputs: the only input of a batch of a loader, such as images `[N, 3, H, W]`, or several by name.
         files: the files that the model was opened from.
         report: called with the number of runs that are done, and that there are.
 
     Raises:
-        TeacherError: a teacher rejects the images.
+        TeacherError: a teacher rejects the inputs.
     """
-    on_gpu = images.device.type == "cuda"
-    images = inputs_for(model, images)
+    first = inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))
+    on_gpu = first.device.type == "cuda"
+    inputs = inputs_for(model, inputs)
     times_s = []
     with eval_mode(model):
         for number in range(_NUM_WARMUP + _NUM_RUNS):
             report(number, _NUM_WARMUP + _NUM_RUNS)
             start_s = time.perf_counter()
-            model(images)
+            call_network(model, inputs)
             if on_gpu:
-                torch.cuda.synchronize(images.device)
+                torch.cuda.synchronize(first.device)
             times_s.append(time.perf_counter() - start_s)
     num_parameters = sum(map(Tensor.numel, model.parameters())) if isinstance(model, nn.Module) else None
     return Cost(
-        ms_per_image=1000 * median(times_s[_NUM_WARMUP:]) / len(images),
-        batch_size=len(images),
-        device=torch.cuda.get_device_name(images.device) if on_gpu else str(images.device),
+        ms_per_image=1000 * median(times_s[_NUM_WARMUP:]) / len(first),
+        batch_size=len(first),
+        device=torch.cuda.get_device_name(first.device) if on_gpu else str(first.device),
         num_parameters=num_parameters,
         num_bytes=sum(file.stat().st_size for file in files) if files else None,
     )
 
 
 def _evaluate_features(
-    model: nn.Module | Teacher, loader: KDDataLoader, bank: KDDataLoader | None, report: Report
+    model: nn.Module | Teacher, loader: AnyLoader, bank: AnyLoader | None, report: Report
 ) -> Evaluation:
     """The accuracy of nearest neighbors and of a linear classifier on the features of `model`, or of its members."""
     outputs = _vectors(model)

@@ -22,7 +22,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.models.modules import call_network, eval_mode, is_channels_last, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
@@ -35,6 +35,7 @@ __all__ = [
     "evaluate",
     "inputs_for",
     "logits_of",
+    "of_batches",
     "open_metrics",
 ]
 
@@ -140,7 +141,7 @@ def open_metrics(settings: Sequence[MetricSettings], *, plugins: Collection[str]
 
 def evaluate(
     model: nn.Module | Teacher,
-    loader: KDDataLoader,
+    loader: AnyLoader,
     *,
     reference: nn.Module | Teacher | None = None,
     metrics: Sequence[MetricSettings | Metric] = (),
@@ -162,7 +163,7 @@ def evaluate(
         reference: measure `agreement` and `kl` against this network or teacher instead.
         metrics: classes of torchmetrics, and functions of logits and labels.
         max_batches: stop after this many batches.
-        report: called with the number of batches that are done, and that there are.
+        report: called with the number of batches that are done, and that there are, as far as that is known.
 
     Raises:
         ConfigError: a model returns no logits, or a metric is unknown, fails or has the name of another one.
@@ -174,10 +175,10 @@ def evaluate(
     check_process_group(loader)
     tally: _Tally | None = None
     teacher_tally: _Tally | None = None
-    num_batches = min(len(loader), max_batches or len(loader))
+    report_done = of_batches(report, loader, max_batches)
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
         for number, batch in enumerate(islice(loader, max_batches)):
-            report(number, num_batches)
+            report_done(number)
             logits_NK = logits_of(call_network(model, inputs_for(model, batch.input)))
             teacher_NK = batch.teacher.get("logits")
             if reference is not None:
@@ -421,7 +422,16 @@ def logits_of(output: object) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def check_process_group(loader: KDDataLoader) -> None:
+def of_batches(report: Report, loader: AnyLoader, max_batches: int | None) -> Callable[[int], object]:
+    """`report` for the number of batches of `loader` that are done; of a stream, it counts to the next one."""
+    try:
+        total = min(len(loader), max_batches or len(loader))
+    except TypeError:
+        total = max_batches or 0
+    return lambda done: report(done, max(total, done + 1))
+
+
+def check_process_group(loader: AnyLoader) -> None:
     """Check that what the shards of a split give can be joined.
 
     Raises:

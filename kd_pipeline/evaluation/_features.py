@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, inputs_for
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, inputs_for, of_batches
+from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation, student_outputs
 from kd_pipeline.losses.ramp import max_value
 from kd_pipeline.losses.settings import DistillSettings, TermSettings
@@ -31,7 +31,7 @@ COSINE = "cosine_to_teacher"
 def evaluate_features(
     student: nn.Module,
     distillation: Distillation,
-    loader: KDDataLoader,
+    loader: AnyLoader,
     teacher: Teacher,
     *,
     epochs: int,
@@ -67,11 +67,11 @@ def evaluate_features(
         TeacherError: the teacher rejects the images or fails.
     """
     check_process_group(loader)
-    num_batches = min(len(loader), max_batches or len(loader))
+    report_done = of_batches(report, loader, max_batches)
     sums: dict[str, Tensor] = {}
     with eval_mode(student), eval_mode(distillation):
         for number, batch in enumerate(islice(loader, max_batches)):
-            report(number, num_batches)
+            report_done(number)
             batch = _complete(batch, teacher)
             with distillation.student_features(student) as features:
                 outputs = call_network(student, inputs_for(student, batch.input))

@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy, normalize
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, inputs_for
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, inputs_for, of_batches
+from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import POOLED
 from kd_pipeline.models.modules import call_network, eval_mode, named_outputs
@@ -91,7 +91,7 @@ class Features:
 
 
 def extract_features(
-    model: nn.Module | Teacher, loader: KDDataLoader, *, output: str = POOLED, report: Report = no_report
+    model: nn.Module | Teacher, loader: AnyLoader, *, output: str = POOLED, report: Report = no_report
 ) -> Features:
     """Run `model` on one epoch of `loader`, and keep a vector for each image; see `extract_outputs`."""
     return extract_outputs(model, loader, [output], report=report)[output]
@@ -100,7 +100,7 @@ def extract_features(
 @torch.no_grad()
 def extract_outputs(
     model: nn.Module | Teacher,
-    loader: KDDataLoader,
+    loader: AnyLoader,
     names: Sequence[str],
     *,
     max_batches: int | None = None,
@@ -129,14 +129,14 @@ def extract_outputs(
         StateError: the loader reads one shard of several, and there is no process group.
     """
     check_process_group(loader)
-    if loader.source.labels is None or loader.mix is not None:
-        what = "its images are mixed" if loader.source.labels is not None else "it has no labels"
+    if not loader.has_labels or loader.labels_are_soft:
+        what = "its labels are soft, as those of mixed images" if loader.has_labels else "it has no labels"
         raise DataError(f"features are judged by the label of each image, and {what}; use another split")
     columns: list[tuple[Tensor, ...]] = []
-    num_batches = min(len(loader), max_batches or len(loader))
+    report_done = of_batches(report, loader, max_batches)
     with eval_mode(model):
         for number, batch in enumerate(islice(loader, max_batches)):
-            report(number, num_batches)
+            report_done(number)
             outputs = named_outputs(
                 call_network(model, inputs_for(model, batch.input)), vector=POOLED, owner="the model"
             )

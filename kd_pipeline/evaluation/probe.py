@@ -21,6 +21,7 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import StateError, TeacherError
+from kd_pipeline.loader.batch_loader import AnyLoader, BatchLoader
 from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher, is_logits
@@ -126,23 +127,27 @@ class FirstBatches:
     There must be no reason to look at others: `of_run` returns None if there is.
     """
 
-    def __init__(self, loader: KDDataLoader, settings: ProbeSettings) -> None:
+    def __init__(self, loader: AnyLoader, settings: ProbeSettings) -> None:
         """Judge the teacher of `loader` by the batches that `add` gets."""
         self._teacher, self._settings = loader.teacher, settings
-        self._classes, self._is_augmented = loader.classes, isinstance(loader.transform, TrainTransform)
+        transform = None if isinstance(loader, BatchLoader) else loader.transform
+        self._classes, self._is_augmented = loader.classes, isinstance(transform, TrainTransform)
         assert loader.teacher is not None
         self._rows = _Rows(settings, [name for name in loader.teacher.outputs if is_logits(name)])
         self.is_done = False
         """Whether enough has been seen and the report is logged."""
 
     @classmethod
-    def of_run(cls, loader: KDDataLoader, settings: ProbeSettings) -> "FirstBatches | None":
-        """For a run that is not to stop, whose images show what its own probe would: shuffled, unmixed, each once."""
+    def of_run(cls, loader: AnyLoader, settings: ProbeSettings) -> "FirstBatches | None":
+        """For a run that is not to stop, whose images show what its own probe would: shuffled, unmixed, each once.
+
+        Of a loader of the user's own, nobody knows the order.
+        """
+        if isinstance(loader, BatchLoader):
+            return None
         is_like_probe = loader.mix is None and loader.plan.shuffle and loader.plan.repeats == 1
         teacher = loader.teacher
-        has_all = (
-            isinstance(teacher, Teacher) and any(map(is_logits, teacher.outputs)) and loader.source.labels is not None
-        )
+        has_all = isinstance(teacher, Teacher) and any(map(is_logits, teacher.outputs)) and loader.has_labels
         return cls(loader, settings) if is_like_probe and has_all and not settings.strict else None
 
     def add(self, batch: KDBatch) -> None:

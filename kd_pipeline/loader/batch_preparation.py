@@ -108,7 +108,7 @@ class BatchPreparation:
         if valid is None:
             valid = torch.ones(rows, dtype=torch.bool, device=self._device)
         return KDBatch(
-            inputs={name: self._to_device(tensor) for name, tensor in fields.inputs.items()},
+            inputs={name: self._to_device(tensor).contiguous() for name, tensor in fields.inputs.items()},
             labels=None if fields.labels is None else self._to_device(fields.labels),
             index=self._to_device(index),
             valid=self._to_device(valid),

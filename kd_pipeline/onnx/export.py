@@ -52,10 +52,10 @@ def export_onnx(
 ) -> Path:
     """Export `module`, in eval mode and with a dynamic batch, and check the file against the module.
 
-    The file maps `"images"` `[N, 3, H, W]` float32 to the outputs that the module has as a teacher: a tensor `[N, K]`
-    is called `"logits"` and any other `"spatial"`, and a mapping keeps its names, but for values that are None. It also
-    says how many class and register tokens are at the start of tokens, where the module does. Weights are stored in the
-    file or, near ONNX's limit of 2 GB, in one file next to it.
+    The file maps `"images"` `[N, 3, H, W]` float32, or `"input"` of another shape, to the outputs that the module has
+    as a teacher: a tensor `[N, K]` is called `"logits"` and any other `"spatial"`, and a mapping keeps its names, but
+    for values that are None. It also says how many class and register tokens are at the start of tokens, where the
+    module does. Weights are stored in the file or, near ONNX's limit of 2 GB, in one file next to it.
 
     ONNX Runtime's outputs must equal the module's on 1 and 3 random normal images, to 1e-4 of the largest magnitude of
     each output. It was traced with 2, so a batch size that the export made constant shows. If the module compares the
@@ -126,7 +126,7 @@ def _trace(
             program = torch.onnx.export(
                 model,
                 (images,),
-                input_names=["images"],
+                input_names=["images" if len(image_shape) == 3 else "input"],
                 output_names=list(outputs),
                 opset_version=opset,
                 dynamic_shapes=({0: "batch"},),

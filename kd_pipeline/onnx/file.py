@@ -271,12 +271,15 @@ def _read_input(path: Path, graph: Any) -> tuple[str, TensorSpec]:
     inputs = [value for value in graph.input if value.name not in weights]
     if len(inputs) != 1:
         raise TeacherError(
-            f"{path} takes {len(inputs)} inputs ({_names(value.name for value in inputs)}); a teacher takes only images"
+            f"{path} takes {len(inputs)} inputs ({_names(value.name for value in inputs)}), and a file has one; "
+            "open the module itself for several (backend: pytorch)"
         )
     images = _spec(path, inputs[0])
-    if len(images.shape) != 4 or images.shape[1] != 3:
+    is_nhwc = len(images.shape) == 4 and images.shape[1] != 3 and images.shape[3] == 3
+    if len(images.shape) < 2 or is_nhwc:
         raise TeacherError(
-            f"{path}: the input {quoted(inputs[0].name)} is {images}; a teacher takes images [N, 3, H, W]"
+            f"{path}: the input {quoted(inputs[0].name)} is {images}; a teacher takes images [N, 3, H, W], or rows of "
+            "another shape [N, ...]"
         )
     return inputs[0].name, images
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["UNKNOWN_IMAGE_SIZE", "has_free_sizes", "input_specs", "some_sizes", "trial_rows"]
+__all__ = ["has_free_sizes", "input_name", "input_specs", "some_sizes", "trial_rows"]
 
-UNKNOWN_IMAGE_SIZE = 224
+_UNKNOWN_IMAGE_SIZE = 224
 """Height and width of the images for a check, if nobody knows them."""
 _UNKNOWN_SIZE = 32
 """The same for a size of any other input, such as the length of a sequence."""
@@ -36,7 +36,8 @@ def input_specs(
     if example is None:
         if shape is None:
             raise ConfigError("a network needs to know its inputs; pass image_shape=(3, H, W), or example={name: rows}")
-        return {"images" if len(shape) == 3 else "input": TensorSpec((None, *shape), dtype)}
+        spec = TensorSpec((None, *shape), dtype)
+        return {input_name(spec): spec}
     if not example or any(not tensor.ndim or not len(tensor) for tensor in example.values()):
         raise ConfigError("an example has tensors [N, ...] by name with at least one row each")
     if shape is not None:
@@ -52,6 +53,11 @@ def input_specs(
         name: TensorSpec((None, *(tensor.shape[1:] if is_fixed else [None] * (tensor.ndim - 1))), tensor.dtype)
         for name, tensor in example.items()
     }
+
+
+def input_name(spec: TensorSpec) -> str:
+    """The name of an only input that has no other."""
+    return "images" if len(spec.shape) == 4 else "input"
 
 
 def has_free_sizes(specs: Mapping[str, TensorSpec]) -> bool:
@@ -70,5 +76,5 @@ def some_sizes(spec: TensorSpec) -> tuple[int, ...]:
     """Sizes of one row that fit `spec`; of images 3 channels, if they are free."""
     sizes = spec.shape[1:]
     if len(sizes) == 3:
-        return sizes[0] or 3, sizes[1] or UNKNOWN_IMAGE_SIZE, sizes[2] or UNKNOWN_IMAGE_SIZE
+        return sizes[0] or 3, sizes[1] or _UNKNOWN_IMAGE_SIZE, sizes[2] or _UNKNOWN_IMAGE_SIZE
     return tuple(size or _UNKNOWN_SIZE for size in sizes)

@@ -17,6 +17,7 @@ from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.onnx.session import fused_types, open_session
 from kd_pipeline.onnx.weights import shortened
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.example import input_name
 
 __all__ = ["OnnxRuntimeTeacher", "why_no_cuda"]
 
@@ -95,7 +96,7 @@ class OnnxRuntimeTeacher(Teacher):
             backend="onnxruntime",
             precision=found,
             device=device,
-            images=file.images,
+            inputs={input_name(file.images): file.images},
             outputs={name: replace(spec, dtype=torch.float32) for name, spec in file.outputs.items()},
             max_batch=max_batch,
             classes=file.classes,

@@ -14,6 +14,7 @@ from kd_pipeline.errors import TeacherError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.onnx.weights import shortened
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.example import input_name
 
 __all__ = ["OpenVINOTeacher", "openvino_precisions"]
 
@@ -66,7 +67,7 @@ class OpenVINOTeacher(Teacher):
             backend="openvino",
             precision=found,
             device=torch.device("cpu"),
-            images=file.images,
+            inputs={input_name(file.images): file.images},
             outputs={name: replace(spec, dtype=torch.float32) for name, spec in file.outputs.items()},
             max_batch=max_batch,
             classes=file.classes,

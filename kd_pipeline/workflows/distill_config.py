@@ -257,7 +257,8 @@ def _teacher_size(config: Config, plugins: Collection[str]) -> int | None:
         known = known_input(config.teacher.model, plugins=plugins)
         return None if known is None else max(known.size)
     if config.teacher.onnx is not None:
-        return read_onnx(config.teacher.onnx).images.shape[2]
+        shape = read_onnx(config.teacher.onnx).images.shape
+        return shape[2] if len(shape) == 4 else None
     return None
 
 

@@ -254,6 +254,11 @@ def _checked(
 
 
 def _image_shape(settings: BuildSettings, file: OnnxFile) -> tuple[int, int, int]:
+    if len(file.images.shape) != 4 or file.images.shape[1] != 3:
+        raise EngineError(
+            f"{file.path} takes {file.images}, and an engine is built for images [N, 3, H, W]; use "
+            "backend: onnxruntime for the file, or backend: pytorch for its network"
+        )
     # After a resize the size that the file takes does not matter.
     is_resized = settings.input_adapter is not None and settings.input_adapter.size is not None
     height, width = (None, None) if is_resized else file.images.shape[2:]
