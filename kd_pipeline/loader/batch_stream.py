@@ -72,6 +72,12 @@ class BatchStream:
         settings = LoaderSettings.of(
             options, others=("mix", "batch_size", "seed", "shuffle", "last_batch", "repeats", "run_dir", "prepare")
         )
+        self._prepare = prepare
+        if prepare is not None and isinstance(teacher, Recording):
+            raise ConfigError(
+                "prepare changes the batch before the teacher sees it, and a recording has the outputs for batches as "
+                "they were; give a live teacher, or change the batch in your loop"
+            )
         self.source, self.transform, self.teacher, self.mix = source, transform, teacher, mix
         self.device = resolve_device(settings.device)
         self.batch_size = batch_size
@@ -104,12 +110,6 @@ class BatchStream:
         self._reader = self._new_reader()
         self._num_ahead = int(self.device.type == "cuda") if settings.ahead is None else settings.ahead
         self._sync = open_stream_sync(self.device, ahead=self._num_ahead)
-        self._prepare = prepare
-        if prepare is not None and isinstance(teacher, Recording):
-            raise ConfigError(
-                "prepare changes the batch before the teacher sees it, and a recording has the outputs for batches as "
-                "they were; give a live teacher, or change the batch in your loop"
-            )
         self._preparation = Preparation(source, transform.size, mix, teacher, self.device, self._sync, prepare)
         self._ahead: deque[PendingBatch] = deque()
         self._peeked: tuple[tuple[int, int], PendingBatch] | None = None

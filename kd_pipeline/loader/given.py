@@ -25,7 +25,7 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.recorded.recording import Recording, open_recording
 from kd_pipeline.teachers.settings import AnyTeacherSettings, TeacherSettings, is_recording
 
-__all__ = ["open_given_source", "open_given_teacher"]
+__all__ = ["check_transform", "open_given_source", "open_given_teacher"]
 
 _LISTS = (".csv", ".jsonl", ".tsv", ".txt")
 _ARRAYS = (".npy", ".npz")
@@ -71,6 +71,19 @@ def _open_path(path: Path) -> Source:
             "name it so, or give a folder of class folders"
         )
     return ImageFolder(path)
+
+
+def check_transform(transform: object) -> None:
+    """Refuse what is no transform of ours.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(transform, TrainTransform | EvalTransform):
+        raise ConfigError(
+            f"transform is {_described(transform)}; give TrainTransform(size=224) or EvalTransform(size=224). Changes "
+            "of your own are made by the argument prepare, on whole batches"
+        )
 
 
 def open_given_teacher(

@@ -19,7 +19,7 @@ from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.loader.batch_stream import BatchStream
 from kd_pipeline.loader.config_split import LoaderArguments, open_split, split_arguments
 from kd_pipeline.loader.config_teacher import open_config_teacher
-from kd_pipeline.loader.given import open_given_source, open_given_teacher
+from kd_pipeline.loader.given import check_transform, open_given_source, open_given_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import AnyTeacherSettings
@@ -111,6 +111,7 @@ class KDDataLoader(BatchStream):
             TeacherError: the teacher takes different images, or has different classes.
             StateError: the recording is of different images.
         """
+        check_transform(transform)
         opened_source = open_given_source(source, plugins)
         owned: Teacher | Recording | None = None
         if not (teacher is None or isinstance(teacher, Teacher | Recording)):

@@ -20,8 +20,10 @@ from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings
 from tests.data.sources import custom_sources
+from tests.recordings import small_recording
 from tests.training import networks, tiny_run
 
 SMALL = EvalTransform(size=8, resize=8)
@@ -112,6 +114,12 @@ def test_anything_else_is_no_source(open_loader, source, what):
     assert "BaseSource" in str(info.value) and "BatchLoader" in str(info.value)
 
 
+@pytest.mark.parametrize("transform", ["eval", EvalTransform, None, lambda images: images])
+def test_anything_else_is_no_transform(folder, transform):
+    with pytest.raises(ConfigError, match=r"transform is .*; give TrainTransform\(size=224\)"):
+        KDDataLoader(folder / "train.npz", transform, batch_size=16)
+
+
 # Teachers
 
 
@@ -128,7 +136,7 @@ def test_module_and_settings_equal_an_open_teacher(open_loader, folder):
     settings = TeacherSettings(onnx=folder / "teacher.onnx", backend="onnxruntime")
     several = EnsembleSettings(members=(settings, settings))
     single = logits_of(open_loader(teacher=settings))
-    torch.testing.assert_close(logits_of(open_loader(teacher=several)), single)
+    torch.testing.assert_close(logits_of(open_loader(teacher=several)).softmax(1), single.softmax(1))
     group = next(iter(open_loader(teacher=TeacherGroupSettings(members={"a": settings, "b": settings}))))
     assert group.teacher.keys() == {"a.logits", "b.logits"}
 
@@ -211,6 +219,12 @@ def test_prepare_may_add_inputs(open_loader):
 def test_wrong_prepare_is_named(open_loader, prepare, message):
     with pytest.raises(ConfigError, match=message):
         next(iter(open_loader(prepare=prepare)))
+
+
+def test_recording_has_outputs_of_unchanged_batches(open_loader, tmp_path):
+    recording = Recording(small_recording(tmp_path / "recording"))
+    with closing(recording), pytest.raises(ConfigError, match="prepare changes the batch before the teacher sees it"):
+        open_loader(teacher=recording, prepare=only_brighter)
 
 
 def test_position_belongs_to_prepare(open_loader):
