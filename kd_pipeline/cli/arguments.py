@@ -5,6 +5,7 @@ import logging
 import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
@@ -12,6 +13,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from kd_pipeline._core.library_output import TerminalHandler, libraries_to_log
 from kd_pipeline._core.paths import local_path
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.text import printable
@@ -72,7 +74,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add the options of every command, which `run_command` reads."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and what libraries print")
     parser.add_argument("--verbose", action="store_true", help="log what is chosen, and why")
 
 
@@ -176,8 +178,16 @@ def checked(model: Callable[..., Model], options: Mapping[str, str] | None = Non
 
 
 def run_command(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace, *, prog: str) -> int:
-    """The exit status of a command: that of `run`, 1 after an error in one line, or 130 after Ctrl-C."""
-    handler = logging.StreamHandler()
+    """The exit status of a command: that of `run`, 1 after an error in one line, or 130 after Ctrl-C.
+
+    What libraries print is kept off the terminal, unless there is `--debug`.
+    """
+    with nullcontext() if parsed.debug else libraries_to_log():
+        return _run_logged(run, parsed, prog)
+
+
+def _run_logged(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace, prog: str) -> int:
+    handler = logging.StreamHandler() if parsed.debug else TerminalHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, handlers=[handler])
     try:

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.files import open_own, open_regular
+from kd_pipeline._core.library_output import LIBRARIES
 from kd_pipeline._core.secret_values import hide_in_text
 from kd_pipeline._core.text import printable
 from kd_pipeline._core.version import __version__
@@ -304,14 +305,17 @@ class RunFolder:
         stream = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace")
         handler = logging.StreamHandler(stream)
         handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
-        level = _logger.level
+        libraries = logging.getLogger(LIBRARIES)
+        levels = _logger.level, libraries.level
         _logger.addHandler(handler)
         _logger.setLevel(logging.INFO)
+        libraries.setLevel(logging.DEBUG)
         try:
             yield
         finally:
             _logger.removeHandler(handler)
-            _logger.setLevel(level)
+            _logger.setLevel(levels[0])
+            libraries.setLevel(levels[1])
             handler.close()
             stream.close()
 
