@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +154,13 @@ class Distillation(nn.Module):
         if teacher_outputs is not None:
             self._check_teacher_logits(outputs.get(LOGITS), teacher_outputs, num_classes)
             prefix = prefix_tokens_of(deployed_network(student), outputs)
+            if all(each.ndim != 4 for each in example.values()):
+                # Without images all of a sequence is compared, and none of it is guessed to be a class token.
+                prefix = {key: number or 0 for key, number in prefix.items()}
+                teacher_outputs = {
+                    key: replace(spec, num_prefix_tokens=spec.num_prefix_tokens or 0)
+                    for key, spec in teacher_outputs.items()
+                }
             for name, term in extra.items():
                 own_name = names[name]
                 self._add(*settle_term(name, term, own_name, outputs[own_name], prefix[own_name], teacher_outputs))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from kd_pipeline import losses
@@ -13,6 +14,7 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._evaluate import logits_of
+from kd_pipeline.evaluation._predict import predict
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.workflows import train
 from kd_pipeline.workflows._train import TrainResult
@@ -64,6 +66,7 @@ def assert_same(folder: Path, wanted: nn.Module) -> None:
         assert found[name].equal(tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a_tensor", "a_tuple", "a_mapping", "a_model_output", "vit"])
 def test_what_it_returns_makes_no_difference(digits: Path, kind: str) -> None:
     config = config_of(digits, kind, kind, train__export={"onnx": False})
@@ -71,6 +74,7 @@ def test_what_it_returns_makes_no_difference(digits: Path, kind: str) -> None:
     assert_same(result.folder, plain_loop(config, getattr(any_student, kind), distilled))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["with_losses", "with_training_losses"])
 def test_own_losses(digits: Path, kind: str) -> None:
     config = config_of(
@@ -91,6 +95,7 @@ def test_own_losses(digits: Path, kind: str) -> None:
     assert "train/unused" not in row
 
 
+@pytest.mark.slow
 def test_hidden_states_by_name(digits: Path) -> None:
     term = {"loss": "feature_mse", "student": "hidden_states.1", "teacher": "hidden_states.0", "weight": 0.5}
     teacher = {"model": {"factory": f"{PLUGINS[0]}:teacher_vit", "pretrained": False}, "backend": "pytorch"}
@@ -110,6 +115,7 @@ def test_hidden_states_by_name(digits: Path) -> None:
         torch.testing.assert_close(weights[name], tensor, msg=name)
 
 
+@pytest.mark.slow
 def test_hugging_face_by_config(digits: Path) -> None:
     teacher = {"model": {"factory": f"{PLUGINS[0]}:resnet", "pretrained": False}, "backend": "pytorch"}
     config = config_of(digits, "hugging face", "vit", teacher=teacher, train__compare_with_teacher=True)
@@ -126,6 +132,13 @@ def test_hugging_face_by_config(digits: Path) -> None:
     for each in opened:
         each.close()
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+    files = [result.folder / f"{number}.png" for number in range(3)]
+    for number, file in enumerate(files):
+        Image.new("RGB", (8, 8), (60 * number, 90, 30)).save(file)
+    transform = config.data.split("val").transform
+    network = open_model_file(result.folder, size=8, device=torch.device("cpu"), plugins=PLUGINS).model
+    predictions = list(predict(network, list(map(str, files)), transform, device="cpu"))
+    assert [each.problem for each in predictions] == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -158,6 +171,7 @@ def test_taken_names(digits: Path, name: str) -> None:
         config_of(digits, "taken", "a_tensor", distill={"features": [term], "student_losses": {name: 1.0}})
 
 
+@pytest.mark.slow
 def test_both_networks_in_one_module(digits: Path) -> None:
     config = config_of(
         digits,
@@ -190,6 +204,21 @@ def test_both_networks_in_one_module(digits: Path) -> None:
     assert best.keys() == exported.model.state_dict().keys()
 
 
+@pytest.mark.slow
+def test_both_networks_resume(digits: Path) -> None:
+    changes: dict[str, Any] = {
+        "stage": "baseline",
+        "distill": {"loss": None, "task_weight": 0.5, "student_losses": {"match": 2.0}},
+        "train__export": {"onnx": False},
+    }
+    whole = run(config_of(digits, "both whole", "both", **changes))
+    run(config_of(digits, "both parts", "both", **changes, train__epochs=1))
+    parts = run(config_of(digits, "both parts", "both", **changes))
+    first, second = tiny_run.weights(whole.folder), tiny_run.weights(parts.folder)
+    assert first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.slow
 def test_adapted_images_are_those_of_another_transform(digits: Path) -> None:
     normalization = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     student = {"factory": f"{PLUGINS[0]}:a_tensor"}
@@ -222,6 +251,7 @@ def test_adapted_images_are_those_of_another_transform(digits: Path) -> None:
         torch.testing.assert_close(each, logits[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_adapted_size(digits: Path) -> None:
     student = {
         "factory": f"{PLUGINS[0]}:a_tensor",
