@@ -272,9 +272,9 @@ class BatchStream:
             _logger.warning(
                 "the loop of epoch %d was left after %d of %d batches, which ends the epoch: the saved position is the "
                 "start of epoch %d. To resume within an epoch, call state_dict() before leaving the loop",
-                *self._position.left,
+                *(self._position.left[0] + 1, self._position.left[1]),  # people count epochs from 1
                 len(self._plan),
-                epoch,
+                epoch + 1,
             )
         return {
             "version": _STATE_VERSION,

@@ -262,7 +262,7 @@ def test_saving_after_a_break_says_once_what_it_means(open_loader, caplog):
             assert not caplog.records or loader.epoch == 2
             loader.state_dict()
     (record,) = caplog.records
-    assert "epoch 0 was left after 3 of 5 batches" in record.getMessage() and "start of epoch 1" in record.getMessage()
+    assert "epoch 1 was left after 3 of 5 batches" in record.getMessage() and "start of epoch 2" in record.getMessage()
 
 
 @pytest.mark.parametrize("start", [0, 3, 7])
