@@ -114,7 +114,7 @@ class UniformCounter:
                     "%d of %d images of epoch %d had a single color after the transform: crops of a plain background, "
                     "or files that are decoded wrongly; kd-pipeline check names the files that have a single color as "
                     "a whole",
-                    *(num_uniform, num_images, ended.epoch),
+                    *(num_uniform, num_images, ended.epoch + 1),
                 )
 
     def _count(self) -> None:

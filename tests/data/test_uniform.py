@@ -75,7 +75,7 @@ def test_epoch_is_reported_once_the_device_is_done(events: list[Event], caplog: 
     events[0].is_done = True
     counter.add(ALL_UNIFORM)
     (message,) = caplog.messages
-    assert message.startswith("4 of 4 images of epoch 0 had a single color")
+    assert message.startswith("4 of 4 images of epoch 1 had a single color")
     counter.report(wait=True)
     counter.end(2)
     assert len(caplog.messages) == 1 and len(events) == 2

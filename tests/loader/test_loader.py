@@ -210,7 +210,7 @@ def test_many_images_of_one_color_are_reported_once(open_loader, caplog, num_uni
     found = [record.message for record in caplog.records if "single color" in record.message]
     assert len(found) == is_reported
     if is_reported:
-        assert found[0].startswith(f"{num_uniform} of 100 images of epoch 0 had a single color")
+        assert found[0].startswith(f"{num_uniform} of 100 images of epoch 1 had a single color")
 
 
 def test_images_of_one_color_are_reported_by_close(open_loader, caplog, monkeypatch):
@@ -225,7 +225,7 @@ def test_images_of_one_color_are_reported_by_close(open_loader, caplog, monkeypa
     run(loader, 1)
     assert "single color" not in caplog.text
     loader.close()
-    assert "100 of 100 images of epoch 0 had a single color" in caplog.text
+    assert "100 of 100 images of epoch 1 had a single color" in caplog.text
 
 
 def test_teacher_changes_no_pixels(open_loader, recorder):
