@@ -111,7 +111,7 @@ def _transform(parsed: argparse.Namespace) -> "EvalTransform":
     """The transform of the config if one is given, else of the model's run."""
     from kd_pipeline.config.config import load_config
     from kd_pipeline.data.transforms import EvalTransform
-    from kd_pipeline.workflows.exported import read_exported
+    from kd_pipeline.workflows.exported import no_network, read_exported
 
     if parsed.config is not None:
         transform = load_config(parsed.config).data.split(parsed.split).transform
@@ -119,7 +119,9 @@ def _transform(parsed: argparse.Namespace) -> "EvalTransform":
             raise ConfigError(f"the split {parsed.split} has a random transform; choose one with preset: eval")
         return transform
     exported = read_exported(parsed.model)
-    if exported is None:
+    if exported is not None and exported[1].model is None and parsed.model.is_dir():
+        raise ConfigError(no_network(*exported))
+    if exported is None or exported[1].transform is None:
         raise ConfigError(
             f"{parsed.model} does not describe the preprocessing of its images; give the config of its data with "
             "-c my.yaml"

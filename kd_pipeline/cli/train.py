@@ -49,7 +49,14 @@ def _run(parsed: argparse.Namespace) -> int:
 
     from kd_pipeline.workflows._train import train
 
-    result = train(config, **permissions(parsed), fresh=parsed.fresh, report=lambda line: print_result(printable(line)))
+    allowed = permissions(parsed)
+    result = train(
+        config,
+        plugins=allowed["plugins"],
+        trust_engines=allowed["trust_engines"],
+        fresh=parsed.fresh,
+        report=lambda line: print_result(printable(line)),
+    )
     if is_rank_zero():
         print_result(printable(f"run folder: {result.folder}"))
     return 0

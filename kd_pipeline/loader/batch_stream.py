@@ -110,7 +110,8 @@ class BatchStream:
         self._reader = self._new_reader()
         self._num_ahead = int(self.device.type == "cuda") if settings.ahead is None else settings.ahead
         self._sync = open_stream_sync(self.device, ahead=self._num_ahead)
-        self._preparation = Preparation(source, transform.size, mix, teacher, self.device, self._sync, prepare)
+        self._prepare = prepare
+        self._preparation = self._new_preparation()
         self._ahead: deque[PendingBatch] = deque()
         self._peeked: tuple[tuple[int, int], PendingBatch] | None = None
         """The batch that `peek` showed, with its position."""
@@ -225,6 +226,23 @@ class BatchStream:
         It is run from its start; but if it was loaded or begun within, from there.
         """
         self._position.set_epoch(epoch)
+
+    def attach_teacher(self, teacher: Teacher | Recording) -> None:
+        """Run `teacher` on every batch from the next loop on, as if the loader had been made with it.
+
+        Raises:
+            StateError: there is a teacher already, or the recording is of different images.
+            TeacherError: it takes different images, or has different classes.
+        """
+        if self.teacher is not None:
+            raise StateError("the loader has a teacher already; make a new one")
+        self.teacher, self._peeked = teacher, None
+        self._preparation = self._new_preparation()
+        if isinstance(teacher, Recording):
+            self._check_recording(teacher)
+        else:
+            self._check_teacher(teacher)
+            self._process.use()
 
     def peek(self) -> KDBatch:
         """A copy of the batch that the next loop returns first. Nothing moves, and that batch is not read again.
@@ -408,6 +426,10 @@ class BatchStream:
                 "and last_batch is 'drop'; lower batch_size, or set last_batch to 'keep' or 'pad'"
             )
         return plan
+
+    def _new_preparation(self) -> Preparation:
+        size, teacher = self.transform.size, self.teacher
+        return Preparation(self.source, size, self.mix, teacher, self.device, self._sync, self._prepare)
 
     def _new_reader(self) -> Reader:
         settings = self._graph_settings, self._settings

@@ -61,6 +61,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         student: Callable[[], dict[str, Tensor]],
         monitor: str | None,
         mode: Literal["max", "min"] = "max",
+        defaults: Mapping[str, Literal["max", "min"]] | None = None,
         every_n_steps: int | None = None,
         validate: Callable[[], Mapping[str, float]] | None = None,
         validate_every_n_steps: int | None = None,
@@ -73,6 +74,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
             student: returns the weights that `monitor` was measured with (the EMA's, if there is one).
             monitor: metric that selects the best student; None keeps no best.
             mode: whether a higher or a lower value is better.
+            defaults: without `monitor`, metrics with their modes of which the first that a validation returns is it.
             every_n_steps: optimizer steps between saves of `last.ckpt` within an epoch; None saves at its end only.
             validate: validates, logs the metrics and returns them; for validation within an epoch.
             validate_every_n_steps: optimizer steps between these validations; None for none.
@@ -80,6 +82,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         """
         self._folder, self._student, self._every_n_steps = Path(folder), student, every_n_steps
         self.monitor, self._mode = monitor, mode
+        self._defaults = defaults if monitor is None else None
         self._validate, self._validate_every_n_steps = validate, validate_every_n_steps
         self._is_measured = is_measured
         self._rng: list[dict[str, Any]] | None = None
@@ -101,6 +104,8 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the best score, unless it is of a different metric, and at `on_train_start` the random state."""
+        if self._defaults and state["monitor"] in self._defaults:
+            self._select_by(state["monitor"])
         if (state["monitor"], state["mode"]) == (self.monitor, self._mode):
             self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
         else:
@@ -161,7 +166,30 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         check_weights(trainer.lightning_module, trainer, before=f"{name} was written")
         trainer.save_checkpoint(self._folder / name)
 
+    def _select_by(self, metric: str) -> None:
+        """Select by one of the defaults from now on."""
+        assert self._defaults is not None
+        self.monitor, self._mode = metric, self._defaults[metric]
+        self._defaults = None
+        self.best_score = -math.inf if self._mode == "max" else math.inf
+
+    def _settle_default(self, metrics: Mapping[str, Any]) -> None:
+        """Choose the metric by what the first validation returned, and say so."""
+        assert self._defaults is not None
+        found = next((name for name in self._defaults if name in metrics), None)
+        if found is not None:
+            self._select_by(found)
+            order = "higher" if self._mode == "max" else "lower"
+            _logger.info("the best student is selected by %s (%s is better)", found, order)
+            return
+        known = ", ".join(sorted(name for name in metrics if not name.startswith("train/")))
+        names = ", ".join(self._defaults)
+        _logger.info("validation returned %s and none of %s, so the last student is the result", known, names)
+        self._defaults = None
+
     def _is_best(self, trainer: Any, metrics: Mapping[str, Any]) -> bool:
+        if self._defaults:
+            self._settle_default(metrics)
         if self.monitor is None or not self._is_measured(self.monitor):
             return False
         if self.monitor not in metrics:

@@ -47,8 +47,18 @@ def log_settings(loggers: Iterable[Any], config: BaseModel) -> None:
             logger.log_hyperparams(settings)
 
 
-def log_results(loggers: Iterable[Any], config: BaseModel, results: Mapping[str, Evaluation], step: int) -> None:
-    """Log the metrics of the exported network on each split, such as `final/val/top1`, and close the loggers."""
+def log_results(
+    loggers: Iterable[Any],
+    config: BaseModel,
+    results: Mapping[str, Evaluation],
+    step: int,
+    *,
+    keep_open: Collection[Any] = (),
+) -> None:
+    """Log the metrics of the exported network on each split, such as `final/val/top1`, and close the loggers.
+
+    Those in `keep_open` are the user's, who may log more.
+    """
     final = {
         f"final/{split}/{name}": value for split, each in results.items() for name, value in each.scalars().items()
     }
@@ -57,7 +67,10 @@ def log_results(loggers: Iterable[Any], config: BaseModel, results: Mapping[str,
             logger.log_hyperparams(_flatten(shown_settings(config, exclude_none=True)), final, step)
         else:
             logger.log_metrics(final, step)
-        _close(logger)
+        if any(logger is each for each in keep_open):
+            logger.save()
+        else:
+            _close(logger)
 
 
 def _open(name: LoggerName, folder: RunFolder, step: int | None) -> Any:

@@ -26,6 +26,7 @@ from kd_pipeline.training.epoch_loss import EpochLoss
 from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weights, gradient_norm
 from kd_pipeline.training.optimizers import build_optimizer, match_memory_format
 from kd_pipeline.training.run_story import StepProgress
+from kd_pipeline.training.own_optimizer import OwnOptimizer, use_own_optimizer
 from kd_pipeline.training.schedules import build_schedule
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import is_sharded, reach_outputs, shard
@@ -38,7 +39,7 @@ _logger = logging.getLogger("kd_pipeline")
 
 
 class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defined]
-    """Trains a student on the batches of a `KDDataLoader`.
+    """Trains a student on the batches of a loader.
 
     Its checkpoints hold the student, the projectors of the loss and the EMA. A module with a submodule `student` is
     trained as a whole, but for a submodule `teacher`, which is frozen and in no checkpoint: the user's own code makes
@@ -56,6 +57,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         identity: Mapping[str, Any],
         validate: Callable[[nn.Module], Mapping[str, Evaluation]],
         plugins: Collection[str] = (),
+        optimizer: OwnOptimizer | None = None,
     ) -> None:
         """Wrap `student`.
 
@@ -68,6 +70,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             identity: what identifies the run, to save in its checkpoints.
             validate: evaluates a model on every validation set, by name.
             plugins: modules that factories of the optimizer and its schedule may come from.
+            optimizer: of the user's own, instead of that of the settings and its schedule.
         """
         super().__init__()
         self.student, self.distillation = student, distillation
@@ -81,7 +84,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             for name, _ in distillation.get_submodule(part).named_buffers()
         ]
         self._settings, self._steps_per_epoch, self._identity = settings, steps_per_epoch, identity
-        self._validate, self._plugins = validate, plugins
+        self._validate, self._plugins, self._own_optimizer = validate, plugins, optimizer
         self._compiled = CompiledStudent(student) if settings.compile else None
         self._throughput = Throughput(teacher)
         self._is_logged = False
@@ -91,7 +94,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._last_step: dict[str, tuple[Tensor | float, bool]] = {}
         """Metrics of the epoch's last step, and whether to average them over the ranks, if only its epoch logs it."""
         self._guard = StepGuard(
-            settings.max_nonfinite_steps, sample_name=lambda index: self.trainer.train_dataloader.source.name(index)
+            settings.max_nonfinite_steps, sample_name=lambda index: self.trainer.train_dataloader.sample_name(index)
         )
         self.unreached: Collection[str] = ()
         """Parameters of the student that get no gradient; only known where several processes train."""
@@ -139,6 +142,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimizer of student and projectors, and its schedule in steps."""
         settings = self._settings
+        if self._own_optimizer is not None:
+            return use_own_optimizer(self._own_optimizer, self.student, self.distillation)
         optimizer = build_optimizer(
             unadapted(self.student), settings.optimizer, extra=self.distillation.parameters(), plugins=self._plugins
         )

@@ -1,5 +1,6 @@
 """How a run trains: everything but its data, teacher and loss."""
 
+import warnings
 from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -53,6 +54,10 @@ class ExportSettings(Settings):
         return self
 
 
+# What pydantic calls so is an old name of its `model_validate`.
+warnings.filterwarnings("ignore", message='Field name "validate" in "TrainSettings" shadows an attribute')
+
+
 class TrainSettings(Settings):
     """How long, how fast and on what a run trains."""
 
@@ -80,6 +85,9 @@ class TrainSettings(Settings):
     early_stopping: EarlyStoppingSettings | None = None
     metrics: tuple[MetricSettings, ...] = ()
     """Validation metrics besides accuracy, loss and F1; logged as `val/` and the name."""
+    validate: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")  # type: ignore[assignment]
+    """A function of your own that validates instead, as `package.module:function`: it takes the student and the loaders
+    of the validation sets by name, and returns numbers by name."""
     select_by: str | None = None
     """Validation metric that selects the best checkpoint. Defaults to the first of `val/knn_top1`, `val/top1` and
     `val/loss` that is measured every epoch; without any, the last student is the result."""

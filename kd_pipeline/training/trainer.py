@@ -3,13 +3,14 @@
 import logging
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.ranks import local_world_size, num_nodes, world_size
+from kd_pipeline.errors import ConfigError
 from kd_pipeline.training.checkpoint_callback import AtomicCheckpointIO, SaveLastAndBest
 from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.loggers import open_loggers
@@ -20,7 +21,7 @@ from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import full_state_dict
 from kd_pipeline.training.signals import StopOnSignal
 
-__all__ = ["PURE_PRECISIONS", "build_trainer", "build_trial_trainer", "set_deterministic"]
+__all__ = ["PURE_PRECISIONS", "build_trainer", "build_trial_trainer", "check_lightning", "set_deterministic"]
 
 _lightning = require("lightning", extra="train")
 _environments = require("lightning.fabric.plugins.environments", extra="train")
@@ -40,6 +41,22 @@ def set_deterministic(is_deterministic: bool) -> None:
     torch.use_deterministic_algorithms(is_deterministic)
 
 
+def check_lightning(callbacks: Iterable[object], loggers: Iterable[object]) -> None:
+    """Check that these are Lightning's.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    kinds = require("lightning.pytorch.callbacks", extra="train"), require("lightning.pytorch.loggers", extra="train")
+    for name, parts, kind in (("callbacks", callbacks, kinds[0].Callback), ("loggers", loggers, kinds[1].Logger)):
+        for part in parts:
+            if not isinstance(part, kind):
+                raise ConfigError(
+                    f"{name} should be lightning.pytorch.{name}.{kind.__name__} objects, got "
+                    f"{type(part).__qualname__}; take those of the package lightning, not of pytorch_lightning"
+                )
+
+
 def build_trainer(
     settings: TrainSettings,
     module: DistillModule,
@@ -50,6 +67,8 @@ def build_trainer(
     resume_step: int | None,
     sparse_metrics: Collection[str] = (),
     callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
+    default_metrics: Mapping[str, Literal["max", "min"]] | None = None,
 ) -> Any:
     """A `lightning.Trainer` for `module`; several processes must have been initialized by `init_distributed`.
 
@@ -61,7 +80,10 @@ def build_trainer(
         has_validation: whether `module` has validation sets.
         resume_step: the step that the run resumes from, or None.
         sparse_metrics: names of those that not every validation measures.
-        callbacks: more of Lightning's callbacks, which come first.
+        callbacks: more of Lightning's callbacks, which come before those that stop and save.
+        loggers: more of Lightning's loggers.
+        default_metrics: metrics with their modes of which the first that is measured selects the best student, if the
+            settings name none.
     """
     _silence_lightning()
 
@@ -73,6 +95,7 @@ def build_trainer(
         student=lambda: full_state_dict(module.model),
         monitor=settings.select_by,
         mode=settings.select_mode or "max",
+        defaults=default_metrics,
         every_n_steps=settings.save_every_steps,
         validate=module.validate_now if has_validation else None,
         validate_every_n_steps=settings.validate_every_steps,
@@ -103,8 +126,8 @@ def build_trainer(
         use_distributed_sampler=False,
         enable_model_summary=False,
         enable_checkpointing=True,
-        logger=open_loggers(settings.loggers, folder, resume_step),
-        enable_progress_bar=False,
+        logger=[*open_loggers(settings.loggers, folder, resume_step), *loggers],
+        enable_progress_bar=any(isinstance(each, _progress_bar_kind()) for each in callbacks),
         callbacks=[
             *callbacks,
             *early_stopping,
@@ -145,6 +168,12 @@ def build_trial_trainer(settings: TrainSettings, *, device: torch.device) -> Any
 def _own_device(device: torch.device) -> list[int] | int:
     """Lightning's `devices` for this process alone."""
     return [device.index or 0] if device.type == "cuda" else 1
+
+
+def _progress_bar_kind() -> type:
+    """Lightning's progress bars, of which a user may give one."""
+    kind: type = require("lightning.pytorch.callbacks", extra="train").ProgressBar
+    return kind
 
 
 def _strategy(name: Literal["ddp", "fsdp"], *, has_unreached: bool) -> Any:

@@ -1,10 +1,19 @@
-"""Train from a config: run its stages, each in a folder of its own that can be resumed and reproduced."""
+"""Train from a config and objects of the user's: run stages, each in a folder that can be resumed and reproduced."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+from torch import nn
 
 from kd_pipeline.config.config import Config
+from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.recorded.recording import Recording
+from kd_pipeline.teachers.settings import AnyTeacherSettings
 from kd_pipeline.training.distributed import init_distributed, is_restart, on_rank_zero
+from kd_pipeline.training.own_optimizer import OwnOptimizer
+from kd_pipeline.training.trainer import check_lightning
+from kd_pipeline.workflows.parts import Loss, Parts, Validate
 from kd_pipeline.workflows.stage import Stage
 from kd_pipeline.workflows.stage_run import StageRun, folder_of
 from kd_pipeline.workflows.train_result import TrainResult
@@ -15,8 +24,17 @@ _logger = logging.getLogger("kd_pipeline")
 
 
 def train(
-    config: Config,
+    config: Config | None = None,
     *,
+    student: nn.Module | None = None,
+    teacher: Teacher | nn.Module | Recording | AnyTeacherSettings | None = None,
+    train_batches: Any = None,
+    validation: Any = None,
+    distillation: Loss | None = None,
+    validate: Validate | None = None,
+    optimizer: OwnOptimizer | None = None,
+    callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
     fresh: bool = False,
@@ -28,8 +46,32 @@ def train(
     is not trained further. A changed setting is applied and logged if that continues the same training, such as
     `train.epochs`, and refused otherwise.
 
+    Every part may be an object of yours, and the rest comes from the config:
+
+        train(Config(run_dir="runs/mine"), student=student, teacher=teacher, train_batches=loader)
+
+    What is ours resumes exactly. A line says what of your objects cannot be checked or restored.
+
     Args:
-        config: the whole run.
+        config: the whole run, but for the parts that are given as objects; its `run_dir` is always needed.
+        student: the network to train, in place. It has the weights of the result when this returns.
+        teacher: an open teacher, a module, which is opened for what the loader gives, a recording, or settings. None
+            takes that of the config, or of `train_batches` if that has one.
+        train_batches: a `KDDataLoader` or `BatchLoader`, any iterable of batches that can be iterated again, which is
+            wrapped in a `BatchLoader`, or a Lightning data module, whose validation loaders count if `validation` is
+            None.
+        validation: one such, which is called `val`, or several by name; `test` is for the end alone. It replaces the
+            splits of the config for validation.
+        distillation: a `Distillation`, or a function of what the student returns and the batch, which is the whole
+            loss: a scalar, the mean over the valid rows. It replaces `config.distill`. A teacher is then optional.
+        validate: a function of the student and the validation loaders by name, on each rank with its part of them. It
+            returns numbers by name, instead of the built-in metrics: `wer` is logged as `val/wer`, and a name with a
+            `/` as it is. Each may be `train.select_by`.
+        optimizer: an optimizer of the parameters, or it with its scheduler, which steps after each of its steps, or a
+            function that makes either of a module with all parameters to train. It replaces `train.optimizer` and
+            `train.schedule`.
+        callbacks: Lightning callbacks; early stopping and checkpoints come after them.
+        loggers: Lightning loggers besides those of the config. They stay open.
         plugins: modules that factories and losses in the config may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         fresh: start from the beginning. The files of an earlier run are moved to `earlier/1`, or the next number; class
@@ -40,17 +82,30 @@ def train(
         The result of the last stage.
 
     Raises:
-        ConfigError: the config lacks something that this stage needs.
+        ConfigError: the config lacks something that this stage needs, or an object is of the wrong kind or given twice.
         StateError: the folder holds a run that this one would not continue, or another process uses it.
         DataError, TeacherError: the data or the teacher does not match the config.
         SystemExit: a signal stopped the run, which was saved: 143 for SIGTERM and SIGUSR1, 130 for Ctrl-C.
     """
+    parts = Parts(
+        student=student,
+        teacher=teacher,
+        train_batches=train_batches,
+        validation=validation,
+        distillation=distillation,
+        validate=validate,
+        optimizer=optimizer,
+        callbacks=tuple(callbacks),
+        loggers=tuple(loggers),
+    )
+    check_lightning(callbacks, loggers)
+    config = parts.in_config(config or Config())
     stages: tuple[Stage, ...] = ("teacher", "distill") if config.stage == "all" else (config.stage,)
     init_distributed(config.data.device)
     if fresh and not is_restart():
         on_rank_zero(lambda: _archive(config, stages))
     for stage in stages:
-        with StageRun(config, stage, plugins, trust_engines, report) as run:
+        with StageRun(config, stage, parts, plugins, trust_engines, report) as run:
             result = run.run()
     return result
 

@@ -4,19 +4,24 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from kd_pipeline.config.config import Config
+from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._evaluate import Evaluation
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.losses.dry_run import run_dry
+from kd_pipeline.losses.own_loss import OwnLoss
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
+from kd_pipeline.training.own_optimizer import OwnOptimizer
+from kd_pipeline.workflows.parts import Loss
 from kd_pipeline.workflows.stage import loss_settings, num_classes_of
 
-__all__ = ["build_distillation", "build_module"]
+__all__ = ["build_distillation", "build_module", "own_outputs"]
 
 Module = TypeVar("Module", bound=DistillModule)
 
@@ -25,12 +30,14 @@ def build_module(
     kind: type[Module],
     config: Config,
     student: nn.Module,
-    loader: KDDataLoader,
+    loader: AnyLoader,
     teacher: Teacher | Recording | None,
     *,
     plugins: Collection[str],
     identity: Mapping[str, Any],
     validate: Callable[[nn.Module], Mapping[str, Evaluation]],
+    loss: Loss | None = None,
+    optimizer: OwnOptimizer | None = None,
 ) -> Module:
     """Wrap `student`, whose weights are put into the memory order that `train.channels_last` asks for.
 
@@ -43,12 +50,14 @@ def build_module(
         plugins: modules that losses and optimizers may come from.
         identity: what identifies the run, to save in its checkpoints.
         validate: evaluates a model on every validation set, by name.
+        loss: of the user's own, instead of that of the config.
+        optimizer: of the user's own, instead of that of the config and its schedule.
 
     Raises:
-        ConfigError: student, teacher and loss do not go together.
+        ConfigError: student, teacher and loss do not go together, or the loader has no length.
     """
     train = config.train
-    distillation = build_distillation(config, student, loader, teacher, plugins=plugins)
+    distillation = build_distillation(config, student, loader, teacher, plugins=plugins, loss=loss)
     if train.strategy != "fsdp":  # which shards dense weights in the usual order only
         use_channels_last(
             student,
@@ -57,7 +66,7 @@ def build_module(
             device=loader.device,
             is_half=train.precision != "32-true",
         )
-    num_batches = min(len(loader), train.limit_train_batches or len(loader))
+    num_batches = _epoch_length(loader, train.limit_train_batches)
     return kind(
         student,
         distillation,
@@ -67,24 +76,56 @@ def build_module(
         identity=identity,
         validate=validate,
         plugins=plugins,
+        optimizer=optimizer,
     )
 
 
 def build_distillation(
     config: Config,
     student: nn.Module,
-    loader: KDDataLoader,
+    loader: AnyLoader,
     teacher: Teacher | Recording | None,
     *,
     plugins: Collection[str],
+    loss: Loss | None = None,
 ) -> Distillation:
     """The loss of a run, with new projectors; the arguments and errors are those of `build_module`."""
+    if isinstance(loss, Distillation):
+        return loss
+    if loss is not None:
+        return OwnLoss(loss, config.distill)
     return Distillation(
         loss_settings(config, "teacher" if config.stage == "teacher" else "distill"),
         student=student,
         teacher_outputs=None if teacher is None else teacher.outputs,
         example=loader.example(),
-        num_classes=num_classes_of(loader.source, teacher),
-        labels_are_soft=loader.mix is not None,
+        num_classes=num_classes_of(loader, teacher),
+        labels_are_soft=loader.labels_are_soft,
         plugins=plugins,
+    )
+
+
+def own_outputs(student: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a student returns for inputs like `example`, by name; its modes are unchanged.
+
+    Raises:
+        ConfigError: it fails, or returns something else than tensors.
+    """
+    return run_dry(student, (), example).outputs
+
+
+def _epoch_length(loader: AnyLoader, limit: int | None) -> int:
+    """Batches of an epoch.
+
+    Raises:
+        ConfigError: the loader has no length, and there is no limit.
+    """
+    try:
+        return min(len(loader), limit or len(loader))
+    except TypeError:
+        if limit is not None:
+            return limit
+    raise ConfigError(
+        "train_batches has no length, and the schedule needs the number of batches of an epoch: set "
+        "train.limit_train_batches to it, or give the object a __len__"
     )

@@ -13,7 +13,7 @@ from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._features import COSINE, cosine_names, label_free_terms
 from kd_pipeline.training.settings import TrainSettings
 
-__all__ = ["PROBE_METRIC", "EvaluationPlan", "member_names", "select_best"]
+__all__ = ["PROBE_METRIC", "EvaluationPlan", "member_names", "own_defaults", "select_best"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -37,10 +37,24 @@ class EvaluationPlan:
     """Metrics that only some epochs measure."""
     has_unknown: bool
     """Whether there are metrics of the user's own, whose names are not known before they are called."""
+    is_own: bool = False
+    """Whether a function of the user's own measures all of them."""
+
+    @classmethod
+    def of_function(cls, validated: tuple[str, ...]) -> Self:
+        """The plan of a stage whose splits a function of the user's own evaluates."""
+        return cls(validated, (), (), (), has_unknown=True, is_own=True)
 
     @classmethod
     def of(
-        cls, config: Config, stage: str, *, labeled: Collection[str] | None = None, has_reference: bool = True
+        cls,
+        config: Config,
+        stage: str,
+        *,
+        labeled: Collection[str] | None = None,
+        has_reference: bool = True,
+        validated: tuple[str, ...] | None = None,
+        is_headless: bool | None = None,
     ) -> Self:
         """The plan of a stage.
 
@@ -49,17 +63,25 @@ class EvaluationPlan:
             stage: of the run.
             labeled: splits with labels; None if that is not known yet, and all that may be measured counts.
             has_reference: whether there is a teacher that can run on images of the other splits.
+            validated: splits for validation; defaults to those of the config.
+            is_headless: whether the student has no logits; defaults to what the config says.
 
         Raises:
             ConfigError: a split of `feature_probe` has no labels, or `train.metrics` have none to compare with.
         """
         has_reference = has_reference and stage == "distill"
+        if is_headless is None:
+            is_headless = stage == "distill" and config.student is not None and config.student.is_headless
+        if validated is None:
+            validated = config.data.validated
         probed = _probed(config, stage, labeled)
         bank = None if not probed or config.feature_probe is None else config.feature_probe.bank
-        validated = tuple(name for name in config.data.validated if name != bank or bank in ("val", *probed))
-        _check_metrics(config, stage, validated, labeled)
+        validated = tuple(name for name in validated if name != bank or bank in ("val", *probed))
+        _check_metrics(config, validated, labeled, is_headless=is_headless)
         every_epoch = [
-            f"{name}/{metric}" for name in validated for metric in _metrics(config, stage, name, labeled, has_reference)
+            f"{name}/{metric}"
+            for name in validated
+            for metric in _metrics(config, name, labeled, has_reference, is_headless=is_headless)
         ]
         of_probe = [
             f"{name}/{metric}" for name in probed if name != "test" for metric in _probe_metrics(config, has_reference)
@@ -98,6 +120,8 @@ def select_best(config: Config, stage: str, plan: EvaluationPlan) -> Config:
     """
     train = config.train
     plan.check(train)
+    if plan.is_own and train.select_by is not None and train.select_mode is None:
+        _check_direction(train.select_by)
     metric = train.select_by or _default_metric(plan)
     mode = None if metric is None else train.select_mode or _mode(config, metric)
     stopping = train.early_stopping
@@ -107,6 +131,9 @@ def select_best(config: Config, stage: str, plan: EvaluationPlan) -> Config:
             raise ConfigError(
                 "train.early_stopping: nothing is measured after an epoch that it could stop by; give a validation set "
                 "labels, set feature_probe, or remove early_stopping"
+                if not plan.is_own
+                else "train.early_stopping: your own function validates, and which of its numbers stops the run is "
+                "not known; set train.early_stopping.metric and mode, such as {metric: val/wer, mode: min}"
             )
         own_mode = mode if stops_by == metric else _mode(config, stops_by)
         stopping = stopping.model_copy(update={"metric": stops_by, "mode": stopping.mode or own_mode})
@@ -114,10 +141,15 @@ def select_best(config: Config, stage: str, plan: EvaluationPlan) -> Config:
         if metric is not None:
             order = "higher" if mode == "max" else "lower"
             _logger.info("the best student is selected by %s (%s is better)", metric, order)
-        elif plan.validated:
+        elif plan.validated and not plan.is_own:
             _logger.info("nothing is measured on validation images every epoch, so the last student is the result")
     changes = {"select_by": metric, "select_mode": mode, "early_stopping": stopping}
     return config.model_copy(update={"train": train.model_copy(update=changes)})
+
+
+def own_defaults() -> dict[str, Literal["max", "min"]]:
+    """Metrics of a function of the user's own that select the best student if none is named, with their modes."""
+    return {f"val/{name}": "min" if name == "loss" else "max" for name in _DEFAULTS}
 
 
 def member_names(config: Config) -> tuple[str, ...]:
@@ -145,11 +177,10 @@ def _probed(config: Config, stage: str, labeled: Collection[str] | None) -> tupl
 
 
 def _metrics(
-    config: Config, stage: str, split: str, labeled: Collection[str] | None, has_reference: bool
+    config: Config, split: str, labeled: Collection[str] | None, has_reference: bool, *, is_headless: bool
 ) -> Iterator[str]:
     """What is measured on a split every epoch, besides the probe."""
     train = config.train
-    is_headless = stage == "distill" and config.student is not None and config.student.is_headless
     has_labels, lacks_labels = labeled is None or split in labeled, labeled is None or split not in labeled
     if not is_headless and has_labels:
         yield from ("top1", "top5", "macro_f1", "loss")
@@ -168,10 +199,12 @@ def _probe_metrics(config: Config, has_reference: bool) -> Iterator[str]:
         yield from (metric, *(f"{teacher}_{metric}" for teacher in teachers))
 
 
-def _check_metrics(config: Config, stage: str, validated: Collection[str], labeled: Collection[str] | None) -> None:
+def _check_metrics(
+    config: Config, validated: Collection[str], labeled: Collection[str] | None, *, is_headless: bool
+) -> None:
     if not config.train.metrics:
         return
-    if stage == "distill" and config.student is not None and config.student.is_headless:
+    if is_headless:
         raise ConfigError(
             "train.metrics compare logits with labels, and a student without a head has no logits; remove them, or set "
             "feature_probe"
@@ -183,6 +216,15 @@ def _check_metrics(config: Config, stage: str, validated: Collection[str], label
 def _default_metric(plan: EvaluationPlan) -> str | None:
     names = (f"{split}/{metric}" for split in plan.validated for metric in _DEFAULTS)
     return next((name for name in names if name in plan.every_epoch), None)
+
+
+def _check_direction(metric: str) -> None:
+    """Refuse to guess whether a number of the user's own is better when it is higher."""
+    if metric.partition("/")[2] not in _DEFAULTS:
+        raise ConfigError(
+            f"train.select_by: whether {metric} is better when it is higher or lower is not known; set "
+            "train.select_mode to max or min"
+        )
 
 
 def _mode(config: Config, metric: str) -> Literal["max", "min"]:

@@ -3,13 +3,13 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from kd_pipeline._core.atomic_write import write_atomic
@@ -46,8 +46,10 @@ __all__ = [
     "WEIGHTS",
     "Exported",
     "OpenedModel",
+    "OwnNetwork",
     "export_student",
     "no_model",
+    "no_network",
     "open_model_file",
     "read_exported",
 ]
@@ -71,19 +73,56 @@ _WITHOUT_WEIGHTS = {"pretrained": False, "checkpoint": None, "checkpoint_key": N
 _logger = logging.getLogger("kd_pipeline")
 
 
+class OwnNetwork(Settings):
+    """A network that the user's own code builds, which this library does not run."""
+
+    network: str
+    """Its class, with its module."""
+    inputs: dict[str, tuple[int | None, ...]]
+    """Shapes of what it takes, by name; None is the number of rows."""
+    float_inputs: bool
+    """Whether all of them are of floats."""
+
+    @classmethod
+    def of(cls, network: nn.Module, example: Mapping[str, Tensor]) -> Self:
+        """Describe `network`, which takes inputs like `example`, of two rows by name."""
+        return cls(
+            network=f"{type(network).__module__}.{type(network).__qualname__}",
+            inputs={name: (None, *each.shape[1:]) for name, each in example.items()},
+            float_inputs=all(each.is_floating_point() for each in example.values()),
+        )
+
+    @property
+    def no_onnx(self) -> str | None:
+        """Why it is not exported to ONNX; None if it can be."""
+        if len(self.inputs) > 1:
+            return f"it takes several inputs, {', '.join(self.inputs)}, and a file of this library one"
+        if not self.float_inputs:
+            return "its input is not of floats, as images are"
+        return None
+
+
 class Exported(Settings):
     """`model.json`: all that is needed to run the model beside it on an image."""
 
     format: Literal[1] = 1
     """Version of this description."""
-    model: ModelSettings
-    """The network, without its weights."""
+    model: ModelSettings | None = None
+    """The network, without its weights; None for one of the user's own."""
+    own: OwnNetwork | None = None
+    """The network of the user's own code."""
     weights_sha256: str = Field(pattern="^[0-9a-f]{64}$")
     """Of `model.safetensors`."""
     classes: tuple[str, ...] | None
     """Class names in logit order, if the training data has names."""
-    transform: EvalTransform
-    """The preprocessing of the images."""
+    transform: EvalTransform | None
+    """The preprocessing of the images; None if the batches were the user's own."""
+
+    @model_validator(mode="after")
+    def _has_a_network(self) -> Self:
+        if (self.model is None) == (self.own is None):
+            raise ValueError("it names no network, or two")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +141,11 @@ class OpenedModel:
 
 def export_student(
     student: nn.Module,
-    model: ModelSettings,
+    model: ModelSettings | OwnNetwork,
     folder: Path,
     *,
     classes: Sequence[str] | None,
-    transform: EvalTransform,
+    transform: EvalTransform | None,
     calibration_set: Callable[[], CalibrationSet],
     export: ExportSettings,
 ) -> None:
@@ -116,14 +155,15 @@ def export_student(
     num_classes=0)` and the constructors of torchvision load the file strictly. Its ONNX file returns what `Backbone`
     does.
 
-    If no engine is wanted, a student that cannot be exported to ONNX is a warning.
+    If no engine is wanted, a student that cannot be exported to ONNX is a warning. One of the user's own that takes
+    anything but one tensor of floats has no ONNX file, which a line in the log says.
 
     Args:
         student: the network, in float32 on the CPU and in eval mode.
-        model: how it is built.
+        model: how it is built, or what it is if the user's own code builds it.
         folder: created if missing.
         classes: class names in logit order; a student without a head has none.
-        transform: the evaluation transform.
+        transform: the evaluation transform; None if the batches were the user's own.
         calibration_set: returns images as the network gets them, to build the engine with.
         export: which files to write.
 
@@ -137,36 +177,49 @@ def export_student(
             "with a lower train.optimizer.lr, or in float32 or bfloat16, in another run_dir"
         )
     make_folders(folder)
-    classes = None if model.is_headless else classes
+    own = model if isinstance(model, OwnNetwork) else None
+    settings = model if isinstance(model, ModelSettings) else None
+    if settings is not None and settings.is_headless:
+        classes = None
     # Not `auto`, by which the network may be adapted to nothing.
     adapter = student.expected if isinstance(student, AdaptedNetwork) else None
     weights = {name: tensor.contiguous() for name, tensor in trunk_of(student).state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
     description = Exported(
-        model=model.model_copy(update=_WITHOUT_WEIGHTS | {"input_adapter": adapter}),
+        model=None
+        if settings is None
+        else settings.model_copy(update=_WITHOUT_WEIGHTS | {"input_adapter": adapter}),
+        own=own,
         weights_sha256=hashlib.sha256(content).hexdigest(),
         classes=None if classes is None else tuple(classes),
         transform=transform,
     )
     write_atomic(folder / WEIGHTS, content)
     content_of = description.model_dump(mode="json")
-    content_of["model"] = hide_in_settings(content_of["model"])  # the folder is made to be given to others
+    if own is None:
+        content_of["model"] = hide_in_settings(content_of["model"])  # the folder is made to be given to others
     write_atomic(folder / DESCRIPTION, json.dumps(content_of, indent=2, ensure_ascii=False) + "\n")
     if not export.onnx:
         return
+    if own is not None and own.no_onnx is not None:
+        _logger.info("the student is not exported to ONNX: %s", own.no_onnx)
+        return
+    if own is not None:
+        shape = tuple(size or 1 for size in next(iter(own.inputs.values()))[1:])
+    else:
+        assert transform is not None  # a network of the config takes images
+        shape = (3, transform.size, transform.size)
     try:
         with timed("export to ONNX") as report:
-            export_onnx(
-                student, folder / ONNX, image_shape=(3, transform.size, transform.size), classes=classes, report=report
-            )
+            export_onnx(student, folder / ONNX, image_shape=shape, classes=classes, report=report)
     except ExportError as error:
         if export.engine is not None:
             raise
         _logger.warning("the student was not exported to ONNX: %s", error)
         return
     if export.engine is not None:
-        settings = BuildSettings(onnx=folder / ONNX, **export.engine.model_dump())
-        build_engine(settings, save_engine=folder / ENGINE, calibration_set=calibration_set, report=_logger.info)
+        build = BuildSettings(onnx=folder / ONNX, **export.engine.model_dump())
+        build_engine(build, save_engine=folder / ENGINE, calibration_set=calibration_set, report=_logger.info)
 
 
 def read_exported(path: Path) -> tuple[Path, Exported] | None:
@@ -248,6 +301,8 @@ def _open_network(
     plugins: Collection[str],
 ) -> OpenedModel:
     weights = folder / WEIGHTS
+    if exported.model is None:
+        raise ConfigError(no_network(folder, exported))
     refuse_hidden({"model": exported.model.model_dump(mode="json")}, str(folder / DESCRIPTION))
     try:
         with open_weights(weights) as file:
@@ -273,6 +328,24 @@ def _open_network(
             network = nn.Sequential(network, _PermuteLogits(_positions(folder, known, classes)))
         known = tuple(classes)
     return OpenedModel(network.to(device, dtype).eval(), known, (weights,), lambda: None)
+
+
+def no_network(folder: Path, exported: Exported) -> str:
+    """Why the model in `folder`, which the user's own code builds or feeds, is not opened, and what to do instead."""
+    onnx = folder / ONNX
+    if exported.own is None:
+        return (
+            f"the model in {folder} was trained on batches of your own, and how its images are made is not known; open "
+            f"{folder / WEIGHTS} in Python"
+        )
+    own = exported.own
+    name = own.network.rpartition(".")[2]
+    return (
+        f"the model in {folder} is {own.network}, which your own code builds; "
+        + (f"name its ONNX file instead, {onnx}, or " if onnx.is_file() else "")
+        + f"build it in Python and load its weights: {name}(...).load_state_dict("
+        f"safetensors.torch.load_file({str(folder / WEIGHTS)!r}))"
+    )
 
 
 def no_model(path: Path) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.settings import DataSettings
 from kd_pipeline.data.sources import Source
-from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import DataError, MissingPackageError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.loader.config_teacher import sample_images
@@ -26,9 +26,9 @@ from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.report.plots import plot_confusion, plot_curves, save_figure
 from kd_pipeline.teachers.parity import CalibrationSet
 from kd_pipeline.training.run_folder import RunFolder
-from kd_pipeline.workflows.exported import export_student
+from kd_pipeline.workflows.exported import OwnNetwork, export_student
 
-__all__ = ["evaluation_split", "read_evaluations", "results_digest", "write_results"]
+__all__ = ["eval_transform_like", "evaluation_split", "read_evaluations", "results_digest", "write_results"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -47,9 +47,11 @@ def results_digest(config: Config, identity: Mapping[str, Any], step: int) -> st
     train, splits = config.train, config.data.splits
     content = {
         "step": step,
-        "identity": {name: identity[name] for name in ("teacher", "classes", "data", "num_classes", "validation")},
+        "identity": {
+            name: identity[name] for name in ("teacher", "classes", "data", "num_classes", "validation", "objects")
+        },
         "splits": {name: splits[name].model_dump(mode="json", exclude={"source"}) for name in splits},
-        "train": train.model_dump(mode="json", include={"limit_val_batches", "metrics", "export"}),
+        "train": train.model_dump(mode="json", include={"limit_val_batches", "metrics", "validate", "export"}),
         "feature_probe": None if config.feature_probe is None else config.feature_probe.model_dump(mode="json"),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -59,10 +61,12 @@ def write_results(
     folder: RunFolder,
     config: Config,
     student: nn.Module,
-    model: ModelSettings,
-    training: Source,
+    model: ModelSettings | OwnNetwork,
     evaluations: Mapping[str, Evaluation],
     *,
+    classes: Sequence[str] | None,
+    transform: EvalTransform | None,
+    training: Source | None,
     plugins: Collection[str] = (),
 ) -> None:
     """Write `result.json`, the plots and the exported student.
@@ -71,12 +75,13 @@ def write_results(
         folder: where to.
         config: of the run.
         student: the network; it is moved to the CPU, in float32 and in contiguous memory.
-        model: how it is built.
-        training: the source of the split `train`, with the names of the classes.
+        model: how it is built, or what it is if the user's own code builds it.
         evaluations: its metrics by split.
+        classes: names of the classes.
+        transform: preprocessing of the images, if it is known.
+        training: the source of the split `train` of the config.
         plugins: modules that the source of the images for the export may come from.
     """
-    split, transform = evaluation_split(config.data)
     folder.write_result({name: each.to_dict() for name, each in evaluations.items()})
     with timed("plots") as report:
         _plot(folder, evaluations, report)
@@ -84,13 +89,17 @@ def write_results(
         student.float().cpu().to(memory_format=torch.contiguous_format).eval(),
         model,
         folder.exported,
-        classes=training.classes,
+        classes=classes,
         transform=transform,
-        calibration_set=lambda: CalibrationSet(
-            sample_images(config, split, training=training, plugins=plugins), f"the split {split} of the run"
-        ),
+        calibration_set=partial(_calibration_set, config, training, plugins),
         export=config.train.export,
     )
+
+
+def _calibration_set(config: Config, training: Source | None, plugins: Collection[str]) -> CalibrationSet:
+    split = evaluation_split(config.data)[0]
+    images = sample_images(config, split, training=training, plugins=plugins)
+    return CalibrationSet(images, f"the split {split} of the run")
 
 
 def read_evaluations(path: Path) -> dict[str, Evaluation]:
@@ -131,12 +140,18 @@ def evaluation_split(data: DataSettings) -> tuple[str, EvalTransform]:
     for name, split in (("val", data.val), ("test", data.test)):
         if split is not None and isinstance(split.transform, EvalTransform):
             return name, split.transform
-    train = data.split("train").transform
-    return "train", EvalTransform(
-        size=train.size,
-        interpolation=train.interpolation,
-        mean=train.mean,
-        std=train.std,
-        dtype=train.dtype,
-        orientation=train.orientation,
+    return "train", eval_transform_like(data.split("train").transform)
+
+
+def eval_transform_like(transform: TrainTransform | EvalTransform) -> EvalTransform:
+    """The usual transform for evaluation that makes images of the same size and pixel values."""
+    if isinstance(transform, EvalTransform):
+        return transform
+    return EvalTransform(
+        size=transform.size,
+        interpolation=transform.interpolation,
+        mean=transform.mean,
+        std=transform.std,
+        dtype=transform.dtype,
+        orientation=transform.orientation,
     )

@@ -50,6 +50,7 @@ _RULES: dict[str, Rule] = {
     "data.test": "applied",
     "train.limit_val_batches": "if not selecting",
     "train.metrics": "if not selecting",
+    "train.validate": "if not selecting",
     # Where the teacher is, and what runs it. The fingerprint covers weights, precision and runtime.
     "teacher": "if same teacher",
     "probe": "applied",
@@ -109,7 +110,7 @@ _RULES_OF_STAGE: dict[str, dict[str, Rule]] = {
 _AFTER_TRAINING = dict.fromkeys(
     (
         *("data.more", "data.test", "data.val", "feature_probe", "teacher", "train.export"),
-        *("train.limit_val_batches", "train.metrics"),
+        *("train.limit_val_batches", "train.metrics", "train.validate"),
     )
 )
 """What the results of a finished run depend on."""
@@ -120,6 +121,7 @@ _NOTES = {
     "classes": "class names of the data, in label order",
     "data": "the training images, labels or classes are different ones",
     "num_classes": "number of logits",
+    "objects": "objects that train was called with",
     "stream.dali": "version of nvidia-dali",
     "stream.decode": "how this GPU decodes images",
     "stream.device": "kind of device that decodes images",
@@ -372,6 +374,8 @@ class _Selecting:
                 return bool(below) and self._is_probe
             case ["train", "limit_val_batches"]:
                 return bool(self.splits)
+            case ["train", "validate"]:  # without a name, what it returned may have selected
+                return change.old is not None or bool(self.splits)
             case _:
                 return self._is_custom
 

@@ -1,12 +1,11 @@
 """The stages of a run: the folder and the network of each, and whether its settings fit together."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.ranks import world_size
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.losses.settings import DistillSettings
 from kd_pipeline.models.input_adapter import Normalization
@@ -15,6 +14,7 @@ from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan
+from kd_pipeline.workflows.parts import Parts
 from kd_pipeline.workflows.teacher import check_no_input_adapter
 
 __all__ = [
@@ -42,20 +42,34 @@ def stage_dir(config: Config, stage: Stage) -> Path:
     return config.run_dir if stage == "distill" else config.run_dir / stage
 
 
-def check_config(config: Config, stage: Stage) -> None:
+class HasClasses(Protocol):
+    """What has a number of classes: a source or a loader."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """None if it has no classes."""
+
+
+def check_config(config: Config, stage: Stage, parts: Parts | None = None) -> None:
     """Check what can be checked before the data is opened, rather than after the first epoch.
 
     Raises:
-        ConfigError: the config lacks images or a network, or asks for what is not measured or not possible.
+        ConfigError: the config lacks images or a network that is none of `parts`, or asks for what is not measured or
+            not possible.
     """
-    if config.data.train is None:
-        raise ConfigError("a run needs images to train on: set data.train")
-    _check_head(config, stage)
+    parts = parts or Parts()
+    if config.data.train is None and parts.train_batches is None:
+        raise ConfigError("a run needs images to train on: set data.train, or in Python pass train_batches")
+    if parts.student is None:
+        _check_head(config, stage)
+    if parts.train_batches is not None or parts.validation is not None:
+        _check_own_data(config, parts)
+    elif parts.student is None and parts.validate is None and config.train.validate is None:
+        EvaluationPlan.of(config, stage).check(config.train)
     _check_sync_batchnorm(config)
-    EvaluationPlan.of(config, stage).check(config.train)
 
 
-def num_classes_of(source: Source | None, teacher: Teacher | Recording | None) -> int | None:
+def num_classes_of(source: HasClasses | None, teacher: Teacher | Recording | None) -> int | None:
     """From the data, or from the teacher if the images have no labels; None if neither has classes."""
     num_classes = None if source is None else source.num_classes
     if num_classes is None and teacher is not None:
@@ -64,7 +78,9 @@ def num_classes_of(source: Source | None, teacher: Teacher | Recording | None) -
     return num_classes
 
 
-def num_classes_for(network: ModelSettings, source: Source | None, teacher: Teacher | Recording | None) -> int | None:
+def num_classes_for(
+    network: ModelSettings, source: HasClasses | None, teacher: Teacher | Recording | None
+) -> int | None:
     """The number of classes to build `network` with; None if it has a number of its own, or is a factory's.
 
     Raises:
@@ -89,7 +105,10 @@ def network_of(config: Config, stage: Stage) -> ModelSettings:
     """
     if stage != "teacher":
         if config.student is None:
-            raise ConfigError("there is no student to train: set student, such as student: {timm: resnet18}")
+            raise ConfigError(
+                "there is no student to train: set student, such as student: {timm: resnet18}, or in Python pass an "
+                "nn.Module as student"
+            )
         return config.student
     if not isinstance(config.teacher, TeacherSettings) or config.teacher.model is None:
         raise ConfigError(
@@ -108,6 +127,20 @@ def normalization_of(loader: object) -> Normalization | None:
 def loss_settings(config: Config, stage: Stage) -> DistillSettings:
     """The loss of `stage`: what the student returns besides is nothing of the teacher's network."""
     return config.distill if stage != "teacher" else config.distill.model_copy(update={"student_losses": {}})
+
+
+def _check_own_data(config: Config, parts: Parts) -> None:
+    """Refuse what needs images of the config where batches are the user's."""
+    if config.feature_probe is not None:
+        raise ConfigError(
+            "feature_probe takes images of the config's splits, and train_batches or validation is an object; remove "
+            "it, or pass a function as validate"
+        )
+    if config.train.export.engine is not None and parts.train_batches is not None:
+        raise ConfigError(
+            "train.export.engine is built with images of the config, and train_batches is an object; remove it, and "
+            "build an engine of the exported ONNX file with kd-pipeline build-engine"
+        )
 
 
 def _check_sync_batchnorm(config: Config) -> None:

@@ -1,7 +1,8 @@
 """One stage of a run, from opening its data to exporting its network."""
 
+import copy
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,15 @@ from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation, open_metrics
 from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
-from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.loader.batch_loader import AnyLoader, BatchLoader
 from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.input_adapter import unadapted
+from kd_pipeline.models.modules import deployed_network
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -39,11 +40,15 @@ from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
 from kd_pipeline.training.unreached import unreached_parameters
 from kd_pipeline.workflows.check_images import key_of
-from kd_pipeline.workflows.distill_module import build_distillation, build_module
-from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
-from kd_pipeline.workflows.exported import ENGINE
-from kd_pipeline.workflows.results import evaluation_split, read_evaluations, results_digest, write_results
+from kd_pipeline.workflows.distill_module import build_distillation, build_module, own_outputs
+from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, own_defaults, select_best
+from kd_pipeline.workflows.exported import ENGINE, OwnNetwork
+from kd_pipeline.workflows.own_teacher import open_own_teacher
+from kd_pipeline.workflows.own_validation import OwnEvaluator, open_validate
+from kd_pipeline.workflows.parts import Parts
+from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
+from kd_pipeline.workflows.run_data import RunData
 from kd_pipeline.workflows.stage import (
     Stage,
     check_config,
@@ -64,13 +69,6 @@ __all__ = ["StageRun", "folder_of"]
 _logger = logging.getLogger("kd_pipeline")
 
 
-class _TrainLoader(KDDataLoader):
-    """The loader of a run, which resumes with the changes that `check_resume` has applied."""
-
-    def load_state_dict(self, state: Mapping[str, Any], *, allow: Iterable[str] = ()) -> None:
-        super().load_state_dict(state, allow=(*allow, "on_bad_sample"))
-
-
 class StageRun(ExitStack):
     """One stage, from opening the data to exporting the student. Leaving the context closes what it opened."""
 
@@ -78,29 +76,33 @@ class StageRun(ExitStack):
         self,
         config: Config,
         stage: Stage,
+        parts: Parts,
         plugins: Collection[str],
         trust_engines: Collection[str],
         report: Callable[[str], object],
     ) -> None:
         super().__init__()
+        self._parts = parts
         self._config = config.model_copy(update={"stage": stage})
         self._stage, self._plugins, self._trust_engines = stage, plugins, trust_engines
         self._report = report
         self._is_one_of_all = config.stage == "all"
         self._folder = folder_of(config, stage)
         self._best_file = self._folder.checkpoints / "best_student.pt"
-        self._val_loaders: dict[str, KDDataLoader] = {}
-        self._callbacks: list[ProbeTeacher] = []
+        self._callbacks: list[Any] = []
         self._reference: Teacher | None = None
         """The teacher for validation images; None for a recording, which has no outputs for them."""
         self._validated: _Validated | None = None
+        self._own_is_headless: bool | None = None
+        self._unsharded: nn.Module | None = None
+        """A copy of the user's student as it was."""
 
     def run(self) -> TrainResult:
         """Train unless that is done, then export and evaluate the best student unless that is done."""
         config, folder = self._config, self._folder
         on_rank_zero(self._enter_folder)
         self._prepare()
-        self._source = open_source(config.data.split("train").source, plugins=self._plugins)
+        self._data = RunData(config, self._parts, folder.path, self, plugins=self._plugins)
         saved = None if folder.last_checkpoint is None else SavedRun.load(folder.last_checkpoint)
         teacher = self._open_teacher(saved) if self._stage == "distill" else None
         self._plan_evaluation()
@@ -108,7 +110,7 @@ class StageRun(ExitStack):
         identity = self._identity(teacher)
         if saved is not None:
             saved.check(identity, config, folder.path)  # before the loader writes the class list
-        loader = self._open_loader("train", teacher)
+        loader = self._data.open_training(teacher)
         identity["stream"] = _stream(loader)
         changes = [] if saved is None else saved.check(identity, config, folder.path)
         finished = None if saved is None else saved.finished_line(config.train)
@@ -125,6 +127,8 @@ class StageRun(ExitStack):
             self._check_keeps_teacher(saved)
             self._probe_teacher(loader)
         torch.manual_seed(config.seed % 2**63)  # for the initial weights of the student
+        if config.train.strategy == "fsdp":
+            self._unsharded = copy.deepcopy(self._parts.student)
         module = self._build_module(self._open_student(loader), loader, identity)
         if saved is not None and finished is not None:
             step = saved.step
@@ -137,9 +141,9 @@ class StageRun(ExitStack):
         evaluations = known | self._missing_evaluations(student.to(loader.device), distillation, known)
         try:
             if is_rank_zero():
-                write_results(folder, config, student, self._network, self._source, evaluations, plugins=self._plugins)
+                self._write_results(student, loader, evaluations)
                 folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
-                log_results(loggers, config, evaluations, step)
+                log_results(loggers, config, evaluations, step, keep_open=self._parts.loggers)
         finally:
             result = self._show(evaluations)  # the last thing that is seen, also of an export that failed
         return result
@@ -154,8 +158,9 @@ class StageRun(ExitStack):
     def _prepare(self) -> None:
         """Everything that can fail before the data is opened, rather than after the first epoch."""
         config = self._config
-        check_config(config, self._stage)
-        self._network = network_of(config, self._stage)
+        self._validate_by = open_validate(config, self._parts.validate, plugins=self._plugins)
+        check_config(config, self._stage, self._parts)
+        self._network = None if self._parts.student is not None else network_of(config, self._stage)
         self._metrics = open_metrics(config.train.metrics, plugins=self._plugins)
         if (engine := config.train.export.engine) is not None:
             open_tensorrt(engine.runtime)
@@ -167,44 +172,73 @@ class StageRun(ExitStack):
 
     def _plan_evaluation(self) -> None:
         """Decide what is measured, and by what the best student is selected, which is then part of the config."""
-        config = self._config
-        sources = {"train": self._source} | {
-            split: self._val_loader(split).source for split in config.data.splits if split != "train"
-        }
-        labeled = [split for split, source in sources.items() if source.labels is not None]
-        self._plan = EvaluationPlan.of(config, self._stage, labeled=labeled, has_reference=self._reference is not None)
+        config, data = self._config, self._data
+        if self._validate_by is not None:
+            self._plan = EvaluationPlan.of_function(data.validated)
+        else:
+            self._plan = EvaluationPlan.of(
+                config,
+                self._stage,
+                labeled=data.labeled,
+                has_reference=self._reference is not None,
+                validated=data.validated,
+                is_headless=self._is_headless,
+            )
         self._config = select_best(config, self._stage, self._plan)
-        self._evaluator = StageEvaluator(
-            self._config, self._plan, self._evaluation_loader, metrics=self._metrics, reference=self._reference
-        )
+        self._evaluator: StageEvaluator | OwnEvaluator
+        if self._validate_by is not None:
+            self._evaluator = OwnEvaluator(self._validate_by, data.loader)
+        else:
+            self._evaluator = StageEvaluator(
+                self._config,
+                self._plan,
+                data.evaluation_loader,
+                metrics=self._metrics,
+                reference=self._reference,
+                is_headless=self._is_headless,
+            )
+
+    @property
+    def _is_headless(self) -> bool:
+        """Whether the student has no logits, as far as its settings or a run on zeros say."""
+        if self._network is not None:
+            return self._network.is_headless
+        if self._own_is_headless is None:
+            assert self._parts.student is not None
+            self._own_is_headless = LOGITS not in own_outputs(self._parts.student, self._data.example())
+        return self._own_is_headless
 
     def _identity(self, teacher: Teacher | Recording | None) -> dict[str, Any]:
         """What a checkpoint holds about its run, in plain values."""
-        source = self._source
-        splits = (name for name in self._config.data.splits if name != "train")
+        source = self._data.training
         return {
             "config": shown_settings(self._config),
+            "objects": self._parts.describe(),
             "teacher": None if teacher is None else teacher.fingerprint,
             "teacher_runtimes": None if teacher is None else list(teacher.runtimes),
             "classes": None if source.classes is None else list(source.classes),
             "data": source.fingerprint,
             "num_classes": num_classes_of(source, teacher),
-            "validation": {name: self._val_loader(name).source.fingerprint for name in splits},
+            "validation": self._data.fingerprints,
         }
 
-    def _probe_teacher(self, loader: KDDataLoader) -> None:
+    def _probe_teacher(self, loader: AnyLoader) -> None:
         """Judge the teacher by the first batches of the training if they show enough, or else now."""
         config, teacher = self._config, loader.teacher
         if teacher is None or (settings := config.probe) is None:
             return
+        if (source := self._data.source) is None or isinstance(loader, BatchLoader):
+            if is_rank_zero() and "probe" in config.model_fields_set:
+                _logger.info("teacher probe: left out, as it takes images of the config")
+            return
         if (first_batches := FirstBatches.of_run(loader, settings)) is not None:
             self._callbacks.append(ProbeTeacher(first_batches))
             return
-        can_probe = self._source.labels is not None and any(map(is_logits, teacher.outputs))
+        can_probe = source.labels is not None and any(map(is_logits, teacher.outputs))
         if is_rank_zero() and isinstance(teacher, Teacher) and can_probe:
             _logger.info("teacher probe: running it on training images, for about %g s", settings.max_seconds)
         # One rank decides: in the same time, each may see a different number of images.
-        on_rank_zero(lambda: probe_teacher(config, teacher, settings, training=self._source))
+        on_rank_zero(lambda: probe_teacher(config, teacher, settings, training=source))
 
     def _check_keeps_teacher(self, saved: SavedRun | None) -> None:
         """Refuse to train a teacher of which a student learns already, as a part of `stage: all`.
@@ -220,9 +254,7 @@ class StageRun(ExitStack):
                 "with --fresh (in Python fresh=True), or set a different run_dir"
             )
 
-    def _fit(
-        self, module: DistillModule, loader: KDDataLoader, saved: SavedRun | None, changes: Sequence[Change]
-    ) -> Any:
+    def _fit(self, module: DistillModule, loader: AnyLoader, saved: SavedRun | None, changes: Sequence[Change]) -> Any:
         """Train to the end, and return the trainer. From here on, the folder says that it was done with this config."""
         config, folder = self._config, self._folder
         if world_size() > 1:
@@ -238,7 +270,9 @@ class StageRun(ExitStack):
             has_validation=any(split != "test" for split in self._evaluated),
             sparse_metrics=self._plan.sparse,
             resume_step=None if saved is None else saved.step,
-            callbacks=self._callbacks,
+            callbacks=[*self._callbacks, *self._parts.callbacks],
+            loggers=self._parts.loggers if is_rank_zero() else (),
+            default_metrics=own_defaults() if self._plan.is_own else None,
         )
         on_rank_zero(lambda: self._record_start(trainer, saved, changes))
         if is_rank_zero():
@@ -263,6 +297,8 @@ class StageRun(ExitStack):
         else:
             where = f"step {saved.step}, {saved.epochs_done} of {config.train.epochs} epochs done"
             _logger.info("resuming from %s: %s", folder.last_checkpoint, where)
+            if unchecked := [*self._parts.unchecked, *([note] if (note := self._data.resume_note) else [])]:
+                _logger.info("not checked: %s", "; ".join(unchecked))
         for change in changes:
             _logger.info("changed since the last start: %s", change.line)
         folder.write_config(config)
@@ -275,6 +311,23 @@ class StageRun(ExitStack):
             changes=[str(change) for change in changes],
         )
 
+    def _write_results(self, student: nn.Module, loader: AnyLoader, evaluations: Mapping[str, Evaluation]) -> None:
+        own = self._parts.student
+        write_results(
+            self._folder,
+            self._config,
+            student,
+            self._network or OwnNetwork.of(student, self._data.example()),
+            evaluations,
+            classes=loader.classes,
+            transform=self._data.transform_of_export,
+            training=self._data.source,
+            plugins=self._plugins,
+        )
+        network = None if own is None else deployed_network(own)
+        if network is not None and network is not student and not is_sharded(network):
+            network.load_state_dict(student.state_dict())  # of the EMA
+
     def _show(self, evaluations: Mapping[str, Evaluation]) -> TrainResult:
         """Report the results and write them to the log."""
         result = TrainResult(self._stage, self._folder.path, evaluations)
@@ -284,20 +337,31 @@ class StageRun(ExitStack):
                 self._report(line)
         return result
 
-    def _open_teacher(self, saved: SavedRun | None) -> Teacher | Recording:
-        teacher = open_run_teacher(
-            self._config,
-            classes=self._source.classes,
-            plugins=self._plugins,
-            trust_engines=self._trust_engines,
-            training=self._source,
-            begun_with=None if saved is None else saved_runtimes(saved.run),
-        )
-        self.callback(teacher.close)
+    def _open_teacher(self, saved: SavedRun | None) -> Teacher | Recording | None:
+        begun_with = None if saved is None else saved_runtimes(saved.run)
+        permissions = {"plugins": self._plugins, "trust_engines": self._trust_engines}
+        teacher: Teacher | Recording | None
+        if self._data.own_training is not None or isinstance(self._parts.teacher, Teacher | nn.Module | Recording):
+            teacher, is_ours = open_own_teacher(
+                self._config, self._parts, self._data, begun_with=begun_with, **permissions
+            )
+        elif self._config.teacher is None and self._parts.distillation is not None:
+            return None
+        else:
+            teacher = open_run_teacher(
+                self._config,
+                classes=self._data.training.classes,
+                training=self._data.source,
+                begun_with=begun_with,
+                **permissions,
+            )
+            is_ours = True
+        if teacher is not None and is_ours:
+            self.callback(teacher.close)
         if isinstance(teacher, Teacher):
             self._check_evaluates(teacher)
             self._reference = teacher
-        else:
+        elif teacher is not None:
             check_recording(self._config, teacher)
         return teacher
 
@@ -308,76 +372,59 @@ class StageRun(ExitStack):
             ConfigError: `compare_with_teacher` compares logits that the teacher does not have.
             TeacherError: the teacher, opened for the images of the training, cannot take those of a split.
         """
-        compares_logits = self._config.train.compare_with_teacher and not self._network.is_headless
+        compares_logits = self._config.train.compare_with_teacher and not self._is_headless
         if compares_logits and "logits" not in teacher.outputs:
             raise ConfigError(
                 "train.compare_with_teacher compares the student's logits with the teacher's, which returns "
                 f"{', '.join(map(repr, teacher.outputs))}; set it to false"
             )
-        for split, settings in self._config.data.splits.items():
-            transform = settings.transform
-            size, dtype = transform.size, getattr(torch, transform.dtype)
-            if not teacher.images.accepts((1, 3, size, size), dtype):
-                key = key_of(split)
+        for split in self._data.splits:
+            key, example = key_of(split), self._data.teacher_example_of(split)
+            spec = TensorSpec((None, *example.shape[1:]), example.dtype)
+            if self._validate_by is None and not teacher.images.accepts((1, *example.shape[1:]), example.dtype):
                 raise TeacherError(
-                    f"{key}.transform makes images {TensorSpec((None, 3, size, size), dtype)}, and the teacher, which "
-                    f"is evaluated on them too, takes those of the training, {teacher.images}; give {key}.transform "
-                    "the size and dtype of data.train.transform"
+                    f"validation {split!r} gives {spec}, and the teacher, which is evaluated on it too, takes what the "
+                    f"training gives, {teacher.images}; give both the same shape and dtype"
+                    if self._data.is_own(split)
+                    else f"{key}.transform makes images {spec}, and the teacher, which is evaluated on them too, takes "
+                    f"those of the training, {teacher.images}; give {key}.transform the size and dtype of "
+                    "data.train.transform"
                 )
 
-    def _open_loader(self, split: str, teacher: Teacher | Recording | None) -> KDDataLoader:
-        return self.enter_context(
-            _TrainLoader.from_config(
-                self._config,
-                split,
-                teacher=teacher,
-                training=self._source,
+    def _open_student(self, loader: AnyLoader) -> nn.Module:
+        student = self._parts.student
+        if self._network is not None:
+            num_classes = num_classes_for(self._network, loader, loader.teacher)
+            student = open_model(
+                self._network,
                 plugins=self._plugins,
-                run_dir=self._folder.path,
+                num_classes=num_classes,
+                is_trained=True,
+                images=normalization_of(loader),
             )
-        )
-
-    def _val_loader(self, split: str) -> KDDataLoader:
-        """The loader of a split other than `train`."""
-        if split not in self._val_loaders:
-            self._val_loaders[split] = self._open_loader(split, None)
-        return self._val_loaders[split]
-
-    def _evaluation_loader(self, split: str) -> KDDataLoader:
-        """The loader of a split for evaluation: of `train` too, whose images are then not augmented."""
-        if split == "train" and split not in self._val_loaders:
-            data = self._config.data
-            train = data.split("train").model_copy(update={"transform": evaluation_split(data)[1]})
-            config = self._config.model_copy(update={"data": data.model_copy(update={"train": train})})
-            options = {**EACH_IMAGE_ONCE, "shuffle": False, "last_batch": None}
-            loader = KDDataLoader.from_config(config, teacher=None, training=self._source, **options)
-            self._val_loaders[split] = self.enter_context(loader)
-        return self._val_loader(split)
-
-    def _open_student(self, loader: KDDataLoader) -> nn.Module:
-        network = self._network
-        num_classes = num_classes_for(network, loader.source, loader.teacher)
-        student = open_model(
-            network, plugins=self._plugins, num_classes=num_classes, is_trained=True, images=normalization_of(loader)
-        )
-        if num_classes is not None:
-            self._network = network.model_copy(update={"num_classes": num_classes})
+            if num_classes is not None:
+                self._network = self._network.model_copy(update={"num_classes": num_classes})
+        elif student is not None and is_sharded(student):
+            student = self._unsharded
+        assert student is not None
         if self._config.student_from_teacher and self._stage == "distill":
             copy_teacher_layers(self._config, unadapted(student), plugins=self._plugins)
         if self._plan.probed:
-            check_probed(student, loader.example())
+            check_probed(student, self._data.example())
         return student.to(PURE_PRECISIONS.get(self._config.train.precision, torch.float32))
 
-    def _build_module(self, student: nn.Module, loader: KDDataLoader, identity: Mapping[str, Any]) -> DistillModule:
+    def _build_module(self, student: nn.Module, loader: AnyLoader, identity: Mapping[str, Any]) -> DistillModule:
         module: DistillModule = build_module(
             DistillModule,
             self._config,
             student,
             loader,
-            loader.teacher,
+            loader.teacher if self._stage == "distill" else None,
             plugins=self._plugins,
             identity=identity,
             validate=lambda model: self._validate(model, module),
+            loss=self._parts.distillation,
+            optimizer=self._parts.optimizer,
         )
         return module
 
@@ -390,15 +437,16 @@ class StageRun(ExitStack):
             and trainer.is_last_batch
             and (epoch % settings.every == 0 or epoch == self._config.train.epochs)
         )
+        splits = [split for split in self._evaluated if split != "test"]
         found = self._evaluator.evaluate(
             model,
             module.distillation,
-            [split for split in self._evaluated if split != "test"],
+            splits,
             compare=self._config.train.compare_with_teacher,
             with_probe=with_probe,
             bar=progress_bar,
         )
-        self._validated = _Validated(trainer.global_step, with_probe, found)
+        self._validated = _Validated(trainer.global_step, with_probe, splits, found)
         return found
 
     def _known_evaluations(self, module: DistillModule, step: int) -> dict[str, Evaluation]:
@@ -407,7 +455,9 @@ class StageRun(ExitStack):
         if last is None or last.step != step or is_sharded(module.model):
             return {}
         lacks_teacher = self._reference is not None and not self._config.train.compare_with_teacher
-        if (lacks_teacher and not self._network.is_headless) or (self._plan.probed and not last.with_probe):
+        if not self._plan.is_own and lacks_teacher and not self._is_headless:
+            return {}
+        if self._plan.probed and not last.with_probe:
             return {}
         is_best = is_rank_zero() and self._is_best(module.model)
         # Rank zero decides for all, which evaluate together.
@@ -424,23 +474,27 @@ class StageRun(ExitStack):
         self, student: nn.Module, distillation: Distillation, known: Collection[str]
     ) -> dict[str, Evaluation]:
         """The metrics of the exported network on the splits that are not in `known`."""
-        missing = [split for split in self._evaluated if split not in known]
+        validated = self._validated.splits if known and self._validated is not None else ()
+        missing = [split for split in self._evaluated if split not in (*known, *validated)]
         return self._evaluator.evaluate(student, distillation, missing, compare=True, with_probe=True)
 
     @property
     def _evaluated(self) -> tuple[str, ...]:
         """Splits that the exported network is evaluated on."""
-        tests = () if self._config.data.test is None else ("test",)
+        tests = ("test",) if self._data.has_test else ()
         return tuple(dict.fromkeys((*self._plan.validated, *self._plan.probed, *tests)))
 
-    def _best_student(self, module: DistillModule, loader: KDDataLoader) -> tuple[nn.Module, Distillation]:
+    def _best_student(self, module: DistillModule, loader: AnyLoader) -> tuple[nn.Module, Distillation]:
         """The best student, or the last one if none was selected, unsharded, with the projectors that it had."""
         student: nn.Module = module.model
         distillation = module.distillation
         if is_sharded(module.student):
             student = self._open_student(loader)
-            distillation = build_distillation(self._config, student, loader, loader.teacher, plugins=self._plugins)
-        has_best = self._config.train.select_by is not None and self._best_file.is_file()
+            distillation = build_distillation(
+                self._config, student, loader, loader.teacher, plugins=self._plugins, loss=self._parts.distillation
+            )
+        is_selected = self._config.train.select_by is not None or self._plan.is_own
+        has_best = is_selected and self._best_file.is_file()
         path = self._folder.checkpoints / ("best.ckpt" if has_best else "last.ckpt")
         try:
             saved = load_checkpoint(path)
@@ -463,6 +517,7 @@ class _Validated:
     step: int
     """Optimizer step after which it was."""
     with_probe: bool
+    splits: Sequence[str]
     evaluations: dict[str, Evaluation]
 
 
@@ -472,7 +527,8 @@ def folder_of(config: Config, stage: Stage) -> RunFolder:
     return RunFolder(path, is_named=path == config.run_dir)
 
 
-def _stream(loader: KDDataLoader) -> dict[str, Any]:
+def _stream(loader: AnyLoader) -> dict[str, Any]:
     """What the stream of batches depends on, without what the identity of a run has anyway."""
-    fingerprint: dict[str, Any] = loader.state_dict()["fingerprint"]
+    state = loader.state_dict()
+    fingerprint = state["loader"] if isinstance(loader, BatchLoader) else state["fingerprint"]
     return {name: value for name, value in fingerprint.items() if name not in ("source", "teacher")}

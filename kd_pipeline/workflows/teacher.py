@@ -147,7 +147,7 @@ def with_trained_weights(config: Config, teacher: TeacherSettings) -> TeacherSet
         )
     check_no_input_adapter(teacher)
     exported = read_exported(folder)
-    assert exported is not None
+    assert exported is not None and exported[1].model is not None
     _logger.info("using the teacher trained by this run: %s", folder)
     needs_module = teacher.backend == "pytorch" or teacher.features or config.student_from_teacher
     if not needs_module and (folder / ONNX).is_file() and resolve_device(config.data.device).type == "cpu":

@@ -22,13 +22,12 @@ from kd_pipeline.evaluation.frozen import (
     linear_top1,
     split_bank,
 )
-from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.losses.dry_run import run_dry
 from kd_pipeline.models.backbone import POOLED
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, member_names
-from kd_pipeline.workflows.stage import network_of
 
 __all__ = ["Bar", "StageEvaluator", "check_probed"]
 
@@ -45,10 +44,11 @@ class StageEvaluator:
         self,
         config: Config,
         plan: EvaluationPlan,
-        open_loader: Callable[[str], KDDataLoader],
+        open_loader: Callable[[str], AnyLoader],
         *,
         metrics: Sequence[MetricSettings | Metric],
         reference: Teacher | None,
+        is_headless: bool,
     ) -> None:
         """Evaluate on the splits of `config`.
 
@@ -58,11 +58,11 @@ class StageEvaluator:
             open_loader: returns the loader of a split, without a teacher; for `train`, as for evaluation.
             metrics: further metrics of logits and labels.
             reference: the teacher for images of these splits; None without one that can run on them.
+            is_headless: whether the student has no logits.
         """
         self._config, self._plan, self._open_loader = config, plan, open_loader
         self._metrics, self._reference = metrics, reference
-        assert config.stage != "all"
-        self._is_headless = network_of(config, config.stage).is_headless
+        self._is_headless = is_headless
         self._teacher_outputs: dict[str, str] = {}
         self._teacher_found: dict[str, dict[str, float]] = {}
         """Metrics of the teacher's features, which do not change, by split."""
@@ -103,7 +103,7 @@ class StageEvaluator:
         """Whether the distillation loss is measured on a split: where there are no logits, or no labels for them."""
         if self._config.stage != "distill" or self._reference is None:
             return False
-        is_unlabeled = self._open_loader(split).source.labels is None
+        is_unlabeled = not self._open_loader(split).has_labels
         return self._is_headless or (is_unlabeled and bool(label_free_terms(self._config.distill)))
 
     def _evaluate(
@@ -131,7 +131,7 @@ class StageEvaluator:
                 model,
                 loader,
                 reference=self._reference if compare and _has_logits(self._reference) else None,
-                metrics=() if loader.source.labels is None else self._metrics,
+                metrics=self._metrics if loader.has_labels else (),
                 max_batches=limit,
                 report=report,
             )

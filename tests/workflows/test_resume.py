@@ -54,6 +54,7 @@ APPLIED = {
 }
 CONDITIONAL = {
     *("data.train.source", "data.val", "data.more", "teacher", "train.limit_val_batches", "train.metrics"),
+    "train.validate",
     *("train.early_stopping.mode", "feature_probe"),
 }
 
