@@ -47,6 +47,8 @@ class OpenEpoch:
         self._iterator = user.start(start)
         self._ahead: deque[ReadyBatch] = deque()
         self._is_exhausted = False
+        self._looked: Any = _NOTHING
+        """What the iterator gave after the batches that were read, if it was asked."""
         self._failure: Exception | None = None
 
     def take(self) -> ReadyBatch | None:
@@ -76,8 +78,15 @@ class OpenEpoch:
         """Let `take` return `ready` next, which it returned last."""
         self._ahead.appendleft(ready)
 
+    def complete(self, completed: Callable[[KDBatch], tuple[KDBatch, Any]]) -> None:
+        """Change the batches that were read ahead; `completed` returns each with its event."""
+        for place, ready in enumerate(self._ahead):
+            batch, event = completed(ready.batch)
+            self._ahead[place] = replace(ready, batch=batch, event=event)
+
     def _read(self) -> None:
-        raw = next(self._iterator, _END)
+        raw = next(self._iterator, _END) if self._looked is _NOTHING else self._looked
+        self._looked = _NOTHING
         if raw is _END:
             self._is_exhausted = True
             return
@@ -86,9 +95,12 @@ class OpenEpoch:
         batch, event = self._prepare(raw, before.row)
         self._after = replace(before, batch=before.batch + 1, row=before.row + len(batch), inner=inner)
         self._ahead.append(ReadyBatch(batch, raw, event, self._after))
+        if self._after.batch == self._user.num_batches:
+            # Lightning asks for no more, and a sampler of torch draws from its generator at the very end.
+            self._looked = next(self._iterator, _END)
 
 
-_END = object()
+_END, _NOTHING = object(), object()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -205,6 +205,19 @@ class BatchLoader:
         """Let the next loop run `epoch`, and end the current one; the user's loader is told when it starts."""
         self._position.set_epoch(epoch)
 
+    def attach_teacher(self, teacher: Teacher) -> None:
+        """Run `teacher` on every batch from the next loop on, as if the loader had been made with it.
+
+        Raises:
+            StateError: there is a teacher already.
+            TeacherError: it is on another device or has other classes.
+        """
+        if self._preparation.has_teacher:
+            raise StateError("the loader has a teacher already; make a new one")
+        self._preparation.attach(teacher)
+        if self._started is not None:
+            self._started.complete(self._preparation.completed)
+
     def peek(self) -> KDBatch:
         """A copy of the batch that the next loop returns first. Nothing moves, and that batch is not read again.
 

@@ -71,6 +71,11 @@ class BatchPreparation:
             return Shard()
         return Shard(distributed.get_rank(), distributed.get_world_size())
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is a teacher, open or not."""
+        return self._teacher is not None
+
     def prepare(self, raw: Any, row: int) -> tuple[KDBatch, Any]:
         """The batch of what the user's loader gave after `row` rows of the epoch, and its event.
 
@@ -89,6 +94,22 @@ class BatchPreparation:
             if self.first is None:
                 self.num_first_rows = len(batch)
                 self.first = _two_rows(batch)
+            return batch, self._sync.record_event()
+
+    def attach(self, teacher: Teacher) -> None:
+        """Run `teacher`, which stays open, from the next batch on.
+
+        Raises:
+            TeacherError: it is on another device or has other classes.
+        """
+        self._check(teacher)
+        self._teacher = teacher
+
+    def completed(self, batch: KDBatch) -> tuple[KDBatch, Any]:
+        """A batch that was prepared before the teacher was attached, with its outputs, and its event."""
+        assert isinstance(self._teacher, Teacher)
+        with self._sync.on_teacher_stream(), torch.inference_mode(False):
+            batch = batch.replace(teacher=self._teacher(_contiguous(batch.input)))
             return batch, self._sync.record_event()
 
     def close(self) -> None:

@@ -464,9 +464,9 @@ class StageRun(ExitStack):
         return last.evaluations if module.trainer.strategy.broadcast(is_best) else {}
 
     def _is_best(self, model: nn.Module) -> bool:
-        """Whether these are the weights of the best student, bit by bit."""
+        """Whether these are the weights of the best student, bit by bit; without one they are those of the last."""
         if not self._best_file.is_file():
-            return False
+            return True
         weights, best = model.state_dict(), read_checkpoint(self._best_file)
         return weights.keys() == best.keys() and all(torch.equal(weights[name].cpu(), best[name]) for name in weights)
 

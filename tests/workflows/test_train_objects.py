@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
@@ -28,6 +28,7 @@ from tests.workflows.objects import (
     run,
     shuffled,
     teacher,
+    tensors,
 )
 
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -312,7 +313,12 @@ def test_other_student_does_not_resume(tmp_path: Path) -> None:
         run(tmp_path / "run", student=network(width=16))
 
 
-@pytest.mark.parametrize("source", [batches, shuffled])
+def shuffled_by_torch() -> "DataLoader[Any]":
+    """In an order that is drawn from torch's random state."""
+    return DataLoader(TensorDataset(*tensors()), batch_size=16, shuffle=True)
+
+
+@pytest.mark.parametrize("source", [batches, shuffled_by_torch])
 def test_run_that_resumes_after_an_epoch_ends_the_same(tmp_path: Path, source: Any) -> None:
     def scheduled(module: nn.Module) -> tuple[Any, Any]:
         optimizer = momentum(module)
@@ -320,9 +326,8 @@ def test_run_that_resumes_after_an_epoch_ends_the_same(tmp_path: Path, source: A
 
     whole, begun, resumed = network(), network(), network(9)
     run(tmp_path / "whole", {"epochs": 3}, student=whole, train_batches=source(), optimizer=scheduled)
-    loader = source()
-    run(tmp_path / "parts", {"epochs": 1}, student=begun, train_batches=loader, optimizer=scheduled)
-    run(tmp_path / "parts", {"epochs": 3}, student=resumed, train_batches=loader, optimizer=scheduled)
+    run(tmp_path / "parts", {"epochs": 1}, student=begun, train_batches=source(), optimizer=scheduled)
+    run(tmp_path / "parts", {"epochs": 3}, student=resumed, train_batches=source(), optimizer=scheduled)
     assert_same(whole, resumed)
 
 
