@@ -110,7 +110,6 @@ class BatchStream:
         self._reader = self._new_reader()
         self._num_ahead = int(self.device.type == "cuda") if settings.ahead is None else settings.ahead
         self._sync = open_stream_sync(self.device, ahead=self._num_ahead)
-        self._prepare = prepare
         self._preparation = self._new_preparation()
         self._ahead: deque[PendingBatch] = deque()
         self._peeked: tuple[tuple[int, int], PendingBatch] | None = None
@@ -236,6 +235,8 @@ class BatchStream:
         """
         if self.teacher is not None:
             raise StateError("the loader has a teacher already; make a new one")
+        if self._prepare is not None and isinstance(teacher, Recording):
+            raise ConfigError("prepare changes the batches, and a recording has outputs for them as they were")
         self.teacher, self._peeked = teacher, None
         self._preparation = self._new_preparation()
         if isinstance(teacher, Recording):

@@ -25,8 +25,8 @@ from kd_pipeline.training.ema import StudentEma
 from kd_pipeline.training.epoch_loss import EpochLoss
 from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weights, gradient_norm
 from kd_pipeline.training.optimizers import build_optimizer, match_memory_format
-from kd_pipeline.training.run_story import StepProgress
 from kd_pipeline.training.own_optimizer import OwnOptimizer, use_own_optimizer
+from kd_pipeline.training.run_story import StepProgress
 from kd_pipeline.training.schedules import build_schedule
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import is_sharded, reach_outputs, shard

@@ -186,9 +186,7 @@ def export_student(
     weights = {name: tensor.contiguous() for name, tensor in trunk_of(student).state_dict().items()}
     content: bytes = require("safetensors.torch", extra="train").save(weights)
     description = Exported(
-        model=None
-        if settings is None
-        else settings.model_copy(update=_WITHOUT_WEIGHTS | {"input_adapter": adapter}),
+        model=None if settings is None else settings.model_copy(update=_WITHOUT_WEIGHTS | {"input_adapter": adapter}),
         own=own,
         weights_sha256=hashlib.sha256(content).hexdigest(),
         classes=None if classes is None else tuple(classes),

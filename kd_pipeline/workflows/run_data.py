@@ -216,13 +216,17 @@ class RunData:
             train = data.split("train").model_copy(update={"transform": evaluation_split(data)[1]})
             config = self._config.model_copy(update={"data": data.model_copy(update={"train": train})})
             options = {**EACH_IMAGE_ONCE, "shuffle": False, "last_batch": None}
-            loader = KDDataLoader.from_config(config, teacher=None, training=self.source, plugins=self._plugins, **options)
+            loader = KDDataLoader.from_config(
+                config, teacher=None, training=self.source, plugins=self._plugins, **options
+            )
             self._loaders[split] = self._stack.enter_context(loader)
         return self.loader(split)
 
     def _open(self, split: str, teacher: Teacher | Recording | None) -> KDDataLoader:
         return self._stack.enter_context(
-            _TrainLoader.from_config(self._config, split, teacher=teacher, training=self.source, run_dir=self._run_dir)
+            _TrainLoader.from_config(
+                self._config, split, teacher=teacher, training=self.source, run_dir=self._run_dir, plugins=self._plugins
+            )
         )
 
     def _wrapped(self, parts: Parts) -> dict[str, AnyLoader]:
