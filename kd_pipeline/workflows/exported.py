@@ -204,9 +204,11 @@ def export_student(
         return
     if own is not None:
         shape = tuple(size or 1 for size in next(iter(own.inputs.values()))[1:])
-    else:
-        assert transform is not None  # a network of the config takes images
+    elif transform is not None:
         shape = (3, transform.size, transform.size)
+    else:
+        _logger.info("the student is not exported to ONNX: the size of its images is that of batches of your own")
+        return
     try:
         with timed("export to ONNX") as report:
             export_onnx(student, folder / ONNX, image_shape=shape, classes=classes, report=report)
@@ -316,7 +318,8 @@ def _open_network(
         )
     # A description of somebody else may ask for a download.
     model = exported.model.model_copy(update=_WITHOUT_WEIGHTS | {"checkpoint": weights})
-    images = Normalization(exported.transform.mean, exported.transform.std)
+    made = exported.transform
+    images = None if made is None else Normalization(made.mean, made.std)
     network = open_model(model, plugins=plugins, is_deployed=True, images=images)
     if (bad := first_nonfinite(network)) is not None:
         raise ConfigError(f"{weights} holds NaN or inf, first in {bad!r}; train the model again, in another run_dir")

@@ -102,6 +102,7 @@ class StageRun(ExitStack):
         config, folder = self._config, self._folder
         on_rank_zero(self._enter_folder)
         self._prepare()
+        torch.manual_seed(config.seed % 2**63)  # for the order of a user's loader, whose first batch is looked at
         self._data = RunData(config, self._parts, folder.path, self, plugins=self._plugins)
         saved = None if folder.last_checkpoint is None else SavedRun.load(folder.last_checkpoint)
         teacher = self._open_teacher(saved) if self._stage == "distill" else None
