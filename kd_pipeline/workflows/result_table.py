@@ -46,7 +46,7 @@ def _rows(split: str, found: Evaluation, trained: str) -> Iterator[_Row]:
     own = _cells(found) | _further(found, without=of_teachers)
     if not own:
         return
-    yield {"split": split, "network": trained, "images": f"{found.num_samples:,}", **own}
+    yield {"split": split, "network": trained, "images": f"{found.num_samples:,}" if found.num_samples else "", **own}
     judged = {
         teacher: {
             title: _percent(found.metrics[f"{teacher}_{metric}"])

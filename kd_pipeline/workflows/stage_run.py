@@ -278,7 +278,8 @@ class StageRun(ExitStack):
         on_rank_zero(lambda: self._record_start(trainer, saved, changes))
         if is_rank_zero():
             log_settings(trainer.loggers, config)
-            tell_start(self._stage, config, module, loader, self._val_loaders, folder=folder.path)
+            evaluated = {split: self._data.loader(split) for split in self._data.splits if split != "train"}
+            tell_start(self._stage, config, module, loader, evaluated, folder=folder.path)
         try:
             trainer.fit(module, loader, ckpt_path=folder.last_checkpoint)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:
