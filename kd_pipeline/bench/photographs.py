@@ -13,12 +13,14 @@ from kd_pipeline._core.optional import require
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.errors import DataError
 
-__all__ = ["link_photographs", "make_photographs", "photographs", "read_jpeg"]
+__all__ = ["link_images", "link_photographs", "make_photographs", "photographs", "read_jpeg"]
 
 _NUM_CLASSES = 10
 _WIDTHS, _HEIGHTS = (400, 600), (325, 425)
 """Smallest and largest. The mean is 500x375, the most common size in ImageNet."""
 _QUALITY = 90
+_JPEG = b"\xff\xd8"
+"""How a JPEG file starts."""
 
 
 def photographs(root: Path | None, report: Callable[[str], object]) -> Path:
@@ -31,19 +33,33 @@ def photographs(root: Path | None, report: Callable[[str], object]) -> Path:
 
 
 def link_photographs(root: Path, folder: Path, *, num_images: int) -> Path:
-    """Make `folder` with links to so many images of `root`, or all, evenly spaced, each of which is read once.
+    """`link_images`, of JPEG files only.
 
     Raises:
         DataError: a file is not JPEG.
     """
-    source = ImageFolder(root)
+    other = link_images(root, folder, num_images=num_images)
+    if other is not None:
+        raise DataError(f"{other}: only JPEG files can be compared, as torchvision's decode_jpeg reads no others")
+    return folder
+
+
+def link_images(root: Path, folder: Path, *, num_images: int) -> Path | None:
+    """Make `folder` with links to so many images of `root`, or all, evenly spaced, each of which is read once.
+
+    Returns:
+        The first file that is not JPEG; None if all are.
+    """
+    source, other = ImageFolder(root), None
     for index in np.linspace(0, len(source) - 1, min(len(source), num_images)).astype(int).tolist():
         path = Path(source.name(index))
-        read_jpeg(path)
-        link = folder / str(path.parent.name) / f"{index:09}.jpg"
+        is_jpeg = path.read_bytes().startswith(_JPEG)
+        other = other or (None if is_jpeg else path)
+        # Of a kind that torchvision lists; PIL and DALI go by the content.
+        link = folder / str(path.parent.name) / f"{index:09}{'.jpg' if is_jpeg else '.png'}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
-    return folder
+    return other
 
 
 def read_jpeg(path: Path) -> None:

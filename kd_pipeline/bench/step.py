@@ -1,8 +1,10 @@
 """Measure the whole distillation step next to the usual PyTorch scripts."""
 
 import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,13 +15,16 @@ from torch import nn
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.bench.measure import environment, prepare_out, rotated, save_result
-from kd_pipeline.bench.photographs import link_photographs, photographs
+from kd_pipeline.bench.photographs import link_images, photographs
 from kd_pipeline.bench.step_result import StepResult, StepRow
 from kd_pipeline.bench.step_variants import (
+    EAGER,
+    NEED_JPEG,
     NEED_NETWORK,
     NEED_ONNX,
     ON_TORCH_LOADERS,
@@ -65,7 +70,8 @@ class BenchStepSettings(Settings):
     """What is compared, and on what."""
 
     root: Path | None = None
-    """JPEG files in class folders. Defaults to `data/photographs`, which is created if it does not exist."""
+    """Images in class folders; row b is left out if some are not JPEG. Defaults to `data/photographs`, which is
+    created if it does not exist."""
     transform: TrainTransform = TrainTransform(size=224)
     """Only its crop, flip and normalization are used: all variants have these."""
     teacher: ModelSettings | None = ModelSettings(torchvision="resnet50")
@@ -137,13 +143,14 @@ def step_settings(config: Config, settings: BenchStepSettings, given: Collection
 def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] = lambda line: None) -> StepResult:
     """Measure all variants of the step, interleaved, each in its own process; `report` receives lines of progress.
 
-    All read the same JPEG files from the page cache, crop, flip and normalize them alike, and train the same student
-    with the same loss, projectors and optimizer. (a) runs student and teacher eagerly; all others compile the student
-    and keep it in channels last, so they differ in loader and teacher only.
+    All read the same files from the page cache, crop, flip and normalize them alike, and train the same student with
+    the same loss, projectors and optimizer. (a) runs student and teacher eagerly; all others compile the student and
+    keep it in channels last, so they differ in loader and teacher only. (b), which reads only JPEG files, is left out
+    if there are others. Ctrl-C keeps the repeats that are complete.
 
     Raises:
         ConfigError: a setting makes no sense, or no variant can be measured here.
-        DataError: the folder has files other than JPEG, or too few.
+        DataError: the folder has too few images.
         MissingPackageError: a package of the extra `bench` is not installed.
     """
     require("torchvision", extra="bench")
@@ -154,20 +161,37 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
     with tempfile.TemporaryDirectory(prefix="bench_step-") as folder, ExitStack() as opened:
         task = _task(settings, Path(folder), report)
         workers, compared = _open(task, settings, opened, report)
-        samples = _measure(workers, task, settings, report)
-    result = StepResult(
+        samples: dict[str, list[StepSample]] = {worker.letter: [] for worker in workers}
+        try:
+            _measure(workers, task, settings, samples, report)
+        except KeyboardInterrupt:
+            num_complete = min(map(len, samples.values()))
+            if num_complete and settings.out is not None:
+                samples = {letter: own[:num_complete] for letter, own in samples.items()}
+                save_result(settings.out, _result(samples, task, settings, compared).to_json, report)
+                report(f"stopped after {num_complete} of {settings.repeats} repeats, which are in {settings.out}")
+            raise
+    result = _result(samples, task, settings, compared)
+    save_result(settings.out, result.to_json, report, result.plot)
+    return result
+
+
+def _result(
+    samples: Mapping[str, Sequence[StepSample]], task: StepTask, settings: BenchStepSettings, compared: str
+) -> StepResult:
+    return StepResult(
         rows=tuple(StepRow(letter, VARIANTS[letter].name, tuple(own)) for letter, own in samples.items()),
         settings=hide_in_settings(settings.model_dump(mode="json"))
         | {"num_threads": task.num_threads, "device": task.device, "compared": compared}
         | {"distill": task.distill.model_dump(mode="json")},
         environment=environment(),
     )
-    save_result(settings.out, result.to_json, report, result.plot)
-    return result
 
 
 def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], object]) -> StepTask:
-    root = _subset(photographs(settings.root, report), folder / "images", settings.batch_size)
+    root = folder / "images"
+    with progress_bar("reading the images"):
+        no_jpeg = _link(photographs(settings.root, report), root, settings.batch_size)
     transform = _comparable(settings.transform, report)
     device = resolve_device(settings.device)
     onnx, wanted = settings.onnx, [row for row in settings.rows if row in NEED_ONNX]
@@ -186,6 +210,7 @@ def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], obj
             report(f"({') ('.join(wanted)}) skipped: {reason}")
     return StepTask(
         root=root,
+        no_jpeg=no_jpeg,
         transform=transform,
         batch_size=settings.batch_size,
         teacher=settings.teacher,
@@ -245,11 +270,11 @@ def _comparable(transform: TrainTransform, report: Callable[[str], object]) -> T
     return plain
 
 
-def _subset(root: Path, folder: Path, batch_size: int) -> Path:
-    """A folder of links to as many images of `root` as fit into the page cache, all read once."""
+def _link(root: Path, folder: Path, batch_size: int) -> Path | None:
+    """Make `folder` with links to as many images of `root` as fit into the page cache; returns one that is not JPEG."""
     if (number := len(ImageFolder(root))) < batch_size:
         raise DataError(f"{root} has {number} images, fewer than one batch of {batch_size}; lower batch_size")
-    return link_photographs(root, folder, num_images=_NUM_IMAGES)
+    return link_images(root, folder, num_images=_NUM_IMAGES)
 
 
 def _record(task: StepTask, settings: BenchStepSettings) -> None:
@@ -273,24 +298,40 @@ def _open(
     Also returns the row whose teacher is measured alone.
     """
     workers: list[StepWorker] = []
-    for letter in dict.fromkeys([*settings.rows, *PARTS]):
-        if letter in NEED_ONNX and task.onnx is None:
-            continue  # the report has the reason
-        if task.teacher is None and letter in NEED_NETWORK:
-            report(f"({letter}) skipped: the teacher is an ONNX file, and this variant runs a network in PyTorch")
-            continue
+    letters = [letter for letter in dict.fromkeys([*settings.rows, *PARTS]) if _can_run(letter, task, report)]
+    for number, letter in enumerate(letters, start=1):
         if letter == "teacher":
             task = task.model_copy(update={"teacher_alone": _compared(task, workers)})
-        report(f"({letter}) {VARIANTS[letter].name}: opening")
+        name = f"({letter}) {VARIANTS[letter].name}"
+        compiles = "" if letter in EAGER else "; compiling, which can take a few minutes"
+        report(f"{name}: opening, {number} of {len(letters)}{compiles}")
+        started_s = time.monotonic()
         try:
-            if letter == "g":
-                _record(task, settings)
-            workers.append(opened.enter_context(closing(StepWorker(letter, task))))
+            with progress_bar(name) as report_row:
+                if letter == "g":
+                    _record(task, settings)
+                wait = partial(report_row, number - 1, len(letters))
+                workers.append(opened.enter_context(closing(StepWorker(letter, task, wait=wait))))
         except KDPipelineError as exc:
             report(f"({letter}) skipped: {exc}")
+            continue
+        report(f"({letter}) open after {time.monotonic() - started_s:.1f} s")
     if not workers:
         raise ConfigError("no variant of the step works here; the lines above say why")
     return workers, task.teacher_alone
+
+
+def _can_run(letter: str, task: StepTask, report: Callable[[str], object]) -> bool:
+    """Whether files and teacher are of the kind that the row needs; if not, a line says why."""
+    if letter in NEED_ONNX and task.onnx is None:
+        return False  # the report has the reason
+    if letter in NEED_NETWORK and task.teacher is None:
+        report(f"({letter}) skipped: the teacher is an ONNX file, and this variant runs a network in PyTorch")
+        return False
+    if letter in NEED_JPEG and task.no_jpeg is not None:
+        report(f"({letter}) skipped: {task.no_jpeg} is not JPEG, and torchvision's decode_jpeg reads nothing else")
+        return False
+    return True
 
 
 def _compared(task: StepTask, workers: Sequence[StepWorker]) -> Literal["c", "e"]:
@@ -320,15 +361,22 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _measure(
-    workers: Sequence[StepWorker], task: StepTask, settings: BenchStepSettings, report: Callable[[str], object]
-) -> dict[str, list[StepSample]]:
-    """Time every variant in every repeat, in an order that rotates from repeat to repeat."""
-    samples: dict[str, list[StepSample]] = {worker.letter: [] for worker in workers}
+    workers: Sequence[StepWorker],
+    task: StepTask,
+    settings: BenchStepSettings,
+    samples: Mapping[str, list[StepSample]],
+    report: Callable[[str], object],
+) -> None:
+    """Time every variant in every repeat, in an order that rotates from repeat to repeat, and add to `samples`."""
     for repeat in range(settings.repeats):
-        for worker in rotated(workers, repeat):
+        started_s, title = time.monotonic(), f"repeat {repeat + 1} of {settings.repeats}"
+        for number, worker in enumerate(rotated(workers, repeat)):
             num_steps, num_warm_up = _num_steps(worker.letter, task, settings)
             count_copies = repeat == settings.repeats - 1  # it would slow down what is timed later
-            samples[worker.letter].append(worker.time(num_steps, num_warm_up=num_warm_up, count_copies=count_copies))
+            with progress_bar(f"{title}: ({worker.letter})") as report_row:
+                report_row(number, len(workers))
+                wait = partial(report_row, number, len(workers))
+                found = worker.time(num_steps, num_warm_up=num_warm_up, count_copies=count_copies, wait=wait)
+            samples[worker.letter].append(found)
         rates = ", ".join(f"({letter}) {own[-1].images_per_s:,.1f}" for letter, own in samples.items())
-        report(f"repeat {repeat + 1} of {settings.repeats}, images/s: {rates}")
-    return samples
+        report(f"{title}, {time.monotonic() - started_s:.1f} s, images/s: {rates}")

@@ -31,6 +31,8 @@ from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 
 __all__ = [
+    "EAGER",
+    "NEED_JPEG",
     "NEED_NETWORK",
     "NEED_ONNX",
     "ON_TORCH_LOADERS",
@@ -57,7 +59,9 @@ class StepTask(Settings):
     """One distillation step, the same for every variant; plain values that can be sent to another process."""
 
     root: Path
-    """JPEG files in class folders."""
+    """Images in class folders."""
+    no_jpeg: Path | None = None
+    """One of the images that is not JPEG; None if all are."""
     transform: TrainTransform
     batch_size: int
     teacher: ModelSettings | None
@@ -285,6 +289,10 @@ NEED_NETWORK = ("a", "b", "c", "h")
 """Variants that run the teacher in PyTorch."""
 NEED_ONNX = ("d", "e", "g")
 """Variants that run its ONNX file, or replay what that returned."""
+NEED_JPEG = ("b",)
+"""Variants that decode with `decode_jpeg`."""
+EAGER = ("a", "loader")
+"""Variants in which nothing is compiled."""
 ON_TORCH_LOADERS = ("a", "b")
 """Variants that load with worker processes of torch's `DataLoader`."""
 

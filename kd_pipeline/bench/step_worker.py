@@ -1,6 +1,7 @@
 """Run one variant of `bench step` in its own process, which is idle between requests."""
 
 import multiprocessing
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -19,6 +20,8 @@ NUM_OPENING = 2
 """Steps before the first request, in which all memory is taken."""
 NUM_PROFILED = 3
 """Steps in which copies between host and device are counted."""
+_POLL_S = 0.5
+"""How often this side looks for a reply: seldom, as it shares the cores with what is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +47,18 @@ class StepWorker:
     So each variant has its own threads and memory, and none affects the global state of torch for the others.
     """
 
-    def __init__(self, letter: str, task: StepTask) -> None:
+    def __init__(self, letter: str, task: StepTask, *, wait: Callable[[], object] = lambda: None) -> None:
         """Start the process and open the variant.
+
+        Args:
+            letter: of the variant.
+            task: the step.
+            wait: called a few times a second while the process works.
 
         Raises:
             KDPipelineError: the variant does not work on this machine.
         """
-        self.letter = letter
+        self.letter, self._wait = letter, wait
         context = spawn_context()
         self._connection, theirs = context.Pipe()
         # Not a daemon, which could not start torch's workers; it ends when this side of the pipe closes.
@@ -63,11 +71,14 @@ class StepWorker:
             self.close()
             raise
 
-    def time(self, num_steps: int, *, num_warm_up: int, count_copies: bool = True) -> StepSample:
+    def time(
+        self, num_steps: int, *, num_warm_up: int, count_copies: bool = True, wait: Callable[[], object] = lambda: None
+    ) -> StepSample:
         """Do `num_warm_up` steps, then time `num_steps`; then on a GPU count the copies in a few more.
 
         What is timed after copies were counted may be slower: torch's profiler leaves its hooks in the process.
         """
+        self._wait = wait
         self._connection.send((num_steps, num_warm_up, count_copies))
         sample: StepSample = self._receive()
         return sample
@@ -82,6 +93,8 @@ class StepWorker:
 
     def _receive(self) -> Any:
         try:
+            while not self._connection.poll(_POLL_S):
+                self._wait()
             reply = self._connection.recv()
         except EOFError:
             self._process.join(timeout=30)

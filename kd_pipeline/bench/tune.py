@@ -176,6 +176,8 @@ class _Search:
                 trials.append(Trial(merged(self._best, choice.values)))
         if not trials:
             return
+        left_s = max(until_s - time.perf_counter(), 0)
+        self._report(f"{name}: comparing {len(trials) + 1} settings, for at most {left_s:.0f} s")
         found = race(self._steps, Trial(self._best), trials, until_s=until_s)
         self._races[name] = found
         self._left_out |= {as_overrides(trial.values): reason for trial, reason in found.failed.items()}

@@ -2,6 +2,7 @@
 
 import argparse
 import textwrap
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,12 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.config.config import load_config
     from kd_pipeline.workflows._check import CheckSettings, check
 
+    started = time.monotonic()
     settings = checked(CheckSettings, {"num_images": "images"}, **given(parsed, CheckSettings))
     config = load_config(parsed.config, parsed.overrides)
     found = check(config, settings, **permissions(parsed), report=print_progress)
     print_result("\n".join(_lines(found)))
+    print_progress(f"checked in {time.monotonic() - started:.1f} s; all of it: {found.file}")
     return 1 if found.problems else 0
 
 

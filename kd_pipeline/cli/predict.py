@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -63,11 +65,13 @@ def _run(parsed: argparse.Namespace) -> int:
     import torch
 
     from kd_pipeline._core.device import resolve_device
+    from kd_pipeline._core.progress import no_report, progress_bar
     from kd_pipeline.evaluation._predict import NOT_FINITE, find_images, predict
     from kd_pipeline.workflows.exported import open_model_file
 
     if parsed.top < 1:
         raise ConfigError(f"--top: at least one class, got {parsed.top}")
+    started = time.monotonic()
     images = find_images(parsed.images)
     transform = _transform(parsed)
     device = resolve_device(parsed.device)
@@ -78,7 +82,10 @@ def _run(parsed: argparse.Namespace) -> int:
         stack.callback(opened.close)
         out = None if parsed.out is None else stack.enter_context(_open_out(parsed.out))
         found = predict(opened.model, images, transform, batch_size=parsed.batch_size, device=device)
-        for prediction in found:
+        # Where results scroll by, they show how far it is.
+        report = no_report if sys.stdout.isatty() else stack.enter_context(progress_bar("predicting"))
+        for number, prediction in enumerate(found, start=1):
+            report(number, len(images))
             num_not_finite += prediction.problem == NOT_FINITE
             num_unreadable += prediction.problem not in (None, NOT_FINITE)
             # In ASCII, which escapes what a terminal would obey and what is no UTF-8 in names.
@@ -93,6 +100,7 @@ def _run(parsed: argparse.Namespace) -> int:
                 what = "has no prediction" if prediction.problem == NOT_FINITE else "cannot be read"
                 line = printable(f"{prediction.image} {what}: {prediction.problem}")
                 print_message(f"kd-pipeline: {line}")
+    print_message(f"{len(images)} images in {time.monotonic() - started:.1f} s")
     if num_unreadable:
         print_message(f"kd-pipeline: {num_unreadable} of {len(images)} images cannot be read")
     if num_not_finite:

@@ -3,9 +3,11 @@
 import argparse
 import json
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
 from kd_pipeline.cli.printing import print_result
 
@@ -57,6 +59,9 @@ def _run(parsed: argparse.Namespace) -> int:
         fields["outputs"] = tuple(word for word in fields["outputs"] if "=" not in word)
     settings, config = checked(RecordSettings, **fields), load_config(parsed.config, overrides)
     plugins, trust_engines = parsed.plugin, parsed.trust_engine
+    started = time.monotonic()
+    if is_rank_zero():
+        print_progress("opening the images and the teacher")
     if parsed.dry_run:
         plan = plan_recording(config, settings, plugins=plugins, trust_engines=trust_engines)
         plan.require_space()
@@ -68,6 +73,8 @@ def _run(parsed: argparse.Namespace) -> int:
         f"{manifest.num_rows} images x {manifest.epochs_done} epochs, {manifest.row_bytes} bytes each "
         f"({manifest.num_bytes / 1e6:.1f} MB): train with teacher: {{path: {_yaml(folder)}}}"
     )
+    if is_rank_zero():
+        print_progress(f"recorded in {time.monotonic() - started:.1f} s")
     return 0
 
 

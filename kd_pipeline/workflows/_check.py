@@ -40,6 +40,8 @@ class CheckReport:
     """Image file of the first training batch, with the teacher's predictions; None without such a batch."""
     findings: tuple[Finding, ...]
     """What was found, errors first."""
+    file: Path
+    """All of this as JSON."""
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -116,9 +118,9 @@ def check(
             findings=findings,
             report=report,
         )
-    checked = CheckReport(tuple(splits), teacher, grid, findings.sorted())
+    checked = CheckReport(tuple(splits), teacher, grid, findings.sorted(), out / "check.json")
     try:
-        write_atomic(out / "check.json", json.dumps(checked.to_dict(), indent=2, default=str) + "\n")
+        write_atomic(checked.file, json.dumps(checked.to_dict(), indent=2, default=str) + "\n")
     except OSError as exc:
         raise ConfigError(f"out: cannot write to {out}: {exc.strerror}; choose another with --out") from None
     return checked

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from kd_pipeline._core.progress import no_report, progress_bar
 from kd_pipeline._core.ranks import is_rank_zero, num_nodes
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
@@ -205,14 +206,17 @@ class _Recorder:
             return
         if (epoch, first) != (self._next_epoch, 0):
             _move_to(self._loader, epoch, first)
-        for number, batch in enumerate(self._loader, start=first):
-            plan = batches[number]
-            self._write(epoch, plan, batch)
-            self._num_images += int(plan.valid.sum()) * self._loader.shard.world_size
-            if time.monotonic() - self._committed > _COMMIT_INTERVAL_S:
-                self._writer.commit()
-                self._committed = time.monotonic()
-                self._report_progress(epoch, (number + 1) / len(batches))
+        with progress_bar(f"epoch {epoch + 1} of {self._epochs}") as report_batches:
+            for number, batch in enumerate(self._loader, start=first):
+                plan = batches[number]
+                self._write(epoch, plan, batch)
+                report_batches(number + 1, len(batches))
+                self._num_images += int(plan.valid.sum()) * self._loader.shard.world_size
+                if time.monotonic() - self._committed > _COMMIT_INTERVAL_S:
+                    self._writer.commit()
+                    self._committed = time.monotonic()
+                    if report_batches is no_report:  # which has no terminal
+                        self._report_progress(epoch, (number + 1) / len(batches))
         self._next_epoch = epoch + 1
 
     def _write(self, epoch: int, plan: BatchPlan, batch: KDBatch) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kd_pipeline._core.progress import no_report, progress_bar
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.bad_samples import BadSample, fraction_for
@@ -150,17 +151,21 @@ def _load(
     """
     num_images, suspects = 0, []
     started_s = reported_s = time.monotonic()
-    for batch in loader:
-        num_images += len(batch)
-        suspects += batch.index[batch.valid & is_uniform(batch.images)].tolist()
-        now_s = time.monotonic()
-        if now_s - reported_s > _REPORT_INTERVAL_S:
-            reported_s = now_s
-            rate = num_images / (now_s - started_s)
-            report(f"{split}: {num_images / num_wanted:.1%} of {num_wanted:,} images decoded, {rate:,.0f} images/s")
-        if num_images >= num_wanted:
-            break
-    return num_images, suspects, num_images / (time.monotonic() - started_s)
+    with progress_bar(f"{split}: decoding") as report_images:
+        for batch in loader:
+            num_images += len(batch)
+            report_images(min(num_images, num_wanted), num_wanted)
+            suspects += batch.index[batch.valid & is_uniform(batch.images)].tolist()
+            now_s = time.monotonic()
+            if report_images is no_report and now_s - reported_s > _REPORT_INTERVAL_S:  # no terminal
+                reported_s = now_s
+                rate = num_images / (now_s - started_s)
+                report(f"{split}: {num_images:,} of {num_wanted:,} images decoded, {rate:,.0f} images/s")
+            if num_images >= num_wanted:
+                break
+    seconds = time.monotonic() - started_s
+    report(f"{split}: {min(num_images, num_wanted):,} of {num_wanted:,} images decoded in {seconds:.1f} s")
+    return num_images, suspects, num_images / seconds
 
 
 def _confirm(loader: KDDataLoader, suspects: list[int]) -> tuple[UniformImage, ...]:

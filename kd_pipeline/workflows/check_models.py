@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source
@@ -85,7 +86,7 @@ def check_models(
         teacher = None
         if config.teacher is not None and not starts_without_teacher(config):
             report("the teacher")
-            with findings.part("teacher"):
+            with findings.part("teacher"), progress_bar("the teacher"):
                 teacher = _open_teacher(config, training, plugins, trust_engines)
                 opened.callback(teacher.close)
                 if isinstance(teacher, Recording):
@@ -103,7 +104,8 @@ def check_models(
         if teacher is not None:
             probes = {}
             if training is not None and config.probe is not None:
-                with findings.part("teacher"):
+                report("the teacher on training images")
+                with findings.part("teacher"), progress_bar("the teacher on training images"):
                     for output in filter(is_logits, teacher.outputs):
                         lenient = _lenient(config, teacher)
                         probe = run_probe(lenient, teacher, config.probe, training=training, output=output)
@@ -116,8 +118,9 @@ def check_models(
         if "distill" in stages and config.teacher is None:
             findings.add("error", "teacher", ["stage: distill needs a teacher: set teacher, or use stage: baseline"])
         for stage in stages:
-            report("the network of the teacher" if stage == "teacher" else "the student")
-            with findings.part("teacher.model" if stage == "teacher" else "student"):
+            what = "the network of the teacher" if stage == "teacher" else "the student"
+            report(what)
+            with findings.part("teacher.model" if stage == "teacher" else "student"), progress_bar(what):
                 _check_evaluation(config, stage, labeled, teacher)
                 _check_student(config, stage, training, teacher, batch, plugins)
     return found, grid

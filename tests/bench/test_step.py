@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,6 +103,55 @@ def test_table_has_every_row_and_advice(measured: tuple[StepResult, list[str], P
         assert line.startswith(f"({letter}) {VARIANTS[letter].name}")
     assert "over the sum of its parts alone" in lines[-2]
     assert lines[-1].startswith("In (e) ")
+
+
+@pytest.mark.slow
+def test_png_files_leave_out_the_row_that_cannot_read_them(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    root = tmp_path / "mixed"
+    shutil.copytree(photographs, root)
+    changed = sorted(root.rglob("*.jpg"))[:4]
+    for path in changed:
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".png"))
+        path.unlink()
+    lines: list[str] = []
+    found = bench_step(short_step(root, teacher_precision="fp32", rows=tuple("abc")), report=lines.append)
+    assert [row.letter for row in found.rows] == ["a", "c", "f", "loader", "teacher"]
+    (skipped,) = [line for line in lines if "skipped" in line]
+    assert skipped.startswith("(b) skipped: ") and "is not JPEG, and torchvision's decode_jpeg reads nothing" in skipped
+    assert str(changed[0].with_suffix(".png")) in skipped
+    assert found.ratios.keys() == {"c/a", "c/f"} and all(letter in found.table() for letter in ("(a)", "(c)", "(f)"))
+
+
+@pytest.mark.slow
+def test_interrupted_measurement_keeps_complete_repeats(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        if line.startswith("repeat 2 of 9"):
+            raise KeyboardInterrupt
+
+    out = tmp_path / "step.json"
+    with pytest.raises(KeyboardInterrupt):
+        bench_step(short_step(photographs, rows=("a",), repeats=9, teacher_precision="fp32", out=out), report=report)
+    assert lines[-1] == f"stopped after 2 of 9 repeats, which are in {out}"
+    assert [len(row["images_per_s"]["repeats"]) for row in json.loads(out.read_text())["rows"]] == [2] * 4
+
+
+@pytest.mark.slow
+def test_lines_say_how_far_it_is(measured: tuple[StepResult, list[str], Path]) -> None:
+    lines = measured[1]
+    assert "(a) PIL, all eager: opening, 1 of 9" in lines
+    assert "(b) decode_jpeg, all torch.compile: opening, 2 of 9; compiling, which can take a few minutes" in lines
+    assert len([line for line in lines if re.fullmatch(r"\(\w+\) open after [\d.]+ s", line)]) == 9
+    assert [line.partition(",")[0] for line in lines[-2:]] == ["repeat 1 of 2", "repeat 2 of 2"]
 
 
 def sample(ms_per_step: float, batch_size: int = 10, **phases: float) -> StepSample:
