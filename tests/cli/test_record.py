@@ -37,13 +37,14 @@ def test_options_and_overrides_reach_recording(
 
 def test_plan_is_shown_before_the_progress(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["record", "-c", str(config), "--epochs", "1"]) == 0
-    lines = capsys.readouterr().err.splitlines()[1:]
+    _, opening, *lines = capsys.readouterr().err.splitlines()
+    assert opening == "opening the images and the teacher"
     assert (
         lines[0].startswith("recording 96 images x 1 epoch in ")
         and ": 4.61 kB in all (4.61 kB per epoch); " in lines[0]
     )
     assert lines[1:3] == ["  logits [10] float32: 40 bytes per image", "  training reads 48 kB/s at 1,000 images/s"]
-    assert lines[-1].startswith("epoch 1 of 1: 100.0% recorded")
+    assert lines[-2].startswith("epoch 1 of 1: 100.0% recorded") and lines[-1].startswith("recorded in ")
 
 
 def test_dry_run_writes_nothing(
