@@ -6,10 +6,8 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import import_module
 
-from kd_pipeline._core.decoder_noise import without_decoder_noise
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.secret_values import hide_in_arguments
 from kd_pipeline._core.text import printable
@@ -34,9 +32,6 @@ _IMPORTS_TAKE_SECONDS = (
     "tune",
 )
 
-_DECODE_IMAGES = ("check", "eval", "predict", "record")
-"""Which report unreadable files themselves."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `kd-pipeline` with `arguments` and return the exit status: 0, 1 for an error, 130 for Ctrl-C."""
@@ -45,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _announce(arguments)
         _import_torch()
     parsed = _parser().parse_args(arguments)
-    is_quiet = arguments and arguments[0] in _DECODE_IMAGES and not parsed.verbose
-    with without_decoder_noise() if is_quiet else nullcontext():
-        return run_command(parsed.run, parsed, prog="kd-pipeline")
+    return run_command(parsed.run, parsed, prog="kd-pipeline")
 
 
 def _announce(arguments: Sequence[str]) -> None:
