@@ -344,7 +344,7 @@ def test_mismatch_names_both_shapes(tmp_path) -> None:
             match=r"returns logits \[N, K\], alone, first in a tuple, or as 'logits' of a mapping, got \[16\]",
         ):
             evaluate(Pixels(lambda x: x.sum(1)), loader)
-        with pytest.raises(ConfigError, match="got tuple"):
+        with pytest.raises(ConfigError, match="got dict"):
             evaluate(Pixels(lambda x: (x, x)), loader)
 
 
