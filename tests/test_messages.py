@@ -37,6 +37,7 @@ FOREIGN_OPTIONS = {"--nnodes", "--ntasks-per-node", "--nproc-per-node", "--npern
 """Of torchrun, srun and mpirun."""
 COMMAND_NAMES = (
     ["check"], ["train"], ["record"], ["eval"], ["predict"], ["build-engine"], ["bench", "step"], ["bench", "teacher"],
+    ["config"], ["init"],
     ["demo"], ["distill"], ["doctor"], ["tune"], ["export"],
 )  # fmt: skip
 

@@ -12,7 +12,21 @@ from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.secret_values import hide_in_arguments
 from kd_pipeline._core.text import printable
 from kd_pipeline._core.version import __version__
-from kd_pipeline.cli import bench, build_engine, check, demo, distill, doctor, export, predict, record, train, tune
+from kd_pipeline.cli import (
+    bench,
+    build_engine,
+    check,
+    config,
+    demo,
+    distill,
+    doctor,
+    export,
+    init,
+    predict,
+    record,
+    train,
+    tune,
+)
 from kd_pipeline.cli import eval as evaluation
 from kd_pipeline.cli.arguments import CommandParser, add_common, run_command
 from kd_pipeline.cli.printing import print_message
@@ -71,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (
         demo,
+        init,
+        config,
         check,
         distill,
         train,

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import re
+import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from kd_pipeline._core.library_output import TerminalHandler, libraries_to_log
 from kd_pipeline._core.paths import local_path
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
 from kd_pipeline.cli.printing import PrintableFormatter, print_message
 from kd_pipeline.errors import ConfigError, KDPipelineError
@@ -55,21 +57,74 @@ class CommandParser(argparse.ArgumentParser):
         add_options: Callable[[argparse.ArgumentParser], None] | None = None,
         **arguments: Any,
     ) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **arguments)
+        super().__init__(formatter_class=_HelpFormatter, **arguments)
+        self.register("action", "parsers", _Commands)
         self._add_options = add_options
+        self._arguments: list[str] = []
         if run is not None:
             self.set_defaults(run=run)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Add the options, and parse."""
+        """Add the options, and parse. A command itself refuses what is left over, with advice."""
         add_options, self._add_options = self._add_options, None
         if add_options is not None:
             add_options(self)
-        return super().parse_known_args(args, namespace)
+        self._arguments = [*(args or ())]
+        parsed, rest = super().parse_known_args(args, namespace)
+        if rest and self.get_default("run") is not None and self._subparsers is None:
+            self.error(f"unrecognized arguments: {' '.join(rest)}{self._advice(rest)}")
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and `message`, and exit."""
+        files = [text for text in self._arguments if text.endswith((".yaml", ".yml")) and "=" not in text]
+        if files and "required: -c/--config" in message:
+            message += f"; did you mean -c {files[0]}?"
         super().error(printable(message))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse a value that is no choice, with similar ones."""
+        if action.choices is not None and value not in action.choices:
+            is_command = isinstance(action, argparse._SubParsersAction)
+            what = f"no command {value!r}" if is_command else f"{value!r} is no choice"
+            similar = suggest(
+                str(value), map(str, action.choices), otherwise=f"choose from {', '.join(action.choices)}"
+            )
+            if is_command:
+                self.error(f"{what}{similar}")
+            raise argparse.ArgumentError(action, f"{what}{similar}")
+
+    def _advice(self, rest: Sequence[str]) -> str:
+        """Options that the first of the arguments that are left over may have meant."""
+        word = rest[0].partition("=")[0]
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        if word.startswith("-"):
+            return suggest(word, known, otherwise=f"options: {', '.join(known)}")
+        return "; write all overrides side by side" if "=" in rest[0] else ""
+
+
+class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Commands whose own help begins with their line in the list of commands."""
+
+    def add_parser(self, name: str, **arguments: Any) -> Any:
+        """A new command."""
+        if text := arguments.get("help"):
+            arguments.setdefault("description", f"{text[0].upper()}{text[1:]}.")
+        return super().add_parser(name, **arguments)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and wraps the description."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text.strip():
+            return super()._fill_text(text, width, indent)
+        return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        is_said = action.default in (None, False, argparse.SUPPRESS) or action.default == [] or "default" in text
+        return text if is_said else f"{text} (default: %(default)s)"
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

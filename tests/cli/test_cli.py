@@ -1,5 +1,6 @@
 """The command line: one message per error, no traceback without --debug, and the exit statuses."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -171,3 +172,38 @@ def test_data_error_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr("kd_pipeline.workflows.demo.run_demo", failing)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().err.splitlines()[1:] == ["kd-pipeline: no such folder: /data"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "kd-pipeline: error: no command 'trian'; did you mean 'train'?"),
+        (["bench", "stpe"], "no command 'stpe'; did you mean 'step'?"),
+        (["train", "my.yaml"], "the following arguments are required: -c/--config; did you mean -c my.yaml?"),
+        (["train", "-c", "a.yaml", "--fresch"], "unrecognized arguments: --fresch; did you mean '--fresh'?"),
+        (["tune", "-c", "a.yaml", "--allow", "train.precison"], "'train.precison' is no choice; did you mean"),
+        (["doctor", "--jsn=1"], "unrecognized arguments: --jsn=1; did you mean '--json'?"),
+    ],
+)
+def test_misspelled_arguments_get_advice(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_every_command_says_what_it_does_and_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    listed = capsys.readouterr().out
+    commands = re.findall(r"^    ([a-z-]+)(?:\s|$)", listed, re.MULTILINE)
+    assert {"train", "init", "config", "doctor"} <= {*commands}
+    for command in commands:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        usage, _, rest = capsys.readouterr().out.partition("\n\n")
+        assert usage.startswith("usage:") and rest[0].isupper() and rest.partition("\n\n")[0].endswith("."), command
+    with pytest.raises(SystemExit):
+        cli.main(["init", "--help"])
+    assert "(default: my.yaml)" in " ".join(capsys.readouterr().out.split())
