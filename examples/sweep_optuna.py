@@ -11,17 +11,17 @@ from kd_pipeline import load_config, train
 
 CONFIG = """
 data:
-  batch_size: 64
+  batch_size: 16
   train: {source: {kind: arrays, images: train.npz}, transform: {preset: train, size: 8, area: [0.5, 1.0], flip: 0.0}}
   val: {source: {kind: arrays, images: val.npz}, transform: {preset: eval, size: 8, resize: 8}}
 teacher: {model: {builtin: small_resnet, kwargs: {width: 8}}}
 student: {builtin: small_resnet, kwargs: {width: 4}}
-train: {epochs: 2, loggers: [csv], num_threads: 1}
+train: {epochs: 2, loggers: [csv], num_threads: 1, optimizer: {lr: 0.01}}
 """
 
 
 def objective(trial: optuna.Trial) -> float:
-    lr, temperature = trial.suggest_float("lr", 1e-4, 1e-1, log=True), trial.suggest_float("temperature", 1.0, 8.0)
+    lr, temperature = trial.suggest_float("lr", 1e-3, 3e-2, log=True), trial.suggest_float("temperature", 1.0, 8.0)
     overrides = [f"run_dir=trial_{trial.number}", f"train.optimizer.lr={lr}", f"distill.temperature={temperature}"]
     overrides += ["teacher.model.checkpoint=teacher/teacher/exported/model.safetensors"]  # trained once, below
     return train(load_config("sweep.yaml", overrides)).evaluations["val"].top1 or 0.0

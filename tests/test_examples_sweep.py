@@ -25,7 +25,7 @@ def test_sweep_reports_its_best_trial(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = [json.loads((tmp_path / f"trial_{number}" / "result.json").read_text()) for number in range(2)]
-    best = max(result["evaluations"]["val"]["top1"] for result in found)
+    best = max(result["val"]["top1"] for result in found)
     shown = re.search(r"best: ([\d.]+)% with .*'lr': .*'temperature': ", done.stdout)
     assert shown is not None and float(shown[1]) == pytest.approx(100 * best, abs=0.06)
 
