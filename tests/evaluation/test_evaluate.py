@@ -345,7 +345,7 @@ def test_mismatch_names_both_shapes(tmp_path) -> None:
         ):
             evaluate(Pixels(lambda x: x.sum(1)), loader)
         with pytest.raises(ConfigError, match="got dict"):
-            evaluate(Pixels(lambda x: (x, x)), loader)
+            evaluate(Pixels(lambda x: {"pooled": x}), loader)
 
 
 # Metrics
