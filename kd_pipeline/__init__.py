@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kd_pipeline.teachers.settings import TeacherSettings as TeacherSettings
     from kd_pipeline.teachers.tensorrt.build import build_engine as build_engine
     from kd_pipeline.teachers.tensorrt.settings import BuildSettings as BuildSettings
+    from kd_pipeline.training.settings import TrainSettings as TrainSettings
     from kd_pipeline.workflows import check as check
     from kd_pipeline.workflows import distill as distill
     from kd_pipeline.workflows import record as record
@@ -76,6 +77,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.teachers.settings": ["EnsembleSettings", "TeacherGroupSettings", "TeacherSettings"],
         "kd_pipeline.teachers.tensorrt.build": ["build_engine"],
         "kd_pipeline.teachers.tensorrt.settings": ["BuildSettings"],
+        "kd_pipeline.training.settings": ["TrainSettings"],
         "kd_pipeline.workflows": ["check", "distill", "record", "train"],
     },
 )
