@@ -24,6 +24,8 @@ _logger = logging.getLogger(LIBRARIES)
 _MAX_BYTES = 2**20
 """Of one reading; a library that prints more is cut."""
 _STDERR = 2
+_EXPORTER = "torch.onnx._internal.exporter._registration"
+"""Warns of each operator of torchvision that it does without, through a handler of torch's own."""
 _FOLDERS = tuple({str(Path(sysconfig.get_path(name)).resolve()) for name in ("purelib", "platlib", "stdlib")})
 _OWN = str(Path(__file__).resolve().parents[1])
 
@@ -123,11 +125,18 @@ def _warnings_to_log() -> Iterator[None]:
         else:
             show(message, category, filename, lineno, file, line)
 
+    def log(record: logging.LogRecord) -> bool:
+        _logger.debug("%s: %s", record.name, printable(record.getMessage()))
+        return False
+
+    exporter = logging.getLogger(_EXPORTER)
+    exporter.addFilter(log)
     warnings.showwarning = show_or_log
     try:
         yield
     finally:
         warnings.showwarning = show
+        exporter.removeFilter(log)
 
 
 def _is_library(path: str) -> bool:
