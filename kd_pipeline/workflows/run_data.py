@@ -75,7 +75,9 @@ class RunData:
             self.source = open_source(config.data.split("train").source, plugins=plugins)
         self.own_training = own_training
         """The user's loader; its teacher may have to be set yet."""
-        self.training: TrainingData = self.source if own_training is None else own_training  # type: ignore[assignment]
+        found = own_training.source if isinstance(own_training, KDDataLoader) else own_training or self.source
+        assert found is not None
+        self.training: TrainingData = found
         self.has_own_validation = parts.validation is not None or len(self._own) > 1
 
     @property

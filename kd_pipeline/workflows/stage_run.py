@@ -380,10 +380,12 @@ class StageRun(ExitStack):
                 "train.compare_with_teacher compares the student's logits with the teacher's, which returns "
                 f"{', '.join(map(repr, teacher.outputs))}; set it to false"
             )
+        if self._validate_by is not None or len(teacher.inputs) > 1:  # several inputs are the user's own in all splits
+            return
         for split in self._data.splits:
             key, example = key_of(split), self._data.teacher_example_of(split)
             spec = TensorSpec((None, *example.shape[1:]), example.dtype)
-            if self._validate_by is None and not teacher.images.accepts((1, *example.shape[1:]), example.dtype):
+            if not teacher.images.accepts((1, *example.shape[1:]), example.dtype):
                 raise TeacherError(
                     f"validation {split!r} gives {spec}, and the teacher, which is evaluated on it too, takes what the "
                     f"training gives, {teacher.images}; give both the same shape and dtype"

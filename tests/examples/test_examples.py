@@ -15,13 +15,20 @@ FOLDER = REPOSITORY / "examples"
 
 WANTED: dict[str, dict[str, float]] = {
     "accelerate_loop": {"student": 85},
+    "both_networks": {"student": 75},
     "ddp": {"student": 85},
     "features_by_layer": {"teacher": 90, "student": 85},
     "hf_trainer": {"teacher": 85, "student": 80},
     "lightning_module": {"student": 80},
     "own_loop": {"teacher": 90, "student": 80},
+    "own_loss": {"student": 85, "agreement": 85},
+    "own_source": {"student": 85, "agreement": 85},
+    "own_validation": {"mean": 85, "digit": 0, "worst": 60},
+    "sequences": {"explains": 70},  # to repeat the last sample explains 66 %
+    "student_losses": {"student": 80},
+    "vectors": {"teacher": 85, "student": 70, "agreement": 70},
 }
-"""Numbers that the last line has at least, in percent; guessing gets 10 % of the digits right."""
+"""Numbers that the last line has at least, most of them in percent; guessing gets 10 % of the digits right."""
 
 MODULES = {
     "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
@@ -61,7 +68,7 @@ def run(example: str, folder: Path) -> dict[str, float]:
 def test_ends_with_good_numbers(example: str, tmp_path: Path) -> None:
     found = run(example, tmp_path)
     for name, wanted in WANTED[example].items():
-        assert wanted <= found[name] <= 100, found
+        assert found[name] >= wanted, found
 
 
 def test_every_example_is_run() -> None:
