@@ -182,7 +182,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
             order = "higher" if self._mode == "max" else "lower"
             _logger.info("the best student is selected by %s (%s is better)", found, order)
             return
-        known = ", ".join(sorted(name for name in metrics if not name.startswith("train/")))
+        known = ", ".join(sorted(name for name in metrics if "/" in name and not name.startswith("train/")))
         names = ", ".join(self._defaults)
         _logger.info("validation returned %s and none of %s, so the last student is the result", known, names)
         self._defaults = None
@@ -193,7 +193,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         if self.monitor is None or not self._is_measured(self.monitor):
             return False
         if self.monitor not in metrics:
-            known = ", ".join(sorted(metrics))
+            known = ", ".join(sorted(name for name in metrics if "/" in name))
             raise ConfigError(f"no metric {self.monitor!r} to select the best by; there are {known}")
         # Rank zero decides for all: they save together, and the last digits may differ between ranks.
         score = trainer.strategy.broadcast(float(metrics[self.monitor]))

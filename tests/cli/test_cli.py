@@ -132,7 +132,7 @@ def test_invalid_bench_teacher_is_refused(
 
 
 def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(overrides: object) -> None:
+    def interrupted(overrides: object, report: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kd_pipeline.workflows.demo.run_demo", interrupted)
@@ -166,7 +166,7 @@ def test_one_rank_prints_first_line(
 
 
 def test_data_error_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def failing(overrides: object) -> None:
+    def failing(overrides: object, report: object) -> None:
         raise DataError("no such folder: /data")
 
     monkeypatch.setattr("kd_pipeline.workflows.demo.run_demo", failing)
