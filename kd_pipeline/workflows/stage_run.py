@@ -121,9 +121,14 @@ class StageRun(ExitStack):
                 _logger.info("changed since the training: %s", change.line_of_finished_run)
             if folder.has_results(results_digest(config, identity, saved.step)):
                 try:
-                    return self._show(read_evaluations(folder.result))
+                    evaluations = read_evaluations(folder.result)
                 except StateError as exc:
                     _logger.warning("%s; the results are made again", exc)
+                else:
+                    if self._parts.student is not None:
+                        module = self._build_module(self._open_student(loader), loader, identity)
+                        self._give_weights(self._best_student(module, loader)[0])
+                    return self._show(evaluations)
         else:
             self._check_keeps_teacher(saved)
             self._probe_teacher(loader)
@@ -314,7 +319,6 @@ class StageRun(ExitStack):
         )
 
     def _write_results(self, student: nn.Module, loader: AnyLoader, evaluations: Mapping[str, Evaluation]) -> None:
-        own = self._parts.student
         write_results(
             self._folder,
             self._config,
@@ -326,9 +330,14 @@ class StageRun(ExitStack):
             training=self._data.source,
             plugins=self._plugins,
         )
+        self._give_weights(student)
+
+    def _give_weights(self, student: nn.Module) -> None:
+        """Let the user's student have the weights of the result, which are those of another module with an EMA."""
+        own = self._parts.student
         network = None if own is None else deployed_network(own)
         if network is not None and network is not student and not is_sharded(network):
-            network.load_state_dict(student.state_dict())  # of the EMA
+            network.load_state_dict(student.state_dict())
 
     def _show(self, evaluations: Mapping[str, Evaluation]) -> TrainResult:
         """Report the results and write them to the log."""

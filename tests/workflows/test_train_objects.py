@@ -210,6 +210,14 @@ def test_student_has_the_weights_of_the_ema(tmp_path: Path) -> None:
     assert all(torch.equal(ema[name], tensor) for name, tensor in student.state_dict().items())
 
 
+@pytest.mark.parametrize("settings", [{}, {"ema": {"decay": 0.5}}], ids=["best", "ema"])
+def test_student_of_a_finished_run_has_its_weights(tmp_path: Path, settings: dict[str, Any]) -> None:
+    trained, again = network(), network(9)
+    for student in (trained, again):
+        run(tmp_path / "run", settings, student=student, validation=batches(64, start=100))
+    assert_same(trained, again)
+
+
 def test_projectors_are_trained_by_a_function(tmp_path: Path) -> None:
     settings = config(tmp_path / "run").model_copy(update={"distill": WITH_PROJECTOR})
     train(settings, student=network(width=4), teacher=features(), train_batches=batches(), optimizer=momentum)
