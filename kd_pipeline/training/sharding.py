@@ -1,12 +1,12 @@
 """Shard a student over processes (FSDP) and gather its full weights again."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["full_state_dict", "full_tensor", "is_sharded", "reach_outputs", "shard"]
+__all__ = ["full_state_dict", "full_tensor", "is_sharded", "load_full_state_dict", "reach_outputs", "shard"]
 
 
 def shard(module: nn.Module, mesh: Any) -> None:
@@ -54,6 +54,21 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The state dict of `module` with every tensor gathered; call it on all ranks."""
     return {name: full_tensor(tensor) for name, tensor in module.state_dict().items()}
+
+
+@torch.no_grad()
+def load_full_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors, the same on all ranks, into those of `module`, of which a sharded one keeps its part.
+
+    Call it on all ranks.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    for name, tensor in module.state_dict().items():
+        whole = state[name].to(tensor.device)
+        if isinstance(tensor, DTensor):
+            whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+        tensor.copy_(whole)
 
 
 class _Reach(torch.autograd.Function):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.ranks import is_rank_zero, world_size
@@ -21,6 +21,7 @@ from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
 from kd_pipeline.loader.batch_loader import AnyLoader, BatchLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.losses.settings import LOGITS
+from kd_pipeline.models.backbone import trunk_of
 from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.input_adapter import unadapted
 from kd_pipeline.models.modules import deployed_network
@@ -35,14 +36,14 @@ from kd_pipeline.training.environment import shown_settings
 from kd_pipeline.training.loggers import log_results, log_settings, open_loggers
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
-from kd_pipeline.training.sharding import is_sharded
+from kd_pipeline.training.sharding import is_sharded, load_full_state_dict
 from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
 from kd_pipeline.training.unreached import unreached_parameters
 from kd_pipeline.workflows.check_images import key_of
 from kd_pipeline.workflows.distill_module import build_distillation, build_module, own_outputs
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, own_defaults, select_best
-from kd_pipeline.workflows.exported import ENGINE, OwnNetwork
+from kd_pipeline.workflows.exported import ENGINE, WEIGHTS, OwnNetwork
 from kd_pipeline.workflows.own_teacher import open_own_teacher
 from kd_pipeline.workflows.own_validation import OwnEvaluator, open_validate
 from kd_pipeline.workflows.parts import Parts
@@ -126,8 +127,7 @@ class StageRun(ExitStack):
                     _logger.warning("%s; the results are made again", exc)
                 else:
                     if self._parts.student is not None:
-                        module = self._build_module(self._open_student(loader), loader, identity)
-                        self._give_weights(self._best_student(module, loader)[0])
+                        self._give_weights(read_checkpoint(folder.path / "exported" / WEIGHTS))
                     return self._show(evaluations)
         else:
             self._check_keeps_teacher(saved)
@@ -145,6 +145,7 @@ class StageRun(ExitStack):
         known = self._known_evaluations(module, step)
         student, distillation = (module.model, module.distillation) if known else self._best_student(module, loader)
         evaluations = known | self._missing_evaluations(student.to(loader.device), distillation, known)
+        self._give_weights(trunk_of(student).state_dict())
         try:
             if is_rank_zero():
                 self._write_results(student, loader, evaluations)
@@ -330,14 +331,11 @@ class StageRun(ExitStack):
             training=self._data.source,
             plugins=self._plugins,
         )
-        self._give_weights(student)
 
-    def _give_weights(self, student: nn.Module) -> None:
-        """Let the user's student have the weights of the result, which are those of another module with an EMA."""
-        own = self._parts.student
-        network = None if own is None else deployed_network(own)
-        if network is not None and network is not student and not is_sharded(network):
-            network.load_state_dict(student.state_dict())
+    def _give_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Let the user's student have the exported weights, such as those of the EMA, on all ranks."""
+        if self._parts.student is not None:
+            load_full_state_dict(trunk_of(deployed_network(self._parts.student)), weights)
 
     def _show(self, evaluations: Mapping[str, Evaluation]) -> TrainResult:
         """Report the results and write them to the log."""
