@@ -146,8 +146,10 @@ class DataSettings(LoaderSettings):
         splits = self.splits
         if name not in splits:
             key = f"data.{name}" if name in SPLITS else f"data.more.{name}"
+            instead = f"use an existing one: {', '.join(splits)}"
+            if not splits:
+                instead = "evaluate on batches of your own in Python: kd_pipeline.evaluate(student, loader)"
             raise ConfigError(
-                f"the config has no split {name!r}; add {key} with a source and a transform, or use an existing one: "
-                f"{', '.join(splits) or 'none'}"
+                f"the config has no split {name!r}; add {key} with a source and a transform, or {instead}"
             )
         return splits[name]

@@ -29,7 +29,7 @@ from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.parity import CalibrationSet, check_parity, generate_calibration_set, make_reference, summary
 from kd_pipeline.teachers.runner import Inputs, Runner
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings, is_recording
-from kd_pipeline.workflows.exported import CHECKPOINTS, no_network, open_model_file, read_exported
+from kd_pipeline.workflows.exported import CHECKPOINTS, ONNX, no_network, open_model_file, read_exported
 from kd_pipeline.workflows.stage import stage_dir
 from kd_pipeline.workflows.teacher import with_trained_weights
 
@@ -154,6 +154,10 @@ def network_of_run(folder: Path, *, plugins: Collection[str] = ()) -> Network:
         raise ConfigError(_no_run(folder))
     found = read_exported(folder)
     assert found is not None
+    if found[1].own is not None and (found[0] / ONNX).is_file():
+        raise ConfigError(
+            f"{folder} has an ONNX file already, of a network that your own code builds: {found[0] / ONNX}"
+        )
     if found[1].transform is None:
         raise ConfigError(no_network(*found))
     size = found[1].transform.size

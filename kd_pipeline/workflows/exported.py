@@ -93,6 +93,12 @@ class OwnNetwork(Settings):
         )
 
     @property
+    def takes_images(self) -> bool:
+        """Whether its only input is `[N, 3, H, W]`, as images of a config are."""
+        shapes = list(self.inputs.values())
+        return len(shapes) == 1 and len(shapes[0]) == 4 and shapes[0][1] == 3
+
+    @property
     def no_onnx(self) -> str | None:
         """Why it is not exported to ONNX; None if it can be."""
         if len(self.inputs) > 1:
@@ -343,9 +349,13 @@ def no_network(folder: Path, exported: Exported) -> str:
     name = own.network.rpartition(".")[2]
     return (
         f"the model in {folder} is {own.network}, which your own code builds; "
-        + (f"name its ONNX file instead, {onnx}, or " if onnx.is_file() else "")
-        + f"build it in Python and load its weights: {name}(...).load_state_dict("
-        f"safetensors.torch.load_file({str(folder / WEIGHTS)!r}))"
+        + (
+            f"name its ONNX file {onnx} with a config of images (-c), or "
+            if own.takes_images and onnx.is_file()
+            else ""
+        )
+        + f"build it in Python and load its weights: student = {name}(...); student.load_state_dict("
+        f"safetensors.torch.load_file({str(folder / WEIGHTS)!r})); kd_pipeline.evaluate(student, loader) evaluates it"
     )
 
 

@@ -14,7 +14,7 @@ from tests.workflows.objects import ROWS, assert_same, batches, run, tensors
 from tests.workflows.test_own_loaders import dali_loader
 
 # Lightning's advice on workers, loggers and the trainer's options.
-pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
 
 EVERY, STOP = 4, 9
 """Steps between checkpoints, and the step at which a run fails: the last checkpoint is within the second epoch of 6."""
