@@ -14,8 +14,8 @@ __all__ = ["KDBatch"]
 class KDBatch(Mapping[str, Any]):
     """One batch; row i of every field belongs to the same sample.
 
-    It is also a mapping: `batch["images"]`, `"labels" in batch` and `dict(batch)` find the inputs and what else there
-    is by name. `len(batch)` is the number of rows, as of a tensor.
+    It is also a mapping: `batch["images"]`, `"labels" in batch` and `dict(batch)` find the inputs by name, and the
+    fields that are there. `len(batch)` is the number of rows, as of a tensor.
 
     `images` is the buffer that the teacher read: DALI's own, or torch's if images are mixed. It is not overwritten
     while it is referenced. Clone it before changing it in place.
@@ -107,12 +107,11 @@ class KDBatch(Mapping[str, Any]):
         fields = self.asdict()
         if name in fields:
             return fields[name]
-        if name in self.extra:
-            return self.extra[name]
-        raise KeyError(f"a batch has no {name!r}; it has {', '.join([*fields, *self.extra])}")
+        where = f"; that is batch.extra[{name!r}]" if name in self.extra else ""
+        raise KeyError(f"a batch has no {name!r}{where}; it has {', '.join(fields)}")
 
     def __contains__(self, name: object) -> bool:
-        return name in self.asdict() or name in self.extra
+        return name in self.asdict()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.asdict())

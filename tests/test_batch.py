@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError
 
@@ -53,9 +54,21 @@ def test_what_is_not_there_is_no_key():
         batch["labels"]
 
 
-def test_extra_fields_are_found_by_name():
+def test_fields_of_extra_are_not_those_of_the_batch():
     batch = make(extra={"text": ["a", "b", "c"]})
-    assert batch["text"] == ["a", "b", "c"] and "text" in batch and batch["extra"] == {"text": ["a", "b", "c"]}
+    assert batch["extra"]["text"] is batch.extra["text"] and batch.extra["text"] == ["a", "b", "c"]
+    assert "text" not in batch and "text" not in [*batch] and batch.get("text") is None
+    with pytest.raises(KeyError, match=re.escape("a batch has no 'text'; that is batch.extra['text']; it has images")):
+        batch["text"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"labels": None, "teacher": {}}, {"extra": {"text": ["a", "b", "c"]}}])
+def test_membership_and_iteration_agree(changes):
+    batch = make(**changes)
+    names = ["images", "labels", "index", "valid", "teacher", "extra", "text", "logits"]
+    assert {name for name in names if name in batch} == {*batch} == {*dict(batch)}
+    for name in batch:
+        assert batch[name] is not None
 
 
 def test_made_again_from_its_own_mapping():

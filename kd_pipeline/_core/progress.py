@@ -11,7 +11,17 @@ from typing import TextIO
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.text import printable
 
-__all__ = ["REDRAW_S", "Report", "bar_text", "no_report", "progress_bar", "status_line", "time_text", "timed"]
+__all__ = [
+    "REDRAW_S",
+    "Report",
+    "bar_text",
+    "no_report",
+    "progress_bar",
+    "speed_text",
+    "status_line",
+    "time_text",
+    "timed",
+]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -99,6 +109,11 @@ def time_text(seconds: float) -> str:
     """Minutes and seconds such as `0:07`, with hours if there are any."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def speed_text(images_per_s: float) -> str:
+    """Such as `1,386 images/s`."""
+    return f"{images_per_s:,.0f} images/s" if images_per_s >= 100 else f"{images_per_s:.3g} images/s"
 
 
 class _Line:

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-__all__ = ["printable"]
+__all__ = ["indented", "printable"]
 
 _ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
 """Control characters, bytes that are no UTF-8, and separators of lines and paragraphs."""
@@ -23,3 +23,8 @@ def printable(text: object, *, keep: str = "") -> str:
         else char
         for char in str(text)
     )
+
+
+def indented(text: str) -> str:
+    """A message of several lines, `printable` and with all but the first indented, so that none looks like another."""
+    return printable(text, keep="\n").replace("\n", "\n  ")

@@ -18,8 +18,9 @@ from kd_pipeline._core.library_output import TerminalHandler, libraries_to_log
 from kd_pipeline._core.paths import local_path
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
+from kd_pipeline._core.terminal_log import PrintableFormatter
 from kd_pipeline._core.text import printable
-from kd_pipeline.cli.printing import PrintableFormatter, print_message
+from kd_pipeline.cli.printing import print_message
 from kd_pipeline.errors import ConfigError, KDPipelineError
 
 __all__ = [

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from kd_pipeline._core.progress import speed_text
 from kd_pipeline._core.text import printable
 from kd_pipeline.cli.arguments import print_progress
 from kd_pipeline.cli.printing import print_result
@@ -67,8 +68,8 @@ def _backbone_table(summary: dict[str, Any]) -> list[str]:
             for name, text in rows.items()
         ),
         "",
-        f"on {summary['num_val']} images, with {summary['num_train']} labeled ones to compare with, after "
-        f"{summary['epochs']} epochs without labels",
+        f"on {summary['num_val']:,} images, with {summary['num_train']:,} labeled ones to compare with, after "
+        f"{_epochs(summary)} without labels",
         f"its weights: {summary['student']}",
         f"what each finds alike: {summary['neighbors']}",
     ]
@@ -82,10 +83,14 @@ def _table(summary: dict[str, Any]) -> list[str]:
     ]
     return [
         f"{'':<20}{'top-1':>8}{'agrees with teacher':>22}",
-        *(f"{name:<20}{top1:>8}{agreement:>22}" for name, top1, agreement in rows),
+        *(f"{name:<20}{top1:>8}{agreement:>22}".rstrip() for name, top1, agreement in rows),
         "",
-        f"on {summary['num_val']} validation images after {summary['epochs']} epochs of {summary['num_train']} images; "
-        f"distilled at {summary['images_per_s']:.0f} images/s",
+        f"on {summary['num_val']:,} validation images after {_epochs(summary)} of {summary['num_train']:,} images; "
+        f"distilled at {speed_text(summary['images_per_s'])}",
         f"teacher: {summary['teacher_backend']} in {summary['teacher_precision']} on {summary['device']}",
         f"a training batch as both saw it: {summary['grid']}",
     ]
+
+
+def _epochs(summary: dict[str, Any]) -> str:
+    return f"{summary['epochs']} epoch{'s' * (summary['epochs'] > 1)}"

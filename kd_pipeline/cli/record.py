@@ -89,8 +89,4 @@ def _announce(plan: "RecordingPlan") -> None:
 
 
 def _show(progress: "Progress") -> None:
-    minutes, seconds = divmod(round(progress.left_s), 60)
-    print_progress(
-        f"epoch {progress.epoch + 1} of {progress.epochs}: {progress.done:.1%} recorded, "
-        f"{progress.images_per_s:.0f} images/s, {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
-    )
+    print_progress(progress.line)

@@ -207,10 +207,12 @@ class Reader:
             return
         if group is None or self._retried == (epoch, number):
             self._retried = None
-            failure.add_note(f"while DALI worked on batch {number} of epoch {epoch}, {self._plan.shard}")
+            failure.add_note(f"while DALI worked on batch {number + 1} of epoch {epoch + 1}, {self._plan.shard}")
             raise failure
         # Each image alone decodes: other processes may have taken the memory for a moment.
-        _logger.warning("DALI failed on batch %d of epoch %d but on none of its images; trying again", number, epoch)
+        _logger.warning(
+            "DALI failed on batch %d of epoch %d but on none of its images; trying again", number + 1, epoch + 1
+        )
         self._retried = epoch, number
 
     def _after(self, position: tuple[int, int]) -> tuple[int, int]:

@@ -188,7 +188,7 @@ class BatchLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the current loop or, after it has ended, of the next one."""
+        """The epoch of the current loop or, after it has ended, of the next one, counted from 0."""
         return self._position.epoch
 
     @property
@@ -202,7 +202,7 @@ class BatchLoader:
         return BatchSampler(self._position)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next loop run `epoch`, and end the current one; the user's loader is told when it starts."""
+        """Let the next loop run `epoch`, counted from 0, and end this one; the user's loader is told when it starts."""
         self._position.set_epoch(epoch)
 
     def attach_teacher(self, teacher: Teacher) -> None:

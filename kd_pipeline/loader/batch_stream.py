@@ -206,7 +206,7 @@ class BatchStream:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the current loop or, after it has ended, of the next one."""
+        """The epoch of the current loop or, after it has ended, of the next one, counted from 0."""
         return self._position.epoch
 
     @property
@@ -220,7 +220,7 @@ class BatchStream:
         return self._position
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next loop run `epoch`, and end the current one.
+        """Let the next loop run `epoch`, counted from 0, and end the current one.
 
         It is run from its start; but if it was loaded or begun within, from there.
         """

@@ -53,6 +53,8 @@ class KDDataLoader(BatchStream):
     - An iterator that you keep (`it = iter(loader)`) is a loop that is still open. To end its epoch, drop it or call
       `set_epoch(epoch + 1)`.
 
+    `epoch`, `set_epoch` and `state_dict` count epochs from 0, as code does; messages count them from 1.
+
     With several processes each reads its own shard of every epoch. Where it is not given, it is that of the process
     group at the first batch, and the loader refuses to continue if that changes later.
     """

@@ -106,7 +106,7 @@ def check_pixels(
         row = int(wrong[0])
         raise StateError(
             f"{len(wrong)} of {len(position)} checked images differ from the recorded ones; the first is sample "
-            f"{sample[row]} ({name_of(int(sample[row]))}) at position {position[row]} of epoch {epoch}. Its file "
+            f"{sample[row]} ({name_of(int(sample[row]))}) at position {position[row]} of epoch {epoch + 1}. Its file "
             "changed, or it is decoded on a different kind of processor, by a different build of the decoder or with "
             "different libraries. Restore that, or record the teacher again; teacher.verify: 0 trusts the recording "
             f"in {recording.path} as it is"

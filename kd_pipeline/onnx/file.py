@@ -62,6 +62,7 @@ _MAX_NAME = 200
 _MAX_SHOWN = 10
 """Names in a message."""
 _TORCH_DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16}
+_QUANTIZED = ("INT8", "UINT8", "INT4", "UINT4")
 _PRECISIONS = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64"}
 
 
@@ -80,6 +81,8 @@ class OnnxFile:
     """Name in the file by the teacher's name; they differ if a single vector counts as `"logits"`."""
     precision: str
     """`"fp32"`, `"fp16"`, `"bf16"` or `"fp64"`: the dtype of most floating weights."""
+    num_parameters: int
+    """Elements of the initializers with weights, in floating point or of up to 8 bits, without running statistics."""
     opset: int
     classes: tuple[str, ...] | None
     """Class names in logit order, if the file has them; never without logits."""
@@ -145,6 +148,7 @@ def read_onnx(path: Path) -> OnnxFile:
         outputs=outputs,
         output_names=output_names,
         precision=_precision(tensors),
+        num_parameters=_num_parameters(model.graph),
         opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
         classes=_read_classes(path, model, outputs.get("logits")),
         input_adapter=_read_adapter(path, model),
@@ -439,3 +443,13 @@ def _precision(tensors: Sequence[Any]) -> str:
         if name in num_elements:
             num_elements[name] += math.prod(tensor.dims)
     return _PRECISIONS[max(num_elements, key=lambda name: num_elements[name])]
+
+
+def _num_parameters(graph: Any) -> int:
+    """Elements of the weights, without running statistics."""
+    statistics = {name for node in graph.node if node.op_type == "BatchNormalization" for name in node.input[3:5]}
+    return sum(
+        math.prod(tensor.dims)
+        for tensor in graph.initializer
+        if tensor.name not in statistics and dtype_name(tensor.data_type) in {*_PRECISIONS, *_QUANTIZED}
+    )

@@ -79,7 +79,7 @@ class Teacher(ABC):
         self.problems: tuple[str, ...] = ()
         """What is wrong with its outputs for a few images, a sentence each with what to do; see `open_teacher`."""
         self.num_parameters: int | None = None
-        """Of its network; None for a file that does not say."""
+        """Of its network, or of the weights of an ONNX file; None for an engine, which does not say."""
         self.busy_s = 0.0
         """Host time of all calls so far, in seconds; on a GPU only the time to queue the work."""
         self.num_calls = 0

@@ -102,6 +102,7 @@ class OnnxRuntimeTeacher(Teacher):
             classes=file.classes,
             fingerprint=file.fingerprint("onnxruntime", found),
         )
+        self.num_parameters = file.num_parameters
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
         sizes, file = self._sizes_for(images), self._file

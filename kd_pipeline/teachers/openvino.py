@@ -73,6 +73,7 @@ class OpenVINOTeacher(Teacher):
             classes=file.classes,
             fingerprint=file.fingerprint("openvino", found),
         )
+        self.num_parameters = file.num_parameters
 
     def _infer(self, images: Tensor) -> dict[str, Tensor]:
         # OpenVINO reads the images in place. It copies each output into a new array, which costs little next to the

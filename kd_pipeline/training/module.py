@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.memory import release_free_memory
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.progress import speed_text
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for
@@ -288,10 +289,10 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         if self.trainer.is_global_zero and (found := self._throughput.of_run()):
             teacher_share = found.get("teacher_share", 0.0)
             _logger.info(
-                "trained at %.4g images/s%s; %sloader %.0f %% of the time",
-                found["images_per_s"],
+                "trained at %s%s; %sloader %.0f%% of the time",
+                speed_text(found["images_per_s"]),
                 " per process" if self.trainer.world_size > 1 else "",
-                f"teacher {100 * teacher_share:.0f} %, " if "teacher_share" in found else "",
+                f"teacher {teacher_share:.0%}, " if "teacher_share" in found else "",
                 100 * (found["loader_share"] - teacher_share),
             )
 

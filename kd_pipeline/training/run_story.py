@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_pipeline._core.optional import require
-from kd_pipeline._core.progress import REDRAW_S, bar_text, status_line, time_text
+from kd_pipeline._core.progress import REDRAW_S, bar_text, speed_text, status_line, time_text
 from kd_pipeline.training.checkpoint_callback import SaveLastAndBest
 
 __all__ = ["RunStory", "StepProgress", "metric_text"]
@@ -90,7 +90,8 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
         parts = [self._epoch(trainer)]
         if "train/epoch_loss" in metrics:
             parts.append(f"loss {float(metrics['train/epoch_loss']):.4g}")
-        parts += [self._metric(module.measured), f"lr {progress.lr:.3g}", _speed_text(progress.images_per_s)]
+        parts += [self._metric(module.measured), f"lr {progress.lr:.3g}"]
+        parts.append("" if progress.images_per_s is None else speed_text(progress.images_per_s))
         if skipped := progress.num_skipped - self._num_skipped:
             parts.append(f"{skipped} step{'s' * (skipped > 1)} skipped")
             self._num_skipped = progress.num_skipped
@@ -144,7 +145,7 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
             f"{done}/{total}",
             "" if progress.loss != progress.loss else f"loss {progress.loss:.3g}",
             f"lr {progress.lr:.3g}" if progress.lr else "",
-            _speed_text(progress.images_per_s),
+            "" if progress.images_per_s is None else speed_text(progress.images_per_s),
             self._time_left(trainer, done),
             self._best_text,
         ]
@@ -164,12 +165,6 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
 def metric_text(name: str, value: float) -> str:
     """A metric as people read it: accuracies and agreement in percent."""
     return f"{value:.1%}" if name.endswith(_FRACTIONS) else f"{value:.4g}"
-
-
-def _speed_text(images_per_s: float | None) -> str:
-    if images_per_s is None:
-        return ""
-    return f"{images_per_s:,.0f} images/s" if images_per_s >= 100 else f"{images_per_s:.3g} images/s"
 
 
 def _seconds_text(seconds: float) -> str:

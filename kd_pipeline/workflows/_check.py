@@ -9,6 +9,7 @@ from pydantic import Field
 
 from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.terminal_log import log_line, log_to_terminal
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.errors import ConfigError
@@ -56,13 +57,14 @@ class CheckReport:
         return {**asdict(self), "problems": self.problems}
 
 
+@log_to_terminal()
 def check(
     config: Config,
     settings: CheckSettings | None = None,
     *,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
-    report: Callable[[str], object] = lambda line: None,
+    report: Callable[[str], object] = log_line,
 ) -> CheckReport:
     """Open everything that a training needs, decode the images of every split, and run teacher and student.
 
@@ -74,7 +76,7 @@ def check(
         settings: how much to check; defaults to everything.
         plugins: modules that factories in the config may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
-        report: called with lines of progress.
+        report: called with lines of progress; without it they are logged, and shown as those of `train`.
 
     Raises:
         ConfigError: there is no folder for the report, or no split.

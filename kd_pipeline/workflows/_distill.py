@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.suggestions import first_few
+from kd_pipeline._core.terminal_log import log_line, log_to_terminal
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources.image_folder import ImageFolder
@@ -33,6 +34,7 @@ _QUERIES = ("val", "valid", "validation", "test")
 """Names of folders with the two halves of a labeled dataset."""
 
 
+@log_to_terminal()
 def distill(
     teacher: str,
     student: str,
@@ -46,7 +48,7 @@ def distill(
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
     fresh: bool = False,
-    report: Callable[[str], object] = lambda line: None,
+    report: Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Train a backbone to have the features of a pretrained one, on images without labels, with sensible defaults.
 
@@ -66,7 +68,7 @@ def distill(
         plugins: modules that factories in the config may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         fresh: start from the beginning, and move the files of an earlier run away, as in `train`.
-        report: called on rank zero with lines about the run, as in `train`.
+        report: called on rank zero with lines about the run, as in `train`; without it they are logged.
 
     Raises:
         ConfigError: there is no such network or file, or a setting is wrong.
@@ -94,7 +96,7 @@ def distill(
     on_rank_zero(lambda: RunFolder(folder).write_lists(lists, fresh=fresh and not is_restart()))
     if is_rank_zero():
         again = f"kd-pipeline train -c {shlex.quote(str(folder / 'config.yaml'))}"
-        report(f"run folder: {folder}; to resume, run the same again, or {again}")
+        (report or log_line)(f"run folder: {folder}; to resume, run the same again, or {again}")
     config = config_for(int((~is_held_out).sum()))
     return train(config, plugins=plugins, trust_engines=trust_engines, fresh=fresh, report=report)
 

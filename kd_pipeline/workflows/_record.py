@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from kd_pipeline._core.progress import no_report, progress_bar
 from kd_pipeline._core.ranks import is_rank_zero, num_nodes
+from kd_pipeline._core.terminal_log import log_line, log_to_terminal
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import BatchPlan, EpochPlan
@@ -69,7 +70,7 @@ class Progress:
     """Progress of a recording."""
 
     epoch: int
-    """The current epoch."""
+    """The current epoch, counted from 0."""
     epochs: int
     done: float
     """Fraction of the recording that exists, 0 to 1."""
@@ -78,15 +79,25 @@ class Progress:
     left_s: float
     """Estimated seconds until the end."""
 
+    @property
+    def line(self) -> str:
+        """All of it for people."""
+        minutes, seconds = divmod(round(self.left_s), 60)
+        return (
+            f"epoch {self.epoch + 1} of {self.epochs}: {self.done:.1%} recorded, {self.images_per_s:.0f} images/s, "
+            f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+        )
 
+
+@log_to_terminal()
 def record(
     config: Config,
     settings: RecordSettings | None = None,
     *,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
-    announce: Callable[[RecordingPlan], None] | None = None,
-    report: Callable[[Progress], None] | None = None,
+    announce: Callable[[RecordingPlan], None] = lambda plan: log_line("\n".join(plan.lines)),
+    report: Callable[[Progress], None] = lambda progress: log_line(progress.line),
 ) -> Path:
     """Record the teacher of `config`, or resume an earlier recording in the same folder.
 
@@ -98,8 +109,9 @@ def record(
         settings: what to keep; defaults to what the config's loss compares, for `train.epochs`, in `run_dir`.
         plugins: modules that factories in the config may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
-        announce: called with the plan before anything is written.
-        report: called every few seconds.
+        announce: called with the plan before anything is written; without it the plan is logged, and shown as what
+            `train` says.
+        report: called every few seconds; without it the lines are logged.
 
     Returns:
         The folder of the recording, for `teacher.path`.
@@ -111,7 +123,7 @@ def record(
         DataError, TeacherError: the data or the teacher is not what the config says.
     """
     with _planned(config, settings, plugins, trust_engines) as (loader, plan, opened):
-        if announce is not None and is_rank_zero():
+        if is_rank_zero():
             announce(plan)
         on_rank_zero(lambda: _prepare(plan, opened))
         writer = RecordingWriter(plan.folder)
@@ -177,7 +189,7 @@ class _Recorder:
     """Records the batches of this process."""
 
     def __init__(
-        self, loader: KDDataLoader, writer: RecordingWriter, epochs: int, report: Callable[[Progress], None] | None
+        self, loader: KDDataLoader, writer: RecordingWriter, epochs: int, report: Callable[[Progress], None]
     ) -> None:
         self._loader, self._writer, self._epochs, self._report = loader, writer, epochs, report
         self._started = self._committed = time.monotonic()
@@ -248,10 +260,10 @@ class _Recorder:
         old = {name: reader.read(name, epoch, plan.position[:num_rows]) for name in reader.columns}
         reader.close()
         old[SAMPLE] = old[SAMPLE] - 1
-        _check_same_rows(old, new, f"batch {number} of epoch {epoch}")
+        _check_same_rows(old, new, f"batch {number + 1} of epoch {epoch + 1}")
 
     def _report_progress(self, epoch: int, part: float) -> None:
-        if self._report is None or not is_rank_zero() or not self._num_images:
+        if not is_rank_zero() or not self._num_images:
             return
         images_per_s = self._num_images / (time.monotonic() - self._started)
         left = (self._epochs - epoch - part) * self._writer.manifest.num_rows

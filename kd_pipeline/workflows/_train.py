@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from kd_pipeline._core.terminal_log import log_to_terminal
 from kd_pipeline.config.config import Config
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -23,6 +24,7 @@ __all__ = ["Stage", "TrainResult", "train"]
 _logger = logging.getLogger("kd_pipeline")
 
 
+@log_to_terminal()
 def train(
     config: Config | None = None,
     *,
@@ -38,7 +40,7 @@ def train(
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
     fresh: bool = False,
-    report: Callable[[str], object] = lambda line: None,
+    report: Callable[[str], object] | None = None,
 ) -> TrainResult:
     """Run the stage that `config` names, or resume it from the last checkpoint in its folder.
 
@@ -51,6 +53,9 @@ def train(
         train(Config(run_dir="runs/mine"), student=student, teacher=teacher, train_batches=loader)
 
     What is ours resumes exactly. A line says what of your objects cannot be checked or restored.
+
+    What a run says of itself is logged to `kd_pipeline`, at level INFO. Without any handler in `logging` it is shown on
+    stderr; `logging.getLogger("kd_pipeline").setLevel("WARNING")` before the call leaves warnings and the bar.
 
     Args:
         config: the whole run, but for the parts that are given as objects; its `run_dir` is always needed.
@@ -76,7 +81,8 @@ def train(
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
         fresh: start from the beginning. The files of an earlier run are moved to `earlier/1`, or the next number; class
             lists, recordings and other stages stay. With `stage: all` both stages start again.
-        report: called on rank zero with each of the `lines` of a stage's result, after the model is exported.
+        report: called on rank zero with each of the `lines` of a stage's result, after the model is exported; without
+            it they are logged.
 
     Returns:
         The result of the last stage.

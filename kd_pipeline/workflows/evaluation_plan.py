@@ -140,7 +140,8 @@ def select_best(config: Config, stage: str, plan: EvaluationPlan) -> Config:
     if is_rank_zero() and train.select_by is None:
         if metric is not None:
             order = "higher" if mode == "max" else "lower"
-            _logger.info("the best student is selected by %s (%s is better)", metric, order)
+            trained = "teacher" if stage == "teacher" else "student"
+            _logger.info("the best %s is selected by %s (%s is better)", trained, metric, order)
         elif plan.validated and not plan.is_own:
             _logger.info("nothing is measured on validation images every epoch, so the last student is the result")
     changes = {"select_by": metric, "select_mode": mode, "early_stopping": stopping}

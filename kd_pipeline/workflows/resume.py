@@ -210,6 +210,10 @@ class SavedRun:
         check_epochs(self.epochs_done, self.is_within_epoch, config.train.epochs, folder)
         return changes
 
+    def place(self, epochs: int) -> str:
+        """Where a run of so many epochs goes on, for people."""
+        return f"at epoch {self.epochs_done + 1} of {epochs}, step {self.step}"
+
     def finished_line(self, train: TrainSettings) -> str | None:
         """If nothing is left to train: that it is so, and what to set to train longer."""
         done = f"{self.epochs_done} of {train.epochs} epochs"

@@ -14,6 +14,7 @@ from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline._core.terminal_log import log_line
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation, open_metrics
@@ -69,6 +70,8 @@ __all__ = ["StageRun", "folder_of"]
 
 _logger = logging.getLogger("kd_pipeline")
 
+_NO_RESULTS = "there is no validation set, so no results"
+
 
 class StageRun(ExitStack):
     """One stage, from opening the data to exporting the student. Leaving the context closes what it opened."""
@@ -80,7 +83,7 @@ class StageRun(ExitStack):
         parts: Parts,
         plugins: Collection[str],
         trust_engines: Collection[str],
-        report: Callable[[str], object],
+        report: Callable[[str], object] | None,
     ) -> None:
         super().__init__()
         self._parts = parts
@@ -285,7 +288,8 @@ class StageRun(ExitStack):
         if is_rank_zero():
             log_settings(trainer.loggers, config)
             evaluated = {split: self._data.loader(split) for split in self._data.splits if split != "train"}
-            tell_start(self._stage, config, module, loader, evaluated, folder=folder.path)
+            resumed = "" if saved is None else f"from {folder.last_checkpoint} {saved.place(config.train.epochs)}"
+            tell_start(self._stage, config, module, loader, evaluated, folder=folder.path, resumed=resumed)
         try:
             trainer.fit(module, loader, ckpt_path=folder.last_checkpoint)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:
@@ -302,11 +306,8 @@ class StageRun(ExitStack):
         first_step = 0 if saved is None else saved.step
         if saved is None:
             folder.set_aside_leftovers()
-        else:
-            where = f"step {saved.step}, {saved.epochs_done} of {config.train.epochs} epochs done"
-            _logger.info("resuming from %s: %s", folder.last_checkpoint, where)
-            if unchecked := [*self._parts.unchecked, *([note] if (note := self._data.resume_note) else [])]:
-                _logger.info("not checked: %s", "; ".join(unchecked))
+        elif unchecked := [*self._parts.unchecked, *([note] if (note := self._data.resume_note) else [])]:
+            _logger.info("not checked: %s", "; ".join(unchecked))
         for change in changes:
             _logger.info("changed since the last start: %s", change.line)
         folder.write_config(config)
@@ -341,9 +342,10 @@ class StageRun(ExitStack):
         """Report the results and write them to the log."""
         result = TrainResult(self._stage, self._folder.path, evaluations)
         if is_rank_zero():
-            self._folder.write_log("\n".join(result.lines) or "there is no validation set, so no results")
-            for line in result.lines:
-                self._report(line)
+            if self._report is not None:
+                self._folder.write_log("\n".join(result.lines) or _NO_RESULTS)
+            for line in result.lines if self._report is not None else result.lines or (_NO_RESULTS,):
+                (self._report or log_line)(line)
         return result
 
     def _open_teacher(self, saved: SavedRun | None) -> Teacher | Recording | None:

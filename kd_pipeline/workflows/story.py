@@ -1,6 +1,5 @@
 """What a stage says about itself before its training: what learns from what, how much of it, and where."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from kd_pipeline._core.ranks import world_size
+from kd_pipeline._core.terminal_log import log_line
 from kd_pipeline.config.config import Config
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.base import Teacher
@@ -17,23 +17,20 @@ from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.workflows.stage import Stage
 
-__all__ = ["start_lines", "tell_start"]
-
-_logger = logging.getLogger("kd_pipeline")
+__all__ = ["tell_start"]
 
 
 def tell_start(
-    stage: Stage, config: Config, module: DistillModule, loader: Any, validation: Mapping[str, Any], *, folder: Path
+    stage: Stage,
+    config: Config,
+    module: DistillModule,
+    loader: Any,
+    validation: Mapping[str, Any],
+    *,
+    folder: Path,
+    resumed: str = "",
 ) -> None:
-    """Log the `start_lines`; call it on one rank."""
-    for line in start_lines(stage, config, module, loader, validation, folder=folder):
-        _logger.info("%s", line)
-
-
-def start_lines(
-    stage: Stage, config: Config, module: DistillModule, loader: Any, validation: Mapping[str, Any], *, folder: Path
-) -> list[str]:
-    """The lines, each with its title.
+    """Log lines, each with its title; call it on one rank.
 
     Args:
         stage: what is trained.
@@ -42,6 +39,7 @@ def start_lines(
         loader: of the training.
         validation: the other loaders by split.
         folder: of the stage.
+        resumed: where from, if it is.
     """
     teacher = loader.teacher
     parts = {
@@ -52,8 +50,11 @@ def start_lines(
         "epochs": _epochs_text(config, loader),
         "device": _device_text(config, loader.device),
         "folder": str(folder),
+        "resumed": resumed,
     }
-    return [f"{title:<9}{text}" for title, text in parts.items() if text]
+    for title, text in parts.items():
+        if text:
+            log_line(f"{title:<9}{text}")
 
 
 def _teacher_text(config: Config, teacher: Teacher | Recording) -> str:

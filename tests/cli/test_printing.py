@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kd_pipeline._core.terminal_log import PrintableFormatter
 from kd_pipeline._core.text import printable
 from kd_pipeline.cli import main
-from kd_pipeline.cli.printing import PrintableFormatter, print_message, print_result
+from kd_pipeline.cli.printing import print_message, print_result
 from kd_pipeline.errors import DataError
 from kd_pipeline.workflows import doctor
 

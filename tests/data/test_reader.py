@@ -207,7 +207,7 @@ def test_second_failure_names_the_batch(open_reader: Open, monkeypatch: pytest.M
     for tries in (2, 4):
         with pytest.raises(RuntimeError, match="no memory") as info:
             reader.read(1, 2)
-        assert "batch 2 of epoch 1" in info.value.__notes__[0] and len(calls) == tries
+        assert "batch 3 of epoch 2" in info.value.__notes__[0] and len(calls) == tries
 
 
 def test_stop_drops_batches_read_ahead(open_reader: Open) -> None:

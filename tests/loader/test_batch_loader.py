@@ -90,7 +90,7 @@ class TestFields:
         raw = {images: torch.rand(2, SIZE), labels: [1, 0], "text": ["a", "b"]}
         (batch,) = BatchLoader([raw])
         assert batch.inputs == {images: raw[images]} and batch.labels.tolist() == [1, 0]
-        assert batch.extra == {"text": ["a", "b"]} and batch["text"] == ["a", "b"]
+        assert batch.extra == {"text": ["a", "b"]} == batch["extra"]
 
     def test_arrays_become_tensors(self) -> None:
         pixels = np.arange(6, dtype=np.float32).reshape(2, 3)

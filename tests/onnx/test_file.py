@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -20,8 +21,8 @@ from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, OUTPUTS_KEY, OnnxFil
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.openvino import OpenVINOTeacher
-from tests.networks import CLASSES
-from tests.teachers.onnx_models import IMAGES, LOGITS, linear_model, point_at, write_external
+from tests.networks import CLASSES, ConvNet
+from tests.teachers.onnx_models import IMAGES, LOGITS, linear_model, point_at, training_mode_model, write_external
 
 NO_OPENVINO = pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed")
 BOTH = pytest.mark.parametrize("open_file", [pytest.param(OpenVINOTeacher, marks=NO_OPENVINO), OnnxRuntimeTeacher])
@@ -44,6 +45,22 @@ def test_read_onnx(exported: Callable[[int], Path]) -> None:
     }
     assert file.classes == CLASSES
     assert file.precision == "fp32"
+    folded = 16 + 32  # batch norm has become the convolutions' bias
+    assert file.num_parameters == sum(each.numel() for each in ConvNet(0).parameters()) - folded
+
+
+def test_weights_of_other_files_are_parameters_without_being_read(tmp_path: Path) -> None:
+    onnx.save(linear_model(), tmp_path / "inside.onnx")
+    found = read_onnx(write_external(tmp_path / "outside"))
+    assert found.external and found.num_parameters == read_onnx(tmp_path / "inside.onnx").num_parameters > 0
+
+
+def test_running_statistics_are_no_parameters(tmp_path: Path) -> None:
+    model = training_mode_model()
+    onnx.save(model, tmp_path / "normalized.onnx")
+    sizes = {tensor.name: np.prod(tensor.dims) for tensor in model.graph.initializer}
+    assert {"g", "b", "m", "v"} < sizes.keys()
+    assert read_onnx(tmp_path / "normalized.onnx").num_parameters == sum(sizes.values()) - sizes["m"] - sizes["v"]
 
 
 def test_single_output_is_logits(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_throughput_of_every_row(
         assert row["train/images_per_s"] == pytest.approx(batch_size / 5)
         assert row["train/loader_share"] == pytest.approx(0.6)
         assert row["train/teacher_share"] == pytest.approx(0.6)
-    assert f"trained at {batch_size / 5:.4g} images/s; teacher 60 %, loader 0 % of the time" in caplog.messages
+    assert f"trained at {batch_size / 5:.3g} images/s; teacher 60%, loader 0% of the time" in caplog.messages
 
 
 def test_last_step_of_every_epoch_is_logged(digits: Path) -> None:

@@ -356,7 +356,7 @@ def test_killed_int8_recording_resumes_to_equal_files(
     # All teacher outputs are compared as the numbers that they stand for.
     scales = np.fromfile(whole / "features.scale.bin", "<f4")
     (scales * 2).tofile(whole / "features.scale.bin")
-    with pytest.raises(StateError, match=r"outputs have changed: in batch \d of epoch [01], its features"):
+    with pytest.raises(StateError, match=r"outputs have changed: in batch [1-9] of epoch [12], its features"):
         recorded(photo_folder, whole, kept=INT8)
 
 
@@ -425,7 +425,7 @@ def test_partial_epoch_is_not_replayed(
     kill_at(30)  # out of forty writes
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording")
-    with pytest.raises(StateError, match=r"epoch 1 was not recorded.* has 1 complete epochs"):
+    with pytest.raises(StateError, match=r"epoch 2 \(in Python epoch=1\) was not recorded.* has 1 complete epochs"):
         replayed(photo_folder, tmp_path / "recording")
 
 
@@ -505,7 +505,7 @@ def test_changed_outputs_are_not_resumed(
     folder = recorded(photo_folder, tmp_path / "recording")
     values = np.fromfile(folder / "logits.values.bin", "<f4")
     (values + np.float32(0.5)).tofile(folder / "logits.values.bin")
-    with pytest.raises(StateError, match=r"outputs have changed: in batch \d of epoch [01], its logits"):
+    with pytest.raises(StateError, match=r"outputs have changed: in batch [1-9] of epoch [12], its logits"):
         recorded(photo_folder, folder)
     (values * np.float32(1 + 1e-5)).tofile(folder / "logits.values.bin")
     recorded(photo_folder, folder)

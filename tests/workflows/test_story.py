@@ -24,7 +24,11 @@ def command(folder: Path, run: str, *overrides: str) -> list[str]:
 
 def check_told(text: str, first: int = 1) -> None:
     """The header, a line for each epoch from `first`, the work after them with its time, and the table, in order."""
-    header = [r"stage +distill", r"teacher +teacher\.onnx, onnxruntime fp32", r"student +\S+, [\d,]+ parameters"]
+    header = [
+        r"stage +distill",
+        r"teacher +teacher\.onnx, 1,514 parameters, onnxruntime fp32",
+        r"student +\S+, [\d,]+ parameters",
+    ]
     header += [r"images +train 96, val 40, 10 classes", r"epochs +2 of 6 steps, batch size 16", r"device +cpu, 32-true"]
     epochs = [EPOCH.format(number) for number in range(first, 3)]
     after = [
@@ -55,6 +59,58 @@ def test_pipe_gets_lines_without_a_bar(digits: Path) -> None:
     again = subprocess.run(command(digits, "pipe", "train.epochs=3"), capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
     assert "epoch 3/3" in again.stderr and "epoch 1/3" not in again.stderr
+    place = f"resumed  from {digits / 'pipe' / 'checkpoints' / 'last.ckpt'} at epoch 3 of 3, step 12"
+    assert again.stderr.splitlines().count(place) == 1
+
+
+_SCRIPT = """
+from pathlib import Path
+
+import kd_pipeline
+from tests.training import networks, tiny_run
+
+kd_pipeline.train(tiny_run.settings(Path({folder!r}), "script"), plugins=[networks.__name__])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["", "import logging; logging.basicConfig(format='%(message)s')"])
+def test_script_shows_what_the_command_shows(setup: str, digits: Path, tmp_path: Path) -> None:
+    for name in ("train.npz", "val.npz", "teacher.onnx"):
+        (tmp_path / name).symlink_to(digits / name)
+    program = [sys.executable, "-c", setup + _SCRIPT.format(folder=str(tmp_path))]
+    found = subprocess.run(program, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0 and found.stdout == "", found.stderr
+    check_told(found.stderr)
+    lines = found.stderr.splitlines()
+    assert len([line for line in lines if line.startswith(("stage ", "epoch ", "split ", "val ", "export "))]) == 7
+    check_told((tmp_path / "script" / "train.log").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_two_processes_tell_it_once(digits: Path) -> None:
+    arguments = command(digits, "ranks", "data.batch_size=8")[1:]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    lines = (found.stderr + found.stdout).splitlines()
+    told = [
+        r"kd-pipeline .*: train -c",
+        r"stage +distill",
+        r"student +tests.*:plain, 1,514 parameters$",
+        r"epochs +2 of 6 steps, batch size 8 on each of 2 processes",
+        r"folder +",
+        r"epoch 1/2  loss ",
+        r"epoch 2/2  loss ",
+        r"trained at .* images/s per process; ",
+        r"export to ONNX: ",
+        r"split +network ",
+        r"val +student +40 ",
+        r"val +teacher +40 ",
+        r"run folder: ",
+    ]
+    for pattern in told:
+        assert len([line for line in lines if re.match(pattern, line)]) == 1, (pattern, lines)
 
 
 @pytest.mark.slow

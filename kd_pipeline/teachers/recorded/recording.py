@@ -99,7 +99,7 @@ class Recording:
         On a GPU they are copied on the current stream, and the host does not wait.
 
         Args:
-            epoch: number of the epoch.
+            epoch: number of the epoch, counted from 0; messages count from 1.
             position: `[N]`, positions in its order; see `BatchPlan`.
             sample: `[N]`, indices of the samples at these positions.
             device: where the outputs are needed.
@@ -113,9 +113,9 @@ class Recording:
         if (recorded != sample).any():
             row = int(np.flatnonzero(recorded != sample)[0])
             raise StateError(
-                f"the recording in {self.path} is of different images: at position {position[row]} of epoch {epoch} it "
-                f"has sample {recorded[row]}, and sample {sample[row]} is shown; a file is readable now and was not "
-                "then, or the reverse, or the recording is damaged; record the teacher again"
+                f"the recording in {self.path} is of different images: at position {position[row]} of epoch "
+                f"{epoch + 1} it has sample {recorded[row]}, and sample {sample[row]} is shown; a file is readable "
+                "now and was not then, or the reverse, or the recording is damaged; record the teacher again"
             )
         outputs = self.read(epoch, position, device=device)
         self.busy_s += time.perf_counter() - started
@@ -133,15 +133,15 @@ class Recording:
             raise TeacherError("the recording is closed; open it again with Recording(path)")
         if not 0 <= epoch < self.num_epochs:
             raise StateError(
-                f"epoch {epoch} was not recorded: the recording in {self.path} has {self.num_epochs} complete epochs, "
-                "counted from 0; record more with kd-pipeline record --epochs, which resumes"
+                f"epoch {epoch + 1} (in Python epoch={epoch}) was not recorded: the recording in {self.path} has "
+                f"{self.num_epochs} complete epochs; record more with kd-pipeline record --epochs, which resumes"
             )
         outside = position[(position < 0) | (position >= self.manifest.num_rows)]
         rows = self._reader.read(SAMPLE, epoch, position[: 0 if len(outside) else None])
         missing = [*outside.tolist(), *position[: len(rows)][rows == 0].tolist()]
         if missing:
             raise StateError(
-                f"position {missing[0]} of epoch {epoch} is not in the recording in {self.path}, which has "
+                f"position {missing[0]} of epoch {epoch + 1} is not in the recording in {self.path}, which has "
                 f"{self.manifest.num_rows} positions; record the teacher again"
             )
         samples: NDArray[np.int64] = rows.astype(np.int64) - 1
@@ -165,7 +165,7 @@ class Recording:
         """The outputs `[N, ...]` at recorded positions, whatever samples the data has there now.
 
         Args:
-            epoch: number of the epoch.
+            epoch: number of the epoch, counted from 0; messages count from 1.
             position: `[N]`, positions in its order.
             device: where the outputs are needed.
             outputs: names of those to read; defaults to all.
@@ -215,8 +215,8 @@ class Recording:
 
     def _damaged(self, epoch: int, position: int, found: str) -> TeacherError:
         return TeacherError(
-            f"the recording in {self.path} is damaged: at position {position} of epoch {epoch} it has {found}; copy or "
-            "record it again"
+            f"the recording in {self.path} is damaged: at position {position} of epoch {epoch + 1} it has {found}; "
+            "copy or record it again"
         )
 
 

@@ -134,7 +134,7 @@ def test_newly_unreadable_sample_is_refused(photo_folder: Path, tmp_path: Path) 
     recording = recorded(root, tmp_path / "recording", **options)
     with replaying(root, recording, verify=0, **options) as loader:
         cut_in_half(Path(loader.source.name(7)))
-        with pytest.raises(StateError, match=r"at position \d+ of epoch 0 it has sample 7, and sample 8 is shown"):
+        with pytest.raises(StateError, match=r"at position \d+ of epoch 1 it has sample 7, and sample 8 is shown"):
             list(loader)
 
 
@@ -195,7 +195,7 @@ def test_closed_recording_refuses_replay(plain: Path) -> None:
 def test_unrecorded_epoch_is_refused(photo_folder: Path, plain: Path) -> None:
     with (
         replaying(photo_folder, plain) as loader,
-        pytest.raises(StateError, match=r"epoch 2 was not recorded.* 2 complete"),
+        pytest.raises(StateError, match=r"epoch 3 \(in Python epoch=2\) was not recorded.* 2 complete"),
     ):
         run(loader, NUM_EPOCHS + 1)
 
@@ -270,7 +270,7 @@ def test_changed_pixels_are_found(photo_folder: Path, tmp_path: Path, options: d
     edit(recording, stream__source=ImageFolder(root).fingerprint)
     for path in root.rglob("*.jpg"):
         assert path.read_bytes() == (photo_folder / path.relative_to(root)).read_bytes()
-    with pytest.raises(StateError, match=r"the first is sample \d+ \(.*\.png\) at position \d+ of epoch [01]"):
+    with pytest.raises(StateError, match=r"the first is sample \d+ \(.*\.png\) at position \d+ of epoch [12]"):
         for _ in range(20):
             replaying(root, recording, verify=37, **options).close()
     replaying(root, recording, verify=0, **options).close()
@@ -308,7 +308,7 @@ def test_swapped_samples_are_refused(photo_folder: Path, copy: Path) -> None:
         replaying(photo_folder, copy, verify=0) as loader,
         pytest.raises(
             StateError,
-            match=rf"at position 3 of epoch 0 it has sample {samples[3] - 1}, and sample {samples[4] - 1} is shown",
+            match=rf"at position 3 of epoch 1 it has sample {samples[3] - 1}, and sample {samples[4] - 1} is shown",
         ),
     ):
         next(iter(loader))
@@ -320,7 +320,7 @@ def test_missing_row_is_refused(photo_folder: Path, copy: Path) -> None:
     samples.tofile(copy / "sample.bin")
     with (
         replaying(photo_folder, copy, verify=0) as loader,
-        pytest.raises(StateError, match="position 10 of epoch 0 is not"),
+        pytest.raises(StateError, match="position 10 of epoch 1 is not"),
     ):
         list(loader)
 
@@ -359,7 +359,7 @@ def test_sample_out_of_range_is_named(tmp_path: Path, sample: int) -> None:
     samples = np.arange(1, 41, dtype="<i4")
     samples[5] = sample + 1
     samples.tofile(recording.path / "sample.bin")
-    with pytest.raises(TeacherError, match=rf"at position 5 of epoch 0 it has the sample {sample} of 40"):
+    with pytest.raises(TeacherError, match=rf"at position 5 of epoch 1 it has the sample {sample} of 40"):
         recording.samples(0, np.arange(10))
 
 
@@ -370,7 +370,7 @@ def test_class_out_of_range_is_named(tmp_path: Path, index: int) -> None:
     classes[21, 1] = index
     classes.tofile(recording.path / "logits.classes.bin")
     recording.replay(0, np.arange(20), np.arange(20))
-    with pytest.raises(TeacherError, match=rf"at position 21 of epoch 0 it has the class {index} of 3"):
+    with pytest.raises(TeacherError, match=rf"at position 21 of epoch 1 it has the class {index} of 3"):
         recording.replay(0, np.arange(20, 30), np.arange(20, 30))
 
 
@@ -385,7 +385,7 @@ def test_scale_out_of_range_is_named(tmp_path: Path, scale: float) -> None:
     found = np.float32(scale)
     with pytest.raises(TeacherError) as caught:
         recording.replay(0, np.arange(20, 30), np.arange(20, 30))
-    assert f"at position 21 of epoch 0 it has the scale {found} in spatial.scale.bin" in str(caught.value)
+    assert f"at position 21 of epoch 1 it has the scale {found} in spatial.scale.bin" in str(caught.value)
 
 
 def test_missing_file_is_named(copy: Path) -> None:
