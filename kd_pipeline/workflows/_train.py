@@ -59,7 +59,8 @@ def train(
 
     Args:
         config: the whole run, but for the parts that are given as objects; its `run_dir` is always needed.
-        student: the network to train, in place. It has the weights of the result when this returns.
+        student: the network to train, in place. It has the weights of the result when this returns; with
+            `strategy: fsdp` each rank has its part of them.
         teacher: an open teacher, a module, which is opened for what the loader gives, a recording, or settings. None
             takes that of the config, or of `train_batches` if that has one.
         train_batches: a `KDDataLoader` or `BatchLoader`, any iterable of batches that can be iterated again, which is
