@@ -27,7 +27,7 @@ def windows(first: int, end: int) -> dict[str, Tensor]:
 
 
 def error(outputs: dict[str, Tensor], batch: KDBatch) -> Tensor:
-    return losses.feature_mse(outputs["next"], (batch.teacher or batch)["next"], mask=batch["mask"])
+    return losses.feature_mse(outputs["next"], (batch.teacher or batch.extra)["next"], mask=batch["mask"])
 
 
 torch.manual_seed(0)

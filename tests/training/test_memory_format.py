@@ -26,6 +26,12 @@ def patches() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(), nn.LazyLinear(10))
 
 
+def skipping(channels: int) -> nn.Module:
+    """As the shortcut of a residual block."""
+    shortcut = nn.Conv2d(channels, 16, 1, stride=2)
+    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), shortcut, nn.Flatten(), nn.LazyLinear(10))
+
+
 class Viewing(nn.Module):
     """As networks were once written: it needs maps in the usual order."""
 
@@ -57,6 +63,10 @@ def prepared(student: nn.Module, setting: ChannelsLast, device: torch.device = C
         (depthwise(), CPU, True, False),
         (depthwise(), GPU, True, True),
         (patches(), CPU, True, False),
+        (skipping(8), CPU, False, False),
+        (skipping(8), CPU, True, False),
+        (skipping(8), GPU, True, True),
+        (skipping(16), CPU, False, True),
         (patches(), GPU, True, False),
     ],
 )
