@@ -78,7 +78,8 @@ class TrainSettings(Settings):
     size, which a line reports; validation is not compiled."""
     channels_last: ChannelsLast = "auto"
     """Train in channels-last order (NHWC). `auto` does so where it is faster: for convolutional networks, but not on a
-    CPU in 16 bits with depthwise convolutions, nor on a GPU in float32, nor with `strategy: fsdp`. Results differ in
+    CPU in 16 bits with depthwise convolutions, nor on a GPU in float32, nor with `strategy: fsdp`. On a CPU it also
+    does not with 1x1 convolutions with a stride of fewer than 16 channels, in which torch can crash. Results differ in
     their last digits."""
     ema: EmaSettings | None = None
     """Evaluate and export a moving average of the student's weights."""

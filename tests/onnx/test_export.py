@@ -279,11 +279,11 @@ class NotANumber(LogitsOnly):
         return super().forward(images) * float("nan")
 
 
-class ReturnsTuple(LogitsOnly):
-    """Returns no mapping."""
+class ReturnsText(LogitsOnly):
+    """Returns nothing that is known."""
 
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        return (super().forward(images),)
+    def forward(self, images: Tensor) -> str:
+        return str(super().forward(images).shape)
 
 
 def test_invalid_path(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_invalid_path(tmp_path: Path) -> None:
         (NotANumber(), r"'logits' is NaN or inf on random images; check the module's weights"),
         (FixesBatch(), "FixesBatch cannot be exported to .*static shape of 2"),
         (Folds(), r"'logits' is \[2, 10\] float32, a static batch of 2"),
-        (ReturnsTuple(), "got tuple"),
+        (ReturnsText(), "got str"),
         (nn.Linear(7, 10), "Linear cannot be exported to .*teacher.onnx: mat1 and mat2"),
         (ConvNet().half(), "ConvNet cannot be exported to .*teacher.onnx: "),
     ],

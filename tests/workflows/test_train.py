@@ -385,8 +385,11 @@ def test_best_student_is_validated_once(
     assert status == 0, output
     assert len(measured) == num_evaluations
     folder = RUN if stage == "distill" else RUN / stage
-    assert json.loads((folder / "result.json").read_text())["val"] == json.loads(json.dumps(measured[-1].to_dict()))
-    assert output.index(f"{stage} on val") < output.index("plots: ")
+    assert json.loads((work / folder / "result.json").read_text())["val"] == json.loads(
+        json.dumps(measured[-1].to_dict())
+    )
+    log = (work / folder / "train.log").read_text()
+    assert log.index("plots: ") < log.index("split  network")  # the table is the last thing that is seen
 
 
 @in_this_process
