@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kd_pipeline._core.ranks import world_size
+from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.terminal_log import log_line
 from kd_pipeline.config.config import Config
 from kd_pipeline.models.registry import ModelSettings
@@ -85,9 +86,9 @@ def _student_text(stage: Stage, config: Config, student: nn.Module) -> str:
 
 
 def _model_name(settings: ModelSettings) -> str:
-    """The name that it is built by, with the arguments that tell it from others."""
+    """The name that it is built by, with the arguments that tell it from others, but for secrets."""
     name = settings.timm or settings.torchvision or settings.builtin or settings.factory or ""
-    arguments = ", ".join(f"{key}={value}" for key, value in settings.kwargs.items())
+    arguments = ", ".join(f"{key}={value}" for key, value in hide_in_settings(settings.kwargs).items())
     return f"{name}({arguments})" if arguments else name
 
 
