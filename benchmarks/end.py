@@ -73,7 +73,7 @@ def end_once(checkout: Path, folder: Path, name: str) -> End:
         seen = [(time.time(), line) for line in process.stdout]
         status = process.wait(TIMEOUT_S)
         ended = time.time()
-    result = [when for when, line in seen if line.startswith("baseline on val")]
+    result = [when for when, line in seen if line.startswith(("val ", "baseline on val"))]  # earlier commits
     last = [when for when, line in seen if line.startswith("run folder")]
     if status or not result or not last:
         sys.exit(f"{checkout} does not train: status {status}\n{''.join(line for _, line in seen)}")
