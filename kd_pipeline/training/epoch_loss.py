@@ -28,7 +28,7 @@ class EpochLoss:
         num_valid = torch.where(loss.isfinite(), num_valid, 0).double()
         sums = torch.stack([torch.where(num_valid > 0, loss, 0) * num_valid, num_valid])
         self._sums = sums + self._sums.to(sums.device)
-        self._restored = None  # not every version of Lightning says that it goes on within an epoch
+        self._restored = None  # not every version of Lightning says that it resumes within an epoch
 
     def of_all_ranks(self, trainer: Any) -> tuple[float, float]:
         """The sum over the rows of all ranks, and their number. Call it on all ranks."""

@@ -155,7 +155,7 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
         self._draw(text)
 
     def _time_left(self, trainer: Any, done: int) -> str:
-        """What is left of the run if it goes on as since the start, validation included."""
+        """What is left of the run if it continues as since the start, validation included."""
         if not self._num_steps:
             return ""
         left = (self._epochs - trainer.current_epoch) * trainer.num_training_batches - done

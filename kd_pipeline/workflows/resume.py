@@ -211,7 +211,7 @@ class SavedRun:
         return changes
 
     def place(self, epochs: int) -> str:
-        """Where a run of so many epochs goes on, for people."""
+        """Where a run of so many epochs resumes, for people."""
         return f"at epoch {self.epochs_done + 1} of {epochs}, step {self.step}"
 
     def finished_line(self, train: TrainSettings) -> str | None:
