@@ -1,6 +1,6 @@
 """The batch that a loader yields."""
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -75,13 +75,11 @@ class KDBatch(Mapping[str, Any]):
         target = torch.device(device)
         if all(each.device == target for each in _tensors(self.asdict())):
             return self
+        return type(self)(_mapped(lambda each: each.to(device, non_blocking=non_blocking), self.asdict()))
 
-        def move(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {name: move(each) for name, each in value.items()}
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-
-        return type(self)(move(self.asdict()))
+    def clone(self) -> Self:
+        """The batch in memory of its own."""
+        return type(self)(_mapped(Tensor.clone, self.asdict()))
 
     def replace(self, **changes: Any) -> Self:
         """A batch with other values in some fields, which are named as for a new one; nothing is copied."""
@@ -152,6 +150,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
     elif isinstance(value, Tensor):
         yield value
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `function` of each tensor in it, also in mappings."""
+    if isinstance(value, Mapping):
+        return {name: _mapped(function, each) for name, each in value.items()}
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def _shown(value: Any) -> str:

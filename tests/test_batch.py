@@ -109,6 +109,17 @@ def test_to_moves_a_batch_that_is_partly_there():
     assert make(index=torch.zeros(ROWS, device="meta")).to("meta").images.device.type == "meta"
 
 
+def test_clone_shares_no_memory():
+    batch = make(extra={"word": torch.ones(ROWS), "text": "as it is"})
+    own = batch.clone()
+    addresses = [
+        {each.data_ptr() for each in _pytree.tree_leaves(found.asdict()) if isinstance(each, Tensor)}
+        for found in (batch, own)
+    ]
+    assert addresses[0].isdisjoint(addresses[1]) and own.extra["text"] == "as it is"
+    assert same(batch.replace(extra={}), own.replace(extra={}))
+
+
 def test_replace_keeps_the_rest():
     batch = make()
     changed = batch.replace(images=batch.images + 1, teacher={})

@@ -445,14 +445,8 @@ def _without_end(loader: KDDataLoader) -> Iterator[KDBatch]:
 
 def _copied(batch: KDBatch, teacher: Teacher | Recording | None) -> KDBatch:
     """The batch in memory of its own, with outputs of the teacher."""
-    images = batch.images.clone()
-    return batch.replace(
-        images=images,
-        labels=None if batch.labels is None else batch.labels.clone(),
-        index=batch.index.clone(),
-        valid=batch.valid.clone(),
-        teacher=teacher(images) if isinstance(teacher, Teacher) else {**batch.teacher},
-    )
+    copied = batch.clone()
+    return copied.replace(teacher=teacher(copied.input)) if isinstance(teacher, Teacher) else copied
 
 
 def _from_cpu(teacher: Teacher) -> Callable[[Tensor], Mapping[str, Tensor]]:

@@ -226,7 +226,7 @@ class BatchLoader:
         """
         ready = self._peek()
         self._sync.hand_over(ready.event, ready.tensors)
-        batch = _cloned(ready.batch)
+        batch = ready.batch.clone()
         self._sync.keep_until_used(ready.raw)
         return batch
 
@@ -374,14 +374,3 @@ class BatchLoader:
 
 AnyLoader = KDDataLoader | BatchLoader
 """A loader of images by DALI, or of anything else."""
-
-
-def _cloned(batch: KDBatch) -> KDBatch:
-    """The batch in memory of its own."""
-
-    def clone(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: clone(each) for name, each in value.items()}
-        return value.clone() if isinstance(value, Tensor) else value
-
-    return KDBatch(clone(batch.asdict()))

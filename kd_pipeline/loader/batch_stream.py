@@ -38,6 +38,7 @@ from kd_pipeline.loader.state import check_fingerprint, check_position, read_pos
 from kd_pipeline.loader.streams import open_stream_sync
 from kd_pipeline.loader.torch_view import BatchNumbers, SampleView, as_it_is
 from kd_pipeline.loader.verify_recording import check_pixels, check_stream, cut_of_mixed_batch
+from kd_pipeline.models.modules import zero_images
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 
@@ -177,7 +178,7 @@ class BatchStream:
 
     def example(self) -> dict[str, Tensor]:
         """Inputs of two rows by name, for a trial run of a network: images of zeros in float32, on the CPU."""
-        return {"images": torch.zeros(2, 3, self.transform.size, self.transform.size)}
+        return zero_images((3, self.transform.size, self.transform.size))
 
     @property
     def drop_last(self) -> bool:
@@ -195,6 +196,11 @@ class BatchStream:
     def decode(self) -> DecodeMode:
         """How files are decoded: the setting, or the choice of `auto`."""
         return self._graph_settings.decode
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the content of the data, that of the source."""
+        return self.source.fingerprint
 
     @property
     def stream_fingerprint(self) -> dict[str, Any]:
@@ -257,7 +263,7 @@ class BatchStream:
             self._peeked = place, self._preparation.prepare(self._reader, *place)
         pending = self._peeked[1]
         self._sync.hand_over(pending.event, pending.torch_owned)
-        batch = pending.cloned()
+        batch = pending.batch.clone()
         self._sync.keep_until_used(pending.buffer)
         return batch
 

@@ -35,17 +35,6 @@ class PendingBatch:
     counted: Tensor
     """`[2, N]` bool, for the counter of images that had a single color before they were mixed."""
 
-    def cloned(self) -> KDBatch:
-        """The batch in memory of its own."""
-        batch = self.batch
-        return batch.replace(
-            inputs={name: tensor.clone() for name, tensor in batch.inputs.items()},
-            labels=None if batch.labels is None else batch.labels.clone(),
-            index=batch.index.clone(),
-            valid=batch.valid.clone(),
-            teacher={name: tensor.clone() for name, tensor in batch.teacher.items()},
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Preparation:

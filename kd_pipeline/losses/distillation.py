@@ -23,7 +23,15 @@ from kd_pipeline.models.backbone import prefix_tokens_of, trunk_of
 from kd_pipeline.models.features import capture_features
 from kd_pipeline.models.modules import deployed_network, zero_images
 
-__all__ = ["CustomLoss", "DistillSettings", "Distillation", "LossTerms", "TermSettings", "student_outputs"]
+__all__ = [
+    "CustomLoss",
+    "DistillSettings",
+    "Distillation",
+    "LossTerms",
+    "TermSettings",
+    "scalar_loss",
+    "student_outputs",
+]
 
 CustomLoss = Callable[[Any, KDBatch], Tensor]
 """Your own loss: maps what the student returns, as it returns it, and the batch to a scalar, the mean over the valid
@@ -293,13 +301,7 @@ class Distillation(nn.Module):
                 self._distill_term, logits, teacher, batch.labels, valid=batch.valid, temperature=temperature
             )
         assert self._custom_loss is not None
-        value = self._custom_loss(outputs, batch)
-        if not isinstance(value, Tensor) or value.shape != ():
-            found = list(value.shape) if isinstance(value, Tensor) else type(value).__qualname__
-            raise ConfigError(
-                f"the loss {self._custom_loss!r} should return a scalar tensor, got {found}; take the batch mean"
-            )
-        return value
+        return scalar_loss(self._custom_loss(outputs, batch), f"the loss {self._custom_loss!r}")
 
     def _add(self, term: Term, modules: TermModules) -> None:
         number = str(len(self._terms))
@@ -339,6 +341,18 @@ class Distillation(nn.Module):
                 check_on_zeros(self._distill_term, student, logits)
             except ConfigError as exc:
                 raise ConfigError(f"distill: {exc}") from exc
+
+
+def scalar_loss(value: object, owner: str) -> Tensor:
+    """What a function of the user's returned, if it is a scalar tensor; `owner` is the function, for the message.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, Tensor) and value.shape == ():
+        return value
+    found = list(value.shape) if isinstance(value, Tensor) else type(value).__qualname__
+    raise ConfigError(f"{owner} should return a scalar tensor, got {found}; take the batch mean")
 
 
 def _logit_term(loss: str | None, teacher_outputs: Iterable[str]) -> str:

@@ -6,8 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.errors import ConfigError
-from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
+from kd_pipeline.losses.distillation import Distillation, LossTerms, scalar_loss, student_outputs
 from kd_pipeline.losses.settings import DistillSettings
 
 __all__ = ["OwnLoss"]
@@ -52,12 +51,7 @@ class OwnLoss(Distillation):
         Raises:
             ConfigError: the function returns no scalar tensor.
         """
-        value = self._function(outputs, batch)
-        if not isinstance(value, Tensor) or value.shape != ():
-            found = list(value.shape) if isinstance(value, Tensor) else type(value).__qualname__
-            raise ConfigError(
-                f"distillation: {self._function!r} should return a scalar tensor, got {found}; take the batch mean"
-            )
+        value = scalar_loss(self._function(outputs, batch), f"distillation: {self._function!r}")
         return LossTerms(value, {"distill": value}, {"distill": 1.0}, None)
 
     def compared(self, outputs: Any, features: Mapping[str, Tensor]) -> list[Tensor]:

@@ -18,6 +18,7 @@ from kd_pipeline.loader.batch_loader import AnyLoader, BatchLoader
 from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.input_adapter import Normalization
+from kd_pipeline.models.modules import zero_images
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.distributed import on_rank_zero
@@ -75,7 +76,7 @@ class RunData:
             self.source = open_source(config.data.split("train").source, plugins=plugins)
         self.own_training = own_training
         """The user's loader; its teacher may have to be set yet."""
-        found = own_training.source if isinstance(own_training, KDDataLoader) else own_training or self.source
+        found = own_training or self.source
         assert found is not None
         self.training: TrainingData = found
         self.has_own_validation = parts.validation is not None or len(self._own) > 1
@@ -108,7 +109,7 @@ class RunData:
     @property
     def fingerprints(self) -> dict[str, str]:
         """Of the data of the splits for evaluation."""
-        return {split: _fingerprint(self.loader(split)) for split in self.splits if split != "train"}
+        return {split: self.loader(split).fingerprint for split in self.splits if split != "train"}
 
     @property
     def resume_note(self) -> str | None:
@@ -148,7 +149,7 @@ class RunData:
         if self.own_training is not None:
             return self.own_training.example()
         size = self._config.data.split("train").transform.size
-        return {"images": torch.zeros(2, 3, size, size)}
+        return zero_images((3, size, size))
 
     def teacher_example(self) -> dict[str, Tensor]:
         """The same in the dtype that a teacher gets."""
@@ -164,9 +165,8 @@ class RunData:
             example = self.loader(split).example()
         else:
             transform = self._config.data.split(split).transform
-            example = {
-                "images": torch.zeros(2, 3, transform.size, transform.size, dtype=getattr(torch, transform.dtype))
-            }
+            zeros = zero_images((3, transform.size, transform.size))
+            example = {name: each.to(getattr(torch, transform.dtype)) for name, each in zeros.items()}
         return next(iter(example.values()))
 
     @property
@@ -298,7 +298,3 @@ def _is_data_module(part: Any) -> bool:
 def _is_overridden(module: Any, name: str) -> bool:
     """Whether a data module has a hook of its own; Lightning's raises an error."""
     return not getattr(type(module), name).__module__.startswith(("lightning.", "pytorch_lightning."))
-
-
-def _fingerprint(loader: AnyLoader) -> str:
-    return loader.source.fingerprint if isinstance(loader, KDDataLoader) else loader.fingerprint
