@@ -58,7 +58,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """One thread again, if a benchmark of the test before has set more."""
+    """The same random numbers whatever ran before, and one thread again, if a benchmark has set more."""
+    torch.manual_seed(0)
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
 
