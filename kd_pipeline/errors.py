@@ -82,7 +82,7 @@ class TooManyBadSamplesError(DataError):
         limit = "" if max_bad_fraction is None else f", which is more than max_bad_fraction={max_bad_fraction:g} allows"
         super().__init__(
             f"{num_bad} of {num_samples} samples cannot be read{limit}; the last one is sample {last.index}, "
-            f"{last.path}: {last.reason}. To go on, {advice}"
+            f"{last.path}: {last.reason}. To continue, {advice}"
         )
 
 

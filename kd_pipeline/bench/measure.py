@@ -22,6 +22,7 @@ import torch
 
 import kd_pipeline
 from kd_pipeline._core.output import prepare_output, write_output
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.secret_values import hide_in_arguments
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import MissingPackageError
@@ -131,14 +132,19 @@ def measure(
         num_warm_up: untimed batches before them.
         report: receives a line after every repeat.
     """
-    for candidate in candidates:
-        candidate.run(candidate.num_warm_up or num_warm_up)
+    with progress_bar("warming up") as report_candidates:
+        for number, candidate in enumerate(candidates):
+            report_candidates(number, len(candidates))
+            candidate.run(candidate.num_warm_up or num_warm_up)
     samples: dict[str, list[_Sample]] = {candidate.name: [] for candidate in candidates}
     for repeat in range(repeats):
-        for candidate in rotated(candidates, repeat):
-            samples[candidate.name].append(_time(candidate, num_batches, num_warm_up))
+        title = f"repeat {repeat + 1} of {repeats}"
+        with progress_bar(title) as report_candidates:
+            for number, candidate in enumerate(rotated(candidates, repeat)):
+                report_candidates(number, len(candidates))
+                samples[candidate.name].append(_time(candidate, num_batches, num_warm_up))
         rates = (f"{name} {own[-1].images_per_s:,.0f}" for name, own in samples.items())
-        report(f"repeat {repeat + 1} of {repeats}, images/s: {', '.join(rates)}")
+        report(f"{title}, images/s: {', '.join(rates)}")
     return [Measurement(name, *zip(*own, strict=True)) for name, own in samples.items()]
 
 

@@ -44,22 +44,45 @@ def link_photographs(root: Path, folder: Path, *, num_images: int) -> Path:
     return folder
 
 
-def link_images(root: Path, folder: Path, *, num_images: int) -> Path | None:
-    """Make `folder` with links to so many images of `root`, or all, evenly spaced, each of which is read once.
+def link_images(
+    root: Path, folder: Path, *, num_images: int, report: Callable[[str], object] = lambda line: None
+) -> Path | None:
+    """Make `folder` with links to so many images of `root`, or all, evenly spaced, each of which is decoded once.
+
+    Those that Pillow cannot decode are left out, as they would stop the loaders of torchvision, and are reported.
 
     Returns:
         The first file that is not JPEG; None if all are.
     """
-    source, other = ImageFolder(root), None
-    for index in np.linspace(0, len(source) - 1, min(len(source), num_images)).astype(int).tolist():
-        path = Path(source.name(index))
-        is_jpeg = path.read_bytes().startswith(_JPEG)
+    source = ImageFolder(root)
+    chosen = np.linspace(0, len(source) - 1, min(len(source), num_images)).astype(int).tolist()
+    paths = [Path(source.name(index)) for index in chosen]
+    with ThreadPoolExecutor(num_cores()) as pool:
+        readable = [*pool.map(_can_read, paths)]
+    if bad := [path for path, is_readable in zip(paths, readable, strict=True) if not is_readable]:
+        report(f"left out {len(bad)} of {len(paths)} images, which cannot be decoded, such as {bad[0]}")
+    other = None
+    for index, path, is_readable in zip(chosen, paths, readable, strict=True):
+        if not is_readable:
+            continue
+        with path.open("rb") as file:
+            is_jpeg = file.read(len(_JPEG)) == _JPEG
         other = other or (None if is_jpeg else path)
         # Of a kind that torchvision lists; PIL and DALI go by the content.
         link = folder / str(path.parent.name) / f"{index:09}{'.jpg' if is_jpeg else '.png'}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
     return other
+
+
+def _can_read(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (1, 1))  # JPEG in an eighth of the size, which finds damage as well
+            image.load()
+    except Exception:  # Pillow's plugins raise all kinds of errors on damaged files
+        return False
+    return True
 
 
 def read_jpeg(path: Path) -> None:

@@ -191,7 +191,7 @@ def _result(
 def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], object]) -> StepTask:
     root = folder / "images"
     with progress_bar("reading the images"):
-        no_jpeg = _link(photographs(settings.root, report), root, settings.batch_size)
+        no_jpeg = _link(photographs(settings.root, report), root, settings.batch_size, report)
     transform = _comparable(settings.transform, report)
     device = resolve_device(settings.device)
     onnx, wanted = settings.onnx, [row for row in settings.rows if row in NEED_ONNX]
@@ -270,11 +270,12 @@ def _comparable(transform: TrainTransform, report: Callable[[str], object]) -> T
     return plain
 
 
-def _link(root: Path, folder: Path, batch_size: int) -> Path | None:
+def _link(root: Path, folder: Path, batch_size: int, report: Callable[[str], object]) -> Path | None:
     """Make `folder` with links to as many images of `root` as fit into the page cache; returns one that is not JPEG."""
-    if (number := len(ImageFolder(root))) < batch_size:
+    other = link_images(root, folder, num_images=_NUM_IMAGES, report=report)
+    if (number := sum(path.is_file() for path in folder.rglob("*"))) < batch_size:
         raise DataError(f"{root} has {number} images, fewer than one batch of {batch_size}; lower batch_size")
-    return link_images(root, folder, num_images=_NUM_IMAGES)
+    return other
 
 
 def _record(task: StepTask, settings: BenchStepSettings) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, format_table, prepare_out, save_result, spread
@@ -242,7 +243,10 @@ def _prepare(
         report(f"exporting {name} for images of {size} x {size}")
         started_s = time.perf_counter()
         try:
-            onnx = export_onnx(module, folder / "teacher.onnx", image_shape=(3, size, size), max_batch=_EXPORT_BATCH)
+            with progress_bar("exporting to ONNX"):
+                onnx = export_onnx(
+                    module, folder / "teacher.onnx", image_shape=(3, size, size), max_batch=_EXPORT_BATCH
+                )
             exported, export_s = ExportedModel(name, module, onnx), time.perf_counter() - started_s
         except (ExportError, MissingPackageError) as exc:
             exported = ExportedModel(name, module, None, f"no ONNX file: {exc}")
@@ -263,7 +267,15 @@ def _photographs(
     largest = max(settings.batch_sizes)
     number = -(-NUM_COMPARED // largest) * largest
     source, found = ImageFolder(root, labeled=False), []
-    with KDDataLoader(source, teacher.transform, batch_size=1, device="cpu", num_threads=num_threads) as loader:
+    with KDDataLoader(
+        source,
+        teacher.transform,
+        batch_size=1,
+        device="cpu",
+        num_threads=num_threads,
+        on_bad_sample="substitute",  # any images will do
+        max_bad_fraction=1.0,
+    ) as loader:
         for batch in loader:
             found.append(batch.images.clone())
             if len(found) == number:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline.bench.measure import Candidate, measure
 from kd_pipeline.errors import ConfigError, KDPipelineError, TeacherError
 from kd_pipeline.onnx.file import read_onnx
@@ -143,7 +144,9 @@ class BackendComparison:
                     if not (precision in precisions or is_reference):
                         continue
                     kind = _Kind(backend, precision)
-                    if teacher := self._open(kind, self._largest, opened):
+                    with progress_bar(f"{kind.name}: opening"):
+                        teacher = self._open(kind, self._largest, opened)
+                    if teacher is not None:
                         teachers[kind.name] = teacher
             if not teachers:
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items())
@@ -154,7 +157,9 @@ class BackendComparison:
                     if batch_size in ((self._largest,) if compile_at is None else compile_at):
                         torch.compiler.reset()  # what is compiled for a single size is the fastest
                         for kind in self._kinds_of_one_size(precisions, teachers):
-                            if teacher := self._open(kind, batch_size, opened_now):
+                            with progress_bar(f"{kind.name}: opening for {batch_size} at a time"):
+                                teacher = self._open(kind, batch_size, opened_now)
+                            if teacher is not None:
                                 now[kind.name] = teacher
                     self._measure(now, batch_size, num_images, repeats)
 

@@ -1,13 +1,15 @@
 """Find the settings that make a run fastest on this machine and leave what is learned as it is."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
 from pydantic import Field, ValidationError
 
 from kd_pipeline._core.output import prepare_output, write_output
+from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.ranks import world_size
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment
@@ -78,7 +80,9 @@ def tune(
     if stage != "distill" or config.student is not None:
         check_config(config, stage)
     report("opening the images, the teacher and the student")
-    with RunSteps(config, stage, plugins=plugins, trust_engines=trust_engines) as steps:
+    with ExitStack() as opened:
+        with progress_bar("opening"):
+            steps = opened.enter_context(RunSteps(config, stage, plugins=plugins, trust_engines=trust_engines))
         if steps.has_random_teacher:
             report("the teacher is not trained yet: it is measured with random weights, in the precision that is set")
         place = Place.of(config, stage, default_threads=steps.default_threads)
@@ -150,7 +154,7 @@ class _Search:
         elif self._place.has_teacher:
             parts = ["no loader", "no teacher"]
         trials = [Trial(self._best), *(Trial(self._best, part) for part in parts)]
-        found = race(self._steps, Trial(present), trials, until_s=until_s, drop=False)
+        found = self._race(name, Trial(present), trials, until_s, drop=False)
         self._report_race(name, found)
         return found
 
@@ -178,7 +182,7 @@ class _Search:
             return
         left_s = max(until_s - time.perf_counter(), 0)
         self._report(f"{name}: comparing {len(trials) + 1} settings, for at most {left_s:.0f} s")
-        found = race(self._steps, Trial(self._best), trials, until_s=until_s)
+        found = self._race(name, Trial(self._best), trials, until_s)
         self._races[name] = found
         self._left_out |= {as_overrides(trial.values): reason for trial, reason in found.failed.items()}
         self._report_race(name, found)
@@ -211,7 +215,8 @@ class _Search:
                 self._check_teacher(values)
             if ("train.compile", True) in choice.values:
                 self._report("compiling the student")
-                self._compile_s = self._compile_student(values, until_s - time.perf_counter() - _TRACE_S)
+                with progress_bar("compiling the student"):
+                    self._compile_s = self._compile_student(values, until_s - time.perf_counter() - _TRACE_S)
         except (KDPipelineError, RuntimeError, ValueError) as exc:
             reason = exc.errors()[0]["msg"] if isinstance(exc, ValidationError) else str(exc)
             self._left_out[as_overrides(choice.values)] = reason
@@ -240,7 +245,7 @@ class _Search:
         }
         if not choices or time.perf_counter() > until_s:
             return []
-        found = race(self._steps, Trial(self._best), choices, until_s=until_s)
+        found = self._race("to be allowed", Trial(self._best), choices, until_s)
         self._races["to be allowed"] = found
         self._left_out |= {as_overrides(trial.values): reason for trial, reason in found.failed.items()}
         self._report_race("to be allowed", found)
@@ -250,6 +255,10 @@ class _Search:
             for trial in found.rates
             if trial in choices and (needs := choices[trial].needs) is not None
         ]
+
+    def _race(self, name: str, present: Trial, others: Iterable[Trial], until_s: float, *, drop: bool = True) -> Race:
+        with progress_bar(f"{name}, seconds") as report:
+            return race(self._steps, present, others, until_s=until_s, drop=drop, report=report)
 
     def _report_race(self, name: str, found: Race) -> None:
         rows = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Protocol
 
+from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.bench.measure import rotated
 from kd_pipeline.bench.tune_steps import Trial
 from kd_pipeline.errors import KDPipelineError
@@ -110,6 +111,7 @@ def race(
     drop: bool = True,
     max_rounds: int = _MAX_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
+    report: Report = no_report,
 ) -> Race:
     """Measure all trials in rounds, in an order that rotates, until the differences are clear or time is up.
 
@@ -121,8 +123,10 @@ def race(
         drop: leave out trials that cannot win any more, and stop as soon as all others are certain.
         max_rounds: how many rounds are enough.
         clock: tells the time.
+        report: called after each measurement with the seconds that have passed and those that there are.
     """
-    found = Race({present: []}, {})
+    found, begun_s = Race({present: []}, {}), clock()
+    num_seconds = max(math.ceil(until_s - begun_s), 1)
     running = [present, *(other for other in others if other != present)]
     share_s = (until_s - clock()) / (len(running) * (_MIN_ROUNDS + 2)) / 2  # half is for getting there
     seconds = min(max(share_s, _TRIAL_S[0]), _TRIAL_S[1])
@@ -140,6 +144,7 @@ def race(
                 if trial == present:
                     raise
                 found.failed[trial] = str(exc)
+            report(min(int(clock() - begun_s), num_seconds), num_seconds)
         for trial, rate in measured.items():
             found.rates.setdefault(trial, []).append(rate)
         running = [trial for trial in running if trial in measured]

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 from PIL import Image
 
 from kd_pipeline.bench import photographs as module
-from kd_pipeline.bench.photographs import make_photographs
+from kd_pipeline.bench.photographs import link_images, make_photographs
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.errors import MissingPackageError
 from tests.bench.conftest import NUM_PHOTOGRAPHS
@@ -112,3 +113,16 @@ def test_missing_scikit_learn_names_the_extra(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(MissingPackageError, match=r"sklearn .* pip install 'kd_pipeline\[bench\]'"):
         make_photographs(tmp_path / "photographs")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_leave_out_what_cannot_be_decoded(photo_folder: Path, tmp_path: Path) -> None:
+    root, lines = tmp_path / "photos", list[str]()
+    shutil.copytree(photo_folder, root)
+    cut_off, empty = root / "flower" / "03.jpg", root / "roof" / "04.png"
+    cut_off.write_bytes(cut_off.read_bytes()[:-200])
+    empty.write_bytes(b"")
+    other = link_images(root, tmp_path / "links", num_images=100, report=lines.append)
+    assert other == root / "flower" / "00.png"
+    linked = {path.resolve() for path in (tmp_path / "links").rglob("*.*")}
+    assert linked == {path for path in root.rglob("*.*") if path not in (cut_off, empty)}
+    assert lines == [f"left out 2 of 37 images, which cannot be decoded, such as {cut_off}"]

@@ -1,5 +1,6 @@
-"""What check, eval and record say while they work: a bar on a terminal, and lines through a pipe."""
+"""What check, eval, record, bench and tune say while they work: a bar on a terminal, and lines through a pipe."""
 
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -25,6 +26,12 @@ student: {NETWORK}}}
 train: {{epochs: 2, num_threads: 1}}
 """
 SECONDS = r"\d+\.\d s"
+SHORT = ["--batch-sizes", "8", "--precisions", "fp32", "--num-images", "8", "--repeats", "1", "--compile-at"]
+
+
+def name(value: object) -> str:
+    """Of a case: the words before its options."""
+    return " ".join(itertools.takewhile(str.isalpha, value)) if isinstance(value, list) and value[0].isalpha() else ""
 
 
 @pytest.fixture
@@ -52,13 +59,43 @@ CASES = [
         "epoch 1 of 2",
         ["epoch 1 of 2: 50.0% recorded", "epoch 2 of 2: 100.0% recorded", f"recorded in {SECONDS}"],
     ),
+    (
+        ["bench", "teacher", "--builtin", "small_resnet", "--num-classes", "3", "--root", "photos", *SHORT],
+        "repeat 1 of 1",
+        [rf"pytorch fp32: first output after {SECONDS}", r"8 at a time, repeat 1 of 1, images/s: pytorch fp32 \d+"],
+    ),
+]
+LONG = [
+    (
+        ["bench", "step", "-c", "my.yaml", "--rows", "c", "--num-steps", "1", "--repeats", "1"],
+        "repeat 1 of 1: (c)",
+        [
+            r"left out 1 of 37 images, which cannot be decoded, such as .*/photos/",
+            rf"opening, 1 of 4; compiling, which can take a few minutes\s+\(c\) open after {SECONDS}",
+            rf"repeat 1 of 1, {SECONDS}, images/s: \(c\) \d+",
+        ],
+    ),
+    (
+        ["tune", "-c", "my.yaml", "--seconds", "10"],
+        "last comparison, seconds",
+        ["opening the images, the teacher and the student", r"last comparison, images/s: as it is \d+"],
+    ),
 ]
 
 
+def check_terminal(folder: Path, arguments: list[str], bar: str, lines: list[str], *, expected: int = 0) -> None:
+    """The bar is drawn, and what is left when it is erased has the lines."""
+    status, shown = at_terminal(arguments, folder)
+    assert status == expected, shown
+    assert re.search(rf"\r\x1b\[K{re.escape(bar)}  ━*╌*  \d+/\d+  0:\d\d", shown)
+    assert "[ERROR]" not in shown
+    kept = re.sub(r"\r\x1b\[K[^\r\n]*(?=\r\x1b\[K)", "", shown).replace("\r\x1b[K", "")
+    for line in lines:
+        assert re.search(line, kept), (line, kept)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "bar", "lines"), CASES, ids=lambda each: each[0] if isinstance(each, list) else ""
-)
+@pytest.mark.parametrize(("arguments", "bar", "lines"), CASES, ids=name)
 def test_bar_on_a_terminal_and_lines_through_a_pipe(
     folder: Path, arguments: list[str], bar: str, lines: list[str]
 ) -> None:
@@ -69,14 +106,16 @@ def test_bar_on_a_terminal_and_lines_through_a_pipe(
         assert re.search(line, output + error), (line, output, error)
     assert "\x1b" not in output + error and "[ERROR]" not in error
     shutil.rmtree(folder / "runs", ignore_errors=True)
-    status, shown = at_terminal(arguments, folder)
-    assert status == expected, shown
-    assert re.search(rf"\r\x1b\[K{re.escape(bar)}  ━*╌*  \d+/\d+  0:\d\d", shown)
-    assert "[ERROR]" not in shown
-    # What is left when the bars are erased are the same lines.
-    kept = re.sub(r"\r\x1b\[K[^\r\n]*(?=\r\x1b\[K)", "", shown).replace("\r\x1b[K", "")
-    for line in lines:
-        assert re.search(line, kept), (line, kept)
+    check_terminal(folder, arguments, bar, lines, expected=expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "bar", "lines"), LONG, ids=name)
+def test_bar_of_long_measurements(
+    folder: Path, arguments: list[str], bar: str, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    check_terminal(folder, arguments, bar, lines)
 
 
 @pytest.mark.slow
