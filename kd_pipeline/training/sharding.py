@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline.models.modules import deployed_network
+
 __all__ = ["full_state_dict", "full_tensor", "is_sharded", "load_full_state_dict", "reach_outputs", "shard"]
 
 
@@ -23,6 +25,8 @@ def shard(module: nn.Module, mesh: Any) -> None:
 
     for block in _blocks(module):
         fully_shard(block, mesh=mesh)
+    if (network := deployed_network(module)) is not module:  # which validation calls by itself
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)
     # By default the root stays gathered after forward, and in validation no backward pass would reshard it.
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
 

@@ -506,6 +506,7 @@ class StageRun(ExitStack):
             distillation = build_distillation(
                 self._config, student, loader, loader.teacher, plugins=self._plugins, loss=self._parts.distillation
             )
+            student = deployed_network(student)
         is_selected = self._config.train.select_by is not None or self._plan.is_own
         has_best = is_selected and self._best_file.is_file()
         path = self._folder.checkpoints / ("best.ckpt" if has_best else "last.ckpt")

@@ -1,27 +1,80 @@
 """Objects of the user's on two processes: the weights and numbers of one process, and each line printed once."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from kd_pipeline import losses
+from kd_pipeline.config.config import Config
 from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.losses.settings import DistillSettings
 from kd_pipeline.training.sharding import full_state_dict
 from kd_pipeline.workflows._train import train
 from tests.training.rank_worker import run_ranks
 from tests.training.tiny_run import distance, logged, result
-from tests.workflows.objects import ROWS, config, network, run, teacher, tensors
+from tests.workflows.objects import ROWS, config, network, teacher, tensors
 
 # Lightning's advice on workers, loggers and the trainer's options.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "ema": {"ema": {"decay": 0.5}},
-    "fsdp": {"strategy": "fsdp"},
+
+class WithLosses(nn.Module):
+    """Returns a loss of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network()
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        logits = self.body(images)
+        return {"logits": logits, "losses": {"balance": logits.square().mean()}}
+
+
+class Both(nn.Module):
+    """Holds both networks, and compares them itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = network(), network(5)
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        logits = self.student(images)
+        return {"logits": logits, "losses": {"soft": losses.soft_target(logits, self.teacher(images))}}
+
+
+class Case(NamedTuple):
+    """What differs between runs."""
+
+    student: Callable[[], nn.Module] = network
+    changes: Mapping[str, Any] = {}
+    distill: Mapping[str, Any] = {}
+    has_teacher: bool = True
+
+    def config(self, folder: Path, *, num_ranks: int) -> Config:
+        changes = {key: value for key, value in self.changes.items() if num_ranks > 1 or key != "strategy"}
+        settings = config(folder, **changes)
+        stage = settings.stage if self.has_teacher else "baseline"
+        return settings.model_copy(update={"stage": stage, "distill": DistillSettings(**self.distill)})
+
+    def objects(self) -> dict[str, Any]:
+        return {"teacher": teacher()} if self.has_teacher else {}
+
+
+BALANCE = {"student_losses": {"balance": 0.1}}
+SOFT = {"loss": None, "student_losses": {"soft": 2.0}}
+CASES = {
+    "ddp": Case(),
+    "ema": Case(changes={"ema": {"decay": 0.5}}),
+    "fsdp": Case(changes={"strategy": "fsdp"}),
+    "own losses": Case(WithLosses, distill=BALANCE),
+    "own losses fsdp": Case(WithLosses, {"strategy": "fsdp"}, BALANCE),
+    "both networks": Case(Both, distill=SOFT, has_teacher=False),
+    "both networks fsdp": Case(Both, {"strategy": "fsdp"}, SOFT, has_teacher=False),
 }
 
 
@@ -47,12 +100,12 @@ def numbers(evaluation: Evaluation) -> list[float]:
 def train_parts(folder: Path, rank: int) -> dict[str, Any]:
     """Weights and numbers of runs, and what they reported."""
     found: dict[str, Any] = {}
-    for name, changes in CHANGES.items():
-        student, lines = network(), list[str]()
+    for name, case in CASES.items():
+        student, lines = case.student(), list[str]()
         outcome = train(
-            config(folder / name, **changes),
+            case.config(folder / name, num_ranks=2),
+            **case.objects(),
             student=student,
-            teacher=teacher(),
             train_batches=own_part(96),
             validation=own_part(40, 200),
             optimizer=momentum,
@@ -73,17 +126,20 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return folder, run_ranks(2, folder, train_parts)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", CASES)
 def test_two_ranks_match_one_with_double_batch(tmp_path: Path, ranks: Ranks, name: str) -> None:
-    student, alone = network(), {key: each for key, each in CHANGES[name].items() if key != "strategy"}
-    objects = {"train_batches": whole(96), "validation": whole(40, 200), "optimizer": momentum}
-    expected = numbers(run(tmp_path / "one", alone, student=student, **objects).evaluations["val"])
+    case = CASES[name]
+    student = case.student()
+    objects = {"train_batches": whole(96), "validation": whole(40, 200), "optimizer": momentum, **case.objects()}
+    alone = train(case.config(tmp_path / "one", num_ranks=1), student=student, **objects)
+    expected = numbers(alone.evaluations["val"])
     folder, found = ranks
     for rank in found:
         assert distance(rank[name]["weights"], student.state_dict()) < 1e-6
         assert rank[name]["val"] == pytest.approx(expected, rel=1e-5)
-    assert result(folder / name)["val"]["num_samples"] == 40
-    assert [row["val/top1"] for row in logged(folder / name) if "val/top1" in row]
+    wrote = folder / name if case.has_teacher else folder / name / "baseline"
+    assert result(wrote)["val"]["num_samples"] == 40
+    assert [row["val/top1"] for row in logged(wrote) if "val/top1" in row]
 
 
 def test_result_is_reported_once(ranks: Ranks) -> None:
