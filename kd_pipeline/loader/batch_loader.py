@@ -73,7 +73,8 @@ class BatchLoader:
                 of tuples are positions; names are given to them in their order.
             labels: the field of the labels: integers `[N]`, or floats `[N, K]`.
             index: the field of each sample's number; by default they are counted in each epoch.
-            valid: the field `[N]` that is false for rows to ignore; by default there are none.
+            valid: the field `[N]` that is false for rows to ignore; by default there are none, but for the samples that
+                a `DistributedSampler` repeats to give each process as many.
             prepare: changes each batch, on the device, before the teacher sees it.
             device: of what is returned; `"auto"` is the GPU if there is one.
             ahead: batches that are prepared before they are asked for; defaults to 1 on a GPU and to 0 on a CPU.
@@ -99,7 +100,13 @@ class BatchLoader:
         self._sync = open_stream_sync(self.device, ahead=self._num_ahead)
         names = FieldNames(inputs, labels, index, valid)
         self._preparation = BatchPreparation(
-            names, teacher, prepare, classes=self.classes, device=self.device, sync=self._sync
+            names,
+            teacher,
+            prepare,
+            classes=self.classes,
+            num_own_rows=self._user.num_own_rows,
+            device=self.device,
+            sync=self._sync,
         )
         self._position = Position(self._user.num_batches or _UNKNOWN_LENGTH)
         self._started: OpenEpoch | None = None

@@ -33,10 +33,13 @@ class BatchPreparation:
         change: Callable[[KDBatch], KDBatch] | None,
         *,
         classes: tuple[str, ...] | None,
+        num_own_rows: int | None,
         device: torch.device,
         sync: StreamSync,
     ) -> None:
         """Check the teacher; see `BatchLoader` for the arguments.
+
+        Rows of an epoch after `num_own_rows`, if it is given, are not valid, as another process has them too.
 
         Raises:
             ConfigError: this is no teacher, or a recording.
@@ -49,6 +52,7 @@ class BatchPreparation:
             )
         self._names, self._teacher, self._change = names, teacher, change
         self._classes, self._device, self._sync = classes, device, sync
+        self._num_own_rows = num_own_rows
         self.owns_teacher = teacher is not None and not isinstance(teacher, Teacher)
         """Whether the teacher is opened here."""
         self.first: KDBatch | None = None
@@ -124,10 +128,11 @@ class BatchPreparation:
         fields = read_fields(raw, self._names)
         rows, shard = len(fields), self.shard
         index, valid = fields.index, fields.valid
+        position = torch.arange(row, row + rows, device=self._device)
         if index is None:
-            index = torch.arange(row, row + rows, device=self._device) * shard.world_size + shard.rank
+            index = position * shard.world_size + shard.rank
         if valid is None:
-            valid = torch.ones(rows, dtype=torch.bool, device=self._device)
+            valid = position < (row + rows if self._num_own_rows is None else self._num_own_rows)
         return KDBatch(
             inputs={name: self._to_device(tensor).contiguous() for name, tensor in fields.inputs.items()},
             labels=None if fields.labels is None else self._to_device(fields.labels),

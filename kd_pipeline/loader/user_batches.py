@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
 from kd_pipeline.errors import ConfigError, StateError
 
@@ -62,6 +62,18 @@ class UserBatches:
             if isinstance(size, int):
                 return size
         return None
+
+    @property
+    def num_own_rows(self) -> int | None:
+        """Rows of this process in an epoch that no other has; None if that is not known.
+
+        A `DistributedSampler` gives as many to each: without `drop_last`, some read one of the first samples again.
+        """
+        sampler = getattr(self.batches, "sampler", None)
+        if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+            return None
+        length = _length(sampler.dataset)
+        return None if length is None else len(range(sampler.rank, length, sampler.num_replicas))
 
     def state(self) -> Any:
         """The loader's own position; None if it keeps none."""

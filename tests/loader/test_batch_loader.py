@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from kd_pipeline import BatchLoader, KDBatch
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
@@ -456,3 +456,16 @@ def test_global_random_numbers_are_not_drawn_by_opening_a_teacher(mlp: nn.Module
     assert BatchLoader([torch.rand(4, SIZE, generator=torch.Generator())], mlp).teacher is not None
     assert torch.equal(torch.get_rng_state(), wanted[0]) and random.getstate() == wanted[1]
     assert np.random.get_state()[1].tolist() == wanted[2]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_samples_that_a_sampler_repeats_are_not_valid(shuffle: bool) -> None:
+    data = TensorDataset(torch.arange(10.0)[:, None])
+    valid = []
+    for rank in range(4):
+        sampler: DistributedSampler[Any] = DistributedSampler(data, num_replicas=4, rank=rank, shuffle=shuffle)
+        loader = BatchLoader(DataLoader(data, batch_size=2, sampler=sampler), device="cpu")
+        for _ in range(2):
+            valid.append([value for batch in loader for value in batch.input[batch.valid, 0].tolist()])
+    for epoch in range(2):
+        assert sorted(sum(valid[epoch::2], [])) == list(range(10))

@@ -54,6 +54,8 @@ class Case(NamedTuple):
     changes: Mapping[str, Any] = {}
     distill: Mapping[str, Any] = {}
     has_teacher: bool = True
+    num_rows: int = 95
+    """For training: the sampler of two ranks repeats one."""
 
     def config(self, folder: Path, *, num_ranks: int) -> Config:
         changes = {key: value for key, value in self.changes.items() if num_ranks > 1 or key != "strategy"}
@@ -65,16 +67,17 @@ class Case(NamedTuple):
         return {"teacher": teacher()} if self.has_teacher else {}
 
 
+# The mean of what a student returns itself is that of all rows where each rank has as many.
 BALANCE = {"student_losses": {"balance": 0.1}}
 SOFT = {"loss": None, "student_losses": {"soft": 2.0}}
 CASES = {
     "ddp": Case(),
     "ema": Case(changes={"ema": {"decay": 0.5}}),
     "fsdp": Case(changes={"strategy": "fsdp"}),
-    "own losses": Case(WithLosses, distill=BALANCE),
-    "own losses fsdp": Case(WithLosses, {"strategy": "fsdp"}, BALANCE),
-    "both networks": Case(Both, distill=SOFT, has_teacher=False),
-    "both networks fsdp": Case(Both, {"strategy": "fsdp"}, SOFT, has_teacher=False),
+    "own losses": Case(WithLosses, distill=BALANCE, num_rows=96),
+    "own losses fsdp": Case(WithLosses, {"strategy": "fsdp"}, BALANCE, num_rows=96),
+    "both networks": Case(Both, distill=SOFT, has_teacher=False, num_rows=96),
+    "both networks fsdp": Case(Both, {"strategy": "fsdp"}, SOFT, has_teacher=False, num_rows=96),
 }
 
 
@@ -106,8 +109,8 @@ def train_parts(folder: Path, rank: int) -> dict[str, Any]:
             case.config(folder / name, num_ranks=2),
             **case.objects(),
             student=student,
-            train_batches=own_part(96),
-            validation=own_part(40, 200),
+            train_batches=own_part(case.num_rows),
+            validation=own_part(41, 200),
             optimizer=momentum,
             report=lines.append,
         )
@@ -130,7 +133,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 def test_two_ranks_match_one_with_double_batch(tmp_path: Path, ranks: Ranks, name: str) -> None:
     case = CASES[name]
     student = case.student()
-    objects = {"train_batches": whole(96), "validation": whole(40, 200), "optimizer": momentum, **case.objects()}
+    objects = {
+        "train_batches": whole(case.num_rows),
+        "validation": whole(41, 200),
+        "optimizer": momentum,
+        **case.objects(),
+    }
     alone = train(case.config(tmp_path / "one", num_ranks=1), student=student, **objects)
     expected = numbers(alone.evaluations["val"])
     folder, found = ranks
@@ -138,7 +146,7 @@ def test_two_ranks_match_one_with_double_batch(tmp_path: Path, ranks: Ranks, nam
         assert distance(rank[name]["weights"], student.state_dict()) < 1e-6
         assert rank[name]["val"] == pytest.approx(expected, rel=1e-5)
     wrote = folder / name if case.has_teacher else folder / name / "baseline"
-    assert result(wrote)["val"]["num_samples"] == 40
+    assert result(wrote)["val"]["num_samples"] == 41
     assert [row["val/top1"] for row in logged(wrote) if "val/top1" in row]
 
 
