@@ -1,5 +1,6 @@
 """Batches of any loader, with teacher outputs, and the position in it."""
 
+import itertools
 import random
 from collections import namedtuple
 from collections.abc import Iterator
@@ -468,4 +469,4 @@ def test_samples_that_a_sampler_repeats_are_not_valid(shuffle: bool) -> None:
         for _ in range(2):
             valid.append([value for batch in loader for value in batch.input[batch.valid, 0].tolist()])
     for epoch in range(2):
-        assert sorted(sum(valid[epoch::2], [])) == list(range(10))
+        assert sorted(itertools.chain(*valid[epoch::2])) == list(range(10))
