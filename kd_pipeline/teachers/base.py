@@ -217,14 +217,13 @@ class Teacher(ABC):
         for name, spec in found.items():
             shape = tuple(size or 0 for size in spec.shape)
             if not self.inputs[name].accepts(shape, spec.dtype):
-                raise TeacherError(
-                    f"the {self.backend} teacher takes {name} {self.inputs[name]}, got {spec}; "
-                    + (
-                        "change the transform's size or dtype, or export the teacher with an input_adapter"
-                        if len(shape) == 4
-                        else "give it that, or open it with an example of what it gets (backend: pytorch)"
-                    )
-                )
+                if len(shape) != 4:
+                    advice = "give it that, or open it with an example of what it gets (backend: pytorch)"
+                elif len(self.inputs[name].shape) == 4:
+                    advice = "change the transform's size or dtype, or export the teacher with an input_adapter"
+                else:
+                    advice = "it is no network of images: in Python, a BatchLoader of its own inputs runs it"
+                raise TeacherError(f"the {self.backend} teacher takes {name} {self.inputs[name]}, got {spec}; {advice}")
         sizes = {name: spec.shape[0] or 0 for name, spec in found.items()}
         if len({*sizes.values()}) > 1:
             raise TeacherError(f"the inputs of a teacher have different numbers of rows: {sizes}")

@@ -74,6 +74,8 @@ def test_an_onnx_file_of_vectors(tmp_path: Path) -> None:
     teacher = open_teacher(TeacherSettings(onnx=file))
     assert teacher.classes == (*"abcd",) and teacher.images.shape == (None, SIZE)
     assert teacher(torch.randn(2, SIZE))["logits"].shape == (2, CLASSES)
+    with pytest.raises(TeacherError, match="no network of images: in Python, a BatchLoader of its own inputs runs it"):
+        teacher(torch.randn(2, 3, 8, 8))
 
 
 def test_an_example_instead_of_a_shape() -> None:
