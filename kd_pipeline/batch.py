@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["KDBatch"]
 
 
-@dataclass(frozen=True, slots=True, init=False, eq=False, repr=False)
+@dataclass(slots=True, init=False, eq=False, repr=False)
 class KDBatch(Mapping[str, Any]):
     """One batch; row i of every field belongs to the same sample.
 
@@ -132,6 +132,15 @@ class KDBatch(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in self.items())})"
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a batch is not changed in place; make another one: batch.replace({name}=...)")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a batch keeps its fields; make another one: KDBatch({name}=..., ...)")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.asdict(),)
 
     __hash__ = object.__hash__
 

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
+from os import PathLike, fspath
 from pathlib import Path
 from textwrap import dedent
 from typing import Any, ClassVar
@@ -12,8 +13,9 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from kd_pipeline._core.paths import local_path
+from kd_pipeline.errors import ConfigError
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "require_config"]
 
 
 class Settings(BaseModel):
@@ -38,6 +40,21 @@ class Settings(BaseModel):
     @classmethod
     def _read_paths(cls, value: Any) -> Any:
         return _with_local_paths(value)
+
+
+def require_config(config: object) -> None:
+    """Refuse what stands for a config by mistake: its file, or a mapping.
+
+    Raises:
+        ConfigError: these are no settings.
+    """
+    if isinstance(config, Settings):
+        return
+    if isinstance(config, str | PathLike):
+        advice = f"read the file with kd_pipeline.load_config({fspath(config)!r})"
+    else:
+        advice = "make one with kd_pipeline.Config(...), or of a file with kd_pipeline.load_config(path)"
+    raise ConfigError(f"config should be a Config, got {type(config).__qualname__}; {advice}")
 
 
 @cache

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from kd_pipeline._core.output import prepare_output, write_output
 from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.ranks import world_size
-from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.settings import Settings, require_config
 from kd_pipeline.bench.measure import environment
 from kd_pipeline.bench.tune_compile import compile_in_child
 from kd_pipeline.bench.tune_knobs import KNOBS, Allowed, Choice, Knob, Place
@@ -70,6 +70,7 @@ def tune(
         ConfigError: the config lacks something, or this is one of several processes.
         DataError, TeacherError: the data or the teacher does not match the config.
     """
+    require_config(config)
     settings = settings or TuneSettings()
     started_s = time.perf_counter()
     if world_size() > 1:

@@ -9,6 +9,7 @@ from torch import nn
 
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.paths import argument_path
+from kd_pipeline._core.settings import require_config
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.plan import LastBatch, Shard
@@ -182,6 +183,7 @@ class KDDataLoader(BatchStream):
             ConfigError: the config has no such split, or its parts do not fit together.
             DataError, TeacherError: the data or the teacher is not what the config says.
         """
+        require_config(config)
         settings, arguments = config.data.split(split), split_arguments(config, split, changes)
         is_training = split == "train"
         source = open_split(config, split, training=training, plugins=plugins)

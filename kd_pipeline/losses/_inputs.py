@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, DataError
 
 __all__ = [
     "check_label_smoothing",
@@ -67,11 +67,16 @@ def prepare_labels(labels: Tensor | None, student: Tensor, valid: Tensor) -> Ten
 
     Raises:
         ConfigError: they are neither, or None.
+        DataError: a class is none of the student's; on a GPU, which would have to be waited for, torch fails instead.
     """
     if labels is None:
         raise ConfigError("this loss needs labels and the batch has none; use labeled data or a loss without labels")
     if labels.shape == student.shape[:1] and labels.dtype == torch.int64:
-        return mask_rows(labels, valid)
+        labels = mask_rows(labels, valid)
+        # Tensors of other classes may have no values to look at.
+        if labels.device.type == "cpu" and type(labels) is Tensor and not torch.compiler.is_compiling():
+            _check_range(labels, student.shape[1])
+        return labels
     if labels.shape == student.shape and labels.is_floating_point():
         return mask_rows(labels.detach().to(student.dtype), valid)
     num_rows, num_classes = student.shape
@@ -79,6 +84,16 @@ def prepare_labels(labels: Tensor | None, student: Tensor, valid: Tensor) -> Ten
         f"labels must be [{num_rows}] int64 class indices or [{num_rows}, {num_classes}] floating weights "
         f"to match the student's {describe(student)}, got {describe(labels)}"
     )
+
+
+def _check_range(labels: Tensor, num_classes: int) -> None:
+    outside = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(outside):
+        row = int(outside[0])
+        raise DataError(
+            f"the label of row {row} is {int(labels[row])}, and the student has {num_classes} logits, for labels from "
+            f"0 to {num_classes - 1}; give it as many classes as the data has, and mark rows without one as not valid"
+        )
 
 
 def check_temperature(temperature: float) -> None:

@@ -13,7 +13,7 @@ from kd_pipeline._core.memory import release_free_memory
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import speed_text
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.errors import NonFiniteError
+from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for
 from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
 from kd_pipeline.losses.ramp import value_at
@@ -192,6 +192,11 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         num_done = self.current_epoch * self.trainer.num_training_batches + number
         epoch = num_done / self.trainer.num_training_batches
         terms = self.distillation(outputs, features, batch, epoch=epoch, epochs=self._settings.epochs)
+        if not terms.total.requires_grad:
+            raise ConfigError(
+                "the loss depends on no weight that is trained, so nothing would be learned: compare what the student "
+                "returns as it is, not detached, and freeze only a part of it"
+            )
         own = student_outputs(outputs)
         outputs = {name: output.detach() for name, output in own.items()}
         self._guard.watch(TrainedBatch(number, batch, outputs, terms, self._temperatures(terms, epoch)))

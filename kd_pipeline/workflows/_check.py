@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from kd_pipeline._core.atomic_write import write_atomic
-from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.settings import Settings, require_config
 from kd_pipeline._core.terminal_log import log_line, log_to_terminal
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source, open_source
@@ -81,6 +81,7 @@ def check(
     Raises:
         ConfigError: there is no folder for the report, or no split.
     """
+    require_config(config)
     settings = settings or CheckSettings()
     if not config.data.splits:
         raise ConfigError("there is nothing to check: set data.train, or another split")

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from kd_pipeline._core.paths import argument_path
+from kd_pipeline._core.settings import require_config
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.settings import LoaderSettings
@@ -86,6 +87,7 @@ def compare_files(
         ConfigError: there is no such model or split, nothing to compare, or a metric is unknown.
         DataError, TeacherError: the data or a model cannot be read, or they do not fit together.
     """
+    require_config(config)
     opened_metrics = open_metrics(metrics, plugins=plugins)
     with ExitStack() as stack:
         # Without a process group, each process of a launcher compares on the whole split.

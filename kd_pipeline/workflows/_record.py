@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from kd_pipeline._core.progress import no_report, progress_bar
 from kd_pipeline._core.ranks import is_rank_zero, num_nodes
+from kd_pipeline._core.settings import require_config
 from kd_pipeline._core.terminal_log import log_line, log_to_terminal
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
@@ -155,6 +156,7 @@ def _planned(
     config: Config, settings: RecordSettings | None, plugins: Collection[str], trust_engines: Collection[str]
 ) -> Iterator[tuple[KDDataLoader, RecordingPlan, ExitStack]]:
     """The open loader, the plan, and the stack that closes everything."""
+    require_config(config)
     settings = settings or RecordSettings()
     folder = settings.out or (None if config.run_dir is None else config.run_dir / "recording")
     if folder is None:

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from kd_pipeline._core.settings import require_config
 from kd_pipeline._core.terminal_log import log_to_terminal
 from kd_pipeline.config.config import Config
+from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import AnyTeacherSettings
@@ -94,6 +96,9 @@ def train(
         DataError, TeacherError: the data or the teacher does not match the config.
         SystemExit: a signal stopped the run, which was saved: 143 for SIGTERM and SIGUSR1, 130 for Ctrl-C.
     """
+    for name, given in (("callbacks", callbacks), ("loggers", loggers)):
+        if not isinstance(given, Iterable):
+            raise ConfigError(f"{name} should be a list, got {type(given).__qualname__}; put it into brackets")
     parts = Parts(
         student=student,
         teacher=teacher,
@@ -106,7 +111,9 @@ def train(
         loggers=tuple(loggers),
     )
     check_lightning(callbacks, loggers)
-    config = parts.in_config(config or Config())
+    config = Config() if config is None else config
+    require_config(config)
+    config = parts.in_config(config)
     stages: tuple[Stage, ...] = ("teacher", "distill") if config.stage == "all" else (config.stage,)
     init_distributed(config.data.device)
     if fresh and not is_restart():

@@ -140,6 +140,11 @@ def check_optimizer(optimizer: Any) -> None:
     """
     is_pair = isinstance(optimizer, tuple) and len(optimizer) == 2 and hasattr(optimizer[1], "step")
     alone = optimizer[0] if is_pair else optimizer
+    if isinstance(alone, type):
+        raise ConfigError(
+            f"optimizer is the class {alone.__qualname__}; pass a function that makes one: lambda module: "
+            f"{alone.__qualname__}(module.parameters(), lr=0.1)"
+        )
     if alone is None or isinstance(alone, Optimizer) or (callable(alone) and not is_pair):
         return
     raise ConfigError(

@@ -259,6 +259,12 @@ class RunData:
                 f"{argument} can be iterated over once only, as it is a {type(batches).__qualname__}, and every epoch "
                 "needs its batches: pass a list, a torch DataLoader, or an object whose __iter__ starts again"
             )
+        if isinstance(batches, list | tuple) and batches and _is_loader(batches[0]):
+            raise ConfigError(
+                f"{argument} is a list of loaders: name them, as in validation={{'val': loader, 'hard': other}}"
+                if split != "train"
+                else f"{argument} is a list of loaders: chain their data sets (torch.utils.data.ConcatDataset) into one"
+            )
         data = self._config.data
         return self._stack.enter_context(BatchLoader(batches, device=data.device, ahead=data.ahead, name=argument))
 
@@ -288,6 +294,10 @@ def _named(validation: Any) -> dict[str, Any]:
     if not validation:
         raise ConfigError("validation has no sets; leave it out, or name them: validation={'val': loader}")
     return dict(validation)
+
+
+def _is_loader(value: object) -> bool:
+    return isinstance(value, KDDataLoader | BatchLoader | torch.utils.data.DataLoader)
 
 
 def _is_data_module(part: Any) -> bool:

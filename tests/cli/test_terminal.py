@@ -67,10 +67,11 @@ CASES = [
 ]
 LONG = [
     (
-        ["bench", "step", "-c", "my.yaml", "--rows", "c", "--num-steps", "1", "--repeats", "1"],
+        ["bench", "step", "-c", "my.yaml", "--rows", "b", "c", "--num-steps", "1", "--repeats", "1"],
         "repeat 1 of 1: (c)",
         [
             r"left out 1 of 37 images, which cannot be decoded, such as .*/photos/",
+            r"\(b\) skipped: .*\.png is not JPEG, and torchvision's decode_jpeg reads nothing else",
             rf"opening, 1 of 4; compiling, which can take a few minutes\s+\(c\) open after {SECONDS}",
             rf"repeat 1 of 1, {SECONDS}, images/s: \(c\) \d+",
         ],

@@ -5,7 +5,7 @@ import numpy
 import pytest
 import torch
 
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.losses import hard_label, task
 
 SHAPES = [(1, 2), (1, 5), (4, 2), (6, 7)]
@@ -77,7 +77,9 @@ def test_half_precision_soft_labels(rng):
 @pytest.mark.parametrize("label", [-100, -1, 3])
 def test_label_out_of_range(label):
     """torch.nn.functional.cross_entropy ignores -100 by default."""
-    with pytest.raises(IndexError, match=f"{label} is out of bounds"):
+    with pytest.raises(
+        DataError, match=f"label of row 1 is {label}, and the student has 3 logits, for labels from 0 to 2"
+    ):
         task(torch.zeros(2, 3), torch.tensor([0, label]))
 
 

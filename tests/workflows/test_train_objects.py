@@ -12,10 +12,15 @@ from torch.nn.functional import cross_entropy, kl_div
 from torch.utils.data import DataLoader, TensorDataset
 
 from kd_pipeline.batch import KDBatch
+from kd_pipeline.bench.tune import tune
 from kd_pipeline.config.config import Config
-from kd_pipeline.errors import ConfigError, StateError
+from kd_pipeline.errors import ConfigError, DataError, StateError
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.losses.settings import DistillSettings
+from kd_pipeline.workflows._check import check
+from kd_pipeline.workflows._compare import compare_files
+from kd_pipeline.workflows._record import record
 from kd_pipeline.workflows._train import train
 from tests.workflows.objects import (
     LR,
@@ -265,14 +270,38 @@ def test_optimizer_of_another_network_is_refused(tmp_path: Path) -> None:
         ({"distillation": 0.5}, "distillation should be a function or a callable object, got float 0.5"),
         ({"validate": "val"}, "validate should be a function or a callable object, got str"),
         ({"optimizer": "sgd"}, "optimizer should be a torch optimizer, a pair.*got str 'sgd'"),
+        ({"optimizer": torch.optim.Adam}, r"optimizer is the class Adam; pass a function.*lambda module: Adam\("),
         ({"optimizer": lambda module: 1}, "optimizer should be a torch optimizer.*it is int"),
+        ({"validation": [shuffled()]}, "validation 'val' is a list of loaders: name them"),
+        ({"train_batches": [shuffled()]}, "train_batches is a list of loaders: chain their data sets"),
+        ({"callbacks": lightning.Callback()}, "callbacks should be a list, got Callback"),
         ({"callbacks": [print]}, r"callbacks should be lightning\.pytorch\.callbacks\.Callback objects"),
+        ({"loggers": 1}, "loggers should be a list, got int"),
         ({"loggers": ["csv"]}, r"loggers should be lightning\.pytorch\.loggers\.Logger objects, got str"),
     ],
 )
 def test_object_of_the_wrong_kind_is_refused(tmp_path: Path, objects: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "run", **objects)
+
+
+@pytest.mark.parametrize("given", ["my.yaml", Path("my.yaml"), {"run_dir": "runs/mine"}])
+def test_file_or_mapping_is_no_config(given: Any) -> None:
+    advice = r"kd_pipeline\.Config\(" if isinstance(given, dict) else r"kd_pipeline\.load_config\('my.yaml'\)"
+    for call in (train, record, check, KDDataLoader.from_config, tune, compare_files):
+        with pytest.raises(ConfigError, match=f"config should be a Config, got .*{advice}"):
+            call(given)
+
+
+def test_loss_without_a_gradient_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="depends on no weight that is trained"):
+        run(tmp_path / "run", distillation=lambda outputs, batch: outputs.detach().mean())
+
+
+def test_labels_beyond_the_logits_are_named(tmp_path: Path) -> None:
+    images, labels = tensors()
+    with pytest.raises(DataError, match=r"the label of row .* and the student has 10 logits, for labels from 0 to 9"):
+        run(tmp_path / "run", train_batches=[(images, labels + 5)])
 
 
 def test_student_in_the_config_too_is_refused(tmp_path: Path) -> None:
