@@ -70,6 +70,11 @@ class KDBatch(Mapping[str, Any]):
         """What a network or teacher is called with: the only input, or all of several by name."""
         return self.inputs[self._first] if len(self.inputs) == 1 else self.inputs
 
+    @property
+    def rows_name(self) -> str:
+        """What people call the rows: `images`, or `samples` of anything else."""
+        return "images" if "images" in self.inputs else "samples"
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch on `device`; returns `self` if it is there already, as Lightning and accelerate expect."""
         target = torch.device(device)

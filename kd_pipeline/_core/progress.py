@@ -111,9 +111,9 @@ def time_text(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def speed_text(images_per_s: float) -> str:
-    """Such as `1,386 images/s`."""
-    return f"{images_per_s:,.0f} images/s" if images_per_s >= 100 else f"{images_per_s:.3g} images/s"
+def speed_text(rows_per_s: float, rows: str = "images") -> str:
+    """Such as `1,386 images/s`, of which `rows` is the word."""
+    return f"{rows_per_s:,.0f} {rows}/s" if rows_per_s >= 100 else f"{rows_per_s:.3g} {rows}/s"
 
 
 class _Line:

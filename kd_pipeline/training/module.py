@@ -108,6 +108,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._epoch_loss = EpochLoss()
         self._lr = 0.0
         """Of the last step."""
+        self._rows = "images"
+        """What messages call the rows of a batch."""
         self._train_counts: Tensor | None = None
         """`[2]`, correct and valid rows of the epoch so far."""
 
@@ -191,6 +193,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             outputs = call_network(student, inputs_for(self.student, batch.input))
         num_done = self.current_epoch * self.trainer.num_training_batches + number
         epoch = num_done / self.trainer.num_training_batches
+        self._rows = batch.rows_name
         terms = self.distillation(outputs, features, batch, epoch=epoch, epochs=self._settings.epochs)
         if not terms.total.requires_grad:
             raise ConfigError(
@@ -295,7 +298,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             teacher_share = found.get("teacher_share", 0.0)
             _logger.info(
                 "trained at %s%s; %sloader %.0f%% of the time",
-                speed_text(found["images_per_s"]),
+                speed_text(found["images_per_s"], self._rows),
                 " per process" if self.trainer.world_size > 1 else "",
                 f"teacher {teacher_share:.0%}, " if "teacher_share" in found else "",
                 100 * (found["loader_share"] - teacher_share),
@@ -304,11 +307,11 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
     @property
     def progress(self) -> StepProgress:
         """How the run is, after the last step."""
-        images_per_s = self._throughput.now().get("images_per_s")
+        rate = self._throughput.now().get("images_per_s")
         return StepProgress(
             loss=self._guard.loss,
             lr=self._lr,
-            images_per_s=None if images_per_s is None else images_per_s * self.trainer.world_size,
+            speed="" if rate is None else speed_text(rate * self.trainer.world_size, self._rows),
             num_skipped=self._guard.num_skipped,
         )
 

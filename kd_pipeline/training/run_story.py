@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_pipeline._core.optional import require
-from kd_pipeline._core.progress import REDRAW_S, bar_text, speed_text, status_line, time_text
+from kd_pipeline._core.progress import REDRAW_S, bar_text, status_line, time_text
 from kd_pipeline.training.checkpoint_callback import SaveLastAndBest
 
 __all__ = ["RunStory", "StepProgress", "metric_text"]
@@ -32,8 +32,8 @@ class StepProgress:
     loss: float
     """Of the last batch on this rank; NaN before the first step."""
     lr: float
-    images_per_s: float | None
-    """Of all ranks; None before the first step."""
+    speed: str
+    """Of all ranks, such as `1,386 images/s`; empty before the first step."""
     num_skipped: int
     """Steps of the run that were not taken."""
 
@@ -90,8 +90,7 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
         parts = [self._epoch(trainer)]
         if "train/epoch_loss" in metrics:
             parts.append(f"loss {float(metrics['train/epoch_loss']):.4g}")
-        parts += [self._metric(module.measured), f"lr {progress.lr:.3g}"]
-        parts.append("" if progress.images_per_s is None else speed_text(progress.images_per_s))
+        parts += [self._metric(module.measured), f"lr {progress.lr:.3g}", progress.speed]
         if skipped := progress.num_skipped - self._num_skipped:
             parts.append(f"{skipped} step{'s' * (skipped > 1)} skipped")
             self._num_skipped = progress.num_skipped
@@ -145,7 +144,7 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
             f"{done}/{total}",
             "" if progress.loss != progress.loss else f"loss {progress.loss:.3g}",
             f"lr {progress.lr:.3g}" if progress.lr else "",
-            "" if progress.images_per_s is None else speed_text(progress.images_per_s),
+            progress.speed,
             self._time_left(trainer, done),
             self._best_text,
         ]

@@ -46,7 +46,7 @@ def _rows(split: str, found: Evaluation, trained: str) -> Iterator[_Row]:
     own = _cells(found) | _further(found, without=of_teachers)
     if not own:
         return
-    yield {"split": split, "network": trained, "images": f"{found.num_samples:,}" if found.num_samples else "", **own}
+    yield {"split": split, "network": trained, "samples": f"{found.num_samples:,}" if found.num_samples else "", **own}
     judged = {
         teacher: {
             title: _percent(found.metrics[f"{teacher}_{metric}"])
@@ -58,7 +58,7 @@ def _rows(split: str, found: Evaluation, trained: str) -> Iterator[_Row]:
     if found.teacher is not None and (cells := _cells(found.teacher)):
         judged["teacher"] = cells | judged.get("teacher", {})
     for teacher, cells in judged.items():
-        yield {"split": split, "network": teacher, "images": f"{found.num_samples:,}", **cells}
+        yield {"split": split, "network": teacher, "samples": f"{found.num_samples:,}", **cells}
 
 
 def _cells(found: Evaluation) -> _Row:

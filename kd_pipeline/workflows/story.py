@@ -47,7 +47,7 @@ def tell_start(
         "stage": stage,
         "teacher": "" if teacher is None else _teacher_text(config, teacher),
         "teacher" if stage == "teacher" else "student": _student_text(stage, config, module.student),
-        "images": _images_text(loader, validation),
+        "images" if "images" in loader.example() else "samples": _rows_text(loader, validation),
         "epochs": _epochs_text(config, loader),
         "device": _device_text(config, loader.device),
         "folder": str(folder),
@@ -96,7 +96,7 @@ def _parameters_text(number: int | None) -> str:
     return "" if number is None else f"{number:,} parameters"
 
 
-def _images_text(loader: Any, validation: Mapping[str, Any]) -> str:
+def _rows_text(loader: Any, validation: Mapping[str, Any]) -> str:
     """How many rows each split has, as far as its loader knows, and the classes."""
     counts = {"train": loader, **validation}
     parts = [f"{split} {number:,}" for split, each in counts.items() if (number := _num_rows(each)) is not None]

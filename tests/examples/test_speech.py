@@ -1,5 +1,6 @@
 """Speech networks of transformers learn from each other, on padded waveforms with their masks."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def tones(num: int) -> dict[str, Tensor]:
 
 @pytest.mark.filterwarnings("ignore:::lightning")
 @pytest.mark.slow
-def test_student_hears_what_the_teacher_hears(tmp_path: Path) -> None:
+def test_student_hears_what_the_teacher_hears(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kd_pipeline")
     torch.manual_seed(0)
     inputs = ("input_values", "attention_mask")
     data = {
@@ -47,3 +49,4 @@ def test_student_hears_what_the_teacher_hears(tmp_path: Path) -> None:
     found = train(Config(**shared), student=student, teacher=teacher, **data).evaluations["val"]
     assert found.top1 is not None and found.top1 > 0.8
     assert found.agreement is not None and found.agreement > 0.8
+    assert "samples  3 classes" in caplog.text and " samples/s" in caplog.text and "images" not in caplog.text
