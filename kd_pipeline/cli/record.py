@@ -51,6 +51,7 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.config.config import load_config
     from kd_pipeline.teachers.recorded.manifest import RecordingManifest
     from kd_pipeline.workflows._record import RecordSettings, plan_recording, record
+    from kd_pipeline.workflows.record_plan import format_bytes
 
     fields, overrides = given(parsed, RecordSettings), list(parsed.overrides)
     if "outputs" in fields:
@@ -69,10 +70,9 @@ def _run(parsed: argparse.Namespace) -> int:
         return 0
     folder = record(config, settings, plugins=plugins, trust_engines=trust_engines, announce=_announce, report=_show)
     manifest = RecordingManifest.load(folder)
-    print_result(
-        f"{manifest.num_rows} images x {manifest.epochs_done} epochs, {manifest.row_bytes} bytes each "
-        f"({manifest.num_bytes / 1e6:.1f} MB): train with teacher: {{path: {_yaml(folder)}}}"
-    )
+    epochs = f"{manifest.epochs_done:,} epoch{'s' if manifest.epochs_done != 1 else ''}"
+    size = f"{manifest.row_bytes:,} bytes each, {format_bytes(manifest.num_bytes)} in all"
+    print_result(f"{manifest.num_rows:,} images x {epochs}, {size}: train with teacher: {{path: {_yaml(folder)}}}")
     if is_rank_zero():
         print_progress(f"recorded in {time.monotonic() - started:.1f} s")
     return 0

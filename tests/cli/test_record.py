@@ -31,7 +31,7 @@ def test_options_and_overrides_reach_recording(
     assert (logits.top_k, logits.dtype, manifest.epochs_done) == (3, "float16", 3)
     assert manifest.stream["seed"] == 4
     printed = capsys.readouterr()
-    assert f"96 images x 3 epochs, 22 bytes each (0.0 MB): train with teacher: {{path: {out}}}" in printed.out
+    assert f"96 images x 3 epochs, 22 bytes each, 6.34 kB in all: train with teacher: {{path: {out}}}" in printed.out
     assert "epoch 3 of 3: 100.0% recorded, " in printed.err and "images/s, 0:00:00 left" in printed.err
 
 
