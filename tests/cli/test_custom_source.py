@@ -47,3 +47,12 @@ def test_commands(folder: Path, command: list[str], tmp_path: Path, capsys: pyte
     assert main(arguments) == 1
     assert f"allow it with --plugin {SOURCES}" in "".join(capsys.readouterr())
     assert main([*arguments, *ALLOWED]) == 0
+
+
+def test_engine_is_calibrated_on_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = tmp_path / "teacher.engine"
+    arguments = ["--onnx", str(folder / "teacher.onnx"), "--precision", "int8", "--save-engine", str(engine)]
+    arguments = ["build-engine", *arguments, "--calibrate", str(folder / "run.yaml")]
+    assert main(arguments) == 1 and f"allow it with --plugin {SOURCES}" in "".join(capsys.readouterr())
+    assert main([*arguments, "--plugin", SOURCES]) == 0 and engine.is_file()
+    assert f"64 images (the training split of {folder / 'run.yaml'})" in capsys.readouterr().out

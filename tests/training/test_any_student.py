@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from kd_pipeline import losses
 from kd_pipeline.batch import KDBatch
+from kd_pipeline.cli import main
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._evaluate import logits_of
 from kd_pipeline.evaluation._predict import predict
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.workflows import train
+from kd_pipeline.models.input_adapter import IMAGENET_MEAN, IMAGENET_STD, AdaptedNetwork
+from kd_pipeline.workflows import check, train
 from kd_pipeline.workflows._train import TrainResult
 from kd_pipeline.workflows.exported import open_model_file
 from tests.training import any_student, tiny_run
@@ -116,7 +118,7 @@ def test_hidden_states_by_name(digits: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hugging_face_by_config(digits: Path) -> None:
+def test_hugging_face_by_config(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = {"model": {"factory": f"{PLUGINS[0]}:resnet", "pretrained": False}, "backend": "pytorch"}
     config = config_of(digits, "hugging face", "vit", teacher=teacher, train__compare_with_teacher=True)
     result = run(config)
@@ -139,6 +141,42 @@ def test_hugging_face_by_config(digits: Path) -> None:
     network = open_model_file(result.folder, size=8, device=torch.device("cpu"), plugins=PLUGINS).model
     predictions = list(predict(network, list(map(str, files)), transform, device="cpu"))
     assert [each.problem for each in predictions] == [None] * 3
+    allowed, folder = ["--plugin", PLUGINS[0]], str(result.folder)
+    assert main(["eval", "-c", f"{folder}/config.yaml", folder, *allowed]) == 0
+    assert main(["predict", folder, *map(str, files), *allowed]) == 0
+    printed = capsys.readouterr().out
+    assert "teacher of the config" in printed and folder in printed
+    for prediction, line in zip(predictions, printed.splitlines()[-3:], strict=True):
+        assert line.startswith(f"{prediction.image}: ") and f"{100 * prediction.top(1)[0][1]:.1f}%" in line
+
+
+@pytest.mark.parametrize(
+    ("weights", "problem"),
+    [
+        ({"size": 0.25, "unused": 0.0}, None),
+        ({"size": 0.25}, "student: the student returns the loss 'unused', which has no weight"),
+        ({"size": 0.25, "unused": 0.0, "other": 1.0}, "other is not among the losses that the student returns"),
+    ],
+)
+def test_check_knows_the_losses(digits: Path, weights: dict[str, float], problem: str | None) -> None:
+    config = config_of(digits, f"checked {len(weights)}", "with_losses", distill={"student_losses": weights})
+    found = [each for each in check(config, plugins=PLUGINS).problems if "student" in each]
+    assert not found if problem is None else problem in found[0]
+
+
+@pytest.mark.slow
+def test_timm_student_gets_the_images_of_its_training(digits: Path) -> None:
+    model = {"timm": "test_vit", "input_adapter": "auto"}
+    config = config_of(digits, "timm", "a_tensor", student=model, train__export={"onnx": False}, train__epochs=1)
+    exported = open_model_file(run(config).folder, size=8, device=torch.device("cpu"))
+    student, images = exported.model, torch.rand(2, 3, 8, 8)
+    assert isinstance(student, AdaptedNetwork)
+    own = student.network.pretrained_cfg
+    pixels = images * per_channel(IMAGENET_STD) + per_channel(IMAGENET_MEAN)
+    adapted = (pixels - per_channel(own["mean"])) / per_channel(own["std"])
+    resized = nn.functional.interpolate(adapted, size=own["input_size"][1:], mode="bilinear")
+    with torch.no_grad():
+        torch.testing.assert_close(student(images), student.network(resized), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
