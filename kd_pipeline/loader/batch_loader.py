@@ -16,7 +16,7 @@ from kd_pipeline.loader.batch_epoch import OpenEpoch, ReadyBatch
 from kd_pipeline.loader.batch_fields import FieldNames, InputNames, Key
 from kd_pipeline.loader.batch_preparation import AnyTeacher, BatchPreparation
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.loader.position import BatchSampler, Consumer, Position
+from kd_pipeline.loader.position import UNKNOWN_LENGTH, BatchSampler, Consumer, Position
 from kd_pipeline.loader.state import check_fingerprint
 from kd_pipeline.loader.streams import open_stream_sync
 from kd_pipeline.loader.user_batches import EpochStart, UserBatches, digest_of, read_start
@@ -25,7 +25,6 @@ from kd_pipeline.teachers.base import Teacher
 __all__ = ["AnyLoader", "BatchLoader"]
 
 _STATE_VERSION = 1
-_UNKNOWN_LENGTH = sys.maxsize
 
 _logger = getLogger("kd_pipeline")
 
@@ -108,12 +107,12 @@ class BatchLoader:
             device=self.device,
             sync=self._sync,
         )
-        self._position = Position(self._user.num_batches or _UNKNOWN_LENGTH)
+        self._position = Position(self._user.num_batches or UNKNOWN_LENGTH)
         self._started: OpenEpoch | None = None
         """The epoch that the next loop continues, as its first batch was shown."""
         self._loaded = self._last = EpochStart(0)
         """The position that was loaded, and that after the last batch that was returned."""
-        self._is_looping = self._is_closed = self._has_warned = self._has_checked_ranks = False
+        self._is_looping = self._is_closed = self._has_checked_ranks = False
 
     def __len__(self) -> int:
         """Number of batches in an epoch.
@@ -242,14 +241,7 @@ class BatchLoader:
 
         Without one, it holds torch's random state at the beginning of the epoch.
         """
-        epoch, batch = self._position.here
-        if self._position.left is not None and not self._has_warned:
-            self._has_warned = True
-            _logger.warning(
-                "the loop of epoch %d was left after %d batches, which ends the epoch: the saved position is the start "
-                "of epoch %d. To resume within an epoch, call state_dict() before leaving the loop",
-                *(self._position.left[0] + 1, self._position.left[1], epoch + 1),
-            )
+        epoch, batch = self._position.to_save()
         place = EpochStart(epoch) if batch == 0 else self._last
         return {
             "version": _STATE_VERSION,
@@ -312,7 +304,7 @@ class BatchLoader:
             while (ready := epoch.take()) is not None:
                 self._sync.hand_over(ready.event, ready.tensors)
                 if position.num_returned == position.num_batches:
-                    position.num_batches = _UNKNOWN_LENGTH  # the loader has more than it says
+                    position.num_batches = UNKNOWN_LENGTH  # the loader has more than it says
                 self._last = ready.after
                 position.advance()
                 consumer.take(sys._getframe().f_back)

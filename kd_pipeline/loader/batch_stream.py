@@ -120,7 +120,7 @@ class BatchStream:
         """The samples, as libraries look for them in a loader of torch's: its length is their number."""
         self.batch_sampler = self.sampler = BatchNumbers(self._position, self)
         """What Lightning sets the epoch of, and accelerate skips batches of."""
-        self._owns_teacher = self._is_closed = self._has_warned = False
+        self._owns_teacher = self._is_closed = False
         self._process = OwnProcess(lambda: [self._reader, self._sync, self._ahead, self._peeked, self.teacher])
         if isinstance(teacher, Recording):
             self._check_recording(teacher)
@@ -291,16 +291,7 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that was returned: plain numbers, strings, lists and dicts."""
-        epoch, batch = self._position.here
-        if self._position.left is not None and not self._has_warned:
-            self._has_warned = True
-            _logger.warning(
-                "the loop of epoch %d was left after %d of %d batches, which ends the epoch: the saved position is the "
-                "start of epoch %d. To resume within an epoch, call state_dict() before leaving the loop",
-                *(self._position.left[0] + 1, self._position.left[1]),  # people count epochs from 1
-                len(self._plan),
-                epoch + 1,
-            )
+        epoch, batch = self._position.to_save()
         return {
             "version": _STATE_VERSION,
             "epoch": epoch,

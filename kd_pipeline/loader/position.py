@@ -2,16 +2,19 @@
 
 import dis
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import CO_GENERATOR
 from types import FrameType
 from typing import Literal, Self
 
-__all__ = ["BatchSampler", "Consumer", "Position"]
+__all__ = ["UNKNOWN_LENGTH", "BatchSampler", "Consumer", "Position"]
 
 _logger = logging.getLogger("kd_pipeline")
 
+UNKNOWN_LENGTH = sys.maxsize
+"""The number of batches of a loader that does not say it."""
 _MANY_LOOKS = 3
 """Looks in a row from which they are probably meant as steps of a training."""
 
@@ -40,6 +43,7 @@ class Position:
         """Whether the newest loop has returned a batch, and its epoch has not ended."""
         self._num_looks = 0
         """Looks since the last loop."""
+        self._has_warned = False
         self._is_announced = self._is_managed = False
         """Whether Lightning has set the epoch for the next loop, and for this one: it then ends epochs itself."""
 
@@ -57,6 +61,20 @@ class Position:
     def here(self) -> tuple[int, int]:
         """Epoch and number of the batch after the last one returned; after the last of an epoch, the next epoch's."""
         return (self._epoch, self._batch) if self._batch < self.num_batches else (self._epoch + 1, 0)
+
+    def to_save(self) -> tuple[int, int]:
+        """`here`, with a warning, once, if a loop was left: its position is then no longer within its epoch."""
+        epoch, batch = self.here
+        if self.left is not None and not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "the loop of epoch %d was left after %d%s batches, which ends the epoch: the saved position is the "
+                "start of epoch %d. To resume within an epoch, call state_dict() before leaving the loop",
+                *(self.left[0] + 1, self.left[1]),  # people count epochs from 1
+                "" if self.num_batches == UNKNOWN_LENGTH else f" of {self.num_batches}",
+                epoch + 1,
+            )
+        return epoch, batch
 
     @property
     def next_loop(self) -> tuple[int, int]:
