@@ -46,9 +46,9 @@ def require_config(config: object) -> None:
     """Refuse what stands for a config by mistake: its file, or a mapping.
 
     Raises:
-        ConfigError: these are no settings.
+        ConfigError: it does.
     """
-    if isinstance(config, Settings):
+    if not isinstance(config, str | PathLike | Mapping | None):
         return
     if isinstance(config, str | PathLike):
         advice = f"read the file with kd_pipeline.load_config({fspath(config)!r})"
