@@ -70,7 +70,7 @@ class UserBatches:
         A `DistributedSampler` gives as many to each: without `drop_last`, some read one of the first samples again.
         """
         sampler = getattr(self.batches, "sampler", None)
-        if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        if type(sampler) is not DistributedSampler or sampler.drop_last:  # what is derived from it may give others
             return None
         length = _length(sampler.dataset)
         return None if length is None else len(range(sampler.rank, length, sampler.num_replicas))
