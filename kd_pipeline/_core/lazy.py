@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -37,7 +36,7 @@ def lazy_exports(
 
 
 @contextmanager
-def postpone_import(name: str, *, functions: Iterable[str] = ()) -> Iterator[None]:
+def postpone_import(name: str, *, attributes: Iterable[str] = ()) -> Iterator[None]:
     """Let the code in this context `import name` at no cost, until it uses the module.
 
     After the context, `name` is as if it had not been imported, unless it was used. Python's own `LazyLoader` imports
@@ -45,7 +44,8 @@ def postpone_import(name: str, *, functions: Iterable[str] = ()) -> Iterator[Non
 
     Args:
         name: the module; its parent is imported.
-        functions: attributes that the module counts as having; calling one uses the module.
+        attributes: functions and classes that code may take from the module without using it yet: to call one, or to
+            take something from it, uses the module.
     """
     spec = None if name in sys.modules else _find(name)
     if spec is None:
@@ -54,8 +54,10 @@ def postpone_import(name: str, *, functions: Iterable[str] = ()) -> Iterator[Non
     substitute = _Substitute(name)
     # Known without the import: `inspect` asks every module for its file.
     substitute.__spec__, substitute.__loader__, substitute.__file__ = spec, spec.loader, spec.origin
-    for function in functions:
-        setattr(substitute, function, partial(_call, name, function))
+    if spec.submodule_search_locations is not None:
+        substitute.__path__ = [*spec.submodule_search_locations]  # which `from package import name` asks for
+    for attribute in attributes:
+        setattr(substitute, attribute, _Attribute(name, attribute))
     sys.modules[name] = substitute
     parent, _, child = name.rpartition(".")
     if parent:
@@ -73,6 +75,19 @@ class _Substitute(ModuleType):
         return getattr(_import_itself(self.__name__), attribute)
 
 
+class _Attribute:
+    """Stands for a function or class of a postponed module."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self._name = module, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(_import_itself(self._module), self._name)(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(getattr(_import_itself(self._module), self._name), attribute)
+
+
 def _find(name: str) -> ModuleSpec | None:
     try:
         return find_spec(name)
@@ -83,10 +98,6 @@ def _find(name: str) -> ModuleSpec | None:
 def _import_itself(name: str) -> ModuleType:
     _remove_substitute(name)
     return import_module(name)
-
-
-def _call(name: str, function: str, *args: Any, **kwargs: Any) -> Any:
-    return getattr(_import_itself(name), function)(*args, **kwargs)
 
 
 def _remove_substitute(name: str) -> None:

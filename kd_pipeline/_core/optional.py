@@ -32,9 +32,12 @@ def require(module: str, *, extra: str) -> ModuleType:
     switch_off_reports()
     try:
         if module.partition(".")[0] in _WITH_TORCHMETRICS:
-            # torchmetrics imports it only to ask for this function, for the sake of a package for speech. With it
-            # come half of SciPy and half a second.
-            with postpone_import("scipy.signal", functions=["hamming"]):
+            # torchmetrics imports them for metrics that are hardly ever used: of speech, with half of SciPy, and of
+            # text. Both take about a second.
+            with (
+                postpone_import("scipy.signal", attributes=["hamming"]),
+                postpone_import("transformers", attributes=["AutoModel", "AutoTokenizer"]),
+            ):
                 return importlib.import_module(module)
         return importlib.import_module(module)
     except ImportError as exc:

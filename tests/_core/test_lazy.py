@@ -41,7 +41,7 @@ def imported() -> ModuleType:
 
 
 def test_import_alone_does_not_load(package: Path) -> None:
-    with postpone_import(_NAME, functions=["function"]):
+    with postpone_import(_NAME, attributes=["function"]):
         assert hasattr(imported(), "function") and not is_loaded()
     assert _NAME not in sys.modules and not hasattr(sys.modules["postponed_parent"], "child")
     module = imported()
@@ -50,7 +50,7 @@ def test_import_alone_does_not_load(package: Path) -> None:
 
 @pytest.mark.parametrize("name", ["function", "other"])
 def test_use_loads(package: Path, name: str) -> None:
-    with postpone_import(_NAME, functions=["function"]):
+    with postpone_import(_NAME, attributes=["function"]):
         substitute = imported()
         assert getattr(substitute, name)() == name and is_loaded()
         module = imported()
@@ -60,7 +60,7 @@ def test_use_loads(package: Path, name: str) -> None:
 
 
 def test_substitute_works_after_context(package: Path) -> None:
-    with postpone_import(_NAME, functions=["function"]):
+    with postpone_import(_NAME, attributes=["function"]):
         substitute = imported()
     assert substitute.other() == "other" and substitute.function() == "function" and substitute.sub is imported().sub
 
@@ -84,13 +84,20 @@ def test_imported_or_missing_module_stays(package: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lightning_does_not_import_scipy_signal() -> None:
+def test_lightning_imports_neither_scipy_signal_nor_transformers() -> None:
     code = """
 import sys
 from kd_pipeline._core.optional import require
 require("lightning.pytorch", extra="train")
 assert "scipy.stats" not in sys.modules, "Lightning's import needs more of SciPy than it did"
+assert not [name for name in sys.modules if name.startswith("transformers")], "Lightning's import needs transformers"
 import scipy.signal
 assert scipy.signal.convolve([1, 2], [1, 3]).tolist() == [1, 5, 6] and type(scipy.signal) is type(sys)
+from torchmetrics.functional.text import bert
+config = bert.AutoModel.from_config.__globals__  # of the class itself, which is imported for it
+import transformers
+assert config["__name__"].startswith("transformers.") and isinstance(transformers.AutoConfig, type)
+sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
+assert type(bert.AutoModel.from_config(transformers.BertConfig(**sizes))) is transformers.BertModel
 """
     subprocess.run([sys.executable, "-c", code], check=True)

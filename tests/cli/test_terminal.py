@@ -59,13 +59,13 @@ CASES = [
         "epoch 1 of 2",
         ["epoch 1 of 2: 50.0% recorded", "epoch 2 of 2: 100.0% recorded", f"recorded in {SECONDS}"],
     ),
+]
+LONG = [
     (
         ["bench", "teacher", "--builtin", "small_resnet", "--num-classes", "3", "--root", "photos", *SHORT],
         "repeat 1 of 1",
         [rf"pytorch fp32: first output after {SECONDS}", r"8 at a time, repeat 1 of 1, images/s: pytorch fp32 \d+"],
     ),
-]
-LONG = [
     (
         ["bench", "step", "-c", "my.yaml", "--rows", "b", "c", "--num-steps", "1", "--repeats", "1"],
         "repeat 1 of 1: (c)",

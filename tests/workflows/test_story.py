@@ -33,7 +33,7 @@ def check_told(text: str, first: int = 1) -> None:
     epochs = [EPOCH.format(number) for number in range(first, 3)]
     after = [
         r"export to ONNX: \S+ s",
-        r"split +network +images +top-1 +top-5",
+        r"split +network +samples +top-1 +top-5",
         r"val +student +40",
         r"val +teacher +40",
     ]
