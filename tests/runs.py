@@ -24,6 +24,9 @@ student: {builtin: small_resnet, kwargs: {width: 4}}
 train: {epochs: 2, optimizer: {lr: 1.0e-2}, log_every_steps: 2, save_every_steps: 3, loggers: [csv]}
 """
 
+NO_ONNX = "train.export.onnx=false"
+"""For a test of something else: the export takes longer than the training."""
+
 
 def write_data(folder: Path) -> None:
     digits = load_digits()

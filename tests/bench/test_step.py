@@ -228,9 +228,9 @@ def test_nothing_is_exported_if_no_row_runs_it(
 def test_networks_without_a_head_are_compared(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     lines: list[str] = []
-    settings = short_step(photographs, teacher=HEADLESS, student=HEADLESS, rows=tuple("aeg"), teacher_precision="fp32")
+    settings = short_step(photographs, teacher=HEADLESS, student=HEADLESS, rows=("e", "g"), teacher_precision="fp32")
     found = bench_step(settings, report=lines.append)
-    assert [row.letter for row in found.rows] == ["a", "e", "g", "f", "loader", "teacher"]
+    assert [row.letter for row in found.rows] == ["e", "g", "f", "loader", "teacher"]
     assert not [line for line in lines if "skipped:" in line]
     assert "loss cosine on pooled + am_radio on spatial." in found.table()
 

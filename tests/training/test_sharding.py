@@ -14,7 +14,7 @@ from kd_pipeline.models.resnet import small_resnet
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import _blocks, full_state_dict, full_tensor, is_sharded
-from tests.runs import finish, start
+from tests.runs import NO_ONNX, finish, start
 
 RUN = Path("runs/tiny")
 OPTIONS = (
@@ -43,7 +43,8 @@ def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> 
     for name in ("ddp", "fsdp", "killed"):
         shutil.copytree(trained_teacher, tmp_path / name)
     for strategy in ("ddp", "fsdp"):
-        status, output = finish(start(tmp_path / strategy, *OPTIONS, f"train.strategy={strategy}", ranks=2))
+        fast = [] if strategy == "fsdp" else [NO_ONNX]
+        status, output = finish(start(tmp_path / strategy, *OPTIONS, f"train.strategy={strategy}", *fast, ranks=2))
         assert status == 0, output
     ddp, fsdp = (load_checkpoint(tmp_path / name / RUN / "checkpoints" / "last.ckpt") for name in ("ddp", "fsdp"))
     for part in ("projectors", "queue"):
@@ -54,14 +55,14 @@ def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> 
     for name in ("model.safetensors", "model.onnx", "model.json"):
         assert (tmp_path / "fsdp" / RUN / "exported" / name).is_file()
 
-    process = start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", ranks=2)
+    process = start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", NO_ONNX, ranks=2)
     last = tmp_path / "killed" / RUN / "checkpoints" / "last.ckpt"
     while process.poll() is None and not last.exists():
         time.sleep(0.02)
     process.kill()
     process.communicate()
     time.sleep(2)  # until the workers notice that torchrun is gone
-    status, output = finish(start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", ranks=2))
+    status, output = finish(start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", NO_ONNX, ranks=2))
     assert status == 0, output
     killed = load_checkpoint(last)
     for name, tensor in fsdp["state_dict"].items():
@@ -71,7 +72,7 @@ def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_fsdp_exports_full_best_student(trained_teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(trained_teacher, tmp_path / "work")
-    arguments = ("data.batch_size=16", "train.strategy=fsdp", "train.epochs=1")
+    arguments = ("data.batch_size=16", "train.strategy=fsdp", "train.epochs=1", NO_ONNX)
     status, output = finish(start(tmp_path / "work", *arguments, ranks=2))
     assert status == 0, output
     folder = tmp_path / "work" / RUN

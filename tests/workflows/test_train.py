@@ -24,7 +24,7 @@ from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_lock import lock_folder
 from kd_pipeline.workflows.exported import open_model_file
-from tests.runs import finish, start
+from tests.runs import NO_ONNX, finish, start
 
 RUN = Path("runs/tiny")
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -161,14 +161,14 @@ def test_killed_run_resumes_exactly(finished: Path, work: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "wanted"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signaled_run_resumes_exactly(finished: Path, work: Path, number: signal.Signals, wanted: int) -> None:
-    process = start(work)
+    process = start(work, NO_ONNX)
     while process.poll() is None and not (work / RUN / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
     process.send_signal(number)
     status, output = finish(process)
     assert status == wanted, output
     assert "Traceback" not in output
-    status, output = finish(start(work))
+    status, output = finish(start(work, NO_ONNX))
     assert status == 0, output
     assert_same_end(finished, work)
 
@@ -292,15 +292,15 @@ def test_two_ranks_resume_exactly(trained_teacher: Path, tmp_path: Path) -> None
     for name in ("undisturbed", "stopped"):
         shutil.copytree(trained_teacher, tmp_path / name)
     half = "data.batch_size=16"
-    status, output = finish(start(tmp_path / "undisturbed", half, ranks=2))
+    status, output = finish(start(tmp_path / "undisturbed", half, NO_ONNX, ranks=2))
     assert status == 0, output
-    process = start(tmp_path / "stopped", half, ranks=2)
+    process = start(tmp_path / "stopped", half, NO_ONNX, ranks=2)
     while process.poll() is None and not (tmp_path / "stopped" / RUN / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
     process.kill()
     process.communicate()
     time.sleep(2)  # until the workers notice that torchrun is gone
-    status, output = finish(start(tmp_path / "stopped", half, ranks=2))
+    status, output = finish(start(tmp_path / "stopped", half, NO_ONNX, ranks=2))
     assert status == 0, output
     assert_same_end(tmp_path / "undisturbed", tmp_path / "stopped")
 
@@ -339,6 +339,7 @@ def test_many_settings_together(work: Path) -> None:
             "train.limit_val_batches=2",
             "train.schedule={kind: linear, warmup_epochs: 0.5}",
             "train.precision=bf16-mixed",
+            NO_ONNX,
         )
     )
     assert status == 0, output
