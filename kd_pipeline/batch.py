@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-__all__ = ["KDBatch"]
+__all__ = ["KDBatch", "rows_name"]
 
 
 @dataclass(slots=True, init=False, eq=False, repr=False)
@@ -69,11 +69,6 @@ class KDBatch(Mapping[str, Any]):
     def input(self) -> Tensor | Mapping[str, Tensor]:
         """What a network or teacher is called with: the only input, or all of several by name."""
         return self.inputs[self._first] if len(self.inputs) == 1 else self.inputs
-
-    @property
-    def rows_name(self) -> str:
-        """What people call the rows: `images`, or `samples` of anything else."""
-        return "images" if "images" in self.inputs else "samples"
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch on `device`; returns `self` if it is there already, as Lightning and accelerate expect."""
@@ -155,6 +150,11 @@ class KDBatch(Mapping[str, Any]):
     @property
     def _first(self) -> str:
         return next(iter(self.inputs))
+
+
+def rows_name(inputs: Mapping[str, Tensor]) -> str:
+    """What people call the rows of the inputs of a network: `images`, or `samples` of anything else."""
+    return "images" if "images" in inputs else "samples"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

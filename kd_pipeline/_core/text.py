@@ -2,7 +2,7 @@
 
 import unicodedata
 
-__all__ = ["indented", "printable"]
+__all__ = ["indented", "plural", "printable"]
 
 _ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
 """Control characters, bytes that are no UTF-8, and separators of lines and paragraphs."""
@@ -28,3 +28,8 @@ def printable(text: object, *, keep: str = "") -> str:
 def indented(text: str) -> str:
     """A message of several lines, `printable` and with all but the first indented, so that none looks like another."""
     return printable(text, keep="\n").replace("\n", "\n  ")
+
+
+def plural(number: int, noun: str) -> str:
+    """`noun` as it follows `number`: `epoch` after 1, else `epochs`."""
+    return noun if number == 1 else f"{noun}s"

@@ -1,5 +1,6 @@
 """A folder of photographs for benchmarks, made from the two that scikit-learn has."""
 
+import io
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ def link_photographs(root: Path, folder: Path, *, num_images: int) -> Path:
 def link_images(
     root: Path, folder: Path, *, num_images: int, report: Callable[[str], object] = lambda line: None
 ) -> Path | None:
-    """Make `folder` with links to so many images of `root`, or all, evenly spaced, each of which is decoded once.
+    """Make `folder` with links to so many images of `root`, or all, evenly spaced, each of which is read once.
 
     Those that Pillow cannot decode are left out, as they would stop the loaders of torchvision, and are reported.
 
@@ -58,15 +59,13 @@ def link_images(
     chosen = np.linspace(0, len(source) - 1, min(len(source), num_images)).astype(int).tolist()
     paths = [Path(source.name(index)) for index in chosen]
     with ThreadPoolExecutor(num_cores()) as pool:
-        readable = [*pool.map(_can_read, paths)]
-    if bad := [path for path, is_readable in zip(paths, readable, strict=True) if not is_readable]:
+        are_jpeg = [*pool.map(_is_jpeg, paths)]
+    if bad := [path for path, is_jpeg in zip(paths, are_jpeg, strict=True) if is_jpeg is None]:
         report(f"left out {len(bad)} of {len(paths)} images, which cannot be decoded, such as {bad[0]}")
     other = None
-    for index, path, is_readable in zip(chosen, paths, readable, strict=True):
-        if not is_readable:
+    for index, path, is_jpeg in zip(chosen, paths, are_jpeg, strict=True):
+        if is_jpeg is None:
             continue
-        with path.open("rb") as file:
-            is_jpeg = file.read(len(_JPEG)) == _JPEG
         other = other or (None if is_jpeg else path)
         # Of a kind that torchvision lists; PIL and DALI go by the content.
         link = folder / str(path.parent.name) / f"{index:09}{'.jpg' if is_jpeg else '.png'}"
@@ -75,14 +74,16 @@ def link_images(
     return other
 
 
-def _can_read(path: Path) -> bool:
+def _is_jpeg(path: Path) -> bool | None:
+    """By the content; None for what Pillow cannot decode."""
     try:
-        with Image.open(path) as image:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (1, 1))  # JPEG in an eighth of the size, which finds damage as well
             image.load()
     except Exception:  # Pillow's plugins raise all kinds of errors on damaged files
-        return False
-    return True
+        return None
+    return data.startswith(_JPEG)
 
 
 def read_jpeg(path: Path) -> None:

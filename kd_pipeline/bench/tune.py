@@ -155,9 +155,7 @@ class _Search:
         elif self._place.has_teacher:
             parts = ["no loader", "no teacher"]
         trials = [Trial(self._best), *(Trial(self._best, part) for part in parts)]
-        found = self._race(name, Trial(present), trials, until_s, drop=False)
-        self._report_race(name, found)
-        return found
+        return self._race(name, Trial(present), trials, until_s, drop=False)
 
     def _is_worth_it(self, knob: Knob, first: Race) -> bool:
         """Whether the part of a step that the knob speeds up takes any time."""
@@ -186,7 +184,6 @@ class _Search:
         found = self._race(name, Trial(self._best), trials, until_s)
         self._races[name] = found
         self._left_out |= {as_overrides(trial.values): reason for trial, reason in found.failed.items()}
-        self._report_race(name, found)
         best = found.best
         if best != found.present and self._pays_off(knob, found):
             self._best = best.values
@@ -249,7 +246,6 @@ class _Search:
         found = self._race("to be allowed", Trial(self._best), choices, until_s)
         self._races["to be allowed"] = found
         self._left_out |= {as_overrides(trial.values): reason for trial, reason in found.failed.items()}
-        self._report_race("to be allowed", found)
         self._steps.keep({(), self._best})
         return [
             Option(choices[trial].values, needs, found.gain(trial))
@@ -258,10 +254,9 @@ class _Search:
         ]
 
     def _race(self, name: str, present: Trial, others: Iterable[Trial], until_s: float, *, drop: bool = True) -> Race:
-        with progress_bar(f"{name}, seconds") as report:
-            return race(self._steps, present, others, until_s=until_s, drop=drop, report=report)
-
-    def _report_race(self, name: str, found: Race) -> None:
+        """Compare `others` with the present settings, and report how fast each was."""
+        with progress_bar(f"{name}, seconds") as report_seconds:
+            found = race(self._steps, present, others, until_s=until_s, drop=drop, report=report_seconds)
         rows = []
         for trial, rates in found.rates.items():
             values = tuple(pair for pair in trial.values if pair not in found.present.values)
@@ -269,6 +264,7 @@ class _Search:
             label = ", ".join(filter(None, [as_overrides(values), part])) or "as it is"
             rows.append(f"{label} {median(rates):,.1f}")
         self._report(f"{name}, images/s: {'; '.join(rows)}")
+        return found
 
 
 def merged(values: Values, more: Values) -> Values:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kd_pipeline._core.progress import speed_text
-from kd_pipeline._core.text import printable
+from kd_pipeline._core.text import plural, printable
 from kd_pipeline.cli.arguments import print_progress
 from kd_pipeline.cli.printing import print_result
 
@@ -93,4 +93,4 @@ def _table(summary: dict[str, Any]) -> list[str]:
 
 
 def _epochs(summary: dict[str, Any]) -> str:
-    return f"{summary['epochs']} epoch{'s' * (summary['epochs'] > 1)}"
+    return f"{summary['epochs']} {plural(summary['epochs'], 'epoch')}"

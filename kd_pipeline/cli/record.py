@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline._core.ranks import is_rank_zero
+from kd_pipeline._core.text import plural
 from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
 from kd_pipeline.cli.printing import print_result
 
@@ -70,7 +71,7 @@ def _run(parsed: argparse.Namespace) -> int:
         return 0
     folder = record(config, settings, plugins=plugins, trust_engines=trust_engines, announce=_announce, report=_show)
     manifest = RecordingManifest.load(folder)
-    epochs = f"{manifest.epochs_done:,} epoch{'s' if manifest.epochs_done != 1 else ''}"
+    epochs = f"{manifest.epochs_done:,} {plural(manifest.epochs_done, 'epoch')}"
     size = f"{manifest.row_bytes:,} bytes each, {format_bytes(manifest.num_bytes)} in all"
     print_result(f"{manifest.num_rows:,} images x {epochs}, {size}: train with teacher: {{path: {_yaml(folder)}}}")
     if is_rank_zero():

@@ -12,7 +12,7 @@ from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.memory import release_free_memory
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import speed_text
-from kd_pipeline.batch import KDBatch
+from kd_pipeline.batch import KDBatch, rows_name
 from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for
 from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
@@ -193,7 +193,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             outputs = call_network(student, inputs_for(self.student, batch.input))
         num_done = self.current_epoch * self.trainer.num_training_batches + number
         epoch = num_done / self.trainer.num_training_batches
-        self._rows = batch.rows_name
+        self._rows = rows_name(batch.inputs)
         terms = self.distillation(outputs, features, batch, epoch=epoch, epochs=self._settings.epochs)
         if not terms.total.requires_grad:
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import REDRAW_S, bar_text, status_line, time_text
+from kd_pipeline._core.text import plural
 from kd_pipeline.training.checkpoint_callback import SaveLastAndBest
 
 __all__ = ["RunStory", "StepProgress", "metric_text"]
@@ -92,7 +93,7 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
             parts.append(f"loss {float(metrics['train/epoch_loss']):.4g}")
         parts += [self._metric(module.measured), f"lr {progress.lr:.3g}", progress.speed]
         if skipped := progress.num_skipped - self._num_skipped:
-            parts.append(f"{skipped} step{'s' * (skipped > 1)} skipped")
+            parts.append(f"{skipped} {plural(skipped, 'step')} skipped")
             self._num_skipped = progress.num_skipped
         parts.append(_seconds_text(time.monotonic() - self._epoch_started))
         self._tell(trainer, parts)

@@ -25,10 +25,10 @@ def shard(module: nn.Module, mesh: Any) -> None:
 
     for block in _blocks(module):
         fully_shard(block, mesh=mesh)
-    if (network := deployed_network(module)) is not module:  # which validation calls by itself
-        fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    # By default the root stays gathered after forward, and in validation no backward pass would reshard it.
-    fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    # Validation calls the deployed network by itself. By default a root stays gathered after forward, and in validation
+    # no backward pass would reshard it.
+    for root in dict.fromkeys((deployed_network(module), module)):
+        fully_shard(root, mesh=mesh, reshard_after_forward=True)
 
 
 def reach_outputs(loss: Tensor, outputs: Iterable[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline._core.text import plural
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.losses.meeting import guess_prefix_tokens, is_nhwc
@@ -104,7 +105,7 @@ class RecordingPlan:
         per_epoch = manifest.row_bytes * manifest.num_rows
         exists = f", {format_bytes(self.existing_bytes)} of it exists" if self.num_epochs_done is not None else ""
         total = f"{format_bytes(self.num_bytes)} in all ({format_bytes(per_epoch)} per epoch{exists})"
-        images = f"{manifest.num_rows:,} images x {manifest.epochs:,} epoch{'s' if manifest.epochs > 1 else ''}"
+        images = f"{manifest.num_rows:,} images x {manifest.epochs:,} {plural(manifest.epochs, 'epoch')}"
         rows = [
             f"{name} {list(stored.shape)} {stored.dtype}{_change(stored)}: {num_bytes:,} bytes per image"
             for (name, stored), num_bytes in zip(manifest.outputs.items(), manifest.output_bytes.values(), strict=True)

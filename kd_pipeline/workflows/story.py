@@ -10,6 +10,7 @@ from torch import nn
 from kd_pipeline._core.ranks import world_size
 from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.terminal_log import log_line
+from kd_pipeline.batch import rows_name
 from kd_pipeline.config.config import Config
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.base import Teacher
@@ -47,7 +48,7 @@ def tell_start(
         "stage": stage,
         "teacher": "" if teacher is None else _teacher_text(config, teacher),
         "teacher" if stage == "teacher" else "student": _student_text(stage, config, module.student),
-        "images" if "images" in loader.example() else "samples": _rows_text(loader, validation),
+        rows_name(loader.example()): _rows_text(loader, validation),
         "epochs": _epochs_text(config, loader),
         "device": _device_text(config, loader.device),
         "folder": str(folder),
