@@ -166,25 +166,25 @@ def _ranked(place: Place, number: int) -> Place:
 
 def _merge(below: Composed, above: Composed) -> Composed:
     """`above` on top of `below`; neither is changed."""
-    places = dict(below.places)
-    data = _merged(below.data, above.data, (), places, above.places)
-    return Composed(data, places)
+    replaced: set[Key] = set()
+    data = _merged(below.data, above.data, (), replaced)
+    kept = {
+        key: place
+        for key, place in below.places.items()
+        if replaced.isdisjoint(key[:length] for length in range(1, len(key) + 1))
+    }
+    return Composed(data, kept | above.places)
 
 
-def _merged(
-    old: dict[str, Any], new: dict[str, Any], key: Key, places: dict[Key, Place], added: dict[Key, Place]
-) -> dict[str, Any]:
-    """`new` on top of `old`, both at `key`; `places` gets the places of what is `added`."""
-    places[key] = added[key]
+def _merged(old: dict[str, Any], new: dict[str, Any], key: Key, replaced: set[Key]) -> dict[str, Any]:
+    """`new` on top of `old`, both at `key`; the keys whose whole value is that of `new` are added to `replaced`."""
     data = dict(old)
     for name, value in new.items():
         child = (*key, name)
         before = data.get(name)
         if isinstance(before, dict) and isinstance(value, dict) and not replaces(child, before, value):
-            data[name] = _merged(before, value, child, places, added)
+            data[name] = _merged(before, value, child, replaced)
             continue
-        for stale in [other for other in places if other[: len(child)] == child]:
-            del places[stale]
-        places |= {other: place for other, place in added.items() if other[: len(child)] == child}
+        replaced.add(child)
         data[name] = value
     return data
