@@ -326,6 +326,11 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._throughput.restart()
         return metrics
 
+    @property
+    def strict_loading(self) -> bool:
+        """Whether a checkpoint must have all tensors: with FSDP, a teacher within the student would be missed."""
+        return not (is_sharded(self.student) and inner_teacher(self.student) is not None)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the EMA, the skipped steps, the loss of the epoch so far and the identity of the run.
 
@@ -342,8 +347,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the EMA, the skipped steps and the loss of the epoch so far; a teacher within stays the user's."""
-        own = self.state_dict()
-        checkpoint["state_dict"] |= {name: own[name] for name in self._frozen_names(own)}
+        if "state_dict" in checkpoint:  # with FSDP, Lightning has loaded it and taken it out
+            own = self.state_dict()
+            checkpoint["state_dict"] |= {name: own[name] for name in self._frozen_names(own)}
         self._guard.load_state_dict(checkpoint["skipped_steps"])
         if checkpoint["epoch_loss"] is not None and self.trainer.is_global_zero:  # the sums of all ranks
             self._epoch_loss.load(checkpoint["epoch_loss"])

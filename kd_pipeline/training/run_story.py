@@ -67,7 +67,8 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Open the line that moves."""
         self._draw = self._opened.enter_context(status_line())
-        self._started = time.monotonic()
+        # A run that resumes within an epoch has no start of that epoch.
+        self._started = self._epoch_started = time.monotonic()
         self._num_skipped = module.progress.num_skipped
 
     def on_train_epoch_start(self, trainer: Any, module: Any) -> None:

@@ -1,12 +1,14 @@
 """Objects of the user's on two processes: the weights and numbers of one process, and each line printed once."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from kd_pipeline import losses
@@ -20,6 +22,9 @@ from tests.training.tiny_run import distance, logged, result
 from tests.workflows.objects import ROWS, config, network, teacher, tensors
 
 # Lightning's advice on workers, loggers and the trainer's options.
+NUM_STEPS = 6
+"""Of an epoch."""
+
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
 
 
@@ -57,8 +62,8 @@ class Case(NamedTuple):
     num_rows: int = 95
     """For training: the sampler of two ranks repeats one."""
 
-    def config(self, folder: Path, *, num_ranks: int) -> Config:
-        changes = {key: value for key, value in self.changes.items() if num_ranks > 1 or key != "strategy"}
+    def config(self, folder: Path, *, num_ranks: int, **changes: Any) -> Config:
+        changes |= {key: value for key, value in self.changes.items() if num_ranks > 1 or key != "strategy"}
         settings = config(folder, **changes)
         stage = settings.stage if self.has_teacher else "baseline"
         return settings.model_copy(update={"stage": stage, "distill": DistillSettings(**self.distill)})
@@ -80,6 +85,8 @@ CASES = {
     "both networks fsdp": Case(Both, {"strategy": "fsdp"}, SOFT, has_teacher=False, num_rows=96),
 }
 
+RESUMED = ("ema", "fsdp", "own losses fsdp", "both networks", "both networks fsdp")
+
 
 def own_part(num_rows: int, start: int = 0) -> "DataLoader[Any]":
     """The rows of this rank."""
@@ -100,22 +107,45 @@ def numbers(evaluation: Evaluation) -> list[float]:
     return [evaluation.num_samples, evaluation.top1 or 0.0, evaluation.loss or 0.0, evaluation.agreement or 0.0]
 
 
+class Stop(Exception):
+    """Ends a run, as a crash does."""
+
+
+class StopAt(Callback):
+    """Stops after a step within the second epoch, which a checkpoint has."""
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step == NUM_STEPS + 2:
+            raise Stop
+
+
+def train_case(name: str, folder: Path, callbacks: Sequence[Callback] = (), **changes: Any) -> dict[str, Any]:
+    """Weights and numbers of a run on this rank, and what it reported."""
+    case = CASES[name]
+    student, lines = case.student(), list[str]()
+    outcome = train(
+        case.config(folder, num_ranks=2, **changes),
+        **case.objects(),
+        student=student,
+        train_batches=own_part(case.num_rows),
+        validation=own_part(41, 200),
+        optimizer=momentum,
+        callbacks=callbacks,
+        report=lines.append,
+    )
+    weights = {key: each.clone() for key, each in full_state_dict(student).items()}
+    return {"weights": weights, "val": numbers(outcome.evaluations["val"]), "lines": lines}
+
+
 def train_parts(folder: Path, rank: int) -> dict[str, Any]:
-    """Weights and numbers of runs, and what they reported."""
-    found: dict[str, Any] = {}
-    for name, case in CASES.items():
-        student, lines = case.student(), list[str]()
-        outcome = train(
-            case.config(folder / name, num_ranks=2),
-            **case.objects(),
-            student=student,
-            train_batches=own_part(case.num_rows),
-            validation=own_part(41, 200),
-            optimizer=momentum,
-            report=lines.append,
-        )
-        weights = {key: each.clone() for key, each in full_state_dict(student).items()}
-        found[name] = {"weights": weights, "val": numbers(outcome.evaluations["val"]), "lines": lines}
+    """Each case, and again as a run that is stopped and resumed."""
+    found = {name: train_case(name, folder / name) for name in CASES}
+    for name in RESUMED:
+        stopped = folder / f"{name} resumed"
+        with pytest.raises(Stop):
+            train_case(name, stopped, [StopAt()], save_every_steps=1)
+        distributed.barrier()
+        found[f"{name} resumed"] = train_case(name, stopped, save_every_steps=1)
     return found
 
 
@@ -148,6 +178,18 @@ def test_two_ranks_match_one_with_double_batch(tmp_path: Path, ranks: Ranks, nam
     wrote = folder / name if case.has_teacher else folder / name / "baseline"
     assert result(wrote)["val"]["num_samples"] == 41
     assert [row["val/top1"] for row in logged(wrote) if "val/top1" in row]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_stopped_run_resumes_exactly(ranks: Ranks, name: str) -> None:
+    folder, found = ranks
+    for rank in found:
+        for key, weight in rank[name]["weights"].items():
+            assert torch.equal(weight, rank[f"{name} resumed"]["weights"][key]), key
+        assert rank[name]["val"] == rank[f"{name} resumed"]["val"]
+    log = next((folder / f"{name} resumed").rglob("train.log")).read_text(encoding="utf-8")
+    assert f"at epoch 2 of 2, step {NUM_STEPS + 1}" in log
+    assert re.search(r"epoch 2/2 .* \d+\.\d s\n", log), "the time since it was resumed"
 
 
 def test_result_is_reported_once(ranks: Ranks) -> None:
