@@ -1,12 +1,15 @@
 """Runs of `kd-pipeline train` as a command, small enough to be started many times: a tiny teacher, a tinier student."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 from sklearn.datasets import load_digits
+
+from tests.forks import Command
 
 CONFIG = """
 seed: 3
@@ -36,12 +39,29 @@ def write_data(folder: Path) -> None:
     np.savez(folder / "val.npz", images=images[330:400], labels=digits.target[330:400])
 
 
-def start(folder: Path, *arguments: str, ranks: int = 1) -> "subprocess.Popen[str]":
-    """Start `kd-pipeline train -c tiny.yaml ...` in `folder`, under torchrun if there are several ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--log-dir", "torchrun", "--nproc-per-node", str(ranks), "-m"]
-    launcher = ["-m"] if ranks == 1 else torchrun
+def start(folder: Path, *arguments: str) -> Command:
+    """Start `kd-pipeline train -c tiny.yaml ...` in `folder`."""
+    return Command(["train", "-c", "tiny.yaml", *arguments], folder)
+
+
+def start_ranks(folder: Path, *arguments: str) -> list[Command]:
+    """Start two processes that train together, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
+    variables |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    return [
+        Command(["train", "-c", "tiny.yaml", *arguments], folder, {**variables, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+
+
+def start_torchrun(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start `torchrun --nproc-per-node 2 -m kd_pipeline train -c tiny.yaml ...` in `folder`."""
+    torchrun = ["torch.distributed.run", "--log-dir", "torchrun", "--nproc-per-node", "2"]
     return subprocess.Popen(
-        [sys.executable, *launcher, "kd_pipeline", "train", "-c", "tiny.yaml", *arguments],
+        [sys.executable, "-m", *torchrun, "-m", "kd_pipeline", "train", "-c", "tiny.yaml", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
@@ -50,7 +70,7 @@ def start(folder: Path, *arguments: str, ranks: int = 1) -> "subprocess.Popen[st
     )
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+def finish(process: "Command | subprocess.Popen[str]") -> tuple[int | None, str]:
     """Wait for the exit status and the output."""
     output, error = process.communicate(timeout=300)
     return process.returncode, output + error

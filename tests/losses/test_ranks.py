@@ -1,16 +1,15 @@
 """Two processes on gloo learn what one learns: queue and statistics too."""
 
-import multiprocessing
-
 import pytest
 import torch
 
+from tests.forks import fork_context
 from tests.losses import rank_worker
 
 
 @pytest.mark.slow
 def test_two_ranks_match_one(tmp_path):
-    multiprocessing.get_context("forkserver").set_forkserver_preload([rank_worker.__name__])
+    fork_context()
     torch.multiprocessing.start_processes(rank_worker.train_rank, (str(tmp_path),), 2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = rank_worker.train([(slice(None), sum(sizes)) for sizes in rank_worker.SIZES])

@@ -1,7 +1,6 @@
 """Several ranks on gloo that share a folder, and what each of them does."""
 
 import io
-import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import DataError, NonFiniteError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.training.module import DistillModule
+from tests.forks import fork_context
 from tests.training import networks, tiny_run
 
 SIZES = (1, 19, 101)
@@ -30,8 +30,7 @@ def run_ranks(num_ranks: int, folder: Path, do: Callable[[Path, int], Any]) -> l
     """What `do(folder, rank)` returns in each of `num_ranks` processes, set up as by torchrun."""
     found = folder / f"{do.__name__}_{num_ranks}"
     found.mkdir()
-    # A server imports everything once, and forks.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    fork_context()
     torch.multiprocessing.start_processes(
         _rank, (num_ranks, str(folder), str(found), do), num_ranks, start_method="forkserver"
     )

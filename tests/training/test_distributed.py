@@ -4,8 +4,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from kd_pipeline._core.ranks import is_rank_zero, num_nodes, world_size
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import _first_host, _torchrun_environment, init_distributed
+from tests.forks import Command
 from tests.runs import finish
 
 RUN = Path("runs/tiny")
@@ -119,7 +118,7 @@ def test_first_host(hosts: str, first: str) -> None:
     assert _first_host(hosts) == first
 
 
-def start_by_slurm(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
+def start_by_slurm(folder: Path, *arguments: str) -> list[Command]:
     """Start `srun --ntasks 2 kd-pipeline train -c tiny.yaml ...` in a job with more tasks than that."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -127,18 +126,9 @@ def start_by_slurm(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]
     own = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment = {**own, "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "4711"}
     environment |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
-    environment |= {"MASTER_PORT": str(port), "SLURM_NODEID": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "kd_pipeline", "train", "-c", "tiny.yaml", *arguments],
-            cwd=folder,
-            env={**environment, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    environment |= {"MASTER_PORT": str(port), "SLURM_NODEID": "0"}
+    command = ["train", "-c", "tiny.yaml", *arguments]
+    return [Command(command, folder, {**environment, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"]
 
 
 def listening(process: int) -> set[str]:

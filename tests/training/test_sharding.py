@@ -14,7 +14,7 @@ from kd_pipeline.models.resnet import small_resnet
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import _blocks, full_state_dict, full_tensor, is_sharded
-from tests.runs import NO_ONNX, finish, start
+from tests.runs import NO_ONNX, finish, start_ranks
 
 RUN = Path("runs/tiny")
 OPTIONS = (
@@ -38,14 +38,18 @@ def assert_close(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> N
         )
 
 
+def finish_ranks(folder: Path, *arguments: str) -> None:
+    for status, output in map(finish, start_ranks(folder, *arguments)):
+        assert status == 0, output
+
+
 @pytest.mark.slow
 def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> None:
     for name in ("ddp", "fsdp", "killed"):
         shutil.copytree(trained_teacher, tmp_path / name)
     for strategy in ("ddp", "fsdp"):
         fast = [] if strategy == "fsdp" else [NO_ONNX]
-        status, output = finish(start(tmp_path / strategy, *OPTIONS, f"train.strategy={strategy}", *fast, ranks=2))
-        assert status == 0, output
+        finish_ranks(tmp_path / strategy, *OPTIONS, f"train.strategy={strategy}", *fast)
     ddp, fsdp = (load_checkpoint(tmp_path / name / RUN / "checkpoints" / "last.ckpt") for name in ("ddp", "fsdp"))
     for part in ("projectors", "queue"):
         assert any(part in name for name in fsdp["state_dict"]), part
@@ -55,15 +59,15 @@ def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> 
     for name in ("model.safetensors", "model.onnx", "model.json"):
         assert (tmp_path / "fsdp" / RUN / "exported" / name).is_file()
 
-    process = start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", NO_ONNX, ranks=2)
+    processes = start_ranks(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", NO_ONNX)
     last = tmp_path / "killed" / RUN / "checkpoints" / "last.ckpt"
-    while process.poll() is None and not last.exists():
+    while all(process.poll() is None for process in processes) and not last.exists():
         time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    time.sleep(2)  # until the workers notice that torchrun is gone
-    status, output = finish(start(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", NO_ONNX, ranks=2))
-    assert status == 0, output
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.communicate()
+    finish_ranks(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", NO_ONNX)
     killed = load_checkpoint(last)
     for name, tensor in fsdp["state_dict"].items():
         assert torch.equal(tensor, killed["state_dict"][name]), name
@@ -73,8 +77,7 @@ def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> 
 def test_fsdp_exports_full_best_student(trained_teacher: Path, tmp_path: Path) -> None:
     shutil.copytree(trained_teacher, tmp_path / "work")
     arguments = ("data.batch_size=16", "train.strategy=fsdp", "train.epochs=1", NO_ONNX)
-    status, output = finish(start(tmp_path / "work", *arguments, ranks=2))
-    assert status == 0, output
+    finish_ranks(tmp_path / "work", *arguments)
     folder = tmp_path / "work" / RUN
     best = torch.load(folder / "checkpoints" / "best_student.pt", weights_only=True)
     last = load_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]

@@ -1,6 +1,5 @@
 """A signal stops a training after a checkpoint that resumes exactly, with the usual exit status."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -19,6 +18,7 @@ import torch
 pytest.importorskip("lightning")
 
 from kd_pipeline.training.checkpoint import load_checkpoint
+from tests.forks import fork_context
 from tests.training.toy_training import NUM_BATCHES, NUM_EPOCHS, train, train_in_child
 
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -35,8 +35,7 @@ class Child:
     def __init__(
         self, folder: Path, *, prepare: Callable[[], Any] = int, pause: Callable[[], Any] = SHORTLY, **options: Any
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.training.toy_training"])
+        context = fork_context()
         self._steps, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=train_in_child, args=(theirs, folder, prepare, pause, options))
         self.process.start()

@@ -24,7 +24,7 @@ from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_lock import lock_folder
 from kd_pipeline.workflows.exported import open_model_file
-from tests.runs import NO_ONNX, finish, start
+from tests.runs import NO_ONNX, finish, start, start_torchrun
 
 RUN = Path("runs/tiny")
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -283,7 +283,7 @@ def test_refused_ranks_end_together(finished: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     shutil.copytree(finished, work)
     with lock_folder(work / RUN, otherwise="wait"):
-        status, output = finish(start(work, ranks=2))
+        status, output = finish(start_torchrun(work))
     assert status == 1 and "runs/tiny is in use by process" in output, output
 
 
@@ -292,15 +292,15 @@ def test_two_ranks_resume_exactly(trained_teacher: Path, tmp_path: Path) -> None
     for name in ("undisturbed", "stopped"):
         shutil.copytree(trained_teacher, tmp_path / name)
     half = "data.batch_size=16"
-    status, output = finish(start(tmp_path / "undisturbed", half, NO_ONNX, ranks=2))
+    status, output = finish(start_torchrun(tmp_path / "undisturbed", half, NO_ONNX))
     assert status == 0, output
-    process = start(tmp_path / "stopped", half, NO_ONNX, ranks=2)
+    process = start_torchrun(tmp_path / "stopped", half, NO_ONNX)
     while process.poll() is None and not (tmp_path / "stopped" / RUN / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
     process.kill()
     process.communicate()
     time.sleep(2)  # until the workers notice that torchrun is gone
-    status, output = finish(start(tmp_path / "stopped", half, NO_ONNX, ranks=2))
+    status, output = finish(start_torchrun(tmp_path / "stopped", half, NO_ONNX))
     assert status == 0, output
     assert_same_end(tmp_path / "undisturbed", tmp_path / "stopped")
 
