@@ -102,7 +102,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self.measured: dict[str, float] = {}
         """The metrics of the last validation."""
         self.has_begun = False
-        """Whether all was set up and a checkpoint restored, and an epoch has begun."""
+        """Whether all was set up, a checkpoint restored, and the training has begun."""
         self._num_valid: Tensor | None = None
         """Valid rows of this rank in the batches of the current optimizer step, if they are counted."""
         self._epoch_loss = EpochLoss()
@@ -166,13 +166,15 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
 
     def on_train_start(self) -> None:
         """Put restored optimizer state in the order of its weights, which may have been a different one."""
+        # Not at the start of an epoch, which a run that resumes within one does not have.
+        self.has_begun = True
+        self._throughput.start_epoch()
         for optimizer in self.trainer.optimizers:
             match_memory_format(optimizer)
         release_free_memory()
 
     def on_train_epoch_start(self) -> None:
         """Reset the counters of the epoch."""
-        self.has_begun = True
         self._throughput.start_epoch()
         self._epoch_loss.start_epoch()
         self._train_counts = None

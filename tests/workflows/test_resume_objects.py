@@ -114,3 +114,18 @@ def test_run_that_stopped_within_an_epoch_ends_the_same(tmp_path: Path, kind: st
     assert_same(resumed, whole)
     if isinstance(loader, Positioned):
         assert loader.num_read <= 1 + 6 - 2 * EVERY % 6  # the first batch is looked at
+
+
+class FailsAgain(Stop):
+    """Fails in the step after that."""
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        raise ValueError("mine")
+
+
+def test_error_after_resuming_within_an_epoch_is_not_blamed_on_the_checkpoint(tmp_path: Path) -> None:
+    changes = {"save_every_steps": EVERY}
+    with pytest.raises(Stopped):
+        run(tmp_path, changes, callbacks=[Stop()])
+    with pytest.raises(ValueError, match="^mine$"):
+        run(tmp_path, changes, callbacks=[FailsAgain()])
