@@ -4,41 +4,74 @@ What a new Python would do differently is tested with new ones, in `tests/cli` a
 """
 
 import atexit
-import multiprocessing
 import os
 import runpy
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from weakref import finalize
 
-__all__ = ["Command", "fork_context"]
+import torch.multiprocessing
+
+__all__ = ["Command", "fork_context", "fork_ranks"]
+
+
+class _Process(ForkServerProcess):
+    """With the environment of whoever starts it, where the server has the one that it started with."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._environment = dict(os.environ)
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self._environment)
+        super().run()
+
+
+class _Context(ForkServerContext):
+    Process = _Process
 
 
 def fork_context() -> ForkServerContext:
     """The `multiprocessing` context of the server's forks."""
-    context = multiprocessing.get_context("forkserver")
+    context = _Context()
     context.set_forkserver_preload(["tests.preloaded"])  # which counts for the first process
     return context
+
+
+def fork_ranks(function: Callable[..., object], arguments: tuple[Any, ...], num_ranks: int = 2) -> None:
+    """Call `function(rank, *arguments)` in a process for each rank, and wait; the first error is raised here."""
+    fork_context()
+    torch.multiprocessing.start_processes(function, arguments, num_ranks, start_method="forkserver")
 
 
 class Command:
     """`kd-pipeline ARGUMENTS` in a process of its own, with the methods of a `subprocess.Popen` that has pipes."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str] = os.environ,
+        prepare: Callable[[], object] = int,
+    ) -> None:
+        """Start it in `folder`; it calls `prepare` first."""
         with ExitStack() as opened:
             written = [opened.enter_context(tempfile.TemporaryFile()) for _ in range(2)]
             # A second file object has a place of its own in the file, as the other end of a pipe.
             paths = [f"/proc/self/fd/{file.fileno()}" for file in written]
             self.stdout, self.stderr = (opened.enter_context(open(path, encoding="utf-8")) for path in paths)
-            call = _Call([*map(str, arguments)], str(folder), dict(environment), [file.fileno() for file in written])
-            self._process = fork_context().Process(target=call)
+            call = _Call([*map(str, arguments)], folder, prepare, [file.fileno() for file in written])
+            with mock.patch.dict(os.environ, dict(environment), clear=True):
+                self._process = fork_context().Process(target=call)
             self._process.start()
             opened.callback(self._process.kill)
             self._close = finalize(self, opened.pop_all().close)
@@ -75,8 +108,8 @@ class Command:
 class _Call:
     """What a fork does, pickled with its streams."""
 
-    def __init__(self, arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> None:
-        self._arguments, self._folder, self._environment, self._streams = arguments, folder, environment, streams
+    def __init__(self, arguments: list[str], folder: Path, prepare: Callable[[], object], streams: list[int]) -> None:
+        self._arguments, self._folder, self._prepare, self._streams = arguments, folder, prepare, streams
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_streams": [DupFd(each) for each in self._streams]}
@@ -84,10 +117,9 @@ class _Call:
     def __call__(self) -> None:
         for number, stream in enumerate(self._streams, start=1):
             os.dup2(stream.detach(), number)  # type: ignore[attr-defined]
-        os.environ.clear()
-        os.environ.update(self._environment)
         os.chdir(self._folder)
         sys.argv = ["kd-pipeline", *self._arguments]
+        self._prepare()
         try:
             runpy.run_module("kd_pipeline", run_name="__main__", alter_sys=True)
         finally:

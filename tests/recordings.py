@@ -13,6 +13,7 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.recorded.manifest import RecordingManifest
+from kd_pipeline.workflows import _record
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows.teacher import open_run_teacher
 from tests.networks import ConvNet
@@ -50,6 +51,11 @@ def other_net() -> nn.Module:
     with torch.no_grad():
         found.head.bias += 1
     return found
+
+
+def commit_often() -> None:
+    """Let a process lose 20 ms of its work at most, if it is killed."""
+    _record._COMMIT_INTERVAL_S = 0.02
 
 
 def config(root: Path, **changes: Any) -> Config:

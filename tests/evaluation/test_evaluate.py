@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from sklearn.metrics import cohen_kappa_score, confusion_matrix, f1_score
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from tests.evaluation.ranks import process_group
+from tests.forks import fork_ranks
 from tests.networks import CLASSES, IMAGE_SHAPE, NUM_CLASSES, ConvNet, LogitsOnly
 from tests.streams import EVAL
 
@@ -177,7 +177,7 @@ def test_ranks_match_one_process(tmp_path) -> None:
     for size in SIZES:
         (tmp_path / str(size)).mkdir()
         wanted.append(everything(pixel_arrays(tmp_path / str(size), size)).to_dict())
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), 2)
+    fork_ranks(_rank, (2, str(tmp_path)))
     for rank in range(2):
         for (sharded, alone), one_process in zip(
             json.loads((tmp_path / f"{rank}.json").read_text()), wanted, strict=True

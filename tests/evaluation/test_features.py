@@ -23,6 +23,7 @@ from kd_pipeline.teachers.settings import TeacherSettings
 from tests.evaluation.ranks import process_group
 from tests.evaluation.test_evaluate import NUM_LOGITS, SIDE, Pixels, open_loader, pixel_arrays
 from tests.evaluation.test_frozen import Pooled
+from tests.forks import fork_ranks
 
 TERMS = DistillSettings(
     loss=None,
@@ -109,7 +110,7 @@ def test_ranks_match_one_process(tmp_path) -> None:
     for size in SIZES:
         (tmp_path / str(size)).mkdir()
         wanted.append(measured(pixel_arrays(tmp_path / str(size), size), batch_size=4).to_dict())
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), 2)
+    fork_ranks(_rank, (2, str(tmp_path)))
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     for (sharded, alone), one_process in zip(ranks[0], wanted, strict=True):

@@ -29,6 +29,7 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from tests.evaluation.ranks import process_group
 from tests.evaluation.test_evaluate import NUM_LOGITS, SIDE, Pixels, open_loader, pixel_arrays
+from tests.forks import fork_ranks
 
 
 class Pooled(nn.Module):
@@ -203,7 +204,7 @@ def test_ranks_match_one_process(tmp_path) -> None:
     for size in SIZES:
         (tmp_path / str(size)).mkdir()
         wanted += [everything(pixel_arrays(tmp_path / str(size), size))] * 2
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), 2)
+    fork_ranks(_rank, (2, str(tmp_path)))
     for rank in range(2):
         for columns, each in zip(torch.load(tmp_path / f"{rank}.pt"), wanted, strict=True):
             assert_equal(Features(*columns), each)

@@ -18,6 +18,7 @@ import torch
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
+from tests.forks import fork_ranks
 from tests.loader.rank_worker import NUM_SAMPLES, gather, meet_after_the_loader, open_loader, step, student
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +163,7 @@ def read(folder: Path) -> list[Any]:
 
 @pytest.mark.slow
 def test_spawned_processes_meet_after_the_loader(tmp_path):
-    torch.multiprocessing.spawn(meet_after_the_loader, (str(tmp_path),), 2)
+    fork_ranks(meet_after_the_loader, (str(tmp_path),))
     found = read(tmp_path)
     assert [each["length"] for each in found] == [3, 3] == [len(each["batches"]) for each in found]
     seen = [index for each in found for batch in each["batches"] for index in batch]
@@ -172,7 +173,7 @@ def test_spawned_processes_meet_after_the_loader(tmp_path):
 @pytest.mark.slow
 def test_gather_for_metrics_has_every_sample_once(tmp_path):
     pytest.importorskip("accelerate")
-    torch.multiprocessing.spawn(gather, (str(tmp_path),), 2)
+    fork_ranks(gather, (str(tmp_path),))
     for found in read(tmp_path):
         assert sorted(found) == list(range(NUM_SAMPLES))
 

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from tests.forks import fork_context
+from tests.forks import fork_ranks
 from tests.losses import rank_worker
 
 
 @pytest.mark.slow
 def test_two_ranks_match_one(tmp_path):
-    fork_context()
-    torch.multiprocessing.start_processes(rank_worker.train_rank, (str(tmp_path),), 2, start_method="forkserver")
+    fork_ranks(rank_worker.train_rank, (str(tmp_path),))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone = rank_worker.train([(slice(None), sum(sizes)) for sizes in rank_worker.SIZES])
     assert first.keys() == second.keys() == alone.keys()

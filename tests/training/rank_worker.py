@@ -18,7 +18,7 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import DataError, NonFiniteError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.training.module import DistillModule
-from tests.forks import fork_context
+from tests.forks import fork_ranks
 from tests.training import networks, tiny_run
 
 SIZES = (1, 19, 101)
@@ -30,10 +30,7 @@ def run_ranks(num_ranks: int, folder: Path, do: Callable[[Path, int], Any]) -> l
     """What `do(folder, rank)` returns in each of `num_ranks` processes, set up as by torchrun."""
     found = folder / f"{do.__name__}_{num_ranks}"
     found.mkdir()
-    fork_context()
-    torch.multiprocessing.start_processes(
-        _rank, (num_ranks, str(folder), str(found), do), num_ranks, start_method="forkserver"
-    )
+    fork_ranks(_rank, (num_ranks, str(folder), str(found), do), num_ranks)
     return [torch.load(found / f"{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
 

@@ -30,7 +30,8 @@ from kd_pipeline.workflows._record import Progress, RecordSettings, plan_recordi
 from kd_pipeline.workflows._train import train
 from kd_pipeline.workflows.record_plan import RecordingPlan, format_bytes, loss_outputs, stored_outputs
 from kd_pipeline.workflows.teacher import open_run_teacher
-from tests.recordings import NUM_EPOCHS, PLUGINS, config, edit, net, recorded, replayed
+from tests.forks import Command
+from tests.recordings import NUM_EPOCHS, PLUGINS, commit_often, config, edit, net, recorded, replayed
 from tests.streams import rows
 from tests.training import networks
 from tests.training.tiny_run import Weights, distance, run, settings, weights, write_digits
@@ -554,31 +555,19 @@ def test_process_killed_repeatedly_writes_equal_files(digits: Path, tmp_path: Pa
     described = settings(digits, str(tmp_path / "run"), train__epochs=150)
     config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
 
-    def start(out: str) -> "subprocess.Popen[str]":
-        code = (
-            "from kd_pipeline.cli import main\n"
-            "from kd_pipeline.workflows import _record\n"
-            "_record._COMMIT_INTERVAL_S = 0.02\n"
-            "main()"
-        )
-        return subprocess.Popen(
-            [sys.executable, "-c", code, "record", "-c", str(config_file), "--out", str(tmp_path / out)],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
+    def start(out: str) -> Command:
+        return Command(["record", "-c", str(config_file), "--out", out], tmp_path, prepare=commit_often)
 
     undisturbed = start("undisturbed")
-    assert undisturbed.communicate(timeout=120)[1].count("recorded") and undisturbed.returncode == 0
+    assert undisturbed.communicate()[1].count("recorded") and undisturbed.returncode == 0
     numbers, kills = random.Random(1), 0
     for _ in range(20):
         process = start("killed")
-        assert process.stderr is not None
         while process.poll() is None and not process.stderr.readline():
             time.sleep(0.01)
         time.sleep(numbers.uniform(0, 0.2))
         if kills == 3:
-            process.communicate(timeout=120)
+            process.communicate()
             break
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -127,5 +127,5 @@ def test_error_after_resuming_within_an_epoch_is_not_blamed_on_the_checkpoint(tm
     changes = {"save_every_steps": EVERY}
     with pytest.raises(Stopped):
         run(tmp_path, changes, callbacks=[Stop()])
-    with pytest.raises(ValueError, match="^mine$"):
+    with pytest.raises(ValueError, match=r"^mine$"):
         run(tmp_path, changes, callbacks=[FailsAgain()])
