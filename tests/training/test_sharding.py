@@ -67,6 +67,7 @@ def test_fsdp_matches_ddp_and_resumes(trained_teacher: Path, tmp_path: Path) -> 
         process.kill()
     for process in processes:
         process.communicate()
+    assert load_checkpoint(last)["global_step"] < 20
     finish_ranks(tmp_path / "killed", *OPTIONS, "train.strategy=fsdp", NO_ONNX)
     killed = load_checkpoint(last)
     for name, tensor in fsdp["state_dict"].items():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -297,11 +298,15 @@ def test_two_ranks_resume_exactly(trained_teacher: Path, tmp_path: Path) -> None
     process = start_torchrun(tmp_path / "stopped", half, NO_ONNX)
     while process.poll() is None and not (tmp_path / "stopped" / RUN / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in map(int, workers):  # which would train on for a while without torchrun
+        os.kill(pid, signal.SIGKILL)
     process.kill()
     process.communicate()
-    time.sleep(2)  # until the workers notice that torchrun is gone
     status, output = finish(start_torchrun(tmp_path / "stopped", half, NO_ONNX))
     assert status == 0, output
+    resumed = re.search(r"resumed +from \S+ at epoch \d of 2, step (\d+)", output)
+    assert resumed is not None and int(resumed[1]) < 20, output
     assert_same_end(tmp_path / "undisturbed", tmp_path / "stopped")
 
 
