@@ -7,6 +7,7 @@ import atexit
 import os
 import runpy
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from weakref import finalize
 
 import torch.multiprocessing
 
-__all__ = ["Command", "fork_context", "fork_ranks"]
+__all__ = ["Command", "fork_context", "fork_ranks", "free_port"]
 
 
 class _Process(ForkServerProcess):
@@ -51,6 +52,14 @@ def fork_ranks(function: Callable[..., object], arguments: tuple[Any, ...], num_
     """Call `function(rank, *arguments)` in a process for each rank, and wait; the first error is raised here."""
     fork_context()
     torch.multiprocessing.start_processes(function, arguments, num_ranks, start_method="forkserver")
+
+
+def free_port() -> int:
+    """A port at which ranks can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 class Command:

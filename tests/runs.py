@@ -1,7 +1,6 @@
 """Runs of `kd-pipeline train` as a command, small enough to be started many times: a tiny teacher, a tinier student."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from tests.forks import Command
+from tests.forks import Command, free_port
 
 CONFIG = """
 seed: 3
@@ -46,10 +45,7 @@ def start(folder: Path, *arguments: str) -> Command:
 
 def start_ranks(folder: Path, *arguments: str) -> list[Command]:
     """Start two processes that train together, with the variables that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
+    variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
     variables |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
     return [
         Command(["train", "-c", "tiny.yaml", *arguments], folder, {**variables, "RANK": rank, "LOCAL_RANK": rank})

@@ -14,7 +14,7 @@ from kd_pipeline._core.ranks import is_rank_zero, num_nodes, world_size
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import _first_host, _torchrun_environment, init_distributed
-from tests.forks import Command
+from tests.forks import Command, free_port
 from tests.runs import finish
 
 RUN = Path("runs/tiny")
@@ -120,13 +120,10 @@ def test_first_host(hosts: str, first: str) -> None:
 
 def start_by_slurm(folder: Path, *arguments: str) -> list[Command]:
     """Start `srun --ntasks 2 kd-pipeline train -c tiny.yaml ...` in a job with more tasks than that."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     own = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
     environment = {**own, "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": "4711"}
     environment |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
-    environment |= {"MASTER_PORT": str(port), "SLURM_NODEID": "0"}
+    environment |= {"MASTER_PORT": str(free_port()), "SLURM_NODEID": "0"}
     command = ["train", "-c", "tiny.yaml", *arguments]
     return [Command(command, folder, {**environment, "SLURM_PROCID": rank, "SLURM_LOCALID": rank}) for rank in "01"]
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ import torch
 pytest.importorskip("lightning")
 
 from kd_pipeline.training.checkpoint import load_checkpoint
-from tests.forks import fork_context
+from tests.forks import fork_context, free_port
 from tests.training.toy_training import NUM_BATCHES, NUM_EPOCHS, train, train_in_child
 
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -258,9 +257,7 @@ def set_rank(rank: int, port: int) -> None:
 
 
 def launch_ranks(launch: Callable[..., Child], folder: Path, **options: Any) -> list[Child]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         launch(folder, prepare=partial(set_rank, rank, port), strategy="ddp", devices=2, **options) for rank in (0, 1)
     ]
