@@ -1,4 +1,4 @@
-"""Commands in processes that start at once: forks of a server that has imported everything, one for each test process.
+"""Processes that start at once: forks of a server that has imported everything, one for each test process.
 
 What a new Python would do differently is tested with new ones, in `tests/cli` and `tests/workflows/test_story.py`.
 """
@@ -21,7 +21,7 @@ from weakref import finalize
 
 import torch.multiprocessing
 
-__all__ = ["Command", "fork_context", "fork_ranks", "free_port"]
+__all__ = ["Command", "fork_context", "fork_ranks", "free_port", "torchrun_variables"]
 
 
 class _Process(ForkServerProcess):
@@ -32,8 +32,7 @@ class _Process(ForkServerProcess):
         self._environment = dict(os.environ)
 
     def run(self) -> None:
-        os.environ.clear()
-        os.environ.update(self._environment)
+        _set_environment(self._environment)
         super().run()
 
 
@@ -51,7 +50,9 @@ def fork_context() -> ForkServerContext:
 def fork_ranks(function: Callable[..., object], arguments: tuple[Any, ...], num_ranks: int = 2) -> None:
     """Call `function(rank, *arguments)` in a process for each rank, and wait; the first error is raised here."""
     fork_context()
-    torch.multiprocessing.start_processes(function, arguments, num_ranks, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        _call_rank, (dict(os.environ), function, arguments), num_ranks, start_method="forkserver"
+    )
 
 
 def free_port() -> int:
@@ -60,6 +61,14 @@ def free_port() -> int:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
         return port
+
+
+def torchrun_variables(rank: int, num_ranks: int, *, port: int) -> dict[str, str]:
+    """What torchrun sets for a process of one machine."""
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": num_ranks}
+    variables |= {"LOCAL_WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+    texts = {name: str(value) for name, value in variables.items()}
+    return texts | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none"}
 
 
 class Command:
@@ -133,3 +142,15 @@ class _Call:
             runpy.run_module("kd_pipeline", run_name="__main__", alter_sys=True)
         finally:
             atexit._run_exitfuncs()  # which multiprocessing leaves out
+
+
+def _call_rank(
+    rank: int, environment: Mapping[str, str], function: Callable[..., object], arguments: tuple[Any, ...]
+) -> None:
+    _set_environment(environment)
+    function(rank, *arguments)
+
+
+def _set_environment(environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)

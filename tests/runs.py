@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.datasets import load_digits
 
-from tests.forks import Command, free_port
+from tests.forks import Command, free_port, torchrun_variables
 
 CONFIG = """
 seed: 3
@@ -45,12 +45,8 @@ def start(folder: Path, *arguments: str) -> Command:
 
 def start_ranks(folder: Path, *arguments: str) -> list[Command]:
     """Start two processes that train together, with the variables that torchrun sets."""
-    variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
-    variables |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
-    return [
-        Command(["train", "-c", "tiny.yaml", *arguments], folder, {**variables, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
+    command, port = ["train", "-c", "tiny.yaml", *arguments], free_port()
+    return [Command(command, folder, {**os.environ, **torchrun_variables(rank, 2, port=port)}) for rank in range(2)]
 
 
 def start_torchrun(folder: Path, *arguments: str) -> "subprocess.Popen[str]":

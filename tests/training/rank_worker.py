@@ -18,7 +18,7 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import DataError, NonFiniteError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.training.module import DistillModule
-from tests.forks import fork_ranks
+from tests.forks import fork_ranks, torchrun_variables
 from tests.training import networks, tiny_run
 
 SIZES = (1, 19, 101)
@@ -37,9 +37,7 @@ def run_ranks(num_ranks: int, folder: Path, do: Callable[[Path, int], Any]) -> l
 def _rank(rank: int, num_ranks: int, folder: str, found: str, do: Callable[[Path, int], Any]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}
-    os.environ |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # not used: the process group is initialized below
+    os.environ |= torchrun_variables(rank, num_ranks, port=0)  # not used: the process group is initialized below
     store = distributed.FileStore(f"{found}/store", num_ranks)
     # If ranks disagree on the number of batches they fail instead of hanging.
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -54,6 +55,21 @@ def teacher() -> Teacher:
     """In PyTorch and float32, whatever is faster here."""
     settings = TeacherSettings(backend="pytorch", precision="fp32")
     return open_teacher(settings, module=network(5), image_shape=(3, 8, 8))
+
+
+class Stopped(Exception):
+    """What ends a run, as a crash does."""
+
+
+class StopBefore(Callback):
+    """Fails before a step, counted from 0."""
+
+    def __init__(self, step: int, error: Exception | None = None) -> None:
+        self._step, self._error = step, error or Stopped()
+
+    def on_train_batch_start(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step == self._step:
+            raise self._error
 
 
 def config(folder: Path, **changes: Any) -> Config:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -19,12 +19,12 @@ from kd_pipeline.training.sharding import full_state_dict
 from kd_pipeline.workflows._train import train
 from tests.training.rank_worker import run_ranks
 from tests.training.tiny_run import distance, logged, result
-from tests.workflows.objects import ROWS, config, network, teacher, tensors
+from tests.workflows.objects import ROWS, StopBefore, Stopped, config, network, teacher, tensors
 
-# Lightning's advice on workers, loggers and the trainer's options.
 NUM_STEPS = 6
 """Of an epoch."""
 
+# Lightning's advice on workers, loggers and the trainer's options.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
 
 
@@ -107,18 +107,6 @@ def numbers(evaluation: Evaluation) -> list[float]:
     return [evaluation.num_samples, evaluation.top1 or 0.0, evaluation.loss or 0.0, evaluation.agreement or 0.0]
 
 
-class Stop(Exception):
-    """Ends a run, as a crash does."""
-
-
-class StopAt(Callback):
-    """Stops after a step within the second epoch, which a checkpoint has."""
-
-    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
-        if trainer.global_step == NUM_STEPS + 2:
-            raise Stop
-
-
 def train_case(name: str, folder: Path, callbacks: Sequence[Callback] = (), **changes: Any) -> dict[str, Any]:
     """Weights and numbers of a run on this rank, and what it reported."""
     case = CASES[name]
@@ -142,8 +130,8 @@ def train_parts(folder: Path, rank: int) -> dict[str, Any]:
     found = {name: train_case(name, folder / name) for name in CASES}
     for name in RESUMED:
         stopped = folder / f"{name} resumed"
-        with pytest.raises(Stop):
-            train_case(name, stopped, [StopAt()], save_every_steps=1)
+        with pytest.raises(Stopped):
+            train_case(name, stopped, [StopBefore(NUM_STEPS + 1)], save_every_steps=1)
         distributed.barrier()
         found[f"{name} resumed"] = train_case(name, stopped, save_every_steps=1)
     return found

@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.workflows.objects import ROWS, assert_same, batches, run, tensors
+from tests.workflows.objects import ROWS, StopBefore, Stopped, assert_same, batches, run, tensors
 from tests.workflows.test_own_loaders import dali_loader
 
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -18,18 +17,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")
 
 EVERY, STOP = 4, 9
 """Steps between checkpoints, and the step at which a run fails: the last checkpoint is within the second epoch of 6."""
-
-
-class Stopped(Exception):
-    """What ends a run."""
-
-
-class Stop(lightning.pytorch.callbacks.Callback):
-    """Fails before a step."""
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == STOP:
-            raise Stopped
 
 
 class Positioned:
@@ -107,7 +94,7 @@ def test_run_that_stopped_within_an_epoch_ends_the_same(tmp_path: Path, kind: st
 
     whole, _ = go("whole")
     with pytest.raises(Stopped):
-        go("parts", Stop())
+        go("parts", StopBefore(STOP))
     saved = torch.load(tmp_path / "parts" / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 2 * EVERY
     resumed, loader = go("parts")
@@ -116,16 +103,9 @@ def test_run_that_stopped_within_an_epoch_ends_the_same(tmp_path: Path, kind: st
         assert loader.num_read <= 1 + 6 - 2 * EVERY % 6  # the first batch is looked at
 
 
-class FailsAgain(Stop):
-    """Fails in the step after that."""
-
-    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
-        raise ValueError("mine")
-
-
 def test_error_after_resuming_within_an_epoch_is_not_blamed_on_the_checkpoint(tmp_path: Path) -> None:
     changes = {"save_every_steps": EVERY}
     with pytest.raises(Stopped):
-        run(tmp_path, changes, callbacks=[Stop()])
+        run(tmp_path, changes, callbacks=[StopBefore(STOP)])
     with pytest.raises(ValueError, match=r"^mine$"):
-        run(tmp_path, changes, callbacks=[FailsAgain()])
+        run(tmp_path, changes, callbacks=[StopBefore(STOP, ValueError("mine"))])
