@@ -5,7 +5,9 @@ KDPipelineError
 ├── MissingPackageError (also an ImportError)
 ├── DataError
 │   ├── BadSampleError
-│   └── TooManyBadSamplesError
+│   ├── TooManyBadSamplesError
+│   └── StorageError
+│       └── NoSuchFileError
 ├── TeacherError
 │   └── EngineError
 ├── ExportError
@@ -13,6 +15,7 @@ KDPipelineError
 └── StateError
 """
 
+import re
 from pathlib import Path
 
 __all__ = [
@@ -23,11 +26,16 @@ __all__ = [
     "ExportError",
     "KDPipelineError",
     "MissingPackageError",
+    "NoSuchFileError",
     "NonFiniteError",
     "StateError",
+    "StorageError",
     "TeacherError",
     "TooManyBadSamplesError",
+    "shown",
 ]
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+://)(?:[^/?#]*@)?([^?#]*)")
 
 
 class KDPipelineError(Exception):
@@ -86,6 +94,28 @@ class TooManyBadSamplesError(DataError):
         )
 
 
+class StorageError(DataError):
+    """Data cannot be read or written where it is: a file that was cut or has changed, a store that does not answer.
+
+    Attributes:
+        path: the file, or its URL without credentials and query.
+        key: the sample in the file, if the error is about one.
+        offset: the byte of the file at which the range that was asked for starts, if it was about a range.
+        reason: why, and what to do.
+    """
+
+    def __init__(
+        self, path: str | Path, reason: str, *, key: str | int | None = None, offset: int | None = None
+    ) -> None:
+        self.path, self.key, self.offset, self.reason = shown(path), key, offset, reason
+        where = "".join([f", sample {key}" * (key is not None), f", byte {offset}" * (offset is not None)])
+        super().__init__(f"{self.path}{where}: {reason}")
+
+
+class NoSuchFileError(StorageError):
+    """There is no such file in the store."""
+
+
 class TeacherError(KDPipelineError):
     """A teacher cannot be opened, rejects its input, fails, or is already closed."""
 
@@ -104,3 +134,9 @@ class NonFiniteError(KDPipelineError, FloatingPointError):
 
 class StateError(KDPipelineError):
     """A saved loader state or a checkpoint does not match, cannot be read or cannot be written."""
+
+
+def shown(path: str | Path) -> str:
+    """A path as messages show it: a URL has neither its user nor its query and fragment, which may be credentials."""
+    match = _URL.match(str(path))
+    return match[1] + match[2] if match else str(path)

@@ -14,6 +14,7 @@ PACKAGES = [
     "errors",
     "batch",
     "_core",
+    "storage",
     "data",
     "models",
     "onnx",

@@ -1,0 +1,23 @@
+"""The store of a path."""
+
+from pathlib import Path
+
+from kd_pipeline._core.paths import find_url
+from kd_pipeline.errors import ConfigError, shown
+from kd_pipeline.storage.base import Store, StoreSettings, scheme_of
+from kd_pipeline.storage.local import LocalStore
+
+__all__ = ["open_store"]
+
+
+def open_store(path: str | Path, settings: StoreSettings | None = None) -> Store:
+    """The store that `path` is in: a local one, or one for all URLs of its scheme.
+
+    Raises:
+        ConfigError: nothing reads URLs of this scheme.
+        MissingPackageError: the package that reads URLs of this scheme is not installed.
+    """
+    scheme = scheme_of(path)
+    if scheme is None:
+        return LocalStore()
+    raise ConfigError(find_url(shown(path)))
