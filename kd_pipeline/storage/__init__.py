@@ -3,14 +3,19 @@
 from kd_pipeline.errors import NoSuchFileError, StorageError, shown
 from kd_pipeline.storage.base import FileStat, Store, StoreSettings, scheme_of
 from kd_pipeline.storage.open import open_store
+from kd_pipeline.storage.parallel import ByteRange, read_ranges
+from kd_pipeline.storage.patterns import expand
 
 __all__ = [
+    "ByteRange",
     "FileStat",
     "NoSuchFileError",
     "StorageError",
     "Store",
     "StoreSettings",
+    "expand",
     "open_store",
+    "read_ranges",
     "scheme_of",
     "shown",
 ]
