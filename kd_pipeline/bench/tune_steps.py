@@ -393,12 +393,18 @@ class _Subset:
         self.labels = None if source.labels is None else source.labels[self._index]
         self.classes, self.num_classes = source.classes, source.num_classes
         self.stores, self.warnings = source.stores, source.warnings
+        ends = getattr(source, "shard_ends", None)
+        self.shard_ends = None if ends is None else np.searchsorted(self._index, ends)
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def read(self, indices: NDArray[np.int64]) -> Any:
         return self._source.read(self._index[indices])
+
+    def expect(self, indices: NDArray[np.int64]) -> None:
+        if (expect := getattr(self._source, "expect", None)) is not None:
+            expect(self._index[indices])
 
     def name(self, index: int) -> str:
         return self._source.name(int(self._index[index]))
@@ -424,12 +430,15 @@ def _lacks_weights(config: Config) -> bool:
 
 def _warm_pages(source: Source) -> None:
     """Read the files, so no choice of settings is the first to read them."""
-    if source.stores != "files":
+    if source.stores == "pixels":
         return
     deadline_s = time.perf_counter() + _WARM_PAGES_S
     for index in range(min(len(source), _NUM_IMAGES)):
-        with suppress(OSError), open_regular(Path(source.name(index))) as file:  # the loader says what is wrong with it
-            file.read()
+        if source.stores == "bytes":
+            source.read(np.array([index]))
+        else:
+            with suppress(OSError), open_regular(Path(source.name(index))) as file:  # the loader says what is wrong
+                file.read()
         if time.perf_counter() > deadline_s:
             return
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline._core.files import describe_special, open_own, open_regular
+from kd_pipeline._core.files import describe_special, open_own
 from kd_pipeline.data.dali import FileChecker
+from kd_pipeline.data.file_reading import read_sample
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Source
@@ -103,17 +104,18 @@ class BadSamples:
         before, readable = len(self._following), set()
         for sample in dict.fromkeys(index.tolist()):
             while (shown := self._shown_for(sample)) not in readable:
-                path = self._path(shown)
                 try:
-                    self._checker.decode(path)
+                    self._decode(shown)
                     readable.add(shown)
                 except RuntimeError as exc:
-                    self._add(self._diagnose(shown, path, exc), exc)
+                    self._add(self._diagnose(shown, exc), exc)
         return len(self._following) > before
 
-    def _path(self, index: int) -> NDArray[np.uint8]:
-        path: NDArray[np.uint8] = self._source.read(np.array([index]))[0]
-        return path
+    def _decode(self, index: int) -> None:
+        self._checker.decode(self._content(index))
+
+    def _content(self, index: int) -> NDArray[np.uint8]:
+        return read_sample(self._source, index, max_bytes=self._checker.max_bytes)
 
     def _add(self, sample: BadSample, failure: RuntimeError) -> None:
         error = BadSampleError(*astuple(sample))
@@ -142,7 +144,7 @@ class BadSamples:
             if index not in bad:
                 num_read += 1
                 try:
-                    self._checker.decode(self._path(index))
+                    self._decode(index)
                 except RuntimeError:
                     bad.add(index)
         if len(bad) == num_samples:
@@ -181,36 +183,35 @@ class BadSamples:
         return index
 
     def _found_earlier(self, index: int) -> BadSample:
-        name = self._source.name(index)
-        return BadSample(index, name, _num_bytes(name), "an earlier run could not read it")
+        return BadSample(index, self._source.name(index), self._num_bytes(index), "an earlier run could not read it")
 
-    def _diagnose(self, index: int, path: NDArray[np.uint8], failure: RuntimeError) -> BadSample:
-        name = self._source.name(index)
+    def _num_bytes(self, index: int) -> int | None:
+        """Size of the sample's file, or of its bytes; None if there are none."""
         try:
-            reason = self._reason(name, path, failure)
-        except OSError as exc:
-            reason = f"it cannot be opened: {exc.strerror}"
-        return BadSample(index, name, _num_bytes(name), reason)
+            if self._source.stores == "files":
+                return os.stat(self._source.name(index)).st_size
+            return len(self._content(index))
+        except (OSError, UnreadableFileError):
+            return None
 
-    def _reason(self, file: str, path: NDArray[np.uint8], failure: RuntimeError) -> str:
-        try:
-            status = os.stat(file)
-        except (FileNotFoundError, NotADirectoryError):
-            return "the file does not exist"
-        if special := describe_special(status.st_mode):
-            return f"this is {special} and no file"
-        if status.st_size == 0:
-            return "the file is empty"
-        if not os.access(file, os.R_OK):
-            return "no permission to read it"
+    def _diagnose(self, index: int, failure: RuntimeError) -> BadSample:
+        name = self._source.name(index)
+        reason = _fault_of_file(name) if self._source.stores == "files" else None
+        return BadSample(index, name, self._num_bytes(index), reason or self._reason(index, failure))
+
+    def _reason(self, index: int, failure: RuntimeError) -> str:
         if isinstance(failure, UnreadableFileError):
             return str(failure)
         try:
-            height, width = self._checker.size(path)
+            content = self._content(index)
+        except UnreadableFileError as exc:
+            return str(exc)
+        try:
+            height, width = self._checker.size(content)
         except RuntimeError:
-            start = _read(file, 8)
+            start = content[:8].tobytes()
             return f"DALI does not know this kind of file, or its header is broken; it starts with {start!r}"
-        if _read(file, 2) == b"\xff\xd8" and _read(file, 2, whence=os.SEEK_END) != b"\xff\xd9":
+        if content[:2].tobytes() == b"\xff\xd8" and content[-2:].tobytes() != b"\xff\xd9":
             return f"the file is cut off: {width}x{height} JPEG without an end"
         return f"{width}x{height} image that does not decode: {_dali_reason(failure)}"
 
@@ -223,18 +224,19 @@ def fraction_for(num_bad: int, num_samples: int) -> str:
     return f"{thousandths / 10**digits:.{digits}f}".rstrip("0").rstrip(".")
 
 
-def _num_bytes(file: str) -> int | None:
+def _fault_of_file(file: str) -> str | None:
+    """What is wrong with a file before anything of it is read; None if nothing is."""
     try:
-        return os.stat(file).st_size
-    except OSError:
-        return None
-
-
-def _read(file: str, num_bytes: int, *, whence: int = os.SEEK_SET) -> bytes:
-    """The first bytes of a file, or its last ones."""
-    with open_regular(file) as stream:
-        stream.seek(-num_bytes if whence == os.SEEK_END else 0, whence)
-        return stream.read(num_bytes)
+        status = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return "the file does not exist"
+    except OSError as exc:
+        return f"it cannot be opened: {exc.strerror}"
+    if special := describe_special(status.st_mode):
+        return f"this is {special} and no file"
+    if status.st_size == 0:
+        return "the file is empty"
+    return None if os.access(file, os.R_OK) else "no permission to read it"
 
 
 def _dali_reason(failure: RuntimeError) -> str:

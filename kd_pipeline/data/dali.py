@@ -2,10 +2,11 @@
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle
 from typing import Any, Literal
 
 import numpy as np
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from kd_pipeline._core.optional import require
 from kd_pipeline.data.auto_augment import Node
 from kd_pipeline.data.file_kinds import FileKinds
-from kd_pipeline.data.file_reading import ReadThread, path_of, read_file
+from kd_pipeline.data.file_reading import CallThread, ReadThread, require_encoded
 from kd_pipeline.data.headers import Decoder, Orientation, check_size, max_file_bytes, read_header
 from kd_pipeline.data.headers.base import PLAIN_PIXEL_BYTES
+from kd_pipeline.data.sources.base import Encoded
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError
 
@@ -27,6 +29,9 @@ DecodeMode = Literal["window", "full"]
 
 _IN_PIXELS = {"axes": (0, 1), "normalized_anchor": False, "normalized_shape": False}
 """Arguments of the operators that take windows in pixels."""
+
+_READS_AHEAD = 3
+"""Groups of batches whose bytes are being read, or wait, so that a store that answers late does not delay them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +60,8 @@ class GraphInput:
 
     index: NDArray[np.int64]
     """`[N]`, positions in the dataset."""
-    data: NDArray[np.uint8]
-    """`[N, L]` file names, NUL-padded, or `[N, H, W, 3]` pixels."""
+    data: NDArray[Any]
+    """`[N, L]` file names, NUL-padded, or `[N, H, W, 3]` pixels; of a source that stores bytes again `index`."""
     crop: tuple[NDArray[np.float64], ...]
     """`[N, ...]` each, parameters of the transform's crop."""
     parameters: tuple[NDArray[Any], ...]
@@ -71,21 +76,24 @@ class GraphInput:
 class Graph:
     """Two DALI pipelines, which pull batches from an iterator and return their images in the same order.
 
-    The first pipeline reads the files of a batch. Python looks at the header of each file once, as DALI decodes some
-    kinds wrongly without an error; Pillow decodes these. NumPy computes the windows from the sizes of the images, and
-    the second pipeline decodes and augments these: in a pipeline, the same arithmetic takes one node for
-    each step, and each node takes longer than NumPy does for all of them. Both run in DALI's own threads. The first is
-    one batch ahead of the second, and the second up to `prefetch` batches ahead of the caller.
+    The first pipeline reads the files of a batch; of a source that stores bytes, threads let it read these. Python
+    looks at the header of each file once, as DALI decodes some kinds wrongly without an error; Pillow decodes these.
+    NumPy computes the windows from the sizes of the images, and the second pipeline decodes and augments these: in a
+    pipeline, the same arithmetic takes one node for each step, and each node takes longer than NumPy does for all of
+    them. Both run in DALI's own threads. The first is one batch ahead of the second, and the second up to `prefetch`
+    batches ahead of the caller.
     """
 
     def __init__(
         self,
         inputs: Iterator[GraphInput],
-        stores: Literal["files", "pixels"],
+        stores: Literal["files", "bytes", "pixels"],
         transform: TrainTransform | EvalTransform,
         settings: GraphSettings,
         checker: "FileChecker",
+        read: Callable[[NDArray[np.int64]], Encoded] | None = None,
     ) -> None:
+        """`read` is that of a source that stores bytes."""
         self._transform = transform
         # DALI asks for the two parts of a batch separately, in any order.
         self._images: deque[Any] = deque()
@@ -95,7 +103,14 @@ class Graph:
         with self._pipeline:
             self._pipeline.set_outputs(self._define(stores, settings))
         self._pipeline.build()
-        self._read = _Files(inputs, settings, checker) if stores == "files" else _Pixels(inputs)
+        self._read: _Encoded | _Pixels
+        if stores == "pixels":
+            self._read = _Pixels(inputs)
+        elif stores == "files":
+            self._read = _Encoded(_Files(inputs, settings), settings, checker)
+        else:
+            assert read is not None
+            self._read = _Encoded(_Bytes(inputs, read, settings), settings, checker)
 
     @property
     def mean_area(self) -> float:
@@ -149,11 +164,11 @@ class Graph:
             self._advance()
         return self._parameters.popleft()
 
-    def _define(self, stores: Literal["files", "pixels"], settings: GraphSettings) -> Node:
+    def _define(self, stores: Literal["files", "bytes", "pixels"], settings: GraphSettings) -> Node:
         fn = require("nvidia.dali.fn", extra="cpu")
         # DALI keeps the arrays until it has used them. Not on a GPU, which copies faster from DALI's pinned memory.
         no_copy = settings.device_id is None
-        if stores == "files":
+        if stores != "pixels":
             images = fn.external_source(self._next_images, ndim=1, no_copy=True)
             cut: Callable[..., Node] = partial(_decode_windows, settings)
         else:
@@ -181,48 +196,39 @@ class _Batch:
     """`[N, 2]`, height and width."""
 
 
-class _Files:
-    """Reads the files of each batch, one batch ahead, and their headers."""
+class _Encoded:
+    """Checks the encoded images of each batch; those of the next one are being read meanwhile."""
 
-    def __init__(self, inputs: Iterator[GraphInput], settings: GraphSettings, checker: "FileChecker") -> None:
-        self._inputs, self._max_pixels, self._checker = inputs, settings.max_pixels, checker
-        self._requested: deque[GraphInput] = deque()
+    def __init__(self, fetch: "_Files | _Bytes", settings: GraphSettings, checker: "FileChecker") -> None:
+        self._fetch, self._max_pixels, self._checker = fetch, settings.max_pixels, checker
         self._failure: Exception | None = None
         self.mean_area = float("nan")
         fn = require("nvidia.dali.fn", extra="cpu")
-        self._pipeline = _pipeline(settings, None, prefetch=1)
-        with self._pipeline:
-            # Faster than mapping, as the whole file is needed.
-            names = fn.external_source(self._next_names, ndim=1, no_copy=True)
-            self._pipeline.set_outputs(fn.io.file.read(names, dont_use_mmap=True))
-        self._pipeline.build()
-        self._pipeline.schedule_run()
         self._encoded: Any = None
         self._shapes = _pipeline(settings, None, prefetch=1)
         with self._shapes:
             encoded = fn.external_source(lambda: self._encoded, ndim=1, no_copy=True)
             self._shapes.set_outputs(_peek_shape(settings, encoded))
         self._shapes.build()
-        self._reading = ReadThread(self._pipeline, lambda: (name for inputs in self._requested for name in inputs.data))
+        self._fetch.request()
 
     def next(self) -> _Batch:
         """The next batch; the one after it is being read when this returns.
 
         Raises:
-            RuntimeError: a file cannot be read, has no header that DALI knows, has too many pixels, or is cut off.
+            RuntimeError: a sample cannot be read, has no header that DALI knows, has too many pixels, or is cut off.
             StopIteration: there are no more batches.
         """
         if self._failure is not None:
             raise self._failure
-        (encoded,) = self._reading.outputs()
-        inputs = self._requested.popleft()
+        inputs, encoded = self._fetch.take()
         self._encoded, decoders, pixel_bytes = self._checker.replace_rare(inputs.index, encoded)
         (shapes,) = self._shapes.run()
         size = np.asarray(shapes.as_tensor())[:, :2].astype(np.float64)
         area = size[:, 0] * size[:, 1]
         self.mean_area = area.mean()
         try:
-            self._pipeline.schedule_run()
+            self._fetch.request()
         except Exception as failure:
             self._failure = failure  # of the next batch
         # Not left to the decoder, which would refuse a window outside of the image: when one of DALI's threads refuses
@@ -233,11 +239,43 @@ class _Files:
         if len(refused):
             raise RuntimeError(f"no pixels, or more than {self._max_pixels}: samples {inputs.index[refused]}")
         for row in np.flatnonzero(decoders == Decoder.DALI_CHECKED):
-            self._checker.require_intact(int(inputs.index[row]), inputs.data[row])
+            self._checker.require_intact(int(inputs.index[row]), np.asarray(encoded[row]))
         return _Batch(inputs, self._encoded, size)
 
     def close(self) -> None:
         self._shapes = self._encoded = None
+        self._fetch.close()
+
+
+class _Files:
+    """Reads the files of each batch, one batch ahead."""
+
+    def __init__(self, inputs: Iterator[GraphInput], settings: GraphSettings) -> None:
+        self._inputs = inputs
+        self._requested: deque[GraphInput] = deque()
+        fn = require("nvidia.dali.fn", extra="cpu")
+        self._pipeline = _pipeline(settings, None, prefetch=1)
+        with self._pipeline:
+            # Faster than mapping, as the whole file is needed.
+            names = fn.external_source(self._next_names, ndim=1, no_copy=True)
+            self._pipeline.set_outputs(fn.io.file.read(names, dont_use_mmap=True))
+        self._pipeline.build()
+        self._reading = ReadThread(self._pipeline, lambda: (name for inputs in self._requested for name in inputs.data))
+
+    def request(self) -> None:
+        """Start to read the next batch."""
+        self._pipeline.schedule_run()
+
+    def take(self) -> tuple[GraphInput, Any]:
+        """The batch that was requested first, and DALI's list of its files.
+
+        Raises:
+            RuntimeError: one of them cannot be read.
+        """
+        (encoded,) = self._reading.outputs()
+        return self._requested.popleft(), encoded
+
+    def close(self) -> None:
         if self._pipeline is not None:
             reference, self._pipeline = weakref.ref(self._pipeline), None
             if not self._reading.close():
@@ -247,6 +285,52 @@ class _Files:
     def _next_names(self) -> NDArray[np.uint8]:
         self._requested.append(next(self._inputs))
         return self._requested[-1].data
+
+
+class _Bytes:
+    """Lets the source read the bytes of each batch, a few batches ahead."""
+
+    def __init__(
+        self, inputs: Iterator[GraphInput], read: Callable[[NDArray[np.int64]], Encoded], settings: GraphSettings
+    ) -> None:
+        self._inputs, self._read = inputs, read
+        self._max_bytes = max_file_bytes(settings.max_pixels)
+        self._requested: deque[tuple[GraphInput, Future[Encoded]]] = deque()
+        self._threads = cycle([CallThread() for _ in range(_READS_AHEAD)])
+        self._failure: Exception | None = None
+
+    def request(self) -> None:
+        """Start to read batches until enough are being read or wait."""
+        while self._failure is None and len(self._requested) < _READS_AHEAD:
+            try:
+                inputs = next(self._inputs)
+            except Exception as failure:
+                self._failure = failure  # raised after the batches before it
+                break
+            self._requested.append((inputs, next(self._threads).call(partial(self._read, inputs.data))))
+        if not self._requested and self._failure is not None:
+            raise self._failure
+
+    def take(self) -> tuple[GraphInput, Any]:
+        """The batch that was requested first, and DALI's list of its images, which are not copied.
+
+        Raises:
+            UnreadableFileError: a sample has no bytes, or too many.
+            StorageError: the store does not give them.
+        """
+        inputs, read = self._requested[0]
+        images = read.result()
+        self._requested.popleft()
+        for image in images:
+            require_encoded(image, max_bytes=self._max_bytes)
+        return inputs, _list_of(images)
+
+    def close(self) -> None:
+        for _, read in self._requested:
+            read.cancel()
+        self._requested.clear()
+        for _ in range(_READS_AHEAD):
+            next(self._threads).end()
 
 
 class _Pixels:
@@ -293,41 +377,45 @@ class FileChecker:
         decoders, pixel_bytes = self.kinds.decoders(index, lengths, lambda row: np.asarray(encoded[row]))
         (rare,) = np.nonzero(decoders == Decoder.PILLOW)
         if len(rare):
-            backend = require("nvidia.dali.backend", extra="cpu")
             files = self.kinds.as_pnm([np.asarray(encoded[row]) for row in rare.tolist()])
-            replaced = {row: backend.TensorCPU(file, "") for row, file in zip(rare.tolist(), files, strict=True)}
-            encoded = backend.TensorListCPU([replaced.get(row) or encoded[row] for row in range(len(index))], "")
+            replaced = dict(zip(rare.tolist(), files, strict=True))
+            encoded = _list_of([replaced.get(row, encoded[row]) for row in range(len(index))])
             pixel_bytes[rare] = PLAIN_PIXEL_BYTES
         return encoded, decoders, pixel_bytes
 
-    def size(self, path: NDArray[np.uint8]) -> tuple[int, int]:
-        """Height and width in the header of the file `path` `[L]`.
+    @property
+    def max_bytes(self) -> int:
+        """The most bytes that an encoded image may have."""
+        return max_file_bytes(self._settings.max_pixels)
+
+    def size(self, content: NDArray[np.uint8]) -> tuple[int, int]:
+        """Height and width in the header of an encoded image `[L]`.
 
         Raises:
-            RuntimeError: the file cannot be opened, or no decoder knows the header.
+            RuntimeError: no decoder knows the header.
         """
-        self._load(path)
+        self._load(content)
         return self._size()
 
-    def decode(self, path: NDArray[np.uint8]) -> Any:
-        """Decode all of the file `path` `[L]`; returns DALI's list with its one image.
+    def decode(self, content: NDArray[np.uint8]) -> Any:
+        """Decode all of an encoded image `[L]`; returns DALI's list with its pixels.
 
         Raises:
             RuntimeError: this fails, or the header claims no pixels or more than `max_pixels` allows.
         """
-        pixel_bytes = self._load(path)
+        pixel_bytes = self._load(content)
         height, width = self._size()
         check_size(height, width, pixel_bytes, self._settings.max_pixels)
         self._extent = np.array([height, width], dtype=np.float32)
         return self._run("pixels")[0]
 
-    def require_intact(self, index: int, path: NDArray[np.uint8]) -> None:
-        """Decode all of the file `path` `[L]` of sample `index`, which is then known as intact.
+    def require_intact(self, index: int, content: NDArray[np.uint8]) -> None:
+        """Decode all of the encoded image `[L]` of sample `index`, which is then known as intact.
 
         Raises:
             RuntimeError: as `decode`.
         """
-        self.decode(path)
+        self.decode(content)
         self.kinds.set_intact(index)
 
     def close(self) -> None:
@@ -335,12 +423,11 @@ class FileChecker:
         self._pipelines.clear()
         self.kinds.close()
 
-    def _load(self, path: NDArray[np.uint8]) -> int:
-        """Read a file; returns the bytes that DALI takes for a pixel of it."""
-        file = read_file(path_of(path), max_bytes=max_file_bytes(self._settings.max_pixels))
-        header = read_header(file.data)
+    def _load(self, content: NDArray[np.uint8]) -> int:
+        """Read the header of an encoded image; returns the bytes that DALI takes for a pixel of it."""
+        header = read_header(content.data)
         is_rare = header.decoder is Decoder.PILLOW
-        self._file = self.kinds.as_pnm([file])[0] if is_rare else file
+        self._file = self.kinds.as_pnm([content])[0] if is_rare else content
         return PLAIN_PIXEL_BYTES if is_rare else header.pixel_bytes
 
     def _size(self) -> tuple[int, int]:
@@ -373,6 +460,13 @@ class FileChecker:
                 output = _decode_windows(self._settings, encoded, extent * 0, extent)
             pipeline.set_outputs(output)
         return pipeline
+
+
+def _list_of(images: Sequence[Any]) -> Any:
+    """DALI's list of encoded images, arrays `[L]` or tensors of DALI's, which it holds and does not copy."""
+    backend = require("nvidia.dali.backend", extra="cpu")
+    tensors = [backend.TensorCPU(image, "") if isinstance(image, np.ndarray) else image for image in images]
+    return backend.TensorListCPU(tensors, "", False)
 
 
 def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> Any:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline.data.bad_samples import BadSamples
 from kd_pipeline.data.dali import FileChecker, Graph, GraphInput, GraphSettings
+from kd_pipeline.data.file_reading import read_sample
 from kd_pipeline.data.mixing import MixSettings, plan_mixing
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan, uniforms
 from kd_pipeline.data.settings import LoaderSettings
@@ -35,7 +36,7 @@ pixels of their files, 200 MB. A single batch may be larger."""
 _ALIGNMENT = 256
 """Every batch starts at a multiple of so many bytes, or a TensorRT engine would need a copy of it."""
 _BLOCK = 4096
-"""Samples of files that are prepared at once: for 64 images, a NumPy call takes as long as for a thousand."""
+"""Samples of files or bytes that are prepared at once: for 64 images, a NumPy call takes as long as for a thousand."""
 _MAX_RECYCLED = 31 * 2**20
 """Bytes of pixels that are read at once, unless a single batch has more. For 32 MiB and more, the C library asks the
 system for new memory each time, which takes as long as to copy them into it."""
@@ -162,20 +163,21 @@ class Reader:
         """All pixels `[H, W, 3]` of a sample, before the transform.
 
         Raises:
-            RuntimeError: its file cannot be read.
+            RuntimeError: it cannot be read.
         """
-        data: NDArray[np.uint8] = self._source.read(np.array([index]))[0]
-        if self._source.stores == "files":
-            images = self._checker.decode(data)
-            data = np.array((images if self._settings.device_id is None else images.as_cpu())[0])
-        return data
+        if self._source.stores == "pixels":
+            pixels: NDArray[np.uint8] = self._source.read(np.array([index]))[0]
+            return pixels
+        images = self._checker.decode(read_sample(self._source, index, max_bytes=self._checker.max_bytes))
+        return np.array((images if self._settings.device_id is None else images.as_cpu())[0])
 
     def _take(self, epoch: int, number: int, stream: Any) -> dict[tuple[int, int], ReadBatch]:
         """Batch `number` of `epoch` and the others of its group; nothing if it must be requested again."""
         if self._graph is None or self._next != (epoch, number):
             self.stop()
             inputs = self._pull(epoch, number)
-            self._graph = Graph(inputs, self._source.stores, self._transform, self._settings, self._checker)
+            source = self._source
+            self._graph = Graph(inputs, source.stores, self._transform, self._settings, self._checker, source.read)
         try:
             images = self._graph.take(stream)
             group = ReadGroup(images, self._pulled.popleft())
@@ -261,8 +263,8 @@ class Reader:
 
         The set of unreadable samples does not change meanwhile: whoever finds one stops and starts again.
         """
-        is_of_files = self._source.stores == "files"
-        size = max(1, _BLOCK // self._plan.batch_size) if is_of_files else 1
+        is_encoded = self._source.stores != "pixels"
+        size = max(1, _BLOCK // self._plan.batch_size) if is_encoded else 1
         while True:
             order = self._epochs.at(epoch)
             while number < len(order):
@@ -271,7 +273,7 @@ class Reader:
                 metadata, inputs = self._prepare(plan, ends, epoch)
                 yield GroupPlan(epoch, number, ends, plan, metadata), inputs
                 number += len(sizes)
-                if not is_of_files:
+                if not is_encoded:
                     fitting = _MAX_RECYCLED // (inputs.data[0].nbytes * self._plan.batch_size)
                     size = max(1, min(self._group_size, fitting))
             epoch, number = epoch + 1, 0
@@ -279,9 +281,7 @@ class Reader:
     def _prepare(self, plan: BatchPlan, ends: list[int], epoch: int) -> tuple[NDArray[np.int64], GraphInput]:
         """The metadata of the batches that `plan` has one after the other, and their samples as one input."""
         index, readable = self.bad_samples.substitute(plan.index)
-        data = self._source.read(index)
-        if self._source.stores == "files":
-            data = self._checker.kinds.only_files(index, data)
+        data = self._data_of(index)
         valid = plan.valid & readable
         num_draws = self._transform.num_draws
         count = num_draws if self._mix is None else max(num_draws, self._mix.num_draws)
@@ -297,6 +297,15 @@ class Reader:
             parameters=parameters_of(self._transform, draws[:, :num_draws]),
         )
         return metadata, inputs
+
+    def _data_of(self, index: NDArray[np.int64]) -> NDArray[Any]:
+        """What the graph needs of the samples at `index` `[N]`; see `GraphInput.data`."""
+        if self._source.stores == "bytes":
+            if not self._plan.shuffle and (expect := getattr(self._source, "expect", None)) is not None:
+                expect(index)
+            return index
+        data: NDArray[np.uint8] = self._source.read(index)
+        return self._checker.kinds.only_files(index, data) if self._source.stores == "files" else data
 
     def _plan_mixing(self, mix: MixSettings, draws: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.int64]:
         return plan_mixing(mix, draws, valid, size=self._transform.size, repeats=self._plan.repeats)

@@ -95,7 +95,7 @@ class BatchStream:
                 f"keep partners in one batch, got {batch_size}"
             )
         decoding = Decoding("window", 0.0)  # of pixels nothing is decoded
-        if source.stores == "files":
+        if source.stores != "pixels":
             decoding = resolve_decode(settings.decode, settings.hw_decoder_load, device_id=self.device.index)
         self._graph_settings = GraphSettings(
             max_batch=batch_size,
@@ -472,7 +472,7 @@ class BatchStream:
         Fields of later releases are None if unused, as in the state of an older release, which lacks them.
         """
         self._adopt_shard()
-        depends_on_decoder = self.device.type == "cuda" and self.source.stores == "files"
+        depends_on_decoder = self.device.type == "cuda" and self.source.stores != "pixels"
         return {
             "source": self.source.fingerprint,
             "num_samples": len(self.source),

@@ -315,7 +315,7 @@ def test_doubtful_file_is_fully_decoded_once(photo, tmp_path, monkeypatch, name)
         path.write_bytes(path.read_bytes() + b"junk")
     decoded = []
     decode = FileChecker.decode
-    monkeypatch.setattr(FileChecker, "decode", lambda checker, path: (decoded.append(path), decode(checker, path)))
+    monkeypatch.setattr(FileChecker, "decode", lambda checker, file: (decoded.append(file), decode(checker, file)))
     settings = graph_settings(1)
     checker = FileChecker(settings)
     for _ in range(2):

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.sources.arrays import Arrays
 from kd_pipeline.data.sources.cifar import Cifar
 from kd_pipeline.data.sources.custom import open_custom
+from kd_pipeline.data.sources.encoded import Encoded
 from kd_pipeline.data.sources.file_list import FileList
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import class_names
@@ -23,6 +24,7 @@ __all__ = [
     "Cifar10Settings",
     "Cifar100Settings",
     "CustomSettings",
+    "Encoded",
     "FileListSettings",
     "ImageFolderSettings",
     "Source",
@@ -128,18 +130,26 @@ class Source(Protocol):
     """Class names in label order; None if there are none."""
     num_classes: int | None
     """`len(classes)`, else the largest label + 1, else None."""
-    stores: Literal["files", "pixels"]
-    """What `read` returns."""
     warnings: tuple[str, ...]
     """What was skipped or looks suspicious, a sentence each; each one is also logged."""
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The samples at `indices` `[n]` int64, each from 0 to N - 1, in a new array.
+    @property
+    def stores(self) -> Literal["files", "bytes", "pixels"]:
+        """What `read` returns."""
+
+    def read(self, indices: NDArray[np.int64]) -> Any:
+        """The samples at `indices` `[n]` int64, each from 0 to N - 1.
 
         Files: `[n, L]` uint8, absolute paths in the file system's encoding, NUL-padded to the longest of the batch.
         Pixels: `[n, H, W, 3]` uint8; the channel of a grayscale image is repeated.
+        Bytes: `Encoded`, n arrays `[L]` uint8 with what would be in the files; they may be views, and read-only. A
+        sample that has no bytes, today and tomorrow, has an `UnreadableFileError` in its place, which says why. Threads
+        call this at the same time, for other batches.
+
+        Raises:
+            StorageError: a store did not give the bytes, so the sample is not to blame; of bytes only.
         """
 
     def name(self, index: int) -> str:

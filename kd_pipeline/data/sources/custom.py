@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
+from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.containers import user_path
+from kd_pipeline.data.sources.encoded import Encoded, as_encoded, fingerprint_of_bytes, read_each
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 from kd_pipeline.data.sources.labels import (
     Classes,
@@ -40,7 +43,7 @@ _MAX_LABEL = 2**31 - 1
 
 
 class BaseSource:
-    """Samples of your own: files that you list, or pixels from anywhere.
+    """Samples of your own: files that you list, or encoded images or pixels from anywhere.
 
         source = BaseSource(paths, labels, classes=("cat", "dog"))
 
@@ -49,11 +52,11 @@ class BaseSource:
                 super().__init__(len(store), store.labels)
                 self.store = store
 
-            def pixels(self, index):
-                return self.store[index]
+            def content(self, index):
+                return self.store[index]  # the bytes of a JPEG
 
     Args:
-        samples: the N files, absolute or relative to `root`; or N alone, for a subclass with `pixels`.
+        samples: the N files, absolute or relative to `root`; or N alone, for a subclass with `content` or `pixels`.
         labels: `[N]`, integers from 0 or class names; None for unlabeled samples.
         classes: names in label order, or a file with them; defaults to the sorted names in `labels`, if any.
         root: the folder of relative files. The fingerprint does not depend on where it is; it defaults to the folder
@@ -63,6 +66,9 @@ class BaseSource:
     Raises:
         DataError: there are no samples, a path is relative to nothing, or a label is none.
     """
+
+    content_threads = 8
+    """Threads that call `content` at the same time; 1 if what it reads from allows no more."""
 
     def __init__(
         self,
@@ -78,7 +84,10 @@ class BaseSource:
         if self._num_samples < 1:
             raise DataError(f"{self._name}: there are no samples; give at least one")
         self._paths = None if isinstance(samples, int) else _path_table(samples, root, self._name)
-        self.stores: Literal["files", "pixels"] = "pixels" if self._paths is None else "files"
+        self._content_lock = Lock()
+        self.stores: Literal["files", "bytes", "pixels"] = "files"
+        if self._paths is None:
+            self.stores = "pixels" if type(self).content is BaseSource.content else "bytes"
         names = None if classes is None else class_names(classes)
         self.labels, self.classes = _read_labels(labels, names, self._num_samples, self._name)
         self.num_classes = count_classes(self.labels, self.classes)
@@ -102,14 +111,28 @@ class BaseSource:
         It is called in a thread of the loader, one call at a time, ahead of the batch that the sample is for.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} was given a number of samples and no files; define pixels(self, index) to return "
-            "the image at an index, uint8 [H, W, 3]"
+            f"{type(self).__name__} was given a number of samples and no files; define content(self, index) to return "
+            "the encoded image at an index as bytes, or pixels(self, index) for uint8 [H, W, 3]"
         )
 
-    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def content(self, index: int) -> bytes | bytearray | memoryview | None:
+        """The encoded image at `index`, as it would be in a file: JPEG, PNG and the other kinds that files may have.
+
+        None says that this sample has no image, which is treated as an unreadable file is (`on_bad_sample`); an
+        exception ends the loop. `content_threads` threads call it at the same time, ahead of the batch that the sample
+        is for.
+        """
+        raise NotImplementedError
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8] | Encoded:
         """The samples at `indices` `[n]`, see `Source.read`; override it to read several images at once."""
         if self._paths is not None:
             return self._paths.rows(indices)
+        if self.stores == "bytes":
+            if self.content_threads > 1:
+                return read_each(self._encoded, indices.tolist(), self.content_threads)
+            with self._content_lock:
+                return read_each(self._encoded, indices.tolist(), 1)
         return np.stack([self._image(index) for index in indices.tolist()])
 
     def name(self, index: int) -> str:
@@ -124,7 +147,9 @@ class BaseSource:
         """
         if self._paths is not None:
             return fingerprint_of_files(self._paths, self.labels, self.classes)
-        first = self.read(np.zeros(1, dtype=np.int64))
+        if self.stores == "bytes":
+            return fingerprint_of_bytes(self)
+        first = np.asarray(self.read(np.zeros(1, dtype=np.int64)))
         digest = label_digest(self.labels, self.classes)
         digest.update(json.dumps([len(self), *first.shape[1:]]).encode())
         sampled = np.arange(0, len(self), sampling_step(first.nbytes * len(self)))
@@ -133,8 +158,24 @@ class BaseSource:
         return digest.hexdigest()
 
     def __repr__(self) -> str:
-        shown = shown_samples(len(self), self.stores if self._paths else "images", self.labels, self.num_classes)
+        shown = shown_samples(len(self), "files" if self._paths else "images", self.labels, self.num_classes)
         return f"{self._name}({shown})"
+
+    def _encoded(self, index: int) -> NDArray[np.uint8] | UnreadableFileError:
+        """The bytes at `index`, `[L]`, or why there are none."""
+        try:
+            content: object = self.content(index)
+        except Exception as exc:
+            exc.add_note(f"while {self.name(index)} was read")
+            raise
+        if content is None:
+            return UnreadableFileError("content() returned None")
+        if not isinstance(content, bytes | bytearray | memoryview):
+            raise DataError(
+                f"{self.name(index)}: content() returned {_kind(content)}; return the bytes of the encoded image, or "
+                "None if there is none"
+            )
+        return as_encoded(content)
 
     def _image(self, index: int) -> NDArray[np.uint8]:
         """The pixels at `index`, `[H, W, 3]`."""
@@ -244,9 +285,16 @@ def _check_range(labels: NDArray[np.int64], largest: int, name: str) -> None:
 
 
 def _check_first_sample(source: "Source", name: str) -> None:
-    if source.stores not in ("files", "pixels"):
-        raise DataError(f"{name}: stores is {source.stores!r}; set it to 'files' or 'pixels'")
+    if source.stores not in ("files", "bytes", "pixels"):
+        raise DataError(f"{name}: stores is {source.stores!r}; set it to 'files', 'bytes' or 'pixels'")
     rows: object = source.read(np.zeros(1, dtype=np.int64))
+    if source.stores == "bytes":
+        if not isinstance(rows, list) or len(rows) != 1 or not _is_encoded(rows[0]):
+            raise DataError(
+                f"{name}: read() of one index returned {_kind(rows)}; it stores bytes, so return a list with an array "
+                "of uint8 [L] for each sample, the encoded image"
+            )
+        return
     is_bytes = isinstance(rows, np.ndarray) and rows.dtype == np.uint8 and rows.size > 0 and len(rows) == 1
     if source.stores == "pixels":
         if not is_bytes or rows.ndim != 4 or rows.shape[3] != 3:  # type: ignore[attr-defined]
@@ -264,6 +312,11 @@ def _check_first_sample(source: "Source", name: str) -> None:
     path = os.fsdecode(rows[0].tobytes().rstrip(b"\0"))
     if not os.path.isabs(path):
         raise DataError(f"{name}: the path of sample 0 is relative: {path!r:.100}; return absolute paths")
+
+
+def _is_encoded(sample: object) -> bool:
+    is_array = isinstance(sample, np.ndarray) and sample.dtype == np.uint8 and sample.ndim == 1
+    return is_array or isinstance(sample, UnreadableFileError)
 
 
 def _path_table(samples: Sequence[str | os.PathLike[str]], root: str | os.PathLike[str] | None, name: str) -> PathTable:

@@ -131,7 +131,7 @@ def test_gray_and_color_and_one_size():
 
 
 def test_number_without_pixels_is_explained():
-    with pytest.raises(NotImplementedError, match=r"define pixels\(self, index\)"):
+    with pytest.raises(NotImplementedError, match=r"define content\(self, index\)"):
         check_source(BaseSource(3), "mine")
 
 
