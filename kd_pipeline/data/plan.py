@@ -3,17 +3,17 @@
 No generator has a state here, so any rank can compute any batch of any epoch directly, whatever was read before.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from kd_pipeline.data.order import DatasetOrder, GlobalOrder, Order, ShardOrder, ShardShuffle, check_shards
+from kd_pipeline.data.philox import Stream, philox, stream_key
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["BatchPlan", "EpochPlan", "LastBatch", "Plan", "Shard", "epoch_order", "philox", "uniforms"]
+__all__ = ["BatchPlan", "EpochPlan", "LastBatch", "Plan", "Shard", "uniforms"]
 
 LastBatch = Literal["drop", "keep", "pad"]
 """What happens to the samples that do not fill a batch on every rank.
@@ -21,15 +21,6 @@ LastBatch = Literal["drop", "keep", "pad"]
 `drop` leaves them out of this epoch; `keep` makes a smaller last batch of them; `pad` fills the last batch with samples
 from the start of the epoch, marked `valid=False`.
 """
-
-_ORDER, _VIEW = 0, 1
-"""The second word of the key, which separates the streams for order and views."""
-
-_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-_KEY_STEPS = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-_NUM_ROUNDS = 10
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +73,10 @@ class Plan:
     num_samples: int
     batch_size: int
     seed: int = 0
-    shuffle: bool = True
+    shuffle: bool | ShardShuffle = True
+    """True for a uniform permutation."""
+    shard_ends: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    """`[S + 1]`, 0 and the end of each shard of the dataset, in its order; only `ShardShuffle` needs them."""
     shard: Shard = Shard()
     last_batch: LastBatch = "keep"
     repeats: int = 1
@@ -101,6 +95,8 @@ class Plan:
                 f"repeats must be 1 without shuffling, got {self.repeats}: every epoch would show the same part of the "
                 "dataset; set shuffle to true"
             )
+        if isinstance(self.shuffle, ShardShuffle):
+            check_shards(self.shard_ends, self.num_samples)
 
     @property
     def global_batch_size(self) -> int:
@@ -112,12 +108,20 @@ class Plan:
         num_full, rest = divmod(self.num_samples, self.global_batch_size)
         return num_full + (1 if rest and self.last_batch != "drop" else 0)
 
+    @property
+    def keeps_shards(self) -> bool:
+        """Whether the samples of a shard are near each other in every epoch."""
+        return self.shuffle is not True
+
     def epoch(self, epoch: int) -> "EpochPlan":
         """The batches of one epoch. Keep it for the whole epoch, because the order is computed here."""
-        order = epoch_order(self.num_samples, seed=self.seed, epoch=epoch, shuffle=self.shuffle)
-        if self.repeats > 1:
-            order = np.repeat(order[: -(-self.num_samples // self.repeats)], self.repeats)[: self.num_samples]
-        return EpochPlan(self, order)
+        return EpochPlan(self, self._order(epoch))
+
+    def _order(self, epoch: int) -> Order:
+        if isinstance(self.shuffle, ShardShuffle):
+            assert self.shard_ends is not None  # as was checked
+            return ShardOrder.of(self.shard_ends, self.shuffle.buffer, seed=self.seed, epoch=epoch)
+        return GlobalOrder.of(self.num_samples, seed=self.seed, epoch=epoch) if self.shuffle else DatasetOrder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +129,8 @@ class EpochPlan:
     """The batches of one epoch on one rank, as a sequence."""
 
     plan: Plan
-    order: NDArray[np.int64]
-    """`[num_samples]` indices of all ranks: each sample once, or some of them `repeats` times in a row."""
+    order: Order
+    """That of the samples, each once."""
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -136,6 +140,10 @@ class EpochPlan:
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} of an epoch of {len(self)} batches")
         return self.batches(number, number + 1)[0]
+
+    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples at `positions` `[n]` of all ranks' epoch, in which each occurs `repeats` times in a row."""
+        return self.order.indices(positions // self.plan.repeats)
 
     def batches(self, start: int, stop: int) -> tuple[BatchPlan, list[int]]:
         """Batches `start` to `stop - 1` of this rank, one after the other, and the number of samples in each."""
@@ -148,7 +156,7 @@ class EpochPlan:
             last, last_valid = self._last()
             positions, valid = np.concatenate([positions, last]), np.concatenate([valid, last_valid])
             sizes.append(len(last))
-        return BatchPlan(self.order[positions], valid, positions % plan.repeats, positions), sizes
+        return BatchPlan(self.indices(positions), valid, positions % plan.repeats, positions), sizes
 
     def _last(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Positions of the samples that do not fill a batch on every rank, and False for padding."""
@@ -164,23 +172,6 @@ class EpochPlan:
         return padded[own], (np.arange(size) < len(positions))[own]
 
 
-def epoch_order(num_samples: int, *, seed: int, epoch: int, shuffle: bool) -> NDArray[np.int64]:
-    """The order of the dataset's indices in one epoch, `[num_samples]` int64.
-
-    If shuffled, indices are sorted by one 64-bit random key each: the key of index i is word i of NumPy's own Philox
-    stream for (seed, epoch). NumPy guarantees that raw words of a bit generator never change between releases, but not
-    `Generator.permutation`. Equal keys keep the dataset's order.
-    """
-    if not shuffle:
-        return np.arange(num_samples, dtype=np.int64)
-    # The first word of the counter advances with every four words, so the epoch is in the second.
-    stream = np.random.Philox(key=_key(seed, _ORDER), counter=np.array([0, epoch, 0, 0], dtype=np.uint64))
-    # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
-    keys = (stream.random_raw(num_samples) ^ np.uint64(2**63)).view(np.int64)
-    order: NDArray[np.int64] = torch.argsort(torch.from_numpy(keys), stable=True).numpy()
-    return order
-
-
 def uniforms(
     index: NDArray[np.int64], *, seed: int, epoch: int, count: int, repeat: NDArray[np.int64] | Literal[0] = 0
 ) -> NDArray[np.float32]:
@@ -192,58 +183,6 @@ def uniforms(
     num_blocks = -(-count // 8)
     block = np.arange(num_blocks, dtype=np.uint64)[:, None]
     counter = (block, np.array(epoch, dtype=np.uint64), index.astype(np.uint64), np.array(repeat, dtype=np.uint64))
-    words = philox(_key(seed, _VIEW), counter).transpose(1, 0, 2)
+    words = philox(stream_key(seed, Stream.VIEW), counter).transpose(1, 0, 2)
     halves = words.astype("<u8", order="C").view("<u4").reshape(len(index), num_blocks * 8)
     return (halves[:, :count] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)
-
-
-def philox(key: NDArray[np.uint64], counter: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Philox4x64-10 for many counters at once (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-
-    Each row equals `np.random.Philox(key=key, counter=counter).random_raw(4)`, so one is added to the counter before
-    the first block, as in NumPy.
-
-    Args:
-        key: `[2]` uint64.
-        counter: its four words, least significant first, uint64 with shapes that broadcast to `[...]`. A word that many
-            counters share should not be expanded, to let the first rounds process it once.
-
-    Returns:
-        `[..., 4]` uint64.
-    """
-    words = _increment(counter)
-    key0, key1 = int(key[0]), int(key[1])
-    for _ in range(_NUM_ROUNDS):
-        high0, low0 = _multiply(_MULTIPLIERS[0], words[0])
-        high1, low1 = _multiply(_MULTIPLIERS[1], words[2])
-        words = [high1 ^ words[1] ^ np.uint64(key0), low1, high0 ^ words[3] ^ np.uint64(key1), low0]
-        key0 = (key0 + _KEY_STEPS[0]) & 0xFFFFFFFFFFFFFFFF
-        key1 = (key1 + _KEY_STEPS[1]) & 0xFFFFFFFFFFFFFFFF
-    return np.stack(words, axis=-1)
-
-
-def _key(seed: int, stream: int) -> NDArray[np.uint64]:
-    return np.array([seed, stream], dtype=np.uint64)
-
-
-def _increment(counter: Sequence[NDArray[np.uint64]]) -> list[NDArray[np.uint64]]:
-    """The four words of counter + 1, with carry, as NumPy's 256-bit counter."""
-    words = []
-    carry = np.ones(1, dtype=np.uint64)
-    for word in counter:
-        if carry.any():  # otherwise the word keeps its shape
-            word = word + carry
-        carry = (word < carry).astype(np.uint64)
-        words.append(word)
-    return words
-
-
-def _multiply(constant: int, word: NDArray[np.uint64]) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """High and low 64 bits of `constant * word` from four 32-bit products, because NumPy has no 128-bit integers."""
-    constant_high, constant_low = np.uint64(constant >> 32), np.uint64(constant & 0xFFFFFFFF)
-    word_high, word_low = word >> _HALF, word & _LOW
-    low = constant_low * word_low
-    middle = constant_high * word_low + (low >> _HALF)
-    other = constant_low * word_high + (middle & _LOW)
-    high = constant_high * word_high + (middle >> _HALF) + (other >> _HALF)
-    return high, np.uint64(constant) * word

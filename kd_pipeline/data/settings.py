@@ -11,6 +11,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.decode import Decode
 from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import LastBatch
 from kd_pipeline.data.sources.base import SourceSettings
 from kd_pipeline.data.transforms import TransformSettings
@@ -98,8 +99,10 @@ class SplitSettings(Settings):
     """Mixup and CutMix of whole batches, before the teacher sees them; defaults to none."""
     repeats: int = Field(default=1, ge=1)
     """Views of a sample in a row in an epoch. The epoch keeps its length and shows fewer samples."""
-    shuffle: bool | None = None
-    """A new order in every epoch; defaults to true for the split `train` and to false for all others."""
+    shuffle: Shuffle | None = None
+    """A new order in every epoch: `true` or `global` for a uniform permutation, and `{kind: shards, buffer: 20000}` for
+    one in which each shard of the source is read once; defaults to true for the split `train` and to false for all
+    others."""
     last_batch: LastBatch | None = None
     """What to do with samples that do not fill a batch; defaults to `drop` for `train`. For all others it is
     `keep` or, on several ranks, `pad`, whose extra rows are not valid and so not counted."""

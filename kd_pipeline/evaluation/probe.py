@@ -141,11 +141,11 @@ class FirstBatches:
     def of_run(cls, loader: AnyLoader, settings: ProbeSettings) -> "FirstBatches | None":
         """For a run that is not to stop, whose images show what its own probe would: shuffled, unmixed, each once.
 
-        Of a loader of the user's own, nobody knows the order.
+        Of a loader of the user's own, nobody knows the order; and the first shards may be of few classes.
         """
         if isinstance(loader, BatchLoader):
             return None
-        is_like_probe = loader.mix is None and loader.plan.shuffle and loader.plan.repeats == 1
+        is_like_probe = loader.mix is None and loader.plan.shuffle is True and loader.plan.repeats == 1
         teacher = loader.teacher
         has_all = isinstance(teacher, Teacher) and any(map(is_logits, teacher.outputs)) and loader.has_labels
         return cls(loader, settings) if is_like_probe and has_all and not settings.strict else None

@@ -23,6 +23,7 @@ from kd_pipeline.data.bad_samples import BadSample
 from kd_pipeline.data.dali import DecodeMode, GraphSettings
 from kd_pipeline.data.decode import Decoding, resolve_decode
 from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.order import Shuffle, read_shuffle, shuffle_fields
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
 from kd_pipeline.data.reader import Reader
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
@@ -61,7 +62,7 @@ class BatchStream:
         mix: MixSettings | None = None,
         batch_size: int,
         seed: int = 0,
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
         shard: Shard | None = None,
         last_batch: LastBatch | None = None,
         repeats: int = 1,
@@ -86,7 +87,9 @@ class BatchStream:
         """Class names in label order; None if the source has none."""
         self._own_shard = OwnShard(shard)
         self._last_batch = last_batch
-        self._order: dict[str, Any] = {"seed": seed, "shuffle": shuffle, "repeats": repeats}
+        shuffle, shard_ends = read_shuffle(shuffle), getattr(source, "shard_ends", None)
+        self._order: dict[str, Any] = {"seed": seed, "shuffle": shuffle, "shard_ends": shard_ends, "repeats": repeats}
+        self._shuffle_fields = shuffle_fields(shuffle, shard_ends, len(source))
         self._plan = self._new_plan()
         self._settings = settings
         if mix is not None and batch_size % (2 * repeats):
@@ -480,7 +483,7 @@ class BatchStream:
             "mix": None if self.mix is None else self.mix.model_dump(mode="json"),
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "seed": self._plan.seed,
-            "shuffle": self._plan.shuffle,
+            **self._shuffle_fields,
             "global_batch_size": self._plan.global_batch_size,
             # Not the plan's: the default pads on several ranks, with the same samples as `keep` has on one.
             "last_batch": self._last_batch or "keep",

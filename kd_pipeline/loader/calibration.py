@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from kd_pipeline.data.order import Shuffle, read_shuffle, shuffle_fields
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.loader.batch_stream import BatchStream, transform_fields
@@ -22,7 +23,17 @@ def first_images(stream: BatchStream, num_images: int) -> Tensor:
     return torch.cat(images)[:num_images]
 
 
-def images_key(source: Source, transform: TrainTransform | EvalTransform, *, seed: int, shuffle: bool) -> str:
-    """Digest of what the first images depend on."""
-    facts = (source.fingerprint, transform_fields(transform), seed, shuffle)
+def images_key(source: Source, transform: TrainTransform | EvalTransform, *, seed: int, shuffle: Shuffle) -> str:
+    """Digest of what the first images depend on.
+
+    Raises:
+        ConfigError: the shuffle does not fit the source.
+    """
+    order = shuffle_fields(read_shuffle(shuffle), getattr(source, "shard_ends", None), len(source))
+    facts = (
+        source.fingerprint,
+        transform_fields(transform),
+        seed,
+        *(each for each in order.values() if each is not None),
+    )
     return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import LastBatch
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source, open_source
@@ -21,7 +22,7 @@ class LoaderArguments(LoaderOptions, total=False):
     mix: MixSettings | None
     batch_size: int
     seed: int
-    shuffle: bool
+    shuffle: Shuffle
     last_batch: LastBatch | None
     repeats: int
     run_dir: Path | str | None

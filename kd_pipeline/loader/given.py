@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, Source, open_source
 from kd_pipeline.data.sources.base import AnySourceSettings
@@ -94,7 +95,7 @@ def open_given_teacher(
     device: torch.device,
     batch_size: int,
     seed: int,
-    shuffle: bool,
+    shuffle: Shuffle,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
 ) -> Teacher | Recording:
@@ -107,7 +108,7 @@ def open_given_teacher(
         device: of the images.
         batch_size: images in a call.
         seed: of the loader.
-        shuffle: whether the loader shuffles.
+        shuffle: of the loader.
         plugins: modules that a model's factory may come from.
         trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
 

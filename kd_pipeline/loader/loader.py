@@ -12,6 +12,7 @@ from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.settings import require_config
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import LastBatch, Shard
 from kd_pipeline.data.settings import LoaderOptions
 from kd_pipeline.data.sources import Source, save_classes
@@ -69,7 +70,7 @@ class KDDataLoader(BatchStream):
         mix: MixSettings | None = None,
         batch_size: int,
         seed: int = 0,
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
         shard: Shard | None = None,
         last_batch: LastBatch | None = None,
         repeats: int = 1,
@@ -91,7 +92,9 @@ class KDDataLoader(BatchStream):
             mix: how to mix images of a batch before the teacher sees them; turns labels into float weights.
             batch_size: images in a batch of this process; with `mix`, a multiple of `2 * repeats`.
             seed: 0 to 2**64 - 1; equal on all ranks.
-            shuffle: a new order in every epoch, instead of the dataset's order.
+            shuffle: a new order in every epoch: `True`, or `"global"`, for a uniform permutation, and
+                `ShardShuffle(buffer=...)` for one in which each shard of the source is read once, from end to end.
+                False for the dataset's own order.
             shard: this process among those that share an epoch. Defaults to its rank in `torch.distributed` at the
                 first batch or, if that is not initialized, to what `torchrun`, `srun` or `mpirun` says, else to a
                 single process. Give it where not every process reads its own part: `Shard()` for the whole epoch.

@@ -126,6 +126,7 @@ class _SelectedPositions(Plan):
             batch_size=len(position),
             seed=plan.seed,
             shuffle=plan.shuffle,
+            shard_ends=plan.shard_ends,
             repeats=plan.repeats,
             position=position,
         )
@@ -144,5 +145,5 @@ class _SelectedEpoch(EpochPlan):
 
     def batches(self, start: int, stop: int) -> tuple[BatchPlan, list[int]]:
         position = self.position
-        plan = BatchPlan(self.order[position], np.ones(len(position), np.bool_), position % self.plan.repeats, position)
-        return plan, [len(position)]
+        valid, repeat = np.ones(len(position), np.bool_), position % self.plan.repeats
+        return BatchPlan(self.indices(position), valid, repeat, position), [len(position)]

@@ -126,9 +126,12 @@ _NOTES = {
     "stream.decode": "how this GPU decodes images",
     "stream.device": "kind of device that decodes images",
     "stream.global_batch_size": "data.batch_size x processes",
+    "stream.shards": "shards of the training data with different numbers of samples",
     "teacher": "a teacher with different weights, precision or runtime",
     "teacher_runtimes": "backend and precision of the teacher",
 }
+_GLOBAL_SHUFFLES = (None, True, "global")
+"""Values of `data.train.shuffle` that are the same."""
 _ALWAYS_MEASURED = {"top1", "top5", "macro_f1", "loss", "agreement", "kl"}
 
 
@@ -272,6 +275,8 @@ def _sorted_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tup
     applied: list[Change] = []
     for change in _changes(old_config, new_config):
         if change.key == "run_dir":  # the folder was moved, or is spelled differently
+            continue
+        if change.key == "data.train.shuffle" and all(each in _GLOBAL_SHUFFLES for each in (change.old, change.new)):
             continue
         if change.key == "train.epochs" and old_config["train"]["schedule"].get("factory") is not None:
             why = "the scheduler of train.schedule.factory keeps its length"

@@ -1,0 +1,250 @@
+"""The order of the samples in an epoch: the dataset's own, a uniform permutation, or one that keeps shards together.
+
+Each is a pure function of (seed, epoch) from which the samples at any positions can be computed directly.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from kd_pipeline._core.settings import Settings
+from kd_pipeline.data.philox import Stream, stream_words
+from kd_pipeline.errors import ConfigError
+
+__all__ = [
+    "DatasetOrder",
+    "GlobalOrder",
+    "Order",
+    "ShardOrder",
+    "ShardShuffle",
+    "Shuffle",
+    "check_shards",
+    "read_shuffle",
+    "shuffle_fields",
+]
+
+_MIN_PIECE = 2**14
+"""Positions that are computed at once, at least. The order does not depend on it."""
+_NUM_PIECES = 3
+
+
+class ShardShuffle(Settings):
+    """Shards in a random order, whose samples are mixed with those of the shards next to them.
+
+    Each shard is read once in an epoch, within about its own length and `buffer` samples, and at any time about
+    `buffer` samples of shards are in use, as with a shuffle buffer. Unlike that, the samples at any position are known
+    without reading those before.
+    """
+
+    kind: Literal["shards"] = "shards"
+    buffer: int = Field(ge=1)
+    """Samples over which one is mixed: it moves by fewer than so many positions. 1 mixes nothing, and twice the
+    dataset's size or more is a uniform permutation."""
+
+
+Shuffle = bool | Literal["global"] | ShardShuffle
+"""`True` and `"global"` are the same uniform permutation; False is the dataset's own order."""
+
+
+class Order(Protocol):
+    """The order of a dataset in one epoch."""
+
+    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples at `positions` `[n]` of the epoch, `[n]` int64; there must be such positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetOrder:
+    """The dataset's own."""
+
+    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions themselves, in a new array."""
+        return positions.copy()
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalOrder:
+    """A uniform permutation."""
+
+    permutation: NDArray[np.int64]
+    """`[num_samples]` indices."""
+
+    @classmethod
+    def of(cls, num_samples: int, *, seed: int, epoch: int) -> "GlobalOrder":
+        """Indices sorted by one 64-bit random key each, that of index i being word i of the epoch's stream.
+
+        Equal keys keep the dataset's order.
+        """
+        return cls(_sorted_by_words(stream_words(0, num_samples, seed=seed, stream=Stream.ORDER, epoch=epoch)))
+
+    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Order.indices`."""
+        return self.permutation[positions]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    start: int
+    """Position of its first sample."""
+    indices: NDArray[np.int64]
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.indices)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOrder:
+    """Shards in random order, one after the other, whose samples are sorted by the place in that sequence plus noise.
+
+    The key of the sample at place p is p + 1/2 + u, with u uniform in [-buffer / 2, buffer / 2) from word p of the
+    epoch's stream, and a key beyond an end of the epoch is reflected there. So the keys are as dense at the ends as in
+    the middle: of the samples with keys in any interval there are as many as it is long, but for chance. And to sort
+    all those with keys in an interval takes only the places less than half a buffer away from it.
+    """
+
+    num_samples: int
+    buffer: int
+    """At most twice `num_samples`, with which keys are uniform."""
+    seed: int
+    epoch: int
+    stream_ends: NDArray[np.int64]
+    """`[S]`, the place after the last sample of each shard, in the random order of the shards."""
+    shifts: NDArray[np.int64]
+    """`[S]`, what to add to a place in a shard for the index in the dataset."""
+    _pieces: dict[int, _Piece] = field(default_factory=dict, repr=False, compare=False)
+    """Those used last, by number."""
+
+    @classmethod
+    def of(cls, shard_ends: NDArray[np.int64], buffer: int, *, seed: int, epoch: int) -> "ShardOrder":
+        """Permute the shards that end at `shard_ends` `[S + 1]`, of which the first is 0."""
+        num_samples, sizes = int(shard_ends[-1]), np.diff(shard_ends)
+        shards = _sorted_by_words(stream_words(0, len(sizes), seed=seed, stream=Stream.SHARDS, epoch=epoch))
+        stream_ends = np.cumsum(sizes[shards])
+        shifts = shard_ends[1:][shards] - stream_ends
+        return cls(num_samples, max(1, min(buffer, 2 * num_samples)), seed, epoch, stream_ends, shifts)
+
+    def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Order.indices`. It takes O(buffer log buffer) for each stretch of so many positions."""
+        outside = positions[(positions < 0) | (positions >= self.num_samples)]
+        if len(outside):
+            raise IndexError(f"position {outside[0]} of an epoch of {self.num_samples} samples")
+        found = np.empty_like(positions)
+        is_missing = np.ones(len(positions), np.bool_)
+        while is_missing.any():
+            piece = self._piece_at(int(positions[is_missing.argmax()]))
+            rows = is_missing & (positions >= piece.start) & (positions < piece.stop)
+            found[rows] = piece.indices[positions[rows] - piece.start]
+            is_missing &= ~rows
+        return found
+
+    @property
+    def _piece_size(self) -> int:
+        """Keys of a piece. It is not below half a buffer, so a piece starts in the one of its number or next to it."""
+        return max(self.buffer, _MIN_PIECE)
+
+    def _piece_at(self, position: int) -> _Piece:
+        number = position // self._piece_size
+        piece = self._piece(number)
+        if position < piece.start:
+            return self._piece(number - 1)
+        return piece if position < piece.stop else self._piece(number + 1)
+
+    def _piece(self, number: int) -> _Piece:
+        piece = self._pieces.get(number)
+        if piece is None:
+            piece = self._sorted_piece(number)
+            while len(self._pieces) >= _NUM_PIECES:
+                self._pieces.pop(next(iter(self._pieces)), None)
+            self._pieces[number] = piece
+        return piece
+
+    def _sorted_piece(self, number: int) -> _Piece:
+        """The samples with keys from `number` to `number + 1` times the size of a piece."""
+        size, reach = self._piece_size, math.ceil(self.buffer / 2)
+        low, high = number * size, (number + 1) * size
+        first, last = max(low - reach, 0), min(high + reach, self.num_samples)
+        places = np.arange(first, last)
+        keys = self._keys(first, last)
+        is_before = keys < low
+        # Rounding may give the end of the epoch itself as a key, which has no further piece.
+        is_in = ~is_before & (keys < (high if high < self.num_samples else math.inf))
+        order = torch.argsort(torch.from_numpy(keys[is_in]), stable=True).numpy()
+        places = places[is_in][order]
+        shards = np.searchsorted(self.stream_ends, places, side="right")
+        return _Piece(first + int(is_before.sum()), places + self.shifts[shards])
+
+    def _keys(self, first: int, last: int) -> NDArray[np.float64]:
+        """Those of places `first` to `last - 1`. Single operations in float64 are the same on any processor."""
+        words = stream_words(first, last - first, seed=self.seed, stream=Stream.MIXING_OF_SHARDS, epoch=self.epoch)
+        uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        keys = np.abs(np.arange(first, last) + 0.5 + (uniform - 0.5) * self.buffer)
+        reflected: NDArray[np.float64] = self.num_samples - np.abs(self.num_samples - keys)
+        return reflected
+
+
+def read_shuffle(value: object) -> bool | ShardShuffle:
+    """The shuffle that a user gives, with True for `"global"`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, bool | ShardShuffle):
+        return value
+    if value == "global":
+        return True
+    raise ConfigError(
+        f'shuffle must be True (or "global"), False, or ShardShuffle(buffer=...) to keep shards together, got {value!r}'
+    )
+
+
+def check_shards(shard_ends: NDArray[np.int64] | None, num_samples: int) -> NDArray[np.int64]:
+    """The ends of the shards, which a shuffle of shards needs.
+
+    Raises:
+        ConfigError: there are none, or they are not those of `num_samples` samples.
+    """
+    if shard_ends is None:
+        raise ConfigError(
+            "shuffle is to keep shards together, and this source has none, as its samples are not in tar or Parquet "
+            "files; set shuffle to true for a uniform order"
+        )
+    ends = np.asarray(shard_ends, dtype=np.int64)
+    if ends.ndim != 1 or not len(ends) or ends[0] != 0 or ends[-1] != num_samples or (np.diff(ends) < 0).any():
+        raise ConfigError(
+            f"the source's shard_ends must be 0 and the end of each shard, up to its {num_samples} samples, got "
+            f"{np.array2string(ends, threshold=6, edgeitems=2)}; correct them, or set shuffle to true"
+        )
+    return ends
+
+
+def shuffle_fields(
+    shuffle: bool | ShardShuffle, shard_ends: NDArray[np.int64] | None, num_samples: int
+) -> dict[str, bool | str | None]:
+    """What the order depends on besides the seed, in words for people: `shuffle` and `shards`, None if of no effect.
+
+    Raises:
+        ConfigError: as `check_shards`.
+    """
+    if isinstance(shuffle, bool):
+        return {"shuffle": shuffle, "shards": None}
+    ends = check_shards(shard_ends, num_samples)
+    digest = hashlib.sha256(ends.astype("<i8").tobytes()).hexdigest()
+    return {
+        "shuffle": f"shards mixed over {shuffle.buffer} samples",
+        "shards": f"{len(ends) - 1} shards, {digest[:12]} as the digest of their sizes",
+    }
+
+
+def _sorted_by_words(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The places of `words` in ascending order; equal ones keep theirs."""
+    # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
+    keys = (words ^ np.uint64(2**63)).view(np.int64)
+    order: NDArray[np.int64] = torch.argsort(torch.from_numpy(keys), stable=True).numpy()
+    return order
