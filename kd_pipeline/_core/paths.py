@@ -5,9 +5,9 @@ import re
 import shlex
 from pathlib import Path
 
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, shown
 
-__all__ = ["argument_path", "find_url", "local_path"]
+__all__ = ["Url", "argument_path", "find_url", "local_path", "path_or_url"]
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/(/|(?=[^/\\]))")
 """A scheme of two letters or more, because `C:/` is a drive. `Path` keeps one of the two slashes."""
@@ -19,6 +19,35 @@ _DOWNLOADS = {
     "https": "wget {url}",
 }
 """The usual command, by scheme."""
+
+
+class Url(str):
+    """A URL as it was written, which may have credentials; its repr has none."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return repr(shown(self))
+
+
+def path_or_url(text: str | os.PathLike[str]) -> Path | Url:
+    """`local_path` where a URL may be too, which stays as it is.
+
+    Raises:
+        ValueError: as `local_path`, or it is a URL of a local file, of no host, or with one slash where two belong.
+    """
+    text = os.fspath(text)
+    match = _URL.match(text)
+    if match is None or match[1].lower() == "file":
+        return local_path(text)
+    rest = text[match.end() :].lstrip("/")
+    if match[2] != "/":
+        url = shown(f"{match[1]}://{rest}")
+        raise ValueError(f"{url} has lost a slash, as URLs do in a pathlib.Path; give it as text")
+    if not rest or text[match.end()] == "/":
+        raise ValueError(f"{shown(text)} is a URL without a host or bucket; write it after the two slashes")
+    _refuse_variable(shown(text))  # a password may have a $
+    return Url(text)
 
 
 def local_path(text: str | os.PathLike[str]) -> Path:
@@ -36,11 +65,7 @@ def local_path(text: str | os.PathLike[str]) -> Path:
         raise ValueError(f"the path {text!r} stands for no path: write null")
     if (advice := find_url(text)) is not None:
         raise ValueError(advice)
-    if variable := _VARIABLE.search(text):
-        raise ValueError(
-            f"the path {text!r} has the variable {variable[0]}, and only ~ is expanded in paths; write the path out, "
-            "or set it on the command line, where the shell expands variables outside of single quotes"
-        )
+    _refuse_variable(text)
     try:
         expanded = os.path.expanduser(text)
         if text.startswith("~") and expanded == text:
@@ -72,7 +97,7 @@ def find_url(text: str) -> str | None:
     scheme, rest = match[1].lower(), text[match.end() :]
     if scheme == "file":
         return f"{text} is a URL; write the path alone: /{rest.removeprefix('localhost').lstrip('/')}"
-    url = f"{match[1]}://{rest}"
+    url = shown(f"{match[1]}://{rest}")
     is_file = "." in rest.rpartition("/")[2] and "/" in rest
     folder = url.rpartition("/")[0] if is_file and scheme in ("s3", "gs") else url
     command = f" ({_DOWNLOADS[scheme].format(url=shlex.quote(folder))})" if scheme in _DOWNLOADS else ""
@@ -80,3 +105,11 @@ def find_url(text: str) -> str | None:
         f"{url} is a URL, and only files on a local or mounted disk are read; download it first{command}, and write "
         "the path of the local copy"
     )
+
+
+def _refuse_variable(text: str) -> None:
+    if variable := _VARIABLE.search(text):
+        raise ValueError(
+            f"the path {text!r} has the variable {variable[0]}, and only ~ is expanded in paths; write the path "
+            "out, or set it on the command line, where the shell expands variables outside of single quotes"
+        )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_pipeline._core.paths import find_url, local_path
+from kd_pipeline._core.paths import Url, find_url, local_path, path_or_url
 
 
 def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +42,35 @@ def test_what_is_no_path_is_refused(path: str, words: str) -> None:
         with pytest.raises(ValueError) as info:
             local_path(written)
         assert words in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket//a", "https://me:pa$word@h/x?token=a#b", "hf://datasets/me/x", "http://[::1]:8/a"]
+)
+def test_url_stays_as_written(url: str) -> None:
+    assert path_or_url(url) == Url(url) and isinstance(path_or_url(url), Url)
+
+
+def test_repr_of_url_has_no_credentials() -> None:
+    assert repr(Url("https://me:abc@h/x?token=abc")) == "'https://h/x'"
+
+
+def test_path_is_local_where_a_url_may_be() -> None:
+    assert path_or_url("a/b") == path_or_url(Path("a/b")) == Path("a/b")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (Path("s3://me:abc@bucket/x?token=abc"), "s3://bucket/x has lost a slash"),
+        ("s3:///x", "without a host or bucket"),
+        ("https://", "without a host or bucket"),
+        ("file:///data/x", "write the path alone: /data/x"),
+        ("s3://$BUCKET/x", "has the variable $BUCKET"),
+        ("$DATA/x", "has the variable $DATA"),
+    ],
+)
+def test_what_is_neither_path_nor_url_is_refused(text: str | Path, words: str) -> None:
+    with pytest.raises(ValueError) as info:
+        path_or_url(text)
+    assert words in str(info.value) and "abc" not in str(info.value)

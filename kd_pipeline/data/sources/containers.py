@@ -5,10 +5,10 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from kd_pipeline._core.paths import local_path
+from kd_pipeline._core.paths import Url, local_path, path_or_url
 from kd_pipeline.errors import DataError
 
-__all__ = ["find_container", "how_to_convert", "user_path"]
+__all__ = ["find_container", "how_to_convert", "user_location", "user_path"]
 
 _TAR = "a tar archive"
 _ZIP = "a ZIP archive"
@@ -95,5 +95,17 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     """
     try:
         return local_path(path)
+    except ValueError as exc:
+        raise DataError(str(exc)) from None
+
+
+def user_location(path: str | os.PathLike[str]) -> Path | Url:
+    """`user_path` where a URL may be too, which stays as it is.
+
+    Raises:
+        DataError: it is empty, a URL of a local file or without a host, or has a variable such as `$DATA` in it.
+    """
+    try:
+        return path_or_url(path)
     except ValueError as exc:
         raise DataError(str(exc)) from None
