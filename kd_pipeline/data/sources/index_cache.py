@@ -64,7 +64,7 @@ def index_key(path: Path, root: str, classes: Sequence[str] | None, form: ListFo
 
     It is a SHA-256 over every byte of the list and over everything else that affects parsing. An edited list has a
     different key, whatever its times and size, so an index is never stale. Hashing a gigabyte takes two seconds,
-    parsing it about a minute and a half.
+    parsing it about fifteen.
     """
     try:
         with open_regular(path, max_bytes=_MAX_LIST_BYTES) as file:

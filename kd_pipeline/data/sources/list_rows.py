@@ -3,22 +3,29 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, NamedTuple, TextIO
 
 from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.paths import find_url
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.labels import MAX_NAME
 from kd_pipeline.data.sources.list_format import Columns, ListFormat, find_columns, is_comment, split_at_space
+from kd_pipeline.data.sources.plain_lines import split_plain
 from kd_pipeline.errors import DataError
 
-__all__ = ["ListRows", "Row", "check_text"]
+__all__ = ["Block", "ListRows", "Row", "check_text"]
 
 Row = tuple[int, str, int | str | None]
 """Line number from 1, path, label."""
 
+_BLOCK = 2**17
+"""Bytes of lines that are split at once. Where one of them is not plain, all are parsed."""
+_FEW_ROWS = 2000
+"""Rows in a block of those that are parsed."""
 _MAX_ROW = 2**20
 """Characters of a row."""
 _MAX_PATH = 4095
@@ -34,8 +41,17 @@ _SPLITS = {
 }
 
 
+class Block(NamedTuple):
+    """Samples that follow each other in a list."""
+
+    paths: Sequence[bytes]
+    """In the file system's encoding."""
+    labels: Sequence[bytes | str | int | None]
+    """In UTF-8, or as in a `Row`."""
+
+
 class ListRows:
-    """Iterates over the samples of a list.
+    """Iterates over the samples of a list, once.
 
     Args:
         path: the list.
@@ -50,30 +66,36 @@ class ListRows:
         self._num_comments = 0
         self._unused: dict[str, None] = {}
         self._splits: dict[int, str] = {}
+        self._is_header = form.columns is not None
+        """Whether the next row is the header."""
+        hints = {",": "commas in quotes", " ": "the label after the path", "\n": "the label after the path"}
+        self._cells = _Cells(form.columns, hints.get(form.delimiter or "", "see the first lines"))
 
     def __iter__(self) -> Iterator[Row]:
-        # Bytes that are not UTF-8 pass as surrogates, to let `check_text` report the line.
-        errors = "surrogateescape" if self._form.encoding == "utf-8-sig" else "strict"
         try:
-            with io.TextIOWrapper(
-                open_regular(self._path), encoding=self._form.encoding, errors=errors, newline=""
-            ) as file:
-                lines = _Lines(file)
-                match self._form.delimiter:
-                    case None:
-                        yield from self._json_rows(lines)
-                    case " " | "\n":
-                        yield from self._plain_rows(lines)
-                    case delimiter:
-                        yield from self._csv_rows(lines, delimiter)
+            with open_regular(self._path) as file:
+                yield from self._rows(file, self._form.encoding)
         except OSError as exc:
-            raise DataError(
-                f"{self._path}: cannot be read ({exc.strerror}); check the path and its permissions"
-            ) from exc
-        except _LongRowError as exc:
-            raise DataError(f"{self._path}:{lines.number}: {exc}") from None
-        except UnicodeError as exc:
-            raise DataError(f"{self._path}: not {self._form.encoding} text ({exc}); save the list as UTF-8") from exc
+            raise self._unreadable(exc) from exc
+
+    def blocks(self) -> Iterator[Block]:
+        """The same samples, many at once, and ten times as fast where lines are plain.
+
+        Raises:
+            DataError: a line is malformed. Iterate over the rows of another `ListRows` to find out which one.
+        """
+        if self._form.delimiter in (None, "\n") or self._form.encoding != "utf-8-sig":
+            yield from self._parsed(self)
+            return
+        try:
+            with open_regular(self._path) as file:
+                encoding = self._form.encoding
+                while lines := self._whole_lines(file):
+                    plain = self._split(lines)
+                    yield from self._parsed(self._rows(io.BytesIO(lines), encoding)) if plain is None else [plain]
+                    encoding = "utf-8"  # a mark of the byte order is one only at the start of a file
+        except OSError as exc:
+            raise self._unreadable(exc) from exc
 
     def remarks(self) -> list[str]:
         """What was skipped, a sentence each; to be called after the last line."""
@@ -84,10 +106,56 @@ class ListRows:
             remarks.append(f"{self._path}: not read: {first_few(list(self._unused))}")
         return remarks
 
+    def _unreadable(self, exc: OSError) -> DataError:
+        return DataError(f"{self._path}: cannot be read ({exc.strerror}); check the path and its permissions")
+
+    def _whole_lines(self, file: BinaryIO) -> bytes:
+        lines = file.read(_BLOCK)
+        if len(lines) == _BLOCK and not lines.endswith(b"\n"):
+            lines += (rest := file.readline(_MAX_ROW))
+            if len(rest) == _MAX_ROW:
+                raise DataError(f"{self._path}: has a line of more than {_MAX_ROW} bytes")
+        return lines
+
+    def _split(self, lines: bytes) -> Block | None:
+        """The samples of whole lines if all are plain, and lines above them have shown how many columns there are."""
+        if self._is_header or not self._cells.num or len(lines) > _MAX_ROW:
+            return None
+        cells = split_plain(lines, self._form.delimiter or "", self._cells.num)
+        if cells is None:
+            return None
+        columns = self._form.columns or Columns((), path=0, label=1 if len(cells) > 1 else None)
+        for column in columns.unused:
+            for value in set(cells[column]):
+                self._check_split(column, value.decode())
+        paths = cells[columns.path]
+        return Block(paths, [None] * len(paths) if columns.label is None else cells[columns.label])
+
+    def _parsed(self, rows: Iterable[Row]) -> Iterator[Block]:
+        rows = iter(rows)
+        while few := list(islice(rows, _FEW_ROWS)):
+            yield Block([os.fsencode(path) for _, path, _ in few], [label for _, _, label in few])
+
+    def _rows(self, file: BinaryIO, encoding: str) -> Iterator[Row]:
+        """The rows of a file, or of some whole lines of one."""
+        # Bytes that are not UTF-8 pass as surrogates, to let `check_text` report the line.
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+        lines = _Lines(io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=""))
+        try:
+            match self._form.delimiter:
+                case None:
+                    yield from self._json_rows(lines)
+                case " " | "\n":
+                    yield from self._plain_rows(lines)
+                case delimiter:
+                    yield from self._csv_rows(lines, delimiter)
+        except _LongRowError as exc:
+            raise DataError(f"{self._path}:{lines.number}: {exc}") from None
+        except UnicodeError as exc:
+            raise DataError(f"{self._path}: not {encoding} text ({exc}); save the list as UTF-8") from exc
+
     def _csv_rows(self, lines: "_Lines", delimiter: str) -> Iterator[Row]:
         reader = csv.reader(lines, strict=True, skipinitialspace=True, delimiter=delimiter)
-        cells = _Cells(self._form.columns, "commas in quotes" if delimiter == "," else "see the first lines")
-        is_header = self._form.columns is not None
         try:
             for row in reader:
                 lines.start_row()
@@ -95,17 +163,15 @@ class ListRows:
                     continue
                 if is_comment(row[0]):
                     self._num_comments += 1
-                elif is_header:
-                    is_header = False
+                elif self._is_header:
+                    self._is_header = False
                     self._note_unused(self._form.columns)
                 else:
-                    yield self._row(reader.line_num, row, cells)
+                    yield self._row(reader.line_num, row)
         except (csv.Error, ValueError) as exc:
             raise DataError(f"{self._path}:{reader.line_num}: {exc}") from exc
 
     def _plain_rows(self, lines: "_Lines") -> Iterator[Row]:
-        cells = _Cells(self._form.columns, "the label after the path")
-        is_header = self._form.columns is not None
         for text in lines:
             lines.start_row()
             line = text.strip()
@@ -113,19 +179,19 @@ class ListRows:
                 continue
             if is_comment(line):
                 self._num_comments += 1
-            elif is_header:
-                is_header = False
+            elif self._is_header:
+                self._is_header = False
                 self._note_unused(self._form.columns)
             else:
                 row = [line] if self._form.delimiter == "\n" else split_at_space(line, self._form.columns)
                 try:
-                    yield self._row(lines.number, row, cells)
+                    yield self._row(lines.number, row)
                 except ValueError as exc:
                     raise DataError(f"{self._path}:{lines.number}: {exc}") from exc
 
-    def _row(self, line: int, row: list[str], cells: "_Cells") -> Row:
-        path, label = cells.of(row)
-        for column in () if cells.columns is None else cells.columns.unused:
+    def _row(self, line: int, row: list[str]) -> Row:
+        path, label = self._cells.of(row)
+        for column in () if self._form.columns is None else self._form.columns.unused:
             self._check_split(column, row[column])
         return line, check_text(path, "path"), None if label is None else check_text(label, "label")
 
@@ -199,16 +265,17 @@ class _Cells:
     def __init__(self, columns: Columns | None, hint: str) -> None:
         self.columns = columns
         self._hint = hint
-        self._num = None if columns is None else len(columns.names)
+        self.num = None if columns is None else len(columns.names)
+        """How many a line has; None if no line decided it yet."""
 
     def of(self, row: list[str]) -> tuple[str, str | None]:
         """Path and label."""
         if self.columns is None:
-            while len(row) > (self._num or 2) and not row[-1].strip():
+            while len(row) > (self.num or 2) and not row[-1].strip():
                 row = row[:-1]
-            self._num = self._num or min(len(row), 2)
-        if len(row) != self._num:
-            raise ValueError(f"found {len(row)} columns, expected {self._num}: {self._expected(len(row))}")
+            self.num = self.num or min(len(row), 2)
+        if len(row) != self.num:
+            raise ValueError(f"found {len(row)} columns, expected {self.num}: {self._expected(len(row))}")
         if self.columns is None:
             return row[0].rstrip(), row[1].strip() if len(row) == 2 else None
         label = None if self.columns.label is None else row[self.columns.label].strip()

@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -51,14 +51,22 @@ class PathTable:
 
     def extend(self, paths: Iterable[str]) -> int:
         """Add paths, absolute or relative to the root; return how many."""
+        return self.extend_encoded(list(map(os.fsencode, paths)))
+
+    def extend_encoded(self, paths: Sequence[bytes]) -> int:
+        """Add paths in the file system's encoding, as `extend`."""
         assert isinstance(self.blob, bytearray) and isinstance(self.ends, array)
-        before = len(self)
-        for path in paths:
-            entry = os.fsencode(path)
-            relative = entry[len(self._root) :].lstrip(b"/") if entry.startswith(self._root) else b""
-            self.blob += relative or entry
-            self.ends.append(len(self.blob))
-        return len(self) - before
+        if b"\0/" in b"\0" + b"\0".join(paths):
+            paths = [self._relative(path) if path.startswith(b"/") else path for path in paths]
+        ends = np.cumsum(np.fromiter(map(len, paths), np.int64, len(paths)))
+        self.ends.frombytes((ends + len(self.blob)).tobytes())
+        self.blob += b"".join(paths)
+        return len(paths)
+
+    def _relative(self, path: bytes) -> bytes:
+        """An absolute path, relative to the root if it is below it."""
+        relative = path[len(self._root) :].lstrip(b"/") if path.startswith(self._root) else b""
+        return relative or path
 
     def absolute(self, index: int) -> bytes:
         """The absolute path at `index`, in the file system's encoding."""
