@@ -301,7 +301,7 @@ class Reader:
     def _data_of(self, index: NDArray[np.int64]) -> NDArray[Any]:
         """What the graph needs of the samples at `index` `[N]`; see `GraphInput.data`."""
         if self._source.stores == "bytes":
-            if not self._plan.shuffle and (expect := getattr(self._source, "expect", None)) is not None:
+            if self._plan.keeps_shards and (expect := getattr(self._source, "expect", None)) is not None:
                 expect(index)
             return index
         data: NDArray[np.uint8] = self._source.read(index)

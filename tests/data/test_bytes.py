@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_pipeline import BaseSource
+from kd_pipeline import BaseSource, ShardShuffle
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.custom import check_source
@@ -65,6 +65,36 @@ def test_content_is_called_one_at_a_time_if_asked(photo_folder, wanted):
     source = Store(ImageFolder(photo_folder), threads=1)
     assert_same(stream(source), wanted)
     assert source.most_running == 1
+
+
+class Shards(Store):
+    """In three shards; it remembers what it was told to expect and then to read."""
+
+    def __init__(self, files):
+        super().__init__(files)
+        self.shard_ends = np.array([0, 10, 25, len(files)])
+        self.expected, self.late = set(), []
+
+    def expect(self, indices):
+        self.expected.update(indices.tolist())
+
+    def content(self, index):
+        if index not in self.expected:
+            self.late.append(index)
+        return super().content(index)
+
+
+@pytest.mark.parametrize("shuffle", [False, ShardShuffle(buffer=12)], ids=["none", "shards"])
+def test_source_is_told_what_comes_where_shards_stay_together(photo_folder, shuffle):
+    source = Shards(ImageFolder(photo_folder))
+    assert_same(stream(source, shuffle=shuffle), stream(Shards(ImageFolder(photo_folder)), shuffle=shuffle))
+    assert source.expected == set(range(len(source))) and not source.late
+
+
+def test_source_is_told_nothing_of_a_uniform_order(photo_folder):
+    source = Shards(ImageFolder(photo_folder))
+    stream(source)
+    assert not source.expected
 
 
 def test_resumed_at_every_batch(photo_folder, wanted):
