@@ -88,7 +88,8 @@ class Shards(Store):
 def test_source_is_told_what_comes_where_shards_stay_together(photo_folder, shuffle):
     source = Shards(ImageFolder(photo_folder))
     assert_same(stream(source, shuffle=shuffle), stream(Shards(ImageFolder(photo_folder)), shuffle=shuffle))
-    assert source.expected == set(range(len(source))) and not source.late
+    assert source.expected == set(range(len(source)))
+    assert set(source.late) == {0}  # it is checked when the source is opened
 
 
 def test_source_is_told_nothing_of_a_uniform_order(photo_folder):
