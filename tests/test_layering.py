@@ -34,8 +34,12 @@ PACKAGES = [
 EVERYWHERE = {"PIL", "numpy", "pydantic", "pydantic_core", "torch", "yaml"}
 """What the library cannot do without, from setup.cfg."""
 WRAPPED_IN = {
+    "aiohttp": {"storage.http", "storage.hubs"},
     "comet_ml": {"training.loggers"},
     "cuda": {"teachers.tensorrt.teacher", "workflows.doctor"},
+    "fsspec": {"storage.connections", "storage.http", "storage.hubs", "storage.s3"},
+    "gcsfs": {"storage.hubs"},
+    "huggingface_hub": {"storage.hubs"},
     "lightning": {
         "training.checkpoint_callback",
         "training.early_stopping",
@@ -66,6 +70,7 @@ WRAPPED_IN = {
     "onnxruntime": {"onnx.export", "onnx.session", "teachers.onnxruntime", "workflows.doctor"},
     "onnxscript": {"onnx.export", "workflows.doctor"},
     "openvino": {"teachers.openvino", "workflows.doctor"},
+    "s3fs": {"storage.s3"},
     "safetensors": {"models.checkpoints", "workflows.exported"},
     "sklearn": {"bench.photographs", "workflows.demo"},
     "tensorrt": {"teachers.tensorrt.package", "workflows.doctor"},

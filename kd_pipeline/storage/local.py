@@ -11,6 +11,7 @@ from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.files import open_regular
 from kd_pipeline.errors import NoSuchFileError, StorageError
 from kd_pipeline.storage.base import FileStat
+from kd_pipeline.storage.changes import changed
 
 __all__ = ["LocalStore"]
 
@@ -93,13 +94,6 @@ class _OpenFile:
     def __del__(self) -> None:
         if self.descriptor >= 0:
             os.close(self.descriptor)
-
-
-def changed(expected: FileStat, found: FileStat) -> str:
-    """The reason of an error about a file that is not the one that was indexed."""
-    sizes = f"{expected.num_bytes} bytes then, {found.num_bytes} now"
-    what = sizes if expected.num_bytes != found.num_bytes else f"version {expected.version} then, {found.version} now"
-    return f"it has changed since it was indexed ({what}); put the old file back, or start again, which indexes it anew"
 
 
 def _file_stat(status: os.stat_result) -> FileStat:

@@ -6,6 +6,7 @@ from kd_pipeline._core.paths import find_url
 from kd_pipeline.errors import ConfigError, shown
 from kd_pipeline.storage.base import Store, StoreSettings, scheme_of
 from kd_pipeline.storage.local import LocalStore
+from kd_pipeline.storage.remote import RemoteStore
 
 __all__ = ["open_store"]
 
@@ -20,4 +21,6 @@ def open_store(path: str | Path, settings: StoreSettings | None = None) -> Store
     scheme = scheme_of(path)
     if scheme is None:
         return LocalStore()
-    raise ConfigError(find_url(shown(path)))
+    if scheme == "file":
+        raise ConfigError(find_url(shown(path)))
+    return RemoteStore(scheme, settings or StoreSettings())

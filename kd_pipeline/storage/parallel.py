@@ -1,17 +1,20 @@
 """Many ranges at once, on threads that all stores share."""
 
+import asyncio
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from itertools import count
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from kd_pipeline.errors import StorageError
 from kd_pipeline.storage.base import FileStat, Store
 
-__all__ = ["ByteRange", "read_ranges", "run_in_thread"]
+__all__ = ["ByteRange", "call_in_thread", "in_thread", "read_ranges", "run_in_thread"]
 
+_T = TypeVar("_T")
 _MAX_THREADS = 64
 
 
@@ -32,13 +35,16 @@ def read_ranges(
     The bytes are not copied again: `np.frombuffer` makes them an array. Several threads may call this at once.
 
     Args:
-        store: has all the files.
+        store: has all the files. Its own `read_many`, if it has one, does the same with less effort.
         ranges: what to read.
         num_threads: reads at once, one of them in this thread; defaults to the store's own number.
 
     Raises:
         Whatever `store.read` raises but StorageError.
     """
+    if (read_many := getattr(store, "read_many", None)) is not None:
+        results: list[bytes | StorageError] = read_many(ranges, num_threads)
+        return results
     work = _Work(store, ranges)
     for _ in range(min(num_threads or store.num_threads, len(ranges)) - 1):
         run_in_thread(work.run)
@@ -51,6 +57,25 @@ def run_in_thread(function: Callable[[], object]) -> None:
     The threads are daemons, so that a process can end while a disk does not answer.
     """
     _pool.put(function)
+
+
+def call_in_thread(function: Callable[[], _T]) -> Future[_T]:
+    """The result of `function`, which one of the shared threads calls."""
+    result: Future[_T] = Future()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as exc:
+            result.set_exception(exc)
+
+    run_in_thread(call)
+    return result
+
+
+async def in_thread(function: Callable[[], _T]) -> _T:
+    """`call_in_thread` for a coroutine. The default of asyncio would hold up the end of the process."""
+    return await asyncio.wrap_future(call_in_thread(function))
 
 
 class _Work:

@@ -84,7 +84,7 @@ def test_open_files_are_few_and_closed(store, tmp_path):
         store.read(str(tmp_path / f"{number}"), 0, 1)
     assert len(os.listdir("/proc/self/fd")) <= before + 128
     store.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_write_makes_folders(store, tmp_path):
