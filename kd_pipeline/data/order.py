@@ -81,7 +81,10 @@ class GlobalOrder:
 
         Equal keys keep the dataset's order.
         """
-        return cls(_sorted_by_words(stream_words(0, num_samples, seed=seed, stream=Stream.ORDER, epoch=epoch)))
+        words = stream_words(0, num_samples, seed=seed, stream=Stream.ORDER, epoch=epoch)
+        # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
+        keys = (words ^ np.uint64(2**63)).view(np.int64)
+        return cls(torch.argsort(torch.from_numpy(keys), stable=True).numpy())
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Order.indices`."""
@@ -125,7 +128,8 @@ class ShardOrder:
     def of(cls, shard_ends: NDArray[np.int64], buffer: int, *, seed: int, epoch: int) -> "ShardOrder":
         """Permute the shards that end at `shard_ends` `[S + 1]`, of which the first is 0."""
         num_samples, sizes = int(shard_ends[-1]), np.diff(shard_ends)
-        shards = _sorted_by_words(stream_words(0, len(sizes), seed=seed, stream=Stream.SHARDS, epoch=epoch))
+        words = stream_words(0, len(sizes), seed=seed, stream=Stream.SHARDS, epoch=epoch)
+        shards = np.argsort(words, kind="stable")
         stream_ends = np.cumsum(sizes[shards])
         shifts = shard_ends[1:][shards] - stream_ends
         return cls(num_samples, max(1, min(buffer, 2 * num_samples)), seed, epoch, stream_ends, shifts)
@@ -145,16 +149,28 @@ class ShardOrder:
         return found
 
     @property
+    def _reach(self) -> int:
+        """How far a key may be from its place, rounded up."""
+        return math.ceil(self.buffer / 2)
+
+    @property
     def _piece_size(self) -> int:
-        """Keys of a piece. It is not below half a buffer, so a piece starts in the one of its number or next to it."""
-        return max(self.buffer, _MIN_PIECE)
+        """The length of a piece's interval of keys.
+
+        The number of keys below a place differs from it by the reach at most. So if pieces are not shorter than that, a
+        position is in the piece of its own interval, or in one next to it.
+        """
+        return max(self._reach, _MIN_PIECE)
 
     def _piece_at(self, position: int) -> _Piece:
         number = position // self._piece_size
         piece = self._piece(number)
         if position < piece.start:
-            return self._piece(number - 1)
-        return piece if position < piece.stop else self._piece(number + 1)
+            piece = self._piece(number - 1)
+        elif position >= piece.stop:
+            piece = self._piece(number + 1)
+        assert piece.start <= position < piece.stop
+        return piece
 
     def _piece(self, number: int) -> _Piece:
         piece = self._pieces.get(number)
@@ -167,18 +183,20 @@ class ShardOrder:
 
     def _sorted_piece(self, number: int) -> _Piece:
         """The samples with keys from `number` to `number + 1` times the size of a piece."""
-        size, reach = self._piece_size, math.ceil(self.buffer / 2)
-        low, high = number * size, (number + 1) * size
-        first, last = max(low - reach, 0), min(high + reach, self.num_samples)
-        places = np.arange(first, last)
+        low, high = number * self._piece_size, (number + 1) * self._piece_size
+        first, last = max(low - self._reach, 0), min(high + self._reach, self.num_samples)
         keys = self._keys(first, last)
         is_before = keys < low
-        # Rounding may give the end of the epoch itself as a key, which has no further piece.
-        is_in = ~is_before & (keys < (high if high < self.num_samples else math.inf))
-        order = torch.argsort(torch.from_numpy(keys[is_in]), stable=True).numpy()
-        places = places[is_in][order]
-        shards = np.searchsorted(self.stream_ends, places, side="right")
-        return _Piece(first + int(is_before.sum()), places + self.shifts[shards])
+        is_in = ~is_before & (keys < high)
+        indices = self._unmixed(first, last)[is_in][_sorted_by_keys(keys[is_in])]
+        return _Piece(first + int(is_before.sum()), indices)
+
+    def _unmixed(self, first: int, last: int) -> NDArray[np.int64]:
+        """The samples at places `first` to `last - 1`."""
+        first_shard, last_shard = np.searchsorted(self.stream_ends, [first, last - 1], side="right").tolist()
+        shards = slice(first_shard, last_shard + 1)
+        counts = np.diff(np.minimum(self.stream_ends[shards], last), prepend=first)
+        return np.arange(first, last) + np.repeat(self.shifts[shards], counts)
 
     def _keys(self, first: int, last: int) -> NDArray[np.float64]:
         """Those of places `first` to `last - 1`. Single operations in float64 are the same on any processor."""
@@ -242,9 +260,8 @@ def shuffle_fields(
     }
 
 
-def _sorted_by_words(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """The places of `words` in ascending order; equal ones keep theirs."""
-    # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
-    keys = (words ^ np.uint64(2**63)).view(np.int64)
-    order: NDArray[np.int64] = torch.argsort(torch.from_numpy(keys), stable=True).numpy()
-    return order
+def _sorted_by_keys(keys: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The places of `keys` in ascending order; equal ones, which are rare, keep theirs."""
+    order = np.argsort(keys)  # four times as fast as a stable sort
+    found = keys[order]
+    return np.argsort(keys, kind="stable") if (found[1:] == found[:-1]).any() else order

@@ -231,6 +231,20 @@ def test_a_hundred_million_samples_are_not_listed():
     assert held + epoch.order.stream_ends.nbytes + epoch.order.shifts.nbytes < 2**20
 
 
+def test_equal_keys_keep_their_order():
+    keys = np.random.default_rng(0).integers(50, size=1000).astype(np.float64)
+    for each in (keys, np.unique(keys)[::-1], keys[:0]):
+        np.testing.assert_array_equal(orders._sorted_by_keys(each), np.argsort(each, kind="stable"))
+
+
+def test_key_may_be_rounded_to_the_end_of_the_epoch(monkeypatch):
+    monkeypatch.setattr(orders, "_MIN_PIECE", 8)
+    monkeypatch.setattr(
+        ShardOrder, "_keys", lambda self, first, last: np.where(np.arange(first, last) == 15, 16.0, 8.0)
+    )
+    assert sorted(shard_order(ends_of(16), 16)) == list(range(16))
+
+
 def test_few_pieces_are_kept(monkeypatch):
     monkeypatch.setattr(orders, "_MIN_PIECE", 8)
     order = ShardOrder.of(ends_of(500, 500), 4, seed=0, epoch=0)

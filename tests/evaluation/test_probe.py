@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.order import ShardShuffle
 from kd_pipeline.data.settings import DataSettings, SplitSettings
+from kd_pipeline.data.sources import Arrays
 from kd_pipeline.data.sources.base import ArraysSettings
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import TeacherError
@@ -412,5 +414,13 @@ def test_short_epoch_is_judged_at_its_end(tmp_path, caplog) -> None:
 )
 def test_other_runs_need_a_probe_before(tmp_path, split, settings, labeled: bool) -> None:
     loader, probe = first_batches(colors(tmp_path, split=split, labeled=labeled), ColorNet(), **settings)
+    loader.close()
+    assert probe is None
+
+
+def test_first_shards_are_no_probe(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be of a single class, which tells nothing about the others."""
+    monkeypatch.setattr(Arrays, "shard_ends", np.array([0, 200, 400]), raising=False)
+    loader, probe = first_batches(colors(tmp_path, split={"shuffle": ShardShuffle(buffer=50)}), ColorNet())
     loader.close()
     assert probe is None

@@ -146,6 +146,19 @@ def test_moved_files_of_same_content(tmp_path: Path) -> None:
     assert any("data.train.source.images" in line for line in refused(old, {**new, "data": "00" * 32}))
 
 
+def test_shuffle_stays_however_it_is_spelled(tmp_path: Path) -> None:
+    by_default, named = saved(tmp_path), saved(tmp_path, data__train__shuffle="global")
+    shards = saved(tmp_path, data__train__shuffle={"kind": "shards", "buffer": 9})
+    for same in (named, saved(tmp_path, data__train__shuffle=True)):
+        assert changes_of(by_default, same) == changes_of(same, named) == []
+    assert refused(named, shards) == ["data.train.shuffle: global → {kind: shards, buffer: 9}"]
+    assert refused(named, saved(tmp_path, data__train__shuffle=False)) == ["data.train.shuffle: global → false"]
+    larger = saved(tmp_path, data__train__shuffle={"kind": "shards", "buffer": 90})
+    assert refused(shards, larger) == ["data.train.shuffle.buffer: 9 → 90"]
+    cut = ({**shards, "stream": {"shards": shard} | {"shuffle": "s"}} for shard in ("2 shards, 12", "3 shards, 34"))
+    assert refused(*cut)[0].startswith("shards: 2 shards, 12 → 3 shards, 34 (shards of the training data with")
+
+
 def test_selecting_validation_set_stays(tmp_path: Path) -> None:
     extra = {"extra": tiny_run.split(tmp_path, "val", tiny_run.EVAL)}
     old, by_extra = saved(tmp_path), saved(tmp_path, data__more=extra, train__select_by="extra/top1")
