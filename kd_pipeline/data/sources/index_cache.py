@@ -2,47 +2,33 @@
 
 import hashlib
 import json
-import logging
-import mmap
 import os
 import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline._core.atomic_write import atomic_file
-from kd_pipeline._core.files import UntrustedFileError, open_regular, open_trusted
-from kd_pipeline._core.user_cache import user_cache
+from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.version import __version__
 from kd_pipeline.data.sources.fingerprint import content_digest
+from kd_pipeline.data.sources.index_file import load_index_file, save_index_file
 from kd_pipeline.data.sources.labels import class_names
 from kd_pipeline.data.sources.list_format import ListFormat
 from kd_pipeline.data.sources.paths import PathTable
-from kd_pipeline.errors import DataError
 
 __all__ = ["ListIndex", "index_key", "load_index", "save_index"]
 
-_logger = logging.getLogger("kd_pipeline")
-
 _FORMAT_VERSION = 3
 """To be raised whenever the parsing of lists or the format of an index changes."""
-_MAGIC = b"kdindex3"
-_WORD = 8
-"""Bytes of the header's length; the parts after the header start at a multiple of it."""
-_START = len(_MAGIC) + hashlib.sha256().digest_size
+_PARTS = ("ends", "labels", "blob")
 _MIN_LIST_BYTES = 2**20
 """Shorter lists are not cached, because parsing them takes no noticeable time."""
 _MAX_LIST_BYTES = 2**32
 """Longer lists are not cached: what has a terabyte is no list, and hashing it takes longer than finding that out."""
-_MAX_AGE_S = 30 * 24 * 3600.0
-"""An index that was not used for this long is deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,69 +66,29 @@ def index_key(path: Path, root: str, classes: Sequence[str] | None, form: ListFo
 def load_index(key: str, root: str) -> ListIndex | None:
     """The index cached under `key` with paths below `root`; None if there is none, it is damaged or perhaps not ours.
 
-    Paths stay in the memory-mapped file, which the processes of a machine share. It is never changed, only replaced.
-    The file contains no code and no serialized objects, and a checksum covers all of it. An index that another user
-    could have written is not used, with a warning, the first time in a process.
+    The paths stay in the file, see `load_index_file`. A checksum covers all of it.
     """
-    try:
-        path = _file(key)
-        with open_trusted(path) as file:
-            mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        index = _parse(mapped, root)
-        with suppress(OSError):
-            os.utime(path)  # marks it as used
-        return index
-    except UntrustedFileError as exc:
-        _warn_once(f"{exc.strerror}")
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, DataError):
-        pass  # no such file, no home folder, an empty or damaged file
-    return None
+    return load_index_file(
+        key, _PARTS, lambda header, parts: _parse(header, parts, root), what="a list is parsed again"
+    )
 
 
 def save_index(key: str, index: ListIndex) -> None:
-    """Cache `index` under `key` atomically, after deleting indexes that were not used for 30 days.
-
-    If the cache cannot be written, nothing is cached and no error raised.
-    """
-    blob, ends = index.paths.blob, memoryview(index.paths.ends).cast("B")
+    """Cache `index` under `key` atomically, if the cache can be written."""
     labels = b"" if index.labels is None else index.labels.data.cast("B")
-    sizes = {"ends": len(ends), "labels": len(labels), "blob": len(blob)}
-    header = json.dumps({
-        **sizes, "is_labeled": index.labels is not None, "classes": index.classes, "remarks": index.remarks
-    }).encode()  # fmt: skip
-    start = len(header).to_bytes(_WORD, "little") + header
-    parts = (start.ljust(_round_up(len(start)), b"\0"), ends, labels, blob)
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    with suppress(OSError, RuntimeError):
-        path = _file(key)
-        _delete_unused(path.parent)
-        with atomic_file(path, permissions=0o600) as file:
-            for part in (_MAGIC, digest.digest(), *parts):
-                file.write(part)
+    parts = {"ends": memoryview(index.paths.ends).cast("B"), "labels": labels, "blob": index.paths.blob}
+    header = {"is_labeled": index.labels is not None, "classes": index.classes, "remarks": index.remarks}
+    save_index_file(key, header, parts)
 
 
-def _parse(mapped: memoryview, root: str) -> ListIndex:
+def _parse(header: dict[str, Any], parts: list[memoryview], root: str) -> ListIndex:
     """The index in a file.
 
     Raises:
-        ValueError, KeyError, TypeError, DataError, RecursionError: it is damaged.
+        ValueError, KeyError, TypeError, DataError: it is damaged.
     """
-    magic, checksum, body = mapped[: len(_MAGIC)], mapped[len(_MAGIC) : _START], mapped[_START:]
-    if magic != _MAGIC or checksum != hashlib.sha256(body).digest():
-        raise ValueError("damaged")
-    header_end = _WORD + _to_int(body)
-    header = json.loads(bytes(body[_WORD:header_end]))
     classes, remarks = header["classes"], header["remarks"]
-    bounds = [_round_up(header_end)]
-    for name in ("ends", "labels", "blob"):
-        if type(header[name]) is not int or header[name] < 0:
-            raise ValueError(f"{name} is no size")
-        bounds.append(bounds[-1] + header[name])
-    if bounds[-1] != len(body):
-        raise ValueError("the sizes are not those of the parts")
-    ends, labels, blob = (body[start:end] for start, end in pairwise(bounds))
+    ends, labels, blob = parts
     found = np.frombuffer(labels, dtype=np.int64) if header["is_labeled"] else None
     _check(np.frombuffer(ends, dtype=np.int64), found, len(blob), classes)
     return ListIndex(
@@ -162,27 +108,3 @@ def _check(ends: NDArray[np.int64], labels: NDArray[np.int64] | None, num_bytes:
     limit = len(classes) if classes else 2**31
     if labels is not None and (len(labels) != len(ends) - 1 or labels.min() < 0 or labels.max() >= limit):
         raise ValueError("the labels are not those of the paths")
-
-
-@cache
-def _warn_once(text: str) -> None:
-    _logger.warning("a list is parsed again and not taken from the cache: %s", text)
-
-
-def _file(key: str) -> Path:
-    return user_cache("index") / f"{key}.index"
-
-
-def _delete_unused(folder: Path) -> None:
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):  # another process was faster
-            if time.time() - path.stat().st_mtime > _MAX_AGE_S:
-                path.unlink()
-
-
-def _to_int(word: memoryview) -> int:
-    return int.from_bytes(word[:_WORD], "little")
-
-
-def _round_up(length: int) -> int:
-    return -(-length // _WORD) * _WORD

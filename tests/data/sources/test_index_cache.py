@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import FileList, file_list, index_cache
+from kd_pipeline.data.sources import FileList, file_list, index_cache, index_file
 from kd_pipeline.data.sources.list_format import find_format
 from kd_pipeline.errors import DataError
 from tests._core.test_files import give_away
@@ -206,7 +206,7 @@ def test_unusable_cache_is_ignored(tmp_path, cache, parsed, monkeypatch):
         raise PermissionError(13, "Permission denied")  # root, as whom tests often run, may write everywhere
 
     cache.mkdir(parents=True)
-    monkeypatch.setattr(index_cache, "atomic_file", refuse)
+    monkeypatch.setattr(index_file, "atomic_file", refuse)
     assert contents(FileList(path)) == wanted
     monkeypatch.undo()
     assert len(parsed) == 2 and list(cache.iterdir()) == []
@@ -286,7 +286,7 @@ def forged(file: Path, header: dict[str, object] | bytes, *parts: bytes) -> None
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     start = len(encoded).to_bytes(8, "little") + encoded
     body = start + bytes(-len(start) % 8) + b"".join(parts)
-    file.write_bytes(index_cache._MAGIC + hashlib.sha256(body).digest() + body)
+    file.write_bytes(index_file._MAGIC + hashlib.sha256(body).digest() + body)
 
 
 def words(*numbers: int) -> bytes:
@@ -351,7 +351,7 @@ DOUBTS = {"owner": give_away, "mode": make_writable, "folder": loosen_folder}
 def test_index_that_another_user_could_have_written_is_not_used(
     tmp_path, cache, parsed, monkeypatch, caplog, name, doubt
 ):
-    index_cache._warn_once.cache_clear()
+    index_file._warn_once.cache_clear()
     path = write(tmp_path / "list.csv")
     wanted = contents(FileList(path))
     (file,) = cache.iterdir()
