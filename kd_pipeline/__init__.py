@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kd_pipeline.data.sources import FileList as FileList
     from kd_pipeline.data.sources import ImageFolder as ImageFolder
     from kd_pipeline.data.sources import Source as Source
+    from kd_pipeline.data.sources import Tar as Tar
     from kd_pipeline.data.sources import open_source as open_source
     from kd_pipeline.data.transforms import EvalTransform as EvalTransform
     from kd_pipeline.data.transforms import TrainTransform as TrainTransform
@@ -63,6 +64,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "FileList",
             "ImageFolder",
             "Source",
+            "Tar",
             "open_source",
         ],
         "kd_pipeline.data.transforms": ["EvalTransform", "TrainTransform"],

@@ -1,4 +1,4 @@
-"""Where samples come from: folders, lists, arrays, CIFAR and the user's own, all read through one protocol."""
+"""Where samples come from: folders, lists, tar shards, arrays, CIFAR and the user's own, behind one protocol."""
 
 from kd_pipeline.data.sources.arrays import Arrays
 from kd_pipeline.data.sources.base import Source, open_source
@@ -7,6 +7,7 @@ from kd_pipeline.data.sources.custom import BaseSource
 from kd_pipeline.data.sources.file_list import FileList
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import load_classes, save_classes
+from kd_pipeline.data.sources.tar import Tar
 
 __all__ = [
     "Arrays",
@@ -15,6 +16,7 @@ __all__ = [
     "FileList",
     "ImageFolder",
     "Source",
+    "Tar",
     "load_classes",
     "open_source",
     "save_classes",

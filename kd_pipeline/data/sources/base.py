@@ -17,7 +17,9 @@ from kd_pipeline.data.sources.encoded import Encoded
 from kd_pipeline.data.sources.file_list import FileList
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import class_names
+from kd_pipeline.data.sources.tar import Tar
 from kd_pipeline.errors import DataError
+from kd_pipeline.storage import StoreSettings
 
 __all__ = [
     "ArraysSettings",
@@ -29,6 +31,7 @@ __all__ = [
     "ImageFolderSettings",
     "Source",
     "SourceSettings",
+    "TarSettings",
     "open_source",
 ]
 
@@ -58,6 +61,27 @@ class FileListSettings(Settings):
     classes: tuple[str, ...] | Path | None = None
     """Class names in label order, or a file with them, as for an image folder; defaults to the sorted names in the
     list."""
+
+
+class TarSettings(Settings):
+    """Images in tar archives, such as the shards of WebDataset, read in place."""
+
+    kind: Literal["tar"] = "tar"
+    path: str | tuple[str, ...]
+    """A shard, a glob, a range such as `train-{0000..0146}.tar`, WebDataset's list of shards in JSON, or a list of
+    these; local paths or URLs."""
+    image: str | tuple[str, ...] | None = None
+    """Extension of the images, or several of which the first is taken that a sample has; defaults to all known ones."""
+    label: str = Field(default="auto", pattern=r"^[^:\s/]+(:.+)?$")
+    """Where the labels are: `cls`, `txt` or another extension of the file with the label, `json:KEY`, `folder`, or
+    `none`. `auto` is `cls` if there are such files, and an error if there is something else that might be a label."""
+    classes: tuple[str, ...] | Path | None = None
+    """Class names in label order, or a file with them, as for an image folder; defaults to the sorted names, if labels
+    are names."""
+    index: Literal["cache", "beside"] = "cache"
+    """Keep where the images are in the user's cache, or also write DALI's index files beside the shards."""
+    storage: StoreSettings = StoreSettings()
+    """How URLs are read."""
 
 
 class ArraysSettings(Settings):
@@ -107,7 +131,13 @@ class CustomSettings(Settings):
 
 
 AnySourceSettings = (
-    ImageFolderSettings | FileListSettings | ArraysSettings | Cifar10Settings | Cifar100Settings | CustomSettings
+    ImageFolderSettings
+    | FileListSettings
+    | TarSettings
+    | ArraysSettings
+    | Cifar10Settings
+    | Cifar100Settings
+    | CustomSettings
 )
 SourceSettings = Annotated[AnySourceSettings, Field(discriminator="kind")]
 
@@ -195,6 +225,9 @@ def open_source(
             return ImageFolder(settings.root, classes=names, labeled=settings.labeled)
         case FileListSettings():
             return FileList(settings.path, root=settings.root, classes=names)
+        case TarSettings():
+            own = settings.model_dump(include={"image", "label", "index"})
+            return Tar(settings.path, classes=names, storage=settings.storage, **own)
         case ArraysSettings():
             return Arrays(settings.images, settings.labels, classes=names)
 

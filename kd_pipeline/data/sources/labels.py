@@ -28,6 +28,7 @@ __all__ = [
     "name_warnings",
     "save_classes",
     "shown_samples",
+    "used_label_warnings",
 ]
 
 Classes = Sequence[str] | str | os.PathLike[str]
@@ -167,11 +168,17 @@ def label_warnings(labels: NDArray[np.int64], classes: Sequence[str] | None, *, 
         classes: class names, if there are any.
         is_given: whether the user listed the names, so they are not just those that occur.
     """
-    used = np.unique(labels)
+    return used_label_warnings(np.unique(labels), len(labels), classes, is_given=is_given)
+
+
+def used_label_warnings(
+    used: NDArray[np.int64], num_samples: int, classes: Sequence[str] | None, *, is_given: bool
+) -> list[str]:
+    """`label_warnings` about `num_samples` whose labels are `used` `[U]`, each once and sorted."""
     num_classes = len(classes) if classes else int(used[-1]) + 1
-    if not is_given and len(used) == len(labels) >= _MIN_DISTINCT:
+    if not is_given and len(used) == num_samples >= _MIN_DISTINCT:
         return [
-            f"each of the {len(labels)} samples has a class of its own; are the labels numbers of lines or names of "
+            f"each of the {num_samples} samples has a class of its own; are the labels numbers of lines or names of "
             "files?"
         ]
     if not is_given and used[0] == 1 and len(used) == num_classes - 1:
