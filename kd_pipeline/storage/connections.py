@@ -98,6 +98,15 @@ class _Connections:
     def __init__(self) -> None:
         self.lock, self.drivers, self.process = Lock(), dict[type, Driver](), os.getpid()
 
+    def close(self) -> None:
+        """Close them all, unless they are those of a parent."""
+        if self.process == os.getpid() and self.drivers:
+            with suppress(Exception):
+                asyncio.run_coroutine_threadsafe(self._close_all(), event_loop()).result(_CLOSE_S)
+
+    async def _close_all(self) -> None:
+        await asyncio.gather(*(driver.close() for driver in self.drivers.values()), return_exceptions=True)
+
 
 _connections = _Connections()
 
@@ -113,16 +122,5 @@ def _leave() -> None:
     _connections = _Connections()
 
 
-def _close() -> None:
-    if _connections.process != os.getpid() or not _connections.drivers:
-        return
-
-    async def close_all() -> None:
-        await asyncio.gather(*(driver.close() for driver in _connections.drivers.values()), return_exceptions=True)
-
-    with suppress(Exception):
-        asyncio.run_coroutine_threadsafe(close_all(), event_loop()).result(_CLOSE_S)
-
-
 os.register_at_fork(after_in_child=_leave)
-atexit.register(_close)
+atexit.register(lambda: _connections.close())
