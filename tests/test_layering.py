@@ -71,6 +71,7 @@ WRAPPED_IN = {
     "onnxscript": {"onnx.export", "workflows.doctor"},
     "openvino": {"teachers.openvino", "workflows.doctor"},
     "s3fs": {"storage.s3"},
+    "pyarrow": {"data.sources.binary_column", "data.sources.parquet_files", "data.sources.table_columns"},
     "safetensors": {"models.checkpoints", "workflows.exported"},
     "sklearn": {"bench.photographs", "workflows.demo"},
     "tensorrt": {"teachers.tensorrt.package", "workflows.doctor"},

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from kd_pipeline._core.settings import Settings
 
-__all__ = ["FileStat", "Store", "StoreSettings", "scheme_of"]
+__all__ = ["FileStat", "Store", "StoreSettings", "parse_size", "scheme_of"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 """Two letters or more, because `C:/` is a drive."""
@@ -34,12 +34,12 @@ class StoreSettings(Settings):
     @property
     def cache_bytes(self) -> int:
         """`cache_size` in bytes."""
-        return _parse_size(self.cache_size)
+        return parse_size(self.cache_size)
 
     @field_validator("cache_size")
     @classmethod
     def _check_size(cls, size: int | str) -> int | str:
-        _parse_size(size)
+        parse_size(size)
         return size
 
 
@@ -116,7 +116,12 @@ def scheme_of(path: str | Path) -> str | None:
     return match[1].lower() if match else None
 
 
-def _parse_size(size: int | str) -> int:
+def parse_size(size: int | str) -> int:
+    """Bytes in a number, or in a text such as `20 GB`.
+
+    Raises:
+        ValueError: it is neither.
+    """
     match = _SIZE.fullmatch(str(size).strip())
     if match is None:
         raise ValueError(f"the size {size!r} should be a number of bytes, or one with kB, MB, GB or TB, such as 20 GB")

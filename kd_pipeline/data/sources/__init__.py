@@ -7,6 +7,7 @@ from kd_pipeline.data.sources.custom import BaseSource
 from kd_pipeline.data.sources.file_list import FileList
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import load_classes, save_classes
+from kd_pipeline.data.sources.parquet import Parquet
 from kd_pipeline.data.sources.tar import Tar
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Cifar",
     "FileList",
     "ImageFolder",
+    "Parquet",
     "Source",
     "Tar",
     "load_classes",

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.sources.arrays import Arrays
@@ -17,9 +17,11 @@ from kd_pipeline.data.sources.encoded import Encoded
 from kd_pipeline.data.sources.file_list import FileList
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import class_names
+from kd_pipeline.data.sources.parquet import Parquet
 from kd_pipeline.data.sources.tar import Tar
 from kd_pipeline.errors import DataError
-from kd_pipeline.storage import StoreSettings
+from kd_pipeline.storage import Location, StoreSettings
+from kd_pipeline.storage.base import parse_size
 
 __all__ = [
     "ArraysSettings",
@@ -29,6 +31,7 @@ __all__ = [
     "Encoded",
     "FileListSettings",
     "ImageFolderSettings",
+    "ParquetSettings",
     "Source",
     "SourceSettings",
     "TarSettings",
@@ -119,6 +122,39 @@ class Cifar100Settings(_CifarSettings):
     """The 100 classes, or the 20 superclasses of five each."""
 
 
+class _TableSettings(Settings):
+    image_column: str | None = None
+    """The column of encoded images; defaults to the one that Hugging Face's metadata says, or the only one of bytes."""
+    label_column: str | None = None
+    """The column of class indices or names; defaults to the one that Hugging Face's metadata says, or else `label`,
+    `labels` or `cls`. Without such a column there are no labels."""
+    labeled: bool = True
+    """False reads no labels."""
+    classes: tuple[str, ...] | Path | None = None
+    """Class names in label order, or a file with them, as for an image folder; defaults to those in Hugging Face's
+    metadata, or to the sorted names in the column."""
+
+
+class ParquetSettings(_TableSettings):
+    """Parquet files with encoded images in a column, such as those of a dataset on Hugging Face."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: Location | tuple[Location, ...]
+    """A file, a glob, a range such as `train-{00000..00004}.parquet`, a folder, or a list of these; also URLs."""
+    split: str | None = None
+    """Which split of a folder, such as train; not needed if there is one."""
+    memory: int | str = "1 GB"
+    """Bytes of decoded row groups that are kept, such as 500 MB or 4 GB."""
+    storage: StoreSettings = Field(default_factory=StoreSettings)
+    """How URLs are read."""
+
+    @field_validator("memory")
+    @classmethod
+    def _check_memory(cls, memory: int | str) -> int | str:
+        parse_size(memory)
+        return memory
+
+
 class CustomSettings(Settings):
     """A source of your own, which a function returns; its module is allowed by `--plugin`."""
 
@@ -134,6 +170,7 @@ AnySourceSettings = (
     ImageFolderSettings
     | FileListSettings
     | TarSettings
+    | ParquetSettings
     | ArraysSettings
     | Cifar10Settings
     | Cifar100Settings
@@ -228,6 +265,10 @@ def open_source(
         case TarSettings():
             own = settings.model_dump(include={"image", "label", "index"})
             return Tar(settings.path, classes=names, storage=settings.storage, **own)
+        case ParquetSettings():
+            options = settings.model_dump(include={"split", "image_column", "label_column", "labeled"})
+            memory = parse_size(settings.memory)
+            return Parquet(settings.path, classes=names, memory=memory, storage=settings.storage, **options)
         case ArraysSettings():
             return Arrays(settings.images, settings.labels, classes=names)
 

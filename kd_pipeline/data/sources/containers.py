@@ -12,7 +12,8 @@ __all__ = ["find_container", "how_to_convert", "user_location", "user_path"]
 
 _TAR = "a tar archive"
 _ZIP = "a ZIP archive"
-_TABLE = "a table"
+_PARQUET = "a Parquet file"
+_ARROW = "an Arrow file"
 _DATABASE = "a database"
 _SPREADSHEET = "a spreadsheet"
 _COMPRESSED = "a compressed file"
@@ -23,7 +24,8 @@ _KINDS = {
     ".zip": _ZIP,
     **dict.fromkeys((".7z", ".rar"), "an archive"),
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), _COMPRESSED),
-    **dict.fromkeys((".parquet", ".arrow", ".feather"), _TABLE),
+    **dict.fromkeys((".parquet", ".parq"), _PARQUET),
+    **dict.fromkeys((".arrow", ".feather"), _ARROW),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), _SPREADSHEET),
     **dict.fromkeys((".lmdb", ".mdb", ".h5", ".hdf5", ".tfrecord", ".tfrecords", ".rec", ".beton", ".mds"), _DATABASE),
     **dict.fromkeys((".mat", ".pkl", ".pickle", ".pt", ".pth"), "a file of Python or MATLAB objects"),
@@ -38,8 +40,8 @@ _MAGIC = (
     (0, b"7z\xbc\xaf\x27\x1c", "an archive"),
     (0, b"Rar!", "an archive"),
     (257, b"ustar", _TAR),
-    (0, b"PAR1", _TABLE),
-    (0, b"ARROW1", _TABLE),
+    (0, b"PAR1", _PARQUET),
+    (0, b"ARROW1", _ARROW),
     (0, b"\x89HDF", _DATABASE),
     (0, b"\x93NUMPY", "a NumPy array"),
     (0, b"version https://git-lfs", _POINTER),
@@ -53,6 +55,8 @@ _ADVICE = {
     "an archive": "unpack it: 7z x {path} -oFOLDER",
     _COMPRESSED: "decompress it first",
     _POINTER: "fetch the file itself: git lfs pull",
+    _PARQUET: "take kind: parquet with path: {path}",
+    _ARROW: "take kind: huggingface for the folder that Dataset.save_to_disk has written, or write it as Parquet",
     _SPREADSHEET: "save it as CSV with the columns path and label",
     "a NumPy array": "take kind: arrays for an array of images",
     "an image": "write its path into a list, or take kind: image_folder for its folder",

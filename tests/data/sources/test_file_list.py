@@ -207,7 +207,11 @@ def test_same_label_twice_is_no_warning(tmp_path):
         ("l.xlsx", b"PK\x03\x04", "is a spreadsheet, and a file list is CSV or JSONL text; save it as CSV"),
         ("l.csv.gz", b"\x1f\x8b", "is a compressed file"),
         ("l.tar.gz", b"\x1f\x8b", "is a tar archive"),
-        ("l.parquet", b"PAR1", "is a table, and a file list is CSV or JSONL text; write its images to files"),
+        (
+            "l.parquet",
+            b"PAR1",
+            "is a Parquet file, and a file list is CSV or JSONL text; take kind: parquet with path: ",
+        ),
         ("l.h5", b"\x89HDF", "is a database"),
         ("l.csv", b"\x93NUMPY", "is a NumPy array, and a file list is CSV or JSONL text; take kind: arrays"),
         ("l.csv", b"\xff\xd8\xff\xe0", "is an image"),

@@ -227,7 +227,7 @@ def test_folders_that_systems_make_are_no_classes(tmp_path):
     [
         ("train-0000.tar", "is a tar archive, which is not read: unpack it: tar -xf {root}/train-0000.tar -C FOLDER"),
         ("images.zip", "is a ZIP archive, which is not read: unpack it: unzip {root}/images.zip -d FOLDER"),
-        ("train.parquet", "is a table, which is not read: write its images to files"),
+        ("train.parquet", "is a Parquet file, which is not read: take kind: parquet with path: {root}/train.parquet"),
         ("data.mdb", "is a database, which is not read: write its images to files"),
         ("train.tfrecord", "is a database"),
         ("train.beton", "is a database"),

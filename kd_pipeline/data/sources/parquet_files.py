@@ -1,0 +1,136 @@
+"""Parquet files in a store: their footers, and columns of their row groups, each read once and as one range."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from kd_pipeline._core.optional import require
+from kd_pipeline.data.sources.containers import find_container
+from kd_pipeline.errors import DataError, StorageError, shown
+from kd_pipeline.storage import FileStat, Store, scheme_of
+
+__all__ = ["ParquetFiles"]
+
+_MAX_FOOTERS = 256
+"""Footers that are kept; each may have thousands of column chunks."""
+
+
+class ParquetFiles:
+    """Reads columns of Parquet files, from any thread.
+
+    Args:
+        paths: the files.
+        stats: what they were when they were found; a file that has changed since is an error.
+        store: reads them.
+    """
+
+    def __init__(self, paths: Sequence[str], stats: Sequence[FileStat], store: Store) -> None:
+        self.paths, self._stats, self._store = paths, stats, store
+        self.footer = lru_cache(_MAX_FOOTERS)(self._read_footer)
+
+    def read(self, file: int, columns: Sequence[str], group: int | None = None) -> Any:
+        """The columns of row group `group` of a file, or of the whole file, as a `pyarrow.Table`.
+
+        Raises:
+            StorageError: they cannot be read, are damaged, or the file has changed.
+        """
+        parquet = require("pyarrow.parquet", extra="parquet")
+        footer = self.footer(file)
+        # The system caches local files, which are compared here as they might be written in place.
+        if scheme_of(self.paths[file]) is None:
+            self._refuse_changed(file)
+        with self._damage_named(file, group), self._open(file) as source:
+            opened = parquet.ParquetFile(source, metadata=footer, pre_buffer=False, page_checksum_verification=True)
+            if group is None:
+                return opened.read(columns=list(columns), use_threads=False)
+            return opened.read_row_group(group, columns=list(columns), use_threads=False)
+
+    def _read_footer(self, file: int) -> Any:
+        """The `pyarrow.parquet.FileMetaData` of a file.
+
+        Raises:
+            DataError: it is no Parquet file, or was cut off.
+            StorageError: it cannot be read, or has changed.
+        """
+        parquet = require("pyarrow.parquet", extra="parquet")
+        path = self.paths[file]
+        try:
+            with self._open(file) as source:
+                return parquet.read_metadata(source)
+        except StorageError:
+            raise
+        except Exception as exc:  # Arrow raises several kinds of errors on damaged files
+            self._refuse_changed(file)
+            container = find_container("", self._head(file))  # what it is by its name is known
+            what = "" if container is None or self._head(file).startswith(b"PAR1") else f"; it is {container.kind}"
+            raise DataError(
+                f"{shown(path)}: cannot be read as a Parquet file ({_first_line(exc)}){what}; if it was cut off, copy "
+                "it again"
+            ) from exc
+
+    def _head(self, file: int) -> bytes:
+        return self._store.read(self.paths[file], 0, min(512, self._stats[file].num_bytes))
+
+    @contextmanager
+    def _open(self, file: int) -> Iterator[Any]:
+        pa = require("pyarrow", extra="parquet")
+        with pa.PythonFile(_StoredFile(self._store, self.paths[file], self._stats[file]), mode="r") as source:
+            yield source
+
+    @contextmanager
+    def _damage_named(self, file: int, group: int | None) -> Iterator[None]:
+        try:
+            yield
+        except StorageError:
+            raise
+        except Exception as exc:  # Arrow raises several kinds of errors on damaged files
+            self._refuse_changed(file)
+            where = "" if group is None else f"row group {group} "
+            raise StorageError(
+                self.paths[file], f"{where}cannot be decoded ({_first_line(exc)}); copy the file again"
+            ) from exc
+
+    def _refuse_changed(self, file: int) -> None:
+        found, expected = self._store.stat(self.paths[file]), self._stats[file]
+        if found != expected:
+            was, now = expected.num_bytes, found.num_bytes
+            what = f"{was} bytes then, {now} now" if was != now else "its time or version is another"
+            raise StorageError(
+                self.paths[file],
+                f"it has changed since it was opened ({what}); put the old file back, or start again",
+            )
+
+
+class _StoredFile:
+    """What `pyarrow.PythonFile` reads from: a range of the store for each call."""
+
+    closed = False
+
+    def __init__(self, store: Store, path: str, stat: FileStat) -> None:
+        self._store, self._path, self._stat = store, path, stat
+        self._position = 0
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        left = self._stat.num_bytes - self._position
+        length = left if num_bytes < 0 else max(0, min(num_bytes, left))
+        content = self._store.read(self._path, self._position, length, expected=self._stat) if length else b""
+        self._position += length
+        return content
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._position = offset + (0, self._position, self._stat.num_bytes)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def flush(self) -> None:
+        """Nothing is written."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _first_line(exc: Exception) -> str:
+    return f"{str(exc).strip().partition(chr(10))[0] or type(exc).__name__:.200}"
