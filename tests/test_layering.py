@@ -40,6 +40,7 @@ WRAPPED_IN = {
     "fsspec": {"storage.connections", "storage.http", "storage.hubs", "storage.s3"},
     "gcsfs": {"storage.hubs"},
     "huggingface_hub": {"storage.hubs"},
+    "datasets": {"data.sources.huggingface"},
     "lightning": {
         "training.checkpoint_callback",
         "training.early_stopping",

@@ -5,6 +5,7 @@ from kd_pipeline.data.sources.base import Source, open_source
 from kd_pipeline.data.sources.cifar import Cifar
 from kd_pipeline.data.sources.custom import BaseSource
 from kd_pipeline.data.sources.file_list import FileList
+from kd_pipeline.data.sources.huggingface import HuggingFace
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import load_classes, save_classes
 from kd_pipeline.data.sources.parquet import Parquet
@@ -15,6 +16,7 @@ __all__ = [
     "BaseSource",
     "Cifar",
     "FileList",
+    "HuggingFace",
     "ImageFolder",
     "Parquet",
     "Source",

@@ -15,6 +15,7 @@ from kd_pipeline.data.sources.cifar import Cifar
 from kd_pipeline.data.sources.custom import open_custom
 from kd_pipeline.data.sources.encoded import Encoded
 from kd_pipeline.data.sources.file_list import FileList
+from kd_pipeline.data.sources.huggingface import HuggingFace
 from kd_pipeline.data.sources.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import class_names
 from kd_pipeline.data.sources.parquet import Parquet
@@ -30,6 +31,7 @@ __all__ = [
     "CustomSettings",
     "Encoded",
     "FileListSettings",
+    "HuggingFaceSettings",
     "ImageFolderSettings",
     "ParquetSettings",
     "Source",
@@ -155,6 +157,21 @@ class ParquetSettings(_TableSettings):
         return memory
 
 
+class HuggingFaceSettings(_TableSettings):
+    """A dataset that Hugging Face's `datasets` opens, read from its Arrow files."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str
+    """A folder of `Dataset.save_to_disk` or of a dataset repository, or the name of a repository such as
+    `me/flowers`, which `datasets` downloads."""
+    name: str | None = None
+    """Which configuration of the dataset, if it has several."""
+    split: str | None = None
+    """Such as `train` or `train[:10%]`; not needed if there is one."""
+    revision: str | None = None
+    """Commit, tag or branch of a repository on the Hub."""
+
+
 class CustomSettings(Settings):
     """A source of your own, which a function returns; its module is allowed by `--plugin`."""
 
@@ -171,6 +188,7 @@ AnySourceSettings = (
     | FileListSettings
     | TarSettings
     | ParquetSettings
+    | HuggingFaceSettings
     | ArraysSettings
     | Cifar10Settings
     | Cifar100Settings
@@ -269,6 +287,8 @@ def open_source(
             options = settings.model_dump(include={"split", "image_column", "label_column", "labeled"})
             memory = parse_size(settings.memory)
             return Parquet(settings.path, classes=names, memory=memory, storage=settings.storage, **options)
+        case HuggingFaceSettings():
+            return HuggingFace(classes=names, **settings.model_dump(exclude={"kind", "classes"}))
         case ArraysSettings():
             return Arrays(settings.images, settings.labels, classes=names)
 

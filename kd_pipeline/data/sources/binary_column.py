@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.text import printable
 
-__all__ = ["BinaryColumn", "holds_bytes", "is_binary", "why_no_bytes"]
+__all__ = ["BinaryColumn", "holds_bytes", "is_binary", "why_missing", "why_no_bytes"]
 
 
 class BinaryColumn:
@@ -98,3 +99,12 @@ def why_no_bytes(kind: Any) -> str:
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
         return "it holds lists, such as decoded pixels; write encoded images, or the pixels for kind: arrays"
     return f"it holds {kind!s:.100}; write the encoded image as bytes (binary), or a struct of bytes and path"
+
+
+def why_missing(path: str | None, advice: str) -> str:
+    """Why a row whose bytes are null has no image, although it may have a `path`; `advice` is about such rows."""
+    if path is None:
+        return "the row has no image (null)"
+    return (
+        f"the row has no image but the path {printable(path)!r:.200}, and files beside the table are not read; {advice}"
+    )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.headers import UnreadableFileError
-from kd_pipeline.data.sources.binary_column import BinaryColumn
+from kd_pipeline.data.sources.binary_column import BinaryColumn, why_missing
 from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.dataset_files import find_dataset_files
 from kd_pipeline.data.sources.encoded import Encoded
@@ -205,12 +205,7 @@ class Parquet:
 
     def _why_missing(self, group: int, row: int) -> str:
         path = self._paths_of(group)[row] if self._index.columns.image_path else None
-        if path is None:
-            return "the row has no image (null)"
-        return (
-            f"the row has no image but the path {printable(path)!r:.200}, and files beside the table are not read; "
-            "Dataset.to_parquet() writes them into it"
-        )
+        return why_missing(path, "Dataset.to_parquet() writes them into it")
 
     def _remarks(self) -> list[str]:
         remarks = list(self._index.remarks)

@@ -123,8 +123,8 @@ class LabelPart:
     """The part's file, for messages."""
 
 
-def read_labels(column: Any, where: str, name: str) -> LabelPart:
-    """The labels in the `pyarrow.ChunkedArray` `column`.
+def read_labels(column: Any, where: str, name: str, rows: NDArray[np.int64] | None = None) -> LabelPart:
+    """The labels in the `pyarrow.ChunkedArray` `column`, or in its `rows` `[n]`.
 
     Raises:
         DataError: they are neither integers nor text, or one is null.
@@ -137,6 +137,8 @@ def read_labels(column: Any, where: str, name: str) -> LabelPart:
             f"{where}: the labels in the column {name!r} are {column.type!s:.60}, and should be integers or text; set "
             "label_column to another, or labeled: false to read none"
         )
+    if rows is not None:
+        column = column.take(pa.array(rows))
     if column.null_count:
         row = int(np.flatnonzero(~np.asarray(column.is_valid()))[0])
         raise DataError(
