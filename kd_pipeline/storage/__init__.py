@@ -4,7 +4,7 @@ from kd_pipeline.errors import NoSuchFileError, StorageError, shown
 from kd_pipeline.storage.base import FileStat, Store, StoreSettings, scheme_of
 from kd_pipeline.storage.location import Location
 from kd_pipeline.storage.open import open_store
-from kd_pipeline.storage.parallel import ByteRange, read_ranges
+from kd_pipeline.storage.parallel import ByteRange, read_ranges, stat_files
 from kd_pipeline.storage.patterns import expand
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "read_ranges",
     "scheme_of",
     "shown",
+    "stat_files",
 ]

@@ -24,9 +24,9 @@ class LocalStore:
 
     num_threads = 4
 
-    def __init__(self) -> None:
+    def __init__(self, max_open: int = _MAX_OPEN) -> None:
         # It needs no lock, which another thread might hold while this process is forked.
-        self._open = lru_cache(_MAX_OPEN)(_OpenFile)
+        self._open = lru_cache(max_open)(_OpenFile)
 
     def stat(self, path: str) -> FileStat:
         """Size and time of the last change; not the inode, so that a copy with its times counts as the same file."""

@@ -5,14 +5,21 @@ from pathlib import Path
 from kd_pipeline._core.paths import find_url
 from kd_pipeline.errors import ConfigError, shown
 from kd_pipeline.storage.base import Store, StoreSettings, scheme_of
+from kd_pipeline.storage.cached import CachedStore
 from kd_pipeline.storage.local import LocalStore
 from kd_pipeline.storage.remote import RemoteStore
 
 __all__ = ["open_store"]
 
 
-def open_store(path: str | Path, settings: StoreSettings | None = None) -> Store:
+def open_store(path: str | Path, settings: StoreSettings | None = None, *, whole: bool = False) -> Store:
     """The store that `path` is in: a local one, or one for all URLs of its scheme.
+
+    Args:
+        path: a file or a pattern.
+        settings: for URLs.
+        whole: whether each file is to be kept in the cache from its first read on; for data that fit into it. By
+            default only what `prefetch` names is, and the rest is read in ranges.
 
     Raises:
         ConfigError: nothing reads URLs of this scheme.
@@ -23,4 +30,6 @@ def open_store(path: str | Path, settings: StoreSettings | None = None) -> Store
         return LocalStore()
     if scheme == "file":
         raise ConfigError(find_url(shown(path)))
-    return RemoteStore(scheme, settings or StoreSettings())
+    settings = settings or StoreSettings()
+    remote = RemoteStore(scheme, settings)
+    return CachedStore(remote, settings, whole=whole) if settings.cache_bytes else remote

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from kd_pipeline.errors import StorageError
 from kd_pipeline.storage.base import FileStat, Store
 
-__all__ = ["ByteRange", "call_in_thread", "in_thread", "read_ranges", "run_in_thread"]
+__all__ = ["ByteRange", "call_in_thread", "in_thread", "read_ranges", "run_in_thread", "stat_files"]
 
 _T = TypeVar("_T")
 _MAX_THREADS = 64
@@ -49,6 +49,14 @@ def read_ranges(
     for _ in range(min(num_threads or store.num_threads, len(ranges)) - 1):
         run_in_thread(work.run)
     return work.finish()
+
+
+def stat_files(store: Store, paths: Sequence[str]) -> list[FileStat | StorageError]:
+    """`Store.stat` of all `paths`, many at once if they are remote; in place of one that has none is the error."""
+    if (stat_many := getattr(store, "stat_many", None)) is not None:
+        found: list[FileStat | StorageError] = stat_many(paths)
+        return found
+    return [_stat(store, path) for path in paths]
 
 
 def run_in_thread(function: Callable[[], object]) -> None:
@@ -118,6 +126,13 @@ class _Work:
         if self._stopped is not None:
             raise self._stopped
         return [result for result in self._results if result is not None]
+
+
+def _stat(store: Store, path: str) -> FileStat | StorageError:
+    try:
+        return store.stat(path)
+    except StorageError as exc:
+        return exc.with_traceback(None)
 
 
 class _Pool:

@@ -43,6 +43,23 @@ class RemoteStore:
         """See `Store`."""
         return self._wait(path, self._retried(path, None, lambda driver: driver.stat(path)))
 
+    def stat_many(self, paths: Sequence[str]) -> list[FileStat | StorageError]:
+        """See `stat_files`."""
+        if not paths:
+            return []
+        progress = _Progress(self.num_threads)
+
+        async def stat_one(path: str) -> FileStat | StorageError:
+            try:
+                return await self._in_turn(progress, path, None, lambda driver: driver.stat(path))
+            except StorageError as exc:
+                return exc.with_traceback(None)
+
+        async def stat_all() -> list[FileStat | StorageError]:
+            return await asyncio.gather(*map(stat_one, paths))
+
+        return self._wait(paths[0], stat_all(), progress)
+
     def read(self, path: str, start: int = 0, length: int | None = None, *, expected: FileStat | None = None) -> bytes:
         """See `Store`. Large ranges are several requests at once."""
         (content,) = self.read_many([ByteRange(path, start, length, expected)])
@@ -102,12 +119,18 @@ class RemoteStore:
     async def _read_chunk(
         self, path: str, start: int, end: int, expected: FileStat | None, progress: "_Progress"
     ) -> tuple[bytes, FileStat]:
+        return await self._in_turn(progress, path, start, lambda driver: driver.read(path, start, end, expected))
+
+    async def _in_turn(
+        self, progress: "_Progress", path: str, offset: int | None, attempt: Callable[[Driver], Awaitable[_T]]
+    ) -> _T:
+        """`_retried`, as soon as fewer than the limit are at work."""
         async with progress.at_once:
             if progress.failure is not None:
-                raise StorageError(path, progress.failure, offset=start)
+                raise StorageError(path, progress.failure, offset=offset)
             started = monotonic()
             try:
-                return await self._retried(path, start, lambda driver: driver.read(path, start, end, expected))
+                return await self._retried(path, offset, attempt)
             except StorageError as exc:
                 if monotonic() - started > self._settings.deadline_s / 2:
                     progress.failure = exc.reason
