@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kd_pipeline._core.files import check_trusted_folder
 
-__all__ = ["temporary_without_cache", "user_cache"]
+__all__ = ["temporary_without_cache", "user_cache", "user_cache_path"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -23,10 +23,7 @@ def user_cache(kind: str) -> Path:
         UntrustedFileError: another user could write to it or to a folder above it.
         OSError: the folder cannot be created.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not base.is_absolute():  # by the XDG specification it is then to be ignored
-        base = Path.home() / ".cache"
-    folder = base.absolute() / "kd_pipeline" / kind
+    folder = user_cache_path(kind)
     missing = [level for level in (folder, *folder.parents) if not level.is_dir()]
     check_trusted_folder(missing[-1].parent if missing else folder)
     for level in reversed(missing):  # parents=True would give the mode to the last one only
@@ -34,6 +31,18 @@ def user_cache(kind: str) -> Path:
     if missing:
         check_trusted_folder(folder)
     return folder
+
+
+def user_cache_path(kind: str) -> Path:
+    """The folder `user_cache(kind)`, which may not exist.
+
+    Raises:
+        RuntimeError: the user has no home folder.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not base.is_absolute():  # by the XDG specification it is then to be ignored
+        base = Path.home() / ".cache"
+    return base.absolute() / "kd_pipeline" / kind
 
 
 def temporary_without_cache(kind: str) -> Path:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.data.sources.containers import user_path
-from kd_pipeline.data.sources.image_folder import EXTENSIONS
+from kd_pipeline.data.sources.folder_scan import EXTENSIONS
 from kd_pipeline.data.sources.index_cache import ListIndex, index_key, load_index, save_index
 from kd_pipeline.data.sources.labels import Classes, class_names, combination_warnings, label_warnings, name_warnings
 from kd_pipeline.data.sources.list_format import ListFormat, find_format
@@ -75,7 +75,7 @@ class FileList(FileSource):
         if index is None:
             index = _parse(path, top, names, form)
             if key is not None and key == index_key(path, top, names, form):  # it was not edited during parsing
-                save_index(key, index)
+                index = save_index(key, index, top)
         warnings = [*index.remarks, *check_files(path, index.paths, top)]
         warnings += name_warnings(index.classes) if index.classes and classes is None else []
         super().__init__(index.paths, index.labels, index.classes, warnings)

@@ -29,7 +29,8 @@ def label_digest(labels: NDArray[np.int64] | None, classes: tuple[str, ...] | No
     """A SHA-256 over labels `[N]` and class names, for the source to update with its samples."""
     digest = hashlib.sha256(json.dumps(["kd_pipeline source 1", classes, labels is not None]).encode())
     if labels is not None:
-        digest.update(labels.astype("<i8").tobytes())
+        for start in range(0, len(labels), _BLOCK):  # as a copy of all could be a gigabyte
+            digest.update(labels[start : start + _BLOCK].astype("<i8").tobytes())
     return digest
 
 

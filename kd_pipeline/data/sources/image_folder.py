@@ -1,35 +1,25 @@
 """One folder per class, in torchvision's order."""
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import first_few, suggest
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.containers import find_container, how_to_convert, user_path
+from kd_pipeline.data.sources.folder_scan import EXTENSIONS, Scan, entries_of, is_folder, is_skipped, stamp_of
+from kd_pipeline.data.sources.index_cache import ListIndex, folder_key, has_index, load_index, save_index
 from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings
 from kd_pipeline.data.sources.paths import FileSource, PathTable
 from kd_pipeline.errors import DataError
 
 __all__ = ["EXTENSIONS", "ImageFolder"]
 
-EXTENSIONS = (".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-"""Extensions of the formats that DALI decodes, in any case."""
-
-_SYSTEM_FOLDERS = frozenset(
-    ["__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information"]
-)
-"""Folders that operating systems and other programs make."""
 _SPLITS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing", "dev"])
 _LISTS = (".csv", ".tsv", ".txt", ".jsonl")
-_NUM_EXAMPLES = 3
-"""Skipped paths that a warning shows for each reason."""
-_MAX_REPEATS = 1000
-"""Folders that links may lead to again. Twenty folders, each with two links to the next, have a million paths."""
-_Inode = tuple[int, int]
-"""Device and inode number of a folder, the same through every link."""
+_MIN_KEPT = 2**14
+"""Fewer images are not kept, because finding them takes no noticeable time."""
 
 
 class ImageFolder(FileSource):
@@ -38,6 +28,10 @@ class ImageFolder(FileSource):
     A class includes its subfolders, and links are followed unless they lead back to a parent folder. Skipped with a
     warning are hidden files and folders, folders that an operating system makes, files outside the class folders, and
     extensions not in `EXTENSIONS`.
+
+    What a folder of some ten thousand images or more holds is cached in `~/.cache/kd_pipeline/index`, and used for as
+    long as no folder in it has changed. It is not cached with links to files in it, within a minute after a change, or
+    on a file system that may not show changes in the times of folders, such as FUSE.
 
     Args:
         root: the folder that contains the class folders.
@@ -52,83 +46,69 @@ class ImageFolder(FileSource):
 
     def __init__(self, root: str | os.PathLike[str], *, classes: Classes | None = None, labeled: bool = True) -> None:
         top = os.path.abspath(user_path(root))
-        _check_is_folder(top)
+        _checkis_folder(top)
         names = None if classes is None else class_names(classes)
-        paths, skipped = PathTable(top), _Skipped(top)
-        if not labeled:
-            if not paths.extend(_find_images(top, skipped)):
-                raise DataError(f"{top}: no images in or below this folder{_with_containers(top, skipped)}")
-            super().__init__(paths, None, names, skipped.warnings())
-            return
-
-        folders = _class_folders(top, skipped)
-        if names is None or not set(folders) & set(names):
-            _refuse_splits(top, folders)
-        if names is not None and (unknown := sorted(set(folders) - set(names))):
-            raise DataError(
-                f"{top}: folder(s) that are not among the {len(names)} classes: {first_few(unknown)}; rename or remove "
-                f"them, or add them to `classes`{suggest(unknown[0], names)}"
-            )
-        parents = frozenset({_inode(top)})
-        counts = [paths.extend(_find_images(os.path.join(top, folder), skipped, parents)) for folder in folders]
-        if empty := [folder for folder, count in zip(folders, counts, strict=True) if not count]:
-            advice = f"add images or remove the folder{_with_containers(os.path.join(top, empty[0]), skipped)}"
-            raise DataError(f"{top}: empty class folder(s): {first_few(empty)}; {advice}")
-        warnings = skipped.warnings()
-        if names is None:
-            warnings += _level_warnings(top, folders)
-            names = tuple(folders)
-            warnings += name_warnings(names)
-        elif missing := sorted(set(names) - set(folders)):
-            warnings.append(f"{top}: no folder for {len(missing)} of the {len(names)} classes: {first_few(missing)}")
-        label_of = {name: label for label, name in enumerate(names)}
-        labels = np.repeat(np.array([label_of[folder] for folder in folders], dtype=np.int64), counts)
-        super().__init__(paths, labels, names, warnings)
+        key = folder_key(top, names, labeled)
+        index = load_index(key, top) if has_index(key) else None
+        if index is None or stamp_of(index.folders) != index.stamp:
+            index = _index(top, names, labeled)
+            if index.folders and len(index.paths) >= _MIN_KEPT:
+                index = save_index(key, index, top)
+        super().__init__(index.paths, index.labels, index.classes, index.remarks)
 
 
-class _Skipped:
-    """Counts what a scan skips, with the first paths for each reason; a folder may hold millions of them."""
+def _index(top: str, names: tuple[str, ...] | None, labeled: bool) -> ListIndex:
+    """What a folder holds now; without `folders` if that may change unnoticed."""
+    paths, scan = PathTable(top), Scan(top)
+    if labeled:
+        labels, names, warnings = _labeled(top, names, paths, scan)
+    else:
+        labels, warnings = None, []
+        if not sum(paths.extend_folder(*found) for images in scan.images([top]) for found in images):
+            raise DataError(f"{top}: no images in or below this folder{_with_containers(top, scan)}")
+    folders = tuple(scan.folders) if scan.lasts() else ()
+    return ListIndex(paths, labels, names, (*scan.warnings(), *warnings), folders, scan.stamp)
 
-    def __init__(self, top: str) -> None:
-        self._top = top
-        self._counts: Counter[str] = Counter()
-        self._examples: defaultdict[str, list[str]] = defaultdict(list)
 
-    def add(self, reason: str, path: str) -> None:
-        self._counts[reason] += 1
-        if len(self._examples[reason]) < _NUM_EXAMPLES:
-            self._examples[reason].append(os.path.relpath(path, self._top))
-
-    def count(self, reason: str) -> int:
-        return self._counts[reason]
-
-    def warnings(self) -> list[str]:
-        """One sentence, or none."""
-        return [f"{self._top}: skipped {self._parts()}"] if self._counts else []
-
-    def __str__(self) -> str:
-        """The end of an error message; empty if nothing was skipped."""
-        return printable(f"; skipped {self._parts()}") if self._counts else ""
-
-    def _parts(self) -> str:
-        return ", ".join(
-            f"{count} {reason} ({first_few(self._examples[reason], count)})" for reason, count in self._counts.items()
+def _labeled(
+    top: str, names: tuple[str, ...] | None, paths: PathTable, scan: Scan
+) -> tuple[NDArray[np.int64], tuple[str, ...], list[str]]:
+    """Add the images of each class to `paths`; return labels `[N]`, class names and warnings."""
+    parents = frozenset({scan.enter(top)})
+    folders = _class_folders(top, scan)
+    if names is None or not set(folders) & set(names):
+        _refuse_splits(top, folders)
+    if names is not None and (unknown := sorted(set(folders) - set(names))):
+        raise DataError(
+            f"{top}: folder(s) that are not among the {len(names)} classes: {first_few(unknown)}; rename or remove "
+            f"them, or add them to `classes`{suggest(unknown[0], names)}"
         )
+    images = scan.images([os.path.join(top, folder) for folder in folders], parents)
+    counts = [sum(paths.extend_folder(*found) for found in of_class) for of_class in images]
+    if empty := [folder for folder, count in zip(folders, counts, strict=True) if not count]:
+        advice = f"add images or remove the folder{_with_containers(os.path.join(top, empty[0]), scan)}"
+        raise DataError(f"{top}: empty class folder(s): {first_few(empty)}; {advice}")
+    warnings = []
+    if names is None:
+        names = tuple(folders)
+        warnings = [*_level_warnings(top, folders), *name_warnings(names)]
+    elif missing := sorted(set(names) - set(folders)):
+        warnings = [f"{top}: no folder for {len(missing)} of the {len(names)} classes: {first_few(missing)}"]
+    label_of = {name: label for label, name in enumerate(names)}
+    return np.repeat(np.array([label_of[folder] for folder in folders], dtype=np.int64), counts), names, warnings
 
 
-def _class_folders(top: str, skipped: _Skipped) -> list[str]:
+def _class_folders(top: str, scan: Scan) -> list[str]:
     folders = []
-    for entry in _entries(top):
-        if entry.name.startswith("."):
-            skipped.add("hidden", entry.path)
-        elif _is_system_folder(entry.name):
-            skipped.add("made by the system", entry.path)
-        elif _is_folder(entry):
+    for entry in entries_of(top):
+        if scan.skip_name(entry):
+            continue
+        if is_folder(entry):
             folders.append(entry.name)
         else:
-            skipped.add("outside the class folders", entry.path)
+            scan.skip(entry, "outside the class folders")
     if not folders:
-        num_files = skipped.count("outside the class folders")
+        num_files = scan.count("outside the class folders")
         advice = _with_containers(top) or (
             "; put the images of each class into a folder with its name, or set labeled: false to use them without "
             "labels"
@@ -137,7 +117,7 @@ def _class_folders(top: str, skipped: _Skipped) -> list[str]:
     return sorted(folders)
 
 
-def _check_is_folder(top: str) -> None:
+def _checkis_folder(top: str) -> None:
     if not os.path.isfile(top):
         return
     advice = "set root to the folder that contains the images"
@@ -150,9 +130,9 @@ def _check_is_folder(top: str) -> None:
     raise DataError(f"{top}: cannot be listed (Not a directory); {advice}")
 
 
-def _with_containers(folder: str, skipped: "_Skipped | str" = "") -> str:
+def _with_containers(folder: str, skipped: Scan | str = "") -> str:
     """The end of an error message about a folder without images: an archive in it, or else what was skipped."""
-    for entry in _entries(folder):
+    for entry in entries_of(folder):
         if (container := find_container(entry.name)) is not None:
             advice = how_to_convert(container.kind, entry.path)
             return printable(f"; {entry.name} is {container.kind}, which is not read: {advice}")
@@ -163,7 +143,7 @@ def _refuse_splits(top: str, folders: list[str]) -> None:
     """Raise an error about a folder of splits, whose own folders are the classes."""
     if not {folder.lower() for folder in folders} <= _SPLITS:
         return
-    deeper = [folder for folder in folders if any(_is_folder(entry) for entry in _entries(os.path.join(top, folder)))]
+    deeper = [folder for folder in folders if any(is_folder(entry) for entry in entries_of(os.path.join(top, folder)))]
     if deeper:
         raise DataError(
             f"{top}: the folders {first_few(folders)} are splits of a dataset, not classes; set root: "
@@ -176,79 +156,9 @@ def _level_warnings(top: str, folders: list[str]) -> list[str]:
     if len(folders) > 1 and {folder.lower() for folder in folders} <= _SPLITS:
         return [f"{top}: the classes {first_few(folders)} are called like splits of a dataset; is root right?"]
     if len(folders) == 1:
-        entries = list(_entries(os.path.join(top, folders[0])))
-        inner = sorted(entry.name for entry in entries if _is_folder(entry) and not _is_skipped(entry.name))
+        entries = list(entries_of(os.path.join(top, folders[0])))
+        inner = sorted(entry.name for entry in entries if is_folder(entry) and not is_skipped(entry.name))
         if len(inner) > 1 and not any(entry.name.lower().endswith(EXTENSIONS) for entry in entries):
             advice = f"set root: {os.path.join(top, folders[0])} if these are the classes"
             return [f"{top}: one class, {folders[0]!r}, of {len(inner)} folders: {first_few(inner)}; {advice}"]
     return []
-
-
-def _find_images(top: str, skipped: _Skipped, parents: frozenset[_Inode] = frozenset()) -> Iterator[str]:
-    """Absolute paths; folders sorted by their whole path and files within each, as in torchvision."""
-    found: list[tuple[str, list[str]]] = []
-    stack = [(top, parents)]
-    seen: set[_Inode] = set()
-    num_repeats = 0
-    while stack:
-        folder, parents = stack.pop()
-        inode = _inode(folder)
-        num_repeats += inode in seen
-        seen.add(inode)
-        if num_repeats > _MAX_REPEATS:
-            raise DataError(
-                f"{top}: links lead to the same folders in more than {_MAX_REPEATS} ways, such as {printable(folder)}; "
-                "remove the links, or list the files and take kind: file_list"
-            )
-        if inode in parents:
-            skipped.add("links back to a parent folder", folder)
-            continue
-        files = []
-        for entry in _entries(folder):
-            if entry.name.startswith("."):
-                skipped.add("hidden", entry.path)
-            elif _is_system_folder(entry.name):
-                skipped.add("made by the system", entry.path)
-            elif _is_folder(entry):
-                stack.append((entry.path, parents | {inode}))
-            elif not entry.name.lower().endswith(EXTENSIONS):
-                skipped.add("without a known extension", entry.path)
-            elif not os.path.isfile(entry.path) and os.path.exists(entry.path):  # a broken link is an unreadable image
-                skipped.add("that are not regular files", entry.path)
-            else:
-                files.append(entry.name)
-        found.append((folder, sorted(files)))
-    return (os.path.join(folder, name) for folder, files in sorted(found) for name in files)
-
-
-def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from entries
-    except OSError as exc:
-        reason = f"cannot be listed ({exc.strerror}); check the path and its permissions"
-        raise DataError(f"{printable(folder)}: {reason}") from exc
-
-
-def _inode(folder: str) -> _Inode:
-    try:
-        status = os.stat(folder)
-    except OSError as exc:
-        reason = f"cannot be listed ({exc.strerror}); check the path and its permissions"
-        raise DataError(f"{printable(folder)}: {reason}") from exc
-    return status.st_dev, status.st_ino
-
-
-def _is_system_folder(name: str) -> bool:
-    return name.lower() in _SYSTEM_FOLDERS
-
-
-def _is_skipped(name: str) -> bool:
-    return name.startswith(".") or _is_system_folder(name)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False

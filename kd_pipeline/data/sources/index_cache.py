@@ -1,4 +1,4 @@
-"""A cache of parsed file lists, memory-mapped instead of parsed again."""
+"""A cache of parsed file lists and scanned folders, memory-mapped instead of read again."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.files import open_regular
+from kd_pipeline._core.user_cache import user_cache_path
 from kd_pipeline._core.version import __version__
 from kd_pipeline.data.sources.fingerprint import content_digest
 from kd_pipeline.data.sources.index_file import load_index_file, save_index_file
@@ -20,10 +21,10 @@ from kd_pipeline.data.sources.labels import class_names
 from kd_pipeline.data.sources.list_format import ListFormat
 from kd_pipeline.data.sources.paths import PathTable
 
-__all__ = ["ListIndex", "index_key", "load_index", "save_index"]
+__all__ = ["ListIndex", "folder_key", "has_index", "index_key", "load_index", "save_index"]
 
-_FORMAT_VERSION = 3
-"""To be raised whenever the parsing of lists or the format of an index changes."""
+_FORMAT_VERSION = 4
+"""To be raised whenever the parsing of lists, the scan of folders or the format of an index changes."""
 _PARTS = ("ends", "labels", "blob")
 _MIN_LIST_BYTES = 2**20
 """Shorter lists are not cached, because parsing them takes no noticeable time."""
@@ -33,7 +34,7 @@ _MAX_LIST_BYTES = 2**32
 
 @dataclass(frozen=True, slots=True)
 class ListIndex:
-    """A parsed file list."""
+    """A parsed file list, or a scanned folder."""
 
     paths: PathTable
     """N paths."""
@@ -42,7 +43,11 @@ class ListIndex:
     classes: tuple[str, ...] | None
     """Class names in label order."""
     remarks: tuple[str, ...] = ()
-    """What parsing skipped or found suspicious."""
+    """What was skipped or looks suspicious."""
+    folders: tuple[str, ...] = ()
+    """Those that were scanned."""
+    stamp: str = ""
+    """Of the folders, before they were; see `folder_scan.stamp_of`."""
 
 
 def index_key(path: Path, root: str, classes: Sequence[str] | None, form: ListFormat) -> str | None:
@@ -63,22 +68,44 @@ def index_key(path: Path, root: str, classes: Sequence[str] | None, form: ListFo
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
+def folder_key(root: str, classes: Sequence[str] | None, labeled: bool) -> str:
+    """The key under which the index of the folder `root` is cached; whether it is stale is for `stamp_of` to find."""
+    inputs = [__version__, _FORMAT_VERSION, sys.byteorder, "folder", root, classes, labeled]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+
+
+def has_index(key: str) -> bool:
+    """Whether an index is cached under `key`; creates no folder to find out."""
+    try:
+        return (user_cache_path("index") / f"{key}.index").is_file()
+    except (OSError, RuntimeError):
+        return False
+
+
 def load_index(key: str, root: str) -> ListIndex | None:
     """The index cached under `key` with paths below `root`; None if there is none, it is damaged or perhaps not ours.
 
-    The paths stay in the file, see `load_index_file`. A checksum covers all of it.
+    Paths and labels stay in the file, see `load_index_file`. A checksum covers all of it.
     """
     return load_index_file(
-        key, _PARTS, lambda header, parts: _parse(header, parts, root), what="a list is parsed again"
+        key, _PARTS, lambda header, parts: _parse(header, parts, root), what="lists and folders are read again"
     )
 
 
-def save_index(key: str, index: ListIndex) -> None:
-    """Cache `index` under `key` atomically, if the cache can be written."""
+def save_index(key: str, index: ListIndex, root: str) -> ListIndex:
+    """Cache `index`, with paths below `root`, under `key` atomically.
+
+    Returns:
+        The cached index, which takes no memory of this process alone; `index` itself if the cache cannot be written.
+    """
     labels = b"" if index.labels is None else index.labels.data.cast("B")
     parts = {"ends": memoryview(index.paths.ends).cast("B"), "labels": labels, "blob": index.paths.blob}
-    header = {"is_labeled": index.labels is not None, "classes": index.classes, "remarks": index.remarks}
+    header = {
+        "is_labeled": index.labels is not None, "classes": index.classes, "remarks": index.remarks,
+        "folders": index.folders, "stamp": index.stamp,
+    }  # fmt: skip
     save_index_file(key, header, parts)
+    return (load_index(key, root) if has_index(key) else None) or index
 
 
 def _parse(header: dict[str, Any], parts: list[memoryview], root: str) -> ListIndex:
@@ -87,15 +114,17 @@ def _parse(header: dict[str, Any], parts: list[memoryview], root: str) -> ListIn
     Raises:
         ValueError, KeyError, TypeError, DataError: it is damaged.
     """
-    classes, remarks = header["classes"], header["remarks"]
+    classes = header["classes"]
     ends, labels, blob = parts
     found = np.frombuffer(labels, dtype=np.int64) if header["is_labeled"] else None
     _check(np.frombuffer(ends, dtype=np.int64), found, len(blob), classes)
     return ListIndex(
         paths=PathTable(root, blob, ends.cast("q")),
-        labels=None if found is None else found.copy(),
+        labels=found,
         classes=None if classes is None else class_names(classes),
-        remarks=tuple(map(str, remarks)),
+        remarks=tuple(map(str, header["remarks"])),
+        folders=tuple(map(str, header["folders"])),
+        stamp=str(header["stamp"]),
     )
 
 

@@ -11,11 +11,12 @@ from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline._core.files import UntrustedFileError, open_trusted
 from kd_pipeline._core.user_cache import user_cache
+from kd_pipeline.data.sources.fingerprint import content_digest
 from kd_pipeline.errors import DataError
 
 __all__ = ["index_file", "load_index_file", "save_index_file"]
@@ -26,6 +27,7 @@ _MAGIC = b"kdindex3"
 _WORD = 8
 """Bytes of the header's length; each part starts at a multiple of it."""
 _START = len(_MAGIC) + hashlib.sha256().digest_size
+_MAX_BYTES = 2**40
 _MAX_AGE_S = 30 * 24 * 3600.0
 """An index that was not used for this long is deleted."""
 
@@ -66,8 +68,9 @@ def load_index_file(
     try:
         path = index_file(key)
         with open_trusted(path) as file:
+            _check_intact(file, is_hashed=is_hashed)
             mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        found = parse(*_split(mapped, parts, is_hashed=is_hashed))
+        found = parse(*_split(mapped[_START:], parts))
         with suppress(OSError):
             os.utime(path)  # marks it as used
         return found
@@ -110,17 +113,27 @@ def save_index_file(
                 file.write(part)
 
 
-def _split(mapped: memoryview, parts: Sequence[str], *, is_hashed: bool) -> tuple[dict[str, Any], list[memoryview]]:
-    """Header and parts of a file.
+def _check_intact(file: BinaryIO, *, is_hashed: bool) -> None:
+    """Compare the checksum. The file is read, as what is mapped counts as memory of the process once it was looked at.
 
     Raises:
-        ValueError, KeyError, TypeError, RecursionError: it is damaged.
+        ValueError: it is damaged.
     """
-    magic, checksum, body = mapped[: len(_MAGIC)], mapped[len(_MAGIC) : _START], mapped[_START:]
-    header_end = _WORD + int.from_bytes(body[:_WORD], "little")
-    hashed = body if is_hashed else body[: _round_up(header_end)]
-    if magic != _MAGIC or checksum != hashlib.sha256(hashed).digest():
+    magic, checksum, word = file.read(len(_MAGIC)), file.read(hashlib.sha256().digest_size), file.read(_WORD)
+    header_bytes = _round_up(_WORD + int.from_bytes(word, "little"))
+    file.seek(_START)
+    digest = content_digest(file, _MAX_BYTES if is_hashed else header_bytes)
+    if magic != _MAGIC or checksum != digest.digest():
         raise ValueError("damaged")
+
+
+def _split(body: memoryview, parts: Sequence[str]) -> tuple[dict[str, Any], list[memoryview]]:
+    """Header and parts of an intact file.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: its content is no index.
+    """
+    header_end = _WORD + int.from_bytes(body[:_WORD], "little")
     header = json.loads(bytes(body[_WORD:header_end]))
     bounds = [_round_up(header_end)]
     for name in parts:

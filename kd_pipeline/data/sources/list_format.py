@@ -13,7 +13,7 @@ from typing import Literal
 from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.containers import find_container
-from kd_pipeline.data.sources.image_folder import EXTENSIONS
+from kd_pipeline.data.sources.folder_scan import EXTENSIONS
 from kd_pipeline.errors import DataError
 
 __all__ = ["Columns", "ListFormat", "find_columns", "find_format", "is_comment", "split_at_space"]

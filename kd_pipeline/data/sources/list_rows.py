@@ -140,7 +140,8 @@ class ListRows:
         """The rows of a file, or of some whole lines of one."""
         # Bytes that are not UTF-8 pass as surrogates, to let `check_text` report the line.
         errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
-        lines = _Lines(io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=""))
+        text = io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="")
+        lines = _Lines(text)
         try:
             match self._form.delimiter:
                 case None:
@@ -153,6 +154,8 @@ class ListRows:
             raise DataError(f"{self._path}:{lines.number}: {exc}") from None
         except UnicodeError as exc:
             raise DataError(f"{self._path}: not {encoding} text ({exc}); save the list as UTF-8") from exc
+        finally:
+            text.detach()  # who opened the file closes it
 
     def _csv_rows(self, lines: "_Lines", delimiter: str) -> Iterator[Row]:
         reader = csv.reader(lines, strict=True, skipinitialspace=True, delimiter=delimiter)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kd_pipeline._core.text import printable
-from kd_pipeline.data.sources.image_folder import EXTENSIONS
+from kd_pipeline.data.sources.folder_scan import EXTENSIONS
 from kd_pipeline.data.sources.paths import PathTable
 from kd_pipeline.errors import DataError
 

@@ -63,6 +63,12 @@ class PathTable:
         self.blob += b"".join(paths)
         return len(paths)
 
+    def extend_folder(self, folder: str, names: bytes) -> int:
+        """Add the files in a folder, an absolute path, given their encoded names with NUL between them; as `extend`."""
+        above = os.fsencode(os.path.join(folder, ""))
+        prefix = above.removeprefix(self._root)
+        return self.extend_encoded([prefix + name for name in names.split(b"\0")])
+
     def _relative(self, path: bytes) -> bytes:
         """An absolute path, relative to the root if it is below it."""
         relative = path[len(self._root) :].lstrip(b"/") if path.startswith(self._root) else b""
@@ -114,6 +120,9 @@ class FileSource:
         warnings: Iterable[str] = (),
     ) -> None:
         self._paths = paths
+        if labels is not None:  # as they are where they come from a cache
+            labels = labels.view()
+            labels.setflags(write=False)
         self.labels, self.classes, self.num_classes = labels, classes, count_classes(labels, classes)
         self.warnings = tuple(map(printable, warnings))
         for warning in self.warnings:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.text import printable
-from kd_pipeline.data.sources.image_folder import EXTENSIONS
+from kd_pipeline.data.sources.folder_scan import EXTENSIONS
 from kd_pipeline.data.sources.labels import MAX_NAME
 from kd_pipeline.data.sources.tar_members import Member, TarError
 

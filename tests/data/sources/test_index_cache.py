@@ -76,11 +76,14 @@ def test_cached_list_equals_parsed_list(tmp_path, parsed, name, lines, options):
     assert contents(again) == contents(first)
 
 
-def test_cached_paths_are_memory_mapped(tmp_path):
-    FileList(write(tmp_path / "list.csv"))
-    paths = FileList(tmp_path / "list.csv")._paths
+@pytest.mark.parametrize("when", ["first", "again"])
+def test_cached_paths_and_labels_are_memory_mapped(tmp_path, when):
+    path = write(tmp_path / "list.csv")
+    source = FileList(path) if when == "first" else [FileList(path), FileList(path)][1]
+    paths = source._paths
     assert isinstance(paths.blob, memoryview) and isinstance(paths.ends, memoryview)
     assert paths.blob.readonly and paths.ends.readonly
+    assert source.labels.base is not None and not source.labels.flags.writeable
 
 
 EDITS: dict[str, Callable[[str], str]] = {
@@ -294,7 +297,8 @@ def words(*numbers: int) -> bytes:
 
 
 HEADER: dict[str, object] = {
-    "ends": 24, "labels": 16, "blob": 4, "is_labeled": True, "classes": ["a", "b"], "remarks": []
+    "ends": 24, "labels": 16, "blob": 4, "is_labeled": True, "classes": ["a", "b"], "remarks": [],
+    "folders": [], "stamp": "",
 }  # fmt: skip
 FORGERIES: dict[str, tuple[dict[str, object] | bytes, tuple[bytes, ...]]] = {
     "no header": (b"", ()),
@@ -318,6 +322,7 @@ FORGERIES: dict[str, tuple[dict[str, object] | bytes, tuple[bytes, ...]]] = {
     "classes in a file": (HEADER | {"classes": "/dev/zero"}, (words(0, 2, 4), words(0, 1), b"x/yy")),
     "class of no name": (HEADER | {"classes": ["a", 3]}, (words(0, 2, 4), words(0, 1), b"x/yy")),
     "same classes": (HEADER | {"classes": ["a", "a"]}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "folders": (HEADER | {"folders": 3}, (words(0, 2, 4), words(0, 1), b"x/yy")),
     "remarks": (HEADER | {"remarks": 3}, (words(0, 2, 4), words(0, 1), b"x/yy")),
     "more after it": (HEADER, (words(0, 2, 4), words(0, 1), b"x/yy", b"x")),
 }
