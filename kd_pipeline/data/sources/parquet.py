@@ -174,8 +174,10 @@ class Parquet:
     def _names(self) -> list[str]:
         """Of the files, for messages: without the folder that all are in."""
         paths = [shown(path) for path in self._files.paths]
-        start = len(os.path.commonpath([os.path.dirname(path) for path in paths])) if len(paths) > 1 else 0
-        return [path[start:].lstrip("/") if start else os.path.basename(path) for path in paths]
+        first, last = min(paths), max(paths)  # what these have in common, all have
+        same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        start = first.rfind("/", 0, same) + 1
+        return [path[start:] for path in paths]
 
     def _decode(self, group: int) -> BinaryColumn:
         columns = [self._index.columns.image_bytes]

@@ -1,14 +1,16 @@
-"""Parquet files in a store: their footers, and columns of their row groups, each read once and as one range."""
+"""Parquet files in a store: their footers, and columns of their row groups, whose chunks are read at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.data.sources.containers import find_container
+from kd_pipeline.data.sources.group_cache import GroupCache
 from kd_pipeline.errors import DataError, StorageError, shown
-from kd_pipeline.storage import FileStat, Store, scheme_of
+from kd_pipeline.storage import ByteRange, FileStat, Store, read_ranges, scheme_of
 
 __all__ = ["ParquetFiles"]
 
@@ -27,7 +29,17 @@ class ParquetFiles:
 
     def __init__(self, paths: Sequence[str], stats: Sequence[FileStat], store: Store) -> None:
         self.paths, self._stats, self._store = paths, stats, store
-        self.footer = lru_cache(_MAX_FOOTERS)(self._read_footer)
+        sizes = np.ones(len(paths), np.int64)
+        self._footers = GroupCache(self._read_footer, sizes, max_bytes=_MAX_FOOTERS, num_threads=1)
+
+    def footer(self, file: int) -> Any:
+        """The `pyarrow.parquet.FileMetaData` of a file.
+
+        Raises:
+            DataError: it is no Parquet file, or was cut off.
+            StorageError: it cannot be read, or has changed.
+        """
+        return self._footers.get(file)
 
     def read(self, file: int, columns: Sequence[str], group: int | None = None) -> Any:
         """The columns of row group `group` of a file, or of the whole file, as a `pyarrow.Table`.
@@ -40,19 +52,21 @@ class ParquetFiles:
         # The system caches local files, which are compared here as they might be written in place.
         if scheme_of(self.paths[file]) is None:
             self._refuse_changed(file)
-        with self._damage_named(file, group), self._open(file) as source:
+        groups = range(footer.num_row_groups) if group is None else (group,)
+        ranges = [
+            ByteRange(self.paths[file], start, length, self._stats[file])
+            for start, length in _chunks_of(footer, columns, groups)
+        ]
+        chunks: dict[int, bytes] = {}
+        for wanted, content in zip(ranges, read_ranges(self._store, ranges), strict=True):
+            if isinstance(content, StorageError):
+                raise content
+            chunks[wanted.start] = content
+        with self._damage_named(file, group), self._open(file, chunks) as source:
             opened = parquet.ParquetFile(source, metadata=footer, pre_buffer=False, page_checksum_verification=True)
-            if group is None:
-                return opened.read(columns=list(columns), use_threads=False)
-            return opened.read_row_group(group, columns=list(columns), use_threads=False)
+            return opened.read_row_groups(list(groups), columns=list(columns), use_threads=False)
 
     def _read_footer(self, file: int) -> Any:
-        """The `pyarrow.parquet.FileMetaData` of a file.
-
-        Raises:
-            DataError: it is no Parquet file, or was cut off.
-            StorageError: it cannot be read, or has changed.
-        """
         parquet = require("pyarrow.parquet", extra="parquet")
         path = self.paths[file]
         try:
@@ -73,9 +87,10 @@ class ParquetFiles:
         return self._store.read(self.paths[file], 0, min(512, self._stats[file].num_bytes))
 
     @contextmanager
-    def _open(self, file: int) -> Iterator[Any]:
+    def _open(self, file: int, chunks: Mapping[int, bytes] | None = None) -> Iterator[Any]:
         pa = require("pyarrow", extra="parquet")
-        with pa.PythonFile(_StoredFile(self._store, self.paths[file], self._stats[file]), mode="r") as source:
+        stored = _StoredFile(self._store, self.paths[file], self._stats[file], chunks or {})
+        with pa.PythonFile(stored, mode="r") as source:
             yield source
 
     @contextmanager
@@ -103,18 +118,20 @@ class ParquetFiles:
 
 
 class _StoredFile:
-    """What `pyarrow.PythonFile` reads from: a range of the store for each call."""
+    """What `pyarrow.PythonFile` reads from: the chunks that were read, by offset, or a range of the store."""
 
     closed = False
 
-    def __init__(self, store: Store, path: str, stat: FileStat) -> None:
-        self._store, self._path, self._stat = store, path, stat
+    def __init__(self, store: Store, path: str, stat: FileStat, chunks: Mapping[int, bytes]) -> None:
+        self._store, self._path, self._stat, self._chunks = store, path, stat, chunks
         self._position = 0
 
     def read(self, num_bytes: int = -1) -> bytes:
         left = self._stat.num_bytes - self._position
         length = left if num_bytes < 0 else max(0, min(num_bytes, left))
-        content = self._store.read(self._path, self._position, length, expected=self._stat) if length else b""
+        content = self._chunks.get(self._position) if length else b""
+        if content is None or len(content) != length:
+            content = self._store.read(self._path, self._position, length, expected=self._stat)
         self._position += length
         return content
 
@@ -130,6 +147,23 @@ class _StoredFile:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _chunks_of(footer: Any, columns: Sequence[str], groups: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Start and length of the column chunks that hold `columns`, or fields of them."""
+    leaves = [footer.schema.column(number).path for number in range(len(footer.schema))]
+    places = [
+        place
+        for place, leaf in enumerate(leaves)
+        if any(leaf == column or leaf.startswith(f"{column}.") for column in columns)
+    ]
+    for group in groups:
+        for place in places:
+            chunk = footer.row_group(group).column(place)
+            start = chunk.data_page_offset
+            if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                start = min(start, chunk.dictionary_page_offset)
+            yield start, chunk.total_compressed_size
 
 
 def _first_line(exc: Exception) -> str:

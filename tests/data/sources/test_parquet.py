@@ -21,8 +21,10 @@ from kd_pipeline.data.sources.custom import check_source
 from kd_pipeline.data.sources.parquet_files import ParquetFiles
 from kd_pipeline.errors import BadSampleError, DataError, StorageError
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.storage import StoreSettings
 from tests.data.sources.helpers import error_of
 from tests.data.sources.tables import contents, read_all, table_of, write_parquet
+from tests.http_server import serve_folder
 from tests.streams import TRAIN, assert_same, conv_teacher, run, state_after
 
 NAMES = ("flower", "roof", "sky")
@@ -498,6 +500,43 @@ def test_in_a_fork_it_is_read_again(files, folder):
     source._groups._owner = -1
     source._groups._lock.acquire()  # as if another thread held it while the process was forked
     assert read_all(source) == contents(files)
+
+
+# Behind URLs
+
+
+@pytest.fixture
+def web(files, tmp_path):
+    write_parquet(table_of(files), tmp_path / "tables")
+    with serve_folder(tmp_path) as server:
+        yield server
+
+
+QUICK = StoreSettings(deadline_s=5.0, retries=1, cache_size=0)
+
+
+def test_each_row_group_is_one_request(files, web):
+    source = Parquet(f"{web.url}/tables", storage=QUICK)
+    web.requests.clear()
+    assert read_all(source) == contents(files) and len(web.requests) == 10
+    assert source.name(13) == f"train-00001-of-00003.parquet[1] ({Path(files.name(13)).name})"
+
+
+def test_store_that_fails_is_no_bad_sample(web):
+    source = Parquet(f"{web.url}/tables/train-00000-of-00003.parquet", storage=QUICK)
+    web.fail(500, times=9)
+    with pytest.raises(StorageError, match=r"train-00000-of-00003\.parquet, byte 4: ") as info:
+        source.read(np.array([0]))
+    assert info.value.offset == 4
+    web.recover()
+    assert len(source.read(np.array([0]))) == 1
+
+
+def test_file_that_has_changed_behind_a_url(web):
+    source = Parquet(f"{web.url}/tables/train-00000-of-00003.parquet", storage=QUICK)
+    web.etags["/tables/train-00000-of-00003.parquet"] = '"another"'
+    with pytest.raises(StorageError, match="it has changed since it was indexed"):
+        source.read(np.array([0]))
 
 
 def test_settings():
