@@ -18,8 +18,8 @@ def open_store(path: str | Path, settings: StoreSettings | None = None, *, whole
     Args:
         path: a file or a pattern.
         settings: for URLs.
-        whole: whether each file is to be kept in the cache from its first read on; for data that fit into it. By
-            default only what `prefetch` names is, and the rest is read in ranges.
+        whole: whether each file is kept in the cache from its first read on. By default those are that `prefetch`
+            names, and if all files that `stat` was asked about fit into the cache, those of which much was read.
 
     Raises:
         ConfigError: nothing reads URLs of this scheme.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from kd_pipeline.errors import StorageError
 from kd_pipeline.storage.base import FileStat, StoreSettings
 from kd_pipeline.storage.connections import Driver, advice_of, check_installed, driver_of, event_loop, make_driver
-from kd_pipeline.storage.failures import failure_of
+from kd_pipeline.storage.failures import Failure, failure_of
 from kd_pipeline.storage.parallel import ByteRange, in_thread
 
 __all__ = ["CHUNK_BYTES", "RemoteStore"]
@@ -148,16 +148,19 @@ class RemoteStore:
         """
         patience = self._settings.deadline_s * times
         deadline, num_denied = monotonic() + patience, 0
+        failure = Failure("passing", "there was no answer in time")
         for number in count(1):
+            # Half of the time for each, as a new connection may do better than one that does not answer.
+            limit_s = min(patience / 2, deadline - monotonic())
             try:
-                # Half of the time for each, as a new connection may do better than one that does not answer.
-                async with asyncio.timeout(min(patience / 2, deadline - monotonic())):
+                async with asyncio.timeout(limit_s):
                     driver = driver_of(self._scheme)
                     if driver is None:  # looking for credentials may take a while
                         driver = await in_thread(lambda: make_driver(self._scheme))
                     return await attempt(driver)
             except Exception as exc:
-                failure = failure_of(exc, advice_of(self._scheme))
+                if not (isinstance(exc, TimeoutError) and limit_s < patience / 2):  # a last try that was cut short
+                    failure = failure_of(exc, advice_of(self._scheme))
             num_denied += failure.kind == "denied"
             may_pass = failure.kind == "passing" or (failure.kind == "denied" and num_denied == 1)
             pause_s = min(_FIRST_PAUSE_S * 2 ** (number - 1), _LAST_PAUSE_S) * random.uniform(0.5, 1.0)
@@ -168,7 +171,7 @@ class RemoteStore:
         note = ""
         if failure.kind == "passing":
             times_tried = "once" if number == 1 else f"{number} times"
-            note = f"; tried {times_tried} within {patience:g} s. Check the network and the server, or raise deadline_s"
+            note = f"; tried {times_tried} within {patience:g} s. Check the network, or raise storage.deadline_s"
         raise failure.as_error(path, offset, note)
 
     def _wait(
