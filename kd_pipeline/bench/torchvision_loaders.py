@@ -1,6 +1,6 @@
 """Loading as people do it without DALI: torchvision's `ImageFolder` in torch's `DataLoader`."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ __all__ = [
     "PREFETCH",
     "LoadTask",
     "Stream",
+    "tensor_steps",
     "torchvision_cuda",
     "torchvision_pil",
     "torchvision_tensor",
@@ -53,9 +54,8 @@ def torchvision_pil(task: LoadTask) -> Stream:
 
 def torchvision_tensor(task: LoadTask) -> Stream:
     """Decode to tensors with `decode_jpeg`, without PIL."""
-    datasets, v2 = require("torchvision.datasets", extra="bench"), require("torchvision.transforms.v2", extra="bench")
-    steps = [*_crop(v2, task.transform), *_normalize(v2, task.transform)]
-    return _batches(datasets.ImageFolder(task.root, v2.Compose(steps), loader=_read_jpeg), task)
+    datasets = require("torchvision.datasets", extra="bench")
+    return _batches(datasets.ImageFolder(task.root, tensor_steps(task.transform), loader=_read_jpeg), task)
 
 
 def torchvision_cuda(task: LoadTask) -> Stream:
@@ -79,6 +79,13 @@ def why_no_cuda_decoder(device: torch.device) -> str | None:
     except (RuntimeError, NotImplementedError) as exc:  # such as torchvision built without nvJPEG
         return (str(exc).splitlines() or [type(exc).__name__])[0]
     return None
+
+
+def tensor_steps(transform: TrainTransform) -> Callable[[Tensor], Tensor]:
+    """What torchvision does after it has decoded an image to a tensor."""
+    v2 = require("torchvision.transforms.v2", extra="bench")
+    steps: Callable[[Tensor], Tensor] = v2.Compose([*_crop(v2, transform), *_normalize(v2, transform)])
+    return steps
 
 
 def _joined(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, list[int]]:
