@@ -9,6 +9,7 @@ from kd_pipeline.data.order import ShardShuffle
 from kd_pipeline.data.settings import LoaderOptions
 from kd_pipeline.data.sources import ImageFolder, Tar
 from kd_pipeline.loader import KDDataLoader
+from tests.http_server import serve_folder
 from tests.streams import EVAL, TRAIN, conv_teacher, fields, run
 from tests.tar_files import folder_as_shards, write_tar
 
@@ -70,3 +71,13 @@ def test_image_that_is_cut_off_is_substituted(photo_folder, tmp_path):
         (bad,) = loader.bad_samples
     assert torch.cat([batch["valid"] for batch in batches]).tolist()[:6] == [True] * 5 + [False]
     assert (bad.index, bad.path) == (5, "a.tar::5.jpg") and bad.reason.startswith("the archive is cut off")
+
+
+def test_batches_over_http_are_those_of_local_shards(shards):
+    with serve_folder(Path(shards).parent) as server:
+        for pattern in ("train-{0000..0003}.tar", "train-*.tar"):
+            found = []
+            for path in (shards, f"{server.url}/{pattern}"):
+                with loader_of(Tar(path)) as loader:
+                    found.append(run(loader, 1))
+            assert_equal(found[1], found[0])

@@ -72,7 +72,7 @@ class TarSettings(Settings):
     """Images in tar archives, such as the shards of WebDataset, read in place."""
 
     kind: Literal["tar"] = "tar"
-    path: str | tuple[str, ...]
+    path: Location | tuple[Location, ...]
     """A shard, a glob, a range such as `train-{0000..0146}.tar`, WebDataset's list of shards in JSON, or a list of
     these; local paths or URLs."""
     image: str | tuple[str, ...] | None = None
@@ -85,7 +85,7 @@ class TarSettings(Settings):
     are names."""
     index: Literal["cache", "beside"] = "cache"
     """Keep where the images are in the user's cache, or also write DALI's index files beside the shards."""
-    storage: StoreSettings = StoreSettings()
+    storage: StoreSettings = Field(default_factory=StoreSettings)
     """How URLs are read."""
 
 
@@ -204,7 +204,7 @@ class Source(Protocol):
 
     1. Two sources over the same data agree in order, labels, classes and fingerprint.
     2. A source lists images but never decodes them. Finding the unreadable ones is the loader's job.
-    3. A source never writes to the user's data.
+    3. A source never changes the user's data. It writes beside it only what the user asks for.
     4. What is wrong with the data as a whole raises `DataError` from the constructor; what is only suspicious becomes
        one of `warnings`.
     """

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kd_pipeline._core.suggestions import first_few, suggest
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.headers import UnreadableFileError
-from kd_pipeline.data.sources.containers import user_path
+from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.encoded import Encoded
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings, shown_samples, used_label_warnings
@@ -81,8 +81,9 @@ class Tar:
         patterns = _patterns(path)
         self._store: Store = open_store(patterns[0], storage)
         shards = find_shards(patterns, self._store)
+        self._shards = shards.paths
         self._table = open_table(
-            shards.paths,
+            self._shards,
             self._store,
             label=label_rule(label),
             images=(image,) if isinstance(image, str) else None if image is None else tuple(image),
@@ -131,7 +132,7 @@ class Tar:
         rows = np.lexsort((start, shard))
         rows = rows[is_whole[rows]]
         runs = _runs(shard[rows], start[rows] - BLOCK, start[rows] + length[rows], self._gap, self._run)
-        ranges = [ByteRange(table.shards[at], first, end - first, table.stats[at]) for at, first, end, _ in runs]
+        ranges = [ByteRange(self._shards[at], first, end - first, table.stats[at]) for at, first, end, _ in runs]
         numbers = iter(zip(rows.tolist(), start[rows].tolist(), length[rows].tolist(), strict=True))
         for (at, first, _, count), content in zip(runs, read_ranges(self._store, ranges), strict=True):
             for row, place, num_bytes in (next(numbers) for _ in repeat(None, count)):
@@ -139,7 +140,7 @@ class Tar:
                     raise type(content)(content.path, content.reason, key=self._key(indices[row]), offset=place)
                 head = place - first
                 if not is_header_of(content[head - BLOCK : head], num_bytes):
-                    raise StorageError(table.shards[at], _LIES, key=self._key(indices[row]), offset=place)
+                    raise StorageError(self._shards[at], _LIES, key=self._key(indices[row]), offset=place)
                 if num_bytes:
                     images[row] = np.frombuffer(content, np.uint8, num_bytes, head)
         return images
@@ -147,12 +148,12 @@ class Tar:
     def expect(self, indices: NDArray[np.int64]) -> None:
         """Let the store fetch the shards of `indices` `[n]`, in the order in which they come."""
         shard, first = np.unique(self._shard_of(indices), return_index=True)
-        self._store.prefetch([self._table.shards[at] for at in shard[np.argsort(first)].tolist()])
+        self._store.prefetch([self._shards[at] for at in shard[np.argsort(first)].tolist()])
 
     def name(self, index: int) -> str:
         """The shard and the image in it, such as `train-0001.tar::n01.jpg`."""
         (shard,) = self._shard_of(np.array([index])).tolist()
-        return f"{os.path.basename(shown(self._table.shards[shard]))}::{self._key(index)}"
+        return f"{os.path.basename(shown(self._shards[shard]))}::{self._key(index)}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -197,10 +198,10 @@ _LIES = (
 
 def _patterns(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
     """What the user wrote, local paths from / on."""
-    written = [os.fspath(each) for each in ([path] if isinstance(path, str | os.PathLike) else path)]
-    if not written:
+    given = [path] if isinstance(path, str | os.PathLike) else path
+    patterns = [each if scheme_of(each) else os.path.abspath(each) for each in map(str, map(user_location, given))]
+    if not patterns:
         raise DataError("path is an empty list; name a shard, or a pattern such as train-{0000..0146}.tar")
-    patterns = [each if scheme_of(each) else os.path.abspath(user_path(each)) for each in written]
     if len({scheme_of(each) for each in patterns}) > 1:
         raise DataError(f"{first_few(list(map(shown, patterns)))}: all shards must be in the same kind of place")
     return patterns

@@ -34,7 +34,7 @@ class TarTable:
     """Where the N samples of S shards are; arrays may be views of a file."""
 
     shards: tuple[str, ...]
-    """Absolute paths or URLs."""
+    """Absolute paths, or URLs with a digest in place of what may be a credential."""
     stats: tuple[FileStat, ...]
     """What the shards were when they were read."""
     rule: LabelRule
@@ -112,24 +112,31 @@ def open_table(
         DataError: a shard is no tar archive, or labels or images are not what they should be.
         StorageError: a shard cannot be read.
     """
-    stats = _stats(shards, store)
+    stats, names = _stats(shards, store), tuple(map(_name_of, shards))
     inputs = [__version__, _FORMAT_VERSION, sys.byteorder, list(key), label, images]
     digest = hashlib.sha256(json.dumps(inputs, default=os.fsdecode).encode()).hexdigest()
     with ExitStack() as stack:
         known = _load(digest)
-        if known is None or not _is_of(known, shards, stats):
+        if known is None or not _is_of(known, names, stats):
             with suppress(OSError, RuntimeError):  # without a cache each process reads for itself
                 stack.enter_context(locked(index_file(digest), lambda: None))
                 known = _load(digest) or known
-        if known is not None and _is_of(known, shards, stats):
+        if known is not None and _is_of(known, names, stats):
             return known
-        table = _build(shards, stats, store, known, label, images, write_index=write_index)
+        opened = [Shard(path, store, stat) for path, stat in zip(shards, stats, strict=True)]
+        table = _build(names, stats, opened, store.num_threads, known, label, images, write_index=write_index)
         _save(digest, table)
     return table
 
 
 def _is_of(table: TarTable, shards: Sequence[str], stats: Sequence[FileStat]) -> bool:
     return table.shards == tuple(shards) and table.stats == tuple(stats)
+
+
+def _name_of(shard: str) -> str:
+    """What a shard is called in the cache, where no credential is written."""
+    visible = shown(shard)
+    return visible if visible == shard else f"{visible}#{hashlib.sha256(shard.encode()).hexdigest()}"
 
 
 def _stats(shards: Sequence[str], store: Store) -> list[FileStat]:
@@ -140,9 +147,10 @@ def _stats(shards: Sequence[str], store: Store) -> list[FileStat]:
 
 
 def _build(
-    shards: Sequence[str],
+    shards: tuple[str, ...],
     stats: Sequence[FileStat],
-    store: Store,
+    opened: Sequence[Shard],
+    num_threads: int,
     known: TarTable | None,
     label: LabelRule | None,
     images: tuple[str, ...] | None,
@@ -152,7 +160,6 @@ def _build(
     place_of = (
         {} if known is None else {pair: at for at, pair in enumerate(zip(known.shards, known.stats, strict=True))}
     )
-    opened = [Shard(path, store, stat) for path, stat in zip(shards, stats, strict=True)]
     is_first_known = known is not None and (shards[0], stats[0]) in place_of
     if label is None:
         label = known.rule if known is not None and is_first_known else opened[0].find_label_rule()
@@ -167,7 +174,7 @@ def _build(
     found: dict[int, ShardSamples] = {}
     with (
         timed(f"index of {len(new)} tar shard(s)") as report,
-        ThreadPoolExecutor(min(store.num_threads, max(1, len(new))), "kd_pipeline-index") as threads,
+        ThreadPoolExecutor(min(num_threads, max(1, len(new))), "kd_pipeline-index") as threads,
     ):
         try:
             for at, samples in zip(new, threads.map(read, new), strict=True):
@@ -177,7 +184,7 @@ def _build(
             threads.shutdown(wait=False, cancel_futures=True)
             raise
     parts = [known.shard(kept[at]) if known and at in kept else found[at] for at in range(len(shards))]
-    return _join(tuple(shards), tuple(stats), label, parts)
+    return _join(shards, tuple(stats), label, parts)
 
 
 def _join(shards: tuple[str, ...], stats: tuple[FileStat, ...], rule: LabelRule, parts: list[ShardSamples]) -> TarTable:

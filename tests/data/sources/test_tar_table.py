@@ -11,9 +11,10 @@ import pytest
 from kd_pipeline.data.sources import Tar, index_file, tar_index, tar_table
 from kd_pipeline.data.sources.tar_index import dali_index
 from kd_pipeline.data.sources.tar_members import Member
-from kd_pipeline.errors import DataError
+from kd_pipeline.errors import DataError, NoSuchFileError, StorageError
 from tests.data.sources.helpers import error_of
 from tests.data.sources.test_tar import cache, contents, samples, shard, summary  # noqa: F401
+from tests.http_server import serve_folder
 from tests.tar_files import write_tar
 
 
@@ -215,3 +216,34 @@ def test_beside_writes_into_the_cache_alone_where_it_must(tmp_path, caplog, walk
     assert not (tmp_path / "a.idx").exists() and walked == ["a.tar"]
     assert "the name 'a b.jpg' has a space" in caplog.text
     assert dali_index([Member(b"a.jpg", 512, 1)]) == b"v1.2 1\njpg 512 1 a.jpg\n"
+
+
+def test_shards_behind_urls(tmp_path, cache, walked):  # noqa: F811
+    path = shards(tmp_path / "data")
+    local = Tar(path, label="cls")
+    with serve_folder(tmp_path / "data") as server:
+        url = f"{server.url.replace('://', '://user:secret1@')}/{{0..2}}.tar?token=secret2"
+        for _ in range(2):
+            source = Tar(url, label="cls")
+            assert summary(source)[:5] == summary(local)[:5] and source.fingerprint == local.fingerprint
+        assert len(walked) == 6 and source.name(0) == "0.tar::0a.jpg"
+        for file in cache.iterdir():
+            assert b"secret" not in file.read_bytes() and "secret" not in file.name
+        server.etags["/1.tar?token=secret2"] = '"changed"'
+        with pytest.raises(StorageError, match=rf"{server.url}/1\.tar, sample 1a\.jpg, byte 512: ") as info:
+            source.read(np.array([2]))
+        assert "secret" not in str(info.value) and "has changed" in str(info.value)
+        server.fail(404, 99, "/2.tar")
+        with pytest.raises(NoSuchFileError, match=r"/2\.tar"):
+            Tar(url, label="cls")
+
+
+def test_remote_indexes_and_lists_of_shards(tmp_path, walked):
+    path = shards(tmp_path)
+    wanted = summary(Tar(path, label="none", index="beside"))
+    (tmp_path / "sizes.json").write_text('{"0.tar": 2, "1.tar": 2, "2.tar": 2}')
+    walked.clear()
+    with serve_folder(tmp_path) as server:
+        found = summary(Tar(f"{server.url}/sizes.json", label="none"))
+        assert found == wanted and walked == []
+        assert sum(request.path.endswith(".tar") for request in server.requests) < 30
