@@ -1,4 +1,4 @@
-"""Archives, tables and databases of images, which no source reads: what a path is, and how to convert it."""
+"""Archives, tables and databases of images: what a path is, and what reads it or how to convert it."""
 
 import os
 import shlex
@@ -11,6 +11,7 @@ from kd_pipeline.errors import DataError
 __all__ = ["find_container", "how_to_convert", "user_location", "user_path"]
 
 _TAR = "a tar archive"
+_COMPRESSED_TAR = "a compressed tar archive"
 _ZIP = "a ZIP archive"
 _PARQUET = "a Parquet file"
 _ARROW = "an Arrow file"
@@ -20,7 +21,8 @@ _COMPRESSED = "a compressed file"
 _POINTER = "a pointer of git-lfs"
 
 _KINDS = {
-    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst"), _TAR),
+    ".tar": _TAR,
+    **dict.fromkeys((".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tar.xz", ".txz", ".tar.zst"), _COMPRESSED_TAR),
     ".zip": _ZIP,
     **dict.fromkeys((".7z", ".rar"), "an archive"),
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), _COMPRESSED),
@@ -50,7 +52,8 @@ _MAGIC = (
 )
 """Offset and bytes at the start of a file."""
 _ADVICE = {
-    _TAR: "unpack it: tar -xf {path} -C FOLDER",
+    _TAR: "take kind: tar with path: {path}",
+    _COMPRESSED_TAR: "decompress it, as with gunzip {path}, and take kind: tar with the path of the .tar file",
     _ZIP: "unpack it: unzip {path} -d FOLDER",
     "an archive": "unpack it: 7z x {path} -oFOLDER",
     _COMPRESSED: "decompress it first",
@@ -87,7 +90,7 @@ def find_container(path: str | os.PathLike[str], content: bytes = b"") -> Contai
 
 
 def how_to_convert(kind: str, path: str | os.PathLike[str]) -> str:
-    """What to do with a file that is `kind`."""
+    """What to do with a file that is `kind`, or with a pattern of such files."""
     return _ADVICE.get(kind, _WRITE_FILES).format(path=shlex.quote(os.fspath(path)))
 
 

@@ -134,8 +134,9 @@ def _with_containers(folder: str, skipped: Scan | str = "") -> str:
     """The end of an error message about a folder without images: an archive in it, or else what was skipped."""
     for entry in entries_of(folder):
         if (container := find_container(entry.name)) is not None:
-            advice = how_to_convert(container.kind, entry.path)
-            return printable(f"; {entry.name} is {container.kind}, which is not read: {advice}")
+            path = os.path.join(folder, "*.tar") if entry.name.lower().endswith(".tar") else entry.path
+            advice = how_to_convert(container.kind, path)
+            return printable(f"; {entry.name} is {container.kind} and no folder of images: {advice}")
     return str(skipped)
 
 

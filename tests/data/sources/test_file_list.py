@@ -201,12 +201,12 @@ def test_same_label_twice_is_no_warning(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("l.tar", b"", "is a tar archive, and a file list is CSV or JSONL text; unpack it: tar -xf {path} -C FOLDER"),
+        ("l.tar", b"", "is a tar archive, and a file list is CSV or JSONL text; take kind: tar with path: {path}"),
         ("l.csv", b"x" * 257 + b"ustar", "is a tar archive"),
         ("l.csv", b"PK\x03\x04", "is a ZIP archive"),
         ("l.xlsx", b"PK\x03\x04", "is a spreadsheet, and a file list is CSV or JSONL text; save it as CSV"),
         ("l.csv.gz", b"\x1f\x8b", "is a compressed file"),
-        ("l.tar.gz", b"\x1f\x8b", "is a tar archive"),
+        ("l.tar.gz", b"\x1f\x8b", "is a compressed tar archive"),
         (
             "l.parquet",
             b"PAR1",

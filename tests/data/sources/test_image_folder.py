@@ -225,10 +225,17 @@ def test_folders_that_systems_make_are_no_classes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("train-0000.tar", "is a tar archive, which is not read: unpack it: tar -xf {root}/train-0000.tar -C FOLDER"),
-        ("images.zip", "is a ZIP archive, which is not read: unpack it: unzip {root}/images.zip -d FOLDER"),
-        ("train.parquet", "is a Parquet file, which is not read: take kind: parquet with path: {root}/train.parquet"),
-        ("data.mdb", "is a database, which is not read: write its images to files"),
+        ("0.tar", "0.tar is a tar archive and no folder of images: take kind: tar with path: '{root}/*.tar'"),
+        (
+            "0.tar.gz",
+            "is a compressed tar archive and no folder of images: decompress it, as with gunzip {root}/0.tar.gz",
+        ),
+        ("images.zip", "is a ZIP archive and no folder of images: unpack it: unzip {root}/images.zip -d FOLDER"),
+        (
+            "train.parquet",
+            "is a Parquet file and no folder of images: take kind: parquet with path: {root}/train.parquet",
+        ),
+        ("data.mdb", "is a database and no folder of images: write its images to files"),
         ("train.tfrecord", "is a database"),
         ("train.beton", "is a database"),
         ("train.h5", "is a database"),
@@ -246,7 +253,11 @@ def test_folder_of_archives_says_how_to_convert(tmp_path, name, words):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.tar.gz", "it is a tar archive: unpack it"),
+        ("a.tar", "it is a tar archive: take kind: tar with path: {root}/a.tar"),
+        (
+            "a.tar.gz",
+            "it is a compressed tar archive: decompress it, as with gunzip {root}/a.tar.gz, and take kind: tar",
+        ),
         ("list.csv", "for a list of files take kind: file_list with path: {root}/list.csv"),
         ("1.jpg", "set root: {root}"),
     ],
