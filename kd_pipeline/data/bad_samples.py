@@ -49,7 +49,8 @@ class BadSamples:
     ) -> None:
         """`record` is a JSON lines file, which gets one line for each unreadable sample."""
         self._source, self._settings, self._checker, self._record = source, settings, checker, record
-        self._is_bad = np.zeros(len(source), np.bool_)
+        self._bad = np.zeros(0, np.int64)
+        """Indices of the samples that are substituted, in order."""
         self._following: dict[int, int] = {}
         """For each sample that is substituted, a later one; those between them are substituted too."""
         self._found: dict[int, BadSample] = {}
@@ -58,7 +59,7 @@ class BadSamples:
     @property
     def indices(self) -> list[int]:
         """Indices of the samples that are substituted, in order."""
-        indices: list[int] = np.flatnonzero(self._is_bad).tolist()
+        indices: list[int] = self._bad.tolist()
         return indices
 
     @property
@@ -78,13 +79,14 @@ class BadSamples:
     def restore(self, indices: Iterable[int]) -> None:
         """Substitute exactly these samples, which an earlier run found, until more are found."""
         bad = np.unique(np.fromiter(indices, np.int64))
-        self._is_bad = np.zeros(len(self._source), np.bool_)
-        self._is_bad[bad] = True
+        self._bad = bad
         self._following = dict(zip(bad.tolist(), ((bad + 1) % len(self._source)).tolist(), strict=True))
 
     def substitute(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """`index` `[N]` with the unreadable samples replaced, and `[N]`, False where one was."""
-        bad = self._is_bad[index]
+        if not len(self._bad):
+            return index, np.ones(len(index), np.bool_)
+        bad = self._bad[np.searchsorted(self._bad[:-1], index)] == index
         if bad.any():
             index = index.copy()
             index[bad] = [self._shown_for(sample) for sample in index[bad].tolist()]
@@ -130,7 +132,7 @@ class BadSamples:
         if is_too_many or num_bad == num_samples:
             allowed = self._settings.max_bad_fraction if is_too_many else None
             raise TooManyBadSamplesError(num_bad, num_samples, allowed, error, self._advice()) from failure
-        self._is_bad[sample.index] = True
+        self._bad = np.insert(self._bad, np.searchsorted(self._bad, sample.index), sample.index)
         self._following[sample.index] = (sample.index + 1) % num_samples
 
     def _advice(self) -> str:

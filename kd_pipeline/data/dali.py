@@ -201,6 +201,7 @@ class _Encoded:
 
     def __init__(self, fetch: "_Files | _Bytes", settings: GraphSettings, checker: "FileChecker") -> None:
         self._fetch, self._max_pixels, self._checker = fetch, settings.max_pixels, checker
+        self._may_change = isinstance(fetch, _Files)  # and a source of bytes notices itself if they do
         self._failure: Exception | None = None
         self.mean_area = float("nan")
         fn = require("nvidia.dali.fn", extra="cpu")
@@ -222,7 +223,9 @@ class _Encoded:
         if self._failure is not None:
             raise self._failure
         inputs, encoded = self._fetch.take()
-        self._encoded, decoders, pixel_bytes = self._checker.replace_rare(inputs.index, encoded)
+        self._encoded, decoders, pixel_bytes = self._checker.replace_rare(
+            inputs.index, encoded, may_change=self._may_change
+        )
         (shapes,) = self._shapes.run()
         size = np.asarray(shapes.as_tensor())[:, :2].astype(np.float64)
         area = size[:, 0] * size[:, 1]
@@ -364,8 +367,15 @@ class FileChecker:
         self._extent = np.zeros(2, dtype=np.float32)
         self._pipelines: dict[str, Any] = {}
 
-    def replace_rare(self, index: NDArray[np.int64], encoded: Any) -> tuple[Any, NDArray[np.uint8], NDArray[np.uint32]]:
+    def replace_rare(
+        self, index: NDArray[np.int64], encoded: Any, *, may_change: bool
+    ) -> tuple[Any, NDArray[np.uint8], NDArray[np.uint32]]:
         """DALI's list of the files of the samples at `index` `[N]` as DALI can decode them.
+
+        Args:
+            index: indices in the dataset.
+            encoded: DALI's list of the files.
+            may_change: whether a file may be another one than when it was seen before.
 
         Returns:
             The list, and for each file `[N]` its decoder, and the bytes that DALI takes for a pixel.
@@ -373,7 +383,8 @@ class FileChecker:
         Raises:
             UnreadableFileError: one of them is of a kind that no decoder reads rightly.
         """
-        lengths = np.fromiter(chain.from_iterable(encoded.shape()), np.int64, len(index))
+        shape = chain.from_iterable(encoded.shape()) if may_change else None
+        lengths = None if shape is None else np.fromiter(shape, np.int64, len(index))
         decoders, pixel_bytes = self.kinds.decoders(index, lengths, lambda row: np.asarray(encoded[row]))
         (rare,) = np.nonzero(decoders == Decoder.PILLOW)
         if len(rare):

@@ -17,47 +17,70 @@ __all__ = ["FileKinds"]
 _CHUNK, _NUM_THREADS = 256, 16
 """Files that a thread asks the file system about in a row, and how many threads do, as each may wait for a server."""
 
+_MAX_KINDS = 255
+"""Kinds of files that are remembered, in a byte for each sample. Real data has one or two of the dozen that exist."""
+
 
 class FileKinds:
     """Reads the header of each sample's file once, and again if the file's length has changed."""
 
     def __init__(self, *, orientation: Orientation, max_pixels: int, num_threads: int) -> None:
         self._orientation, self._max_pixels, self._num_threads = orientation, max_pixels, num_threads
-        # By index in the dataset; they grow to the largest index.
-        self._decoder = np.zeros(0, np.uint8)
+        # By index in the dataset; they grow to the largest index. A dataset may have a hundred million samples.
+        self._kind = np.zeros(0, np.uint8)
+        """0 for one that is not known, else the number of the kind."""
         self._length = np.zeros(0, np.uint32)
-        self._pixel_bytes = np.zeros(0, np.uint32)
         self._is_file = np.zeros(0, np.bool_)
+        # By number of the kind.
+        self._numbers: dict[tuple[Decoder, int], int] = {}
+        self._decoder = np.zeros(_MAX_KINDS + 1, np.uint8)
+        self._pixel_bytes = np.zeros(_MAX_KINDS + 1, np.uint32)
         self._threads: ThreadPoolExecutor | None = None
 
     def decoders(
-        self, index: NDArray[np.int64], lengths: NDArray[np.int64], file_of: Callable[[int], NDArray[np.uint8]]
+        self, index: NDArray[np.int64], lengths: NDArray[np.int64] | None, file_of: Callable[[int], NDArray[np.uint8]]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-        """The `Decoder` and the `pixel_bytes` of the samples at `index` `[N]`, whose files have `lengths` `[N]`.
+        """The `Decoder` and the `pixel_bytes` of the samples at `index` `[N]`.
 
         Args:
             index: indices in the dataset.
-            lengths: the number of bytes in each file.
+            lengths: `[N]`, the number of bytes in each file; None for files that do not change.
             file_of: returns the content of the file in a row.
 
         Raises:
             UnreadableFileError: no decoder reads one of them rightly.
         """
-        self._decoder, self._length = _grown(self._decoder, index), _grown(self._length, index)
-        self._pixel_bytes = _grown(self._pixel_bytes, index)
-        lengths = lengths.astype(np.uint32)
-        decoders, pixel_bytes = self._decoder[index], self._pixel_bytes[index]
-        (new,) = ((decoders == 0) | (self._length[index] != lengths)).nonzero()
+        self._kind = _grown(self._kind, index)
+        kinds = self._kind[index]
+        is_new = kinds == 0
+        if lengths is not None:
+            self._length = _grown(self._length, index)
+            is_new |= self._length[index] != lengths.astype(np.uint32)
+        decoders, pixel_bytes = self._decoder[kinds], self._pixel_bytes[kinds]
+        (new,) = is_new.nonzero()
         if len(new):
             headers = [read_header(file_of(row).data) for row in new.tolist()]
             decoders[new] = [header.decoder for header in headers]
             pixel_bytes[new] = [header.pixel_bytes for header in headers]
-            self._decoder[index], self._pixel_bytes[index], self._length[index] = decoders, pixel_bytes, lengths
+            self._kind[index[new]] = [self._number(header.decoder, header.pixel_bytes) for header in headers]
+            if lengths is not None:
+                self._length[index[new]] = lengths[new]
         return decoders, pixel_bytes
 
     def set_intact(self, index: int) -> None:
         """Take the file of sample `index` as one without damage from now on."""
-        self._decoder[index] = Decoder.DALI
+        if kind := self._kind[index]:
+            self._kind[index] = self._number(Decoder.DALI, int(self._pixel_bytes[kind]))
+
+    def _number(self, decoder: Decoder, pixel_bytes: int) -> int:
+        """The number of a kind; 0, so that its files are not remembered, after too many others."""
+        if (decoder, pixel_bytes) not in self._numbers:
+            number = len(self._numbers) + 1
+            if number > _MAX_KINDS:
+                return 0
+            self._numbers[decoder, pixel_bytes] = number
+            self._decoder[number], self._pixel_bytes[number] = decoder, pixel_bytes
+        return self._numbers[decoder, pixel_bytes]
 
     def as_pnm(self, files: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
         """What `files` show, decoded by Pillow, as files without compression that DALI decodes.

@@ -133,7 +133,7 @@ class Reader:
         self._group_size = group_size(plan.batch_size, transform, num_threads=num_threads, on_gpu=on_gpu)
         self._settings = replace(graph_settings, max_batch=plan.batch_size * self._group_size)
         self._source, self._transform, self._plan, self._mix = source, transform, plan, mix
-        self._labels = np.full(len(source), -1) if source.labels is None else source.labels
+        self._labels = source.labels
         self._epochs = _Epochs(plan)
         self._thread = ThreadPoolExecutor(1, "kd_pipeline-prepare")
         self._graph: Graph | None = None
@@ -286,7 +286,8 @@ class Reader:
         num_draws = self._transform.num_draws
         count = num_draws if self._mix is None else max(num_draws, self._mix.num_draws)
         draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=plan.repeat).astype(np.float64)
-        metadata = np.stack([index, self._labels[index], valid])
+        labels = np.full(len(index), -1) if self._labels is None else self._labels[index]
+        metadata = np.stack([index, labels, valid])
         if self._mix is not None:
             mixing = [self._plan_mixing(self._mix, draws[first:end], valid[first:end]) for first, end in pairwise(ends)]
             metadata = np.concatenate([metadata, np.concatenate(mixing).T])
