@@ -16,8 +16,8 @@ _KEYS = "access|account|api|encryption|private|secret|shared|signing|ssh"
 _SECRET = re.compile(
     rf"passw(or)?d|passphrase|secret|credential|({_KEYS})_?key|(^|_)(pwd|bearer|o?auth|authorization|authentication)(_|$)"
 )
-_TOKEN = re.compile(r"token(_|$)")
-"""Numbers under such a name are not secret: networks have tokens too."""
+_TOKEN = re.compile(r"(token|signature|(^|_)sig)(_|$)")
+"""Tokens, and what signs a URL. Numbers under such a name are not secret: networks have tokens too."""
 _USER_OF_URL = re.compile(r"(?<=://)[^\s/]+@")
 _QUERY_OF_URL = re.compile(r"(?<=[?&;])([^?&;=\s]+)=[^&;#\s'\"]+")
 _KEY_IN_BRACES = re.compile(r"([\w.-]+)[\"']?\s*[:=]")

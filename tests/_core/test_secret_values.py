@@ -14,11 +14,11 @@ from kd_pipeline.errors import ConfigError
 SECRET = (
     *("password", "DB_PASSWORD", "dbpassword", "passwd", "secret", "client_secret", "token", "hf_token", "accessToken"),
     *("api_key", "apikey", "apiKey", "API-KEY", "logger.kwargs.api_key", "aws_access_key_id", "private_key"),
-    *("auth", "http_auth", "authorization", "credentials", "--token", "pwd", "password2"),
+    *("auth", "http_auth", "authorization", "credentials", "--token", "pwd", "password2", "X-Amz-Signature", "sig"),
 )
 NOT_SECRET = (
     *("author", "key", "keys", "checkpoint_key", "num_classes", "reg_tokens", "tokenizer", "monkey", "passes"),
-    *("hw_decoder_load", "train.optimizer.lr", "authored"),
+    *("hw_decoder_load", "train.optimizer.lr", "authored", "sigma", "design", "signal"),
 )
 
 
