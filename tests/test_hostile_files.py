@@ -13,6 +13,7 @@ KINDS = (
     *("weights", "safetensors", "checkpoint", "checkpoint of a run"),
     *("npy", "npz", "classes.json", "classes.txt", "list.csv", "list.jsonl"),
     *("index", "image folder", "class folders with 250 digits", "CIFAR", "CIFAR archive"),
+    *("tar", "label in a tar", "names in a tar", "index of a shard"),
     *("config", "model.json", "weights of a run", "history", "metrics.csv", "result.json", "run.lock"),
     *("manifest of a recording", "stream of a recording", "column of a recording", "logits of a recording"),
     *("classes of a recording", "top logits of a recording", "scales of a recording", "int8 features of a recording"),

@@ -316,12 +316,22 @@ def _value_in(content: bytes, key: str | None, name: bytes) -> int | str | None:
     if not isinstance(found, dict):
         raise TarError(f"{_shown(name)}: this is no object of JSON, so it has no key {key!r}")
     value: object = found.get(key)
+    if isinstance(value, str) and not _is_text(value):
+        raise TarError(f"{_shown(name)}: {key!r} is {printable(value):.60}, which is half a character and no text")
     if value is not None and type(value) not in (int, str):
         raise TarError(
             f"{_shown(name)}: {key!r} is {printable(json.dumps(value)):.60}, and a label is a whole number or a text; "
             f"take another key{_keys_in(content)}"
         )
     return value  # type: ignore[return-value]
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _split(name: bytes) -> tuple[bytes, bytes]:
