@@ -21,8 +21,8 @@ from kd_pipeline.data.sources.group_cache import GroupCache
 from kd_pipeline.data.sources.labels import Classes, class_names, count_classes, shown_samples
 from kd_pipeline.data.sources.parquet_files import ParquetFiles
 from kd_pipeline.data.sources.parquet_index import ColumnChoice, each_in_threads, open_index
-from kd_pipeline.errors import DataError, shown
-from kd_pipeline.storage import StoreSettings, open_store, scheme_of
+from kd_pipeline.errors import DataError, StorageError, shown
+from kd_pipeline.storage import FileStat, Store, StoreSettings, open_store, scheme_of, stat_files
 
 __all__ = ["Parquet"]
 
@@ -85,7 +85,12 @@ class Parquet:
         self._store = open_store(given[0], storage)
         found = find_dataset_files(given, self._store, split)
         paths = [each if scheme_of(each) else os.path.abspath(each) for each in found.paths]
-        stats = each_in_threads(self._store.stat, paths, self._store.num_threads)
+        stats = _stats_of(paths, self._store)
+        num_bytes, is_remote = sum(stat.num_bytes for stat in stats), scheme_of(paths[0]) is not None
+        self._is_kept = is_remote and num_bytes <= (storage or StoreSettings()).cache_bytes
+        """Whether whole files are downloaded to the cache, from which they are read in later epochs."""
+        if self._is_kept:
+            self._store = open_store(given[0], storage, whole=True)
         self._files = ParquetFiles(paths, stats, self._store)
         choice = ColumnChoice(image_column, label_column, labeled, None if classes is None else class_names(classes))
         index = open_index(paths, stats, self._files, found.features, choice, self._store.num_threads)
@@ -94,7 +99,7 @@ class Parquet:
         self._ends = np.cumsum(np.concatenate([[0], index.rows]))
         """`[G + 1]`, 0 and the end of each row group."""
         self._memory = memory
-        self._num_threads = min(num_cores(), 8) if scheme_of(paths[0]) is None else self._store.num_threads
+        self._num_threads = self._store.num_threads if is_remote else min(num_cores(), 8)
         self._groups = GroupCache(self._decode, index.sizes, max_bytes=memory, num_threads=self._num_threads)
         self._paths_of = lru_cache(_PATHS_KEPT)(self._read_paths)
         self._where = shown(given[0]) + (f" and {len(given) - 1} more" if len(given) > 1 else "")
@@ -133,10 +138,16 @@ class Parquet:
         return images
 
     def expect(self, indices: NDArray[np.int64]) -> None:
-        """Decode the row groups of `indices` `[n]` ahead, in the order in which they come, as the memory allows."""
+        """Decode the row groups of `indices` `[n]` ahead, in the order in which they come, as the memory allows.
+
+        Of remote files that fit into the cache together, download whole files instead.
+        """
         groups = list(dict.fromkeys(self._group_of(indices).tolist()))
-        self._groups.expect(groups)
-        self._store.prefetch([self._files.paths[file] for file in dict.fromkeys(self._index.files[groups].tolist())])
+        if self._is_kept:
+            files = dict.fromkeys(self._index.files[groups].tolist())
+            self._store.prefetch([self._files.paths[file] for file in files])
+        else:
+            self._groups.expect(groups)
 
     def name(self, index: int) -> str:
         """The file and the row in it, and the path that the image had: `train-00000.parquet[17] (n01.jpg)`."""
@@ -248,6 +259,15 @@ def _locations(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     if other is not None:
         raise DataError(f"{shown(paths[0])} and {shown(other)} are in different stores; copy all files to one of them")
     return paths
+
+
+def _stats_of(paths: Sequence[str], store: Store) -> list[FileStat]:
+    stats = []
+    for stat in stat_files(store, paths):
+        if isinstance(stat, StorageError):
+            raise stat
+        stats.append(stat)
+    return stats
 
 
 def _size(num_bytes: int) -> str:

@@ -522,6 +522,20 @@ def test_each_row_group_is_one_request(files, web):
     assert source.name(13) == f"train-00001-of-00003.parquet[1] ({Path(files.name(13)).name})"
 
 
+def test_files_that_fit_into_the_cache_are_downloaded_whole(files, web, tmp_path):
+    settings = StoreSettings(deadline_s=5.0, cache_dir=tmp_path / "cache")
+    source = Parquet(f"{web.url}/tables", storage=settings)
+    source.expect(np.arange(37))
+    for _ in range(500):
+        if len(list((tmp_path / "cache").iterdir())) >= 3 and not source._store._state.noted:
+            break
+        threading.Event().wait(0.01)
+    web.requests.clear()
+    assert read_all(Parquet(f"{web.url}/tables", storage=settings)) == contents(files)
+    read = [request for request in web.requests if request.path.endswith(".parquet")]
+    assert {request.range for request in read} == {"bytes=0-0"}  # whether they have changed
+
+
 def test_store_that_fails_is_no_bad_sample(web):
     source = Parquet(f"{web.url}/tables/train-00000-of-00003.parquet", storage=QUICK)
     web.fail(500, times=9)
