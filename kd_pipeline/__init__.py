@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from kd_pipeline.data.sources import BaseSource as BaseSource
     from kd_pipeline.data.sources import Cifar as Cifar
     from kd_pipeline.data.sources import FileList as FileList
+    from kd_pipeline.data.sources import HuggingFace as HuggingFace
     from kd_pipeline.data.sources import ImageFolder as ImageFolder
+    from kd_pipeline.data.sources import Parquet as Parquet
     from kd_pipeline.data.sources import Source as Source
     from kd_pipeline.data.sources import Tar as Tar
     from kd_pipeline.data.sources import open_source as open_source
@@ -62,7 +64,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "BaseSource",
             "Cifar",
             "FileList",
+            "HuggingFace",
             "ImageFolder",
+            "Parquet",
             "Source",
             "Tar",
             "open_source",

@@ -160,7 +160,10 @@ class HuggingFace:
         if self._columns.image_path is None:
             return None
         image = self._table.column(self._columns.image)[row]
-        return image["path"].as_py() if image.is_valid else None
+        try:
+            return image["path"].as_py() if image.is_valid else None
+        except UnicodeError:  # the name is for a message about something else
+            return None
 
 
 def _load(path: str | os.PathLike[str], name: str | None, split: str | None, revision: str | None) -> tuple[Any, str]:

@@ -192,8 +192,12 @@ class Parquet:
 
     def _decode(self, group: int) -> BinaryColumn:
         columns = [self._index.columns.image_bytes]
-        table = self._files.read(int(self._index.files[group]), columns, int(self._index.numbers[group]))
-        return BinaryColumn(table.column(0))
+        file, number = int(self._index.files[group]), int(self._index.numbers[group])
+        images = BinaryColumn(self._files.read(file, columns, number).column(0))
+        if len(images) != self._index.rows[group]:
+            reason = f"row group {number} has {len(images)} images and not {self._index.rows[group]} as its footer says"
+            raise StorageError(self._files.paths[file], f"{reason}; copy the file again")
+        return images
 
     def _read_paths(self, group: int) -> list[str | None]:
         """The paths that the images of a row group had; None for those that cannot be read now."""
@@ -201,7 +205,7 @@ class Parquet:
             columns = [str(self._index.columns.image_path)]
             table = self._files.read(int(self._index.files[group]), columns, int(self._index.numbers[group]))
             return [None if row is None else row["path"] for row in table.column(0).to_pylist()]
-        except DataError:  # the name is for a message about something else
+        except (DataError, UnicodeError):  # the name is for a message about something else
             return [None] * int(self._index.rows[group])
 
     def _take(

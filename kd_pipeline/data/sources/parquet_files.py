@@ -1,7 +1,7 @@
 """Parquet files in a store: their footers, and columns of their row groups, whose chunks are read at once."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from kd_pipeline.data.sources.group_cache import GroupCache
 from kd_pipeline.errors import DataError, StorageError, shown
 from kd_pipeline.storage import ByteRange, FileStat, Store, read_ranges, scheme_of
 
-__all__ = ["ParquetFiles"]
+__all__ = ["ParquetFiles", "leaves_of"]
 
 _MAX_FOOTERS = 256
 """Footers that are kept; each may have thousands of column chunks."""
@@ -40,6 +40,23 @@ class ParquetFiles:
             StorageError: it cannot be read, or has changed.
         """
         return self._footers.get(file)
+
+    def schema(self, file: int) -> Any:
+        """The `pyarrow.Schema` of a file.
+
+        Raises:
+            DataError: it is none.
+        """
+        footer = self.footer(file)
+        try:
+            schema = footer.schema.to_arrow_schema()
+            str(schema)  # names that are no text are an error only when they are looked at
+            return schema
+        except Exception as exc:  # Arrow raises several kinds of errors on damaged files
+            raise DataError(
+                f"{shown(self.paths[file])}: the columns of this Parquet file cannot be read ({_first_line(exc)}); "
+                "copy it again"
+            ) from exc
 
     def read(self, file: int, columns: Sequence[str], group: int | None = None) -> Any:
         """The columns of row group `group` of a file, or of the whole file, as a `pyarrow.Table`.
@@ -71,7 +88,9 @@ class ParquetFiles:
         path = self.paths[file]
         try:
             with self._open(file) as source:
-                return parquet.read_metadata(source)
+                footer = parquet.read_metadata(source)
+            _check_chunks(footer, self._stats[file].num_bytes)
+            return footer
         except StorageError:
             raise
         except Exception as exc:  # Arrow raises several kinds of errors on damaged files
@@ -117,6 +136,51 @@ class ParquetFiles:
             )
 
 
+def leaves_of(footer: Any) -> list[str]:
+    """The columns that hold values in a file with this footer, such as `image.bytes`."""
+    return [footer.schema.column(number).path for number in range(len(footer.schema))]
+
+
+def _check_chunks(footer: Any, num_bytes: int) -> None:
+    """Raise an error if what the footer of a file of `num_bytes` says about a column chunk is damaged.
+
+    Arrow's reader does so, but where Python asks for such a chunk, Arrow ends the process. So the reader is asked
+    first, with nothing to read from.
+    """
+    pa, parquet = require("pyarrow", extra="parquet"), require("pyarrow.parquet", extra="parquet")
+    with suppress(_NothingThereError), pa.PythonFile(_NoFile(num_bytes), mode="r") as source:
+        opened = parquet.ParquetFile(source, metadata=footer, pre_buffer=True)
+        opened.read_row_groups(range(footer.num_row_groups), use_threads=False)
+
+
+class _NothingThereError(Exception):
+    pass
+
+
+class _NoFile:
+    """What `pyarrow.PythonFile` reads nothing from, although it has a size."""
+
+    closed = False
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        raise _NothingThereError
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0
+
+    def tell(self) -> int:
+        return self._num_bytes
+
+    def flush(self) -> None:
+        """Nothing is written."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class _StoredFile:
     """What `pyarrow.PythonFile` reads from: the chunks that were read, by offset, or a range of the store."""
 
@@ -151,10 +215,9 @@ class _StoredFile:
 
 def _chunks_of(footer: Any, columns: Sequence[str], groups: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Start and length of the column chunks that hold `columns`, or fields of them."""
-    leaves = [footer.schema.column(number).path for number in range(len(footer.schema))]
     places = [
         place
-        for place, leaf in enumerate(leaves)
+        for place, leaf in enumerate(leaves_of(footer))
         if any(leaf == column or leaf.startswith(f"{column}.") for column in columns)
     ]
     for group in groups:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kd_pipeline._core.version import __version__
 from kd_pipeline.data.sources.hf_features import Features, features_of_schema
 from kd_pipeline.data.sources.index_file import load_index_file, save_index_file
-from kd_pipeline.data.sources.parquet_files import ParquetFiles
+from kd_pipeline.data.sources.parquet_files import ParquetFiles, leaves_of
 from kd_pipeline.data.sources.table_columns import Columns, find_columns, join_labels, read_labels
 from kd_pipeline.errors import DataError, shown
 from kd_pipeline.storage import FileStat
@@ -98,7 +98,7 @@ def each_in_threads(function: Callable[[S], T], items: Iterable[S], num_threads:
 
 def _build(files: ParquetFiles, card: Features, choice: ColumnChoice, num_threads: int) -> ParquetIndex:
     where = list(map(shown, files.paths))
-    schema = files.footer(0).schema.to_arrow_schema()
+    schema = files.schema(0)
     own = features_of_schema(schema.metadata)
     features = Features(own.images or card.images, own.class_names or card.class_names)
     columns = find_columns(schema, features, where[0], image=choice.image, label=choice.label, labeled=choice.labeled)
@@ -150,7 +150,7 @@ def _groups_of(
     footer: Any, columns: Columns, where: str, first: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Rows, bytes of the images, and rows without an image if that is known, of the row groups of a file."""
-    leaves = [footer.schema.column(number).path for number in range(len(footer.schema))]
+    leaves = leaves_of(footer)
     for column in (columns.image_bytes, columns.label):
         if column is not None and column not in leaves:
             raise DataError(

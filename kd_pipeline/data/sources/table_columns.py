@@ -151,7 +151,11 @@ def read_labels(column: Any, where: str, name: str, rows: NDArray[np.int64] | No
         if isinstance(whole, pa.ChunkedArray):  # of no rows
             return LabelPart(np.empty(0, np.int64), (), where)
         codes = np.asarray(whole.indices.cast(pa.int64()))
-        return LabelPart(codes, tuple(whole.dictionary.cast(pa.large_string()).to_pylist()), where)
+        try:
+            names = tuple(whole.dictionary.cast(pa.large_string()).to_pylist())
+        except UnicodeDecodeError as exc:
+            raise DataError(f"{where}: a label in the column {name!r} is no text ({exc}); save it as UTF-8") from None
+        return LabelPart(codes, names, where)
     values = column.cast(kind) if pa.types.is_dictionary(column.type) else column
     try:
         codes = np.asarray(values.cast(pa.int64()))
