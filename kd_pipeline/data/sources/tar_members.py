@@ -82,9 +82,12 @@ class TarMembers:
                 return
             kind, size, start = head[156], _size_in(head, place), place + BLOCK
             if kind in _REGULAR:
-                size = size if long_size is None else long_size
-                name = _name_in(head) if long_name is None else long_name
-                long_name = long_size = None
+                if long_name is None and long_size is None:
+                    name = _name_in(head)
+                else:
+                    size = size if long_size is None else long_size
+                    name = _name_in(head) if long_name is None else long_name
+                    long_name = long_size = None
                 if not name.endswith(b"/"):  # a folder, before there was a letter for those
                     yield Member(name, start, size)
             elif kind in _EXTENSIONS:
@@ -109,10 +112,18 @@ class TarMembers:
         """All bytes of a member, for which the archive is often not read again; None if it is cut off."""
         if member.start + member.num_bytes > self._num_bytes:
             return None
-        place = member.start - self._buffer_start
-        if place >= 0 and place + member.num_bytes <= len(self._buffer):
-            return self._buffer[place : place + member.num_bytes]
-        return self._read(member.start, member.num_bytes)
+        _, start, num_bytes = member
+        if num_bytes > self._window:
+            return self._read(start, num_bytes)
+        place = start - self._buffer_start
+        if place < 0 or place + num_bytes > len(self._buffer):
+            self._fill(start)  # with what follows it too, which is the next header
+            place = 0
+        return self._buffer[place : place + num_bytes]
+
+    def _fill(self, place: int) -> None:
+        self._buffer = self._read(place, min(self._window, self._num_bytes - place))
+        self._buffer_start = place
 
     def _header(self, place: int) -> bytes | None:
         """The header at `place`, whose checksum is right; None at the end."""
@@ -123,8 +134,8 @@ class TarMembers:
                     raise TarError(_no_header(self._read(0, self._num_bytes), place))
                 self.is_cut = True
                 return None
-            self._buffer = self._read(place, min(self._window, self._num_bytes - place))
-            self._buffer_start, offset = place, 0
+            self._fill(place)
+            offset = 0
         head = self._buffer[offset : offset + BLOCK]
         if not _has_checksum(head):
             if head != _ZEROS:
@@ -155,19 +166,23 @@ def is_header_of(head: bytes, num_bytes: int) -> bool:
 
 
 def _has_checksum(head: bytes) -> bool:
+    summed = head[:148] + _SPACES + head[156:]
     try:
+        # Six digits, as nearly all write it. The lower half of adler32 is 1 and the sum of all bytes, modulo 65521.
+        if adler32(summed) & 0xFFFF == (int(head[148:154], 8) + 1) % _ADLER:
+            return True
         stated = int(head[148:156].rstrip(b"\0 "), 8)
     except ValueError:
         return False
-    # Its lower half is 1 and the sum of all bytes, modulo 65521.
-    if adler32(head[:148] + _SPACES + head[156:]) & 0xFFFF == (stated + 1) % _ADLER:
-        return True
     # Some old programs added bytes from 128 on as negative numbers.
-    return sum(byte - 256 * (byte > 127) for byte in head[:148] + _SPACES + head[156:]) == stated
+    return stated in (sum(summed), sum(byte - 256 * (byte > 127) for byte in summed))
 
 
 def _stated_size(head: bytes) -> int | None:
-    field = head[124:136]
+    try:
+        return int(head[124:135], 8)  # as nearly all write it
+    except ValueError:
+        field = head[124:136]
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     try:
@@ -178,7 +193,7 @@ def _stated_size(head: bytes) -> int | None:
 
 def _size_in(head: bytes, place: int) -> int:
     size = _stated_size(head)
-    if size is None or not 0 <= size <= MAX_MEMBER:
+    if size is None or size < 0 or size > MAX_MEMBER:
         raise TarError(f"byte {place}: the size of a file is {_shown(head[124:136])}, which is none; copy it again")
     return size
 

@@ -143,7 +143,7 @@ def collect_samples(
         TarError: a sample has several images, or a label that is none.
     """
     collected = _Collected(content, rule, images)
-    current, rank, image, label = None, -1, None, None
+    current, rank, image, label, text = None, -1, None, None, None
     rank_of, label_extension = collected.rank_of, rule.extension
     for member in members:
         name = member[0]
@@ -155,19 +155,19 @@ def collect_samples(
         key, extension = name[:dot], name[dot + 1 :].lower()
         if key != current:
             if current is not None:
-                collected.add(current, image, label)
-            current, rank, image, label = key, -1, None, None
+                collected.add(current, image, label, text)
+            current, rank, image, label, text = key, -1, None, None, None
         if extension == label_extension:
             if label is not None:
                 raise TarError(f"{_shown(name)} is there twice in a row; make the archive again with one of them")
-            label = member
+            label, text = name, collected.read_label(member)
         elif (found := rank_of(extension)) >= 0:
             if image is not None and (found == rank or images is None):
                 raise TarError(_several_images(image.name, name, extension))
             if image is None or found < rank:
                 rank, image = found, member
     if current is not None:
-        collected.add(current, image, label)
+        collected.add(current, image, label, text)
     return collected.finish()
 
 
@@ -204,13 +204,20 @@ class _Collected:
     def count(self, what: str, name: bytes) -> None:
         self._counts.setdefault(what, Count()).add(name)
 
-    def add(self, key: bytes, image: Member | None, label: Member | None) -> None:
-        """Add a sample that has all it needs."""
+    def read_label(self, label: Member) -> bytes | None:
+        """The content of a file with a label, while it is near what was read last; None if it is cut off."""
+        limit = _MAX_LABEL_BYTES if self._rule.key is None else _MAX_JSON_BYTES
+        if label.num_bytes > limit:
+            raise TarError(f"{_shown(label.name)}: a label of {label.num_bytes} bytes; at most {limit} are read")
+        return self._content(label)
+
+    def add(self, key: bytes, image: Member | None, label: bytes | None, content: bytes | None) -> None:
+        """Add a sample if it has all it needs; `label` is the name of the file with `content`."""
         if image is None:
             self.count("sample(s) without an image, which are skipped", key)
             return
         name, start, length = image
-        if not self._add_label(name, label):
+        if not self._add_label(name, label, content):
             self.count(f"image(s) without a label ({self._rule}), which are skipped", name)
             return
         hashed = hash(key)
@@ -222,20 +229,14 @@ class _Collected:
         self._starts.append(start)
         self._lengths.append(length)
 
-    def _add_label(self, name: bytes, label: Member | None) -> bool:
+    def _add_label(self, name: bytes, label: bytes | None, content: bytes | None) -> bool:
         """Add the label of an image; False if it has none."""
         if self._rule.is_folder:
             folder = folder_of(name)
             return bool(folder) and self._labels.add(folder, name)
         if not self._rule.is_file:
             return True
-        limit = _MAX_LABEL_BYTES if self._rule.key is None else _MAX_JSON_BYTES
-        if label is not None and label.num_bytes > limit:
-            raise TarError(f"{_shown(label.name)}: a label of {label.num_bytes} bytes; at most {limit} are read")
-        content = None if label is None else self._content(label)
-        if label is None or content is None:
-            return False
-        return self._labels.add_content(content, label.name)
+        return label is not None and content is not None and self._labels.add_content(content, label)
 
     def finish(self) -> ShardSamples:
         codes, classes = self._labels.finish()

@@ -12,6 +12,7 @@ from kd_pipeline.data.sources import Tar, index_file, tar_index, tar_table
 from kd_pipeline.data.sources.tar_index import dali_index
 from kd_pipeline.data.sources.tar_members import Member
 from kd_pipeline.errors import DataError, NoSuchFileError, StorageError
+from kd_pipeline.storage import StoreSettings
 from tests.data.sources.helpers import error_of
 from tests.data.sources.test_tar import cache, contents, samples, shard, summary  # noqa: F401
 from tests.http_server import serve_folder
@@ -224,7 +225,7 @@ def test_shards_behind_urls(tmp_path, cache, walked):  # noqa: F811
     with serve_folder(tmp_path / "data") as server:
         url = f"{server.url.replace('://', '://user:secret1@')}/{{0..2}}.tar?token=secret2"
         for _ in range(2):
-            source = Tar(url, label="cls")
+            source = Tar(url, label="cls", storage=StoreSettings(cache_size=0))
             assert summary(source)[:5] == summary(local)[:5] and source.fingerprint == local.fingerprint
         assert len(walked) == 6 and source.name(0) == "0.tar::0a.jpg"
         for file in cache.iterdir():
