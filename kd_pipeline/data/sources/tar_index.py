@@ -22,6 +22,8 @@ _T = TypeVar("_T")
 _WINDOW, _REMOTE_WINDOW = 2**12, 2**22
 """Bytes that are read at once while headers are looked for: a page, as a label is often in it; of a remote file much,
 as a request takes as long as to transfer this."""
+_MAX_WHOLE = 2**28
+"""Bytes of a remote shard that is read at once, so that the store may keep it."""
 _INDEX_HEAD = re.compile(rb"v1\.2 ([0-9]{1,12})")
 _MIN_INDEX_BYTES = 2**20
 """An index may have as many bytes as its shard, or so many."""
@@ -49,7 +51,8 @@ class Shard:
             DataError: it is not clear, or the shard is no tar archive.
             StorageError: the shard cannot be read.
         """
-        members = self._members()
+        window = _WINDOW if scheme_of(self._path) is None else _REMOTE_WINDOW
+        members = TarMembers(self._read, self._stat.num_bytes, window)
         return self._checked(lambda: find_label_rule(members, members.content))
 
     def samples(self, rule: LabelRule, images: tuple[str, ...] | None, *, write_index: bool) -> ShardSamples:
@@ -83,8 +86,10 @@ class Shard:
         return samples
 
     def _members(self) -> TarMembers:
-        window = _WINDOW if scheme_of(self._path) is None else _REMOTE_WINDOW
-        return TarMembers(self._read, self._stat.num_bytes, window)
+        num_bytes, window = self._stat.num_bytes, _WINDOW
+        if scheme_of(self._path) is not None:
+            window = num_bytes if num_bytes <= _MAX_WHOLE else _REMOTE_WINDOW
+        return TarMembers(self._read, num_bytes, window)
 
     def _read(self, start: int, num_bytes: int) -> bytes:
         return self._store.read(self._path, start, num_bytes, expected=self._stat)

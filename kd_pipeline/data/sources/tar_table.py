@@ -19,13 +19,15 @@ from kd_pipeline._core.version import __version__
 from kd_pipeline.data.sources.index_file import index_file, load_index_file, save_index_file
 from kd_pipeline.data.sources.tar_index import Shard
 from kd_pipeline.data.sources.tar_samples import Count, LabelRule, ShardSamples
-from kd_pipeline.errors import DataError, shown
-from kd_pipeline.storage import FileStat, Store, scheme_of
+from kd_pipeline.errors import DataError, StorageError, shown
+from kd_pipeline.storage import FileStat, Store, scheme_of, stat_files
 
 __all__ = ["TarTable", "open_table"]
 
 _FORMAT_VERSION = 1
 """To be raised whenever the reading of shards or the format of the table changes."""
+_REMOTE_THREADS = 4
+"""Remote shards that are read at once, each by several requests, and held in memory."""
 _PARTS = ("shard_ends", "ends", "starts", "lengths", "codes", "used", "names")
 
 
@@ -124,7 +126,8 @@ def open_table(
         if known is not None and _is_of(known, names, stats):
             return known
         opened = [Shard(path, store, stat) for path, stat in zip(shards, stats, strict=True)]
-        table = _build(names, stats, opened, store.num_threads, known, label, images, write_index=write_index)
+        num_threads = store.num_threads if scheme_of(shards[0]) is None else _REMOTE_THREADS
+        table = _build(names, stats, opened, num_threads, known, label, images, write_index=write_index)
         _save(digest, table)
     return table
 
@@ -140,10 +143,12 @@ def _name_of(shard: str) -> str:
 
 
 def _stats(shards: Sequence[str], store: Store) -> list[FileStat]:
-    if scheme_of(shards[0]) is None:
-        return [store.stat(shard) for shard in shards]
-    with ThreadPoolExecutor(min(store.num_threads, len(shards)), "kd_pipeline-stat") as threads:
-        return list(threads.map(store.stat, shards))
+    found = []
+    for stat in stat_files(store, shards):
+        if isinstance(stat, StorageError):
+            raise stat
+        found.append(stat)
+    return found
 
 
 def _build(

@@ -13,6 +13,7 @@ from kd_pipeline.data.sources.tar_index import dali_index
 from kd_pipeline.data.sources.tar_members import Member
 from kd_pipeline.errors import DataError, NoSuchFileError, StorageError
 from kd_pipeline.storage import StoreSettings
+from kd_pipeline.storage.local import LocalStore
 from tests.data.sources.helpers import error_of
 from tests.data.sources.test_tar import cache, contents, samples, shard, summary  # noqa: F401
 from tests.http_server import serve_folder
@@ -248,3 +249,29 @@ def test_remote_indexes_and_lists_of_shards(tmp_path, walked):
         found = summary(Tar(f"{server.url}/sizes.json", label="none"))
         assert found == wanted and walked == []
         assert sum(request.path.endswith(".tar") for request in server.requests) < 30
+
+
+@pytest.mark.parametrize("is_label_first", [True, False])
+def test_index_takes_one_read_for_each_sample(tmp_path, monkeypatch, is_label_first):
+    pairs = [(f"{number:03}.jpg", bytes(20_000)) for number in range(50)]
+    labels = [(f"{number:03}.cls", b"1") for number in range(50)]
+    order = zip(labels, pairs, strict=True) if is_label_first else zip(pairs, labels, strict=True)
+    path = write_tar(tmp_path / "a.tar", [file for sample in order for file in sample])
+    reads = []
+    read = LocalStore.read
+    monkeypatch.setattr(
+        LocalStore, "read", lambda self, *args, **kwargs: [reads.append(args), read(self, *args, **kwargs)][1]
+    )
+    assert len(Tar(path, label="cls")) == 50
+    assert len(reads) < 60
+
+
+def test_remote_shards_are_transferred_once(tmp_path):
+    """The index reads them whole, so the cache of the store has them for the images."""
+    path = shards(tmp_path)
+    with serve_folder(tmp_path) as server:
+        storage = StoreSettings(cache_dir=tmp_path / "kept")
+        source = Tar(f"{server.url}/{{0..2}}.tar", label="cls", storage=storage)
+        server.requests.clear()
+        assert contents(source) == contents(Tar(path, label="cls"))
+        assert [request for request in server.requests if request.method == "GET"] == []
