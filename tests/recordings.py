@@ -1,18 +1,23 @@
 """Recordings of a small teacher on photographs."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.teachers.recorded.manifest import RecordingManifest
+from kd_pipeline.teachers.recorded.folder import LocalFolder
+from kd_pipeline.teachers.recorded.manifest import MANIFEST, RecordingManifest
+from kd_pipeline.teachers.recorded.parts import Part, PartRows, column_offsets
+from kd_pipeline.teachers.recorded.reader import RecordingReader
 from kd_pipeline.workflows import _record
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows.teacher import open_run_teacher
@@ -30,8 +35,7 @@ GOOD: dict[str, Any] = {
     "outputs": {"logits": {"shape": [3]}},
     "stream": {"seed": 5, "transform": {"mean": [0.5, 0.5, 0.5], "auto_augment": {"kind": "rand_augment"}}},
     "num_rows": 40,
-    "epochs": 1,
-    "epochs_done": 1,
+    "part_rows": 25,
 }
 """The manifest of `small_recording`."""
 
@@ -53,9 +57,9 @@ def other_net() -> nn.Module:
     return found
 
 
-def commit_often() -> None:
-    """Let a process lose 20 ms of its work at most, if it is killed."""
-    _record._COMMIT_INTERVAL_S = 0.02
+def record_often() -> None:
+    """Write parts of two batches of 16, and let a process lose 20 ms of its work at most, if it is killed."""
+    _record._MAX_PART_ROWS, _record._COMMIT_INTERVAL_S = 32, 0.02
 
 
 def config(root: Path, **changes: Any) -> Config:
@@ -103,24 +107,85 @@ def replayed(root: Path, recording: Path, num_epochs: int = NUM_EPOCHS, **option
         return run(loader, num_epochs)
 
 
+def manifest_of(recording: Path) -> RecordingManifest:
+    return LocalFolder(recording).load_manifest()
+
+
+def num_epochs_of(recording: Path) -> int:
+    """Complete epochs."""
+    return LocalFolder(recording).find_parts(manifest_of(recording)).num_epochs
+
+
+def column(recording: Path, name: str) -> NDArray[Any]:
+    """A column `[num_epochs, num_rows, ...]` of all complete epochs."""
+    manifest = manifest_of(recording)
+    parts = LocalFolder(recording).find_parts(manifest)
+    reader = RecordingReader(LocalFolder(recording), manifest, parts)
+    position = np.arange(manifest.num_rows)
+    epochs = [reader.read(name, epoch, position) for epoch in range(parts.num_epochs)]
+    reader.close()
+    return np.stack(epochs)
+
+
+def set_column(recording: Path, name: str, values: NDArray[Any]) -> None:
+    """Write a column of all complete epochs into the parts, whose names keep the digests of what they were."""
+    manifest = manifest_of(recording)
+    parts = LocalFolder(recording).find_parts(manifest)
+    values = values.astype(manifest.columns[name].dtype)
+    for part in parts.in_order:
+        if part.epoch < parts.num_epochs:
+            stop = manifest.part_stop(part.start)
+            with (recording / part.name).open("r+b") as file:
+                file.seek(column_offsets(manifest, stop - part.start)[name])
+                file.write(values[part.epoch, part.start : stop].tobytes())
+
+
+def files_of(recording: Path) -> dict[str, bytes]:
+    """All files by name; temporary ones too."""
+    paths = (path for path in recording.rglob("*") if path.is_file())
+    return {str(path.relative_to(recording)): path.read_bytes() for path in paths}
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    ours, theirs = files_of(first), files_of(second)
+    assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def part_of(recording: Path, epoch: int = 0, start: int = 0) -> Path:
+    """The file of a part."""
+    part = LocalFolder(recording).find_parts(manifest_of(recording)).find(epoch, start)
+    assert part is not None
+    return recording / part.name
+
+
 def edit(recording: Path, **changes: Any) -> None:
     """Change values in the manifest; `stream__dali="1"` changes a nested one."""
-    manifest = RecordingManifest.load(recording)
+    manifest = manifest_of(recording)
     stream = dict(manifest.stream)
     for name in [name for name in changes if name.startswith("stream__")]:
         stream[name.removeprefix("stream__")] = changes.pop(name)
-    manifest.model_copy(update={**changes, "stream": stream}).save(recording)
+    (recording / MANIFEST).write_bytes(manifest.model_copy(update={**changes, "stream": stream}).content)
 
 
 def small_recording(folder: Path, **changes: Any) -> Path:
     """A recording of 40 images made by hand, with sample k at position k; `changes` are of the manifest."""
     folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps(GOOD | changes))
-    np.arange(1, 41, dtype="<i4").tofile(folder / "sample.bin")
-    np.zeros(40, "<u4").tofile(folder / "checksum.bin")
-    np.arange(120, dtype="<f4").tofile(folder / "logits.values.bin")
-    np.zeros(80, "<i2").tofile(folder / "logits.classes.bin")
-    np.zeros(40, "<f4").tofile(folder / "logits.rest.bin")
-    np.arange(240, dtype="i1").tofile(folder / "spatial.values.bin")
-    np.ones(80, "<f4").tofile(folder / "spatial.scale.bin")
+    (folder / MANIFEST).write_text(json.dumps(GOOD | changes))
+    manifest = manifest_of(folder)
+    columns: dict[str, NDArray[Any]] = {
+        "sample": np.arange(1, 41),
+        "logits.values": np.arange(120),
+        "spatial.values": np.arange(240),
+        "spatial.scale": np.ones(80),
+    }
+    for start in manifest.part_starts:
+        rows = PartRows(manifest, start)
+        position = np.arange(start, rows.stop)
+        for name, each in manifest.columns.items():
+            count = math.prod(each.shape)
+            values = columns.get(name, np.zeros(40 * count))[: 40 * count].reshape(40, *each.shape)
+            columns[name] = values.astype(each.dtype)
+        rows.put(start, {name: columns[name][position] for name in manifest.columns})
+        LocalFolder(folder).write(Part(0, start, rows.digest).name, rows.content)
+    LocalFolder(folder).remove_working()
     return folder

@@ -44,15 +44,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from kd_pipeline.workflows._record import RecordSettings
 
     add_config(parser)
-    add_options(parser, RecordSettings, "outputs", "dtype", "grid", "top_k", "epochs", "out")
+    add_options(parser, RecordSettings, "outputs", "dtype", "grid", "top_k", "epochs", "out", "part")
+    parser.add_argument(
+        "--join", action="store_true", help="say which parts are missing, and record none; if there are all, list them"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what the recording would take, and write nothing")
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.config.config import load_config
-    from kd_pipeline.teachers.recorded.manifest import RecordingManifest
     from kd_pipeline.workflows._record import RecordSettings, plan_recording, record
-    from kd_pipeline.workflows.record_plan import format_bytes
+    from kd_pipeline.workflows.record_plan import recording_path
 
     fields, overrides = given(parsed, RecordSettings), list(parsed.overrides)
     if "outputs" in fields:
@@ -61,6 +63,9 @@ def _run(parsed: argparse.Namespace) -> int:
         fields["outputs"] = tuple(word for word in fields["outputs"] if "=" not in word)
     settings, config = checked(RecordSettings, **fields), load_config(parsed.config, overrides)
     plugins, trust_engines = parsed.plugin, parsed.trust_engine
+    if parsed.join:
+        missing = _print_state(recording_path(config, settings), settings.epochs or config.train.epochs, settings.part)
+        return int(missing)
     started = time.monotonic()
     if is_rank_zero():
         print_progress("opening the images and the teacher")
@@ -70,13 +75,30 @@ def _run(parsed: argparse.Namespace) -> int:
         print_result("\n  ".join(plan.lines))
         return 0
     folder = record(config, settings, plugins=plugins, trust_engines=trust_engines, announce=_announce, report=_show)
-    manifest = RecordingManifest.load(folder)
-    epochs = f"{manifest.epochs_done:,} {plural(manifest.epochs_done, 'epoch')}"
-    size = f"{manifest.row_bytes:,} bytes each, {format_bytes(manifest.num_bytes)} in all"
-    print_result(f"{manifest.num_rows:,} images x {epochs}, {size}: train with teacher: {{path: {_yaml(folder)}}}")
     if is_rank_zero():
         print_progress(f"recorded in {time.monotonic() - started:.1f} s")
+    _print_state(folder, settings.epochs or config.train.epochs, settings.part)
     return 0
+
+
+def _print_state(folder: Path, epochs: int, part: str | None) -> bool:
+    """Print what the folder holds, and return whether something is missing."""
+    from kd_pipeline.teachers.recorded.join import join_recording
+    from kd_pipeline.workflows.record_plan import format_bytes
+    from kd_pipeline.workflows.record_share import Share, missing_lines
+
+    joined, share = join_recording(folder, epochs), Share.of_process(part)
+    if joined.missing:
+        lines = missing_lines(joined.manifest, joined.missing, share.count)
+        print_result("\n  ".join([f"missing in {folder}, unless a process is recording it now:", *lines]))
+        return True
+    num_epochs, row_bytes = joined.parts.num_epochs, joined.manifest.row_bytes
+    size = f"{row_bytes:,} bytes each, {format_bytes(joined.manifest.epoch_bytes * num_epochs)} in all"
+    print_result(
+        f"{joined.manifest.num_rows:,} images x {num_epochs:,} {plural(num_epochs, 'epoch')}, {size}: train with "
+        f"teacher: {{path: {_yaml(folder)}}}"
+    )
+    return False
 
 
 def _yaml(path: Path) -> str:

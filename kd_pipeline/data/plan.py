@@ -113,6 +113,10 @@ class Plan:
         """Whether the samples of a shard are near each other in every epoch."""
         return self.shuffle is not True
 
+    def num_batches(self, epoch: int) -> int:
+        """Batches in `epoch`; a plan of some of the positions may have more in one epoch than in another."""
+        return len(self)
+
     def epoch(self, epoch: int) -> "EpochPlan":
         """The batches of one epoch. Keep it for the whole epoch, because the order is computed here."""
         return EpochPlan(self, self._order(epoch))

@@ -153,8 +153,8 @@ class Reader:
             RuntimeError: DALI failed twice on the batch, and on none of its samples alone.
             IndexError: an epoch has no such batch.
         """
-        if not 0 <= number < len(self._plan):
-            raise IndexError(f"batch {number} of epochs of {len(self._plan)} batches")
+        if not 0 <= number < self._plan.num_batches(epoch):
+            raise IndexError(f"batch {number} of an epoch of {self._plan.num_batches(epoch)} batches")
         while (epoch, number) not in self._ready:
             self._ready = self._take(epoch, number, stream)
         return self._ready.pop((epoch, number))
@@ -220,7 +220,7 @@ class Reader:
     def _after(self, position: tuple[int, int]) -> tuple[int, int]:
         """Epoch and number of the batch after `position`."""
         epoch, number = position
-        return (epoch, number + 1) if number + 1 < len(self._plan) else (epoch + 1, 0)
+        return (epoch, number + 1) if number + 1 < self._plan.num_batches(epoch) else (epoch + 1, 0)
 
     def stop(self) -> None:
         """Stop DALI and drop what it read ahead."""

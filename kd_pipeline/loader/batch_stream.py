@@ -235,6 +235,16 @@ class BatchStream:
         """
         self._position.set_epoch(epoch)
 
+    def follow(self, plan: Plan) -> None:
+        """Read the batches of `plan`, of the same samples and views, from the next loop on."""
+        bad_samples = self._reader.bad_samples.indices
+        self._reader.close()
+        self._peeked = None
+        self._plan = plan
+        self._reader = self._new_reader()
+        self._reader.bad_samples.restore(bad_samples)
+        self._position.num_batches = len(plan)
+
     def attach_teacher(self, teacher: Teacher | Recording) -> None:
         """Run `teacher` on every batch from the next loop on, as if the loader had been made with it.
 
@@ -402,8 +412,9 @@ class BatchStream:
             ahead.append(self._peeked[1])
         self._peeked = None
         failure: Exception | None = None
-        for number in range(first, len(self._plan)):
-            while failure is None and len(ahead) <= self._num_ahead and number + len(ahead) < len(self._plan):
+        num_batches = self._plan.num_batches(epoch)
+        for number in range(first, num_batches):
+            while failure is None and len(ahead) <= self._num_ahead and number + len(ahead) < num_batches:
                 try:
                     ahead.append(self._preparation.prepare(self._reader, epoch, number + len(ahead)))
                 except Exception as exc:
@@ -440,13 +451,7 @@ class BatchStream:
         """Plan again if this process turns out to be one of several."""
         if self._is_closed or not self._own_shard.update():
             return
-        bad_samples = self._reader.bad_samples.indices
-        self._reader.close()
-        self._peeked = None
-        self._plan = self._new_plan()
-        self._reader = self._new_reader()
-        self._reader.bad_samples.restore(bad_samples)
-        self._position.num_batches = len(self._plan)
+        self.follow(self._new_plan())
         if isinstance(self.teacher, Recording):
             check_stream(self.teacher, self.stream_fingerprint)
 

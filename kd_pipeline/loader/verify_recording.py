@@ -13,7 +13,7 @@ from kd_pipeline.data.reader import INDEX, MIXING, Reader
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.state import changed_fields
 from kd_pipeline.loader.streams import StreamSync
-from kd_pipeline.teachers.recorded.files import checksums
+from kd_pipeline.teachers.recorded.checksums import checksums
 from kd_pipeline.teachers.recorded.recording import Recording
 
 __all__ = ["check_pixels", "check_stream", "cut_of_mixed_batch", "require_repeatable"]

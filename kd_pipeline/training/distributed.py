@@ -12,7 +12,7 @@ from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.ranks import Launched, is_rank_zero, launched, local_world_size, num_nodes
 from kd_pipeline.errors import ConfigError, StateError
 
-__all__ = ["init_distributed", "is_restart", "on_rank_zero", "set_num_threads"]
+__all__ = ["init_distributed", "is_restart", "on_rank_zero", "set_num_threads", "set_own_gpu"]
 
 _TORCHRUN = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HOST, _LOOPBACK = "127.0.0.1", "lo"
@@ -60,6 +60,20 @@ def init_distributed(device: torch.device | str = "auto") -> None:
     else:
         store = _loopback_store(found)
         torch.distributed.init_process_group(backend, store=store, rank=found.rank, world_size=found.world_size)
+
+
+def set_own_gpu(device: torch.device | str = "auto") -> None:
+    """Give each process that a launcher started a GPU of its machine, where the processes never meet.
+
+    Args:
+        device: of the run, as in a config; on `cpu` the processes leave GPUs alone, even if there are some.
+    """
+    found = launched()
+    if found is None or found.world_size == 1 or str(device).startswith("cpu") or not torch.cuda.is_available():
+        return
+    names = ("LOCAL_RANK", *_MPI_LOCAL_RANKS, "SLURM_LOCALID")
+    local_rank = next((int(os.environ[name]) for name in names if os.environ.get(name)), 0)
+    torch.cuda.set_device(local_rank % torch.cuda.device_count())  # of one, if SLURM has bound each process to its own
 
 
 def on_rank_zero(function: Callable[[], object]) -> None:

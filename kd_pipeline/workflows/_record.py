@@ -1,7 +1,6 @@
 """Record a teacher: run it once on all images of a training, and keep its outputs for `backend: recorded`."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from kd_pipeline._core.progress import no_report, progress_bar
-from kd_pipeline._core.ranks import is_rank_zero, num_nodes
+from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.settings import require_config
 from kd_pipeline._core.terminal_log import log_line, log_to_terminal
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.plan import BatchPlan, EpochPlan
+from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import open_source
+from kd_pipeline.data.span_plan import SpanPlan
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.loader.state import changed_fields
@@ -29,29 +28,31 @@ from kd_pipeline.loader.verify_recording import require_repeatable
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.recorded.checksums import checksums
 from kd_pipeline.teachers.recorded.encoding import encode
-from kd_pipeline.teachers.recorded.files import RecordingReader, RecordingWriter, checksums, create_files
+from kd_pipeline.teachers.recorded.folder import LocalFolder
+from kd_pipeline.teachers.recorded.join import join_recording
 from kd_pipeline.teachers.recorded.manifest import (
     CHECKSUM,
-    MANIFEST,
     SAMPLE,
     RecordedOutput,
     RecordingManifest,
     TeacherInfo,
     reason_of,
 )
+from kd_pipeline.teachers.recorded.writer import RecordingWriter
 from kd_pipeline.teachers.settings import is_recording
-from kd_pipeline.training.distributed import init_distributed, on_rank_zero, set_num_threads
-from kd_pipeline.training.run_lock import lock_folder
+from kd_pipeline.training.distributed import set_num_threads, set_own_gpu
 from kd_pipeline.workflows.record_plan import (
     RecordingPlan,
     RecordSettings,
-    existing_bytes,
     free_bytes,
+    recording_path,
     stored_outputs,
     warn_about_resize,
     with_outputs,
 )
+from kd_pipeline.workflows.record_share import Share
 from kd_pipeline.workflows.stage import normalization_of, num_classes_for, num_classes_of
 from kd_pipeline.workflows.teacher import open_run_teacher
 
@@ -61,6 +62,8 @@ _logger = logging.getLogger("kd_pipeline")
 
 _COMMIT_INTERVAL_S = 10.0
 """Work that is lost at most if the process is killed."""
+_MAX_PART_ROWS, _MAX_PART_BYTES = 8192, 2**27
+"""Of a part, which is in memory until it is written; but a part has at least one batch."""
 _ROUNDING = 0.02
 """Largest difference between two runs of one teacher, relative to the largest number of the output: bfloat16 has eight
 bits, and a different batch size or processor rounds differently."""
@@ -74,9 +77,9 @@ class Progress:
     """The current epoch, counted from 0."""
     epochs: int
     done: float
-    """Fraction of the recording that exists, 0 to 1."""
+    """Fraction of what this process records that exists, 0 to 1."""
     images_per_s: float
-    """Of all processes together, since this one started."""
+    """Of this process, since it started."""
     left_s: float
     """Estimated seconds until the end."""
 
@@ -102,8 +105,9 @@ def record(
 ) -> Path:
     """Record the teacher of `config`, or resume an earlier recording in the same folder.
 
-    It may be stopped or killed at any time. Under `torchrun`, on one machine, each process records its part of every
-    batch.
+    It may be stopped or killed at any time. Any number of processes on any machines may record into one folder: those
+    of `torchrun`, `srun` or `mpirun`, the tasks of a SLURM array, and those with a `part` of their own. Each records
+    every n-th part, in the batches of a single process, and none waits for another.
 
     Args:
         config: the training that will use the recording.
@@ -123,13 +127,15 @@ def record(
             full or fails.
         DataError, TeacherError: the data or the teacher is not what the config says.
     """
-    with _planned(config, settings, plugins, trust_engines) as (loader, plan, opened):
+    with _planned(config, settings, plugins, trust_engines) as (loader, plan):
         if is_rank_zero():
             announce(plan)
-        on_rank_zero(lambda: _prepare(plan, opened))
-        writer = RecordingWriter(plan.folder)
-        opened.callback(writer.close)
-        _Recorder(loader, writer, plan.manifest.epochs, report).run()
+        plan.require_space()
+        folder = LocalFolder(plan.folder)
+        manifest = folder.find_manifest() or folder.create(plan.manifest)
+        _require_same(folder, manifest, plan.manifest)  # by now another process may have written one
+        _Recorder(loader, RecordingWriter(folder, manifest), plan, report).run()
+    join_recording(plan.folder, plan.epochs)
     return plan.folder
 
 
@@ -147,140 +153,116 @@ def plan_recording(
     Raises:
         ConfigError, StateError, DataError, TeacherError: as `record`, but for the size of the disk.
     """
-    with _planned(config, settings, plugins, trust_engines) as (_, plan, _):
+    with _planned(config, settings, plugins, trust_engines) as (_, plan):
         return plan
 
 
 @contextmanager
 def _planned(
     config: Config, settings: RecordSettings | None, plugins: Collection[str], trust_engines: Collection[str]
-) -> Iterator[tuple[KDDataLoader, RecordingPlan, ExitStack]]:
-    """The open loader, the plan, and the stack that closes everything."""
+) -> Iterator[tuple[KDDataLoader, RecordingPlan]]:
+    """The open loader and the plan."""
     require_config(config)
     settings = settings or RecordSettings()
-    folder = settings.out or (None if config.run_dir is None else config.run_dir / "recording")
-    if folder is None:
-        raise ConfigError("a recording needs a folder: set run_dir, such as run_dir: runs/mine, or pass --out")
-    if num_nodes() > 1:
-        raise ConfigError("a recording is written by the processes of one machine; use torchrun --nnodes 1, srun -N 1")
-    init_distributed(config.data.device)
+    folder = LocalFolder(recording_path(config, settings))
+    share = Share.of_process(settings.part)
+    set_own_gpu(config.data.device)
     set_num_threads(config.train.num_threads)
+    existing = folder.find_manifest()
+    begun_with = None if existing is None else existing.teacher.runtimes
     with ExitStack() as opened:
-        loader = _open_loader(config, plugins, trust_engines, opened, begun_with=_runtimes_of(folder))
+        loader = _open_loader(config, plugins, trust_engines, opened, begun_with)
         assert isinstance(loader.teacher, Teacher)
         settings = with_outputs(settings, config, loader.teacher.outputs)
         grids = _student_grids(config, loader, loader.teacher, plugins) if settings.grid == "student" else {}
         stored = stored_outputs(loader.teacher.outputs, settings, grids)
         warn_about_resize(config, stored)
-        manifest = _new_manifest(loader, loader.teacher, stored, settings.epochs or config.train.epochs)
-        existing = _existing_manifest(folder, manifest)
-        plan = RecordingPlan(
-            folder=folder,
-            settings=settings,
-            teacher_outputs=loader.teacher.outputs,
-            student_grids=grids,
-            manifest=manifest,
-            existing_bytes=existing_bytes(folder, manifest),
-            free_bytes=free_bytes(folder),
-            num_epochs_done=None if existing is None else existing.epochs_done,
+        manifest = _new_manifest(loader, loader.teacher, stored)
+        if existing is not None:
+            _require_same(folder, existing, manifest)
+            manifest = existing
+        yield (
+            loader,
+            RecordingPlan(
+                folder=folder.path,
+                settings=settings,
+                teacher_outputs=loader.teacher.outputs,
+                student_grids=grids,
+                manifest=manifest,
+                epochs=settings.epochs or config.train.epochs,
+                share=share,
+                existing=None if existing is None else folder.find_parts(existing),
+                free_bytes=free_bytes(folder.path),
+            ),
         )
-        yield loader, plan, opened
 
 
 class _Recorder:
-    """Records the batches of this process."""
+    """Records the parts of this process that are missing."""
 
     def __init__(
-        self, loader: KDDataLoader, writer: RecordingWriter, epochs: int, report: Callable[[Progress], None]
+        self, loader: KDDataLoader, writer: RecordingWriter, plan: RecordingPlan, report: Callable[[Progress], None]
     ) -> None:
-        self._loader, self._writer, self._epochs, self._report = loader, writer, epochs, report
+        self._loader, self._writer, self._report, self._epochs = loader, writer, report, plan.epochs
+        self._own, self._plan = plan.own_parts, loader.plan
         self._started = self._committed = time.monotonic()
-        self._num_images = 0
-        self._next_epoch: int | None = None
-        """Epoch that the loader runs next, on which DALI is already working."""
+        self._num_recorded = self._num_missing = 0
+        """Images, since the start."""
 
     def run(self) -> None:
         """Record all missing rows."""
         self._check_reproducible()
+        spans = self._writer.missing_spans(self._own)
+        self._num_missing = sum(stop - start for each in spans.values() for start, stop in each)
+        plan = SpanPlan.of(self._plan, spans)
+        self._loader.follow(plan)
         try:
-            for epoch in range(self._writer.manifest.epochs_done, self._epochs):
-                self._record(epoch)
-                self._writer.commit()
-                _barrier()  # all ranks have written their rows
-                self._writer.finish_epoch(epoch, save=is_rank_zero())
-                self._report_progress(epoch, 1.0)
+            for epoch in spans:
+                self._record(epoch, plan.batch_spans(epoch))
+                self._report_progress(epoch)
         finally:
             # After Ctrl-C too.
             self._writer.commit()
 
-    def _record(self, epoch: int) -> None:
-        batches = self._loader.plan.epoch(epoch)
-        first = _first_missing(batches, self._writer.committed(epoch))
-        if first == len(batches):
-            return
-        if (epoch, first) != (self._next_epoch, 0):
-            _move_to(self._loader, epoch, first)
+    def _record(self, epoch: int, spans: Sequence[tuple[int, int]]) -> None:
+        self._loader.set_epoch(epoch)
         with progress_bar(f"epoch {epoch + 1} of {self._epochs}") as report_batches:
-            for number, batch in enumerate(self._loader, start=first):
-                plan = batches[number]
-                self._write(epoch, plan, batch)
-                report_batches(number + 1, len(batches))
-                self._num_images += int(plan.valid.sum()) * self._loader.shard.world_size
+            for number, (batch, (first, stop)) in enumerate(zip(self._loader, spans, strict=True), start=1):
+                self._writer.write(epoch, first, _rows(batch, self._writer.manifest, stop - first))
+                report_batches(number, len(spans))
+                self._num_recorded += stop - first
                 if time.monotonic() - self._committed > _COMMIT_INTERVAL_S:
                     self._writer.commit()
                     self._committed = time.monotonic()
-                    if report_batches is no_report:  # which has no terminal
-                        self._report_progress(epoch, (number + 1) / len(batches))
-        self._next_epoch = epoch + 1
-
-    def _write(self, epoch: int, plan: BatchPlan, batch: KDBatch) -> None:
-        num_rows = int(plan.valid.sum())  # without padding, which comes last
-        if num_rows:
-            rows = _rows(batch, self._writer.manifest)
-            rows = {name: column[:num_rows] for name, column in rows.items()}
-            self._writer.write(epoch, int(plan.position[0]), rows)
+                    if report_batches is no_report and number < len(spans):  # which has no terminal
+                        self._report_progress(epoch)
 
     def _check_reproducible(self) -> None:
-        """Run the teacher again on a random batch that was recorded, and compare.
+        """Run the teacher again on a random batch that was recorded, by whatever process, and compare.
 
         Raises:
             StateError: the outputs or the images differ.
         """
-        manifest = self._writer.manifest
-        complete, partial = manifest.epochs_done, 0
-        if complete < manifest.epochs:
-            partial = _first_missing(self._loader.plan.epoch(complete), self._writer.committed(complete))
-        num_recorded = complete * len(self._loader) + partial
-        if not num_recorded:
+        found = self._writer.random_rows(self._plan.batch_size)
+        if found is None:
             return
-        epoch, number = divmod(int(np.random.default_rng().integers(num_recorded)), len(self._loader))
-        plan = self._loader.plan.epoch(epoch)[number]
-        _move_to(self._loader, epoch, number)
-        num_rows = int(plan.valid.sum())
-        new = {name: column[:num_rows] for name, column in _rows(next(iter(self._loader)), manifest).items()}
-        reader = RecordingReader(self._writer.folder, manifest)
-        old = {name: reader.read(name, epoch, plan.position[:num_rows]) for name in reader.columns}
-        reader.close()
-        old[SAMPLE] = old[SAMPLE] - 1
-        _check_same_rows(old, new, f"batch {number + 1} of epoch {epoch + 1}")
+        epoch, first, old = found
+        stop = first + len(old[SAMPLE])
+        self._loader.follow(SpanPlan.of(self._plan, {epoch: [(first, stop)]}))
+        self._loader.set_epoch(epoch)
+        new = _rows(self._loader.peek(), self._writer.manifest, stop - first)
+        _check_same_rows(old, new, f"positions {first}-{stop - 1} of epoch {epoch + 1}")
 
-    def _report_progress(self, epoch: int, part: float) -> None:
-        if not is_rank_zero() or not self._num_images:
+    def _report_progress(self, epoch: int) -> None:
+        if not is_rank_zero() or not self._num_recorded:
             return
-        images_per_s = self._num_images / (time.monotonic() - self._started)
-        left = (self._epochs - epoch - part) * self._writer.manifest.num_rows
-        done = (epoch + part) / self._epochs
-        self._report(Progress(epoch, self._epochs, done, images_per_s, left / images_per_s))
+        images_per_s = self._num_recorded / (time.monotonic() - self._started)
+        num_own = sum(map(self._num_rows, self._own))
+        left = self._num_missing - self._num_recorded
+        self._report(Progress(epoch, self._epochs, 1 - left / num_own, images_per_s, left / images_per_s))
 
-
-def _prepare(plan: RecordingPlan, opened: ExitStack) -> None:
-    """Lock the folder and create the files of the recording, on one rank."""
-    plan.require_space()
-    opened.enter_context(lock_folder(plan.folder, otherwise="choose a different folder with --out"))
-    existing = _existing_manifest(plan.folder, plan.manifest)
-    if existing is None or existing.epochs < plan.manifest.epochs:
-        epochs_done = 0 if existing is None else existing.epochs_done
-        create_files(plan.folder, plan.manifest.model_copy(update={"epochs_done": epochs_done}))
+    def _num_rows(self, part: tuple[int, int]) -> int:
+        return self._writer.manifest.part_stop(part[1]) - part[1]
 
 
 def _open_loader(
@@ -318,6 +300,7 @@ def _open_loader(
             config,
             teacher=teacher,
             training=source,
+            shard=Shard(),  # processes share parts, and no batch
             last_batch=last_batch,
             run_dir=None if holds_training else config.run_dir,
         )
@@ -342,11 +325,9 @@ def _student_grids(
     return distillation.student_grids
 
 
-def _new_manifest(
-    loader: KDDataLoader, teacher: Teacher, outputs: dict[str, RecordedOutput], epochs: int
-) -> RecordingManifest:
+def _new_manifest(loader: KDDataLoader, teacher: Teacher, outputs: dict[str, RecordedOutput]) -> RecordingManifest:
     try:
-        return RecordingManifest(
+        manifest = RecordingManifest(
             teacher=TeacherInfo(
                 fingerprint=teacher.fingerprint,
                 backend=teacher.backend,
@@ -357,29 +338,26 @@ def _new_manifest(
             outputs=outputs,
             stream=loader.stream_fingerprint,
             num_rows=len(loader.source),
-            epochs=epochs,
+            part_rows=len(loader.source),
         )
+        part_rows = _part_rows(manifest, loader.batch_size)
+        return RecordingManifest.model_validate({**dict(manifest), "part_rows": part_rows})
     except ValidationError as exc:
         raise TeacherError(f"the outputs of this teacher cannot be recorded: {reason_of(exc)}") from None
 
 
-def _runtimes_of(folder: Path) -> Sequence[str] | None:
-    """Backend and precision of the teacher of the recording in `folder`, if there is one."""
-    if not os.path.exists(folder / MANIFEST):
-        return None
-    return RecordingManifest.load(folder).teacher.runtimes
+def _part_rows(manifest: RecordingManifest, batch_size: int) -> int:
+    """Rows of a part: whole batches, so that a training with this batch size replays the batches of its teacher."""
+    return max(1, min(_MAX_PART_ROWS, _MAX_PART_BYTES // manifest.row_bytes) // batch_size) * batch_size
 
 
-def _existing_manifest(folder: Path, new: RecordingManifest) -> RecordingManifest | None:
-    """The manifest in `folder`, if there is one.
+def _require_same(folder: LocalFolder, existing: RecordingManifest, new: RecordingManifest) -> None:
+    """Refuse to resume a different recording.
 
     Raises:
-        StateError: it is of a different recording.
+        StateError: the manifest in `folder` is of one.
     """
-    if not os.path.exists(folder / MANIFEST):  # Path.exists raises for a name that is too long
-        return None
-    existing = RecordingManifest.load(folder)
-    fields, new_fields = (each.model_dump(mode="json", exclude={"epochs", "epochs_done"}) for each in (existing, new))
+    fields, new_fields = (each.model_dump(mode="json", exclude={"part_rows"}) for each in (existing, new))
     changed = changed_fields(fields, new_fields)
     if changed:
         lines = "\n".join(f"  {line}" for line in changed.values())
@@ -387,31 +365,14 @@ def _existing_manifest(folder: Path, new: RecordingManifest) -> RecordingManifes
             f"the recording in {folder} is a different one:\n{lines}\n"
             "use the old values to resume it, or choose a different folder with --out"
         )
-    return existing
 
 
-def _first_missing(batches: EpochPlan, committed: NDArray[np.bool_]) -> int:
-    """The first batch of this rank with a missing row; `len(batches)` if there is none."""
-    missing = np.flatnonzero(~committed)
-    if not len(missing):
-        return len(batches)
-    # Rows are written in the order of the epoch, by each rank for itself.
-    for number in range(int(missing[0]) // batches.plan.global_batch_size, len(batches)):
-        plan = batches[number]
-        if not committed[plan.position[plan.valid]].all():
-            return number
-    return len(batches)
-
-
-def _move_to(loader: KDDataLoader, epoch: int, number: int) -> None:
-    loader.load_state_dict({**loader.state_dict(), "epoch": epoch, "batch": number})
-
-
-def _rows(batch: KDBatch, manifest: RecordingManifest) -> dict[str, NDArray[Any]]:
-    """A batch as rows of the recording's columns."""
+def _rows(batch: KDBatch, manifest: RecordingManifest, num_rows: int) -> dict[str, NDArray[Any]]:
+    """The first rows of a batch as rows of the recording's columns, without padding, which comes last."""
     encoded = encode(batch.teacher, manifest)
     rows: dict[str, NDArray[Any]] = {name: column.cpu().numpy() for name, column in encoded.items()}
-    return {**rows, SAMPLE: batch.index.cpu().numpy(), CHECKSUM: checksums(batch.images)}
+    rows |= {SAMPLE: batch.index.cpu().numpy() + 1, CHECKSUM: checksums(batch.images)}
+    return {name: column[:num_rows] for name, column in rows.items()}
 
 
 def _check_same_rows(old: Mapping[str, NDArray[Any]], new: Mapping[str, NDArray[Any]], what: str) -> None:
@@ -457,8 +418,3 @@ def _numbers(name: str, columns: Mapping[str, NDArray[Any]]) -> NDArray[np.float
         return values
     numbers: NDArray[np.float64] = values * np.expand_dims(scale, 1 if values.ndim == 4 else -1)
     return numbers
-
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()

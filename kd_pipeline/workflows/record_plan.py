@@ -22,14 +22,16 @@ from kd_pipeline.losses.outputs import find_output
 from kd_pipeline.losses.ramp import max_value
 from kd_pipeline.teachers.base import is_logits
 from kd_pipeline.teachers.recorded.manifest import LOGITS, RecordedDtype, RecordedOutput, RecordingManifest
+from kd_pipeline.teachers.recorded.parts import Parts
+from kd_pipeline.workflows.record_share import Share
 
 __all__ = [
     "RecordSettings",
     "RecordingPlan",
-    "existing_bytes",
     "format_bytes",
     "free_bytes",
     "loss_outputs",
+    "recording_path",
     "stored_outputs",
     "with_outputs",
 ]
@@ -62,6 +64,10 @@ class RecordSettings(Settings):
     """Epochs to record; defaults to `train.epochs`."""
     out: Path | None = None
     """The folder; defaults to `recording` in `run_dir`."""
+    part: str | None = None
+    """Record one of n parts, such as `2/4`, in each of n processes on any machines that write to the same folder.
+    Defaults to the task of a SLURM array, or else to everything; the processes of `torchrun`, `srun` or `mpirun` share
+    it among themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +81,48 @@ class RecordingPlan:
     student_grids: Mapping[str, tuple[int, int]]
     """See `Distillation.student_grids`; empty where they are not needed."""
     manifest: RecordingManifest
-    """With the number of images, of epochs, and the shape and dtype of each output."""
-    existing_bytes: int
-    """What an earlier recording in the folder has on the disk already."""
+    """With the number of images, and the shape and dtype of each output."""
+    epochs: int
+    share: Share
+    """Which parts this process records."""
+    existing: Parts | None
+    """The parts in the folder, of a recording that is resumed; None if there is none."""
     free_bytes: int
     """Of the disk."""
-    num_epochs_done: int | None
-    """Complete epochs of the recording in the folder, which is resumed; None if there is none."""
+
+    @property
+    def own_parts(self) -> list[tuple[int, int]]:
+        """Epoch and first position of each part that this process records, or has recorded."""
+        return self.share.select(self.manifest, self.epochs)
+
+    @property
+    def num_epochs_done(self) -> int | None:
+        """Complete epochs of the recording in the folder, which is resumed; None if there is none."""
+        return None if self.existing is None else self.existing.num_epochs
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all epochs in the end."""
-        return self.manifest.num_bytes
+        return self.manifest.epoch_bytes * self.epochs
+
+    @property
+    def existing_bytes(self) -> int:
+        """What an earlier recording in the folder has on the disk already, of all parts."""
+        if self.existing is None:
+            return 0
+        return sum(self._part_bytes(part.start) for part in self.existing.in_order if part.epoch < self.epochs)
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes that the disk has to have free."""
-        return max(0, self.num_bytes - self.existing_bytes)
+        """Bytes of the parts of this process that are missing, which the disk has to have free."""
+        if self.share.is_everything:
+            return self.num_bytes - self.existing_bytes
+        existing = self.existing
+        own = (start for epoch, start in self.own_parts if existing is None or not existing.find(epoch, start))
+        return sum(map(self._part_bytes, own))
+
+    def _part_bytes(self, start: int) -> int:
+        return self.manifest.row_bytes * (self.manifest.part_stop(start) - start)
 
     @property
     def bytes_per_s(self) -> float:
@@ -102,10 +133,9 @@ class RecordingPlan:
     def lines(self) -> tuple[str, ...]:
         """The plan for people."""
         manifest = self.manifest
-        per_epoch = manifest.row_bytes * manifest.num_rows
         exists = f", {format_bytes(self.existing_bytes)} of it exists" if self.num_epochs_done is not None else ""
-        total = f"{format_bytes(self.num_bytes)} in all ({format_bytes(per_epoch)} per epoch{exists})"
-        images = f"{manifest.num_rows:,} images x {manifest.epochs:,} {plural(manifest.epochs, 'epoch')}"
+        total = f"{format_bytes(self.num_bytes)} in all ({format_bytes(manifest.epoch_bytes)} per epoch{exists})"
+        images = f"{manifest.num_rows:,} images x {self.epochs:,} {plural(self.epochs, 'epoch')}"
         rows = [
             f"{name} {list(stored.shape)} {stored.dtype}{_change(stored)}: {num_bytes:,} bytes per image"
             for (name, stored), num_bytes in zip(manifest.outputs.items(), manifest.output_bytes.values(), strict=True)
@@ -113,6 +143,7 @@ class RecordingPlan:
         left_out = [name for name in self.teacher_outputs if name not in manifest.outputs]
         return (
             f"recording {images} in {self.folder}: {total}; {format_bytes(self.free_bytes)} are free",
+            *([] if self.share.is_everything else [f"this process records {self.share} ({self.share.reason})"]),
             *rows,
             *([f"not recorded: {', '.join(left_out)}"] if left_out else []),
             f"training reads {format_bytes(self.bytes_per_s)}/s at {_RATE:,} images/s",
@@ -129,12 +160,12 @@ class RecordingPlan:
         manifest = self.manifest
         raise ConfigError(
             f"the recording needs {format_bytes(self.missing_bytes)} more in {self.folder} ({manifest.num_rows} images "
-            f"x {manifest.epochs} epochs x {manifest.row_bytes} bytes) and {format_bytes(self.free_bytes)} are free; "
-            f"{self._advice()}. Or use a different disk with --out"
+            f"x {self.epochs} epochs x {manifest.row_bytes} bytes{self.share.fraction}) and "
+            f"{format_bytes(self.free_bytes)} are free; {self._advice()}. Or use a different disk with --out"
         )
 
     def _advice(self) -> str:
-        available = self.free_bytes + self.existing_bytes
+        available = self._available_bytes
         options = self._smaller()
         fitting = [each for each in options if each[1] <= available][:_MAX_OPTIONS]
         if fitting:
@@ -144,10 +175,15 @@ class RecordingPlan:
         option, size = min(options, key=lambda each: each[1])
         return f"nothing smaller fits, and even {option} takes {format_bytes(size)}"
 
+    @property
+    def _available_bytes(self) -> int:
+        """For the whole recording, if all processes have such a disk."""
+        return self.free_bytes * self.share.num_processes + self.existing_bytes
+
     def _smaller(self) -> list[tuple[str, int]]:
         """Options for smaller recordings with their bytes: those with the fewest changes first, large ones first."""
-        manifest, epoch_bytes = self.manifest, self.manifest.row_bytes * self.manifest.num_rows
-        epochs = min((self.free_bytes + self.existing_bytes) // epoch_bytes, manifest.epochs)
+        manifest, epoch_bytes = self.manifest, self.manifest.epoch_bytes
+        epochs = min(self._available_bytes // epoch_bytes, self.epochs)
         shorter = [(f"--epochs {epochs}", epochs * epoch_bytes)] if (self.num_epochs_done or 0) < epochs else []
         if self.num_epochs_done is not None:
             return shorter  # anything else would be another recording
@@ -155,7 +191,7 @@ class RecordingPlan:
         found: dict[int, str] = {}
         for changes in sorted(self._changes(), key=len):
             outputs = stored_outputs(self.teacher_outputs, base.model_copy(update=changes), self.student_grids)
-            num_bytes = manifest.model_copy(update={"outputs": outputs}).num_bytes
+            num_bytes = manifest.model_copy(update={"outputs": outputs}).epoch_bytes * self.epochs
             if num_bytes < self.num_bytes:
                 found.setdefault(num_bytes, _options(changes))
         num_options = {size: option.count("--") for size, option in found.items()}
@@ -290,10 +326,17 @@ def format_bytes(num_bytes: float) -> str:
     return f"{size:.3g} {units[0]}"
 
 
-def existing_bytes(folder: Path, manifest: RecordingManifest) -> int:
-    """What the files of a recording take on the disk, without the holes of what is not written yet."""
-    files = [folder / column.file for column in manifest.columns.values()]
-    return sum(file.stat().st_blocks * 512 for file in files if file.exists())
+def recording_path(config: Config, settings: RecordSettings) -> Path:
+    """The folder of the recording.
+
+    Raises:
+        ConfigError: neither `settings` nor `config` says.
+    """
+    if settings.out is not None:
+        return settings.out
+    if config.run_dir is None:
+        raise ConfigError("a recording needs a folder: set run_dir, such as run_dir: runs/mine, or pass --out")
+    return config.run_dir / "recording"
 
 
 def free_bytes(folder: Path) -> int:

@@ -32,8 +32,8 @@ def replay_cut_off(path: Path) -> object:
     recording = Recording(path)
     position = np.arange(NUM_PHOTOS)
     samples = recording.samples(0, position)
-    for column in path.glob("*.bin"):
-        os.truncate(column, 0)
+    for part in path.glob("*/*.bin"):
+        os.truncate(part, 0)
     return recording.replay(0, position, samples)
 
 
@@ -78,8 +78,9 @@ def cases(good: Path) -> list[Case]:
         "long name of an output": _outputs(**{"logits": [3], "x" * 5000: [3]}),
         "2**62 rows": {"num_rows": 2**62},
         "10**30 rows": {"num_rows": 10**30},
-        "2**62 epochs": {"epochs": 2**62},
-        "more epochs done than there are": {"epochs": 1, "epochs_done": 9},
+        "epochs": {"epochs": 2},
+        "2**62 rows of a part": {"part_rows": 2**62},
+        "parts of one of 2**39 rows": {"num_rows": 2**39, "part_rows": 1},
         "many dimensions": _outputs(logits=[3], a=[1] * 200),
         "text as rows": {"num_rows": "many"},
         "unknown dtype": _outputs("object", logits=[3]),
@@ -119,47 +120,49 @@ def cases(good: Path) -> list[Case]:
 
     stream.cases = [_with(case, start) for case in stream.cases]
 
-    column = kind("column of a recording", RECORDING, "sample.bin")
-    column.add_special()
-    column.add_bytes("cut off", bytes(8))
-    column.add_bytes("zeros", bytes(8 * NUM_PHOTOS * 2))
-    values = kind("logits of a recording", RECORDING, "logits.values.bin")
-    values.add_special("larger than memory")  # files may have space for more epochs
-    values.add("cut off while open", lambda path: shutil.copy(good / RECORDING / path.name, path), open=replay_cut_off)
+    part = _first_part(good / RECORDING)
+    parts = kind("part of a recording", RECORDING, part)
+    parts.add_special()
+    parts.add_bytes("cut off", bytes(8))
+    parts.add_bytes("zeros", bytes((good / RECORDING / part).stat().st_size))
+    parts.add("cut off while open", lambda path: shutil.copy(good / RECORDING / part, path), open=replay_cut_off)
 
-    classes = kind("classes of a recording", TOP_RECORDING, "logits.classes.bin")
-    classes.add_bytes("too large", np.full(2 * NUM_PHOTOS * 2, 30_000, "<i2").tobytes())
-    classes.add_bytes("negative", np.full(2 * NUM_PHOTOS * 2, -1, "<i2").tobytes())
+    columns = []
+    for source, column, values in (
+        (TOP_RECORDING, "logits.classes", {"too large": 30_000, "negative": -1}),
+        (INT8_RECORDING, "features.scale", {"NaN": np.nan, "infinite": np.inf, "negative": -1.0, "too large": 3e38}),
+    ):
+        columns.append(kind(f"{column} of a recording", source, _first_part(good / source)))
+        for name, value in values.items():
+
+            def write(path: Path, source: str = source, column: str = column, value: float = value) -> None:
+                recording = path.parents[1]
+                shutil.copy(good / source / path.relative_to(recording), path)
+                recordings.set_column(recording, column, np.full_like(recordings.column(recording, column), value))
+
+            columns[-1].add(name, write)
     change_top = kind("top logits of a recording", TOP_RECORDING, "manifest.json")
     for name, top_k in {"more than there are": 10, "2**62": 2**62, "negative": -1}.items():
         change(change_top, TOP_RECORDING, name, outputs={"logits": {"shape": [3], "top_k": top_k}})
-
-    scales = kind("scales of a recording", INT8_RECORDING, "features.scale.bin")
-    scales.add_special("larger than memory")
-    for name, scale in {"NaN": np.nan, "infinite": np.inf, "negative": -1.0, "too large": 3e38}.items():
-        scales.add_bytes(name, np.full(2 * NUM_PHOTOS * 64, scale, "<f4").tobytes())
-    scales.add_bytes("cut off", bytes(8))
-    steps = kind("int8 features of a recording", INT8_RECORDING, "features.values.bin")
-    steps.add_special("larger than memory")
-    steps.add_bytes("cut off", bytes(8))
 
     whole = Kind("recording", Recording, TeacherError, file="recording")
     whole.add_special("folder", "link to itself", "larger than memory")
     return [
         *manifest.cases,
         *stream.cases,
-        *column.cases,
-        *values.cases,
-        *classes.cases,
+        *parts.cases,
+        *(case for each in columns for case in each.cases),
         *change_top.cases,
-        *scales.cases,
-        *steps.cases,
         *whole.cases,
     ]
 
 
 def _outputs(dtype: str = "float32", **shapes: list[int]) -> dict[str, Any]:
     return {"outputs": {name: {"shape": shape, "dtype": dtype} for name, shape in shapes.items()}}
+
+
+def _first_part(recording: Path) -> str:
+    return str(recordings.part_of(recording).relative_to(recording))
 
 
 def _with(case: Case, open: Callable[[Path], object]) -> Case:

@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,21 +22,38 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import is_logits
+from kd_pipeline.teachers.recorded.join import join_recording
 from kd_pipeline.teachers.recorded.manifest import RecordedDtype, RecordingManifest
-from kd_pipeline.training.run_lock import LOCK, lock_folder
 from kd_pipeline.workflows import _record as workflow
 from kd_pipeline.workflows._record import Progress, RecordSettings, plan_recording, record
 from kd_pipeline.workflows._train import train
 from kd_pipeline.workflows.record_plan import RecordingPlan, format_bytes, loss_outputs, stored_outputs
+from kd_pipeline.workflows.record_share import Share, missing_lines
 from kd_pipeline.workflows.teacher import open_run_teacher
-from tests.forks import Command
-from tests.recordings import NUM_EPOCHS, PLUGINS, commit_often, config, edit, net, recorded, replayed
-from tests.streams import rows
+from tests.forks import Command, torchrun_variables
+from tests.recordings import (
+    GOOD,
+    NUM_EPOCHS,
+    PLUGINS,
+    assert_same_files,
+    column,
+    config,
+    files_of,
+    manifest_of,
+    net,
+    num_epochs_of,
+    part_of,
+    record_often,
+    recorded,
+    replayed,
+    set_column,
+)
+from tests.streams import assert_same, rows
 from tests.training import networks
 from tests.training.tiny_run import Weights, distance, run, settings, weights, write_digits
 
 README = Path(__file__).parents[2] / "README.md"
-FILES = ["manifest.json", "sample.bin", "checksum.bin", "logits.values.bin", "features.values.bin"]
+SUMS = "SHA256SUMS"
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +74,6 @@ def whole(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def always_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commit after every batch."""
     monkeypatch.setattr(workflow, "_COMMIT_INTERVAL_S", -1.0)
-
-
-def assert_same_files(first: Path, second: Path) -> None:
-    for name in FILES:
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
 # Training
@@ -144,7 +155,7 @@ def learned_live(digits: Path) -> Weights:
 @pytest.mark.slow
 def test_features_train_student_bit_for_bit(digits: Path, learned_live: Weights, tmp_path: Path) -> None:
     recording = record(headless(digits, "headless"), RecordSettings(out=tmp_path / "recording"))
-    assert not any(map(is_logits, RecordingManifest.load(recording).outputs))
+    assert not any(map(is_logits, manifest_of(recording).outputs))
     found = learned(headless(digits, str(tmp_path / "run"), teacher={"path": recording}))
     assert found.keys() == learned_live.keys()
     assert all(torch.equal(found[name], learned_live[name]) for name in found)
@@ -173,7 +184,7 @@ def test_grid_of_student_trains_as_live(digits: Path, tmp_path: Path, grid: Any)
     described = headless(digits, str(tmp_path / "live"), distill={"loss": None, "features": terms})
     kept = RecordSettings(out=tmp_path / "recording", grid=grid)
     recording = record(described, kept, plugins=[networks.__name__])
-    stored = RecordingManifest.load(recording).outputs["spatial"]
+    stored = manifest_of(recording).outputs["spatial"]
     assert (stored.shape, stored.teacher_grid, stored.num_prefix_tokens) == ((24, 2, 2), (4, 4), None)
     live = learned(described)
     found = learned(
@@ -250,14 +261,33 @@ def test_compare_with_teacher_is_refused(digits: Path, tmp_path: Path) -> None:
 def test_file_sizes_are_those_of_manifest(photo_folder: Path, tmp_path: Path) -> None:
     # The last batch of an epoch is padded; padding is not written.
     folder = recorded(photo_folder, tmp_path / "small", kept={"top_k": 2, "dtype": "float16"}, last_batch="drop")
-    manifest = RecordingManifest.load(folder)
-    sizes = {column.file: (folder / column.file).stat().st_size for column in manifest.columns.values()}
-    assert sizes == {
-        "sample.bin": 4 * 74, "checksum.bin": 4 * 74, "logits.values.bin": 2 * 2 * 74,
-        "logits.classes.bin": 2 * 2 * 74, "logits.rest.bin": 2 * 74, "features.values.bin": 2 * 32 * 8 * 8 * 74,
+    manifest = manifest_of(folder)
+    assert {name: column.row_bytes for name, column in manifest.columns.items()} == {
+        "sample": 4, "checksum": 4, "logits.values": 2 * 2, "logits.classes": 2 * 2, "logits.rest": 2,
+        "features.values": 2 * 32 * 8 * 8,
     }  # fmt: skip
-    assert sum(sizes.values()) == manifest.num_bytes
-    assert {path.name for path in folder.iterdir()} == {"manifest.json", LOCK, *sizes}
+    parts = [part_of(folder, epoch) for epoch in range(2)]
+    assert [part.stat().st_size for part in parts] == [manifest.epoch_bytes] * 2 == [37 * manifest.row_bytes] * 2
+    assert set(files_of(folder)) == {"manifest.json", SUMS, *(str(part.relative_to(folder)) for part in parts)}
+
+
+def test_parts_are_whole_batches_of_a_bounded_size() -> None:
+    def rows(row_bytes: int, batch_size: int) -> int:
+        outputs = {"pooled": {"shape": [(row_bytes - 8) // 4]}}
+        found = RecordingManifest.model_validate(
+            GOOD | {"teacher": {**GOOD["teacher"], "classes": None}, "outputs": outputs}
+        )
+        return workflow._part_rows(found, batch_size)
+
+    assert rows(100, 64) == 8192 and rows(100, 100) == 8100 and rows(100, 10_000) == 10_000
+    assert rows(2**20, 64) == 128 and rows(2**20, 100) == 100 and rows(2**20, 512) == 512
+
+
+def test_sha256sum_knows_the_parts(whole: Path) -> None:
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", SUMS], cwd=whole, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.count(": OK") == 2, done.stderr
 
 
 def test_top_k_float16_is_replayed_within_rounding(photo_folder: Path, tmp_path: Path) -> None:
@@ -272,7 +302,7 @@ def test_top_k_float16_is_replayed_within_rounding(photo_folder: Path, tmp_path:
 def test_sizes_in_readme() -> None:
     """ImageNet for 100 epochs."""
     facts = {"fingerprint": "f", "backend": "tensorrt", "precision": "fp16", "classes": None}
-    common = {"teacher": facts, "stream": {}, "num_rows": 1_281_167}
+    common = {"teacher": facts, "stream": {}, "num_rows": 1_281_167, "part_rows": 8192}
     logits = {"logits": TensorSpec((None, 1000), torch.float32)}
     vit = {
         "pooled": TensorSpec((None, 384), torch.float32),
@@ -292,8 +322,8 @@ def test_sizes_in_readme() -> None:
     }
     for row, (outputs, options, epochs) in rows.items():
         stored = stored_outputs(outputs, RecordSettings(**options))
-        found = RecordingManifest.model_validate({**common, "outputs": stored, "epochs": epochs})
-        line = f"| {row} | {found.row_bytes:,} | {format_bytes(found.num_bytes)} |"
+        found = RecordingManifest.model_validate({**common, "outputs": stored})
+        line = f"| {row} | {found.row_bytes:,} | {format_bytes(found.epoch_bytes * epochs)} |"
         assert line in README.read_text(encoding="utf-8"), line
 
 
@@ -306,20 +336,34 @@ class Killed(BaseException):
 
 @pytest.fixture
 def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], None]]:
-    """`kill_at(n)` lets n more writes succeed; None for all."""
-    pwrite, left = os.pwrite, [0.0]
+    """`kill_at(n)` lets n more files be written; None for all."""
+    fsync, left = os.fsync, [0.0]
 
-    def counted(*arguments: Any) -> int:
+    def counted(descriptor: int) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise Killed
-        return pwrite(*arguments)
+        fsync(descriptor)
 
-    monkeypatch.setattr(os, "pwrite", counted)
+    monkeypatch.setattr(os, "fsync", counted)
     yield lambda number: left.__setitem__(0, float("inf") if number is None else number)
 
 
-@pytest.mark.parametrize("num_writes", [0, 1, 4, 5, 6, 13, 19, 20, 27, 38])
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of two batches of eight."""
+    monkeypatch.setattr(workflow, "_MAX_PART_ROWS", 16)
+
+
+@pytest.fixture(scope="module")
+def whole_in_parts(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `whole`, in `small_parts`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workflow, "_MAX_PART_ROWS", 16)
+        return recorded(photo_folder, tmp_path_factory.mktemp("parts") / "recording")
+
+
+@pytest.mark.parametrize("num_writes", [0, 1, 2, 4, 6, 7, 9, 11])
 def test_killed_recording_resumes_to_equal_files(
     photo_folder: Path,
     whole: Path,
@@ -345,60 +389,26 @@ def test_killed_int8_recording_resumes_to_equal_files(
 ) -> None:
     kill_at(None)
     whole = recorded(photo_folder, tmp_path / "whole", kept=INT8)
-    kill_at(27)  # of fifty
+    kill_at(9)
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording", kept=INT8)
     kill_at(None)
     recorded(photo_folder, tmp_path / "recording", kept=INT8)
-    files = sorted(whole.glob("*.bin"))
-    assert len(files) == 5
-    for file in files:
-        assert (tmp_path / "recording" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert_same_files(tmp_path / "recording", whole)
     # All teacher outputs are compared as the numbers that they stand for.
-    scales = np.fromfile(whole / "features.scale.bin", "<f4")
-    (scales * 2).tofile(whole / "features.scale.bin")
-    with pytest.raises(StateError, match=r"outputs have changed: in batch [1-9] of epoch [12], its features"):
+    set_column(whole, "features.scale", column(whole, "features.scale") * 2)
+    with pytest.raises(StateError, match=r"outputs have changed: in positions \d+-\d+ of epoch [12], its features"):
         recorded(photo_folder, whole, kept=INT8)
 
 
-@pytest.mark.parametrize("num_saves", [0, 1, 2, 3])
-@pytest.mark.parametrize("checked", [0, -1], ids=["the first batch", "the last batch"])
-def test_killed_before_epoch_is_saved(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_saves: int, checked: int
-) -> None:
-    whole = recorded(photo_folder, tmp_path / "whole", kept={"epochs": 4})
-    save, left = RecordingManifest.save, [num_saves]
-
-    def counted(manifest: RecordingManifest, folder: Path) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Killed
-        save(manifest, folder)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(RecordingManifest, "save", counted)
-        recorded(photo_folder, tmp_path / "recording", kept={"epochs": 4})
-
-    class Chosen:
-        """Chooses the batch for the check of the teacher's outputs."""
-
-        def integers(self, end: int) -> int:
-            return checked % end
-
-    monkeypatch.setattr(np.random, "default_rng", Chosen)
-    recorded(photo_folder, tmp_path / "recording", kept={"epochs": 4})
-    assert_same_files(tmp_path / "recording", whole)
-
-
 def test_uncommitted_rows_do_not_count(
-    photo_folder: Path, whole: Path, tmp_path: Path, kill_at: Callable[[int | None], None]
+    photo_folder: Path, tmp_path: Path, kill_at: Callable[[int | None], None]
 ) -> None:
     """The rows have been written, but within the interval between commits."""
-    kill_at(6)
+    kill_at(1)  # the manifest
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording")
-    assert (tmp_path / "recording" / "logits.values.bin").read_bytes().strip(b"\0")
-    assert not (tmp_path / "recording" / "sample.bin").read_bytes().strip(b"\0")
+    assert set(files_of(tmp_path / "recording")) == {"manifest.json"}
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
@@ -416,18 +426,33 @@ def test_rows_before_ctrl_c_or_error_are_kept(
     monkeypatch.setattr(workflow.RecordingWriter, "write", counted)
     with pytest.raises(failure):
         recorded(photo_folder, tmp_path / "recording")
-    samples = np.fromfile(tmp_path / "recording" / "sample.bin", "<i4")
-    assert samples[:16].all() and not samples[16:].any()
+    (piece,) = (tmp_path / "recording" / "working").iterdir()
+    assert piece.name.startswith("0001-000000000-000000016-")
 
 
 def test_partial_epoch_is_not_replayed(
     photo_folder: Path, tmp_path: Path, kill_at: Callable[[int | None], None], always_committed: None
 ) -> None:
-    kill_at(30)  # out of forty writes
+    kill_at(9)
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording")
+    assert len(replayed(photo_folder, tmp_path / "recording", num_epochs=1)) == 5
     with pytest.raises(StateError, match=r"epoch 2 \(in Python epoch=1\) was not recorded.* has 1 complete epochs"):
         replayed(photo_folder, tmp_path / "recording")
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Epoch and first position of each batch that is recorded."""
+    found: list[tuple[int, int]] = []
+    write = workflow.RecordingWriter.write
+
+    def noted(writer: Any, epoch: int, position: int, rows: Any) -> None:
+        found.append((epoch, position))
+        write(writer, epoch, position, rows)
+
+    monkeypatch.setattr(workflow.RecordingWriter, "write", noted)
+    return found
 
 
 def test_only_missing_rows_are_recorded(
@@ -435,30 +460,38 @@ def test_only_missing_rows_are_recorded(
     tmp_path: Path,
     kill_at: Callable[[int | None], None],
     always_committed: None,
-    monkeypatch: pytest.MonkeyPatch,
+    written: list[tuple[int, int]],
 ) -> None:
-    kill_at(13)  # three batches are complete, of four columns each
+    kill_at(4)  # the manifest and three pieces of one batch each
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording")
     kill_at(None)
-    places: list[tuple[int, int]] = []
-    write = workflow.RecordingWriter.write
-    monkeypatch.setattr(
-        workflow.RecordingWriter,
-        "write",
-        lambda writer, epoch, place, rows: (places.append((epoch, place)), write(writer, epoch, place, rows))[1],
-    )
+    written.clear()
     recorded(photo_folder, tmp_path / "recording")
-    assert places == [(0, 24), (0, 32), *((1, place) for place in (0, 8, 16, 24, 32))]
-    places.clear()
+    assert written == [(0, 24), (0, 32), *((1, position) for position in (0, 8, 16, 24, 32))]
+    written.clear()
     recorded(photo_folder, tmp_path / "recording")
-    assert not places
+    assert not written
+
+
+def test_damaged_piece_is_recorded_again(
+    photo_folder: Path, whole: Path, tmp_path: Path, kill_at: Callable[[int | None], None], always_committed: None
+) -> None:
+    folder = tmp_path / "recording"
+    kill_at(4)
+    with pytest.raises(Killed):
+        recorded(photo_folder, folder)
+    _, second, _ = sorted((folder / "working").iterdir())
+    second.write_bytes(bytes(second.stat().st_size))
+    kill_at(None)
+    recorded(photo_folder, folder)
+    assert_same_files(folder, whole)
 
 
 def test_more_epochs_are_appended(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "recording"
     recorded(photo_folder, folder, kept={"epochs": 1})
-    assert RecordingManifest.load(folder).epochs_done == 1
+    assert num_epochs_of(folder) == 1
     recorded(photo_folder, folder, kept={"epochs": 2})
     assert_same_files(folder, whole)
     recorded(photo_folder, folder, kept={"epochs": 1})
@@ -468,15 +501,152 @@ def test_more_epochs_are_appended(photo_folder: Path, whole: Path, tmp_path: Pat
 def test_resume_with_other_batch_size(
     photo_folder: Path, whole: Path, tmp_path: Path, kill_at: Callable[[int | None], None], always_committed: None
 ) -> None:
-    kill_at(13)
+    kill_at(4)
     with pytest.raises(Killed):
         recorded(photo_folder, tmp_path / "recording")
     kill_at(None)
-    recorded(photo_folder, tmp_path / "recording", batch_size=5)
-    for name in ("sample.bin", "checksum.bin"):
-        assert (tmp_path / "recording" / name).read_bytes() == (whole / name).read_bytes()
-    ours, theirs = (np.fromfile(folder / "logits.values.bin", "<f4") for folder in (tmp_path / "recording", whole))
+    folder = recorded(photo_folder, tmp_path / "recording", batch_size=5)
+    for name in ("sample", "checksum"):
+        assert np.array_equal(column(folder, name), column(whole, name))
+    ours, theirs = (column(each, "logits.values") for each in (folder, whole))
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# Sharing
+
+
+@pytest.mark.parametrize("mix", [None, {"mixup": 0.4}], ids=["plain", "mixed"])
+def test_parts_join_to_the_files_of_one_process(
+    photo_folder: Path, tmp_path: Path, small_parts: None, written: list[tuple[int, int]], mix: Any
+) -> None:
+    whole = recorded(photo_folder, tmp_path / "whole", mix=mix)
+    folder = tmp_path / "recording"
+    batches: list[tuple[int, int]] = []
+    for part in ("3/4", "1/4", "4/4", "2/4"):
+        written.clear()
+        recorded(photo_folder, folder, kept={"part": part}, mix=mix)
+        batches += written
+    assert_same_files(folder, whole)
+    assert len(batches) == len(set(batches)) == 10
+    assert_same(replayed(photo_folder, folder, mix=mix), replayed(photo_folder, whole, mix=mix))
+
+
+def test_missing_parts_are_named(photo_folder: Path, tmp_path: Path, small_parts: None) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording", kept={"part": "1/3"})
+    joined = join_recording(folder, NUM_EPOCHS)
+    assert missing_lines(joined.manifest, joined.missing, 3) == [
+        "epoch 1: positions 16-31, part 2/3 has them",
+        "epoch 1: positions 32-36, part 3/3 has them",
+        "epoch 2: positions 16-31, part 2/3 has them",
+        "epoch 2: positions 32-36, part 3/3 has them",
+        "run the same command with --part 2/3, and with --part 3/3",
+    ]
+    assert missing_lines(joined.manifest, joined.missing, 1) == [
+        "epoch 1: positions 16-36",
+        "epoch 2: positions 16-36",
+        "run the same command again",
+    ]
+    assert not (folder / SUMS).exists()
+    recorded(photo_folder, folder)
+    assert not join_recording(folder, NUM_EPOCHS).missing and (folder / SUMS).exists()
+
+
+def test_long_list_of_missing_parts_is_cut() -> None:
+    manifest = RecordingManifest.model_validate(GOOD | {"num_rows": 1000, "part_rows": 10})
+    lines = missing_lines(manifest, [(0, start) for start in manifest.part_starts], 50)
+    assert len(lines) == 10 and lines[-2] == "and 92 more spans of positions" and lines[-1].count("--part") == 8
+
+
+SHARES = {
+    "torchrun": ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (1, 1, 5, 8)),
+    "srun": ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}, (1, 1, 3, 4)),
+    "array": ({"ID": "7", "MIN": "1", "MAX": "16", "COUNT": "16"}, (7, 16, 0, 1)),
+    "array with steps": ({"ID": "8", "MIN": "0", "MAX": "12", "STEP": "4", "COUNT": "4"}, (3, 4, 0, 1)),
+    "array of one": ({"ID": "3", "MIN": "3", "MAX": "3", "COUNT": "1"}, (1, 1, 0, 1)),
+    "array of srun": (
+        {"ID": "2", "MIN": "1", "MAX": "4", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (2, 4, 1, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_share_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    variables, share = SHARES[name]
+    for key, value in variables.items():
+        monkeypatch.setenv(key if "_" in key or key == "RANK" else f"SLURM_ARRAY_TASK_{key}", value)
+    found = Share.of_process(None)
+    assert (found.number, found.count, found.rank, found.world_size) == share
+    assert bool(found.reason) == (not found.is_everything)
+    found = Share.of_process("2/3")
+    assert (found.number, found.count, found.rank, found.world_size) == (2, 3, *share[2:])
+
+
+@pytest.mark.parametrize(
+    ("part", "array", "message"),
+    [
+        ("4/3", {}, "--part is 4/3, and the last of 3 is 3/3"),
+        ("0/3", {}, "--part is '0/3'; write which one of how many"),
+        ("half", {}, "--part is 'half'; write which one of how many"),
+        (None, {"ID": "7", "MIN": "1", "MAX": "7", "COUNT": "3"}, "not evenly spaced .*give --part i/n"),
+        (None, {"ID": "x", "MIN": "1", "MAX": "7"}, "not all numbers; give --part i/n"),
+    ],
+    ids=str,
+)
+def test_share_that_nobody_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, part: str | None, array: dict[str, str], message: str
+) -> None:
+    for key, value in array.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
+    with pytest.raises(ConfigError, match=message):
+        Share.of_process(part)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 4), (3, 2)], ids=str)
+def test_every_part_has_one_process(sizes: tuple[int, int]) -> None:
+    manifest = RecordingManifest.model_validate(GOOD | {"num_rows": 1000, "part_rows": 90})
+    count, world_size = sizes
+    shares = [Share(number + 1, count, rank, world_size) for number in range(count) for rank in range(world_size)]
+    found = [part for share in shares for part in share.select(manifest, 3)]
+    assert sorted(found) == [(epoch, start) for epoch in range(3) for start in manifest.part_starts]
+    # A task has the same parts, however many processes it starts.
+    alone = Share(count, count).select(manifest, 3)
+    assert sorted(part for share in shares if share.number == count for part in share.select(manifest, 3)) == alone
+
+
+def test_ranks_of_two_machines_write_the_files_of_one_process(
+    photo_folder: Path, whole_in_parts: Path, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They do not meet: each runs where the others are not even started."""
+    for rank in range(4):
+        for name, value in torchrun_variables(rank, 4, port=1).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("GROUP_RANK", str(rank // 2))
+        recorded(photo_folder, tmp_path / "recording")
+    assert_same_files(tmp_path / "recording", whole_in_parts)
+
+
+def test_same_part_may_be_recorded_twice(
+    photo_folder: Path, whole_in_parts: Path, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second process, started by mistake, records everything within the first batch of the first."""
+    folder, write = tmp_path / "recording", workflow.RecordingWriter.write
+
+    def begun(*arguments: Any) -> None:
+        monkeypatch.setattr(workflow.RecordingWriter, "write", write)
+        recorded(photo_folder, folder)
+        write(*arguments)
+
+    monkeypatch.setattr(workflow.RecordingWriter, "write", begun)
+    recorded(photo_folder, folder)
+    assert_same_files(folder, whole_in_parts)
+
+
+def test_parts_of_another_recording_are_not_joined(photo_folder: Path, tmp_path: Path) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording", seed=8)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(StateError, match=r"has parts of a recording and no manifest\.json.*delete the folder, or"):
+        recorded(photo_folder, folder)
 
 
 @pytest.mark.parametrize(
@@ -504,30 +674,24 @@ def test_changed_outputs_are_not_resumed(
     photo_folder: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = recorded(photo_folder, tmp_path / "recording")
-    values = np.fromfile(folder / "logits.values.bin", "<f4")
-    (values + np.float32(0.5)).tofile(folder / "logits.values.bin")
-    with pytest.raises(StateError, match=r"outputs have changed: in batch [1-9] of epoch [12], its logits"):
+    values = column(folder, "logits.values")
+    set_column(folder, "logits.values", values + np.float32(0.5))
+    with pytest.raises(StateError, match=r"outputs have changed: in positions \d+-\d+ of epoch [12], its logits"):
         recorded(photo_folder, folder)
-    (values * np.float32(1 + 1e-5)).tofile(folder / "logits.values.bin")
+    set_column(folder, "logits.values", values * np.float32(1 + 1e-5))
     recorded(photo_folder, folder)
     assert "rounds differently from before" in caplog.text
     caplog.clear()
-    values.tofile(folder / "logits.values.bin")
+    set_column(folder, "logits.values", values)
     recorded(photo_folder, folder)
     assert not caplog.text
 
 
 def test_changed_images_are_not_resumed(photo_folder: Path, tmp_path: Path) -> None:
     folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1})
-    sums = np.fromfile(folder / "checksum.bin", "<u4")
-    (sums + np.uint32(1)).tofile(folder / "checksum.bin")
+    set_column(folder, "checksum", column(folder, "checksum") + np.uint32(1))
     with pytest.raises(StateError, match="the checksum in row 0 was"):
         recorded(photo_folder, folder)
-
-
-def test_second_recorder_is_told_who_records(photo_folder: Path, whole: Path) -> None:
-    with lock_folder(whole, otherwise=""), pytest.raises(StateError, match=r"is in use by process .*\n.*with --out"):
-        recorded(photo_folder, whole)
 
 
 def test_recording_leaves_class_list_of_training(digits: Path, tmp_path: Path) -> None:
@@ -542,61 +706,37 @@ def test_recording_leaves_class_list_of_training(digits: Path, tmp_path: Path) -
     assert (tmp_path / "classes.json").read_text() != "of a training"
 
 
-def test_files_without_manifest_are_overwritten(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
-    folder = recorded(photo_folder, tmp_path / "recording", seed=8)
-    (folder / "manifest.json").unlink()
-    recorded(photo_folder, folder)
-    assert_same_files(folder, whole)
-
-
 @pytest.mark.slow
-def test_process_killed_repeatedly_writes_equal_files(digits: Path, tmp_path: Path) -> None:
+def test_processes_killed_repeatedly_write_the_files_of_one(digits: Path, tmp_path: Path) -> None:
     config_file = tmp_path / "digits.yaml"
-    described = settings(digits, str(tmp_path / "run"), train__epochs=150)
+    described = settings(digits, str(tmp_path / "run"), train__epochs=60, train__num_threads=1, data__num_threads=1)
     config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
 
-    def start(out: str) -> Command:
-        return Command(["record", "-c", str(config_file), "--out", out], tmp_path, prepare=commit_often)
+    def start(*options: str) -> Command:
+        return Command(["record", "-c", str(config_file), *options], tmp_path, prepare=record_often)
 
-    undisturbed = start("undisturbed")
-    assert undisturbed.communicate()[1].count("recorded") and undisturbed.returncode == 0
+    undisturbed = start("--out", "undisturbed")
     numbers, kills = random.Random(1), 0
-    for _ in range(20):
-        process = start("killed")
-        while process.poll() is None and not process.stderr.readline():
+    running = {number: start("--out", "killed", "--part", f"{number}/4") for number in range(1, 5)}
+    deadline = time.monotonic() + 120
+    while running and time.monotonic() < deadline:
+        number = numbers.choice(sorted(running))
+        process = running[number]
+        while process.poll() is None and "recording" not in process.stderr.read():
             time.sleep(0.01)
-        time.sleep(numbers.uniform(0, 0.2))
-        if kills == 3:
-            process.communicate()
-            break
-        process.send_signal(signal.SIGKILL)
+        time.sleep(numbers.uniform(0, 0.1))
+        if kills < 20:
+            process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-    assert kills == 3
-    for name in ("manifest.json", "sample.bin", "checksum.bin", "logits.values.bin"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
-
-
-@pytest.mark.slow
-def test_two_processes_write_equal_files(digits: Path, tmp_path: Path) -> None:
-    alone = record(settings(digits, str(tmp_path / "run")))
-    config_file = tmp_path / "digits.yaml"
-    described = settings(digits, str(tmp_path / "run"), data__batch_size=8)
-    config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
-    torchrun = ["torch.distributed.run", "--log-dir", str(tmp_path / "torchrun"), "--nproc-per-node", "2"]
-    command = ["kd_pipeline", "record", "-c", str(config_file), "--out", str(tmp_path / "shared")]
-    done = subprocess.run(
-        [sys.executable, "-m", *torchrun, "-m", *command],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for name in ("manifest.json", "sample.bin", "checksum.bin"):
-        assert (tmp_path / "shared" / name).read_bytes() == (alone / name).read_bytes(), name
-    ours, theirs = (np.fromfile(folder / "logits.values.bin", "<f4") for folder in (tmp_path / "shared", alone))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        if process.returncode == 0:
+            del running[number]
+        else:
+            assert process.returncode == -signal.SIGKILL
+            running[number] = start("--out", "killed", "--part", f"{number}/4")
+    assert kills == 20 and not running
+    undisturbed.communicate()
+    assert_same_files(tmp_path / "killed", tmp_path / "undisturbed")
 
 
 # Disk space and other errors
@@ -646,7 +786,7 @@ def test_resumed_recording_needs_only_the_rest(photo_folder: Path, tmp_path: Pat
     disk(320_000)  # for one of two epochs
     plan = plan_recording(config(photo_folder), RecordSettings(out=folder), plugins=PLUGINS)
     assert plan.num_epochs_done == 1 and plan.num_bytes == 2 * 37 * 8212
-    assert 37 * 8212 <= plan.existing_bytes <= 37 * 8212 + 5 * 4096  # whole blocks
+    assert plan.existing_bytes == 37 * 8212
     assert plan.missing_bytes == plan.num_bytes - plan.existing_bytes
     assert "of it exists" in plan.lines[0]
     recorded(photo_folder, folder)
@@ -661,7 +801,7 @@ def planned(specs: dict[str, TensorSpec], free: int, **options: Any) -> Recordin
     settings = RecordSettings(**options)
     stored = stored_outputs(specs, settings)
     manifest = RecordingManifest.model_validate(
-        {"teacher": facts, "outputs": stored, "stream": {}, "num_rows": 10**9, "epochs": 100}
+        {"teacher": facts, "outputs": stored, "stream": {}, "num_rows": 10**9, "part_rows": 8192}
     )
     return RecordingPlan(
         folder=Path("/nowhere/recording"),
@@ -669,9 +809,10 @@ def planned(specs: dict[str, TensorSpec], free: int, **options: Any) -> Recordin
         teacher_outputs=specs,
         student_grids={},
         manifest=manifest,
-        existing_bytes=0,
+        epochs=100,
+        share=Share(),
+        existing=None,
         free_bytes=free,
-        num_epochs_done=None,
     )
 
 
@@ -748,7 +889,7 @@ def test_plan_is_announced_before_anything_is_written(photo_folder: Path, tmp_pa
 
     record(config(photo_folder), settings, plugins=PLUGINS, announce=announce)
     (plan,) = seen
-    files = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    files = sum(path.stat().st_size for path in folder.glob("*/*.bin"))
     assert plan.num_bytes == plan.missing_bytes == files == 2 * 37 * (8 + 2 * 3 + 16 * (32 + 4))
     assert plan.bytes_per_s == 1000 * 590
     assert plan.lines[0].startswith(f"recording 37 images x 2 epochs in {folder}: 43.7 kB in all (21.8 kB per epoch); ")
@@ -774,7 +915,7 @@ def test_plan_alone_writes_nothing(photo_folder: Path, tmp_path: Path, disk: Cal
 
 def test_named_outputs_are_replayed_bit_for_bit(photo_folder: Path, whole: Path, tmp_path: Path) -> None:
     folder = recorded(photo_folder, tmp_path / "recording", kept={"outputs": ("features",)})
-    assert {path.name for path in folder.glob("*.bin")} == {"sample.bin", "checksum.bin", "features.values.bin"}
+    assert [*manifest_of(folder).columns] == ["sample", "checksum", "features.values"]
     for ours, theirs in zip(replayed(photo_folder, folder), replayed(photo_folder, whole), strict=True):
         assert torch.equal(ours["features"], theirs["features"]) and "logits" not in ours
 
@@ -800,40 +941,32 @@ def test_outputs_that_the_loss_compares_are_known(
 def test_outputs_default_to_those_of_the_loss(photo_folder: Path, tmp_path: Path, caplog: Any) -> None:
     student = {"student": {"builtin": "small_resnet"}}
     folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1}, **student)
-    assert list(RecordingManifest.load(folder).outputs) == ["logits"]
+    assert list(manifest_of(folder).outputs) == ["logits"]
     assert not caplog.text
     recorded(photo_folder, tmp_path / "other", kept={"epochs": 1, "outputs": ("spatial",)}, **student)
-    assert list(RecordingManifest.load(tmp_path / "other").outputs) == ["features"]  # the only map
+    assert list(manifest_of(tmp_path / "other").outputs) == ["features"]  # the only map
     assert "the loss of this config compares logits too, which --outputs leaves out" in caplog.text
 
 
 def test_full_disk_can_be_resumed(
     photo_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, always_committed: None
 ) -> None:
-    pwrite, left = os.pwrite, [13]
+    fsync, left = os.fsync, [4]
 
-    def full(*arguments: Any) -> int:
+    def full(descriptor: int) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return pwrite(*arguments)
+        fsync(descriptor)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        StateError, match=r"\.bin cannot be written: No space left on device.*run the same command again to resume"
+        StateError, match=r"\.piece cannot be written: No space left on device.*run the same command again to resume"
     ):
         recorded(photo_folder, tmp_path / "recording")
     monkeypatch.undo()
     recorded(photo_folder, tmp_path / "recording")
     assert_same_files(tmp_path / "recording", whole)
-
-
-def test_partial_write_is_continued(
-    photo_folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:1000], offset))
-    assert_same_files(recorded(photo_folder, tmp_path / "recording"), whole)
 
 
 @pytest.mark.parametrize(
@@ -882,26 +1015,5 @@ def test_progress_reports_speed_and_time(photo_folder: Path, tmp_path: Path, alw
     reports: list[Progress] = []
     record(config(photo_folder), RecordSettings(out=tmp_path / "recording"), plugins=PLUGINS, report=reports.append)
     done = [each.done for each in reports]
-    assert done == sorted(done) and done[-1] == 1 and len(reports) == 2 * (5 + 1)
+    assert done == sorted(done) and done[-1] == 1 and len(reports) == 2 * 5
     assert all(each.images_per_s > 0 and each.left_s >= 0 for each in reports) and reports[-1].left_s == 0
-
-
-@pytest.mark.parametrize(
-    "started",
-    [{"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2"}],
-    ids=["torchrun", "srun"],
-)
-def test_several_machines_are_refused(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, started: dict[str, str]
-) -> None:
-    for name, value in started.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="one machine"):
-        recorded(photo_folder, tmp_path / "recording")
-
-
-def test_manifest_with_too_many_epochs_is_refused(photo_folder: Path, tmp_path: Path) -> None:
-    folder = recorded(photo_folder, tmp_path / "recording", kept={"epochs": 1})
-    edit(folder, epochs=2, epochs_done=2)
-    with pytest.raises(Exception, match="is damaged"):
-        replayed(photo_folder, folder)

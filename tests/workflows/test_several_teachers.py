@@ -16,7 +16,6 @@ from kd_pipeline.report.grid import save_grid
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.group import TeacherGroup
 from kd_pipeline.teachers.open import open_teacher
-from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.checkpoint_callback import AtomicCheckpointIO
 from kd_pipeline.workflows._check import check
@@ -24,6 +23,7 @@ from kd_pipeline.workflows._record import record
 from kd_pipeline.workflows._train import train
 from kd_pipeline.workflows.record_plan import RecordSettings
 from kd_pipeline.workflows.teacher import open_run_teacher
+from tests.recordings import manifest_of
 from tests.training import headless, tiny_run
 
 PLUGINS = ["tests.training.networks", __name__]
@@ -109,7 +109,7 @@ def test_recording_of_all_trains_as_they_do(folder: Path) -> None:
     terms = [*FEATURES[:2], {**FEATURES[2], "teacher": "classes.logits"}]
     distill, folder_of = {"features": terms}, {"out": folder / "recording"}
     recording = record(settings(folder, "live", distill=distill), RecordSettings(**folder_of), plugins=PLUGINS)
-    assert [*RecordingManifest.load(recording).outputs] == ["dino.pooled", "dino.spatial", "classes.logits"]
+    assert [*manifest_of(recording).outputs] == ["dino.pooled", "dino.spatial", "classes.logits"]
     live = train(settings(folder, "live", distill=distill, feature_probe=None), plugins=PLUGINS)
     recorded = settings(folder, "recorded", distill=distill, feature_probe=None, teacher={"path": recording})
     found, wanted = (tiny_run.weights(run.folder) for run in (train(recorded, plugins=PLUGINS), live))

@@ -12,11 +12,11 @@ from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers import automatic, open_on_cpu
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.workflows import _compare as comparing
 from kd_pipeline.workflows import compare_files, record
 from kd_pipeline.workflows.resume import SavedRun
 from kd_pipeline.workflows.teacher import open_run_teacher, saved_runtimes
+from tests.recordings import manifest_of, num_epochs_of
 from tests.training import networks
 from tests.training.tiny_run import result, run, settings, weights, write_digits
 
@@ -91,8 +91,7 @@ def test_recording_goes_on_with_the_runtime_it_began_with(digits: Path, cpu: Cal
     folder = record(config, plugins=PLUGINS)
     cpu()
     assert record(settings(digits, "recorded", **changes(digits)), plugins=PLUGINS) == folder
-    manifest = RecordingManifest.load(folder)
-    assert (manifest.teacher.runtimes, manifest.epochs_done) == (("pytorch bf16",), 2)
+    assert (manifest_of(folder).teacher.runtimes, num_epochs_of(folder)) == (("pytorch bf16",), 2)
 
 
 def test_runtime_that_this_machine_lacks_is_an_error(digits: Path, cpu: Callable[..., None]) -> None:

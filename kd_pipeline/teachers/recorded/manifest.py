@@ -1,18 +1,15 @@
-"""The manifest of a recording: what was recorded, how, and the arrays that hold it."""
+"""The manifest of a recording: what was recorded, how, and the columns that hold it."""
 
 import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import quote
 
 import numpy as np
 import torch
 from pydantic import Field, ValidationError, model_validator
 
-from kd_pipeline._core.atomic_write import write_atomic
-from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
@@ -23,6 +20,7 @@ __all__ = [
     "CHECKSUM",
     "LOGITS",
     "MANIFEST",
+    "MAX_MANIFEST_BYTES",
     "SAMPLE",
     "Column",
     "RecordedDtype",
@@ -43,15 +41,17 @@ MANIFEST = "manifest.json"
 """Name of the file that describes the others."""
 _DTYPES = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
 _MAX_INT16_CLASSES = 2**15
-_MAX_BYTES = 2**23
-"""Of a manifest, which is enough for the names of a hundred thousand classes."""
+MAX_MANIFEST_BYTES = 2**23
+"""Of the file, which is enough for the names of a hundred thousand classes."""
 _MAX_VALUES = 1000
 """In a manifest, besides class names."""
 _MAX_DIGITS = 20
-_MAX_NAME = 255
-"""Of a file, in bytes."""
+_MAX_NAME = 200
+"""Characters of an output's name."""
 _MAX_ROW_BYTES = 2**26
-_MAX_FILE_BYTES = 2**62
+_MAX_EPOCH_BYTES = 2**60
+_MAX_PARTS = 2**20
+"""Of an epoch."""
 
 _Word = Annotated[str, Field(pattern=r"^[\w.+-]+$", max_length=200)]
 _Count = Annotated[int, Field(ge=1, lt=2**40)]
@@ -73,9 +73,8 @@ class TeacherInfo(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One of the arrays, `[epochs, num_rows, *shape]`."""
+    """One of the arrays, `[num_rows, *shape]` in each epoch."""
 
-    file: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
@@ -116,17 +115,17 @@ class RecordedOutput(Settings):
 
     def columns(self, name: str) -> dict[str, "Column"]:
         """The arrays of the output called `name`, by the name of the column."""
-        values = Column(_file(name, "values"), np.dtype(_DTYPES[self.dtype]), self.shape)
+        values = Column(np.dtype(_DTYPES[self.dtype]), self.shape)
         if self.dtype == "int8":
-            scale = Column(_file(name, "scale"), np.dtype("<f4"), self.row_shape)
+            scale = Column(np.dtype("<f4"), self.row_shape)
             return {f"{name}.values": values, f"{name}.scale": scale}
         if self.top_k is None:
             return {f"{name}.values": values}
         classes = np.dtype("<i2" if self.shape[0] <= _MAX_INT16_CLASSES else "<i4")
         return {
             f"{name}.values": replace(values, shape=(self.top_k,)),
-            f"{name}.classes": Column(_file(name, "classes"), classes, (self.top_k,)),
-            f"{name}.rest": Column(_file(name, "rest"), values.dtype, ()),
+            f"{name}.classes": Column(classes, (self.top_k,)),
+            f"{name}.rest": Column(values.dtype, ()),
         }
 
     def check(self, name: str) -> None:
@@ -135,7 +134,7 @@ class RecordedOutput(Settings):
         Raises:
             ValueError: says what is wrong.
         """
-        if not name or printable(name) != name or len(_file(name, "classes")) > _MAX_NAME:
+        if not name or printable(name) != name or len(name) > _MAX_NAME:
             raise ValueError(f"the output name {name!r:.80} is empty, too long or not printable")
         if is_logits(name):
             if len(self.shape) != 1:
@@ -162,55 +161,58 @@ class RecordingManifest(Settings):
     stream: dict[_Word, _Fields | dict[_Word, _Fields]]
     """Everything that the image at a position of an epoch depends on; see `KDDataLoader.stream_fingerprint`."""
     num_rows: _Count
-    """Places of an epoch."""
-    epochs: _Count
-    """Epochs for which the files have space."""
-    epochs_done: int = Field(default=0, ge=0)
-    """Epochs that are complete."""
+    """Positions of an epoch."""
+    part_rows: _Count
+    """Positions of a part; the last one of an epoch may have fewer."""
 
     @classmethod
-    def load(cls, folder: Path) -> "RecordingManifest":
-        """The manifest of the recording in `folder`.
+    def parse(cls, content: bytes, path: str | Path) -> "RecordingManifest":
+        """The manifest with this content, which was read from `path`.
 
         Raises:
-            TeacherError: there is no recording, or its manifest is damaged or from a different release.
+            TeacherError: it is damaged or from a different release.
         """
-        path = folder / MANIFEST
         try:
-            return cls._parse(read_regular(path, max_bytes=_MAX_BYTES))
-        except (FileNotFoundError, NotADirectoryError):
-            raise TeacherError(
-                f"{folder} holds no recording: there is no {path}; make one with kd-pipeline record"
-            ) from None
-        except OSError as exc:
-            raise TeacherError(f"{path} cannot be read: {exc.strerror}; copy or record it again") from None
+            return cls._parse(content)
         except (ValueError, RecursionError) as exc:
             raise TeacherError(
                 f"{path} is damaged, or was written by a different release ({reason_of(exc)}); record the teacher again"
             ) from None
 
-    def save(self, folder: Path) -> None:
-        """Write it to `folder`, atomically.
+    @property
+    def content(self) -> bytes:
+        """Of its file.
 
         Raises:
             TeacherError: its class names are too long to be read again.
-            OSError: it cannot be written.
         """
         content = (self.model_dump_json(indent=2) + "\n").encode()
-        if len(content) > _MAX_BYTES:
-            raise TeacherError(f"the class names are too long to record: at most {_MAX_BYTES} bytes in all are read")
-        write_atomic(folder / MANIFEST, content)
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise TeacherError(
+                f"the class names are too long to record: at most {MAX_MANIFEST_BYTES} bytes in all are read"
+            )
+        return content
+
+    @property
+    def part_starts(self) -> range:
+        """First position of each part of an epoch."""
+        return range(0, self.num_rows, self.part_rows)
+
+    def part_stop(self, start: int) -> int:
+        """The position after the last of the part that starts at `start`."""
+        return min(start + self.part_rows, self.num_rows)
 
     @property
     def columns(self) -> dict[str, Column]:
         """The arrays by name: sample, checksum, and `<output>.values` for each output.
 
+        The sample is its index plus one: zeros, as a failing disk may leave them, are none.
+
         In int8 an output also has `<output>.scale`. With `top_k`, logits also have `<output>.classes`, and
         `<output>.rest`: the log of the summed exponentials of all logits that are not kept.
         """
-        largest = self.num_rows + 1
-        columns = {SAMPLE: Column("sample.bin", np.dtype("<i4" if largest < 2**31 else "<i8"), ())}
-        columns[CHECKSUM] = Column("checksum.bin", np.dtype("<u4"), ())
+        columns = {SAMPLE: Column(np.dtype("<i4" if self.num_rows < 2**31 else "<i8"), ())}
+        columns[CHECKSUM] = Column(np.dtype("<u4"), ())
         for name, output in self.outputs.items():
             columns |= output.columns(name)
         return columns
@@ -225,13 +227,13 @@ class RecordingManifest(Settings):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes for one image of one epoch, in all files together."""
+        """Bytes for one image of one epoch."""
         return sum(column.row_bytes for column in self.columns.values())
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all files together when every row is written."""
-        return self.row_bytes * self.num_rows * self.epochs
+    def epoch_bytes(self) -> int:
+        """Bytes of a complete epoch."""
+        return self.row_bytes * self.num_rows
 
     @classmethod
     def _parse(cls, raw: bytes) -> Self:
@@ -247,12 +249,12 @@ class RecordingManifest(Settings):
         logits = self.outputs.get(LOGITS)
         if logits is not None and self.teacher.classes is not None and len(self.teacher.classes) != logits.shape[0]:
             raise ValueError(f"there are {len(self.teacher.classes)} class names for {logits.shape[0]} logits")
-        if self.epochs_done > self.epochs:
-            raise ValueError(f"{self.epochs_done} epochs are done of {self.epochs}")
-        if self.row_bytes > _MAX_ROW_BYTES or self.num_bytes > _MAX_FILE_BYTES:
+        if self.num_rows > _MAX_PARTS * self.part_rows:
+            raise ValueError(f"part_rows is {self.part_rows} for {self.num_rows} rows; at most {_MAX_PARTS} parts are")
+        if self.row_bytes > _MAX_ROW_BYTES or self.epoch_bytes > _MAX_EPOCH_BYTES:
             raise ValueError(
-                f"it has {self.row_bytes} bytes for an image and {self.num_bytes} in all, and at most {_MAX_ROW_BYTES} "
-                f"and {_MAX_FILE_BYTES} are possible"
+                f"it has {self.row_bytes} bytes for an image and {self.epoch_bytes} for an epoch, and at most "
+                f"{_MAX_ROW_BYTES} and {_MAX_EPOCH_BYTES} are possible"
             )
         return self
 
@@ -266,11 +268,6 @@ def reason_of(exc: ValueError | RecursionError) -> str:
     error = exc.errors(include_url=False)[0]
     text = error["msg"].removeprefix("Value error, ")
     return printable(": ".join(filter(None, [".".join(map(str, error["loc"])), text])))
-
-
-def _file(output: str, part: str) -> str:
-    """A plain file name, whatever the output is called."""
-    return f"{quote(output, safe='')}.{part}.bin"
 
 
 def _integer(digits: str) -> int:

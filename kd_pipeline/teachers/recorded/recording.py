@@ -18,8 +18,9 @@ from kd_pipeline._core.paths import argument_path
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.teachers.base import is_logits
 from kd_pipeline.teachers.recorded.encoding import MAX_SCALE, decode
-from kd_pipeline.teachers.recorded.files import RecordingReader
+from kd_pipeline.teachers.recorded.folder import LocalFolder
 from kd_pipeline.teachers.recorded.manifest import CHECKSUM, SAMPLE, RecordingManifest
+from kd_pipeline.teachers.recorded.reader import RecordingReader
 from kd_pipeline.teachers.settings import TeacherSettings, refuse_unused
 
 __all__ = ["Recording", "open_recording"]
@@ -48,7 +49,8 @@ class Recording:
             TeacherError: there is no recording, or it is damaged.
         """
         self.path = argument_path(path)
-        self.manifest = manifest = RecordingManifest.load(self.path)
+        folder = LocalFolder(self.path)
+        self.manifest = manifest = folder.load_manifest()
         self.num_verified = num_verified
         self.precision = manifest.teacher.precision
         """Of the recorded teacher."""
@@ -63,12 +65,10 @@ class Recording:
         """Host time spent on reading, in seconds."""
         self.num_calls = 0
         """Batches read so far."""
-        self._reader = RecordingReader(self.path, manifest)
-
-    @property
-    def num_epochs(self) -> int:
-        """Number of complete epochs."""
-        return self.manifest.epochs_done
+        parts = folder.find_parts(manifest)
+        self.num_epochs = parts.num_epochs
+        """Complete epochs, up to the first one that is not."""
+        self._reader = RecordingReader(folder, manifest, parts)
 
     def check_classes(self, classes: Sequence[str] | None) -> None:
         """Check that the recorded classes are `classes`, the data's; no error if one side has no names, or no logits.
@@ -137,21 +137,19 @@ class Recording:
                 f"{self.num_epochs} complete epochs; record more with kd-pipeline record --epochs, which resumes"
             )
         outside = position[(position < 0) | (position >= self.manifest.num_rows)]
-        rows = self._reader.read(SAMPLE, epoch, position[: 0 if len(outside) else None])
-        missing = [*outside.tolist(), *position[: len(rows)][rows == 0].tolist()]
-        if missing:
+        if len(outside):
             raise StateError(
-                f"position {missing[0]} of epoch {epoch + 1} is not in the recording in {self.path}, which has "
+                f"position {outside[0]} of epoch {epoch + 1} is not in the recording in {self.path}, which has "
                 f"{self.manifest.num_rows} positions; record the teacher again"
             )
-        samples: NDArray[np.int64] = rows.astype(np.int64) - 1
+        samples: NDArray[np.int64] = self._reader.read(SAMPLE, epoch, position).astype(np.int64) - 1
         if (is_outside := (samples < 0) | (samples >= self.manifest.num_rows)).any():
             row = int(np.flatnonzero(is_outside)[0])
             raise self._damaged(epoch, position[row], f"the sample {samples[row]} of {self.manifest.num_rows}")
         return samples
 
     def checksums(self, epoch: int, position: NDArray[np.int64]) -> NDArray[np.uint32]:
-        """`[N]`, checksums of the recorded images at these positions; see `files.checksums`."""
+        """`[N]`, checksums of the recorded images at these positions; see `checksums.checksums`."""
         return self._reader.read(CHECKSUM, epoch, position)
 
     def read(
@@ -210,8 +208,7 @@ class Recording:
         if not is_possible.all():
             row = int(np.flatnonzero(~is_possible.reshape(len(scales), -1).all(1))[0])
             found = scales[row][~is_possible[row]].flat[0]
-            file = self._reader.columns[name].file
-            raise self._damaged(epoch, position[row], f"the scale {found} in {file}")
+            raise self._damaged(epoch, position[row], f"the scale {found} in {name}")
 
     def _damaged(self, epoch: int, position: int, found: str) -> TeacherError:
         return TeacherError(

@@ -19,7 +19,7 @@ SHAPES = {"pooled": (24,), "spatial": (17, 24), "map": (24, 4, 5)}
 
 def of(**outputs: RecordedOutput) -> RecordingManifest:
     facts = TeacherInfo(fingerprint="f", backend="pytorch", precision="fp32", classes=None)
-    return RecordingManifest(teacher=facts, outputs=outputs, stream={}, num_rows=1, epochs=1)
+    return RecordingManifest(teacher=facts, outputs=outputs, stream={}, num_rows=1, part_rows=1)
 
 
 def manifest(top_k: int | None, dtype: Any = "float32", num_classes: int = NUM_CLASSES) -> RecordingManifest:

@@ -1,18 +1,17 @@
 """The manifest of a recording from a stranger is read as what it should be, or refused in one line."""
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kd_pipeline.errors import KDPipelineError, TeacherError
-from kd_pipeline.teachers.recorded.manifest import RecordingManifest
 from kd_pipeline.teachers.recorded.recording import Recording
 from tests.no_files import NO_FILES, sparse
-from tests.recordings import GOOD, small_recording
+from tests.recordings import GOOD, part_of, small_recording
 
 _BULK = 2**14
 
@@ -73,9 +72,11 @@ def complaint(folder: Path) -> str:
         ),
         ({"num_rows": 2**62}, "num_rows: Input should be less than"),
         ({"num_rows": -1}, "num_rows: Input should be greater than or equal to 1"),
-        ({"num_rows": 2**39, "epochs": 2**39}, "bytes for an image"),
-        ({"epochs": 10**40}, "it has a number of 41 digits"),
-        ({"epochs_done": 2}, "2 epochs are done of 1"),
+        ({"num_rows": 2**39, "part_rows": 2**39, **of("map", [2**10, 2**10])}, "for an epoch, and at most"),
+        ({"num_rows": 10**40}, "it has a number of 41 digits"),
+        ({"num_rows": 2**39}, "part_rows is 25 for 549755813888 rows; at most 1048576 parts"),
+        ({"part_rows": 0}, "part_rows: Input should be greater than or equal to 1"),
+        ({"epochs": 1}, "epochs: Extra inputs are not permitted"),
         ({"stream": None}, "stream: Input should be an object"),
         ({"stream": {"a": float("nan")}}, "stream.a"),
         ({"stream": {"a": [[[[1]]]]}}, "stream.a"),
@@ -130,23 +131,13 @@ def test_special_file_as_manifest_is_refused(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
-@pytest.mark.parametrize("name", ["sample.bin", "logits.values.bin"])
-def test_special_file_as_column_is_refused(folder: Path, kind: str, name: str) -> None:
+def test_special_file_as_part_is_refused(folder: Path, kind: str) -> None:
     make, reason = NO_FILES[kind]
-    (folder / name).unlink()
-    make(folder / name)
-    with pytest.raises(TeacherError, match=rf"is damaged: .*/{name} cannot be read: {reason}"):
-        Recording(folder)
-
-
-def test_columns_are_plain_files_in_the_folder(folder: Path) -> None:
-    names = ["../../x", "/etc/passwd", "..", ".", "%2e%2e", "a/b", "layer4.1.conv2", "dino.spatial"]
-    manifest = RecordingManifest.model_validate(
-        GOOD | {"outputs": {name: {"shape": [1], "dtype": "int8"} for name in names}}
-    )
-    files = [column.file for column in manifest.columns.values()]
-    assert len(set(files)) == len(files) == 2 + 2 * len(names)
-    assert all(file == os.path.basename(file) and file.endswith(".bin") and "\0" not in file for file in files)
+    path = part_of(folder)
+    path.unlink()
+    make(path)
+    with pytest.raises(TeacherError, match=rf"is damaged: {path} cannot be read: {reason}"):
+        Recording(folder).samples(0, np.arange(1))
 
 
 def test_random_damage_is_read_or_refused(folder: Path) -> None:

@@ -20,7 +20,7 @@ from kd_pipeline.errors import ConfigError, StateError, TeacherError
 from kd_pipeline.evaluation.probe import probe_teacher
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.open import open_teacher
-from kd_pipeline.teachers.recorded.manifest import RecordingManifest
+from kd_pipeline.teachers.recorded.parts import column_offsets
 from kd_pipeline.teachers.recorded.recording import Recording, open_recording
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
 from kd_pipeline.workflows.teacher import open_run_teacher
@@ -30,12 +30,16 @@ from tests.recordings import (
     NUM_EPOCHS,
     PLUGINS,
     TOP_2,
+    column,
     config,
     edit,
     live,
+    manifest_of,
+    part_of,
     recorded,
     replayed,
     replaying,
+    set_column,
     small_recording,
 )
 from tests.streams import TRAIN, assert_same, global_rows, rows, run
@@ -154,7 +158,7 @@ def test_outputs_belong_to_caller(plain: Path) -> None:
 def test_named_outputs_are_read_alone(copy: Path) -> None:
     recording, position = Recording(copy), np.arange(5)
     whole = recording.read(0, position)
-    os.truncate(copy / "features.values.bin", 0)
+    os.truncate(part_of(copy), column_offsets(recording.manifest, 37)["features.values"])  # the last column
     found = recording.read(0, position, outputs=("logits",))
     assert found.keys() == {"logits"} and torch.equal(found["logits"], whole["logits"])
 
@@ -300,48 +304,37 @@ def test_each_start_checks_different_images(photo_folder: Path, plain: Path, mon
 
 
 def test_swapped_samples_are_refused(photo_folder: Path, copy: Path) -> None:
-    file = copy / "sample.bin"
-    samples = np.fromfile(file, "<i4")
-    samples[[3, 4]] = samples[[4, 3]]
-    samples.tofile(file)
+    samples = column(copy, "sample")
+    samples[0, [3, 4]] = samples[0, [4, 3]]
+    set_column(copy, "sample", samples)
     with (
         replaying(photo_folder, copy, verify=0) as loader,
         pytest.raises(
             StateError,
-            match=rf"at position 3 of epoch 1 it has sample {samples[3] - 1}, and sample {samples[4] - 1} is shown",
+            match=rf"at position 3 of epoch 1 it has sample {samples[0, 3] - 1}, and sample {samples[0, 4] - 1} is",
         ),
     ):
         next(iter(loader))
 
 
-def test_missing_row_is_refused(photo_folder: Path, copy: Path) -> None:
-    samples = np.fromfile(copy / "sample.bin", "<i4")
-    samples[10] = 0
-    samples.tofile(copy / "sample.bin")
-    with (
-        replaying(photo_folder, copy, verify=0) as loader,
-        pytest.raises(StateError, match="position 10 of epoch 1 is not"),
-    ):
-        list(loader)
+@pytest.mark.parametrize("num_bytes", [1, -1])
+def test_part_of_other_size_is_refused(copy: Path, num_bytes: int) -> None:
+    path = part_of(copy)
+    size = path.stat().st_size
+    os.truncate(path, size + num_bytes)
+    with pytest.raises(TeacherError, match=rf"{path.name} has {size + num_bytes} bytes and not {size}; copy or record"):
+        Recording(copy).samples(0, np.arange(1))
 
 
-@pytest.mark.parametrize("name", ["sample.bin", "checksum.bin", "logits.values.bin", "features.values.bin"])
-def test_truncated_file_is_refused(copy: Path, name: str) -> None:
-    size = (copy / name).stat().st_size
-    with (copy / name).open("r+b") as file:
-        file.truncate(size - 1)
-    with pytest.raises(TeacherError, match=rf"{name} has {size - 1} bytes and not {size}"):
-        Recording(copy)
-
-
-@pytest.mark.parametrize("name", ["sample.bin", "logits.values.bin", "logits.rest.bin"])
-def test_file_cut_off_while_used_is_an_error(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["sample", "logits.values", "logits.rest"])
+def test_part_cut_off_while_used_is_an_error(tmp_path: Path, name: str) -> None:
     """It would end the process with SIGBUS if the file were memory-mapped."""
     recording = Recording(small_recording(tmp_path / "recording", outputs=TOP_2))
     position = np.arange(30, 40)
     recording.replay(0, position, position)
-    os.truncate(recording.path / name, 17)
-    with pytest.raises(TeacherError, match=rf"{name} cannot be read: it was cut off while it was used; copy or record"):
+    path = part_of(recording.path, start=25)
+    os.truncate(path, column_offsets(recording.manifest, 15)[name] + 2)
+    with pytest.raises(TeacherError, match=rf"{path.name} cannot be read: it was cut off while it was used; copy or"):
         recording.replay(0, position, position)
 
 
@@ -356,9 +349,9 @@ def test_rows_in_any_order_are_those_of_their_positions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sample", [40, 2**30, -7])
 def test_sample_out_of_range_is_named(tmp_path: Path, sample: int) -> None:
     recording = Recording(small_recording(tmp_path / "recording"))
-    samples = np.arange(1, 41, dtype="<i4")
-    samples[5] = sample + 1
-    samples.tofile(recording.path / "sample.bin")
+    samples = column(recording.path, "sample")
+    samples[0, 5] = sample + 1
+    set_column(recording.path, "sample", samples)
     with pytest.raises(TeacherError, match=rf"at position 5 of epoch 1 it has the sample {sample} of 40"):
         recording.samples(0, np.arange(10))
 
@@ -366,9 +359,9 @@ def test_sample_out_of_range_is_named(tmp_path: Path, sample: int) -> None:
 @pytest.mark.parametrize("index", [30_000, 3, -1])
 def test_class_out_of_range_is_named(tmp_path: Path, index: int) -> None:
     recording = Recording(small_recording(tmp_path / "recording", outputs=TOP_2))
-    classes = np.zeros((40, 2), "<i2")
-    classes[21, 1] = index
-    classes.tofile(recording.path / "logits.classes.bin")
+    classes = column(recording.path, "logits.classes")
+    classes[0, 21, 1] = index
+    set_column(recording.path, "logits.classes", classes)
     recording.replay(0, np.arange(20), np.arange(20))
     with pytest.raises(TeacherError, match=rf"at position 21 of epoch 1 it has the class {index} of 3"):
         recording.replay(0, np.arange(20, 30), np.arange(20, 30))
@@ -378,20 +371,22 @@ def test_class_out_of_range_is_named(tmp_path: Path, index: int) -> None:
 def test_scale_out_of_range_is_named(tmp_path: Path, scale: float) -> None:
     recording = Recording(small_recording(tmp_path / "recording", outputs=INT8))
     assert recording.outputs["spatial"].num_prefix_tokens == 1
-    scales = np.ones((40, 2), "<f4")
-    scales[21, 1] = scale
-    scales.tofile(recording.path / "spatial.scale.bin")
+    scales = column(recording.path, "spatial.scale")
+    scales[0, 21, 1] = scale
+    set_column(recording.path, "spatial.scale", scales)
     recording.replay(0, np.arange(20), np.arange(20))
     found = np.float32(scale)
     with pytest.raises(TeacherError) as caught:
         recording.replay(0, np.arange(20, 30), np.arange(20, 30))
-    assert f"at position 21 of epoch 1 it has the scale {found} in spatial.scale.bin" in str(caught.value)
+    assert f"at position 21 of epoch 1 it has the scale {found} in spatial.scale;" in str(caught.value)
 
 
-def test_missing_file_is_named(copy: Path) -> None:
-    (copy / "checksum.bin").unlink()
-    with pytest.raises(TeacherError, match=r"checksum\.bin is missing"):
-        Recording(copy)
+def test_removed_part_is_named(copy: Path) -> None:
+    recording, path = Recording(copy), part_of(copy, epoch=1)
+    path.unlink()
+    with pytest.raises(TeacherError, match=rf"is damaged: {path} is missing; copy or record it again"):
+        recording.samples(1, np.arange(1))
+    assert Recording(copy).num_epochs == 1
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 2}', ""])
@@ -407,7 +402,7 @@ def test_folder_without_recording_is_refused(tmp_path: Path) -> None:
 
 
 def test_classes_in_other_order_are_refused(photo_folder: Path, copy: Path) -> None:
-    teacher = RecordingManifest.load(copy).teacher
+    teacher = manifest_of(copy).teacher
     edit(copy, teacher=teacher.model_copy(update={"classes": ("flower", "roof", "sky")}))
     recording = Recording(copy)
     recording.check_classes(("flower", "roof", "sky"))
@@ -452,15 +447,14 @@ def test_recording_is_no_ensemble_member() -> None:
 
 def test_probe_reads_recorded_logits(photo_folder: Path, copy: Path) -> None:
     labels = ImageFolder(photo_folder).labels
-    samples = np.fromfile(copy / "sample.bin", "<i4")[:37] - 1
-    logits = np.fromfile(copy / "logits.values.bin", "<f4").reshape(NUM_EPOCHS, 37, 3)
+    samples, logits = column(copy, "sample")[0] - 1, column(copy, "logits.values")
     assert labels is not None
     top1 = float((logits[0].argmax(1) == labels[samples]).mean())
     report = probe_teacher(config(photo_folder), Recording(copy))["logits"]
     assert report.num_samples == 37
     assert report.top1 == pytest.approx(top1)
     logits[0] = 5 * np.eye(3)[labels[samples]]
-    logits.tofile(copy / "logits.values.bin")
+    set_column(copy, "logits.values", logits)
     report = probe_teacher(config(photo_folder), Recording(copy))["logits"]
     assert report.top1 == 1 and not report.problems
 
@@ -479,7 +473,7 @@ def test_probe_skips_mixed_recording(photo_folder: Path, plain: Path, caplog: py
 
 def test_different_outputs_have_different_fingerprints(copy: Path) -> None:
     full = Recording(copy).fingerprint
-    about = RecordingManifest.load(copy)
+    about = manifest_of(copy)
     assert full == about.teacher.fingerprint
     found = {full}
     changes: list[dict[str, Any]] = [{"top_k": 1}, {"top_k": 2}, {"dtype": "float16"}]
@@ -488,15 +482,13 @@ def test_different_outputs_have_different_fingerprints(copy: Path) -> None:
         ("features", {"teacher_grid": (9, 9)}),
     ]:
         outputs = {**about.outputs, name: about.outputs[name].model_copy(update=each)}
-        about.model_copy(update={"outputs": outputs}).save(copy)
-        for part in ("logits.classes", "logits.rest", "features.scale"):
-            shutil.copy(copy / "features.values.bin", copy / f"{part}.bin")
+        edit(copy, outputs=outputs)
         found.add(Recording(copy).fingerprint)
     assert len(found) == 6
 
 
 def test_part_of_exact_outputs_has_fingerprint_of_teacher(copy: Path) -> None:
-    about = RecordingManifest.load(copy)
-    about.model_copy(update={"outputs": {"features": about.outputs["features"]}}).save(copy)
+    about = manifest_of(copy)
+    edit(copy, outputs={"features": about.outputs["features"]})
     recording = Recording(copy)
     assert recording.fingerprint == about.teacher.fingerprint and list(recording.outputs) == ["features"]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_pipeline.teachers.recorded import files
-from kd_pipeline.teachers.recorded.files import checksums
+from kd_pipeline.teachers.recorded import checksums as module
+from kd_pipeline.teachers.recorded.checksums import checksums
 from tests.networks import random_images
 
 
@@ -22,7 +22,7 @@ def test_gpu_checksums_equal_cpu_checksums(dtype: torch.dtype) -> None:
     """The GPU's algorithm, run on a CPU."""
     images = random_images(40).to(dtype)
     bits = images.flatten(1).view(torch.int32 if dtype == torch.float32 else torch.int16)
-    assert np.array_equal(files._sums_on_gpu(bits, files._factors(bits.shape[1])), checksums(images))
+    assert np.array_equal(module._sums_on_gpu(bits, module._factors(bits.shape[1])), checksums(images))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
