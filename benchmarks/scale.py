@@ -1,34 +1,39 @@
-"""Measure how start, memory and resuming of a loader grow with the number of files, and with the number of ranks."""
+"""Measure how start, memory and resuming of a loader grow with the number of samples, and with the number of ranks."""
 
 import argparse
 import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
-from PIL import Image
 from pydantic import Field, PositiveInt
 
 from benchmarks.command import run_benchmark
-from benchmarks.scale_worker import RESUME_AT, ListTask, StartSample, run_ranks, start_in_process
+from benchmarks.scale_data import link_folder, link_shards, write_images, write_list
+from benchmarks.scale_worker import RESUME_AT, DataTask, Kind, StartSample, run_ranks, start_in_process
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, format_table, prepare_out, save_result, spread
 from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.cli.arguments import add_options
-from kd_pipeline.data.sources import ImageFolder
-from kd_pipeline.errors import ConfigError, DataError
+from kd_pipeline.errors import ConfigError
 
-_NUM_FILES = 250
-"""Image files that the entries of all lists refer to."""
-_NUM_CLASSES = 10
-_FILE_SIZE = (64, 48)
-"""Width and height of the images, small because reading them is not what is measured."""
+_COUNTS = {
+    "folders": "images in folders; none to measure no folder (default: 1000000)",
+    "shards": "samples in tar shards; none to measure no shards (default: 1000000)",
+    "ranks": "numbers of processes that share one list; none for no sharing (default: 1 2 4)",
+}
+"""Options that may have no value."""
+_SETTLE_S = 61.0
+"""How long a folder must be unchanged before an index of it is kept, and a bit."""
+_ENTRY_BYTES = 38
+"""Of a line of a list."""
 _DISK_FACTOR = 2.5
 """Bytes on disk for each byte of a list: the list, its index, and some space to spare."""
 
@@ -41,6 +46,10 @@ class BenchScaleSettings(Settings):
     does not exist."""
     sizes: tuple[PositiveInt, ...] = Field(default=(10**3, 10**4, 10**5, 10**6, 10**7), min_length=1)
     """Entries in the lists."""
+    folders: tuple[Annotated[int, Field(gt=0, le=15_000_000)], ...] = (10**6,)
+    """Images in folders; each is a hard link to one of 250 files, and a file system has a limit of these."""
+    shards: tuple[PositiveInt, ...] = (10**6,)
+    """Samples in tar shards of 10,000, each a hard link to the first; 10**8 need 5 GB of disk and 10 GB of memory."""
     ranks: tuple[PositiveInt, ...] = (1, 2, 4)
     """Numbers of processes that share one list."""
     ranks_size: int = Field(default=10**5, gt=0)
@@ -59,14 +68,16 @@ class BenchScaleSettings(Settings):
 
 @dataclass(frozen=True, slots=True)
 class ScaleRow:
-    """What a list of one size costs."""
+    """What data of one kind and size costs."""
 
-    num_entries: int
+    kind: Kind
+    num_samples: int
     list_bytes: int
+    """0 for what is no list."""
     index_bytes: int
-    """Of the cached index; 0 for a list too short to have one."""
+    """Of the cached index; 0 for data too small to have one."""
     first: StartSample
-    """Of the first process, which parses the list."""
+    """Of the first process, which parses the list, scans the folder or indexes the first shard."""
     again: tuple[StartSample, ...]
     """Of later processes, which find the index."""
 
@@ -105,11 +116,12 @@ class ScaleResult:
     def table(self) -> str:
         """Plain text: a line for each size and each number of ranks, and below them what the numbers are."""
         resume = [f"resume {share:.0%} s" for share in RESUME_AT]
-        header = ["entries", "first open s", "open s", "first batch s", "both s", "fingerprint s", *resume]
+        header = ["data", "samples", "first open s", "open s", "first batch s", "both s", "fingerprint s", *resume]
         header += ["order s", "plan ms/batch", "state bytes", "peak MiB"]
         sizes = [
             [
-                f"{row.num_entries:10,}",
+                f"{row.kind:10}",
+                f"{row.num_samples:,}",
                 f"{row.first.open_s:.2f}",
                 f"{row.median(lambda it: it.open_s):.2f}",
                 f"{row.median(lambda it: it.first_batch_s):.2f}",
@@ -147,7 +159,8 @@ class ScaleResult:
         ]
         note = (
             f"Medians of {len(self.sizes[0].again)} processes or repeats on {self.environment['num_cores']} core(s), "
-            "without imports. First open: the list is parsed; open: its index is found, from one megabyte on."
+            "without imports. First open: a list is parsed, a folder scanned, one shard indexed; open: the index is "
+            "found, from lists of a megabyte and folders of 16,384 images on."
         )
         return "\n".join([*format_table(header, sizes), "", *format_table(ranks_header, ranks), note])
 
@@ -169,8 +182,9 @@ def bench_scale(settings: BenchScaleSettings, *, report: Callable[[str], object]
     """Measure what lists of growing size cost before, at and after the first batch, and how ranks share one.
 
     The lists are CSV files in a temporary folder, with paths and class names that refer to the same 250 small JPEG
-    files over and over: this makes no difference to an index, and decoding is not what is measured. What was just
-    written is in memory; after a restart of the machine, reading the list or its index adds to the times.
+    files over and over, folders have hard links to these, and shards are hard links to one: this makes no difference to
+    an index, and decoding is not what is measured. What was just written is in memory; after a restart of the machine,
+    reading the list or the index adds to the times. The first process looks through one shard only.
 
     Each start happens in a new process, which has its own memory; imports are not timed. The first process finds no
     index, and the others find the one it leaves. Ranks run at the same time, one process each, with the threads
@@ -186,17 +200,19 @@ def bench_scale(settings: BenchScaleSettings, *, report: Callable[[str], object]
     num_threads = settings.num_threads or num_cores()
     with tempfile.TemporaryDirectory(prefix="kd_pipeline-bench-") as temporary:
         folder = Path(temporary)
-        lines = _write_images(folder / "photographs", root)
-        list_bytes = max(*settings.sizes, settings.ranks_size) * len("".join(lines).encode()) // _NUM_FILES
-        _check_disk(folder, list_bytes)
+        images = write_images(folder / "photographs", root)
+        _check_disk(folder, max(*settings.sizes, settings.ranks_size))
         sizes = []
-        for size in settings.sizes:
-            task = _write_list(folder, lines, size, settings.batch_size, num_threads)
+        samples: dict[Kind, tuple[int, ...]] = {
+            "list": settings.sizes, "folder": settings.folders, "shards": settings.shards
+        }  # fmt: skip
+        for kind, size in ((kind, size) for kind, counts in samples.items() for size in counts):
+            task = _prepare(folder, kind, images, size, settings.batch_size, num_threads)
             sizes.append(_measure_size(task, size, settings.repeats, report))
         ranks = []
         for num_ranks in settings.ranks:
             own = max(1, num_threads // num_ranks)
-            task = _write_list(folder, lines, settings.ranks_size, settings.batch_size, own)
+            task = _prepare(folder, "list", images, settings.ranks_size, settings.batch_size, own)
             rates, memory = run_ranks(task, num_ranks, num_batches=settings.num_batches, repeats=settings.repeats)
             ranks.append(RanksRow(num_ranks, own, rates, memory))
             report(f"{num_ranks} rank(s), images/s: {', '.join(f'{total:,.0f}' for total in ranks[-1].total)}")
@@ -206,24 +222,8 @@ def bench_scale(settings: BenchScaleSettings, *, report: Callable[[str], object]
     return result
 
 
-def _write_images(folder: Path, root: Path) -> list[str]:
-    """Write small copies of images in `root`; return lines of a list that refer to each of them once."""
-    source, lines = ImageFolder(root, labeled=False), []
-    for number in range(_NUM_FILES):
-        original = source.name(number * len(source) // _NUM_FILES)
-        class_name = f"class {number % _NUM_CLASSES}"
-        path = folder / class_name / f"{number:05}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with Image.open(original) as image:
-                image.convert("RGB").resize(_FILE_SIZE).save(path)
-        except OSError as exc:
-            raise DataError(f"{original}: Pillow cannot read it ({exc}); give another root") from exc
-        lines.append(f"{path.relative_to(folder.parent)},{class_name}\n")
-    return lines
-
-
-def _check_disk(folder: Path, list_bytes: int) -> None:
+def _check_disk(folder: Path, num_entries: int) -> None:
+    list_bytes = num_entries * _ENTRY_BYTES
     needed, free = round(_DISK_FACTOR * list_bytes), shutil.disk_usage(folder).free
     if needed > free:
         raise ConfigError(
@@ -232,39 +232,47 @@ def _check_disk(folder: Path, list_bytes: int) -> None:
         )
 
 
-def _write_list(folder: Path, lines: list[str], num_entries: int, batch_size: int, num_threads: int) -> ListTask:
-    path = folder / f"{num_entries}.csv"
-    block = "".join(lines)
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(num_entries // len(lines)):
-            file.write(block)
-        file.writelines(lines[: num_entries % len(lines)])
-    return ListTask(path, folder / f"cache of {num_entries}", batch_size, num_threads)
+def _prepare(
+    folder: Path, kind: Kind, images: Sequence[Path], size: int, batch_size: int, num_threads: int
+) -> DataTask:
+    """Make data of a kind and size; what there was in its place is left."""
+    path = folder / (f"{size}.csv" if kind == "list" else f"{kind} of {size}")
+    if kind == "list":
+        write_list(path, images, size)
+    elif kind == "folder":
+        link_folder(path, images, size)
+        time.sleep(_SETTLE_S)
+    else:
+        path = link_shards(path, images, size)
+    return DataTask(path, folder / f"cache of {kind} {size}", batch_size, num_threads, kind)
 
 
-def _measure_size(task: ListTask, num_entries: int, repeats: int, report: Callable[[str], object]) -> ScaleRow:
+def _measure_size(task: DataTask, num_samples: int, repeats: int, report: Callable[[str], object]) -> ScaleRow:
     starts = []
     for number in range(1 + repeats):
         starts.append(start_in_process(task, number))
         last = starts[-1]
         report(
-            f"{num_entries:,} entries, process {number + 1} of {1 + repeats}: open {last.open_s:.2f} s, "
+            f"{task.kind} of {num_samples:,}, process {number + 1} of {1 + repeats}: open {last.open_s:.2f} s, "
             f"first batch {last.first_batch_s:.2f} s"
         )
     index_bytes = sum(path.stat().st_size for path in task.cache.rglob("*.index"))
-    row = ScaleRow(num_entries, task.path.stat().st_size, index_bytes, starts[0], tuple(starts[1:]))
-    task.path.unlink()
+    list_bytes = task.path.stat().st_size if task.kind == "list" else 0
+    if task.kind == "list":
+        task.path.unlink()
+    else:
+        shutil.rmtree(task.path if task.kind == "folder" else task.path.parent)
     shutil.rmtree(task.cache, ignore_errors=True)
-    return row
+    return ScaleRow(task.kind, num_samples, list_bytes, index_bytes, starts[0], tuple(starts[1:]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with these arguments and return the exit status."""
     parser = argparse.ArgumentParser("python -m benchmarks.scale", description=__doc__)
-    fields = [name for name in BenchScaleSettings.model_fields if name not in ("ranks", "out")]
+    fields = [name for name in BenchScaleSettings.model_fields if name not in (*_COUNTS, "out")]
     add_options(parser, BenchScaleSettings, *fields)
-    text = "numbers of processes that share one list; none for no sharing (default: 1 2 4)"
-    parser.add_argument("--ranks", nargs="*", metavar="N", help=text)
+    for name, text in _COUNTS.items():
+        parser.add_argument(f"--{name}", nargs="*", metavar="N", help=text)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_scale.json"), help="JSON file for the result")
     return run_benchmark(parser, BenchScaleSettings, bench_scale, arguments)
 

@@ -1,4 +1,4 @@
-"""Measurements in separate processes: opening a list and its first batch, or ranks that share a list."""
+"""Measurements in separate processes: opening data and its first batch, or ranks that share a list."""
 
 import json
 import os
@@ -8,71 +8,93 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from kd_pipeline._core.child_process import spawn_context
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench.measure import peak_memory_bytes
+from kd_pipeline.data.order import ShardShuffle
 from kd_pipeline.data.plan import Plan, Shard, uniforms
-from kd_pipeline.data.sources import FileList
+from kd_pipeline.data.sources import FileList, ImageFolder, Source
+from kd_pipeline.data.sources.tar import Tar
+from kd_pipeline.data.sources.tar_index import Shard as TarShard
+from kd_pipeline.data.sources.tar_samples import ShardSamples
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import DataError
 from kd_pipeline.loader.loader import KDDataLoader
 
-__all__ = ["RESUME_AT", "ListTask", "StartSample", "run_ranks", "start_in_process"]
+__all__ = ["RESUME_AT", "DataTask", "Kind", "StartSample", "run_ranks", "start_in_process"]
+
+Kind = Literal["list", "folder", "shards"]
 
 RESUME_AT = (0.01, 0.9)
 """Fractions of an epoch after which a loader resumes."""
 _SIZE = 32
 """Height and width of the transformed images."""
+_BUFFER = 100_000
+"""Samples of shards that are mixed."""
 _NUM_PLANNED = 200
 """Batches whose planning is timed."""
 _NUM_WARM_UP = 5
 """Batches before the timed ones; more than a loader prefetches."""
 _BARRIER_TIMEOUT_S = 300.0
 """How long ranks wait for each other."""
-_ADVICE = "usually for lack of memory: measure shorter lists, or fewer ranks"
+_ADVICE = "usually for lack of memory: measure less, or fewer ranks"
 
 
 @dataclass(frozen=True, slots=True)
-class ListTask:
+class DataTask:
     """What a process opens."""
 
     path: Path
-    """The list."""
+    """The list, the folder, or the pattern of the shards."""
     cache: Path
     """Folder of its index, in place of the user's own cache."""
     batch_size: int
     num_threads: int
+    kind: Kind = "list"
 
-    def open_list(self) -> FileList:
-        """Open the list, from its index if there is one."""
+    def open_source(self) -> Source:
+        """Open the data, from its index if there is one."""
         os.environ["XDG_CACHE_HOME"] = str(self.cache)
-        return FileList(self.path)
+        match self.kind:
+            case "list":
+                return FileList(self.path)
+            case "folder":
+                return ImageFolder(self.path)
+            case "shards":
+                return Tar(self.path)
 
-    def open_loader(self, source: FileList, shard: Shard | None = None) -> KDDataLoader:
+    def open_loader(self, source: Source, shard: Shard | None = None) -> KDDataLoader:
         """Open a loader of small images."""
         return KDDataLoader(
             source,
             TrainTransform(size=_SIZE),
             batch_size=self.batch_size,
+            shuffle=self.shuffle,
             shard=shard or Shard(),
             device="cpu",
             num_threads=self.num_threads,
         )
 
+    @property
+    def shuffle(self) -> bool | ShardShuffle:
+        """Shards stay together, with samples mixed over ten of them."""
+        return ShardShuffle(buffer=_BUFFER) if self.kind == "shards" else True
+
 
 @dataclass(frozen=True, slots=True)
 class StartSample:
-    """What one process measured while opening a list and starting on it."""
+    """What one process measured while opening data and starting on it."""
 
     open_s: float
     first_batch_s: float
-    """From the opened list to the first batch."""
+    """From the opened data to the first batch."""
     fingerprint_s: float
     """Added to the first `state_dict` or `load_state_dict` of a process, which must identify the data."""
     resume_s: tuple[float, ...]
@@ -86,8 +108,8 @@ class StartSample:
     """Planning a batch: which samples, their paths, their random numbers."""
 
 
-def start_in_process(task: ListTask, number: int) -> StartSample:
-    """Open a list and start on it in a new process; the parity of `number` sets in which order it resumes.
+def start_in_process(task: DataTask, number: int) -> StartSample:
+    """Open data and start on it in a new process; the parity of `number` sets in which order it resumes.
 
     Raises:
         DataError: the process was killed.
@@ -100,7 +122,7 @@ def start_in_process(task: ListTask, number: int) -> StartSample:
 
 
 def run_ranks(
-    task: ListTask, num_ranks: int, *, num_batches: int, repeats: int
+    task: DataTask, num_ranks: int, *, num_batches: int, repeats: int
 ) -> tuple[tuple[tuple[float, ...], ...], tuple[int, ...]]:
     """Load a list with so many processes at once, each its own shard of every batch.
 
@@ -125,8 +147,10 @@ _barrier: Barrier
 """Of the ranks; set in their processes only."""
 
 
-def _start(task: ListTask, number: int) -> StartSample:
-    open_s, source = _timed(task.open_list)
+def _start(task: DataTask, number: int) -> StartSample:
+    if task.kind == "shards" and not number:
+        _scan_once()
+    open_s, source = _timed(task.open_source)
     started_s = time.perf_counter()
     with closing(task.open_loader(source)) as loader:
         next(iter(loader))
@@ -137,7 +161,7 @@ def _start(task: ListTask, number: int) -> StartSample:
             resume_s[share] = _resume(loader, state, share)
         # Before `_plan` shuffles a second time, next to the loader's own order.
         memory_bytes = peak_memory_bytes()
-        order_s, plan_s = _plan(source, task.batch_size)
+        order_s, plan_s = _plan(source, task)
     return StartSample(
         open_s=open_s,
         first_batch_s=first_batch_s,
@@ -148,6 +172,18 @@ def _start(task: ListTask, number: int) -> StartSample:
         order_s=order_s,
         plan_s=plan_s,
     )
+
+
+def _scan_once() -> None:
+    """Let this process look through the first shard only, to which all others are links."""
+    samples = cache(TarShard.samples)
+    first: list[TarShard] = []
+
+    def samples_of_first(shard: TarShard, *rest: Any, **options: Any) -> ShardSamples:
+        first.append(shard)
+        return samples(first[0], *rest, **options)
+
+    TarShard.samples = samples_of_first  # type: ignore[method-assign,assignment]
 
 
 def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
@@ -164,15 +200,18 @@ def _resume(loader: KDDataLoader, state: Mapping[str, Any], share: float) -> flo
     return time.perf_counter() - started_s
 
 
-def _plan(source: FileList, batch_size: int) -> tuple[float, float]:
+def _plan(source: Source, task: DataTask) -> tuple[float, float]:
     """Seconds for shuffling an epoch, and for planning a batch as the loader does, anywhere in it."""
-    plan, num_draws = Plan(num_samples=len(source), batch_size=batch_size), TrainTransform(size=_SIZE).num_draws
+    ends = getattr(source, "shard_ends", None)
+    plan = Plan(num_samples=len(source), batch_size=task.batch_size, shuffle=task.shuffle, shard_ends=ends)
+    num_draws = TrainTransform(size=_SIZE).num_draws
     order_s, epoch = _timed(lambda: plan.epoch(1))
     numbers = np.random.default_rng(0).integers(len(epoch), size=_NUM_PLANNED).tolist()
     started_s = time.perf_counter()
     for number in numbers:
         index = epoch[number].index
-        source.read(index)
+        if source.stores == "files":  # which are not read, but named
+            source.read(index)
         uniforms(index, seed=plan.seed, epoch=1, count=num_draws)
     return order_s, (time.perf_counter() - started_s) / len(numbers)
 
@@ -182,11 +221,11 @@ def _set_barrier(barrier: Barrier) -> None:
     _barrier = barrier
 
 
-def _run_rank(task: ListTask, shard: Shard, num_batches: int, repeats: int) -> tuple[tuple[float, ...], int]:
+def _run_rank(task: DataTask, shard: Shard, num_batches: int, repeats: int) -> tuple[tuple[float, ...], int]:
     """Images per second of one rank in every repeat, and its peak memory."""
     rates = []
     try:
-        with task.open_loader(task.open_list(), shard) as loader:
+        with task.open_loader(task.open_source(), shard) as loader:
             stream = _endless(loader)
             for _ in range(repeats):
                 _barrier.wait(_BARRIER_TIMEOUT_S)

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import scale, scale_worker
+from benchmarks import scale, scale_data, scale_worker
 from benchmarks.scale import BenchScaleSettings, RanksRow, ScaleResult, ScaleRow, bench_scale, main
-from benchmarks.scale_worker import ListTask, StartSample
+from benchmarks.scale_data import SHARD_SAMPLES, link_folder, link_shards, write_images
+from benchmarks.scale_worker import DataTask, StartSample
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources import FileList
+from kd_pipeline.data.sources import FileList, ImageFolder
+from kd_pipeline.data.sources.tar import Tar
 from kd_pipeline.errors import ConfigError, DataError
 
 NUM_SHORT, NUM_LONG = 1_000, 50_000
@@ -30,6 +32,8 @@ def measured(
     settings = BenchScaleSettings(
         root=photographs,
         sizes=(NUM_SHORT, NUM_LONG),
+        folders=(30,),
+        shards=(2 * SHARD_SAMPLES,),
         ranks=(2,),
         ranks_size=NUM_SHORT,
         batch_size=16,
@@ -39,6 +43,7 @@ def measured(
         out=here / "a/b.json",
     )
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scale, "_SETTLE_S", 0.0)
         patch.setattr(scale.tempfile, "tempdir", str(here / "tmp"))
         patch.setenv("XDG_CACHE_HOME", str(here / "cache"))
         result = bench_scale(settings, report=lines.append)
@@ -48,7 +53,8 @@ def measured(
 @pytest.mark.slow
 def test_each_size_has_a_first_and_later_starts(measured: tuple[ScaleResult, Any, Any, Any]) -> None:
     rows = measured[0].sizes
-    assert [row.num_entries for row in rows] == [NUM_SHORT, NUM_LONG]
+    counts = [("list", NUM_SHORT), ("list", NUM_LONG), ("folder", 30), ("shards", 2 * SHARD_SAMPLES)]
+    assert [(row.kind, row.num_samples) for row in rows] == counts
     for row in rows:
         assert len(row.again) == 1
         for start in (row.first, *row.again):
@@ -60,7 +66,8 @@ def test_each_size_has_a_first_and_later_starts(measured: tuple[ScaleResult, Any
 
 @pytest.mark.slow
 def test_list_above_a_megabyte_has_an_index(measured: tuple[ScaleResult, Any, Any, Any]) -> None:
-    short, long = measured[0].sizes
+    short, long, folder, shards = measured[0].sizes
+    assert folder.index_bytes == folder.list_bytes == shards.list_bytes == 0 < shards.index_bytes
     assert short.index_bytes == 0 and short.list_bytes < 2**20
     assert long.list_bytes > 2**20
     assert long.index_bytes > NUM_LONG * 8 * 2
@@ -84,7 +91,7 @@ def test_no_files_are_left(
 @pytest.mark.slow
 def test_json_file_has_the_result(measured: tuple[ScaleResult, Any, Path, Any]) -> None:
     result, lines, out, _ = measured
-    assert [line[:30] for line in lines[:2]] == [f"1,000 entries, process {number} of 2:"[:30] for number in (1, 2)]
+    assert [line[:30] for line in lines[:2]] == [f"list of 1,000, process {number} of 2:"[:30] for number in (1, 2)]
     assert lines[-1].startswith("2 rank(s), images/s: ")
     assert out.read_text() == result.to_json() + "\n"
     read = json.loads(out.read_text())
@@ -99,18 +106,18 @@ def test_table_has_medians_of_the_later_starts() -> None:
     def start(open_s: float, mib: int) -> StartSample:
         return StartSample(open_s, 1.0, 0.5, (0.25, 0.75), 840, mib * 2**20, 2.0, 0.0004)
 
-    row = ScaleRow(10**7, 1, 1, start(30.0, 9000), (start(1.0, 700), start(3.0, 1200), start(2.0, 800)))
+    row = ScaleRow("list", 10**7, 1, 1, start(30.0, 9000), (start(1.0, 700), start(3.0, 1200), start(2.0, 800)))
     ranks = RanksRow(2, 1, ((100.0, 50.0), (110.0, 80.0), (300.0, 60.0)), (2**29, 2**30))
     table = ScaleResult((row,), (ranks,), {}, {"num_cores": 2}).table().splitlines()
-    assert " ".join(table[1].split()) == "10,000,000 30.00 2.00 1.00 3.00 0.50 0.25 0.75 2.00 0.400 840 1,200"
+    assert " ".join(table[1].split()) == "list 10,000,000 30.00 2.00 1.00 3.00 0.50 0.25 0.75 2.00 0.400 840 1,200"
     assert " ".join(table[4].split()) == "2 1 190 150 360 60 1,024"
     assert len(table[0]) == len(table[1]) and len(table[3]) == len(table[4])
     assert table[5].startswith("Medians of 3 processes or repeats on 2 core(s)")
 
 
 def test_list_cycles_through_all_images(photographs: Path, tmp_path: Path) -> None:
-    lines = scale._write_images(tmp_path / "photographs", photographs)
-    task = scale._write_list(tmp_path, lines, 617, batch_size=7, num_threads=3)
+    images = write_images(tmp_path / "photographs", photographs)
+    task = scale._prepare(tmp_path, "list", images, 617, batch_size=7, num_threads=3)
     source = FileList(task.path)
     assert len(source) == 617 and source.num_classes == 10
     names = [source.name(index) for index in range(617)]
@@ -119,14 +126,34 @@ def test_list_cycles_through_all_images(photographs: Path, tmp_path: Path) -> No
     assert (task.batch_size, task.num_threads) == (7, 3)
 
 
+def test_folder_has_links_in_classes(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_data, "_FOLDER_FILES", 100)
+    images = write_images(tmp_path / "photographs", photographs)
+    link_folder(tmp_path / "folder", images, 617)
+    source = ImageFolder(tmp_path / "folder")
+    assert len(source) == 617 and source.num_classes == 7
+    assert len({os.stat(source.name(index)).st_ino for index in range(617)}) == 250
+
+
+def test_shards_are_links_to_one(photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_data, "SHARD_SAMPLES", 300)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = write_images(tmp_path / "photographs", photographs)
+    source = Tar(link_shards(tmp_path / "shards", images, 900))
+    assert source.shard_ends.tolist() == [0, 300, 600, 900] and source.num_classes == 10
+    assert [bytes(image) for image in source.read(np.array([3, 553]))] == [images[3].read_bytes()] * 2
+    with pytest.raises(ConfigError, match="shards: 1000 samples do not fill shards of 300; give a multiple"):
+        link_shards(tmp_path / "more", images, 1000)
+
+
 def test_resume_continues_with_the_right_batch(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = scale._write_images(tmp_path / "photographs", photographs)
+    images = write_images(tmp_path / "photographs", photographs)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = scale._write_list(tmp_path, lines, 500, batch_size=10, num_threads=1).path
-    task = ListTask(path, tmp_path / "cache", 10, 1)
-    source = task.open_list()
+    path = scale._prepare(tmp_path, "list", images, 500, batch_size=10, num_threads=1).path
+    task = DataTask(path, tmp_path / "cache", 10, 1)
+    source = task.open_source()
     with task.open_loader(source) as loader:
         order = [batch.index.tolist() for batch in loader]
         state = loader.state_dict()
@@ -147,13 +174,13 @@ def test_small_disk_is_an_error_before_measuring(photographs: Path, monkeypatch:
 
 @pytest.mark.slow
 def test_killed_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = ListTask(tmp_path / "1000.csv", tmp_path, 8, 1)
+    task = DataTask(tmp_path / "1000.csv", tmp_path, 8, 1)
     monkeypatch.setattr(scale_worker, "_start", _killed)
     with pytest.raises(DataError, match=r"opened 1000\.csv was killed, usually for lack of memory"):
         scale_worker.start_in_process(task, 0)
 
 
-def _killed(task: ListTask, number: int) -> None:
+def _killed(task: DataTask, number: int) -> None:
     os._exit(9)
 
 
@@ -161,11 +188,13 @@ def _killed(task: ListTask, number: int) -> None:
 def test_failing_rank_ends_the_others(tmp_path: Path) -> None:
     (tmp_path / "none.csv").write_text("a,b,c\n")
     with pytest.raises((DataError, RuntimeError)):
-        scale_worker.run_ranks(ListTask(tmp_path / "none.csv", tmp_path, 8, 1), 2, num_batches=1, repeats=1)
+        scale_worker.run_ranks(DataTask(tmp_path / "none.csv", tmp_path, 8, 1), 2, num_batches=1, repeats=1)
 
 
 def test_planning_covers_the_epoch(tmp_path: Path) -> None:
     class Source:
+        stores = "files"
+
         def __init__(self) -> None:
             self.seen: list[int] = []
 
@@ -176,7 +205,7 @@ def test_planning_covers_the_epoch(tmp_path: Path) -> None:
             self.seen += index.tolist()
 
     source = Source()
-    order_s, plan_s = scale_worker._plan(source, 10)  # type: ignore[arg-type]
+    order_s, plan_s = scale_worker._plan(source, DataTask(tmp_path, tmp_path, 10, 1))  # type: ignore[arg-type]
     assert order_s > 0 and plan_s > 0
     assert len(source.seen) == 2000 and len(np.unique(source.seen)) > 700
 
@@ -206,12 +235,12 @@ def test_ranks_load_shards_of_one_epoch(monkeypatch: pytest.MonkeyPatch, tmp_pat
         def wait(self, timeout: float) -> None: ...
 
     seen: list[Any] = []
-    monkeypatch.setattr(ListTask, "open_list", lambda task: "the list")
+    monkeypatch.setattr(DataTask, "open_source", lambda task: "the list")
     monkeypatch.setattr(
-        ListTask, "open_loader", lambda task, source, shard: [seen.append((source, shard)), Loader()][1]
+        DataTask, "open_loader", lambda task, source, shard: [seen.append((source, shard)), Loader()][1]
     )
     monkeypatch.setattr(scale_worker, "_barrier", Gate(), raising=False)
-    rates, _ = scale_worker._run_rank(ListTask(tmp_path, tmp_path, 4, 1), Shard(1, 2), 5, 3)
+    rates, _ = scale_worker._run_rank(DataTask(tmp_path, tmp_path, 4, 1), Shard(1, 2), 5, 3)
     assert seen == [("the list", Shard(1, 2))] and len(rates) == 3
 
 
@@ -221,7 +250,9 @@ def test_command_runs_with_its_options(monkeypatch: pytest.MonkeyPatch, capsys: 
     result = ScaleResult((), (), {}, {})
     monkeypatch.setattr(ScaleResult, "table", lambda self: "the table")
     monkeypatch.setattr(scale, "bench_scale", lambda settings, report: [got.append(settings), result][1])
-    assert main(["--sizes", "10", "20", "--ranks", "--num-threads", "3"]) == 0
-    assert got == [BenchScaleSettings(sizes=(10, 20), ranks=(), num_threads=3, out=Path("runs/bench_scale.json"))]
+    assert main(["--sizes", "10", "20", "--ranks", "--shards", "--num-threads", "3"]) == 0
+    assert got == [
+        BenchScaleSettings(sizes=(10, 20), ranks=(), shards=(), num_threads=3, out=Path("runs/bench_scale.json"))
+    ]
     assert capsys.readouterr().out == "the table\nall repeats: runs/bench_scale.json\n"
     assert main(["--sizes", "0"]) == 1 and "benchmarks.scale: --sizes: " in capsys.readouterr().err
