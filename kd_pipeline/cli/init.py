@@ -16,6 +16,7 @@ _EXAMPLES = """\
 examples:
   kd-pipeline init photos                 photos/train/<class>/... and photos/val/<class>/..., or photos/<class>/...
   kd-pipeline init photos -o birds.yaml
+  kd-pipeline init shards                 shards/train*.tar and shards/val*.tar, or shards/*.tar
 
 Nothing is asked, and no file is replaced. The comments in the file say what can be changed.
 """
@@ -26,7 +27,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     commands.add_parser(
         "init",
         parents=[common],
-        help="write a config with comments for a folder of images",
+        help="write a config with comments for a folder of images or tar shards",
         epilog=_EXAMPLES,
         add_options=_add_options,
         run=_run,
@@ -35,7 +36,11 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "folder", nargs="?", type=path_option, metavar="FOLDER", help="of images; without it the paths are examples"
+        "folder",
+        nargs="?",
+        type=path_option,
+        metavar="FOLDER",
+        help="of images or tar shards; without it the paths are examples",
     )
     parser.add_argument(
         "-o", "--out", type=path_option, default=Path("my.yaml"), metavar="PATH", help="the file to write"

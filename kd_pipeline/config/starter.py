@@ -1,15 +1,19 @@
-"""A config with comments for a folder of images: `kd-pipeline init`."""
+"""A config with comments for a folder of images or tar shards: `kd-pipeline init`."""
 
+import io
 import json
-import os
 import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from kd_pipeline.data.headers import UnreadableFileError
+from kd_pipeline.data.sources.base import Source
 from kd_pipeline.data.sources.image_folder import ImageFolder
+from kd_pipeline.data.sources.tar import Tar
 from kd_pipeline.errors import DataError
 
 __all__ = ["starter_config"]
@@ -29,6 +33,7 @@ class _Found:
     """What is in a folder."""
 
     train: str
+    """The source, as YAML."""
     val: str | None
     num_train: int | None
     num_classes: int | None
@@ -42,15 +47,21 @@ def starter_config(folder: Path | None, *, name: str) -> str:
 
     Args:
         folder: of class folders, of `train` and `val` with class folders, or of images at any depth without labels;
-            None for a config with paths to fill in.
+            or of tar shards, also `train*.tar` and `val*.tar`, or one shard; None for a config with paths to fill in.
         name: of the run folder, below `runs`.
 
     Raises:
         DataError: the folder cannot be read or has no images.
     """
-    found = _Found("images/train", "images/val", None, None, is_labeled=True, size=224)
+    found = _Found(_folder("images/train"), _folder("images/val"), None, None, is_labeled=True, size=224)
     if folder is not None:
-        found = _look_at(folder)
+        try:
+            found = _look_at(folder)
+        except DataError:
+            in_shards = _look_at_shards(folder)
+            if in_shards is None:
+                raise
+            found = in_shards
     seen = "" if found.num_train is None else f"{found.num_train:,} images"
     if found.num_classes is not None:
         seen += f" of {found.num_classes} classes"
@@ -76,16 +87,51 @@ def _look_at(folder: Path) -> _Found:
     )
     source = ImageFolder(root, labeled=is_labeled)
     num_classes = source.num_classes if is_labeled else None
-    val_root = None if val is None else str(folder / val)
-    return _Found(str(root), val_root, len(source), num_classes, is_labeled=is_labeled, size=_size(root, source))
+    return _Found(
+        _folder(str(root), is_labeled=is_labeled),
+        None if val is None else _folder(str(folder / val), is_labeled=is_labeled),
+        len(source),
+        num_classes,
+        is_labeled=is_labeled,
+        size=_size(root, source),
+    )
 
 
-def _size(root: Path, source: ImageFolder) -> int:
+def _look_at_shards(folder: Path) -> _Found | None:
+    """What is in tar shards; None if there are none here."""
+    if folder.suffix == ".tar":
+        train, val = str(folder), None
+    else:
+        splits = {
+            split: str(folder / pattern)
+            for split in (*_TRAIN, *_VAL, "")
+            for pattern in ((f"{split}*.tar", f"{split}/*.tar") if split else ("*.tar",))
+            if any(folder.glob(pattern))
+        }
+        train_split = next((split for split in (*_TRAIN, "") if split in splits), None)
+        if train_split is None:
+            return None
+        train = splits[train_split]
+        val = next((splits[split] for split in _VAL if split in splits), None) if train_split else None
+    source = Tar(train)
+    is_labeled = source.labels is not None
+    num_classes = source.num_classes if is_labeled else None
+    shown = [None if path is None else f"{{kind: tar, path: {_written(path)}}}" for path in (train, val)]
+    size = _size(folder, source)
+    return _Found(str(shown[0]), shown[1], len(source), num_classes, is_labeled=is_labeled, size=size)
+
+
+def _folder(root: str, *, is_labeled: bool = True) -> str:
+    """The source of a folder of images, as YAML."""
+    return f"{{kind: image_folder, root: {_written(root)}{'' if is_labeled else ', labeled: false'}}}"
+
+
+def _size(root: Path, source: Source) -> int:
     """The largest of the usual sizes that most images have without being enlarged."""
     sides = []
     for index in range(0, len(source), max(1, len(source) // _NUM_LOOKED_AT)):
         try:
-            with Image.open(os.path.join(root, source.name(index))) as image:
+            with Image.open(_file(source, index)) as image:
                 sides.append(min(image.size))
         except (OSError, ValueError, Image.DecompressionBombError):
             continue  # `kd-pipeline check` names unreadable images
@@ -94,8 +140,15 @@ def _size(root: Path, source: ImageFolder) -> int:
     return max([size for size in _SIZES if size <= statistics.median(sides)], default=_SIZES[0])
 
 
+def _file(source: Source, index: int) -> str | io.BytesIO:
+    """What Pillow opens."""
+    if source.stores == "files":
+        return source.name(index)
+    (content,) = source.read(np.array([index]))
+    return io.BytesIO(b"" if isinstance(content, UnreadableFileError) else content)
+
+
 def _data(found: _Found, seen: str) -> str:
-    labels = "" if found.is_labeled else ", labeled: false"
     batch_size = _MAX_BATCH
     while found.num_train is not None and batch_size > max(1, found.num_train // 4):
         batch_size //= 2
@@ -103,7 +156,7 @@ def _data(found: _Found, seen: str) -> str:
     val = (
         f"""\
   val: # images to judge the student by after each epoch; they are not trained on
-    source: {{kind: image_folder, root: {_written(found.val)}{labels}}}
+    source: {found.val}
     transform: {{preset: eval, size: {found.size}, resize: {resize}}}
 """
         if found.val is not None
@@ -111,7 +164,7 @@ def _data(found: _Found, seen: str) -> str:
   # There is no validation set, so nothing says how good the student is. Move a tenth of the images to another folder
   # of the same layout, and name it here:
   # val:
-  #   source: {{kind: image_folder, root: images/val{labels}}}
+  #   source: {_folder("images/val", is_labeled=found.is_labeled)}
   #   transform: {{preset: eval, size: {found.size}, resize: {resize}}}
 """
     )
@@ -120,8 +173,9 @@ data:
   batch_size: {batch_size} # as many as fit into memory; scale train.optimizer.lr along with it
   # num_threads: 8 # CPU threads that decode images; all cores without it. `kd-pipeline tune -c FILE` measures it
   train:{f" # {seen}" if seen else ""}
-    # kind: file_list reads a CSV file of paths and labels, and arrays a NumPy file; cifar10 and cifar100 are known.
-    source: {{kind: image_folder, root: {_written(found.train)}{labels}}}
+    # kind: file_list reads a CSV file of paths and labels, tar the shards of WebDataset, parquet tables of images, and
+    # arrays a NumPy file; cifar10 and cifar100 are known. docs/data.md has all of them.
+    source: {found.train}
     # Random crops and flips to size pixels, of at least a quarter of the image. Larger sizes take longer and see more.
     # Set flip: 0.0 if a mirrored image is a different thing, as with letters.
     transform: {{preset: train, size: {found.size}, area: [0.25, 1.0], flip: 0.5}}

@@ -8,9 +8,11 @@ from PIL import Image
 
 from kd_pipeline.config.config import Config, load_config
 from kd_pipeline.config.starter import starter_config
+from kd_pipeline.data.sources import open_source
 from kd_pipeline.errors import DataError
 from kd_pipeline.workflows._check import CheckSettings, check
 from kd_pipeline.workflows._train import train
+from tests.tar_files import write_tar
 
 
 def write_images(folder: Path, count: int, *, size: tuple[int, int] = (40, 48)) -> None:
@@ -52,6 +54,31 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     config = written(tmp_path / "photos", tmp_path)
     assert not config.data.split("train").source.model_dump()["labeled"]
     assert config.student is not None and config.student.is_headless
+
+
+@pytest.mark.parametrize("layout", ["train-0.tar val-0.tar", "train/0.tar val/0.tar", "0.tar", "one"])
+def test_tar_shards(tmp_path: Path, layout: str) -> None:
+    write_images(tmp_path / "images", 6)
+    files = {}
+    for number, path in enumerate(sorted((tmp_path / "images").iterdir())):
+        files |= {path.name: path.read_bytes(), f"{path.stem}.cls": str(number % 2).encode()}
+    names = ["0.tar"] if layout == "one" else layout.split()
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(tmp_path / "data" / name, files)
+    config = written(tmp_path / "data" / ("0.tar" if layout == "one" else ""), tmp_path)
+    for split in ("train", "val")[: len(names)]:
+        assert len(open_source(config.data.split(split).source)) == 6
+        assert str(config.data.split(split).source.model_dump()["path"]).endswith(".tar")
+    assert (config.data.val is None) == (len(names) == 1)
+    assert config.stage == "all" and config.data.split("train").transform.size == 32
+    assert "# 6 images of 2 classes" in (tmp_path / "my.yaml").read_text()
+
+
+def test_images_beside_their_archive_are_taken(tmp_path: Path) -> None:
+    write_images(tmp_path / "photos" / "cat", 3)
+    write_tar(tmp_path / "photos" / "photos.tar", {"a.jpg": b""})
+    assert written(tmp_path / "photos", tmp_path).data.split("train").source.kind == "image_folder"
 
 
 def test_without_a_folder_it_is_an_example(tmp_path: Path) -> None:
