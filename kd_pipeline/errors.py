@@ -7,6 +7,7 @@ KDPipelineError
 │   ├── BadSampleError
 │   ├── TooManyBadSamplesError
 │   └── StorageError
+│       ├── FileTooLargeError
 │       └── NoSuchFileError
 ├── TeacherError
 │   └── EngineError
@@ -24,6 +25,7 @@ __all__ = [
     "DataError",
     "EngineError",
     "ExportError",
+    "FileTooLargeError",
     "KDPipelineError",
     "MissingPackageError",
     "NoSuchFileError",
@@ -110,6 +112,10 @@ class StorageError(DataError):
         self.path, self.key, self.offset, self.reason = shown(path), key, offset, reason
         where = "".join([f", sample {key}" * (key is not None), f", byte {offset}" * (offset is not None)])
         super().__init__(f"{self.path}{where}: {reason}")
+
+
+class FileTooLargeError(StorageError):
+    """A file has more bytes than its reader allows, and was not read."""
 
 
 class NoSuchFileError(StorageError):

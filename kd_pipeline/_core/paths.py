@@ -102,8 +102,8 @@ def find_url(text: str) -> str | None:
     folder = url.rpartition("/")[0] if is_file and scheme in ("s3", "gs") else url
     command = f" ({_DOWNLOADS[scheme].format(url=shlex.quote(folder))})" if scheme in _DOWNLOADS else ""
     return (
-        f"{url} is a URL, and only files on a local or mounted disk are read; download it first{command}, and write "
-        "the path of the local copy"
+        f"{url} is a URL, and here only files on a local or mounted disk are read; download it first{command}, and "
+        "write the path of the local copy"
     )
 
 

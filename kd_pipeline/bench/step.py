@@ -115,6 +115,8 @@ def step_settings(config: Config, settings: BenchStepSettings, given: Collection
     train, teacher = config.data.train, config.teacher
     if train is None or not isinstance(train.source, ImageFolderSettings):
         raise ConfigError("bench step compares with torchvision's ImageFolder: data.train.source must be image_folder")
+    if not isinstance(train.source.root, Path):
+        raise ConfigError(f"bench step reads a folder on a disk, and data.train.source.root is {train.source.root!r}")
     if not isinstance(train.transform, TrainTransform):
         raise ConfigError("bench step measures training: data.train.transform must have preset: train")
     if not isinstance(teacher, TeacherSettings) or (teacher.onnx is None and teacher.model is None):

@@ -2,21 +2,22 @@
 
 import os
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.paths import Url
 from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, Source, open_source
 from kd_pipeline.data.sources.base import AnySourceSettings
-from kd_pipeline.data.sources.containers import user_path
+from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.custom import check_source
 from kd_pipeline.data.sources.paths import FileSource
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, shown
 from kd_pipeline.loader.batch_stream import BatchStream
 from kd_pipeline.loader.calibration import first_images, images_key
 from kd_pipeline.models.input_adapter import Normalization
@@ -37,7 +38,7 @@ def open_given_source(source: Any, plugins: Collection[str] = ()) -> Source:
     """The source that a loader reads.
 
     Args:
-        source: a source, its settings, or a path: a folder of class folders, a list, or arrays.
+        source: a source, its settings, or a path or URL: a folder of class folders, a list, or arrays.
         plugins: modules that the factory of a `custom` source may come from.
 
     Raises:
@@ -48,7 +49,7 @@ def open_given_source(source: Any, plugins: Collection[str] = ()) -> Source:
         case FileSource() | Arrays():
             return source
         case str() | os.PathLike():
-            return _open_path(user_path(os.fspath(source)))
+            return _open_path(user_location(source))
         case _ if isinstance(source, get_args(AnySourceSettings)):
             return open_source(source, plugins=plugins)
         case _ if not hasattr(type(source), "read"):
@@ -60,13 +61,13 @@ def open_given_source(source: Any, plugins: Collection[str] = ()) -> Source:
     return check_source(source, f"the source {type(source).__name__}")
 
 
-def _open_path(path: Path) -> Source:
-    suffix = path.suffix.lower()
+def _open_path(path: Path | Url) -> Source:
+    suffix = PurePosixPath(shown(path)).suffix.lower()
     if suffix in _LISTS:
         return FileList(path)
     if suffix in _ARRAYS:
         return Arrays(path)
-    if path.is_file():
+    if isinstance(path, Path) and path.is_file():
         raise ConfigError(
             f"source is the file {path}; a list ends in {', '.join(_LISTS)}, and arrays in {' or '.join(_ARRAYS)}; "
             "name it so, or give a folder of class folders"

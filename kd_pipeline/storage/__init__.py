@@ -1,7 +1,7 @@
 """Files where they are: local disks and URLs behind one protocol."""
 
-from kd_pipeline.errors import NoSuchFileError, StorageError, shown
-from kd_pipeline.storage.base import FileStat, Store, StoreSettings, scheme_of
+from kd_pipeline.errors import FileTooLargeError, NoSuchFileError, StorageError, shown
+from kd_pipeline.storage.base import FileStat, FolderEntry, Store, StoreSettings, scheme_of
 from kd_pipeline.storage.location import Location
 from kd_pipeline.storage.open import open_store
 from kd_pipeline.storage.parallel import ByteRange, read_ranges, stat_files
@@ -10,6 +10,8 @@ from kd_pipeline.storage.patterns import expand
 __all__ = [
     "ByteRange",
     "FileStat",
+    "FileTooLargeError",
+    "FolderEntry",
     "Location",
     "NoSuchFileError",
     "StorageError",

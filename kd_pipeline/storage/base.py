@@ -8,8 +8,9 @@ from typing import NamedTuple, Protocol
 from pydantic import Field, field_validator
 
 from kd_pipeline._core.settings import Settings
+from kd_pipeline.errors import FileTooLargeError
 
-__all__ = ["FileStat", "Store", "StoreSettings", "parse_size", "scheme_of"]
+__all__ = ["FileStat", "FolderEntry", "Store", "StoreSettings", "parse_size", "require_at_most", "scheme_of"]
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 """Two letters or more, because `C:/` is a drive."""
@@ -51,6 +52,14 @@ class FileStat(NamedTuple):
     """Changes with the content: time of the last change of a local file, ETag or the like of a remote one."""
 
 
+class FolderEntry(NamedTuple):
+    """What is in a folder."""
+
+    name: str
+    num_bytes: int | None
+    """Of a file; None for a folder."""
+
+
 class Store(Protocol):
     """Files of one kind of place. Paths are what the user wrote: local ones, or whole URLs of the store's scheme.
 
@@ -69,7 +78,15 @@ class Store(Protocol):
         """
         ...
 
-    def read(self, path: str, start: int = 0, length: int | None = None, *, expected: FileStat | None = None) -> bytes:
+    def read(
+        self,
+        path: str,
+        start: int = 0,
+        length: int | None = None,
+        *,
+        expected: FileStat | None = None,
+        max_bytes: int | None = None,
+    ) -> bytes:
         """Exactly the `length` bytes of a file from byte `start` on, by default all to its end.
 
         Args:
@@ -78,9 +95,11 @@ class Store(Protocol):
             length: number of bytes.
             expected: what `stat` said when it was found out what is where in the file. A file that has changed since
                 is an error. Local files are looked at when they are opened, and not at every read.
+            max_bytes: of a file that is read to its end.
 
         Raises:
             NoSuchFileError: there is no such file.
+            FileTooLargeError: it has more than `max_bytes`; little of it was read.
             StorageError: the file ends before, has changed, or the store failed until its deadline.
         """
         ...
@@ -89,6 +108,15 @@ class Store(Protocol):
         """The paths that match a pattern with `*`, `?` and `[...]`, sorted; perhaps none.
 
         Raises:
+            StorageError: the store cannot list files.
+        """
+        ...
+
+    def list_folder(self, path: str) -> list[FolderEntry]:
+        """The files and folders in a folder, by name. In most stores, one that does not exist is one without files.
+
+        Raises:
+            NoSuchFileError: there is no such folder.
             StorageError: the store cannot list files.
         """
         ...
@@ -114,6 +142,16 @@ def scheme_of(path: str | Path) -> str | None:
     """`s3` of `s3://bucket/a.tar`; None for a local path."""
     match = _SCHEME.match(str(path))
     return match[1].lower() if match else None
+
+
+def require_at_most(path: str, stat: FileStat, max_bytes: int | None) -> None:
+    """Refuse a file that is too large to be read.
+
+    Raises:
+        FileTooLargeError: it is.
+    """
+    if max_bytes is not None and stat.num_bytes > max_bytes:
+        raise FileTooLargeError(path, f"it has {stat.num_bytes} bytes, and at most {max_bytes} are read")
 
 
 def parse_size(size: int | str) -> int:

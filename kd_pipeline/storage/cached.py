@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Sequence
 
 from kd_pipeline.errors import StorageError
-from kd_pipeline.storage.base import FileStat, StoreSettings
+from kd_pipeline.storage.base import FileStat, FolderEntry, StoreSettings
 from kd_pipeline.storage.downloads import Downloads
 from kd_pipeline.storage.local import LocalStore
 from kd_pipeline.storage.parallel import ByteRange, read_ranges
@@ -42,9 +42,17 @@ class CachedStore:
         self._state.stats.update(known)
         return found
 
-    def read(self, path: str, start: int = 0, length: int | None = None, *, expected: FileStat | None = None) -> bytes:
+    def read(
+        self,
+        path: str,
+        start: int = 0,
+        length: int | None = None,
+        *,
+        expected: FileStat | None = None,
+        max_bytes: int | None = None,
+    ) -> bytes:
         """See `Store`. A file in the cache is read from there without asking whether the remote one has changed."""
-        (content,) = self.read_many([ByteRange(path, start, length, expected)])
+        (content,) = self.read_many([ByteRange(path, start, length, expected, max_bytes)])
         if isinstance(content, StorageError):
             raise content
         return content
@@ -66,6 +74,10 @@ class CachedStore:
     def find(self, pattern: str) -> list[str]:
         """See `Store`."""
         return self._remote.find(pattern)
+
+    def list_folder(self, path: str) -> list[FolderEntry]:
+        """See `Store`."""
+        return self._remote.list_folder(path)
 
     def write(self, path: str, content: bytes) -> None:
         """See `Store`."""

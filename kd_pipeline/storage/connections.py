@@ -10,7 +10,7 @@ from typing import Protocol
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.storage.base import FileStat
+from kd_pipeline.storage.base import FileStat, FolderEntry
 from kd_pipeline.storage.http import HttpDriver
 from kd_pipeline.storage.hubs import GoogleDriver, HubDriver
 from kd_pipeline.storage.s3 import S3Driver
@@ -33,6 +33,10 @@ class Driver(Protocol):
 
     async def find(self, pattern: str) -> list[str]:
         """See `Store.find`."""
+        ...
+
+    async def list_folder(self, url: str) -> list[FolderEntry]:
+        """See `Store.list_folder`, in any order."""
         ...
 
     async def write(self, url: str, content: bytes) -> None:

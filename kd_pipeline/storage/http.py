@@ -1,16 +1,16 @@
 """Files on web servers, with range requests; Google Cloud Storage and the Hugging Face Hub are read like this too."""
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 from kd_pipeline._core.optional import require
-from kd_pipeline.storage.base import FileStat
+from kd_pipeline.storage.base import FileStat, FolderEntry
 from kd_pipeline.storage.changes import changed
 from kd_pipeline.storage.failures import Failure, failure_of_status
 
-__all__ = ["HttpDriver"]
+__all__ = ["OPTIONS", "HttpDriver", "folder_entries"]
 
 _MAX_WHOLE = 32 * 2**20
 """Largest file that is read whole for a part of it, from a server that knows no ranges."""
@@ -68,6 +68,13 @@ class HttpDriver:
         """The links that match on the page of the folder, for servers that list their folders."""
         return list(await self._web._glob(pattern))
 
+    async def list_folder(self, url: str) -> list[FolderEntry]:
+        """Not of a web server, whose pages have links of all kinds, or a part of a folder."""
+        raise Failure(
+            "final",
+            "web servers do not list their files; write a list of them, and take kind: file_list with this root",
+        )
+
     async def write(self, url: str, content: bytes) -> None:
         """Not to a web server, as each has its own way."""
         raise Failure("final", "cannot be written: web servers are only read; write to a folder, or to s3:// or gs://")
@@ -97,6 +104,17 @@ class HttpDriver:
 
 OPTIONS = {"asynchronous": True, "skip_instance_cache": True, "use_listings_cache": False}
 """For all file systems of fsspec: they run in a loop that this package waits for, and belong to one process."""
+
+
+def folder_entries(folder: str, listed: Iterable[Mapping[str, Any]]) -> list[FolderEntry]:
+    """What a file system of fsspec lists for a folder, which may be itself among it."""
+    own = folder.partition("://")[2].rstrip("/")
+    names = ((entry["name"].rstrip("/"), entry) for entry in listed)
+    return [
+        FolderEntry(name.rpartition("/")[2], None if entry["type"] == "directory" else int(entry["size"]))
+        for name, entry in names
+        if name != own
+    ]
 
 
 def _stat_of(response: Any) -> FileStat:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from kd_pipeline._core.optional import require
-from kd_pipeline.storage.http import OPTIONS, HttpDriver
+from kd_pipeline.storage.base import FolderEntry
+from kd_pipeline.storage.http import OPTIONS, HttpDriver, folder_entries
 from kd_pipeline.storage.parallel import in_thread
 
 __all__ = ["GoogleDriver", "HubDriver"]
@@ -30,6 +31,10 @@ class GoogleDriver(HttpDriver):
     async def find(self, pattern: str) -> list[str]:
         """The matching objects and prefixes."""
         return [f"gs://{path}" for path in await self._google._glob(pattern)]
+
+    async def list_folder(self, url: str) -> list[FolderEntry]:
+        """Objects and prefixes."""
+        return folder_entries(url, await self._google._ls(url, detail=True))
 
     async def write(self, url: str, content: bytes) -> None:
         """One object, which appears when all of it is there."""
@@ -72,6 +77,11 @@ class HubDriver(HttpDriver):
     async def find(self, pattern: str) -> list[str]:
         """The matching files and folders."""
         return await in_thread(lambda: [f"hf://{path}" for path in self._files.glob(pattern)])
+
+    async def list_folder(self, url: str) -> list[FolderEntry]:
+        """Files and folders."""
+        listed = await in_thread(lambda: self._files.ls(url, detail=True))
+        return folder_entries(url, listed)
 
     async def write(self, url: str, content: bytes) -> None:
         """One file, which is a commit of its own."""

@@ -5,12 +5,13 @@ import glob
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 
 from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.files import open_regular
 from kd_pipeline.errors import NoSuchFileError, StorageError
-from kd_pipeline.storage.base import FileStat
+from kd_pipeline.storage.base import FileStat, FolderEntry, require_at_most
 from kd_pipeline.storage.changes import changed
 
 __all__ = ["LocalStore"]
@@ -35,12 +36,21 @@ class LocalStore:
         except OSError as exc:
             raise _error(path, exc) from None
 
-    def read(self, path: str, start: int = 0, length: int | None = None, *, expected: FileStat | None = None) -> bytes:
+    def read(
+        self,
+        path: str,
+        start: int = 0,
+        length: int | None = None,
+        *,
+        expected: FileStat | None = None,
+        max_bytes: int | None = None,
+    ) -> bytes:
         """See `Store`; without `expected`, and but for whole files, a file stays what it was when it was opened."""
         try:
             if length is None:
                 file = _OpenFile(path)
                 length = file.stat.num_bytes - start
+                require_at_most(path, file.stat, max_bytes)
             else:
                 file = self._open(path)
             if expected is not None and file.stat != expected:
@@ -58,6 +68,15 @@ class LocalStore:
     def find(self, pattern: str) -> list[str]:
         """See `Store`. `**` is any number of folders."""
         return sorted(glob.glob(pattern, recursive=True))
+
+    def list_folder(self, path: str) -> list[FolderEntry]:
+        """See `Store`; hidden files and what is no regular file are listed too."""
+        try:
+            with os.scandir(path) as entries:
+                found = [FolderEntry(each.name, None if each.is_dir() else each.stat().st_size) for each in entries]
+        except OSError as exc:
+            raise _error(path, exc) from None
+        return sorted(found, key=itemgetter(0))
 
     def write(self, path: str, content: bytes) -> None:
         """See `Store`."""

@@ -25,6 +25,7 @@ class ByteRange(NamedTuple):
     start: int = 0
     length: int | None = None
     expected: FileStat | None = None
+    max_bytes: int | None = None
 
 
 def read_ranges(
@@ -101,9 +102,9 @@ class _Work:
         read, ranges, results, take = self._read, self._ranges, self._results, self._take
         num_done = 0
         while (index := take()) < len(ranges) and self._stopped is None:
-            path, start, length, expected = ranges[index]
+            path, start, length, expected, max_bytes = ranges[index]
             try:
-                results[index] = read(path, start, length, expected=expected)
+                results[index] = read(path, start, length, expected=expected, max_bytes=max_bytes)
             except StorageError as exc:
                 results[index] = exc.with_traceback(None)
             except BaseException as exc:

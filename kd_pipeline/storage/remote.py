@@ -5,11 +5,12 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import wait
 from itertools import count
+from operator import itemgetter
 from time import monotonic
 from typing import Any, TypeVar
 
 from kd_pipeline.errors import StorageError
-from kd_pipeline.storage.base import FileStat, StoreSettings
+from kd_pipeline.storage.base import FileStat, FolderEntry, StoreSettings, require_at_most
 from kd_pipeline.storage.connections import Driver, advice_of, check_installed, driver_of, event_loop, make_driver
 from kd_pipeline.storage.failures import Failure, failure_of
 from kd_pipeline.storage.parallel import ByteRange, in_thread
@@ -21,6 +22,8 @@ _T = TypeVar("_T")
 CHUNK_BYTES = 8 * 2**20
 """Most that one request asks for, so that a deadline is about a request and not about the size of a file."""
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 10.0
+_MAX_PAGES = 10
+"""Deadlines that the pages of one folder may take together; a store lists a thousand files on each."""
 _GRACE_S = 1.0
 """Seconds after the deadline in which the loop of events should have said so."""
 
@@ -60,9 +63,17 @@ class RemoteStore:
 
         return self._wait(paths[0], stat_all(), progress)
 
-    def read(self, path: str, start: int = 0, length: int | None = None, *, expected: FileStat | None = None) -> bytes:
+    def read(
+        self,
+        path: str,
+        start: int = 0,
+        length: int | None = None,
+        *,
+        expected: FileStat | None = None,
+        max_bytes: int | None = None,
+    ) -> bytes:
         """See `Store`. Large ranges are several requests at once."""
-        (content,) = self.read_many([ByteRange(path, start, length, expected)])
+        (content,) = self.read_many([ByteRange(path, start, length, expected, max_bytes)])
         if isinstance(content, StorageError):
             raise content
         return content
@@ -77,6 +88,11 @@ class RemoteStore:
     def find(self, pattern: str) -> list[str]:
         """See `Store`. A web server is asked for the page of the folder."""
         return sorted(self._wait(pattern, self._retried(pattern, None, lambda driver: driver.find(pattern))))
+
+    def list_folder(self, path: str) -> list[FolderEntry]:
+        """See `Store`. The deadline is as long as that of many requests, as a large folder takes so many."""
+        work = self._retried(path, None, lambda driver: driver.list_folder(path), _MAX_PAGES)
+        return sorted(self._wait(path, work, times=_MAX_PAGES), key=itemgetter(0))
 
     def write(self, path: str, content: bytes) -> None:
         """See `Store`. The deadline grows with the content."""
@@ -95,12 +111,14 @@ class RemoteStore:
 
     async def _read_one(self, wanted: ByteRange, progress: "_Progress") -> bytes | StorageError:
         """A range in chunks; the first one says how long the file is and, if that is not known, its version."""
-        path, start, length, expected = wanted
+        path, start, length, expected, max_bytes = wanted
         if length == 0:
             return b""
         try:
             first = CHUNK_BYTES if length is None else min(length, CHUNK_BYTES)
             content, stat = await self._read_chunk(path, start, start + first, expected, progress)
+            if length is None:
+                require_at_most(path, stat, max_bytes)
             end = stat.num_bytes if length is None else start + length
             if end > stat.num_bytes or end < start:
                 num_left = max(stat.num_bytes - start, 0)

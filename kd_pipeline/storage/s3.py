@@ -3,10 +3,10 @@
 from typing import Any
 
 from kd_pipeline._core.optional import require
-from kd_pipeline.storage.base import FileStat
+from kd_pipeline.storage.base import FileStat, FolderEntry
 from kd_pipeline.storage.changes import changed
 from kd_pipeline.storage.failures import Failure
-from kd_pipeline.storage.http import OPTIONS
+from kd_pipeline.storage.http import OPTIONS, folder_entries
 
 __all__ = ["S3Driver"]
 
@@ -60,6 +60,10 @@ class S3Driver:
     async def find(self, pattern: str) -> list[str]:
         """The matching objects and prefixes."""
         return [f"s3://{path}" for path in await self._s3._glob(pattern)]
+
+    async def list_folder(self, url: str) -> list[FolderEntry]:
+        """Objects and prefixes."""
+        return folder_entries(url, await self._s3._ls(url, detail=True))
 
     async def write(self, url: str, content: bytes) -> None:
         """One object, which appears when all of it is there."""

@@ -27,7 +27,7 @@ def test_other_paths_stay_as_written(path: str) -> None:
         ("$DATA/x", "has the variable $DATA"),
         ("x/${DATA}/y", "has the variable ${DATA}"),
         ("~nobody-of-this-name/x", "no such user has a home folder"),
-        ("s3://bucket/train", "s3://bucket/train is a URL, and only files on a local or mounted disk are read"),
+        ("s3://bucket/train", "s3://bucket/train is a URL, and here only files on a local or mounted disk are read"),
         ("s3://bucket/train/1.jpg", "(aws s3 sync s3://bucket/train FOLDER)"),
         ("gs://bucket/train", "gcloud storage rsync"),
         ("https://x.org/a.tar", "(wget https://x.org/a.tar)"),

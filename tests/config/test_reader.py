@@ -532,7 +532,7 @@ def test_override_creates_missing_sections(write):
         ("seed=5,", "seed: should be a whole number, found the text '5,'"),
         ("train.lr=1e400", "train.lr: should be a finite number"),
         ("data.source.root=$DATA/x", "the path '$DATA/x' has the variable $DATA, and only ~ is expanded"),
-        ("data.source.root=s3://b/x", "s3://b/x is a URL, and only files on a local or mounted disk are read"),
+        ("data.source.classes=s3://b/x", "s3://b/x is a URL, and here only files on a local or mounted disk are read"),
         ("data={batch_size: 1, batch_size: 2}", "data.batch_size: duplicate key, first at override"),
         ("name=a\0b", "'\\x00' is not allowed"),
         ("name=" + "[" * 100, "nested more than 32 levels deep"),

@@ -45,27 +45,32 @@ class ImageFolderSettings(Settings):
     """One folder per class, in the layout of torchvision's `ImageFolder`."""
 
     kind: Literal["image_folder"] = "image_folder"
-    root: Path
-    """The folder that contains the class folders."""
+    root: Location
+    """The folder that contains the class folders; a local path, or a URL of a store that lists its files (`s3://`,
+    `gs://`, `hf://`)."""
     classes: tuple[str, ...] | Path | None = None
     """Class names in label order, or a file with them: a JSON list, a JSON object such as `class_to_idx` or `id2label`,
     or a `.txt` file with a name per line; defaults to the sorted folder names."""
     labeled: bool = True
     """False: every image below `root`, without labels."""
+    storage: StoreSettings = Field(default_factory=StoreSettings)
+    """How URLs are read."""
 
 
 class FileListSettings(Settings):
-    """A CSV or JSONL file with one path, and optionally a label, per line."""
+    """A CSV or JSONL file with one path or URL, and optionally a label, per line."""
 
     kind: Literal["file_list"] = "file_list"
-    path: Path
-    """The list: text with commas, tabs, semicolons, `|` or spaces between its columns, or an object of JSON per line. A
-    first line with names such as `path,label` or `filename,class` says which columns are read."""
-    root: Path | None = None
-    """Base of the relative paths in the list; defaults to the list's own folder."""
+    path: Location
+    """The list, by its path or URL: text with commas, tabs, semicolons, `|` or spaces between its columns, or an object
+    of JSON per line. A first line with names such as `path,label` or `filename,class` says which columns are read."""
+    root: Location | None = None
+    """Base of the relative paths in the list, a folder or a URL; defaults to the list's own folder."""
     classes: tuple[str, ...] | Path | None = None
     """Class names in label order, or a file with them, as for an image folder; defaults to the sorted names in the
     list."""
+    storage: StoreSettings = Field(default_factory=StoreSettings)
+    """How URLs are read."""
 
 
 class TarSettings(Settings):
@@ -277,9 +282,9 @@ def open_source(
     _check_same_classes(names, classes, "leave out `classes` to take the training data's")
     match settings:
         case ImageFolderSettings():
-            return ImageFolder(settings.root, classes=names, labeled=settings.labeled)
+            return ImageFolder(settings.root, classes=names, labeled=settings.labeled, storage=settings.storage)
         case FileListSettings():
-            return FileList(settings.path, root=settings.root, classes=names)
+            return FileList(settings.path, root=settings.root, classes=names, storage=settings.storage)
         case TarSettings():
             own = settings.model_dump(include={"image", "label", "index"})
             return Tar(settings.path, classes=names, storage=settings.storage, **own)

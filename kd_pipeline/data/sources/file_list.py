@@ -5,22 +5,25 @@ import os
 import re
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 from types import NoneType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.suggestions import suggest
-from kd_pipeline.data.sources.containers import user_path
+from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.folder_scan import EXTENSIONS
 from kd_pipeline.data.sources.index_cache import ListIndex, index_key, load_index, save_index
 from kd_pipeline.data.sources.labels import Classes, class_names, combination_warnings, label_warnings, name_warnings
+from kd_pipeline.data.sources.list_file import ListFile, open_list
 from kd_pipeline.data.sources.list_format import ListFormat, find_format
 from kd_pipeline.data.sources.list_rows import Block, ListRows
 from kd_pipeline.data.sources.missing_files import check_files
 from kd_pipeline.data.sources.paths import FileSource, PathTable
-from kd_pipeline.errors import DataError
+from kd_pipeline.data.sources.remote_files import RemoteFiles, Stores
+from kd_pipeline.errors import DataError, shown
+from kd_pipeline.storage import StoreSettings, scheme_of
+from kd_pipeline.storage.location import folder_of
 
 __all__ = ["FileList"]
 
@@ -35,7 +38,7 @@ _KINDS = {NoneType: "no label", int: "a class index", str: "a class name"}
 
 
 class FileList(FileSource):
-    """The paths, and optionally labels, in a CSV or JSONL file.
+    """The paths or URLs, and optionally labels, in a CSV or JSONL file, which may itself be behind a URL.
 
     CSV has the columns `path,label` or `path`, with or without a header. A header may have further columns, any order,
     and usual names such as `filename` and `class`; which columns are read is logged. The delimiter is found: comma,
@@ -51,6 +54,7 @@ class FileList(FileSource):
         path: the list.
         root: base of relative paths; defaults to the folder of the list.
         classes: names in label order, or a file with them; defaults to the sorted names in the list, if any.
+        storage: how what is behind URLs is read.
 
     Raises:
         DataError: the list cannot be read, is empty, has columns that may mean more than one thing or a malformed line,
@@ -63,31 +67,35 @@ class FileList(FileSource):
         *,
         root: str | os.PathLike[str] | None = None,
         classes: Classes | None = None,
+        storage: StoreSettings | None = None,
     ) -> None:
-        path = user_path(path)
-        top = os.path.abspath(path.parent if root is None else user_path(root))
+        stores, location = Stores(storage), user_location(path)
+        top = folder_of(str(location)) if root is None else str(user_location(root))
+        top = os.path.abspath(top) if scheme_of(top) is None else top
         names = None if classes is None else class_names(classes)
-        form = find_format(path, top)
+        file = open_list(location, stores)
+        form = find_format(file, top, stores.is_file)
         if form.columns is not None:
-            _logger.info("%s: %s", path, form.columns.description)
-        key = index_key(path, top, names, form)
+            _logger.info("%s: %s", file, form.columns.description)
+        key = index_key(file, top, names, form)
         index = None if key is None else load_index(key, top)
         if index is None:
-            index = _parse(path, top, names, form)
-            if key is not None and key == index_key(path, top, names, form):  # it was not edited during parsing
+            index = _parse(file, top, names, form, stores)
+            if key is not None and key == index_key(file, top, names, form):  # it was not edited during parsing
                 index = save_index(key, index, top)
-        warnings = [*index.remarks, *check_files(path, index.paths, top)]
+        remote = RemoteFiles(index.paths, stores) if index.paths.schemes or scheme_of(top) is not None else None
+        warnings = [*index.remarks, *check_files(file, index.paths, remote)]
         warnings += name_warnings(index.classes) if index.classes and classes is None else []
-        super().__init__(index.paths, index.labels, index.classes, warnings)
+        super().__init__(index.paths, index.labels, index.classes, warnings, remote)
 
 
-def _parse(path: Path, root: str, names: tuple[str, ...] | None, form: ListFormat) -> ListIndex:
-    samples, rows = _Samples(path, root, names, form), ListRows(path, form)
+def _parse(path: ListFile, root: str, names: tuple[str, ...] | None, form: ListFormat, stores: Stores) -> ListIndex:
+    samples, rows = _Samples(path, root, names, form, stores), ListRows(path, form)
     try:
         for block in rows.blocks():
             samples.extend(block)
     except (DataError, ValueError):  # each line alone, to report the first one that is wrong
-        samples, rows = _Samples(path, root, names, form), ListRows(path, form)
+        samples, rows = _Samples(path, root, names, form, stores), ListRows(path, form)
         for line, sample, label in rows:
             try:
                 samples.extend(Block([os.fsencode(sample)], [label]))
@@ -99,8 +107,10 @@ def _parse(path: Path, root: str, names: tuple[str, ...] | None, form: ListForma
 class _Samples:
     """The samples of a list, collected from its start to its end."""
 
-    def __init__(self, path: Path, root: str, names: tuple[str, ...] | None, form: ListFormat) -> None:
-        self._path, self._names = path, names
+    def __init__(
+        self, path: ListFile, root: str, names: tuple[str, ...] | None, form: ListFormat, stores: Stores
+    ) -> None:
+        self._path, self._names, self._stores = path, names, stores
         self._paths, self._labels = PathTable(root), _LabelColumn(names, typed=form.delimiter is None)
         self._hashes = array("q")
 
@@ -108,10 +118,13 @@ class _Samples:
         """Add samples.
 
         Raises:
-            ValueError: a label is none, or not of the kind of those before it.
+            ValueError: a label is none, or not of the kind of those before it; or nothing reads such a URL.
+            MissingPackageError: the package that reads such a URL is not installed.
         """
         self._labels.extend(block.labels)
         self._paths.extend_encoded(block.paths)
+        for scheme in self._paths.schemes:
+            self._stores.of(f"{scheme}://")
         self._hashes.extend(map(hash, block.paths))
 
     def index(self, remarks: list[str]) -> ListIndex:
@@ -131,7 +144,9 @@ class _Samples:
         return ListIndex(self._paths, labels, classes, tuple(remarks))
 
 
-def _contradictions(path: Path, paths: PathTable, hashes: NDArray[np.int64], labels: NDArray[np.int64]) -> list[str]:
+def _contradictions(
+    path: ListFile, paths: PathTable, hashes: NDArray[np.int64], labels: NDArray[np.int64]
+) -> list[str]:
     """A warning about files that are listed with different labels, found by hashes of their paths `[N]`."""
     ascending = np.sort(hashes)
     if (ascending[1:] != ascending[:-1]).all():  # sorting them alone is ten times as fast
@@ -141,12 +156,12 @@ def _contradictions(path: Path, paths: PathTable, hashes: NDArray[np.int64], lab
     hashes, labels = hashes[order], labels[order]
     rows = np.flatnonzero((hashes[1:] == hashes[:-1]) & (labels[1:] != labels[:-1]))
     pairs = ((order[row], order[row + 1]) for row in rows.tolist())
-    first = next((a for a, b in pairs if paths.absolute(a) == paths.absolute(b)), None)
+    first = next((a for a, b in pairs if paths.location(a) == paths.location(b)), None)
     if first is None:
         return []
     return [
         f"{path}: {len(rows)} line(s) list a file again with another label, such as "
-        f"{os.fsdecode(paths.absolute(first))}; each line is a sample of its own, so remove the wrong ones"
+        f"{shown(paths.location(first))}; each line is a sample of its own, so remove the wrong ones"
     ]
 
 

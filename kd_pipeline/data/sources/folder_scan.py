@@ -3,17 +3,19 @@
 import hashlib
 import os
 import time
+from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from typing import Protocol
 
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.file_systems import keep_folder_times
 from kd_pipeline.errors import DataError
 
-__all__ = ["EXTENSIONS", "FoundImages", "Scan", "entries_of", "is_folder", "is_skipped", "stamp_of"]
+__all__ = ["EXTENSIONS", "Entry", "FoundImages", "Identity", "Scan", "is_folder", "is_skipped", "stamp_of"]
 
 EXTENSIONS = (".bmp", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 """Extensions of the formats that DALI decodes, in any case."""
@@ -31,10 +33,31 @@ _MIN_AGE_NS = 60 * 10**9
 clock of a file server may be behind ours."""
 _CHUNK, _NUM_THREADS = 256, 16
 """Folders that a thread asks the file system about in a row, and how many threads do, as each may wait for a server."""
-_Inode = tuple[int, int]
-"""Device and inode number of a folder, the same through every link."""
+Identity = tuple[int, int] | str
+"""Of a folder: its device and inode number, the same through every link; behind URLs its path."""
 FoundImages = list[tuple[str, bytes]]
 """Absolute paths of folders, sorted, and the names of the images in each, sorted and with NUL between them."""
+
+
+class Entry(Protocol):
+    """What a scan asks about a file or folder; each question may raise OSError."""
+
+    @property
+    def name(self) -> str:
+        """Without its folder."""
+
+    @property
+    def path(self) -> str:
+        """Its folder and name."""
+
+    def is_dir(self) -> bool:
+        """Whether it is a folder, or a link to one."""
+
+    def is_file(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is a regular file."""
+
+    def is_symlink(self) -> bool:
+        """Whether it is a link."""
 
 
 class Scan:
@@ -68,7 +91,19 @@ class Scan:
         is_old = self._newest_ns < self._started_ns - _MIN_AGE_NS
         return is_old and not self._has_links and all(map(keep_folder_times, self._devices.values()))
 
-    def enter(self, folder: str) -> _Inode:
+    def entries(self, folder: str) -> Iterator[Entry]:
+        """The entries of a folder.
+
+        Raises:
+            DataError: it cannot be listed.
+        """
+        try:
+            with os.scandir(folder) as entries:
+                yield from entries
+        except OSError as exc:
+            raise _unlistable(folder, exc) from exc
+
+    def enter(self, folder: str) -> Identity:
         """Note a folder that will be listed.
 
         Raises:
@@ -84,12 +119,12 @@ class Scan:
         self._devices.setdefault(status.st_dev, folder)
         return status.st_dev, status.st_ino
 
-    def skip(self, entry: os.DirEntry[str], reason: str) -> None:
+    def skip(self, entry: Entry, reason: str) -> None:
         """Count an entry that is neither a folder nor an image by its name."""
         self._has_links |= entry.is_symlink()
         self._add(reason, entry.path)
 
-    def skip_name(self, entry: os.DirEntry[str]) -> bool:
+    def skip_name(self, entry: Entry) -> bool:
         """Count an entry that is skipped by its name, whatever it is; False for others."""
         if entry.name.startswith("."):
             self._add("hidden", entry.path)
@@ -103,7 +138,7 @@ class Scan:
         """How many entries were skipped for `reason`."""
         return self._counts[reason]
 
-    def images(self, folders: Sequence[str], parents: frozenset[_Inode] = frozenset()) -> Iterator[FoundImages]:
+    def images(self, folders: Sequence[str], parents: frozenset[Identity] = frozenset()) -> Iterator[FoundImages]:
         """The images in and below each of `folders`.
 
         Args:
@@ -126,19 +161,23 @@ class Scan:
 
     def _add(self, reason: str, path: str) -> None:
         self._counts[reason] += 1
-        if len(self._examples[reason]) < _NUM_EXAMPLES:
-            self._examples[reason].append(os.path.relpath(path, self._top))
+        examples = self._examples[reason]
+        if len(examples) < _NUM_EXAMPLES or path < examples[-1]:  # the same, in whichever order they come
+            insort(examples, path)
+            del examples[_NUM_EXAMPLES:]
 
     def _parts(self) -> str:
-        return ", ".join(
-            f"{count} {reason} ({first_few(self._examples[reason], count)})" for reason, count in self._counts.items()
-        )
+        shown = {
+            reason: first_few([os.path.relpath(path, self._top) for path in examples], self._counts[reason])
+            for reason, examples in self._examples.items()
+        }
+        return ", ".join(f"{count} {reason} ({shown[reason]})" for reason, count in sorted(self._counts.items()))
 
-    def _images(self, top: str, parents: frozenset[_Inode]) -> FoundImages:
+    def _images(self, top: str, parents: frozenset[Identity]) -> FoundImages:
         """Folders are sorted by their whole path and files within each, as in torchvision."""
         found: FoundImages = []
         stack = [(top, parents)]
-        seen: set[_Inode] = set()
+        seen: set[Identity] = set()
         num_repeats = 0
         while stack:
             folder, parents = stack.pop()
@@ -162,7 +201,7 @@ class Scan:
     def _list(self, folder: str) -> tuple[list[str], list[str]]:
         """Names of the images in a folder, and paths of the folders in it."""
         files, below = [], []
-        for entry in entries_of(folder):
+        for entry in self.entries(folder):
             name = entry.name
             if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and _is_file(entry):
                 files.append(name)  # nearly all, and none needs a call of the system
@@ -192,20 +231,7 @@ def stamp_of(folders: Sequence[str]) -> str | None:
         return None
 
 
-def entries_of(folder: str) -> Iterator[os.DirEntry[str]]:
-    """The entries of a folder.
-
-    Raises:
-        DataError: it cannot be listed.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            yield from entries
-    except OSError as exc:
-        raise _unlistable(folder, exc) from exc
-
-
-def is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: Entry) -> bool:
     """Whether it is a folder or a link to one."""
     try:
         return entry.is_dir()
@@ -218,7 +244,7 @@ def is_skipped(name: str) -> bool:
     return name.startswith(".") or _is_system_folder(name)
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
+def _is_file(entry: Entry) -> bool:
     try:
         return entry.is_file(follow_symlinks=False)
     except OSError:

@@ -6,30 +6,28 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.user_cache import user_cache_path
 from kd_pipeline._core.version import __version__
 from kd_pipeline.data.sources.fingerprint import content_digest
 from kd_pipeline.data.sources.index_file import load_index_file, save_index_file
 from kd_pipeline.data.sources.labels import class_names
+from kd_pipeline.data.sources.list_file import MAX_LIST_BYTES, ListFile
 from kd_pipeline.data.sources.list_format import ListFormat
 from kd_pipeline.data.sources.paths import PathTable
+from kd_pipeline.errors import shown
 
 __all__ = ["ListIndex", "folder_key", "has_index", "index_key", "load_index", "save_index"]
 
-_FORMAT_VERSION = 4
+_FORMAT_VERSION = 5
 """To be raised whenever the parsing of lists, the scan of folders or the format of an index changes."""
 _PARTS = ("ends", "labels", "blob")
 _MIN_LIST_BYTES = 2**20
 """Shorter lists are not cached, because parsing them takes no noticeable time."""
-_MAX_LIST_BYTES = 2**32
-"""Longer lists are not cached: what has a terabyte is no list, and hashing it takes longer than finding that out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class ListIndex:
     """Of the folders, before they were; see `folder_scan.stamp_of`."""
 
 
-def index_key(path: Path, root: str, classes: Sequence[str] | None, form: ListFormat) -> str | None:
+def index_key(path: ListFile, root: str, classes: Sequence[str] | None, form: ListFormat) -> str | None:
     """The key under which the index of the list `path` is cached; None if the list is short, huge or cannot be read.
 
     It is a SHA-256 over every byte of the list and over everything else that affects parsing. An edited list has a
@@ -58,13 +56,14 @@ def index_key(path: Path, root: str, classes: Sequence[str] | None, form: ListFo
     parsing it about fifteen.
     """
     try:
-        with open_regular(path, max_bytes=_MAX_LIST_BYTES) as file:
-            if os.fstat(file.fileno()).st_size < _MIN_LIST_BYTES:
+        with path.open() as file:
+            if not _MIN_LIST_BYTES <= file.seek(0, os.SEEK_END) <= MAX_LIST_BYTES:
                 return None
-            content = content_digest(file, _MAX_LIST_BYTES).hexdigest()
+            file.seek(0)
+            content = content_digest(file, MAX_LIST_BYTES).hexdigest()
     except OSError:
         return None
-    inputs = [__version__, _FORMAT_VERSION, sys.byteorder, asdict(form), str(path), root, classes, content]
+    inputs = [__version__, _FORMAT_VERSION, sys.byteorder, asdict(form), path.name, shown(root), classes, content]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
@@ -93,16 +92,18 @@ def load_index(key: str, root: str) -> ListIndex | None:
 
 
 def save_index(key: str, index: ListIndex, root: str) -> ListIndex:
-    """Cache `index`, with paths below `root`, under `key` atomically.
+    """Cache `index`, with paths below `root`, under `key` atomically; with credentials in its paths, nothing is cached.
 
     Returns:
         The cached index, which takes no memory of this process alone; `index` itself if the cache cannot be written.
     """
+    if index.paths.has_credentials:
+        return index
     labels = b"" if index.labels is None else index.labels.data.cast("B")
     parts = {"ends": memoryview(index.paths.ends).cast("B"), "labels": labels, "blob": index.paths.blob}
     header = {
         "is_labeled": index.labels is not None, "classes": index.classes, "remarks": index.remarks,
-        "folders": index.folders, "stamp": index.stamp,
+        "folders": index.folders, "stamp": index.stamp, "schemes": sorted(index.paths.schemes),
     }  # fmt: skip
     save_index_file(key, header, parts)
     return (load_index(key, root) if has_index(key) else None) or index
@@ -119,7 +120,7 @@ def _parse(header: dict[str, Any], parts: list[memoryview], root: str) -> ListIn
     found = np.frombuffer(labels, dtype=np.int64) if header["is_labeled"] else None
     _check(np.frombuffer(ends, dtype=np.int64), found, len(blob), classes)
     return ListIndex(
-        paths=PathTable(root, blob, ends.cast("q")),
+        paths=PathTable(root, blob, ends.cast("q"), map(str, header["schemes"])),
         labels=found,
         classes=None if classes is None else class_names(classes),
         remarks=tuple(map(str, header["remarks"])),

@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
-from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.containers import find_container
 from kd_pipeline.data.sources.folder_scan import EXTENSIONS
-from kd_pipeline.errors import DataError
+from kd_pipeline.data.sources.list_file import ListFile
+from kd_pipeline.errors import DataError, shown
+from kd_pipeline.storage.location import join
 
 __all__ = ["Columns", "ListFormat", "find_columns", "find_format", "is_comment", "split_at_space"]
 
@@ -45,8 +45,9 @@ _LABEL_NAMES = frozenset([
 _COUNTER_NAMES = frozenset(["", "index", "idx", "id", "unnamed0", "no", "nr", "row"])
 """Columns that only count the lines, such as the first one that pandas writes."""
 _ENDINGS = "|".join(map(re.escape, EXTENSIONS))
-_IMAGE = re.compile(rf".*({_ENDINGS})", re.IGNORECASE | re.DOTALL)
-_IMAGE_THEN_LABEL = re.compile(rf"(.+?(?:{_ENDINGS}))\s+(\S.*)", re.IGNORECASE)
+_IMAGE = re.compile(rf".*({_ENDINGS})|[a-z][a-z0-9+.-]*://[^\s?]*({_ENDINGS})\?\S*", re.IGNORECASE | re.DOTALL)
+"""A file, or a URL with a query."""
+_IMAGE_THEN_LABEL = re.compile(rf"(.+?(?:{_ENDINGS})(?:\?\S*)?)\s+(\S.*)", re.IGNORECASE)
 _PATH_LIKE = re.compile(rf".*([/\\].*|({_ENDINGS}|\.(gif|avif|heic|jxl|jfif|tga|svg|dng|npy|txt))$)", re.IGNORECASE)
 """What no name of a column looks like."""
 _WORDS = re.compile(r"[^\W\d]+([ -][^\W\d]+)*")
@@ -82,28 +83,28 @@ class ListFormat:
     """From the header; None without one."""
 
 
-def find_format(path: Path, root: str) -> ListFormat:
-    """The format of the list `path` with relative paths below `root`.
+def find_format(path: ListFile, root: str, is_file: Callable[[str], bool] = os.path.isfile) -> ListFormat:
+    """The format of the list `path` with relative paths below `root`; `is_file` says whether a path or URL is there.
 
     Raises:
-        DataError: it is a folder, an archive or no text, or its columns may mean more than one thing.
+        DataError: it is an archive or no text, or its columns may mean more than one thing.
     """
     raw = _read_head(path)
-    container = find_container(path, raw)
+    container = find_container(path.name, raw)
     if container is not None:
         raise DataError(f"{path} is {container.kind}, and a file list is CSV or JSONL text; {container.advice}")
-    if path.suffix.lower() not in (*_JSON_ENDINGS, *_TEXT_ENDINGS):
+    if path.suffix not in (*_JSON_ENDINGS, *_TEXT_ENDINGS):
         raise DataError(
             f"{path}: a file list is CSV text (.csv, .tsv or .txt) or JSONL (.jsonl), and {path.suffix} is neither; "
             "write one path,label per line into a .csv file"
         )
     encoding = _find_encoding(raw, path)
     text = _first_lines(raw, encoding)
-    if path.suffix.lower() in _JSON_ENDINGS or text.lstrip().startswith("{"):
+    if path.suffix in _JSON_ENDINGS or text.lstrip().startswith("{"):
         return ListFormat(encoding)
 
     def exists(name: str) -> bool:
-        return os.path.isfile(os.path.join(root, name))
+        return is_file(join(root, name))
 
     head = _Head(text)
     delimiter = _find_delimiter(head, path, exists)
@@ -170,20 +171,15 @@ def _one_of(keys: Sequence[str], exact: str, names: frozenset[str], found: str) 
     return None
 
 
-def _read_head(path: Path) -> bytes:
-    if os.path.isdir(path):
-        raise DataError(
-            f"{path} is a folder, and path is the file with the list; for images in class folders take "
-            f"kind: image_folder with root: {path}"
-        )
+def _read_head(path: ListFile) -> bytes:
     try:
-        with open_regular(path) as file:
+        with path.open() as file:
             return file.read(_HEAD_BYTES)
     except OSError as exc:
         raise DataError(f"{path}: cannot be read ({exc.strerror}); check the path and its permissions") from exc
 
 
-def _find_encoding(raw: bytes, path: Path) -> str:
+def _find_encoding(raw: bytes, path: ListFile) -> str:
     if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "utf-32"
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -221,7 +217,7 @@ class _Head:
         return list(islice((row for row in stripped if any(row) and not is_comment(row[0])), _MAX_ROWS))
 
 
-def _find_delimiter(head: _Head, path: Path, exists: Callable[[str], bool]) -> Delimiter:
+def _find_delimiter(head: _Head, path: ListFile, exists: Callable[[str], bool]) -> Delimiter:
     """What separates the columns, by the first rule that decides."""
     lines, words = head.lines, [line.split() for line in head.lines]
     rows_of = {each: head.rows(each) for each in _DELIMITERS}
@@ -267,7 +263,7 @@ def _is_image_and_label(line: str) -> bool:
     return match is not None and not _is_image(match[2])
 
 
-def _refuse_order(path: Path, delimiter: Delimiter, row: Sequence[str]) -> None:
+def _refuse_order(path: ListFile, delimiter: Delimiter, row: Sequence[str]) -> None:
     """Raise an error about a list without a header whose first column holds no paths."""
     at = next(column for column, cell in enumerate(row) if column and _is_image(cell))
     others = ["other"] * (len(row) - 2)
@@ -275,8 +271,9 @@ def _refuse_order(path: Path, delimiter: Delimiter, row: Sequence[str]) -> None:
         delimiter.join([first, *rest[: at - 1], "path", *rest[at - 1 :]])
         for first, rest in (("label", others), ("index", ["label", *others][: len(others)]))
     )
+    first, image = shown(row[0]), shown(row[at])
     raise DataError(
-        f"{path}: column 1 ({row[0]!r:.40}) holds no image files and column {at + 1} ({row[at]!r:.60}) does; write a "
+        f"{path}: column 1 ({first!r:.40}) holds no image files and column {at + 1} ({image!r:.60}) does; write a "
         f"first line that names the columns: {labeled!r} if column 1 is the label, {counted!r} if it counts the lines"
     )
 

@@ -6,16 +6,17 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
-from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.paths import find_url
+from kd_pipeline._core.secret_values import hide_in_text
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.labels import MAX_NAME
+from kd_pipeline.data.sources.list_file import ListFile
 from kd_pipeline.data.sources.list_format import Columns, ListFormat, find_columns, is_comment, split_at_space
 from kd_pipeline.data.sources.plain_lines import split_plain
-from kd_pipeline.errors import DataError
+from kd_pipeline.errors import DataError, shown
+from kd_pipeline.storage import scheme_of
 
 __all__ = ["Block", "ListRows", "Row", "check_text"]
 
@@ -30,6 +31,8 @@ _MAX_ROW = 2**20
 """Characters of a row."""
 _MAX_PATH = 4095
 """Bytes of the longest path that Linux opens."""
+_MAX_URL = 2**14
+"""Characters of a URL; those of signed ones are thousands."""
 _MAX_UNUSED = 1000
 """Names of columns that are not read; without a limit they could be as many as there are lines."""
 _MAX_KEYS = 20
@@ -61,7 +64,7 @@ class ListRows:
         DataError: a line is malformed; names file and line.
     """
 
-    def __init__(self, path: Path, form: ListFormat) -> None:
+    def __init__(self, path: ListFile, form: ListFormat) -> None:
         self._path, self._form = path, form
         self._num_comments = 0
         self._unused: dict[str, None] = {}
@@ -73,7 +76,7 @@ class ListRows:
 
     def __iter__(self) -> Iterator[Row]:
         try:
-            with open_regular(self._path) as file:
+            with self._path.open() as file:
                 yield from self._rows(file, self._form.encoding)
         except OSError as exc:
             raise self._unreadable(exc) from exc
@@ -88,7 +91,7 @@ class ListRows:
             yield from self._parsed(self)
             return
         try:
-            with open_regular(self._path) as file:
+            with self._path.open() as file:
                 encoding = self._form.encoding
                 while lines := self._whole_lines(file):
                     plain = self._split(lines)
@@ -298,7 +301,9 @@ def _json_object(text: str) -> dict[str, object]:
         raise ValueError(f'not JSON ({exc}); write {{"path": "cat/1.jpg", "label": "cat"}} on a line') from exc
     if not isinstance(entry, dict):
         advice = "; write an object on each line" if isinstance(entry, list) else ""
-        raise ValueError(f"expected an object with the keys path and label, found {text.strip()!r:.60}{advice}")
+        raise ValueError(
+            f"expected an object with the keys path and label, found {hide_in_text(text.strip())!r:.60}{advice}"
+        )
     return entry
 
 
@@ -316,7 +321,7 @@ def check_text(value: object, what: str) -> str:
     """`value`, if it is a string that a path or a label can be.
 
     Raises:
-        ValueError: it is empty, no string, not UTF-8, too long, or a URL in place of a path.
+        ValueError: it is empty, no string, not UTF-8, too long, or the URL of a local file.
     """
     if not isinstance(value, str) or not value or "\0" in value:
         advice = "; write one, or remove the line" if value == "" else ""
@@ -327,12 +332,15 @@ def check_text(value: object, what: str) -> str:
         raise ValueError(
             f"the {what} {value!r:.60} is not UTF-8; save the list as UTF-8: iconv -f latin1 -t utf8 OLD > NEW"
         ) from None
-    if what == "path" and num_bytes > _MAX_PATH:
+    scheme = scheme_of(value) if what == "path" and "://" in value else None
+    if scheme is not None and num_bytes > _MAX_URL:
+        raise ValueError(f"the URL {shown(value)!r:.60}... has {num_bytes} bytes, and at most {_MAX_URL} are read")
+    if what == "path" and scheme is None and num_bytes > _MAX_PATH:
         raise ValueError(
             f"the path {value!r:.60}... has {num_bytes} bytes, and no file's path has more than {_MAX_PATH}"
         )
     if what == "label" and len(value) > MAX_NAME:
         raise ValueError(f"the label {value!r:.60}... has {len(value)} characters, and a name has at most {MAX_NAME}")
-    if what == "path" and "://" in value and (problem := find_url(value)):
-        raise ValueError(problem)
+    if scheme == "file":
+        raise ValueError(find_url(value))
     return value

@@ -10,12 +10,17 @@ import numpy as np
 
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.folder_scan import EXTENSIONS
+from kd_pipeline.data.sources.list_file import ListFile
 from kd_pipeline.data.sources.paths import PathTable
-from kd_pipeline.errors import DataError
+from kd_pipeline.data.sources.remote_files import RemoteFiles
+from kd_pipeline.errors import DataError, shown
+from kd_pipeline.storage import scheme_of
 
 __all__ = ["check_files"]
 
 _MAX_LOOKED_AT = 100
+_MAX_REQUESTS = 16
+"""Files that are looked for in stores."""
 _MAX_TRIED = 5
 """Missing files that are looked for elsewhere."""
 _MAX_FOLDERS = 200
@@ -34,24 +39,34 @@ class _Spelling(NamedTuple):
     """`{root}` is where the file was found."""
 
 
-def check_files(path: Path, paths: PathTable, root: str) -> list[str]:
+def check_files(path: ListFile, paths: PathTable, remote: RemoteFiles | None = None) -> list[str]:
     """Look for at most a hundred files of the list `path`, evenly spaced; a list may have millions of them.
+
+    Args:
+        path: the list.
+        paths: what it lists.
+        remote: looks for those that are behind URLs; of these fewer are looked for.
 
     Returns:
         A warning if some are missing, or the only one.
 
     Raises:
         DataError: all are missing, with the root to set if they are found below another one.
+        StorageError: a store does not say whether they are there.
     """
-    num = min(len(paths), _MAX_LOOKED_AT)
-    looked_at = [
-        os.fsdecode(paths.absolute(index)) for index in np.linspace(0, len(paths) - 1, num).astype(int).tolist()
-    ]
-    missing = [file for file in looked_at if os.path.isdir(file) or not os.path.exists(file)]
+    root = paths.root
+    num = min(len(paths), _MAX_LOOKED_AT if remote is None else _MAX_REQUESTS)
+    looked_at = np.linspace(0, len(paths) - 1, num).astype(int).tolist()
+    files = [paths.location(index) for index in looked_at]
+    if remote is not None:
+        missing = [shown(file) for file, size in zip(files, remote.sizes(looked_at), strict=True) if size < 0]
+    else:
+        missing = [file for file in files if os.path.isdir(file) or not os.path.exists(file)]
     if not missing:
         return []
-    entries = [entry.removeprefix(os.path.join(root, "")) for entry in missing[:_MAX_TRIED]]
-    advice = _find_elsewhere(entries, path, root)
+    prefix = os.path.join(shown(root), "")
+    entries = [entry.removeprefix(prefix) for entry in missing[:_MAX_TRIED]]
+    advice = None if path.folder is None or remote is not None else _find_elsewhere(entries, path.folder, root)
     if len(missing) < num or num == 1:  # one file alone may well be missing
         return [
             f"{path}: {len(missing)} of {num} listed files that were looked for do not exist, such as "
@@ -60,10 +75,13 @@ def check_files(path: Path, paths: PathTable, root: str) -> list[str]:
     counted = (
         f"none of the {num} listed files exists" if num == len(paths) else f"none of {num} looked-for files exists"
     )
-    if os.path.isabs(entries[0]):
+    if os.path.isabs(entries[0]) or scheme_of(entries[0]) is not None:
         where, otherwise = "the paths are absolute", "correct the paths in the list"
     else:
-        where, otherwise = f"relative paths start in {root}", f"set root to the folder in which {entries[0]!r} is"
+        where, otherwise = (
+            f"relative paths start in {shown(root)}",
+            f"set root to the folder in which {entries[0]!r} is",
+        )
     raise DataError(printable(f"{path}: {counted}, such as {_described(missing[0])}; {where}; {advice or otherwise}"))
 
 
@@ -71,9 +89,9 @@ def _described(file: str) -> str:
     return f"{file} (a folder)" if os.path.isdir(file) else file
 
 
-def _find_elsewhere(entries: list[str], path: Path, root: str) -> str | None:
+def _find_elsewhere(entries: list[str], folder: Path, root: str) -> str | None:
     """What to change for the listed `entries` to exist; None if they are found nowhere."""
-    roots = list(dict.fromkeys([root, *_folders(path, root)]))
+    roots = list(dict.fromkeys([root, *_folders(folder, root)]))
     for entry in entries:
         if not os.path.isabs(entry):
             for base in roots[1:]:
@@ -87,9 +105,9 @@ def _find_elsewhere(entries: list[str], path: Path, root: str) -> str | None:
     return None
 
 
-def _folders(path: Path, root: str) -> Iterator[str]:
+def _folders(folder: Path, root: str) -> Iterator[str]:
     """Where the root may really be: the working directory, the folders around it, the list and `root`, and in these."""
-    starts = [Path.cwd(), path.parent, Path(root)]
+    starts = [Path.cwd(), folder, Path(root)]
     yield from map(str, starts)
     yield from map(str, chain.from_iterable(start.parents for start in starts))
     for start in starts:

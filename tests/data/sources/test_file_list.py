@@ -92,7 +92,7 @@ BAD_LISTS = {
     "Python list": ("a,\"['x', 'y']\"\n", None, 1, "looks like several"),
     "not a number": ("a,cat\nb,NaN\n", None, 2, "the label 'NaN' stands for none: remove the line"),
     "image as label": ("a.jpg,a_mask.png\n", None, 1, "the label 'a_mask.png' is an image file"),
-    "URL": ("path,label\nhttps://x.org/a.jpg,cat\n", None, 2, "https://x.org/a.jpg is a URL, and only files"),
+    "URL": ("path,label\nftp://x.org/a.jpg,cat\n", None, 2, "nothing here reads ftp:// URLs"),
     "file URL": ("file:///x/a.jpg,cat\n", None, 1, "write the path alone: /x/a.jpg"),
     "path empty": ("a,cat\n,cat\n", None, 2, "the path '' is not a string"),
     "nul": ("a\0b,cat\n", None, 1, ""),
@@ -122,7 +122,7 @@ BAD_JSON = {
     "unknown key": ('{"path": "b", "lable": 3}', "found the keys 'path', 'lable', and none is known to hold the label"),
     "two paths": ('{"image": "b", "file": "c", "label": 3}', "more than one may be the path; name only the right one"),
     "a whole array": ('[{"path": "b", "label": 3}]', "write an object on each line"),
-    "URL": ('{"path": "s3://b/c.jpg", "label": 3}', "s3://b/c.jpg is a URL"),
+    "URL": ('{"path": "file:///b/c.jpg", "label": 3}', "write the path alone: /b/c.jpg"),
     "empty path": ('{"path": "", "label": 3}', "the path '' is not a string of at least one character"),
     "path is a number": ('{"path": 3, "label": 3}', "the path 3 is not a string"),
     "label is a float": ('{"path": "b", "label": 3.0}', "the label 3.0 is neither an integer nor a string; write 3"),
@@ -229,5 +229,5 @@ def test_path_and_root_are_read_like_paths_of_settings(tmp_path, monkeypatch):
     make_files(tmp_path, "data/a.jpg")
     write_list(tmp_path, "a.jpg,x\n")
     assert FileList("~/list.csv", root="~/data").name(0) == f"{tmp_path}/data/a.jpg"
-    assert "is a URL" in error_of(FileList, "s3://bucket/list.csv")
+    assert "is a URL" in error_of(FileList, "file:///list.csv")
     assert "has the variable $DATA" in error_of(FileList, "~/list.csv", root="$DATA")

@@ -84,7 +84,7 @@ def test_large_files_are_sampled_but_all_sizes_count(tmp_path):
 
 
 def test_many_files_sample_sizes_but_all_paths_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "_MAX_SIZES", 8)  # of 20 files, so every third
+    monkeypatch.setattr(paths.FilesOnDisk, "max_sizes", 8)  # of 20 files, so every third
     before = ImageFolder(twenty_files(tmp_path)).fingerprint
 
     def changed(name: str) -> bool:

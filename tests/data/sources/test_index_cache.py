@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kd_pipeline.data.sources import FileList, file_list, index_cache, index_file
+from kd_pipeline.data.sources.list_file import ListFile
 from kd_pipeline.data.sources.list_format import find_format
 from kd_pipeline.errors import DataError
 from tests._core.test_files import give_away
@@ -34,7 +35,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The lists that were parsed, in order."""
     paths: list[Path] = []
     parse = file_list._parse
-    monkeypatch.setattr(file_list, "_parse", lambda path, *rest: [paths.append(path), parse(path, *rest)][1])
+    monkeypatch.setattr(file_list, "_parse", lambda path, *rest: [paths.append(Path(path.name)), parse(path, *rest)][1])
     return paths
 
 
@@ -253,8 +254,10 @@ def test_unused_indexes_are_deleted_after_a_month(tmp_path, cache):
     FileList(used)  # used, and therefore kept
     FileList(write(tmp_path / "new.csv", LINES[:30]))
     kept = {file.name for file in cache.iterdir()}
-    form = find_format(used, str(tmp_path))
-    keys = {index_cache.index_key(path, str(tmp_path), None, form) for path in (used, tmp_path / "new.csv")}
+    form = find_format(ListFile.at(used), str(tmp_path))
+    keys = {
+        index_cache.index_key(ListFile.at(path), str(tmp_path), None, form) for path in (used, tmp_path / "new.csv")
+    }
     assert kept == {f"{key}.index" for key in keys}
 
 
@@ -298,7 +301,7 @@ def words(*numbers: int) -> bytes:
 
 HEADER: dict[str, object] = {
     "ends": 24, "labels": 16, "blob": 4, "is_labeled": True, "classes": ["a", "b"], "remarks": [],
-    "folders": [], "stamp": "",
+    "folders": [], "stamp": "", "schemes": [],
 }  # fmt: skip
 FORGERIES: dict[str, tuple[dict[str, object] | bytes, tuple[bytes, ...]]] = {
     "no header": (b"", ()),
@@ -324,6 +327,7 @@ FORGERIES: dict[str, tuple[dict[str, object] | bytes, tuple[bytes, ...]]] = {
     "same classes": (HEADER | {"classes": ["a", "a"]}, (words(0, 2, 4), words(0, 1), b"x/yy")),
     "folders": (HEADER | {"folders": 3}, (words(0, 2, 4), words(0, 1), b"x/yy")),
     "remarks": (HEADER | {"remarks": 3}, (words(0, 2, 4), words(0, 1), b"x/yy")),
+    "schemes": (HEADER | {"schemes": 3}, (words(0, 2, 4), words(0, 1), b"x/yy")),
     "more after it": (HEADER, (words(0, 2, 4), words(0, 1), b"x/yy", b"x")),
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd_pipeline.data.sources import FileList, index_cache, list_format, list_rows
+from kd_pipeline.data.sources.list_file import ListFile
 from kd_pipeline.data.sources.list_format import find_format
 from kd_pipeline.data.sources.list_rows import ListRows
 from tests.data.sources.helpers import error_of, make_files, write_list
@@ -38,7 +39,7 @@ def test_line_without_an_end_is_refused_by_number(tmp_path, monkeypatch, name, l
 
 
 def rows_of(path: Path) -> list[list_rows.Row]:
-    return list(ListRows(path, find_format(path, str(path.parent))))
+    return list(ListRows(ListFile.at(path), find_format(ListFile.at(path), str(path.parent))))
 
 
 def test_row_of_many_lines_is_refused(tmp_path, monkeypatch):
@@ -105,9 +106,9 @@ def test_keys_that_change_in_each_line_take_little_memory(tmp_path):
     lines = [{"path": "a.jpg", "label": 0, f"{number}{'k' * 1000}": 0} for number in range(2000)]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path = write_list(tmp_path, text, "list.jsonl")
-    form = find_format(path, str(tmp_path))
+    form = find_format(ListFile.at(path), str(tmp_path))
     tracemalloc.start()
-    rows = ListRows(path, form)
+    rows = ListRows(ListFile.at(path), form)
     assert sum(1 for _ in rows) == 2000
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -119,10 +120,10 @@ def test_keys_that_change_in_each_line_take_little_memory(tmp_path):
 def test_huge_list_is_parsed_before_it_is_hashed(tmp_path, monkeypatch):
     path = write_list(tmp_path, "a.jpg,x\n" * 1000)
     monkeypatch.setattr(index_cache, "_MIN_LIST_BYTES", 1)
-    form = find_format(path, str(tmp_path))
-    assert index_cache.index_key(path, str(tmp_path), None, form) is not None
-    monkeypatch.setattr(index_cache, "_MAX_LIST_BYTES", path.stat().st_size - 1)
-    assert index_cache.index_key(path, str(tmp_path), None, form) is None
+    form = find_format(ListFile.at(path), str(tmp_path))
+    assert index_cache.index_key(ListFile.at(path), str(tmp_path), None, form) is not None
+    monkeypatch.setattr(index_cache, "MAX_LIST_BYTES", path.stat().st_size - 1)
+    assert index_cache.index_key(ListFile.at(path), str(tmp_path), None, form) is None
 
 
 def test_paths_of_many_parts_are_looked_for_at_once(tmp_path, monkeypatch):

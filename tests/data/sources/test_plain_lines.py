@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kd_pipeline.data.sources import FileList, file_list, list_rows
+from kd_pipeline.data.sources.list_file import ListFile
 from kd_pipeline.data.sources.list_format import Columns, ListFormat
 from kd_pipeline.data.sources.list_rows import ListRows
 from kd_pipeline.data.sources.plain_lines import split_plain
@@ -32,12 +33,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_rows(path: Path, form: ListFormat) -> list[tuple[bytes, str | None]]:
-    return [(os.fsencode(sample), label) for _, sample, label in ListRows(path, form)]
+    return [(os.fsencode(sample), label) for _, sample, label in ListRows(ListFile.at(path), form)]
 
 
 def by_blocks(path: Path, form: ListFormat) -> list[tuple[bytes, str | None]]:
     found = []
-    for block in ListRows(path, form).blocks():
+    for block in ListRows(ListFile.at(path), form).blocks():
         labels = [label.decode() if isinstance(label, bytes) else label for label in block.labels]
         found += list(zip(block.paths, labels, strict=True))
     return found
