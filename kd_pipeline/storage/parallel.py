@@ -1,21 +1,27 @@
-"""Many ranges at once, on threads that all stores share."""
+"""Many ranges, or calls, at once, on threads that are shared."""
 
 import asyncio
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import count
+from math import inf
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
-from typing import NamedTuple, TypeVar
+from time import perf_counter
+from typing import Generic, NamedTuple, TypeVar
 
 from kd_pipeline.errors import StorageError
 from kd_pipeline.storage.base import FileStat, Store
 
-__all__ = ["ByteRange", "call_in_thread", "in_thread", "read_ranges", "run_in_thread", "stat_files"]
+__all__ = ["ByteRange", "call_each", "call_in_thread", "in_thread", "read_ranges", "run_in_thread", "stat_files"]
 
 _T = TypeVar("_T")
+_Item = TypeVar("_Item")
 _MAX_THREADS = 64
+_PATIENCE_S = 0.0005
+"""Files in memory are read by one thread: to hand each range to another takes longer than to copy
+them. The others are for disks that let a read wait longer than this."""
 
 
 class ByteRange(NamedTuple):
@@ -38,7 +44,7 @@ def read_ranges(
     Args:
         store: has all the files. Its own `read_many`, if it has one, does the same with less effort.
         ranges: what to read.
-        num_threads: reads at once, one of them in this thread; defaults to the store's own number.
+        num_threads: reads at once, one of them in this thread, where reads take long; defaults to the store's number.
 
     Raises:
         Whatever `store.read` raises but StorageError.
@@ -46,10 +52,24 @@ def read_ranges(
     if (read_many := getattr(store, "read_many", None)) is not None:
         results: list[bytes | StorageError] = read_many(ranges, num_threads)
         return results
-    work = _Work(store, ranges)
-    for _ in range(min(num_threads or store.num_threads, len(ranges)) - 1):
-        run_in_thread(work.run)
-    return work.finish()
+
+    def read(wanted: ByteRange) -> bytes | StorageError:
+        path, start, length, expected, max_bytes = wanted
+        try:
+            return store.read(path, start, length, expected=expected, max_bytes=max_bytes)
+        except StorageError as exc:
+            return exc.with_traceback(None)
+
+    return _Work(read, ranges).finish(num_threads or store.num_threads, patience_s=_PATIENCE_S)
+
+
+def call_each(function: Callable[[_Item], _T], items: Sequence[_Item], num_threads: int) -> list[_T]:
+    """What `function` returns for each of `items`, called by so many threads at once, one of them this one.
+
+    Raises:
+        Whatever `function` raises; other calls may not have ended yet.
+    """
+    return _Work(function, items).finish(num_threads)
 
 
 def stat_files(store: Store, paths: Sequence[str]) -> list[FileStat | StorageError]:
@@ -87,38 +107,42 @@ async def in_thread(function: Callable[[], _T]) -> _T:
     return await asyncio.wrap_future(call_in_thread(function))
 
 
-class _Work:
-    """Ranges that threads take one by one, without a lock and a future for each."""
+class _Work(Generic[_Item, _T]):
+    """Calls of a function, which threads take one by one, without a lock and a future for each."""
 
-    def __init__(self, store: Store, ranges: Sequence[ByteRange]) -> None:
-        self._read, self._ranges = store.read, ranges
-        self._results: list[bytes | StorageError | None] = [None] * len(ranges)
+    def __init__(self, function: Callable[[_Item], _T], items: Sequence[_Item]) -> None:
+        self._function, self._items = function, items
+        self._results: dict[int, _T] = {}
         self._take = count().__next__  # atomic
         self._stopped: BaseException | None = None
         self._lock, self._num_done, self._all_done = Lock(), 0, Event()
 
-    def run(self) -> None:
-        """Read until no range is left to take."""
-        read, ranges, results, take = self._read, self._ranges, self._results, self._take
+    def run(self, patience_s: float = inf) -> None:
+        """Call until no item is left to take, or a call has taken longer than `patience_s`."""
+        function, items, results, take = self._function, self._items, self._results, self._take
         num_done = 0
-        while (index := take()) < len(ranges) and self._stopped is None:
-            path, start, length, expected, max_bytes = ranges[index]
+        while self._stopped is None and (index := take()) < len(items):
+            start_s = perf_counter()
             try:
-                results[index] = read(path, start, length, expected=expected, max_bytes=max_bytes)
-            except StorageError as exc:
-                results[index] = exc.with_traceback(None)
+                results[index] = function(items[index])
             except BaseException as exc:
                 self._stopped = exc
                 break
             num_done += 1
+            if perf_counter() - start_s > patience_s:
+                break
         with self._lock:
             self._num_done += num_done
-            if self._num_done == len(ranges) or self._stopped is not None:
+            if self._num_done == len(items) or self._stopped is not None:
                 self._all_done.set()
 
-    def finish(self) -> list[bytes | StorageError]:
-        """Take part, and wait for the others; those that have not started yet are not needed."""
+    def finish(self, num_threads: int, patience_s: float = 0.0) -> list[_T]:
+        """Take part, and wait for the others, which start when a call has taken `patience_s`."""
         try:
+            if patience_s:
+                self.run(patience_s)
+            for _ in range(min(num_threads, len(self._items) - self._num_done) - 1):
+                run_in_thread(self.run)
             self.run()
             self._all_done.wait()
         except BaseException as exc:  # Ctrl-C while waiting
@@ -126,7 +150,7 @@ class _Work:
             raise
         if self._stopped is not None:
             raise self._stopped
-        return [result for result in self._results if result is not None]
+        return [self._results[index] for index in range(len(self._items))]
 
 
 def _stat(store: Store, path: str) -> FileStat | StorageError:

@@ -1,12 +1,13 @@
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kd_pipeline.errors import StorageError
-from kd_pipeline.storage import ByteRange, read_ranges
+from kd_pipeline.storage import ByteRange, call_each, parallel, read_ranges
 from kd_pipeline.storage.local import LocalStore
 
 CONTENT = bytes(range(256)) * 40
@@ -43,16 +44,49 @@ def test_other_errors_are_raised(path):
         read_ranges(LocalStore(), [ByteRange(path, 0, 5), ByteRange(path, 0, "x")] * 20, 3)  # type: ignore[arg-type]
 
 
-def test_reads_run_at_once(path):
+def test_reads_run_at_once_if_one_takes_long(path):
     class Meeting(LocalStore):
         num_threads = 3
         barrier = threading.Barrier(3, timeout=10)
+        is_first = True
 
         def read(self, *args, **options):
-            self.barrier.wait()
+            if self.is_first:
+                self.is_first = False
+                time.sleep(0.01)
+            else:
+                self.barrier.wait()
             return super().read(*args, **options)
 
-    assert read_ranges(Meeting(), [ByteRange(path, 0, 1)] * 9) == [CONTENT[:1]] * 9
+    assert read_ranges(Meeting(), [ByteRange(path, 0, 1)] * 10) == [CONTENT[:1]] * 10
+
+
+def test_what_is_in_memory_is_read_by_one_thread(path, monkeypatch):
+    readers = set()
+
+    class Noting(LocalStore):
+        def read(self, *args, **options):
+            readers.add(threading.get_ident())
+            return super().read(*args, **options)
+
+    monkeypatch.setattr(parallel, "perf_counter", lambda: 0.0)  # however busy the machine is
+    read_ranges(Noting(), [ByteRange(path, 0, 1)] * 100)
+    assert readers == {threading.get_ident()}
+
+
+def test_calls_run_at_once_and_results_come_in_order():
+    barrier = threading.Barrier(3, timeout=10)
+
+    def call(number):
+        barrier.wait()
+        return number
+
+    assert call_each(call, range(9), 3) == list(range(9))
+
+
+def test_error_of_a_call_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        call_each(lambda number: 1 / number, [1, 1, 0, 1] * 10, 3)
 
 
 def test_several_threads_share_the_pool(path):

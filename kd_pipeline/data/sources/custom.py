@@ -17,7 +17,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.containers import user_path
-from kd_pipeline.data.sources.encoded import Encoded, as_encoded, fingerprint_of_bytes, read_each
+from kd_pipeline.data.sources.encoded import Encoded, as_encoded, fingerprint_of_bytes
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 from kd_pipeline.data.sources.labels import (
     Classes,
@@ -29,6 +29,7 @@ from kd_pipeline.data.sources.labels import (
 )
 from kd_pipeline.data.sources.paths import PathTable, fingerprint_of_files
 from kd_pipeline.errors import DataError, KDPipelineError
+from kd_pipeline.storage import call_each
 
 if TYPE_CHECKING:
     from kd_pipeline.data.sources.base import Source
@@ -130,9 +131,9 @@ class BaseSource:
             return self._paths.rows(indices)
         if self.stores == "bytes":
             if self.content_threads > 1:
-                return read_each(self._encoded, indices.tolist(), self.content_threads)
+                return call_each(self._encoded, indices.tolist(), self.content_threads)
             with self._content_lock:
-                return read_each(self._encoded, indices.tolist(), 1)
+                return [self._encoded(index) for index in indices.tolist()]
         return np.stack([self._image(index) for index in indices.tolist()])
 
     def name(self, index: int) -> str:

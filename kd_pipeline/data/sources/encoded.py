@@ -1,7 +1,5 @@
-"""Encoded images as bytes: what sources of bytes give for samples, reading many of them, and their fingerprint."""
+"""Encoded images as bytes: what sources of bytes give for samples, and their fingerprint."""
 
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +11,7 @@ from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 if TYPE_CHECKING:
     from kd_pipeline.data.sources.base import Source
 
-__all__ = ["Encoded", "as_encoded", "fingerprint_of_bytes", "read_each"]
+__all__ = ["Encoded", "as_encoded", "fingerprint_of_bytes"]
 
 _MEASURED, _BLOCK = 16, 64
 """Samples whose size says how large all are, and samples that are read at once, for a fingerprint."""
@@ -25,17 +23,6 @@ Encoded = list[NDArray[np.uint8] | UnreadableFileError]
 def as_encoded(content: bytes | bytearray | memoryview) -> NDArray[np.uint8]:
     """`content` as an array, without a copy."""
     return np.frombuffer(content, np.uint8)
-
-
-def read_each(
-    read: Callable[[int], NDArray[np.uint8] | UnreadableFileError], indices: Iterable[int], num_threads: int
-) -> Encoded:
-    """What `read` returns for each of `indices`, called in `num_threads` threads."""
-    if num_threads == 1:
-        return [read(index) for index in indices]
-    # Threads start in less time than one image takes to decode, and a pool that is kept would not survive a fork.
-    with ThreadPoolExecutor(num_threads, "kd_pipeline-bytes") as threads:
-        return list(threads.map(read, indices))
 
 
 def fingerprint_of_bytes(source: "Source") -> str:
