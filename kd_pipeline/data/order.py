@@ -83,7 +83,8 @@ class GlobalOrder:
         """
         words = stream_words(0, num_samples, seed=seed, stream=Stream.ORDER, epoch=epoch)
         # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
-        keys = (words ^ np.uint64(2**63)).view(np.int64)
+        words ^= np.uint64(2**63)
+        keys = words.view(np.int64)
         return cls(torch.argsort(torch.from_numpy(keys), stable=True).numpy())
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline._core.user_cache import user_cache_path
 from kd_pipeline._core.version import __version__
-from kd_pipeline.data.sources.fingerprint import content_digest
+from kd_pipeline.data.sources.fingerprint import content_digest, drop_pages
 from kd_pipeline.data.sources.index_file import load_index_file, save_index_file
 from kd_pipeline.data.sources.labels import class_names
 from kd_pipeline.data.sources.list_file import MAX_LIST_BYTES, ListFile
@@ -119,6 +119,7 @@ def _parse(header: dict[str, Any], parts: list[memoryview], root: str) -> ListIn
     ends, labels, blob = parts
     found = np.frombuffer(labels, dtype=np.int64) if header["is_labeled"] else None
     _check(np.frombuffer(ends, dtype=np.int64), found, len(blob), classes)
+    drop_pages(np.frombuffer(ends, dtype=np.int64))
     return ListIndex(
         paths=PathTable(root, blob, ends.cast("q"), map(str, header["schemes"])),
         labels=found,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.text import printable
-from kd_pipeline.data.sources.fingerprint import content_digest, label_digest, sampling_step
+from kd_pipeline.data.sources.fingerprint import content_digest, label_digest, pieces, sampling_step
 from kd_pipeline.data.sources.labels import count_classes, shown_samples
 from kd_pipeline.errors import shown
 from kd_pipeline.storage.base import scheme_of
@@ -136,12 +136,14 @@ class PathTable:
 
     def update(self, digest: "_Hash") -> None:
         """Update `digest` with all paths, relative to the root where they are below it, and without credentials."""
-        ends, blob = np.asarray(self.ends), self.blob
+        ends, blob = np.frombuffer(self.ends, dtype=np.int64), self.blob
         if self.schemes:
             entries = [os.fsencode(shown(self.entry(index))) for index in range(len(self))]
             ends, blob = np.cumsum([0, *map(len, entries)]), bytearray().join(entries)
-        digest.update(ends.astype("<i8", copy=False).data)
-        digest.update(blob)
+        for piece in pieces(ends):
+            digest.update(piece.astype("<i8", copy=False).data)
+        for piece in pieces(np.frombuffer(blob, dtype=np.uint8)):
+            digest.update(piece.data)
 
 
 class FileSource:

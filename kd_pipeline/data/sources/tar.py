@@ -15,7 +15,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.encoded import Encoded
-from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
+from kd_pipeline.data.sources.fingerprint import label_digest, pieces, sampling_step
 from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings, shown_samples, used_label_warnings
 from kd_pipeline.data.sources.shard_list import find_shards
 from kd_pipeline.data.sources.tar_members import BLOCK, is_header_of
@@ -163,10 +163,11 @@ class Tar:
         """
         table = self._table
         digest = label_digest(self.labels, self.classes)
-        digest.update(table.ends.astype("<i8", copy=False).data)
-        digest.update(table.names)
-        digest.update(table.lengths.astype("<i8", copy=False).data)
-        sampled = np.arange(0, len(self), sampling_step(int(table.lengths.sum())))
+        for part in (table.ends, np.frombuffer(table.names, np.uint8), table.lengths):
+            for piece in pieces(part):
+                digest.update(piece.astype(piece.dtype.newbyteorder("<"), copy=False).data)
+        num_bytes = sum(int(piece.sum()) for piece in pieces(table.lengths))
+        sampled = np.arange(0, len(self), sampling_step(num_bytes))
         for first in range(0, len(sampled), _BLOCK):
             for image in self.read(sampled[first : first + _BLOCK]):
                 digest.update(b"unreadable" if isinstance(image, UnreadableFileError) else image.data)

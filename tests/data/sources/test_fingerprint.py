@@ -1,5 +1,6 @@
 """What changes the fingerprint of a source, and what does not."""
 
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, arrays, paths
+from kd_pipeline.data.sources.fingerprint import pieces
 from tests.data.sources.helpers import make_files, write_list
 
 
@@ -193,3 +195,23 @@ def test_array_in_a_file_has_the_fingerprint_of_one_in_memory(tmp_path, monkeypa
             monkeypatch.setattr(arrays, "_BLOCK_BYTES", block)
             prints |= {Arrays(images).fingerprint, Arrays(tmp_path / "images.npy").fingerprint}
         assert len(prints) == 1
+
+
+def resident_bytes() -> int:
+    """What this process has in memory of files that it maps."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile:")]
+    return int(line.split()[1]) * 1024
+
+
+def test_mapped_array_is_read_in_pieces_that_do_not_stay_in_memory(tmp_path):
+    size = 2**26
+    (tmp_path / "file").write_bytes(bytes(range(256)) * (size // 256))
+    with (tmp_path / "file").open("rb") as file:
+        array = np.frombuffer(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))[8:], np.int64)
+    before, most, total = resident_bytes(), 0, 0
+    for piece in pieces(array):
+        total += int(piece.view(np.uint8).sum(dtype=np.int64))
+        most = max(most, resident_bytes() - before)
+    assert total == 255 * size // 2 - sum(range(8))
+    assert most < 2**25 and resident_bytes() - before < 2**22
+    assert [part.tolist() for part in pieces(np.arange(3))] == [[0, 1, 2]]
