@@ -120,10 +120,12 @@ def _check_intact(file: BinaryIO, *, is_hashed: bool) -> None:
         ValueError: it is damaged.
     """
     magic, checksum, word = file.read(len(_MAGIC)), file.read(hashlib.sha256().digest_size), file.read(_WORD)
+    if magic != _MAGIC:  # before anything of perhaps many gigabytes is read
+        raise ValueError("no index")
     header_bytes = _round_up(_WORD + int.from_bytes(word, "little"))
     file.seek(_START)
     digest = content_digest(file, _MAX_BYTES if is_hashed else header_bytes)
-    if magic != _MAGIC or checksum != digest.digest():
+    if checksum != digest.digest():
         raise ValueError("damaged")
 
 
