@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.paths import argument_path
+from kd_pipeline._core.secret_values import hide_in_arguments, hide_in_text
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.compose import EXTENDS, compose
@@ -89,7 +90,7 @@ def read_values(model: type[Model], values: Mapping[str, Any], overrides: Sequen
 
 def _validated(model: type[Model], data: dict[str, Any], places: dict[Key, Place], overrides: Sequence[str]) -> Model:
     for number, text in enumerate(overrides):
-        _override(data, places, Place(_AFTER_ALL_FILES + number, f"override {text!r}", text))
+        _override(data, places, Place(_AFTER_ALL_FILES + number, f"override {hide_in_arguments([text])[0]!r}", text))
     try:
         # Strict JSON mode is strict about types, yet lets lists become tuples and text become paths.
         return model.model_validate_json(json.dumps(data), strict=True)
@@ -261,7 +262,7 @@ def _found(value: Any) -> str:
         case list():
             return f"found a list of {len(value)}"
         case str():
-            return f"found the text {value!r:.60}"
+            return f"found the text {hide_in_text(value)!r:.60}"
     return f"found {json.dumps(value):.60}"
 
 

@@ -543,6 +543,13 @@ def test_invalid_override_is_named(write, override, words):
     assert message.startswith(f"override {override!r}: ") and words in message and "\n" not in message
 
 
+def test_no_error_shows_the_credentials_of_a_url(write):
+    url = "s3://me:abc123@host/x?token=abc123"
+    for text, overrides in ((f"seed: {url}", ()), (GOOD, (f"seed={url}",)), (GOOD, (f"dat={url}",))):
+        message = complaint(write(text), overrides)
+        assert "s3://***@host/x?token=***" in message and "abc123" not in message
+
+
 def test_override_replaces_invalid_value(write):
     path = write("data:\n  source: {kind: folder, rot: x}\n")
     assert "c.yaml:2" in complaint(path)

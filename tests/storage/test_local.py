@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_pipeline.errors import NoSuchFileError, StorageError
-from kd_pipeline.storage import FileStat, open_store
+from kd_pipeline.errors import FileTooLargeError, NoSuchFileError, StorageError
+from kd_pipeline.storage import ByteRange, FileStat, FolderEntry, open_store, read_ranges
 from kd_pipeline.storage.local import LocalStore
 
 CONTENT = bytes(range(200))
@@ -29,6 +29,21 @@ def test_ranges_are_exact(store, path):
     assert store.read(path, 10, 20) == CONTENT[10:30]
     assert store.read(path, 150) == CONTENT[150:]
     assert store.read(path, 200, 0) == b""
+
+
+def test_file_that_is_too_large_is_not_read(store, path):
+    assert store.read(path, max_bytes=200) == CONTENT
+    with pytest.raises(FileTooLargeError, match="it has 200 bytes, and at most 199 are read"):
+        store.read(path, max_bytes=199)
+    assert isinstance(read_ranges(store, [ByteRange(path, max_bytes=199)])[0], FileTooLargeError)
+
+
+def test_folder_is_listed(store, path, tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c").touch()
+    assert store.list_folder(str(tmp_path)) == [FolderEntry("a.bin", 200), FolderEntry("b", None)]
+    with pytest.raises(NoSuchFileError):
+        store.list_folder(f"{tmp_path}/not")
 
 
 @pytest.mark.parametrize(("start", "length", "left"), [(190, 11, 10), (300, 5, 0), (0, 201, 200)])
