@@ -29,6 +29,8 @@ __all__ = [
     "shuffle_fields",
 ]
 
+_PART_BITS = 2
+"""First bits of the keys, by which those of a permutation are divided before they are sorted."""
 _MIN_PIECE = 2**14
 """Positions that are computed at once, at least. The order does not depend on it."""
 _NUM_PIECES = 3
@@ -82,10 +84,17 @@ class GlobalOrder:
         Equal keys keep the dataset's order.
         """
         words = stream_words(0, num_samples, seed=seed, stream=Stream.ORDER, epoch=epoch)
-        # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
-        words ^= np.uint64(2**63)
-        keys = words.view(np.int64)
-        return cls(torch.argsort(torch.from_numpy(keys), stable=True).numpy())
+        # One part of the keys after the other, as torch takes four times the memory of what it sorts.
+        part = np.empty(num_samples, np.uint8)
+        np.right_shift(words, np.uint64(64 - _PART_BITS), out=part, casting="unsafe")
+        permutation, end = np.empty(num_samples, np.int64), 0
+        for number in range(2**_PART_BITS):
+            (own,) = np.nonzero(part == number)
+            # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
+            keys = (words[own] ^ np.uint64(2**63)).view(np.int64)
+            start, end = end, end + len(own)
+            permutation[start:end] = own[torch.argsort(torch.from_numpy(keys), stable=True).numpy()]
+        return cls(permutation)
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Order.indices`."""
