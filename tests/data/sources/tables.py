@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,3 +47,11 @@ def write_parquet(
         path = folder / f"train-{number:05}-of-{num_files:05}.parquet"
         pq.write_table(table.slice(start, end - start), path, row_group_size=row_group_size, **options)
     return folder
+
+
+def dataset_of(files: Source, **features: Any) -> datasets.Dataset:
+    """The images and labels of a source of files; `features` replace or add to those of its columns."""
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(files.classes or ())), **features}
+    images = [{"bytes": image, "path": Path(files.name(row)).name} for row, image in enumerate(contents(files))]
+    columns = {"image": images, "label": np.asarray(files.labels).tolist()}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
