@@ -14,6 +14,7 @@ from kd_pipeline._core.version import __version__
 from kd_pipeline.data.sources.hf_features import Features, features_of_schema
 from kd_pipeline.data.sources.index_file import load_index_file, save_index_file
 from kd_pipeline.data.sources.parquet_files import ParquetFiles, leaves_of
+from kd_pipeline.data.sources.stored_arrays import check_fits
 from kd_pipeline.data.sources.table_columns import Columns, find_columns, join_labels, read_labels
 from kd_pipeline.errors import DataError, shown
 from kd_pipeline.storage import FileStat
@@ -108,8 +109,10 @@ def _build(files: ParquetFiles, card: Features, choice: ColumnChoice, num_thread
         groups = _groups_of(footer, columns, where[file], where[0])
         if columns.label is None:
             return groups, None
-        labels = files.read(file, [columns.label]).column(0)
-        return groups, read_labels(labels, where[file], columns.label)
+        labels = read_labels(files.read(file, [columns.label]).column(0), where[file], columns.label)
+        if len(labels.codes) != groups[0].sum():
+            raise DataError(f"{where[file]}: has {len(labels.codes)} labels for {groups[0].sum()} rows; copy it again")
+        return groups, labels
 
     found = each_in_threads(read, range(len(where)), num_threads)
     rows, sizes, missing = (np.concatenate([groups[part] for groups, _ in found]) for part in range(3))
@@ -117,6 +120,9 @@ def _build(files: ParquetFiles, card: Features, choice: ColumnChoice, num_thread
     is_used = rows > 0
     if not is_used.any():
         raise DataError(f"{where[0]}: {'no file has' if len(where) > 1 else 'it has no'} rows")
+    # A damaged footer may claim any number.
+    check_fits(where[0], 16 * int(rows.sum()), "its footer may be damaged")
+    check_fits(where[0], int(sizes.max()), "write smaller row groups, such as row_group_size=100")
     if (missing == rows).all():
         raise DataError(
             f"{where[0]}: no row has an image, as {columns.image_bytes!r} is null in all{_paths_only(columns)}"
@@ -163,6 +169,8 @@ def _groups_of(
         group = footer.row_group(number)
         chunk = group.column(place)
         rows[number], sizes[number] = group.num_rows, chunk.total_uncompressed_size
+        if rows[number] < 0 or sizes[number] < 0 or chunk.num_values != group.num_rows:
+            raise DataError(f"{where}: the footer says nonsense about row group {number}; copy the file again")
         statistics = chunk.statistics
         missing[number] = statistics.null_count if statistics is not None and statistics.has_null_count else 0
     return rows, sizes, missing

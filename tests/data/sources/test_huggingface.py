@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter
 
 from kd_pipeline.data.order import ShardShuffle
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources import HuggingFace, ImageFolder, open_source
+from kd_pipeline.data.sources import HuggingFace, ImageFolder, huggingface, open_source
 from kd_pipeline.data.sources.base import SourceSettings
 from kd_pipeline.data.sources.custom import check_source
 from kd_pipeline.errors import StorageError
@@ -183,10 +184,11 @@ def test_fingerprint_is_of_the_content(dataset, folder, tmp_path):
     assert HuggingFace(tmp_path / "other").fingerprint == HuggingFace(folder).fingerprint
 
 
-def test_expected_images_are_paged_in(folder):
-    source = HuggingFace(folder)
-    source.expect(np.arange(37))
-    assert len(source.read(np.arange(37))) == 37
+def test_expected_images_are_paged_in(files, folder, monkeypatch):
+    asked, done = [], threading.Event()
+    monkeypatch.setattr(huggingface, "page_in_later", lambda images: (asked.extend(images), done.set()))
+    HuggingFace(folder).expect(np.array([3, 20]))
+    assert done.wait(5) and [image.tobytes() for image in asked] == [contents(files)[row] for row in (3, 20)]
 
 
 def test_by_config(folder, files):
