@@ -33,8 +33,8 @@ def messages() -> Iterator[tuple[str, str]]:
             yield f"{path.name}:{node.lineno}", " … ".join(part for part in parts if isinstance(part, str))
 
 
-FOREIGN_OPTIONS = {"--nnodes", "--ntasks-per-node", "--nproc-per-node", "--npernode"}
-"""Of torchrun, srun and mpirun."""
+FOREIGN_OPTIONS = {"--array", "--nnodes", "--ntasks-per-node", "--nproc-per-node", "--npernode"}
+"""Of torchrun, sbatch, srun and mpirun."""
 COMMAND_NAMES = (
     ["check"], ["train"], ["record"], ["eval"], ["predict"], ["build-engine"], ["bench", "step"], ["bench", "teacher"],
     ["config"], ["init"],

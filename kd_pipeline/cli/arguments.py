@@ -296,4 +296,4 @@ def _syntax(annotation: Any) -> dict[str, Any]:
 def _metavar(kind: Any) -> str:
     if get_origin(kind) is not None:  # Annotated
         kind = get_args(kind)[0]
-    return {int: "N", float: "X", Path: "PATH"}.get(kind, "NAME")
+    return {int: "N", float: "X", Path: "PATH", str | Path: "PATH"}.get(kind, "NAME")

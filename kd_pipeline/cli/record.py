@@ -11,9 +11,10 @@ from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.text import plural
 from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
 from kd_pipeline.cli.printing import print_result
+from kd_pipeline.errors import shown
 
 if TYPE_CHECKING:
-    from kd_pipeline.workflows._record import Progress, RecordingPlan
+    from kd_pipeline.workflows._record import Progress, RecordingPlan, RecordSettings
 
 __all__ = ["add_to"]
 
@@ -23,6 +24,8 @@ examples:
   kd-pipeline record -c my.yaml --top-k 16 --dtype float16 --epochs 100
   kd-pipeline record -c my.yaml --outputs pooled spatial --grid 7 --dtype int8 --dry-run
   kd-pipeline train -c my.yaml 'teacher={path: runs/mine/recording}'
+  kd-pipeline record -c my.yaml --out s3://bucket/recording --part 2/4
+  kd-pipeline record -c my.yaml --out s3://bucket/recording --join --license CC-BY-4.0
 
 Run the same command to resume an interrupted recording.
 """
@@ -44,15 +47,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from kd_pipeline.workflows._record import RecordSettings
 
     add_config(parser)
-    add_options(parser, RecordSettings, "outputs", "dtype", "grid", "top_k", "epochs", "out", "part")
+    add_options(parser, RecordSettings, "outputs", "dtype", "grid", "top_k", "epochs", "out", "part", "license")
     parser.add_argument(
         "--join", action="store_true", help="say which parts are missing, and record none; if there are all, list them"
     )
+    parser.add_argument("--verify", action="store_true", help="compare all parts with their sha256, and record none")
     parser.add_argument("--dry-run", action="store_true", help="say what the recording would take, and write nothing")
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.config.config import load_config
+    from kd_pipeline.teachers.recorded.join import verify_recording
     from kd_pipeline.workflows._record import RecordSettings, plan_recording, record
     from kd_pipeline.workflows.record_plan import recording_path
 
@@ -63,9 +68,14 @@ def _run(parsed: argparse.Namespace) -> int:
         fields["outputs"] = tuple(word for word in fields["outputs"] if "=" not in word)
     settings, config = checked(RecordSettings, **fields), load_config(parsed.config, overrides)
     plugins, trust_engines = parsed.plugin, parsed.trust_engine
+    epochs = settings.epochs or config.train.epochs
+    if parsed.verify:
+        path = recording_path(config, settings)
+        print_result(f"{verify_recording(path):,} parts in {shown(str(path))} are as they were recorded")
     if parsed.join:
-        missing = _print_state(recording_path(config, settings), settings.epochs or config.train.epochs, settings.part)
-        return int(missing)
+        return int(_print_state(recording_path(config, settings), epochs, settings))
+    if parsed.verify:
+        return 0
     started = time.monotonic()
     if is_rank_zero():
         print_progress("opening the images and the teacher")
@@ -77,20 +87,20 @@ def _run(parsed: argparse.Namespace) -> int:
     folder = record(config, settings, plugins=plugins, trust_engines=trust_engines, announce=_announce, report=_show)
     if is_rank_zero():
         print_progress(f"recorded in {time.monotonic() - started:.1f} s")
-    _print_state(folder, settings.epochs or config.train.epochs, settings.part)
+        _print_state(folder, epochs, settings)
     return 0
 
 
-def _print_state(folder: Path, epochs: int, part: str | None) -> bool:
+def _print_state(folder: Path | str, epochs: int, settings: "RecordSettings") -> bool:
     """Print what the folder holds, and return whether something is missing."""
     from kd_pipeline.teachers.recorded.join import join_recording
     from kd_pipeline.workflows.record_plan import format_bytes
     from kd_pipeline.workflows.record_share import Share, missing_lines
 
-    joined, share = join_recording(folder, epochs), Share.of_process(part)
+    joined, share = join_recording(folder, epochs, license=settings.license), Share.of_process(settings.part)
     if joined.missing:
         lines = missing_lines(joined.manifest, joined.missing, share.count)
-        print_result("\n  ".join([f"missing in {folder}, unless a process is recording it now:", *lines]))
+        print_result("\n  ".join([f"missing in {shown(str(folder))}, unless a process is recording it now:", *lines]))
         return True
     num_epochs, row_bytes = joined.parts.num_epochs, joined.manifest.row_bytes
     size = f"{row_bytes:,} bytes each, {format_bytes(joined.manifest.epoch_bytes * num_epochs)} in all"
@@ -101,9 +111,9 @@ def _print_state(folder: Path, epochs: int, part: str | None) -> bool:
     return False
 
 
-def _yaml(path: Path) -> str:
+def _yaml(path: Path | str) -> str:
     """A path as it is written in YAML."""
-    text = str(path)
+    text = shown(str(path))
     return text if re.fullmatch(r"[\w/.][\w/.+-]*", text) else json.dumps(text)
 
 

@@ -12,6 +12,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.input_adapter import ExpectedInput
 from kd_pipeline.models.registry import ModelSettings
+from kd_pipeline.storage import Location, StoreSettings
 from kd_pipeline.teachers.tensorrt.manifest import Precision
 
 __all__ = [
@@ -42,7 +43,7 @@ _USED_BY = {
     "openvino": _USED_BY_RUNTIMES | _USED_BY_EXPORT | {"onnx", "num_threads"},
     "onnxruntime": _USED_BY_RUNTIMES | _USED_BY_EXPORT | {"onnx", "num_threads"},
     "tensorrt": _USED_BY_RUNTIMES | _USED_BY_EXPORT | {"onnx", "engine", "runtime", "cuda_graph"},
-    "recorded": _USED_BY_ALL | {"path", "verify"},
+    "recorded": _USED_BY_ALL | {"path", "storage", "verify"},
 }
 _USE_EIGHT_BITS = {"int8": ("openvino", "onnxruntime", "tensorrt"), "fp8": ("tensorrt",)}
 
@@ -93,8 +94,11 @@ class TeacherSettings(Settings):
     """An exported teacher, for `openvino`, `onnxruntime` and `tensorrt`, which first builds an engine from it."""
     engine: Path | None = None
     """A TensorRT engine, built with `kd-pipeline build-engine`."""
-    path: Path | None = None
-    """The folder of a recording made with `kd-pipeline record`, whose outputs are replayed for the same images."""
+    path: Location | None = None
+    """The folder of a recording made with `kd-pipeline record`, or its URL (`https://`, `s3://`), whose outputs are
+    replayed for the same images."""
+    storage: StoreSettings | None = None
+    """How a recording is read from a URL, and where its parts are kept."""
     verify: int = Field(default=32, ge=0)
     """How many images, drawn at random at every start, are compared with the recorded ones."""
     precision: Precision | Literal["auto"] = "auto"

@@ -32,6 +32,7 @@ from kd_pipeline.teachers.recorded.checksums import checksums
 from kd_pipeline.teachers.recorded.encoding import encode
 from kd_pipeline.teachers.recorded.folder import LocalFolder
 from kd_pipeline.teachers.recorded.join import join_recording
+from kd_pipeline.teachers.recorded.location import AnyFolder, open_folder
 from kd_pipeline.teachers.recorded.manifest import (
     CHECKSUM,
     SAMPLE,
@@ -102,7 +103,7 @@ def record(
     trust_engines: Collection[str] = (),
     announce: Callable[[RecordingPlan], None] = lambda plan: log_line("\n".join(plan.lines)),
     report: Callable[[Progress], None] = lambda progress: log_line(progress.line),
-) -> Path:
+) -> Path | str:
     """Record the teacher of `config`, or resume an earlier recording in the same folder.
 
     It may be stopped or killed at any time. Any number of processes on any machines may record into one folder: those
@@ -119,7 +120,7 @@ def record(
         report: called every few seconds; without it the lines are logged.
 
     Returns:
-        The folder of the recording, for `teacher.path`.
+        The folder of the recording, or its URL, for `teacher.path`.
 
     Raises:
         ConfigError: the config lacks something, the teacher has no such outputs, or the disk is too small.
@@ -127,16 +128,16 @@ def record(
             full or fails.
         DataError, TeacherError: the data or the teacher is not what the config says.
     """
-    with _planned(config, settings, plugins, trust_engines) as (loader, plan):
+    with _planned(config, settings, plugins, trust_engines) as (loader, plan, folder):
         if is_rank_zero():
             announce(plan)
         plan.require_space()
-        folder = LocalFolder(plan.folder)
         manifest = folder.find_manifest() or folder.create(plan.manifest)
         _require_same(folder, manifest, plan.manifest)  # by now another process may have written one
         _Recorder(loader, RecordingWriter(folder, manifest), plan, report).run()
-    join_recording(plan.folder, plan.epochs)
-    return plan.folder
+    path = recording_path(config, settings or RecordSettings())
+    join_recording(path, plan.epochs, license=plan.settings.license)
+    return path
 
 
 def plan_recording(
@@ -153,18 +154,18 @@ def plan_recording(
     Raises:
         ConfigError, StateError, DataError, TeacherError: as `record`, but for the size of the disk.
     """
-    with _planned(config, settings, plugins, trust_engines) as (_, plan):
+    with _planned(config, settings, plugins, trust_engines) as (_, plan, _):
         return plan
 
 
 @contextmanager
 def _planned(
     config: Config, settings: RecordSettings | None, plugins: Collection[str], trust_engines: Collection[str]
-) -> Iterator[tuple[KDDataLoader, RecordingPlan]]:
-    """The open loader and the plan."""
+) -> Iterator[tuple[KDDataLoader, RecordingPlan, AnyFolder]]:
+    """The open loader, the plan and the folder."""
     require_config(config)
     settings = settings or RecordSettings()
-    folder = LocalFolder(recording_path(config, settings))
+    folder = open_folder(recording_path(config, settings))
     share = Share.of_process(settings.part)
     set_own_gpu(config.data.device)
     set_num_threads(config.train.num_threads)
@@ -184,16 +185,17 @@ def _planned(
         yield (
             loader,
             RecordingPlan(
-                folder=folder.path,
+                folder=folder.path if isinstance(folder, LocalFolder) else str(folder),
                 settings=settings,
                 teacher_outputs=loader.teacher.outputs,
                 student_grids=grids,
                 manifest=manifest,
                 epochs=settings.epochs or config.train.epochs,
                 share=share,
-                existing=None if existing is None else folder.find_parts(existing),
-                free_bytes=free_bytes(folder.path),
+                existing=None if existing is None else folder.find_parts(existing, listed=False),
+                free_bytes=free_bytes(folder.path) if isinstance(folder, LocalFolder) else None,
             ),
+            folder,
         )
 
 
@@ -351,7 +353,7 @@ def _part_rows(manifest: RecordingManifest, batch_size: int) -> int:
     return max(1, min(_MAX_PART_ROWS, _MAX_PART_BYTES // manifest.row_bytes) // batch_size) * batch_size
 
 
-def _require_same(folder: LocalFolder, existing: RecordingManifest, new: RecordingManifest) -> None:
+def _require_same(folder: AnyFolder, existing: RecordingManifest, new: RecordingManifest) -> None:
     """Refuse to resume a different recording.
 
     Raises:

@@ -20,7 +20,9 @@ from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.losses.meeting import guess_prefix_tokens, is_nhwc
 from kd_pipeline.losses.outputs import find_output
 from kd_pipeline.losses.ramp import max_value
+from kd_pipeline.storage import Location
 from kd_pipeline.teachers.base import is_logits
+from kd_pipeline.teachers.recorded.card import LICENSE_PATTERN
 from kd_pipeline.teachers.recorded.manifest import LOGITS, RecordedDtype, RecordedOutput, RecordingManifest
 from kd_pipeline.teachers.recorded.parts import Parts
 from kd_pipeline.workflows.record_share import Share
@@ -62,19 +64,23 @@ class RecordSettings(Settings):
     """Keep only the largest logits of an image; the other classes share the rest of the probability."""
     epochs: int | None = Field(default=None, ge=1)
     """Epochs to record; defaults to `train.epochs`."""
-    out: Path | None = None
-    """The folder; defaults to `recording` in `run_dir`."""
+    out: Location | None = None
+    """The folder, or its URL in an object store (`s3://`); defaults to `recording` in `run_dir`."""
     part: str | None = None
     """Record one of n parts, such as `2/4`, in each of n processes on any machines that write to the same folder.
     Defaults to the task of a SLURM array, or else to everything; the processes of `torchrun`, `srun` or `mpirun` share
     it among themselves."""
+    license: str | None = Field(default=None, pattern=f"^{LICENSE_PATTERN}$")
+    """The license under which you publish the recording, such as `CC-BY-4.0`, for its card. Those of the teacher and of
+    the images may say which ones are possible."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordingPlan:
     """What a recording takes, before it starts."""
 
-    folder: Path
+    folder: Path | str
+    """Or its URL, without credentials."""
     settings: RecordSettings
     teacher_outputs: Mapping[str, TensorSpec]
     """Of the teacher, which may have more than are recorded."""
@@ -87,8 +93,8 @@ class RecordingPlan:
     """Which parts this process records."""
     existing: Parts | None
     """The parts in the folder, of a recording that is resumed; None if there is none."""
-    free_bytes: int
-    """Of the disk."""
+    free_bytes: int | None
+    """Of the disk; None for an object store."""
 
     @property
     def own_parts(self) -> list[tuple[int, int]]:
@@ -136,13 +142,14 @@ class RecordingPlan:
         exists = f", {format_bytes(self.existing_bytes)} of it exists" if self.num_epochs_done is not None else ""
         total = f"{format_bytes(self.num_bytes)} in all ({format_bytes(manifest.epoch_bytes)} per epoch{exists})"
         images = f"{manifest.num_rows:,} images x {self.epochs:,} {plural(self.epochs, 'epoch')}"
+        free = "" if self.free_bytes is None else f"; {format_bytes(self.free_bytes)} are free"
         rows = [
             f"{name} {list(stored.shape)} {stored.dtype}{_change(stored)}: {num_bytes:,} bytes per image"
             for (name, stored), num_bytes in zip(manifest.outputs.items(), manifest.output_bytes.values(), strict=True)
         ]
         left_out = [name for name in self.teacher_outputs if name not in manifest.outputs]
         return (
-            f"recording {images} in {self.folder}: {total}; {format_bytes(self.free_bytes)} are free",
+            f"recording {images} in {self.folder}: {total}{free}",
             *([] if self.share.is_everything else [f"this process records {self.share} ({self.share.reason})"]),
             *rows,
             *([f"not recorded: {', '.join(left_out)}"] if left_out else []),
@@ -155,7 +162,7 @@ class RecordingPlan:
         Raises:
             ConfigError: says how much it needs, how much is free and what would fit.
         """
-        if self.missing_bytes <= self.free_bytes:
+        if self.free_bytes is None or self.missing_bytes <= self.free_bytes:
             return
         manifest = self.manifest
         raise ConfigError(
@@ -178,6 +185,7 @@ class RecordingPlan:
     @property
     def _available_bytes(self) -> int:
         """For the whole recording, if all processes have such a disk."""
+        assert self.free_bytes is not None
         return self.free_bytes * self.share.num_processes + self.existing_bytes
 
     def _smaller(self) -> list[tuple[str, int]]:
@@ -326,7 +334,7 @@ def format_bytes(num_bytes: float) -> str:
     return f"{size:.3g} {units[0]}"
 
 
-def recording_path(config: Config, settings: RecordSettings) -> Path:
+def recording_path(config: Config, settings: RecordSettings) -> Path | str:
     """The folder of the recording.
 
     Raises:

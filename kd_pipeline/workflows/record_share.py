@@ -104,7 +104,7 @@ def _of_array() -> tuple[int, int]:
     if os.environ.get("SLURM_ARRAY_TASK_COUNT", str(count)) != str(count) or (task - first) % max(step, 1):
         raise ConfigError(
             f"the tasks of this SLURM array are not evenly spaced ({_ARRAY[0]} is {task}), so they do not say which "
-            "part of the recording is whose; give --part i/n, or --array=1-n"
+            "part of the recording is whose; give --part i/n, or start it with sbatch --array=1-n"
         )
     return (task - first) // max(step, 1) + 1, count
 

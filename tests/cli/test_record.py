@@ -69,6 +69,41 @@ def test_defaults_to_epochs_and_folder_of_training(config: Path, tmp_path: Path)
     assert main(["train", "-c", str(config), *plugin, f"teacher={{path: {tmp_path / 'run' / 'recording'}}}"]) == 0
 
 
+def test_missing_parts_are_said_and_joined(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "_MAX_PART_ROWS", 48)
+    arguments = ["record", "-c", str(config), "--out", str(tmp_path / "here")]
+    assert main([*arguments, "--join"]) == 1
+    assert "holds no recording" in capsys.readouterr().err
+    assert main([*arguments, "--part", "1/4"]) == 0
+    printed = capsys.readouterr()
+    assert "this process records part 1/4 (--part 1/4)" in printed.err
+    assert "epoch 2: positions 48-95, part 4/4 has them" in printed.out
+    assert "with --part 2/4, and with --part 3/4, and with --part 4/4" in printed.out
+    assert main([*arguments, "--join"]) == 1
+    for part in ("2/4", "3/4", "4/4"):
+        assert main([*arguments, "--part", part]) == 0
+    assert main([*arguments, "--join", "--verify", "--license", "CC-BY-4.0"]) == 0
+    printed = capsys.readouterr()
+    assert f"4 parts in {tmp_path}/here are as they were recorded" in printed.out and "x 2 epochs" in printed.out
+    assert "license: CC-BY-4.0" in (tmp_path / "here" / "README.md").read_text()
+
+
+def test_flipped_byte_is_found_on_demand(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["record", "-c", str(config), "--out", str(tmp_path / "here")]
+    assert main(arguments) == 0
+    path = part_of(tmp_path / "here", epoch=1)
+    content = bytearray(path.read_bytes())
+    content[7] ^= 1
+    path.write_bytes(content)
+    assert main([*arguments, "--verify"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path} has the sha256 " in error and "copy this file again, or delete it and run the command" in error
+    path.unlink()
+    assert main(arguments) == 0 and main([*arguments, "--verify"]) == 0
+
+
 def test_resumes_after_ctrl_c(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +129,9 @@ def test_resumes_after_ctrl_c(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--license", "all rights: mine"], "--license: String should match pattern"),
+        (["--part", "5/4"], "--part is 5/4, and the last of 4 is 4/4"),
+        (["--out", "s3:/bucket/x"], "--out: s3://bucket/x has lost a slash"),
         (["--top-k", "0"], "--top-k: Input should be greater than or equal to 1, got '0'"),
         (["--epochs", "many"], "--epochs: Input should be a valid integer"),
         (["--grid", "0"], "--grid: Input should be greater than or equal to 1, got '0'"),

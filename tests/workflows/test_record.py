@@ -268,7 +268,12 @@ def test_file_sizes_are_those_of_manifest(photo_folder: Path, tmp_path: Path) ->
     }  # fmt: skip
     parts = [part_of(folder, epoch) for epoch in range(2)]
     assert [part.stat().st_size for part in parts] == [manifest.epoch_bytes] * 2 == [37 * manifest.row_bytes] * 2
-    assert set(files_of(folder)) == {"manifest.json", SUMS, *(str(part.relative_to(folder)) for part in parts)}
+    assert set(files_of(folder)) == {
+        "manifest.json",
+        "README.md",
+        SUMS,
+        *(str(part.relative_to(folder)) for part in parts),
+    }
 
 
 def test_parts_are_whole_batches_of_a_bounded_size() -> None:

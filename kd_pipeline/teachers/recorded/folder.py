@@ -1,7 +1,7 @@
 """The folder of a recording: where its files are, how they are read and written, and what a killed process leaves."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -14,13 +14,13 @@ from kd_pipeline.errors import StateError, TeacherError
 from kd_pipeline.teachers.recorded.manifest import MANIFEST, MAX_MANIFEST_BYTES, RecordingManifest
 from kd_pipeline.teachers.recorded.parts import Part, Parts, Piece
 
-__all__ = ["CARD", "SUMS", "LocalFolder", "RecordingFolder"]
+__all__ = ["CARD", "MAX_SUMS_BYTES", "SUMS", "LocalFolder", "RecordingFolder", "file_digest"]
 
 SUMS, CARD = "SHA256SUMS", "README.md"
 """Names of the list of parts and of the card, which joining writes."""
 _WORKING = "working"
 """Folder of what is not final. Nobody reads it but processes that record."""
-_MAX_SUMS_BYTES = 2**30
+MAX_SUMS_BYTES = 2**30
 
 
 class RecordingFolder(Protocol):
@@ -34,8 +34,8 @@ class RecordingFolder(Protocol):
         """
         ...
 
-    def find_parts(self, manifest: RecordingManifest) -> Parts:
-        """The parts that are there now.
+    def find_parts(self, manifest: RecordingManifest, *, listed: bool = True) -> Parts:
+        """The parts that are there now or, behind a URL, those in its list, unless `listed` is false.
 
         Raises:
             TeacherError: the folder cannot be listed.
@@ -50,7 +50,7 @@ class RecordingFolder(Protocol):
         """
         ...
 
-    def expect(self, parts: list[Part], manifest: RecordingManifest) -> None:
+    def expect(self, parts: Sequence[Part], manifest: RecordingManifest) -> None:
         """Note that these parts will be opened soon, in this order."""
         ...
 
@@ -90,7 +90,7 @@ class LocalFolder:
         exists = os.path.exists(self.path / MANIFEST)  # Path.exists raises for a name that is too long
         return self.load_manifest() if exists else None
 
-    def find_parts(self, manifest: RecordingManifest) -> Parts:
+    def find_parts(self, manifest: RecordingManifest, *, listed: bool = True) -> Parts:
         """See `RecordingFolder`."""
         names: list[str] = []
         try:
@@ -115,7 +115,28 @@ class LocalFolder:
             raise self._damaged(path, f"has {size} bytes and not {num_bytes}")
         return file
 
-    def expect(self, parts: list[Part], manifest: RecordingManifest) -> None:
+    def verify(self, part: Part, num_bytes: int) -> None:
+        """Compare the sha256 of a part with its name.
+
+        Raises:
+            TeacherError: they differ.
+        """
+        with self.open_part(part, num_bytes) as file:
+            found = file_digest(file)
+        if found != part.digest:
+            raise TeacherError(
+                f"the recording in {self} is damaged: {self.path / part.name} has the sha256 {found} instead of "
+                f"{part.digest}; copy this file again, or delete it and run the command that recorded it"
+            )
+
+    def find(self, name: str, max_bytes: int) -> bytes | None:
+        """The content of a small file; None if there is none, or it is no file."""
+        try:
+            return read_regular(self.path / name, max_bytes=max_bytes)
+        except OSError:
+            return None
+
+    def expect(self, parts: Sequence[Part], manifest: RecordingManifest) -> None:
         """Nothing: the system reads ahead."""
 
     def close(self) -> None:
@@ -172,7 +193,7 @@ class LocalFolder:
             return sorted(filter(None, map(Piece.parse, _names(self.path / _WORKING))))
         return []
 
-    def write_piece(self, epoch: int, start: int, stop: int, content: bytes) -> Piece:
+    def write_piece(self, epoch: int, start: int, stop: int, content: bytes) -> None:
         """Write rows of a part that is not complete.
 
         Raises:
@@ -180,7 +201,6 @@ class LocalFolder:
         """
         piece = Piece(epoch, start, stop, sha256(content).hexdigest())
         self.write(f"{_WORKING}/{piece.name}", content)
-        return piece
 
     def read_piece(self, piece: Piece, num_bytes: int) -> bytes | None:
         """The content of a piece; None if it is gone or damaged, and its rows are to be recorded again."""
@@ -230,6 +250,14 @@ class LocalFolder:
 
     def _damaged(self, path: Path, state: str) -> TeacherError:
         return TeacherError(f"the recording in {self} is damaged: {path} {state}; copy or record it again")
+
+
+def file_digest(file: BinaryIO) -> str:
+    """sha256 of what is left of a file, in hexadecimal."""
+    digest = sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _unwritable(path: Path, exc: OSError) -> StateError:

@@ -99,6 +99,7 @@ class RecordingReader:
         following = [(epoch, each) for each in starts[starts.index(start) + 1 :][:_AHEAD]]
         following += [(epoch + 1, each) for each in starts[: _AHEAD - len(following)]]
         parts = [part for each in following if (part := self.parts.find(*each)) is not None]
+        parts = [part for part in parts if part not in self._files]
         self.folder.expect(parts, self.manifest)
 
 

@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_pipeline._core.paths import argument_path
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
+from kd_pipeline.storage import StoreSettings
 from kd_pipeline.teachers.base import is_logits
 from kd_pipeline.teachers.recorded.encoding import MAX_SCALE, decode
 from kd_pipeline.teachers.recorded.folder import LocalFolder
+from kd_pipeline.teachers.recorded.location import open_folder
 from kd_pipeline.teachers.recorded.manifest import CHECKSUM, SAMPLE, RecordingManifest
 from kd_pipeline.teachers.recorded.reader import RecordingReader
 from kd_pipeline.teachers.settings import TeacherSettings, refuse_unused
@@ -38,18 +39,22 @@ class Recording:
 
     backend = "recorded"
 
-    def __init__(self, path: Path | str, *, num_verified: int = 32) -> None:
+    def __init__(self, path: Path | str, *, num_verified: int = 32, storage: StoreSettings | None = None) -> None:
         """Open the recording in the folder `path`.
 
         Args:
-            path: what `kd-pipeline record` has written, complete or not.
+            path: what `kd-pipeline record` has written, complete or not; or its URL. Of the latter, the parts of an
+                epoch are downloaded when it is read, each verified by its sha256 and kept in the cache.
             num_verified: how many images a loader compares with the recorded ones when it opens.
+            storage: how a URL is read.
 
         Raises:
             TeacherError: there is no recording, or it is damaged.
+            StorageError: the URL cannot be read.
         """
-        self.path = argument_path(path)
-        folder = LocalFolder(self.path)
+        folder = open_folder(path, storage)
+        self.path = folder.path if isinstance(folder, LocalFolder) else str(folder)
+        """The folder, or its URL without credentials."""
         self.manifest = manifest = folder.load_manifest()
         self.num_verified = num_verified
         self.precision = manifest.teacher.precision
@@ -227,7 +232,7 @@ def open_recording(settings: TeacherSettings) -> Recording:
     refuse_unused(settings, "recorded")
     if settings.path is None:
         raise ConfigError("backend: recorded replays a recording; set path to its folder")
-    recording = Recording(settings.path, num_verified=settings.verify)
+    recording = Recording(settings.path, num_verified=settings.verify, storage=settings.storage)
     _logger.info(
         "teacher: recording in %s, made by %s in %s; epochs: %d",
         recording.path,

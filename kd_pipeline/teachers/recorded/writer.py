@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.errors import StateError
-from kd_pipeline.teachers.recorded.folder import LocalFolder
+from kd_pipeline.teachers.recorded.location import AnyFolder
 from kd_pipeline.teachers.recorded.manifest import SAMPLE, RecordingManifest
 from kd_pipeline.teachers.recorded.parts import Part, PartRows, Piece
 from kd_pipeline.teachers.recorded.reader import RecordingReader
@@ -23,9 +23,9 @@ class RecordingWriter:
     write the same part, and nobody waits for anybody.
     """
 
-    def __init__(self, folder: LocalFolder, manifest: RecordingManifest) -> None:
+    def __init__(self, folder: AnyFolder, manifest: RecordingManifest) -> None:
         self.folder, self.manifest = folder, manifest
-        self.parts = folder.find_parts(manifest)
+        self.parts = folder.find_parts(manifest, listed=False)
         """Those that were there at the start, and those that were written."""
         self._pieces = self._usable_pieces()
         self._rows: PartRows | None = None
