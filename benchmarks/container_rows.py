@@ -64,9 +64,10 @@ def _files(task: ContainerTask) -> Stream:
     return _ours(ImageFolder(task.root), True, task)
 
 
-def _tar(task: ContainerTask, *, remote: bool, shuffle: Any) -> Stream:
+def _tar(task: ContainerTask, *, remote: bool, shuffle: Any, keep: bool = True) -> Stream:
+    storage = StoreSettings(cache_dir=task.cache / "files") if keep else StoreSettings(cache_size=0)
     with _index_in(task.cache):
-        source = Tar(task.shards("tar", remote=remote), storage=_storage(task, shuffle))
+        source = Tar(task.shards("tar", remote=remote), storage=storage)
     return _ours(source, shuffle, task)
 
 
@@ -75,13 +76,8 @@ def _parquet(task: ContainerTask, *, remote: bool, shuffle: Any) -> Stream:
     if shuffle is True:
         files = files[: task.images.num_shards]  # what fits into the memory for row groups, without links
     with _index_in(task.cache):
-        source = Parquet(files, storage=_storage(task, shuffle))
+        source = Parquet(files, storage=StoreSettings(cache_dir=task.cache / "files"))
     return _ours(source, shuffle, task)
-
-
-def _storage(task: ContainerTask, shuffle: Any) -> StoreSettings:
-    """Whole files are downloaded where a loader goes from file to file, and else nothing is kept."""
-    return StoreSettings(cache_dir=task.cache / "files") if shuffle is not True else StoreSettings(cache_size=0)
 
 
 def _index_in(folder: Path) -> AbstractContextManager[None]:
@@ -200,6 +196,7 @@ ROWS: tuple[Row, ...] = (
     Row("Parquet", "global, kept in memory", partial(_parquet, remote=False, shuffle=True), "parquet"),
     Row("Parquet by shards", _MIXED, partial(_parquet, remote=False, shuffle=_SHARDS), "parquet"),
     Row("tar over HTTP", "global", partial(_tar, remote=True, shuffle=True), "tar"),
+    Row("tar over HTTP, no cache", "global", partial(_tar, remote=True, shuffle=True, keep=False), "tar"),
     Row("tar over HTTP by shards", _MIXED, partial(_tar, remote=True, shuffle=_SHARDS), "tar"),
     Row("Parquet over HTTP by shards", _MIXED, partial(_parquet, remote=True, shuffle=_SHARDS), "parquet"),
     Row("tar: webdataset", _BUFFERED, partial(_webdataset, remote=False), "tar", "webdataset"),

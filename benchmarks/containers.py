@@ -73,7 +73,8 @@ class BenchContainersSettings(Settings):
     num_shards: int = Field(default=8, gt=0)
     """Shards of each container that are files."""
     num_links: int = Field(default=20, gt=0)
-    """Names of each shard in the dataset, so that what was downloaded under one is not read again under another."""
+    """Names of each shard in the dataset, so that what was downloaded under one is not read again under another. Many
+    repeats need more of them to stay within an epoch."""
     latency_ms: float = Field(default=20.0, ge=0)
     """Time that the HTTP server waits before it answers a request."""
     out: Path | None = None
@@ -126,7 +127,7 @@ class ContainersResult:
         note = (
             f"Medians of {len(self.rows[0].images_per_s)} interleaved repeats on {self.environment['num_cores']} "
             "core(s). Times files: as fast as the files in the same repeat, with the lowest and the highest. Over HTTP "
-            f"nothing is read twice, each answer takes {self.settings['latency_ms']:g} ms, and the server runs on the "
+            f"no sample is read twice, an answer takes {self.settings['latency_ms']:g} ms, and the server runs on the "
             "same cores."
         )
         left_out = [f"no row {name}: {reason}" for name, reason in self.left_out.items()]
