@@ -44,8 +44,8 @@ class Shard:
     def __init__(self, path: str, store: Store, stat: FileStat) -> None:
         self._path, self._store, self._stat = path, store, stat
 
-    def find_label_rule(self) -> LabelRule:
-        """Where the labels are.
+    def find_label_rule(self) -> LabelRule | None:
+        """Where the labels are; None if there are no images either.
 
         Raises:
             DataError: it is not clear, or the shard is no tar archive.

@@ -100,13 +100,14 @@ def label_rule(text: str) -> LabelRule | None:
     return LabelRule(os.fsencode(extension.lstrip(".").lower()), key if colon else None)
 
 
-def find_label_rule(members: Iterable[Member], content: Content) -> LabelRule:
-    """Where the labels are by the first files of a shard: in `.cls` if there are such files.
+def find_label_rule(members: Iterable[Member], content: Content) -> LabelRule | None:
+    """Where the labels are by the first files of a shard: in `.cls` if there are such files; None without images.
 
     Raises:
         TarError: they might be in several other places, or be captions.
     """
     choices: dict[str, str] = {}
+    has_images = False
     for member, _ in zip(members, range(_NUM_LOOKED_AT), strict=False):
         key, extension = _split(member.name)
         if extension == b"cls":
@@ -115,10 +116,12 @@ def find_label_rule(members: Iterable[Member], content: Content) -> LabelRule:
             choices["txt"] = "label: txt for the text in .txt"
         elif extension == b"json" and "json" not in choices:
             choices["json"] = f"label: json:KEY{_keys_in(content(member))}"
-        elif key and _is_image(extension) and folder_of(member.name):
-            choices["folder"] = f"label: folder for folders such as {printable(folder_of(member.name))}"
+        elif key and _is_image(extension):
+            has_images = True
+            if folder := folder_of(member.name):
+                choices["folder"] = f"label: folder for folders such as {printable(folder)}"
     if not choices:
-        return LabelRule()
+        return LabelRule() if has_images else None
     raise TarError(
         f"there are no .cls files, so it is not clear which labels the images have; set {', '.join(choices.values())}, "
         "or label: none for images without labels"

@@ -167,7 +167,7 @@ def _build(
     )
     is_first_known = known is not None and (shards[0], stats[0]) in place_of
     if label is None:
-        label = known.rule if known is not None and is_first_known else opened[0].find_label_rule()
+        label = known.rule if known is not None and is_first_known else _find_label_rule(opened)
     if known is None or known.rule != label:
         place_of = {}
     kept = {at: place_of[pair] for at, pair in enumerate(zip(shards, stats, strict=True)) if pair in place_of}
@@ -190,6 +190,12 @@ def _build(
             raise
     parts = [known.shard(kept[at]) if known and at in kept else found[at] for at in range(len(shards))]
     return _join(shards, tuple(stats), label, parts)
+
+
+def _find_label_rule(shards: Sequence[Shard]) -> LabelRule:
+    """Where the labels are in the first shard that has images."""
+    found = (shard.find_label_rule() for shard in shards)
+    return next((rule for rule in found if rule is not None), LabelRule())
 
 
 def _join(shards: tuple[str, ...], stats: tuple[FileStat, ...], rule: LabelRule, parts: list[ShardSamples]) -> TarTable:

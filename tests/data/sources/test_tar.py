@@ -129,6 +129,13 @@ def test_no_labels(tmp_path):
         assert Tar(shard(tmp_path, files), label=label, classes=("x", "y")).classes == ("x", "y")
 
 
+def test_empty_first_shard_says_nothing_about_labels(tmp_path):
+    shard(tmp_path, {}, "0.tar"), shard(tmp_path, samples("a", "b"), "1.tar")
+    source = Tar(tmp_path / "*.tar")
+    assert source.labels.tolist() == [0, 1] and source.shard_ends.tolist() == [0, 0, 2]
+    assert source.name(0) == "1.tar::a.jpg" and contents(source) == [b"a", b"b"]
+
+
 def test_names_of_several_shards_and_given_classes(tmp_path):
     shard(tmp_path, {"a.jpg": b"", "a.txt": b"dog", "b.jpg": b"", "b.txt": b"ant"}, "0.tar")
     shard(tmp_path, {"c.jpg": b"", "c.txt": b"cat", "d.jpg": b"", "d.txt": b"dog"}, "1.tar")

@@ -90,11 +90,11 @@ def test_settings_have_indexes_of_their_own(tmp_path):
                 assert contents(source) == [data] and source.labels.tolist() == [wanted]
 
 
-def test_labels_that_appear_are_found(tmp_path):
-    path = shard(tmp_path, {"a.jpg": b""})
-    assert Tar(path).labels is None
-    shard(tmp_path, samples("a", "b"))
-    assert Tar(path).labels.tolist() == [0, 1]
+def test_labels_that_appear_are_found_in_shards_that_are_known(tmp_path):
+    shard(tmp_path, {"a.jpg": b""}, "0.tar"), shard(tmp_path, samples("b", "c"), "1.tar")
+    assert Tar(tmp_path / "*.tar").labels is None
+    shard(tmp_path, samples("a"), "0.tar")
+    assert Tar(tmp_path / "*.tar").labels.tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize("at", [0, 12, 45, 80, -1])
