@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.paths import Url
 from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, Source, open_source
+from kd_pipeline.data.sources import Arrays, FileList, HuggingFace, ImageFolder, Parquet, Source, Tar, open_source
 from kd_pipeline.data.sources.base import AnySourceSettings
 from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.custom import check_source
@@ -38,7 +38,8 @@ def open_given_source(source: Any, plugins: Collection[str] = ()) -> Source:
     """The source that a loader reads.
 
     Args:
-        source: a source, its settings, or a path or URL: a folder of class folders, a list, or arrays.
+        source: a source, its settings, or a path or URL: a folder of class folders, a list, arrays, or tar
+            shards or Parquet files, also as a pattern.
         plugins: modules that the factory of a `custom` source may come from.
 
     Raises:
@@ -46,7 +47,7 @@ def open_given_source(source: Any, plugins: Collection[str] = ()) -> Source:
         DataError: the data is missing or malformed, or a source of the user's own is wrong.
     """
     match source:
-        case FileSource() | Arrays():
+        case FileSource() | Arrays() | HuggingFace() | Parquet() | Tar():
             return source
         case str() | os.PathLike():
             return _open_path(user_location(source))
@@ -67,10 +68,14 @@ def _open_path(path: Path | Url) -> Source:
         return FileList(path)
     if suffix in _ARRAYS:
         return Arrays(path)
+    if suffix == ".tar":
+        return Tar(path)
+    if suffix == ".parquet":
+        return Parquet(path)
     if isinstance(path, Path) and path.is_file():
         raise ConfigError(
-            f"source is the file {path}; a list ends in {', '.join(_LISTS)}, and arrays in {' or '.join(_ARRAYS)}; "
-            "name it so, or give a folder of class folders"
+            f"source is the file {path}; a list ends in {', '.join(_LISTS)}, arrays in {' or '.join(_ARRAYS)}, and "
+            "shards in .tar or .parquet; name it so, or give a folder of class folders"
         )
     return ImageFolder(path)
 

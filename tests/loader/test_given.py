@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.mixing import MixSettings
-from kd_pipeline.data.sources import Arrays, FileList, ImageFolder
+from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, Parquet
 from kd_pipeline.data.sources.base import CustomSettings, ImageFolderSettings
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
@@ -23,6 +23,7 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings
 from tests.data.sources import custom_sources
+from tests.data.sources.tables import table_of, write_parquet
 from tests.recordings import small_recording
 from tests.training import networks, tiny_run
 
@@ -61,6 +62,8 @@ def test_paths(open_loader, folder, photo_folder, tmp_path, monkeypatch):
     assert isinstance(open_loader(str(folder / "train.npz")).source, Arrays)
     np.save(tmp_path / "images.npy", np.zeros((20, 8, 8), np.uint8))
     assert isinstance(open_loader(tmp_path / "images.npy").source, Arrays)
+    write_parquet(table_of(loader.source), tmp_path)
+    assert isinstance(open_loader(str(tmp_path / "*.parquet")).source, Parquet)
     first = loader.source.name(0)
     for name, text in {
         "a.csv": f"{first},sky",
