@@ -116,7 +116,10 @@ def step_settings(config: Config, settings: BenchStepSettings, given: Collection
     if train is None or not isinstance(train.source, ImageFolderSettings):
         raise ConfigError("bench step compares with torchvision's ImageFolder: data.train.source must be image_folder")
     if not isinstance(train.source.root, Path):
-        raise ConfigError(f"bench step reads a folder on a disk, and data.train.source.root is {train.source.root!r}")
+        url = train.source.root
+        raise ConfigError(
+            f"bench step reads a folder on a disk, and data.train.source.root is {url!r}; download it and set its path"
+        )
     if not isinstance(train.transform, TrainTransform):
         raise ConfigError("bench step measures training: data.train.transform must have preset: train")
     if not isinstance(teacher, TeacherSettings) or (teacher.onnx is None and teacher.model is None):

@@ -451,12 +451,22 @@ def test_given_settings_override_the_config() -> None:
     assert (found.batch_size, found.student, found.transform.size) == (4, SMALL, 96)
 
 
+BY_URL = {
+    "batch_size": 8,
+    "train": {
+        "source": {"kind": "image_folder", "root": "s3://bucket/x"},
+        "transform": {"preset": "train", "size": 96},
+    },
+}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("teacher", None, "teacher.onnx or teacher.model"),
         ("student", None, "set student"),
         ("data", {"batch_size": 8}, "must be image_folder"),
+        ("data", BY_URL, "reads a folder on a disk, and data.train.source.root is 's3://bucket/x'; download it"),
     ],
 )
 def test_incomplete_config_is_an_error(key: str, value: object, words: str) -> None:

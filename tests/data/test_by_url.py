@@ -15,6 +15,7 @@ import pytest
 from kd_pipeline.data.sources import FileList, ImageFolder, Source, open_source, remote_files
 from kd_pipeline.data.sources.base import FileListSettings
 from kd_pipeline.errors import BadSampleError, DataError, StorageError
+from kd_pipeline.loader.given import open_given_source
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.storage import StoreSettings
 from tests.data.sources.helpers import error_of
@@ -102,8 +103,9 @@ def test_list_itself_by_url(server, tmp_path, photo_folder, names):
     with serve_folder(tmp_path) as other:
         source = FileList(f"{other.url}/list.jsonl?token=abc123")
         local = FileList(tmp_path / "list.jsonl")
+        assert open_given_source(f"{other.url}/list.jsonl?token=abc123").name(5) == source.name(5)
         assert source.read(np.array([5]))[0].tobytes() == Path(local.name(5)).read_bytes()
-    assert source.fingerprint == local.fingerprint
+        assert source.fingerprint == local.fingerprint
     assert source.classes == local.classes and (source.labels == local.labels).all()
 
 
