@@ -723,7 +723,7 @@ def test_processes_killed_repeatedly_write_the_files_of_one(digits: Path, tmp_pa
     undisturbed = start("--out", "undisturbed")
     numbers, kills = random.Random(1), 0
     running = {number: start("--out", "killed", "--part", f"{number}/4") for number in range(1, 5)}
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while running and time.monotonic() < deadline:
         number = numbers.choice(sorted(running))
         process = running[number]
