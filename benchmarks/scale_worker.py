@@ -21,9 +21,9 @@ from kd_pipeline.bench.measure import peak_memory_bytes
 from kd_pipeline.data.order import ShardShuffle
 from kd_pipeline.data.plan import Plan, Shard, uniforms
 from kd_pipeline.data.sources import FileList, ImageFolder, Source
-from kd_pipeline.data.sources.tar import Tar
-from kd_pipeline.data.sources.tar_index import Shard as TarShard
-from kd_pipeline.data.sources.tar_samples import ShardSamples
+from kd_pipeline.data.sources.tar.index import Shard as TarShard
+from kd_pipeline.data.sources.tar.samples import ShardSamples
+from kd_pipeline.data.sources.tar.source import Tar
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import DataError
 from kd_pipeline.loader.loader import KDDataLoader

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 NUM_IMAGES = {"train": 50, "test": 10}
-"""Replaces `kd_pipeline.data.sources.cifar._NUM_IMAGES`."""
+"""Replaces `kd_pipeline.data.sources.pixels.cifar._NUM_IMAGES`."""
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 FINE = [f"fine_{number}" for number in range(100)]
 COARSE = [f"coarse_{number}" for number in range(20)]

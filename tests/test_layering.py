@@ -40,7 +40,7 @@ WRAPPED_IN = {
     "fsspec": {"storage.connections", "storage.http", "storage.hubs", "storage.s3"},
     "gcsfs": {"storage.hubs"},
     "huggingface_hub": {"storage.hubs"},
-    "datasets": {"data.sources.huggingface"},
+    "datasets": {"data.sources.tables.huggingface"},
     "lightning": {
         "training.checkpoint_callback",
         "training.early_stopping",
@@ -72,7 +72,11 @@ WRAPPED_IN = {
     "onnxscript": {"onnx.export", "workflows.doctor"},
     "openvino": {"teachers.openvino", "workflows.doctor"},
     "s3fs": {"storage.s3"},
-    "pyarrow": {"data.sources.binary_column", "data.sources.parquet_files", "data.sources.table_columns"},
+    "pyarrow": {
+        "data.sources.tables.binary_column",
+        "data.sources.tables.parquet_files",
+        "data.sources.tables.table_columns",
+    },
     "safetensors": {"models.checkpoints", "workflows.exported"},
     "sklearn": {"bench.photographs", "workflows.demo"},
     "tensorrt": {"teachers.tensorrt.package", "workflows.doctor"},

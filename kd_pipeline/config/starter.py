@@ -12,8 +12,8 @@ from PIL import Image
 
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.base import Source
-from kd_pipeline.data.sources.image_folder import ImageFolder
-from kd_pipeline.data.sources.tar import Tar
+from kd_pipeline.data.sources.files.image_folder import ImageFolder
+from kd_pipeline.data.sources.tar.source import Tar
 from kd_pipeline.errors import DataError
 
 __all__ = ["starter_config"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import ImageFolder
-from kd_pipeline.data.sources.paths import FileSource, PathTable
+from kd_pipeline.data.sources.files.paths import FileSource, PathTable
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, TooManyBadSamplesError
 from kd_pipeline.evaluation._evaluate import inputs_for, logits_of

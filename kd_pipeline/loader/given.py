@@ -15,7 +15,7 @@ from kd_pipeline.data.sources import Arrays, FileList, HuggingFace, ImageFolder,
 from kd_pipeline.data.sources.base import AnySourceSettings
 from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.custom import check_source
-from kd_pipeline.data.sources.paths import FileSource
+from kd_pipeline.data.sources.files.paths import FileSource
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError, shown
 from kd_pipeline.loader.batch_stream import BatchStream

@@ -17,7 +17,7 @@ from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.terminal_log import log_line, log_to_terminal
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.sources.image_folder import ImageFolder
+from kd_pipeline.data.sources.files.image_folder import ImageFolder
 from kd_pipeline.errors import DataError
 from kd_pipeline.training.distributed import init_distributed, is_restart, on_rank_zero
 from kd_pipeline.training.run_folder import RunFolder

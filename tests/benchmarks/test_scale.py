@@ -14,7 +14,7 @@ from benchmarks.scale_data import SHARD_SAMPLES, link_folder, link_shards, write
 from benchmarks.scale_worker import DataTask, StartSample
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import FileList, ImageFolder
-from kd_pipeline.data.sources.tar import Tar
+from kd_pipeline.data.sources.tar.source import Tar
 from kd_pipeline.errors import ConfigError, DataError
 
 NUM_SHORT, NUM_LONG = 1_000, 50_000

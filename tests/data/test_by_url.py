@@ -256,7 +256,7 @@ def test_fingerprint_depends_neither_on_credentials_nor_on_the_place(server, tmp
 
 def test_lists_with_credentials_are_not_cached(server, tmp_path, names, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("kd_pipeline.data.sources.index_cache._MIN_LIST_BYTES", 1)
+    monkeypatch.setattr("kd_pipeline.data.sources.files.index_cache._MIN_LIST_BYTES", 1)
     path = write_list(tmp_path, names, lambda _: f"{server.url}/", "?token=abc123")
     FileList(path)
     cache = tmp_path / "cache/kd_pipeline/index"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd_pipeline import cli
-from kd_pipeline.data.sources import cifar
+from kd_pipeline.data.sources.pixels import cifar
 from tests.cifar_files import ARCHIVES, FOLDERS, NUM_IMAGES, pack, write
 
 REPOSITORY = Path(__file__).parents[2]

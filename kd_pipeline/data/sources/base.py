@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.data.sources.arrays import Arrays
-from kd_pipeline.data.sources.cifar import Cifar
 from kd_pipeline.data.sources.custom import open_custom
 from kd_pipeline.data.sources.encoded import Encoded
-from kd_pipeline.data.sources.file_list import FileList
-from kd_pipeline.data.sources.huggingface import HuggingFace
-from kd_pipeline.data.sources.image_folder import ImageFolder
+from kd_pipeline.data.sources.files.file_list import FileList
+from kd_pipeline.data.sources.files.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import class_names
-from kd_pipeline.data.sources.parquet import Parquet
-from kd_pipeline.data.sources.tar import Tar
+from kd_pipeline.data.sources.pixels.arrays import Arrays
+from kd_pipeline.data.sources.pixels.cifar import Cifar
+from kd_pipeline.data.sources.tables.huggingface import HuggingFace
+from kd_pipeline.data.sources.tables.parquet import Parquet
+from kd_pipeline.data.sources.tar.source import Tar
 from kd_pipeline.errors import DataError
 from kd_pipeline.storage import Location, StoreSettings
 from kd_pipeline.storage.base import parse_size

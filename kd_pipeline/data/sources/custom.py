@@ -18,6 +18,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.data.sources.encoded import Encoded, as_encoded, fingerprint_of_bytes
+from kd_pipeline.data.sources.files.paths import PathTable, fingerprint_of_files
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 from kd_pipeline.data.sources.labels import (
     Classes,
@@ -27,7 +28,6 @@ from kd_pipeline.data.sources.labels import (
     name_warnings,
     shown_samples,
 )
-from kd_pipeline.data.sources.paths import PathTable, fingerprint_of_files
 from kd_pipeline.errors import DataError, KDPipelineError
 from kd_pipeline.storage import call_each
 

@@ -1,0 +1,1 @@
+"""Sources of image files: folders and lists, local or behind URLs."""

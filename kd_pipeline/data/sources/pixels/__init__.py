@@ -1,0 +1,1 @@
+"""Sources of pixels: arrays, and CIFAR."""
