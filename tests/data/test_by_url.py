@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import FileList, ImageFolder, Source, open_source, remote_files
+from kd_pipeline.data.sources import FileList, ImageFolder, Source, open_source
 from kd_pipeline.data.sources.base import FileListSettings
+from kd_pipeline.data.sources.files import remote_files
 from kd_pipeline.errors import BadSampleError, DataError, StorageError
 from kd_pipeline.loader.given import open_given_source
 from kd_pipeline.loader.loader import KDDataLoader

@@ -11,7 +11,7 @@ from kd_pipeline import ShardShuffle
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import FileList, HuggingFace, ImageFolder, Parquet, Source, Tar
 from kd_pipeline.loader.loader import KDDataLoader
-from tests.data.sources.tables import dataset_of, table_of, write_parquet
+from tests.data.sources.table_files import dataset_of, table_of, write_parquet
 from tests.http_server import serve_folder
 from tests.s3_server import serve_s3
 from tests.streams import TRAIN, Fields, assert_same, conv_teacher, global_rows, run, state_after

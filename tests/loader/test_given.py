@@ -23,7 +23,7 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings
 from tests.data.sources import custom_sources
-from tests.data.sources.tables import table_of, write_parquet
+from tests.data.sources.table_files import table_of, write_parquet
 from tests.recordings import small_recording
 from tests.training import networks, tiny_run
 

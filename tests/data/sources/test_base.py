@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from kd_pipeline.data.sources import Arrays, Cifar, FileList, ImageFolder, cifar, open_source, save_classes
+from kd_pipeline.data.sources import Arrays, Cifar, FileList, ImageFolder, open_source, save_classes
 from kd_pipeline.data.sources.base import (
     ArraysSettings,
     Cifar10Settings,
@@ -15,6 +15,7 @@ from kd_pipeline.data.sources.base import (
     ImageFolderSettings,
     SourceSettings,
 )
+from kd_pipeline.data.sources.pixels import cifar
 from kd_pipeline.errors import DataError
 from tests.cifar_files import CIFAR10, NUM_IMAGES, content, write
 from tests.data.sources.helpers import error_of, make_files, write_list

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import Arrays, FileList, ImageFolder, arrays, paths
+from kd_pipeline.data.sources import Arrays, FileList, ImageFolder
+from kd_pipeline.data.sources.files import paths
 from kd_pipeline.data.sources.fingerprint import pieces
+from kd_pipeline.data.sources.pixels import arrays
 from tests.data.sources.helpers import make_files, write_list
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import FileList, file_list, index_cache, index_file
+from kd_pipeline.data.sources import FileList, index_file
+from kd_pipeline.data.sources.files import file_list, index_cache
 from kd_pipeline.data.sources.files.list_file import ListFile
 from kd_pipeline.data.sources.files.list_format import find_format
 from kd_pipeline.errors import DataError

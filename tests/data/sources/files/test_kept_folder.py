@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import ImageFolder, file_systems, folder_scan, image_folder
+from kd_pipeline.data.sources import ImageFolder
+from kd_pipeline.data.sources.files import file_systems, folder_scan, image_folder
 from kd_pipeline.data.sources.files.file_systems import keep_folder_times
 from tests.data.sources.helpers import error_of, make_files
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_pipeline.data.sources import FileList, index_cache, list_format, list_rows
+from kd_pipeline.data.sources import FileList
+from kd_pipeline.data.sources.files import index_cache, list_format, list_rows
 from kd_pipeline.data.sources.files.list_file import ListFile
 from kd_pipeline.data.sources.files.list_format import find_format
 from kd_pipeline.data.sources.files.list_rows import ListRows

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from kd_pipeline.data.sources import FileList, missing_files
+from kd_pipeline.data.sources import FileList
+from kd_pipeline.data.sources.files import missing_files
 from tests.data.sources.helpers import error_of, make_files, relative_names, write_list
 
 

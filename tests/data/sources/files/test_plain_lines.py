@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_pipeline.data.sources import FileList, file_list, list_rows
+from kd_pipeline.data.sources import FileList
+from kd_pipeline.data.sources.files import file_list, list_rows
 from kd_pipeline.data.sources.files.list_file import ListFile
 from kd_pipeline.data.sources.files.list_format import Columns, ListFormat
 from kd_pipeline.data.sources.files.list_rows import ListRows

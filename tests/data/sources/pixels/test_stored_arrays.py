@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import Arrays, stored_arrays
+from kd_pipeline.data.sources import Arrays
+from kd_pipeline.data.sources.pixels import stored_arrays
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import DataError
 from kd_pipeline.loader import KDDataLoader

@@ -12,13 +12,14 @@ from pydantic import TypeAdapter
 
 from kd_pipeline.data.order import ShardShuffle
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources import HuggingFace, ImageFolder, huggingface, open_source
+from kd_pipeline.data.sources import HuggingFace, ImageFolder, open_source
 from kd_pipeline.data.sources.base import SourceSettings
 from kd_pipeline.data.sources.custom import check_source
+from kd_pipeline.data.sources.tables import huggingface
 from kd_pipeline.errors import StorageError
 from kd_pipeline.loader.loader import KDDataLoader
 from tests.data.sources.helpers import error_of
-from tests.data.sources.tables import contents, read_all
+from tests.data.sources.table_files import contents, read_all
 from tests.streams import TRAIN, assert_same, conv_teacher, run, state_after
 
 datasets = pytest.importorskip("datasets")

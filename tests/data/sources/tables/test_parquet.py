@@ -16,15 +16,16 @@ from pydantic import TypeAdapter
 
 from kd_pipeline.data.order import ShardShuffle
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources import ImageFolder, Parquet, open_source, parquet_files
+from kd_pipeline.data.sources import ImageFolder, Parquet, open_source
 from kd_pipeline.data.sources.base import SourceSettings
 from kd_pipeline.data.sources.custom import check_source
+from kd_pipeline.data.sources.tables import parquet_files
 from kd_pipeline.data.sources.tables.parquet_files import ParquetFiles
 from kd_pipeline.errors import BadSampleError, DataError, StorageError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.storage import StoreSettings
 from tests.data.sources.helpers import error_of
-from tests.data.sources.tables import contents, read_all, table_of, write_parquet
+from tests.data.sources.table_files import contents, read_all, table_of, write_parquet
 from tests.http_server import serve_folder
 from tests.streams import TRAIN, assert_same, conv_teacher, run, state_after
 

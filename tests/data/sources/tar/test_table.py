@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import Tar, index_file, tar_index, tar_table
+from kd_pipeline.data.sources import Tar, index_file
+from kd_pipeline.data.sources.tar import index as tar_index
+from kd_pipeline.data.sources.tar import table as tar_table
 from kd_pipeline.data.sources.tar.index import dali_index
 from kd_pipeline.data.sources.tar.members import Member
 from kd_pipeline.errors import DataError, NoSuchFileError, StorageError
