@@ -28,6 +28,8 @@ ALLOWED = {
     ("benchmarks/end.py", "subprocess.Popen"): "the package of another checkout, with -P",
     ("benchmarks/start.py", "subprocess.Popen"): "the package of another checkout, with -P",
     ("benchmarks/start.py", "subprocess.run"): "the package of another checkout, with -P",
+    ("benchmarks/file_server.py", "subprocess.Popen"): "this checkout's web server, which must not share the GIL",
+    ("benchmarks/file_server.py", "sys.executable"): "this checkout's web server, which must not share the GIL",
     ("benchmarks/peers_process.py", "subprocess.Popen"): "programs of others, as their users start them",
     ("benchmarks/peers_rows.py", "sys.executable"): "programs of others, as their users start them",
     ("tools/gpu_check.py", "subprocess.Popen"): "pytest and this package, in the checkout that they are in",
