@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 __all__ = ["Fault", "FolderServer", "Request", "serve_folder"]
 
-Fault = int | Literal["close", "cut", "drip", "hang", "hang in body", "ignore range", "short range"]
+Fault = int | Literal["close", "cut", "drip", "hang", "hang in body", "ignore range", "short body", "short range"]
 """A status, or what the server does instead of a right answer.
 
 - `close`: ends the connection without an answer.
@@ -22,6 +22,7 @@ Fault = int | Literal["close", "cut", "drip", "hang", "hang in body", "ignore ra
 - `hang`: answers nothing, and keeps the connection.
 - `hang in body`: the same, after half of the body.
 - `ignore range`: sends the whole file with status 200.
+- `short body`: says that it sends the range, and that half of it is all.
 - `short range`: sends half of the range, as if that were asked for.
 """
 
@@ -169,6 +170,8 @@ class _Handler(SimpleHTTPRequestHandler):
             etag = self._control.etags.get(self.path, f'"{status.st_mtime_ns:x}-{status.st_size:x}"')
             self.send_header("ETag", etag)
             self.send_header("Last-Modified", email.utils.formatdate(status.st_mtime, usegmt=True))
+        if fault == "short body":
+            end = start + (end - start) // 2
         self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if has_body:

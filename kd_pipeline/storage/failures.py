@@ -70,7 +70,8 @@ def failure_of(exc: BaseException, denied: str) -> Failure:
         return Failure("missing", "no such file")
     causes = list(_causes(exc))
     if (status := next(filter(None, map(_status, causes)), None)) is not None:
-        return failure_of_status(status, denied)
+        is_expired = status == 400 and any(map(_is_expired, causes))
+        return failure_of_status(401 if is_expired else status, denied)
     names = " ".join(cls.__name__ for cause in causes for cls in type(cause).__mro__)
     text = f"{type(exc).__name__}: {_without_secrets(str(exc))}"
     if _DENIED_NAMES.search(names):
@@ -98,6 +99,13 @@ def _status(exc: BaseException) -> int | None:
     else:
         status = getattr(response, "status_code", None) or getattr(exc, "status", None)
     return int(status) if isinstance(status, int | str) and str(status).isdecimal() and int(status) >= 400 else None
+
+
+def _is_expired(exc: BaseException) -> bool:
+    """Whether S3 says so, with status 400 as for any wrong request."""
+    response: Any = getattr(exc, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return code in ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired")
 
 
 def _without_secrets(text: str) -> str:

@@ -131,13 +131,13 @@ def test_new_version_is_another_file(store_of, urls, server):
     store = store_of()
     fetch(store, urls[0])
     old = store.stat(urls[0])
-    (server.folder / "a").write_bytes(content_of("x") * 2)
+    (server.folder / "a").write_bytes(content_of("x"))
     again = store_of()
     new = again.stat(urls[0])
     assert store.read(urls[0], 0, 5, expected=old) == content_of("a")[:5]  # what was indexed, still
     assert again.read(urls[0], 0, 5, expected=new) == content_of("x")[:5]
     fetch(again, urls[0])
-    assert again.read(urls[0], expected=new) == content_of("x") * 2
+    assert again.read(urls[0], expected=new) == content_of("x")
 
 
 def test_file_without_a_version_is_not_kept(store_of, urls, server, folder):
@@ -326,6 +326,21 @@ def test_killed_download_blocks_nobody(folder):
     assert shared.find(KEY, SIZE) is None
     added = shared.add(KEY, SIZE, lambda descriptor: downloads._write_all(descriptor, content_of("a"), 0), 20)
     assert added is not None and added.read_bytes() == content_of("a")
+
+
+def test_who_waited_for_a_failed_download_begins_anew(folder):
+    shared = CacheFolder(folder, 10**6)
+    waiting = threading.Thread(target=shared.add, args=(KEY, SIZE, lambda descriptor: None, 20))
+
+    def fail(descriptor: int) -> None:
+        waiting.start()
+        time.sleep(0.1)
+        raise StorageError("a", "failed")
+
+    with pytest.raises(StorageError, match="failed"):
+        shared.add(KEY, SIZE, fail, 20)
+    waiting.join()
+    assert shared.find(KEY, SIZE) is not None
 
 
 def test_part_of_a_killed_download_is_deleted_for_room(folder):

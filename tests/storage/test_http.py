@@ -113,6 +113,7 @@ def test_failures_that_pass_are_tried_again(store, url, server, fault):
         ("drip", "no answer in time; tried"),
         ("hang", "no answer in time; tried 2 times"),
         ("hang in body", "no answer in time"),
+        ("short body", "sent 100 of 200 bytes"),
         ("short range", "another range"),
     ],
 )
