@@ -37,6 +37,8 @@ _ALIGNMENT = 256
 """Every batch starts at a multiple of so many bytes, or a TensorRT engine would need a copy of it."""
 _BLOCK = 4096
 """Samples of files or bytes that are prepared at once: for 64 images, a NumPy call takes as long as for a thousand."""
+_BLOCK_OF_BYTES = 1024
+"""The same of bytes on a CPU, which is slow enough: what a source is told of, it fetches."""
 _MAX_RECYCLED = 31 * 2**20
 """Bytes of pixels that are read at once, unless a single batch has more. For 32 MiB and more, the C library asks the
 system for new memory each time, which takes as long as to copy them into it."""
@@ -263,8 +265,10 @@ class Reader:
 
         The set of unreadable samples does not change meanwhile: whoever finds one stops and starts again.
         """
-        is_encoded = self._source.stores != "pixels"
-        size = max(1, _BLOCK // self._plan.batch_size) if is_encoded else 1
+        are_pixels = self._source.stores == "pixels"
+        is_told_on_cpu = self._source.stores == "bytes" and self._settings.device_id is None
+        num_samples = 1 if are_pixels else _BLOCK_OF_BYTES if is_told_on_cpu else _BLOCK
+        size = max(1, num_samples // self._plan.batch_size)
         while True:
             order = self._epochs.at(epoch)
             while number < len(order):
@@ -273,7 +277,7 @@ class Reader:
                 metadata, inputs = self._prepare(plan, ends, epoch)
                 yield GroupPlan(epoch, number, ends, plan, metadata), inputs
                 number += len(sizes)
-                if not is_encoded:
+                if are_pixels:
                     fitting = _MAX_RECYCLED // (inputs.data[0].nbytes * self._plan.batch_size)
                     size = max(1, min(self._group_size, fitting))
             epoch, number = epoch + 1, 0

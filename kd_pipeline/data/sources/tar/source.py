@@ -1,5 +1,7 @@
 """Images in tar shards, read in place: WebDataset's layout, and tar archives of class folders."""
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.encoded import Encoded
-from kd_pipeline.data.sources.fingerprint import label_digest, pieces, sampling_step
+from kd_pipeline.data.sources.fingerprint import sampling_step
 from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings, shown_samples, used_label_warnings
 from kd_pipeline.data.sources.tar.members import BLOCK, is_header_of
 from kd_pipeline.data.sources.tar.samples import label_rule
@@ -162,12 +164,9 @@ class Tar:
         It does not depend on where the shards are, nor on which shard a sample is in. See `Source.fingerprint`.
         """
         table = self._table
-        digest = label_digest(self.labels, self.classes)
-        for part in (table.ends, np.frombuffer(table.names, np.uint8), table.lengths):
-            for piece in pieces(part):
-                digest.update(piece.astype(piece.dtype.newbyteorder("<"), copy=False).data)
-        num_bytes = sum(int(piece.sum()) for piece in pieces(table.lengths))
-        sampled = np.arange(0, len(self), sampling_step(num_bytes))
+        # Which label a code in the table stands for is known from both lists of classes.
+        digest = hashlib.sha256(json.dumps(["tar 1", self.classes, table.classes, table.digest]).encode())
+        sampled = np.arange(0, len(self), sampling_step(table.num_bytes))
         for first in range(0, len(sampled), _BLOCK):
             for image in self.read(sampled[first : first + _BLOCK]):
                 digest.update(b"unreadable" if isinstance(image, UnreadableFileError) else image.data)

@@ -24,7 +24,7 @@ from kd_pipeline.storage import FileStat, Store, scheme_of, stat_files
 
 __all__ = ["TarTable", "open_table"]
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 """To be raised whenever the reading of shards or the format of the table changes."""
 _REMOTE_THREADS = 4
 """Remote shards that are read at once, each by several requests, and held in memory."""
@@ -59,6 +59,10 @@ class TarTable:
     """The labels that occur, sorted."""
     names: memoryview | bytes
     """Names of the images in the shards, one after the other."""
+    num_bytes: int
+    """Of all images."""
+    digest: str
+    """Of names, lengths and labels, in any distribution over shards; kept, as the arrays may have gigabytes."""
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -201,7 +205,10 @@ def _find_label_rule(shards: Sequence[Shard]) -> LabelRule:
 def _join(shards: tuple[str, ...], stats: tuple[FileStat, ...], rule: LabelRule, parts: list[ShardSamples]) -> TarTable:
     codes, classes = _join_labels(shards, parts)
     num_names = np.cumsum([0, *(len(part.names) for part in parts)])
-    ends = [part.ends + start for part, start in zip(parts, num_names, strict=False)]
+    moved = [part.ends + start for part, start in zip(parts, num_names, strict=False)]
+    ends = np.concatenate([np.zeros(1, np.int64), *moved])
+    lengths = np.concatenate([part.lengths for part in parts])
+    names = b"".join(part.names for part in parts)
     return TarTable(
         shards=shards,
         stats=stats,
@@ -209,13 +216,23 @@ def _join(shards: tuple[str, ...], stats: tuple[FileStat, ...], rule: LabelRule,
         classes=classes,
         counts={shard: part.counts for shard, part in zip(shards, parts, strict=True) if part.counts},
         shard_ends=np.cumsum([0, *map(len, parts)]).astype(np.int64),
-        ends=np.concatenate([np.zeros(1, np.int64), *ends]),
+        ends=ends,
         starts=np.concatenate([part.starts for part in parts]),
-        lengths=np.concatenate([part.lengths for part in parts]),
+        lengths=lengths,
         codes=codes,
         used=np.zeros(0, np.int64) if codes is None else np.unique(codes),
-        names=b"".join(part.names for part in parts),
+        names=names,
+        num_bytes=int(lengths.sum()),
+        digest=_digest(ends, names, lengths, codes),
     )
+
+
+def _digest(ends: NDArray[np.int64], names: bytes, lengths: NDArray[np.int64], codes: NDArray[np.int64] | None) -> str:
+    digest = hashlib.sha256()
+    for column in (ends, lengths, codes):
+        digest.update(b"none" if column is None else column.astype("<i8", copy=False).data)
+    digest.update(names)
+    return digest.hexdigest()
 
 
 def _join_labels(
@@ -255,6 +272,8 @@ def _save(key: str, table: TarTable) -> None:
         "rule": [os.fsdecode(table.rule.extension), table.rule.key, table.rule.is_folder],
         "classes": table.classes,
         "is_labeled": table.codes is not None,
+        "num_bytes": table.num_bytes,
+        "digest": table.digest,
         "counts": {
             shard: {what: [count.number, count.example] for what, count in counts.items()}
             for shard, counts in table.counts.items()
@@ -288,6 +307,8 @@ def _parse(header: dict[str, Any], parts: list[memoryview]) -> TarTable:
         codes=codes if header["is_labeled"] else None,
         used=used,
         names=parts[-1],
+        num_bytes=int(header["num_bytes"]),
+        digest=str(header["digest"]),
     )
     num = len(starts)
     if not (
