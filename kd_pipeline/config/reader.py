@@ -162,9 +162,17 @@ def _problems(errors: Sequence[ErrorDetails], model: type[BaseModel], places: di
     locations = [_resolve(model, error["loc"]) for error in errors]
     # Once an error lies inside a union, one of its members matched; those that failed as a whole add nothing.
     matched = {location.union for location in locations if location.union not in (None, location.key)}
+    # The same if a member took the kind of value, and refused this one.
+    refused = {
+        location.key
+        for location, error in zip(locations, errors, strict=True)
+        if error["type"] == "value_error" and location.key == location.union
+    }
     expected_at: dict[Key, tuple[Any, list[str]]] = {}
     for location, error in zip(locations, errors, strict=True):
-        if location.key == location.union and location.union in matched:
+        if location.key == location.union and (
+            location.union in matched or (location.key in refused and error["type"] != "value_error")
+        ):
             continue
         key, value, expected = _expected(location, error)
         if expected is None:

@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
-from pydantic import AfterValidator, WithJsonSchema
+from pydantic import PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
-from kd_pipeline._core.paths import path_or_url
+from kd_pipeline._core.paths import Url, path_or_url
 from kd_pipeline.storage.base import scheme_of
 
 __all__ = ["Location", "folder_of", "join", "relative_to"]
 
-Location = Annotated[str | Path, AfterValidator(path_or_url), WithJsonSchema({"type": "string"})]
+
+def _read(value: object) -> Path | Url:
+    if not isinstance(value, str | os.PathLike):
+        raise PydanticCustomError("string_type", "Input should be a valid string")
+    return path_or_url(value)
+
+
+# Not a union for pydantic, which would report what is wrong once for each of its members.
+Location = Annotated[str | Path, PlainValidator(_read), WithJsonSchema({"type": "string"})]
 """A setting that is a local path, read as a `Path`, or a URL, which stays as it was written and becomes a `Url`."""
 
 _WEB = ("http", "https")

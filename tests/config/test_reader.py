@@ -2,6 +2,7 @@ import os
 import random
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline.cli import main
 from kd_pipeline.config.reader import read_config, read_values
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.storage import Location
 from tests.no_files import NO_FILES
 
 
@@ -624,3 +626,26 @@ def test_wrong_value_names_where_it_is_from() -> None:
         read_values(Crop, {"size": 0}, name="here")
     with pytest.raises(ConfigError, match=r"^override 'sise=3': sise: unknown key; did you mean 'size'"):
         read_values(Crop, {"size": 1}, ["sise=3"], name="here")
+
+
+class Shards(Settings):
+    """Where data is, in one place or several."""
+
+    path: Location | tuple[Location, ...]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    {
+        "3": "path: should be text or a list, found 3; put it in quotes",
+        "{a: b}": "path: should be text or a list, found a mapping",
+        "[a.tar, 4]": "path.1: should be text, found 4; put it in quotes",
+        "$DATA/a.tar": "path: the path '$DATA/a.tar' has the variable $DATA",
+        "[a.tar, $DATA/a.tar]": "path.1: the path '$DATA/a.tar' has the variable $DATA",
+        "s3:///a.tar": "path: s3:///a.tar is a URL without a host or bucket",
+    }.items(),
+    ids=str,
+)
+def test_wrong_place_of_data_is_one_message(write: Callable[[str], str], value: str, message: str) -> None:
+    found = complaint(write(f"path: {value}\n"), model=Shards)
+    assert found.startswith(f"c.yaml:1: {message}") and len(found.splitlines()) == 1
