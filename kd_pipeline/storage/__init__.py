@@ -4,7 +4,7 @@ from kd_pipeline.errors import FileTooLargeError, NoSuchFileError, StorageError,
 from kd_pipeline.storage.base import FileStat, FolderEntry, Store, StoreSettings, scheme_of
 from kd_pipeline.storage.location import Location
 from kd_pipeline.storage.open import open_store
-from kd_pipeline.storage.parallel import ByteRange, call_each, read_ranges, stat_files
+from kd_pipeline.storage.parallel import ByteRange, call_each, read_ranges, stat_all, stat_files
 from kd_pipeline.storage.patterns import expand
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "read_ranges",
     "scheme_of",
     "shown",
+    "stat_all",
     "stat_files",
 ]

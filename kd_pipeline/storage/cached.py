@@ -7,7 +7,7 @@ from kd_pipeline.errors import StorageError
 from kd_pipeline.storage.base import FileStat, FolderEntry, StoreSettings
 from kd_pipeline.storage.downloads import Downloads
 from kd_pipeline.storage.local import LocalStore
-from kd_pipeline.storage.parallel import ByteRange, read_ranges
+from kd_pipeline.storage.parallel import ByteRange, RangeReader, read_ranges
 from kd_pipeline.storage.remote import RemoteStore
 
 __all__ = ["CachedStore"]
@@ -20,7 +20,7 @@ _MAX_DOWNLOADS = 2
 """Of one file because it was read: if it does not stay in the cache, it is read in ranges from then on."""
 
 
-class CachedStore:
+class CachedStore(RangeReader):
     """Reads what is in the cache from there, and the rest in ranges, without waiting for a download."""
 
     def __init__(self, remote: RemoteStore, settings: StoreSettings, *, whole: bool = False) -> None:
@@ -42,23 +42,8 @@ class CachedStore:
         self._state.stats.update(known)
         return found
 
-    def read(
-        self,
-        path: str,
-        start: int = 0,
-        length: int | None = None,
-        *,
-        expected: FileStat | None = None,
-        max_bytes: int | None = None,
-    ) -> bytes:
-        """See `Store`. A file in the cache is read from there without asking whether the remote one has changed."""
-        (content,) = self.read_many([ByteRange(path, start, length, expected, max_bytes)])
-        if isinstance(content, StorageError):
-            raise content
-        return content
-
     def read_many(self, ranges: Sequence[ByteRange], num_threads: int | None = None) -> list[bytes | StorageError]:
-        """See `read_ranges`."""
+        """See `read_ranges`. The cache is read without asking whether the remote file has changed."""
         results = self._read_copies(ranges, range(len(ranges)))
         missing = [index for index in range(len(ranges)) if index not in results]
         if self._whole and (unknown := [index for index in missing if self._stat_of(ranges[index]) is None]):

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import count
@@ -14,7 +15,17 @@ from typing import Generic, NamedTuple, TypeVar
 from kd_pipeline.errors import StorageError
 from kd_pipeline.storage.base import FileStat, Store
 
-__all__ = ["ByteRange", "call_each", "call_in_thread", "in_thread", "read_ranges", "run_in_thread", "stat_files"]
+__all__ = [
+    "ByteRange",
+    "RangeReader",
+    "call_each",
+    "call_in_thread",
+    "in_thread",
+    "read_ranges",
+    "run_in_thread",
+    "stat_all",
+    "stat_files",
+]
 
 _T = TypeVar("_T")
 _Item = TypeVar("_Item")
@@ -70,6 +81,43 @@ def call_each(function: Callable[[_Item], _T], items: Sequence[_Item], num_threa
         Whatever `function` raises; other calls may not have ended yet.
     """
     return _Work(function, items).finish(num_threads)
+
+
+class RangeReader(ABC):
+    """A store that reads many ranges at once, and so also one."""
+
+    @abstractmethod
+    def read_many(self, ranges: Sequence[ByteRange], num_threads: int | None = None) -> list[bytes | StorageError]:
+        """See `read_ranges`."""
+
+    def read(
+        self,
+        path: str,
+        start: int = 0,
+        length: int | None = None,
+        *,
+        expected: FileStat | None = None,
+        max_bytes: int | None = None,
+    ) -> bytes:
+        """See `Store`."""
+        (content,) = self.read_many([ByteRange(path, start, length, expected, max_bytes)])
+        if isinstance(content, StorageError):
+            raise content
+        return content
+
+
+def stat_all(store: Store, paths: Sequence[str]) -> list[FileStat]:
+    """Size and version of files that must all be there.
+
+    Raises:
+        StorageError: of the first that is not, or of which the store does not say.
+    """
+    stats = []
+    for stat in stat_files(store, paths):
+        if isinstance(stat, StorageError):
+            raise stat
+        stats.append(stat)
+    return stats
 
 
 def stat_files(store: Store, paths: Sequence[str]) -> list[FileStat | StorageError]:

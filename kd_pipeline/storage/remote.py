@@ -13,7 +13,7 @@ from kd_pipeline.errors import StorageError
 from kd_pipeline.storage.base import FileStat, FolderEntry, StoreSettings, require_at_most
 from kd_pipeline.storage.connections import Driver, advice_of, check_installed, driver_of, event_loop, make_driver
 from kd_pipeline.storage.failures import Failure, failure_of
-from kd_pipeline.storage.parallel import ByteRange, in_thread
+from kd_pipeline.storage.parallel import ByteRange, RangeReader, in_thread
 
 __all__ = ["CHUNK_BYTES", "RemoteStore"]
 
@@ -28,7 +28,7 @@ _GRACE_S = 1.0
 """Seconds after the deadline in which the loop of events should have said so."""
 
 
-class RemoteStore:
+class RemoteStore(RangeReader):
     """The URLs of one scheme. All stores of a process share their connections."""
 
     def __init__(self, scheme: str, settings: StoreSettings) -> None:
@@ -63,23 +63,8 @@ class RemoteStore:
 
         return self._wait(paths[0], stat_all(), progress)
 
-    def read(
-        self,
-        path: str,
-        start: int = 0,
-        length: int | None = None,
-        *,
-        expected: FileStat | None = None,
-        max_bytes: int | None = None,
-    ) -> bytes:
-        """See `Store`. Large ranges are several requests at once."""
-        (content,) = self.read_many([ByteRange(path, start, length, expected, max_bytes)])
-        if isinstance(content, StorageError):
-            raise content
-        return content
-
     def read_many(self, ranges: Sequence[ByteRange], num_requests: int | None = None) -> list[bytes | StorageError]:
-        """See `read_ranges`."""
+        """See `read_ranges`. Large ranges are several requests at once."""
         if not ranges:
             return []
         progress = _Progress(num_requests or self.num_threads)

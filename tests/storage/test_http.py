@@ -1,4 +1,3 @@
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -9,6 +8,7 @@ import pytest
 from kd_pipeline.errors import ConfigError, NoSuchFileError, StorageError
 from kd_pipeline.storage import ByteRange, FileStat, Store, StoreSettings, http, open_store, read_ranges, remote
 from tests.http_server import FolderServer
+from tests.storage.forked import assert_reads_in_a_fork
 
 CONTENT = bytes(range(256)) * 4
 DEADLINE_S = 0.5
@@ -239,13 +239,4 @@ def test_unknown_scheme():
 
 
 def test_fork_connects_anew(store, url):
-    assert store.read(url, 0, 5) == CONTENT[:5]
-    child = os.fork()
-    if child == 0:
-        try:
-            is_right = store.read(url, 3, 5) == CONTENT[3:8]
-        except BaseException:
-            is_right = False
-        os._exit(0 if is_right else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert store.read(url, 5, 5) == CONTENT[5:10]
+    assert_reads_in_a_fork(store, url, CONTENT)

@@ -1,5 +1,4 @@
 import json
-import os
 import time
 from collections.abc import Iterator
 
@@ -10,6 +9,7 @@ from kd_pipeline.errors import NoSuchFileError, StorageError
 from kd_pipeline.storage import ByteRange, Store, StoreSettings, expand, open_store, read_ranges, remote
 from tests.http_server import FolderServer, serve_folder
 from tests.s3_server import S3Server, fresh_connections, serve_s3
+from tests.storage.forked import assert_reads_in_a_fork
 
 pytestmark = pytest.mark.slow  # to import what speaks S3
 
@@ -77,16 +77,7 @@ def test_written_objects_are_found(store):
 
 
 def test_fork_connects_anew(store, url):
-    assert store.read(url, 0, 5) == CONTENT[:5]
-    child = os.fork()
-    if child == 0:
-        try:
-            is_right = store.read(url, 3, 5) == CONTENT[3:8]
-        except BaseException:
-            is_right = False
-        os._exit(0 if is_right else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert store.read(url, 5, 5) == CONTENT[5:10]
+    assert_reads_in_a_fork(store, url, CONTENT)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from kd_pipeline.data.sources.tables.group_cache import GroupCache
 from kd_pipeline.data.sources.tables.parquet_files import ParquetFiles
 from kd_pipeline.data.sources.tables.parquet_index import ColumnChoice, each_in_threads, open_index
 from kd_pipeline.errors import DataError, StorageError, shown
-from kd_pipeline.storage import FileStat, Store, StoreSettings, open_store, scheme_of, stat_files
+from kd_pipeline.storage import StoreSettings, open_store, scheme_of, stat_all
 
 __all__ = ["Parquet"]
 
@@ -85,7 +85,7 @@ class Parquet:
         self._store = open_store(given[0], storage)
         found = find_dataset_files(given, self._store, split)
         paths = [each if scheme_of(each) else os.path.abspath(each) for each in found.paths]
-        stats = _stats_of(paths, self._store)
+        stats = stat_all(self._store, paths)
         num_bytes, is_remote = sum(stat.num_bytes for stat in stats), scheme_of(paths[0]) is not None
         self._is_kept = is_remote and num_bytes <= (storage or StoreSettings()).cache_bytes
         """Whether whole files are downloaded to the cache, from which they are read in later epochs."""
@@ -263,15 +263,6 @@ def _locations(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     if other is not None:
         raise DataError(f"{shown(paths[0])} and {shown(other)} are in different stores; copy all files to one of them")
     return paths
-
-
-def _stats_of(paths: Sequence[str], store: Store) -> list[FileStat]:
-    stats = []
-    for stat in stat_files(store, paths):
-        if isinstance(stat, StorageError):
-            raise stat
-        stats.append(stat)
-    return stats
 
 
 def _size(num_bytes: int) -> str:

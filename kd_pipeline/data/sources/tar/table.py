@@ -19,8 +19,8 @@ from kd_pipeline._core.version import __version__
 from kd_pipeline.data.sources.index_file import index_file, load_index_file, save_index_file
 from kd_pipeline.data.sources.tar.index import Shard
 from kd_pipeline.data.sources.tar.samples import Count, LabelRule, ShardSamples
-from kd_pipeline.errors import DataError, StorageError, shown
-from kd_pipeline.storage import FileStat, Store, scheme_of, stat_files
+from kd_pipeline.errors import DataError, shown
+from kd_pipeline.storage import FileStat, Store, scheme_of, stat_all
 
 __all__ = ["TarTable", "open_table"]
 
@@ -118,7 +118,7 @@ def open_table(
         DataError: a shard is no tar archive, or labels or images are not what they should be.
         StorageError: a shard cannot be read.
     """
-    stats, names = _stats(shards, store), tuple(map(_name_of, shards))
+    stats, names = stat_all(store, shards), tuple(map(_name_of, shards))
     inputs = [__version__, _FORMAT_VERSION, sys.byteorder, list(key), label, images]
     digest = hashlib.sha256(json.dumps(inputs, default=os.fsdecode).encode()).hexdigest()
     with ExitStack() as stack:
@@ -144,15 +144,6 @@ def _name_of(shard: str) -> str:
     """What a shard is called in the cache, where no credential is written."""
     visible = shown(shard)
     return visible if visible == shard else f"{visible}#{hashlib.sha256(shard.encode()).hexdigest()}"
-
-
-def _stats(shards: Sequence[str], store: Store) -> list[FileStat]:
-    found = []
-    for stat in stat_files(store, shards):
-        if isinstance(stat, StorageError):
-            raise stat
-        found.append(stat)
-    return found
 
 
 def _build(
