@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -41,9 +42,13 @@ class _Context(ForkServerContext):
 
 
 def fork_context() -> ForkServerContext:
-    """The `multiprocessing` context of the server's forks."""
+    """The `multiprocessing` context of the forks of a server, which runs when this returns.
+
+    What it imports writes caches, into the folders of the environment that it starts with.
+    """
     context = _Context()
-    context.set_forkserver_preload(["tests.preloaded"])  # which counts for the first process
+    context.set_forkserver_preload(["tests.preloaded"])  # of no effect when it runs already
+    forkserver.ensure_running()
     return context
 
 

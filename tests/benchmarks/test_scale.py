@@ -1,6 +1,7 @@
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,19 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import FileList, ImageFolder
 from kd_pipeline.data.sources.tar.source import Tar
 from kd_pipeline.errors import ConfigError, DataError
+from tests.forks import fork_context
 
 NUM_SHORT, NUM_LONG = 1_000, 50_000
 """Entries of a list below a megabyte, and of one above it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workers_are_forks() -> Iterator[None]:
+    """Each start is a process, and a new one imports for seconds."""
+    fork_context()  # before the environment is that of a test
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scale_worker, "spawn_context", fork_context)
+        yield
 
 
 @pytest.fixture(scope="module")
