@@ -24,6 +24,7 @@ from kd_pipeline.storage import (
 from kd_pipeline.storage.cache_folder import CacheFolder
 from kd_pipeline.storage.cached import CachedStore
 from tests.http_server import FolderServer
+from tests.waiting import wait_until
 
 SIZE = 1000
 KEY = "0" * 40
@@ -54,13 +55,6 @@ def store_of(folder: Path) -> Callable[..., CachedStore]:
         return store
 
     return store_of
-
-
-def wait_until(is_true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def fetch(store: CachedStore, *urls: str) -> None:

@@ -20,6 +20,7 @@ from tests.data.sources.helpers import error_of
 from tests.data.sources.tar.test_source import cache, contents, samples, shard, summary  # noqa: F401
 from tests.http_server import serve_folder
 from tests.tar_files import write_tar
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -274,6 +275,7 @@ def test_remote_shards_are_transferred_once(tmp_path):
     with serve_folder(tmp_path) as server:
         storage = StoreSettings(cache_dir=tmp_path / "kept")
         source = Tar(f"{server.url}/{{0..2}}.tar", label="cls", storage=storage)
+        wait_until(lambda: not source._store._state.downloads.noted)  # they are written in the background
         server.requests.clear()
         assert contents(source) == contents(Tar(path, label="cls"))
         assert [request for request in server.requests if request.method == "GET"] == []
