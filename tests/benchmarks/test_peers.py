@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peers, peers_backbone, peers_rows, peers_teacher
+from benchmarks import peers, peers_backbone, peers_process, peers_rows, peers_teacher
 from benchmarks.peers import BenchPeersSettings, bench_peers, main
 from benchmarks.peers_process import ProgramRun, run_program
 from benchmarks.peers_result import COMPARISONS, PeersResult, PeersRow
@@ -78,7 +78,8 @@ def run(program: str, tmp_path: Path, *arguments: str, num_steps: int = 5, timeo
 
 
 @pytest.mark.slow
-def test_program_is_measured_from_start_to_end(tmp_path: Path) -> None:
+def test_program_is_measured_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers_process, "_MEMORY_EVERY_S", 0.02)  # it runs for half a second only
     found = run(TRAINS, tmp_path)
     assert 0 < found.first_line_s < found.first_step_s
     assert len(found.intervals_s) == 4 and min(found.intervals_s) > 0.01
