@@ -12,7 +12,7 @@ __all__ = ["LICENSE_PATTERN", "is_own_card", "license_of", "make_card"]
 
 LICENSE_PATTERN = r"[A-Za-z0-9][A-Za-z0-9.+-]{0,99}"
 """Of an SPDX identifier such as `CC-BY-4.0`."""
-_OWN = "<!-- kd-pipeline record writes this file anew; delete this line to keep your changes -->"
+_OWN = "<!-- kd-pipeline record writes this file again; delete this line to keep your changes -->"
 _NO_LICENSE = (
     "Nobody has named a license for these outputs; `kd-pipeline record --join --license NAME` does. Until then, ask "
     "whoever publishes them."
