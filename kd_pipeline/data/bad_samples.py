@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
@@ -106,15 +107,14 @@ class BadSamples:
         before, readable = len(self._following), set()
         for sample in dict.fromkeys(index.tolist()):
             while (shown := self._shown_for(sample)) not in readable:
+                content = None
                 try:
-                    self._decode(shown)
+                    content = self._content(shown)
+                    self._checker.decode(content)
                     readable.add(shown)
                 except RuntimeError as exc:
-                    self._add(self._diagnose(shown, exc), exc)
+                    self._add(self._diagnose(shown, content, exc), exc)
         return len(self._following) > before
-
-    def _decode(self, index: int) -> None:
-        self._checker.decode(self._content(index))
 
     def _content(self, index: int) -> NDArray[np.uint8]:
         return read_sample(self._source, index, max_bytes=self._checker.max_bytes)
@@ -146,7 +146,7 @@ class BadSamples:
             if index not in bad:
                 num_read += 1
                 try:
-                    self._decode(index)
+                    self._checker.decode(self._content(index))
                 except RuntimeError:
                     bad.add(index)
         if len(bad) == num_samples:
@@ -185,29 +185,32 @@ class BadSamples:
         return index
 
     def _found_earlier(self, index: int) -> BadSample:
-        return BadSample(index, self._source.name(index), self._num_bytes(index), "an earlier run could not read it")
+        content = None
+        if self._source.stores == "bytes":
+            with suppress(UnreadableFileError):
+                content = self._content(index)
+        return BadSample(
+            index, self._source.name(index), self._num_bytes(index, content), "an earlier run could not read it"
+        )
 
-    def _num_bytes(self, index: int) -> int | None:
-        """Size of the sample's file, or of its bytes; None if there are none."""
+    def _num_bytes(self, index: int, content: NDArray[np.uint8] | None) -> int | None:
+        """Size of the sample's file, or of its bytes `content` `[L]`; None if there are none."""
+        if self._source.stores == "bytes":
+            return None if content is None else len(content)
         try:
-            if self._source.stores == "files":
-                return os.stat(self._source.name(index)).st_size
-            return len(self._content(index))
-        except (OSError, UnreadableFileError):
+            return os.stat(self._source.name(index)).st_size
+        except OSError:
             return None
 
-    def _diagnose(self, index: int, failure: RuntimeError) -> BadSample:
+    def _diagnose(self, index: int, content: NDArray[np.uint8] | None, failure: RuntimeError) -> BadSample:
+        """What is wrong with a sample whose `content` `[L]`, if any was read, did not decode."""
         name = self._source.name(index)
         reason = _fault_of_file(name) if self._source.stores == "files" else None
-        return BadSample(index, name, self._num_bytes(index), reason or self._reason(index, failure))
+        return BadSample(index, name, self._num_bytes(index, content), reason or self._reason(content, failure))
 
-    def _reason(self, index: int, failure: RuntimeError) -> str:
-        if isinstance(failure, UnreadableFileError):
+    def _reason(self, content: NDArray[np.uint8] | None, failure: RuntimeError) -> str:
+        if content is None or isinstance(failure, UnreadableFileError):
             return str(failure)
-        try:
-            content = self._content(index)
-        except UnreadableFileError as exc:
-            return str(exc)
         try:
             height, width = self._checker.size(content)
         except RuntimeError:
