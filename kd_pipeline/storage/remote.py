@@ -173,9 +173,15 @@ class RemoteStore(RangeReader):
             await asyncio.sleep(pause_s)
         note = ""
         if failure.kind == "passing":
-            times_tried = "once" if number == 1 else f"{number} times"
-            note = f"; tried {times_tried} within {patience:g} s. Check the network, or raise storage.deadline_s"
+            note = self._how_often(number, patience)
         raise failure.as_error(path, offset, note)
+
+    def _how_often(self, number: int, patience: float) -> str:
+        """What was tried in vain, and the limit that ended it."""
+        times = "once" if number == 1 else f"{number} times"
+        if number > self._settings.retries:
+            return f"; tried {times}. Check the network, or raise storage.retries"
+        return f"; tried {times} within {patience:g} s. Check the network, or raise storage.deadline_s"
 
     def _wait(
         self, path: str, work: Coroutine[Any, Any, _T], progress: "_Progress | None" = None, times: int = 1

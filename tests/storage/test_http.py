@@ -106,20 +106,32 @@ def test_failures_that_pass_are_tried_again(store, url, server, fault):
 @pytest.mark.parametrize(
     ("fault", "match"),
     [
-        (500, r"status 500; tried \d times within 0.5 s"),
+        (500, "status 500"),
         (503, "status 503"),
         ("close", "Disconnect"),
-        ("cut", "tried"),
-        ("drip", "no answer in time; tried"),
-        ("hang", "no answer in time; tried 2 times"),
-        ("hang in body", "no answer in time"),
+        ("cut", "ClientPayloadError"),
         ("short body", "sent 100 of 200 bytes"),
         ("short range", "another range"),
     ],
 )
-def test_failures_end_by_the_deadline(hasty, url, server, fault, match):
+def test_failures_end_after_the_retries(url, server, fault, match):
     server.fail(fault, times=100)
-    took = seconds(lambda: hasty.read(url, 100, 200), match)
+    store = open_store(url, StoreSettings(deadline_s=60, retries=2, cache_size=0))
+    seconds(lambda: store.read(url, 100, 200), f"{match}.*; tried 3 times.*raise storage.retries")
+
+
+@pytest.mark.parametrize("fault", ["drip", "hang", "hang in body"])
+def test_silence_ends_by_the_deadline(hasty, url, server, fault):
+    server.fail(fault, times=100)
+    took = seconds(
+        lambda: hasty.read(url, 100, 200), "no answer in time; tried .* within 0.5 s.*raise storage.deadline_s"
+    )
+    assert took < DEADLINE_S + MARGIN_S
+
+
+def test_failures_end_by_the_deadline(hasty, url, server):
+    server.fail(500, times=100)
+    took = seconds(lambda: hasty.read(url, 100, 200), "tried .* within 0.5 s.*raise storage.deadline_s")
     assert took < DEADLINE_S + MARGIN_S
 
 
@@ -132,7 +144,7 @@ def test_no_server_ends_by_the_deadline(hasty):
 
 def test_server_that_hangs_in_one_of_two_requests_is_outlived(url, server):
     server.fail("hang")
-    store = open_store(url, StoreSettings(deadline_s=2, cache_size=0))
+    store = open_store(url, StoreSettings(deadline_s=4, cache_size=0))
     assert store.read(url, 10, 20) == CONTENT[10:30]
 
 
@@ -146,8 +158,8 @@ def test_many_ranges_of_a_dead_server_take_one_deadline(hasty, url, server):
 
 def test_retries_are_limited(url, server):
     server.fail(500, times=10)
-    store = open_store(url, StoreSettings(deadline_s=5, retries=1, cache_size=0))
-    assert seconds(lambda: store.read(url, 0, 1), "tried 2 times") < 1
+    store = open_store(url, StoreSettings(deadline_s=60, retries=1, cache_size=0))
+    assert seconds(lambda: store.read(url, 0, 1), "tried 2 times") < 10
 
 
 @pytest.mark.parametrize("status", [401, 403])
