@@ -68,14 +68,19 @@ class GroupCache(Generic[T]):
         except BaseException as exc:
             with self._lock:
                 if self._kept.get(number) is mine:
-                    del self._kept[number]
-                    self._num_bytes -= int(self._sizes[number])
+                    self._forget(number)
             mine.set_exception(exc)
             raise
         mine.set_result(group)
         with self._lock:
             self._drop_oldest()
         return group
+
+    def drop(self, number: int) -> None:
+        """Keep the group no longer."""
+        with self._lock:
+            if number in self._kept and self._kept[number].done():
+                self._forget(number)
 
     def expect(self, numbers: Sequence[int]) -> None:
         """Decode the groups of `numbers` in threads, in this order, as far as half of the bound allows.
@@ -108,8 +113,11 @@ class GroupCache(Generic[T]):
             if self._num_bytes <= self._max_bytes:
                 return
             if self._kept[number].done():
-                del self._kept[number]
-                self._num_bytes -= int(self._sizes[number])
+                self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        del self._kept[number]
+        self._num_bytes -= int(self._sizes[number])
 
     def _work(self) -> None:
         while True:

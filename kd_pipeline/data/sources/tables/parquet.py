@@ -45,7 +45,7 @@ class Parquet:
 
     The images are bytes, or Hugging Face's structs of bytes and path, as `datasets` writes them. Opening reads the
     footers and the labels, which are kept in `~/.cache/kd_pipeline/index`; a row group is decoded when one of its
-    images is needed first, and kept in memory until others need the room.
+    images is needed first, and kept in memory until all its images were read or others need the room.
 
     Args:
         path: a file, a glob, a range such as `train-{00000..00004}.parquet`, a folder of such files or of a dataset
@@ -101,6 +101,8 @@ class Parquet:
         self._memory = memory
         self._num_threads = self._store.num_threads if is_remote else min(num_cores(), 8)
         self._groups = GroupCache(self._decode, index.sizes, max_bytes=memory, num_threads=self._num_threads)
+        self._num_taken = np.zeros(len(index.rows), np.int64)
+        """`[G]`, rows that were read of each row group since it was decoded."""
         self._paths_of = lru_cache(_PATHS_KEPT)(self._read_paths)
         self._where = shown(given[0]) + (f" and {len(given) - 1} more" if len(given) > 1 else "")
         self._num_missed = self._num_read = 0
@@ -182,6 +184,11 @@ class Parquet:
         return int(np.searchsorted(self.shard_ends, index, side="right")) - 1
 
     @cached_property
+    def _fits(self) -> bool:
+        """Whether all row groups can be kept for the next epoch."""
+        return int(self._index.sizes.sum()) <= self._memory
+
+    @cached_property
     def _names(self) -> list[str]:
         """Of the files, for messages: without the folder that all are in."""
         paths = [shown(path) for path in self._files.paths]
@@ -191,6 +198,7 @@ class Parquet:
         return [path[start:] for path in paths]
 
     def _decode(self, group: int) -> BinaryColumn:
+        self._num_taken[group] = 0
         columns = [self._index.columns.image_bytes]
         file, number = int(self._index.files[group]), int(self._index.numbers[group])
         images = BinaryColumn(self._files.read(file, columns, number).column(0))
@@ -219,6 +227,9 @@ class Parquet:
                 images[place] = UnreadableFileError(self._why_missing(group, int(indices[place]) - start))
             else:
                 images[place] = image.copy() if is_copied else image
+        self._num_taken[group] += len(rows_of[group])
+        if self._num_taken[group] >= self._index.rows[group] and not self._fits:
+            self._groups.drop(group)  # memory that was in use lately is faster than what the system has to provide
 
     def _why_missing(self, group: int, row: int) -> str:
         path = self._paths_of(group)[row] if self._index.columns.image_path else None
@@ -241,10 +252,10 @@ class Parquet:
             return
         per_group, rows = self._num_read / self._num_missed, len(self) / len(self._index.rows)
         self._num_missed = self._num_read = 0
-        total = int(self._index.sizes.sum())
-        if self._is_told or rows < _MIN_ROWS or per_group > _FEW or total <= self._memory:
+        if self._is_told or rows < _MIN_ROWS or per_group > _FEW or self._fits:
             return
         self._is_told = True
+        total = int(self._index.sizes.sum())
         buffer = max(1, int(self._memory // 2 * len(self) // total))
         _logger.warning(
             "%s: reading is slow, as each row group of %.0f images is decoded for %.1f of them before others need its "

@@ -1,7 +1,8 @@
 """Parquet files in a store: their footers, and columns of their row groups, whose chunks are read at once."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Any
 
 import numpy as np
@@ -148,9 +149,15 @@ def _check_chunks(footer: Any, num_bytes: int) -> None:
     first, with nothing to read from.
     """
     pa, parquet = require("pyarrow", extra="parquet"), require("pyarrow.parquet", extra="parquet")
-    with suppress(_NothingThereError), pa.PythonFile(_NoFile(num_bytes), mode="r") as source:
+    with pa.PythonFile(_NoFile(num_bytes), mode="r") as source:
         opened = parquet.ParquetFile(source, metadata=footer, pre_buffer=True)
-        opened.read_row_groups(range(footer.num_row_groups), use_threads=False)
+        try:
+            opened.read_row_groups(range(footer.num_row_groups), use_threads=False)
+        except _NothingThereError as exc:
+            # Arrow keeps the error, whose frames keep Arrow's reader and all that their callers hold.
+            clear_frames(exc.__traceback__)
+        finally:
+            del opened
 
 
 class _NothingThereError(Exception):

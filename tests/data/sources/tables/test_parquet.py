@@ -461,6 +461,28 @@ def test_memory_is_bounded(folder):
     source.expect(np.arange(37))
 
 
+def test_row_group_is_dropped_once_all_its_images_were_read(folder):
+    source = Parquet(folder, memory=2**30)
+    source.read(np.arange(len(source)))
+    assert source._groups.num_bytes == source._index.sizes.sum()  # all fit, and the next epoch needs them again
+    source = Parquet(folder, memory=int(source._index.sizes.sum()) - 1)
+    source.read(np.arange(len(source) - 2))  # the last image is a row group of its own
+    assert source._groups.num_bytes == source._index.sizes[-2]
+    source.read(np.arange(len(source) - 2, len(source)))
+    assert source._groups.num_bytes == 0
+
+
+def test_nothing_else_keeps_images_in_memory(folder):
+    """Arrow keeps some errors of Python for as long as there are frames that they hold."""
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    source = Parquet(folder, memory=1)
+    for start in range(0, len(source), 4):
+        source.read(np.arange(start, min(start + 4, len(source))))
+    gc.collect()
+    assert pa.total_allocated_bytes() == before
+
+
 def test_images_of_much_memory_are_copies(folder):
     size = int(Parquet(folder)._index.sizes.max())
     few, many = Parquet(folder, memory=size), Parquet(folder, memory=100 * size)
