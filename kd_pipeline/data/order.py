@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -29,8 +28,6 @@ __all__ = [
     "shuffle_fields",
 ]
 
-_PART_BITS = 2
-"""First bits of the keys, by which those of a permutation are divided before they are sorted."""
 _MIN_PIECE = 2**14
 """Positions that are computed at once, at least. The order does not depend on it."""
 _NUM_PIECES = 3
@@ -83,18 +80,7 @@ class GlobalOrder:
 
         Equal keys keep the dataset's order.
         """
-        words = stream_words(0, num_samples, seed=seed, stream=Stream.ORDER, epoch=epoch)
-        # One part of the keys after the other, as torch takes four times the memory of what it sorts.
-        part = np.empty(num_samples, np.uint8)
-        np.right_shift(words, np.uint64(64 - _PART_BITS), out=part, casting="unsafe")
-        permutation, end = np.empty(num_samples, np.int64), 0
-        for number in range(2**_PART_BITS):
-            (own,) = np.nonzero(part == number)
-            # Flipping the highest bit gives signed numbers in the same order, which torch sorts several times as fast.
-            keys = (words[own] ^ np.uint64(2**63)).view(np.int64)
-            start, end = end, end + len(own)
-            permutation[start:end] = own[torch.argsort(torch.from_numpy(keys), stable=True).numpy()]
-        return cls(permutation)
+        return cls(_places_by_word(stream_words(0, num_samples, seed=seed, stream=Stream.ORDER, epoch=epoch)))
 
     def indices(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """See `Order.indices`."""
@@ -268,6 +254,26 @@ def shuffle_fields(
         "shuffle": f"shards mixed over {shuffle.buffer} samples",
         "shards": f"{len(ends) - 1} shards, {digest[:12]} as the digest of their sizes",
     }
+
+
+def _places_by_word(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """The places of `words` `[n]` in ascending order of the words, equal ones in their own.
+
+    A place takes the low bits of its word, and these numbers are sorted: that is several times as fast as to sort
+    places by words, and takes half of the memory. What then is in doubt are the few words with equal high bits.
+    """
+    low = np.uint64((1 << (len(words) - 1).bit_length()) - 1)
+    packed = words & ~low
+    packed |= np.arange(len(words), dtype=np.uint64)
+    packed.sort()
+    (doubtful,) = np.nonzero((packed[1:] ^ packed[:-1]) <= low)
+    packed &= low
+    places = packed.view(np.int64)
+    if len(doubtful):
+        rows = np.union1d(doubtful, doubtful + 1)
+        own = places[rows]
+        places[rows] = own[np.argsort(words[own], kind="stable")]
+    return places
 
 
 def _sorted_by_keys(keys: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -52,6 +52,15 @@ def test_global_order_is_a_permutation():
         assert order.dtype == np.int64 and sorted(order) == list(range(num_samples))
 
 
+@pytest.mark.parametrize("num_words", [0, 1, 2, 5, 64, 65, 3000])
+@pytest.mark.parametrize("num_values", [1, 2, 50, 2**40])
+@pytest.mark.parametrize("step", [1, 2**7, 2**24])
+def test_equal_words_and_those_with_equal_high_bits_are_sorted(num_words, num_values, step):
+    rng = np.random.default_rng(num_words)
+    words = rng.integers(0, num_values, num_words, np.uint64) * np.uint64(step) + np.uint64(2**63)
+    np.testing.assert_array_equal(orders._places_by_word(words), np.argsort(words, kind="stable"))
+
+
 def test_global_order_depends_on_seed_and_epoch_only():
     keys = list(product([0, 1, LARGEST], [0, 1, 2, 2**40]))
     found = [global_order(500, seed=seed, epoch=epoch) for seed, epoch in keys]
