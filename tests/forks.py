@@ -48,7 +48,7 @@ def fork_context() -> ForkServerContext:
     """
     context = _Context()
     context.set_forkserver_preload(["tests.preloaded"])  # of no effect when it runs already
-    forkserver.ensure_running()
+    forkserver._forkserver.ensure_running()
     return context
 
 

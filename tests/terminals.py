@@ -2,46 +2,52 @@
 
 import os
 import pty
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from tests.forks import Command
+
 __all__ = ["at_terminal", "piped"]
 
-_ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[1]), "TERM": "xterm", "TORCH_COMPILE_DISABLE": "1"}
+_ENVIRONMENT = {"TERM": "xterm", "TORCHDYNAMO_DISABLE": "1"}
 
 
-def at_terminal(arguments: Sequence[str], folder: Path) -> tuple[int, str]:
+def at_terminal(arguments: Sequence[str], folder: Path) -> tuple[int | None, str]:
     """Exit status and all that `kd-pipeline ARGUMENTS` writes to a terminal, in `folder`."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kd_pipeline", *arguments],
-        cwd=folder,
-        env=os.environ | _ENVIRONMENT,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    )
-    os.close(theirs)
+    process = _start(arguments, folder, _Terminal(os.ttyname(theirs)))
     output = b""
+    while not output:  # the terminal must stay open until the process has opened it
+        output = os.read(ours, 65536)
+    os.close(theirs)
     with suppress(OSError):  # the end of a terminal
         while chunk := os.read(ours, 65536):
             output += chunk
     os.close(ours)
-    return process.wait(60), output.decode()
+    process.communicate(60)
+    return process.returncode, output.decode()
 
 
-def piped(arguments: Sequence[str], folder: Path) -> tuple[int, str, str]:
+def piped(arguments: Sequence[str], folder: Path) -> tuple[int | None, str, str]:
     """Exit status, stdout and stderr of `kd-pipeline ARGUMENTS`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "kd_pipeline", *arguments],
-        cwd=folder,
-        env=os.environ | _ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return done.returncode, done.stdout, done.stderr
+    process = _start(arguments, folder)
+    output, error = process.communicate()
+    return process.returncode, output, error
+
+
+def _start(arguments: Sequence[str], folder: Path, prepare: Callable[[], object] = int) -> Command:
+    return Command(arguments, folder, os.environ | _ENVIRONMENT, prepare)
+
+
+class _Terminal:
+    """Makes a terminal the standard streams."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __call__(self) -> None:
+        terminal = os.open(self._path, os.O_RDWR | os.O_NOCTTY)
+        for stream in range(3):
+            os.dup2(terminal, stream)
+        os.close(terminal)

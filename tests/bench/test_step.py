@@ -36,7 +36,7 @@ def measured(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     transform = TrainTransform(size=32, hue=0.1)
     settings = short_step(photographs, transform=transform, teacher_precision="fp32", num_steps=2, repeats=2, out=out)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
         return bench_step(settings, report=lines.append), lines, out
 
 
@@ -226,7 +226,7 @@ def test_nothing_is_exported_if_no_row_runs_it(
 
 @pytest.mark.slow
 def test_networks_without_a_head_are_compared(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     lines: list[str] = []
     settings = short_step(photographs, teacher=HEADLESS, student=HEADLESS, rows=("e", "g"), teacher_precision="fp32")
     found = bench_step(settings, report=lines.append)
@@ -372,7 +372,7 @@ def test_failing_variant_is_skipped_and_interrupted_ones_keep_complete_repeats(
 
 @pytest.mark.slow
 def test_torch_compile_teacher_is_compared_without_onnx(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     monkeypatch.setattr(step, "export_onnx", None)
     found = bench_step(short_step(photographs, teacher=HEADLESS, student=HEADLESS, rows=("c", "h")))
     assert [row.letter for row in found.rows] == ["c", "h", "f", "loader", "teacher"]
@@ -385,7 +385,7 @@ def test_onnx_teacher_in_int8_has_no_pytorch_rows(
 ) -> None:
     pytest.importorskip("openvino")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     onnx = export_onnx(open_model(SMALL), tmp_path / "teacher.onnx", image_shape=(3, 32, 32))
     lines: list[str] = []
     settings = short_step(photographs, teacher=None, onnx=onnx, teacher_precision="int8", rows=("b", "d"))

@@ -63,7 +63,7 @@ def test_cuda_graphs_of_a_teacher_are_measured(
 def test_step_has_its_memory_copies_and_limit(
     photographs: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     rows = ("b", "c")
     result = bench_step(short_step(photographs, rows=rows, num_steps=2, repeats=2, num_threads=2, device="auto"))
     assert [row.letter for row in result.rows] == ["b", "c", "f", "loader", "teacher"]
