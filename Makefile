@@ -7,6 +7,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 WORKERS ?= 2
 SLOW_WORKERS ?= 3  # the slow tests often wait for processes
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --numprocesses
+# Tests start hundreds of processes, which should not compile everything again, even where bytecode is not written.
+export PYTHONDONTWRITEBYTECODE :=
 METADATA := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: demo test test-slow test-all gpu format clean
