@@ -7,8 +7,8 @@ import timm
 import torch
 
 from kd_pipeline.config.config import Config
-from kd_pipeline.workflows._train import TrainResult, train
-from tests.training import networks, tiny_run
+from kd_pipeline.workflows._train import TrainResult
+from tests.training import tiny_run
 
 TIMM = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 8, "patch_size": 4, "depth": 1, "embed_dim": 12, "num_heads": 2}
@@ -33,10 +33,9 @@ def settings(folder: Path, name: str, **changes: Any) -> Config:
         "teacher": {"model": {"timm": TIMM, "num_classes": 0, "kwargs": KWARGS, "checkpoint": weights}},
         "student": STUDENT,
         "feature_probe": {"bank": "val"},
-        "train__export": {"onnx": False},
     }
     return tiny_run.settings(folder, name, **(found | changes))
 
 
 def run(folder: Path, name: str, **changes: Any) -> TrainResult:
-    return train(settings(folder, name, **changes), plugins=[networks.__name__])
+    return tiny_run.train_without_plots(settings(folder, name, **changes))

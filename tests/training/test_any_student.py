@@ -71,7 +71,7 @@ def assert_same(folder: Path, wanted: nn.Module) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["a_tensor", "a_tuple", "a_mapping", "a_model_output", "vit"])
 def test_what_it_returns_makes_no_difference(digits: Path, kind: str) -> None:
-    config = config_of(digits, kind, kind, train__export={"onnx": False})
+    config = config_of(digits, kind, kind)
     result = run(config)
     assert_same(result.folder, plain_loop(config, getattr(any_student, kind), distilled))
 
@@ -79,9 +79,7 @@ def test_what_it_returns_makes_no_difference(digits: Path, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["with_losses", "with_training_losses"])
 def test_own_losses(digits: Path, kind: str) -> None:
-    config = config_of(
-        digits, kind, kind, train__export={"onnx": False}, distill={"student_losses": {"size": 0.25, "unused": 0.0}}
-    )
+    config = config_of(digits, kind, kind, distill={"student_losses": {"size": 0.25, "unused": 0.0}})
     result = run(config)
 
     def loss_of(output: Any, batch: KDBatch) -> Tensor:
@@ -101,9 +99,7 @@ def test_own_losses(digits: Path, kind: str) -> None:
 def test_hidden_states_by_name(digits: Path) -> None:
     term = {"loss": "feature_mse", "student": "hidden_states.1", "teacher": "hidden_states.0", "weight": 0.5}
     teacher = {"model": {"factory": f"{PLUGINS[0]}:teacher_vit", "pretrained": False}, "backend": "pytorch"}
-    config = config_of(
-        digits, "hidden", "vit", train__export={"onnx": False}, teacher=teacher, distill={"features": [term]}
-    )
+    config = config_of(digits, "hidden", "vit", teacher=teacher, distill={"features": [term]})
     result = run(config)
 
     def loss_of(output: Any, batch: KDBatch) -> Tensor:
@@ -120,7 +116,8 @@ def test_hidden_states_by_name(digits: Path) -> None:
 @pytest.mark.slow
 def test_hugging_face_by_config(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = {"model": {"factory": f"{PLUGINS[0]}:resnet", "pretrained": False}, "backend": "pytorch"}
-    config = config_of(digits, "hugging face", "vit", teacher=teacher, train__compare_with_teacher=True)
+    changes = {"train__compare_with_teacher": True, **tiny_run.WITH_ONNX}
+    config = config_of(digits, "hugging face", "vit", teacher=teacher, **changes)
     result = run(config)
     assert result.evaluations["val"].agreement is not None
     assert (result.folder / "exported" / "model.onnx").is_file()
@@ -167,7 +164,7 @@ def test_check_knows_the_losses(digits: Path, weights: dict[str, float], problem
 @pytest.mark.slow
 def test_timm_student_gets_the_images_of_its_training(digits: Path) -> None:
     model = {"timm": "test_vit", "input_adapter": "auto"}
-    config = config_of(digits, "timm", "a_tensor", student=model, train__export={"onnx": False}, train__epochs=1)
+    config = config_of(digits, "timm", "a_tensor", student=model, train__epochs=1)
     exported = open_model_file(run(config).folder, size=8, device=torch.device("cpu"))
     student, images = exported.model, torch.rand(2, 3, 8, 8)
     assert isinstance(student, AdaptedNetwork)
@@ -247,7 +244,6 @@ def test_both_networks_resume(digits: Path) -> None:
     changes: dict[str, Any] = {
         "stage": "baseline",
         "distill": {"loss": None, "task_weight": 0.5, "student_losses": {"match": 2.0}},
-        "train__export": {"onnx": False},
     }
     whole = run(config_of(digits, "both whole", "both", **changes))
     run(config_of(digits, "both parts", "both", **changes, train__epochs=1))
@@ -261,7 +257,12 @@ def test_adapted_images_are_those_of_another_transform(digits: Path) -> None:
     normalization = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
     student = {"factory": f"{PLUGINS[0]}:a_tensor"}
     adapted = config_of(
-        digits, "adapted", "a_tensor", stage="baseline", student=student | {"input_adapter": normalization}
+        digits,
+        "adapted",
+        "a_tensor",
+        stage="baseline",
+        student=student | {"input_adapter": normalization},
+        **tiny_run.WITH_ONNX,
     )
     plain = config_of(
         digits,
@@ -270,6 +271,7 @@ def test_adapted_images_are_those_of_another_transform(digits: Path) -> None:
         stage="baseline",
         data__train__transform=tiny_run.TRAIN | normalization,
         data__val__transform=tiny_run.EVAL | normalization,
+        **tiny_run.WITH_ONNX,
     )
     first, second = run(adapted).folder, run(plain).folder
     weights = tiny_run.weights(second)
@@ -304,6 +306,7 @@ def test_adapted_size(digits: Path) -> None:
         data__train__transform=tiny_run.TRAIN | {"size": 12},
         data__val__transform=tiny_run.EVAL | {"size": 12, "resize": 12},
         train__optimizer={"name": "sgd", "lr": 0.05, "lr_scale": {"head": 0.0001}},
+        **tiny_run.WITH_ONNX,
     )
     folder = run(config).folder
     images = torch.rand(2, 3, 12, 12)

@@ -16,8 +16,21 @@ from kd_pipeline.evaluation._evaluate import evaluate
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
+from kd_pipeline.workflows._train import train
 from tests.training import networks, tiny_run
-from tests.training.tiny_run import EVAL, NUM_TRAIN, NUM_VAL, TRAIN, Weights, distance, logged, run, settings, weights
+from tests.training.tiny_run import (
+    EVAL,
+    NUM_TRAIN,
+    NUM_VAL,
+    TRAIN,
+    WITH_ONNX,
+    Weights,
+    distance,
+    logged,
+    run,
+    settings,
+    weights,
+)
 
 # Lightning's advice on workers, loggers and the trainer's options.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
@@ -207,7 +220,7 @@ def test_channels_last(digits: Path, default_run: Path) -> None:
 
 
 def test_baseline_uses_labels_only(digits: Path, default_run: Path) -> None:
-    outcome = run(digits, "both", stage="baseline", teacher={"onnx": digits / "nowhere.onnx"})
+    outcome = run(digits, "both", stage="baseline", teacher={"onnx": digits / "nowhere.onnx"}, **WITH_ONNX)
     assert outcome.folder == digits / "both" / "baseline"
     rows = logged(outcome.folder)
     assert all(row["train/loss"] == row["train/task"] and row["train/task_weight"] == 1 for row in rows)
@@ -226,7 +239,7 @@ UNLABELED: dict[str, Any] = {
 def test_unlabeled_training_images(digits: Path, start: Weights) -> None:
     unlabeled = tiny_run.split(digits, "unlabeled", tiny_run.TRAIN)
     with_val = run(digits, "unlabeled", **UNLABELED, data__train=unlabeled)
-    without = run(digits, "unlabeled, no val", **UNLABELED, data__train=unlabeled, data__val=None)
+    without = run(digits, "unlabeled, no val", **UNLABELED, **WITH_ONNX, data__train=unlabeled, data__val=None)
     labeled = run(digits, "labels not used", distill=UNLABELED["distill"])
     assert distance(weights(with_val.folder), start) > 1e-3
     assert distance(weights(with_val.folder), weights(without.folder)) == 0
@@ -235,7 +248,7 @@ def test_unlabeled_training_images(digits: Path, start: Weights) -> None:
     assert top1 is not None and not without.evaluations
     for folder in (with_val.folder, without.folder):
         assert not any("train/top1" in row or "train/task" in row for row in logged(folder))
-        assert (folder / "exported" / "model.onnx").is_file()
+    assert (without.folder / "exported" / "model.onnx").is_file()
 
 
 @pytest.mark.slow
@@ -274,7 +287,7 @@ def test_ema_of_teacher_is_distilled(digits: Path) -> None:
 @pytest.mark.slow
 def test_test_split_is_evaluated_once(digits: Path) -> None:
     images = tiny_run.split(digits, "train", tiny_run.EVAL)
-    outcome = run(digits, "tested", data__test=images)
+    outcome = train(settings(digits, "tested", data__test=images, **WITH_ONNX), plugins=[networks.__name__])
     assert outcome.evaluations["test"].num_samples == NUM_TRAIN and outcome.evaluations["val"].num_samples == NUM_VAL
     assert not any(name.startswith("test/") for row in logged(outcome.folder) for name in row)
     assert tiny_run.result(outcome.folder)["test"]["loss"] == outcome.evaluations["test"].loss
@@ -288,7 +301,7 @@ def test_run_without_matplotlib_saves_no_plots(
     digits: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    folder = run(digits, "no plots").folder
+    folder = train(settings(digits, "no plots"), plugins=[networks.__name__]).folder
     assert (folder / "result.json").is_file() and not list(folder.glob("*.png"))
     (line,) = [line for line in caplog.messages if "no plots were saved" in line]
     assert "pip install 'kd_pipeline[train]'" in line

@@ -229,7 +229,8 @@ def test_start_opens_nothing_twice(
 def test_export_uses_validation_transform(digits: Path) -> None:
     net = {"builtin": "small_resnet", "kwargs": {"width": 4}}
     transform = {"preset": "eval", "size": 12, "resize": 16, "mean": [0.5, 0.4, 0.3]}
-    folder = run(digits, "larger", student=net, stage="baseline", train__epochs=1, data__val__transform=transform)
+    changes = {"stage": "baseline", "train__epochs": 1, "data__val__transform": transform, **tiny_run.WITH_ONNX}
+    folder = run(digits, "larger", student=net, **changes)
     found = read_exported(folder)
     assert found is not None and found[1].transform == EvalTransform.model_validate(transform)
     assert found[1].model.num_classes == 10

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from kd_pipeline.config.config import Config
 from kd_pipeline.onnx.export import export_onnx
+from kd_pipeline.workflows import results
 from kd_pipeline.workflows._train import TrainResult, train
 from tests.training import networks
 
 Weights = dict[str, Tensor]
 
 NUM_TRAIN, NUM_VAL = 96, 40
+WITH_ONNX = {"train__export": {"onnx": True}}
+"""For `settings`, whose runs otherwise export no ONNX file: that takes longer than their training."""
 TRAIN = {"preset": "train", "size": 8, "area": [0.5, 1.0], "flip": 0.0}
 EVAL = {"preset": "eval", "size": 8, "resize": 8}
 
@@ -66,6 +70,7 @@ def settings(folder: Path, run: str, **changes: Any) -> Config:
             "schedule": {"kind": "constant"},
             "log_every_steps": 1,
             "loggers": ["csv"],
+            "export": {"onnx": False},
         },
     }
     for name, value in changes.items():
@@ -78,7 +83,13 @@ def settings(folder: Path, run: str, **changes: Any) -> Config:
 
 
 def run(folder: Path, name: str, **changes: Any) -> TrainResult:
-    return train(settings(folder, name, **changes), plugins=[networks.__name__])
+    return train_without_plots(settings(folder, name, **changes))
+
+
+def train_without_plots(config: Config) -> TrainResult:
+    """Train; to draw what came of it would take as long again."""
+    with mock.patch.object(results, "_plot"):
+        return train(config, plugins=[networks.__name__])
 
 
 def weights(folder: Path) -> Weights:

@@ -236,6 +236,8 @@ def test_fewer_epochs_than_done(tmp_path: Path, done: int, is_within: bool, leas
 
 # Real runs
 
+SETTINGS = {"train__save_every_steps": 4, **tiny_run.WITH_ONNX}
+
 
 def stopped(folder: Path, name: str, *, epoch: int, batch: int) -> Path:
     """A run of two epochs that fails before a batch, and has saved before the one after the fourth of each epoch."""
@@ -248,7 +250,7 @@ def stopped(folder: Path, name: str, *, epoch: int, batch: int) -> Path:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="the power is gone"):
         patch.setattr(DistillModule, "on_train_batch_start", fail)
-        tiny_run.run(folder, name, train__save_every_steps=4)
+        tiny_run.run(folder, name, **SETTINGS)
     return folder / name
 
 
@@ -256,7 +258,7 @@ def stopped(folder: Path, name: str, *, epoch: int, batch: int) -> Path:
 def runs(digits: Path) -> dict[str, Path]:
     """A run that is finished, one that stopped at the end of an epoch, and one within an epoch; read only."""
     return {
-        "finished": tiny_run.run(digits, "finished", train__save_every_steps=4).folder,
+        "finished": tiny_run.run(digits, "finished", **SETTINGS).folder,
         "epoch end": stopped(digits, "epoch end", epoch=1, batch=0),
         "within": stopped(digits, "within", epoch=1, batch=5),
     }
@@ -272,7 +274,7 @@ def old_run(request: pytest.FixtureRequest, runs: dict[str, Path], digits: Path)
 
 
 def again(old_run: Path, **changes: Any) -> Any:
-    return tiny_run.run(old_run.parent, old_run.name, **{"train__save_every_steps": 4, **changes})
+    return tiny_run.run(old_run.parent, old_run.name, **{**SETTINGS, **changes})
 
 
 REFUSED = [
@@ -340,12 +342,12 @@ def test_operational_settings_are_applied(old_run: Path, caplog: pytest.LogCaptu
 @pytest.mark.slow
 def test_fewer_epochs(runs: dict[str, Path], digits: Path) -> None:
     shutil.copytree(runs["epoch end"], digits / "shorter")
-    result = tiny_run.run(digits, "shorter", train__save_every_steps=4, train__epochs=1)
+    result = tiny_run.run(digits, "shorter", **SETTINGS, train__epochs=1)
     assert result.evaluations["val"].num_samples == tiny_run.NUM_VAL
     assert "epochs: 2" in (digits / "shorter" / "config.yaml").read_text()
     shutil.copytree(runs["within"], digits / "shorter still")
     with pytest.raises(StateError, match="to at least 2"):
-        tiny_run.run(digits, "shorter still", train__save_every_steps=4, train__epochs=1)
+        tiny_run.run(digits, "shorter still", **SETTINGS, train__epochs=1)
 
 
 @pytest.mark.slow
@@ -356,7 +358,7 @@ def test_finished_run_trains_nothing(runs: dict[str, Path], digits: Path, monkey
     before = {name: (folder / name).read_bytes() for name in names}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillModule, "__init__", None)  # neither trained nor evaluated
-        found = tiny_run.run(folder.parent, "done", train__save_every_steps=4)
+        found = tiny_run.run(folder.parent, "done", **SETTINGS)
     assert {name: (folder / name).read_bytes() for name in names} == before
     assert {name: each.to_dict() for name, each in found.evaluations.items()} == tiny_run.result(folder)
 
@@ -367,7 +369,7 @@ def test_finished_run_completes_its_results(runs: dict[str, Path], digits: Path,
     folder = digits / f"incomplete {Path(missing).suffix}"
     shutil.copytree(runs["finished"], folder)
     (folder / missing).unlink()
-    tiny_run.run(digits, folder.name, train__save_every_steps=4)
+    tiny_run.run(digits, folder.name, **SETTINGS)
     assert (folder / missing).is_file()
     assert tiny_run.result(folder) == tiny_run.result(runs["finished"])
     weights = [(each / "exported" / "model.safetensors").read_bytes() for each in (folder, runs["finished"])]
@@ -380,7 +382,7 @@ def test_finished_run_evaluates_new_split(runs: dict[str, Path], digits: Path) -
     shutil.copytree(runs["finished"], folder)
     config = (folder / "config.yaml").read_text()
     test = tiny_run.split(digits, "odd19", tiny_run.EVAL)
-    found = tiny_run.run(digits, folder.name, train__save_every_steps=4, data__test=test)
+    found = tiny_run.run(digits, folder.name, **SETTINGS, data__test=test)
     assert found.evaluations["test"].num_samples == 19
     assert (folder / "config.yaml").read_text() == config
 

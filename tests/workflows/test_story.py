@@ -16,7 +16,7 @@ EPOCH = r"epoch {}/2  loss \S+  val/top1 \S+% \(best \S+%, epoch \d\)  lr 0.05  
 
 def command(folder: Path, run: str, *overrides: str) -> list[str]:
     file = folder / f"{run}.yaml"
-    config = tiny_run.settings(folder, run).model_dump(mode="json", exclude_unset=True)
+    config = tiny_run.settings(folder, run, **tiny_run.WITH_ONNX).model_dump(mode="json", exclude_unset=True)
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     module = [sys.executable, "-m", "kd_pipeline", "train", "-c", str(file), "--plugin", networks.__name__]
     return [*module, *overrides]
@@ -69,7 +69,7 @@ from pathlib import Path
 import kd_pipeline
 from tests.training import networks, tiny_run
 
-kd_pipeline.train(tiny_run.settings(Path({folder!r}), "script"), plugins=[networks.__name__])
+kd_pipeline.train(tiny_run.settings(Path({folder!r}), "script", **tiny_run.WITH_ONNX), plugins=[networks.__name__])
 """
 
 
