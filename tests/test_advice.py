@@ -41,7 +41,13 @@ data:
 teacher: {{onnx: teacher.onnx, backend: onnxruntime}}
 student: {{factory: "{PLUGIN}:plain"}}
 probe: null
-train: {{epochs: 2, optimizer: {{lr: 0.01}}, schedule: {{kind: constant}}, loggers: [csv], num_threads: 1}}
+train:
+  epochs: 2
+  optimizer: {{lr: 0.01}}
+  schedule: {{kind: constant}}
+  loggers: [csv]
+  num_threads: 1
+  export: {{onnx: false}}
 """
 
 

@@ -148,12 +148,12 @@ def test_killed_run_resumes_exactly(finished: Path, work: Path) -> None:
     for _ in range(30):
         if num_kills == 4:
             break
-        process = start(work)
+        process = start(work, NO_ONNX)
         time.sleep(numbers.uniform(0.8, 1.2) * first_save_s)
         num_kills += process.poll() is None
         process.kill()
         process.communicate()
-    status, output = finish(start(work))
+    status, output = finish(start(work, NO_ONNX))
     assert status == 0, output
     assert_same_end(finished, work)
     assert num_kills >= 2
@@ -200,7 +200,7 @@ def test_fresh_moves_only_the_own_run(finished: Path, tmp_path: Path, run_here: 
     shutil.copytree(finished, work)
     (work / RUN / "mine.txt").write_text("notes")
     teacher = (work / RUN / "teacher" / "checkpoints" / "last.ckpt").read_bytes()
-    status, output = run_here(work, "--fresh", "seed=4", "train.epochs=1")
+    status, output = run_here(work, "--fresh", "seed=4", "train.epochs=1", NO_ONNX)
     assert status == 0 and "was moved to runs/tiny/earlier/1" in output, output
     earlier = work / RUN / "earlier" / "1"
     assert (earlier / "result.json").read_bytes() == (finished / RUN / "result.json").read_bytes()
@@ -232,14 +232,14 @@ def test_second_process_is_told_who_trains(work: Path) -> None:
 
 @pytest.mark.slow
 def test_history_has_every_start(work: Path) -> None:
-    process = start(work, "train.epochs=200")
+    process = start(work, "train.epochs=200", NO_ONNX)
     while process.poll() is None and not (work / RUN / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     finish(process)
     step = load_checkpoint(work / RUN / "checkpoints" / "last.ckpt")["global_step"]
     epochs = step // 10 + 1
-    status, output = finish(start(work, f"train.epochs={epochs}"))
+    status, output = finish(start(work, f"train.epochs={epochs}", NO_ONNX))
     assert status == 0, output
     first, stopped, second, ended, results = map(json.loads, (work / RUN / "history.jsonl").read_text().splitlines())
     assert (first["event"], first["step"], first["changes"]) == ("start", 0, [])
@@ -275,7 +275,7 @@ def test_longer_teacher_of_a_student_is_refused(work: Path, run_here: RunHere) -
     status, output = run_here(work, "stage=all", "train.epochs=3")
     assert status == 1 and "set stage=distill to resume that" in output, output
     assert (work / RUN / "teacher" / "exported" / "model.safetensors").read_bytes() == before
-    status, output = run_here(work, "stage=distill", "train.epochs=3")
+    status, output = run_here(work, "stage=distill", "train.epochs=3", NO_ONNX)
     assert status == 0, output
 
 
@@ -401,7 +401,7 @@ def test_best_student_is_validated_once(
 @in_this_process
 @pytest.mark.slow
 def test_ema_is_exported_without_validation(work: Path, run_here: RunHere) -> None:
-    status, output = run_here(work, "data.val=null", "train.ema={decay: 0.9}", "train.limit_train_batches=3")
+    status, output = run_here(work, "data.val=null", "train.ema={decay: 0.9}", "train.limit_train_batches=3", NO_ONNX)
     assert status == 0, output
     average = load_checkpoint(work / RUN / "checkpoints" / "last.ckpt")["ema"]["student"]
     for name, tensor in load_file(work / RUN / "exported" / "model.safetensors").items():
@@ -412,7 +412,7 @@ def test_ema_is_exported_without_validation(work: Path, run_here: RunHere) -> No
 @pytest.mark.slow
 def test_student_from_teacher(work: Path, run_here: RunHere) -> None:
     wide = "student={builtin: small_resnet, kwargs: {width: 8}}"
-    frozen = ("train.optimizer.lr=1e-12", "train.limit_train_batches=1", "train.epochs=1")
+    frozen = ("train.optimizer.lr=1e-12", "train.limit_train_batches=1", "train.epochs=1", NO_ONNX)
     status, output = run_here(work, wide, "student_from_teacher={'3': '3', '8': '8'}", *frozen)
     assert status == 0, output
     student = load_file(work / RUN / "exported" / "model.safetensors")
