@@ -85,14 +85,15 @@ class Command:
         folder: Path,
         environment: Mapping[str, str] = os.environ,
         prepare: Callable[[], object] = int,
+        script: str | None = None,
     ) -> None:
-        """Start it in `folder`; it calls `prepare` first."""
+        """Start it in `folder`; it calls `prepare` first. With `script`, that is run in place of the command."""
         with ExitStack() as opened:
             written = [opened.enter_context(tempfile.TemporaryFile()) for _ in range(2)]
             # A second file object has a place of its own in the file, as the other end of a pipe.
             paths = [f"/proc/self/fd/{file.fileno()}" for file in written]
             self.stdout, self.stderr = (opened.enter_context(open(path, encoding="utf-8")) for path in paths)
-            call = _Call([*map(str, arguments)], folder, prepare, [file.fileno() for file in written])
+            call = _Call([*map(str, arguments)], folder, prepare, script, [file.fileno() for file in written])
             with mock.patch.dict(os.environ, dict(environment), clear=True):
                 self._process = fork_context().Process(target=call)
             self._process.start()
@@ -131,8 +132,16 @@ class Command:
 class _Call:
     """What a fork does, pickled with its streams."""
 
-    def __init__(self, arguments: list[str], folder: Path, prepare: Callable[[], object], streams: list[int]) -> None:
-        self._arguments, self._folder, self._prepare, self._streams = arguments, folder, prepare, streams
+    def __init__(
+        self,
+        arguments: list[str],
+        folder: Path,
+        prepare: Callable[[], object],
+        script: str | None,
+        streams: list[int],
+    ) -> None:
+        self._arguments, self._folder, self._prepare = arguments, folder, prepare
+        self._script, self._streams = script, streams
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_streams": [DupFd(each) for each in self._streams]}
@@ -144,7 +153,10 @@ class _Call:
         sys.argv = ["kd-pipeline", *self._arguments]
         self._prepare()
         try:
-            runpy.run_module("kd_pipeline", run_name="__main__", alter_sys=True)
+            if self._script is None:
+                runpy.run_module("kd_pipeline", run_name="__main__", alter_sys=True)
+            else:
+                exec(self._script, {"__name__": "__main__"})
         finally:
             atexit._run_exitfuncs()  # which multiprocessing leaves out
 

@@ -18,7 +18,7 @@ import torch
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
-from tests.forks import fork_ranks
+from tests.forks import Command, fork_ranks
 from tests.loader.rank_worker import NUM_SAMPLES, gather, meet_after_the_loader, open_loader, step, student
 
 ROOT = Path(__file__).parents[2]
@@ -301,7 +301,7 @@ def test_a_torch_loader_of_the_samples_says_what_it_needs():
         assert len(numbers(torch.utils.data.DataLoader(loader.dataset, **right))) == len(loader)
 
 
-# Forks. They are started in a new process, as threads of the test's own process would not live in them.
+# Forks. They are started in another process, as threads of the test's own process would not live in them.
 
 FORK = """
 import gc, os, sys
@@ -331,8 +331,8 @@ print("child", status, "parent", 1 + sum(1 for _ in batches))
     ],
 )
 def test_forked_child_ends_as_it_should(child):
-    done = fork(child)
-    assert done.stdout == "child 7 parent 5\n", done.stderr
+    output, errors = fork(child)
+    assert output == "child 7 parent 5\n", errors
 
 
 @pytest.mark.slow
@@ -340,18 +340,15 @@ def test_forked_child_ends_as_it_should(child):
     "child", ["next(batches)", "list(loader)", "loader.peek()", "loader.load_state_dict(loader.state_dict())"]
 )
 def test_use_in_a_forked_child_is_refused(child):
-    done = fork(child)
-    assert done.stdout == "child 1 parent 5\n"
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("kd_pipeline.errors.StateError")]
+    output, errors = fork(child)
+    assert output == "child 1 parent 5\n"
+    (line,) = [line for line in errors.splitlines() if line.startswith("kd_pipeline.errors.StateError")]
     assert "is a fork" in line and "Make the loader in the child" in line
 
 
-def fork(child: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    script = FORK.format(child=child)
-    return subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+def fork(child: str) -> tuple[str, str]:
+    """What the process and its child print, and write to stderr."""
+    return Command([], ROOT, script=FORK.format(child=child)).communicate()
 
 
 def test_closed_loaders_are_forgotten():

@@ -25,7 +25,7 @@ from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_lock import lock_folder
 from kd_pipeline.workflows.exported import open_model_file
-from tests.runs import NO_ONNX, finish, start, start_torchrun
+from tests.runs import NO_ONNX, finish, start, start_ranks, start_torchrun
 
 RUN = Path("runs/tiny")
 # Lightning's advice on workers, loggers and the trainer's options.
@@ -293,8 +293,8 @@ def test_two_ranks_resume_exactly(trained_teacher: Path, tmp_path: Path) -> None
     for name in ("undisturbed", "stopped"):
         shutil.copytree(trained_teacher, tmp_path / name)
     half = "data.batch_size=16"
-    status, output = finish(start_torchrun(tmp_path / "undisturbed", half, NO_ONNX))
-    assert status == 0, output
+    for status, output in map(finish, start_ranks(tmp_path / "undisturbed", half, NO_ONNX)):
+        assert status == 0, output
     process = start_torchrun(tmp_path / "stopped", half, NO_ONNX)
     while process.poll() is None and not (tmp_path / "stopped" / RUN / "checkpoints" / "last.ckpt").exists():
         time.sleep(0.02)
