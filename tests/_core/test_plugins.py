@@ -46,6 +46,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], C
         return import_function("factory", f"my_plugin:{name}", ["my_plugin"])
 
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which would be that of a file of the same second and size
     return find
 
 
