@@ -313,7 +313,7 @@ def _dali_graph(task: DecodeTask) -> Stream:
     )
     with pipeline:
         crop = {"random_area": transform.area, "random_aspect_ratio": transform.ratio}
-        size = [transform.size, transform.size]
+        size = [*transform.height_width]
         resize = {"size": size, "interp_type": types.INTERP_TRIANGULAR, "antialias": True}
         if source.stores == "pixels":
             pixels, labels = fn.external_source(

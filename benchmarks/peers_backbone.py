@@ -40,7 +40,7 @@ def _run(parsed: argparse.Namespace) -> int:
             config.distill,
             student=student,
             teacher_outputs=teacher.outputs,
-            image_shape=(3, loader.transform.size, loader.transform.size),
+            image_shape=loader.transform.image_shape,
             num_classes=None,
         )
         optimizer = build_optimizer(student, config.train.optimizer, extra=distillation.parameters())

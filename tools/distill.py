@@ -31,7 +31,7 @@ def fit(
         distill,
         student=student,
         teacher_outputs=loader.teacher.outputs if loader.teacher else None,
-        image_shape=(3, loader.transform.size, loader.transform.size),
+        image_shape=loader.transform.image_shape,
         num_classes=len(loader.classes),
         labels_are_soft=loader.mix is not None,
     )

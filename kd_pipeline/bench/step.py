@@ -201,7 +201,7 @@ def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], obj
     device = resolve_device(settings.device)
     onnx, wanted = settings.onnx, [row for row in settings.rows if row in NEED_ONNX]
     network = None if settings.teacher is None else open_network(settings.teacher, settings.features)
-    shape = (3, transform.size, transform.size)
+    shape = transform.image_shape
     if onnx is not None or network is None:
         assert onnx is not None  # the command always sets it or `teacher`
         outputs = read_onnx(onnx).outputs

@@ -92,7 +92,7 @@ class StepTask(Settings):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(3, H, W)`."""
-        return 3, self.transform.size, self.transform.size
+        return self.transform.image_shape
 
     @property
     def pytorch_precision(self) -> Literal["fp32", "bf16", "fp16"]:

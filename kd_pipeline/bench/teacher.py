@@ -227,7 +227,9 @@ def _prepare(
         images = read_onnx(settings.onnx).images
         if len(images.shape) != 4:
             raise ConfigError(f"{settings.onnx} takes {images}, and images [N, 3, H, W] are measured; give such a file")
-        transform = EvalTransform(size=settings.size or images.shape[2] or _SIZE)
+        height, width = images.shape[2:]
+        size = settings.size or ((height, width) if height and width else height or width or _SIZE)
+        transform = EvalTransform(size=size)
         return _Teacher(ExportedModel(settings.onnx.name, None, settings.onnx), transform, images.dtype, None, False)
     model = settings.model
     assert model is not None

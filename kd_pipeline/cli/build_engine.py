@@ -161,17 +161,15 @@ def _export(parsed: argparse.Namespace, settings: "BuildSettings") -> None:
         plugins=model_plugins(parsed),
         report=print_progress,
     )
-    size = network.size
-    print_progress(f"exporting {network.name} for images of {size} x {size} to {onnx}")
+    shape = network.image_shape
+    print_progress(f"exporting {network.name} for images of {shape[1]} x {shape[2]} to {onnx}")
     with timed("export to ONNX") as report:
         if not onnx.exists():
-            export_onnx(network.module, onnx, image_shape=(3, size, size), max_batch=_EXPORT_BATCH, report=report)
+            export_onnx(network.module, onnx, image_shape=shape, max_batch=_EXPORT_BATCH, report=report)
             return
         with tempfile.TemporaryDirectory(prefix=".export-", dir=onnx.parent) as folder:
             path = Path(folder, onnx.name)
-            made = export_onnx(
-                network.module, path, image_shape=(3, size, size), max_batch=_EXPORT_BATCH, report=report
-            )
+            made = export_onnx(network.module, path, image_shape=shape, max_batch=_EXPORT_BATCH, report=report)
             if read_onnx(made).sha256 != read_onnx(onnx).sha256:
                 raise ConfigError(
                     f"{onnx} already exists and is not the export of {network.name}; remove it, or give a different "

@@ -100,7 +100,8 @@ def _run(parsed: argparse.Namespace) -> int:
     out = parsed.out or Path(re.sub(r"[^\w.-]+", "_", _stem(parsed)) + ".onnx")
     check_target(out, overwrite=parsed.force)
     network = _network(parsed).changed(features=parsed.features, classes=classes)
-    print_progress(f"exporting {network.name} for images of {network.size} x {network.size} to {out}")
+    _, height, width = network.image_shape
+    print_progress(f"exporting {network.name} for images of {height} x {width} to {out}")
     found = export_network(
         network, out, precision=parsed.precision, images=images, overwrite=parsed.force, plugins=parsed.plugin
     )

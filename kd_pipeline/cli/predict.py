@@ -78,7 +78,8 @@ def _run(parsed: argparse.Namespace) -> int:
     num_unreadable = num_not_finite = 0
     with ExitStack() as stack:
         dtype = getattr(torch, transform.dtype)
-        opened = open_model_file(parsed.model, size=transform.size, device=device, dtype=dtype, **permissions(parsed))
+        shape = transform.image_shape
+        opened = open_model_file(parsed.model, image_shape=shape, device=device, dtype=dtype, **permissions(parsed))
         stack.callback(opened.close)
         out = None if parsed.out is None else stack.enter_context(_open_out(parsed.out))
         found = predict(opened.model, images, transform, batch_size=parsed.batch_size, device=device)

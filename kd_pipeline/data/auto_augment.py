@@ -50,13 +50,13 @@ class RandAugment(Settings):
     magnitude_std: float = Field(default=0.5, ge=0)
     """Standard deviation of the strength, which is clipped to 0 and 10."""
 
-    def ranges(self, size: int) -> "Ranges":
+    def ranges(self, size: tuple[int, int]) -> "Ranges":
         """Those of torchvision, but for translations: 0.45 of the size as in timm, torchvision has 150 / 331 = 0.453.
 
         Every op grows with the magnitude, as in timm's "increasing" variants. `posterize` is torchvision's: magnitude 9
         leaves 4 bits, where timm's `PosterizeIncreasing` leaves 1.
         """
-        return Ranges(shear=0.3, translate=0.45 * size, rotate=30.0, enhance=0.9, posterize=4)
+        return Ranges(shear=0.3, translate=(0.45 * size[0], 0.45 * size[1]), rotate=30.0, enhance=0.9, posterize=4)
 
     def strengths(self, draws: Array) -> Array:
         """`[N]` from 0 to 1, from two uniform numbers each, `[N, 2]`."""
@@ -71,9 +71,9 @@ class TrivialAugment(Settings):
 
     num_ops: ClassVar[int] = 1
 
-    def ranges(self, size: int) -> "Ranges":
+    def ranges(self, size: tuple[int, int]) -> "Ranges":
         """The paper's "wide" search space."""
-        return Ranges(shear=0.99, translate=32.0, rotate=135.0, enhance=0.99, posterize=6)
+        return Ranges(shear=0.99, translate=(32.0, 32.0), rotate=135.0, enhance=0.99, posterize=6)
 
     def strengths(self, draws: Array) -> Array:
         """`[N]` from 0 to 1 in steps of 1/30, from the first of two uniform numbers each, `[N, 2]`."""
@@ -90,8 +90,8 @@ class Ranges:
 
     shear: float
     """Horizontal pixels per vertical pixel, or the reverse."""
-    translate: float
-    """Pixels, truncated to an integer."""
+    translate: tuple[float, float]
+    """Pixels up or down, and left or right, truncated to integers."""
     rotate: float
     """Degrees."""
     enhance: float
@@ -105,7 +105,7 @@ class AutoAugment:
     """The ops of a policy on uint8 images of height and width `size`."""
 
     policy: RandAugment | TrivialAugment
-    size: int
+    size: tuple[int, int]
 
     @property
     def ndims(self) -> tuple[int, ...]:
@@ -134,7 +134,7 @@ class AutoAugment:
         return images
 
 
-def op_arguments(op: Array, strength: Array, sign: Array, ranges: Ranges, size: int) -> Array:
+def op_arguments(op: Array, strength: Array, sign: Array, ranges: Ranges, size: tuple[int, int]) -> Array:
     """Arguments of the op of each image, `[N, 9]`, padded with zeros.
 
     A warp has the 2x3 matrix from output to input coordinates, row by row; brightness and color the factors of both;
@@ -149,16 +149,20 @@ def op_arguments(op: Array, strength: Array, sign: Array, ranges: Ranges, size: 
         size: height and width of the images in pixels.
     """
     signed, zero, one = strength * sign, np.zeros_like(strength), np.ones_like(strength)
-    shear, shift, factor = ranges.shear * signed, np.trunc(ranges.translate * signed), 1 + ranges.enhance * signed
+    shear, factor = ranges.shear * signed, 1 + ranges.enhance * signed
+    shift_y, shift_x = (np.trunc(limit * signed) for limit in ranges.translate)
     angle = np.deg2rad(ranges.rotate * signed)
-    cos, sin, center = np.cos(angle), np.sin(angle), size / 2
+    cos, sin, center_y, center_x = np.cos(angle), np.sin(angle), size[0] / 2, size[1] / 2
     bits = 255 - (2.0 ** np.round(ranges.posterize * strength) - 1)
     rows = {
         "shear_x": [one, shear, zero, zero, one, zero],
         "shear_y": [one, zero, zero, shear, one, zero],
-        "translate_x": [one, zero, -shift, zero, one, zero],
-        "translate_y": [one, zero, zero, zero, one, -shift],
-        "rotate": [cos, -sin, center * (1 - cos + sin), sin, cos, center * (1 - sin - cos)],
+        "translate_x": [one, zero, -shift_x, zero, one, zero],
+        "translate_y": [one, zero, zero, zero, one, -shift_y],
+        "rotate": [
+            *(cos, -sin, center_x * (1 - cos + sin) + (center_y - center_x) * sin),
+            *(sin, cos, center_y * (1 - sin - cos) + (center_y - center_x) * sin),
+        ],
         "brightness": [factor, one],
         "color": [one, factor],
         "contrast": [factor],

@@ -7,6 +7,7 @@ partner, and batches are a multiple of `2 * repeats`. The only exception is the 
 `last_batch: keep`, whose split between ranks may separate partners.
 """
 
+import math
 from functools import cache
 
 import numpy as np
@@ -55,7 +56,7 @@ class MixSettings(Settings):
 
 
 def plan_mixing(
-    settings: MixSettings, draws: Array, valid: NDArray[np.bool_], *, size: int, repeats: int = 1
+    settings: MixSettings, draws: Array, valid: NDArray[np.bool_], *, size: tuple[int, int], repeats: int = 1
 ) -> NDArray[np.int64]:
     """How each image of a batch is mixed, `[N, 6]`, for `mix_images` and `mix_labels`.
 
@@ -78,9 +79,9 @@ def plan_mixing(
     is_cut, is_summed = is_cut & is_mixed, ~is_cut & is_mixed
     own = np.where(is_summed, beta_quantiles(settings.mixup or 1.0, draws[:, _SHARE]), 1.0)
     covered = np.where(is_cut, 1 - beta_quantiles(settings.cutmix or 1.0, draws[:, _SHARE]), 0.0)
-    extent = np.floor(size * np.sqrt(covered))[:, None]
-    start = np.floor(size * draws[:, [_TOP, _LEFT]]) - extent // 2
-    corners = np.clip(np.concatenate([start, start + extent], axis=1), 0, size)
+    extent = np.floor(np.array(size) * np.sqrt(covered)[:, None])
+    start = np.floor(np.array(size) * draws[:, [_TOP, _LEFT]]) - extent // 2
+    corners = np.clip(np.concatenate([start, start + extent], axis=1), 0, [*size, *size])
     columns = [np.where(is_mixed, partner, rows), np.round(own * _FULL_WEIGHT), *corners.T]
     return np.stack(columns, axis=1).astype(np.int64)
 
@@ -97,13 +98,15 @@ def mix_images(images_NCHW: Tensor, mixing_N6: Tensor) -> Tensor:
     return mixed_NCHW.add_(partners_NCHW.mul_((1 - weight_N1HW).to(images_NCHW.dtype)))
 
 
-def mix_labels(labels_N: Tensor, mixing_N6: Tensor, *, num_classes: int, label_smoothing: float, size: int) -> Tensor:
+def mix_labels(
+    labels_N: Tensor, mixing_N6: Tensor, *, num_classes: int, label_smoothing: float, size: tuple[int, int]
+) -> Tensor:
     """Class indices `[N]` int64 to mixed labels `[N, num_classes]` float32, each a distribution over the classes.
 
     Their shares are the classes' fractions of the pixels, before smoothing. `size` is the images' height and width.
     """
     top_N, left_N, bottom_N, right_N = mixing_N6[:, 2:].unbind(dim=1)
-    uncovered_N = 1 - ((bottom_N - top_N) * (right_N - left_N)).float() / size**2
+    uncovered_N = 1 - ((bottom_N - top_N) * (right_N - left_N)).float() / math.prod(size)
     own_N1 = (mixing_N6[:, 1].float() / _FULL_WEIGHT * uncovered_N)[:, None]
     classes_K = torch.arange(num_classes, device=labels_N.device)
     own_NK, partner_NK = (chosen_N[:, None] == classes_K for chosen_N in (labels_N, labels_N[mixing_N6[:, 0]]))

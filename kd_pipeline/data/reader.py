@@ -1,6 +1,7 @@
 """Batches of the plan, read by DALI, with substitutes for samples that cannot be read."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -313,7 +314,7 @@ class Reader:
         return self._checker.kinds.only_files(index, data) if self._source.stores == "files" else data
 
     def _plan_mixing(self, mix: MixSettings, draws: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.int64]:
-        return plan_mixing(mix, draws, valid, size=self._transform.size, repeats=self._plan.repeats)
+        return plan_mixing(mix, draws, valid, size=self._transform.height_width, repeats=self._plan.repeats)
 
 
 class _Epochs:
@@ -341,11 +342,11 @@ def group_size(batch_size: int, transform: TrainTransform | EvalTransform, *, nu
 
     After each op its threads wait for the slowest image, and the time in Python hardly depends on the number of images.
     """
-    batch_bytes = batch_size * 3 * transform.size**2 * np.dtype(transform.dtype).itemsize
+    batch_bytes = batch_size * math.prod(transform.image_shape) * np.dtype(transform.dtype).itemsize
     if batch_bytes % _ALIGNMENT:
         return 1
     images = _GROUP_IMAGES if on_gpu else min(_GROUP_IMAGES, _GROUP_PER_THREAD * num_threads)
-    images = min(images, images * _GROUP_SIDE**2 // transform.size**2)
+    images = min(images, images * _GROUP_SIDE**2 // math.prod(transform.height_width))
     return max(1, images // batch_size)
 
 

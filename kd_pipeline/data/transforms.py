@@ -5,6 +5,7 @@ NumPy, and `apply` passes these to DALI. Only the crop also needs the size of an
 slots of the numbers, so switching one op on never changes what another does.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -40,6 +41,16 @@ def _check_range(value: tuple[float, float]) -> tuple[float, float]:
 
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _as_square(value: int | tuple[int, int]) -> int | tuple[int, int]:
+    """One number for a square, so equal sizes are equal settings."""
+    return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+
+
+Side = Annotated[int, Field(gt=0, le=8192)]
+Size = Annotated[Side | tuple[Side, Side], AfterValidator(_as_square)]
+"""Height and width in pixels, one number for a square."""
 Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
 """Low and high, both positive."""
 FractionRange = Annotated[tuple[float, Probability], AfterValidator(_check_range)]
@@ -51,8 +62,8 @@ PerChannel = tuple[float, float, float]
 class _Output(Settings):
     """The format of the finished image, the same for both presets."""
 
-    size: int = Field(gt=0, le=8192)
-    """Height and width of the finished image, in pixels."""
+    size: Size
+    """Height and width of the finished image, in pixels: `224` for a square, or `[384, 640]`."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Filter of the resize, which is always antialiased."""
     mean: ChannelMeans = IMAGENET_MEAN
@@ -63,6 +74,16 @@ class _Output(Settings):
     orientation: Orientation = "upright"
     """`upright` turns photographs as their EXIF says. `stored` takes the pixels as they are in the file, as
     torchvision's `ImageFolder` does, for a teacher that was trained on these."""
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width of the finished image, in pixels."""
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(3, H, W)` of the finished image."""
+        return (3, *self.height_width)
 
 
 class TrainTransform(_Output):
@@ -101,31 +122,33 @@ class TrainTransform(_Output):
     def num_draws(self) -> int:
         """Uniform numbers that a view needs."""
         if self.auto_augment is not None:
-            return AutoAugment(self.auto_augment, self.size).num_draws
+            return AutoAugment(self.auto_augment, self.height_width).num_draws
         return 35 if len(self.ops) > 1 else 23
 
     @property
     def crop(self) -> "RandomResizedCrop":
         """The crop and resize."""
-        return RandomResizedCrop(self.size, self.interpolation, self.area, self.ratio)
+        return RandomResizedCrop(self.height_width, self.interpolation, self.area, self.ratio)
 
     @property
     def ops(self) -> tuple["PixelOp", ...]:
         """All ops after the crop that have an effect; `Normalize`, which also flips, is the last."""
         ops: list[PixelOp] = []
         if self.auto_augment is not None:
-            ops.append(AutoAugment(self.auto_augment, self.size))
+            ops.append(AutoAugment(self.auto_augment, self.height_width))
         if self.brightness or self.contrast or self.saturation or self.hue or self.grayscale:
             ops.append(ColorJitter(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale))
         if self.blur:
             ops.append(GaussianBlur(self.blur, self.blur_sigma))
         if self.erase:
-            ops.append(RandomErasing(self.erase, self.erase_area, self.erase_ratio, self.size, self.mean))
+            ops.append(RandomErasing(self.erase, self.erase_area, self.erase_ratio, self.height_width, self.mean))
         return (*ops, Normalize(self.mean, self.std, self.dtype, self.flip))
 
 
 class EvalTransform(_Output):
     """Resize of the shorter side, center crop, normalize: torchvision's evaluation transform, computed exactly.
+
+    For a rectangle, images are resized to cover one that is larger by the same factor, as timm does.
 
     Away from the border of the image, pixels are at most one level of 255 from torchvision's resize in floating point.
     Pillow, and torchvision's v2 transforms for uint8 tensors, round and clip to 8 bits within a resize: with `bilinear`
@@ -134,21 +157,24 @@ class EvalTransform(_Output):
 
     preset: Literal["eval"] = "eval"
     resize: int | None = Field(default=None, gt=0, le=2 * 8192)
-    """Length of the shorter side before the crop; defaults to `size / 0.875`, which is 256 for 224."""
+    """Length of the shorter side before the crop; defaults to `size / 0.875`, which is 256 for 224. For a rectangle,
+    the shorter side of the one that is covered: with `size: [384, 640]` and `resize: 384` images are resized to cover
+    just that."""
 
     num_draws: ClassVar[int] = 0
     """Uniform numbers that a view needs: evaluation is not random."""
 
     @model_validator(mode="after")
     def _resize_covers_crop(self) -> "EvalTransform":
-        if self.resize is not None and self.resize < self.size:
-            raise ValueError(f"resize must be at least size, got resize {self.resize} for size {self.size}")
+        if self.resize is not None and self.resize < (shorter := min(self.height_width)):
+            raise ValueError(f"resize must be at least size, got resize {self.resize} for size {shorter}")
         return self
 
     @property
     def crop(self) -> "CenterCrop":
         """The resize and crop."""
-        return CenterCrop(self.size, self.interpolation, self.resize or round(self.size / 0.875))
+        resize = self.resize or round(min(self.height_width) / 0.875)
+        return CenterCrop(self.height_width, self.interpolation, resize)
 
     @property
     def ops(self) -> tuple["PixelOp", ...]:
@@ -172,7 +198,7 @@ def parameters_of(transform: TrainTransform | EvalTransform, draws: Array) -> tu
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A window of random area and aspect ratio, resized to a square (Szegedy et al., arXiv 1409.4842, section 6).
+    """A window of random area and aspect ratio, resized to one size (Szegedy et al., arXiv 1409.4842, section 6).
 
     As in torchvision, the area is uniform, the ratio log-uniform, and both are drawn until the window fits, at most
     ten times. If none fits, in an image far longer than the ratio allows, the window is as large as the image and the
@@ -180,7 +206,8 @@ class RandomResizedCrop:
     that rounds to nothing is one pixel, where torchvision draws again.
     """
 
-    size: int
+    size: tuple[int, int]
+    """Height and width of the result."""
     interpolation: str
     area: Range
     ratio: Range
@@ -212,7 +239,7 @@ class RandomResizedCrop:
     def apply(self, images: Node) -> Node:
         """Resize windows of any size."""
         fn, _ = _dali()
-        return fn.resize(images, size=[self.size, self.size], **_filter(self.interpolation))
+        return fn.resize(images, size=[*self.size], **_filter(self.interpolation))
 
 
 @dataclass(frozen=True)
@@ -223,9 +250,11 @@ class CenterCrop:
     mean absolute difference of up to 6/255 on a photograph, compared to 0.15/255 here.
     """
 
-    size: int
+    size: tuple[int, int]
+    """Height and width of the crop."""
     interpolation: str
     shorter: int
+    """Shorter side of the rectangle, of the crop's aspect ratio, that the resized image covers."""
 
     ndims: ClassVar[tuple[int, ...]] = (1, 1)
 
@@ -235,16 +264,19 @@ class CenterCrop:
 
     def windows(self, size: Array) -> tuple[Array, ...]:
         """Corner and extent of whole images of `size` `[N, 2]`, then start and end of the center in them."""
-        resized = self.shorter * size // size.min(axis=1, keepdims=True)
+        crop = np.array(self.size, dtype=np.float64)
+        covered = np.rint(self.shorter * crop / crop.min())
+        # One side of the image is resized to that of the covered rectangle, the other follows.
+        side = np.arange(len(size)), (covered / size).argmax(axis=1)
+        resized = np.maximum(covered, covered[side[1], None] * size // size[side][:, None])
         step = size / resized
-        corner = np.rint((resized - self.size) / 2)
-        return np.zeros_like(size), size, corner * step, (corner + self.size) * step
+        corner = np.rint((resized - crop) / 2)
+        return np.zeros_like(size), size, corner * step, (corner + crop) * step
 
     def apply(self, images: Node, start: Node, end: Node) -> Node:
         """Resize only the centers of whole images; a 1x30000 image resized as a whole would take 6 GB."""
         fn, _ = _dali()
-        size = [self.size, self.size]
-        return fn.resize(images, size=size, roi_start=start, roi_end=end, **_filter(self.interpolation))
+        return fn.resize(images, size=[*self.size], roi_start=start, roi_end=end, **_filter(self.interpolation))
 
 
 @dataclass(frozen=True)
@@ -308,16 +340,17 @@ class RandomErasing:
     probability: float
     area: Range
     ratio: Range
-    size: int
+    size: tuple[int, int]
+    """Height and width of the images."""
     mean: PerChannel
 
     ndims: ClassVar[tuple[int, ...]] = (1, 1)
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """Corner (y, x) and extent (height, width) in pixels, `[N, 2]` each; extent 0 means no erasing."""
-        area = _uniform(self.area, draws[:, _ERASE_AREA]) * self.size**2
+        area = _uniform(self.area, draws[:, _ERASE_AREA]) * math.prod(self.size)
         extent = np.clip(np.round(_rectangles(area, self.ratio, draws[:, _ERASE_RATIO])), 1, self.size)
-        corner = np.floor(draws[:, _ERASE_CORNER] * (self.size - extent + 1))
+        corner = np.floor(draws[:, _ERASE_CORNER] * (np.array(self.size) - extent + 1))
         return corner, extent * (draws[:, [_ERASE]] < self.probability)
 
     def apply(self, images: Node, corner: Node, extent: Node) -> Node:

@@ -181,7 +181,7 @@ class BatchStream:
 
     def example(self) -> dict[str, Tensor]:
         """Inputs of two rows by name, for a trial run of a network: images of zeros in float32, on the CPU."""
-        return zero_images((3, self.transform.size, self.transform.size))
+        return zero_images(self.transform.image_shape)
 
     @property
     def drop_last(self) -> bool:
@@ -364,9 +364,9 @@ class BatchStream:
         teacher = "no teacher" if self.teacher is None else f"{self.teacher.backend} teacher"
         if isinstance(self.teacher, Recording):
             teacher = "recorded teacher"
-        per_epoch = len(self._plan)
+        per_epoch, (height, width) = len(self._plan), self.transform.height_width
         return (
-            f"{type(self).__name__}({self.source!r}, {self.transform.size} x {self.transform.size}, {teacher}, "
+            f"{type(self).__name__}({self.source!r}, {height} x {width}, {teacher}, "
             f"{per_epoch} batch{'' if per_epoch == 1 else 'es'} of {self.batch_size} an epoch, {self.device})"
         )
 
@@ -440,8 +440,8 @@ class BatchStream:
         return plan
 
     def _new_preparation(self) -> Preparation:
-        size, teacher = self.transform.size, self.teacher
-        return Preparation(self.source, size, self.mix, teacher, self.device, self._sync, self._prepare)
+        size = self.transform.height_width
+        return Preparation(self.source, size, self.mix, self.teacher, self.device, self._sync, self._prepare)
 
     def _new_reader(self) -> Reader:
         settings = self._graph_settings, self._settings
@@ -512,8 +512,9 @@ class BatchStream:
 
     def _check_teacher(self, teacher: Teacher) -> None:
         """Refuse now what would fail, or be silently wrong, at the first batch."""
-        size = self.transform.size
-        teacher.check_fits((self.batch_size, 3, size, size), getattr(torch, self.transform.dtype), self.device)
+        teacher.check_fits(
+            (self.batch_size, *self.transform.image_shape), getattr(torch, self.transform.dtype), self.device
+        )
         ours = self.classes
         for name, theirs in teacher.logits.items():
             if ours is not None and theirs is not None and ours != theirs:

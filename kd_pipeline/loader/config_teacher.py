@@ -67,7 +67,7 @@ def open_config_teacher(
     training = source if split == "train" else None
     teacher = open_teacher(
         config.teacher,
-        image_shape=(3, transform.size, transform.size),
+        image_shape=transform.image_shape,
         device=resolve_device(device or config.data.device),
         dtype=getattr(torch, transform.dtype),
         batch_size=batch_size,

@@ -149,7 +149,7 @@ def open_given_teacher(
     opened = open_teacher(
         settings,
         module=module,
-        image_shape=(3, transform.size, transform.size),
+        image_shape=transform.image_shape,
         device=device,
         dtype=getattr(torch, transform.dtype),
         batch_size=batch_size,

@@ -41,7 +41,7 @@ class Preparation:
     """What is done to every batch that DALI returns."""
 
     source: Source
-    size: int
+    size: tuple[int, int]
     """Height and width of the images."""
     mix: MixSettings | None
     teacher: Teacher | Recording | None

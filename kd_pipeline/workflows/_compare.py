@@ -106,8 +106,8 @@ def compare_files(
                 model = open_checkpoint(file, config, loader, split, wanted=wanted, **allowed)
             else:
                 dtype = getattr(torch, transform.dtype)
-                size, device, classes = transform.size, loader.device, loader.classes
-                model = open_model_file(file, size=size, device=device, dtype=dtype, classes=classes, **allowed)
+                shape, device, classes = transform.image_shape, loader.device, loader.classes
+                model = open_model_file(file, image_shape=shape, device=device, dtype=dtype, classes=classes, **allowed)
             stack.callback(model.close)
             return model
 
@@ -177,7 +177,7 @@ def _adapter(network: nn.Module, images: TrainTransform | EvalTransform, *, is_p
     if is_pretrained:
         wanted = Normalization() if known is None else Normalization(known.mean, known.std)  # torchvision's
     size = None if known is None or not known.fixed_input_size else known.size[0]
-    size = None if size == images.size else size
+    size = None if (size, size) == images.height_width else size
     if wanted == own and size is None:
         return None
     return ExpectedInput(mean=wanted.mean, std=wanted.std, size=size).adapter(own)

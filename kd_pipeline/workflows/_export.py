@@ -58,10 +58,10 @@ class Network:
     """A network that can be exported, and what its file says about it."""
 
     module: nn.Module
-    """Takes images `[N, 3, size, size]` float32 on the CPU."""
+    """Takes images of `image_shape`, float32 on the CPU."""
     name: str
     """For messages."""
-    size: int
+    image_shape: tuple[int, int, int]
     """Height and width of the images."""
     classes: tuple[str, ...] | None = None
     """Class names in logit order, if known."""
@@ -86,7 +86,7 @@ class Network:
         return replace(
             self,
             module=with_features(self.module, features) if features else self.module,
-            size=size or self.size,
+            image_shape=(3, size, size) if size else self.image_shape,
             input_adapter=input_adapter or self.input_adapter,
             classes=self.classes if classes is None else tuple(classes),
         )
@@ -141,7 +141,7 @@ def network_by_name(
             f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalized differently"
         )
     size = size or (input_adapter and input_adapter.size) or (expected.size[0] if expected else _DEFAULT_SIZE)
-    return Network(module=module, name=name, size=size, input_adapter=input_adapter)
+    return Network(module=module, name=name, image_shape=(3, size, size), input_adapter=input_adapter)
 
 
 def network_of_run(folder: Path, *, plugins: Collection[str] = ()) -> Network:
@@ -160,10 +160,10 @@ def network_of_run(folder: Path, *, plugins: Collection[str] = ()) -> Network:
         )
     if found[1].transform is None:
         raise ConfigError(no_network(*found))
-    size = found[1].transform.size
-    opened = open_model_file(folder, size=size, device=torch.device("cpu"), plugins=plugins)
+    shape = found[1].transform.image_shape
+    opened = open_model_file(folder, image_shape=shape, device=torch.device("cpu"), plugins=plugins)
     assert isinstance(opened.model, nn.Module)
-    return Network(module=opened.model, name=str(folder), size=size, classes=opened.classes)
+    return Network(module=opened.model, name=str(folder), image_shape=shape, classes=opened.classes)
 
 
 def network_of_config(
@@ -191,13 +191,13 @@ def network_of_config(
     if trained.model is None:  # the run exported it
         assert config.run_dir is not None
         return network_of_run(config.run_dir / "teacher", plugins=plugins)
-    size, normalization = _images(config)
+    shape, normalization = _images(config)
     adapter = None
     if isinstance(trained.input_adapter, ExpectedInput):  # becomes a layer that the file names
         adapter = trained.input_adapter.adapter(normalization)
         trained = trained.model_copy(update={"input_adapter": None})
     inputs = Inputs(
-        image_shape=(3, size, size),
+        image_shape=shape,
         device=torch.device("cpu"),
         dtype=torch.float32,
         batch_size=None,
@@ -212,7 +212,7 @@ def network_of_config(
     )
     module = Runner(trained, None, inputs).module
     assert module is not None
-    return Network(module=module, name="the teacher of the config", size=size, input_adapter=adapter)
+    return Network(module=module, name="the teacher of the config", image_shape=shape, input_adapter=adapter)
 
 
 def export_network(
@@ -242,7 +242,7 @@ def export_network(
         MissingPackageError: a package of the extra `cpu` is not installed.
     """
     check_target(path, overwrite=overwrite)
-    shape = (3, network.size, network.size)
+    shape = network.image_shape
     with timed("export to ONNX") as report, tempfile.TemporaryDirectory(prefix="kd-pipeline-") as folder:
         whole = path if precision == "fp32" else Path(folder, "float32.onnx")
         options = {"input_adapter": network.input_adapter, "max_batch": _EXPORT_BATCH, "report": report}
@@ -316,13 +316,13 @@ def _student(config: Config, plugins: Collection[str]) -> Network:
     return network_of_run(folder, plugins=plugins)
 
 
-def _images(config: Config) -> tuple[int, Normalization]:
-    """Size and normalization of the images that the teacher of `config` gets."""
+def _images(config: Config) -> tuple[tuple[int, int, int], Normalization]:
+    """Shape and normalization of the images that the teacher of `config` gets."""
     split = next(iter(config.data.splits), None)
     if split is None:
-        return _DEFAULT_SIZE, Normalization()
+        return (3, _DEFAULT_SIZE, _DEFAULT_SIZE), Normalization()
     transform = config.data.split("train" if config.data.train is not None else split).transform
-    return transform.size, Normalization(transform.mean, transform.std)
+    return transform.image_shape, Normalization(transform.mean, transform.std)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -348,11 +348,12 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 
 def _samples(network: Network, images: Config | None, plugins: Collection[str]) -> CalibrationSet:
     if images is None:
-        return generate_calibration_set((3, network.size, network.size))
+        return generate_calibration_set(network.image_shape)
     found = sample_images(images, plugins=plugins)
-    if found.shape[-1] != network.size:
+    if found.shape[1:] != network.image_shape:
+        _, height, width = network.image_shape
         raise ConfigError(
-            f"the file takes images of {network.size} x {network.size}, and the training images of the config are "
+            f"the file takes images of {height} x {width}, and the training images of the config are "
             f"{found.shape[-2]} x {found.shape[-1]}; leave out --image-size, or set it to that"
         )
     return CalibrationSet(found, "of the training split")

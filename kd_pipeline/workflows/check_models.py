@@ -213,7 +213,7 @@ def _check_student(
         is_trained=True,
         images=normalization_of(train),
     )
-    example = zero_images((3, train.transform.size, train.transform.size))
+    example = zero_images(train.transform.image_shape)
     if config.feature_probe is not None and stage != "teacher":
         check_probed(student, example)
     distillation = Distillation(

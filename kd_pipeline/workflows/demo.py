@@ -139,8 +139,7 @@ def _train(config: Config, loop: ModuleType, width: int, teacher: Teacher | None
 def _open_teacher(network: nn.Module, config: Config, run_dir: Path) -> Teacher:
     """The trained teacher in the backend that fits the device: as an ONNX file on a CPU, as a module on a GPU."""
     settings = config.teacher or TeacherSettings()
-    size = config.data.split("train").transform.size
-    shape = (3, size, size)
+    shape = config.data.split("train").transform.image_shape
     device = next(network.parameters()).device
     classes = tuple(str(digit) for digit in range(10))
     path = export_onnx(network, run_dir / "teacher.onnx", image_shape=shape, classes=classes)

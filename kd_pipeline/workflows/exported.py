@@ -211,7 +211,7 @@ def export_student(
     if own is not None:
         shape = tuple(size or 1 for size in next(iter(own.inputs.values()))[1:])
     elif transform is not None:
-        shape = (3, transform.size, transform.size)
+        shape = transform.image_shape
     else:
         _logger.info("the student is not exported to ONNX: the size of its images is that of batches of your own")
         return
@@ -263,18 +263,18 @@ def read_exported(path: Path) -> tuple[Path, Exported] | None:
 def open_model_file(
     path: Path,
     *,
-    size: int,
+    image_shape: tuple[int, ...],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     classes: Sequence[str] | None = None,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
 ) -> OpenedModel:
-    """Open the model at `path` for images `[N, 3, size, size]` of `dtype` on `device`.
+    """Open the model at `path` for images of `image_shape` and `dtype` on `device`.
 
     Args:
         path: the folder of a finished run, whose weights are loaded, or an `.onnx` or `.engine` file.
-        size: height and width of the images.
+        image_shape: `(3, H, W)`.
         device: where the images will be.
         dtype: float32 or float16.
         classes: class names in the order that the logits should have; defaults to the model's own order. A model
@@ -291,9 +291,7 @@ def open_model_file(
         assert exported is not None
         return _open_network(*exported, device, dtype, classes, plugins)
     settings = TeacherSettings.model_validate({_BACKENDS[path.suffix]: path})
-    teacher = open_teacher(
-        settings, image_shape=(3, size, size), device=device, dtype=dtype, trust_engines=trust_engines
-    )
+    teacher = open_teacher(settings, image_shape=image_shape, device=device, dtype=dtype, trust_engines=trust_engines)
     teacher = match_classes(teacher, classes)
     return OpenedModel(teacher, teacher.classes, (path,), teacher.close)
 

@@ -148,8 +148,7 @@ class RunData:
         """Inputs of two rows by name, for a trial run of a network on the CPU."""
         if self.own_training is not None:
             return self.own_training.example()
-        size = self._config.data.split("train").transform.size
-        return zero_images((3, size, size))
+        return zero_images(self._config.data.split("train").transform.image_shape)
 
     def teacher_example(self) -> dict[str, Tensor]:
         """The same in the dtype that a teacher gets."""
@@ -165,7 +164,7 @@ class RunData:
             example = self.loader(split).example()
         else:
             transform = self._config.data.split(split).transform
-            zeros = zero_images((3, transform.size, transform.size))
+            zeros = zero_images(transform.image_shape)
             example = {name: each.to(getattr(torch, transform.dtype)) for name, each in zeros.items()}
         return next(iter(example.values()))
 

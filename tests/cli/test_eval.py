@@ -336,7 +336,7 @@ def test_bank_is_another_split(config: Path, backbone_run: Path, photo_folder: P
     training = f"{{source: {{kind: image_folder, root: {photo_folder}}}, transform: {{preset: train, size: 32}}}}"
     arguments = ["-c", str(config), str(backbone_run), "--set", f"data.train={training}", "--bank"]
     found = evaluated(tmp_path / "out.json", *arguments, "train")[str(backbone_run)]
-    model = open_model_file(backbone_run, size=32, device=torch.device("cpu")).model
+    model = open_model_file(backbone_run, image_shape=(3, 32, 32), device=torch.device("cpu")).model
     # Images of a bank are not augmented.
     source, transform = ImageFolder(photo_folder), EvalTransform(size=32)
     with KDDataLoader(source, transform, batch_size=8, shuffle=False, device="cpu") as loader:
@@ -350,7 +350,7 @@ def test_bank_is_another_split(config: Path, backbone_run: Path, photo_folder: P
 
 @pytest.mark.slow
 def test_onnx_file_of_a_backbone(config: Path, backbone_run: Path, tmp_path: Path) -> None:
-    net = open_model_file(backbone_run, size=32, device=torch.device("cpu")).model
+    net = open_model_file(backbone_run, image_shape=(3, 32, 32), device=torch.device("cpu")).model
     file = export_onnx(net, tmp_path / "trunk.onnx", image_shape=(3, 32, 32))
     found = evaluated(tmp_path / "out.json", "-c", str(config), str(backbone_run), str(file))
     assert found[str(file)] == found[str(backbone_run)]

@@ -45,7 +45,7 @@ def test_prints_a_line_per_image(
     assert main(["predict", str(run), str(sky), "--top", "2", "--device", "cpu", "--out", str(out)]) == 0
     printed = capsys.readouterr().out.splitlines()
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    model = open_model_file(run, size=32, device=torch.device("cpu")).model
+    model = open_model_file(run, image_shape=(3, 32, 32), device=torch.device("cpu")).model
     wanted = list(predict(model, find_images([sky]), EVAL, device="cpu"))
     assert [line["image"] for line in lines] == [each.image for each in wanted]
     for line, each, text in zip(lines, wanted, printed, strict=True):

@@ -33,25 +33,25 @@ def pieces(photos):
     return np.stack([photos[n % 2][12 * n : 12 * n + SIZE, 20 * n : 20 * n + SIZE] for n in range(20)])
 
 
-def apply(images, ops, strength, sign, policy=RAND):
+def apply(images, ops, strength, sign, policy=RAND, size=(SIZE, SIZE)):
     """One op on each image, by name."""
     op = np.array([OPS.index(name) for name in ops], dtype=np.float64)
     full = np.ones(len(op))
-    arguments = op_arguments(op, strength * full, sign * full, policy.ranges(SIZE), SIZE)
+    arguments = op_arguments(op, strength * full, sign * full, policy.ranges(size), size)
     arrays = images, op.astype(np.float32), arguments.astype(np.float32)
     pipeline = Pipeline(batch_size=len(op), num_threads=2, device_id=None, prefetch_queue_depth=1)
     with pipeline:
         nodes = fn.external_source(lambda: arrays, num_outputs=3, layout=["HWC", "", ""])
-        pipeline.set_outputs(AutoAugment(RandAugment(num_ops=1), SIZE).apply(*nodes))
+        pipeline.set_outputs(AutoAugment(RandAugment(num_ops=1), size).apply(*nodes))
     return pipeline.run()[0].as_array().astype(int)
 
 
-def torchvision_op(images, name, strength, sign, policy):
+def torchvision_op(images, name, strength, sign, policy, size=(SIZE, SIZE)):
     """The op of that name as torchvision's `RandAugment` and `TrivialAugmentWide` call it."""
-    ranges, tensor = policy.ranges(SIZE), torch.from_numpy(images).permute(0, 3, 1, 2)
+    ranges, tensor = policy.ranges(size), torch.from_numpy(images).permute(0, 3, 1, 2)
     signed, factor = strength * sign, 1 + ranges.enhance * strength * sign
     slope = math.degrees(math.atan(ranges.shear * signed))
-    shift = int(ranges.translate * signed)
+    shift_y, shift_x = (int(limit * signed) for limit in ranges.translate)
     warp = {"interpolation": InterpolationMode.BILINEAR, "fill": [128.0] * 3}
     still = {"angle": 0.0, "scale": 1.0, **warp}
     match name:
@@ -62,9 +62,9 @@ def torchvision_op(images, name, strength, sign, policy):
         case "shear_y":
             changed = functional.affine(tensor, translate=[0, 0], shear=[0.0, slope], center=[0, 0], **still)
         case "translate_x":
-            changed = functional.affine(tensor, translate=[shift, 0], shear=[0.0, 0.0], **still)
+            changed = functional.affine(tensor, translate=[shift_x, 0], shear=[0.0, 0.0], **still)
         case "translate_y":
-            changed = functional.affine(tensor, translate=[0, shift], shear=[0.0, 0.0], **still)
+            changed = functional.affine(tensor, translate=[0, shift_y], shear=[0.0, 0.0], **still)
         case "rotate":
             changed = functional.rotate(tensor, ranges.rotate * signed, **warp)
         case "brightness":
@@ -113,13 +113,16 @@ def test_settings_json_round_trip():
 
 def test_randaugment_is_torchvisions_and_not_timms():
     """The same ops and ranges, but for the length of a translation; timm's list and its posterize are others."""
-    ours, theirs = RAND.ranges(SIZE), transforms.RandAugment()._augmentation_space(31, (SIZE, SIZE))
+    ours, theirs = RAND.ranges((SIZE, SIZE)), transforms.RandAugment()._augmentation_space(31, (SIZE, SIZE))
     assert [name.lower().replace("_", "") for name in OPS] == [name.lower() for name in theirs]
     assert ours.shear == pytest.approx(float(theirs["ShearX"][0][-1]))
     assert ours.rotate == float(theirs["Rotate"][0][-1]) and ours.enhance == pytest.approx(
         float(theirs["Color"][0][-1])
     )
-    assert ours.translate == pytest.approx(0.45 * SIZE) and float(theirs["TranslateX"][0][-1] / SIZE) > 0.453
+    assert (
+        ours.translate == pytest.approx((0.45 * SIZE, 0.45 * SIZE))
+        and float(theirs["TranslateX"][0][-1] / SIZE) > 0.453
+    )
     assert 8 - round(ours.posterize * 0.9) == int(theirs["Posterize"][0][27]) == 4
     assert auto_augment.LEVEL_TO_ARG["PosterizeIncreasing"](9, {}) == (1,)
     assert {"Invert", "SolarizeAdd"} < set(auto_augment._RAND_INCREASING_TRANSFORMS)
@@ -145,11 +148,21 @@ def test_color_ops_match_torchvision(pieces, name, policy, strength, sign):
 @pytest.mark.parametrize(("policy", "strength", "sign"), CASES)
 def test_warps_match_torchvision_inside_the_image(pieces, name, policy, strength, sign):
     """At the edge, DALI and torchvision blend the last pixels into the gray differently."""
-    ours = apply(pieces, [name] * 20, strength, sign, policy)
-    difference = np.abs(ours - torchvision_op(pieces, name, strength, sign, policy))
+    check_warp(pieces, name, policy, strength, sign)
+
+
+@pytest.mark.parametrize("name", OPS[1:6])
+@pytest.mark.parametrize("size", [(80, 128), (128, 80)])
+def test_warps_of_rectangles_match_torchvision(pieces, name, size):
+    check_warp(np.ascontiguousarray(pieces[:, : size[0], : size[1]]), name, *CASES[0], size)
+
+
+def check_warp(pieces, name, policy, strength, sign, size=(SIZE, SIZE)):
+    ours = apply(pieces, [name] * 20, strength, sign, policy, size)
+    difference = np.abs(ours - torchvision_op(pieces, name, strength, sign, policy, size))
     assert (difference > 2).mean() < 0.02 and np.median(difference) == 0 and difference.mean() < 0.5
-    ends = apply(np.zeros_like(pieces), [name] * 20, strength, sign, policy)
-    inside = np.ones((20, SIZE, SIZE, 3), dtype=bool)
+    ends = apply(np.zeros_like(pieces), [name] * 20, strength, sign, policy, size)
+    inside = np.ones((20, *size, 3), dtype=bool)
     for moves in ((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)):
         inside &= np.roll(ends, moves, axis=(1, 2)) == 0
     inside[:, [0, -1]], inside[:, :, [0, -1]] = False, False
@@ -209,7 +222,7 @@ def test_each_image_gets_its_own_op(pieces):
 
 def chosen(policy, num_images=20_000):
     """Ops and arguments of many images, `[N]` and `[N, 9]` for each of the policy's ops."""
-    op = AutoAugment(policy, SIZE)
+    op = AutoAugment(policy, (SIZE, SIZE))
     draws = uniforms(np.arange(num_images), seed=3, epoch=0, count=op.num_draws).astype(np.float64)
     return op.parameters(draws)
 

@@ -15,7 +15,7 @@ SIZE = 32
 BOTH, MIXUP, CUTMIX = MixSettings(mixup=0.2, cutmix=1.0), MixSettings(mixup=0.2), MixSettings(cutmix=1.0)
 
 
-def plan(settings, num_rows, *, valid=None, size=SIZE, **options):
+def plan(settings, num_rows, *, valid=None, size=(SIZE, SIZE), **options):
     """The columns for samples 0 to `num_rows - 1`."""
     draws = uniforms(np.arange(num_rows), seed=4, epoch=1, count=settings.num_draws).astype(np.float64)
     return plan_mixing(settings, draws, np.ones(num_rows, dtype=bool) if valid is None else valid, size=size, **options)
@@ -78,7 +78,7 @@ def test_mixup_weights_follow_beta(alpha):
 def test_cutmix_areas_follow_beta(alpha):
     """For rectangles that are not clipped at the border, up to rounding to whole pixels."""
     size = 10_000
-    columns = plan(MixSettings(cutmix=alpha), 20_000, size=size)
+    columns = plan(MixSettings(cutmix=alpha), 20_000, size=(size, size))
     height, width = columns[:, BOTTOM] - columns[:, TOP], columns[:, RIGHT] - columns[:, LEFT]
     inside_y, inside_x = ((columns[:, first] > 0) & (columns[:, last] < size) for first, last in ((2, 4), (3, 5)))
     both = inside_y & inside_x
@@ -89,6 +89,20 @@ def test_cutmix_areas_follow_beta(alpha):
     assert np.abs(width[inside_x] - wanted[inside_x]).max() <= 1 and (width <= wanted + 1).all()
     assert ks_distance((wanted / size) ** 2, lambda x: beta.cdf(x, alpha, alpha)) < 0.0115
     assert (columns[:, WEIGHT] == ONE).all()
+
+
+def test_rectangles_of_other_than_square_images():
+    """In 40 x 90 pixels: the rectangle has their aspect ratio, stays inside, and labels are its share of the pixels."""
+    size = (40, 90)
+    columns = plan(MixSettings(cutmix=1.0), 2000, size=size)
+    height, width = columns[:, BOTTOM] - columns[:, TOP], columns[:, RIGHT] - columns[:, LEFT]
+    assert (columns[:, [TOP, LEFT]] >= 0).all() and columns[:, BOTTOM].max() == 40 and columns[:, RIGHT].max() == 90
+    inside = (columns[:, TOP] > 0) & (columns[:, LEFT] > 0) & (columns[:, BOTTOM] < 40) & (columns[:, RIGHT] < 90)
+    assert inside.sum() > 100 and np.abs(height[inside] * 90 / 40 - width[inside]).max() < 90 / 40 + 1
+    mixing, classes = torch.from_numpy(columns), torch.arange(2000) % 2
+    weights = mix_labels(classes, mixing, num_classes=2, label_smoothing=0.0, size=size)
+    mixed = mix_images(classes.double()[:, None, None, None].expand(2000, 1, 40, 90), mixing)
+    torch.testing.assert_close(weights[:, 1], mixed.mean(dim=(1, 2, 3)).float())
 
 
 def test_rectangle_centers_are_uniform():
@@ -149,7 +163,7 @@ def test_pair_does_not_depend_on_other_rows():
     together = plan(BOTH, 40)
     draws = uniforms(np.arange(40), seed=4, epoch=1, count=BOTH.num_draws).astype(np.float64)
     for first in range(0, 40, 2):
-        alone = plan_mixing(BOTH, draws[first : first + 2], np.ones(2, dtype=bool), size=SIZE)
+        alone = plan_mixing(BOTH, draws[first : first + 2], np.ones(2, dtype=bool), size=(SIZE, SIZE))
         np.testing.assert_array_equal(alone[:, 1:], together[first : first + 2, 1:])
 
 
@@ -200,7 +214,7 @@ def test_labels_are_class_fractions_of_the_pixels(settings):
     columns = torch.from_numpy(plan(settings, 64))
     labels = torch.arange(64) % 2
     images = labels.double()[:, None, None, None].expand(64, 3, SIZE, SIZE).contiguous()
-    weights = mix_labels(labels, columns, num_classes=2, label_smoothing=0.0, size=SIZE)
+    weights = mix_labels(labels, columns, num_classes=2, label_smoothing=0.0, size=(SIZE, SIZE))
     assert weights.dtype == torch.float32 and weights.shape == (64, 2)
     shares = mix_images(images, columns).mean(dim=(1, 2, 3))
     torch.testing.assert_close(weights[:, 1].double(), shares, rtol=0, atol=1e-6)
@@ -212,9 +226,9 @@ def test_labels_sum_to_one_and_are_smoothed(smoothing):
     settings = BOTH.model_copy(update={"probability": 0.5, "label_smoothing": smoothing})
     columns = torch.from_numpy(plan(settings, 64))
     labels = torch.arange(64) % 7
-    weights = mix_labels(labels, columns, num_classes=7, label_smoothing=smoothing, size=SIZE)
+    weights = mix_labels(labels, columns, num_classes=7, label_smoothing=smoothing, size=(SIZE, SIZE))
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(64), rtol=0, atol=1e-6)
-    plain = mix_labels(labels, columns, num_classes=7, label_smoothing=0.0, size=SIZE)
+    plain = mix_labels(labels, columns, num_classes=7, label_smoothing=0.0, size=(SIZE, SIZE))
     torch.testing.assert_close(weights, plain * (1 - smoothing) + smoothing / 7, rtol=0, atol=1e-6)
     alone = columns[:, PARTNER] == torch.arange(64)
     assert 20 < alone.sum() < 45
@@ -224,5 +238,5 @@ def test_labels_sum_to_one_and_are_smoothed(smoothing):
 
 def test_partners_of_one_class_keep_its_label():
     columns = torch.from_numpy(plan(BOTH, 64))
-    weights = mix_labels(torch.full((64,), 3), columns, num_classes=5, label_smoothing=0.0, size=SIZE)
+    weights = mix_labels(torch.full((64,), 3), columns, num_classes=5, label_smoothing=0.0, size=(SIZE, SIZE))
     torch.testing.assert_close(weights, torch.tensor([0.0, 0, 0, 1, 0]).expand(64, 5), rtol=0, atol=1e-6)

@@ -156,6 +156,8 @@ def test_wrong_train_settings_are_refused(field, value, words):
     ("field", "value", "words"),
     [
         ("size", -1, "greater than 0 .*input_value=-1"),
+        ("size", (32, 0), r"size.*\.1\n.*greater than 0 .*input_value=0"),
+        ("size", (32, 48, 64), "size"),
         ("resize", 0, "greater than 0 .*input_value=0"),
         ("resize", 31, "resize must be at least size, got resize 31 for size 32"),
         ("std", (0.0, 1.0, 1.0), r"std\.0\n.*greater than 0 .*input_value=0.0"),
@@ -475,7 +477,7 @@ def test_blur_may_be_wider_than_the_view(pieces, size):
 
 def test_erasing_is_pixel_exact():
     image = np.full((3, 40, 50, 3), 255, dtype=np.uint8)
-    erasing = RandomErasing(0.5, (0.02, 0.33), (0.3, 3.3), 40, (0.0, 0.0, 0.0))
+    erasing = RandomErasing(0.5, (0.02, 0.33), (0.3, 3.3), (40, 50), (0.0, 0.0, 0.0))
     erased = apply(erasing, image, [[0, 0], [5, 12], [7, 9]], [[40, 50], [30, 8], [0, 0]]) == 0
     expected = np.zeros_like(erased)
     expected[0] = True
@@ -492,7 +494,7 @@ def test_erased_pixels_are_zero_after_normalizing(pieces):
 
 def test_erased_area_ratio_and_position():
     draws = uniforms(np.arange(20_000), seed=2, epoch=0, count=35)
-    corner, extent = RandomErasing(0.4, (0.05, 0.2), (0.5, 2.0), 100, IMAGENET_MEAN).parameters(draws)
+    corner, extent = RandomErasing(0.4, (0.05, 0.2), (0.5, 2.0), (100, 100), IMAGENET_MEAN).parameters(draws)
     hit = extent.all(axis=1)
     assert abs(hit.mean() - 0.4) < 0.02 and (extent[~hit] == 0).all()
     corner, extent = corner[hit], extent[hit]
@@ -508,6 +510,14 @@ def test_erased_area_ratio_and_position():
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_erasing_from_tiny_views(pieces, size):
     assert render(TrainTransform(size=size, erase=1.0), pieces).shape == (40, 3, size, size)
+
+
+def test_rectangle_is_erased_within_a_rectangle():
+    draws = uniforms(np.arange(5000), seed=2, epoch=0, count=35)
+    corner, extent = RandomErasing(1.0, (0.05, 0.2), (0.5, 2.0), (60, 150), IMAGENET_MEAN).parameters(draws)
+    assert (corner >= 0).all() and (corner + extent).max(axis=0).tolist() == [60, 150]
+    area = extent.prod(axis=1) / (60 * 150)
+    assert 0.045 < area.min() < area.max() < 0.21 and abs(area.mean() - 0.125) < 0.003
 
 
 # Normalize
@@ -528,6 +538,52 @@ def test_float16_views_are_rounded_float32_views(pieces, preset):
     half, single = (render(preset(size=24, dtype=dtype), pieces) for dtype in ("float16", "float32"))
     assert half.dtype == np.float16
     np.testing.assert_allclose(half, single, rtol=2**-10, atol=2**-14)
+
+
+# Rectangles
+
+
+def test_square_may_be_one_number_or_two():
+    assert TrainTransform(size=(32, 32)) == TrainTransform(size=32)
+    assert EvalTransform(size=(32, 32)).model_dump() == EvalTransform(size=32).model_dump()
+
+
+@pytest.mark.parametrize("size", [(24, 40), (40, 24), (1, 9)])
+def test_rectangle_is_height_and_width(pieces, size):
+    everything = TrainTransform(size=size, **EVERYTHING, auto_augment={"kind": "randaugment"})
+    for transform in (everything, TrainTransform(size=size), EvalTransform(size=size)):
+        assert transform.image_shape == (3, *size) and render(transform, pieces).shape == (40, 3, *size)
+
+
+@pytest.mark.parametrize("size", [(24, 40), (57, 31)])
+def test_window_is_stretched_to_a_rectangle_as_by_torchvision(pieces, size):
+    whole = TrainTransform(size=size, area=(1.0, 1.0), ratio=(80 / 60, 80 / 60), flip=0.0, **PIXELS)
+    images = torch.from_numpy(pieces).permute(0, 3, 1, 2).float()
+    expected = functional.resize(images, [*size], antialias=True).numpy()
+    difference = np.abs(render(whole, pieces) - expected)
+    assert difference[:, :, 3:-3, 3:-3].max() < 0.7 and difference.mean() < 0.5  # the border as for squares
+
+
+@pytest.mark.parametrize(("size", "resize"), [((96, 160), 110), ((160, 96), 105), ((31, 97), 50)])
+def test_eval_rectangle_is_the_center_of_a_covering_resize(varied, size, resize):
+    """The image is resized to cover the rectangle of that shorter side, as in timm, and cropped."""
+    views = render(EvalTransform(size=size, resize=resize, **PIXELS), varied)
+    for path, view in zip(varied, views, strict=True):
+        with Image.open(path) as image:
+            pixels = as_torch(np.asarray(image)).float()
+        height, width = (round(resize * side / min(size)) for side in size)
+        if pixels.shape[1] * width <= height * pixels.shape[2]:
+            resized = [height, int(height * pixels.shape[2] / pixels.shape[1])]
+        else:
+            resized = [int(width * pixels.shape[1] / pixels.shape[2]), width]
+        resized = [max(*pair) for pair in zip(resized, (height, width), strict=True)]
+        expected = functional.center_crop(functional.resize(pixels, resized, antialias=True), [*size]).numpy()
+        assert np.abs(view - expected).max() < 0.7
+
+
+def test_resize_must_cover_a_rectangle():
+    with pytest.raises(ValidationError, match="got resize 23 for size 24"):
+        EvalTransform(size=(40, 24), resize=23)
 
 
 # Evaluation

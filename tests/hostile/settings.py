@@ -53,7 +53,7 @@ def config_cases() -> list[Case]:
 
 
 def open_run(path: Path) -> object:
-    return open_model_file(path.parents[1], size=16, device=torch.device("cpu")).classes
+    return open_model_file(path.parents[1], image_shape=(3, 16, 16), device=torch.device("cpu")).classes
 
 
 def run_cases(good: Path) -> list[Case]:

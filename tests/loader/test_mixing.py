@@ -58,6 +58,14 @@ def test_mixing_independent_of_batch_size(open_loader, whole, batch_size):
     assert_same(rows(read(open_loader(batch_size=batch_size))), whole)
 
 
+def test_rectangles_independent_of_batch_size(open_loader):
+    """Of every op, mixed: pixels and labels."""
+    transform = EVERYTHING.model_copy(update={"size": (16, 48)})
+    whole = rows(read(open_loader(transform=transform)))
+    assert {tuple(row["images"].shape) for row in whole} == {(3, 16, 48)}
+    assert_same(rows(read(open_loader(transform=transform, batch_size=2))), whole)
+
+
 @pytest.mark.parametrize("last_batch", ["drop", "pad"])
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 4), (4, 2), (3, 4)])
 def test_mixing_independent_of_ranks(open_loader, whole, world_size, batch_size, last_batch):

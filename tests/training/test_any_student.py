@@ -123,7 +123,7 @@ def test_hugging_face_by_config(digits: Path, capsys: pytest.CaptureFixture[str]
     assert (result.folder / "exported" / "model.onnx").is_file()
     images = torch.rand(3, 3, 8, 8)
     opened = [
-        open_model_file(path, size=8, device=torch.device("cpu"), plugins=PLUGINS)
+        open_model_file(path, image_shape=(3, 8, 8), device=torch.device("cpu"), plugins=PLUGINS)
         for path in (result.folder, result.folder / "exported" / "model.onnx")
     ]
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_hugging_face_by_config(digits: Path, capsys: pytest.CaptureFixture[str]
     for number, file in enumerate(files):
         Image.new("RGB", (8, 8), (60 * number, 90, 30)).save(file)
     transform = config.data.split("val").transform
-    network = open_model_file(result.folder, size=8, device=torch.device("cpu"), plugins=PLUGINS).model
+    network = open_model_file(result.folder, image_shape=(3, 8, 8), device=torch.device("cpu"), plugins=PLUGINS).model
     predictions = list(predict(network, list(map(str, files)), transform, device="cpu"))
     assert [each.problem for each in predictions] == [None] * 3
     allowed, folder = ["--plugin", PLUGINS[0]], str(result.folder)
@@ -165,7 +165,7 @@ def test_check_knows_the_losses(digits: Path, weights: dict[str, float], problem
 def test_timm_student_gets_the_images_of_its_training(digits: Path) -> None:
     model = {"timm": "test_vit", "input_adapter": "auto"}
     config = config_of(digits, "timm", "a_tensor", student=model, train__epochs=1)
-    exported = open_model_file(run(config).folder, size=8, device=torch.device("cpu"))
+    exported = open_model_file(run(config).folder, image_shape=(3, 8, 8), device=torch.device("cpu"))
     student, images = exported.model, torch.rand(2, 3, 8, 8)
     assert isinstance(student, AdaptedNetwork)
     own = student.network.pretrained_cfg
@@ -233,7 +233,7 @@ def test_both_networks_in_one_module(digits: Path) -> None:
     assert not any(name.startswith("teacher.") for name in found)
     for name, tensor in found.items():
         assert tensor.equal(wanted.state_dict()[name]), name
-    exported = open_model_file(result.folder, size=8, device=torch.device("cpu"), plugins=PLUGINS)
+    exported = open_model_file(result.folder, image_shape=(3, 8, 8), device=torch.device("cpu"), plugins=PLUGINS)
     assert isinstance(exported.model, any_student.Returns)
     best = torch.load(result.folder / "checkpoints" / "best_student.pt", weights_only=True)
     assert best.keys() == exported.model.state_dict().keys()
@@ -283,7 +283,7 @@ def test_adapted_images_are_those_of_another_transform(digits: Path) -> None:
     for folder, transform in zip((first, second), transforms, strict=True):
         images = (pixels - per_channel(transform.mean)) / per_channel(transform.std)
         for path in (folder, folder / "exported" / "model.onnx"):
-            opened = open_model_file(path, size=8, device=torch.device("cpu"), plugins=PLUGINS)
+            opened = open_model_file(path, image_shape=(3, 8, 8), device=torch.device("cpu"), plugins=PLUGINS)
             with torch.no_grad():
                 logits.append(logits_of(opened.model(images)))
             opened.close()
@@ -311,7 +311,7 @@ def test_adapted_size(digits: Path) -> None:
     folder = run(config).folder
     images = torch.rand(2, 3, 12, 12)
     opened = [
-        open_model_file(path, size=12, device=torch.device("cpu"), plugins=PLUGINS)
+        open_model_file(path, image_shape=(3, 12, 12), device=torch.device("cpu"), plugins=PLUGINS)
         for path in (folder, folder / "exported" / "model.onnx")
     ]
     with torch.no_grad():

@@ -76,9 +76,9 @@ def test_hidden_value_is_not_used_in_its_place(run: Path, capsys: pytest.Capture
     student = load_config(run / "config.yaml", overrides).student
     assert student is not None and student.kwargs == {"api_key": "typed", "uri": "typed"}
     with pytest.raises(ConfigError, match=r"model.json: model.kwargs.api_key, .*: the value is \*\*\*"):
-        open_model_file(run, size=8, device=torch.device("cpu"), plugins=["tests.training.networks"])
+        open_model_file(run, image_shape=(3, 8, 8), device=torch.device("cpu"), plugins=["tests.training.networks"])
     description = run / "exported" / "model.json"
     text = description.read_text()
     description.write_text(text.replace("***", "put back"))
-    open_model_file(run, size=8, device=torch.device("cpu"), plugins=["tests.training.networks"]).close()
+    open_model_file(run, image_shape=(3, 8, 8), device=torch.device("cpu"), plugins=["tests.training.networks"]).close()
     description.write_text(text)

@@ -119,7 +119,7 @@ def check_pair(teacher_name: str, student_name: str, folder: Path) -> None:
         export=ExportSettings(onnx=False),
     )
     load_in_its_library(config.student, folder / "exported" / "model.safetensors")
-    opened = open_model_file(folder, size=SIZE, device=torch.device("cpu")).model
+    opened = open_model_file(folder, image_shape=(3, SIZE, SIZE), device=torch.device("cpu")).model
     with torch.no_grad():
         again, expected = opened(images), student(images)
     assert all(torch.equal(again[name], output) for name, output in expected.items())

@@ -60,7 +60,7 @@ def test_export_opens_after_move(tmp_path: Path) -> None:
     student, images = export(tmp_path / "run", onnx=True), random_images(5)
     shutil.move(tmp_path / "run", tmp_path / "moved")
     for place in ("moved", "moved/exported", "moved/exported/model.onnx"):
-        opened = open_model_file(tmp_path / place, size=32, device=CPU)
+        opened = open_model_file(tmp_path / place, image_shape=(3, 32, 32), device=CPU)
         output = opened.model(images)
         logits = output if isinstance(output, torch.Tensor) else output["logits"]
         torch.testing.assert_close(logits, student(images), rtol=1e-4, atol=1e-4)
@@ -86,27 +86,27 @@ def test_exported_weights_with_nan_are_refused(run: Path) -> None:
     found = json.loads(description.read_text())
     description.write_text(json.dumps(found | {"weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}))
     with pytest.raises(ConfigError, match=r"of a training that diverged: 0\.weight is not a number"):
-        open_model_file(run, size=32, device=CPU)
+        open_model_file(run, image_shape=(3, 32, 32), device=CPU)
 
 
 def test_logits_follow_requested_class_order(run: Path) -> None:
     wanted = (CLASSES[7], CLASSES[2])
     images = random_images(4)
-    own = open_model_file(run, size=32, device=CPU).model(images)
-    opened = open_model_file(run, size=32, device=CPU, classes=wanted)
+    own = open_model_file(run, image_shape=(3, 32, 32), device=CPU).model(images)
+    opened = open_model_file(run, image_shape=(3, 32, 32), device=CPU, classes=wanted)
     assert opened.classes == wanted
     assert torch.equal(opened.model(images), own[:, [7, 2]])
     with pytest.raises(ConfigError, match="has 10 classes, but not 'cat'"):
-        open_model_file(run, size=32, device=CPU, classes=("cat", *CLASSES))
+        open_model_file(run, image_shape=(3, 32, 32), device=CPU, classes=("cat", *CLASSES))
 
 
 def test_onnx_logits_follow_requested_class_order(exported: Callable[[int], Path]) -> None:
-    opened = open_model_file(exported(0), size=32, device=CPU, classes=CLASSES[::-1])
+    opened = open_model_file(exported(0), image_shape=(3, 32, 32), device=CPU, classes=CLASSES[::-1])
     images = random_images(4)
-    own = open_model_file(exported(0), size=32, device=CPU).model(images)["logits"]
+    own = open_model_file(exported(0), image_shape=(3, 32, 32), device=CPU).model(images)["logits"]
     assert torch.equal(opened.model(images)["logits"], own.flip(1)) and opened.classes == CLASSES[::-1]
     with pytest.raises(TeacherError, match="lacks 'cat'"):
-        open_model_file(exported(0), size=32, device=CPU, classes=("cat",))
+        open_model_file(exported(0), image_shape=(3, 32, 32), device=CPU, classes=("cat",))
 
 
 def test_lone_file_has_no_description(exported: Callable[[int], Path]) -> None:
@@ -139,7 +139,7 @@ def test_damaged_export_is_refused(run: Path, damage: str) -> None:
     change, message = DAMAGE[damage]
     change(run / "exported")
     with pytest.raises(ConfigError, match=message):
-        open_model_file(run, size=32, device=CPU)
+        open_model_file(run, image_shape=(3, 32, 32), device=CPU)
 
 
 def test_changed_weight_is_detected(run: Path) -> None:
@@ -148,7 +148,7 @@ def test_changed_weight_is_detected(run: Path) -> None:
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(ConfigError, match="does not match"):
-        open_model_file(run, size=32, device=CPU)
+        open_model_file(run, image_shape=(3, 32, 32), device=CPU)
 
 
 def test_factory_needs_plugin(tmp_path: Path) -> None:
@@ -161,8 +161,8 @@ def test_factory_needs_plugin(tmp_path: Path) -> None:
         net, settings, folder, classes=None, transform=transform, calibration_set=lambda: 1 / 0, export=export
     )
     with pytest.raises(ConfigError, match=r"--plugin tests\.training\.networks"):
-        open_model_file(tmp_path / "run", size=8, device=CPU)
-    opened = open_model_file(tmp_path / "run", size=8, device=CPU, plugins=["tests.training.networks"])
+        open_model_file(tmp_path / "run", image_shape=(3, 8, 8), device=CPU)
+    opened = open_model_file(tmp_path / "run", image_shape=(3, 8, 8), device=CPU, plugins=["tests.training.networks"])
     assert opened.model(torch.zeros(2, 3, 8, 8)).shape == (2, 10) and opened.classes is None
 
 
@@ -191,7 +191,7 @@ def test_pipes_are_refused_without_waiting(tmp_path: Path, name: str) -> None:
     (tmp_path / "exported" / name).unlink()
     os.mkfifo(tmp_path / "exported" / name)
     with pytest.raises(ConfigError, match=r"has no exported/model.json|cannot be read: this is a pipe and no file"):
-        open_model_file(tmp_path, size=32, device=CPU)
+        open_model_file(tmp_path, image_shape=(3, 32, 32), device=CPU)
 
 
 def test_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_link_is_replaced_and_not_written_through(tmp_path: Path) -> None:
     for name in ("model.json", "model.safetensors"):
         (tmp_path / "exported" / name).symlink_to(victim)
     export(tmp_path)
-    open_model_file(tmp_path, size=32, device=CPU).close()
+    open_model_file(tmp_path, image_shape=(3, 32, 32), device=CPU).close()
     assert victim.read_text() == "mine"
 
 
@@ -243,7 +243,7 @@ def test_headless_export_is_the_trunk(tmp_path: Path, name: str) -> None:
     assert torch.equal(Backbone(again).eval()(images)["pooled"], student(images)["pooled"])
     found = json.loads((tmp_path / "exported" / "model.json").read_text())
     assert found["classes"] is None and found["model"]["num_classes"] == 0
-    opened = open_model_file(tmp_path, size=32, device=CPU, classes=CLASSES)
+    opened = open_model_file(tmp_path, image_shape=(3, 32, 32), device=CPU, classes=CLASSES)
     outputs, expected = opened.model(images), student(images)
     assert opened.classes is None and list(outputs) == ["pooled", "spatial"]
     assert all(torch.equal(outputs[key], expected[key]) for key in expected)
@@ -253,7 +253,7 @@ def test_headless_export_is_the_trunk(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", HEADLESS)
 def test_headless_onnx_file_returns_features(tmp_path: Path, name: str) -> None:
     student, images = export_headless(HEADLESS[name], tmp_path, onnx=True), random_images(3)
-    opened = open_model_file(tmp_path / "exported" / "model.onnx", size=32, device=CPU, classes=CLASSES)
+    opened = open_model_file(tmp_path / "exported" / "model.onnx", image_shape=(3, 32, 32), device=CPU, classes=CLASSES)
     assert isinstance(opened.model, Teacher) and opened.classes is None
     outputs, expected = opened.model(images), student(images)
     assert list(outputs) == list(opened.model.outputs) == ["pooled", "spatial"]

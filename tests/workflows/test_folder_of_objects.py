@@ -68,7 +68,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, ...], tupl
 def test_own_network_is_not_opened_and_the_advice_works(finished: tuple[Path, nn.Module], tmp_path: Path) -> None:
     folder, trained = finished
     with pytest.raises(ConfigError) as caught:
-        open_model_file(folder, size=8, device=torch.device("cpu"))
+        open_model_file(folder, image_shape=(3, 8, 8), device=torch.device("cpu"))
     weights, file = folder / "exported" / "model.safetensors", folder / "exported" / "model.onnx"
     assert f"load_file({str(weights)!r})" in str(caught.value)
     assert f"name its ONNX file {file} with a config" in str(caught.value)
@@ -114,7 +114,7 @@ def test_file_of_a_student_of_rows_is_a_teacher(
 def test_file_of_a_student_of_rows_takes_no_images(rows: dict[tuple[int, ...], tuple[Path, nn.Module]]) -> None:
     folder, _ = rows[(6,)]
     with pytest.raises(ConfigError) as caught:
-        open_model_file(folder, size=8, device=torch.device("cpu"))
+        open_model_file(folder, image_shape=(3, 8, 8), device=torch.device("cpu"))
     assert "ONNX" not in str(caught.value) and "kd_pipeline.evaluate" in str(caught.value)
     with pytest.raises(TeacherError, match=r"\[any, 6\] float32"):
-        open_model_file(folder / "exported" / "model.onnx", size=8, device=torch.device("cpu"))
+        open_model_file(folder / "exported" / "model.onnx", image_shape=(3, 8, 8), device=torch.device("cpu"))

@@ -104,7 +104,7 @@ def test_run_folder_is_complete(finished: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 def test_export_is_best_student(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
-    student = open_model_file(RUN, size=16, device=torch.device("cpu")).model
+    student = open_model_file(RUN, image_shape=(3, 16, 16), device=torch.device("cpu")).model
     best = torch.load(RUN / "checkpoints" / "best_student.pt", weights_only=True)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, best[name]), name
