@@ -159,6 +159,7 @@ def op_arguments(op: Array, strength: Array, sign: Array, ranges: Ranges, size: 
         "shear_y": [one, zero, zero, shear, one, zero],
         "translate_x": [one, zero, -shift_x, zero, one, zero],
         "translate_y": [one, zero, zero, zero, one, -shift_y],
+        # Around the center. For a square the last summands are 0, so its other numbers keep their last bits.
         "rotate": [
             *(cos, -sin, center_x * (1 - cos + sin) + (center_y - center_x) * sin),
             *(sin, cos, center_y * (1 - sin - cos) + (center_y - center_x) * sin),

@@ -79,8 +79,9 @@ def plan_mixing(
     is_cut, is_summed = is_cut & is_mixed, ~is_cut & is_mixed
     own = np.where(is_summed, beta_quantiles(settings.mixup or 1.0, draws[:, _SHARE]), 1.0)
     covered = np.where(is_cut, 1 - beta_quantiles(settings.cutmix or 1.0, draws[:, _SHARE]), 0.0)
-    extent = np.floor(np.array(size) * np.sqrt(covered)[:, None])
-    start = np.floor(np.array(size) * draws[:, [_TOP, _LEFT]]) - extent // 2
+    sides = np.array(size)
+    extent = np.floor(sides * np.sqrt(covered)[:, None])
+    start = np.floor(sides * draws[:, [_TOP, _LEFT]]) - extent // 2
     corners = np.clip(np.concatenate([start, start + extent], axis=1), 0, [*size, *size])
     columns = [np.where(is_mixed, partner, rows), np.round(own * _FULL_WEIGHT), *corners.T]
     return np.stack(columns, axis=1).astype(np.int64)

@@ -62,7 +62,7 @@ class Network:
     name: str
     """For messages."""
     image_shape: tuple[int, int, int]
-    """Height and width of the images."""
+    """`(3, H, W)`."""
     classes: tuple[str, ...] | None = None
     """Class names in logit order, if known."""
     input_adapter: InputAdapter | None = None
