@@ -9,6 +9,10 @@ from torch import Tensor
 
 __all__ = ["KDBatch", "rows_name"]
 
+_MAPPINGS = ("views", "teacher", "extra")
+_OWN_FIELDS = ("labels", "index", "valid", "masks", *_MAPPINGS)
+"""All but the inputs."""
+
 
 @dataclass(slots=True, init=False, eq=False, repr=False)
 class KDBatch(Mapping[str, Any]):
@@ -30,6 +34,10 @@ class KDBatch(Mapping[str, Any]):
     """`[N]` int64, index of the sample in the dataset."""
     valid: Tensor
     """`[N]` bool; False for a row to ignore: padding, or the substitute for an unreadable image."""
+    masks: Tensor | None
+    """`[N, H, W]` int64, the class of each pixel of `images`, or the ignore index; None for data without masks."""
+    views: Mapping[str, Tensor]
+    """More views of the same samples by name, `[N, 3, H, W]`, or `[N, count, 3, H, W]` of one with a `count`."""
     teacher: Mapping[str, Tensor]
     """The teacher's outputs by name, float32: those of `Teacher.outputs`, such as `"logits"` `[N, K]`; empty without a
     teacher."""
@@ -41,18 +49,18 @@ class KDBatch(Mapping[str, Any]):
 
         Args:
             fields: the fields as a mapping.
-            more: the fields as keywords: `labels`, `index`, `valid`, `teacher`, `extra` and `inputs`, of which only
-                `index` and `valid` must be there. All others are inputs by name, such as `images`.
+            more: the fields as keywords: `labels`, `index`, `valid`, `masks`, `views`, `teacher`, `extra` and `inputs`,
+                of which only `index` and `valid` must be there. All others are inputs by name, such as `images`.
 
         Raises:
             TypeError: a field is missing, or there is no input.
         """
         given = {**(fields or {}), **more}
-        own = {name: given.pop(name, None) for name in ("inputs", "labels", "index", "valid", "teacher", "extra")}
+        own = {name: given.pop(name, None) for name in ("inputs", *_OWN_FIELDS)}
         inputs = {**(own["inputs"] or {}), **given}
         if own["index"] is None or own["valid"] is None or not inputs:
             raise TypeError("a KDBatch needs index, valid and at least one input, such as images")
-        own |= {"inputs": inputs, "teacher": own["teacher"] or {}, "extra": own["extra"] or {}}
+        own |= {"inputs": inputs, **{name: own[name] or {} for name in _MAPPINGS}}
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -84,9 +92,7 @@ class KDBatch(Mapping[str, Any]):
     def replace(self, **changes: Any) -> Self:
         """A batch with other values in some fields, which are named as for a new one; nothing is copied."""
         inputs = changes.pop("inputs", self.inputs)
-        own = {
-            name: changes.pop(name, getattr(self, name)) for name in ("labels", "index", "valid", "teacher", "extra")
-        }
+        own = {name: changes.pop(name, getattr(self, name)) for name in _OWN_FIELDS}
         return type(self)(inputs={**inputs, **changes}, **own)
 
     def asdict(self) -> dict[str, Any]:
@@ -95,11 +101,9 @@ class KDBatch(Mapping[str, Any]):
         if self.labels is not None:
             found["labels"] = self.labels
         found |= {"index": self.index, "valid": self.valid}
-        if self.teacher:
-            found["teacher"] = {**self.teacher}
-        if self.extra:
-            found["extra"] = {**self.extra}
-        return found
+        if self.masks is not None:
+            found["masks"] = self.masks
+        return found | {name: {**mapping} for name in _MAPPINGS if (mapping := getattr(self, name))}
 
     def __getitem__(self, name: str) -> Any:
         fields = self.asdict()

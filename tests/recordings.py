@@ -147,8 +147,11 @@ def files_of(recording: Path) -> dict[str, bytes]:
 
 
 def assert_same_files(first: Path, second: Path) -> None:
+    """Raise AssertionError, which names the files that only one has, or that differ."""
     ours, theirs = files_of(first), files_of(second)
-    assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
+    alone = sorted(ours.keys() ^ theirs.keys())
+    differing = sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
+    assert not alone and not differing, f"{first} and {second}: only one has {alone}, and {differing} differ"
 
 
 def part_of(recording: Path, epoch: int = 0, start: int = 0) -> Path:

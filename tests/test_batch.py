@@ -77,6 +77,15 @@ def test_made_again_from_its_own_mapping():
     assert same(KDBatch(make()), make()) and same(KDBatch(**make()), make())
 
 
+def test_views_and_masks_are_fields_and_no_inputs():
+    batch = make(views={"local": torch.zeros(ROWS, 2, 3, 1, 1)}, masks=torch.zeros(ROWS, 2, 2, dtype=torch.int64))
+    assert batch.input is batch.images and batch["views"]["local"] is batch.views["local"]
+    assert [*batch] == ["images", "labels", "index", "valid", "masks", "views", "teacher"]
+    assert same(pickle.loads(pickle.dumps(batch)), batch) and same(batch.replace(), batch)
+    assert batch.to("meta").views["local"].device == batch.to("meta").masks.device == torch.device("meta")
+    assert batch.replace(masks=None).masks is None and "masks" not in make() and make().views == {}
+
+
 @pytest.mark.parametrize("missing", ["index", "valid", "images"])
 def test_needs_index_valid_and_an_input(missing):
     fields = make().asdict()
