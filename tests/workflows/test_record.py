@@ -30,7 +30,7 @@ from kd_pipeline.workflows._train import train
 from kd_pipeline.workflows.record_plan import RecordingPlan, format_bytes, loss_outputs, stored_outputs
 from kd_pipeline.workflows.record_share import Share, missing_lines
 from kd_pipeline.workflows.teacher import open_run_teacher
-from tests.forks import Command, torchrun_variables
+from tests.forks import Command, fork_context, torchrun_variables
 from tests.recordings import (
     GOOD,
     NUM_EPOCHS,
@@ -554,6 +554,32 @@ def test_missing_parts_are_named(photo_folder: Path, tmp_path: Path, small_parts
     assert not (folder / SUMS).exists()
     recorded(photo_folder, folder)
     assert not join_recording(folder, NUM_EPOCHS).missing and (folder / SUMS).exists()
+
+
+def join_until(folder: Path, name: str) -> None:
+    """Join, and die before the file called `name` gets its name."""
+    replace = os.replace
+
+    def replace_or_die(temporary: Path, path: Path) -> None:
+        if path.name == name:
+            os._exit(9)
+        replace(temporary, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace_or_die)
+        join_recording(folder, NUM_EPOCHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [SUMS, "README.md"])
+def test_killed_while_joining_leaves_nothing(photo_folder: Path, whole: Path, tmp_path: Path, name: str) -> None:
+    folder = recorded(photo_folder, tmp_path / "recording")
+    process = fork_context().Process(target=join_until, args=(folder, name))
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and any(left.endswith(".tmp") for left in files_of(folder))
+    join_recording(folder, NUM_EPOCHS)
+    assert_same_files(folder, whole)
 
 
 def test_long_list_of_missing_parts_is_cut() -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 from uuid import uuid4
 
-from kd_pipeline._core.atomic_write import write_atomic
 from kd_pipeline._core.files import open_regular, read_regular
 from kd_pipeline.errors import StateError, TeacherError
 from kd_pipeline.teachers.recorded.manifest import MANIFEST, MAX_MANIFEST_BYTES, RecordingManifest
@@ -20,6 +19,8 @@ SUMS, CARD = "SHA256SUMS", "README.md"
 """Names of the list of parts and of the card, which joining writes."""
 _WORKING = "working"
 """Folder of what is not final. Nobody reads it but processes that record."""
+_ATTEMPTS = 100
+"""To write a file whose folder others remove: each of them does so once, when it ends."""
 MAX_SUMS_BYTES = 2**30
 
 
@@ -176,17 +177,6 @@ class LocalFolder:
         """
         self._write(name, content, os.replace)
 
-    def write_final(self, name: str, content: bytes) -> None:
-        """Write a whole file without the working folder, which another process may remove.
-
-        Raises:
-            StateError: it cannot be written.
-        """
-        try:
-            write_atomic(self.path / name, content)
-        except OSError as exc:
-            raise _unwritable(self.path / name, exc) from exc
-
     def find_pieces(self) -> list[Piece]:
         """The pieces that are there now, in order."""
         with suppress(OSError):
@@ -227,9 +217,12 @@ class LocalFolder:
                 folder.rmdir()
 
     def _write(self, name: str, content: bytes | memoryview, put: Callable[[Path, Path], object]) -> None:
-        """Write a temporary file, and `put` it at its path once its bytes are on the disk."""
+        """Write a temporary file, and `put` it at its path once its bytes are on the disk.
+
+        It is in the working folder, where it is removed with the rest if the process is killed meanwhile.
+        """
         path = self.path / name
-        for is_last in (False, False, True):
+        for attempt in range(_ATTEMPTS):
             temporary = self.path / _WORKING / f"{uuid4().hex}.tmp"
             try:
                 temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -241,8 +234,8 @@ class LocalFolder:
                 put(temporary, path)
                 return
             except OSError as exc:
-                # Whoever has recorded the last part removes the working folder, perhaps at this moment.
-                if is_last or not isinstance(exc, FileNotFoundError):
+                # A process that finds everything recorded removes the working folder, perhaps at this moment.
+                if attempt == _ATTEMPTS - 1 or not isinstance(exc, FileNotFoundError):
                     raise _unwritable(path, exc) from exc
             finally:
                 with suppress(OSError):

@@ -45,10 +45,10 @@ def join_recording(path: Path | str, epochs: int, *, license: str | None = None)
     parts = folder.find_parts(manifest, listed=False)
     missing = parts.missing(epochs)
     if not missing:
-        folder.write_final(SUMS, parts.sums)
+        folder.write(SUMS, parts.sums)
         card = folder.find(CARD, _MAX_CARD_BYTES)
         if card is None or is_own_card(card):
-            folder.write_final(CARD, make_card(manifest, parts, license or license_of(card or b"")))
+            folder.write(CARD, make_card(manifest, parts, license or license_of(card or b"")))
         folder.remove_working()
     return JoinedRecording(manifest, parts, missing)
 

@@ -131,10 +131,6 @@ class RemoteFolder:
         """
         self._store.write(f"{self._url}/{name}", bytes(content))
 
-    def write_final(self, name: str, content: bytes) -> None:
-        """As `write`."""
-        self.write(name, content)
-
     def find_pieces(self) -> list[Piece]:
         """None: a store has whole parts only."""
         return []
