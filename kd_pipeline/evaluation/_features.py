@@ -135,9 +135,13 @@ def _terms(settings: DistillSettings) -> dict[str, TermSettings]:
 
 
 def _complete(batch: KDBatch, teacher: Teacher) -> KDBatch:
-    """`batch` with the teacher's outputs, and with labels: some terms, which are left out, would fail without."""
-    labels = batch.index.new_zeros(len(batch.index)) if batch.labels is None else batch.labels
-    return batch.replace(teacher=teacher(batch.input), labels=labels)
+    """`batch` with the teacher's outputs, labels and masks: some terms, which are left out, would fail without."""
+    zeros_N = batch.index.new_zeros(len(batch.index))
+    return batch.replace(
+        teacher=teacher(batch.input),
+        labels=zeros_N if batch.labels is None else batch.labels,
+        masks=zeros_N[:, None, None] if batch.masks is None else batch.masks,
+    )
 
 
 def _sums(

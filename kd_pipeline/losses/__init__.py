@@ -8,7 +8,9 @@ All of them share this contract:
   (Hinton et al., arXiv 1503.02531, section 2). `relational`, with a temperature for each model, has no such factor.
 - `valid`, `[N]` bool, selects the rows that count; it defaults to all. Other rows may hold anything, even NaN: they
   affect neither the value nor the gradient. Without any valid row the loss is 0, with a graph and zero gradients.
-- `mask`, of the feature losses, selects the positions of tokens and maps that count, in the same way.
+- Losses of logits take maps `[N, K, h, w]` too, of networks for segmentation. There each position is a row, so the
+  mean is over all positions that count.
+- `mask` selects the positions of tokens and maps that count, in the same way.
 - It is computed and returned in float32, or in float64 for a float64 student, whether autocast is on or off.
 - Gradients flow to the student only; the teacher's tensors and the labels are constants.
 - A teacher's logit of -inf excludes a class: its probability is 0, and 0 · log 0 is 0. NaN, inf, or a row of only -inf
@@ -18,7 +20,8 @@ All of them share this contract:
 - It never synchronizes with the GPU: only shapes and dtypes are checked. `ConfigError` is raised if a shape, a dtype or
   an option is invalid.
 
-Shape suffixes: N samples, K classes, D features, P positions, M references.
+Shape suffixes: N samples, K classes, D features, P positions, M references. Where logits may be maps, a tensor with the
+suffix NK is `[N, K, P]` then, and one with N is `[N, P]`.
 """
 
 from kd_pipeline.losses.features import (

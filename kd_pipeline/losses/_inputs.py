@@ -26,44 +26,76 @@ def no_autocast(student: Tensor) -> torch.autocast:
     return torch.autocast(student.device.type, enabled=False)
 
 
-def prepare_student(student: Tensor, valid: Tensor | None, *, min_columns: int) -> tuple[Tensor, Tensor]:
+def prepare_student(
+    student: Tensor, valid: Tensor | None, *, min_columns: int, mask: Tensor | None = None, maps: bool = False
+) -> tuple[Tensor, Tensor]:
     """The student's rows, upcast and masked, and `valid` `[N]` bool, all True if it was None.
 
+    Maps `[N, K, h, w]`, if there may be any, become `[N, K, P]` with P = h · w positions, and `valid` becomes `[N, P]`:
+    each position counts as a row.
+
+    Args:
+        student: rows or maps.
+        valid: `[N]` bool, the rows that count.
+        min_columns: smallest K.
+        mask: `[N, h, w]` bool, the positions of maps that count; defaults to all.
+        maps: whether maps are allowed.
+
     Raises:
-        ConfigError: the student is not a floating `[N, min_columns or more]` tensor, or `valid` is not `[N]` bool.
+        ConfigError: the student is neither a floating `[N, min_columns or more]` tensor nor such a map, or `valid` or
+            `mask` does not fit it.
     """
-    if student.ndim != 2 or student.shape[1] < min_columns or not student.is_floating_point():
+    is_map = maps and student.ndim == 4
+    if (student.ndim != 2 and not is_map) or student.shape[1] < min_columns or not student.is_floating_point():
         raise ConfigError(
             f"the student must be a floating [N, {min_columns} or more] tensor, got {describe(student)}; reshape it to "
             "one row per sample, one column per class or feature"
+            + (f", or pass maps [N, {min_columns} or more, h, w] with a row for each position" if maps else "")
         )
     if valid is None:
         valid = torch.ones(len(student), dtype=torch.bool, device=student.device)
     elif valid.shape != student.shape[:1] or valid.dtype != torch.bool:
         raise ConfigError(f"valid must be [{len(student)}] bool, one per row of the student, got {describe(valid)}")
+    if mask is not None and (not is_map or mask.shape != student[:, 0].shape or mask.dtype != torch.bool):
+        raise ConfigError(
+            f"mask must be [N, h, w] bool for maps [N, K, h, w], got {describe(mask)} for {describe(student)}"
+        )
+    if is_map:
+        student = student.flatten(2)
+        valid = valid[:, None].expand(-1, student.shape[2])
+        valid = valid if mask is None else valid & mask.flatten(1)
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     return mask_rows(student.to(dtype), valid), valid
 
 
 def prepare_logits(
-    student: Tensor, teacher: Tensor, valid: Tensor | None, *, min_columns: int = 2
+    student: Tensor,
+    teacher: Tensor,
+    valid: Tensor | None,
+    *,
+    min_columns: int = 2,
+    mask: Tensor | None = None,
+    maps: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`prepare_student`, with the teacher's rows in between: detached, in the same dtype, masked.
 
     Raises:
         ConfigError: as `prepare_student`, or the teacher's shape is not the student's, or its dtype is not floating.
     """
-    student, valid = prepare_student(student, valid, min_columns=min_columns)
+    rows, valid = prepare_student(student, valid, min_columns=min_columns, mask=mask, maps=maps)
     if teacher.shape != student.shape or not teacher.is_floating_point():
         raise ConfigError(
             f"teacher and student must be floating tensors of the same shape: the teacher is {describe(teacher)}, "
             f"the student {describe(student)}; give both models the same samples and the same classes"
+            + (", and resize the maps of one of them" if student.ndim == 4 else "")
         )
-    return student, mask_rows(teacher.detach().to(student.dtype), valid), valid
+    return rows, mask_rows(teacher.detach().to(rows.dtype).reshape(rows.shape), valid), valid
 
 
 def prepare_labels(labels: Tensor | None, student: Tensor, valid: Tensor) -> Tensor:
     """The labels, masked: `[N]` int64 unchanged, `[N, K]` floating in the dtype of `student`.
+
+    Those of maps, `[N, h, w]` int64, become `[N, P]`, as the student `[N, K, P]` is.
 
     Raises:
         ConfigError: they are neither, or None.
@@ -71,15 +103,20 @@ def prepare_labels(labels: Tensor | None, student: Tensor, valid: Tensor) -> Ten
     """
     if labels is None:
         raise ConfigError("this loss needs labels and the batch has none; use labeled data or a loss without labels")
-    if labels.shape == student.shape[:1] and labels.dtype == torch.int64:
-        labels = mask_rows(labels, valid)
+    if labels.dtype == torch.int64 and (labels.flatten(1) if labels.ndim == 3 else labels).shape == valid.shape:
+        labels = mask_rows(labels.reshape(valid.shape), valid)
         # Tensors of other classes may have no values to look at.
         if labels.device.type == "cpu" and type(labels) is Tensor and not torch.compiler.is_compiling():
             _check_range(labels, student.shape[1])
         return labels
     if labels.shape == student.shape and labels.is_floating_point():
         return mask_rows(labels.detach().to(student.dtype), valid)
-    num_rows, num_classes = student.shape
+    num_rows, num_classes = student.shape[:2]
+    if student.ndim == 3:
+        raise ConfigError(
+            f"labels of maps must be [{num_rows}, h, w] int64, the class of each of {student.shape[2]} positions, got "
+            f"{describe(labels)}"
+        )
     raise ConfigError(
         f"labels must be [{num_rows}] int64 class indices or [{num_rows}, {num_classes}] floating weights "
         f"to match the student's {describe(student)}, got {describe(labels)}"
@@ -89,10 +126,16 @@ def prepare_labels(labels: Tensor | None, student: Tensor, valid: Tensor) -> Ten
 def _check_range(labels: Tensor, num_classes: int) -> None:
     outside = ((labels < 0) | (labels >= num_classes)).nonzero()
     if len(outside):
-        row = int(outside[0])
+        place = tuple(outside[0].tolist())
+        what, mark = (
+            ("label", "rows without one as not valid")
+            if labels.ndim == 1
+            else ("mask", "pixels without one with the ignore index, which is 255 by default")
+        )
         raise DataError(
-            f"the label of row {row} is {int(labels[row])}, and the student has {num_classes} logits, for labels from "
-            f"0 to {num_classes - 1}; give it as many classes as the data has, and mark rows without one as not valid"
+            f"the {what} of row {place[0]} {'is' if labels.ndim == 1 else 'has the class'} {int(labels[place])}, and "
+            f"the student has {num_classes} logits, for labels from 0 to {num_classes - 1}; give it as many classes as "
+            f"the data has, and mark {mark}"
         )
 
 
@@ -109,10 +152,12 @@ def check_label_smoothing(label_smoothing: float) -> None:
 
 
 def mask_rows(rows: Tensor, valid: Tensor) -> Tensor:
-    """`rows` with zeros where `valid` is False.
+    """`rows` `[N, ...]` with zeros where `valid` `[N]` is False; `[N, P]` or `[N, K, P]` where a `valid` `[N, P]` is.
 
     It fills instead of multiplying: 0 times NaN is NaN, in the value and again in the gradient.
     """
+    if valid.ndim == 2:
+        return rows.masked_fill(~(valid if rows.ndim == 2 else valid[:, None]), 0)
     return rows.masked_fill(~valid.view(-1, *[1] * (rows.ndim - 1)), 0)
 
 

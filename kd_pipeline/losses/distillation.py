@@ -9,13 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline import losses
+from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.losses.dry_run import check_logits, run_dry
 from kd_pipeline.losses.outputs import find_output, is_alias
+from kd_pipeline.losses.pixels import PixelLabels
 from kd_pipeline.losses.ramp import max_value, value_at
+from kd_pipeline.losses.resize import Resizer
 from kd_pipeline.losses.returned import check_returned_losses, returned_losses, student_outputs
 from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.losses.terms import NEED_LABELS, Term, TermModules, check_on_zeros, compute_loss, settle_term
@@ -89,20 +92,22 @@ class Distillation(nn.Module):
         num_classes: int | None,
         labels_are_soft: bool = False,
         loss: CustomLoss | None = None,
+        ignore_index: int = IGNORE_INDEX,
         plugins: Collection[str] = (),
     ) -> None:
         """Build the projectors, and settle all names and shapes with a dry run.
 
         Args:
             settings: the terms and their weights.
-            student: maps its inputs to logits `[N, num_classes]`, or to what `named_outputs` describes. It runs in eval
-                mode, and is not kept.
+            student: maps its inputs to logits `[N, num_classes]`, or to what `named_outputs` describes; one for
+                segmentation to `{"logits": [N, num_classes, h, w]}`. It runs in eval mode, and is not kept.
             teacher_outputs: `Teacher.outputs`, or None to train on labels only.
             image_shape: shape of one input, such as `(C, H, W)` of images, for a dry run on zeros.
             example: inputs of two rows by name, for the dry run of a student that takes something else.
             num_classes: number of classes in the data; None if it has none.
             labels_are_soft: whether labels are `[N, K]` weights, as with mixup and cutmix.
             loss: replaces the loss named in the settings; the weights stay theirs, without a teacher too.
+            ignore_index: class in `batch.masks` of the pixels that have none.
             plugins: modules that a `loss` in the settings may come from. A config file is data and cannot grant this
                 itself: pass what the user typed.
 
@@ -117,6 +122,10 @@ class Distillation(nn.Module):
                 raise TypeError("a Distillation needs an example of the inputs, or image_shape, the shape of one")
             example = zero_images(image_shape)
         self.settings = settings
+        self._ignore_index = ignore_index
+        self._resize = Resizer("bilinear")
+        self._logit_term: Term | None = None
+        """How maps of logits meet those of the teacher in the term `distill`."""
         has_teacher = teacher_outputs is not None
         self._is_own_loss = loss is not None or type(self).distill_loss is not Distillation.distill_loss
         uses_settings = has_teacher or self._is_own_loss or (settings.loss is None and settings.student_losses)
@@ -137,7 +146,12 @@ class Distillation(nn.Module):
                 self._custom_loss, self._is_own_loss = import_function("loss", settings.loss, plugins), True
             else:
                 self._distill_term = TermSettings(
-                    loss=settings.loss, temperature=settings.temperature, options=settings.options
+                    loss=settings.loss,
+                    temperature=settings.temperature,
+                    options=settings.options,
+                    skip_ignored=settings.skip_ignored,
+                    projector="none",
+                    grid="smaller",
                 )
         self._temperature = None if self._distill_term is None else self._distill_term.temperature
         if labels_are_soft:
@@ -147,7 +161,7 @@ class Distillation(nn.Module):
             check_returned_losses(run.losses, settings.student_losses)
         own = run.outputs
         needs_logits = ({"task"} if self._is_own_loss else {"task", "distill"}) & self._weights.keys()
-        if needs_logits or (LOGITS in own and own[LOGITS].ndim == 2):
+        if needs_logits or (LOGITS in own and own[LOGITS].ndim in (2, 4)):
             num_rows = len(next(iter(example.values())))
             check_logits(student, own, num_classes, num_rows=num_rows, needed_by=sorted(needs_logits))
         names = {name: _student_name(name, term, student, own) for name, term in extra.items()}
@@ -218,8 +232,8 @@ class Distillation(nn.Module):
             epochs: length of the run.
 
         Raises:
-            ConfigError: the batch has no labels, or features of the student or the teacher, or losses of the student,
-                are missing.
+            ConfigError: the batch has no labels or masks, or features of the student or the teacher, or losses of the
+                student, are missing.
         """
         temperature = None if self._temperature is None else value_at(self._temperature, epoch, epochs)
         found, own_losses = {**student_outputs(outputs), **features}, returned_losses(outputs)
@@ -227,9 +241,7 @@ class Distillation(nn.Module):
             check_returned_losses(own_losses, self.settings.student_losses)
         terms = {}
         if "task" in self._weights:
-            logits = _get(found, LOGITS, _STUDENT)
-            smoothing = self.settings.label_smoothing
-            terms["task"] = losses.task(logits, batch.labels, label_smoothing=smoothing, valid=batch.valid)
+            terms["task"] = self._task(_get(found, LOGITS, _STUDENT), batch)
         if "distill" in self._weights:
             terms["distill"] = self.distill_loss(outputs, features, batch, temperature)
         for term, modules in self._term_modules():
@@ -242,6 +254,7 @@ class Distillation(nn.Module):
                 batch.labels,
                 valid=batch.valid,
                 temperature=None if ramp is None else value_at(ramp, epoch, epochs),
+                pixels=self._pixels(batch),
             )
         terms |= {name: value for name, value in own_losses.items() if name in self._weights}
         weights = {name: value_at(self._weights[name], epoch, epochs) for name in terms}
@@ -297,11 +310,43 @@ class Distillation(nn.Module):
         """
         if self._distill_term is not None:
             logits, teacher = _get(student_outputs(outputs), LOGITS, _STUDENT), _get(batch.teacher, LOGITS, _TEACHER)
+            if self._logit_term is not None:
+                logits, teacher = self._logit_term.meeting(logits, teacher, nn.Identity())
             return compute_loss(
-                self._distill_term, logits, teacher, batch.labels, valid=batch.valid, temperature=temperature
+                self._distill_term,
+                logits,
+                teacher,
+                batch.labels,
+                valid=batch.valid,
+                temperature=temperature,
+                pixels=self._pixels(batch),
             )
         assert self._custom_loss is not None
         return scalar_loss(self._custom_loss(outputs, batch), f"the loss {self._custom_loss!r}")
+
+    def _task(self, logits: Tensor, batch: KDBatch) -> Tensor:
+        """The cross-entropy with the labels, or for maps of logits, enlarged to the masks, with these."""
+        smoothing = self.settings.label_smoothing
+        if logits.ndim != 4:
+            if batch.labels is None and batch.masks is not None:
+                raise ConfigError(
+                    f"the student returns logits {list(logits.shape)} for an image, and the batch has masks, the class "
+                    "of each pixel; choose a network for segmentation, which returns {'logits': [N, K, h, w]}"
+                )
+            return losses.task(logits, batch.labels, label_smoothing=smoothing, valid=batch.valid)
+        pixels = self._pixels(batch)
+        if pixels is None:
+            raise ConfigError(
+                f"the student returns logits {list(logits.shape)} for the pixels, and the batch has no masks, the "
+                "class of each pixel; use data with masks, set distill.task_weight: 0, or choose a classifier"
+            )
+        size = pixels.masks.shape[1], pixels.masks.shape[2]
+        labels, mask = pixels.at(size)
+        logits = self._resize(logits, size)
+        return losses.task(logits, labels, label_smoothing=smoothing, mask=mask, valid=batch.valid)
+
+    def _pixels(self, batch: KDBatch) -> PixelLabels | None:
+        return None if batch.masks is None else PixelLabels(batch.masks, self._ignore_index)
 
     def _add(self, term: Term, modules: TermModules) -> None:
         number = str(len(self._terms))
@@ -329,14 +374,23 @@ class Distillation(nn.Module):
                 f"{', '.join(map(repr, teacher_outputs))}; set distill.loss: null, and distill.features to what is to "
                 f"be compared{_logit_term(self.settings.loss, teacher_outputs)}"
             )
-        are_per_sample = logits is not None and student is not None and len(logits.shape) == student.ndim == 2
-        if are_per_sample and logits is not None and logits.shape[1] not in (None, num_classes):
+        have_classes = logits is not None and student is not None and len(logits.shape) == student.ndim in (2, 4)
+        if have_classes and logits is not None and logits.shape[1] not in (None, num_classes):
             raise ConfigError(
                 f"the teacher has {logits.shape[1]} classes and the data has {num_classes}; use a teacher and data "
                 "with the same classes"
             )
         if self._distill_term is not None and not self._is_own_loss:
             assert logits is not None and student is not None  # `check_logits` was called
+            if len(logits.shape) != student.ndim and 4 in (len(logits.shape), student.ndim):
+                raise ConfigError(
+                    f"distill: the student returns logits {list(student.shape)}, the teacher {logits}; let both have "
+                    "logits for each image, or both for each pixel"
+                )
+            if student.ndim == 4:
+                terms = self._distill_term, LOGITS, student, None, teacher_outputs
+                self._logit_term = settle_term("distill", *terms, place="distill")[0]
+                return
             try:
                 check_on_zeros(self._distill_term, student, logits)
             except ConfigError as exc:

@@ -64,13 +64,17 @@ def check_logits(
     name = type(student).__qualname__
     if LOGITS not in outputs:
         found = ", ".join(f"{key!r} {list(output.shape)}" for key, output in outputs.items()) or "losses"
+        maps = [key for key, each in outputs.items() if each.ndim == 4 and each.shape[1] == num_classes]
         raise ConfigError(
             f"the student {name} returns {found}, and no logits, which {' and '.join(needed_by)} compares: give it a "
             "head with num_classes, or set distill.loss: null and distill.features to what is to be compared"
+            + (f"; if {maps[0]!r} has the logits of each pixel, return {{'logits': it}}" if maps else "")
         )
     found_shape = list(outputs[LOGITS].shape)
-    if num_classes is not None and found_shape != [num_rows, num_classes]:
+    is_map = len(found_shape) == 4
+    if num_classes is not None and (found_shape[:2] if is_map else found_shape) != [num_rows, num_classes]:
+        grid = f", {', '.join(map(str, found_shape[2:]))}" if is_map else ""
         raise ConfigError(
-            f"the student {name} should return logits [{num_rows}, {num_classes}] for {num_rows} samples of "
+            f"the student {name} should return logits [{num_rows}, {num_classes}{grid}] for {num_rows} samples of "
             f"{num_classes} classes, got {found_shape}; set its num_classes"
         )

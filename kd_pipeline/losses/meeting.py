@@ -10,7 +10,7 @@ from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.losses.projectors import build_projector
 from kd_pipeline.losses.resize import Resizer
-from kd_pipeline.losses.settings import TermSettings
+from kd_pipeline.losses.settings import LOGITS, TermSettings
 
 __all__ = ["Meeting", "guess_prefix_tokens", "is_nhwc"]
 
@@ -53,7 +53,9 @@ class Meeting:
         self._teacher = _Side("teacher", settings.teacher, teacher, place)
         self._resizer = Resizer(settings.resize)
         self._is_mean = 2 in (self._student.rank, self._teacher.rank)
-        if not self._is_mean and settings.loss in _VECTOR_LOSSES:
+        # Positions of maps of logits are rows; those of other maps are compared by losses of features.
+        are_logits = self._student.is_logits and self._teacher.is_logits and settings.loss != "relational"
+        if not self._is_mean and settings.loss in _VECTOR_LOSSES and not are_logits:
             raise self._error(
                 f"{settings.loss} compares vectors [N, D]; name the pooled output of one of the two, or choose "
                 "am_radio or feature_cosine, which compare positions"
@@ -167,6 +169,11 @@ class _Side:
         return f"the {self.owner}'s {self.name!r} is {self.spec}"
 
     @property
+    def is_logits(self) -> bool:
+        """Whether it is a model's final output."""
+        return self.name.rpartition(".")[2] == LOGITS
+
+    @property
     def rank(self) -> int:
         """2 for a vector, 3 for tokens, 4 for a map."""
         return len(self.spec.shape)
@@ -174,7 +181,7 @@ class _Side:
     @property
     def width(self) -> int | None:
         """Features of a vector, token or position; None if they are unknown."""
-        return self.spec.shape[1 if self.rank == 4 and not is_nhwc(self.spec.shape) else -1]
+        return self.spec.shape[1 if self.rank == 4 and not self._is_nhwc(self.spec.shape) else -1]
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -186,7 +193,7 @@ class _Side:
                 side = math.isqrt(length - self._num_prefix_tokens(length))
                 return (side, side) if _is_square(length - self._num_prefix_tokens(length)) else None
             case (_, first, second, third):
-                height, width = (first, second) if is_nhwc(self.spec.shape) else (second, third)
+                height, width = (first, second) if self._is_nhwc(self.spec.shape) else (second, third)
                 return None if height is None or width is None else (height, width)
         return None
 
@@ -194,7 +201,7 @@ class _Side:
         """Without prefix tokens, and maps as `[N, C, H, W]`."""
         if self.rank == 3:
             return tensor[:, self._num_prefix_tokens(tensor.shape[1]) :]
-        return tensor.permute(0, 3, 1, 2) if self.rank == 4 and is_nhwc(tensor.shape) else tensor
+        return tensor.permute(0, 3, 1, 2) if self.rank == 4 and self._is_nhwc(tensor.shape) else tensor
 
     def mean(self, features: Tensor) -> Tensor:
         """A vector as it is, or the mean over the positions of anything else.
@@ -224,6 +231,9 @@ class _Side:
             raise self._no_grid(features)
         side = math.isqrt(features.shape[1])
         return features.transpose(1, 2).view(len(features), -1, side, side)
+
+    def _is_nhwc(self, shape: tuple[int | None, ...]) -> bool:
+        return is_nhwc(shape) and not self.is_logits  # `[N, K, h, w]`, also for as many classes as rows
 
     def _no_grid(self, features: Tensor) -> ConfigError:
         known = self.spec.num_prefix_tokens

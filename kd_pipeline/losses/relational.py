@@ -54,7 +54,7 @@ def relational(
     check_temperature(student_temperature)
     check_temperature(teacher_temperature)
     with no_autocast(student_ND):
-        student_ND, teacher_ND, valid_N = prepare_logits(student_ND, teacher_ND, valid, min_columns=1)
+        student_ND, teacher_ND, valid_N = prepare_logits(student_ND, teacher_ND, valid, min_columns=1, maps=False)
         if references_MD is None:
             references_MD, references_valid = teacher_ND, valid_N
         references_MD, is_excluded_M = _prepare_references(references_MD, references_valid, student_ND)

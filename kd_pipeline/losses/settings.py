@@ -165,6 +165,8 @@ class TermSettings(Settings):
     )
     """For `relational`, how many earlier vectors of the teacher to compare with besides those of the batch; defaults to
     4096. They are part of checkpoints. None for other losses."""
+    skip_ignored: bool = False
+    """Leave out the positions whose pixel has the ignore index in `batch.masks`; only for data with masks."""
 
 
 class DistillSettings(Settings):
@@ -190,6 +192,9 @@ class DistillSettings(Settings):
     """Label smoothing of the cross-entropy with the labels."""
     options: Options = Field(default_factory=dict)
     """More arguments of the loss, such as `alpha` and `beta` of `dkd`, or `standardize`."""
+    skip_ignored: bool = False
+    """Leave pixels that have the ignore index in `batch.masks` out of this loss too, as of the cross-entropy; only for
+    data with masks."""
     features: tuple[TermSettings, ...] = ()
     """Extra terms, on intermediate features or on the logits."""
     student_losses: dict[str, Weight] = Field(default_factory=dict)

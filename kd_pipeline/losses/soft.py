@@ -28,16 +28,18 @@ def soft_target(
     temperature: float = 4.0,
     form: Literal["kl", "cross_entropy"] = "kl",
     standardize: bool = False,
+    mask: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Soft targets (Hinton et al., arXiv 1503.02531): T² · Σ_k p_k · (log p_k - log q_k), batch mean.
 
     p is softmax(teacher logits / T) and q is softmax(student logits / T). A class that the teacher excludes with a
-    logit of -inf has p_k = 0 and adds 0.
+    logit of -inf has p_k = 0 and adds 0. Of maps it is pixel-wise distillation, the mean over the pixels (Liu et al.,
+    arXiv 1903.04197), which the authors, with a weight of 10, and CIRKD (arXiv 2204.06986), with 1, use with T = 1.
 
     Args:
-        student_logits_NK: `[N, K]` floating, K at least 2.
-        teacher_logits_NK: `[N, K]` floating.
+        student_logits_NK: `[N, K]` or maps `[N, K, h, w]` floating, K at least 2.
+        teacher_logits_NK: the same.
         temperature: T, above 0. The paper has no single value; 4 is that of mdistiller and RepDistiller on CIFAR-100
             and of timm's `train.py` (`--kd-temperature`). On ImageNet, mdistiller, torchdistill and FunMatch have 1,
             which is also the default of timm's class `LogitDistillationTask`.
@@ -47,11 +49,12 @@ def soft_target(
             classes that are not excluded (LSKD, Sun et al., arXiv 2403.01427; the authors have T = 2 and a weight of 9
             beside 0.1 on CIFAR-100), to compare only the shape of a row. The gradient is finite but steep for a
             student with equal logits for all classes, such as one with a zero-initialized head.
+        mask: `[N, h, w]` bool, the positions of maps that count; defaults to all.
         valid: `[N]` bool, the rows that count; defaults to all.
     """
     check_temperature(temperature)
     with no_autocast(student_logits_NK):
-        student_NK, teacher_NK, valid_N = prepare_logits(student_logits_NK, teacher_logits_NK, valid)
+        student_NK, teacher_NK, valid_N = prepare_logits(student_logits_NK, teacher_logits_NK, valid, mask=mask)
         student_NK = _soften(student_NK, temperature, standardize)
         teacher_NK = _soften(teacher_NK, temperature, standardize)
         match form:
@@ -73,6 +76,7 @@ def dkd(
     beta: float = 8.0,
     temperature: float = 4.0,
     standardize: bool = False,
+    mask: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Decoupled knowledge distillation (Zhao et al., arXiv 2203.08679): T² · (alpha · TCKD + beta · NCKD), batch mean.
@@ -87,20 +91,22 @@ def dkd(
     and no such warm-up.
 
     Args:
-        student_logits_NK: `[N, K]` floating, K at least 2.
-        teacher_logits_NK: `[N, K]` floating.
-        labels: `[N]` int64 class indices, or `[N, K]` floating weights, of which the largest is the target class.
+        student_logits_NK: `[N, K]` or maps `[N, K, h, w]` floating, K at least 2.
+        teacher_logits_NK: the same.
+        labels: `[N]` int64 class indices, or `[N, K]` floating weights, of which the largest is the target class;
+            `[N, h, w]` int64 for maps.
         alpha: weight of TCKD.
         beta: weight of NCKD.
         temperature: T, above 0.
         standardize: as in `soft_target`.
+        mask: `[N, h, w]` bool, the positions of maps that count; defaults to all.
         valid: `[N]` bool, the rows that count; defaults to all.
     """
     check_temperature(temperature)
     with no_autocast(student_logits_NK):
-        student_NK, teacher_NK, valid_N = prepare_logits(student_logits_NK, teacher_logits_NK, valid)
+        student_NK, teacher_NK, valid_N = prepare_logits(student_logits_NK, teacher_logits_NK, valid, mask=mask)
         labels = prepare_labels(labels, student_NK, valid_N)
-        target_N = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        target_N = labels.argmax(dim=1) if labels.is_floating_point() else labels
         student_binary, student_others = _decouple(_soften(student_NK, temperature, standardize), target_N)
         teacher_binary, teacher_others = _decouple(_soften(teacher_NK, temperature, standardize), target_N)
         tckd_N = _kl_divergence(student_binary, teacher_binary)
@@ -146,7 +152,7 @@ def _decouple(logits_NK: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
     The target class is removed by its index. Subtracting a constant from its logit, as public code does, overflows in
     half precision and fails for logits that are larger than the constant.
     """
-    other_K = torch.arange(logits_NK.shape[1] - 1, device=logits_NK.device)
+    other_K = torch.arange(logits_NK.shape[1] - 1, device=logits_NK.device).view(-1, *[1] * (logits_NK.ndim - 2))
     target_N1 = target_N[:, None]
     others = logits_NK.gather(1, other_K + (other_K >= target_N1))
     # Zeros in place of rows of only -inf, for which the gradient of logsumexp is NaN.

@@ -12,6 +12,7 @@ from kd_pipeline.errors import ConfigError
 from kd_pipeline.losses.features import sample_cosine
 from kd_pipeline.losses.meeting import Meeting
 from kd_pipeline.losses.outputs import find_output
+from kd_pipeline.losses.pixels import PixelLabels
 from kd_pipeline.losses.settings import TermSettings
 from kd_pipeline.losses.standardize import Standardizer
 from kd_pipeline.losses.teacher_queue import TeacherQueue
@@ -50,6 +51,7 @@ class TermModules(NamedTuple):
         *,
         valid: Tensor,
         temperature: float | None,
+        pixels: PixelLabels | None = None,
     ) -> Tensor:
         """The value of the term for the features of a batch, a scalar; at the default of its loss without temperature.
 
@@ -60,7 +62,14 @@ class TermModules(NamedTuple):
             teacher = self.standardizer(teacher, valid)
         references = None if self.queue is None else self.queue(teacher, valid)
         return compute_loss(
-            term.settings, student, teacher, labels, valid=valid, temperature=temperature, references=references
+            term.settings,
+            student,
+            teacher,
+            labels,
+            valid=valid,
+            temperature=temperature,
+            references=references,
+            pixels=pixels,
         )
 
     @torch.no_grad()
@@ -84,6 +93,8 @@ def settle_term(
     student: Tensor,
     num_prefix_tokens: int | None,
     teacher_outputs: Mapping[str, TensorSpec],
+    *,
+    place: str | None = None,
 ) -> tuple[Term, TermModules]:
     """A term and its modules, computed once on zeros in place of the teacher's output, if its shape is known.
 
@@ -94,11 +105,12 @@ def settle_term(
         student: the student's features for two images.
         num_prefix_tokens: of the student's tokens; None if it is unknown.
         teacher_outputs: `Teacher.outputs`.
+        place: the term's key, for messages; defaults to that of an extra term.
 
     Raises:
         ConfigError: the teacher lacks the output, or the two cannot be compared by this loss.
     """
-    place = f"distill.features: {name}"
+    place = place or f"distill.features: {name}"
     teacher_name = find_output(settings.teacher, teacher_outputs, place=place, owner="teacher")
     spec = teacher_outputs[teacher_name]
     own_spec = TensorSpec(tuple(student.shape), student.dtype, num_prefix_tokens if student.ndim == 3 else None)
@@ -126,13 +138,22 @@ def compute_loss(
     valid: Tensor | None = None,
     temperature: float | None = None,
     references: tuple[Tensor, Tensor] | None = None,
+    pixels: PixelLabels | None = None,
 ) -> Tensor:
-    """The value of a loss for tensors that fit; without a `temperature`, at the default of the loss."""
+    """The value of a loss for tensors that fit; without a `temperature`, at the default of the loss.
+
+    Raises:
+        ConfigError: they do not fit, or the loss needs labels or masks that are None.
+    """
     arguments: dict[str, Any] = {**settings.options, "valid": valid}
     if temperature is not None:
         arguments["temperature"] = temperature
-    if settings.loss in NEED_LABELS:
+    if settings.loss in NEED_LABELS and student.ndim == 4:
+        arguments["labels"], arguments["mask"] = _needed(pixels, settings.loss).at((student.shape[2], student.shape[3]))
+    elif settings.loss in NEED_LABELS:
         arguments["labels"] = labels
+    if settings.skip_ignored:
+        arguments["mask"] = _needed(pixels, "skip_ignored").mask_of(student)
     if references is not None:
         arguments["references_MD"], arguments["references_valid"] = references
     value: Tensor = getattr(losses, settings.loss)(student, teacher, **arguments)
@@ -165,7 +186,17 @@ def check_on_zeros(
     with torch.no_grad():
         if meet is not None:
             student, zeros = meet(student, zeros)
-        compute_loss(settings, student, zeros, labels)
+        pixels = PixelLabels(labels[:, None, None], ignore_index=-1)
+        compute_loss(settings, student, zeros, labels, pixels=pixels)
+
+
+def _needed(pixels: PixelLabels | None, what: str) -> PixelLabels:
+    if pixels is None:
+        raise ConfigError(
+            f"{what} needs the class of each pixel, and the batch has no masks; use data with masks, or "
+            + ("set skip_ignored to false" if what == "skip_ignored" else "choose a loss without labels")
+        )
+    return pixels
 
 
 def _standardizer(settings: TermSettings, width: int | None, device: torch.device) -> Standardizer | None:

@@ -55,6 +55,39 @@ LOSSES = {
     "task soft labels": lambda b: losses.task(b.student, b.weights, valid=b.valid),
     "logit_mse": lambda b: losses.logit_mse(b.student, b.teacher, valid=b.valid),
     "cosine": lambda b: losses.cosine(b.student, b.teacher, valid=b.valid),
+    "soft_target of maps": lambda b: losses.soft_target(
+        as_pixels(b.student), as_pixels(b.teacher), temperature=b.temperature, valid=b.valid
+    ),
+    "soft_target masked": lambda b: losses.soft_target(
+        as_pixels(b.student),
+        as_pixels(b.teacher),
+        temperature=b.temperature,
+        standardize=True,
+        mask=second_pixel(b.student),
+        valid=b.valid,
+    ),
+    "dkd of maps": lambda b: losses.dkd(
+        as_pixels(b.student), as_pixels(b.teacher), pixel_labels(b), temperature=b.temperature, valid=b.valid
+    ),
+    "dist of maps": lambda b: losses.dist(
+        as_pixels(b.student), as_pixels(b.teacher), temperature=b.temperature, valid=b.valid
+    ),
+    "dist masked": lambda b: losses.dist(
+        as_pixels(b.student),
+        as_pixels(b.teacher),
+        temperature=b.temperature,
+        mask=second_pixel(b.student),
+        valid=b.valid,
+    ),
+    "hard_label of maps": lambda b: losses.hard_label(as_pixels(b.student), as_pixels(b.teacher), valid=b.valid),
+    "task of maps": lambda b: losses.task(as_pixels(b.student), pixel_labels(b), valid=b.valid),
+    "task masked": lambda b: losses.task(
+        as_pixels(b.student), pixel_labels(b), label_smoothing=0.1, mask=second_pixel(b.student), valid=b.valid
+    ),
+    "logit_mse of maps": lambda b: losses.logit_mse(as_pixels(b.student), as_pixels(b.teacher), valid=b.valid),
+    "cosine masked": lambda b: losses.cosine(
+        as_pixels(b.student), as_pixels(b.teacher), mask=second_pixel(b.student), valid=b.valid
+    ),
     "feature_mse": lambda b: losses.feature_mse(b.student, b.teacher, valid=b.valid),
     "feature_mse pooled": lambda b: losses.feature_mse(as_map(b.student), enlarged(b.teacher), valid=b.valid),
     "feature_cosine": lambda b: losses.feature_cosine(b.student, b.teacher, valid=b.valid),
@@ -142,6 +175,24 @@ def enlarged(rows: Tensor) -> Tensor:
 def two_channels(rows: Tensor) -> Tensor:
     """Maps whose second channel is the first one flipped, `[N, 2, K, 1]`."""
     return torch.stack([rows, rows.flip(1)], dim=1)[..., None]
+
+
+@no_autocast
+def as_pixels(rows: Tensor) -> Tensor:
+    """Maps of logits with two pixels, the second with the classes in reverse, `[N, K, 1, 2]`."""
+    return torch.stack([rows, rows.flip(1)], dim=2)[:, :, None]
+
+
+@no_autocast
+def pixel_labels(batch: Batch) -> Tensor:
+    """The labels of `as_pixels`, `[N, 1, 2]`."""
+    return torch.stack([batch.labels, batch.student.shape[1] - 1 - batch.labels], dim=1)[:, None]
+
+
+@no_autocast
+def second_pixel(rows: Tensor) -> Tensor:
+    """A mask with the second pixel only, `[N, 1, 2]`."""
+    return (torch.arange(2) == 1).expand(len(rows), 1, 2)
 
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
@@ -383,7 +434,7 @@ S = torch.zeros(4, 3)
         (S, torch.zeros(4, 3, dtype=torch.int64), None, [r"\[4, 3\] int64", "floating"]),
         (torch.zeros(4, 3, dtype=torch.int64), S, None, [r"\[4, 3\] int64", "floating"]),
         (torch.zeros(3), torch.zeros(3), None, [r"\[3\] float32", r"\[N, [12] or more\]"]),
-        (torch.zeros(4, 3, 2, 2), torch.zeros(4, 3, 2, 2), None, [r"\[4, 3, 2, 2\] float32", r"\[N, [12] or more\]"]),
+        (torch.zeros(4, 3, 2), torch.zeros(4, 3, 2), None, [r"\[4, 3, 2\] float32", r"\[N, [12] or more\]"]),
         (torch.zeros(4, 0), torch.zeros(4, 0), None, [r"\[4, 0\] float32", r"\[N, [12] or more\]"]),
         (S, S, torch.ones(5, dtype=torch.bool), [r"\[5\] bool", r"\[4\] bool"]),
         (S, S, torch.ones(4), [r"\[4\] float32", r"\[4\] bool"]),
