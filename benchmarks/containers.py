@@ -47,6 +47,7 @@ from kd_pipeline.bench.torchvision_loaders import PREFETCH, Stream
 from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.data.views import Views
 
 _PACKAGES = {"webdataset": "webdataset", "streaming": "mosaicml-streaming", "litdata": "litdata"}
 """Modules of other loaders and the packages that have them."""
@@ -215,9 +216,8 @@ def _measure(
     report: Callable[[str], object],
 ) -> tuple[list[Measurement], dict[str, float]]:
     """Measure the rows; also the server's CPU seconds for each image of each."""
-    at_once = math.lcm(
-        task.num_threads, group_size(task.batch_size, task.transform, num_threads=task.num_threads, on_gpu=False)
-    )
+    views, num_threads = Views.of(task.transform), task.num_threads
+    at_once = math.lcm(num_threads, group_size(task.batch_size, views, num_threads=num_threads, on_gpu=False))
     with ExitStack() as stack:
         streams = {}
         for number, row in enumerate(rows):

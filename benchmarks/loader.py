@@ -46,12 +46,13 @@ from kd_pipeline.bench.torchvision_loaders import (
     why_no_cuda_decoder,
 )
 from kd_pipeline.cli.arguments import add_options
-from kd_pipeline.data.dali import DecodeMode
 from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.data.decode_trial import try_decoding
+from kd_pipeline.data.graph_settings import DecodeMode
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.sources import Arrays, ImageFolder, Source
 from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.data.views import Views
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
 
@@ -221,7 +222,7 @@ def _measure(settings: BenchLoaderSettings, tasks: _Tasks, report: Callable[[str
     # Each of torch's workers prepares a batch of its own, and all may become ready together, as do the small batches
     # of a group in `KDDataLoader`: only full rounds are a fair measure.
     on_gpu = task.device.type == "cuda"
-    group = group_size(task.batch_size, task.transform, num_threads=task.num_threads, on_gpu=on_gpu)
+    group = group_size(task.batch_size, Views.of(task.transform), num_threads=task.num_threads, on_gpu=on_gpu)
     at_once = math.lcm(task.num_threads, group)
     with ExitStack() as stack:
         candidates = [

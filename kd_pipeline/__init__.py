@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from kd_pipeline.data.sources import open_source as open_source
     from kd_pipeline.data.transforms import EvalTransform as EvalTransform
     from kd_pipeline.data.transforms import TrainTransform as TrainTransform
+    from kd_pipeline.data.views import EvalView as EvalView
+    from kd_pipeline.data.views import FollowingView as FollowingView
+    from kd_pipeline.data.views import TrainView as TrainView
     from kd_pipeline.evaluation import compare as compare
     from kd_pipeline.evaluation import evaluate as evaluate
     from kd_pipeline.evaluation import predict as predict
@@ -72,6 +75,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "open_source",
         ],
         "kd_pipeline.data.transforms": ["EvalTransform", "TrainTransform"],
+        "kd_pipeline.data.views": ["EvalView", "FollowingView", "TrainView"],
         "kd_pipeline.evaluation": ["compare", "evaluate", "predict"],
         "kd_pipeline.loader": ["BatchLoader", "KDDataLoader"],
         "kd_pipeline.losses": ["losses"],

@@ -81,9 +81,13 @@ class KDBatch(Mapping[str, Any]):
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The batch on `device`; returns `self` if it is there already, as Lightning and accelerate expect."""
         target = torch.device(device)
-        if all(each.device == target for each in _tensors(self.asdict())):
+        if all(each.device == target for each in self.tensors()):
             return self
         return type(self)(_mapped(lambda each: each.to(device, non_blocking=non_blocking), self.asdict()))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, those in mappings too."""
+        return _tensors(self.asdict())
 
     def clone(self) -> Self:
         """The batch in memory of its own."""

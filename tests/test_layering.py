@@ -59,6 +59,7 @@ WRAPPED_IN = {
         "data.auto_augment",
         "data.dali",
         "data.decode",
+        "data.rendering",
         "data.transforms",
         "loader.batch_stream",
         "workflows.doctor",

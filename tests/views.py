@@ -9,10 +9,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.dali import DecodeMode, FileChecker, Graph, GraphInput, GraphSettings
+from kd_pipeline.data.dali import FileChecker, Graph
+from kd_pipeline.data.graph_settings import DecodeMode, GraphInput, GraphSettings
 from kd_pipeline.data.headers import Orientation
 from kd_pipeline.data.plan import uniforms
-from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.views import IMAGES, Views
 
 PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 """Settings that keep pixels on the scale from 0 to 255."""
@@ -48,11 +50,12 @@ def samples_of(
     index = np.arange(len(images))
     if draws is None:
         draws = uniforms(index, seed=0, epoch=0, count=transform.num_draws)
+    views, numbers = Views.of(transform), {IMAGES: [draws.astype(np.float64)]}
     return GraphInput(
         index=index,
         data=images if isinstance(images, np.ndarray) else _padded(images),
-        crop=transform.crop.parameters(draws.astype(np.float64)),
-        parameters=parameters_of(transform, draws.astype(np.float64)),
+        crops=views.crops(numbers),
+        parameters=views.parameters(numbers),
     )
 
 
@@ -63,7 +66,7 @@ def open_graph(
     settings: GraphSettings,
 ) -> Graph:
     """A graph with a new `FileChecker`."""
-    return Graph(inputs, stores, transform, settings, FileChecker(settings))
+    return Graph(inputs, stores, Views.of(transform), settings, FileChecker(settings))
 
 
 def render(
@@ -79,7 +82,7 @@ def render(
     settings = graph_settings(len(images), max_pixels=max_pixels, decode=decode, orientation=transform.orientation)
     graph = open_graph(samples, "pixels" if isinstance(images, np.ndarray) else "files", transform, settings)
     try:
-        return np.array(graph.take())
+        return np.array(graph.take()[IMAGES])
     finally:
         graph.close()
 

@@ -41,6 +41,7 @@ from kd_pipeline.data.settings import DataSettings, SplitSettings
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.base import ImageFolderSettings
 from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.data.views import Views
 from kd_pipeline.errors import ConfigError, DataError, KDPipelineError
 from kd_pipeline.losses.settings import LOGITS, DistillSettings
 from kd_pipeline.models.registry import ModelSettings
@@ -352,7 +353,7 @@ def _num_steps(letter: str, task: StepTask, settings: BenchStepSettings) -> tupl
     Small batches of `KDDataLoader` become ready in groups, and those of torch's workers all at once.
     """
     on_gpu = task.device != "cpu"
-    at_once = group_size(task.batch_size, task.transform, num_threads=task.num_threads, on_gpu=on_gpu)
+    at_once = group_size(task.batch_size, Views.of(task.transform), num_threads=task.num_threads, on_gpu=on_gpu)
     if letter == "loader":
         return _round_up(_LOADING_FACTOR * settings.num_steps, at_once), _LOADING_FACTOR * at_once
     if letter in ("f", "teacher") or not on_gpu:

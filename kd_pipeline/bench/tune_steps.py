@@ -24,6 +24,7 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.sources import Source, open_source
+from kd_pipeline.data.views import Views
 from kd_pipeline.loader.config_teacher import sample_images
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.backbone import trunk_of
@@ -129,7 +130,7 @@ class RunSteps(ExitStack):
             data = with_values(self._config, trial.values).data
             at_once = group_size(  # batches that become ready together
                 data.batch_size,
-                data.split("train").transform,
+                Views.of(data.split("train").transform, data.split("train").views),
                 num_threads=data.num_threads or num_cores(),
                 on_gpu=resolve_device(data.device).type == "cuda",
             )

@@ -9,7 +9,7 @@ photographs, and more if a large part of the image has its maximum value.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -106,6 +106,12 @@ class AutoAugment:
 
     policy: RandAugment | TrivialAugment
     size: tuple[int, int]
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Of images that are so many times as high and wide as `size`, to which warps move the same pixels."""
+
+    def at_scale(self, scale: tuple[float, float]) -> "AutoAugment":
+        """The same ops of images that are `scale` times as high and wide."""
+        return replace(self, scale=scale)
 
     @property
     def ndims(self) -> tuple[int, ...]:
@@ -124,8 +130,27 @@ class AutoAugment:
             op = np.floor(draws[:, slot] * len(OPS))
             strength = self.policy.strengths(draws[:, slot + 1 : slot + 3])
             sign = np.where(draws[:, slot + 3] < 0.5, -1.0, 1.0)
-            parameters += [op, op_arguments(op, strength, sign, self.policy.ranges(self.size), self.size)]
+            arguments = op_arguments(op, strength, sign, self.policy.ranges(self.size), self.size)
+            if self.scale != (1, 1):
+                _scale_warps(op, arguments, self.scale)
+            parameters += [op, arguments]
         return tuple(parameters)
+
+    def with_own_colors(self, draws: Array, own: Array | None) -> Array:
+        """`draws` `[N, num_draws]` with the ops that change colors drawn again from `own`, or left out if it is None.
+
+        Ops that move pixels stay. Each of the others has the same probability as before.
+        """
+        merged = draws.copy()
+        for slot in range(_FIRST_SLOT, self.num_draws, _SLOTS_PER_OP):
+            rows = ~_is_warp(np.floor(draws[:, slot] * len(OPS)))
+            if own is None:
+                merged[rows, slot] = 0  # identity
+                continue
+            merged[rows, slot : slot + _SLOTS_PER_OP] = own[rows, slot : slot + _SLOTS_PER_OP]
+            still = _OPS_OF_COLOR[np.floor(own[rows, slot] * len(_OPS_OF_COLOR)).astype(np.int64)]
+            merged[rows, slot] = (still + 0.5) / len(OPS)
+        return merged
 
     def apply(self, images: Node, *parameters: Node) -> Node:
         """Apply the ops one after the other to uint8 images."""
@@ -176,6 +201,17 @@ def op_arguments(op: Array, strength: Array, sign: Array, ranges: Ranges, size: 
         chosen = op == OPS.index(name)
         arguments[chosen, : len(columns)] = np.stack(columns, axis=1)[chosen]
     return arguments
+
+
+def _is_warp(op: Array) -> NDArray[np.bool_]:
+    return np.isin(op, _WARPS)
+
+
+def _scale_warps(op: Array, arguments: Array, scale: tuple[float, float]) -> None:
+    """Let the warps among `arguments` `[N, 9]` do the same to images that are `scale` times as high and wide."""
+    warps, ratio = _is_warp(op), scale[1] / scale[0]
+    # From output to input coordinates (x, y): into those of the original, through its matrix, and back.
+    arguments[warps, :6] *= [1, ratio, scale[1], 1 / ratio, 1, scale[0]]
 
 
 def _dispatch(nodes: Sequence[Node], branches: Sequence[tuple[str, _Branch]]) -> Node:
@@ -264,6 +300,10 @@ _SMOOTH = [weight / 13 for weight in (1, 1, 1, 1, 5, 1, 1, 1, 1)]
 """Pillow's 3x3 smoothing filter, row by row."""
 _UNCHANGED = [0, 0, 0, 0, 1, 0, 0, 0, 0]
 """The filter that changes nothing."""
+
+_WARPS = np.array([OPS.index(name) for name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")])
+_OPS_OF_COLOR = np.setdiff1d(np.arange(len(OPS)), _WARPS)
+"""Positions in `OPS` of those that move pixels, and of all others, `identity` included."""
 
 # Slots of the plan's uniform numbers, after those of `kd_pipeline.data.mixing`. Each op has four: one for the op, two
 # for its strength, and one for its sign.

@@ -16,61 +16,18 @@ from kd_pipeline._core.optional import require
 from kd_pipeline.data.auto_augment import Node
 from kd_pipeline.data.file_kinds import FileKinds
 from kd_pipeline.data.file_reading import CallThread, ReadThread, require_encoded
-from kd_pipeline.data.headers import Decoder, Orientation, check_size, max_file_bytes, read_header
+from kd_pipeline.data.graph_settings import GraphInput, GraphSettings
+from kd_pipeline.data.headers import Decoder, check_size, max_file_bytes, read_header
 from kd_pipeline.data.headers.base import PLAIN_PIXEL_BYTES
+from kd_pipeline.data.rendering import Rendering, Stores, decode_windows, peek_shape
 from kd_pipeline.data.sources.base import Encoded
-from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.views import Views
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["DecodeMode", "FileChecker", "Graph", "GraphInput", "GraphSettings"]
-
-DecodeMode = Literal["window", "full"]
-"""Decode only the crop's window of a file, or the whole image, which is cropped afterward."""
-
-_IN_PIXELS = {"axes": (0, 1), "normalized_anchor": False, "normalized_shape": False}
-"""Arguments of the operators that take windows in pixels."""
+__all__ = ["FileChecker", "Graph"]
 
 _READS_AHEAD = 3
 """Groups of batches whose bytes are being read, or wait, so that a store that answers late does not delay them."""
-
-
-@dataclass(frozen=True, slots=True)
-class GraphSettings:
-    """How a graph is built."""
-
-    max_batch: int
-    device_id: int | None
-    """Ordinal of the GPU, or None for the CPU."""
-    num_threads: int
-    prefetch: int
-    """Batches in DALI's queue, including the one that is taken next."""
-    max_pixels: int
-    """Larger images are refused by their header."""
-    decode: DecodeMode
-    """Both give the same pixels on a CPU; windows are faster."""
-    hw_decoder_load: float
-    """Share of the JPEG images for the GPU's hardware decoder."""
-    orientation: Orientation
-    """That of the transform."""
-
-
-@dataclass(frozen=True, slots=True)
-class GraphInput:
-    """Samples as a graph takes them: one batch of it, or several in a row."""
-
-    index: NDArray[np.int64]
-    """`[N]`, positions in the dataset."""
-    data: NDArray[Any]
-    """`[N, L]` file names, NUL-padded, or `[N, H, W, 3]` pixels; of a source that stores bytes again `index`."""
-    crop: tuple[NDArray[np.float64], ...]
-    """`[N, ...]` each, parameters of the transform's crop."""
-    parameters: tuple[NDArray[Any], ...]
-    """`[N, ...]` each, parameters of all that follows the crop; see `parameters_of`."""
-
-    def part(self, rows: slice) -> "GraphInput":
-        """Some of the samples, as views."""
-        crop, parameters = (tuple(part[rows] for part in parts) for parts in (self.crop, self.parameters))
-        return GraphInput(self.index[rows], self.data[rows], crop, parameters)
 
 
 class Graph:
@@ -87,21 +44,21 @@ class Graph:
     def __init__(
         self,
         inputs: Iterator[GraphInput],
-        stores: Literal["files", "bytes", "pixels"],
-        transform: TrainTransform | EvalTransform,
+        stores: Stores,
+        views: Views,
         settings: GraphSettings,
         checker: "FileChecker",
         read: Callable[[NDArray[np.int64]], Encoded] | None = None,
     ) -> None:
         """`read` is that of a source that stores bytes."""
-        self._transform = transform
+        self._rendering = Rendering(views, stores, settings)
         # DALI asks for the two parts of a batch separately, in any order.
         self._images: deque[Any] = deque()
         self._parameters: deque[tuple[NDArray[Any], ...]] = deque()
         self._failure: Exception | None = None
         self._pipeline = _pipeline(settings, settings.device_id, settings.prefetch)
         with self._pipeline:
-            self._pipeline.set_outputs(self._define(stores, settings))
+            self._pipeline.set_outputs(*self._define())
         self._pipeline.build()
         self._read: _Encoded | _Pixels
         if stores == "pixels":
@@ -117,8 +74,8 @@ class Graph:
         """Mean number of pixels of the images read last, before cropping; NaN before the first batch."""
         return self._read.mean_area
 
-    def take(self, stream: Any = None) -> Any:
-        """Images of the next batch, `[N, 3, H, W]`, as a dense DALI tensor.
+    def take(self, stream: Any = None) -> dict[str, Any]:
+        """The views of the next batch by name, `[N, 3, H, W]` or `[N, count, 3, H, W]`, as dense DALI tensors.
 
         On a GPU they are ordered on `stream` and the host does not wait.
 
@@ -129,12 +86,12 @@ class Graph:
         try:
             # The two halves of `run`, which would add a tenth of a millisecond of Python.
             self._pipeline.schedule_run()
-            (images,) = self._pipeline.outputs(stream)
+            outputs = self._pipeline.outputs(stream)
         except StopIteration:
             if self._failure is None:
                 raise
             raise self._failure from None
-        return images.as_tensor()
+        return {view.name: output.as_tensor() for view, output in zip(self._rendering.views, outputs, strict=True)}
 
     def close(self) -> None:
         """Stop DALI's threads. Batches in use stay valid, and a second call does nothing."""
@@ -150,9 +107,9 @@ class Graph:
         except Exception as failure:
             self._failure = failure  # raised after the batches before it have been taken
             raise StopIteration from None
-        window = self._transform.crop.windows(batch.size, *batch.inputs.crop)
         self._images.append(batch.images)
-        self._parameters.append((*(part.astype(np.float32) for part in window), *batch.inputs.parameters))
+        placed = self._rendering.place(batch.size, batch.inputs.crops)
+        self._parameters.append((*placed, *batch.inputs.parameters))
 
     def _next_images(self) -> Any:
         if not self._images:
@@ -164,27 +121,19 @@ class Graph:
             self._advance()
         return self._parameters.popleft()
 
-    def _define(self, stores: Literal["files", "bytes", "pixels"], settings: GraphSettings) -> Node:
+    def _define(self) -> list[Node]:
         fn = require("nvidia.dali.fn", extra="cpu")
+        rendering = self._rendering
         # DALI keeps the arrays until it has used them. Not on a GPU, which copies faster from DALI's pinned memory.
-        no_copy = settings.device_id is None
-        if stores != "pixels":
-            images = fn.external_source(self._next_images, ndim=1, no_copy=True)
-            cut: Callable[..., Node] = partial(_decode_windows, settings)
-        else:
+        no_copy = rendering.settings.device_id is None
+        if rendering.stores == "pixels":
             images = fn.external_source(self._next_images, ndim=3, layout="HWC", no_copy=no_copy)
             images = images if no_copy else images.gpu()
-            cut = _cut
-        ops = (self._transform.crop, *self._transform.ops)
-        ndims = [1, 1, *(ndim for op in ops for ndim in op.ndims)]
-        corner, extent, *rest = fn.external_source(
-            self._next_parameters, num_outputs=len(ndims), ndim=ndims, no_copy=no_copy
-        )
-        images = cut(images, corner, extent)
-        for op in ops:
-            images = op.apply(images, *rest[: len(op.ndims)])
-            rest = rest[len(op.ndims) :]
-        return images
+        else:
+            images = fn.external_source(self._next_images, ndim=1, no_copy=True)
+        ndims = rendering.ndims
+        parameters = fn.external_source(self._next_parameters, num_outputs=len(ndims), ndim=ndims, no_copy=no_copy)
+        return rendering.make(images, parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +158,7 @@ class _Encoded:
         self._shapes = _pipeline(settings, None, prefetch=1)
         with self._shapes:
             encoded = fn.external_source(lambda: self._encoded, ndim=1, no_copy=True)
-            self._shapes.set_outputs(_peek_shape(settings, encoded))
+            self._shapes.set_outputs(peek_shape(settings, encoded))
         self._shapes.build()
         self._fetch.request()
 
@@ -464,11 +413,11 @@ class FileChecker:
             no_copy = self._settings.device_id is None
             encoded = fn.external_source(lambda: [self._file], ndim=1, no_copy=no_copy)
             if part == "header":
-                output = _peek_shape(self._settings, encoded)
+                output = peek_shape(self._settings, encoded)
             else:
                 # In the mode of the graph: a file that one decoder refuses may be fine for the other.
                 extent = fn.external_source(lambda: self._extent[None], ndim=1)
-                output = _decode_windows(self._settings, encoded, extent * 0, extent)
+                output = decode_windows(self._settings, encoded, extent * 0, extent)
             pipeline.set_outputs(output)
         return pipeline
 
@@ -492,29 +441,3 @@ def _pipeline(settings: GraphSettings, device_id: int | None, prefetch: int) -> 
         # Only this executor does not reuse a buffer that is still held.
         raise ConfigError("DALI's dynamic executor is off; unset DALI_* variables that select another executor")
     return pipeline
-
-
-def _peek_shape(settings: GraphSettings, encoded: Node) -> Node:
-    """Height, width and channels in the headers of encoded images, as the decoder turns them."""
-    fn = require("nvidia.dali.fn", extra="cpu")
-    return fn.peek_image_shape(encoded, adjust_orientation=settings.orientation == "upright")
-
-
-def _decode_windows(settings: GraphSettings, encoded: Node, corner: Node, extent: Node) -> Node:
-    """Windows of encoded images, as uint8 HWC."""
-    decoders = require("nvidia.dali.fn", extra="cpu").decoders
-    options: dict[str, Any] = {
-        "device": "cpu",
-        "output_type": require("nvidia.dali.types", extra="cpu").RGB,
-        "adjust_orientation": settings.orientation == "upright",
-    }
-    if settings.device_id is not None:
-        # Fancy upsampling as libjpeg-turbo on the CPU, for the same pixels on both devices.
-        options |= {"device": "mixed", "hw_decoder_load": settings.hw_decoder_load, "jpeg_fancy_upsampling": True}
-    if settings.decode == "full":
-        return _cut(decoders.image(encoded, **options), corner, extent)
-    return decoders.image_slice(encoded, corner, extent, **_IN_PIXELS, **options)
-
-
-def _cut(images: Node, corner: Node, extent: Node) -> Node:
-    return require("nvidia.dali.fn", extra="cpu").slice(images, corner, extent, **_IN_PIXELS)

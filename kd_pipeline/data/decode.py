@@ -15,8 +15,8 @@ from kd_pipeline._core.nvidia_driver import query_driver
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.user_cache import user_cache
-from kd_pipeline.data.dali import DecodeMode
 from kd_pipeline.data.decode_trial import DecodeTrial, Nvjpeg, loaded_nvjpeg, try_decoding
+from kd_pipeline.data.graph_settings import DecodeMode
 from kd_pipeline.errors import ConfigError
 
 __all__ = [

@@ -15,8 +15,10 @@ from PIL import Image
 
 from kd_pipeline._core.child_process import open_report, run_child
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.data.dali import DecodeMode, FileChecker, Graph, GraphInput, GraphSettings
-from kd_pipeline.data.transforms import TrainTransform, parameters_of
+from kd_pipeline.data.dali import FileChecker, Graph
+from kd_pipeline.data.graph_settings import DecodeMode, GraphInput, GraphSettings
+from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.data.views import IMAGES, Views
 
 __all__ = [
     "DecodeTrial",
@@ -45,6 +47,7 @@ _BLANK = 2.0
 _NOT_THE_DECODER = ("out of memory", "bad_alloc", "memoryerror", "cuda is not available", "busy or unavailable")
 """Texts in errors that say nothing about the decoder."""
 _TRANSFORM = TrainTransform(size=_SIZE, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+_VIEWS = Views.of(_TRANSFORM)
 _NVJPEG = ("libnvjpeg.so.13", "libnvjpeg.so.12")
 """Names by which nvImageCodec loads it. If another copy has been loaded with such a name, it gets that one."""
 _MAX_PIXELS = 10**7
@@ -224,9 +227,9 @@ def loaded_nvjpeg() -> Nvjpeg | None:
 
 def _render(inputs: list[GraphInput], settings: GraphSettings) -> NDArray[np.float32]:
     """All views `[N, 3, H, W]`, in the order of the inputs."""
-    graph = Graph(cycle(inputs), "files", _TRANSFORM, settings, FileChecker(settings))
+    graph = Graph(cycle(inputs), "files", _VIEWS, settings, FileChecker(settings))
     try:
-        views = [graph.take() for _ in inputs]  # all held, as by a slow consumer
+        views = [graph.take()[IMAGES] for _ in inputs]  # all held, as by a slow consumer
         if settings.device_id is not None:
             views = [view.as_cpu() for view in views]
         return np.concatenate([np.array(view) for view in views])
@@ -244,12 +247,12 @@ def _inputs(paths: list[Path]) -> list[GraphInput]:
         tries, place = _TRANSFORM.crop.parameters(draws)
         at_border = np.arange(len(paths)) % 3 == 0
         place = np.where(at_border[:, None], np.where(place < 0.5, 0.0, 1 - 2.0**-24), place)
-        parameters = parameters_of(_TRANSFORM, draws)
+        parameters = tuple(_VIEWS.images.parameters(draws))
         for cuts in ((0, len(paths)), (0, _SPLIT, len(paths))):
             order = rng.permutation(len(paths))
             for index in (order[start:end] for start, end in pairwise(cuts)):
                 crop = (tries[index], place[index])
-                inputs.append(GraphInput(index, data[index], crop, tuple(part[index] for part in parameters)))
+                inputs.append(GraphInput(index, data[index], (crop,), tuple(part[index] for part in parameters)))
     return inputs
 
 

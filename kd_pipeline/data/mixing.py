@@ -19,7 +19,7 @@ from torch import Tensor
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.auto_augment import Array
 
-__all__ = ["MixSettings", "beta_quantiles", "mix_images", "mix_labels", "plan_mixing"]
+__all__ = ["MixSettings", "at_size", "beta_quantiles", "mix_images", "mix_labels", "plan_mixing"]
 
 
 class MixSettings(Settings):
@@ -85,6 +85,15 @@ def plan_mixing(
     corners = np.clip(np.concatenate([start, start + extent], axis=1), 0, [*size, *size])
     columns = [np.where(is_mixed, partner, rows), np.round(own * _FULL_WEIGHT), *corners.T]
     return np.stack(columns, axis=1).astype(np.int64)
+
+
+def at_size(mixing_N6: Tensor, size: tuple[int, int], other: tuple[int, int]) -> Tensor:
+    """The plan for images of height and width `size` as one for those of `other`, with rectangles rounded to pixels."""
+    if size == other:
+        return mixing_N6
+    (height, width), (other_height, other_width) = size, other
+    sides, others = (mixing_N6.new_tensor(pair * 2) for pair in ([height, width], [other_height, other_width]))
+    return torch.cat([mixing_N6[:, :2], (2 * mixing_N6[:, 2:] * others + sides) // (2 * sides)], dim=1)
 
 
 def mix_images(images_NCHW: Tensor, mixing_N6: Tensor) -> Tensor:

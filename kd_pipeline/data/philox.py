@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from enum import IntEnum
+from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Stream", "philox", "stream_key", "stream_words"]
+__all__ = ["Stream", "named_key", "philox", "stream_key", "stream_words"]
 
 
 class Stream(IntEnum):
@@ -28,6 +29,11 @@ _HALF = np.uint64(32)
 def stream_key(seed: int, stream: Stream) -> NDArray[np.uint64]:
     """The key of the words of `stream`, `[2]` uint64."""
     return np.array([seed, stream], dtype=np.uint64)
+
+
+def named_key(seed: int, name: str) -> NDArray[np.uint64]:
+    """The key of words that belong to a name, `[2]` uint64; names that differ have keys that differ."""
+    return np.array([seed, int.from_bytes(sha256(name.encode()).digest()[:8], "little")], dtype=np.uint64)
 
 
 def stream_words(start: int, count: int, *, seed: int, stream: Stream, epoch: int) -> NDArray[np.uint64]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.data.order import DatasetOrder, GlobalOrder, Order, ShardOrder, ShardShuffle, check_shards
-from kd_pipeline.data.philox import Stream, philox, stream_key
+from kd_pipeline.data.philox import Stream, named_key, philox, stream_key
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["BatchPlan", "EpochPlan", "LastBatch", "Plan", "Shard", "uniforms"]
@@ -177,16 +177,26 @@ class EpochPlan:
 
 
 def uniforms(
-    index: NDArray[np.int64], *, seed: int, epoch: int, count: int, repeat: NDArray[np.int64] | Literal[0] = 0
+    index: NDArray[np.int64],
+    *,
+    seed: int,
+    epoch: int,
+    count: int,
+    repeat: NDArray[np.int64] | Literal[0] = 0,
+    view: str | None = None,
+    copy: int = 0,
 ) -> NDArray[np.float32]:
     """`count` random numbers in [0, 1) per sample of `index` `[N]`, `[N, count]` float32, whatever the batch and rank.
 
     Number j of a sample does not depend on `count`: it is 24 bits of half-word j of the Philox blocks with the counter
-    (block, epoch, index, repeat). For `repeat` `[N]` see `BatchPlan`.
+    (block, epoch, index, repeat). For `repeat` `[N]` see `BatchPlan`. A `view` with a name has a key of its own, and
+    its copies are `2**32` repeats apart.
     """
     num_blocks = -(-count // 8)
     block = np.arange(num_blocks, dtype=np.uint64)[:, None]
-    counter = (block, np.array(epoch, dtype=np.uint64), index.astype(np.uint64), np.array(repeat, dtype=np.uint64))
-    words = philox(stream_key(seed, Stream.VIEW), counter).transpose(1, 0, 2)
+    last = np.array(repeat, dtype=np.uint64) + np.uint64(copy << 32)
+    counter = (block, np.array(epoch, dtype=np.uint64), index.astype(np.uint64), last)
+    key = stream_key(seed, Stream.VIEW) if view is None else named_key(seed, view)
+    words = philox(key, counter).transpose(1, 0, 2)
     halves = words.astype("<u8", order="C").view("<u4").reshape(len(index), num_blocks * 8)
     return (halves[:, :count] >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24)

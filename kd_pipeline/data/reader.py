@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline.data.bad_samples import BadSamples
-from kd_pipeline.data.dali import FileChecker, Graph, GraphInput, GraphSettings
+from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.file_reading import read_sample
+from kd_pipeline.data.graph_settings import GraphInput, GraphSettings
 from kd_pipeline.data.mixing import MixSettings, plan_mixing
-from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan, uniforms
+from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Source
-from kd_pipeline.data.transforms import EvalTransform, TrainTransform, parameters_of
+from kd_pipeline.data.views import IMAGES, Views
 
 __all__ = ["INDEX", "LABEL", "MIXING", "VALID", "GroupPlan", "ReadBatch", "ReadGroup", "Reader", "group_size"]
 
@@ -81,8 +82,8 @@ class GroupPlan:
 class ReadGroup:
     """Batches as DALI returns them, at once."""
 
-    images: Any
-    """DALI's dense tensor, `[M, 3, H, W]`."""
+    views: Mapping[str, Any]
+    """DALI's dense tensors by name, `[M, 3, H, W]` or `[M, count, 3, H, W]`."""
     planned: GroupPlan
 
 
@@ -95,13 +96,8 @@ class ReadBatch:
     """Its place in the group."""
 
     @property
-    def images(self) -> Any:
-        """DALI's dense tensor, `[M, 3, H, W]`, of this batch and possibly others."""
-        return self.group.images
-
-    @property
     def rows(self) -> slice:
-        """The rows of `images` that are this batch."""
+        """The rows of the group's views that are this batch."""
         return self.group.planned.rows(self.place)
 
     @property
@@ -121,7 +117,7 @@ class Reader:
     def __init__(
         self,
         source: Source,
-        transform: TrainTransform | EvalTransform,
+        views: Views,
         plan: Plan,
         graph_settings: GraphSettings,
         settings: LoaderSettings,
@@ -133,9 +129,9 @@ class Reader:
         self.bad_samples = BadSamples(source, settings, self._checker, record)
         on_gpu = graph_settings.device_id is not None
         num_threads = graph_settings.num_threads
-        self._group_size = group_size(plan.batch_size, transform, num_threads=num_threads, on_gpu=on_gpu)
+        self._group_size = group_size(plan.batch_size, views, num_threads=num_threads, on_gpu=on_gpu)
         self._settings = replace(graph_settings, max_batch=plan.batch_size * self._group_size)
-        self._source, self._transform, self._plan, self._mix = source, transform, plan, mix
+        self._source, self._views, self._plan, self._mix = source, views, plan, mix
         self._labels = source.labels
         self._epochs = _Epochs(plan)
         self._thread = ThreadPoolExecutor(1, "kd_pipeline-prepare")
@@ -180,10 +176,10 @@ class Reader:
             self.stop()
             inputs = self._pull(epoch, number)
             source = self._source
-            self._graph = Graph(inputs, source.stores, self._transform, self._settings, self._checker, source.read)
+            self._graph = Graph(inputs, source.stores, self._views, self._settings, self._checker, source.read)
         try:
-            images = self._graph.take(stream)
-            group = ReadGroup(images, self._pulled.popleft())
+            views = self._graph.take(stream)
+            group = ReadGroup(views, self._pulled.popleft())
             numbers = range(group.planned.number, group.planned.number + len(group.planned))
             self._next, self._retried = self._after((epoch, numbers[-1])), None
             return {(epoch, own): ReadBatch(group, place) for place, own in enumerate(numbers)}
@@ -288,19 +284,19 @@ class Reader:
         index, readable = self.bad_samples.substitute(plan.index)
         data = self._data_of(index)
         valid = plan.valid & readable
-        num_draws = self._transform.num_draws
-        count = num_draws if self._mix is None else max(num_draws, self._mix.num_draws)
-        draws = uniforms(index, seed=self._plan.seed, epoch=epoch, count=count, repeat=plan.repeat).astype(np.float64)
+        at_least = 0 if self._mix is None else self._mix.num_draws
+        draws = self._views.draw(index, seed=self._plan.seed, epoch=epoch, repeat=plan.repeat, at_least=at_least)
         labels = np.full(len(index), -1) if self._labels is None else self._labels[index]
         metadata = np.stack([index, labels, valid])
         if self._mix is not None:
-            mixing = [self._plan_mixing(self._mix, draws[first:end], valid[first:end]) for first, end in pairwise(ends)]
+            (own,) = draws[IMAGES]
+            mixing = [self._plan_mixing(self._mix, own[first:end], valid[first:end]) for first, end in pairwise(ends)]
             metadata = np.concatenate([metadata, np.concatenate(mixing).T])
         inputs = GraphInput(
             index=index,
             data=data,
-            crop=self._transform.crop.parameters(draws[:, :num_draws]),
-            parameters=parameters_of(self._transform, draws[:, :num_draws]),
+            crops=self._views.crops(draws),
+            parameters=self._views.parameters(draws),
         )
         return metadata, inputs
 
@@ -314,7 +310,7 @@ class Reader:
         return self._checker.kinds.only_files(index, data) if self._source.stores == "files" else data
 
     def _plan_mixing(self, mix: MixSettings, draws: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.int64]:
-        return plan_mixing(mix, draws, valid, size=self._transform.height_width, repeats=self._plan.repeats)
+        return plan_mixing(mix, draws, valid, size=self._views.images.height_width, repeats=self._plan.repeats)
 
 
 class _Epochs:
@@ -337,16 +333,18 @@ class _Epochs:
         self._thread.shutdown(cancel_futures=True)
 
 
-def group_size(batch_size: int, transform: TrainTransform | EvalTransform, *, num_threads: int, on_gpu: bool) -> int:
+def group_size(batch_size: int, views: Views, *, num_threads: int, on_gpu: bool) -> int:
     """How many batches DALI processes at once.
 
     After each op its threads wait for the slowest image, and the time in Python hardly depends on the number of images.
     """
-    batch_bytes = batch_size * math.prod(transform.image_shape) * np.dtype(transform.dtype).itemsize
-    if batch_bytes % _ALIGNMENT:
-        return 1
+    for view in views:
+        image_bytes = view.copies * math.prod(view.image_shape) * np.dtype(view.normalize.dtype).itemsize
+        if batch_size * image_bytes % _ALIGNMENT:
+            return 1
     images = _GROUP_IMAGES if on_gpu else min(_GROUP_IMAGES, _GROUP_PER_THREAD * num_threads)
-    images = min(images, images * _GROUP_SIDE**2 // math.prod(transform.height_width))
+    area = sum(view.copies * math.prod(view.height_width) for view in views)
+    images = min(images, images * _GROUP_SIDE**2 // area)
     return max(1, images // batch_size)
 
 

@@ -15,6 +15,7 @@ from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import LastBatch
 from kd_pipeline.data.sources.base import SourceSettings
 from kd_pipeline.data.transforms import TransformSettings
+from kd_pipeline.data.views import Views, ViewSettings
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["SPLITS", "DataSettings", "LoaderOptions", "LoaderSettings", "OnBadSample", "SplitSettings"]
@@ -95,6 +96,9 @@ class SplitSettings(Settings):
 
     source: SourceSettings
     transform: TransformSettings
+    views: dict[str, ViewSettings] = Field(default_factory=dict)
+    """More views of each image, made of the same decoding: one that follows another at a different size, or one with a
+    transform of its own. `transform` describes the view `images`."""
     mix: MixSettings | None = None
     """Mixup and CutMix of whole batches, before the teacher sees them; defaults to none."""
     repeats: int = Field(default=1, ge=1)
@@ -106,6 +110,14 @@ class SplitSettings(Settings):
     last_batch: LastBatch | None = None
     """What to do with samples that do not fill a batch; defaults to `drop` for `train`. For all others it is
     `keep` or, on several ranks, `pad`, whose extra rows are not valid and so not counted."""
+
+    @model_validator(mode="after")
+    def _views_exist(self) -> "SplitSettings":
+        try:
+            Views.of(self.transform, self.views)
+        except ConfigError as exc:
+            raise ValueError(str(exc)) from None
+        return self
 
 
 class DataSettings(LoaderSettings):

@@ -30,7 +30,8 @@ __all__ = [
     "RandomResizedCrop",
     "TrainTransform",
     "TransformSettings",
-    "parameters_of",
+    "with_own_color",
+    "with_own_erasing",
 ]
 
 
@@ -186,14 +187,14 @@ TransformSettings = Annotated[TrainTransform | EvalTransform, Field(discriminato
 """What a config may have under `transform`."""
 
 
-def parameters_of(transform: TrainTransform | EvalTransform, draws: Array) -> tuple[NDArray[Any], ...]:
-    """Parameters of all ops after the crop, `[N, ...]` each, from uniform numbers `[N, transform.num_draws]`."""
-    parameters = (array for op in transform.ops for array in op.parameters(draws))
-    # DALI has no use for double precision.
-    return tuple(
-        np.ascontiguousarray(array, dtype=np.float32 if array.dtype == np.float64 else array.dtype)
-        for array in parameters
-    )
+def with_own_color(draws: Array, own: Array) -> Array:
+    """`draws` `[N, num_draws]` with the numbers of `own` for jitter, grayscale and blur."""
+    return _with_slots(draws, own, slice(_GRAYSCALE, _BLUR_SIGMA + 1))
+
+
+def with_own_erasing(draws: Array, own: Array) -> Array:
+    """`draws` `[N, num_draws]` with the numbers of `own` for erasing."""
+    return _with_slots(draws, own, slice(_ERASE, _ERASE_CORNER.stop))
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ class RandomResizedCrop:
 
     ndims: ClassVar[tuple[int, ...]] = ()
     """Dimensions per sample of each array that `apply` takes."""
+    takes_all: ClassVar[bool] = False
+    """Whether its windows are always whole images."""
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """Candidate windows, and where to put the one that is chosen.
@@ -257,6 +260,7 @@ class CenterCrop:
     """Shorter side of the rectangle, of the crop's aspect ratio, that the resized image covers."""
 
     ndims: ClassVar[tuple[int, ...]] = (1, 1)
+    takes_all: ClassVar[bool] = True
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """No parameters, because nothing is random."""
@@ -320,6 +324,11 @@ class GaussianBlur:
     sigma: Range
 
     ndims: ClassVar[tuple[int, ...]] = (0, 0)
+
+    def at_scale(self, scale: tuple[float, float]) -> "GaussianBlur":
+        """The same blur of images that are `scale` times as high and wide."""
+        factor = math.sqrt(math.prod(scale))
+        return GaussianBlur(self.probability, (self.sigma[0] * factor, self.sigma[1] * factor))
 
     def parameters(self, draws: Array) -> tuple[NDArray[Any], ...]:
         """Standard deviation and window size in pixels, `[N]` each; a window of one pixel means no blur."""
@@ -405,6 +414,12 @@ _AREA, _RATIO = slice(3, 3 + _NUM_TRIES), slice(13, 13 + _NUM_TRIES)
 _GRAYSCALE, _COLOR = 23, slice(24, 28)
 _BLUR, _BLUR_SIGMA = 28, 29
 _ERASE, _ERASE_AREA, _ERASE_RATIO, _ERASE_CORNER = 30, 31, 32, slice(33, 35)
+
+
+def _with_slots(draws: Array, own: Array, slots: slice) -> Array:
+    merged = draws.copy()
+    merged[:, slots] = own[:, slots]
+    return merged
 
 
 def _uniform(limits: Range, draws: Array) -> Array:

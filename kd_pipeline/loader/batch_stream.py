@@ -18,10 +18,11 @@ from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.paths import argument_path
+from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSample
-from kd_pipeline.data.dali import DecodeMode, GraphSettings
 from kd_pipeline.data.decode import Decoding, resolve_decode
+from kd_pipeline.data.graph_settings import DecodeMode, GraphSettings
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.order import Shuffle, read_shuffle, shuffle_fields
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
@@ -30,6 +31,7 @@ from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.data.uniform import UniformCounter
+from kd_pipeline.data.views import IMAGES, Views, ViewSettings, view_fields
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.loader.position import Consumer, Position
 from kd_pipeline.loader.prepare import PendingBatch, Preparation
@@ -59,6 +61,8 @@ class BatchStream:
         transform: TrainTransform | EvalTransform,
         teacher: Teacher | Recording | None = None,
         *,
+        views: Mapping[str, ViewSettings] | None = None,
+        teacher_view: str = IMAGES,
         mix: MixSettings | None = None,
         batch_size: int,
         seed: int = 0,
@@ -72,7 +76,11 @@ class BatchStream:
     ) -> None:
         """Plan the batches; DALI starts with the first one. `KDDataLoader` describes the arguments."""
         settings = LoaderSettings.of(
-            options, others=("mix", "batch_size", "seed", "shuffle", "last_batch", "repeats", "run_dir", "prepare")
+            options,
+            others=(
+                *("views", "teacher_view", "mix", "batch_size", "seed", "shuffle", "last_batch", "repeats", "run_dir"),
+                "prepare",
+            ),
         )
         self._prepare = prepare
         if prepare is not None and isinstance(teacher, Recording):
@@ -81,6 +89,17 @@ class BatchStream:
                 "they were; give a live teacher, or change the batch in your loop"
             )
         self.source, self.transform, self.teacher, self.mix = source, transform, teacher, mix
+        self.views = Views.of(transform, views)
+        """How the views of a sample are made; `transform` describes the first."""
+        self._view_fields = view_fields(transform, views or {})
+        self.teacher_view = teacher_view
+        """What the teacher is called with."""
+        if teacher_view not in self.views:
+            names = self.views.names
+            raise ConfigError(
+                f"teacher_view is {teacher_view!r}, and there is no such view{suggest(teacher_view, names)}; there are "
+                f"{', '.join(names)}"
+            )
         self.device = resolve_device(settings.device)
         self.batch_size = batch_size
         self.classes = source.classes
@@ -440,12 +459,20 @@ class BatchStream:
         return plan
 
     def _new_preparation(self) -> Preparation:
-        size = self.transform.height_width
-        return Preparation(self.source, size, self.mix, self.teacher, self.device, self._sync, self._prepare)
+        return Preparation(
+            self.source,
+            self.views,
+            self.mix,
+            self.teacher,
+            self.teacher_view,
+            self.device,
+            self._sync,
+            self._prepare,
+        )
 
     def _new_reader(self) -> Reader:
         settings = self._graph_settings, self._settings
-        return Reader(self.source, self.transform, self._plan, *settings, self.mix, self._record)
+        return Reader(self.source, self.views, self._plan, *settings, self.mix, self._record)
 
     def _adopt_shard(self) -> None:
         """Plan again if this process turns out to be one of several."""
@@ -468,7 +495,8 @@ class BatchStream:
 
         def open_reader(plan: Plan) -> Reader:
             graph_settings = replace(self._graph_settings, prefetch=1)
-            return Reader(self.source, self.transform, plan, graph_settings, self._settings, self.mix)
+            images = Views.of(self.transform)
+            return Reader(self.source, images, plan, graph_settings, self._settings, self.mix)
 
         check_pixels(
             recording, self._plan, self.mix, open_reader=open_reader, sync=self._sync, name_of=self.source.name
@@ -485,6 +513,7 @@ class BatchStream:
             "source": self.source.fingerprint,
             "num_samples": len(self.source),
             "transform": transform_fields(self.transform),
+            "views": self._view_fields or None,
             "mix": None if self.mix is None else self.mix.model_dump(mode="json"),
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
             "seed": self._plan.seed,
@@ -512,9 +541,8 @@ class BatchStream:
 
     def _check_teacher(self, teacher: Teacher) -> None:
         """Refuse now what would fail, or be silently wrong, at the first batch."""
-        teacher.check_fits(
-            (self.batch_size, *self.transform.image_shape), getattr(torch, self.transform.dtype), self.device
-        )
+        view = self.views[self.teacher_view]
+        teacher.check_fits((self.batch_size, *view.image_shape), getattr(torch, view.normalize.dtype), self.device)
         ours = self.classes
         for name, theirs in teacher.logits.items():
             if ours is not None and theirs is not None and ours != theirs:

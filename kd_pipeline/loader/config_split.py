@@ -9,6 +9,7 @@ from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import LastBatch
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source, open_source
+from kd_pipeline.data.views import ViewSettings
 
 if TYPE_CHECKING:
     from kd_pipeline.config.config import Config
@@ -19,6 +20,8 @@ __all__ = ["EACH_IMAGE_ONCE", "LoaderArguments", "open_split", "split_arguments"
 class LoaderArguments(LoaderOptions, total=False):
     """The arguments of `KDDataLoader` that a config has, which `from_config` can change."""
 
+    views: Mapping[str, ViewSettings] | None
+    teacher_view: str
     mix: MixSettings | None
     batch_size: int
     seed: int
@@ -41,6 +44,7 @@ def split_arguments(config: "Config", split: str, changes: Mapping[str, Any]) ->
     data, settings = config.data, config.data.split(split)
     is_training = split == "train"
     return {
+        "views": settings.views,
         "mix": settings.mix,
         "batch_size": data.batch_size,
         "seed": config.seed,

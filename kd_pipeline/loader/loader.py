@@ -1,6 +1,6 @@
 """`KDDataLoader`: batches of images with the teacher's outputs, from whatever source and teacher it is given."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, Unpack
@@ -18,6 +18,7 @@ from kd_pipeline.data.settings import LoaderOptions
 from kd_pipeline.data.sources import Source, save_classes
 from kd_pipeline.data.sources.base import AnySourceSettings
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.views import IMAGES, ViewSettings
 from kd_pipeline.loader.batch_stream import BatchStream
 from kd_pipeline.loader.config_split import LoaderArguments, open_split, split_arguments
 from kd_pipeline.loader.config_teacher import open_config_teacher
@@ -67,6 +68,8 @@ class KDDataLoader(BatchStream):
         transform: TrainTransform | EvalTransform,
         teacher: Teacher | Recording | nn.Module | AnyTeacherSettings | None = None,
         *,
+        views: Mapping[str, ViewSettings] | None = None,
+        teacher_view: str = IMAGES,
         mix: MixSettings | None = None,
         batch_size: int,
         seed: int = 0,
@@ -89,6 +92,8 @@ class KDDataLoader(BatchStream):
             teacher: a teacher to run on every batch, or its recorded outputs, which the loader does not close; or a
                 module or settings, which are opened for these images, matched to the order of the classes, and closed
                 with the loader.
+            views: more views of each image, by name, made of the same decoding; `batch.views` has them.
+            teacher_view: the view that the teacher sees; defaults to `images`, which `transform` describes.
             mix: how to mix images of a batch before the teacher sees them; turns labels into float weights.
             batch_size: images in a batch of this process; with `mix`, a multiple of `2 * repeats`.
             seed: 0 to 2**64 - 1; equal on all ranks.
@@ -138,6 +143,8 @@ class KDDataLoader(BatchStream):
                 opened_source,
                 transform,
                 teacher,
+                views=views,
+                teacher_view=teacher_view,
                 mix=mix,
                 batch_size=batch_size,
                 seed=seed,

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.data.mixing import MixSettings, mix_images, mix_labels
+from kd_pipeline.data.mixing import MixSettings, at_size, mix_images, mix_labels
 from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Reader, ReadGroup
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.uniform import counted, is_uniform
+from kd_pipeline.data.views import IMAGES, Views
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.teachers.base import Teacher
@@ -22,15 +23,19 @@ from kd_pipeline.teachers.recorded.recording import Recording
 __all__ = ["PendingBatch", "Preparation"]
 
 
+_Parts = tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]
+"""Views by name, metadata, index, valid and `counted` of a batch."""
+
+
 @dataclass(frozen=True, slots=True)
 class PendingBatch:
     """A batch whose teacher outputs are complete, or on a GPU will be at its event."""
 
     batch: KDBatch
     buffer: object
-    """DALI's handle of the images."""
+    """DALI's handles of the views."""
     torch_owned: list[Tensor]
-    """The tensors whose memory torch allocated: all but the images, and these too if mixed."""
+    """The tensors whose memory torch allocated: all but the views, and these too if mixed."""
     event: Any
     counted: Tensor
     """`[2, N]` bool, for the counter of images that had a single color before they were mixed."""
@@ -41,15 +46,16 @@ class Preparation:
     """What is done to every batch that DALI returns."""
 
     source: Source
-    size: tuple[int, int]
-    """Height and width of the images."""
+    views: Views
     mix: MixSettings | None
     teacher: Teacher | Recording | None
+    teacher_view: str
+    """What the teacher is called with."""
     device: torch.device
     sync: StreamSync
     change: Callable[[KDBatch], KDBatch] | None = None
     """The user's function, which changes a batch before the teacher sees it."""
-    _groups: WeakKeyDictionary[ReadGroup, list[tuple[Tensor, ...]]] = field(default_factory=WeakKeyDictionary)
+    _groups: WeakKeyDictionary[ReadGroup, list[_Parts]] = field(default_factory=WeakKeyDictionary)
     """What `_split` returned for the groups of which batches are to come."""
 
     def prepare(self, reader: Reader, epoch: int, number: int) -> PendingBatch:
@@ -59,18 +65,18 @@ class Preparation:
             batches = self._groups.get(read.group)
             if batches is None:
                 batches = self._groups[read.group] = self._split(read.group)
-            images, metadata, index, valid, counted = batches[read.place]
-            labels = None if self.source.labels is None else metadata[LABEL]
+            made, metadata, index, valid, counted = batches[read.place]
+            views, labels = dict(made), None if self.source.labels is None else metadata[LABEL]
             if self.mix is not None:
-                images, labels = self._mixed(self.mix, images, labels, metadata[MIXING].T)
-            batch = KDBatch(images=images, labels=labels, index=index, valid=valid)
+                views, labels = self._mixed(self.mix, views, labels, metadata[MIXING].T)
+            batch = KDBatch(images=views.pop(IMAGES), labels=labels, index=index, valid=valid, views=views)
             if self.change is not None:
                 batch = self._changed(self.change, batch)
-            batch = batch.replace(teacher=self._teacher_outputs(batch.input, read, epoch))
-            tensors = [batch.labels, batch.index, batch.valid, counted, *batch.inputs.values(), *batch.teacher.values()]
-            # The images are DALI's own, unless something made new ones.
-            owned = [each for each in tensors if each is not None and (self.mix is not None or each is not images)]
-            return PendingBatch(batch, read.images, owned, self.sync.record_event(), counted)
+            batch = batch.replace(teacher=self._teacher_outputs(batch, read, epoch))
+            # The views are DALI's own, unless something made new ones.
+            of_dali = {id(view) for view in made.values()}
+            owned = [each for each in (*batch.tensors(), counted) if id(each) not in of_dali]
+            return PendingBatch(batch, read.group.views, owned, self.sync.record_event(), counted)
 
     def _changed(self, change: Callable[[KDBatch], KDBatch], batch: KDBatch) -> KDBatch:
         changed: object = change(batch)
@@ -88,17 +94,19 @@ class Preparation:
         return changed
 
     @torch.inference_mode(False)  # the next batch may be trained on
-    def _split(self, group: ReadGroup) -> list[tuple[Tensor, ...]]:
-        """Images, metadata, index, valid and `counted` of each batch of a group, as parts of the group's tensors.
+    def _split(self, group: ReadGroup) -> list[_Parts]:
+        """Views, metadata, index, valid and `counted` of each batch of a group, as parts of the group's tensors.
 
         What is done to all batches at once takes as long as for one of them.
         """
-        images, metadata = self.sync.as_tensor(group.images), self.sync.to_device(group.planned.metadata)
+        views = {name: self.sync.as_tensor(view) for name, view in group.views.items()}
+        metadata = self.sync.to_device(group.planned.metadata)
         valid = metadata[VALID].bool()
-        of_images = counted(is_uniform(images), valid)
+        of_images = counted(is_uniform(views[IMAGES]), valid)
         sizes = [end - start for start, end in pairwise(group.planned.ends)]
+        split = zip(*(view.split_with_sizes(sizes) for view in views.values()), strict=True)
         parts = (
-            images.split_with_sizes(sizes),
+            [dict(zip(views, batch, strict=True)) for batch in split],
             metadata.split_with_sizes(sizes, 1),
             metadata[INDEX].split_with_sizes(sizes),
             valid.split_with_sizes(sizes),
@@ -107,22 +115,25 @@ class Preparation:
         return list(zip(*parts, strict=True))
 
     def _mixed(
-        self, mix: MixSettings, images: Tensor, labels: Tensor | None, columns: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mixed images in a new tensor, and labels as weights `[N, K]`."""
-        num_classes = self.source.num_classes
+        self, mix: MixSettings, views: Mapping[str, Tensor], labels: Tensor | None, columns: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Mixed views in new tensors, all with the same partners, and labels as weights `[N, K]`."""
+        num_classes, size = self.source.num_classes, self.views.images.height_width
         if labels is not None and num_classes is not None:
             smoothing = mix.label_smoothing
-            labels = mix_labels(labels, columns, num_classes=num_classes, label_smoothing=smoothing, size=self.size)
-        return mix_images(images, columns), labels
+            labels = mix_labels(labels, columns, num_classes=num_classes, label_smoothing=smoothing, size=size)
+        mixed = {}
+        for name, view in views.items():
+            images = view.flatten(1, -3)  # the copies as channels
+            plan = at_size(columns, size, self.views[name].height_width)
+            mixed[name] = mix_images(images, plan).view(view.shape)
+        return mixed, labels
 
-    def _teacher_outputs(
-        self, inputs: Tensor | Mapping[str, Tensor], read: ReadBatch, epoch: int
-    ) -> Mapping[str, Tensor]:
+    def _teacher_outputs(self, batch: KDBatch, read: ReadBatch, epoch: int) -> Mapping[str, Tensor]:
         match self.teacher:
             case None:
                 return {}
             case Recording() as recording:
                 return recording.replay(epoch, read.plan.position, read.metadata[INDEX], device=self.device)
             case teacher:
-                return teacher(inputs)
+                return teacher(batch.input if self.teacher_view == IMAGES else batch.views[self.teacher_view])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from kd_pipeline.data.mixing import MixSettings, mix_images
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.reader import INDEX, MIXING, Reader
+from kd_pipeline.data.views import IMAGES
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.state import changed_fields
 from kd_pipeline.loader.streams import StreamSync
@@ -94,7 +95,7 @@ def check_pixels(
     try:
         batch = reader.read(epoch, 0, sync.stream)
         with sync.on_teacher_stream():
-            images = sync.as_tensor(batch.images)[batch.rows]
+            images = sync.as_tensor(batch.group.views[IMAGES])[batch.rows]
             if mix is not None:
                 images = mix_images(images, sync.to_device(batch.metadata[MIXING]).T)
             sample = batch.metadata[INDEX]

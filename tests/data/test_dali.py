@@ -18,6 +18,7 @@ from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.views import IMAGES, Views
 from kd_pipeline.errors import ConfigError
 from tests.corpus import ODD, encoded
 from tests.views import PIXELS, graph_settings, open_graph, render, samples_of
@@ -319,7 +320,7 @@ def test_doubtful_file_is_fully_decoded_once(photo, tmp_path, monkeypatch, name)
     settings = graph_settings(1)
     checker = FileChecker(settings)
     for _ in range(2):
-        graph = Graph(itertools.repeat(samples_of(EVAL, [path])), "files", EVAL, settings, checker)
+        graph = Graph(itertools.repeat(samples_of(EVAL, [path])), "files", Views.of(EVAL), settings, checker)
         for _ in range(3):
             graph.take()
         graph.close()
@@ -403,7 +404,7 @@ def test_batches_come_in_order(tmp_path, prefetch, transform, stores):
     samples = batches(7, 5, transform, tmp_path if stores == "files" else None)
     graph = open_graph(samples, stores, transform, graph_settings(5, prefetch=prefetch))
     for number in range(7):
-        images = np.array(graph.take())
+        images = np.array(graph.take()[IMAGES])
         assert images.shape == (5 - number % 2, 3, 32, 32) and (images == number).all()
     for _ in range(2):
         with pytest.raises(StopIteration):
@@ -435,7 +436,7 @@ def test_bad_file_fails_only_its_batch(tmp_path, prefetch, number, spoil):
     spoil(tmp_path / f"{number}_3.png")
     graph = open_graph(iter(samples), "files", EVAL, graph_settings(5, prefetch=prefetch))
     for good in range(number):
-        assert (np.array(graph.take()) == good).all()
+        assert (np.array(graph.take()[IMAGES]) == good).all()
     with pytest.raises(RuntimeError):
         graph.take()
     graph.close()
@@ -444,7 +445,7 @@ def test_bad_file_fails_only_its_batch(tmp_path, prefetch, number, spoil):
 def test_held_batches_survive_close():
     """Held as torch tensors, which share DALI's memory."""
     graph = open_graph(batches(20, 4), "pixels", EVAL, graph_settings(4, prefetch=2))
-    held = [torch.from_dlpack(graph.take()) for _ in range(20)]
+    held = [torch.from_dlpack(graph.take()[IMAGES]) for _ in range(20)]
     graph.close()
     assert len({images.data_ptr() for images in held}) == 20
     for number, images in enumerate(held):

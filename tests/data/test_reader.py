@@ -17,6 +17,7 @@ from kd_pipeline.data.reader import INDEX, VALID, ReadBatch, Reader, group_size
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.views import IMAGES, Views
 from kd_pipeline.errors import BadSampleError
 from tests.corpus import cut_in_half
 from tests.views import graph_settings
@@ -39,7 +40,7 @@ def open_reader(photo_folder: Path) -> Iterator[Open]:
         source = ImageFolder(root) if isinstance(root, Path) else root
         plan = Plan(num_samples=len(source), batch_size=BATCH_SIZE, seed=3, shuffle=False)
         settings = graph_settings(BATCH_SIZE, prefetch=prefetch)
-        opened.append(Reader(source, TRAIN, plan, settings, LoaderSettings(**policy)))
+        opened.append(Reader(source, Views.of(TRAIN), plan, settings, LoaderSettings(**policy)))
         return opened[-1]
 
     yield make
@@ -55,12 +56,12 @@ def undecodable(path: Path) -> None:
 
 
 def pixels(read: ReadBatch) -> NDArray[np.float32]:
-    return np.array(read.images)[read.rows]
+    return np.array(read.group.views[IMAGES])[read.rows]
 
 
 def group_sizes(reads: Iterable[ReadBatch]) -> list[int]:
     held = list(reads)
-    return [len(list(group)) for _, group in itertools.groupby(id(read.images) for read in held)]
+    return [len(list(group)) for _, group in itertools.groupby(id(read.group) for read in held)]
 
 
 def fail(error: BaseException) -> None:
@@ -74,13 +75,13 @@ def fail(error: BaseException) -> None:
 def test_group_size_of_small_batches(batch_size: int, image_size: int, num_batches: int) -> None:
     transform = TrainTransform(size=image_size)
     for num_threads, on_gpu in ((1, True), (8, False), (64, False)):
-        assert group_size(batch_size, transform, num_threads=num_threads, on_gpu=on_gpu) == num_batches
+        assert group_size(batch_size, Views.of(transform), num_threads=num_threads, on_gpu=on_gpu) == num_batches
 
 
 def test_few_threads_get_few_images_at_once() -> None:
     def sizes(num_threads: int) -> list[int]:
         return [
-            group_size(batch_size, TrainTransform(size=size), num_threads=num_threads, on_gpu=False)
+            group_size(batch_size, Views.of(TrainTransform(size=size)), num_threads=num_threads, on_gpu=False)
             for batch_size, size in ((8, 224), (32, 32), (64, 224), (16, 448))
         ]
 
@@ -91,9 +92,9 @@ def test_group_batches_are_aligned_for_engines() -> None:
     for batch_size, size, dtype in itertools.product((1, 3, 8, 20, 64), (17, 24, 32, 33, 224), ("float32", "float16")):
         transform = EvalTransform(size=size, dtype=dtype)
         batch_bytes = batch_size * 3 * size**2 * np.dtype(dtype).itemsize
-        num_batches = group_size(batch_size, transform, num_threads=8, on_gpu=False)
+        num_batches = group_size(batch_size, Views.of(transform), num_threads=8, on_gpu=False)
         assert num_batches == 1 or batch_bytes % 256 == 0
-    assert group_size(64, EvalTransform(size=33), num_threads=8, on_gpu=False) == 4
+    assert group_size(64, Views.of(EvalTransform(size=33)), num_threads=8, on_gpu=False) == 4
 
 
 def test_groups_double_after_first_batch(open_reader: Open) -> None:
@@ -214,7 +215,7 @@ def test_stop_drops_batches_read_ahead(open_reader: Open) -> None:
     reader = open_reader(on_bad_sample="substitute", max_bad_fraction=0.2)
     for number in range(4):
         last = reader.read(0, number)
-    assert len(np.array(last.images)) > last.rows.stop  # includes batch 4
+    assert len(np.array(last.group.views[IMAGES])) > last.rows.stop  # includes batch 4
     reader.stop()
     reader.bad_samples.restore([17])
     after = reader.read(0, 4)

@@ -1,0 +1,340 @@
+"""Views: the images that are made of each sample from one decoding of it, and the random numbers of each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Discriminator, Field, Tag
+
+from kd_pipeline._core.channels import ChannelMeans, ChannelStds
+from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.suggestions import suggest
+from kd_pipeline._core.text import printable
+from kd_pipeline.data.auto_augment import Array, AutoAugment
+from kd_pipeline.data.plan import uniforms
+from kd_pipeline.data.transforms import (
+    CenterCrop,
+    ColorJitter,
+    EvalTransform,
+    GaussianBlur,
+    Normalize,
+    PixelOp,
+    RandomErasing,
+    RandomResizedCrop,
+    Size,
+    TrainTransform,
+    with_own_color,
+    with_own_erasing,
+)
+from kd_pipeline.errors import ConfigError
+
+__all__ = ["IMAGES", "EvalView", "FollowingView", "TrainView", "View", "ViewSettings", "Views", "view_fields"]
+
+IMAGES = "images"
+"""The view that `transform` describes."""
+
+Sharing = Literal["shared", "own", "none"]
+_FORMAT = ("interpolation", "mean", "std", "dtype", "orientation")
+"""What a view takes from `transform` unless it says otherwise."""
+
+
+class FollowingView(Settings):
+    """The windows of another view at another size, with its flips and all that moves pixels."""
+
+    follow: str
+    """The view that it follows: `images`, or one with a transform of its own."""
+    size: Size
+    """Height and width of the finished image, in pixels. Another aspect ratio stretches the window."""
+    color: Sharing = "shared"
+    """Color jitter, grayscale, blur, and the ops of `auto_augment` that change colors: `shared` is what the other view
+    drew, `own` other numbers from the same ranges, and `none` leaves them out."""
+    erase: Sharing = "shared"
+    """The same of the rectangle that is erased."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """This and the next three default to those of the other view."""
+    mean: ChannelMeans | None = None
+    std: ChannelStds | None = None
+    dtype: Literal["float32", "float16"] | None = None
+
+
+class TrainView(TrainTransform):
+    """Windows of its own. Interpolation, mean, std, dtype and orientation default to those of `transform`."""
+
+    count: int | None = Field(default=None, ge=1, le=64)
+    """Windows of each image, which makes the view `[N, count, 3, H, W]`; defaults to one, as `[N, 3, H, W]`."""
+
+
+class EvalView(EvalTransform):
+    """The center of the image. Interpolation, mean, std, dtype and orientation default to those of `transform`."""
+
+
+def _kind_of(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        return "follow" if "follow" in value else value.get("preset")
+    return "follow" if isinstance(value, FollowingView) else getattr(value, "preset", None)
+
+
+ViewSettings = Annotated[
+    Annotated[FollowingView, Tag("follow")] | Annotated[TrainView, Tag("train")] | Annotated[EvalView, Tag("eval")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="view_kind",
+        custom_error_message="a view needs `follow`, the name of another view, or `preset`, which is train or eval",
+    ),
+]
+"""What a config may have for each view under `views`."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of every sample, as a graph makes it."""
+
+    name: str
+    crop: RandomResizedCrop | CenterCrop
+    ops: tuple[PixelOp, ...]
+    """After the crop."""
+    num_draws: int
+    """Uniform numbers that each copy needs."""
+    count: int | None = None
+    """Copies of it, each with a window of its own; None for one, without a dimension."""
+    leader: str | None = None
+    """The view whose windows and draws it has; None for a view with its own."""
+    color: Sharing = "shared"
+    erase: Sharing = "shared"
+
+    @property
+    def copies(self) -> int:
+        """How many images it has of each sample."""
+        return self.count or 1
+
+    @property
+    def normalize(self) -> Normalize:
+        """The last op, which determines the format."""
+        last = self.ops[-1]
+        assert isinstance(last, Normalize)
+        return last
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return self.crop.size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(3, H, W)`."""
+        return (3, *self.crop.size)
+
+    def parameters(self, draws: Array) -> Iterator[NDArray[Any]]:
+        """Parameters of all ops of a copy, `[N, ...]` each, from its uniform numbers `[N, num_draws]`."""
+        for op in self.ops:
+            for array in op.parameters(draws):
+                # DALI has no use for double precision.
+                dtype = np.float32 if array.dtype == np.float64 else array.dtype
+                yield np.ascontiguousarray(array, dtype=dtype)
+
+    @property
+    def ndims(self) -> list[int]:
+        """Dimensions per sample of each array of `parameters`."""
+        return [ndim for op in self.ops for ndim in op.ndims]
+
+
+Draws = Mapping[str, Sequence[Array]]
+"""Uniform numbers `[N, ...]` of each copy, by the name of the view."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """All views of a loader; `images` is the first. Leaders come before the views that follow them."""
+
+    views: tuple[View, ...]
+    _by_name: dict[str, View] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {view.name: view for view in self.views})
+
+    @classmethod
+    def of(
+        cls,
+        transform: TrainTransform | EvalTransform,
+        settings: Mapping[str, FollowingView | TrainView | EvalView] | None = None,
+    ) -> "Views":
+        """The views of a split.
+
+        Raises:
+            ConfigError: a name is taken, or a view follows none that exists.
+        """
+        found, settings = {IMAGES: _own(IMAGES, transform)}, settings or {}
+        for name, view in settings.items():
+            if name == IMAGES or not name or printable(name) != name:
+                raise ConfigError(f"views: {name!r} cannot be the name of a view; {IMAGES} is that of the transform")
+            if not isinstance(view, FollowingView):
+                found[name] = _own(name, _with_format_of(transform, view, name), getattr(view, "count", None))
+        for name, view in settings.items():
+            if isinstance(view, FollowingView):
+                found[name] = _following(name, view, found)
+        return cls(tuple(found.values()))
+
+    def __iter__(self) -> Iterator[View]:
+        return iter(self.views)
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, name: str) -> View:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @property
+    def names(self) -> list[str]:
+        """Those of all views."""
+        return [view.name for view in self.views]
+
+    @property
+    def images(self) -> View:
+        """The view that `transform` describes."""
+        return self.views[0]
+
+    @cached_property
+    def leaders(self) -> tuple[View, ...]:
+        """The views with windows of their own."""
+        return tuple(view for view in self.views if view.leader is None)
+
+    @property
+    def windows(self) -> list[tuple[View, int]]:
+        """Each window that is cut from an image: its view, and which copy of it."""
+        return [(view, copy) for view in self.leaders for copy in range(view.copies)]
+
+    def draw(
+        self,
+        index: NDArray[np.int64],
+        *,
+        seed: int,
+        epoch: int,
+        repeat: NDArray[np.int64] | Literal[0] = 0,
+        at_least: int = 0,
+    ) -> Draws:
+        """Uniform numbers of all views of the samples `index` `[N]`, whatever the batch and rank.
+
+        Args:
+            index: positions in the dataset.
+            seed: of the plan.
+            epoch: counted from 0.
+            repeat: see `BatchPlan`.
+            at_least: numbers that mixing needs of `images`.
+        """
+
+        def own(view: View, count: int) -> list[Array]:
+            name = None if view is self.images else view.name
+            drawn = (
+                uniforms(index, seed=seed, epoch=epoch, count=count, repeat=repeat, view=name, copy=copy)
+                for copy in range(view.copies)
+            )
+            return [numbers.astype(np.float64) for numbers in drawn]
+
+        draws: dict[str, Sequence[Array]] = {}
+        for view in self.views:
+            if view.leader is None:
+                draws[view.name] = own(view, max(view.num_draws, at_least if view is self.images else 0))
+            elif view.color == view.erase == "shared":
+                draws[view.name] = draws[view.leader]
+            else:
+                draws[view.name] = [
+                    _merged(view, *pair) for pair in zip(draws[view.leader], own(view, view.num_draws), strict=True)
+                ]
+        return draws
+
+    def crops(self, draws: Draws) -> tuple[tuple[Array, ...], ...]:
+        """Parameters of the crop of each of `windows`, `[N, ...]` each."""
+        return tuple(view.crop.parameters(draws[view.name][copy]) for view, copy in self.windows)
+
+    def parameters(self, draws: Draws) -> tuple[NDArray[Any], ...]:
+        """Parameters of all that follows the crops, view by view and copy by copy, `[N, ...]` each."""
+        return tuple(array for view in self.views for numbers in draws[view.name] for array in view.parameters(numbers))
+
+
+def view_fields(
+    transform: TrainTransform | EvalTransform, settings: Mapping[str, FollowingView | TrainView | EvalView]
+) -> dict[str, Any]:
+    """What the views in `settings` depend on besides `transform`, as plain values."""
+    return {
+        name: (view if isinstance(view, FollowingView) else _with_format_of(transform, view, name)).model_dump(
+            mode="json"
+        )
+        for name, view in settings.items()
+    }
+
+
+def _own(name: str, transform: TrainTransform | EvalTransform, count: int | None = None) -> View:
+    return View(name, transform.crop, transform.ops, transform.num_draws, count)
+
+
+def _with_format_of(
+    transform: TrainTransform | EvalTransform, view: TrainView | EvalView, name: str
+) -> TrainView | EvalView:
+    """`view` with the format of `transform`, where it has not said another."""
+    if "orientation" in view.model_fields_set and view.orientation != transform.orientation:
+        raise ConfigError(
+            f"views.{name}.orientation is {view.orientation} and that of transform {transform.orientation}, but each "
+            "image is decoded once; leave it out"
+        )
+    inherited = {key: getattr(transform, key) for key in _FORMAT if key not in view.model_fields_set}
+    return view.model_copy(update=inherited)
+
+
+def _following(name: str, settings: FollowingView, found: Mapping[str, View]) -> View:
+    leader = found.get(settings.follow)
+    if leader is None or leader.leader is not None:
+        leaders = [view.name for view in found.values() if view.leader is None]
+        raise ConfigError(
+            f"views.{name}.follow is {settings.follow!r}, and a view follows {IMAGES} or one with a preset"
+            f"{suggest(settings.follow, leaders)}; these are {', '.join(leaders)}"
+        )
+    size = settings.size if isinstance(settings.size, tuple) else (settings.size, settings.size)
+    scale = size[0] / leader.height_width[0], size[1] / leader.height_width[1]
+    normalize = replace(
+        leader.normalize,
+        **{key: value for key in ("mean", "std", "dtype") if (value := getattr(settings, key)) is not None},
+    )
+    ops: list[PixelOp] = []
+    for op in leader.ops[:-1]:
+        match op:
+            case AutoAugment():
+                ops.append(op.at_scale(scale))
+            case ColorJitter() | GaussianBlur() if settings.color == "none":
+                pass
+            case GaussianBlur():
+                ops.append(op.at_scale(scale))
+            case RandomErasing():
+                if settings.erase != "none":
+                    ops.append(replace(op, size=size, mean=normalize.mean))
+            case _:
+                ops.append(op)
+    crop = replace(leader.crop, size=size, interpolation=settings.interpolation or leader.crop.interpolation)
+    return View(
+        name=name,
+        crop=crop,
+        ops=(*ops, normalize),
+        num_draws=leader.num_draws,
+        count=leader.count,
+        leader=leader.name,
+        color=settings.color,
+        erase=settings.erase,
+    )
+
+
+def _merged(view: View, shared: Array, own: Array) -> Array:
+    """The numbers of the view that it follows, with those of its own for what it does not share."""
+    numbers = shared[:, : view.num_draws].copy()
+    if view.color == "own":
+        numbers = with_own_color(numbers, own)
+    if view.erase == "own":
+        numbers = with_own_erasing(numbers, own)
+    for op in view.ops:
+        if isinstance(op, AutoAugment) and view.color != "shared":
+            numbers = op.with_own_colors(numbers, own if view.color == "own" else None)
+    return numbers
