@@ -23,7 +23,7 @@ from kd_pipeline.bench.measure import wait_until_idle
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.reader import group_size
-from kd_pipeline.data.sources import Source, open_source
+from kd_pipeline.data.sources import Source, masks_of, open_source
 from kd_pipeline.data.views import Views
 from kd_pipeline.loader.config_teacher import sample_images
 from kd_pipeline.loader.loader import KDDataLoader
@@ -394,6 +394,8 @@ class _Subset:
         self.labels = None if source.labels is None else source.labels[self._index]
         self.classes, self.num_classes = source.classes, source.num_classes
         self.stores, self.warnings = source.stores, source.warnings
+        masks = masks_of(source)
+        self.masks = None if masks is None else masks.subset(self._index)
         ends = getattr(source, "shard_ends", None)
         self.shard_ends = None if ends is None else np.searchsorted(self._index, ends)
 

@@ -17,7 +17,7 @@ from kd_pipeline.data.dali import FileChecker
 from kd_pipeline.data.file_reading import read_sample
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.settings import LoaderSettings
-from kd_pipeline.data.sources import Source
+from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.errors import BadSampleError, StateError, TooManyBadSamplesError
 
 __all__ = ["BadSample", "BadSamples", "fraction_for"]
@@ -50,6 +50,7 @@ class BadSamples:
     ) -> None:
         """`record` is a JSON lines file, which gets one line for each unreadable sample."""
         self._source, self._settings, self._checker, self._record = source, settings, checker, record
+        self._masks = masks_of(source)
         self._bad = np.zeros(0, np.int64)
         """Indices of the samples that are substituted, in order."""
         self._following: dict[int, int] = {}
@@ -102,7 +103,7 @@ class BadSamples:
             BadSampleError: a sample is unreadable, and `on_bad_sample` is `raise`.
             TooManyBadSamplesError: more are now unreadable than `max_bad_fraction` allows.
         """
-        if self._source.stores == "pixels":
+        if self._source.stores == "pixels" and self._masks is None:
             return False
         before, readable = len(self._following), set()
         for sample in dict.fromkeys(index.tolist()):
@@ -110,14 +111,29 @@ class BadSamples:
                 content = None
                 try:
                     content = self._content(shown)
-                    self._checker.decode(content)
+                    self._require_readable(shown, content)
                     readable.add(shown)
                 except RuntimeError as exc:
                     self._add(self._diagnose(shown, content, exc), exc)
         return len(self._following) > before
 
     def _content(self, index: int) -> NDArray[np.uint8]:
+        """The encoded image of a sample, `[L]`, or its pixels, `[H, W, 3]`."""
+        if self._source.stores == "pixels":
+            pixels: NDArray[np.uint8] = self._source.read(np.array([index]))[0]
+            return pixels
         return read_sample(self._source, index, max_bytes=self._checker.max_bytes)
+
+    def _require_readable(self, index: int, content: NDArray[np.uint8]) -> None:
+        """Decode an image with the content `content`, and its mask.
+
+        Raises:
+            RuntimeError: one of them cannot be read, or they do not fit.
+        """
+        height, width = content.shape[:2] if content.ndim == 3 else self._checker.decode(content).shape()[0][:2]
+        if self._masks is not None:
+            (mask,) = self._masks.read(np.array([index]), max_pixels=self._settings.max_pixels)
+            self._masks.require(index, mask, (height, width))
 
     def _add(self, sample: BadSample, failure: RuntimeError) -> None:
         error = BadSampleError(*astuple(sample))
@@ -146,7 +162,7 @@ class BadSamples:
             if index not in bad:
                 num_read += 1
                 try:
-                    self._checker.decode(self._content(index))
+                    self._require_readable(index, self._content(index))
                 except RuntimeError:
                     bad.add(index)
         if len(bad) == num_samples:
@@ -186,7 +202,7 @@ class BadSamples:
 
     def _found_earlier(self, index: int) -> BadSample:
         content = None
-        if self._source.stores == "bytes":
+        if self._source.stores != "files":
             with suppress(UnreadableFileError):
                 content = self._content(index)
         return BadSample(
@@ -194,9 +210,9 @@ class BadSamples:
         )
 
     def _num_bytes(self, index: int, content: NDArray[np.uint8] | None) -> int | None:
-        """Size of the sample's file, or of its bytes `content` `[L]`; None if there are none."""
-        if self._source.stores == "bytes":
-            return None if content is None else len(content)
+        """Size of the sample's file, or of its bytes or pixels `content`; None if there are none."""
+        if self._source.stores != "files":
+            return None if content is None else content.nbytes
         try:
             return os.stat(self._source.name(index)).st_size
         except OSError:

@@ -15,6 +15,8 @@ from kd_pipeline.data.sources.encoded import Encoded
 from kd_pipeline.data.sources.files.file_list import FileList
 from kd_pipeline.data.sources.files.image_folder import ImageFolder
 from kd_pipeline.data.sources.labels import class_names
+from kd_pipeline.data.sources.masks.masks import Masks
+from kd_pipeline.data.sources.masks.settings import ArrayMasks, FolderMasks, ListMasks, TableMasks, TarMasks
 from kd_pipeline.data.sources.pixels.arrays import Arrays
 from kd_pipeline.data.sources.pixels.cifar import Cifar
 from kd_pipeline.data.sources.tables.huggingface import HuggingFace
@@ -52,7 +54,9 @@ class ImageFolderSettings(Settings):
     """Class names in label order, or a file with them: a JSON list, a JSON object such as `class_to_idx` or `id2label`,
     or a `.txt` file with a name per line; defaults to the sorted folder names."""
     labeled: bool = True
-    """False: every image below `root`, without labels."""
+    """False: every image below `root`, without labels. So it is with `masks`, too."""
+    masks: FolderMasks | None = None
+    """Where the masks of the images are; `classes` are those of their pixels then."""
     storage: StoreSettings = Field(default_factory=StoreSettings)
     """How URLs are read."""
 
@@ -69,6 +73,8 @@ class FileListSettings(Settings):
     classes: tuple[str, ...] | Path | None = None
     """Class names in label order, or a file with them, as for an image folder; defaults to the sorted names in the
     list."""
+    masks: ListMasks | None = None
+    """Which column has the paths of masks; labels are not read then, and `classes` are those of the pixels."""
     storage: StoreSettings = Field(default_factory=StoreSettings)
     """How URLs are read."""
 
@@ -88,6 +94,8 @@ class TarSettings(Settings):
     classes: tuple[str, ...] | Path | None = None
     """Class names in label order, or a file with them, as for an image folder; defaults to the sorted names, if labels
     are names."""
+    masks: TarMasks | None = None
+    """Which extension the masks have; labels are not read then, and `classes` are those of the pixels."""
     index: Literal["cache", "beside"] = "cache"
     """Keep where the images are in the user's cache, or also write DALI's index files beside the shards."""
     storage: StoreSettings = Field(default_factory=StoreSettings)
@@ -104,6 +112,8 @@ class ArraysSettings(Settings):
     """Integers `[N]`; defaults to the array `labels` in the `.npz` file of the images, else to no labels."""
     classes: tuple[str, ...] | Path | None = None
     """Class names in label order, or a file with them, as for an image folder."""
+    masks: ArrayMasks | None = None
+    """Where the masks of the images are, in place of labels; `classes` are those of their pixels then."""
 
 
 class _CifarSettings(Settings):
@@ -140,6 +150,8 @@ class _TableSettings(Settings):
     classes: tuple[str, ...] | Path | None = None
     """Class names in label order, or a file with them, as for an image folder; defaults to those in Hugging Face's
     metadata, or to the sorted names in the column."""
+    masks: TableMasks | None = None
+    """Which column has the masks; labels are not read then, and `classes` are those of the pixels."""
 
 
 class ParquetSettings(_TableSettings):
@@ -219,7 +231,10 @@ class Source(Protocol):
     classes: tuple[str, ...] | None
     """Class names in label order; None if there are none."""
     num_classes: int | None
-    """`len(classes)`, else the largest label + 1, else None."""
+    """`len(classes)`, else that of the masks or the largest label + 1, else None."""
+    masks: Masks | None
+    """The class of each pixel of each image, whose classes those of the source are then; None without masks. Sources of
+    your own may lack it."""
     warnings: tuple[str, ...]
     """What was skipped or looks suspicious, a sentence each; each one is also logged."""
 
@@ -282,20 +297,23 @@ def open_source(
     _check_same_classes(names, classes, "leave out `classes` to take the training data's")
     match settings:
         case ImageFolderSettings():
-            return ImageFolder(settings.root, classes=names, labeled=settings.labeled, storage=settings.storage)
+            labeled, masks, storage = settings.labeled, settings.masks, settings.storage
+            return ImageFolder(settings.root, classes=names, labeled=labeled, masks=masks, storage=storage)
         case FileListSettings():
-            return FileList(settings.path, root=settings.root, classes=names, storage=settings.storage)
+            root, storage = settings.root, settings.storage
+            return FileList(settings.path, root=root, classes=names, masks=settings.masks, storage=storage)
         case TarSettings():
             own = settings.model_dump(include={"image", "label", "index"})
-            return Tar(settings.path, classes=names, storage=settings.storage, **own)
+            return Tar(settings.path, classes=names, masks=settings.masks, storage=settings.storage, **own)
         case ParquetSettings():
             options = settings.model_dump(include={"split", "image_column", "label_column", "labeled"})
-            memory = parse_size(settings.memory)
-            return Parquet(settings.path, classes=names, memory=memory, storage=settings.storage, **options)
+            options |= {"masks": settings.masks, "memory": parse_size(settings.memory)}
+            return Parquet(settings.path, classes=names, storage=settings.storage, **options)
         case HuggingFaceSettings():
-            return HuggingFace(classes=names, **settings.model_dump(exclude={"kind", "classes"}))
+            options = settings.model_dump(exclude={"kind", "classes", "masks"})
+            return HuggingFace(classes=names, masks=settings.masks, **options)
         case ArraysSettings():
-            return Arrays(settings.images, settings.labels, classes=names)
+            return Arrays(settings.images, settings.labels, classes=names, masks=settings.masks)
 
 
 def _open_custom(settings: CustomSettings, classes: Sequence[str] | None, plugins: Collection[str]) -> Source:

@@ -28,6 +28,7 @@ from kd_pipeline.data.sources.labels import (
     name_warnings,
     shown_samples,
 )
+from kd_pipeline.data.sources.masks.masks import Masks, check_masks, fingerprint_with, masks_of
 from kd_pipeline.errors import DataError, KDPipelineError
 from kd_pipeline.storage import call_each
 
@@ -60,6 +61,8 @@ class BaseSource:
         samples: the N files, absolute or relative to `root`; or N alone, for a subclass with `content` or `pixels`.
         labels: `[N]`, integers from 0 or class names; None for unlabeled samples.
         classes: names in label order, or a file with them; defaults to the sorted names in `labels`, if any.
+        masks: those of the samples, such as `Masks(BaseSource(mask_paths), MaskSettings(num_classes=19))`, in place of
+            labels.
         root: the folder of relative files. The fingerprint does not depend on where it is; it defaults to the folder
             that all files have in common.
         name: the source's name in messages; defaults to that of the class.
@@ -77,6 +80,7 @@ class BaseSource:
         labels: Sequence[int] | Sequence[str] | NDArray[Any] | None = None,
         *,
         classes: Classes | None = None,
+        masks: Masks | None = None,
         root: str | os.PathLike[str] | None = None,
         name: str = "",
     ) -> None:
@@ -91,7 +95,11 @@ class BaseSource:
             self.stores = "pixels" if type(self).content is BaseSource.content else "bytes"
         names = None if classes is None else class_names(classes)
         self.labels, self.classes = _read_labels(labels, names, self._num_samples, self._name)
-        self.num_classes = count_classes(self.labels, self.classes)
+        check_masks(masks, self._num_samples, self._name)
+        if masks is not None and self.labels is not None:
+            raise DataError(f"{self._name}: labels and masks exclude each other; leave out one of them")
+        self.masks = masks
+        self.num_classes = count_classes(self.labels, self.classes) if masks is None else masks.num_classes
         found: list[str] = []
         if self.labels is not None:
             found += label_warnings(self.labels, self.classes, is_given=classes is not None)
@@ -146,6 +154,9 @@ class BaseSource:
 
         Where that takes too long, set it to a string that changes with the data, such as the version of a database.
         """
+        return fingerprint_with(self._fingerprint_of_images(), self.masks)
+
+    def _fingerprint_of_images(self) -> str:
         if self._paths is not None:
             return fingerprint_of_files(self._paths, self.labels, self.classes)
         if self.stores == "bytes":
@@ -159,8 +170,7 @@ class BaseSource:
         return digest.hexdigest()
 
     def __repr__(self) -> str:
-        shown = shown_samples(len(self), "files" if self._paths else "images", self.labels, self.num_classes)
-        return f"{self._name}({shown})"
+        return f"{self._name}({shown_samples('files' if self._paths else 'images', self)})"
 
     def _encoded(self, index: int) -> NDArray[np.uint8] | UnreadableFileError:
         """The bytes at `index`, `[L]`, or why there are none."""
@@ -262,6 +272,7 @@ def check_source(source: Any, name: str) -> "Source":
         )
     if source.labels is not None:
         _check_indices(source.labels, source.num_classes, len(source), name)
+    check_masks(masks_of(source), len(source), name)
     _check_first_sample(source, name)
     return source  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    from kd_pipeline.data.sources.base import Source
 
 __all__ = [
     "MAX_NAME",
@@ -121,10 +125,11 @@ def count_classes(labels: NDArray[np.int64] | None, classes: tuple[str, ...] | N
     return None if labels is None else int(labels.max()) + 1
 
 
-def shown_samples(count: int, what: str, labels: NDArray[np.int64] | None, num_classes: int | None) -> str:
+def shown_samples(what: str, source: "Source") -> str:
     """The samples of a source in a few words, such as `37 files, 3 classes`."""
-    of = "" if num_classes is None else f", {num_classes} classes"
-    return f"{count} {what}{of}{'' if labels is not None else ', unlabeled'}"
+    of = "" if source.num_classes is None else f", {source.num_classes} classes"
+    labels = "" if source.labels is not None else ", unlabeled" if source.masks is None else ", with masks"
+    return f"{len(source)} {what}{of}{labels}"
 
 
 def name_warnings(names: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import re
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from types import NoneType
 
 import numpy as np
@@ -15,12 +16,14 @@ from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.files.folder_scan import EXTENSIONS
 from kd_pipeline.data.sources.files.index_cache import ListIndex, index_key, load_index, save_index
 from kd_pipeline.data.sources.files.list_file import ListFile, open_list
-from kd_pipeline.data.sources.files.list_format import ListFormat, find_format
+from kd_pipeline.data.sources.files.list_format import ListFormat, find_format, find_mask_column
 from kd_pipeline.data.sources.files.list_rows import Block, ListRows
 from kd_pipeline.data.sources.files.missing_files import check_files
 from kd_pipeline.data.sources.files.paths import FileSource, PathTable
 from kd_pipeline.data.sources.files.remote_files import RemoteFiles, Stores
 from kd_pipeline.data.sources.labels import Classes, class_names, combination_warnings, label_warnings, name_warnings
+from kd_pipeline.data.sources.masks.masks import Masks
+from kd_pipeline.data.sources.masks.settings import ListMasks
 from kd_pipeline.errors import DataError, shown
 from kd_pipeline.storage import StoreSettings, scheme_of
 from kd_pipeline.storage.location import folder_of
@@ -54,6 +57,7 @@ class FileList(FileSource):
         path: the list.
         root: base of relative paths; defaults to the folder of the list.
         classes: names in label order, or a file with them; defaults to the sorted names in the list, if any.
+        masks: which column has the paths of masks; labels are not read then, and `classes` are those of the pixels.
         storage: how what is behind URLs is read.
 
     Raises:
@@ -67,6 +71,7 @@ class FileList(FileSource):
         *,
         root: str | os.PathLike[str] | None = None,
         classes: Classes | None = None,
+        masks: ListMasks | None = None,
         storage: StoreSettings | None = None,
     ) -> None:
         stores, location = Stores(storage), user_location(path)
@@ -74,19 +79,40 @@ class FileList(FileSource):
         top = os.path.abspath(top) if scheme_of(top) is None else top
         names = None if classes is None else class_names(classes)
         file = open_list(location, stores)
-        form = find_format(file, top, stores.is_file)
+        form = find_format(file, top, stores.is_file, None if masks is None else masks.column)
         if form.columns is not None:
             _logger.info("%s: %s", file, form.columns.description)
-        key = index_key(file, top, names, form)
-        index = None if key is None else load_index(key, top)
-        if index is None:
-            index = _parse(file, top, names, form, stores)
-            if key is not None and key == index_key(file, top, names, form):  # it was not edited during parsing
-                index = save_index(key, index, top)
-        remote = RemoteFiles(index.paths, stores) if index.paths.schemes or scheme_of(top) is not None else None
+        index = _index(file, top, names, form, stores)
+        remote = _remote(index.paths, stores)
         warnings = [*index.remarks, *check_files(file, index.paths, remote)]
         warnings += name_warnings(index.classes) if index.classes and classes is None else []
-        super().__init__(index.paths, index.labels, index.classes, warnings, remote)
+        found = None if masks is None else _masks(masks, file, top, names, form, stores)
+        super().__init__(index.paths, index.labels, index.classes, warnings, remote, found)
+
+
+def _masks(
+    masks: ListMasks, file: ListFile, top: str, names: tuple[str, ...] | None, form: ListFormat, stores: Stores
+) -> Masks:
+    """The masks of a list in the format `form`; it is read again, with another column as that of the paths."""
+    columns = None if form.columns is None else find_mask_column(form.columns.names, masks.column)
+    paths = _index(file, top, None, replace(form, columns=columns, is_of_masks=True), stores).paths
+    remote = _remote(paths, stores)
+    return Masks(FileSource(paths, None, None, check_files(file, paths, remote), remote), masks, classes=names)
+
+
+def _index(file: ListFile, top: str, names: tuple[str, ...] | None, form: ListFormat, stores: Stores) -> ListIndex:
+    """What a list holds, from the cache if it has not changed."""
+    key = index_key(file, top, names, form)
+    index = None if key is None else load_index(key, top)
+    if index is None:
+        index = _parse(file, top, names, form, stores)
+        if key is not None and key == index_key(file, top, names, form):  # it was not edited during parsing
+            index = save_index(key, index, top)
+    return index
+
+
+def _remote(paths: PathTable, stores: Stores) -> RemoteFiles | None:
+    return RemoteFiles(paths, stores) if paths.schemes or scheme_of(paths.root) is not None else None
 
 
 def _parse(path: ListFile, root: str, names: tuple[str, ...] | None, form: ListFormat, stores: Stores) -> ListIndex:

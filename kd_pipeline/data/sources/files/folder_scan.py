@@ -63,13 +63,15 @@ class Entry(Protocol):
 class Scan:
     """Finds images below `top`, counts what it skips, and notes what its result depends on.
 
+    Images are files whose names end, in any case, in one of `endings`.
+
     The result is that of another scan for as long as each folder is the same one and has the same times: any entry that
     comes, goes or is renamed changes them. This does not hold if there are links to files, whose targets may become
     folders, if a folder was changed just before, and on file systems that do not keep these times.
     """
 
-    def __init__(self, top: str) -> None:
-        self._top = top
+    def __init__(self, top: str, endings: tuple[str, ...] = EXTENSIONS) -> None:
+        self._top, self._endings = top, endings
         self._counts: Counter[str] = Counter()
         self._examples: defaultdict[str, list[str]] = defaultdict(list)
         self._started_ns = time.time_ns()
@@ -203,13 +205,13 @@ class Scan:
         files, below = [], []
         for entry in self.entries(folder):
             name = entry.name
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and _is_file(entry):
+            if name.lower().endswith(self._endings) and not name.startswith(".") and _is_file(entry):
                 files.append(name)  # nearly all, and none needs a call of the system
             elif self.skip_name(entry):
                 pass
             elif is_folder(entry):
                 below.append(entry.path)
-            elif not name.lower().endswith(EXTENSIONS):
+            elif not name.lower().endswith(self._endings):
                 self.skip(entry, "without a known extension")
             elif not os.path.isfile(entry.path) and os.path.exists(entry.path):  # a broken link is an unreadable image
                 self.skip(entry, "that are not regular files")

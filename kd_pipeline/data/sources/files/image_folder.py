@@ -11,10 +11,12 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.containers import find_container, how_to_convert, user_location
 from kd_pipeline.data.sources.files.folder_scan import EXTENSIONS, Scan, is_folder, is_skipped, stamp_of
 from kd_pipeline.data.sources.files.index_cache import ListIndex, folder_key, has_index, load_index, save_index
+from kd_pipeline.data.sources.files.mask_folder import masks_in_folder
 from kd_pipeline.data.sources.files.paths import FileSource, PathTable
 from kd_pipeline.data.sources.files.remote_files import RemoteFiles, Stores
 from kd_pipeline.data.sources.files.remote_scan import RemoteScan
 from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings
+from kd_pipeline.data.sources.masks.settings import FolderMasks
 from kd_pipeline.errors import DataError
 from kd_pipeline.storage import StoreSettings
 
@@ -43,11 +45,13 @@ class ImageFolder(FileSource):
         classes: names in label order, or a file with them; defaults to the sorted folder names. A name without a
             folder is a warning, a folder without a name is an error.
         labeled: False takes every image below `root`, without labels.
+        masks: where the masks of the images are: every image below `root` is taken, and `classes` are those of their
+            pixels.
         storage: how a folder behind a URL is read.
 
     Raises:
-        DataError: no such folder, no images, an empty class, a class folder that is not in `classes`, or folders of
-            splits in place of classes.
+        DataError: no such folder, no images, an empty class, a class folder that is not in `classes`, folders of splits
+            in place of classes, or an image without its mask.
         StorageError: a store does not list its files.
     """
 
@@ -57,8 +61,10 @@ class ImageFolder(FileSource):
         *,
         classes: Classes | None = None,
         labeled: bool = True,
+        masks: FolderMasks | None = None,
         storage: StoreSettings | None = None,
     ) -> None:
+        labeled = labeled and masks is None
         location = user_location(root)
         names = None if classes is None else class_names(classes)
         remote = None
@@ -71,7 +77,8 @@ class ImageFolder(FileSource):
             sizes = scan.sizes()
             found = (sizes[index.paths.entry(sample)] for sample in range(len(index.paths)))
             remote = RemoteFiles(index.paths, stores, np.fromiter(found, np.int64, len(index.paths)))
-        super().__init__(index.paths, index.labels, index.classes, index.remarks, remote)
+        found_masks = None if masks is None else masks_in_folder(masks, index.paths, names, storage)
+        super().__init__(index.paths, index.labels, index.classes, index.remarks, remote, found_masks)
 
 
 def _local_index(top: str, names: tuple[str, ...] | None, labeled: bool) -> ListIndex:

@@ -16,7 +16,7 @@ from kd_pipeline.data.sources.files.list_file import ListFile
 from kd_pipeline.errors import DataError, shown
 from kd_pipeline.storage.location import join
 
-__all__ = ["Columns", "ListFormat", "find_columns", "find_format", "is_comment", "split_at_space"]
+__all__ = ["Columns", "ListFormat", "find_columns", "find_format", "find_mask_column", "is_comment", "split_at_space"]
 
 Delimiter = Literal[",", "\t", ";", "|", " ", "\n"]
 """A space stands for any whitespace, and a newline for a list without columns, whose lines are paths as they are."""
@@ -81,10 +81,22 @@ class ListFormat:
     """None for JSON lines."""
     columns: Columns | None = None
     """From the header; None without one."""
+    mask: str | None = None
+    """Name of the column of the masks, if the list has one."""
+    is_of_masks: bool = False
+    """Whether the masks are read, in place of the images."""
 
 
-def find_format(path: ListFile, root: str, is_file: Callable[[str], bool] = os.path.isfile) -> ListFormat:
-    """The format of the list `path` with relative paths below `root`; `is_file` says whether a path or URL is there.
+def find_format(
+    path: ListFile, root: str, is_file: Callable[[str], bool] = os.path.isfile, mask: str | None = None
+) -> ListFormat:
+    """The format of a list.
+
+    Args:
+        path: the list.
+        root: the folder of its relative paths.
+        is_file: says whether a path or URL is there.
+        mask: name of the column of the masks, if it has one.
 
     Raises:
         DataError: it is an archive or no text, or its columns may mean more than one thing.
@@ -101,7 +113,7 @@ def find_format(path: ListFile, root: str, is_file: Callable[[str], bool] = os.p
     encoding = _find_encoding(raw, path)
     text = _first_lines(raw, encoding)
     if path.suffix in _JSON_ENDINGS or text.lstrip().startswith("{"):
-        return ListFormat(encoding)
+        return ListFormat(encoding, mask=mask)
 
     def exists(name: str) -> bool:
         return is_file(join(root, name))
@@ -110,38 +122,56 @@ def find_format(path: ListFile, root: str, is_file: Callable[[str], bool] = os.p
     delimiter = _find_delimiter(head, path, exists)
     rows = head.rows(delimiter)
     if not rows or not _is_header(rows, exists):
+        if mask is not None:
+            raise DataError(f"{path}: the first line does not name the columns; write one such as image,{mask}")
         return ListFormat(encoding, delimiter)
     try:
-        return ListFormat(encoding, delimiter, find_columns(rows[0]))
+        return ListFormat(encoding, delimiter, find_columns(rows[0], mask=mask), mask)
     except ValueError as exc:
         raise DataError(f"{path}: the first line looks like a header: {exc}") from None
 
 
-def find_columns(names: Sequence[str], what: Literal["columns", "keys"] = "columns") -> Columns:
+def find_columns(
+    names: Sequence[str], what: Literal["columns", "keys"] = "columns", *, mask: str | None = None
+) -> Columns:
     """Which of the columns `names` holds the paths and which the labels; `path` and `label` come before other names.
 
     Args:
         names: of the header, or the keys of a line of JSON.
         what: how messages call them.
+        mask: the one that holds the masks. Labels are not read beside masks.
 
     Raises:
-        ValueError: no column is known to hold paths, two may, or labels may be in a column of an unknown name.
+        ValueError: no column is known to hold paths, two may, labels may be in a column of an unknown name, or there
+            are no masks.
     """
     keys = [re.sub(r"[\W_]+", "", name).casefold() for name in names]
     found = f"found the {what} {first_few([f'{name!r:.60}' for name in names])}"
+    if mask is not None:
+        keys[_column_of(mask, names, found)] = ""
     path = _one_of(keys, "path", _PATH_NAMES, found)
-    label = _one_of(keys, "label", _LABEL_NAMES, found)
+    label = None if mask is not None else _one_of(keys, "label", _LABEL_NAMES, found)
     if path is None:
         raise ValueError(f"{found}, and none is known to hold the paths; name them path and label")
     unused = tuple(
         column for column, key in enumerate(keys) if column not in (path, label) and key not in _COUNTER_NAMES
     )
-    if label is None and unused:
+    if label is None and mask is None and unused:
         raise ValueError(
             f"{found}, and none is known to hold the labels; name that one label, or remove "
             f"{first_few([f'{names[column]!r:.60}' for column in unused])} from a list without labels"
         )
     return Columns(tuple(names), path, label, unused)
+
+
+def find_mask_column(names: Sequence[str], mask: str) -> Columns:
+    """The column `mask` as the one that holds the paths.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    found = f"found {first_few([f'{name!r:.60}' for name in names])}"
+    return Columns(tuple(names), _column_of(mask, names, found), None)
 
 
 def is_comment(line: str) -> bool:
@@ -158,6 +188,13 @@ def split_at_space(line: str, columns: Columns | None = None) -> list[str]:
         return [cell for cell in quoted.groups() if cell is not None]
     match = _IMAGE_THEN_LABEL.fullmatch(line)
     return list(match.groups()) if match else line.rsplit(None, 1)
+
+
+def _column_of(mask: str, names: Sequence[str], found: str) -> int:
+    columns = [column for column, name in enumerate(names) if name == mask]
+    if len(columns) != 1:
+        raise ValueError(f"{found}, and {'none' if not columns else 'more than one'} is called {mask!r} (masks.column)")
+    return columns[0]
 
 
 def _one_of(keys: Sequence[str], exact: str, names: frozenset[str], found: str) -> int | None:

@@ -12,7 +12,14 @@ from kd_pipeline._core.paths import find_url
 from kd_pipeline._core.secret_values import hide_in_text
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.data.sources.files.list_file import ListFile
-from kd_pipeline.data.sources.files.list_format import Columns, ListFormat, find_columns, is_comment, split_at_space
+from kd_pipeline.data.sources.files.list_format import (
+    Columns,
+    ListFormat,
+    find_columns,
+    find_mask_column,
+    is_comment,
+    split_at_space,
+)
 from kd_pipeline.data.sources.files.plain_lines import split_plain
 from kd_pipeline.data.sources.labels import MAX_NAME
 from kd_pipeline.errors import DataError, shown
@@ -213,7 +220,7 @@ class ListRows:
                 if keys not in columns_of:
                     if len(columns_of) == _MAX_KEYS:
                         columns_of.clear()
-                    columns_of[keys] = find_columns(keys, "keys")
+                    columns_of[keys] = self._columns_of(keys)
                     self._note_unused(columns_of[keys])
                 columns = columns_of[keys]
                 for column in columns.unused:
@@ -221,6 +228,11 @@ class ListRows:
                 yield lines.number, check_text(entry[keys[columns.path]], "path"), _json_label(entry, columns)
             except (ValueError, RecursionError) as exc:
                 raise DataError(f"{self._path}:{lines.number}: {exc}") from exc
+
+    def _columns_of(self, keys: tuple[str, ...]) -> Columns:
+        if self._form.mask is not None and self._form.is_of_masks:
+            return find_mask_column(keys, self._form.mask)
+        return find_columns(keys, "keys", mask=self._form.mask)
 
     def _note_unused(self, columns: Columns | None) -> None:
         names = () if columns is None else [columns.names[column] for column in columns.unused]

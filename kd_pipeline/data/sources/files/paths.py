@@ -15,6 +15,7 @@ from kd_pipeline._core.files import open_regular
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.fingerprint import content_digest, label_digest, pieces, sampling_step
 from kd_pipeline.data.sources.labels import count_classes, shown_samples
+from kd_pipeline.data.sources.masks.masks import Masks, fingerprint_with
 from kd_pipeline.errors import shown
 from kd_pipeline.storage.base import scheme_of
 from kd_pipeline.storage.location import join, relative_to
@@ -155,6 +156,7 @@ class FileSource:
         classes: class names in label order, or None.
         warnings: what looks suspicious; logged here.
         remote: reads the files where some are behind URLs, as bytes.
+        masks: those of the N files, if they have any.
     """
 
     def __init__(
@@ -164,13 +166,15 @@ class FileSource:
         classes: tuple[str, ...] | None = None,
         warnings: Iterable[str] = (),
         remote: "RemoteFiles | None" = None,
+        masks: Masks | None = None,
     ) -> None:
-        self._paths, self._remote = paths, remote
+        self._paths, self._remote, self.masks = paths, remote, masks
         self.stores: Literal["files", "bytes", "pixels"] = "files" if remote is None else "bytes"
         if labels is not None:  # as they are where they come from a cache
             labels = labels.view()
             labels.setflags(write=False)
-        self.labels, self.classes, self.num_classes = labels, classes, count_classes(labels, classes)
+        self.labels, self.classes = labels, classes
+        self.num_classes = count_classes(labels, classes) if masks is None else masks.num_classes
         self.warnings = tuple(map(printable, warnings))
         for warning in self.warnings:
             _logger.warning("%s", warning)
@@ -193,10 +197,11 @@ class FileSource:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of labels, class names, all paths, and evenly sampled sizes and contents; see `Source.fingerprint`."""
-        return fingerprint_of_files(self._paths, self.labels, self.classes, self._remote)
+        own = fingerprint_of_files(self._paths, self.labels, self.classes, self._remote)
+        return fingerprint_with(own, self.masks)
 
     def __repr__(self) -> str:
-        samples = shown_samples(len(self), "files", self.labels, self.num_classes)
+        samples = shown_samples("files", self)
         return f"{type(self).__name__}({samples})"
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from kd_pipeline.data.sources.files.folder_scan import Entry, Identity, Scan, is_skipped
+from kd_pipeline.data.sources.files.folder_scan import EXTENSIONS, Entry, Identity, Scan, is_skipped
 from kd_pipeline.errors import NoSuchFileError, shown
 from kd_pipeline.storage import Store
 from kd_pipeline.storage.location import join
@@ -37,14 +37,15 @@ class RemoteScan(Scan):
     Args:
         root: the URL.
         store: lists the folders.
+        endings: of the files that are found.
 
     Raises:
         StorageError: the store does not list its files.
     """
 
-    def __init__(self, root: str, store: Store) -> None:
+    def __init__(self, root: str, store: Store, endings: tuple[str, ...] = EXTENSIONS) -> None:
         self.top = shown(root).rstrip("/")
-        super().__init__(self.top)
+        super().__init__(self.top, endings)
         self._root, self._store = root, store
         self._listed: dict[str, list[_RemoteEntry]] = {}
         level = [self.top]

@@ -1,10 +1,12 @@
-"""Images and labels in NumPy arrays."""
+"""Images, and labels or masks, in NumPy arrays."""
 
+import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +16,15 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.data.sources.containers import user_path
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 from kd_pipeline.data.sources.labels import Classes, class_names, count_classes, label_warnings, shown_samples
+from kd_pipeline.data.sources.masks.masks import Masks, fingerprint_with
+from kd_pipeline.data.sources.masks.settings import ArrayMasks
 from kd_pipeline.data.sources.pixels.stored_arrays import NpyFile, NpzFile, StoredArray, check_fits, open_stored
 from kd_pipeline.errors import DataError
 
-__all__ = ["Arrays"]
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+__all__ = ["Arrays", "MaskArray"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -40,26 +47,39 @@ class Arrays:
         labels: integers `[N]`, or a file. From an `.npz` the array `labels` is taken, or the only one. Defaults to the
             array `labels` in the `.npz` of the images, else to no labels.
         classes: names in label order, or a file with them.
+        masks: the array of the masks; there are no labels then, and `classes` are those of the pixels.
 
     Raises:
         DataError: a file cannot be read (objects are never unpickled) or is too large to load, or a shape, dtype or
             label is wrong. Also raised by `read`, if an `.npy` file was cut off since.
     """
 
-    stores: Literal["files", "pixels"] = "pixels"
+    stores: Literal["files", "bytes", "pixels"] = "pixels"
 
-    def __init__(self, images: ArrayLike, labels: ArrayLike | None = None, *, classes: Classes | None = None) -> None:
+    def __init__(
+        self,
+        images: ArrayLike,
+        labels: ArrayLike | None = None,
+        *,
+        classes: Classes | None = None,
+        masks: ArrayMasks | None = None,
+    ) -> None:
         self.classes = None if classes is None else class_names(classes)
         self._name, content = _open(images, "images")
         given: ArrayLike | StoredArray | None = labels
-        if labels is None and isinstance(content, NpzFile) and "labels" in content:
+        if labels is None and masks is None and isinstance(content, NpzFile) and "labels" in content:
             given = content["labels"]
         self._images = _check_images(_select(content, "images", self._name), self._name)
         self.labels: NDArray[np.int64] | None = None
+        if labels is not None and masks is not None:
+            raise DataError(f"{self._name}: labels and masks exclude each other; leave out one of them")
         if given is not None:
             name, content = _open(given, "labels")
             self.labels = _check_labels(_select(content, "labels", name), name, len(self), self.classes)
-        self.num_classes = count_classes(self.labels, self.classes)
+        self.masks = (
+            None if masks is None else Masks(MaskArray(masks.path, self._images.shape), masks, classes=self.classes)
+        )
+        self.num_classes = count_classes(self.labels, self.classes) if self.masks is None else self.masks.num_classes
         found = () if self.labels is None else label_warnings(self.labels, self.classes, is_given=classes is not None)
         self.warnings: tuple[str, ...] = tuple(printable(f"{self._name}: {warning}") for warning in found)
         for warning in self.warnings:
@@ -70,7 +90,7 @@ class Arrays:
 
     def read(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Images at `indices` `[n]`, `[n, H, W, 3]`."""
-        images = self._rows(indices)
+        images = _rows(self._images, indices)
         images = images[..., None] if images.ndim == 3 else images
         return images if images.shape[-1] == 3 else np.repeat(images, 3, axis=-1)
 
@@ -83,22 +103,71 @@ class Arrays:
         """Digest of labels, class names, shape and evenly sampled images; see `Source.fingerprint`."""
         digest = label_digest(self.labels, self.classes)
         digest.update(json.dumps(self._images.shape).encode())
-        step = sampling_step(self._images.nbytes)
-        if step > 1:
-            step = max(step, -(-len(self) // _MAX_ROWS))
-        stride = step * max(1, _BLOCK_BYTES * len(self) // self._images.nbytes)
-        for start in range(0, len(self), stride):
-            digest.update(self._rows(np.arange(start, min(start + stride, len(self)), step)).data)
-        return digest.hexdigest()
+        _add_rows(digest, self._images)
+        return fingerprint_with(digest.hexdigest(), self.masks)
 
     def __repr__(self) -> str:
-        shown = shown_samples(len(self), "images", self.labels, self.num_classes)
-        return f"{type(self).__name__}({shown})"
+        return f"{type(self).__name__}({shown_samples('images', self)})"
 
-    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        if isinstance(self._images, NpyFile):
-            return self._images.rows(indices)
-        return np.ascontiguousarray(self._images[indices])
+
+class MaskArray:
+    """Masks in an array or a file, as a source of them.
+
+    Args:
+        masks: integers `[N, H, W]`, or a file. From an `.npz` the array `masks` is taken, or the only one.
+        shape: that of the images, `[N, H, W, ...]`.
+
+    Raises:
+        DataError: a file cannot be read or is too large to load, or the masks are not one of each image.
+    """
+
+    stores: Literal["files", "bytes", "pixels"] = "pixels"
+    labels = classes = num_classes = masks = None
+    warnings: tuple[str, ...] = ()
+
+    def __init__(self, masks: ArrayLike, shape: Sequence[int]) -> None:
+        self._name, content = _open(masks, "masks")
+        found = _select(content, "masks", self._name)
+        if found.dtype.kind not in "bui" or found.shape != tuple(shape[:3]):
+            raise DataError(
+                f"{self._name}: expected masks {list(shape[:3])} of integers, one of the size of each image, found "
+                f"{_kind(found)}; save the class of each pixel as uint8"
+            )
+        self._masks = found if isinstance(found, NpyFile) and found.has_rows else _load(found)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Masks at `indices` `[n]`, `[n, H, W]`."""
+        masks = _rows(self._masks, indices)
+        return masks.astype(np.uint8) if masks.dtype == np.bool_ else masks
+
+    def name(self, index: int) -> str:
+        """The file and the position in it, such as `masks.npy[17]`."""
+        return f"{self._name}[{index}]"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of shape, data type and evenly sampled masks."""
+        digest = hashlib.sha256(json.dumps([self._masks.shape, self._masks.dtype.str]).encode())
+        _add_rows(digest, self._masks)
+        return digest.hexdigest()
+
+
+def _rows(array: NDArray[Any] | NpyFile, indices: NDArray[np.int64]) -> NDArray[Any]:
+    """The rows at `indices` `[n]`, in a new array."""
+    return array.rows(indices) if isinstance(array, NpyFile) else np.ascontiguousarray(array[indices])
+
+
+def _add_rows(digest: "_Hash", array: NDArray[Any] | NpyFile) -> None:
+    """Update `digest` with evenly sampled rows."""
+    step = sampling_step(array.nbytes)
+    if step > 1:
+        step = max(step, -(-len(array) // _MAX_ROWS))
+    stride = step * max(1, _BLOCK_BYTES * len(array) // array.nbytes)
+    for start in range(0, len(array), stride):
+        digest.update(_rows(array, np.arange(start, min(start + stride, len(array)), step)).data)
 
 
 def _open(source: ArrayLike | StoredArray, what: str) -> tuple[str, _Array | NpzFile]:

@@ -21,7 +21,7 @@ from kd_pipeline._core.files import open_regular
 from kd_pipeline.data.sources.containers import find_container
 from kd_pipeline.errors import DataError
 
-__all__ = ["NpyFile", "NpzFile", "StoredArray", "check_fits", "open_stored"]
+__all__ = ["NpyFile", "NpyHeader", "NpzFile", "StoredArray", "check_fits", "open_stored", "parse_header"]
 
 _MAX_HEADER = 10_000
 """Bytes of an array's header; NumPy's own limit. The header of a plain array has 128."""
@@ -45,7 +45,7 @@ class StoredArray(ABC):
         header: what the array's header says.
     """
 
-    def __init__(self, name: str, header: "_Header") -> None:
+    def __init__(self, name: str, header: "NpyHeader") -> None:
         self.name, self.shape, self.dtype = name, header.shape, header.dtype
         self._header = header
 
@@ -92,7 +92,7 @@ class NpyFile(StoredArray):
 
     def __init__(self, name: str, file: BinaryIO) -> None:
         weakref.finalize(self, file.close)
-        header = _parse_header(os.pread(file.fileno(), _MAX_HEADER, 0))
+        header = parse_header(os.pread(file.fileno(), _MAX_HEADER, 0))
         super().__init__(name, header)
         size = os.fstat(file.fileno()).st_size
         if size < header.start + self.nbytes:
@@ -151,7 +151,7 @@ class NpzMember(StoredArray):
         if member.flag_bits & 1 or member.compress_type not in _PLAIN:
             raise ValueError(f"{member.filename!r} is encrypted or compressed as no np.savez does it")
         with archive.open(member) as unpacked:
-            header = _parse_header(unpacked.read(_MAX_HEADER))
+            header = parse_header(unpacked.read(_MAX_HEADER))
         super().__init__(owner.name, header)
         if member.file_size != header.start + self.nbytes:
             promised = f"the header promises {header.start + self.nbytes}"
@@ -238,7 +238,9 @@ def open_stored(path: Path) -> NpyFile | NpzFile:
 
 
 @dataclass(frozen=True, slots=True)
-class _Header:
+class NpyHeader:
+    """What the header of an `.npy` file says."""
+
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     is_fortran: bool
@@ -259,7 +261,7 @@ class _Limited:
         return self._file.read(_BLOCK if size < 0 else size)
 
 
-def _parse_header(head: bytes) -> _Header:
+def parse_header(head: bytes) -> NpyHeader:
     """The header at the start of an `.npy` file, of which `head` has at least the first 10,000 bytes or all.
 
     Raises:
@@ -280,7 +282,7 @@ def _parse_header(head: bytes) -> _Header:
         raise ValueError("not a NumPy file, or it contains Python objects")
     if len(shape) > _MAX_DIMS or any(type(length) is not int or length < 0 for length in shape):
         raise ValueError(f"its header has the shape {shape!s:.60}")
-    return _Header(shape, dtype, is_fortran, file.tell())
+    return NpyHeader(shape, dtype, is_fortran, file.tell())
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.encoded import Encoded, fingerprint_of_bytes
 from kd_pipeline.data.sources.labels import Classes, class_names, count_classes, shown_samples
+from kd_pipeline.data.sources.masks.masks import Masks, fingerprint_with
+from kd_pipeline.data.sources.masks.settings import TableMasks
 from kd_pipeline.data.sources.tables.binary_column import BinaryColumn, why_missing
 from kd_pipeline.data.sources.tables.hf_features import Features
 from kd_pipeline.data.sources.tables.table_columns import find_columns, join_labels, read_labels
@@ -53,6 +55,7 @@ class HuggingFace:
         labeled: False reads no labels.
         classes: names in label order, or a file with them; defaults to those of the `ClassLabel`, or to the sorted
             names if labels are names.
+        masks: which column has the masks; labels are not read then, and `classes` are those of the pixels.
 
     Raises:
         DataError: `datasets` cannot load it, a column is missing, several may be meant, or a label is none.
@@ -72,6 +75,7 @@ class HuggingFace:
         label_column: str | None = None,
         labeled: bool = True,
         classes: Classes | None = None,
+        masks: TableMasks | None = None,
     ) -> None:
         if isinstance(path, str | os.PathLike):
             dataset, self._where = _load(path, name, split, revision)
@@ -87,7 +91,7 @@ class HuggingFace:
             self._where,
             image=image_column,
             label=label_column,
-            labeled=labeled,
+            labeled=labeled and masks is None,
         )
         self._columns, self._images = columns, BinaryColumn(self._table.column(columns.image))
         if self._images.num_missing == len(self._images):
@@ -100,7 +104,11 @@ class HuggingFace:
         if columns.label is not None:
             part = read_labels(self._table.column(columns.label), self._where, columns.label, rows=self._rows)
             self.labels, self.classes, found = join_labels([part], columns.names, names)
-        self.num_classes = count_classes(self.labels, self.classes)
+        self.masks: Masks | None = None
+        if masks is not None:
+            own = HuggingFace(dataset, image_column=masks.column, labeled=False)
+            self.masks = Masks(own, masks, classes=self.classes)
+        self.num_classes = count_classes(self.labels, self.classes) if self.masks is None else self.masks.num_classes
         self.warnings = tuple(printable(f"{self._where}: {warning}") for warning in found)
         for warning in self.warnings:
             _logger.warning("%s", warning)
@@ -145,10 +153,10 @@ class HuggingFace:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of labels, class names and evenly sampled images; see `Source.fingerprint`."""
-        return fingerprint_of_bytes(self)
+        return fingerprint_with(fingerprint_of_bytes(self), self.masks)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({shown_samples(len(self), 'images', self.labels, self.num_classes)})"
+        return f"{type(self).__name__}({shown_samples('images', self)})"
 
     def _rows_at(self, indices: NDArray[np.int64]) -> list[int]:
         """The rows of the table at `indices` `[n]`."""

@@ -16,6 +16,8 @@ from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.encoded import Encoded
 from kd_pipeline.data.sources.fingerprint import label_digest, sampling_step
 from kd_pipeline.data.sources.labels import Classes, class_names, count_classes, shown_samples
+from kd_pipeline.data.sources.masks.masks import Masks, fingerprint_with
+from kd_pipeline.data.sources.masks.settings import TableMasks
 from kd_pipeline.data.sources.tables.binary_column import BinaryColumn, why_missing
 from kd_pipeline.data.sources.tables.dataset_files import find_dataset_files
 from kd_pipeline.data.sources.tables.group_cache import GroupCache
@@ -58,6 +60,7 @@ class Parquet:
         labeled: False reads no labels.
         classes: names in label order, or a file with them; defaults to those in Hugging Face's metadata, or to the
             sorted names if labels are names.
+        masks: which column has the masks; labels are not read then, and `classes` are those of the pixels.
         memory: bytes of decoded row groups that are kept.
         storage: how URLs are read.
 
@@ -78,6 +81,7 @@ class Parquet:
         label_column: str | None = None,
         labeled: bool = True,
         classes: Classes | None = None,
+        masks: TableMasks | None = None,
         memory: int = _GIB,
         storage: StoreSettings | None = None,
     ) -> None:
@@ -92,10 +96,15 @@ class Parquet:
         if self._is_kept:
             self._store = open_store(given[0], storage, whole=True)
         self._files = ParquetFiles(paths, stats, self._store)
+        labeled = labeled and masks is None
         choice = ColumnChoice(image_column, label_column, labeled, None if classes is None else class_names(classes))
         index = open_index(paths, stats, self._files, found.features, choice, self._store.num_threads)
         self._index, self.labels, self.classes = index, index.labels, index.classes
-        self.num_classes = count_classes(self.labels, self.classes)
+        self.masks: Masks | None = None
+        if masks is not None:
+            own = Parquet(path, split=split, image_column=masks.column, labeled=False, memory=memory, storage=storage)
+            self.masks = Masks(own, masks, classes=self.classes)
+        self.num_classes = count_classes(self.labels, self.classes) if self.masks is None else self.masks.num_classes
         self._ends = np.cumsum(np.concatenate([[0], index.rows]))
         """`[G + 1]`, 0 and the end of each row group."""
         self._memory = memory
@@ -172,10 +181,10 @@ class Parquet:
                 image = images.at(row)
                 digest.update((-1 if image is None else len(image)).to_bytes(8, "little", signed=True))
                 digest.update(b"" if image is None else image.data)
-        return digest.hexdigest()
+        return fingerprint_with(digest.hexdigest(), self.masks)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({shown_samples(len(self), 'images', self.labels, self.num_classes)})"
+        return f"{type(self).__name__}({shown_samples('images', self)})"
 
     def _group_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._ends, indices, side="right") - 1

@@ -4,9 +4,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import repeat
+from itertools import pairwise, repeat
 from typing import Literal
 
 import numpy as np
@@ -17,8 +18,11 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.encoded import Encoded
+from kd_pipeline.data.sources.files.folder_scan import EXTENSIONS
 from kd_pipeline.data.sources.fingerprint import sampling_step
 from kd_pipeline.data.sources.labels import Classes, class_names, name_warnings, shown_samples, used_label_warnings
+from kd_pipeline.data.sources.masks.masks import Masks, fingerprint_with
+from kd_pipeline.data.sources.masks.settings import TarMasks
 from kd_pipeline.data.sources.tar.members import BLOCK, is_header_of
 from kd_pipeline.data.sources.tar.samples import label_rule
 from kd_pipeline.data.sources.tar.shard_list import find_shards
@@ -59,12 +63,14 @@ class Tar:
             such files, `none` if there is nothing that might be a label, and else an error with the choices. Whole
             numbers are class indices and other texts are class names; folders are names.
         classes: names in label order, or a file with them; defaults to the sorted names, if labels are names.
+        masks: which extension the masks have, each with the name of its image; labels are not read then, and `classes`
+            are those of the pixels.
         index: `cache`, or `beside` to also write DALI's index files beside the shards.
         storage: how URLs are read.
 
     Raises:
         DataError: a shard is no tar archive or is damaged, no sample has an image and a label, a sample has several
-            images, or a label is none; names the shard and the file in it.
+            images, a label is none, or an image has no mask; names the shard and the file in it.
         StorageError: a shard is not there or cannot be read.
     """
 
@@ -77,6 +83,7 @@ class Tar:
         image: str | Sequence[str] | None = None,
         label: str = "auto",
         classes: Classes | None = None,
+        masks: TarMasks | None = None,
         index: Literal["cache", "beside"] = "cache",
         storage: StoreSettings | None = None,
     ) -> None:
@@ -84,11 +91,12 @@ class Tar:
         self._store: Store = open_store(patterns[0], storage)
         shards = find_shards(patterns, self._store)
         self._shards = shards.paths
+        images = (image,) if isinstance(image, str) else None if image is None else tuple(image)
         self._table = open_table(
             self._shards,
             self._store,
-            label=label_rule(label),
-            images=(image,) if isinstance(image, str) else None if image is None else tuple(image),
+            label=label_rule(label if masks is None else "none"),
+            images=images if masks is None else images or _images_beside(masks.extension),
             key=patterns,
             write_index=index == "beside",
         )
@@ -97,11 +105,17 @@ class Tar:
         is_remote = scheme_of(patterns[0]) is not None
         self._gap, self._run = (_REMOTE_GAP, _REMOTE_RUN) if is_remote else (_GAP, _RUN)
         if not len(self._table):
-            raise DataError(f"{self._where}: {_no_samples(self._table)}")
+            raise DataError(f"{self._where}: {self._why_empty()}")
         names = None if classes is None else class_names(classes)
         self.labels, self.classes = _labels(self._table, names, self._where)
         used = self._table.used
         self.num_classes = len(self.classes) if self.classes is not None else int(used[-1]) + 1 if len(used) else None
+        self.masks: Masks | None = None
+        if masks is not None:
+            own = _MaskTar(path, image=masks.extension, label="none", storage=storage)
+            order = _order_of(self._table, own._table, self._where, masks.extension)
+            self.masks = Masks(own, masks, classes=self.classes, order=order)
+            self.num_classes = self.masks.num_classes
         found = [*self._table.remarks(), *shards.remarks(np.diff(self._table.shard_ends))]
         if self.labels is not None and self._table.classes is None:
             found += used_label_warnings(used, len(self), self.classes, is_given=names is not None)
@@ -110,9 +124,21 @@ class Tar:
             found += name_warnings(self._table.classes or ())
         elif missing := sorted(set(names or ()) - set(self._table.classes or ())) if self.labels is not None else []:
             found.append(f"no samples for {len(missing)} of the {len(names or ())} classes: {first_few(missing)}")
-        self.warnings = tuple(printable(f"{self._where}: {warning}") for warning in found)
-        for warning in self.warnings:
+        self.warnings = self._warn(tuple(printable(f"{self._where}: {warning}") for warning in found))
+
+    def _why_empty(self) -> str:
+        remarks = "; ".join(self._table.remarks())
+        if not remarks:
+            return "there are no files in the shard(s)"
+        return (
+            f"no sample has all it needs: {remarks}. The files of a sample must follow each other; if they do not, "
+            "make the archive again with tar --sort=name"
+        )
+
+    def _warn(self, warnings: tuple[str, ...]) -> tuple[str, ...]:
+        for warning in warnings:
             _logger.warning("%s", warning)
+        return warnings
 
     def __len__(self) -> int:
         return len(self._table)
@@ -170,10 +196,10 @@ class Tar:
         for first in range(0, len(sampled), _BLOCK):
             for image in self.read(sampled[first : first + _BLOCK]):
                 digest.update(b"unreadable" if isinstance(image, UnreadableFileError) else image.data)
-        return digest.hexdigest()
+        return fingerprint_with(digest.hexdigest(), self.masks)
 
     def __repr__(self) -> str:
-        return f"Tar({shown_samples(len(self), 'images', self.labels, self.num_classes)})"
+        return f"Tar({shown_samples('images', self)})"
 
     def _shard_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.searchsorted(self._table.shard_ends, indices, side="right") - 1
@@ -190,10 +216,51 @@ class Tar:
         return f"the archive is cut off: {num_bytes} bytes should be at byte {start}, and {max(left, 0)} are left"
 
 
+class _MaskTar(Tar):
+    """The masks in shards; what is odd about these is said about the images."""
+
+    def _warn(self, warnings: tuple[str, ...]) -> tuple[str, ...]:
+        return ()
+
+    def _why_empty(self) -> str:
+        return "no sample has a mask, a file of the extension that masks have; set masks.extension to theirs"
+
+
 _LIES = (
     "by the index of the shard the image is here, and it is not; delete the index file beside the shard, if there is "
     "one, and ~/.cache/kd_pipeline/index, and start again"
 )
+
+
+def _images_beside(mask: str) -> tuple[str, ...]:
+    """The extensions of images but for that of masks."""
+    return tuple(ending[1:] for ending in EXTENSIONS if ending[1:] != mask.lstrip(".").lower())
+
+
+def _order_of(images: TarTable, masks: TarTable, where: str, extension: str) -> NDArray[np.int64]:
+    """The position of the mask of each image, `[N]`."""
+    place_of = {key: place for place, key in enumerate(_keys_of(masks))}
+    order = np.fromiter((place_of.get(key, -1) for key in _keys_of(images)), np.int64, len(images))
+    (missing,) = (order < 0).nonzero()
+    if len(missing):
+        keys = [key for at, key in enumerate(_keys_of(images)) if order[at] < 0]
+        names = [printable(os.fsdecode(key)) for _, key, _ in keys]
+        raise DataError(
+            f"{where}: no masks (.{extension.lstrip('.')}) for {len(missing)} of {len(images)} images: "
+            f"{first_few(names)}; add them, or leave out the images"
+        )
+    return order
+
+
+def _keys_of(table: TarTable) -> Iterator[tuple[int, bytes, int]]:
+    """The shard of each sample, its name up to the first dot, and how often this was there before."""
+    for shard, (first, last) in enumerate(pairwise(table.shard_ends.tolist())):
+        seen: Counter[bytes] = Counter()
+        for start, end in pairwise(table.ends[first : last + 1].tolist()):
+            name = bytes(table.names[start:end])
+            key = name[: name.index(b".", name.rfind(b"/") + 1)]
+            yield shard, key, seen[key]
+            seen[key] += 1
 
 
 def _patterns(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -243,13 +310,3 @@ def _labels(
             f"`classes`, or leave their samples out{suggest(unknown[0], names)}"
         )
     return np.array([label_of[name] for name in table.classes], dtype=np.int64)[table.codes], names
-
-
-def _no_samples(table: TarTable) -> str:
-    remarks = "; ".join(table.remarks())
-    if not remarks:
-        return "there are no files in the shard(s)"
-    return (
-        f"no sample has all it needs: {remarks}. The files of a sample must follow each other; if they do not, make "
-        "the archive again with tar --sort=name"
-    )

@@ -1,0 +1,1 @@
+"""Masks: labels that are images, one for each image of a source."""

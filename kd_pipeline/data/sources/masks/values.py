@@ -1,0 +1,108 @@
+"""From the values in masks to classes: a table that says what each value stands for."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kd_pipeline.data.headers import UnreadableFileError
+from kd_pipeline.data.sources.masks.settings import MAX_VALUE, MaskSettings
+from kd_pipeline.errors import DataError
+
+__all__ = ["MaskValues"]
+
+_NUM_VALUES = 2**16
+"""Values of a mask that may have a class, those of 16 bits; all others count as one more."""
+
+
+class MaskValues:
+    """What the values of a source's masks stand for.
+
+    Args:
+        settings: what the user says.
+        classes: names of the classes, if there are any.
+        name: where the masks are, for messages.
+
+    Raises:
+        DataError: the number of classes is not known, or a class is not among them.
+    """
+
+    def __init__(self, settings: MaskSettings, classes: Sequence[str] | None, name: str) -> None:
+        self._settings = settings
+        self.num_classes = _num_classes(settings, classes, name)
+        self.ignore_index = settings.ignore_index
+        self.dtype: np.dtype[Any] = np.dtype(
+            np.uint8 if max(self.num_classes - 1, settings.ignore_index) <= 255 else np.int16
+        )
+        """Of classes: uint8 if it holds all, else int16."""
+        self._table = self._make_table(name)
+        """`[65537]` int16, the class of each value, or -1 for none; the last entry is of all that are not listed."""
+
+    def classes_of(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The classes `[H, W]` of integers `[H, W]`.
+
+        Raises:
+            UnreadableFileError: one is neither the value of a class nor ignored.
+        """
+        known = values
+        if values.dtype not in (np.uint8, np.uint16):
+            known = np.where((values < 0) | (values >= _NUM_VALUES), _NUM_VALUES, values).astype(np.int64)
+        classes: NDArray[np.int16] = self._table[known]
+        if self._table[-1] < 0 and (wrong := classes < 0).any():
+            value, count = values[wrong][0], np.count_nonzero(wrong)
+            raise UnreadableFileError(
+                f"it has the value {value}, which is neither a class from 0 to {self.num_classes - 1} nor ignore_index "
+                f"{self.ignore_index} (so are {count} of {values.size} pixels); correct it, or set num_classes, "
+                "ignore_index or label_map under masks"
+            )
+        return classes.astype(self.dtype)
+
+    def digest(self) -> bytes:
+        """What the classes depend on besides the files."""
+        return json.dumps(["masks 1", self.num_classes, self.ignore_index]).encode() + self._table.astype("<i2").data
+
+    def _make_table(self, name: str) -> NDArray[np.int16]:
+        settings = self._settings
+        table = np.full(_NUM_VALUES + 1, -1, np.int16)
+        if settings.label_map is not None:
+            table[:] = settings.ignore_index
+            for value, label in settings.label_map.items():
+                if not 0 <= value < _NUM_VALUES:
+                    raise DataError(f"{name}: label_map has the value {value}; masks have values from 0 to 65535")
+                if not (0 <= label < self.num_classes or label == settings.ignore_index):
+                    raise DataError(
+                        f"{name}: label_map gives {value} the class {label}, which is not among the {self.num_classes} "
+                        f"classes, that is from 0 to {self.num_classes - 1}"
+                    )
+                table[value] = label
+            return table
+        if settings.first_class:
+            if settings.ignore_index < self.num_classes:
+                raise DataError(
+                    f"{name}: ignore_index {settings.ignore_index} is one of the {self.num_classes} classes that "
+                    f"first_class gives; set ignore_index to another, such as {max(255, self.num_classes)}"
+                )
+            table[:] = settings.ignore_index
+        else:
+            table[settings.ignore_index] = settings.ignore_index
+        first = settings.first_class
+        table[first : first + self.num_classes] = np.arange(self.num_classes)
+        return table
+
+
+def _num_classes(settings: MaskSettings, classes: Sequence[str] | None, name: str) -> int:
+    if classes is None and settings.num_classes is None:
+        raise DataError(
+            f"{name}: how many classes the masks have is not known; set num_classes under masks, or list the names in "
+            "`classes`"
+        )
+    if classes is not None and settings.num_classes not in (None, len(classes)):
+        raise DataError(
+            f"{name}: masks have num_classes {settings.num_classes}, and there are {len(classes)} names of classes; "
+            "leave out num_classes, or correct the names"
+        )
+    if classes is not None and len(classes) > MAX_VALUE + 1:
+        raise DataError(f"{name}: there are {len(classes)} names of classes, and masks have at most {MAX_VALUE + 1}")
+    return len(classes) if classes is not None else settings.num_classes or 0
