@@ -1,4 +1,4 @@
-"""Which fields of a batch from a loader of the user's own are inputs, labels, index and valid."""
+"""Which fields of a batch from a loader of the user's own are inputs, labels, masks, index and valid."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -19,6 +19,7 @@ InputNames = Key | Sequence[Key] | Mapping[str, Key]
 """The inputs: a field, several, or the keyword of the network for each."""
 
 _LABELS = ("labels", "label")
+_MASKS = ("masks", "mask")
 _INPUTS = ("images", "pixel_values")
 _IMAGE_DIMS = 4
 
@@ -29,6 +30,7 @@ class FieldNames:
 
     inputs: InputNames | None = None
     labels: Key | None = None
+    masks: Key | None = None
     index: Key | None = None
     valid: Key | None = None
 
@@ -39,6 +41,7 @@ class BatchFields:
 
     inputs: dict[str, Tensor]
     labels: Tensor | None = None
+    masks: Tensor | None = None
     index: Tensor | None = None
     valid: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -57,16 +60,17 @@ def read_fields(batch: object, names: FieldNames) -> BatchFields:
     found = _by_key(batch)
     inputs = _inputs(found, names)
     used = set(inputs.values())
-    special = {
-        "labels": _labels_key(found, names, used) if names.labels is None else names.labels,
-        "index": names.index,
-        "valid": names.valid,
-    }
+    labels = _labels_key(found, names, used) if names.labels is None else names.labels
+    masks = _masks_key(found, used) if names.masks is None else names.masks
+    if names.masks is None and labels in found and _looks_like_masks(found[labels]):
+        labels, masks = None, labels  # as data sets for segmentation call them
+    special = {"labels": labels, "masks": masks, "index": names.index, "valid": names.valid}
     tensors = {name: _input(found, key) for name, key in inputs.items()}
     others = {name: _special(found, name, key) for name, key in special.items() if key is not None}
     used |= {key for key in special.values() if key is not None}
     extra = {key if isinstance(key, str) else f"field_{key}": each for key, each in found.items() if key not in used}
-    if isinstance(next(iter(found)), int) and names.inputs is None and names.labels is None and extra:
+    are_named = names.inputs is not None or names.labels is not None or names.masks is not None
+    if isinstance(next(iter(found)), int) and not are_named and extra:
         raise ConfigError(
             f"a batch has {len(found)} fields ({_shown(found)}), of which only the first two have a meaning: the input "
             'and the labels. Name them: inputs={"keyword": position, ...}, labels=position; the others become '
@@ -131,7 +135,8 @@ def _inputs(found: Mapping[Any, Any], names: FieldNames) -> dict[str, Key]:
 
 def _only_input(found: Mapping[str, Any], names: FieldNames) -> dict[str, Key]:
     """The input of a mapping, if only one field can be meant."""
-    taken = {names.labels, names.index, names.valid, *(_LABELS if names.labels is None else ())}
+    taken = {names.labels, names.masks, names.index, names.valid, *(_LABELS if names.labels is None else ())}
+    taken |= {name for name in _MASKS if name in found and _looks_like_masks(found[name])}
     usual = [name for name in _INPUTS if name in found and name not in taken]
     tensors = [
         name for name, value in found.items() if name not in taken and isinstance(value, Tensor | np.ndarray) and name
@@ -152,17 +157,31 @@ def _labels_key(found: Mapping[Any, Any], names: FieldNames, used: set[Key]) -> 
     if not isinstance(next(iter(found)), int):
         return next((name for name in _LABELS if name in found and name not in used), None)
     position = len(used)
-    if position not in found or used != set(range(position)) or position in (names.index, names.valid):
+    if position not in found or used != set(range(position)) or position in (names.masks, names.index, names.valid):
         return None
-    if _looks_like_labels(found[position]):
+    if _looks_like_labels(found[position]) or _looks_like_masks(found[position]):
         return position
     if names.inputs is None:
         raise ConfigError(
             f"the second field of a batch is {_shown_one(found[position])}, and labels are integers [N] or floats "
-            f"[N, K]; say labels={position} if they are labels, or inputs={{'first': 0, 'second': {position}}} if both "
-            "are inputs"
+            f"[N, K], or masks [N, H, W]; say labels={position} if they are labels, or inputs={{'first': 0, 'second': "
+            f"{position}}} if both are inputs"
         )
     return None
+
+
+def _masks_key(found: Mapping[Any, Any], used: set[Key]) -> Key | None:
+    """The field with the masks by its name, if the user did not say which; `mask` may also be one of tokens."""
+    return next(
+        (name for name in _MASKS if name in found and name not in used and _looks_like_masks(found[name])), None
+    )
+
+
+def _looks_like_masks(value: object) -> bool:
+    value = _as_tensor(value)
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return False
+    return value.ndim == 3 and not value.is_floating_point()
 
 
 def _looks_like_labels(value: object) -> bool:
@@ -183,12 +202,19 @@ def _input(found: Mapping[Any, Any], key: Key) -> Tensor:
 
 
 def _special(found: Mapping[Any, Any], name: str, key: Key) -> Tensor:
-    """Labels, index or valid as a tensor of their dtype."""
+    """Labels, masks, index or valid as a tensor of their dtype."""
     _check_key(found, name, key)
     value = found[key]
     if isinstance(value, list | tuple) and value and all(isinstance(each, bool | int | float) for each in value):
         value = torch.tensor(value)
     tensor = _as_tensor(value)
+    if name == "masks":
+        if not isinstance(tensor, Tensor) or not _looks_like_masks(tensor):
+            raise DataError(
+                f"masks ({key!r}) of a batch are {_shown_one(value)}, not integers [N, H, W], the class of each pixel; let "
+                "the loader (collate_fn) make them so"
+            )
+        return tensor.long()
     if not isinstance(tensor, Tensor) or tensor.ndim == 0 or (name != "labels" and tensor.ndim != 1):
         wanted = "a tensor [N] or [N, K]" if name == "labels" else "a tensor [N]"
         raise DataError(f"{name} ({key!r}) of a batch is {_shown_one(value)}, not {wanted}")

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.plan import Shard
@@ -49,6 +50,7 @@ class BatchLoader:
         *,
         inputs: InputNames | None = None,
         labels: Key | None = None,
+        masks: Key | None = None,
         index: Key | None = None,
         valid: Key | None = None,
         prepare: Callable[[KDBatch], KDBatch] | None = None,
@@ -57,20 +59,22 @@ class BatchLoader:
         batch_size: int | None = None,
         num_classes: int | None = None,
         classes: Sequence[str] | None = None,
+        ignore_index: int = IGNORE_INDEX,
         name: str = "",
     ) -> None:
         """Wrap `batches`; the first one is read when it is needed.
 
         Args:
             batches: a torch `DataLoader`, a list, or any other iterable that can be iterated again, of tuples,
-                mappings or `KDBatch`. The first field of a tuple is the input, the second the labels. Of a mapping,
-                the labels are called `labels` or `label`, and the input is `images`, `pixel_values` or the only other
-                tensor. Arrays become tensors.
+                mappings or `KDBatch`. The first field of a tuple is the input, the second the labels or masks. Of a
+                mapping, the labels are called `labels` or `label`, masks `masks`, `mask` or as labels, and the input is
+                `images`, `pixel_values` or the only other tensor. Arrays become tensors.
             teacher: an open teacher, which stays open; or a module, of which a frozen copy is made at the first batch,
                 or settings, which are opened then.
             inputs: what networks are called with: a field, several (then as keywords), or `{keyword: field}`. Fields
                 of tuples are positions; names are given to them in their order.
             labels: the field of the labels: integers `[N]`, or floats `[N, K]`.
+            masks: the field of the masks, the class of each pixel: integers `[N, H, W]`.
             index: the field of each sample's number; by default they are counted in each epoch.
             valid: the field `[N]` that is false for rows to ignore; by default there are none, but for the samples that
                 a `DistributedSampler` repeats to give each process as many.
@@ -78,8 +82,9 @@ class BatchLoader:
             device: of what is returned; `"auto"` is the GPU if there is one.
             ahead: batches that are prepared before they are asked for; defaults to 1 on a GPU and to 0 on a CPU.
             batch_size: rows in a full batch; defaults to what the loader says, else to the rows of the first one.
-            num_classes: of the labels; defaults to the number of `classes`, or of columns of `[N, K]`.
+            num_classes: of the labels or masks; defaults to the number of `classes`, or of columns of `[N, K]`.
             classes: names in label order.
+            ignore_index: class in masks of the pixels that have none.
             name: of the data, for messages.
 
         Raises:
@@ -93,11 +98,13 @@ class BatchLoader:
         self.device = resolve_device(device)
         self.classes = None if classes is None else tuple(classes)
         """Class names in label order; None if they are unknown."""
+        self.ignore_index = ignore_index
+        """Class in masks of the pixels that have none."""
         self.name = name
         self._batch_size, self._num_classes = batch_size, num_classes
         self._num_ahead = (1 if self.device.type == "cuda" else 0) if ahead is None else ahead
         self._sync = open_stream_sync(self.device, ahead=self._num_ahead)
-        names = FieldNames(inputs, labels, index, valid)
+        names = FieldNames(inputs, labels, masks, index, valid)
         self._preparation = BatchPreparation(
             names,
             teacher,
@@ -153,7 +160,7 @@ class BatchLoader:
 
     @property
     def num_classes(self) -> int | None:
-        """Classes of the labels; None if they are unknown."""
+        """Classes of the labels or masks; None if they are unknown."""
         if self._num_classes is not None or self.classes is not None:
             return self._num_classes or len(self.classes or ())
         first = self._first()
@@ -163,6 +170,11 @@ class BatchLoader:
     def has_labels(self) -> bool:
         """Whether batches have labels."""
         return self._first().labels is not None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether batches have masks."""
+        return self._first().masks is not None
 
     @property
     def labels_are_soft(self) -> bool:
@@ -187,7 +199,7 @@ class BatchLoader:
         first = self._first()
         fields = {
             name: (tensor.ndim, str(tensor.dtype))
-            for name, tensor in {**first.inputs, "labels": first.labels}.items()
+            for name, tensor in {**first.inputs, "labels": first.labels, "masks": first.masks}.items()
             if tensor is not None
         }
         return digest_of({**self._user.facts(), "fields": fields})

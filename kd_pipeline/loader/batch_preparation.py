@@ -136,6 +136,7 @@ class BatchPreparation:
         return KDBatch(
             inputs={name: self._to_device(tensor).contiguous() for name, tensor in fields.inputs.items()},
             labels=None if fields.labels is None else self._to_device(fields.labels),
+            masks=None if fields.masks is None else self._to_device(fields.masks),
             index=self._to_device(index),
             valid=self._to_device(valid),
             extra={

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
@@ -188,6 +189,16 @@ class BatchStream:
     def has_labels(self) -> bool:
         """Whether batches have labels."""
         return self.source.labels is not None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether batches have masks."""
+        return getattr(self.source, "masks", None) is not None
+
+    @property
+    def ignore_index(self) -> int:
+        """Class in masks of the pixels that have none."""
+        return int(getattr(getattr(self.source, "masks", None), "ignore_index", IGNORE_INDEX))
 
     @property
     def labels_are_soft(self) -> bool:

@@ -123,6 +123,40 @@ class TestFields:
         (mapped,) = BatchLoader([raw], inputs={"left": 1, "right": 2}, labels=0)
         assert mapped.inputs == named.inputs
 
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+    @pytest.mark.parametrize(
+        ("names", "options"),
+        [
+            ((0, 1), {}),
+            (("images", "masks"), {}),
+            (("pixel_values", "labels"), {}),
+            (("x", "mask"), {}),
+            (("x", "target"), {"inputs": "x", "masks": "target"}),
+        ],
+    )
+    def test_masks(self, names: tuple[Any, Any], options: dict[str, Any], dtype: torch.dtype) -> None:
+        images, masks = torch.rand(2, 3, 4, 5), torch.randint(0, 3, (2, 4, 5), dtype=dtype)
+        raw = (images, masks) if names == (0, 1) else dict(zip(names, (images, masks), strict=True))
+        loader = BatchLoader([raw], classes=["sky", "sea"], **options)
+        (batch,) = loader
+        assert batch.input is images and batch.labels is None and not batch.extra
+        assert batch.masks.dtype == torch.int64 and torch.equal(batch.masks, masks.long())
+        assert (loader.has_masks, loader.has_labels, loader.num_classes, loader.ignore_index) == (True, False, 2, 255)
+
+    def test_labels_beside_masks(self) -> None:
+        raw = {"images": torch.rand(2, 3, 4, 5), "labels": torch.tensor([1, 0]), "masks": torch.zeros(2, 4, 5).long()}
+        loader = BatchLoader([raw], ignore_index=-1)
+        (batch,) = loader
+        assert batch.labels is raw["labels"] and batch.masks is raw["masks"] and loader.ignore_index == -1
+        assert loader.has_masks and loader.has_labels
+        without = BatchLoader([{name: each for name, each in raw.items() if name != "masks"}])
+        assert not without.has_masks and without.fingerprint != loader.fingerprint
+
+    def test_masks_of_tokens_are_no_masks_of_images(self) -> None:
+        (raw,) = sequences((4,))
+        (batch,) = BatchLoader([raw], inputs=("sequence", "mask"))
+        assert batch.masks is None and [*batch.inputs] == ["sequence", "mask"]
+
     def test_ready_batches_pass_through(self, mlp: nn.Module) -> None:
         ready = KDBatch(x=torch.rand(2, SIZE), index=torch.tensor([4, 2]), valid=torch.tensor([True, False]))
         (batch,) = BatchLoader([ready], mlp)
@@ -144,6 +178,11 @@ class TestFields:
     @pytest.mark.parametrize(
         ("raw", "options", "message"),
         [
+            (
+                {"images": torch.rand(2, 3, 4, 4), "target": torch.rand(2, 4, 4)},
+                {"masks": "target"},
+                r"masks \('target'\) of a batch are \[2, 4, 4\] float32, not integers \[N, H, W\]",
+            ),
             ((torch.rand(2, 3), torch.rand(2, 3, 4)), {}, "labels=1 if they are labels, or inputs="),
             ((torch.rand(2, 3), torch.tensor([0, 1]), torch.rand(2)), {}, "only the first two have a meaning"),
             ({"a": torch.rand(2, 3), "b": torch.rand(2, 3)}, {}, r"inputs=\('a', 'b'\)"),
