@@ -110,3 +110,26 @@ def unlabeled_batch(images: Tensor, teacher: Mapping[str, Tensor]) -> KDBatch:
         valid=torch.ones(num_images, dtype=torch.bool),
         teacher=teacher,
     )
+
+
+class PixelNet(nn.Module):
+    """A small U-Net; returns logits of the pixels, `[N, K, H, W]`, as `output`, as torchvision's networks do."""
+
+    def __init__(self, num_classes: int = NUM_CLASSES, *, width: int = 8, output: str = "out", seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.down = _block(3, width)
+            self.bottom = nn.Sequential(nn.MaxPool2d(2), _block(width, 2 * width))
+            self.up = nn.ConvTranspose2d(2 * width, width, 2, stride=2)
+            self.merge = _block(2 * width, width)
+            self.head = nn.Conv2d(width, num_classes, 1)
+        self.output = output
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        fine = self.down(images)
+        return {self.output: self.head(self.merge(torch.cat([fine, self.up(self.bottom(fine))], 1)))}
+
+
+def _block(num_inputs: int, width: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(num_inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())

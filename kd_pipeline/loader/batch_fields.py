@@ -211,8 +211,8 @@ def _special(found: Mapping[Any, Any], name: str, key: Key) -> Tensor:
     if name == "masks":
         if not isinstance(tensor, Tensor) or not _looks_like_masks(tensor):
             raise DataError(
-                f"masks ({key!r}) of a batch are {_shown_one(value)}, not integers [N, H, W], the class of each pixel; let "
-                "the loader (collate_fn) make them so"
+                f"masks ({key!r}) of a batch are {_shown_one(value)}, not integers [N, H, W], the class of each pixel; "
+                "let the loader (collate_fn) make them so"
             )
         return tensor.long()
     if not isinstance(tensor, Tensor) or tensor.ndim == 0 or (name != "labels" and tensor.ndim != 1):

@@ -26,6 +26,8 @@ __all__ = [
 
 _CACHE = "past_key_values"
 """What decoders of Hugging Face return to generate the next token."""
+_PIXEL_LOGITS = "out"
+"""Name of the logits of the pixels in torchvision's networks for segmentation."""
 
 
 def is_in_layer(name: str, layer: str) -> bool:
@@ -120,7 +122,8 @@ def named_outputs(
 
     - A tensor `[N, D]` is called `vector`, and any other, a map or tokens, `"spatial"`.
     - A mapping, such as a `ModelOutput` of Hugging Face, keeps its keys, but for those without a value. A tuple in it
-      becomes `key.0`, `key.1` and so on; the mapping `features` gives its own names, and any other `key.name`.
+      becomes `key.0`, `key.1` and so on; the mapping `features` gives its own names, and any other `key.name`. The map
+      `out` of torchvision's networks for segmentation is called `"logits"`.
     - Of a tuple the first tensor is named as if it were alone, and the one at position i `output.i`; mappings in it
       give their names.
 
@@ -161,7 +164,9 @@ def _flat_outputs(output: object, vector: str, owner: str) -> Iterator[tuple[str
         for key, value in fields.items():
             if not isinstance(key, str):
                 raise TeacherError(f"{owner} returns tensors by name, got {type(value).__qualname__} for {key!r}")
-            if not _is_loss(key, value) and key != _CACHE:
+            if key == _PIXEL_LOGITS and "logits" not in fields and isinstance(value, Tensor) and value.ndim == 4:
+                yield "logits", value
+            elif not _is_loss(key, value) and key != _CACHE:
                 yield from _flat("" if key == "features" and _fields(value) is not None else key, value, owner)
     elif isinstance(output, tuple | list):
         is_first = True

@@ -151,8 +151,8 @@ def _check_classes(classes: Sequence[str] | None, outputs: Mapping[str, Tensor])
         raise ExportError(
             f"it returns {', '.join(map(repr, outputs))} and no 'logits', which class names are for; leave classes out"
         )
-    if len(classes) != outputs["logits"].shape[-1]:
-        raise ExportError(f"it has {outputs['logits'].shape[-1]} logits and got {len(classes)} class names")
+    if len(classes) != outputs["logits"].shape[1]:
+        raise ExportError(f"it has {outputs['logits'].shape[1]} logits and got {len(classes)} class names")
 
 
 def _checked_batches(program: torch.onnx.ONNXProgram, max_batch: int) -> list[int]:

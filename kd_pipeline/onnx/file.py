@@ -302,10 +302,10 @@ def _read_outputs(path: Path, model: Any) -> tuple[dict[str, str], dict[str, Ten
     if not known.keys().isdisjoint(by_name.values()):  # what has the teacher's name keeps it
         by_name = {name: name for name in specs}
     outputs = {name: replace(specs[own], num_prefix_tokens=known.get(own)) for name, own in by_name.items()}
-    if "logits" in outputs and len(outputs["logits"].shape) != 2:
+    if "logits" in outputs and len(outputs["logits"].shape) not in (2, 4):
         raise TeacherError(
-            f"{path}: the logits {quoted(by_name['logits'])} are {outputs['logits']}, expected [N, K]; export them "
-            "as such, or give this output another name"
+            f"{path}: the logits {quoted(by_name['logits'])} are {outputs['logits']}, expected [N, K] or [N, K, h, w]; "
+            "export them as such, or give this output another name"
         )
     return by_name, outputs
 

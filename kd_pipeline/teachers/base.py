@@ -17,7 +17,7 @@ __all__ = ["Teacher", "is_logits"]
 
 
 def is_logits(name: str) -> bool:
-    """Whether an output, perhaps of one of several teachers, is a classifier's logits."""
+    """Whether an output, perhaps of one of several teachers, is logits, of images or of their pixels."""
     return name.rpartition(".")[2] == "logits"
 
 
@@ -27,8 +27,8 @@ class Teacher(ABC):
     The contract, which the same tests check for every backend, and where an image stands for a row of any input:
 
     1. Outputs are float32 tensors by name: vectors `[N, D]`, maps `[N, C, h, w]` or tokens `[N, L, D]`. The logits
-       `[N, K]` of a classifier are called `"logits"`. Each has a row for each image, which depends on that image alone
-       and is the same in every call.
+       `[N, K]` of a classifier, or `[N, K, h, w]` of the pixels, are called `"logits"`. Each has a row for each image,
+       which depends on that image alone and is the same in every call.
     2. Every batch size from 1 to `max_batch` works. Inputs that do not match `inputs` raise a `TeacherError` that says
        what the teacher takes and what it got.
     3. Outputs are new tensors that the caller owns: no later call changes them, and none requires a gradient.

@@ -22,9 +22,9 @@ _logger = logging.getLogger("kd_pipeline")
 class PermutedTeacher(Teacher):
     """An open teacher with its logits selected and reordered by class name.
 
-    Column k of the logits `[N, K]` is the teacher's logit of `classes[k]`. Logits of other classes, such as a
-    background class, are dropped, and a softmax distributes their probability over the rest. Other outputs pass
-    through. `close()` also closes the wrapped teacher.
+    Column k of the logits `[N, K]` or `[N, K, h, w]` is the teacher's logit of `classes[k]`. Logits of other classes,
+    such as a background class, are dropped, and a softmax distributes their probability over the rest. Other outputs
+    pass through. `close()` also closes the wrapped teacher.
     """
 
     def __init__(self, teacher: Teacher, classes: Sequence[str]) -> None:
@@ -36,7 +36,8 @@ class PermutedTeacher(Teacher):
         positions = _positions(teacher, classes)
         self._teacher = teacher
         self._positions_K = torch.tensor(positions, device=teacher.device)
-        logits = TensorSpec((teacher.outputs["logits"].shape[0], len(positions)), torch.float32)
+        num_rows, _, *grid = teacher.outputs["logits"].shape
+        logits = TensorSpec((num_rows, len(positions), *grid), torch.float32)
         super().__init__(
             backend=teacher.backend,
             precision=teacher.precision,

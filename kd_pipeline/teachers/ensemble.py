@@ -16,7 +16,7 @@ __all__ = ["EnsembleTeacher"]
 
 
 class EnsembleTeacher(CombinedTeacher):
-    """Open teachers whose averaged logits `[N, K]` are the output.
+    """Open teachers whose averaged logits `[N, K]` or `[N, K, h, w]` are the output.
 
     Hinton et al. (arXiv 1503.02531, section 1) average the predictions of an ensemble for soft targets.
     `average="softmax"` is the arithmetic mean of the softmax, `log(sum_i w_i softmax(z_i))`: exact at temperature 1,

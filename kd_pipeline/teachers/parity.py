@@ -266,8 +266,14 @@ def _measure(name: str, found: Tensor, wanted: Tensor) -> OutputParity:
             found_NLD.mean(1), wanted_NLD.mean(1), negligible=_NEGLIGIBLE * usual
         )
     if name == "logits":
+        found, wanted = _rows(found), _rows(wanted)
         parity |= {"top1_agreement": _top1_agreement(found, wanted), "kl": _kl(found, wanted)}
     return OutputParity(**parity)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Logits `[N, K]`, and those of pixels `[N, K, h, w]` as `[N · h · w, K]`."""
+    return logits if logits.ndim == 2 else _positions(logits).flatten(0, 1)
 
 
 def _positions(output: Tensor) -> Tensor:

@@ -147,8 +147,8 @@ class PyTorchTeacher(Teacher):
                 "make its first operation out of place"
             )
         for key, output in outputs.items():
-            if output.ndim == 0 or len(output) != 2 or (key == "logits" and output.ndim != 2):
-                wanted = "[2, K]" if key == "logits" else "[2, ...]"
+            if output.ndim == 0 or len(output) != 2 or (key == "logits" and output.ndim not in (2, 4)):
+                wanted = "[2, K] or [2, K, h, w]" if key == "logits" else "[2, ...]"
                 raise TeacherError(
                     f"the teacher {name} returns {key!r} {list(output.shape)} for 2 images, not {wanted}"
                 )

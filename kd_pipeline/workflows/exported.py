@@ -23,9 +23,11 @@ from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, ExportError
+from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import trunk_of
 from kd_pipeline.models.checkpoints import open_weights
 from kd_pipeline.models.input_adapter import AdaptedNetwork, Normalization
+from kd_pipeline.models.modules import named_outputs
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.teachers.base import Teacher
@@ -373,7 +375,7 @@ def no_model(path: Path) -> str:
 
 
 class _PermuteLogits(nn.Module):
-    """Reorders logits `[N, K]`."""
+    """Reorders logits `[N, K]`, or `[N, K, h, w]` by their name."""
 
     positions_K: Tensor
 
@@ -381,8 +383,11 @@ class _PermuteLogits(nn.Module):
         super().__init__()
         self.register_buffer("positions_K", torch.tensor(positions), persistent=False)
 
-    def forward(self, logits_NK: Tensor) -> Tensor:
-        return logits_NK.index_select(1, self.positions_K)
+    def forward(self, output: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        if isinstance(output, Tensor):
+            return output.index_select(1, self.positions_K)
+        named = dict(named_outputs(output, owner="the model"))
+        return named | {LOGITS: named[LOGITS].index_select(1, self.positions_K)}
 
 
 def _positions(folder: Path, classes: Sequence[str], wanted: Sequence[str]) -> list[int]:

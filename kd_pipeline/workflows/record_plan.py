@@ -210,7 +210,9 @@ class RecordingPlan:
         """Changes of the settings, in all combinations; some have no effect."""
         stored = self.manifest.outputs
         dtypes = ["float16"] if all(map(is_logits, stored)) else ["float16", "int8"]
-        has_many = any(is_logits(name) and each.shape[0] > _SMALL_TOP_K for name, each in stored.items())
+        of_images = {name: each for name, each in stored.items() if is_logits(name) and len(each.shape) == 1}
+        are_all = len(of_images) == sum(map(is_logits, stored))  # those of pixels are kept whole
+        has_many = are_all and any(each.shape[0] > _SMALL_TOP_K for each in of_images.values())
         grids = [_grid(each) for each in stored.values() if len(each.shape) > 1]
         side = max((max(grid) for grid in grids if grid is not None), default=0)
         largest = max(self.manifest.output_bytes.items(), key=lambda each: each[1])[0]
@@ -364,6 +366,11 @@ def _stored(name: str, spec: TensorSpec, settings: RecordSettings) -> RecordedOu
             "the others with --outputs"
         )
     if is_logits(name):
+        if settings.top_k is not None and len(shape) > 1:
+            raise ConfigError(
+                f"--top-k keeps the largest logits of an image, and {name!r} are those of its pixels, {spec}; leave it "
+                "out"
+            )
         if settings.top_k is not None and settings.top_k >= shape[0]:
             raise ConfigError(
                 f"--top-k must be below the number of classes, got {settings.top_k} of {shape[0]}; leave it out for all"

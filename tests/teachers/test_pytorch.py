@@ -53,11 +53,14 @@ def test_tensor_becomes_logits() -> None:
         (lambda images: {"features": None}, "returns tensors by name, got none"),
         (lambda images: (logits_of(images), 3), "got int for 'output.1'"),
         (lambda images: {"logits": logits_of(images), "count": 3}, "got int for 'count'"),
-        (lambda images: {"logits": images}, r"returns 'logits' \[2, 3, 32, 32\] for 2 images, not \[2, K\]"),
+        (
+            lambda images: {"logits": images.flatten(2)},
+            r"returns 'logits' \[2, 3, 1024\] for 2 images, not \[2, K\] or",
+        ),
         (lambda images: logits_of(images)[:1], r"returns 'logits' \[1, 3\] for 2 images, not \[2, K\]"),
         (lambda images: {"logits": logits_of(images), "count": images.mean()}, r"returns 'count' \[\] for 2 images"),
     ],
-    ids=["no outputs", "tuple", "not a tensor", "logits of rank 4", "batch lost", "scalar"],
+    ids=["no outputs", "tuple", "not a tensor", "logits of rank 3", "batch lost", "scalar"],
 )
 def test_invalid_outputs_are_refused(function: Callable[[Tensor], object], found: str) -> None:
     with pytest.raises(TeacherError, match=found):

@@ -137,8 +137,10 @@ class RecordedOutput(Settings):
         if not name or printable(name) != name or len(name) > _MAX_NAME:
             raise ValueError(f"the output name {name!r:.80} is empty, too long or not printable")
         if is_logits(name):
-            if len(self.shape) != 1:
-                raise ValueError(f"the logits {name!r} should have one dimension, got {list(self.shape)}")
+            if len(self.shape) not in (1, 3):
+                raise ValueError(f"the logits {name!r} should have one dimension or three, got {list(self.shape)}")
+            if len(self.shape) == 3 and self.top_k is not None:
+                raise ValueError(f"top_k is for logits of an image, and {name!r} are of its pixels; leave it out")
             if self.dtype == "int8":
                 raise ValueError(f"the logits {name!r} are stored as float32 or float16, not as int8")
         elif self.top_k is not None:

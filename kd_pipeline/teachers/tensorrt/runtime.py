@@ -180,8 +180,8 @@ def _named(file: EngineFile, outputs: list[TensorIO]) -> dict[str, TensorIO]:
         found = {name: _with_prefix(by_name[each.name], each) for name, each in wanted.items()}
     if not found:
         raise EngineError(f"{file.path} has no outputs; build it again")
-    if "logits" in found and len(found["logits"].shape) != 2:
-        raise EngineError(f"{file.path}: the logits are {found['logits']}, wanted [N, K]")
+    if "logits" in found and len(found["logits"].shape) not in (2, 4):
+        raise EngineError(f"{file.path}: the logits are {found['logits']}, wanted [N, K] or [N, K, h, w]")
     return found
 
 
