@@ -31,7 +31,8 @@ def conv_teacher(seed: int = 0) -> Teacher:
 
 def fields(batch: KDBatch) -> Fields:
     labels = {} if batch.labels is None else {"labels": batch.labels}
-    return {"index": batch.index, "images": batch.images, "valid": batch.valid, **labels, **batch.teacher}
+    views = {f"view {name}": view for name, view in batch.views.items()}
+    return {"index": batch.index, "images": batch.images, "valid": batch.valid, **labels, **views, **batch.teacher}
 
 
 def run(loader: KDDataLoader, num_epochs: int = 3) -> list[Fields]:

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from kd_pipeline.data.graph_settings import DecodeMode, GraphInput, GraphSetting
 from kd_pipeline.data.headers import Orientation
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, Views
+from kd_pipeline.data.views import IMAGES, Draws, Views
 
 PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 """Settings that keep pixels on the scale from 0 to 255."""
@@ -57,6 +57,19 @@ def samples_of(
         crops=views.crops(numbers),
         parameters=views.parameters(numbers),
     )
+
+
+def views_of(views: Views, images: NDArray[np.uint8], *, epoch: int = 0) -> tuple[Draws, dict[str, NDArray[Any]]]:
+    """What all views draw, and their images, of pixels `[N, H, W, 3]` as the samples 0 to N - 1."""
+    index = np.arange(len(images))
+    draws = views.draw(index, seed=0, epoch=epoch)
+    inputs = GraphInput(index, images, views.crops(draws), views.parameters(draws))
+    settings = graph_settings(len(images))
+    graph = Graph(itertools.repeat(inputs), "pixels", views, settings, FileChecker(settings))
+    try:
+        return draws, {name: np.array(view) for name, view in graph.take().items()}
+    finally:
+        graph.close()
 
 
 def open_graph(

@@ -31,7 +31,7 @@ from kd_pipeline.data.transforms import (
 )
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["IMAGES", "EvalView", "FollowingView", "TrainView", "View", "ViewSettings", "Views", "view_fields"]
+__all__ = ["IMAGES", "Draws", "EvalView", "FollowingView", "TrainView", "View", "ViewSettings", "Views", "view_fields"]
 
 IMAGES = "images"
 """The view that `transform` describes."""
