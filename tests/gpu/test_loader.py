@@ -14,6 +14,7 @@ from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.sources import Arrays, FileList, ImageFolder
 from kd_pipeline.data.transforms import TrainTransform
+from kd_pipeline.data.views import FollowingView, TrainView
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from tests.corpus import BROKEN, Broken, photo_of
@@ -195,3 +196,40 @@ def test_slow_student_reads_its_own_batch(
             found.append(batch.images.double().sum() + batch.teacher["logits"].double().sum())
             del batch
     torch.testing.assert_close(torch.stack(found).cpu(), torch.stack(wanted), rtol=1e-9, atol=1e-6)
+
+
+VIEWS = {
+    "teacher": FollowingView(follow="images", size=EVAL.size + 8),
+    "clean": FollowingView(follow="images", size=EVAL.size, color="none", erase="none"),
+    "local": TrainView(size=EVAL.size // 2, area=(0.05, 0.4), count=3),
+}
+
+
+@pytest.mark.parametrize("decode", ["window", "full"])
+def test_views_leave_images_as_they_are(open_loader: Callable[..., KDDataLoader], decode: str) -> None:
+    with_views = epoch(open_loader(TRAIN, views=VIEWS, decode=decode))
+    kept = [{name: batch[name] for name in ("index", "images", "labels", "valid")} for batch in with_views]
+    assert_same(kept, epoch(open_loader(TRAIN, decode=decode)))
+
+
+def test_views_are_on_the_gpu_and_resume(
+    open_loader: Callable[..., KDDataLoader], teacher: Teacher, device: torch.device
+) -> None:
+    whole = [fields(batch) for batch in open_loader(TRAIN, teacher, views=VIEWS)]
+    assert all(tensor.device == device for batch in whole for tensor in batch.values())
+    resumed = open_loader(TRAIN, teacher, views=VIEWS, ahead=0, prefetch=1)
+    resumed.load_state_dict(state_after(open_loader(TRAIN, teacher, views=VIEWS, ahead=2), 2))
+    cpu = [{name: tensor.cpu() for name, tensor in batch.items()} for batch in whole]
+    assert_same(epoch(resumed), cpu[2:])
+
+
+def test_views_match_the_cpu(photo_folder: Any, device: torch.device) -> None:
+    found = []
+    for where in (device, "cpu"):
+        source = ImageFolder(photo_folder)
+        with KDDataLoader(source, EVAL, views=VIEWS, device=where, batch_size=8, seed=5, **FEW) as loader:
+            found.append(epoch(loader))
+    level = 1 / 255 / min(EVAL.std)
+    for ours, theirs in zip(*found, strict=True):
+        for name in VIEWS:
+            assert (ours[f"view {name}"] - theirs[f"view {name}"]).abs().mean() < level, name
