@@ -83,7 +83,7 @@ WRAPPED_IN = {
     "tensorrt": {"teachers.tensorrt.package", "workflows.doctor"},
     "tensorrt_rtx": {"teachers.tensorrt.package", "workflows.doctor"},
     "timm": {"models.registry", "training.optimizers", "workflows.doctor"},
-    "torchmetrics": {"evaluation._evaluate"},
+    "torchmetrics": {"evaluation._metrics"},
     "torchvision": {"bench.step", "bench.torchvision_loaders", "models.registry", "workflows.doctor"},
     "wandb": {"training.loggers"},
 }

@@ -80,7 +80,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.config.config import load_config
-    from kd_pipeline.evaluation._evaluate import MetricSettings
+    from kd_pipeline.evaluation._metrics import MetricSettings
     from kd_pipeline.workflows._compare import compare_files
 
     started = time.monotonic()

@@ -15,14 +15,12 @@ from kd_pipeline._core.progress import Report, no_report, progress_bar
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import (
-    TEMPERATURE,
     Evaluation,
-    Metric,
-    MetricSettings,
     evaluate,
     inputs_for,
+    only_metrics,
 )
-from kd_pipeline.evaluation._features import only_metrics
+from kd_pipeline.evaluation._metrics import TEMPERATURE, Metric, MetricSettings
 from kd_pipeline.evaluation.frozen import extract_outputs, feature_name, knn_top1, linear_top1, split_bank
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.settings import LOGITS

@@ -1,75 +1,42 @@
 """Evaluate a model on a split: accuracy, F1, confusion, agreement with a teacher, and further metrics."""
 
-import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from logging import getLogger
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kd_pipeline._core.finite import has_softmax
-from kd_pipeline._core.optional import require
-from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.progress import Report, no_report
-from kd_pipeline._core.settings import Settings
-from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
+from kd_pipeline.evaluation._metrics import Metric, MetricSettings, kl_divergence, measure
+from kd_pipeline.evaluation._pixels import PixelTally
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.models.modules import call_network, eval_mode, is_channels_last, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
-    "TEMPERATURE",
     "Evaluation",
-    "Metric",
-    "MetricSettings",
     "check_process_group",
     "evaluate",
     "inputs_for",
     "logits_of",
     "of_batches",
-    "open_metrics",
+    "only_metrics",
 ]
 
 _logger = getLogger("kd_pipeline")
 
-TEMPERATURE = 4.0
-"""Softmax temperature of both models in the KL divergence."""
 _QUANTUM = 2.0**-24
 """Losses are rounded to multiples of this before they are summed. In float64 such sums are exact up to 5e8, so they do
 not depend on the order of the samples or on how they are split into batches and ranks."""
-
-Metric = Callable[[Tensor, Tensor], Mapping[str, float]]
-"""A custom metric: takes logits `[N, K]` float32 and labels `[N]` int64 of the whole split, returns values by name."""
-
-
-class MetricSettings(Settings):
-    """A classification metric of torchmetrics, or a custom function."""
-
-    name: str = Field(pattern=r"^\w+((\.\w+)*:\w+)?$")
-    """A class of `torchmetrics.classification`, such as `CohenKappa`, or a custom `Metric` as
-    `package.module:function`."""
-    kwargs: dict[str, bool | int | float | str | None] = Field(default_factory=dict)
-    """More arguments of the class; `task` defaults to multiclass and `num_classes` to the number of logits."""
-
-    @property
-    def is_custom(self) -> bool:
-        """Whether `name` is a custom function."""
-        return ":" in self.name
-
-    @model_validator(mode="after")
-    def _kwargs_need_a_class(self) -> Self:
-        if self.is_custom and self.kwargs:
-            raise ValueError(f"{self.name} gets only logits and labels; remove kwargs")
-        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +44,8 @@ class Evaluation:
     """Metrics of a model on a split. Fractions are from 0 to 1; None means that a value cannot be known.
 
     A row of logits with NaN or inf counts as wrong, and in no column of the confusion matrix; a custom metric gets it
-    as it is.
+    as it is. For a model with logits of pixels, `loss`, `agreement`, `kl`, `class_accuracy` and `confusion` are of the
+    pixels that are not ignored.
     """
 
     num_samples: int
@@ -106,37 +74,24 @@ class Evaluation:
     """Names of the K classes."""
     metrics: dict[str, Any]
     """Further metrics by name: numbers, or lists of them."""
+    miou: float | None = None
+    """Mean IoU over the classes that occur at least once in a mask or a prediction; None for a classifier, and without
+    masks."""
+    pixel_accuracy: float | None = None
+    """Fraction of the pixels whose class is the top prediction."""
+    class_iou: tuple[float | None, ...] | None = None
+    """IoU of each class: its pixels in both mask and prediction, as a share of those in at least one."""
 
     def scalars(self) -> dict[str, float]:
         """Every known single number by name, for a logger."""
-        named = {name: getattr(self, name) for name in ("top1", "top5", "macro_f1", "loss", "agreement", "kl")}
+        names = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy", "loss", "agreement", "kl")
+        named = {name: getattr(self, name) for name in names}
         return {name: float(value) for name, value in (named | self.metrics).items() if isinstance(value, float | int)}
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; NaN and inf become None."""
         values = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         return values | {"teacher": None if self.teacher is None else self.teacher.to_dict()}
-
-
-def open_metrics(settings: Sequence[MetricSettings], *, plugins: Collection[str] = ()) -> list[MetricSettings | Metric]:
-    """Look up each metric now rather than after an evaluation; returns what `evaluate` takes.
-
-    Args:
-        settings: the metrics.
-        plugins: modules that custom functions may come from.
-
-    Raises:
-        ConfigError: torchmetrics has no such class, or a function does not exist or is not allowed.
-        MissingPackageError: torchmetrics is needed and not installed.
-    """
-    opened: list[MetricSettings | Metric] = []
-    for metric in settings:
-        if metric.is_custom:
-            opened.append(import_function("metrics", metric.name, plugins))
-        else:
-            _torchmetrics_class(metric.name)
-            opened.append(metric)
-    return opened
 
 
 def evaluate(
@@ -153,12 +108,12 @@ def evaluate(
     Counts are exact, and losses are rounded to 2**-24 before they are summed. The result is therefore the same for
     every batch size and number of ranks, as far as the model's own outputs are. If the loader reads one shard of
     several, every rank returns the result for the whole split. Nothing waits for the GPU before the end. `metrics` need
-    all logits at once, which stay on the device until then. Rows of logits with NaN or inf count as wrong, and are
-    logged as a warning.
+    all logits at once, which stay on the device until then; those of pixels they get image by image. Rows of logits
+    with NaN or inf count as wrong, and are logged as a warning.
 
     Args:
-        model: a network, which is in eval mode meanwhile, or a teacher. Returns logits `[N, K]` or a mapping with
-            `"logits"`.
+        model: a network, which is in eval mode meanwhile, or a teacher. Returns logits `[N, K]`, or a mapping with
+            `"logits"`, which may also be those of the pixels, `[N, K, h, w]`, for data with masks.
         loader: the split. `agreement` and `kl` are measured against its teacher, if it has one.
         reference: measure `agreement` and `kl` against this network or teacher instead.
         metrics: classes of torchmetrics, and functions of logits and labels.
@@ -167,29 +122,27 @@ def evaluate(
 
     Raises:
         ConfigError: a model returns no logits, or a metric is unknown, fails or has the name of another one.
-        DataError: a label exceeds the logits, or a metric needs labels and there are none.
+        DataError: a label exceeds the logits, a metric needs labels and there are none, or all pixels are ignored.
         NonFiniteError: every row of the model's logits holds NaN or inf.
         TeacherError: a teacher rejects the images or fails.
         StateError: the loader reads one shard of several, and there is no process group.
     """
     check_process_group(loader)
-    tally: _Tally | None = None
-    teacher_tally: _Tally | None = None
+    tally: _Tally | PixelTally | None = None
+    teacher_tally: _Tally | PixelTally | None = None
     report_done = of_batches(report, loader, max_batches)
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
         for number, batch in enumerate(islice(loader, max_batches)):
             report_done(number)
-            logits_NK = logits_of(call_network(model, inputs_for(model, batch.input)))
-            teacher_NK = batch.teacher.get("logits")
+            logits = logits_of(call_network(model, inputs_for(model, batch.input)))
+            teacher_logits = batch.teacher.get("logits")
             if reference is not None:
-                teacher_NK = logits_of(call_network(reference, inputs_for(reference, batch.input)))
-            if tally is None:
-                has_labels, has_teacher = batch.labels is not None, teacher_NK is not None
-                tally = _Tally.empty(logits_NK, has_labels=has_labels, has_teacher=has_teacher)
-            tally.add(batch, logits_NK, teacher_NK, keep_rows=bool(metrics))
-            if teacher_NK is not None:
-                teacher_tally = teacher_tally or _Tally.empty(teacher_NK, has_labels=has_labels, has_teacher=False)
-                teacher_tally.add(batch, teacher_NK, None, keep_rows=False)
+                teacher_logits = logits_of(call_network(reference, inputs_for(reference, batch.input)))
+            tally = tally or _empty(loader, batch, logits, has_teacher=teacher_logits is not None, metrics=metrics)
+            tally.add(batch, logits, teacher_logits)
+            if teacher_logits is not None:
+                teacher_tally = teacher_tally or _empty(loader, batch, teacher_logits, has_teacher=False, metrics=())
+                teacher_tally.add(batch, teacher_logits, None)
     assert tally is not None  # a loader has at least one batch
     if loader.shard.world_size > 1:
         for each in (tally, teacher_tally):
@@ -197,6 +150,51 @@ def evaluate(
                 each.sum_over_ranks()
     teacher = None if teacher_tally is None else _result(teacher_tally, loader.classes, ())
     return replace(_result(tally, loader.classes, metrics), teacher=teacher)
+
+
+def _empty(
+    loader: AnyLoader,
+    batch: KDBatch,
+    logits: Tensor,
+    *,
+    has_teacher: bool,
+    metrics: Sequence[MetricSettings | Metric],
+) -> "_Tally | PixelTally":
+    """A tally for the logits of images or of pixels."""
+    if logits.ndim == 4:
+        return PixelTally.empty(
+            logits,
+            has_masks=batch.masks is not None,
+            has_teacher=has_teacher,
+            ignore_index=loader.ignore_index,
+            metrics=metrics,
+            sums_over_ranks=loader.shard.world_size > 1,
+        )
+    if batch.labels is None and batch.masks is not None:
+        raise ConfigError(
+            f"the model returns logits {list(logits.shape)} for an image, and the data has masks, the class of each "
+            "pixel; evaluate a network for segmentation, which returns {'logits': [N, K, h, w]}"
+        )
+    has_labels = batch.labels is not None
+    return _Tally.empty(logits, has_labels=has_labels, has_teacher=has_teacher, keeps_rows=bool(metrics))
+
+
+def only_metrics(metrics: Mapping[str, float], *, num_samples: int) -> Evaluation:
+    """An `Evaluation` of which only further metrics are known."""
+    return Evaluation(
+        num_samples=num_samples,
+        num_bad_rows=0,
+        top1=None,
+        top5=None,
+        macro_f1=None,
+        loss=None,
+        agreement=None,
+        kl=None,
+        class_accuracy=None,
+        confusion=None,
+        classes=None,
+        metrics=dict(metrics),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +209,11 @@ class _Tally:
     """Float64 scalars in units of `_QUANTUM`: `loss` if there are labels, `kl` if there is a teacher."""
     rows: list[tuple[Tensor, ...]]
     """Index, valid, logits and labels of each batch; empty unless a metric needs them."""
+    keeps_rows: bool
+    """Whether a metric needs them."""
 
     @classmethod
-    def empty(cls, logits_NK: Tensor, *, has_labels: bool, has_teacher: bool) -> "_Tally":
+    def empty(cls, logits_NK: Tensor, *, has_labels: bool, has_teacher: bool, keeps_rows: bool) -> "_Tally":
         num_classes, device = logits_NK.shape[1], logits_NK.device
         counts = ("samples", "bad_rows", "bad_labels", "bad_teacher_rows", "in_top5", "agreed")
         sums = [name for name, is_known in (("loss", has_labels), ("kl", has_teacher)) if is_known]
@@ -222,9 +222,10 @@ class _Tally:
             {name: torch.zeros((), dtype=torch.int64, device=device) for name in counts},
             {name: torch.zeros((), dtype=torch.float64, device=device) for name in sums},
             [],
+            keeps_rows,
         )
 
-    def add(self, batch: KDBatch, logits_NK: Tensor, teacher_NK: Tensor | None, *, keep_rows: bool) -> None:
+    def add(self, batch: KDBatch, logits_NK: Tensor, teacher_NK: Tensor | None) -> None:
         """Add one batch, without waiting for the device."""
         is_bad_N = ~has_softmax(logits_NK)
         predicted_N = logits_NK.argmax(dim=1).masked_fill(is_bad_N, logits_NK.shape[1])
@@ -232,7 +233,7 @@ class _Tally:
         self._count("bad_rows", is_bad_N, batch.valid)
         if batch.labels is not None:
             labels = self._add_labels(batch.labels, logits_NK, predicted_N, batch.valid)
-            if keep_rows:
+            if self.keeps_rows:
                 self.rows.append((batch.index, batch.valid, logits_NK, labels))
         if teacher_NK is not None:
             self._add_teacher(teacher_NK, logits_NK, predicted_N, batch.valid)
@@ -275,11 +276,7 @@ class _Tally:
         is_bad_N = ~has_softmax(teacher_NK)
         self._count("bad_teacher_rows", is_bad_N, valid_N)
         self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & ~is_bad_N, valid_N)
-        log_model_NK = (logits_NK / TEMPERATURE).log_softmax(dim=1)
-        log_teacher_NK = (teacher_NK / TEMPERATURE).log_softmax(dim=1)
-        teacher_NK = log_teacher_NK.exp()
-        difference_NK = (log_teacher_NK - log_model_NK).masked_fill(teacher_NK == 0, 0)  # 0 · log 0 is 0
-        self._sum("kl", (teacher_NK * difference_NK).sum(dim=1), valid_N)
+        self._sum("kl", kl_divergence(logits_NK, teacher_NK), valid_N)
 
     def _count(self, name: str, flags_N: Tensor, valid_N: Tensor) -> None:
         self.counts[name].add_((flags_N & valid_N).sum())
@@ -288,13 +285,24 @@ class _Tally:
         self.sums[name].add_((values_N.double() / _QUANTUM).round().masked_fill(~valid_N, 0).sum())
 
 
-def _result(tally: _Tally, classes: tuple[str, ...] | None, metrics: Sequence[MetricSettings | Metric]) -> Evaluation:
+def _result(
+    tally: _Tally | PixelTally, classes: tuple[str, ...] | None, metrics: Sequence[MetricSettings | Metric]
+) -> Evaluation:
     """Wait for the device and compute the metrics."""
     counts = {name: int(count) for name, count in tally.counts.items()}
     num_samples = counts["samples"]
     if num_samples == 0:
         raise DataError("no sample of this split can be read, so there is nothing to evaluate")
     _check_finite(counts)
+    if isinstance(tally, PixelTally):
+        of_pixels = tally.metrics()
+        further = {name: _plain(value) for name, value in of_pixels.pop("metrics").items()}
+        return replace(
+            only_metrics(further, num_samples=num_samples),
+            **of_pixels,
+            classes=classes,
+            num_bad_rows=counts["bad_rows"],
+        )
     means = {name: float(total) * _QUANTUM / num_samples for name, total in tally.sums.items()}
     confusion = tally.confusion.double().cpu()
     num_classes = len(confusion)
@@ -346,7 +354,7 @@ def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict
     found: dict[str, Any] = {}
     for metric in metrics:
         if isinstance(metric, MetricSettings):
-            values: Mapping[str, Any] = {metric.name: _torchmetric(metric, logits_NK, label_N)}
+            values: Mapping[str, Any] = {metric.name: measure(metric, logits_NK, label_N)}
         else:
             values = metric(logits_NK, label_N)
             if not isinstance(values, Mapping):
@@ -357,31 +365,6 @@ def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict
             )
         found |= {name: _plain(value) for name, value in values.items()}
     return found
-
-
-def _torchmetric(settings: MetricSettings, logits_NK: Tensor, label_N: Tensor) -> Any:
-    kind = _torchmetrics_class(settings.name)
-    arguments: dict[str, Any] = {"num_classes": logits_NK.shape[1], "sync_on_compute": False}
-    if "task" in inspect.signature(kind).parameters:
-        arguments["task"] = "multiclass"
-    # A row with NaN or inf becomes one that is surely wrong: all classes alike but the label, which is out.
-    is_bad_N = ~has_softmax(logits_NK)[:, None]
-    is_label_NK = torch.nn.functional.one_hot(label_N, logits_NK.shape[1]).bool()
-    probabilities_NK = logits_NK.masked_fill(is_bad_N, 0).masked_fill(is_bad_N & is_label_NK, -torch.inf).softmax(dim=1)
-    try:
-        metric = kind(**arguments | settings.kwargs).to(logits_NK.device)
-        metric.update(probabilities_NK, label_N)
-        return metric.compute()
-    except Exception as exc:  # torchmetrics raises ValueError, TypeError, RuntimeError and others
-        raise ConfigError(f"the metric {settings.name} fails: {exc}; check its kwargs {settings.kwargs}") from exc
-
-
-def _torchmetrics_class(name: str) -> Any:
-    classification = require("torchmetrics.classification", extra="train")
-    kind = getattr(classification, name, None)
-    if name not in classification.__all__ or kind is None:
-        raise ConfigError(f"torchmetrics.classification has no {name!r}{suggest(name, classification.__all__)}")
-    return kind
 
 
 Inputs = TypeVar("Inputs", Tensor, Tensor | Mapping[str, Tensor])
@@ -404,20 +387,22 @@ def inputs_for(model: nn.Module | Teacher, inputs: Inputs) -> Inputs:
 
 
 def logits_of(output: object) -> Tensor:
-    """The logits `[N, K]` of a model's `output`, in float32, or in float64 if they are.
+    """The logits `[N, K]` or `[N, K, h, w]` of a model's `output`, in float32, or in float64 if they are.
 
     Raises:
         ConfigError: there are none.
     """
     logits = output
+    is_named = isinstance(output, Mapping)
     if isinstance(output, Mapping):
-        logits = output.get("logits")
+        logits = output.get("logits", output.get("out"))  # as torchvision's networks for segmentation call them
     elif isinstance(output, tuple | list):
         logits = named_outputs(output, owner="a model").get("logits")
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    if not isinstance(logits, Tensor) or logits.ndim not in ((2, 4) if is_named else (2,)):
         found = list(logits.shape) if isinstance(logits, Tensor) else type(output).__qualname__
         raise ConfigError(
-            f"a model returns logits [N, K], alone, first in a tuple, or as 'logits' of a mapping, got {found}"
+            "a model returns logits [N, K], alone, first in a tuple, or as 'logits' of a mapping (there also "
+            f"[N, K, h, w]), got {found}"
         )
     return logits if logits.dtype == torch.float64 else logits.float()
 

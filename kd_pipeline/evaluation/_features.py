@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, inputs_for, of_batches
+from kd_pipeline.evaluation._evaluate import (
+    _QUANTUM,
+    Evaluation,
+    check_process_group,
+    inputs_for,
+    of_batches,
+    only_metrics,
+)
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation, student_outputs
 from kd_pipeline.losses.ramp import max_value
@@ -21,7 +28,7 @@ from kd_pipeline.losses.terms import NEED_LABELS
 from kd_pipeline.models.modules import call_network, eval_mode
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["COSINE", "cosine_names", "evaluate_features", "label_free_terms", "only_metrics"]
+__all__ = ["COSINE", "cosine_names", "evaluate_features", "label_free_terms"]
 
 COSINE = "cosine_to_teacher"
 """First part of the names of the cosines among the metrics."""
@@ -108,24 +115,6 @@ def cosine_names(settings: DistillSettings) -> dict[str, str]:
     short = {name: name.partition(".")[2] or name for name in _terms(settings)}
     times = Counter(short.values())
     return {name: f"{COSINE}.{each if times[each] == 1 else name}" for name, each in short.items()}
-
-
-def only_metrics(metrics: Mapping[str, float], *, num_samples: int) -> Evaluation:
-    """An `Evaluation` of a model without logits."""
-    return Evaluation(
-        num_samples=num_samples,
-        num_bad_rows=0,
-        top1=None,
-        top5=None,
-        macro_f1=None,
-        loss=None,
-        agreement=None,
-        kl=None,
-        class_accuracy=None,
-        confusion=None,
-        classes=None,
-        metrics=dict(metrics),
-    )
 
 
 def _terms(settings: DistillSettings) -> dict[str, TermSettings]:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.evaluation._evaluate import MetricSettings
+from kd_pipeline.evaluation._metrics import MetricSettings
 from kd_pipeline.teachers.tensorrt.manifest import Precision, Profile
 from kd_pipeline.training.ema import EmaSettings
 from kd_pipeline.training.memory_format import ChannelsLast

@@ -21,7 +21,7 @@ from kd_pipeline.data.sources import open_source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
 from kd_pipeline.evaluation._compare import Comparison, compare
-from kd_pipeline.evaluation._evaluate import MetricSettings, open_metrics
+from kd_pipeline.evaluation._metrics import MetricSettings, open_metrics
 from kd_pipeline.loader.config_teacher import open_config_teacher
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, InputAdapterLayer, Normalization

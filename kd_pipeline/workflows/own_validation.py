@@ -14,8 +14,7 @@ from kd_pipeline._core.progress import timed
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.evaluation._evaluate import Evaluation
-from kd_pipeline.evaluation._features import only_metrics
+from kd_pipeline.evaluation._evaluate import Evaluation, only_metrics
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.modules import eval_mode

@@ -17,7 +17,8 @@ from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.terminal_log import log_line
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
-from kd_pipeline.evaluation._evaluate import Evaluation, open_metrics
+from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.evaluation._metrics import open_metrics
 from kd_pipeline.evaluation.probe import FirstBatches, probe_teacher
 from kd_pipeline.loader.batch_loader import AnyLoader, BatchLoader
 from kd_pipeline.losses.distillation import Distillation

@@ -11,8 +11,9 @@ from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, DataError
-from kd_pipeline.evaluation._evaluate import Evaluation, Metric, MetricSettings, evaluate
-from kd_pipeline.evaluation._features import evaluate_features, label_free_terms, only_metrics
+from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, only_metrics
+from kd_pipeline.evaluation._features import evaluate_features, label_free_terms
+from kd_pipeline.evaluation._metrics import Metric, MetricSettings
 from kd_pipeline.evaluation.frozen import (
     FeatureProbeSettings,
     Features,

@@ -10,7 +10,8 @@ from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.errors import DataError, NonFiniteError
 from kd_pipeline.evaluation import compare, evaluate
 from kd_pipeline.evaluation._compare import Comparison, ComparisonRow, Cost, measure_cost
-from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings
+from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.evaluation._metrics import MetricSettings
 from kd_pipeline.evaluation.frozen import extract_features, knn_top1, linear_top1, split_bank
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.registry import ModelSettings, open_model

@@ -16,7 +16,8 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError, TeacherError
-from kd_pipeline.evaluation._evaluate import Evaluation, MetricSettings, evaluate, inputs_for
+from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, inputs_for
+from kd_pipeline.evaluation._metrics import MetricSettings
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -341,7 +342,7 @@ def test_mismatch_names_both_shapes(tmp_path) -> None:
             evaluate(Pixels(lambda x: x[:, :7]), loader)
         with pytest.raises(
             ConfigError,
-            match=r"returns logits \[N, K\], alone, first in a tuple, or as 'logits' of a mapping, got \[16\]",
+            match=r"returns logits \[N, K\], alone, first in a tuple, or as 'logits' of a mapping .*, got \[16\]",
         ):
             evaluate(Pixels(lambda x: x.sum(1)), loader)
         with pytest.raises(ConfigError, match="got dict"):
