@@ -238,7 +238,7 @@ class BackendComparison:
                 precision=precision,
                 half_io=self._images.dtype == torch.float16,
                 profiles=(Profile(min=batch_size, opt=batch_size, max=batch_size),),
-                image_size=self._images.shape[2],
+                image_size=tuple(self._images.shape[2:]),
             ),
             save_engine=self._folder / f"{precision}-{batch_size}.engine",
             calibration_set=lambda: calibration_set,

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from kd_pipeline._core.image_size import Size
 from kd_pipeline._core.library_output import TerminalHandler, libraries_to_log
 from kd_pipeline._core.paths import local_path
 from kd_pipeline._core.settings import Settings
@@ -35,6 +36,7 @@ __all__ = [
     "permissions",
     "print_progress",
     "run_command",
+    "size_option",
 ]
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -261,6 +263,19 @@ def print_progress(line: str) -> None:
     print_message(line)
 
 
+def size_option(text: str) -> int | tuple[int, int]:
+    """The `type` of an option that is the size of images: `224`, or `384x640` for height and width.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size is 224, or 384x640 for height and width, got {text!r}")
+    height, width = (int(side) for side in match.groups(default=match[1]))
+    return height if height == width else (height, width)
+
+
 def _sha256(text: str) -> str:
     if re.fullmatch("[0-9a-fA-F]{64}", text) is None:
         raise argparse.ArgumentTypeError(f"a sha256 has 64 hexadecimal digits, got {text!r}")
@@ -283,6 +298,8 @@ def _syntax(annotation: Any) -> dict[str, Any]:
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     kinds = tuple(kind for kind in kinds if kind is not NoneType)
     kind = Path if Path in kinds else kinds[0]
+    if Size in kinds or annotation == get_args(Size)[0]:  # without its validator where it is the whole annotation
+        return {"type": size_option, "metavar": "N or HxW"}
     if kind is bool:
         return {"action": "store_true", "default": None}
     if get_origin(kind) is Literal:

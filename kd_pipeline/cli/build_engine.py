@@ -177,7 +177,7 @@ def _export(parsed: argparse.Namespace, settings: "BuildSettings") -> None:
                 )
 
 
-def _profiles(parsed: argparse.Namespace) -> "tuple[tuple[Profile, ...], int | None]":
+def _profiles(parsed: argparse.Namespace) -> "tuple[tuple[Profile, ...], tuple[int, int] | None]":
     """The optimization profiles, and the image size if `--min-shapes` and the like give it."""
     from kd_pipeline.teachers.tensorrt.manifest import Profile
 
@@ -191,11 +191,11 @@ def _profiles(parsed: argparse.Namespace) -> "tuple[tuple[Profile, ...], int | N
         raise ConfigError("give --min-shapes, --opt-shapes and --max-shapes together, or --batch MIN OPT MAX alone")
     sizes = [_shape(text, parsed.onnx) for text in shapes]
     images = {size[1:] for size in sizes}
-    if len(images) != 1 or any(size[1] != 3 or size[2] != size[3] for size in sizes):
-        raise ConfigError(f"only the batch may vary, over square images of 3 channels, got {' '.join(shapes)}")
+    if len(images) != 1 or any(size[1] != 3 for size in sizes):
+        raise ConfigError(f"only the batch may vary, over images of 3 channels, got {' '.join(shapes)}")
     options = {name: f"{name}-shapes" for name in ("min", "opt", "max")}
     profile = checked(Profile, options, **dict(zip(options, (size[0] for size in sizes), strict=True)))
-    return (profile,), sizes[0][2]
+    return (profile,), sizes[0][2:]
 
 
 def _shape(text: str, onnx: Path | None) -> tuple[int, int, int, int]:

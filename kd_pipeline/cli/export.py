@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kd_pipeline._core.text import printable
-from kd_pipeline.cli.arguments import add_permissions, path_option, print_progress
+from kd_pipeline.cli.arguments import add_permissions, path_option, print_progress, size_option
 from kd_pipeline.cli.model_options import (
     NAMES,
     add_input_adapter,
@@ -65,7 +65,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
     images = parser.add_argument_group("images")
     images.add_argument(
-        "--image-size", "--size", type=int, metavar="N", help="height and width (default: that of the model's images)"
+        "--image-size",
+        "--size",
+        type=size_option,
+        metavar="N or HxW",
+        help="height and width (default: that of the model's images)",
     )
     add_input_adapter(images)
 
@@ -91,8 +95,6 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.workflows._export import check_target, export_network
 
     started = time.monotonic()
-    if parsed.image_size is not None and parsed.image_size < 1:
-        raise ConfigError(f"--image-size: at least one pixel, got {parsed.image_size}")
     calibrate: Path | None = parsed.calibrate
     images = None if calibrate is None else load_config(calibrate)
     classes = None if parsed.classes is None else class_names(parsed.classes)

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from kd_pipeline._core.channels import ChannelMeans, ChannelStds
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+from kd_pipeline._core.image_size import Size, height_width
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.auto_augment import Array, AutoAugment, AutoAugmentSettings, Node
@@ -44,14 +45,6 @@ def _check_range(value: tuple[float, float]) -> tuple[float, float]:
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
-def _as_square(value: int | tuple[int, int]) -> int | tuple[int, int]:
-    """One number for a square, so equal sizes are equal settings."""
-    return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
-
-
-Side = Annotated[int, Field(gt=0, le=8192)]
-Size = Annotated[Side | tuple[Side, Side], AfterValidator(_as_square)]
-"""Height and width in pixels, one number for a square."""
 Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
 """Low and high, both positive."""
 FractionRange = Annotated[tuple[float, Probability], AfterValidator(_check_range)]
@@ -79,7 +72,7 @@ class _Output(Settings):
     @property
     def height_width(self) -> tuple[int, int]:
         """Height and width of the finished image, in pixels."""
-        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        return height_width(self.size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

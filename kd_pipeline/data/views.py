@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag
 
 from kd_pipeline._core.channels import ChannelMeans, ChannelStds
+from kd_pipeline._core.image_size import Size, height_width
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
@@ -24,7 +25,6 @@ from kd_pipeline.data.transforms import (
     PixelOp,
     RandomErasing,
     RandomResizedCrop,
-    Size,
     TrainTransform,
     with_own_color,
     with_own_erasing,
@@ -294,7 +294,7 @@ def _following(name: str, settings: FollowingView, found: Mapping[str, View]) ->
             f"views.{name}.follow is {settings.follow!r}, and a view follows {IMAGES} or one with a preset"
             f"{suggest(settings.follow, leaders)}; these are {', '.join(leaders)}"
         )
-    size = settings.size if isinstance(settings.size, tuple) else (settings.size, settings.size)
+    size = height_width(settings.size)
     scale = size[0] / leader.height_width[0], size[1] / leader.height_width[1]
     normalize = replace(
         leader.normalize,

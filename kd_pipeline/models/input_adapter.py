@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from kd_pipeline._core.channels import ChannelMeans, ChannelStds
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+from kd_pipeline._core.image_size import Size, height_width
 from kd_pipeline._core.settings import Settings
 
 __all__ = ["AdaptedNetwork", "ExpectedInput", "InputAdapter", "InputAdapterLayer", "Normalization", "unadapted"]
@@ -28,8 +28,13 @@ class ExpectedInput(Settings):
     """Mean per channel of its normalization, for pixels from 0 to 1; one for 0 to 255 is refused."""
     std: ChannelStds
     """Standard deviation per channel of its normalization, for pixels from 0 to 1."""
-    size: int | None = Field(default=None, ge=1)
+    size: Size | None = None
     """Height and width in pixels that it expects; defaults to the size of the images."""
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        """Height and width in pixels that it expects; None for those of the images."""
+        return None if self.size is None else height_width(self.size)
 
     def adapter(self, images: Normalization) -> "InputAdapter":
         """An adapter from images with another normalization."""
@@ -48,7 +53,7 @@ class InputAdapter(ExpectedInput):
 class InputAdapterLayer(nn.Module):
     """An `InputAdapter` as a layer: `(x · from_std + from_mean - mean) / std` per channel, then a bilinear resize.
 
-    Maps `[N, 3, H, W]` to `[N, 3, size, size]`, or to the same shape without a size.
+    Maps `[N, 3, H, W]` to `[N, 3, *size]`, or to the same shape without a size.
     """
 
     scale: Tensor
@@ -60,14 +65,14 @@ class InputAdapterLayer(nn.Module):
         # The settings say what they are, and the state dict is that of the network alone.
         self.register_buffer("scale", _per_channel(adapter.from_std) / std, persistent=False)
         self.register_buffer("shift", (_per_channel(adapter.from_mean) - mean) / std, persistent=False)
-        self.size = adapter.size
+        self.size = adapter.height_width
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `[N, 3, H, W]` as the network expects them."""
         images = images * self.scale + self.shift
         if self.size is None:
             return images
-        return F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        return F.interpolate(images, size=self.size, mode="bilinear", align_corners=False)
 
     def extra_repr(self) -> str:
         """The size, which is in no tensor, for fingerprints."""

@@ -226,7 +226,7 @@ def _adapted(model: nn.Module, expected: ExpectedInput | Literal["auto"], images
                 f"input_adapter: auto uses what timm knows of its networks, and {name} does not say what it was "
                 "trained on; give mean and std"
             )
-        size = known.size[0] if known.fixed_input_size else None
+        size = known.size if known.fixed_input_size else None
         if size is None and Normalization(*known[:2]) == images:
             return model
         expected = ExpectedInput(mean=known.mean, std=known.std, size=size)

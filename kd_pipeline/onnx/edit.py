@@ -130,13 +130,13 @@ def _add_adapter(model: Any, file: OnnxFile, adapter: InputAdapter) -> None:
     images = _find_input(model, file)
     consumers = list(images.uses())
     nodes = _normalize(model, images, adapter)
-    if adapter.size is not None:
-        if any(size not in (None, adapter.size) for size in file.images.shape[2:]):
+    if (size := adapter.height_width) is not None:
+        if any(found not in (None, wanted) for found, wanted in zip(file.images.shape[2:], size, strict=True)):
             raise EngineError(
-                f"{file.path} takes images {file.images}, and the adapter resizes them to {adapter.size} x "
-                f"{adapter.size}; set the adapter's size to that of the file"
+                f"{file.path} takes images {file.images}, and the adapter resizes them to {size[0]} x "
+                f"{size[1]}; set the adapter's size to that of the file"
             )
-        nodes += _resize(model, images, nodes[-1].outputs[0], adapter.size)
+        nodes += _resize(model, images, nodes[-1].outputs[0], size)
         # Unnamed sizes: the graph may use a name such as H for the size after the adapter.
         images.shape = ir.Shape([images.shape[0], 3, None, None])
     for consumer, position in consumers:
@@ -164,13 +164,13 @@ def _normalize(model: Any, images: Any, adapter: InputAdapter) -> list[Any]:
     return [scaled, ir.node("Add", [scaled.outputs[0], shift])]
 
 
-def _resize(model: Any, images: Any, value: Any, size: int) -> list[Any]:
+def _resize(model: Any, images: Any, value: Any, size: tuple[int, int]) -> list[Any]:
     """Nodes that resize `value`, of the shape of `images`, to `size` like `F.interpolate(mode="bilinear")`."""
     ir = require("onnx_ir", extra="cpu")
     if (opset := model.opset_imports[""]) < _RESIZE_OPSET:
         raise EngineError(f"the file has opset {opset}, and a resize needs {_RESIZE_OPSET}; export it again")
     start, end = (add_constant(model, f"input_adapter.{name}", np.array([n])) for name, n in (("start", 0), ("end", 2)))
-    height_and_width = add_constant(model, "input_adapter.size", np.array([size, size]))
+    height_and_width = add_constant(model, "input_adapter.size", np.array(size))
     shape = ir.node("Shape", [images])
     batch_and_channels = ir.node("Slice", [shape.outputs[0], start, end])
     sizes = ir.node("Concat", [batch_and_channels.outputs[0], height_and_width], {"axis": 0})

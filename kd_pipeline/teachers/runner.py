@@ -260,7 +260,7 @@ class Runner:
                     precision=asked,
                     half_io=inputs.dtype == torch.float16,
                     profiles=(profile,),
-                    image_size=inputs.sizes and inputs.sizes[1],
+                    image_size=inputs.sizes and inputs.sizes[1:],
                     runtime=settings.runtime,
                 ),
                 calibration_set=None if images is None else lambda: CalibrationSet(images(), "the training split"),
@@ -334,7 +334,7 @@ def _adapter(settings: TeacherSettings, module: nn.Module, inputs: Inputs) -> In
                 f"input_adapter: auto uses what timm knows of its networks, and {type(module).__qualname__} does not "
                 "say what it was trained on; give mean and std"
             )
-        size = known.size[0] if known.fixed_input_size and known.size != (inputs.sizes or (0,))[1:] else None
+        size = known.size if known.fixed_input_size and known.size != (inputs.sizes or (0,))[1:] else None
         if size is None and Normalization(*known[:2]) == inputs.normalization:
             return None
         return InputAdapterLayer(ExpectedInput(mean=known.mean, std=known.std, size=size).adapter(inputs.normalization))

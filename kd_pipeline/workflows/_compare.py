@@ -176,8 +176,8 @@ def _adapter(network: nn.Module, images: TrainTransform | EvalTransform, *, is_p
     wanted = own
     if is_pretrained:
         wanted = Normalization() if known is None else Normalization(known.mean, known.std)  # torchvision's
-    size = None if known is None or not known.fixed_input_size else known.size[0]
-    size = None if (size, size) == images.height_width else size
+    size = None if known is None or not known.fixed_input_size else known.size
+    size = None if size == images.height_width else size
     if wanted == own and size is None:
         return None
     return ExpectedInput(mean=wanted.mean, std=wanted.std, size=size).adapter(own)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.files import describe_special
+from kd_pipeline._core.image_size import height_width
 from kd_pipeline._core.progress import timed
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.config import Config
@@ -71,7 +72,7 @@ class Network:
     def changed(
         self,
         *,
-        size: int | None = None,
+        size: int | tuple[int, int] | None = None,
         input_adapter: InputAdapter | None = None,
         features: Sequence[str] = (),
         classes: Sequence[str] | None = None,
@@ -86,7 +87,7 @@ class Network:
         return replace(
             self,
             module=with_features(self.module, features) if features else self.module,
-            image_shape=(3, size, size) if size else self.image_shape,
+            image_shape=(3, *height_width(size)) if size else self.image_shape,
             input_adapter=input_adapter or self.input_adapter,
             classes=self.classes if classes is None else tuple(classes),
         )
@@ -111,7 +112,7 @@ class ExportReport:
 def network_by_name(
     settings: ModelSettings,
     *,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     input_adapter: InputAdapter | None = None,
     plugins: Collection[str] = (),
     report: Say = lambda line: None,
@@ -140,8 +141,8 @@ def network_by_name(
             f"timm says that {name} was trained with --input-mean {' '.join(map(str, expected.mean))} "
             f"--input-std {' '.join(map(str, expected.std))}; give both if your images are normalized differently"
         )
-    size = size or (input_adapter and input_adapter.size) or (expected.size[0] if expected else _DEFAULT_SIZE)
-    return Network(module=module, name=name, image_shape=(3, size, size), input_adapter=input_adapter)
+    size = size or (input_adapter and input_adapter.size) or (expected.size if expected else _DEFAULT_SIZE)
+    return Network(module=module, name=name, image_shape=(3, *height_width(size)), input_adapter=input_adapter)
 
 
 def network_of_run(folder: Path, *, plugins: Collection[str] = ()) -> Network:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.image_size import height_width
 from kd_pipeline.data.sources.labels import class_names
 from kd_pipeline.errors import EngineError, TeacherError
 from kd_pipeline.onnx.edit import edit_onnx
@@ -262,18 +263,18 @@ def _image_shape(settings: BuildSettings, file: OnnxFile) -> tuple[int, int, int
     # After a resize the size that the file takes does not matter.
     is_resized = settings.input_adapter is not None and settings.input_adapter.size is not None
     height, width = (None, None) if is_resized else file.images.shape[2:]
-    size = settings.image_size
+    size = None if settings.image_size is None else height_width(settings.image_size)
     if size is None and (height is None or width is None):
         raise EngineError(
             f"{file.path} takes images of any size{' after its resize' if is_resized else ''}, and an engine takes "
             "one; set it with image_size (--image-size)"
         )
-    if size is not None and (height not in (None, size) or width not in (None, size)):
+    if size is not None and (height not in (None, size[0]) or width not in (None, size[1])):
         raise EngineError(
-            f"{file.path} takes images of {height} x {width}, wanted {size} x {size}; give it images of its own size, "
-            "or fold a resize into it with an input adapter"
+            f"{file.path} takes images of {height} x {width}, wanted {size[0]} x {size[1]}; give it images of its own "
+            "size, or fold a resize into it with an input adapter"
         )
-    return 3, size or height or 0, size or width or 0
+    return (3, *size) if size is not None else (3, height or 0, width or 0)
 
 
 def _recipe(

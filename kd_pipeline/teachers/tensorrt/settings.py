@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from kd_pipeline._core.image_size import Size, size_text
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.models.input_adapter import InputAdapter
 from kd_pipeline.teachers.tensorrt.manifest import Precision, Profile
@@ -22,7 +23,7 @@ class BuildSettings(Settings):
     """Take float16 images, those of a loader with `dtype: float16`."""
     profiles: tuple[Profile, ...] = Field(default=(Profile(min=1, opt=32, max=64),), min_length=1)
     """Ranges of batch sizes; a batch runs in the tightest profile that needs no padding."""
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: Size | None = None
     """Height and width of the images, if the file leaves them open."""
     outputs: tuple[str, ...] = ()
     """Tensors inside the file to add to the outputs, for losses on features."""
@@ -61,7 +62,7 @@ class BuildSettings(Settings):
         if (adapter := self.input_adapter) is not None:
             words += ["--input-mean", *map(str, adapter.mean), "--input-std", *map(str, adapter.std)]
             words += ["--from-mean", *map(str, adapter.from_mean), "--from-std", *map(str, adapter.from_std)]
-            words += [] if adapter.size is None else ["--input-size", str(adapter.size)]
+            words += [] if adapter.size is None else ["--input-size", size_text(adapter.size)]
         for name, field in type(self).model_fields.items():
             value, option = getattr(self, name), f"--{name.replace('_', '-')}"
             match value:
@@ -71,6 +72,8 @@ class BuildSettings(Settings):
                     words.append(option)
                 case Path():
                     words += [option, str(value.resolve())]
+                case int() | tuple() if name == "image_size":
+                    words += [option, size_text(value)]
                 case tuple() if name != "classes":  # the command line takes class names only as a file
                     words += [option, *value]
                 case str() | int():
