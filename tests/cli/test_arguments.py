@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field
 
+from kd_pipeline._core.image_size import Size, size_text
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.cli.arguments import CommandParser, add_options, checked, given, path_option
+from kd_pipeline.cli.arguments import CommandParser, add_options, checked, given, path_option, size_option
 from kd_pipeline.errors import ConfigError
 
 
@@ -24,6 +25,8 @@ class Example(Settings):
     half: bool = False
     level: int = 3
     """Defaults to much."""
+    size: Size | None = None
+    side: Size = 8
 
 
 @pytest.fixture
@@ -31,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(formatter_class=lambda prog: argparse.HelpFormatter(prog, width=200))
     add_options(parser, Example, "top_k", "dtype", "names", "out", "half", "level", flags={"top_k": ["--top-k", "-k"]})
     add_options(parser, Example, "mean", prefix="input_")
+    add_options(parser, Example, "size", "side")
     return parser
 
 
@@ -49,6 +53,22 @@ def test_values_become_their_types(parser: argparse.ArgumentParser) -> None:
     assert parse(parser, *options, "--input-mean", "0.5", "-1", "1e-3") == Example(
         top_k=2, dtype="float16", names=("a", "b"), out=Path("c.json"), half=True, level=4, mean=(0.5, -1.0, 1e-3)
     )
+
+
+@pytest.mark.parametrize(("text", "size"), [("224", 224), ("384x640", (384, 640)), ("32x32", 32)])
+def test_sizes_are_one_number_or_two(parser: argparse.ArgumentParser, text: str, size: int | tuple[int, int]) -> None:
+    found = parse(parser, "--size", text, "--side", text)
+    assert found.size == found.side == size
+    assert size_option(size_text(size)) == size
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "8x", "x8", "8x0", "8x8x8", "12345", "8,8", "", "8 x 8"])
+def test_other_sizes_are_refused(
+    parser: argparse.ArgumentParser, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--size={text}"])
+    assert f"a size is 224, or 384x640 for height and width, got {text!r}" in capsys.readouterr().err
 
 
 def test_help_is_docstring_and_default(parser: argparse.ArgumentParser) -> None:

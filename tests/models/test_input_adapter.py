@@ -38,11 +38,11 @@ def open_net(module: nn.Module, normalization: Normalization | None = STUDENT, *
     return open_teacher(found, module=module, image_shape=IMAGE_SHAPE, normalization=normalization, num_images=1)
 
 
-@pytest.mark.parametrize("size", [None, 20])
-def test_normalization_and_size(size: int | None) -> None:
+@pytest.mark.parametrize("size", [None, 20, (16, 24)])
+def test_normalization_and_size(size: int | tuple[int, int] | None) -> None:
     teacher = open_net(ConvNet(), input_adapter=TEACHER.model_copy(update={"size": size}), features=["body.2"])
     found = teacher(normalized(pixels(), *STUDENT))
-    seen = pixels() if size is None else F.interpolate(pixels(), size=(size, size), mode="bilinear")
+    seen = pixels() if size is None else F.interpolate(pixels(), size=size, mode="bilinear")
     net = ConvNet().eval()
     expected = {**net(normalized(seen, TEACHER.mean, TEACHER.std))}
     expected["body.2"] = net.body[:3](normalized(seen, TEACHER.mean, TEACHER.std))

@@ -107,10 +107,11 @@ def test_input_shape_with_adapter(tmp_path: Path, source: Path) -> None:
     assert opened.outputs == read_onnx(source).outputs
 
 
-def test_adapter_on_dynamic_image_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(5, 5), (6, 4)])
+def test_adapter_on_dynamic_image_size(tmp_path: Path, size: tuple[int, int]) -> None:
     sizes = ["N", 3, "H", "W"]
     path = saved(tmp_path, linear_model(inputs=[("pixels", FLOAT, sizes)]))
-    adapter = InputAdapter(mean=MEAN, std=STD, size=5)
+    adapter = InputAdapter(mean=MEAN, std=STD, size=size)
     images = random_images(4, shape=(3, 11, 9))
     (found,) = run(edit_onnx(path, tmp_path / "edited.onnx", input_adapter=adapter), images).values()
     scale, shift = (
@@ -120,7 +121,7 @@ def test_adapter_on_dynamic_image_size(tmp_path: Path) -> None:
             (np.subtract(adapter.from_mean, MEAN) / STD).astype(np.float32),
         )
     )
-    resized = nn.functional.interpolate(images * scale + shift, size=(5, 5), mode="bilinear", align_corners=False)
+    resized = nn.functional.interpolate(images * scale + shift, size=size, mode="bilinear", align_corners=False)
     torch.testing.assert_close(found, run(path, resized)["logits"], atol=1e-5, rtol=1e-5)
     same = read_onnx(edit_onnx(path, tmp_path / "same.onnx", input_adapter=ADAPTER))
     assert (same.input_name, str(same.images)) == ("pixels", "[any, 3, any, any] float32")

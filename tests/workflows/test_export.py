@@ -124,8 +124,9 @@ def test_random_weights_are_the_same_in_every_call(capsys: pytest.CaptureFixture
 
 @pytest.mark.slow
 def test_network_without_a_head_and_layers_of_its_own() -> None:
-    assert export("--timm", "test_resnet", "--num-classes", "0", "--size", "32") == 0
-    assert read_onnx(Path("test_resnet.onnx")).outputs.keys() == {"pooled", "spatial"}
+    assert export("--timm", "test_resnet", "--num-classes", "0", "--size", "32x48") == 0
+    file = read_onnx(Path("test_resnet.onnx"))
+    assert file.outputs.keys() == {"pooled", "spatial"} and file.images.shape == (None, 3, 32, 48)
     assert export("--timm", "test_resnet", "--features", "layer2", "--size", "32", "-o", "layers.onnx") == 0
     torch.manual_seed(0)
     module = with_features(open_model(ModelSettings(timm="test_resnet")), ["layer2"]).eval()

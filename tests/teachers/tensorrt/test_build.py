@@ -110,8 +110,10 @@ def test_command_in_manifest_builds_same_recipe(exported: Callable[[int], Path],
         precision="bf16",
         half_io=True,
         profiles=(*PROFILES, Profile(min=2, opt=16, max=32)),
-        input_adapter=InputAdapter(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), size=32, from_mean=(0.1, 0.2, 0.3)),
-        image_size=48,
+        input_adapter=InputAdapter(
+            mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), size=(32, 32), from_mean=(0.1, 0.2, 0.3)
+        ),
+        image_size=(48, 40),
         classes=other,
         workspace=64,
         builder_optimization_level=1,
@@ -128,7 +130,7 @@ def test_command_in_manifest_builds_same_recipe(exported: Callable[[int], Path],
     manifest_path(engine).unlink()
     assert main(words) == 0
     assert read_manifest(engine).key == manifest.key
-    assert str(read_manifest(engine).image) == "[N, 3, 48, 48] float16"
+    assert str(read_manifest(engine).image) == "[N, 3, 48, 40] float16"
 
 
 def test_existing_engine_is_not_rebuilt(copy: Path, exported: Callable[[int], Path]) -> None:
@@ -266,8 +268,9 @@ def test_open_image_size_must_be_set(tmp_path: Path) -> None:
     onnx.save(linear_model(inputs=(("images", TensorProto.FLOAT, ["N", 3, "H", "W"]),)), file)
     with pytest.raises(EngineError, match="takes images of any size, and an engine takes one; set it with image_si"):
         build_engine(settings_for(file), save_engine=tmp_path / "a.engine")
-    engine = build_engine(settings_for(file, image_size=16), save_engine=tmp_path / "a.engine")
-    assert str(read_manifest(engine).image) == "[N, 3, 16, 16] float32"
+    for size, shape in ((16, "16, 16"), ((16, 24), "16, 24")):
+        engine = build_engine(settings_for(file, image_size=size), save_engine=tmp_path / f"{shape}.engine")
+        assert str(read_manifest(engine).image) == f"[N, 3, {shape}] float32"
 
 
 def custom_op_model() -> onnx.ModelProto:
