@@ -59,6 +59,8 @@ WRAPPED_IN = {
         "data.auto_augment",
         "data.dali",
         "data.decode",
+        "data.own_ops",
+        "data.own_ops_trial",
         "data.rendering",
         "data.transforms",
         "loader.batch_stream",

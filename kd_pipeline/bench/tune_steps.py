@@ -258,6 +258,7 @@ class RunSteps(ExitStack):
                 teacher=teacher if is_taught else None,
                 shard=Shard(),
                 training=self.source,
+                plugins=self._plugins,
                 run_dir=None,
             )
             self._loaders[key] = _OpenLoader(loader, _without_end(loader))

@@ -7,11 +7,11 @@ slots of the numbers, so switching one op on never changes what another does.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from kd_pipeline._core.channels import ChannelMeans, ChannelStds
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -20,6 +20,7 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.auto_augment import Array, AutoAugment, AutoAugmentSettings, Node
 from kd_pipeline.data.headers import Orientation
+from kd_pipeline.data.own_ops import FactoryOp, OwnOp
 
 __all__ = [
     "CenterCrop",
@@ -80,10 +81,14 @@ class _Output(Settings):
         return (3, *self.height_width)
 
 
+OpName = Literal["auto_augment", "color", "blur", "erase"]
+"""An op of the preset `train`; `color` is brightness, contrast, saturation, hue and grayscale at once."""
+
+
 class TrainTransform(_Output):
     """Random resized crop, RandAugment or TrivialAugment, color jitter, grayscale, blur, erasing, normalize and flip.
 
-    In this order. The flip comes last, so it mirrors what the other ops did.
+    In this order, unless `order` says another. The flip comes last, so it mirrors what the other ops did.
     """
 
     preset: Literal["train"] = "train"
@@ -111,13 +116,34 @@ class TrainTransform(_Output):
     """Fraction of the finished image that is erased, which means filled with the mean color."""
     erase_ratio: Range = (0.3, 3.3)
     """Aspect ratio of the erased rectangle, width over height."""
+    order: tuple[OpName | OwnOp, ...] | None = None
+    """In which order the ops between crop and normalize are applied, and ops of your own among them, each as
+    `{factory: package.module:function}`; see `OwnOp`. It defaults to `[auto_augment, color, blur, erase]`. What an op
+    draws does not depend on its place, nor on other ops."""
+
+    @field_validator("order")
+    @classmethod
+    def _names_are_used_once(cls, order: tuple[OpName | OwnOp, ...] | None) -> tuple[OpName | OwnOp, ...] | None:
+        names = [entry.key if isinstance(entry, OwnOp) else entry for entry in order or ()]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(
+                f"order has {', '.join(sorted(twice))} twice; apply an op of the preset once, and give two ops of one "
+                "function different names, such as {factory: ..., name: second}"
+            )
+        return None if order == get_args(OpName) else order  # equal settings for equal images
+
+    @model_validator(mode="after")
+    def _order_has_all_ops(self) -> "TrainTransform":
+        if self.order is not None and (missing := [name for name in self._preset_ops() if name not in self.order]):
+            raise ValueError(f"order leaves out {', '.join(missing)}, which the transform has; add it to order")
+        return self
 
     @property
     def num_draws(self) -> int:
-        """Uniform numbers that a view needs."""
+        """Uniform numbers that a view needs, without those of ops of your own."""
         if self.auto_augment is not None:
             return AutoAugment(self.auto_augment, self.height_width).num_draws
-        return 35 if len(self.ops) > 1 else 23
+        return 35 if self._preset_ops() else 23
 
     @property
     def crop(self) -> "RandomResizedCrop":
@@ -127,16 +153,24 @@ class TrainTransform(_Output):
     @property
     def ops(self) -> tuple["PixelOp", ...]:
         """All ops after the crop that have an effect; `Normalize`, which also flips, is the last."""
-        ops: list[PixelOp] = []
+        preset, order = self._preset_ops(), self.order or get_args(OpName)
+        own = iter(FactoryOp.after([entry for entry in order if isinstance(entry, OwnOp)]))
+        ops = [next(own) if isinstance(entry, OwnOp) else preset.get(entry) for entry in order]
+        return (*(op for op in ops if op is not None), Normalize(self.mean, self.std, self.dtype, self.flip))
+
+    def _preset_ops(self) -> dict[OpName, "PixelOp"]:
+        """The ops of the preset that have an effect."""
+        ops: dict[OpName, PixelOp] = {}
         if self.auto_augment is not None:
-            ops.append(AutoAugment(self.auto_augment, self.height_width))
+            ops["auto_augment"] = AutoAugment(self.auto_augment, self.height_width)
         if self.brightness or self.contrast or self.saturation or self.hue or self.grayscale:
-            ops.append(ColorJitter(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale))
+            ops["color"] = ColorJitter(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale)
         if self.blur:
-            ops.append(GaussianBlur(self.blur, self.blur_sigma))
+            ops["blur"] = GaussianBlur(self.blur, self.blur_sigma)
         if self.erase:
-            ops.append(RandomErasing(self.erase, self.erase_area, self.erase_ratio, self.height_width, self.mean))
-        return (*ops, Normalize(self.mean, self.std, self.dtype, self.flip))
+            size = self.height_width
+            ops["erase"] = RandomErasing(self.erase, self.erase_area, self.erase_ratio, size, self.mean)
+        return ops
 
 
 class EvalTransform(_Output):
@@ -394,7 +428,7 @@ class Normalize:
         )
 
 
-PixelOp = AutoAugment | ColorJitter | GaussianBlur | RandomErasing | Normalize
+PixelOp = AutoAugment | ColorJitter | GaussianBlur | RandomErasing | FactoryOp | Normalize
 
 _NUM_TRIES = 10
 """How often a crop is drawn until it fits, as in torchvision."""

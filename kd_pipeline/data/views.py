@@ -1,6 +1,6 @@
 """Views: the images that are made of each sample from one decoding of it, and the random numbers of each."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -15,6 +15,7 @@ from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.auto_augment import Array, AutoAugment
+from kd_pipeline.data.own_ops import FactoryOp
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import (
     CenterCrop,
@@ -97,13 +98,18 @@ class View:
     ops: tuple[PixelOp, ...]
     """After the crop."""
     num_draws: int
-    """Uniform numbers that each copy needs."""
+    """Uniform numbers that each copy needs, without those of the user's own ops, which come after all others."""
     count: int | None = None
     """Copies of it, each with a window of its own; None for one, without a dimension."""
     leader: str | None = None
     """The view whose windows and draws it has; None for a view with its own."""
     color: Sharing = "shared"
     erase: Sharing = "shared"
+
+    @property
+    def own_ops(self) -> list[FactoryOp]:
+        """Those of the user's own."""
+        return [op for op in self.ops if isinstance(op, FactoryOp)]
 
     @property
     def copies(self) -> int:
@@ -177,6 +183,20 @@ class Views:
                 found[name] = _following(name, view, found)
         return cls(tuple(found.values()))
 
+    def opened(self, plugins: Collection[str]) -> "Views":
+        """The same with the functions of the user's own ops.
+
+        Raises:
+            ConfigError: one is not in a module among `plugins`, or is no function there.
+        """
+        views = []
+        for view in self.views:
+            leader = view.leader or view.name
+            key = "transform.order" if leader == IMAGES else f"views.{leader}.order"
+            ops = tuple(op.opened(key, plugins) if isinstance(op, FactoryOp) else op for op in view.ops)
+            views.append(replace(view, ops=ops))
+        return Views(tuple(views))
+
     def __iter__(self) -> Iterator[View]:
         return iter(self.views)
 
@@ -229,12 +249,17 @@ class Views:
         """
 
         def own(view: View, count: int) -> list[Array]:
-            name = None if view is self.images else view.name
-            drawn = (
-                uniforms(index, seed=seed, epoch=epoch, count=count, repeat=repeat, view=name, copy=copy)
+            keys = [(None if view is self.images else view.name, count)]
+            # No view is called so, because names are printable.
+            keys += [(f"{view.name}\n{op.settings.key}", op.settings.num_columns) for op in view.own_ops]
+            drawn = [
+                [
+                    uniforms(index, seed=seed, epoch=epoch, count=number, repeat=repeat, view=key, copy=copy)
+                    for key, number in keys
+                ]
                 for copy in range(view.copies)
-            )
-            return [numbers.astype(np.float64) for numbers in drawn]
+            ]
+            return [np.concatenate(parts, axis=1, dtype=np.float64) for parts in drawn]
 
         draws: dict[str, Sequence[Array]] = {}
         for view in self.views:
@@ -243,9 +268,8 @@ class Views:
             elif view.color == view.erase == "shared":
                 draws[view.name] = draws[view.leader]
             else:
-                draws[view.name] = [
-                    _merged(view, *pair) for pair in zip(draws[view.leader], own(view, view.num_draws), strict=True)
-                ]
+                pairs = zip(draws[view.leader], own(view, view.num_draws), strict=True)
+                draws[view.name] = [_merged(view, self[view.leader], *pair) for pair in pairs]
         return draws
 
     def crops(self, draws: Draws) -> tuple[tuple[Array, ...], ...]:
@@ -307,6 +331,8 @@ def _following(name: str, settings: FollowingView, found: Mapping[str, View]) ->
                 ops.append(op.at_scale(scale))
             case ColorJitter() | GaussianBlur() if settings.color == "none":
                 pass
+            case FactoryOp() if settings.color == "none" and op.settings.changes == "colors":
+                pass
             case GaussianBlur():
                 ops.append(op.at_scale(scale))
             case RandomErasing():
@@ -327,9 +353,11 @@ def _following(name: str, settings: FollowingView, found: Mapping[str, View]) ->
     )
 
 
-def _merged(view: View, shared: Array, own: Array) -> Array:
+def _merged(view: View, leader: View, shared: Array, own: Array) -> Array:
     """The numbers of the view that it follows, with those of its own for what it does not share."""
-    numbers = shared[:, : view.num_draws].copy()
+    num_of_ops = sum(op.settings.num_columns for op in leader.own_ops)
+    numbers, of_ops = shared[:, : view.num_draws].copy(), shared[:, shared.shape[1] - num_of_ops :].copy()
+    own, own_of_ops = own[:, : view.num_draws], own[:, view.num_draws :]
     if view.color == "own":
         numbers = with_own_color(numbers, own)
     if view.erase == "own":
@@ -337,4 +365,6 @@ def _merged(view: View, shared: Array, own: Array) -> Array:
     for op in view.ops:
         if isinstance(op, AutoAugment) and view.color != "shared":
             numbers = op.with_own_colors(numbers, own if view.color == "own" else None)
-    return numbers
+        if isinstance(op, FactoryOp) and view.color == "own" and op.settings.changes == "colors":
+            of_ops[:, op.columns] = own_of_ops[:, op.columns]
+    return np.concatenate([numbers, of_ops], axis=1)

@@ -88,13 +88,14 @@ def probe_teacher(
     settings: ProbeSettings | None = None,
     *,
     training: Source | None = None,
+    plugins: Collection[str] = (),
 ) -> dict[str, ProbeReport]:
     """Run `run_probe` before a run for all logits of the teacher, of which several teachers have several, and log it.
 
     That is one line for logits that pass, else a warning per problem.
 
     Args:
-        config, teacher, settings, training: as for `run_probe`.
+        config, teacher, settings, training, plugins: as for `run_probe`.
 
     Returns:
         The reports by the names of the outputs; none if the data cannot show anything.
@@ -108,7 +109,7 @@ def probe_teacher(
     if not outputs:
         _logger.info("teacher probe: skipped, because the teacher has no logits")
     for output in outputs:
-        report = run_probe(config, teacher, settings, training=training, output=output)
+        report = run_probe(config, teacher, settings, training=training, output=output, plugins=plugins)
         if report is None:
             break  # for a reason that holds for the others too
         reports[output] = report
@@ -209,7 +210,7 @@ def run_probe(
         settings: number of images and requirements.
         training: the source of the split `train`, if already open.
         output: name of the logits to judge, such as `member.logits` of one of several teachers.
-        plugins: modules that the source may come from, if it is not open.
+        plugins: modules that ops may come from, and the source if it is not open.
 
     Returns:
         The report, or None if the training data has no labels, the teacher no such output, or a recording only mixed
@@ -237,7 +238,14 @@ def run_probe(
     else:
         # Shuffled, because a folder lists one class after another.
         with KDDataLoader.from_config(
-            config, teacher=teacher, shard=Shard(), training=training, shuffle=True, ahead=0, **EACH_IMAGE_ONCE
+            config,
+            teacher=teacher,
+            shard=Shard(),
+            training=training,
+            plugins=plugins,
+            shuffle=True,
+            ahead=0,
+            **EACH_IMAGE_ONCE,
         ) as loader:
             labels_N, logits_NK = _first_rows(loader, settings, output)
     report = _judge(

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -26,6 +26,7 @@ from kd_pipeline.data.decode import Decoding, resolve_decode
 from kd_pipeline.data.graph_settings import DecodeMode, GraphSettings
 from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.order import Shuffle, read_shuffle, shuffle_fields
+from kd_pipeline.data.own_ops_trial import try_own_ops
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
 from kd_pipeline.data.reader import Reader
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
@@ -73,6 +74,7 @@ class BatchStream:
         repeats: int = 1,
         run_dir: Path | str | None = None,
         prepare: Callable[[KDBatch], KDBatch] | None = None,
+        plugins: Collection[str] = (),
         **options: Unpack[LoaderOptions],
     ) -> None:
         """Plan the batches; DALI starts with the first one. `KDDataLoader` describes the arguments."""
@@ -80,7 +82,7 @@ class BatchStream:
             options,
             others=(
                 *("views", "teacher_view", "mix", "batch_size", "seed", "shuffle", "last_batch", "repeats", "run_dir"),
-                "prepare",
+                *("prepare", "plugins"),
             ),
         )
         self._prepare = prepare
@@ -90,7 +92,7 @@ class BatchStream:
                 "they were; give a live teacher, or change the batch in your loop"
             )
         self.source, self.transform, self.teacher, self.mix = source, transform, teacher, mix
-        self.views = Views.of(transform, views)
+        self.views = Views.of(transform, views).opened(plugins)
         """How the views of a sample are made; `transform` describes the first."""
         self._view_fields = view_fields(transform, views or {})
         self.teacher_view = teacher_view
@@ -102,6 +104,7 @@ class BatchStream:
                 f"{', '.join(names)}"
             )
         self.device = resolve_device(settings.device)
+        try_own_ops(self.views, device_id=self.device.index)
         self.batch_size = batch_size
         self.classes = source.classes
         """Class names in label order; None if the source has none."""
@@ -506,7 +509,7 @@ class BatchStream:
 
         def open_reader(plan: Plan) -> Reader:
             graph_settings = replace(self._graph_settings, prefetch=1)
-            images = Views.of(self.transform)
+            images = Views((self.views.images,))
             return Reader(self.source, images, plan, graph_settings, self._settings, self.mix)
 
         check_pixels(

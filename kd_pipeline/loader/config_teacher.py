@@ -108,7 +108,8 @@ def sample_images(
     arguments = split_arguments(config, split, EACH_IMAGE_ONCE)
     arguments["batch_size"] = min(config.data.batch_size, num_images)  # reads no more than needed
     source = open_split(config, split, training=training, plugins=plugins)
-    with BatchStream(source, config.data.split(split).transform, shard=Shard(), **arguments) as stream:
+    transform = config.data.split(split).transform
+    with BatchStream(source, transform, shard=Shard(), plugins=plugins, **arguments) as stream:
         return first_images(stream, num_images)
 
 

@@ -142,6 +142,7 @@ def open_given_teacher(
             shard=Shard(),
             last_batch="keep",
             device=device,
+            plugins=plugins,
         )
         with stream:
             return first_images(stream, _NUM_CALIBRATED)

@@ -110,7 +110,7 @@ class KDDataLoader(BatchStream):
             run_dir: folder for `bad_samples.jsonl`; without it no file is written.
             prepare: is called with each batch before the teacher sees it, and returns the batch to take in its place.
                 It runs ahead of the loop, on a GPU in the stream of the teacher, and must not wait for the GPU.
-            plugins: modules that a factory in settings may come from.
+            plugins: modules that a factory in settings may come from, of ops too.
             trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
             options: device, num_threads, prefetch, ahead, decode, hw_decoder_load, on_bad_sample, max_bad_fraction and
                 max_pixels; see `LoaderSettings` for their ranges and defaults.
@@ -154,6 +154,7 @@ class KDDataLoader(BatchStream):
                 repeats=repeats,
                 run_dir=run_dir,
                 prepare=prepare,
+                plugins=plugins,
                 **options,
             )
         except BaseException:
@@ -213,7 +214,7 @@ class KDDataLoader(BatchStream):
                 )
             teacher = owned
         try:
-            loader = cls(source, settings.transform, teacher, shard=shard, **arguments)
+            loader = cls(source, settings.transform, teacher, shard=shard, plugins=plugins, **arguments)
         except BaseException:
             if owned is not None:
                 owned.close()

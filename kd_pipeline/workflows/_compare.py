@@ -194,6 +194,7 @@ def _open_bank(config: Config, split: str, loader: KDDataLoader, plugins: Collec
         shuffle=False,
         shard=loader.shard,
         last_batch="keep",
+        plugins=plugins,
         **data.model_dump(include={*LoaderSettings.model_fields}),
     )
 

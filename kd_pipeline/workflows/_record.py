@@ -304,6 +304,7 @@ def _open_loader(
             training=source,
             shard=Shard(),  # processes share parts, and no batch
             last_batch=last_batch,
+            plugins=plugins,
             run_dir=None if holds_training else config.run_dir,
         )
     )

@@ -23,7 +23,7 @@ __all__ = ["SKIP_UNREADABLE", "SplitReport", "UniformImage", "check_split", "key
 
 SKIP_UNREADABLE = {"on_bad_sample": "substitute", "max_bad_fraction": 1.0}
 """Continue after every unreadable file, to find all of them."""
-_KEEP_UNIFORM = {"erase": 0.0, "blur": 0.0, "auto_augment": None}
+_KEEP_UNIFORM = {"erase": 0.0, "blur": 0.0, "auto_augment": None, "order": None}
 """Leave out what draws into an image of a single color."""
 _REPORT_INTERVAL_S = 5.0
 _MAX_CONFIRMED = 1000

@@ -97,11 +97,11 @@ def check_models(
         if training is not None:
             report("the first training batch")
             with findings.part("first batch"):
-                batch, grid = _draw(config, training, out, teacher)
+                batch, grid = _draw(config, training, out, teacher, plugins)
             if batch is None and teacher is not None:
                 teacher = None
                 with findings.part("first batch"):
-                    batch, grid = _draw(config, training, out, None)
+                    batch, grid = _draw(config, training, out, None, plugins)
         if teacher is not None:
             probes = {}
             if training is not None and config.probe is not None:
@@ -109,7 +109,9 @@ def check_models(
                 with findings.part("teacher"), progress_bar("the teacher on training images"):
                     for output in filter(is_logits, teacher.outputs):
                         lenient = _lenient(config, teacher)
-                        probe = run_probe(lenient, teacher, config.probe, training=training, output=output)
+                        probe = run_probe(
+                            lenient, teacher, config.probe, training=training, output=output, plugins=plugins
+                        )
                         if probe is not None:
                             probes[output] = probe
                             of = "" if output == "logits" else f"{output}: "
@@ -154,9 +156,11 @@ def _lenient(config: Config, teacher: Teacher | Recording | None) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update=SKIP_UNREADABLE)})
 
 
-def _draw(config: Config, training: Source, out: Path, teacher: Teacher | Recording | None) -> tuple[KDBatch, Path]:
+def _draw(
+    config: Config, training: Source, out: Path, teacher: Teacher | Recording | None, plugins: Collection[str]
+) -> tuple[KDBatch, Path]:
     config = _lenient(config, teacher)
-    with KDDataLoader.from_config(config, teacher=teacher, training=training, run_dir=None) as loader:
+    with KDDataLoader.from_config(config, teacher=teacher, training=training, plugins=plugins, run_dir=None) as loader:
         batch = next(iter(loader))
         grid = save_grid(batch, out / "train_batch.png", transform=loader.transform, classes=loader.classes)
         return _first_rows(batch), grid

@@ -249,7 +249,8 @@ class StageRun(ExitStack):
         if is_rank_zero() and isinstance(teacher, Teacher) and can_probe:
             _logger.info("teacher probe: running it on training images, for about %g s", settings.max_seconds)
         # One rank decides: in the same time, each may see a different number of images.
-        on_rank_zero(lambda: probe_teacher(config, teacher, settings, training=source))
+        plugins = self._plugins
+        on_rank_zero(lambda: probe_teacher(config, teacher, settings, training=source, plugins=plugins))
 
     def _check_keeps_teacher(self, saved: SavedRun | None) -> None:
         """Refuse to train a teacher of which a student learns already, as a part of `stage: all`.
