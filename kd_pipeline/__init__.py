@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kd_pipeline.config import load_config as load_config
     from kd_pipeline.data.mixing import MixSettings as MixSettings
     from kd_pipeline.data.order import ShardShuffle as ShardShuffle
+    from kd_pipeline.data.own_ops import OwnOp as OwnOp
     from kd_pipeline.data.plan import Shard as Shard
     from kd_pipeline.data.sources import Arrays as Arrays
     from kd_pipeline.data.sources import BaseSource as BaseSource
@@ -61,6 +62,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.config": ["Config", "load_config"],
         "kd_pipeline.data.mixing": ["MixSettings"],
         "kd_pipeline.data.order": ["ShardShuffle"],
+        "kd_pipeline.data.own_ops": ["OwnOp"],
         "kd_pipeline.data.plan": ["Shard"],
         "kd_pipeline.data.sources": [
             "Arrays",

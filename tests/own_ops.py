@@ -18,6 +18,12 @@ def mirror(images, draw):
     return fn.flip(images, horizontal=fn.cast(draw < 0.5, dtype=types.INT32))
 
 
+def zoom(images):
+    """The middle half, as large as the whole."""
+    size = fn.cast(images.shape()[:2], dtype=types.FLOAT)
+    return fn.resize(images, size=size, roi_start=[0.25, 0.25], roi_end=[0.75, 0.75], roi_relative=True)
+
+
 def shrunk(images):
     return fn.resize(images, size=[8, 8])
 

@@ -16,17 +16,24 @@ _NUMBERS = np.array([0, 1 / 3, 2 / 3, 1 - 2**-24], dtype=np.float32)
 """What the random numbers of an image of the trial all are, the smallest and the largest ones included."""
 
 
-def try_own_ops(views: Views, *, device_id: int | None) -> None:
+def try_own_ops(views: Views, *, device_id: int | None, has_masks: bool = False) -> None:
     """Apply each op of the user's own to four images of each view that has it, twice.
 
     Args:
         views: with the functions of their ops.
         device_id: the GPU of the images, or None for the CPU.
+        has_masks: whether there are masks of the view `images`, which an op of the user's own does not change.
 
     Raises:
         ConfigError: an op fails, changes the size or the type of images, or depends on something else than these and
-            its numbers.
+            its numbers; or it moves pixels, and there are masks.
     """
+    for op in views.images.own_ops:
+        if has_masks and op.settings.changes == "positions":
+            raise ConfigError(
+                f"the op {op.settings.factory} changes positions, and masks would not follow; leave it out of "
+                "transform.order, or leave out the masks of the source"
+            )
     for view in views:
         for op in view.ops:
             if isinstance(op, FactoryOp):

@@ -104,7 +104,7 @@ class BatchStream:
                 f"{', '.join(names)}"
             )
         self.device = resolve_device(settings.device)
-        try_own_ops(self.views, device_id=self.device.index)
+        try_own_ops(self.views, device_id=self.device.index, has_masks=self.has_masks)
         self.batch_size = batch_size
         self.classes = source.classes
         """Class names in label order; None if the source has none."""

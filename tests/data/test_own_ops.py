@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from kd_pipeline import FollowingView, KDDataLoader, MixSettings, TrainTransform, TrainView
+from kd_pipeline import FollowingView, ImageFolder, KDDataLoader, MixSettings, TrainTransform, TrainView
 from kd_pipeline.data.plan import uniforms
+from kd_pipeline.data.sources.masks.settings import FolderMasks
 from kd_pipeline.data.views import IMAGES, Views
 from kd_pipeline.errors import ConfigError, StateError
+from tests.mask_files import save_pair, some_masks
 from tests.views import PIXELS
 
 MODULE = "tests.own_ops"
@@ -174,6 +176,26 @@ def test_view_of_its_own_has_its_own_order_and_numbers(photo_folder):
     draws = Views.of(transform_of((SHIFT,)), {"local": own}).draw(np.arange(37), seed=3, epoch=1)
     amounts = np.stack([draws[IMAGES][0][:, -1], *(numbers[:, -1] for numbers in draws["local"])])
     assert len(np.unique(amounts)) == amounts.size
+
+
+def test_op_may_depend_on_the_size(photo_folder):
+    """Zooming twice at 64 and 32 pixels shows the same quarter."""
+    views = {"small": FollowingView(follow="images", size=32)}
+    transform = transform_of(({"factory": f"{MODULE}:zoom", "changes": "positions"},), size=64)
+    found = views_of(photo_folder, transform, views=views)
+    halved = found[IMAGES].reshape(37, 3, 32, 2, 32, 2).mean(axis=(3, 5))
+    assert np.abs(halved - found["small"]).mean() < 6
+
+
+def test_op_that_moves_pixels_is_refused_with_masks(tmp_path):
+    for number, mask in enumerate(some_masks(4)):
+        save_pair(tmp_path / "images", tmp_path / "masks", f"{number}", mask)
+    source = ImageFolder(tmp_path / "images", classes=list("abcd"), masks=FolderMasks(root=tmp_path / "masks"))
+    options = {"batch_size": 2, "device": "cpu", "plugins": [MODULE]}
+    KDDataLoader(source, transform_of((SHIFT,)), **options).close()
+    moving = transform_of(({"factory": f"{MODULE}:zoom", "changes": "positions"},))
+    with pytest.raises(ConfigError, match=r"tests\.own_ops:zoom changes positions, and masks would not follow"):
+        KDDataLoader(source, moving, **options)
 
 
 def test_module_has_to_be_allowed(photo_folder):
