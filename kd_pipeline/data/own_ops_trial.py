@@ -35,9 +35,8 @@ def try_own_ops(views: Views, *, device_id: int | None, has_masks: bool = False)
                 "transform.order, or leave out the masks of the source"
             )
     for view in views:
-        for op in view.ops:
-            if isinstance(op, FactoryOp):
-                _try(op, view.height_width, device_id)
+        for op in view.own_ops:
+            _try(op, view.height_width, device_id)
 
 
 def _try(op: FactoryOp, size: tuple[int, int], device_id: int | None) -> None:
