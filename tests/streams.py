@@ -32,6 +32,7 @@ def conv_teacher(seed: int = 0) -> Teacher:
 def fields(batch: KDBatch) -> Fields:
     labels = {} if batch.labels is None else {"labels": batch.labels}
     views = {f"view {name}": view for name, view in batch.views.items()}
+    views |= {} if batch.masks is None else {"masks": batch.masks}
     return {"index": batch.index, "images": batch.images, "valid": batch.valid, **labels, **views, **batch.teacher}
 
 

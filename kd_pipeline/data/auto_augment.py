@@ -152,6 +152,20 @@ class AutoAugment:
             merged[rows, slot] = (still + 0.5) / len(OPS)
         return merged
 
+    def warps(self, *parameters: NDArray[Any]) -> list[tuple[Array, NDArray[np.bool_]]]:
+        """Where each of the policy's ops takes the pixels from, given what `parameters` returns.
+
+        Returns:
+            The matrix from the coordinates (x, y) of pixels of its result to those of its input, `[N, 2, 3]`, and the
+            rows `[N]` in which it moves pixels; in the others the matrix changes nothing.
+        """
+        found = []
+        for op, arguments in zip(parameters[::2], parameters[1::2], strict=True):
+            is_warp = _is_warp(op)
+            matrix = np.where(is_warp[:, None], arguments[:, :6], [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]).reshape(-1, 2, 3)
+            found.append((matrix, is_warp))
+        return found
+
     def apply(self, images: Node, *parameters: Node) -> Node:
         """Apply the ops one after the other to uint8 images."""
         for op, arguments in zip(parameters[::2], parameters[1::2], strict=True):

@@ -133,7 +133,9 @@ class BadSamples:
         height, width = content.shape[:2] if content.ndim == 3 else self._checker.decode(content).shape()[0][:2]
         if self._masks is not None:
             (mask,) = self._masks.read(np.array([index]), max_pixels=self._settings.max_pixels)
-            self._masks.require(index, mask, (height, width))
+            if isinstance(mask, UnreadableFileError):
+                raise mask
+            self._masks.require_size(index, mask.shape, (height, width))
 
     def _add(self, sample: BadSample, failure: RuntimeError) -> None:
         error = BadSampleError(*astuple(sample))

@@ -19,8 +19,10 @@ from kd_pipeline.data.file_reading import CallThread, ReadThread, require_encode
 from kd_pipeline.data.graph_settings import GraphInput, GraphSettings
 from kd_pipeline.data.headers import Decoder, check_size, max_file_bytes, read_header
 from kd_pipeline.data.headers.base import PLAIN_PIXEL_BYTES
+from kd_pipeline.data.mask_reader import MaskReader
 from kd_pipeline.data.rendering import Rendering, Stores, decode_windows, peek_shape
 from kd_pipeline.data.sources.base import Encoded
+from kd_pipeline.data.sources.masks.masks import Masks
 from kd_pipeline.data.views import Views
 from kd_pipeline.errors import ConfigError
 
@@ -49,8 +51,9 @@ class Graph:
         settings: GraphSettings,
         checker: "FileChecker",
         read: Callable[[NDArray[np.int64]], Encoded] | None = None,
+        masks: Masks | None = None,
     ) -> None:
-        """`read` is that of a source that stores bytes."""
+        """`read` is that of a source that stores bytes, and `masks` are those of a source that has some."""
         self._rendering = Rendering(views, stores, settings)
         # DALI asks for the two parts of a batch separately, in any order.
         self._images: deque[Any] = deque()
@@ -60,6 +63,13 @@ class Graph:
         with self._pipeline:
             self._pipeline.set_outputs(*self._define())
         self._pipeline.build()
+        self.masks: NDArray[Any] | None = None
+        """Those of the batch that `take` returned last, `[N, H, W]`, or None."""
+        self._masked: deque[NDArray[Any]] = deque()
+        self._mask_reader: MaskReader | None = None
+        if masks is not None:
+            self._mask_reader = MaskReader(masks, views.images, settings.max_pixels)
+            inputs = self._mask_reader.following(inputs)
         self._read: _Encoded | _Pixels
         if stores == "pixels":
             self._read = _Pixels(inputs)
@@ -91,12 +101,16 @@ class Graph:
             if self._failure is None:
                 raise
             raise self._failure from None
+        if self._mask_reader is not None:
+            self.masks = self._masked.popleft()
         return {view.name: output.as_tensor() for view, output in zip(self._rendering.views, outputs, strict=True)}
 
     def close(self) -> None:
         """Stop DALI's threads. Batches in use stay valid, and a second call does nothing."""
         self._pipeline = None
         self._read.close()
+        if self._mask_reader is not None:
+            self._mask_reader.close()
 
     def _advance(self) -> None:
         """Prepare the next batch for DALI."""
@@ -104,6 +118,8 @@ class Graph:
             raise StopIteration
         try:
             batch = self._read.next()
+            if self._mask_reader is not None:
+                self._masked.append(self._mask_reader.take(batch.inputs.index, batch.size))
         except Exception as failure:
             self._failure = failure  # raised after the batches before it have been taken
             raise StopIteration from None

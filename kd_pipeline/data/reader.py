@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from kd_pipeline.data.graph_settings import GraphInput, GraphSettings
 from kd_pipeline.data.mixing import MixSettings, plan_mixing
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.settings import LoaderSettings
-from kd_pipeline.data.sources import Source
+from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.data.views import IMAGES, Views
 
 __all__ = ["INDEX", "LABEL", "MIXING", "VALID", "GroupPlan", "ReadBatch", "ReadGroup", "Reader", "group_size"]
@@ -85,6 +86,8 @@ class ReadGroup:
     views: Mapping[str, Any]
     """DALI's dense tensors by name, `[M, 3, H, W]` or `[M, count, 3, H, W]`."""
     planned: GroupPlan
+    masks: NDArray[Any] | None = None
+    """`[M, H, W]` of small integers: the classes of the pixels of `images`; None without masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +179,11 @@ class Reader:
             self.stop()
             inputs = self._pull(epoch, number)
             source = self._source
-            self._graph = Graph(inputs, source.stores, self._views, self._settings, self._checker, source.read)
+            graph = partial(Graph, inputs, source.stores, self._views, self._settings, self._checker)
+            self._graph = graph(source.read, masks_of(source))
         try:
             views = self._graph.take(stream)
-            group = ReadGroup(views, self._pulled.popleft())
+            group = ReadGroup(views, self._pulled.popleft(), self._graph.masks)
             numbers = range(group.planned.number, group.planned.number + len(group.planned))
             self._next, self._retried = self._after((epoch, numbers[-1])), None
             return {(epoch, own): ReadBatch(group, place) for place, own in enumerate(numbers)}

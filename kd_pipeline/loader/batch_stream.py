@@ -30,7 +30,7 @@ from kd_pipeline.data.own_ops_trial import try_own_ops
 from kd_pipeline.data.plan import LastBatch, Plan, Shard
 from kd_pipeline.data.reader import Reader
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
-from kd_pipeline.data.sources import Source
+from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.data.uniform import UniformCounter
 from kd_pipeline.data.views import IMAGES, Views, ViewSettings, view_fields
@@ -120,6 +120,8 @@ class BatchStream:
                 f"batch_size must be a multiple of {2 * repeats} when images are mixed and repeats is {repeats}, to "
                 f"keep partners in one batch, got {batch_size}"
             )
+        if mix is not None and masks_of(source) is not None:
+            raise ConfigError("mix blends images, and the masks of these have one class for each pixel; leave out mix")
         decoding = Decoding("window", 0.0)  # of pixels nothing is decoded
         if source.stores != "pixels":
             decoding = resolve_decode(settings.decode, settings.hw_decoder_load, device_id=self.device.index)

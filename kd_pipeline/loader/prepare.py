@@ -23,8 +23,8 @@ from kd_pipeline.teachers.recorded.recording import Recording
 __all__ = ["PendingBatch", "Preparation"]
 
 
-_Parts = tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]
-"""Views by name, metadata, index, valid and `counted` of a batch."""
+_Parts = tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""Views by name, metadata, index, valid, `counted` and masks, in small integers, of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,14 @@ class Preparation:
             batches = self._groups.get(read.group)
             if batches is None:
                 batches = self._groups[read.group] = self._split(read.group)
-            made, metadata, index, valid, counted = batches[read.place]
+            made, metadata, index, valid, counted, small = batches[read.place]
             views, labels = dict(made), None if self.source.labels is None else metadata[LABEL]
             if self.mix is not None:
                 views, labels = self._mixed(self.mix, views, labels, metadata[MIXING].T)
-            batch = KDBatch(images=views.pop(IMAGES), labels=labels, index=index, valid=valid, views=views)
+            # Not of the whole group: eight bytes for each pixel.
+            masks = None if small is None else small.long()
+            images = views.pop(IMAGES)
+            batch = KDBatch(images=images, labels=labels, index=index, valid=valid, masks=masks, views=views)
             if self.change is not None:
                 batch = self._changed(self.change, batch)
             batch = batch.replace(teacher=self._teacher_outputs(batch, read, epoch))
@@ -95,7 +98,7 @@ class Preparation:
 
     @torch.inference_mode(False)  # the next batch may be trained on
     def _split(self, group: ReadGroup) -> list[_Parts]:
-        """Views, metadata, index, valid and `counted` of each batch of a group, as parts of the group's tensors.
+        """Views, metadata, index, valid, `counted` and masks of each batch of a group, as parts of the group's tensors.
 
         What is done to all batches at once takes as long as for one of them.
         """
@@ -111,6 +114,7 @@ class Preparation:
             metadata[INDEX].split_with_sizes(sizes),
             valid.split_with_sizes(sizes),
             of_images.split_with_sizes(sizes, 1),
+            [None] * len(sizes) if group.masks is None else self.sync.to_device(group.masks).split_with_sizes(sizes),
         )
         return list(zip(*parts, strict=True))
 

@@ -29,6 +29,7 @@ from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows._check import CheckReport, CheckSettings, check
 from tests.corpus import BROKEN, photo_of
 from tests.evaluation.test_probe import CLASSES, SIZE, ColorNet, colors
+from tests.mask_files import png_of, save_pair, some_masks
 from tests.recordings import config as recorded_config
 from tests.recordings import recorded
 from tests.streams import EVAL, TRAIN
@@ -109,6 +110,22 @@ def test_finds_every_unreadable_file(spoilt: Path, tmp_path: Path, policy: str) 
     assert ("data.on_bad_sample=substitute" if policy == "raise" else "data.max_bad_fraction=0.001") in problem
     # A folder also notes the pipes and devices that it skipped.
     assert rows(found, "data.train")[0] == ("error", problem.removeprefix("data.train: "))
+
+
+def test_finds_every_unreadable_mask(tmp_path: Path) -> None:
+    for number, mask in enumerate(some_masks(10)):
+        save_pair(tmp_path / "images", tmp_path / "masks", f"{number}", mask)
+    (tmp_path / "masks/2.png").write_bytes(png_of(np.zeros((4, 5))))
+    (tmp_path / "masks/7.png").write_bytes(png_of(np.zeros((41, 44)), "RGB"))
+    masks = {"root": str(tmp_path / "masks"), "num_classes": 4}
+    source = {"kind": "image_folder", "root": str(tmp_path / "images"), "masks": masks}
+    train = {"source": source, "transform": TRAIN}
+    found = check(Config(run_dir=tmp_path / "run", data={"batch_size": 4, "device": "cpu", "train": train}))
+    reasons = unreadable(found)
+    assert reasons.keys() == {"2.jpg", "7.jpg"}
+    assert "masks/2.png has 5x4 pixels, and the image 34x26" in reasons["2.jpg"]
+    assert "masks/7.png: it has colors (RGB)" in reasons["7.jpg"]
+    assert any("2 of 10 images cannot be read" in problem for problem in found.problems)
 
 
 def test_substitutable_files_are_a_note(spoilt: Path, tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Sequence
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,6 @@ from kd_pipeline.data.sources.masks.settings import MaskSettings
 from kd_pipeline.data.sources.masks.values import MaskValues
 from kd_pipeline.errors import DataError
 from kd_pipeline.storage import call_each
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["Masks", "check_masks", "fingerprint_with", "masks_of"]
 
@@ -64,7 +62,7 @@ class Masks:
         samples: MaskSamples,
         settings: MaskSettings,
         *,
-        classes: "Sequence[str] | None" = None,
+        classes: Sequence[str] | None = None,
         order: NDArray[np.int64] | None = None,
         name: str = "",
     ) -> None:
@@ -95,23 +93,18 @@ class Masks:
         found = zip(places.tolist(), self._samples.read(places), strict=True)
         return call_each(partial(self._load, max_pixels), list(found), min(num_cores(), _MAX_THREADS))
 
-    def require(
-        self, index: int, mask: NDArray[Any] | UnreadableFileError, size: tuple[int, int] | NDArray[Any]
-    ) -> NDArray[Any]:
-        """The mask that was read at `index`, if there is one of the height and width `size` of its image.
+    def require_size(self, index: int, own: Iterable[float], size: Iterable[float]) -> None:
+        """Check that the mask at `index`, of height and width `own`, has the `size` of its image.
 
         Raises:
-            UnreadableFileError: why not; names the mask.
+            UnreadableFileError: it has another; names the mask.
         """
-        if isinstance(mask, UnreadableFileError):
-            raise mask
-        (height, width), (own_height, own_width) = size, mask.shape
+        (height, width), (own_height, own_width) = map(int, size), map(int, own)
         if (own_height, own_width) != (height, width):
             raise UnreadableFileError(
-                f"its mask {self.name(index)} has {own_width}x{own_height} pixels, and the image {width:.0f}x"
-                f"{height:.0f}; save both in one size, upright if the image's EXIF turns it"
+                f"its mask {self.name(index)} has {own_width}x{own_height} pixels, and the image {width}x{height}; "
+                "save both in one size, the mask upright if the image's EXIF turns it"
             )
-        return mask
 
     def expect(self, index: NDArray[np.int64]) -> None:
         """Let what stores the masks fetch those at `index` `[n]`, in this order."""

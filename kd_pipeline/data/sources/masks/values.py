@@ -55,7 +55,7 @@ class MaskValues:
             raise UnreadableFileError(
                 f"it has the value {value}, which is neither a class from 0 to {self.num_classes - 1} nor ignore_index "
                 f"{self.ignore_index} (so are {count} of {values.size} pixels); correct it, or set num_classes, "
-                "ignore_index or label_map under masks"
+                "ignore_index or values under masks"
             )
         return classes.astype(self.dtype)
 
@@ -66,43 +66,41 @@ class MaskValues:
     def _make_table(self, name: str) -> NDArray[np.int16]:
         settings = self._settings
         table = np.full(_NUM_VALUES + 1, -1, np.int16)
-        if settings.label_map is not None:
-            table[:] = settings.ignore_index
-            for value, label in settings.label_map.items():
-                if not 0 <= value < _NUM_VALUES:
-                    raise DataError(f"{name}: label_map has the value {value}; masks have values from 0 to 65535")
-                if not (0 <= label < self.num_classes or label == settings.ignore_index):
-                    raise DataError(
-                        f"{name}: label_map gives {value} the class {label}, which is not among the {self.num_classes} "
-                        f"classes, that is from 0 to {self.num_classes - 1}"
-                    )
-                table[value] = label
-            return table
-        if settings.first_class:
+        first = settings.first_class
+        if settings.values is not None or first:
             if settings.ignore_index < self.num_classes:
                 raise DataError(
                     f"{name}: ignore_index {settings.ignore_index} is one of the {self.num_classes} classes that "
-                    f"first_class gives; set ignore_index to another, such as {max(255, self.num_classes)}"
+                    f"{'first_class gives' if first else 'have values'}; set ignore_index to another, such as "
+                    f"{max(255, self.num_classes)}"
                 )
             table[:] = settings.ignore_index
-        else:
+        if settings.values is not None:
+            for label, value in settings.class_of_value():
+                table[value] = label
+            return table
+        if not first:
             table[settings.ignore_index] = settings.ignore_index
-        first = settings.first_class
         table[first : first + self.num_classes] = np.arange(self.num_classes)
         return table
 
 
 def _num_classes(settings: MaskSettings, classes: Sequence[str] | None, name: str) -> int:
-    if classes is None and settings.num_classes is None:
+    found = {
+        "num_classes under masks": settings.num_classes,
+        "the names in `classes`": None if classes is None else len(classes),
+        "values under masks": None if settings.values is None else len(settings.values),
+    }
+    said = {what: number for what, number in found.items() if number is not None}
+    if not said:
         raise DataError(
             f"{name}: how many classes the masks have is not known; set num_classes under masks, or list the names in "
             "`classes`"
         )
-    if classes is not None and settings.num_classes not in (None, len(classes)):
-        raise DataError(
-            f"{name}: masks have num_classes {settings.num_classes}, and there are {len(classes)} names of classes; "
-            "leave out num_classes, or correct the names"
-        )
-    if classes is not None and len(classes) > MAX_VALUE + 1:
-        raise DataError(f"{name}: there are {len(classes)} names of classes, and masks have at most {MAX_VALUE + 1}")
-    return len(classes) if classes is not None else settings.num_classes or 0
+    (first, number), *others = said.items()
+    for what, other in others:
+        if other != number:
+            raise DataError(f"{name}: {first} says {number} classes, and {what} {other}; correct one of them")
+    if number > MAX_VALUE + 1:
+        raise DataError(f"{name}: there are {number} names of classes, and masks have at most {MAX_VALUE + 1}")
+    return number

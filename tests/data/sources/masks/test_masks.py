@@ -122,7 +122,7 @@ def test_the_fingerprint_includes_the_masks(root, masks, kind):
     settings = kind(root)
     before = open_source(settings).fingerprint
     assert open_source(kind(root)).fingerprint == before
-    mapped = settings.masks.model_copy(update={"label_map": {0: 1}})
+    mapped = settings.masks.model_copy(update={"values": (1, 0, 2, 3)})
     assert open_source(settings.model_copy(update={"masks": mapped})).fingerprint != before
     other = masks[3].copy()
     other[0, 0] = (other[0, 0] + 1) % 4
@@ -155,7 +155,9 @@ def test_names_of_classes_are_those_of_the_pixels(root):
     settings = folder(root).model_copy(update={"classes": ("sky", "road", "car", "tree")})
     source = open_source(settings)
     assert source.classes == ("sky", "road", "car", "tree") and source.num_classes == 4
-    assert "2 names of classes" in error_of(open_source, settings.model_copy(update={"classes": ("sky", "road")}))
+    assert "and the names in `classes` 2" in error_of(
+        open_source, settings.model_copy(update={"classes": ("sky", "road")})
+    )
     known = ImageFolderSettings(root=str(root / "images"), masks={"root": str(root / "masks")})
     assert open_source(known, classes=("a", "b", "c", "d")).num_classes == 4
 
@@ -177,9 +179,9 @@ def test_an_unreadable_mask_is_an_error_in_its_place(root):
 def test_a_mask_has_the_size_of_its_image(root, masks):
     found = open_source(folder(root)).masks
     (mask,) = found.read(np.array([0]))
-    assert found.require(0, mask, mask.shape) is mask
+    found.require_size(0, mask.shape, (20, 30))
     with pytest.raises(UnreadableFileError, match="has 30x20 pixels, and the image 20x30"):
-        found.require(0, mask, (30, 20))
+        found.require_size(0, mask.shape, (30, 20))
 
 
 def test_sources_of_your_own_have_masks(root, masks):
