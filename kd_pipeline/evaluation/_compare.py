@@ -35,8 +35,8 @@ _NUM_WARMUP = 3
 _NUM_RUNS = 30
 _UNITS = (("G", 1e9), ("M", 1e6), ("k", 1e3))
 _COLUMNS = (
-    "", "samples", "top-1", "top-5", "macro F1", "loss", "agreement", "KL", "k-NN", "linear", "ms/image", "batch",
-    "parameters", "bytes", "on",
+    "", "samples", "top-1", "top-5", "macro F1", "mIoU", "pixels", "loss", "agreement", "KL", "k-NN", "linear",
+    "ms/image", "batch", "parameters", "bytes", "on",
 )  # fmt: skip
 _KNN, _LINEAR = "knn_top1", "linear_top1"
 """Metrics of a model without logits, which have columns of their own."""
@@ -252,6 +252,8 @@ def _cells(row: ComparisonRow) -> tuple[str, ...]:
         _cell(evaluation.top1, ".2%"),
         _cell(evaluation.top5, ".2%"),
         _cell(evaluation.macro_f1, ".4f"),
+        _cell(evaluation.miou, ".2%"),
+        _cell(evaluation.pixel_accuracy, ".2%"),
         _cell(evaluation.loss, ".4f"),
         _cell(evaluation.agreement, ".2%"),
         _cell(evaluation.kl, ".4f"),

@@ -206,6 +206,10 @@ class Distillation(nn.Module):
                 grids[term.teacher] = max(height, grid[0]), max(width, grid[1])
         return grids
 
+    def pixels(self, masks: Tensor) -> PixelLabels:
+        """What masks `[N, H, W]` say, of which pixels with the ignore index count nowhere."""
+        return PixelLabels(masks, self._ignore_index)
+
     def student_features(self, student: nn.Module) -> AbstractContextManager[Mapping[str, Tensor]]:
         """A context that captures the features that `forward` needs in one forward pass of `student`.
 
@@ -254,7 +258,7 @@ class Distillation(nn.Module):
                 batch.labels,
                 valid=batch.valid,
                 temperature=None if ramp is None else value_at(ramp, epoch, epochs),
-                pixels=self._pixels(batch),
+                pixels=self._pixels_of(batch),
             )
         terms |= {name: value for name, value in own_losses.items() if name in self._weights}
         weights = {name: value_at(self._weights[name], epoch, epochs) for name in terms}
@@ -319,7 +323,7 @@ class Distillation(nn.Module):
                 batch.labels,
                 valid=batch.valid,
                 temperature=temperature,
-                pixels=self._pixels(batch),
+                pixels=self._pixels_of(batch),
             )
         assert self._custom_loss is not None
         return scalar_loss(self._custom_loss(outputs, batch), f"the loss {self._custom_loss!r}")
@@ -334,7 +338,7 @@ class Distillation(nn.Module):
                     "of each pixel; choose a network for segmentation, which returns {'logits': [N, K, h, w]}"
                 )
             return losses.task(logits, batch.labels, label_smoothing=smoothing, valid=batch.valid)
-        pixels = self._pixels(batch)
+        pixels = self._pixels_of(batch)
         if pixels is None:
             raise ConfigError(
                 f"the student returns logits {list(logits.shape)} for the pixels, and the batch has no masks, the "
@@ -345,8 +349,8 @@ class Distillation(nn.Module):
         logits = self._resize(logits, size)
         return losses.task(logits, labels, label_smoothing=smoothing, mask=mask, valid=batch.valid)
 
-    def _pixels(self, batch: KDBatch) -> PixelLabels | None:
-        return None if batch.masks is None else PixelLabels(batch.masks, self._ignore_index)
+    def _pixels_of(self, batch: KDBatch) -> PixelLabels | None:
+        return None if batch.masks is None else self.pixels(batch.masks)
 
     def _add(self, term: Term, modules: TermModules) -> None:
         number = str(len(self._terms))

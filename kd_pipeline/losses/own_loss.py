@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.losses.distillation import Distillation, LossTerms, scalar_loss, student_outputs
 from kd_pipeline.losses.settings import DistillSettings
@@ -15,16 +16,24 @@ __all__ = ["OwnLoss"]
 class OwnLoss(Distillation):
     """Calls a function of what the student returns and the batch; one that is a module is trained with the student."""
 
-    def __init__(self, function: Callable[[Any, KDBatch], Tensor], settings: DistillSettings) -> None:
+    def __init__(
+        self,
+        function: Callable[[Any, KDBatch], Tensor],
+        settings: DistillSettings,
+        *,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
         """Take `function`, which returns a scalar: the mean over the valid rows.
 
         Args:
             function: the loss.
             settings: of the run; they are not used, and said to whoever asks.
+            ignore_index: class in `batch.masks` of the pixels that have none.
         """
         nn.Module.__init__(self)
         self.settings = settings
         self.layers = ()
+        self._ignore_index = ignore_index
         self._weights, self._terms = {"distill": 1.0}, ()
         self._is_own_loss = True
         self._custom_loss, self._distill_term, self._temperature = None, None, None

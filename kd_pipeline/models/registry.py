@@ -23,7 +23,8 @@ from kd_pipeline.models.input_adapter import AdaptedNetwork, ExpectedInput, Norm
 from kd_pipeline.models.matching import Match
 from kd_pipeline.models.modules import deployed_network, is_in_layer
 from kd_pipeline.models.resnet import create_builtin
-from kd_pipeline.models.weights import Checkpoint, lacks_only, load_weights, match_weights
+from kd_pipeline.models.segmentation import SEGMENTATION_HEAD, Segmenter
+from kd_pipeline.models.weights import Checkpoint, Choice, lacks_only, load_weights, match_weights
 
 __all__ = ["ModelSettings", "PretrainedInput", "known_input", "open_model", "pretrained_input"]
 
@@ -37,6 +38,11 @@ _TIMM_ARGUMENTS = frozenset({
     "kwargs_filter", "model_cfg", "feature_cfg",
 })  # fmt: skip
 """What timm's `create_model` and `build_model_with_cfg` take for themselves and do not give to the network."""
+_SEGMENTERS = ("deeplabv3_", "fcn_", "lraspp_")
+"""How the names of torchvision's networks for segmentation begin."""
+_VOC_CLASSES = 21
+"""Classes of torchvision's pretrained networks for segmentation, and of one whose number nobody says."""
+_HEAD_WIDTH = 128
 _SOURCE = re.compile(
     r"(?:^|_)(?:pretrained(?!_window)|weights|checkpoint_path|file|filename|url|uri|dir|hub|repo|cache|cfg)(?:_|$)"
 )
@@ -50,11 +56,15 @@ class ModelSettings(Settings):
     timm: str | None = None
     """Name of a timm model, such as `resnet18` or, with its pretrained tag, `resnet18.a1_in1k`."""
     torchvision: str | None = None
-    """Name of a torchvision classifier."""
+    """Name of a torchvision classifier, or of a network for segmentation such as `deeplabv3_resnet50`, whose `out` is
+    called `logits`."""
     builtin: Literal["small_resnet", "resnet8x4", "resnet32x4"] | None = None
     """A small network of this package: `small_resnet`, or one of the pair in papers on CIFAR-100 distillation."""
     factory: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")
     """Your own function that returns an `nn.Module`, as `package.module:function`."""
+    head: Literal["segmentation"] | None = None
+    """With `segmentation`, a timm model gets a small head for the class of each pixel, SegFormer's, in place of its
+    classifier: `{timm: resnet18, head: segmentation}`. Its width is `kwargs: {head_width: 128}`."""
     kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """More arguments for the function that builds the model. Only a factory's may name weights or files."""
     num_classes: int | None = Field(default=None, ge=0)
@@ -81,12 +91,30 @@ class ModelSettings(Settings):
         """Whether the network returns features and no logits."""
         return self.num_classes == 0
 
+    @property
+    def is_of_pixels(self) -> bool | None:
+        """Whether the network has logits of pixels and not of images; None for a factory's, which may have either."""
+        if self.factory is not None:
+            return None
+        is_segmenter = self.torchvision is not None and self.torchvision.startswith(_SEGMENTERS)
+        return not self.is_headless and (is_segmenter or self.head is not None)
+
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
         names = ("timm", "torchvision", "builtin", "factory")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"set one of {', '.join(names)}, got {' and '.join(given) or 'none of them'}")
+        if self.head is not None and self.timm is None:
+            raise ValueError(
+                f"head: {self.head} has an effect on timm's models only; set timm, or torchvision to a network for "
+                "segmentation, such as deeplabv3_resnet50"
+            )
+        if self.num_classes == 0 and (self.head is not None or (self.torchvision or "").startswith(_SEGMENTERS)):
+            raise ValueError(
+                "num_classes: 0 leaves out the head, and this is a network for segmentation; remove num_classes, or "
+                "name the network without such a head"
+            )
         if self.pretrained and given[0] in ("builtin", "factory"):
             raise ValueError(f"pretrained has no effect on a {given[0]}; set checkpoint to a file with the weights")
         if self.pretrained and self.checkpoint is not None:
@@ -165,6 +193,12 @@ def open_model(
     if checkpoint is not None:
         choose = partial(match_weights, checkpoint, key=settings.checkpoint_key, reset=settings.reset)
         choice = choose(model)
+        if isinstance(model, Segmenter) and is_trained and not settings.reset and not choice.match.fits:
+            trunk = _choose_trunk(choose, model.trunk)
+            if trunk.match.fits:
+                load_weights(checkpoint, model.trunk, trunk, keep_classes="")
+                _logger.info("%s has no head for segmentation: initialized it at random", checkpoint.path)
+                return model if settings.input_adapter is None else _adapted(model, settings.input_adapter, images)
         if wanted is None and choice.match.num_classes and _takes_num_classes(settings, build):
             wanted, _ = choice.match.num_classes
             _logger.info("%s has %d classes, as the checkpoint %s", name, wanted, checkpoint.path)
@@ -180,6 +214,12 @@ def open_model(
             _report_head(checkpoint, choice.match, model, head, settings.is_headless)
     model = Backbone(model) if settings.is_headless else model
     return model if settings.input_adapter is None else _adapted(model, settings.input_adapter, images)
+
+
+def _choose_trunk(choose: Callable[..., Choice], trunk: nn.Module) -> Choice:
+    """The weights of a network without its classifier, in a file that may have one."""
+    choice = choose(trunk)
+    return choice if choice.match.fits else choose(trunk, without=classifier_layers(trunk, trunk.state_dict().keys()))
 
 
 def pretrained_input(module: nn.Module) -> PretrainedInput | None:
@@ -249,6 +289,8 @@ def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_cl
     arguments: dict[str, Any] = {"num_classes": num_classes} if is_built and not is_cut else {}
     if settings.pretrained:
         arguments |= {"pretrained": True} if settings.timm else {"weights": "DEFAULT"}
+    if settings.torchvision is not None and settings.is_of_pixels:
+        arguments |= _segmentation_weights(settings, num_classes)
     try:
         with warnings.catch_warnings():
             # torchvision's GoogLeNet and Inception announce another initialization.
@@ -268,10 +310,26 @@ def _build(settings: ModelSettings, build: Callable[..., Any], name: str, num_cl
     return without_head(model) if is_cut else model
 
 
+def _segmentation_weights(settings: ModelSettings, num_classes: int | None) -> dict[str, Any]:
+    """Which weights to download: torchvision's default is those of the backbone, whoever asks."""
+    if not settings.pretrained:
+        return {"weights": None, "weights_backbone": None}
+    has_classes_of_file = num_classes in (None, _VOC_CLASSES)
+    return {"weights": "DEFAULT"} if has_classes_of_file else {"weights": None, "weights_backbone": "DEFAULT"}
+
+
+def _create_segmenter(
+    timm: Any, name: str, *, num_classes: int = _VOC_CLASSES, head_width: int = _HEAD_WIDTH, **arguments: Any
+) -> nn.Module:
+    return Segmenter(timm.create_model(name, num_classes=0, **arguments), num_classes, width=head_width)
+
+
 def _head_of(settings: ModelSettings, build: Callable[..., Any], name: str, model: nn.Module) -> tuple[str, ...]:
     """The layers of the head of `model`, which may lack it; empty if it is a factory's and says nothing about it."""
     if settings.factory is not None:
         return ()
+    if settings.is_of_pixels:
+        return (SEGMENTATION_HEAD,) if settings.head is not None else ("classifier", "aux_classifier")
     if settings.timm is None or settings.is_headless:
         return classifier_layers(model, model.state_dict().keys())
     with torch.device("meta"):  # for the names
@@ -317,10 +375,13 @@ def _find_builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Ca
         timm = require("timm", extra="timm")
         if not timm.is_model(settings.timm):
             raise _unknown_model("timm", settings.timm, timm.list_models())
+        if settings.head is not None:
+            return partial(_create_segmenter, timm, settings.timm), f"timm's {settings.timm} for segmentation"
         return partial(timm.create_model, settings.timm), f"timm's {settings.timm}"
     if settings.torchvision is not None:
         models = require("torchvision.models", extra="timm")
-        names = models.list_models(module=models)  # classifiers only; detectors are in submodules
+        # Classifiers, and networks for segmentation; detectors are in other submodules.
+        names = [*models.list_models(module=models), *models.list_models(module=models.segmentation)]
         if settings.torchvision not in names:
             raise _unknown_model("torchvision", settings.torchvision, names)
         return models.get_model_builder(settings.torchvision), f"torchvision's {settings.torchvision}"
@@ -331,5 +392,6 @@ def _find_builder(settings: ModelSettings, plugins: Collection[str]) -> tuple[Ca
 
 
 def _unknown_model(library: str, name: str, names: Sequence[str]) -> ConfigError:
-    kind = "network" if library == "timm" else "classifier"  # torchvision has detectors too
+    # torchvision has detectors too.
+    kind = "network" if library == "timm" else "classifier or network for segmentation"
     return ConfigError(f"{library} has no {kind} called {name!r}{suggest(name.partition('.')[0], names)}")

@@ -23,7 +23,7 @@ Point = tuple[float, float]
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6e503c", "#5a5a5a")
 """Okabe and Ito's palette, which color-blind people can tell apart, with brown and gray for yellow and black."""
 _DPI = 160
-_ACCURACIES = ("top1", "top5", "macro_f1", "agreement")
+_ACCURACIES = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy", "agreement")
 """Ends of their names: there are `teacher_knn_top1` and others."""
 _MAX_POINTS = 400
 """Longer curves are drawn through the means of equally many neighbors."""

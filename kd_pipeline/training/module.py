@@ -110,8 +110,10 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Of the last step."""
         self._rows = "images"
         """What messages call the rows of a batch."""
+        self._accuracy = "top1"
+        """Name of what `_train_counts` are for."""
         self._train_counts: Tensor | None = None
-        """`[2]`, correct and valid rows of the epoch so far."""
+        """`[2]`, correct and valid rows, or pixels of them, of the epoch so far."""
 
     @property
     def network(self) -> nn.Module:
@@ -205,7 +207,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         own = student_outputs(outputs)
         outputs = {name: output.detach() for name, output in own.items()}
         self._guard.watch(TrainedBatch(number, batch, outputs, terms, self._temperatures(terms, epoch)))
-        if "logits" in outputs and outputs["logits"].ndim == 2:
+        if "logits" in outputs and outputs["logits"].ndim in (2, 4):
             self._count_correct(outputs["logits"], batch)
         self._epoch_loss.add(terms.total, batch.valid.sum())
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -282,7 +284,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             self.log("train/epoch_loss", mean)
         if self._train_counts is not None:
             correct, valid = self.trainer.strategy.reduce(self._train_counts.float(), reduce_op="sum")
-            self.log("train/top1", correct / valid.clamp(min=1))
+            self.log(f"train/{self._accuracy}", correct / valid.clamp(min=1))
         if self._settings.max_nonfinite_steps:
             self.log("train/skipped_steps", float(self._guard.num_skipped))
         for name, (last, is_mean) in self._last_step.items():
@@ -447,14 +449,20 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
-    def _count_correct(self, logits_NK: Tensor, batch: KDBatch) -> None:
-        if batch.labels is None:
+    def _count_correct(self, logits: Tensor, batch: KDBatch) -> None:
+        """Count for `train/top1`, or `train/pixel_accuracy` at the size of the logits."""
+        if logits.ndim == 4 and batch.masks is not None:
+            labels, counts = self.distillation.pixels(batch.masks).at((logits.shape[2], logits.shape[3]))
+            valid, self._accuracy = counts & batch.valid[:, None, None], "pixel_accuracy"
+        elif logits.ndim == 2 and batch.labels is not None:
+            labels = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
+            valid = batch.valid
+        else:
             return
-        labels_N = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
         # The top class of a row with NaN is arbitrary.
-        is_correct_N = logits_NK.argmax(1).eq(labels_N) & has_softmax(logits_NK)
-        counts = torch.stack([(is_correct_N & batch.valid).sum(), batch.valid.sum()])
-        self._train_counts = counts if self._train_counts is None else self._train_counts + counts
+        is_correct = logits.argmax(1).eq(labels) & has_softmax(logits)
+        sums = torch.stack([(is_correct & valid).sum(), valid.sum()])
+        self._train_counts = sums if self._train_counts is None else self._train_counts + sums
 
     def _log_step(self, name: str, value: Tensor | float, *, is_mean: bool = False) -> None:
         """Log a metric if this is a step to log, and that of an epoch's last step in any case.

@@ -20,9 +20,9 @@ _logger = logging.getLogger("kd_pipeline")
 _callbacks = require("lightning.pytorch.callbacks", extra="train")
 
 _BAR_WIDTH = 12
-_SHOWN_FIRST = ("val/top1", "val/knn_top1", "val/loss")
+_SHOWN_FIRST = ("val/top1", "val/miou", "val/knn_top1", "val/loss")
 """The metric of an epoch's line where nothing selects the best, if it was measured."""
-_FRACTIONS = ("top1", "top5", "macro_f1", "agreement")
+_FRACTIONS = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy", "agreement")
 """Ends of the names of metrics that are shown in percent."""
 
 

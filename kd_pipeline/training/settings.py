@@ -90,8 +90,8 @@ class TrainSettings(Settings):
     """A function of your own that validates instead, as `package.module:function`: it takes the student and the loaders
     of the validation sets by name, and returns numbers by name."""
     select_by: str | None = None
-    """Validation metric that selects the best checkpoint. Defaults to the first of `val/knn_top1`, `val/top1` and
-    `val/loss` that is measured every epoch; without any, the last student is the result."""
+    """Validation metric that selects the best checkpoint. Defaults to the first of `val/knn_top1`, `val/top1`,
+    `val/miou` and `val/loss` that is measured every epoch; without any, the last student is the result."""
     select_mode: Literal["max", "min"] | None = None
     """`min` if lower is better; defaults to `min` for losses and to `max` for other metrics."""
     compare_with_teacher: bool = False

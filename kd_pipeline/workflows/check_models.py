@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.progress import progress_bar
 from kd_pipeline.batch import KDBatch
@@ -171,6 +172,7 @@ def _first_rows(batch: KDBatch) -> KDBatch:
     return batch.replace(
         images=batch.images[:_NUM_IMAGES].clone(),
         labels=None if batch.labels is None else batch.labels[:_NUM_IMAGES],
+        masks=None if batch.masks is None else batch.masks[:_NUM_IMAGES],
         index=batch.index[:_NUM_IMAGES],
         valid=batch.valid[:_NUM_IMAGES],
         teacher={name: output[:_NUM_IMAGES] for name, output in batch.teacher.items()},
@@ -186,7 +188,15 @@ def _check_evaluation(
         ConfigError: the config asks for more.
     """
     check_config(config, stage)
-    plan = EvaluationPlan.of(config, stage, labeled=labeled, has_reference=not isinstance(teacher, Recording))
+    settings = network_of(config, stage)
+    splits = {name for name, each in config.data.splits.items() if getattr(each.source, "masks", None) is not None}
+    plan = EvaluationPlan.of(
+        config,
+        stage,
+        labeled=labeled,
+        masked=() if settings.is_of_pixels is False else splits,
+        has_reference=not isinstance(teacher, Recording),
+    )
     select_best(config, stage, plan)
 
 
@@ -228,6 +238,7 @@ def _check_student(
         example=example,
         num_classes=num_classes_of(training, teacher),
         labels_are_soft=train.mix is not None,
+        ignore_index=getattr(getattr(training, "masks", None), "ignore_index", IGNORE_INDEX),
         plugins=plugins,
     )
     if batch is not None:

@@ -93,7 +93,7 @@ def build_distillation(
     if isinstance(loss, Distillation):
         return loss
     if loss is not None:
-        return OwnLoss(loss, config.distill)
+        return OwnLoss(loss, config.distill, ignore_index=loader.ignore_index)
     return Distillation(
         loss_settings(config, "teacher" if config.stage == "teacher" else "distill"),
         student=student,
@@ -101,6 +101,7 @@ def build_distillation(
         example=loader.example(),
         num_classes=num_classes_of(loader, teacher),
         labels_are_soft=loader.labels_are_soft,
+        ignore_index=loader.ignore_index,
         plugins=plugins,
     )
 

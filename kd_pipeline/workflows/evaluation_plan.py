@@ -17,7 +17,7 @@ __all__ = ["PROBE_METRIC", "EvaluationPlan", "member_names", "own_defaults", "se
 
 _logger = logging.getLogger("kd_pipeline")
 
-_DEFAULTS = ("knn_top1", "top1", "loss")
+_DEFAULTS = ("knn_top1", "top1", "miou", "loss")
 """Metrics that select the best student if none is named, the first that is measured."""
 PROBE_METRIC = re.compile(r"(\w+_)?(knn|linear)_top1")
 """Names of the metrics of `feature_probe`, the student's and the teachers'."""
@@ -52,6 +52,7 @@ class EvaluationPlan:
         stage: str,
         *,
         labeled: Collection[str] | None = None,
+        masked: Collection[str] | None = None,
         has_reference: bool = True,
         validated: tuple[str, ...] | None = None,
         is_headless: bool | None = None,
@@ -62,6 +63,7 @@ class EvaluationPlan:
             config: the run.
             stage: of the run.
             labeled: splits with labels; None if that is not known yet, and all that may be measured counts.
+            masked: splits with masks that the student's logits are compared with; none if only `labeled` is given.
             has_reference: whether there is a teacher that can run on images of the other splits.
             validated: splits for validation; defaults to those of the config.
             is_headless: whether the student has no logits; defaults to what the config says.
@@ -77,11 +79,13 @@ class EvaluationPlan:
         probed = _probed(config, stage, labeled)
         bank = None if not probed or config.feature_probe is None else config.feature_probe.bank
         validated = tuple(name for name in validated if name != bank or bank in ("val", *probed))
-        _check_metrics(config, validated, labeled, is_headless=is_headless)
+        masked = () if labeled is not None and masked is None else masked
+        with_classes = None if labeled is None or masked is None else {*labeled, *masked}
+        _check_metrics(config, validated, with_classes, is_headless=is_headless)
         every_epoch = [
             f"{name}/{metric}"
             for name in validated
-            for metric in _metrics(config, name, labeled, has_reference, is_headless=is_headless)
+            for metric in _metrics(config, name, labeled, masked, has_reference, is_headless=is_headless)
         ]
         of_probe = [
             f"{name}/{metric}" for name in probed if name != "test" for metric in _probe_metrics(config, has_reference)
@@ -178,14 +182,24 @@ def _probed(config: Config, stage: str, labeled: Collection[str] | None) -> tupl
 
 
 def _metrics(
-    config: Config, split: str, labeled: Collection[str] | None, has_reference: bool, *, is_headless: bool
+    config: Config,
+    split: str,
+    labeled: Collection[str] | None,
+    masked: Collection[str] | None,
+    has_reference: bool,
+    *,
+    is_headless: bool,
 ) -> Iterator[str]:
     """What is measured on a split every epoch, besides the probe."""
     train = config.train
-    has_labels, lacks_labels = labeled is None or split in labeled, labeled is None or split not in labeled
-    if not is_headless and has_labels:
-        yield from ("top1", "top5", "macro_f1", "loss")
-        yield from (metric.name for metric in train.metrics)
+    is_masked = masked is not None and split in masked
+    has_masks = masked is None or is_masked
+    has_labels = labeled is None or (split in labeled and not is_masked)
+    lacks_labels = labeled is None or not (split in labeled or is_masked)
+    if not is_headless and (has_labels or has_masks):
+        yield from ("top1", "top5", "macro_f1") if has_labels else ()
+        yield from ("miou", "pixel_accuracy") if has_masks else ()
+        yield from ("loss", *(metric.name for metric in train.metrics))
     if not is_headless and has_reference and train.compare_with_teacher:
         yield from ("agreement", "kl")
     if has_reference and (is_headless or lacks_labels):
@@ -201,7 +215,7 @@ def _probe_metrics(config: Config, has_reference: bool) -> Iterator[str]:
 
 
 def _check_metrics(
-    config: Config, validated: Collection[str], labeled: Collection[str] | None, *, is_headless: bool
+    config: Config, validated: Collection[str], with_classes: Collection[str] | None, *, is_headless: bool
 ) -> None:
     if not config.train.metrics:
         return
@@ -210,7 +224,7 @@ def _check_metrics(
             "train.metrics compare logits with labels, and a student without a head has no logits; remove them, or set "
             "feature_probe"
         )
-    if validated and labeled is not None and not set(validated) & set(labeled):
+    if validated and with_classes is not None and not set(validated) & set(with_classes):
         raise ConfigError("train.metrics compare logits with labels, and no validation set has labels; remove them")
 
 

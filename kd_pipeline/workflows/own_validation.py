@@ -23,7 +23,7 @@ from kd_pipeline.workflows.validation import Bar
 
 __all__ = ["OwnEvaluator", "open_validate"]
 
-_KNOWN = {"top1", "top5", "macro_f1", "loss", "agreement", "kl"}
+_KNOWN = {"top1", "top5", "macro_f1", "miou", "pixel_accuracy", "loss", "agreement", "kl"}
 """Numbers that an `Evaluation` has a field for."""
 
 

@@ -62,12 +62,14 @@ def _rows(split: str, found: Evaluation, trained: str) -> Iterator[_Row]:
 
 
 def _cells(found: Evaluation) -> _Row:
-    """What every classifier has."""
+    """What every network with logits has."""
     shows_top5 = found.class_accuracy is None or len(found.class_accuracy) > _MANY_CLASSES
     metrics = {
         "top-1": found.top1,
         "top-5": found.top5 if shows_top5 else None,
         "F1": found.macro_f1,
+        "mIoU": found.miou,
+        "pixels": found.pixel_accuracy,
         "agreement": found.agreement,
     }
     cells = {title: _percent(value) for title, value in metrics.items() if value is not None}

@@ -132,7 +132,7 @@ _NOTES = {
 }
 _GLOBAL_SHUFFLES = (None, True, "global")
 """Values of `data.train.shuffle` that are the same."""
-_ALWAYS_MEASURED = {"top1", "top5", "macro_f1", "loss", "agreement", "kl"}
+_ALWAYS_MEASURED = {"top1", "top5", "macro_f1", "miou", "pixel_accuracy", "loss", "agreement", "kl"}
 
 
 @dataclass(frozen=True, slots=True)

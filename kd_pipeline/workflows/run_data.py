@@ -107,6 +107,11 @@ class RunData:
         return ["train", *found] if is_labeled else found
 
     @property
+    def masked(self) -> list[str]:
+        """Splits for evaluation with masks."""
+        return [split for split in self.splits if split != "train" and self.loader(split).has_masks]
+
+    @property
     def fingerprints(self) -> dict[str, str]:
         """Of the data of the splits for evaluation."""
         return {split: self.loader(split).fingerprint for split in self.splits if split != "train"}

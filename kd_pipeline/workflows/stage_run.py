@@ -191,6 +191,7 @@ class StageRun(ExitStack):
                 config,
                 self._stage,
                 labeled=data.labeled,
+                masked=data.masked if self._may_be_of_pixels else (),
                 has_reference=self._reference is not None,
                 validated=data.validated,
                 is_headless=self._is_headless,
@@ -218,6 +219,15 @@ class StageRun(ExitStack):
             assert self._parts.student is not None
             self._own_is_headless = LOGITS not in own_outputs(self._parts.student, self._data.example())
         return self._own_is_headless
+
+    @property
+    def _may_be_of_pixels(self) -> bool:
+        """Whether the student may have logits of pixels, as far as its settings or a run on zeros say."""
+        if self._network is not None:
+            return self._network.is_of_pixels is not False
+        assert self._parts.student is not None
+        logits = own_outputs(self._parts.student, self._data.example()).get(LOGITS)
+        return logits is not None and logits.ndim == 4
 
     def _identity(self, teacher: Teacher | Recording | None) -> dict[str, Any]:
         """What a checkpoint holds about its run, in plain values."""

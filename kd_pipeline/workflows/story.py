@@ -89,6 +89,7 @@ def _student_text(stage: Stage, config: Config, student: nn.Module) -> str:
 def _model_name(settings: ModelSettings) -> str:
     """The name that it is built by, with the arguments that tell it from others, but for secrets."""
     name = settings.timm or settings.torchvision or settings.builtin or settings.factory or ""
+    name = name if settings.head is None else f"{name} with a head for {settings.head}"
     arguments = ", ".join(f"{key}={value}" for key, value in hide_in_settings(settings.kwargs).items())
     return f"{name}({arguments})" if arguments else name
 
@@ -102,8 +103,9 @@ def _rows_text(loader: Any, validation: Mapping[str, Any]) -> str:
     counts = {"train": loader, **validation}
     parts = [f"{split} {number:,}" for split, each in counts.items() if (number := _num_rows(each)) is not None]
     if loader.num_classes is not None:
-        parts.append(f"{loader.num_classes:,} classes{'' if loader.has_labels else ', no labels for training'}")
-    elif not loader.has_labels:
+        lacks = "" if loader.has_labels or loader.has_masks else ", no labels for training"
+        parts.append(f"{loader.num_classes:,} classes{' of pixels' if loader.has_masks else ''}{lacks}")
+    elif not loader.has_labels and not loader.has_masks:
         parts.append("no labels")
     return ", ".join(parts)
 

@@ -104,7 +104,8 @@ class StageEvaluator:
         """Whether the distillation loss is measured on a split: where there are no logits, or no labels for them."""
         if self._config.stage != "distill" or self._reference is None:
             return False
-        is_unlabeled = not self._open_loader(split).has_labels
+        loader = self._open_loader(split)
+        is_unlabeled = not (loader.has_labels or loader.has_masks)
         return self._is_headless or (is_unlabeled and bool(label_free_terms(self._config.distill)))
 
     def _evaluate(
@@ -132,7 +133,7 @@ class StageEvaluator:
                 model,
                 loader,
                 reference=self._reference if compare and _has_logits(self._reference) else None,
-                metrics=self._metrics if loader.has_labels else (),
+                metrics=self._metrics if loader.has_labels or loader.has_masks else (),
                 max_batches=limit,
                 report=report,
             )

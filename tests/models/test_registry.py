@@ -114,7 +114,7 @@ def test_advice_to_run_code_is_not_passed_on(monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"timm": "resnet81"}, r"timm has no network called 'resnet81'; did you mean 'resnet\d+'"),
         ({"timm": "reznet50.a1_in1k"}, "'reznet50.a1_in1k'; did you mean .*'resnet50'"),
-        ({"torchvision": "resnet81"}, r"torchvision has no classifier called 'resnet81'; did you mean 'resnet\d+'"),
+        ({"torchvision": "resnet81"}, r"torchvision has no classifier .* called 'resnet81'; did you mean 'resnet\d+'"),
         ({"torchvision": "fasterrcnn_resnet50_fpn"}, "torchvision has no classifier"),
         ({"torchvision": "%"}, r"there are .*'alexnet'.* and \d+ more"),
     ],
@@ -327,5 +327,5 @@ def test_input_is_known_before_and_after_building(kwargs: dict[str, int], num_cl
 def test_input_of_other_libraries_is_unknown() -> None:
     assert known_input(ModelSettings(torchvision="resnet18")) is None
     assert known_input(ModelSettings(builtin="small_resnet")) is None
-    with pytest.raises(ConfigError, match="no classifier called 'resnet19'; did you mean"):
+    with pytest.raises(ConfigError, match=r"no classifier .* called 'resnet19'; did you mean"):
         known_input(ModelSettings(torchvision="resnet19"))

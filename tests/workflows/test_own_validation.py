@@ -94,7 +94,7 @@ def test_other_names_do_not_select_and_it_says_so(tmp_path: Path, caplog: pytest
     caplog.set_level(logging.INFO, "kd_pipeline")
     student = network()
     run(tmp_path / "run", student=student, validation=VAL, validate=in_turn("wer", 0.1, 0.9, 0.0))
-    assert "validation returned val/wer and none of val/knn_top1, val/top1, val/loss" in caplog.text
+    assert "validation returned val/wer and none of val/knn_top1, val/top1, val/miou, val/loss" in caplog.text
     assert_same(student, plain_loop(batches))
 
 
