@@ -98,14 +98,14 @@ def _png_that_claims(photo: Photo, height: int, width: int) -> bytes:
     return png[:8] + _chunk(b"IHDR", struct.pack(">II", width, height) + png[24:29]) + png[33:]
 
 
-def png_of_zeros(height: int, width: int, *, bits: int = 8) -> bytes:
-    """A black RGB PNG, which is compressed to almost nothing; `height` is a multiple of 50."""
-    compressor, rows, checksum = zlib.compressobj(9), bytes((1 + width * 3 * bits // 8) * 50), 1
+def png_of_zeros(height: int, width: int, *, bits: int = 8, channels: int = 3) -> bytes:
+    """A black RGB or gray PNG, which is compressed to almost nothing; `height` is a multiple of 50."""
+    compressor, rows, checksum = zlib.compressobj(9), bytes((1 + width * channels * bits // 8) * 50), 1
     first, each = (compressor.compress(rows) + compressor.flush(zlib.Z_FULL_FLUSH) for _ in range(2))
     for _ in range(height // 50):
         checksum = zlib.adler32(rows, checksum)
     pixels = first + each * (height // 50 - 1) + compressor.flush()[:-4] + struct.pack(">I", checksum)
-    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 if channels == 3 else 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + _chunk(b"IDAT", pixels) + _chunk(b"IEND", b"")
 
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 KINDS = (
     *("weights", "safetensors", "checkpoint", "checkpoint of a run"),
-    *("npy", "npz", "classes.json", "classes.txt", "list.csv", "list.jsonl"),
+    *("npy", "npz", "mask.png", "mask.npy", "classes.json", "classes.txt", "list.csv", "list.jsonl"),
     *("index", "image folder", "class folders with 250 digits", "CIFAR", "CIFAR archive"),
     *("tar", "label in a tar", "names in a tar", "index of a shard"),
     *("config", "model.json", "weights of a run", "history", "metrics.csv", "result.json", "run.lock"),

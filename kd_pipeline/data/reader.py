@@ -306,6 +306,8 @@ class Reader:
 
     def _data_of(self, index: NDArray[np.int64]) -> NDArray[Any]:
         """What the graph needs of the samples at `index` `[N]`; see `GraphInput.data`."""
+        if self._plan.keeps_shards and (masks := masks_of(self._source)) is not None:
+            masks.expect(index)
         if self._source.stores == "bytes":
             if self._plan.keeps_shards and (expect := getattr(self._source, "expect", None)) is not None:
                 expect(index)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kd_pipeline.data.sources import FileList, ImageFolder, Source, open_source
+from kd_pipeline.data.sources import FileList, FolderMasks, ImageFolder, ListMasks, Source, open_source
 from kd_pipeline.data.sources.base import FileListSettings
 from kd_pipeline.data.sources.files import remote_files
 from kd_pipeline.errors import BadSampleError, DataError, StorageError
@@ -21,6 +21,7 @@ from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.storage import StoreSettings
 from tests.data.sources.helpers import error_of
 from tests.http_server import FolderServer, serve_folder
+from tests.mask_files import save_pair, some_masks
 from tests.s3_server import S3Server, serve_s3
 from tests.streams import TRAIN, Fields, assert_same, conv_teacher, run, state_after
 
@@ -213,6 +214,22 @@ def test_web_servers_are_not_listed(server):
 # Credentials
 
 
+def test_masks_by_url_in_a_list(tmp_path):
+    pairs = some_masks(4)
+    for number, mask in enumerate(pairs):
+        save_pair(tmp_path / "images", tmp_path / "masks", f"{number}", mask)
+    with serve_folder(tmp_path) as server:
+        rows = [f"images/{number}.jpg,{server.url}/masks/{number}.png?token=abc123" for number in range(4)]
+        path = tmp_path / "list.csv"
+        path.write_text("\n".join(["image,mask", *rows]))
+        source = FileList(path, masks=ListMasks(num_classes=4))
+        assert all(map(np.array_equal, source.masks.read(np.arange(4)), pairs))
+        assert source.stores == "files" and source.masks.name(2) == f"{server.url}/masks/2.png"
+        (tmp_path / "masks/1.png").unlink()
+        missing = source.masks.read(np.arange(2))[1]
+    assert str(missing) == f"its mask {server.url}/masks/1.png: the file does not exist"
+
+
 def test_credentials_are_shown_and_kept_nowhere(server, tmp_path, photo_folder, names, caplog):
     caplog.set_level(logging.DEBUG)
     host = server.url.replace("//", "//me-user:pass-word@")
@@ -311,6 +328,26 @@ def test_same_order_and_warnings_as_on_a_disk(s3, tmp_path):
 def test_folder_that_is_not_there(s3, root):
     with pytest.raises(DataError, match=f"{root}: there is no such folder, or nothing in it"):
         ImageFolder(root)
+
+
+@pytest.mark.slow
+def test_masks_in_a_store_are_those_on_a_disk(s3, tmp_path):
+    pairs = some_masks(6)
+    for number, mask in enumerate(pairs):
+        save_pair(tmp_path / "images", tmp_path / "masks", f"{'ab'[number % 2]}/{number}", mask)
+    for path in tmp_path.rglob("*.*"):
+        s3.put(f"pairs/{path.relative_to(tmp_path)}", path.read_bytes())
+    local, both, alone = (
+        ImageFolder(f"{images}/images", masks=FolderMasks(root=f"{masks}/masks", num_classes=4))
+        for images, masks in ((tmp_path, tmp_path), ("s3://bucket/pairs",) * 2, (tmp_path, "s3://bucket/pairs"))
+    )
+    for source in (both, alone, pickle.loads(pickle.dumps(both))):
+        assert source.fingerprint == local.fingerprint
+        assert source.masks.name(3) == local.masks.name(3).replace(str(tmp_path), "s3://bucket/pairs")
+        assert all(map(np.array_equal, source.masks.read(np.arange(6)), local.masks.read(np.arange(6))))
+    s3.put("pairs/images/c/9.jpg", b"x")
+    with pytest.raises(DataError, match="s3://bucket/pairs/masks: no masks for 1 of 7 images: c/9"):
+        ImageFolder("s3://bucket/pairs/images", masks=FolderMasks(root="s3://bucket/pairs/masks", num_classes=4))
 
 
 @pytest.mark.slow

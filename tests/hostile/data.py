@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_pipeline.data.sources import Arrays, Cifar, FileList, ImageFolder
+from kd_pipeline.data.headers import UnreadableFileError
+from kd_pipeline.data.sources import Arrays, BaseSource, Cifar, FileList, ImageFolder, Masks, MaskSettings
 from kd_pipeline.data.sources.labels import load_classes
 from kd_pipeline.errors import DataError
 from tests import cifar_files
+from tests.corpus import png_of_zeros
 from tests.hostile.cases import DEEP, HUGE, SPECIAL, Case, Code, Kind, remove, write_zip
 from tests.hostile.prepare import BOMB, NUM_PHOTOS, photo
 
@@ -107,6 +109,48 @@ def array_cases(good: Path) -> list[Case]:
     npz.add_bytes("unknown compression", patched(small.getvalue(), 8, 10, 99))
     npz.add("no arrays", lambda path: write_zip(path, []))
     return [*arrays.cases, *npz.cases]
+
+
+def open_mask(path: Path) -> object:
+    """Read a mask, of which an unreadable one is a value."""
+    (mask,) = Masks(BaseSource([path]), MaskSettings(num_classes=19)).read(np.zeros(1, np.int64))
+    if isinstance(mask, UnreadableFileError):
+        raise DataError(str(mask))
+    return mask.shape
+
+
+def mask_cases() -> list[Case]:
+    start, end = b"\x89PNG\r\n\x1a\n", png_chunk(b"IEND", b"")
+    first = png_chunk(b"IHDR", (4).to_bytes(4, "big") * 2 + b"\x08\0\0\0\0")
+    pixels = png_chunk(b"IDAT", zlib.compress(bytes(20)))
+    bomb = zlib.compress(bytes(2 * 10**8))
+
+    png = Kind("mask.png", open_mask, DataError, file="mask.png")
+    png.add_special("endless device")  # its path is resolved
+    png.add_bytes("2**31 rows", start + png_chunk(b"IHDR", b"\x7f\xff\xff\xff" * 2 + b"\x08\0\0\0\0") + pixels + end)
+    png.add_bytes("another header", start + first + png_chunk(b"IHDR", b"\0\0\x7f\xff" * 2 + b"\x08\0\0\0\0") + pixels)
+    png.add_bytes("many chunks", start + first + png_chunk(b"tEXt", b"") * 2 * 10**6 + pixels + end)
+    png.add_bytes("more pixels than promised", start + first + png_chunk(b"IDAT", bomb) + end, error=None)
+    png.add_bytes("bomb as text", start + first + png_chunk(b"zTXt", b"a\0\0" + bomb) + pixels + end)
+    png.add_bytes("length of 2 GB", start + first + b"\x7f\xff\xff\xffIDAT")
+    png.add_bytes("as many pixels as may be", png_of_zeros(9450, 9450, channels=1), error=None)
+    png.add_bytes("of 16 bits", png_of_zeros(8000, 8000, bits=16, channels=1), error=None)
+
+    arrays = Kind("mask.npy", open_mask, DataError, file="mask.npy")
+    arrays.add("runs code", lambda path: path.write_bytes(objects(path.parent)))
+    arrays.add_bytes("negative shape", npy(header("(-1, 4)"), bytes(64)))
+    arrays.add_bytes("shape that overflows", npy(header(f"({2**62}, 4)"), bytes(64)))
+    arrays.add_bytes("shape of 5000 digits", npy(header(f"({DIGITS}, 4)"), bytes(64)))
+    arrays.add_bytes("call in the header", npy("__import__('os').mkdir('MARKER')", bytes(64)))
+    arrays.add_bytes("nested header", npy("(" * 9000))
+    arrays.add_bytes("elements of 2 GB", npy(header("(1, 1)", "'S2000000000'"), bytes(64)))
+    arrays.add_bytes("cut off", npy(header("(1000, 4000)"), bytes(64)))
+    return [*png.cases, *arrays.cases]
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """A part of a PNG."""
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
 
 
 def class_cases() -> list[Case]:
@@ -263,5 +307,5 @@ def write_tar_of_zeros(path: Path) -> None:
 
 
 def cases(good: Path) -> list[Case]:
-    found = [*array_cases(good), *class_cases(), *list_cases(good), *index_cases(good), *folder_cases()]
+    found = [*array_cases(good), *mask_cases(), *class_cases(), *list_cases(good), *index_cases(good), *folder_cases()]
     return [*found, *cifar_cases()]

@@ -9,13 +9,25 @@ import torch
 
 from kd_pipeline.data.auto_augment import RandAugment
 from kd_pipeline.data.mixing import MixSettings
+from kd_pipeline.data.order import ShardShuffle
 from kd_pipeline.data.plan import Shard
-from kd_pipeline.data.sources import ArrayMasks, Arrays, BaseSource, FolderMasks, ImageFolder, Masks, MaskSettings
+from kd_pipeline.data.sources import (
+    ArrayMasks,
+    Arrays,
+    BaseSource,
+    FolderMasks,
+    ImageFolder,
+    Masks,
+    MaskSettings,
+    Tar,
+    TarMasks,
+)
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.errors import BadSampleError, ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
 from tests.mask_files import png_of, save_pair, some_masks
 from tests.streams import SIZE, Fields, assert_same, conv_teacher, global_rows, rows, run, state_after
+from tests.tar_files import write_tar
 
 NUM = 21
 TRAIN = TrainTransform(size=SIZE, auto_augment=RandAugment(), erase=0.5)
@@ -170,6 +182,27 @@ def test_a_source_of_your_own_has_masks(shared, whole):
     with open_loader(source) as loader:
         assert loader.num_classes == 4
         assert_same(rows(run(loader, 2)), whole)
+
+
+def test_masks_of_shards_in_a_random_order(tmp_path):
+    """As in a loader of the files, sample by sample."""
+    save(tmp_path)
+    files = {}
+    for number in range(NUM):
+        files[f"{number:02}.jpg"] = (tmp_path / f"images/{number:02}.jpg").read_bytes()
+        files[f"{number:02}.seg.png"] = (tmp_path / f"masks/{number:02}.png").read_bytes()
+    names = list(files)
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard}.tar", {name: files[name] for name in names[14 * shard : 14 * (shard + 1)]})
+    tar = Tar(tmp_path / "{0..2}.tar", masks=TarMasks(extension="seg.png", num_classes=4))
+    expected: list[int] = []
+    tar.masks.expect = lambda index: expected.extend(index.tolist())  # type: ignore[method-assign]
+    with open_loader(tar, shuffle=ShardShuffle(buffer=6)) as loader:
+        found = {int(row["index"]): row for row in rows(run(loader, 1))}
+    with open_loader(source_in(tmp_path)) as loader:
+        wanted = {int(row["index"]): row for row in rows(run(loader, 1))}
+    assert set(expected) == set(range(NUM)) == found.keys() and list(found) != sorted(found)
+    assert_same([found[index] for index in range(NUM)], [wanted[index] for index in range(NUM)])
 
 
 def test_repeats_have_masks_of_their_own(shared):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from kd_pipeline.data.headers import UnreadableFileError, check_size
+from kd_pipeline.data.headers import UnreadableFileError, check_size, read_header
 from kd_pipeline.data.sources.pixels.stored_arrays import parse_header
 
 __all__ = ["MASK_ENDINGS", "decode_mask"]
@@ -55,7 +55,9 @@ def _decode_png(content: NDArray[np.uint8], max_pixels: int) -> NDArray[Any]:
             f"it has colors ({_COLORS[color]}), which do not say a class; {_AS_CLASSES}, with the table of colors that "
             "the data set has"
         )
-    check_size(height, width, 2 if bits > 8 else 1, max_pixels)
+    # Pillow has a copy in two parts for a moment.
+    check_size(height, width, 4 if bits > 8 else 1, max_pixels)
+    read_header(content.data)  # it walks through all chunks, of which Pillow has no limit
     # Pillow's plugins raise all kinds of errors on damaged files.
     try:
         with Image.open(io.BytesIO(content.tobytes()), formats=["PNG"]) as image:
@@ -89,10 +91,10 @@ def _decode_npy(content: NDArray[np.uint8], max_pixels: int) -> NDArray[Any]:
     height, width = header.shape
     check_size(height, width, header.dtype.itemsize, max_pixels)
     num_bytes = height * width * header.dtype.itemsize
-    data = content[header.start : header.start + num_bytes]
-    if len(data) < num_bytes:
-        raise UnreadableFileError(f"it is cut off: an array of {num_bytes} bytes, of which {len(data)} are there")
-    flat = np.frombuffer(data.tobytes(), header.dtype)
+    num_there = len(content) - header.start
+    if num_there < num_bytes:
+        raise UnreadableFileError(f"it is cut off: an array of {num_bytes} bytes, of which {num_there} are there")
+    flat = np.frombuffer(content.data, header.dtype, height * width, header.start)
     values: NDArray[Any] = flat.reshape((height, width), order="F" if header.is_fortran else "C")
     return values.astype(np.uint8) if values.dtype == np.bool_ else values
 

@@ -13,6 +13,8 @@ from kd_pipeline.errors import DataError
 
 __all__ = ["MaskValues"]
 
+_BLOCK = 2**20
+"""Values that are looked up at once."""
 _NUM_VALUES = 2**16
 """Values of a mask that may have a class, those of 16 bits; all others count as one more."""
 
@@ -46,18 +48,26 @@ class MaskValues:
         Raises:
             UnreadableFileError: one is neither the value of a class nor ignored.
         """
-        known = values
-        if values.dtype not in (np.uint8, np.uint16):
-            known = np.where((values < 0) | (values >= _NUM_VALUES), _NUM_VALUES, values).astype(np.int64)
-        classes: NDArray[np.int16] = self._table[known]
-        if self._table[-1] < 0 and (wrong := classes < 0).any():
-            value, count = values[wrong][0], np.count_nonzero(wrong)
-            raise UnreadableFileError(
-                f"it has the value {value}, which is neither a class from 0 to {self.num_classes - 1} nor ignore_index "
-                f"{self.ignore_index} (so are {count} of {values.size} pixels); correct it, or set num_classes, "
-                "ignore_index or values under masks"
-            )
-        return classes.astype(self.dtype)
+        is_small = values.dtype == self.dtype == np.uint8
+        if is_small and self._table[-1] >= 0:  # three times as fast as NumPy looks up bytes
+            found = values.tobytes().translate(self._table[:256].astype(np.uint8).tobytes())
+            return np.frombuffer(found, np.uint8).reshape(values.shape)
+        if is_small and not ((values >= self.num_classes) & (values != self.ignore_index)).any():
+            return values
+        classes = np.empty(values.shape, self.dtype)
+        step = max(1, _BLOCK // max(1, values.shape[1]))
+        for start in range(0, len(values), step):  # NumPy takes eight bytes for each value that it looks up
+            rows = slice(start, start + step)
+            found = self._table[_known(values[rows])]
+            if self._table[-1] < 0 and (wrong := found < 0).any():
+                row = start + int(wrong.any(axis=1).argmax())
+                raise UnreadableFileError(
+                    f"it has the value {values[rows][wrong][0]} in row {row}, which is neither a class from 0 to "
+                    f"{self.num_classes - 1} nor ignore_index {self.ignore_index}; correct it, or set num_classes, "
+                    "ignore_index or values under masks"
+                )
+            classes[rows] = found
+        return classes
 
     def digest(self) -> bytes:
         """What the classes depend on besides the files."""
@@ -83,6 +93,13 @@ class MaskValues:
             table[settings.ignore_index] = settings.ignore_index
         table[first : first + self.num_classes] = np.arange(self.num_classes)
         return table
+
+
+def _known(values: NDArray[Any]) -> NDArray[Any]:
+    """Places in the table."""
+    if values.dtype in (np.uint8, np.uint16):
+        return values
+    return np.where((values < 0) | (values >= _NUM_VALUES), _NUM_VALUES, values).astype(np.int64)
 
 
 def _num_classes(settings: MaskSettings, classes: Sequence[str] | None, name: str) -> int:
