@@ -41,27 +41,33 @@ class Rendering:
     @property
     def ndims(self) -> list[int]:
         """Dimensions per sample of each array that `make` takes: those of `place`, and the views' parameters."""
-        windows = [ndim for view, _ in self.views.windows for ndim in (*self._corners(view), *view.crop.ndims)]
+        windows = [ndim for view, _ in self.views.windows for ndim in (*self._window_ndims(view), *view.crop.ndims)]
         ops = [ndim for view in self.views for _ in range(view.copies) for ndim in view.ndims]
         return [*([1, 1] if self.has_box else []), *windows, *ops]
 
-    def place(self, size: Array, crops: tuple[tuple[Array, ...], ...]) -> list[NDArray[np.float32]]:
+    def place(self, size: Array, crops: tuple[tuple[Array, ...], ...]) -> list[NDArray[Any]]:
         """Where the windows are in images of `size` `[N, 2]`, given the parameters of their crops.
 
         Returns:
-            Corner and extent of the box if there is one; then of each window corner and extent, within the box if there
-            is one and unless the window is all there is, and what else its crop takes; all `[N, 2]`.
+            Corner and extent of the box if there is one, `[N, 2]`; then of each window where it is, within the box if
+            there is one and unless the window is all there is, and what else its crop takes, `[N, 2]`.
         """
         windows = [view.crop.windows(size, *crop) for (view, _), crop in zip(self.views.windows, crops, strict=True)]
-        arrays: list[Array] = []
+        placed: list[NDArray[Any]] = []
         if self.has_box:
             box = np.minimum.reduce([corner for corner, *_ in windows])
             end = np.maximum.reduce([corner + extent for corner, extent, *_ in windows])
-            arrays = [box, end - box]
+            placed = [box.astype(np.float32), (end - box).astype(np.float32)]
             windows = [(corner - box, *rest) for corner, *rest in windows]
-        for (view, _), window in zip(self.views.windows, windows, strict=True):
-            arrays += window[2 - len(self._corners(view)) :]
-        return [array.astype(np.float32) for array in arrays]
+        for (view, _), (corner, extent, *rest) in zip(self.views.windows, windows, strict=True):
+            match self._window_ndims(view):
+                case (2, 2, 1):
+                    corner, extent = corner.astype(np.int32), extent.astype(np.int32)
+                    placed += [corner[:, None], extent[:, None], extent]
+                case (1, 1):
+                    placed += [corner.astype(np.float32), extent.astype(np.float32)]
+            placed += [array.astype(np.float32) for array in rest]
+        return placed
 
     def make(self, images: Node, parameters: list[Node]) -> list[Node]:
         """A node for each view, of encoded images or pixels and the nodes of all parameters."""
@@ -73,17 +79,20 @@ class Rendering:
         cut = self._cut(images, take)
         windows: dict[tuple[str, int], tuple[Node, list[Node]]] = {}
         for view, copy in self.views.windows:
-            window = cut(*take(len(self._corners(view))))
+            window = cut(*take(len(self._window_ndims(view))))
             windows[view.name, copy] = window, take(len(view.crop.ndims))
         return [self._make_view(view, windows, take) for view in self.views]
 
-    def _corners(self, view: View) -> tuple[int, ...]:
-        """Dimensions of corner and extent of a window, which one that is all of what is decoded does not need."""
-        has_more = self.stores == "pixels" or self.settings.decode == "full" or self.has_box
-        return () if view.crop.takes_all and has_more else (1, 1)
+    def _window_ndims(self, view: View) -> tuple[int, ...]:
+        """Dimensions of what says where a window is: nothing for one that is all of what is decoded."""
+        if self.stores != "pixels" and self.settings.decode == "window" and not self.has_box:
+            return 1, 1
+        if view.crop.takes_all:
+            return ()
+        return (2, 2, 1) if self.settings.device_id is None else (1, 1)
 
     def _cut(self, images: Node, take: Callable[[int], list[Node]]) -> Callable[..., Node]:
-        """What cuts a window, given its corner and extent, or nothing for all of it."""
+        """What cuts a window, given where it is, or nothing for all of it."""
         if self.stores != "pixels":
             if self.settings.decode == "full":
                 images = _decode(self.settings, images)
@@ -91,7 +100,8 @@ class Rendering:
                 images = decode_windows(self.settings, images, *take(2))
             else:
                 return partial(decode_windows, self.settings, images)
-        return lambda *window: _slice(images, *window) if window else images
+        cut = _copy if self.settings.device_id is None else _slice
+        return lambda *window: cut(images, *window) if window else images
 
     def _make_view(
         self,
@@ -140,6 +150,11 @@ def _options(settings: GraphSettings) -> dict[str, Any]:
 
 def _slice(images: Node, corner: Node, extent: Node) -> Node:
     return _fn().slice(images, corner, extent, **_IN_PIXELS)
+
+
+def _copy(images: Node, corner: Node, extent: Node, size: Node) -> Node:
+    """The same as `_slice` on a CPU, four times as fast: row by row, where a slice copies byte by byte (DALI 2.4)."""
+    return _fn().multi_paste(images, in_anchors=corner, shapes=extent, output_size=size)
 
 
 def _fn() -> Any:
