@@ -31,7 +31,16 @@ NEEDS_LIGHTNING = {
     *(name for name in MODULES if name.startswith("kd_pipeline.bench.tune")),
     *(
         f"kd_pipeline.workflows.{name}"
-        for name in ("_distill", "_train", "demo_backbone", "distill_module", "resume", "stage_run", "story")
+        for name in (
+            "_distill",
+            "_train",
+            "demo_backbone",
+            "distill_module",
+            "resume",
+            "stage_run",
+            "story",
+            "students",
+        )
     ),
     *(
         f"kd_pipeline.training.{name}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from kd_pipeline._core.current_student import current_student, with_student
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.text import printable
 
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "bar_text",
     "no_report",
+    "one_status_line",
     "progress_bar",
     "speed_text",
     "status_line",
@@ -28,6 +30,8 @@ _logger = logging.getLogger("kd_pipeline")
 Report = Callable[[int, int], object]
 """Called with the number of steps that are done, and that there are."""
 
+_SHOWN_S = 2.0
+"""Seconds for which the line is that of one of several students."""
 REDRAW_S = 0.1
 """Seconds between two drawings of a line that moves."""
 _WIDTH = 30
@@ -83,6 +87,10 @@ def status_line() -> Iterator[Callable[[str], None] | None]:
 
     The line makes room for what is logged or printed meanwhile, and comes back when it is drawn next.
     """
+    if _line_of_all is not None:
+        with _line_of_all.drawn_by_student() as draw:
+            yield draw
+        return
     if not is_rank_zero() or not _is_terminal(sys.stderr):
         yield None
         return
@@ -97,6 +105,18 @@ def status_line() -> Iterator[Callable[[str], None] | None]:
         sys.stdout, sys.stderr = outputs
         _logger.removeHandler(eraser)
         line.erase()
+
+
+@contextmanager
+def one_status_line() -> Iterator[None]:
+    """Let the status lines of several students share one while the block runs: each is shown for a while."""
+    global _line_of_all
+    with status_line() as draw:
+        _line_of_all = _LineOfAll(draw)
+        try:
+            yield
+        finally:
+            _line_of_all = None
 
 
 def bar_text(done: int, total: int, width: int) -> str:
@@ -114,6 +134,37 @@ def time_text(seconds: float) -> str:
 def speed_text(rows_per_s: float, rows: str = "images") -> str:
     """Such as `1,386 images/s`, of which `rows` is the word."""
     return f"{rows_per_s:,.0f} {rows}/s" if rows_per_s >= 100 else f"{rows_per_s:.3g} {rows}/s"
+
+
+class _LineOfAll:
+    """The line that several students draw on in turn."""
+
+    def __init__(self, draw: Callable[[str], None] | None) -> None:
+        self._draw = draw
+        self._students: list[str | None] = []
+
+    @contextmanager
+    def drawn_by_student(self) -> Iterator[Callable[[str], None] | None]:
+        """What `status_line` gives to the current student."""
+        draw, student = self._draw, current_student()
+        if draw is None:
+            yield None
+            return
+
+        def draw_in_turn(text: str) -> None:
+            names = [*dict.fromkeys(self._students)]
+            if names[int(time.monotonic() / _SHOWN_S) % len(names)] == student:
+                draw(with_student(text))
+
+        self._students.append(student)
+        try:
+            yield draw_in_turn
+        finally:
+            self._students.remove(student)
+            draw("")
+
+
+_line_of_all: _LineOfAll | None = None
 
 
 class _Line:

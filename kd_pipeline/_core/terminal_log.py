@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from kd_pipeline._core.current_student import with_student
 from kd_pipeline._core.library_output import TerminalHandler
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.text import indented
@@ -19,7 +20,7 @@ class PrintableFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""
-        return indented(super().format(record))
+        return indented(with_student(super().format(record)))
 
 
 def log_line(line: str) -> None:

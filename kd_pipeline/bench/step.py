@@ -51,6 +51,7 @@ from kd_pipeline.teachers.open import why_no_onnx
 from kd_pipeline.teachers.pytorch import PyTorchTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows._record import RecordSettings, record
+from kd_pipeline.workflows.stage import require_one_student
 
 __all__ = ["BenchStepSettings", "bench_step", "step_settings"]
 
@@ -125,6 +126,7 @@ def step_settings(config: Config, settings: BenchStepSettings, given: Collection
         raise ConfigError("bench step measures training: data.train.transform must have preset: train")
     if not isinstance(teacher, TeacherSettings) or (teacher.onnx is None and teacher.model is None):
         raise ConfigError("bench step needs one teacher: set teacher.onnx or teacher.model")
+    require_one_student(config, "bench step")
     if config.student is None:
         raise ConfigError("bench step needs a student: set student")
     values = {

@@ -20,7 +20,7 @@ from kd_pipeline.bench.tune_search import MIN_GAIN, Race, race
 from kd_pipeline.bench.tune_steps import Part, RunSteps, Trial, Values
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, KDPipelineError
-from kd_pipeline.workflows.stage import Stage, check_config
+from kd_pipeline.workflows.stage import Stage, check_config, require_one_student
 
 __all__ = ["TuneSettings", "tune"]
 
@@ -78,6 +78,8 @@ def tune(
     if settings.out is not None:
         prepare_output(settings.out)
     stage: Stage = "distill" if config.stage == "all" else config.stage
+    if stage != "teacher":
+        require_one_student(config, "tune")
     if stage != "distill" or config.student is not None:
         check_config(config, stage)
     report("opening the images, the teacher and the student")

@@ -17,6 +17,7 @@ examples:
   torchrun --nproc-per-node 4 -m kd_pipeline train -c configs/imagenet_resnet34_to_resnet18.yaml
 
 Run the same command to resume an interrupted training. --fresh starts from the beginning, and so does another run_dir.
+Of several students, one that fails ends alone; the exit status is then 1, and the same command tries it again.
 """
 
 
@@ -59,4 +60,4 @@ def _run(parsed: argparse.Namespace) -> int:
     )
     if is_rank_zero():
         print_result(printable(f"run folder: {result.folder}"))
-    return 0
+    return 1 if result.failures else 0

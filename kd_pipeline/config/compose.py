@@ -29,6 +29,8 @@ _ALTERNATIVES = {
     "teacher": ("onnx", "engine", "model", "path", "members"),
 }
 """By section, the keys that say what it is of; other sections have `kind`."""
+_NAMED: dict[str | int, str] = {"members": "teacher", "students": "student"}
+"""Sections whose keys are names of the user's, and what each of them is."""
 _SAME_WITH_OTHER_VALUES = frozenset({
     *("timm", "torchvision", "builtin"),
     *("onnx", "engine", "model", "path", "members"),
@@ -72,8 +74,8 @@ def replaces(key: Key, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether the section `new` at `key` is of a different kind than `old`, and so replaces it as a whole."""
     if not key or _FREE & {*key}:
         return False
-    is_member = len(key) > 1 and key[-2] == "members"
-    names = _ALTERNATIVES.get("teacher" if is_member else str(key[-1]), ("kind",))
+    section = _NAMED.get(key[-2], key[-1]) if len(key) > 1 else key[-1]
+    names = _ALTERNATIVES.get(str(section), ("kind",))
     said = [name for name in names if new.get(name) is not None]
     before = [name for name in names if old.get(name) is not None]
     if not said or not before:

@@ -5,13 +5,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from kd_pipeline._core.secret_values import refuse_hidden
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.reader import read_config
+from kd_pipeline.config.students import Students
 from kd_pipeline.data.settings import SPLITS, DataSettings, SplitSettings
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation.frozen import FeatureProbeSettings
@@ -74,6 +75,9 @@ class Config(Settings):
     """What `kd-pipeline train` does: train the teacher's `model`, train the student alone (`baseline`), or distill the
     student; `all` trains the teacher and then distills."""
     student: ModelSettings | None = None
+    students: Students = Field(default_factory=dict)
+    """Several students by name instead of `student`. They train side by side on the same batches, which are read once,
+    with one pass of the teacher; each ends as in a run of its own, whose folder is the one of its name in `run_dir`."""
     student_from_teacher: dict[str, str] = Field(default_factory=dict)
     """Layers of the student to initialize from the teacher: the student's layer name to the teacher's."""
     distill: DistillSettings = DistillSettings()
@@ -109,11 +113,55 @@ class Config(Settings):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _students_are_complete(self) -> Self:
+        if not self.students:
+            return self
+        if self.student is not None:
+            raise ValueError("student and students are both set; set student: null, or remove students")
+        for name in self.students:
+            try:
+                self.for_student(name)
+            except ValidationError as exc:
+                error = exc.errors(include_url=False, include_context=False)[0]
+                key = ".".join(map(str, error["loc"]))
+                text = f"{key}: {error['msg']}" if key else error["msg"].removeprefix("Value error, ")
+                raise ValueError(f"students.{name}, as a run of its own: {text}") from None
+        return self
+
+    def for_student(self, name: str) -> "Config":
+        """The config of a run with one of `students` alone, in its folder: it ends with the same weights.
+
+        Raises:
+            ConfigError: there is no student of this name.
+        """
+        if name not in self.students:
+            raise ConfigError(f"there is no student {name!r}{suggest(name, self.students)}")
+        chosen = self.students[name]
+        values = {key: getattr(self, key) for key in self.model_fields_set if key != "students"}
+        values |= {"student": chosen.model, **chosen.completed(self.distill, self.train)}
+        if chosen.student_from_teacher is not None:
+            values["student_from_teacher"] = chosen.student_from_teacher
+        if self.run_dir is not None:
+            values["run_dir"] = self.run_dir / name
+        return Config(**values)
+
+    @property
+    def single_runs(self) -> dict[str, "Config"]:
+        """The config of each student alone, by the key of the student in this config; else this config itself."""
+        if not self.students:
+            return {"student": self}
+        return {f"students.{name}": self.for_student(name) for name in self.students}
+
     def used_outputs(self, outputs: Mapping[str, TensorSpec]) -> frozenset[str] | None:
         """Which of a teacher's `outputs` the loss compares, and the evaluation with `train.compare_with_teacher`.
 
         None if that is unknown: without a student, with a loss of the user's own, and where a term names no output.
         """
+        if self.students:
+            found = [config.used_outputs(outputs) for config in self.single_runs.values()]
+            known = [each for each in found if each is not None]
+            return frozenset().union(*known) if len(known) == len(found) else None
         distill = self.distill
         compares_logits = bool(max_value(distill.weights[0]))
         if self.student is None or (compares_logits and distill.has_custom_loss):

@@ -2,14 +2,15 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from logging import getLogger
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import distributed
 
-__all__ = ["capture_rng", "restore_rng"]
+__all__ = ["RngState", "capture_rng", "restore_rng"]
 
 _logger = getLogger(__name__)
 
@@ -54,6 +55,31 @@ def restore_rng(states: Sequence[Mapping[str, Any]]) -> None:
     torch.set_rng_state(local["torch"])
     if local["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(local["cuda"])
+
+
+@dataclass(frozen=True, slots=True)
+class RngState:
+    """The state of all generators of this process, to go back to it later in the same process."""
+
+    _python: Any
+    _numpy: Any
+    _torch: torch.Tensor
+    _cuda: torch.Tensor | None
+
+    @classmethod
+    def capture(cls) -> Self:
+        """The current state; of several GPUs that of the current one."""
+        uses_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda = torch.cuda.get_rng_state() if uses_cuda else None
+        return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Go back to this state."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
 
 
 def _is_distributed() -> bool:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from kd_pipeline._core.atomic_write import write_atomic
+from kd_pipeline._core.current_student import current_student, of_current_student, with_student
 from kd_pipeline._core.files import open_own, open_regular
 from kd_pipeline._core.library_output import LIBRARIES
 from kd_pipeline._core.secret_values import hide_in_text
@@ -268,14 +269,17 @@ class RunFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self._refuse_links()
+        self.refuse_links()
         with lock_folder(self.path, otherwise="set a different run_dir"):
             yield
 
-    def _refuse_links(self) -> None:
+    def refuse_links(self) -> None:
         """Check that nothing of what a stage writes is a link that leads out of the folder.
 
         Only the folder that the user has named may be elsewhere: the others come with it, from whoever made it.
+
+        Raises:
+            StateError: something is.
         """
         inside = self.path.resolve() if self._is_named else self.path.parent.resolve() / self.path.name
         for file in self._written_files():
@@ -305,6 +309,7 @@ class RunFolder:
         stream = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace")
         handler = logging.StreamHandler(stream)
         handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.addFilter(of_current_student())
         libraries = logging.getLogger(LIBRARIES)
         levels = _logger.level, libraries.level
         _logger.addHandler(handler)
@@ -321,8 +326,13 @@ class RunFolder:
 
 
 class _PlainFormatter(logging.Formatter):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._student = current_student()
+
     def format(self, record: logging.LogRecord) -> str:
-        return _plain(super().format(record))
+        text = super().format(record)
+        return _plain(text if self._student is not None else with_student(text))
 
 
 @contextmanager

@@ -3,15 +3,16 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from logging import getLogger
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 from kd_pipeline._core.optional import require
 from kd_pipeline.training.checkpoint_callback import is_resumable_after
 
-__all__ = ["StopOnSignal"]
+__all__ = ["Signals", "StopOnSignal"]
 
 _logger = getLogger(__name__)
 _callbacks = require("lightning.pytorch.callbacks", extra="train")
@@ -38,23 +39,24 @@ class StopOnSignal(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
     the training ends.
     """
 
-    def __init__(self, save: Callable[[Any], None]) -> None:
+    def __init__(self, save: Callable[[Any], None], signals: "Signals | None" = None) -> None:
         """Watch for signals from the start of the training to its end.
 
         Args:
             save: called with the trainer on all ranks, writes the checkpoint to resume from: the `save_last` of a
                 `SaveLastAndBest` in the same trainer, which saves the ends of epochs.
+            signals: those that are received already, for a training outside the main thread; the caller handles them.
         """
         self._save = save
-        self._received: signal.Signals | None = None
+        self._signals, self._handles = signals or Signals(), signals is None
         self._is_stopping = False
-        self._pid = 0
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         """Install the handlers; stop if Lightning received SIGTERM during setup."""
         if trainer.received_sigterm:
-            self._received = signal.SIGTERM
-        self._install_handlers()
+            self._signals.received = signal.SIGTERM
+        if self._handles:
+            self._signals.install()
         self._is_stopping = self._any_rank_received(trainer)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -81,15 +83,24 @@ class StopOnSignal(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
 
     def _any_rank_received(self, trainer: Any) -> bool:
         """One small collective per step, at a point where Lightning runs another one."""
-        return bool(trainer.strategy.reduce_boolean_decision(self._received is not None, all=False))
+        return bool(trainer.strategy.reduce_boolean_decision(self._signals.received is not None, all=False))
 
     def _exit_if_stopping(self) -> None:
         if self._is_stopping:
-            received = self._received or signal.SIGTERM  # another rank received it
+            received = self._signals.received or signal.SIGTERM  # another rank received it
             _logger.info("%s: checkpoint saved, exiting; run the same command to resume", received.name)
             raise SystemExit(_EXIT_STATUS[received])
 
-    def _install_handlers(self) -> None:
+
+class Signals:
+    """The signals that stop a training, and the first of them that this process has received."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._pid = 0
+
+    def install(self) -> None:
+        """Handle them from now on, if this is the main thread."""
         if threading.current_thread() is not threading.main_thread():
             _logger.warning("not in the main thread: a signal will end this training without a checkpoint")
             return
@@ -99,13 +110,25 @@ class StopOnSignal(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._handle)
 
+    @contextmanager
+    def handled(self) -> Iterator[Self]:
+        """Handle them while the block runs, and then as before."""
+        before = {number: signal.getsignal(number) for number in _EXIT_STATUS}
+        self.install()
+        try:
+            yield self
+        finally:
+            if self._pid:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
         if os.getpid() != self._pid:  # a forked worker, which must die of it
             signal.signal(received, signal.SIG_DFL)
             signal.raise_signal(received)
             return
-        self._received = self._received or received
+        self.received = self.received or received
         if received is signal.SIGINT:
             signal.signal(received, signal.SIG_DFL)  # the kernel's default works even if Python hangs in a library
         # Neither print nor logging: the signal may have interrupted one of them.

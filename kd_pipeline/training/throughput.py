@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
+from kd_pipeline.training.turns import waited_s
 
 __all__ = ["Throughput"]
 
@@ -40,6 +41,7 @@ class Throughput:
 
     The loader runs the teacher on batches ahead of the student. Each call is counted with the batch that it was made
     for, not where it happened: the first batch of an epoch would else have several calls, and the last ones none.
+    Of several students, each counts loader, teacher and its own steps, as in a run of its own.
     """
 
     def __init__(self, teacher: Teacher | Recording | None) -> None:
@@ -57,7 +59,7 @@ class Throughput:
 
     def restart(self) -> None:
         """Do not count the time since the last batch."""
-        self._last_s = time.perf_counter()
+        self._last_s = time.perf_counter() - waited_s()
         self._last_busy = self._teacher_busy()
 
     def batch_loaded(self) -> None:

@@ -19,7 +19,7 @@ from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.run_story import RunStory
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import full_state_dict
-from kd_pipeline.training.signals import StopOnSignal
+from kd_pipeline.training.signals import Signals, StopOnSignal
 
 __all__ = ["PURE_PRECISIONS", "build_trainer", "build_trial_trainer", "check_lightning", "set_deterministic"]
 
@@ -69,6 +69,7 @@ def build_trainer(
     callbacks: Sequence[Any] = (),
     loggers: Sequence[Any] = (),
     default_metrics: Mapping[str, Literal["max", "min"]] | None = None,
+    signals: Signals | None = None,
 ) -> Any:
     """A `lightning.Trainer` for `module`; several processes must have been initialized by `init_distributed`.
 
@@ -84,6 +85,7 @@ def build_trainer(
         loggers: more of Lightning's loggers.
         default_metrics: metrics with their modes of which the first that is measured selects the best student, if the
             settings name none.
+        signals: those that are received, if the caller handles them.
     """
     _silence_lightning()
 
@@ -133,7 +135,7 @@ def build_trainer(
             *early_stopping,
             checkpoints,
             RunStory(checkpoints, epochs=settings.epochs),
-            StopOnSignal(checkpoints.save_last),
+            StopOnSignal(checkpoints.save_last, signals),
         ],
         plugins=[AtomicCheckpointIO(), environment],
         default_root_dir=folder.path,

@@ -306,6 +306,9 @@ def _single(config: Config, member: str | None) -> TeacherSettings:
 
 
 def _student(config: Config, plugins: Collection[str]) -> Network:
+    if config.students:
+        folders = " or ".join(str(stage_dir(each, "distill")) for each in config.single_runs.values())
+        raise ConfigError(f"the config has several students; export the folder of one instead of the config: {folders}")
     if config.student is None:
         raise ConfigError("the config has no student; set student, or export its teacher with --part teacher")
     folder = stage_dir(config, "distill")

@@ -313,19 +313,31 @@ def _open_loader(
 def _student_grids(
     config: Config, loader: KDDataLoader, teacher: Teacher, plugins: Collection[str]
 ) -> dict[str, tuple[int, int]]:
-    """Of the student's features that each output is compared with, by a dry run of the loss."""
-    if config.student is None:
-        raise ConfigError("--grid student is that of the student's features: set student, or give a number")
-    num_classes = num_classes_for(config.student, loader.source, teacher)
-    distillation = Distillation(
-        config.distill,
-        student=open_model(config.student, plugins=plugins, num_classes=num_classes, images=normalization_of(loader)),
-        teacher_outputs=teacher.outputs,
-        example=loader.example(),
-        num_classes=num_classes_of(loader.source, teacher),
-        plugins=plugins,
-    )
-    return distillation.student_grids
+    """Of the student's features that each output is compared with, by a dry run of the loss.
+
+    Raises:
+        ConfigError: there is no student, or several that compare an output at different sizes.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for key, each in config.single_runs.items():
+        if each.student is None:
+            raise ConfigError("--grid student is that of the student's features: set student, or give a number")
+        num_classes = num_classes_for(each.student, loader.source, teacher)
+        distillation = Distillation(
+            each.distill,
+            student=open_model(each.student, plugins=plugins, num_classes=num_classes, images=normalization_of(loader)),
+            teacher_outputs=teacher.outputs,
+            example=loader.example(),
+            num_classes=num_classes_of(loader.source, teacher),
+            plugins=plugins,
+        )
+        for name, grid in distillation.student_grids.items():
+            if found.setdefault(name, grid) != grid:
+                raise ConfigError(
+                    f"--grid student: {key} compares {name} at {grid[0]} x {grid[1]}, and another student at "
+                    f"{found[name][0]} x {found[name][1]}; give a number"
+                )
+    return found
 
 
 def _new_manifest(loader: KDDataLoader, teacher: Teacher, outputs: dict[str, RecordedOutput]) -> RecordingManifest:

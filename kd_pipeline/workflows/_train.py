@@ -19,6 +19,7 @@ from kd_pipeline.training.trainer import check_lightning
 from kd_pipeline.workflows.parts import Loss, Parts, Validate
 from kd_pipeline.workflows.stage import Stage
 from kd_pipeline.workflows.stage_run import StageRun, folder_of
+from kd_pipeline.workflows.students import train_students
 from kd_pipeline.workflows.train_result import TrainResult
 
 __all__ = ["Stage", "TrainResult", "train"]
@@ -49,6 +50,9 @@ def train(
     `distill` writes into `run_dir`, `teacher` and `baseline` into subfolders of these names. A stage that has finished
     is not trained further. A changed setting is applied and logged if that continues the same training, such as
     `train.epochs`, and refused otherwise.
+
+    With `students`, each of them writes into a subfolder of its name, as a run of its own does. One that fails ends
+    alone, and the result says why; if all fail, the error of the first is raised.
 
     Every part may be an object of yours, and the rest comes from the config:
 
@@ -88,7 +92,7 @@ def train(
             it they are logged.
 
     Returns:
-        The result of the last stage.
+        The result of the last stage; for several students its `students` and `failures`.
 
     Raises:
         ConfigError: the config lacks something that this stage needs, or an object is of the wrong kind or given twice.
@@ -119,6 +123,9 @@ def train(
     if fresh and not is_restart():
         on_rank_zero(lambda: _archive(config, stages))
     for stage in stages:
+        if config.students and stage != "teacher":
+            result = train_students(config, stage, parts, plugins, trust_engines, report)
+            continue
         with StageRun(config, stage, parts, plugins, trust_engines, report) as run:
             result = run.run()
     return result
@@ -126,9 +133,10 @@ def train(
 
 def _archive(config: Config, stages: Iterable[Stage]) -> None:
     for stage in stages:
-        folder = folder_of(config, stage)
-        if (target := folder.archive()) is not None:
-            _logger.warning(
-                "starting again: the earlier run in %s was moved to %s; leave out --fresh to resume the new one",
-                *(folder.path, target),
-            )
+        configs = [] if stage == "teacher" or not config.students else config.single_runs.values()
+        for folder in (folder_of(config, stage), *(folder_of(each, stage) for each in configs)):
+            if (target := folder.archive()) is not None:
+                _logger.warning(
+                    "starting again: the earlier run in %s was moved to %s; leave out --fresh to resume the new one",
+                    *(folder.path, target),
+                )

@@ -45,6 +45,7 @@ __all__ = ["TeacherReport", "check_models"]
 
 _NUM_IMAGES = 8
 """Images for one computation of the loss."""
+_WHAT = {"teacher.model": "the network of the teacher", "student": "the student"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,8 @@ def check_models(
                 teacher = _open_teacher(config, training, plugins, trust_engines)
                 opened.callback(teacher.close)
                 if isinstance(teacher, Recording):
-                    check_recording(config, teacher)
+                    for each in config.single_runs.values():
+                        check_recording(each, teacher)
                 else:
                     findings.add("error", "teacher", teacher.problems)
         if training is not None:
@@ -122,18 +124,21 @@ def check_models(
         if "distill" in stages and config.teacher is None:
             findings.add("error", "teacher", ["stage: distill needs a teacher: set teacher, or use stage: baseline"])
         for stage in stages:
-            what = "the network of the teacher" if stage == "teacher" else "the student"
-            report(what)
-            with findings.part("teacher.model" if stage == "teacher" else "student"), progress_bar(what):
-                _check_evaluation(config, stage, labeled, teacher)
-                _check_student(config, stage, training, teacher, batch, plugins)
+            runs = {"teacher.model": config} if stage == "teacher" else config.single_runs
+            for key, each in runs.items():
+                what = _WHAT.get(key, f"the student {key.rpartition('.')[2]}")
+                report(what)
+                with findings.part(key), progress_bar(what):
+                    _check_evaluation(each, stage, labeled, teacher)
+                    _check_student(each, stage, training, teacher, batch, plugins)
     return found, grid
 
 
 def _stages(config: Config) -> list[Stage]:
     """The stages to check; a config without a student is for a loop of the user's own."""
     stages: tuple[Stage, ...] = ("teacher", "distill") if config.stage == "all" else (config.stage,)
-    return [stage for stage in stages if stage == "teacher" or config.student is not None]
+    has_student = config.student is not None or bool(config.students)
+    return [stage for stage in stages if stage == "teacher" or has_student]
 
 
 def _open_teacher(

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -229,8 +229,13 @@ class RecordingPlan:
 def loss_outputs(config: Config) -> tuple[str, ...] | None:
     """The teacher's outputs that the loss of `config` compares; None if that is unknown.
 
-    It is for a loss of the user's own, and for a config that has neither a student nor a loss.
+    It is for a loss of the user's own, and for a config that has neither a student nor a loss. Of several students it
+    is what they compare together.
     """
+    if config.students:
+        found = [loss_outputs(each) for each in config.single_runs.values()]
+        known = [each for each in found if each is not None]
+        return tuple(dict.fromkeys(chain(*known))) if len(known) == len(found) else None
     distill = config.distill
     compares_logits = max_value(distill.weights[0]) > 0
     if (config.student is None and "distill" not in config.model_fields_set) or (
@@ -256,7 +261,8 @@ def with_outputs(settings: RecordSettings, config: Config, teacher_outputs: Mapp
         _warn_about_missing(config, outputs, teacher_outputs)
     elif needed := loss_outputs(config):
         outputs = find(needed, "the loss of this config (--outputs names others to record)")
-        has_head = config.student is None or not config.student.is_headless
+        students = [each.student for each in config.single_runs.values()]
+        has_head = any(student is None or not student.is_headless for student in students)
         if has_head and LOGITS in teacher_outputs and LOGITS not in outputs:
             outputs = (LOGITS, *outputs)
     else:
@@ -280,7 +286,8 @@ def _warn_about_missing(config: Config, outputs: Sequence[str], teacher_outputs:
 def warn_about_resize(config: Config, stored: Mapping[str, RecordedOutput]) -> None:
     """Say which terms interpolate maps that are averaged here, so that they learn otherwise than from the teacher."""
     specs = {name: output.spec for name, output in stored.items()}
-    for number, term in enumerate(config.distill.features):
+    terms = (enumerate(each.distill.features) for each in config.single_runs.values())
+    for number, term in chain.from_iterable(terms):
         if term.resize != "bilinear" or not max_value(term.weight):
             continue
         try:

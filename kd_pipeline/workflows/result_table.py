@@ -1,11 +1,11 @@
 """The metrics of a stage's network and of its teacher, as a table of text."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.evaluation._features import COSINE
 
-__all__ = ["result_table"]
+__all__ = ["result_table", "students_table"]
 
 _KNN, _LINEAR = "knn_top1", "linear_top1"
 _TITLES = {_KNN: "k-NN", _LINEAR: "linear"}
@@ -23,7 +23,23 @@ def result_table(evaluations: Mapping[str, Evaluation], *, trained: str) -> tupl
         evaluations: metrics of the network that was trained, and of its teacher, by split.
         trained: what that network is called.
     """
-    rows = [row for split, found in evaluations.items() for row in _rows(split, found, trained)]
+    return _table([row for split, found in evaluations.items() for row in _rows(split, found, trained)])
+
+
+def students_table(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> tuple[str, ...]:
+    """The lines of one table for several students, by name and split; a teacher has one row in each split."""
+    splits = dict.fromkeys(split for found in evaluations.values() for split in found)
+    rows: list[_Row] = []
+    for split in splits:
+        named = {name: found[split] for name, found in evaluations.items() if split in found}
+        found = [_rows(split, each, name) for name, each in named.items()]
+        by_network = {row["network"]: row for each in found for row in each}
+        rows += sorted(by_network.values(), key=lambda row: row["network"] not in evaluations)
+    return _table(rows)
+
+
+def _table(rows: Sequence[_Row]) -> tuple[str, ...]:
+    """The lines of rows, the titles of the columns first."""
     if not rows:
         return ()
     titles = [*dict.fromkeys(title for row in rows for title in row)]

@@ -58,9 +58,16 @@ class RunData:
     """
 
     def __init__(
-        self, config: Config, parts: Parts, run_dir: Path, stack: ExitStack, *, plugins: Collection[str] = ()
+        self,
+        config: Config,
+        parts: Parts,
+        run_dir: Path,
+        stack: ExitStack,
+        *,
+        source: Source | None = None,
+        plugins: Collection[str] = (),
     ) -> None:
-        """Open the training data, and wrap the user's batches.
+        """Open the training data, unless its `source` is open, and wrap the user's batches.
 
         Raises:
             ConfigError: there are no batches, or they are no batches.
@@ -73,7 +80,7 @@ class RunData:
         """That of the config for the training; None for batches of the user's own."""
         own_training = self._own.get("train")
         if own_training is None:
-            self.source = open_source(config.data.split("train").source, plugins=plugins)
+            self.source = source or open_source(config.data.split("train").source, plugins=plugins)
         self.own_training = own_training
         """The user's loader; its teacher may have to be set yet."""
         found = own_training or self.source

@@ -25,6 +25,7 @@ __all__ = [
     "normalization_of",
     "num_classes_for",
     "num_classes_of",
+    "require_one_student",
     "stage_dir",
 ]
 
@@ -116,6 +117,21 @@ def network_of(config: Config, stage: Stage) -> ModelSettings:
         )
     check_no_input_adapter(config.teacher)
     return config.teacher.model
+
+
+def require_one_student(config: Config, what: str) -> None:
+    """Check that a config has no `students`, for what takes one.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if config.students:
+        names = ", ".join(config.students)
+        raise ConfigError(
+            f"{what} takes one student, and the config has {names}; give it the config of one, which is in the folder "
+            f"of a trained student ({config.run_dir or 'run_dir'}/{next(iter(config.students))}/config.yaml), or one "
+            "with student instead of students"
+        )
 
 
 def normalization_of(loader: object) -> Normalization | None:

@@ -39,6 +39,7 @@ from kd_pipeline.training.loggers import log_results, log_settings, open_loggers
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded, load_full_state_dict
+from kd_pipeline.training.signals import Signals
 from kd_pipeline.training.teacher_probe import ProbeTeacher
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
 from kd_pipeline.training.unreached import unreached_parameters
@@ -99,6 +100,8 @@ class StageRun(ExitStack):
         """The teacher for validation images; None for a recording, which has no outputs for them."""
         self._validated: _Validated | None = None
         self._own_is_headless: bool | None = None
+        self._signals: Signals | None = None
+        """Those that are received, where something else handles them."""
         self._unsharded: nn.Module | None = None
         """A copy of the user's student as it was."""
 
@@ -108,7 +111,7 @@ class StageRun(ExitStack):
         on_rank_zero(self._enter_folder)
         self._prepare()
         torch.manual_seed(config.seed % 2**63)  # for the order of a user's loader, whose first batch is looked at
-        self._data = RunData(config, self._parts, folder.path, self, plugins=self._plugins)
+        self._data = self._open_data()
         saved = None if folder.last_checkpoint is None else SavedRun.load(folder.last_checkpoint)
         teacher = self._open_teacher(saved) if self._stage == "distill" else None
         self._plan_evaluation()
@@ -158,6 +161,9 @@ class StageRun(ExitStack):
         finally:
             result = self._show(evaluations)  # the last thing that is seen, also of an export that failed
         return result
+
+    def _open_data(self) -> RunData:
+        return RunData(self._config, self._parts, self._folder.path, self, plugins=self._plugins)
 
     def _enter_folder(self) -> None:
         folder = self._folder
@@ -268,13 +274,16 @@ class StageRun(ExitStack):
         Raises:
             StateError: the student could not resume with the new teacher.
         """
-        student = RunFolder(stage_dir(self._config, "distill"))
-        if self._stage == "teacher" and self._is_one_of_all and student.last_checkpoint is not None:
-            raise StateError(
-                f"stage: all would train the teacher {'further' if saved else 'first'}, and the run in {student.path} "
-                "has begun to learn from the teacher as it was; set stage=distill to resume that, or start both again "
-                "with --fresh (in Python fresh=True), or set a different run_dir"
-            )
+        if self._stage != "teacher" or not self._is_one_of_all:
+            return
+        for config in self._config.single_runs.values():
+            student = RunFolder(stage_dir(config, "distill"))
+            if student.last_checkpoint is not None:
+                raise StateError(
+                    f"stage: all would train the teacher {'further' if saved else 'first'}, and the run in "
+                    f"{student.path} has begun to learn from the teacher as it was; set stage=distill to resume that, "
+                    "or start both again with --fresh (in Python fresh=True), or set a different run_dir"
+                )
 
     def _fit(self, module: DistillModule, loader: AnyLoader, saved: SavedRun | None, changes: Sequence[Change]) -> Any:
         """Train to the end, and return the trainer. From here on, the folder says that it was done with this config."""
@@ -295,6 +304,7 @@ class StageRun(ExitStack):
             callbacks=[*self._callbacks, *self._parts.callbacks],
             loggers=self._parts.loggers if is_rank_zero() else (),
             default_metrics=own_defaults() if self._plan.is_own else None,
+            signals=self._signals,
         )
         on_rank_zero(lambda: self._record_start(trainer, saved, changes))
         if is_rank_zero():
@@ -361,24 +371,7 @@ class StageRun(ExitStack):
         return result
 
     def _open_teacher(self, saved: SavedRun | None) -> Teacher | Recording | None:
-        begun_with = None if saved is None else saved_runtimes(saved.run)
-        permissions = {"plugins": self._plugins, "trust_engines": self._trust_engines}
-        teacher: Teacher | Recording | None
-        if self._data.own_training is not None or isinstance(self._parts.teacher, Teacher | nn.Module | Recording):
-            teacher, is_ours = open_own_teacher(
-                self._config, self._parts, self._data, begun_with=begun_with, **permissions
-            )
-        elif self._config.teacher is None and self._parts.distillation is not None:
-            return None
-        else:
-            teacher = open_run_teacher(
-                self._config,
-                classes=self._data.training.classes,
-                training=self._data.source,
-                begun_with=begun_with,
-                **permissions,
-            )
-            is_ours = True
+        teacher, is_ours = self._find_teacher(None if saved is None else saved_runtimes(saved.run))
         if teacher is not None and is_ours:
             self.callback(teacher.close)
         if isinstance(teacher, Teacher):
@@ -387,6 +380,27 @@ class StageRun(ExitStack):
         elif teacher is not None:
             check_recording(self._config, teacher)
         return teacher
+
+    def _find_teacher(self, begun_with: Sequence[str] | None) -> tuple[Teacher | Recording | None, bool]:
+        """The teacher of the run, which began with these runtimes, and whether to close it."""
+        permissions = {"plugins": self._plugins, "trust_engines": self._trust_engines}
+        if self._data.own_training is not None or isinstance(self._parts.teacher, Teacher | nn.Module | Recording):
+            return open_own_teacher(self._shared_config, self._parts, self._data, begun_with=begun_with, **permissions)
+        if self._config.teacher is None and self._parts.distillation is not None:
+            return None, False
+        teacher = open_run_teacher(
+            self._shared_config,
+            classes=self._data.training.classes,
+            training=self._data.source,
+            begun_with=begun_with,
+            **permissions,
+        )
+        return teacher, True
+
+    @property
+    def _shared_config(self) -> Config:
+        """The config of all students that learn from the teacher."""
+        return self._config
 
     def _check_evaluates(self, teacher: Teacher) -> None:
         """Refuse what would fail in the evaluation after the training: images, or a comparison of logits without them.

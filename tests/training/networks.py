@@ -55,6 +55,40 @@ def nondeterministic(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(plain(num_classes), _Put())
 
 
+def with_dropout(num_classes: int = 10) -> nn.Module:
+    return nn.Sequential(with_batchnorm(num_classes)[:4], nn.Dropout(0.3), nn.Linear(128, num_classes))
+
+
+class _Brightened(nn.Module):
+    """Changes its input in place."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mul_(1.5)
+
+
+def in_place(num_classes: int = 10) -> nn.Module:
+    return nn.Sequential(_Brightened(), plain(num_classes))
+
+
+class _Failing(nn.Module):
+    """Raises an error in the training pass of this number, counted from 0."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.num_passes = number, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.num_passes += 1
+            if self.num_passes - 1 == self.number:
+                raise OSError("no more")
+        return images
+
+
+def failing(num_classes: int = 10, at: int = 2) -> nn.Module:
+    return nn.Sequential(_Failing(at), plain(num_classes))
+
+
 observed_dtypes: set[torch.dtype] = set()
 """The dtypes in which `observed` networks computed during training."""
 

@@ -1,0 +1,47 @@
+"""A teacher that several students compare with: it runs once for a batch that they evaluate one after the other."""
+
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from kd_pipeline.teachers.base import Teacher
+
+__all__ = ["OncePerBatch"]
+
+
+class OncePerBatch(Teacher):
+    """Returns the same outputs for the tensor of the last call, which must not be changed in between."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        """Run `teacher`, which stays open."""
+        super().__init__(
+            backend=teacher.backend,
+            precision=teacher.precision,
+            device=teacher.device,
+            inputs=teacher.inputs,
+            outputs=teacher.outputs,
+            max_batch=teacher.max_batch,
+            classes=teacher.classes,
+            fingerprint=teacher.fingerprint,
+        )
+        self.runtimes, self.num_parameters = teacher.runtimes, teacher.num_parameters
+        self._teacher = teacher
+        self._images: weakref.ref[Tensor] | None = None
+        self._found: dict[str, Tensor] = {}
+
+    @property
+    def logits(self) -> dict[str, tuple[str, ...] | None]:
+        """Those of the teacher."""
+        return self._teacher.logits
+
+    def _infer(self, images: Any) -> dict[str, Tensor]:
+        if not isinstance(images, Tensor):
+            return self._teacher(images)
+        if self._images is None or self._images() is not images:
+            self._found = self._teacher(images)
+            self._images = weakref.ref(images, lambda _: self._found.clear())
+        return dict(self._found)
+
+    def _release(self) -> None:
+        self._found.clear()
