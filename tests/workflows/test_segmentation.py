@@ -61,6 +61,7 @@ def test_run_ends_with_metrics_of_pixels(tmp_path: Path) -> None:
     assert "mIoU" in result.lines[0] and "pixels" in result.lines[0]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["val"]["miou"] == found.miou
     assert (tmp_path / "run" / "confusion_val.png").is_file()
+    assert (tmp_path / "run" / "predictions_val.png").is_file()
 
 
 @pytest.mark.slow
