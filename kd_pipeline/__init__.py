@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kd_pipeline.data.order import ShardShuffle as ShardShuffle
     from kd_pipeline.data.own_ops import OwnOp as OwnOp
     from kd_pipeline.data.plan import Shard as Shard
+    from kd_pipeline.data.size_schedule import ProgressiveSize as ProgressiveSize
+    from kd_pipeline.data.size_schedule import RandomSize as RandomSize
     from kd_pipeline.data.sources import Arrays as Arrays
     from kd_pipeline.data.sources import BaseSource as BaseSource
     from kd_pipeline.data.sources import Cifar as Cifar
@@ -64,6 +66,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.data.order": ["ShardShuffle"],
         "kd_pipeline.data.own_ops": ["OwnOp"],
         "kd_pipeline.data.plan": ["Shard"],
+        "kd_pipeline.data.size_schedule": ["ProgressiveSize", "RandomSize"],
         "kd_pipeline.data.sources": [
             "Arrays",
             "BaseSource",

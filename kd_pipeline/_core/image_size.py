@@ -4,16 +4,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-__all__ = ["Side", "Size", "height_width", "size_text"]
+__all__ = ["Side", "Size", "as_size", "height_width", "size_text"]
 
 
-def _as_square(value: int | tuple[int, int]) -> int | tuple[int, int]:
+def as_size(value: int | tuple[int, int]) -> int | tuple[int, int]:
     """One number for a square, so equal sizes are equal settings."""
     return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
 
 
 Side = Annotated[int, Field(gt=0, le=8192)]
-Size = Annotated[Side | tuple[Side, Side], AfterValidator(_as_square)]
+Size = Annotated[Side | tuple[Side, Side], AfterValidator(as_size)]
 """Height and width in pixels, one number for a square."""
 
 

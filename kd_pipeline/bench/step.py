@@ -270,7 +270,7 @@ def _default_loss(settings: BenchStepSettings) -> DistillSettings:
 
 def _comparable(transform: TrainTransform, report: Callable[[str], object]) -> TrainTransform:
     """Keep what torchvision's transforms do as well: crop, flip, normalize."""
-    kept = {name: getattr(transform, name) for name in ("size", "area", "ratio", "flip", "mean", "std")}
+    kept = {name: getattr(transform.at_size(), name) for name in ("size", "area", "ratio", "flip", "mean", "std")}
     plain = TrainTransform(**kept)
     ignored = [name for name in TrainTransform.model_fields if getattr(plain, name) != getattr(transform, name)]
     if ignored:

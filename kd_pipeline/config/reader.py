@@ -45,6 +45,10 @@ _EXPECTED = {
 """What pydantic's error types expect, where its own message is in a programmer's terms."""
 
 
+_UNION = re.compile(r"(function-\w+\[\w+\(\), |tagged-)?union\[")
+"""How pydantic calls a union among the members of another one; a member of it comes next."""
+
+
 def read_config(model: type[Model], path: str | PathLike[str], overrides: Sequence[str] = ()) -> Model:
     """Read the YAML file `path`, apply `overrides`, and validate the result against `model`.
 
@@ -192,6 +196,8 @@ def _resolve(model: type[BaseModel], loc: Sequence[str | int]) -> _Location:
     owner: Any = Any
     union = None
     for part in loc:
+        if _UNION.match(str(part)):
+            continue
         members = _members(annotation)
         if len(members) > 1:
             union = key

@@ -79,9 +79,8 @@ class MaskReader:
                 raise mask
             masks.append(mask)
         # `images` is the first of the views, and its only window the first of all.
-        rendered = render_masks(
-            masks, self._view, batch.crops[0], batch.parameters, ignore_index=self._masks.ignore_index
-        )
+        view, ignore_index = self._view.of_batch(batch.parameters), self._masks.ignore_index
+        rendered = render_masks(masks, view, batch.crops[0], batch.parameters, ignore_index=ignore_index)
         return _Rendered(rendered, np.array([mask.shape for mask in masks], np.float64))
 
 

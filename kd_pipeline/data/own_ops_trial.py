@@ -1,5 +1,6 @@
 """A trial of the ops of the user's own, whose mistakes DALI would only report from within the graph of all ops."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ def try_own_ops(views: Views, *, device_id: int | None, has_masks: bool = False)
                 "transform.order, or leave out the masks of the source"
             )
     for view in views:
-        for op in view.own_ops:
-            _try(op, view.height_width, device_id)
+        for op, size in product(view.own_ops, view.sizes):
+            _try(op, size, device_id)
 
 
 def _try(op: FactoryOp, size: tuple[int, int], device_id: int | None) -> None:

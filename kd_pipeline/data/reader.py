@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from kd_pipeline.data.mixing import MixSettings, plan_mixing
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Source, masks_of
-from kd_pipeline.data.views import IMAGES, Views
+from kd_pipeline.data.views import IMAGES, Draws, Sizes, Views
 
 __all__ = ["INDEX", "LABEL", "MIXING", "VALID", "GroupPlan", "ReadBatch", "ReadGroup", "Reader", "group_size"]
 
@@ -63,6 +63,8 @@ class GroupPlan:
     """What was planned, of all batches."""
     metadata: NDArray[np.int64]
     """`[F, M]`, what the images of all batches show, substitutes included; its rows are named above."""
+    sizes: list[Sizes]
+    """Of the images of each batch, where they change."""
 
     def __len__(self) -> int:
         return len(self.ends) - 1
@@ -76,7 +78,12 @@ class GroupPlan:
         first, ends = self.ends[start], self.ends[start : stop + 1]
         rows = slice(first, ends[-1])
         own = self.plan.part(rows), np.ascontiguousarray(self.metadata[:, rows])
-        return GroupPlan(self.epoch, self.number + start, [end - first for end in ends], *own)
+        return GroupPlan(self.epoch, self.number + start, [end - first for end in ends], *own, self.sizes[start:stop])
+
+    def end(self, start: int, most: int) -> int:
+        """The batch after those from `start` on that DALI can process at once: `most`, all of the same sizes."""
+        stop = min(start + most, len(self))
+        return next((place for place in range(start, stop) if self.sizes[place] != self.sizes[start]), stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -249,7 +256,7 @@ class Reader:
         for block, inputs in _one_ahead(self._blocks(epoch, number), self._thread):
             place = 0
             while place < len(block):
-                end = min(place + size, len(block))
+                end = block.end(place, size)
                 self._pulled.append(block.part(place, end))
                 yield inputs.part(slice(block.ends[place], block.ends[end]))
                 size = 1 if block.epoch == self._ungrouped else min(2 * size, self._max_batches())
@@ -273,17 +280,21 @@ class Reader:
         while True:
             order = self._epochs.at(epoch)
             while number < len(order):
-                plan, sizes = order.batches(number, min(number + size, len(order)))
-                ends = [0, *accumulate(sizes)]
-                metadata, inputs = self._prepare(plan, ends, epoch)
-                yield GroupPlan(epoch, number, ends, plan, metadata), inputs
-                number += len(sizes)
+                plan, lengths = order.batches(number, min(number + size, len(order)))
+                ends = [0, *accumulate(lengths)]
+                numbers = np.arange(number, number + len(lengths))
+                sizes = self._views.sizes(numbers, seed=self._plan.seed, epoch=epoch)
+                metadata, inputs = self._prepare(plan, ends, epoch, sizes)
+                yield GroupPlan(epoch, number, ends, plan, metadata, sizes), inputs
+                number += len(lengths)
                 if are_pixels:
                     fitting = _MAX_RECYCLED // (inputs.data[0].nbytes * self._plan.batch_size)
                     size = max(1, min(self._group_size, fitting))
             epoch, number = epoch + 1, 0
 
-    def _prepare(self, plan: BatchPlan, ends: list[int], epoch: int) -> tuple[NDArray[np.int64], GraphInput]:
+    def _prepare(
+        self, plan: BatchPlan, ends: list[int], epoch: int, sizes: list[Sizes]
+    ) -> tuple[NDArray[np.int64], GraphInput]:
         """The metadata of the batches that `plan` has one after the other, and their samples as one input."""
         index, readable = self.bad_samples.substitute(plan.index)
         data = self._data_of(index)
@@ -294,15 +305,31 @@ class Reader:
         metadata = np.stack([index, labels, valid])
         if self._mix is not None:
             (own,) = draws[IMAGES]
-            mixing = [self._plan_mixing(self._mix, own[first:end], valid[first:end]) for first, end in pairwise(ends)]
+            mixing = [
+                self._plan_mixing(self._mix, own[first:end], valid[first:end], self._views.at(batch))
+                for (first, end), batch in zip(pairwise(ends), sizes, strict=True)
+            ]
             metadata = np.concatenate([metadata, np.concatenate(mixing).T])
         inputs = GraphInput(
             index=index,
             data=data,
             crops=self._views.crops(draws),
-            parameters=self._views.parameters(draws),
+            parameters=self._parameters(draws, ends, sizes),
         )
         return metadata, inputs
+
+    def _parameters(self, draws: Draws, ends: list[int], sizes: list[Sizes]) -> tuple[NDArray[Any], ...]:
+        """Parameters of all that follows the crops, with each batch at its sizes."""
+        runs = [(own, len(list(batches))) for own, batches in groupby(sizes)]
+        if len(runs) == 1:
+            return self._views.at(sizes[0]).parameters(draws)
+        parts, place = [], 0
+        for own, num_batches in runs:
+            rows = slice(ends[place], ends[place + num_batches])
+            place += num_batches
+            part = {name: [numbers[rows] for numbers in copies] for name, copies in draws.items()}
+            parts.append(self._views.at(own).parameters(part))
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def _data_of(self, index: NDArray[np.int64]) -> NDArray[Any]:
         """What the graph needs of the samples at `index` `[N]`; see `GraphInput.data`."""
@@ -315,8 +342,10 @@ class Reader:
         data: NDArray[np.uint8] = self._source.read(index)
         return self._checker.kinds.only_files(index, data) if self._source.stores == "files" else data
 
-    def _plan_mixing(self, mix: MixSettings, draws: NDArray[np.float64], valid: NDArray[np.bool_]) -> NDArray[np.int64]:
-        return plan_mixing(mix, draws, valid, size=self._views.images.height_width, repeats=self._plan.repeats)
+    def _plan_mixing(
+        self, mix: MixSettings, draws: NDArray[np.float64], valid: NDArray[np.bool_], views: Views
+    ) -> NDArray[np.int64]:
+        return plan_mixing(mix, draws, valid, size=views.images.height_width, repeats=self._plan.repeats)
 
 
 class _Epochs:

@@ -112,9 +112,11 @@ class Rendering:
         copies = []
         for copy in range(view.copies):
             images, rest = windows[view.leader or view.name, copy]
-            images = view.crop.apply(images, *rest)
-            for op in view.ops:
-                images = op.apply(images, *take(len(op.ndims)))
+            parameters = [take(len(op.ndims)) for op in view.ops]
+            size = [] if view.schedule is None else take(1)
+            images = view.crop.apply(images, *rest, *size)
+            for op, own in zip(view.ops, parameters, strict=True):
+                images = op.apply(images, *own)
             copies.append(images)
         return copies[0] if view.count is None else _fn().stack(*copies)
 

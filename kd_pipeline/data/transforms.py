@@ -5,9 +5,10 @@ NumPy, and `apply` passes these to DALI. Only the crop also needs the size of an
 slots of the numbers, so switching one op on never changes what another does.
 """
 
+import json
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,13 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from kd_pipeline._core.channels import ChannelMeans, ChannelStds
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
-from kd_pipeline._core.image_size import Size, height_width
+from kd_pipeline._core.image_size import Size, as_size, height_width
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.auto_augment import Array, AutoAugment, AutoAugmentSettings, Node
 from kd_pipeline.data.headers import Orientation
 from kd_pipeline.data.own_ops import FactoryOp, OwnOp
+from kd_pipeline.data.size_schedule import ProgressiveSize, RandomSize, SizeSchedule
 
 __all__ = [
     "CenterCrop",
@@ -32,6 +34,7 @@ __all__ = [
     "RandomResizedCrop",
     "TrainTransform",
     "TransformSettings",
+    "plain_fields",
     "with_own_color",
     "with_own_erasing",
 ]
@@ -57,7 +60,7 @@ PerChannel = tuple[float, float, float]
 class _Output(Settings):
     """The format of the finished image, the same for both presets."""
 
-    size: Size
+    size: Size | SizeSchedule
     """Height and width of the finished image, in pixels: `224` for a square, or `[384, 640]`."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Filter of the resize, which is always antialiased."""
@@ -71,14 +74,28 @@ class _Output(Settings):
     torchvision's `ImageFolder` does, for a teacher that was trained on these."""
 
     @property
+    def schedule(self) -> RandomSize | ProgressiveSize | None:
+        """How the size changes; None if it does not."""
+        return self.size if isinstance(self.size, RandomSize | ProgressiveSize) else None
+
+    @property
     def height_width(self) -> tuple[int, int]:
-        """Height and width of the finished image, in pixels."""
-        return height_width(self.size)
+        """Height and width of the finished image, in pixels, or of the largest one."""
+        return self.size.sizes[0] if isinstance(self.size, RandomSize | ProgressiveSize) else height_width(self.size)
+
+    def at_size(self, size: tuple[int, int] | None = None) -> Self:
+        """The same with a size that does not change; defaults to the largest."""
+        return self.model_copy(update={"size": as_size(self.height_width if size is None else size)})
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """`(3, H, W)` of the finished image."""
+        """`(3, H, W)` of the finished image, or of the largest one."""
         return (3, *self.height_width)
+
+    @property
+    def input_shape(self) -> tuple[int, int | None, int | None]:
+        """`(3, H, W)`, where None is a size that changes."""
+        return self.image_shape if self.schedule is None else (3, None, None)
 
 
 OpName = Literal["auto_augment", "color", "blur", "erase"]
@@ -92,6 +109,10 @@ class TrainTransform(_Output):
     """
 
     preset: Literal["train"] = "train"
+    size: Size | SizeSchedule
+    """Height and width of the finished image, in pixels: `224` for a square, or `[384, 640]`; or how it changes:
+    `{choices: [192, 224, 256], per: batch}` or `{start: 128, end: 224, epochs: 10}`, see `RandomSize` and
+    `ProgressiveSize`."""
     area: FractionRange = (0.08, 1.0)
     """Fraction of the image's area that the crop covers."""
     ratio: Range = (3 / 4, 4 / 3)
@@ -184,6 +205,8 @@ class EvalTransform(_Output):
     """
 
     preset: Literal["eval"] = "eval"
+    size: Size
+    """Height and width of the finished image, in pixels: `224` for a square, or `[384, 640]`."""
     resize: int | None = Field(default=None, gt=0, le=2 * 8192)
     """Length of the shorter side before the crop; defaults to `size / 0.875`, which is 256 for 224. For a rectangle,
     the shorter side of the one that is covered: with `size: [384, 640]` and `resize: 384` images are resized to cover
@@ -212,6 +235,16 @@ class EvalTransform(_Output):
 
 TransformSettings = Annotated[TrainTransform | EvalTransform, Field(discriminator="preset")]
 """What a config may have under `transform`."""
+
+
+def plain_fields(settings: Settings) -> dict[str, Any]:
+    """A transform or view as plain values of one level, with a schedule of sizes and each op of your own as JSON."""
+    fields = settings.model_dump(mode="json")
+    if isinstance(fields["size"], dict):
+        fields["size"] = json.dumps(fields["size"])
+    if fields.get("order") is not None:
+        fields["order"] = [entry if isinstance(entry, str) else json.dumps(entry) for entry in fields["order"]]
+    return fields
 
 
 def with_own_color(draws: Array, own: Array) -> Array:
@@ -266,10 +299,10 @@ class RandomResizedCrop:
         extent = np.clip(extent, 1, size)
         return np.floor(position * (size - extent + 1)), extent
 
-    def apply(self, images: Node) -> Node:
-        """Resize windows of any size."""
+    def apply(self, images: Node, size: Node = None) -> Node:
+        """Resize windows of any size; `size` are heights and widths in place of its own."""
         fn, _ = _dali()
-        return fn.resize(images, size=[*self.size], **_filter(self.interpolation))
+        return fn.resize(images, size=[*self.size] if size is None else size, **_filter(self.interpolation))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.data.auto_augment import Array, AutoAugment
 from kd_pipeline.data.own_ops import FactoryOp
 from kd_pipeline.data.plan import uniforms
+from kd_pipeline.data.size_schedule import ProgressiveSize, RandomSize
 from kd_pipeline.data.transforms import (
     CenterCrop,
     ColorJitter,
@@ -27,12 +28,24 @@ from kd_pipeline.data.transforms import (
     RandomErasing,
     RandomResizedCrop,
     TrainTransform,
+    plain_fields,
     with_own_color,
     with_own_erasing,
 )
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["IMAGES", "Draws", "EvalView", "FollowingView", "TrainView", "View", "ViewSettings", "Views", "view_fields"]
+__all__ = [
+    "IMAGES",
+    "Draws",
+    "EvalView",
+    "FollowingView",
+    "Sizes",
+    "TrainView",
+    "View",
+    "ViewSettings",
+    "Views",
+    "view_fields",
+]
 
 IMAGES = "images"
 """The view that `transform` describes."""
@@ -48,7 +61,8 @@ class FollowingView(Settings):
     follow: str
     """The view that it follows: `images`, or one with a transform of its own."""
     size: Size
-    """Height and width of the finished image, in pixels. Another aspect ratio stretches the window."""
+    """Height and width of the finished image, in pixels. Another aspect ratio stretches the window. It stays the same
+    where the size of the other view changes."""
     color: Sharing = "shared"
     """Color jitter, grayscale, blur, and the ops of `auto_augment` that change colors: `shared` is what the other view
     drew, `own` other numbers from the same ranges, and `none` leaves them out."""
@@ -105,6 +119,10 @@ class View:
     """The view whose windows and draws it has; None for a view with its own."""
     color: Sharing = "shared"
     erase: Sharing = "shared"
+    settings: TrainTransform | EvalTransform | FollowingView | None = None
+    """What it is made of."""
+    schedule: RandomSize | ProgressiveSize | None = None
+    """How its size changes, which `crop` has the largest of; None if it does not. A view that follows has one size."""
 
     @property
     def own_ops(self) -> list[FactoryOp]:
@@ -125,30 +143,55 @@ class View:
 
     @property
     def height_width(self) -> tuple[int, int]:
-        """Height and width of an image, in pixels."""
+        """Height and width of an image, in pixels; the largest if they change."""
         return self.crop.size
 
     @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """All heights and widths that can come, the largest first."""
+        return [self.crop.size] if self.schedule is None else self.schedule.sizes
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """`(3, H, W)`."""
+        """`(3, H, W)`; the largest if they change."""
         return (3, *self.crop.size)
 
+    @property
+    def input_shape(self) -> tuple[int, int | None, int | None]:
+        """`(3, H, W)`, where None is a size that changes."""
+        return self.image_shape if self.schedule is None else (3, None, None)
+
     def parameters(self, draws: Array) -> Iterator[NDArray[Any]]:
-        """Parameters of all ops of a copy, `[N, ...]` each, from its uniform numbers `[N, num_draws]`."""
+        """Parameters of all ops of a copy, `[N, ...]` each, from its uniform numbers `[N, num_draws]`.
+
+        The last are heights and widths, if they change.
+        """
         for op in self.ops:
             for array in op.parameters(draws):
                 # DALI has no use for double precision.
                 dtype = np.float32 if array.dtype == np.float64 else array.dtype
                 yield np.ascontiguousarray(array, dtype=dtype)
+        if self.schedule is not None:
+            yield np.tile(np.array(self.crop.size, np.float32), (len(draws), 1))
 
     @property
     def ndims(self) -> list[int]:
         """Dimensions per sample of each array of `parameters`."""
-        return [ndim for op in self.ops for ndim in op.ndims]
+        ops = [ndim for op in self.ops for ndim in op.ndims]
+        return ops if self.schedule is None else [*ops, 1]
+
+    def of_batch(self, parameters: Sequence[NDArray[Any]]) -> "View":
+        """The view at the size of a batch, which `parameters` of its first copy and perhaps more are of."""
+        if self.schedule is None:
+            return self
+        height, width = parameters[len(self.ndims) - 1][0].astype(int).tolist()
+        return _at_size(self, (height, width))
 
 
 Draws = Mapping[str, Sequence[Array]]
 """Uniform numbers `[N, ...]` of each copy, by the name of the view."""
+Sizes = tuple[tuple[int, int], ...]
+"""Height and width of each view whose size changes."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +200,7 @@ class Views:
 
     views: tuple[View, ...]
     _by_name: dict[str, View] = field(init=False, compare=False, repr=False)
+    _sized: dict["Sizes", "Views"] = field(init=False, compare=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {view.name: view for view in self.views})
@@ -180,7 +224,7 @@ class Views:
                 found[name] = _own(name, _with_format_of(transform, view, name), getattr(view, "count", None))
         for name, view in settings.items():
             if isinstance(view, FollowingView):
-                found[name] = _following(name, view, found)
+                found[name] = _following(name, view, _leader(name, view, found))
         return cls(tuple(found.values()))
 
     def opened(self, plugins: Collection[str]) -> "Views":
@@ -196,6 +240,35 @@ class Views:
             ops = tuple(op.opened(key, plugins) if isinstance(op, FactoryOp) else op for op in view.ops)
             views.append(replace(view, ops=ops))
         return Views(tuple(views))
+
+    @property
+    def change_in_epoch(self) -> bool:
+        """Whether two batches of an epoch can have different sizes."""
+        return any(view.schedule is not None and view.schedule.changes_in_epoch for view in self.views)
+
+    def sizes(self, number: NDArray[np.int64], *, seed: int, epoch: int) -> list[Sizes]:
+        """Those of the batches `number` `[n]` of an epoch: the same on every rank."""
+        changing = [
+            view.schedule.at(view.name, seed=seed, epoch=epoch, number=number)
+            for view in self.views
+            if view.schedule is not None
+        ]
+        return list(zip(*changing, strict=True)) if changing else [()] * len(number)
+
+    def at(self, sizes: Sizes) -> "Views":
+        """The same at the sizes of a batch."""
+        if not sizes:
+            return self
+        if sizes not in self._sized:
+            remaining = iter(sizes)
+            found: dict[str, View] = {}
+            for view in self.views:
+                if isinstance(view.settings, FollowingView):
+                    found[view.name] = _following(view.name, view.settings, found[view.settings.follow])
+                else:
+                    found[view.name] = view if view.schedule is None else _at_size(view, next(remaining))
+            self._sized[sizes] = Views(tuple(found.values()))
+        return self._sized[sizes]
 
     def __iter__(self) -> Iterator[View]:
         return iter(self.views)
@@ -251,7 +324,7 @@ class Views:
         def own(view: View, count: int) -> list[Array]:
             keys = [(None if view is self.images else view.name, count)]
             # No view is called so, because names are printable.
-            keys += [(f"{view.name}\n{op.settings.key}", op.settings.num_columns) for op in view.own_ops]
+            keys += [(f"{view.name}\nop {op.settings.key}", op.settings.num_columns) for op in view.own_ops]
             drawn = [
                 [
                     uniforms(index, seed=seed, epoch=epoch, count=number, repeat=repeat, view=key, copy=copy)
@@ -286,15 +359,21 @@ def view_fields(
 ) -> dict[str, Any]:
     """What the views in `settings` depend on besides `transform`, as plain values."""
     return {
-        name: (view if isinstance(view, FollowingView) else _with_format_of(transform, view, name)).model_dump(
-            mode="json"
-        )
+        name: plain_fields(view if isinstance(view, FollowingView) else _with_format_of(transform, view, name))
         for name, view in settings.items()
     }
 
 
 def _own(name: str, transform: TrainTransform | EvalTransform, count: int | None = None) -> View:
-    return View(name, transform.crop, transform.ops, transform.num_draws, count)
+    crop, ops, num_draws = transform.crop, transform.ops, transform.num_draws
+    return View(name, crop, ops, num_draws, count, settings=transform, schedule=transform.schedule)
+
+
+def _at_size(view: View, size: tuple[int, int]) -> View:
+    """A view with windows of its own whose size changes, at one of its sizes."""
+    assert isinstance(view.settings, TrainTransform)
+    own = _own(view.name, view.settings.at_size(size), view.count)
+    return replace(own, settings=view.settings, schedule=view.schedule)
 
 
 def _with_format_of(
@@ -310,7 +389,7 @@ def _with_format_of(
     return view.model_copy(update=inherited)
 
 
-def _following(name: str, settings: FollowingView, found: Mapping[str, View]) -> View:
+def _leader(name: str, settings: FollowingView, found: Mapping[str, View]) -> View:
     leader = found.get(settings.follow)
     if leader is None or leader.leader is not None:
         leaders = [view.name for view in found.values() if view.leader is None]
@@ -318,6 +397,10 @@ def _following(name: str, settings: FollowingView, found: Mapping[str, View]) ->
             f"views.{name}.follow is {settings.follow!r}, and a view follows {IMAGES} or one with a preset"
             f"{suggest(settings.follow, leaders)}; these are {', '.join(leaders)}"
         )
+    return leader
+
+
+def _following(name: str, settings: FollowingView, leader: View) -> View:
     size = height_width(settings.size)
     scale = size[0] / leader.height_width[0], size[1] / leader.height_width[1]
     normalize = replace(
@@ -350,6 +433,7 @@ def _following(name: str, settings: FollowingView, found: Mapping[str, View]) ->
         leader=leader.name,
         color=settings.color,
         erase=settings.erase,
+        settings=settings,
     )
 
 

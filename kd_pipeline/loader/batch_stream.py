@@ -31,7 +31,7 @@ from kd_pipeline.data.plan import LastBatch, Plan, Shard
 from kd_pipeline.data.reader import Reader
 from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source, masks_of
-from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform, plain_fields
 from kd_pipeline.data.uniform import UniformCounter
 from kd_pipeline.data.views import IMAGES, Views, ViewSettings, view_fields
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
@@ -42,7 +42,7 @@ from kd_pipeline.loader.shards import OwnShard
 from kd_pipeline.loader.state import check_fingerprint, check_position, read_position
 from kd_pipeline.loader.streams import open_stream_sync
 from kd_pipeline.loader.torch_view import BatchNumbers, SampleView, as_it_is
-from kd_pipeline.loader.verify_recording import check_pixels, check_stream, cut_of_mixed_batch
+from kd_pipeline.loader.verify_recording import check_pixels, check_stream, cut_of_mixed_batch, require_fixed_sizes
 from kd_pipeline.models.modules import zero_images
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -198,13 +198,12 @@ class BatchStream:
     @property
     def has_masks(self) -> bool:
         """Whether batches have masks."""
-        return masks_of(self.source) is not None
+        return getattr(self.source, "masks", None) is not None
 
     @property
     def ignore_index(self) -> int:
         """Class in masks of the pixels that have none."""
-        masks = masks_of(self.source)
-        return IGNORE_INDEX if masks is None else masks.ignore_index
+        return int(getattr(getattr(self.source, "masks", None), "ignore_index", IGNORE_INDEX))
 
     @property
     def labels_are_soft(self) -> bool:
@@ -243,7 +242,12 @@ class BatchStream:
 
     @property
     def stream_fingerprint(self) -> dict[str, Any]:
-        """Everything that the image at a position of an epoch depends on, but not teacher, batch size and ranks."""
+        """Everything that the image at a position of an epoch depends on, but not teacher, batch size and ranks.
+
+        Raises:
+            ConfigError: it depends on the batch size.
+        """
+        require_fixed_sizes(self.views)
         fields = self._fingerprint()
         for name in ("teacher", "global_batch_size", "last_batch"):
             del fields[name]
@@ -401,8 +405,9 @@ class BatchStream:
         if isinstance(self.teacher, Recording):
             teacher = "recorded teacher"
         per_epoch, (height, width) = len(self._plan), self.transform.height_width
+        size = f"{height} x {width}" if self.transform.schedule is None else str(self.transform.schedule)
         return (
-            f"{type(self).__name__}({self.source!r}, {height} x {width}, {teacher}, "
+            f"{type(self).__name__}({self.source!r}, {size}, {teacher}, "
             f"{per_epoch} batch{'' if per_epoch == 1 else 'es'} of {self.batch_size} an epoch, {self.device})"
         )
 
@@ -559,7 +564,8 @@ class BatchStream:
     def _check_teacher(self, teacher: Teacher) -> None:
         """Refuse now what would fail, or be silently wrong, at the first batch."""
         view = self.views[self.teacher_view]
-        teacher.check_fits((self.batch_size, *view.image_shape), getattr(torch, view.normalize.dtype), self.device)
+        for size in view.sizes:
+            teacher.check_fits((self.batch_size, 3, *size), getattr(torch, view.normalize.dtype), self.device)
         ours = self.classes
         for name, theirs in teacher.logits.items():
             if ours is not None and theirs is not None and ours != theirs:
@@ -573,5 +579,5 @@ class BatchStream:
 
 def transform_fields(transform: TrainTransform | EvalTransform) -> dict[str, Any]:
     """What the images depend on, as plain values; fields of later releases are None if unused."""
-    fields = transform.model_dump(mode="json")
+    fields = plain_fields(transform)
     return fields | {"orientation": None if transform.orientation == "upright" else transform.orientation}

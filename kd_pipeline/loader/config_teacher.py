@@ -67,7 +67,7 @@ def open_config_teacher(
     training = source if split == "train" else None
     teacher = open_teacher(
         config.teacher,
-        image_shape=transform.image_shape,
+        image_shape=transform.input_shape,
         device=resolve_device(device or config.data.device),
         dtype=getattr(torch, transform.dtype),
         batch_size=batch_size,
@@ -108,7 +108,7 @@ def sample_images(
     arguments = split_arguments(config, split, EACH_IMAGE_ONCE)
     arguments["batch_size"] = min(config.data.batch_size, num_images)  # reads no more than needed
     source = open_split(config, split, training=training, plugins=plugins)
-    transform = config.data.split(split).transform
+    transform = config.data.split(split).transform.at_size()
     with BatchStream(source, transform, shard=Shard(), plugins=plugins, **arguments) as stream:
         return first_images(stream, num_images)
 

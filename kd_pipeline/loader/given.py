@@ -135,7 +135,7 @@ def open_given_teacher(
     def calibration_images() -> Tensor:
         stream = BatchStream(
             source,
-            transform,
+            transform.at_size(),
             batch_size=min(batch_size, _NUM_CALIBRATED),
             seed=seed,
             shuffle=shuffle,
@@ -150,7 +150,7 @@ def open_given_teacher(
     opened = open_teacher(
         settings,
         module=module,
-        image_shape=transform.image_shape,
+        image_shape=transform.input_shape,
         device=device,
         dtype=getattr(torch, transform.dtype),
         batch_size=batch_size,

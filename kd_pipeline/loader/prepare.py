@@ -69,7 +69,9 @@ class Preparation:
             views, labels = dict(made), None if self.source.labels is None else metadata[LABEL]
             if self.mix is not None:
                 views, labels = self._mixed(self.mix, views, labels, metadata[MIXING].T)
-            images, masks = views.pop(IMAGES), None if small is None else _as_classes(small)
+            # Not of the whole group: eight bytes for each pixel.
+            masks = None if small is None else small.long()
+            images = views.pop(IMAGES)
             batch = KDBatch(images=images, labels=labels, index=index, valid=valid, masks=masks, views=views)
             if self.change is not None:
                 batch = self._changed(self.change, batch)
@@ -120,14 +122,14 @@ class Preparation:
         self, mix: MixSettings, views: Mapping[str, Tensor], labels: Tensor | None, columns: Tensor
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Mixed views in new tensors, all with the same partners, and labels as weights `[N, K]`."""
-        num_classes, size = self.source.num_classes, self.views.images.height_width
+        num_classes, size = self.source.num_classes, _height_width(views[IMAGES])
         if labels is not None and num_classes is not None:
             smoothing = mix.label_smoothing
             labels = mix_labels(labels, columns, num_classes=num_classes, label_smoothing=smoothing, size=size)
         mixed = {}
         for name, view in views.items():
             images = view.flatten(1, -3)  # the copies as channels
-            plan = at_size(columns, size, self.views[name].height_width)
+            plan = at_size(columns, size, _height_width(view))
             mixed[name] = mix_images(images, plan).view(view.shape)
         return mixed, labels
 
@@ -141,7 +143,6 @@ class Preparation:
                 return teacher(batch.input if self.teacher_view == IMAGES else batch.views[self.teacher_view])
 
 
-@torch.inference_mode(False)  # as of `_split`
-def _as_classes(masks: Tensor) -> Tensor:
-    """Masks as int64; not of a whole group, as they take eight bytes for each pixel then."""
-    return masks.long()
+def _height_width(images: Tensor) -> tuple[int, int]:
+    """Those of `images` `[..., H, W]`."""
+    return images.shape[-2], images.shape[-1]

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from kd_pipeline.data.mixing import MixSettings, mix_images
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.reader import INDEX, MIXING, Reader
-from kd_pipeline.data.views import IMAGES
+from kd_pipeline.data.views import IMAGES, Views
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.state import changed_fields
 from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.teachers.recorded.checksums import checksums
 from kd_pipeline.teachers.recorded.recording import Recording
 
-__all__ = ["check_pixels", "check_stream", "cut_of_mixed_batch", "require_repeatable"]
+__all__ = ["check_pixels", "check_stream", "cut_of_mixed_batch", "require_fixed_sizes", "require_repeatable"]
 
 
 def cut_of_mixed_batch(plan: Plan, mix: MixSettings | None) -> str | None:
@@ -43,6 +43,20 @@ def require_repeatable(hw_decoder_load: float | None) -> None:
         raise ConfigError(
             f"data.hw_decoder_load is {hw_decoder_load:g}, with which the pixels of an image depend on its batch, but "
             "recorded outputs need pixels that are the same in every run; set it to 0 or 1"
+        )
+
+
+def require_fixed_sizes(views: Views) -> None:
+    """Refuse to record or replay images whose size depends on the batch that they are in.
+
+    Raises:
+        ConfigError: sizes change within an epoch.
+    """
+    if views.change_in_epoch:
+        raise ConfigError(
+            "the size of images changes from batch to batch, so it depends on the batch size, but recorded outputs are "
+            "for any batch size; set size to one with per: epoch, or to a fixed one, or let the teacher run (remove "
+            "backend: recorded)"
         )
 
 

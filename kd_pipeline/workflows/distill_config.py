@@ -205,7 +205,7 @@ def _complete(values: dict[str, Any], config: Config) -> None:
     settings["precision"] = _precision(config.data.device)
     if "feature_probe" in values:
         values["feature_probe"]["every"] = max(1, train.epochs // _MAX_PROBES)
-    transform = config.data.split("train").transform
+    transform = config.data.split("train").transform.at_size()
     for split in (values["data"]["val"], *values["data"].get("more", {}).values()):
         for field in ("size", "interpolation", "mean", "std", "dtype", "orientation"):
             value = getattr(transform, field)

@@ -148,7 +148,7 @@ def eval_transform_like(transform: TrainTransform | EvalTransform) -> EvalTransf
     if isinstance(transform, EvalTransform):
         return transform
     return EvalTransform(
-        size=transform.size,
+        size=transform.at_size().size,
         interpolation=transform.interpolation,
         mean=transform.mean,
         std=transform.std,

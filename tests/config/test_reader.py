@@ -378,12 +378,21 @@ def first_key(value: Any) -> Any:
     return next(iter(value), None) if isinstance(value, dict) else None
 
 
+def as_timm(value: Any) -> str:
+    return "Timm"
+
+
 class Student(Settings):
     by_key: (
         Annotated[Annotated[Timm, Tag("timm")] | Annotated[Torchvision, Tag("torchvision")], Discriminator(first_key)]
         | None
     ) = None
     untagged: Timm | Torchvision | None = None
+    size: (
+        int
+        | tuple[int, int]
+        | Annotated[Annotated[Timm, Tag("Timm")] | Annotated[Torchvision, Tag("Torchvision")], Discriminator(as_timm)]
+    ) = 0
 
 
 @pytest.mark.parametrize(
@@ -406,6 +415,8 @@ class Student(Settings):
             ],
         ),
         ("untagged: 3\n", ["c.yaml:1: untagged: should be a mapping, found 3"]),
+        ("size: x\n", ["c.yaml:1: size: should be a whole number or a list or a mapping, found the text 'x'"]),
+        ("size:\n  timm: x\n  nm: 3\n", ["c.yaml:3: size.nm: unknown key; known keys: timm, num_classes"]),
     ],
 )
 def test_unions_map_to_their_lines(write, text, reports):

@@ -69,7 +69,7 @@ def test_own_op_gets_images_and_planned_numbers(photo_folder):
     assert len(np.unique(amounts)) == 37 and amounts.min() >= 0 and amounts.max() < 1
     wanted = np.clip(np.rint(plain + amounts[:, None, None, None] * np.float32(60)), 0, 255)
     assert np.abs(changed - wanted).max() <= 1 and (changed != plain).any(axis=(1, 2, 3)).all()
-    named = uniforms(np.arange(37), seed=3, epoch=1, count=2, view=f"images\n{MODULE}:shift")
+    named = uniforms(np.arange(37), seed=3, epoch=1, count=2, view=f"images\nop {MODULE}:shift")
     np.testing.assert_array_equal(amounts, named[:, 1])
 
 
