@@ -195,7 +195,7 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     else:
         require("torchvision", extra="bench")
         root = photographs(settings.root, report)
-        num_images = _read_all(root)
+        num_images = read_all(root)
     report(f"{num_images:,} {settings.source} read once, so every loader finds them in the page cache")
     num_threads = settings.num_threads or num_cores()
     decoding = resolve_decode("auto", None, device_id=device.index)
@@ -399,7 +399,7 @@ def _array(path: Path | None, report: Callable[[str], object]) -> Path:
     return _ARRAY
 
 
-def _read_all(root: Path) -> int:
+def read_all(root: Path) -> int:
     """Read every file once; return their number."""
     source = ImageFolder(root)
     for index in range(len(source)):
