@@ -14,7 +14,8 @@ IGNORED = 255
 def draw_shapes(num_images: int, size: int = 32, seed: int = 0) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Images `[N, size, size, 3]` and masks `[N, size, size]`, whose outlines have no class.
 
-    Each shape is filled with another piece of a photograph, in a tint of its own.
+    Each shape is filled with another piece of a photograph, in a random tint with more red in disks, green in squares
+    and blue in triangles.
     """
     rng = np.random.default_rng(seed)
     photos = [np.asarray(Image.fromarray(photo).reduce(2)) for photo in load_sample_images().images]
@@ -23,8 +24,9 @@ def draw_shapes(num_images: int, size: int = 32, seed: int = 0) -> tuple[NDArray
         image[:] = _piece(photos, size, rng)
         for label in rng.permutation(len(CLASSES) - 1)[: rng.integers(1, 4)] + 1:
             shape = _shape(label, size, rng)
-            tint = rng.uniform(0.4, 1.0, 3)
-            image[shape == 1] = (_piece(photos, size, rng) * tint)[shape == 1]
+            tint = rng.uniform(0.3, 0.9, 3)
+            tint[label - 1] += 0.35
+            image[shape == 1] = (_piece(photos, size, rng) * tint).clip(0, 255)[shape == 1]
             mask[shape == 1] = label
             mask[shape == 2] = IGNORED
     return images, masks

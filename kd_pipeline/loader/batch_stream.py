@@ -198,12 +198,13 @@ class BatchStream:
     @property
     def has_masks(self) -> bool:
         """Whether batches have masks."""
-        return getattr(self.source, "masks", None) is not None
+        return masks_of(self.source) is not None
 
     @property
     def ignore_index(self) -> int:
         """Class in masks of the pixels that have none."""
-        return int(getattr(getattr(self.source, "masks", None), "ignore_index", IGNORE_INDEX))
+        masks = masks_of(self.source)
+        return IGNORE_INDEX if masks is None else masks.ignore_index
 
     @property
     def labels_are_soft(self) -> bool:

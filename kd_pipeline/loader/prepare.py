@@ -69,9 +69,7 @@ class Preparation:
             views, labels = dict(made), None if self.source.labels is None else metadata[LABEL]
             if self.mix is not None:
                 views, labels = self._mixed(self.mix, views, labels, metadata[MIXING].T)
-            # Not of the whole group: eight bytes for each pixel.
-            masks = None if small is None else small.long()
-            images = views.pop(IMAGES)
+            images, masks = views.pop(IMAGES), None if small is None else _as_classes(small)
             batch = KDBatch(images=images, labels=labels, index=index, valid=valid, masks=masks, views=views)
             if self.change is not None:
                 batch = self._changed(self.change, batch)
@@ -141,6 +139,12 @@ class Preparation:
                 return recording.replay(epoch, read.plan.position, read.metadata[INDEX], device=self.device)
             case teacher:
                 return teacher(batch.input if self.teacher_view == IMAGES else batch.views[self.teacher_view])
+
+
+@torch.inference_mode(False)  # as of `_split`
+def _as_classes(masks: Tensor) -> Tensor:
+    """Masks as int64; not of a whole group, as they take eight bytes for each pixel then."""
+    return masks.long()
 
 
 def _height_width(images: Tensor) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Draw a batch as the models see it: a grid of images with labels and teacher predictions."""
+"""Draw a batch as the models see it: a grid of images with labels or masks, and predictions."""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +9,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from kd_pipeline._core.atomic_write import atomic_file
+from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.text import printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.report.pixels import predicted_classes, save_image, save_pixel_grid
 from kd_pipeline.teachers.base import is_logits
 
 __all__ = ["save_grid"]
 
 _TILE = 112
+_NUM_MASKS = 8
+"""Images in a picture with masks, each of which has several tiles."""
 _MARGIN = 6
 _TEXT_HEIGHT = 30
 _BLACK, _GREEN, _RED, _GRAY = (20, 20, 20), (0, 110, 40), (190, 20, 20), (130, 130, 130)
@@ -28,20 +30,34 @@ def save_grid(
     batch: KDBatch,
     path: Path | str,
     *,
-    transform: TrainTransform | EvalTransform,
+    transform: TrainTransform | EvalTransform | None,
     classes: Sequence[str] | None = None,
     num_images: int = 32,
+    student: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Path:
     """Write the first images of `batch` as a PNG file, with the normalization of `transform` undone.
 
     A link at `path` is replaced, and not written through.
 
     Below each image are its label and, if the batch has teacher logits, the teacher's top-1 class and probability:
-    green if both agree, red if not, gray for rows that are not valid.
+    green if both agree, red if not, gray for rows that are not valid. Beside an image with a mask are its mask and the
+    teacher's top class of each pixel, in colors.
+
+    Args:
+        batch: with images.
+        path: of the file.
+        transform: of the images; without one, each is stretched to the whole range of colors.
+        classes: names in label order.
+        num_images: how many to draw; at most 8 with masks.
+        student: logits `[N, K, h, w]` of a student, to draw too.
+        ignore_index: class of pixels in masks that have none.
 
     Raises:
         ConfigError: the file cannot be written.
     """
+    if student is not None or batch.masks is not None or _pixel_logits(batch) is not None:
+        return _save_pixels(batch, Path(path), transform, classes, min(num_images, _NUM_MASKS), student, ignore_index)
     num_images = min(num_images, len(batch))
     num_columns = math.ceil(math.sqrt(num_images * 2))
     num_rows = math.ceil(num_images / num_columns)
@@ -55,19 +71,45 @@ def save_grid(
         grid.paste(Image.fromarray(pixels).resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, y))
         for line, (text, color) in enumerate(_captions(batch, position, classes)):
             draw.text((x, y + _TILE + 1 + line * 14), text, fill=color, font=font)
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            grid.save(file, "PNG")
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be written: {exc.strerror or exc}") from exc
-    return path
+    return save_image(grid, Path(path))
 
 
-def _denormalized(batch: KDBatch, transform: TrainTransform | EvalTransform, num_images: int) -> np.ndarray:
+def _save_pixels(
+    batch: KDBatch,
+    path: Path,
+    transform: TrainTransform | EvalTransform | None,
+    classes: Sequence[str] | None,
+    num_images: int,
+    student: Tensor | None,
+    ignore_index: int,
+) -> Path:
+    """Draw masks and predictions of the pixels."""
+    logits = {"teacher": _pixel_logits(batch), "student": student}
+    known = {name: each[:num_images] for name, each in logits.items() if each is not None}
+    size = (batch.images.shape[2], batch.images.shape[3])
+    labels = {} if batch.masks is None else {"mask": batch.masks[:num_images]}
+    labels |= {name: predicted_classes(each, size) for name, each in known.items()}
+    numbers = [each.shape[1] for each in known.values()] or [len(classes or ())]
+    if batch.masks is not None:
+        is_class = batch.masks != ignore_index
+        numbers.append(int(batch.masks.where(is_class, 0).max()) + 1)
+    images = _denormalized(batch, transform, num_images)
+    return save_pixel_grid(images, labels, path, num_classes=max(numbers), classes=classes, ignore_index=ignore_index)
+
+
+def _pixel_logits(batch: KDBatch) -> Tensor | None:
+    """The logits of the pixels by the only teacher that has some."""
+    found = [output for name, output in batch.teacher.items() if is_logits(name) and output.ndim == 4]
+    return found[0] if len(found) == 1 else None
+
+
+def _denormalized(batch: KDBatch, transform: TrainTransform | EvalTransform | None, num_images: int) -> np.ndarray:
     """The first images, `[num_images, H, W, 3]` uint8."""
     images = batch.images[:num_images].float().cpu()
+    if transform is None:
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        pixels = ((images - low) / (high - low).clamp(min=1e-6)).mul(255).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).contiguous().numpy()
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (transform.mean, transform.std))
     pixels = (images * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
@@ -79,7 +121,7 @@ def _captions(batch: KDBatch, position: int, classes: Sequence[str] | None) -> l
     is_valid = bool(batch.valid[position])
     if label is not None:
         lines.append((f"label {_name(label, classes)}", _BLACK if is_valid else _GRAY))
-    logits = [output for name, output in batch.teacher.items() if is_logits(name)]
+    logits = [output for name, output in batch.teacher.items() if is_logits(name) and output.ndim == 2]
     if len(logits) == 1:  # of several classifiers, none is the teacher
         probability, top1 = logits[0][position].softmax(dim=0).max(dim=0)
         color = _GRAY if label is None or not is_valid else _GREEN if int(top1) == label else _RED

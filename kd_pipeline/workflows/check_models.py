@@ -13,7 +13,7 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.progress import progress_bar
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.sources import Source
+from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.errors import ConfigError, KDPipelineError
 from kd_pipeline.evaluation._evaluate import inputs_for
 from kd_pipeline.evaluation._metrics import open_metrics
@@ -168,7 +168,13 @@ def _draw(
     config = _lenient(config, teacher)
     with KDDataLoader.from_config(config, teacher=teacher, training=training, plugins=plugins, run_dir=None) as loader:
         batch = next(iter(loader))
-        grid = save_grid(batch, out / "train_batch.png", transform=loader.transform, classes=loader.classes)
+        grid = save_grid(
+            batch,
+            out / "train_batch.png",
+            transform=loader.transform,
+            classes=loader.classes,
+            ignore_index=loader.ignore_index,
+        )
         return _first_rows(batch), grid
 
 
@@ -243,7 +249,7 @@ def _check_student(
         example=example,
         num_classes=num_classes_of(training, teacher),
         labels_are_soft=train.mix is not None,
-        ignore_index=getattr(getattr(training, "masks", None), "ignore_index", IGNORE_INDEX),
+        ignore_index=IGNORE_INDEX if (masks := masks_of(training)) is None else masks.ignore_index,
         plugins=plugins,
     )
     if batch is not None:

@@ -50,6 +50,7 @@ from kd_pipeline.workflows.exported import ENGINE, WEIGHTS, OwnNetwork
 from kd_pipeline.workflows.own_teacher import open_own_teacher
 from kd_pipeline.workflows.own_validation import OwnEvaluator, open_validate
 from kd_pipeline.workflows.parts import Parts
+from kd_pipeline.workflows.pixel_pictures import draw_predictions
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
 from kd_pipeline.workflows.run_data import RunData
@@ -343,6 +344,7 @@ class StageRun(ExitStack):
         )
 
     def _write_results(self, student: nn.Module, loader: AnyLoader, evaluations: Mapping[str, Evaluation]) -> None:
+        draw_predictions(self._folder.path, student, self._reference, self._data.loader, evaluations)
         write_results(
             self._folder,
             self._config,

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.mixing import MixSettings
-from kd_pipeline.data.sources import Arrays, FileList, ImageFolder
+from kd_pipeline.data.sources import Arrays, FileList, FolderMasks, ImageFolder
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.data.views import FollowingView, TrainView
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from tests.corpus import BROKEN, Broken, photo_of
 from tests.gpu.conftest import FEW, SMALL, copies_in, no_synchronization
+from tests.mask_files import save_pair, some_masks
 from tests.networks import ConvNet
 from tests.streams import EVAL, TRAIN, assert_same, fields, state_after
 
@@ -51,6 +52,18 @@ def test_batches_are_on_the_gpu(
     batches = [fields(batch) for batch in open_loader(EVAL, teacher, shuffle=False)]
     assert [len(batch["images"]) for batch in batches] == [8, 8, 8, 8, 5]
     assert all(tensor.device == device for batch in batches for tensor in batch.values())
+
+
+def test_masks_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
+    for number, mask in enumerate(some_masks(21)):
+        save_pair(tmp_path / "images", tmp_path / "masks", f"{number:02}", mask)
+    source = ImageFolder(tmp_path / "images", masks=FolderMasks(root=str(tmp_path / "masks"), num_classes=4))
+    found = []
+    for where in (device, torch.device("cpu")):
+        with KDDataLoader(source, TRAIN, device=where, batch_size=8, seed=5, **FEW) as loader:
+            found.append([batch.masks for _ in range(2) for batch in loader])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.device == device and torch.equal(ours.cpu(), theirs)
 
 
 def test_logits_belong_to_the_images_of_the_batch(open_loader: Callable[..., KDDataLoader], teacher: Teacher) -> None:

@@ -205,6 +205,15 @@ def test_masks_of_shards_in_a_random_order(tmp_path):
     assert_same([found[index] for index in range(NUM)], [wanted[index] for index in range(NUM)])
 
 
+def test_masks_made_during_validation_can_be_trained_on(shared):
+    with open_loader(source_in(shared), ahead=1) as loader:
+        batches = iter(loader)
+        with torch.inference_mode():
+            next(batches)
+        following = next(batches)
+    assert not following.masks.is_inference()
+
+
 def test_repeats_have_masks_of_their_own(shared):
     with open_loader(source_in(shared), repeats=2) as loader:
         batch = next(iter(loader))

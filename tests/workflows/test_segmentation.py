@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from kd_pipeline import BatchLoader
 from kd_pipeline.config.config import Config
+from kd_pipeline.evaluation._evaluate import evaluate
 from kd_pipeline.report.metrics_rows import read_metrics
 from kd_pipeline.workflows._train import TrainResult, train
 from tests.networks import PixelNet
-from tests.shapes import CLASSES, shape_tensors
+from tests.shapes import CLASSES, IGNORED, shape_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning")
 
@@ -58,3 +61,43 @@ def test_run_ends_with_metrics_of_pixels(tmp_path: Path) -> None:
     assert "mIoU" in result.lines[0] and "pixels" in result.lines[0]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["val"]["miou"] == found.miou
     assert (tmp_path / "run" / "confusion_val.png").is_file()
+    assert (tmp_path / "run" / "predictions_val.png").is_file()
+
+
+@pytest.mark.slow
+def test_unet_gains_from_its_teacher(tmp_path: Path) -> None:
+    """A student with the class of one pixel in a hundred, alone and with a teacher that has learned from all."""
+    images, masks = shape_tensors(512)
+    generator = torch.Generator().manual_seed(3)
+    few = masks[:128].masked_fill(torch.rand(128, 32, 32, generator=generator) > 0.01, IGNORED)
+    held_out = batches(96, seed=9)
+
+    def fit(name: str, student: PixelNet, pixels: Tensor, rows: int, epochs: int, **distill: Any) -> float:
+        pairs = list(zip(images[: len(pixels)].split(rows), pixels.split(rows), strict=True))
+        config = Config.model_validate({
+            "run_dir": tmp_path / name,
+            "stage": "distill" if distill else "baseline",
+            "distill": distill,
+            "train": {
+                "epochs": epochs,
+                "optimizer": {"lr": 0.02},
+                "schedule": {"warmup_epochs": epochs / 4},
+                "num_threads": 1,
+                "loggers": ["csv"],
+                "export": {"onnx": False},
+            },
+            "probe": None,
+        })  # fmt: skip
+        loader = BatchLoader(pairs, classes=CLASSES, device="cpu")
+        train(config, student=student, teacher=teacher if distill else None, train_batches=loader)
+        found = evaluate(student, held_out).miou
+        assert found is not None
+        return found
+
+    teacher = PixelNet(4, width=16, seed=1)
+    taught = fit("teacher", teacher, masks, 16, 14)
+    teacher.eval()
+    for seed in (10, 11):
+        alone = fit(f"alone{seed}", PixelNet(4, seed=seed), few, 8, 12)
+        distilled = fit(f"with{seed}", PixelNet(4, seed=seed), few, 8, 12, temperature=1.0, distill_weight=1.0)
+        assert alone + 0.02 < distilled < taught
