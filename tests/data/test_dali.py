@@ -475,8 +475,18 @@ def test_gpu_graph_of_views_is_defined_without_gpu(stores, decode):
             "teacher": FollowingView(follow=IMAGES, size=40, color="none"),
             "local": TrainView(size=16, count=2, hue=0.1, blur=0.5),
             "whole": EvalView(size=24),
+            "changing": TrainView.model_validate(
+                {
+                    "size": {"choices": [16, [24, 32]]},
+                    "order": [
+                        {"factory": "tests.own_ops:shift", "num_draws": 1, "probability": 0.5},
+                        {"factory": "tests.own_ops:mirror", "num_draws": 1},
+                        {"factory": "tests.own_ops:zoom"},
+                    ],
+                }
+            ),
         },
-    )
+    ).opened(["tests.own_ops"])
     settings = replace(graph_settings(2, decode=decode), device_id=0)
     with pytest.raises(RuntimeError, match="CUDA is not available"):
         Graph(iter(()), stores, views, settings, FileChecker(settings))

@@ -22,6 +22,7 @@ from tests.gpu.conftest import FEW, SMALL, copies_in, no_synchronization
 from tests.mask_files import save_pair, some_masks
 from tests.networks import ConvNet
 from tests.streams import EVAL, TRAIN, assert_same, fields, state_after
+from tests.views import PIXELS
 
 LONG = 200_000_000
 """Clock cycles, about a tenth of a second."""
@@ -52,6 +53,32 @@ def test_batches_are_on_the_gpu(
     batches = [fields(batch) for batch in open_loader(EVAL, teacher, shuffle=False)]
     assert [len(batch["images"]) for batch in batches] == [8, 8, 8, 8, 5]
     assert all(tensor.device == device for batch in batches for tensor in batch.values())
+
+
+def test_own_ops_and_sizes_that_change(open_loader: Callable[..., KDDataLoader]) -> None:
+    """Each batch is that of a loader with only its size, and own ops have the numbers that they have on a CPU."""
+    order = [
+        {"factory": "tests.own_ops:mirror", "num_draws": 1},
+        {"factory": "tests.own_ops:shift", "num_draws": 1, "probability": 0.5, "kwargs": {"most": 90}},
+        {"factory": "tests.own_ops:zoom"},
+    ]
+
+    def batches(size: Any, **options: Any) -> list[dict[str, Tensor]]:
+        transform = TrainTransform.model_validate({**PIXELS, "size": size, "order": order})
+        return epoch(open_loader(transform, plugins=["tests.own_ops"], **options))
+
+    changing, small, large = batches({"choices": [24, 40]}), batches(24), batches(40)
+    sizes = [batch["images"].shape[-1] for batch in changing]
+    assert set(sizes) == {24, 40}
+    for size, batch, *fixed in zip(sizes, changing, small, large, strict=True):
+        assert batch["images"].equal(fixed[size == 40]["images"])
+    with KDDataLoader(
+        open_loader().source,
+        TrainTransform.model_validate({**PIXELS, "size": 40, "order": order}),
+        **{"batch_size": 8, "seed": 5, "device": "cpu", "plugins": ["tests.own_ops"]},
+    ) as on_cpu:
+        for ours, theirs in zip(large, epoch(on_cpu), strict=True):
+            assert (ours["images"] - theirs["images"]).abs().mean() < 4
 
 
 def test_masks_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
