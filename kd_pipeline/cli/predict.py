@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,6 +26,7 @@ examples:
   kd-pipeline predict runs/digits photo.png more/photos
   kd-pipeline predict runs/digits/exported/model.onnx photos --top 1 --json > predictions.jsonl
   kd-pipeline predict other.onnx -c my.yaml photos --out predictions.jsonl
+  kd-pipeline predict runs/streets photos --masks predicted
 """
 
 
@@ -33,7 +35,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
     commands.add_parser(
         "predict",
         parents=[common],
-        help="predict the most likely classes of images with a trained student or any other model",
+        help="predict the most likely classes of images, or of their pixels, with a trained student or any other model",
         epilog=_EXAMPLES,
         add_options=_add_options,
         run=_run,
@@ -59,6 +61,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_permissions(parser, "the network's factory")
     parser.add_argument("--json", action="store_true", help="print a line of JSON per image")
     parser.add_argument("--out", type=path_option, metavar="FILE", help="write the lines of JSON to this file")
+    parser.add_argument(
+        "--masks",
+        type=path_option,
+        metavar="DIR",
+        help="write the class of each pixel of each image to this folder, as PNG files with colors",
+    )
 
 
 def _run(parsed: argparse.Namespace) -> int:
@@ -82,6 +90,7 @@ def _run(parsed: argparse.Namespace) -> int:
         opened = open_model_file(parsed.model, image_shape=shape, device=device, dtype=dtype, **permissions(parsed))
         stack.callback(opened.close)
         out = None if parsed.out is None else stack.enter_context(_open_out(parsed.out))
+        masks = _Masks(parsed.masks)
         found = predict(opened.model, images, transform, batch_size=parsed.batch_size, device=device)
         # Where results scroll by, they show how far it is.
         report = no_report if sys.stdout.isatty() else stack.enter_context(progress_bar("predicting"))
@@ -89,8 +98,11 @@ def _run(parsed: argparse.Namespace) -> int:
             report(number, len(images))
             num_not_finite += prediction.problem == NOT_FINITE
             num_unreadable += prediction.problem not in (None, NOT_FINITE)
+            mask = None if parsed.masks is None else masks.save(prediction)
             # In ASCII, which escapes what a terminal would obey and what is no UTF-8 in names.
-            line = json.dumps(_to_json(prediction, opened.classes, parsed.top))
+            line = json.dumps(
+                _to_json(prediction, opened.classes, parsed.top) | ({} if mask is None else {"mask": mask})
+            )
             if out is not None:
                 out.write(line.encode() + b"\n")
             if parsed.json:
@@ -107,6 +119,31 @@ def _run(parsed: argparse.Namespace) -> int:
     if num_not_finite:
         print_message(f"kd-pipeline: {num_not_finite} of {len(images)} images have no finite logits")
     return 1 if num_unreadable or num_not_finite else 0
+
+
+class _Masks:
+    """Files with the classes of pixels, named as their images; those of one name are numbered."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder, self._names = folder, Counter[str]()
+
+    def save(self, prediction: "Prediction") -> str | None:
+        """Write the file, and return its path; None if there is no prediction.
+
+        Raises:
+            ConfigError: the model predicts no pixels, or the file cannot be written.
+        """
+        from kd_pipeline.report.pixels import save_mask
+
+        if prediction.problem is not None or self._folder is None:
+            return None
+        if prediction.mask is None or prediction.num_classes is None:
+            raise ConfigError("--masks: the model classifies whole images and not their pixels; leave it out")
+        stem = Path(prediction.image).stem
+        self._names[stem] += 1
+        number = "" if self._names[stem] == 1 else f"_{self._names[stem]}"
+        path = self._folder / f"{stem}{number}.png"
+        return str(save_mask(prediction.mask, path, num_classes=prediction.num_classes))
 
 
 def _open_out(path: Path) -> BinaryIO:
@@ -141,16 +178,18 @@ def _transform(parsed: argparse.Namespace) -> "EvalTransform":
 def _to_json(prediction: "Prediction", classes: tuple[str, ...] | None, count: int) -> dict[str, Any]:
     if prediction.problem is not None:
         return {"image": prediction.image, "problem": prediction.problem}
+    is_of_pixels = prediction.mask is not None
     top = [
-        {"class": _name(label, classes), "label": label, "probability": probability}
-        for label, probability in prediction.top(count)
+        {"class": _name(label, classes), "label": label, "share" if is_of_pixels else "probability": share}
+        for label, share in prediction.top(count)
     ]
-    return {"image": prediction.image, "top": top}
+    return {"image": prediction.image, "pixels" if is_of_pixels else "top": top}
 
 
 def _text(prediction: "Prediction", classes: tuple[str, ...] | None, count: int) -> str:
-    top = (f"{_name(label, classes)} {probability:.1%}" for label, probability in prediction.top(count))
-    return f"{prediction.image}: {', '.join(top)}"
+    top = (f"{_name(label, classes)} {share:.1%}" for label, share in prediction.top(count))
+    of_pixels = " of the pixels" if prediction.mask is not None else ""
+    return f"{prediction.image}: {', '.join(top)}{of_pixels}"
 
 
 def _name(label: int, classes: tuple[str, ...] | None) -> str:

@@ -16,8 +16,9 @@ from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, TooManyBadSamplesError
 from kd_pipeline.evaluation._evaluate import inputs_for, logits_of
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.losses.pixels import predicted_classes
 from kd_pipeline.losses.settings import LOGITS
-from kd_pipeline.models.modules import call_network, eval_mode
+from kd_pipeline.models.modules import call_network, eval_mode, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["NOT_FINITE", "Prediction", "find_images", "predict"]
@@ -28,17 +29,28 @@ NOT_FINITE = "the model's logits for it hold NaN or inf; check its weights, and 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The logits for one image, or why there are none."""
+    """The logits for one image, or the class of each of its pixels, or why there are none."""
 
     image: str
     """The file."""
     logits_K: Tensor | None
-    """`[K]` float32 on the CPU; None if there is a problem."""
+    """`[K]` float32 on the CPU; None if there is a problem, and of a model for segmentation."""
     problem: str | None
     """Why the file cannot be read, or that the model has no finite logits for it."""
+    mask: Tensor | None = None
+    """`[H, W]` int64 on the CPU: the class of each pixel of what the transform makes; None of a classifier."""
+    num_classes: int | None = None
+    """Number of classes of the pixels."""
 
     def top(self, count: int) -> list[tuple[int, float]]:
-        """The `count` most likely classes with their softmax probabilities, sorted; empty without logits."""
+        """The `count` most likely classes with their softmax probabilities, sorted; empty without logits.
+
+        Of pixels, those of the most pixels with their share of the image.
+        """
+        if self.mask is not None:
+            counts = self.mask.flatten().bincount()
+            most = [label for label in counts.argsort(descending=True, stable=True).tolist() if counts[label]]
+            return [(label, float(counts[label]) / self.mask.numel()) for label in most[:count]]
         if self.logits_K is None:
             return []
         top = self.logits_K.softmax(dim=0).topk(min(count, len(self.logits_K)))
@@ -112,22 +124,32 @@ def predict(
                 with torch.no_grad():
                     output = call_network(model, inputs_for(model, batch.input))
                 _check_classes(output)
-                logits_NK = logits_of(output).float().cpu()
-                is_finite_N = has_softmax(logits_NK).tolist()
-                rows = zip(logits_NK, is_finite_N, batch.valid.tolist(), strict=True)
-                for index, (logits_K, is_finite, is_valid) in enumerate(rows, num_done):
+                logits = logits_of(output).float().cpu()
+                is_finite_N = has_softmax(logits).view(len(logits), -1).all(dim=1).tolist()
+                rows = zip(logits, is_finite_N, batch.valid.tolist(), strict=True)
+                for index, (row, is_finite, is_valid) in enumerate(rows, num_done):
                     sample = None if is_valid else loader.bad_sample(index)
                     problem = sample.reason if sample is not None else None if is_finite else NOT_FINITE
-                    yield Prediction(images[index], None if problem else logits_K, problem)
+                    yield _prediction(images[index], row, problem, (batch.images.shape[2], batch.images.shape[3]))
                 num_done += len(batch)
         except TooManyBadSamplesError:  # not a single file can be read, so there is no substitute
             for bad in loader.bad_samples[num_done:]:
                 yield Prediction(images[bad.index], None, bad.reason)
 
 
+def _prediction(image: str, logits: Tensor, problem: str | None, size: tuple[int, int]) -> Prediction:
+    """Of logits `[K]` of an image, or `[K, h, w]` of its pixels."""
+    if problem is not None:
+        return Prediction(image, None, problem)
+    if logits.ndim == 1:
+        return Prediction(image, logits, None)
+    mask = predicted_classes(logits[None], size)[0]
+    return Prediction(image, None, None, mask, num_classes=len(logits))
+
+
 def _check_classes(output: object) -> None:
     """Raise a ConfigError for the features of a network without a head."""
-    if isinstance(output, Mapping) and LOGITS not in output:
+    if isinstance(output, Mapping) and LOGITS not in named_outputs(output, owner="a model"):
         raise ConfigError(
             f"the model has no classes to predict: it returns {', '.join(map(repr, output))}, the features of a "
             "network without a head. Fine-tune it on labeled images, with kd-pipeline train stage=baseline and its "

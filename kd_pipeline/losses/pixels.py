@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.resize import Resizer
 
-__all__ = ["PixelLabels", "at_grid"]
+__all__ = ["PixelLabels", "at_grid", "predicted_classes"]
 
 
 class PixelLabels(NamedTuple):
@@ -49,3 +50,10 @@ def at_grid(masks: Tensor, size: tuple[int, int]) -> Tensor:
         for old, new in zip(masks.shape[1:], size, strict=True)
     )
     return masks[:, rows[:, None], columns]
+
+
+def predicted_classes(logits_NKhw: Tensor, size: tuple[int, int]) -> Tensor:
+    """The top class of each pixel at a height and width, `[N, H, W]` int64 on the CPU; logits are enlarged first."""
+    resize = Resizer("bilinear")
+    # One by one, as enlarged logits take much memory.
+    return torch.cat([resize(row[None].float(), size).argmax(1) for row in logits_NKhw.cpu()])

@@ -13,7 +13,8 @@ from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.text import printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.report.pixels import predicted_classes, save_image, save_pixel_grid
+from kd_pipeline.losses.pixels import predicted_classes
+from kd_pipeline.report.pixels import save_image, save_pixel_grid
 from kd_pipeline.teachers.base import is_logits
 
 __all__ = ["save_grid"]

@@ -13,9 +13,8 @@ from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.losses.resize import Resizer
 
-__all__ = ["class_colors", "predicted_classes", "save_image", "save_pixel_grid"]
+__all__ = ["class_colors", "save_image", "save_mask", "save_pixel_grid"]
 
 _TILE, _MARGIN, _TITLE_HEIGHT, _LEGEND_HEIGHT = 112, 4, 16, 18
 _MAX_LEGEND = 32
@@ -36,10 +35,17 @@ def class_colors(num_classes: int) -> NDArray[np.uint8]:
     return colors.astype(np.uint8)
 
 
-def predicted_classes(logits_NKhw: Tensor, size: tuple[int, int]) -> Tensor:
-    """The top class of each pixel at a height and width, `[N, H, W]` int64 on the CPU; logits are enlarged first."""
-    resize = Resizer("bilinear")
-    return torch.cat([resize(row[None].float(), size).argmax(1) for row in logits_NKhw.cpu()])
+def save_mask(labels: Tensor, path: Path, *, num_classes: int) -> Path:
+    """Write classes `[H, W]` as a PNG file: their numbers, with the colors of `class_colors` up to 256 classes.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    if num_classes > 256:
+        return save_image(Image.fromarray(labels.numpy().astype(np.uint16)), path)
+    image = Image.fromarray(labels.numpy().astype(np.uint8)).convert("P")
+    image.putpalette(class_colors(256).flatten().tolist())
+    return save_image(image, path)
 
 
 def save_pixel_grid(

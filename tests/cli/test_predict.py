@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kd_pipeline.cli import main
 from kd_pipeline.data.transforms import EvalTransform
@@ -185,3 +187,41 @@ def test_what_is_no_file_is_named(run: Path, tmp_path: Path, capsys: pytest.Capt
     for name, reason in reasons.items():
         assert f"kd-pipeline: {name} cannot be read: {reason}" in error
     assert "6 of 6 images cannot be read" in error
+
+
+def test_classes_of_pixels(photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their shares of each image, and files with their numbers."""
+    settings = ModelSettings(timm="test_resnet", head="segmentation", num_classes=3)
+    torch.manual_seed(2)
+    export_student(
+        open_model(settings).eval(),
+        settings,
+        tmp_path / "exported",
+        classes=("flower", "roof", "sky"),
+        transform=EvalTransform(size=[32, 48], resize=48),
+        calibration_set=lambda: 1 / 0,
+        export=ExportSettings(onnx=False),
+    )
+    files = [*find_images([photo_folder / "sky"])[:3], *find_images([photo_folder / "sky"])[:1]]
+    masks = tmp_path / "masks"
+    assert main(["predict", str(tmp_path), *files, "--masks", str(masks), "--json", "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len({line["mask"] for line in lines}) == 4 and lines[3]["mask"] == f"{masks / Path(files[0]).stem}_2.png"
+    for line in lines:
+        with Image.open(line["mask"]) as picture:
+            found = np.asarray(picture)
+        assert found.shape == (32, 48) and "top" not in line
+        for each in line["pixels"]:
+            assert each["share"] == pytest.approx((found == each["label"]).mean())
+            assert each["class"] == ("flower", "roof", "sky")[each["label"]]
+        assert sum(each["share"] for each in line["pixels"]) == pytest.approx(1)
+    assert main(["predict", str(tmp_path), files[0], "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("% of the pixels")
+
+
+def test_masks_of_a_classifier_are_refused(
+    run: Path, photo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (image, *_) = find_images([photo_folder / "sky"])
+    assert main(["predict", str(run), image, "--masks", str(tmp_path), "--device", "cpu"]) == 1
+    assert "classifies whole images and not their pixels; leave it out" in capsys.readouterr().err

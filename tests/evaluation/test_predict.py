@@ -13,7 +13,7 @@ from kd_pipeline.evaluation._predict import NOT_FINITE, Prediction, find_images,
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.registry import ModelSettings, open_model
 from tests.corpus import BROKEN, Photo, photo_of
-from tests.networks import LogitsOnly
+from tests.networks import LogitsOnly, PixelNet
 
 EVAL = EvalTransform(size=32)
 
@@ -134,3 +134,28 @@ def test_network_without_head_has_no_classes(photo_folder: Path) -> None:
     model = open_model(ModelSettings(timm="test_resnet", num_classes=0))
     with pytest.raises(ConfigError, match=r"has no classes to predict: it returns 'pooled', 'spatial', .* eval"):
         predictions(find_images([photo_folder])[:2], model)
+
+
+def test_classes_of_pixels(photo_folder: Path) -> None:
+    """Of the images as the transform makes them; a pixel that is not finite is no prediction."""
+    source = ImageFolder(photo_folder)
+    images = [source.name(index) for index in range(3)]
+    model = PixelNet(3).eval()
+    found = predictions(images, model)
+    with (
+        KDDataLoader(source, EVAL, batch_size=3, shuffle=False, device="cpu", num_threads=1) as loader,
+        torch.no_grad(),
+    ):
+        wanted = model(loader.peek().images)["out"].argmax(1)
+    for each, mask in zip(found, wanted, strict=True):
+        assert torch.equal(each.mask, mask) and each.logits_K is None and each.num_classes == 3
+        (label, share), *_ = each.top(2)
+        assert share == float((mask == label).float().mean()) >= 1 / 3
+
+    class OnePixel(PixelNet):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(images)["out"]
+            logits[1, :, 0, 0] = torch.nan
+            return {"logits": logits}
+
+    assert [each.problem for each in predictions(images, OnePixel(3))] == [None, NOT_FINITE, None]

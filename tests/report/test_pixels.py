@@ -10,8 +10,9 @@ from PIL import Image
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.pixels import predicted_classes
 from kd_pipeline.report.grid import save_grid
-from kd_pipeline.report.pixels import class_colors, predicted_classes
+from kd_pipeline.report.pixels import class_colors, save_mask
 
 TRANSFORM = EvalTransform(size=112, resize=None, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 TOP, LEFT, NEXT = 16, 4, 116
@@ -84,3 +85,12 @@ def test_file_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be written"):
         save_grid(batch_of(), tmp_path / "file" / "grid.png", transform=None)
+
+
+@pytest.mark.parametrize("num_classes", [4, 256, 3000])
+def test_mask_in_a_file_holds_the_classes(tmp_path: Path, num_classes: int):
+    labels = torch.arange(num_classes - 4, num_classes).view(2, 2)
+    with Image.open(save_mask(labels, tmp_path / "more" / "mask.png", num_classes=num_classes)) as picture:
+        assert np.asarray(picture).tolist() == labels.tolist()
+        if num_classes <= 256:
+            assert picture.convert("RGB").getpixel((1, 1)) == tuple(class_colors(256)[num_classes - 1].tolist())
