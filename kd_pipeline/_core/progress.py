@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from kd_pipeline._core.current_student import current_student, with_student
+from kd_pipeline._core.current_student import current_student, waited_s, with_student
 from kd_pipeline._core.ranks import is_rank_zero
 from kd_pipeline._core.text import printable
 
@@ -49,11 +49,11 @@ def timed(title: str) -> Iterator[Report]:
     Args:
         title: what is done.
     """
-    started = time.monotonic()
+    started = time.monotonic() - waited_s()
     with progress_bar(title) as report:
         yield report
     if is_rank_zero():
-        _logger.info("%s: %.1f s", title, time.monotonic() - started)
+        _logger.info("%s: %.1f s", title, time.monotonic() - waited_s() - started)
 
 
 @contextmanager

@@ -156,8 +156,8 @@ class LoaderView:
 
 def _tensors(batch: KDBatch) -> list[Tensor]:
     """What students read of a batch."""
-    labels = [] if batch.labels is None else [batch.labels]
-    return [*batch.inputs.values(), *batch.views.values(), *batch.teacher.values(), batch.valid, *labels]
+    found = [*batch.inputs.values(), *batch.views.values(), *batch.teacher.values(), batch.valid]
+    return found + [each for each in (batch.labels, batch.masks) if each is not None]
 
 
 def choose(wanted: Mapping[str, Wanted]) -> tuple[Wanted, list[str]]:

@@ -4,9 +4,9 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from kd_pipeline._core.current_student import waited_s
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
-from kd_pipeline.training.turns import waited_s
 
 __all__ = ["Throughput"]
 

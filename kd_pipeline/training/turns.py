@@ -6,16 +6,13 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-from kd_pipeline._core.current_student import as_student
+from kd_pipeline._core.current_student import add_wait, as_student
 from kd_pipeline.training.rng import RngState
 
-__all__ = ["Abandoned", "Served", "Turns", "waited_s"]
+__all__ = ["Abandoned", "Served", "Turns"]
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
-
-_thread = threading.local()
-"""`waited_s`: what the current thread has waited while other students trained."""
 
 
 def _closed_lock() -> threading.Lock:
@@ -42,12 +39,6 @@ class Work(Protocol):
 
     def __call__(self) -> object:
         """Do it."""
-
-
-def waited_s() -> float:
-    """Seconds that the current thread has waited while other students trained."""
-    found: float = getattr(_thread, "waited_s", 0.0)
-    return found
 
 
 class Turns(Generic[Request, Reply]):
@@ -80,7 +71,7 @@ class Turns(Generic[Request, Reply]):
         started, served_s = time.perf_counter(), self._served_s
         self._came_back.release()
         student.turn.acquire()
-        _thread.waited_s += time.perf_counter() - started - (self._served_s - served_s)
+        add_wait(time.perf_counter() - started - (self._served_s - served_s))
         reply, student.reply = student.reply, None
         if isinstance(reply, BaseException):
             raise reply
@@ -199,7 +190,6 @@ class _Student:
         return self._thread is not None and not self.has_ended
 
     def _run(self, work: Work, came_back: threading.Lock) -> None:
-        _thread.waited_s = 0.0
         self.turn.acquire()
         try:
             with as_student(self.name):

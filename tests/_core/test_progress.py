@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from kd_pipeline._core import progress
+from kd_pipeline._core.current_student import as_student
 from kd_pipeline._core.progress import progress_bar, timed
 
 
@@ -95,3 +96,22 @@ def test_failed_work_has_no_time(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ZeroDivisionError), timed("work"):
         raise ZeroDivisionError
     assert caplog.messages == []
+
+
+def test_students_share_one_line(terminal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(value=0.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.value))
+    with progress.one_status_line():
+        with as_student("small"), progress.status_line() as small:
+            with as_student("wide"), progress.status_line() as wide:
+                assert small is not None and wide is not None
+                for now.value in (0.0, 1.9, 2.0, 3.9, 4.0):
+                    with as_student("small"):
+                        small("a")
+                    with as_student("wide"):
+                        wide("b")
+            assert shown(terminal) == ["[small] a", "[small] a", "[wide] b", "[wide] b", "[small] a", ""]
+            now.value = 6.0  # the turn of one that has ended
+            small("c")
+            assert shown(terminal) == ["[small] c"]
+        assert shown(terminal) == [""]

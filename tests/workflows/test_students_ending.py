@@ -92,7 +92,12 @@ def train_on_ranks(folder: Path, rank: int) -> dict[str, Any]:
     result = tiny_run.train_without_plots(config)
     for name in STUDENTS:
         tiny_run.train_without_plots(alone(config, name, folder / f"ranks_{name}"))
-    return {"failed": [*result.failures], "lines": [*result.lines]}
+    sharded = {name: {**PLAIN, "train": {"optimizer": {"lr": lr}}} for name, lr in (("one", 0.1), ("two", 0.01))}
+    config = students_settings(folder, "sharded", sharded, data__batch_size=8, train__strategy="fsdp")
+    tiny_run.train_without_plots(config)
+    for name in sharded:
+        tiny_run.train_without_plots(alone(config, name, folder / f"sharded_{name}"))
+    return {"failed": [*result.failures]}
 
 
 @pytest.mark.slow
@@ -101,6 +106,8 @@ def test_ranks_end_as_alone(digits: Path) -> None:
     assert [each["failed"] for each in found] == [["bad"]] * 2
     for name in STUDENTS:
         assert_same_end(digits / "ranks" / name, digits / f"ranks_{name}")
+    for name in ("one", "two"):
+        assert_same_end(digits / "sharded" / name, digits / f"sharded_{name}")
 
 
 def fail_on_one_rank(folder: Path, rank: int) -> str:
