@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from kd_pipeline._core.current_student import current_student
 from kd_pipeline._core.optional import require
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.training.environment import shown_settings
@@ -88,13 +89,20 @@ def _open(name: LoggerName, folder: RunFolder, step: int | None) -> Any:
                 return None
         case "wandb":
             require("wandb", extra="loggers")
-            return _loggers.WandbLogger(name=folder.path.name, save_dir=folder.path)
+            # Without it, the second of several students would log into the run of the first.
+            several: dict[str, Any] = {"reinit": "create_new"} if current_student() is not None else {}
+            return _loggers.WandbLogger(name=_run_name(folder), save_dir=folder.path, **several)
         case "comet":
             require("comet_ml", extra="loggers")
-            return _loggers.CometLogger(name=folder.path.name, offline_directory=str(folder.path))
+            return _loggers.CometLogger(name=_run_name(folder), offline_directory=str(folder.path))
     require("mlflow", extra="loggers")
     uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.path / 'mlflow.db'}")
-    return _loggers.MLFlowLogger(run_name=folder.path.name, tracking_uri=uri)
+    return _loggers.MLFlowLogger(run_name=_run_name(folder), tracking_uri=uri)
+
+
+def _run_name(folder: RunFolder) -> str:
+    """What services call the run; of several students the run of all is named too."""
+    return folder.path.name if current_student() is None else "/".join(folder.path.parts[-2:])
 
 
 def _close(logger: Any) -> None:

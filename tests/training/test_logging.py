@@ -215,12 +215,17 @@ def test_tensorboard_gets_metrics_and_settings(digits: Path) -> None:
     assert not any(name.startswith("hp_metric") for name in found.Tags()["scalars"])
 
 
-def run_in_child(folder: Path, name: str, **environment: str) -> Path:
-    """A run of both stages that logs to `name`, in a child process because its package changes global state."""
+BOTH_STAGES = "stage='all', teacher={'model': {'factory': 'tests.training.networks:plain'}, 'backend': 'pytorch'}"
+SEVERAL_STUDENTS = (
+    "student=None, students={name: {'factory': 'tests.training.networks:plain'} for name in ('one', 'two')}"
+)
+
+
+def run_in_child(folder: Path, name: str, settings: str = BOTH_STAGES, **environment: str) -> Path:
+    """A run that logs to `name`, in a child process because its package changes global state."""
     code = (
         "from pathlib import Path; from tests.training.tiny_run import run\n"
-        f"run(Path({str(folder)!r}), {name!r}, stage='all', train__loggers=['csv', {name!r}], "
-        "teacher={'model': {'factory': 'tests.training.networks:plain'}, 'backend': 'pytorch'})"
+        f"run(Path({str(folder)!r}), {name!r}, train__loggers=['csv', {name!r}], {settings})"
     )
     child = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -240,6 +245,17 @@ def test_wandb_gets_metrics_and_settings_per_stage(digits: Path) -> None:
         (file,) = (stage / "wandb").glob("offline-run-*/*.wandb")
         content = file.read_bytes()
         for name in (b"train.optimizer.lr", b"val/top1", b"final/val/top1", b"train/loss"):
+            assert name in content, name
+
+
+def test_wandb_has_a_run_for_each_student(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    tiny_run.write_digits(tmp_path)
+    folder = run_in_child(tmp_path, "wandb", SEVERAL_STUDENTS, WANDB_MODE="offline", WANDB_SILENT="true")
+    for student in ("one", "two"):
+        (file,) = (folder / student / "wandb").glob("offline-run-*/*.wandb")
+        content = file.read_bytes()
+        for name in (f"wandb/{student}".encode(), b"final/val/top1", b"train/loss"):
             assert name in content, name
 
 
