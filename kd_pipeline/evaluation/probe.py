@@ -148,7 +148,10 @@ class FirstBatches:
             return None
         is_like_probe = loader.mix is None and loader.plan.shuffle is True and loader.plan.repeats == 1
         teacher = loader.teacher
-        has_all = isinstance(teacher, Teacher) and any(map(is_logits, teacher.outputs)) and loader.has_labels
+        ranks = (
+            {} if teacher is None else {len(each.shape) for name, each in teacher.outputs.items() if is_logits(name)}
+        )
+        has_all = isinstance(teacher, Teacher) and ranks == {2} and loader.has_labels
         return cls(loader, settings) if is_like_probe and has_all and not settings.strict else None
 
     def add(self, batch: KDBatch) -> None:
@@ -229,6 +232,9 @@ def run_probe(
         return None
     if output not in teacher.outputs:
         _logger.info("teacher probe: skipped, because the teacher has no %s", output)
+        return None
+    if len(teacher.outputs[output].shape) != 2:
+        _logger.info("teacher probe: skipped, because the teacher's %s are of pixels, and labels of images", output)
         return None
     if isinstance(teacher, Recording):
         if train.mix is not None:

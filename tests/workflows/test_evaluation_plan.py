@@ -44,6 +44,18 @@ def test_best_is_selected_by_what_is_measured() -> None:
     assert chosen(data__val=None, data__more={"other": VAL}, labeled={"other"}) == ("other/top1", "max")
 
 
+def test_best_network_for_segmentation_is_selected_by_miou() -> None:
+    config = config_of(train__compare_with_teacher=True)
+    plan = EvaluationPlan.of(config, "distill", labeled={"train"}, masked={"val"})
+    assert plan.every_epoch == tuple(f"val/{name}" for name in ("miou", "pixel_accuracy", "loss", "agreement", "kl"))
+    train = select_best(config, "distill", plan).train
+    assert (train.select_by, train.select_mode) == ("val/miou", "max")
+    before = EvaluationPlan.of(config, "distill")  # the data is opened
+    before.check(config.train.model_copy(update={"select_by": "val/miou"}))
+    with pytest.raises(ConfigError, match="'val/top1' is not measured"):
+        plan.check(config.train.model_copy(update={"select_by": "val/top1"}))
+
+
 def test_choice_is_logged(caplog) -> None:
     caplog.set_level(logging.INFO, "kd_pipeline")
     chosen(labeled=set(), **HEADLESS)
