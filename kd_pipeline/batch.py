@@ -7,9 +7,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-__all__ = ["KDBatch", "rows_name"]
+__all__ = ["IMAGES", "KDBatch", "copies_as_rows", "rows_name"]
 
-_MAPPINGS = ("views", "teacher", "extra")
+IMAGES = "images"
+"""The view that `transform` describes, and the input that it is."""
+_MAPPINGS = ("views", "teacher", "teacher_views", "extra")
 _OWN_FIELDS = ("labels", "index", "valid", "masks", *_MAPPINGS)
 """All but the inputs."""
 
@@ -40,7 +42,9 @@ class KDBatch(Mapping[str, Any]):
     """More views of the same samples by name, `[N, 3, H, W]`, or `[N, count, 3, H, W]` of one with a `count`."""
     teacher: Mapping[str, Tensor]
     """The teacher's outputs by name, float32: those of `Teacher.outputs`, such as `"logits"` `[N, K]`; empty without a
-    teacher."""
+    teacher. Those of a view with a `count` are `[N, count, ...]`."""
+    teacher_views: Mapping[str, str]
+    """The view that an output of the teacher is of, by the name of the output, if it is not `images`."""
     extra: Mapping[str, Any]
     """What else a loader of your own gives with each batch, by name; no network is called with it."""
 
@@ -49,8 +53,9 @@ class KDBatch(Mapping[str, Any]):
 
         Args:
             fields: the fields as a mapping.
-            more: the fields as keywords: `labels`, `index`, `valid`, `masks`, `views`, `teacher`, `extra` and `inputs`,
-                of which only `index` and `valid` must be there. All others are inputs by name, such as `images`.
+            more: the fields as keywords: `labels`, `index`, `valid`, `masks`, `views`, `teacher`, `teacher_views`,
+                `extra` and `inputs`, of which only `index` and `valid` must be there. All others are inputs by name,
+                such as `images`.
 
         Raises:
             TypeError: a field is missing, or there is no input.
@@ -72,6 +77,48 @@ class KDBatch(Mapping[str, Any]):
                 f"this batch has no images, but {', '.join(self.inputs)}: take batch.inputs, or batch[{self._first!r}]"
             )
         return self.inputs["images"]
+
+    def view(self, name: str) -> Tensor:
+        """The view called `name`, which may be `images`.
+
+        Raises:
+            KeyError: there is none.
+        """
+        if name == IMAGES:
+            return self.images
+        if name in self.views:
+            return self.views[name]
+        raise KeyError(f"the batch has no view {name!r}; it has {', '.join([IMAGES, *self.views])}")
+
+    def of_view(self, name: str) -> Self:
+        """The batch for a student that sees the view `name`, which is its `images`; they are not copied.
+
+        Of a view with a `count`, each copy is a row, `[N * count, 3, H, W]` in the order of the samples, and has what
+        its sample has of labels, index, valid, masks and the teacher's outputs. Outputs `[N, count, ...]` of as many
+        copies are those of the rows; of another number of copies they are left out, and so are the other views.
+
+        Raises:
+            KeyError: there is no such view.
+        """
+        if name == IMAGES and not self.teacher_views:
+            return self
+        images = self.view(name)
+        copies = images.shape[1] if images.ndim == 5 else None
+        teacher = {}
+        for output, tensor in self.teacher.items():
+            of_output = self.views.get(self.teacher_views.get(output, IMAGES))
+            own_copies = of_output.shape[1] if of_output is not None and of_output.ndim == 5 else None
+            if own_copies == copies:
+                teacher[output] = tensor.flatten(0, 1) if copies else tensor
+            elif own_copies is None:
+                teacher[output] = tensor.repeat_interleave(copies or 1, 0)
+        if copies is None:
+            return self.replace(images=images, teacher=teacher)
+        rows = (self.labels, self.index, self.valid, self.masks)
+        labels, index, valid, masks = (None if each is None else each.repeat_interleave(copies, 0) for each in rows)
+        return type(self)(
+            images=copies_as_rows(images), labels=labels, index=index, valid=valid, masks=masks, teacher=teacher
+        )
 
     @property
     def input(self) -> Tensor | Mapping[str, Tensor]:
@@ -107,7 +154,10 @@ class KDBatch(Mapping[str, Any]):
         found |= {"index": self.index, "valid": self.valid}
         if self.masks is not None:
             found["masks"] = self.masks
-        return found | {name: {**mapping} for name in _MAPPINGS if (mapping := getattr(self, name))}
+        for name in _MAPPINGS:  # a comprehension would break the graph of torch.compile
+            if getattr(self, name):
+                found[name] = {**getattr(self, name)}
+        return found
 
     def __getitem__(self, name: str) -> Any:
         fields = self.asdict()
@@ -160,6 +210,11 @@ class KDBatch(Mapping[str, Any]):
         return next(iter(self.inputs))
 
 
+def copies_as_rows(images: Tensor) -> Tensor:
+    """A view `[N, count, 3, H, W]` as `[N * count, 3, H, W]` in the same memory, and any other as it is."""
+    return images.flatten(0, 1) if images.ndim == 5 else images
+
+
 def rows_name(inputs: Mapping[str, Tensor]) -> str:
     """What people call the rows of the inputs of a network: `images`, or `samples` of anything else."""
     return "images" if "images" in inputs else "samples"
@@ -185,6 +240,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{name}: {_shown(each)}' for name, each in value.items())}}}"
     if not isinstance(value, Tensor):
-        return type(value).__name__
+        return value if isinstance(value, str) else type(value).__name__
     device = "" if value.device.type == "cpu" else f" {value.device}"
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}{device}"

@@ -192,3 +192,59 @@ def test_lightning_and_accelerate_move_it():
     for moved in (move_data_to_device(batch, torch.device("meta")), send_to_device(batch, "meta", non_blocking=True)):
         assert type(moved) is KDBatch and moved.images.device.type == moved.teacher["logits"].device.type == "meta"
     assert find_batch_size(batch) == ROWS
+
+
+def with_views(**changes) -> KDBatch:
+    views = {
+        "large": torch.arange(ROWS * 27.0).reshape(ROWS, 3, 3, 3),
+        "local": torch.arange(ROWS * 24.0).reshape(ROWS, 2, 3, 2, 2),
+        "other": torch.ones(ROWS, 4, 3, 2, 2),
+    }
+    return make(views=views, **changes)
+
+
+def test_a_view_becomes_the_images():
+    batch = with_views()
+    found = batch.of_view("large")
+    assert found.images is batch.views["large"] is batch.view("large") and found.labels is batch.labels
+    assert torch.equal(found.teacher["logits"], batch.teacher["logits"]) and len(found) == ROWS
+    assert batch.of_view("images") is batch and batch.view("images") is batch.images
+
+
+def test_copies_become_rows():
+    masks = torch.arange(ROWS * 4).reshape(ROWS, 2, 2)
+    batch = with_views(masks=masks, teacher={"logits": torch.arange(ROWS * 4.0).reshape(ROWS, 4)})
+    found = batch.of_view("local")
+    assert found.images.data_ptr() == batch.views["local"].data_ptr() and found.images.shape == (2 * ROWS, 3, 2, 2)
+    for row in range(2 * ROWS):
+        sample, copy = divmod(row, 2)
+        assert torch.equal(found.images[row], batch.views["local"][sample, copy])
+        for ours, theirs in zip(
+            (found.labels, found.index, found.valid, found.masks, found.teacher["logits"]),
+            (batch.labels, batch.index, batch.valid, batch.masks, batch.teacher["logits"]),
+            strict=True,
+        ):
+            assert torch.equal(ours[row], theirs[sample])
+    assert len(found) == 2 * ROWS and not found.views
+    assert with_views(labels=None).of_view("local").labels is None
+
+
+def test_outputs_of_the_copies_are_those_of_the_rows():
+    own, other = torch.arange(ROWS * 8.0).reshape(ROWS, 2, 4), torch.ones(ROWS, 4, 5)
+    teacher = {"logits": torch.ones(ROWS, 4), "crops": own, "others": other}
+    batch = with_views(teacher=teacher, teacher_views={"crops": "local", "others": "other"})
+    rows = batch.of_view("local").teacher
+    assert torch.equal(rows["crops"], own.flatten(0, 1)) and rows["crops"].data_ptr() == own.data_ptr()
+    assert torch.equal(rows["logits"], torch.ones(2 * ROWS, 4)) and "others" not in rows
+    assert [*batch.of_view("images").teacher] == ["logits"] and [*batch.teacher] == ["logits", "crops", "others"]
+
+
+def test_unknown_view_is_no_view():
+    with pytest.raises(KeyError, match="the batch has no view 'lokal'; it has images, large, local, other"):
+        with_views().of_view("lokal")
+
+
+def test_views_of_outputs_stay_with_the_batch():
+    batch = with_views(teacher_views={"logits": "large"})
+    for found in (batch.clone(), batch.replace(labels=None), pickle.loads(pickle.dumps(batch)), batch.to("meta")):
+        assert found.teacher_views == {"logits": "large"}

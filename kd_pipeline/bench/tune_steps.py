@@ -37,7 +37,7 @@ from kd_pipeline.training.distributed import set_num_threads
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trial_trainer, set_deterministic
 from kd_pipeline.workflows.distill_module import build_module
-from kd_pipeline.workflows.stage import Stage, network_of, normalization_of, num_classes_for
+from kd_pipeline.workflows.stage import Stage, network_of, normalization_of, num_classes_for, view_of
 from kd_pipeline.workflows.teacher import open_run_teacher, starts_without_teacher
 
 __all__ = ["Part", "RunSteps", "Runtime", "Trial", "Values", "with_values"]
@@ -130,7 +130,7 @@ class RunSteps(ExitStack):
             data = with_values(self._config, trial.values).data
             at_once = group_size(  # batches that become ready together
                 data.batch_size,
-                Views.of(data.split("train").transform, data.split("train").views),
+                Views.of(data.split("train").transform, data.split("train").views).only(self._config.seen_views),
                 num_threads=data.num_threads or num_cores(),
                 on_gpu=resolve_device(data.device).type == "cuda",
             )
@@ -179,7 +179,8 @@ class RunSteps(ExitStack):
         """
         teacher = self._live_teacher(values)
         if self._reference is None:
-            images = CalibrationSet(sample_images(self._config, training=self._all_images), "the training split")
+            found = sample_images(self._config, training=self._all_images, view=teacher.view)
+            images = CalibrationSet(found, "the training split")
             exact = self._live_teacher((("teacher.precision", "fp32"),))
             self._reference = make_reference(_from_cpu(exact), images)
         precision: Any = teacher.precision
@@ -222,10 +223,11 @@ class RunSteps(ExitStack):
         if not self._resident:
             self._resident = [_copied(next(opened.batches), teacher) for _ in range(_NUM_RESIDENT)]
         if part == "no teacher":
-            outputs = self._resident[0].teacher
-            return (batch.replace(teacher=outputs) for batch in opened.batches)
+            first = self._resident[0]
+            outputs = {"teacher": first.teacher, "teacher_views": first.teacher_views}
+            return (batch.replace(**outputs) for batch in opened.batches)
         if part == "no loader" and isinstance(teacher, Teacher):
-            return (batch.replace(teacher=teacher(batch.input)) for batch in cycle(self._resident))
+            return (teacher.with_outputs(batch) for batch in cycle(self._resident))
         return cycle(self._resident)
 
     def _live_teacher(self, values: Values) -> Teacher:
@@ -260,6 +262,7 @@ class RunSteps(ExitStack):
                 training=self.source,
                 plugins=self._plugins,
                 run_dir=None,
+                shown_views=config.seen_views,
             )
             self._loaders[key] = _OpenLoader(loader, _without_end(loader))
         return self._loaders[key]
@@ -276,7 +279,7 @@ class RunSteps(ExitStack):
                 plugins=self._plugins,
                 num_classes=num_classes,
                 is_trained=True,
-                images=normalization_of(loader),
+                images=normalization_of(loader, view_of(config, config.stage)),
             )
             student = student.to(PURE_PRECISIONS.get(train.precision, torch.float32))
             optimizer = train.optimizer.model_copy(update={"lr": _LEARNING_RATE})
@@ -459,7 +462,7 @@ def _without_end(loader: KDDataLoader) -> Iterator[KDBatch]:
 def _copied(batch: KDBatch, teacher: Teacher | Recording | None) -> KDBatch:
     """The batch in memory of its own, with outputs of the teacher."""
     copied = batch.clone()
-    return copied.replace(teacher=teacher(copied.input)) if isinstance(teacher, Teacher) else copied
+    return teacher.with_outputs(copied) if isinstance(teacher, Teacher) else copied
 
 
 def _from_cpu(teacher: Teacher) -> Callable[[Tensor], Mapping[str, Tensor]]:

@@ -219,14 +219,17 @@ def _calibration_set(parsed: argparse.Namespace) -> "Callable[[], CalibrationSet
         if parsed.precision in ("int8", "fp8"):
             raise ConfigError(f"{parsed.precision} takes its ranges from real images; give --calibrate CONFIG")
         return None
+    from kd_pipeline.batch import IMAGES
     from kd_pipeline.config.config import load_config
     from kd_pipeline.loader.config_teacher import sample_images
     from kd_pipeline.teachers.parity import CalibrationSet
+    from kd_pipeline.teachers.settings import views_of
 
     path: Path = parsed.calibrate
     config = load_config(path)
+    view = IMAGES if config.teacher is None else views_of(config.teacher)[0]
     return lambda: CalibrationSet(
-        sample_images(config, plugins=parsed.plugin), f"the training split of {path}", config=path
+        sample_images(config, plugins=parsed.plugin, view=view), f"the training split of {path}", config=path
     )
 
 

@@ -156,12 +156,14 @@ def _open_out(path: Path) -> BinaryIO:
 def _transform(parsed: argparse.Namespace) -> "EvalTransform":
     """The transform of the config if one is given, else of the model's run."""
     from kd_pipeline.config.config import load_config
-    from kd_pipeline.data.transforms import EvalTransform
     from kd_pipeline.workflows.exported import no_network, read_exported
+    from kd_pipeline.workflows.results import repeatable_transform
+    from kd_pipeline.workflows.stage import view_of
 
     if parsed.config is not None:
-        transform = load_config(parsed.config).data.split(parsed.split).transform
-        if not isinstance(transform, EvalTransform):
+        config = load_config(parsed.config)
+        transform = repeatable_transform(config.data, parsed.split, view_of(config, "distill"))
+        if transform is None:
             raise ConfigError(f"the split {parsed.split} has a random transform; choose one with preset: eval")
         return transform
     exported = read_exported(parsed.model)

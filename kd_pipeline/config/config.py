@@ -22,7 +22,7 @@ from kd_pipeline.losses.ramp import max_value
 from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
 from kd_pipeline.models.backbone import POOLED, SPATIAL
 from kd_pipeline.models.registry import ModelSettings
-from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings
+from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings, is_recording
 from kd_pipeline.training.settings import TrainSettings
 
 __all__ = ["Config", "DistillSettings", "TrainSettings", "load_config"]
@@ -153,6 +153,49 @@ class Config(Settings):
             return {"student": self}
         return {f"students.{name}": self.for_student(name) for name in self.students}
 
+    @model_validator(mode="after")
+    def _sees_views_that_exist(self) -> Self:
+        if self.data.train is None:
+            return self  # batches of the user's own
+        copies = {}
+        for key, name in self._views_by_key().items():
+            try:
+                copies[key] = self.data.view("train", name).count
+            except ConfigError as exc:
+                raise ValueError(f"{key}: {exc}") from None
+        for student in self.student_views:
+            for key, count in copies.items():
+                if key not in self.student_views and count not in (None, copies[student]):
+                    raise ValueError(
+                        f"{key} has {count} copies of each image, and {student} {copies[student] or 1}: their outputs "
+                        "cannot be compared; give both views the same count, or the teacher one without"
+                    )
+        return self
+
+    @property
+    def student_views(self) -> dict[str, str]:
+        """The view that each student sees, by the key that says so."""
+        alone = {} if self.student is None else {"student.view": self.student.view}
+        return alone | {f"students.{name}.view": student.view for name, student in self.students.items()}
+
+    def _views_by_key(self) -> dict[str, str]:
+        """The views that students and teachers see, by the key that says so; not of a recording that knows its own."""
+        found = self.student_views
+        match self.teacher:
+            case TeacherSettings() if not is_recording(self.teacher) or "view" in self.teacher.model_fields_set:
+                found["teacher.view"] = self.teacher.view
+            case EnsembleSettings():
+                members = enumerate(self.teacher.members)
+                found |= {f"teacher.members.{number}.view": member.view for number, member in members}
+            case TeacherGroupSettings():
+                found |= {f"teacher.members.{name}.view": each.view for name, each in self.teacher.members.items()}
+        return found
+
+    @property
+    def seen_views(self) -> frozenset[str]:
+        """The views that the students and the teachers see."""
+        return frozenset(self._views_by_key().values())
+
     def used_outputs(self, outputs: Mapping[str, TensorSpec]) -> frozenset[str] | None:
         """Which of a teacher's `outputs` the loss compares, and the evaluation with `train.compare_with_teacher`.
 
@@ -180,7 +223,11 @@ class Config(Settings):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What is allowed and probably a mistake, one sentence each with what to do; the data is not opened."""
-        return (*_different_normalization(self.data), *_doubtful_splits(self.data))
+        # Without a student, a loop of the user's own may see them all; a recording knows its view itself.
+        keys = self._views_by_key()
+        is_known = self.student_views and ("teacher.view" in keys or not is_recording(self.teacher))
+        unseen = _unseen_views(self.data, self.seen_views) if is_known else []
+        return (*_different_normalization(self.data), *_doubtful_splits(self.data), *unseen)
 
 
 def _different_normalization(data: DataSettings) -> Iterator[str]:
@@ -211,6 +258,19 @@ def _doubtful_splits(data: DataSettings) -> Iterator[str]:
                 f"{key}.transform has preset: train, which is random: metrics on it change from time to time; set "
                 "preset: eval"
             )
+
+
+def _unseen_views(data: DataSettings, seen: frozenset[str]) -> Iterator[str]:
+    """Views that neither student nor teacher sees, and that none follows which one of them sees."""
+    for split, settings in data.splits.items():
+        followed = {each.follow for name, each in settings.views.items() if name in seen and hasattr(each, "follow")}
+        for name in settings.views:
+            if name not in seen | followed:
+                key = f"data.{split}" if split in SPLITS else f"data.more.{split}"
+                yield (
+                    f"{key}.views.{name}: neither the student nor the teacher sees it, and a run leaves it out; set "
+                    f"view: {name} for one of them, or remove it"
+                )
 
 
 def _evaluated(data: DataSettings) -> Iterator[tuple[str, SplitSettings]]:

@@ -15,7 +15,7 @@ from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import LastBatch
 from kd_pipeline.data.sources.base import SourceSettings
 from kd_pipeline.data.transforms import TransformSettings
-from kd_pipeline.data.views import Views, ViewSettings
+from kd_pipeline.data.views import View, Views, ViewSettings
 from kd_pipeline.errors import ConfigError
 
 __all__ = ["SPLITS", "DataSettings", "LoaderOptions", "LoaderSettings", "OnBadSample", "SplitSettings"]
@@ -151,6 +151,22 @@ class DataSettings(LoaderSettings):
     def validated(self) -> tuple[str, ...]:
         """Names of the splits for validation during training: all but `train` and `test`."""
         return tuple(name for name in self.splits if name not in ("train", "test"))
+
+    def view(self, split: str, name: str) -> View:
+        """How the view `name` of a split is made.
+
+        Raises:
+            ConfigError: there is no such split, or it has no such view.
+        """
+        settings = self.split(split)
+        views = Views.of(settings.transform, settings.views)
+        if name not in views:
+            key = f"data.{split}" if split in SPLITS else f"data.more.{split}"
+            raise ConfigError(
+                f"{key} has no view {name!r}{suggest(name, views.names, otherwise='')}; add {key}.views.{name}, such "
+                "as {follow: images, size: 96}"
+            )
+        return views[name]
 
     def split(self, name: str) -> SplitSettings:
         """The split called `name`.

@@ -14,6 +14,7 @@ from kd_pipeline._core.image_size import Size, height_width
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.data.auto_augment import Array, AutoAugment
 from kd_pipeline.data.own_ops import FactoryOp
 from kd_pipeline.data.plan import uniforms
@@ -44,11 +45,9 @@ __all__ = [
     "View",
     "ViewSettings",
     "Views",
+    "fields_of_view",
     "view_fields",
 ]
-
-IMAGES = "images"
-"""The view that `transform` describes."""
 
 Sharing = Literal["shared", "own", "none"]
 _FORMAT = ("interpolation", "mean", "std", "dtype", "orientation")
@@ -302,6 +301,11 @@ class Views:
         """Each window that is cut from an image: its view, and which copy of it."""
         return [(view, copy) for view in self.leaders for copy in range(view.copies)]
 
+    def only(self, names: Collection[str]) -> "Views":
+        """`images` and the views called `names`, with those that they follow."""
+        leaders = {self[name].leader for name in names}
+        return Views(tuple(view for view in self.views if view.name in {IMAGES, *names, *leaders}))
+
     def draw(
         self,
         index: NDArray[np.int64],
@@ -362,6 +366,19 @@ def view_fields(
         name: plain_fields(view if isinstance(view, FollowingView) else _with_format_of(transform, view, name))
         for name, view in settings.items()
     }
+
+
+def fields_of_view(
+    transform: TrainTransform | EvalTransform,
+    settings: Mapping[str, FollowingView | TrainView | EvalView],
+    name: str,
+) -> dict[str, Any] | None:
+    """What the view called `name` depends on besides `transform`, as plain values; None for `images`."""
+    if name == IMAGES:
+        return None
+    fields = view_fields(transform, settings)
+    followed = fields.get(fields[name].get("follow"), {})
+    return {"name": name, **fields[name], **{f"followed.{key}": value for key, value in followed.items()}}
 
 
 def _own(name: str, transform: TrainTransform | EvalTransform, count: int | None = None) -> View:

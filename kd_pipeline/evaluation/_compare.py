@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.progress import Report, no_report, progress_bar
 from kd_pipeline._core.text import printable
+from kd_pipeline.batch import IMAGES, KDBatch
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.evaluation._evaluate import (
     Evaluation,
@@ -111,6 +112,7 @@ def compare(
     metrics: Sequence[MetricSettings | Metric] = (),
     files: Mapping[str, Sequence[Path]] | None = None,
     bank: AnyLoader | None = None,
+    views: Mapping[str, str] | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
     """Evaluate every model on one epoch of `loader`, and time it on one of its batches.
@@ -127,16 +129,20 @@ def compare(
         files: the files that a model was opened from, by its name, for its size.
         bank: the labeled split with the neighbors of models without logits, transformed as `loader`'s. Defaults to the
             split itself, every fifth of whose images is then classified by the rest.
+        views: the views of the images that networks see, by their names; a teacher sees its own.
         report: called with two lines of progress for each model.
 
     Raises:
         ConfigError, DataError, NonFiniteError, TeacherError: as `evaluate` and `extract_features`.
     """
     rows = []
-    inputs = loader.peek().input
-    if reference is not None and not has_logits(reference, inputs):
+    views, batch = views or {}, loader.peek()
+    reference_view = next((views.get(name, IMAGES) for name, model in models.items() if model is reference), None)
+    if reference is not None and not has_logits(reference, _inputs_of(reference, batch, reference_view or IMAGES)):
         reference = None
     for name, model in models.items():
+        view = views.get(name, IMAGES)
+        inputs = _inputs_of(model, batch, view)
         report(f"evaluating {name}")
         started = time.monotonic()
         try:
@@ -148,9 +154,11 @@ def compare(
                         reference=None if model is reference else reference,
                         metrics=metrics,
                         report=report_batches,
+                        view=view,
+                        reference_view=reference_view,
                     )
                 else:
-                    evaluation = _evaluate_features(model, loader, bank, report_batches)
+                    evaluation = _evaluate_features(model, loader, bank, view, report_batches)
         except NonFiniteError as exc:
             raise NonFiniteError(f"{name}: {exc}") from exc
         evaluated = time.monotonic()
@@ -218,18 +226,23 @@ def measure_cost(
 
 
 def _evaluate_features(
-    model: nn.Module | Teacher, loader: AnyLoader, bank: AnyLoader | None, report: Report
+    model: nn.Module | Teacher, loader: AnyLoader, bank: AnyLoader | None, view: str, report: Report
 ) -> Evaluation:
     """The accuracy of nearest neighbors and of a linear classifier on the features of `model`, or of its members."""
     outputs = _vectors(model)
-    queries = extract_outputs(model, loader, [*outputs.values()], report=report)
-    banks = None if bank is None else extract_outputs(model, bank, [*outputs.values()])
+    queries = extract_outputs(model, loader, [*outputs.values()], report=report, view=view)
+    banks = None if bank is None else extract_outputs(model, bank, [*outputs.values()], view=view)
     metrics: dict[str, float] = {}
     for prefix, output in outputs.items():
         pair = split_bank(queries[output]) if banks is None else (banks[output], queries[output])
         metrics |= {f"{prefix}{_KNN}": knn_top1(*pair), f"{prefix}{_LINEAR}": linear_top1(*pair)}
     num_bad_rows = int((~pair[1].is_finite).sum())
     return replace(only_metrics(metrics, num_samples=len(pair[1])), num_bad_rows=num_bad_rows)
+
+
+def _inputs_of(model: nn.Module | Teacher, batch: KDBatch, view: str) -> Tensor | Mapping[str, Tensor]:
+    """What `model` is called with for a batch."""
+    return model.inputs_of(batch) if isinstance(model, Teacher) else batch.of_view(view).input
 
 
 def _vectors(model: nn.Module | Teacher) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.progress import Report, no_report
-from kd_pipeline.batch import KDBatch
+from kd_pipeline.batch import IMAGES, KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.evaluation._metrics import Metric, MetricSettings, kl_divergence, measure
 from kd_pipeline.evaluation._pixels import PixelTally
@@ -30,6 +30,7 @@ __all__ = [
     "logits_of",
     "of_batches",
     "only_metrics",
+    "run_on_view",
 ]
 
 _logger = getLogger("kd_pipeline")
@@ -102,6 +103,8 @@ def evaluate(
     metrics: Sequence[MetricSettings | Metric] = (),
     max_batches: int | None = None,
     report: Report = no_report,
+    view: str = IMAGES,
+    reference_view: str | None = None,
 ) -> Evaluation:
     """Evaluate `model` on one epoch of `loader`; rows that are not `valid` are ignored.
 
@@ -119,6 +122,8 @@ def evaluate(
         metrics: classes of torchmetrics, and functions of logits and labels.
         max_batches: stop after this many batches.
         report: called with the number of batches that are done, and that there are, as far as that is known.
+        view: of the images that a network sees; a teacher sees its own. Of a view with a `count`, each copy counts.
+        reference_view: the same of the reference, if it is another one.
 
     Raises:
         ConfigError: a model returns no logits, or a metric is unknown, fails or has the name of another one.
@@ -134,15 +139,18 @@ def evaluate(
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
         for number, batch in enumerate(islice(loader, max_batches)):
             report_done(number)
-            logits = logits_of(call_network(model, inputs_for(model, batch.input)))
-            teacher_logits = batch.teacher.get("logits")
-            if reference is not None:
-                teacher_logits = logits_of(call_network(reference, inputs_for(reference, batch.input)))
-            tally = tally or _empty(loader, batch, logits, has_teacher=teacher_logits is not None, metrics=metrics)
-            tally.add(batch, logits, teacher_logits)
+            output, rows = run_on_view(model, batch, view)
+            logits, seen = logits_of(output), model.view if isinstance(model, Teacher) else view
+            teacher_logits = batch.of_view(seen).teacher.get("logits")
+            if isinstance(reference, Teacher):
+                teacher_logits = logits_of(reference.with_outputs(batch).of_view(seen).teacher)
+            elif reference is not None:
+                teacher_logits = logits_of(run_on_view(reference, batch, reference_view or view)[0])
+            tally = tally or _empty(loader, rows, logits, has_teacher=teacher_logits is not None, metrics=metrics)
+            tally.add(rows, logits, teacher_logits)
             if teacher_logits is not None:
-                teacher_tally = teacher_tally or _empty(loader, batch, teacher_logits, has_teacher=False, metrics=())
-                teacher_tally.add(batch, teacher_logits, None)
+                teacher_tally = teacher_tally or _empty(loader, rows, teacher_logits, has_teacher=False, metrics=())
+                teacher_tally.add(rows, teacher_logits, None)
     assert tally is not None  # a loader has at least one batch
     if loader.shard.world_size > 1:
         for each in (tally, teacher_tally):
@@ -368,6 +376,15 @@ def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict
 
 
 Inputs = TypeVar("Inputs", Tensor, Tensor | Mapping[str, Tensor])
+
+
+def run_on_view(model: nn.Module | Teacher, batch: KDBatch, view: str = IMAGES) -> tuple[Any, KDBatch]:
+    """What `model` returns for a view of a batch, of which a teacher has its own, and the rows that it returns."""
+    if isinstance(model, Teacher):
+        rows = model.with_outputs(batch).of_view(model.view)
+        return rows.teacher, rows
+    rows = batch.of_view(view)
+    return call_network(model, inputs_for(model, rows.input)), rows
 
 
 def inputs_for(model: nn.Module | Teacher, inputs: Inputs) -> Inputs:

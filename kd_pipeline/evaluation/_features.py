@@ -10,7 +10,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from kd_pipeline._core.progress import Report, no_report
-from kd_pipeline.batch import KDBatch
+from kd_pipeline.batch import IMAGES, KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import (
     _QUANTUM,
@@ -44,6 +44,7 @@ def evaluate_features(
     epochs: int,
     max_batches: int | None = None,
     report: Report = no_report,
+    view: str = IMAGES,
 ) -> Evaluation:
     """The distillation loss on one epoch of `loader` and its terms, and the mean cosine to the teacher.
 
@@ -62,6 +63,7 @@ def evaluate_features(
         epochs: length of the run.
         max_batches: stop after this many batches.
         report: called with the number of batches that are done, and that there are.
+        view: of the images that the student sees.
 
     Returns:
         `loss`, and as `metrics` the terms by name, and the cosines by `cosine_names`.
@@ -79,7 +81,7 @@ def evaluate_features(
     with eval_mode(student), eval_mode(distillation):
         for number, batch in enumerate(islice(loader, max_batches)):
             report_done(number)
-            batch = _complete(batch, teacher)
+            batch = _complete(batch, teacher).of_view(view)
             with distillation.student_features(student) as features:
                 outputs = call_network(student, inputs_for(student, batch.input))
             for name, value in _sums(distillation, outputs, features, batch, epochs).items():
@@ -126,8 +128,7 @@ def _terms(settings: DistillSettings) -> dict[str, TermSettings]:
 def _complete(batch: KDBatch, teacher: Teacher) -> KDBatch:
     """`batch` with the teacher's outputs, labels and masks: some terms, which are left out, would fail without."""
     zeros_N = batch.index.new_zeros(len(batch.index))
-    return batch.replace(
-        teacher=teacher(batch.input),
+    return teacher.with_outputs(batch).replace(
         labels=zeros_N if batch.labels is None else batch.labels,
         masks=zeros_N[:, None, None] if batch.masks is None else batch.masks,
     )

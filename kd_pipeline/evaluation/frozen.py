@@ -14,12 +14,13 @@ from torch.nn.functional import cross_entropy, normalize
 
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, inputs_for, of_batches
+from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, of_batches, run_on_view
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import POOLED
-from kd_pipeline.models.modules import call_network, eval_mode, named_outputs
+from kd_pipeline.models.modules import eval_mode, named_outputs
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
@@ -105,6 +106,7 @@ def extract_outputs(
     *,
     max_batches: int | None = None,
     report: Report = no_report,
+    view: str = IMAGES,
 ) -> dict[str, Features]:
     """Run `model` on one epoch of `loader`, and keep vectors for each image, on the device of the model.
 
@@ -117,6 +119,7 @@ def extract_outputs(
         names: outputs of the model, each a vector `[N, D]`; see `feature_name`.
         max_batches: stop after this many batches.
         report: called with the number of batches that are done, and that there are.
+        view: of the images that a network sees; a teacher sees its own.
 
     Returns:
         By the names as given.
@@ -137,13 +140,12 @@ def extract_outputs(
     with eval_mode(model):
         for number, batch in enumerate(islice(loader, max_batches)):
             report_done(number)
-            outputs = named_outputs(
-                call_network(model, inputs_for(model, batch.input)), vector=POOLED, owner="the model"
-            )
-            assert batch.labels is not None
+            output, rows = run_on_view(model, batch, view)
+            outputs = named_outputs(output, vector=POOLED, owner="the model")
+            assert rows.labels is not None
             # Copied: a vector may be a view of all tokens, which would be kept with it.
             vectors = [_vector(outputs, name).to(torch.float32, copy=True) for name in names]
-            columns.append((batch.valid, batch.index, batch.labels, *vectors))
+            columns.append((rows.valid, rows.index, rows.labels, *vectors))
     # Rows are selected once: on a GPU, each selection waits for it.
     valid, *joined = [torch.cat(column) for column in zip(*columns, strict=True)]
     joined = [column[valid] for column in joined]

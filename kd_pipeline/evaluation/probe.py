@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.batch import KDBatch
+from kd_pipeline.batch import IMAGES, KDBatch
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import TrainTransform
@@ -243,6 +243,7 @@ def run_probe(
         labels_N, logits_NK = _recorded_rows(teacher, training.labels, settings.num_samples, output)
     else:
         # Shuffled, because a folder lists one class after another.
+        options = {**EACH_IMAGE_ONCE, "shown_views": teacher.views}
         with KDDataLoader.from_config(
             config,
             teacher=teacher,
@@ -251,7 +252,7 @@ def run_probe(
             plugins=plugins,
             shuffle=True,
             ahead=0,
-            **EACH_IMAGE_ONCE,
+            **options,
         ) as loader:
             labels_N, logits_NK = _first_rows(loader, settings, output)
     report = _judge(
@@ -280,17 +281,18 @@ class _Rows:
 
     def __init__(self, settings: ProbeSettings, outputs: Sequence[str]) -> None:
         self.outputs = outputs
-        self._settings, self._labels = settings, list[Tensor]()
-        self._logits: dict[str, list[Tensor]] = {output: [] for output in outputs}
+        self._settings = settings
+        self._logits: dict[str, list[tuple[Tensor, Tensor]]] = {output: [] for output in outputs}
+        """Labels and logits of each batch, of which every copy of an image is a row."""
         self._started_s = time.monotonic()
         self.num_rows = 0
 
     def add(self, batch: KDBatch) -> None:
-        assert batch.labels is not None
-        self._labels.append(batch.labels[batch.valid].cpu())
         for output, rows in self._logits.items():
-            rows.append(batch.teacher[output][batch.valid].cpu())
-        self.num_rows += len(self._labels[-1])
+            of_output = batch.of_view(batch.teacher_views.get(output, IMAGES))
+            assert of_output.labels is not None
+            rows.append((of_output.labels[of_output.valid].cpu(), of_output.teacher[output][of_output.valid].cpu()))
+        self.num_rows += int(batch.valid.sum())
 
     @property
     def is_enough(self) -> bool:
@@ -300,8 +302,9 @@ class _Rows:
 
     def take(self, output: str) -> tuple[Tensor, Tensor]:
         """Labels `[N]` and logits `[N, K]` of one of the outputs."""
+        labels, logits = zip(*self._logits[output], strict=True)
         num_samples = self._settings.num_samples
-        return torch.cat(self._labels)[:num_samples], torch.cat(self._logits[output])[:num_samples]
+        return torch.cat(labels)[:num_samples], torch.cat(logits)[:num_samples]
 
 
 def _first_rows(loader: KDDataLoader, settings: ProbeSettings, output: str) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.device import resolve_device
-from kd_pipeline.batch import KDBatch
+from kd_pipeline.batch import IMAGES, KDBatch
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, DataError, StateError
 from kd_pipeline.loader.batch_epoch import OpenEpoch, ReadyBatch
@@ -186,9 +186,17 @@ class BatchLoader:
         """The name in messages of the sample at `index`."""
         return f"sample {index} of {self.name}" if self.name else f"sample {index}"
 
-    def example(self) -> dict[str, Tensor]:
-        """Inputs of two rows by name on the CPU, for a trial run of a network: those of the first batch."""
-        return {name: tensor.clone() for name, tensor in self._first().inputs.items()}
+    def example(self, view: str = IMAGES) -> dict[str, Tensor]:
+        """Inputs of two rows by name on the CPU, for a trial run of a network: those of the first batch.
+
+        Raises:
+            ConfigError: it has no such view.
+        """
+        try:
+            inputs = self._first().of_view(view).inputs
+        except KeyError as exc:
+            raise ConfigError(f"view: {exc.args[0]}") from None
+        return {name: tensor.clone() for name, tensor in inputs.items()}
 
     @property
     def fingerprint(self) -> str:

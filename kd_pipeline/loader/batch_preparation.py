@@ -15,7 +15,7 @@ from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.class_order import match_classes
 from kd_pipeline.teachers.open import open_teacher
-from kd_pipeline.teachers.settings import AnyTeacherSettings, TeacherSettings, is_recording
+from kd_pipeline.teachers.settings import AnyTeacherSettings, TeacherSettings, is_recording, views_of
 
 __all__ = ["AnyTeacher", "BatchPreparation"]
 
@@ -93,8 +93,7 @@ class BatchPreparation:
             if self._change is not None:
                 batch = self._changed(batch, self._change)
             if self._teacher is not None:
-                inputs = _contiguous(batch.input)
-                batch = batch.replace(teacher=self._opened(batch)(inputs))
+                batch = _with_outputs(batch, self._opened(batch))
             if self.first is None:
                 self.num_first_rows = len(batch)
                 self.first = _two_rows(batch)
@@ -113,7 +112,7 @@ class BatchPreparation:
         """A batch that was prepared before the teacher was attached, with its outputs, and its event."""
         assert isinstance(self._teacher, Teacher)
         with self._sync.on_teacher_stream(), torch.inference_mode(False):
-            batch = batch.replace(teacher=self._teacher(_contiguous(batch.input)))
+            batch = _with_outputs(batch, self._teacher)
             return batch, self._sync.record_event()
 
     def close(self) -> None:
@@ -164,14 +163,21 @@ class BatchPreparation:
         module = self._teacher if isinstance(self._teacher, nn.Module) else None
         settings = TeacherSettings() if module is not None else self._teacher
         assert settings is not None and not isinstance(settings, nn.Module)
+        view, *others = views_of(settings)
+        if others:
+            raise ConfigError(
+                f"the teachers see the views {', '.join([view, *others])}, and are opened for batches of your own with "
+                "one view; open each for its own (open_teacher) and pass kd_pipeline.teachers.group.TeacherGroup"
+            )
+        inputs = batch.of_view(view).inputs
         gpus = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus):
             opened = open_teacher(
                 settings,
                 module=module,
-                example={name: _contiguous(tensor) for name, tensor in batch.inputs.items()},
+                example=_contiguous(inputs),
                 device=self._device,
-                batch_size=len(batch),
+                batch_size=len(next(iter(inputs.values()))),
             )
         try:
             self._teacher = match_classes(opened, self._classes)
@@ -194,11 +200,14 @@ class BatchPreparation:
                 )
 
 
-def _contiguous(inputs: Any) -> Any:
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as one dense buffer each, which teachers read."""
-    if isinstance(inputs, Tensor):
-        return inputs.contiguous()
-    return {name: tensor.contiguous() for name, tensor in inputs.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _with_outputs(batch: KDBatch, teacher: Teacher) -> KDBatch:
+    found = teacher.with_outputs(batch.replace(inputs=_contiguous(batch.inputs), views=_contiguous(batch.views)))
+    return batch.replace(teacher=found.teacher, teacher_views=found.teacher_views)
 
 
 def _two_rows(batch: KDBatch) -> KDBatch:

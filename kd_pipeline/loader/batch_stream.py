@@ -20,6 +20,7 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.suggestions import suggest
+from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSample
 from kd_pipeline.data.decode import Decoding, resolve_decode
@@ -33,16 +34,17 @@ from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform, plain_fields
 from kd_pipeline.data.uniform import UniformCounter
-from kd_pipeline.data.views import IMAGES, Views, ViewSettings, view_fields
+from kd_pipeline.data.views import IMAGES, View, Views, ViewSettings, fields_of_view, view_fields
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.loader.position import Consumer, Position
 from kd_pipeline.loader.prepare import PendingBatch, Preparation
 from kd_pipeline.loader.process import OwnProcess, refuse_copy
 from kd_pipeline.loader.shards import OwnShard
-from kd_pipeline.loader.state import check_fingerprint, check_position, read_position
+from kd_pipeline.loader.state import check_fingerprint, check_position, of_common_views, read_position
 from kd_pipeline.loader.streams import open_stream_sync
 from kd_pipeline.loader.torch_view import BatchNumbers, SampleView, as_it_is
 from kd_pipeline.loader.verify_recording import check_pixels, check_stream, cut_of_mixed_batch, require_fixed_sizes
+from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.models.modules import zero_images
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -64,7 +66,8 @@ class BatchStream:
         teacher: Teacher | Recording | None = None,
         *,
         views: Mapping[str, ViewSettings] | None = None,
-        teacher_view: str = IMAGES,
+        shown_views: Collection[str] | None = None,
+        teacher_view: str | None = None,
         mix: MixSettings | None = None,
         batch_size: int,
         seed: int = 0,
@@ -81,8 +84,8 @@ class BatchStream:
         settings = LoaderSettings.of(
             options,
             others=(
-                *("views", "teacher_view", "mix", "batch_size", "seed", "shuffle", "last_batch", "repeats", "run_dir"),
-                *("prepare", "plugins"),
+                *("views", "shown_views", "teacher_view", "mix", "batch_size", "seed", "shuffle", "last_batch"),
+                *("repeats", "run_dir", "prepare", "plugins"),
             ),
         )
         self._prepare = prepare
@@ -92,17 +95,12 @@ class BatchStream:
                 "they were; give a live teacher, or change the batch in your loop"
             )
         self.source, self.transform, self.teacher, self.mix = source, transform, teacher, mix
-        self.views = Views.of(transform, views).opened(plugins)
+        self._view_settings, self._known_views = dict(views or {}), Views.of(transform, views).opened(plugins)
+        self.views = self._known_views if shown_views is None else self._known_views.only(shown_views)
         """How the views of a sample are made; `transform` describes the first."""
-        self._view_fields = view_fields(transform, views or {})
-        self.teacher_view = teacher_view
+        self._teacher_view = teacher_view
+        self.teacher_views: tuple[str, ...] = self._views_of(teacher)
         """What the teacher is called with."""
-        if teacher_view not in self.views:
-            names = self.views.names
-            raise ConfigError(
-                f"teacher_view is {teacher_view!r}, and there is no such view{suggest(teacher_view, names)}; there are "
-                f"{', '.join(names)}"
-            )
         self.device = resolve_device(settings.device)
         try_own_ops(self.views, device_id=self.device.index, has_masks=self.has_masks)
         self.batch_size = batch_size
@@ -215,9 +213,24 @@ class BatchStream:
         """The name in messages of the sample at `index` of the dataset."""
         return self.source.name(index)
 
-    def example(self) -> dict[str, Tensor]:
-        """Inputs of two rows by name, for a trial run of a network: images of zeros in float32, on the CPU."""
-        return zero_images(self.transform.image_shape)
+    @property
+    def all_views(self) -> Views:
+        """How all views are made that are known, whether batches have them or not."""
+        return self._known_views
+
+    @property
+    def view_settings(self) -> Mapping[str, ViewSettings]:
+        """The settings of all known views besides `images`."""
+        return self._view_settings
+
+    def example(self, view: str = IMAGES) -> dict[str, Tensor]:
+        """Inputs of two rows by name, for a trial run of a network: a view of zeros in float32, on the CPU."""
+        return zero_images(self._known_views[view].image_shape)
+
+    def normalization(self, view: str = IMAGES) -> Normalization:
+        """How a view is normalized."""
+        normalize = self._known_views[view].normalize
+        return Normalization(normalize.mean, normalize.std)
 
     @property
     def drop_last(self) -> bool:
@@ -245,14 +258,31 @@ class BatchStream:
     def stream_fingerprint(self) -> dict[str, Any]:
         """Everything that the image at a position of an epoch depends on, but not teacher, batch size and ranks.
 
+        It is that of the view that the teacher sees.
+
         Raises:
-            ConfigError: it depends on the batch size.
+            ConfigError: the teacher sees several views, or images whose size depends on the batch size.
         """
-        require_fixed_sizes(self.views)
+        if len(self.teacher_views) > 1:
+            raise ConfigError(
+                f"a recording has the outputs for one view, and the members of the teacher see "
+                f"{' and '.join(self.teacher_views)}; give them one view to record them"
+            )
+        (view,) = self.teacher_views
+        require_fixed_sizes(Views((self._known_views[view],)))
+        if (count := self._known_views[view].count) is not None:
+            raise ConfigError(
+                f"a recording has outputs for one image of each sample, and the teacher's view {view} has "
+                f"{count} copies; give it a view without count to record it"
+            )
         fields = self._fingerprint()
-        for name in ("teacher", "global_batch_size", "last_batch"):
+        for name in ("teacher", "teacher_views", "views", "global_batch_size", "last_batch"):
             del fields[name]
-        return {**fields, "cut_of_mixed_batch": cut_of_mixed_batch(self._plan, self.mix)}
+        return {
+            **fields,
+            "view": fields_of_view(self.transform, self._view_settings, view),
+            "cut_of_mixed_batch": cut_of_mixed_batch(self._plan, self.mix),
+        }
 
     @property
     def epoch(self) -> int:
@@ -297,6 +327,7 @@ class BatchStream:
             raise StateError("the loader has a teacher already; make a new one")
         if self._prepare is not None and isinstance(teacher, Recording):
             raise ConfigError("prepare changes the batches, and a recording has outputs for them as they were")
+        self.teacher_views = self._views_of(teacher)
         self.teacher, self._peeked = teacher, None
         self._preparation = self._new_preparation()
         if isinstance(teacher, Recording):
@@ -369,7 +400,8 @@ class BatchStream:
         self._own_shard.require_known()
         epoch, batch, bad_samples, fingerprint = read_position(state, version=_STATE_VERSION)
         might_grow = self._own_shard.might_grow()
-        check_fingerprint(fingerprint, self._fingerprint(), allow=allow, might_grow=might_grow)
+        ours = self._fingerprint()
+        check_fingerprint(*of_common_views(fingerprint, ours), allow=allow, might_grow=might_grow)
         check_position(epoch, batch, bad_samples, num_batches=len(self._plan), num_samples=len(self.source))
         self._own_shard.keep_size("a position was loaded")
         self._reader.stop()
@@ -487,7 +519,7 @@ class BatchStream:
             self.views,
             self.mix,
             self.teacher,
-            self.teacher_view,
+            self.teacher_views[0],
             self.device,
             self._sync,
             self._prepare,
@@ -516,13 +548,20 @@ class BatchStream:
         recording.check_classes(self.classes)
         check_stream(recording, self.stream_fingerprint)
 
+        views = self._known_views.only(self.teacher_views)
+
         def open_reader(plan: Plan) -> Reader:
             graph_settings = replace(self._graph_settings, prefetch=1)
-            images = Views((self.views.images,))
-            return Reader(self.source, images, plan, graph_settings, self._settings, self.mix)
+            return Reader(self.source, views, plan, graph_settings, self._settings, self.mix)
 
         check_pixels(
-            recording, self._plan, self.mix, open_reader=open_reader, sync=self._sync, name_of=self.source.name
+            recording,
+            self._plan,
+            self.mix,
+            self.teacher_views[0],
+            open_reader=open_reader,
+            sync=self._sync,
+            name_of=self.source.name,
         )
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -536,9 +575,10 @@ class BatchStream:
             "source": self.source.fingerprint,
             "num_samples": len(self.source),
             "transform": transform_fields(self.transform),
-            "views": self._view_fields or None,
+            "views": self._fields_of_views() or None,
             "mix": None if self.mix is None else self.mix.model_dump(mode="json"),
             "teacher": None if self.teacher is None else self.teacher.fingerprint,
+            "teacher_views": None if self.teacher_views == (IMAGES,) else list(self.teacher_views),
             "seed": self._plan.seed,
             **self._shuffle_fields,
             "global_batch_size": self._plan.global_batch_size,
@@ -557,6 +597,12 @@ class BatchStream:
             "dali": require("nvidia.dali", extra="cpu").__version__,
         }
 
+    def _fields_of_views(self) -> dict[str, Any]:
+        """What the views of the batches and of the teacher depend on; a recording's need not be in the batches."""
+        names = self._known_views.only({*self.views.names, *self.teacher_views}).names
+        fields = view_fields(self.transform, self._view_settings)
+        return {name: fields[name] for name in names if name in fields}
+
     def _check_usable(self) -> None:
         if self._is_closed:
             raise StateError("the loader is closed; make a new one")
@@ -564,9 +610,11 @@ class BatchStream:
 
     def _check_teacher(self, teacher: Teacher) -> None:
         """Refuse now what would fail, or be silently wrong, at the first batch."""
-        view = self.views[self.teacher_view]
-        for size in view.sizes:
-            teacher.check_fits((self.batch_size, 3, *size), getattr(torch, view.normalize.dtype), self.device)
+        views = [self.views[name] for name in self.teacher_views]
+        names = self.teacher_views if len(views) > 1 else [*teacher.inputs][:1]
+        for number in range(max(len(view.sizes) for view in views)):
+            specs = [self._spec_of(view, view.sizes[min(number, len(view.sizes) - 1)]) for view in views]
+            teacher.check_inputs(dict(zip(names, specs, strict=True)), self.device)
         ours = self.classes
         for name, theirs in teacher.logits.items():
             if ours is not None and theirs is not None and ours != theirs:
@@ -576,6 +624,35 @@ class BatchStream:
                     f"data has {ours_here!r} the teacher has {theirs_here!r} ({name}); give the source the teacher's "
                     "order as `classes`"
                 )
+
+    def _spec_of(self, view: View, size: tuple[int, int]) -> TensorSpec:
+        """What a teacher that sees `view` is called with, at one of its sizes."""
+        return TensorSpec((self.batch_size * view.copies, 3, *size), getattr(torch, view.normalize.dtype))
+
+    def _views_of(self, teacher: Teacher | Recording | None) -> tuple[str, ...]:
+        """The views that the teacher sees.
+
+        Raises:
+            ConfigError: it says another view than the argument `teacher_view`, or one that there is not.
+        """
+        given = self._teacher_view
+        if isinstance(teacher, Teacher):
+            if given is not None and teacher.views not in ((IMAGES,), (given,)):
+                raise ConfigError(
+                    f"teacher_view is {given!r}, and the teacher sees {' and '.join(teacher.views)} already, as its "
+                    "settings say; leave teacher_view out"
+                )
+            names = teacher.views if given is None else (given,)
+        else:
+            names = (given or (IMAGES if teacher is None else teacher.view),)
+        known = self.views if isinstance(teacher, Teacher) else self._known_views
+        for name in names:
+            if name not in known:
+                what = "the teacher's view is" if given is None else "teacher_view is"
+                raise ConfigError(f"{what} {name!r}, and there is no such view{suggest(name, known.names)}")
+        if isinstance(teacher, Teacher) and given is not None:
+            teacher.view = given
+        return names
 
 
 def transform_fields(transform: TrainTransform | EvalTransform) -> dict[str, Any]:

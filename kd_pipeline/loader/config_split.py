@@ -21,7 +21,8 @@ class LoaderArguments(LoaderOptions, total=False):
     """The arguments of `KDDataLoader` that a config has, which `from_config` can change."""
 
     views: Mapping[str, ViewSettings] | None
-    teacher_view: str
+    shown_views: Collection[str] | None
+    teacher_view: str | None
     mix: MixSettings | None
     batch_size: int
     seed: int

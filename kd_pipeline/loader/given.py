@@ -1,7 +1,7 @@
 """What the user may give a loader as source and teacher, and how it is opened."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -17,10 +17,10 @@ from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.custom import check_source
 from kd_pipeline.data.sources.files.paths import FileSource
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.views import IMAGES, ViewSettings
 from kd_pipeline.errors import ConfigError, shown
 from kd_pipeline.loader.batch_stream import BatchStream
-from kd_pipeline.loader.calibration import first_images, images_key
-from kd_pipeline.models.input_adapter import Normalization
+from kd_pipeline.loader.calibration import at_largest, first_images, images_key, images_of_views
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.class_order import match_classes
 from kd_pipeline.teachers.open import open_teacher
@@ -97,6 +97,8 @@ def open_given_teacher(
     teacher: Any,
     source: Source,
     transform: TrainTransform | EvalTransform,
+    views: Mapping[str, ViewSettings],
+    view: str | None,
     *,
     device: torch.device,
     batch_size: int,
@@ -111,6 +113,8 @@ def open_given_teacher(
         teacher: a module, or settings.
         source: the samples.
         transform: makes the images.
+        views: of the loader.
+        view: that the teacher sees, of a module; its settings say it themselves.
         device: of the images.
         batch_size: images in a call.
         seed: of the loader.
@@ -123,19 +127,23 @@ def open_given_teacher(
         TeacherError: it cannot be opened, or has other classes.
     """
     module = teacher if isinstance(teacher, nn.Module) else None
-    settings = TeacherSettings() if module is not None else teacher
+    settings = TeacherSettings(view=view or IMAGES) if module is not None else teacher
     if not isinstance(settings, get_args(AnyTeacherSettings)):
         raise ConfigError(
             f"teacher is {_described(teacher)}; give an nn.Module, settings such as "
             'TeacherSettings(onnx="teacher.onnx"), an open teacher of open_teacher(...), a Recording, or None'
         )
+    if module is None and view is not None:
+        raise ConfigError(f"teacher_view is {view!r} and the teacher is settings; set their own view to it instead")
     if is_recording(settings):
         return open_recording(settings)
 
-    def calibration_images() -> Tensor:
+    def first(view: str) -> Tensor:
         stream = BatchStream(
             source,
             transform.at_size(),
+            views=at_largest(views),
+            shown_views=(view,),
             batch_size=min(batch_size, _NUM_CALIBRATED),
             seed=seed,
             shuffle=shuffle,
@@ -145,20 +153,19 @@ def open_given_teacher(
             plugins=plugins,
         )
         with stream:
-            return first_images(stream, _NUM_CALIBRATED)
+            return first_images(stream, _NUM_CALIBRATED, view)
+
+    def key(view: str) -> str:
+        return images_key(source, transform, seed=seed, shuffle=shuffle, views=views, view=view)
 
     opened = open_teacher(
         settings,
         module=module,
-        image_shape=transform.input_shape,
         device=device,
-        dtype=getattr(torch, transform.dtype),
         batch_size=batch_size,
-        calibration_images=calibration_images,
-        calibration_key=images_key(source, transform, seed=seed, shuffle=shuffle),
         plugins=plugins,
         trust_engines=trust_engines,
-        normalization=Normalization(transform.mean, transform.std),
+        views=images_of_views(transform, views, first=first, key=key),
     )
     try:
         return match_classes(opened, source.classes)

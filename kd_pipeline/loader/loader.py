@@ -18,10 +18,10 @@ from kd_pipeline.data.settings import LoaderOptions
 from kd_pipeline.data.sources import Source, save_classes
 from kd_pipeline.data.sources.base import AnySourceSettings
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, ViewSettings
+from kd_pipeline.data.views import ViewSettings
 from kd_pipeline.loader.batch_stream import BatchStream
 from kd_pipeline.loader.config_split import LoaderArguments, open_split, split_arguments
-from kd_pipeline.loader.config_teacher import open_config_teacher
+from kd_pipeline.loader.config_teacher import open_config_teacher, recorded_view
 from kd_pipeline.loader.given import check_transform, open_given_source, open_given_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -69,7 +69,8 @@ class KDDataLoader(BatchStream):
         teacher: Teacher | Recording | nn.Module | AnyTeacherSettings | None = None,
         *,
         views: Mapping[str, ViewSettings] | None = None,
-        teacher_view: str = IMAGES,
+        shown_views: Collection[str] | None = None,
+        teacher_view: str | None = None,
         mix: MixSettings | None = None,
         batch_size: int,
         seed: int = 0,
@@ -93,7 +94,10 @@ class KDDataLoader(BatchStream):
                 module or settings, which are opened for these images, matched to the order of the classes, and closed
                 with the loader.
             views: more views of each image, by name, made of the same decoding; `batch.views` has them.
-            teacher_view: the view that the teacher sees; defaults to `images`, which `transform` describes.
+            shown_views: names of those of `views` that batches have, with those that they follow; defaults to all.
+            teacher_view: the view that a teacher sees which is given as an object, and which keeps it as its `view`;
+                settings have their own `view`. It defaults to `images`, which `transform` describes, and of a recording
+                to the one that was recorded.
             mix: how to mix images of a batch before the teacher sees them; turns labels into float weights.
             batch_size: images in a batch of this process; with `mix`, a multiple of `2 * repeats`.
             seed: 0 to 2**64 - 1; equal on all ranks.
@@ -130,6 +134,8 @@ class KDDataLoader(BatchStream):
                 teacher,
                 opened_source,
                 transform,
+                views or {},
+                teacher_view,
                 device=resolve_device(str(options.get("device", "auto"))),
                 batch_size=batch_size,
                 seed=seed,
@@ -137,6 +143,7 @@ class KDDataLoader(BatchStream):
                 plugins=plugins,
                 trust_engines=trust_engines,
             )
+            teacher_view = None if isinstance(teacher, nn.Module) else recorded_view(teacher)
             teacher = owned
         try:
             super().__init__(
@@ -144,6 +151,7 @@ class KDDataLoader(BatchStream):
                 transform,
                 teacher,
                 views=views,
+                shown_views=shown_views,
                 teacher_view=teacher_view,
                 mix=mix,
                 batch_size=batch_size,
@@ -213,6 +221,8 @@ class KDDataLoader(BatchStream):
                     source=source,
                 )
             teacher = owned
+        if isinstance(teacher, Recording) and config.teacher is not None:
+            arguments.setdefault("teacher_view", recorded_view(config.teacher))
         try:
             loader = cls(source, settings.transform, teacher, shard=shard, plugins=plugins, **arguments)
         except BaseException:

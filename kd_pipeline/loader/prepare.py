@@ -49,8 +49,8 @@ class Preparation:
     views: Views
     mix: MixSettings | None
     teacher: Teacher | Recording | None
-    teacher_view: str
-    """What the teacher is called with."""
+    recorded_view: str
+    """The view that a recording is of."""
     device: torch.device
     sync: StreamSync
     change: Callable[[KDBatch], KDBatch] | None = None
@@ -73,7 +73,7 @@ class Preparation:
             batch = KDBatch(images=images, labels=labels, index=index, valid=valid, masks=masks, views=views)
             if self.change is not None:
                 batch = self._changed(self.change, batch)
-            batch = batch.replace(teacher=self._teacher_outputs(batch, read, epoch))
+            batch = self._with_outputs(batch, read, epoch)
             # The views are DALI's own, unless something made new ones.
             of_dali = {id(view) for view in made.values()}
             owned = [each for each in (*batch.tensors(), counted) if id(each) not in of_dali]
@@ -131,14 +131,16 @@ class Preparation:
             mixed[name] = mix_images(images, plan).view(view.shape)
         return mixed, labels
 
-    def _teacher_outputs(self, batch: KDBatch, read: ReadBatch, epoch: int) -> Mapping[str, Tensor]:
+    def _with_outputs(self, batch: KDBatch, read: ReadBatch, epoch: int) -> KDBatch:
         match self.teacher:
             case None:
-                return {}
+                return batch
             case Recording() as recording:
-                return recording.replay(epoch, read.plan.position, read.metadata[INDEX], device=self.device)
+                outputs = recording.replay(epoch, read.plan.position, read.metadata[INDEX], device=self.device)
+                views = {} if self.recorded_view == IMAGES else dict.fromkeys(outputs, self.recorded_view)
+                return batch.replace(teacher=outputs, teacher_views=views)
             case teacher:
-                return teacher(batch.input if self.teacher_view == IMAGES else batch.views[self.teacher_view])
+                return teacher.with_outputs(batch)
 
 
 @torch.inference_mode(False)  # as of `_split`

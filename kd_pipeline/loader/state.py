@@ -5,7 +5,7 @@ from typing import Any
 
 from kd_pipeline.errors import StateError
 
-__all__ = ["changed_fields", "check_fingerprint", "check_position", "read_position"]
+__all__ = ["changed_fields", "check_fingerprint", "check_position", "of_common_views", "read_position"]
 
 _LAST_EPOCH = 2**63 - 1
 
@@ -71,6 +71,20 @@ def check_fingerprint(
             f"the saved position belongs to a different stream of batches:\n{lines}\n"
             f"{first}resume with the old values, start over, or accept it: load_state_dict(state, allow={[*changed]})"
         )
+
+
+def of_common_views(
+    saved: Mapping[str, Any], current: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The fingerprints without views that only one of them has: which views there are changes no other one."""
+    ours, theirs = ({} if fields.get("views") is None else fields["views"] for fields in (saved, current))
+    if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+        return saved, current  # damaged, which the comparison says
+    names = ours.keys() & theirs.keys()
+    return (
+        {**saved, "views": {name: ours[name] for name in names}},
+        {**current, "views": {name: theirs[name] for name in names}},
+    )
 
 
 def changed_fields(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kd_pipeline.data.mixing import MixSettings, mix_images
+from kd_pipeline.data.mixing import MixSettings, at_size, mix_images
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.reader import INDEX, MIXING, Reader
 from kd_pipeline.data.views import IMAGES, Views
@@ -81,6 +81,7 @@ def check_pixels(
     recording: Recording,
     plan: Plan,
     mix: MixSettings | None,
+    view: str,
     *,
     open_reader: Callable[[Plan], Reader],
     sync: StreamSync,
@@ -88,8 +89,8 @@ def check_pixels(
 ) -> None:
     """Read `recording.num_verified` images of an epoch, both drawn at random, and compare them with the recorded ones.
 
-    They are one batch of their own reader, which does not move the loader's; with mixing, it has whole groups of
-    partners.
+    They are of the view called `view`, in one batch of their own reader, which does not move the loader's; with mixing,
+    it has whole groups of partners.
 
     Raises:
         StateError: an image differs from the recorded one; names sample, epoch and position.
@@ -109,9 +110,14 @@ def check_pixels(
     try:
         batch = reader.read(epoch, 0, sync.stream)
         with sync.on_teacher_stream():
-            images = sync.as_tensor(batch.group.views[IMAGES])[batch.rows]
+            images = sync.as_tensor(batch.group.views[view])[batch.rows]
             if mix is not None:
-                images = mix_images(images, sync.to_device(batch.metadata[MIXING]).T)
+                # Planned for the size of `images`.
+                size = sync.as_tensor(batch.group.views[IMAGES]).shape
+                columns = at_size(
+                    sync.to_device(batch.metadata[MIXING]).T, (size[2], size[3]), (images.shape[2], images.shape[3])
+                )
+                images = mix_images(images, columns)
             sample = batch.metadata[INDEX]
             recording.replay(epoch, position, sample)  # compares the samples
             wrong = np.flatnonzero(checksums(images) != recording.checksums(epoch, position))

@@ -17,6 +17,7 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import first_few, suggest
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.backbone import Backbone, classifier_layers, trunk_of, without_head
 from kd_pipeline.models.input_adapter import AdaptedNetwork, ExpectedInput, Normalization
@@ -85,6 +86,10 @@ class ModelSettings(Settings):
     """For a student: normalization and size of the images that it expects, if the transform's differ: a first layer
     converts, and is a part of what is exported. `auto` uses what timm knows of its pretrained networks; the size only
     for those that take no other. A teacher has its own, `teacher.input_adapter`."""
+
+    view: str = IMAGES
+    """For a student: the view of each image that it sees, one of the split's `views`; defaults to `images`, which
+    `transform` describes. Of a view with a `count`, each copy is an image. A teacher has its own, `teacher.view`."""
 
     @property
     def is_headless(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
+from kd_pipeline.batch import IMAGES, KDBatch, copies_as_rows
 from kd_pipeline.errors import ConfigError, EngineError, TeacherError
 
 __all__ = ["Teacher", "is_logits"]
@@ -76,6 +77,8 @@ class Teacher(ABC):
         self.fingerprint = fingerprint
         """Hex digest of model, precision and backend. Teachers that return different numbers under one name have
         different ones; which outputs are kept makes no difference."""
+        self.view = IMAGES
+        """The view of each image that it sees; see `TeacherSettings.view`."""
         self.problems: tuple[str, ...] = ()
         """What is wrong with its outputs for a few images, a sentence each with what to do; see `open_teacher`."""
         self.num_parameters: int | None = None
@@ -98,7 +101,6 @@ class Teacher(ABC):
         """
         named = self._named(images)
         self._check(named)
-        num_rows = len(next(iter(named.values())))
         started = time.perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -112,6 +114,7 @@ class Teacher(ABC):
             self.busy_s += time.perf_counter() - started
             self.num_calls += 1
         for name, output in outputs.items():
+            num_rows = len(self._input_of(name, named))
             if output.ndim == 0 or len(output) != num_rows:
                 raise TeacherError(
                     f"the {self.backend} teacher returns {name!r} {list(output.shape)} for {num_rows} {self._rows}: a "
@@ -119,6 +122,50 @@ class Teacher(ABC):
                     "(flatten with images.flatten(1), and pass dynamic_shapes)"
                 )
         return outputs
+
+    def on_batch(self, batch: KDBatch) -> dict[str, Tensor]:
+        """Run the model on what it sees of a batch, and return its outputs by name.
+
+        It is called once, with the view in its place in memory. The copies of one with a `count` are its rows,
+        `[N * count, 3, H, W]`, and its outputs are returned as `[N, count, ...]`.
+
+        Raises:
+            KeyError: the batch has no such view.
+            TeacherError: as a call.
+        """
+        outputs = self(self.inputs_of(batch))
+        if self.views == (IMAGES,):
+            return outputs
+        for name, output in outputs.items():
+            if (images := batch.view(self.view_of(name))).ndim == 5:
+                outputs[name] = output.view(*images.shape[:2], *output.shape[1:])
+        return outputs
+
+    def inputs_of(self, batch: KDBatch) -> Tensor | Mapping[str, Tensor]:
+        """What `on_batch` calls it with.
+
+        Raises:
+            KeyError: the batch has no such view.
+        """
+        if self.views == (IMAGES,):
+            return batch.input
+        seen = {name: copies_as_rows(batch.view(name)) for name in self.views}
+        return seen if len(seen) > 1 else seen[self.views[0]]
+
+    def with_outputs(self, batch: KDBatch) -> KDBatch:
+        """`batch` with its outputs, which know their views; the errors are those of `on_batch`."""
+        outputs = self.on_batch(batch)
+        views = {name: view for name in outputs if (view := self.view_of(name)) != IMAGES}
+        return batch.replace(teacher=outputs, teacher_views=views)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views that it sees: one, or of several teachers those of all, which are then the names of its inputs."""
+        return (self.view,)
+
+    def view_of(self, output: str) -> str:
+        """The view that an output is of."""
+        return self.view
 
     @property
     def images(self) -> TensorSpec:
@@ -175,11 +222,15 @@ class Teacher(ABC):
         Raises:
             TeacherError: shape, dtype or device do not fit; says what the teacher takes and what it got.
         """
-        self._check_fits({next(iter(self.inputs)): TensorSpec(shape, dtype)}, device)
+        self.check_inputs({next(iter(self.inputs)): TensorSpec(shape, dtype)}, device)
 
     def check_takes(self, inputs: Mapping[str, Tensor]) -> None:
         """Raise a TeacherError if the teacher cannot take `inputs`, given by name."""
         self._check(self._named(inputs))
+
+    def _input_of(self, output: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """An input that has as many rows as an output."""
+        return inputs[self.view_of(output)] if len(self.views) > 1 else next(iter(inputs.values()))
 
     @property
     def _rows(self) -> str:
@@ -205,7 +256,7 @@ class Teacher(ABC):
             raise TeacherError(f"the {self.backend} teacher is closed; open a new one with open_teacher(...)")
         specs = {name: TensorSpec(tuple(each.shape), each.dtype) for name, each in inputs.items()}
         for tensor in inputs.values():
-            self._check_fits(specs, tensor.device)
+            self.check_inputs(specs, tensor.device)
             if not tensor.is_contiguous():
                 layout = "NCHW buffer" if tensor.ndim == 4 else "buffer"
                 raise TeacherError(
@@ -213,12 +264,15 @@ class Teacher(ABC):
                     "call .contiguous() first"
                 )
 
-    def _check_fits(self, found: Mapping[str, TensorSpec], device: torch.device) -> None:
+    def check_inputs(self, found: Mapping[str, TensorSpec], device: torch.device) -> None:
+        """The same for all inputs, by name."""
         for name, spec in found.items():
             shape = tuple(size or 0 for size in spec.shape)
             if not self.inputs[name].accepts(shape, spec.dtype):
                 if len(shape) != 4:
                     advice = "give it that, or open it with an example of what it gets (backend: pytorch)"
+                elif self.view != IMAGES:
+                    advice = f"change size or dtype of the view {self.view}, or export it with an input_adapter"
                 elif len(self.inputs[name].shape) == 4:
                     advice = "change the transform's size or dtype, or export the teacher with an input_adapter"
                 else:

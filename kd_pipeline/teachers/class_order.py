@@ -48,13 +48,26 @@ class PermutedTeacher(Teacher):
             classes=tuple(classes),
             fingerprint=hashlib.sha256(f"permuted {teacher.fingerprint} {positions}".encode()).hexdigest(),
         )
-        self.runtimes = teacher.runtimes
+        self.view, self.runtimes = teacher.view, teacher.runtimes
         self.problems = teacher.problems
 
     def keep_outputs(self, names: Collection[str]) -> None:
         """Return only the outputs `names` from now on."""
         super().keep_outputs(names)
         self._teacher.keep_outputs(names)
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Those of the wrapped teacher."""
+        return self._teacher.views if len(self._teacher.views) > 1 else (self.view,)
+
+    def view_of(self, output: str) -> str:
+        """As the wrapped teacher says."""
+        return self._teacher.view_of(output) if len(self.views) > 1 else self.view
+
+    def check_inputs(self, found: Mapping[str, TensorSpec], device: torch.device) -> None:
+        """Check the inputs of the wrapped teacher."""
+        self._teacher.check_inputs(found, device)
 
     def _infer(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         outputs = self._teacher(images)

@@ -1,23 +1,25 @@
 """What several open teachers that read the same images as one share."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
 from kd_pipeline._core.tensor_spec import TensorSpec
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["CombinedTeacher", "merge_specs"]
+__all__ = ["CombinedTeacher", "merge_specs", "of_view"]
 
 
 class CombinedTeacher(Teacher):
     """Open teachers by name that count as one; subclasses say what becomes of their outputs.
 
-    All get the same buffer of images. `max_batch` is the smallest of all, `runtimes` are those of the members in their
-    order, and the `problems` and errors of a member name it. `close()` also closes the members.
+    All that see the same view get the same buffer of images. Where they see several, these are the inputs by name.
+    `max_batch` is the smallest of all, `runtimes` are those of the members in their order, and the `problems` and
+    errors of a member name it. `close()` also closes the members.
     """
 
     def __init__(
@@ -32,20 +34,25 @@ class CombinedTeacher(Teacher):
         """Combine `members`, of which there is at least one.
 
         Raises:
-            TeacherError: two members differ in images or device; names both.
+            TeacherError: two members of the same view differ in images, or two in device; names both.
         """
         self.members = dict(members)
         """The open teachers, by name."""
+        self._several = tuple(dict.fromkeys(member.view for member in members.values()))
+        """The views of the members; of a combined one among them the first."""
         super().__init__(
             backend=backend,
             precision="+".join(dict.fromkeys(member.precision for member in members.values())),
             device=_common_device(members),
-            inputs=_common_inputs(members),
+            inputs=_common_inputs(members)
+            if len(self._several) == 1
+            else {view: _common_images(members, view) for view in self._several},
             outputs=outputs,
             max_batch=min(member.max_batch for member in members.values()),
             classes=classes,
             fingerprint=fingerprint,
         )
+        self.view = self._several[0]
         self.runtimes = tuple(runtime for member in members.values() for runtime in member.runtimes)
         numbers = [member.num_parameters for member in members.values()]
         known = [number for number in numbers if number is not None]
@@ -53,6 +60,20 @@ class CombinedTeacher(Teacher):
         self.problems = tuple(
             f"member {name}: {problem}" for name, member in members.items() for problem in member.problems
         )
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views of the members; with a single one that of all, which a loader may have set."""
+        return self._several if len(self._several) > 1 else (self.view,)
+
+    def check_inputs(self, found: Mapping[str, TensorSpec], device: torch.device) -> None:
+        """Check the inputs of each member."""
+        if len(self.views) == 1:
+            super().check_inputs(found, device)
+            return
+        for name, member in self.members.items():
+            with _naming(name):
+                member.check_inputs({next(iter(member.inputs)): found[member.view]}, device)
 
     def _run_members(self, images: Tensor | Mapping[str, Tensor], names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """The outputs of the members `names` for `images`.
@@ -62,16 +83,30 @@ class CombinedTeacher(Teacher):
         """
         outputs = {}
         for name in names:
-            try:
-                outputs[name] = self.members[name](images)
-            except TeacherError as exc:
-                raise type(exc)(f"member {name}: {exc}") from exc
+            member = self.members[name]
+            of_view = images[member.view] if len(self.views) > 1 and isinstance(images, Mapping) else images
+            with _naming(name):
+                outputs[name] = member(of_view)
         return outputs
 
     def _release(self) -> None:
         with ExitStack() as stack:  # each, even if closing another one fails
             for member in self.members.values():
                 stack.callback(member.close)
+
+
+def of_view(member: Teacher) -> str:
+    """A part of a fingerprint: the view of a member; nothing for `images`."""
+    return "" if member.view == IMAGES else f" of {member.view}"
+
+
+@contextmanager
+def _naming(member: str) -> Iterator[None]:
+    """Names the member in its errors."""
+    try:
+        yield
+    except TeacherError as exc:
+        raise type(exc)(f"member {member}: {exc}") from exc
 
 
 def merge_specs(members: Mapping[str, Teacher], what: str, specs: Sequence[TensorSpec]) -> TensorSpec:
@@ -111,6 +146,18 @@ def _common_inputs(members: Mapping[str, Teacher]) -> dict[str, TensorSpec]:
     return {
         each: merge_specs(members, each, [member.inputs[each] for member in members.values()]) for each in first.inputs
     }
+
+
+def _common_images(members: Mapping[str, Teacher], view: str) -> TensorSpec:
+    """The images that all members which see `view` take."""
+    seeing = {name: member for name, member in members.items() if member.view == view}
+    for name, member in seeing.items():
+        if len(member.inputs) > 1:
+            raise TeacherError(
+                f"member {name} ({member.backend}) takes {', '.join(member.inputs)}, and a view is one input; "
+                "run it alone"
+            )
+    return merge_specs(seeing, IMAGES, [member.images for member in seeing.values()])
 
 
 def _common_device(members: Mapping[str, Teacher]) -> torch.device:

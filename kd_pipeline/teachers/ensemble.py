@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.combined import CombinedTeacher, merge_specs
+from kd_pipeline.teachers.combined import CombinedTeacher, merge_specs, of_view
 
 __all__ = ["EnsembleTeacher"]
 
@@ -50,7 +50,10 @@ class EnsembleTeacher(CombinedTeacher):
                     "members: {first: {...}, second: {...}}"
                 )
         weighted = zip(teachers, weights, strict=True)
-        content = [f"ensemble {average}", *(f"{member.fingerprint} {weight.hex()}" for member, weight in weighted)]
+        content = [
+            f"ensemble {average}",
+            *(f"{member.fingerprint}{of_view(member)} {weight.hex()}" for member, weight in weighted),
+        ]
         self._weights, self._average = weights, average
         super().__init__(
             members,
@@ -65,6 +68,13 @@ class EnsembleTeacher(CombinedTeacher):
 
     def _infer(self, images: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
         logits = [outputs["logits"] for outputs in self._run_members(images, self.members).values()]
+        if len({len(each) for each in logits}) > 1:
+            seen = [member.view for member in self.members.values()]
+            views = ", ".join(f"{view} {len(each)}" for view, each in zip(seen, logits, strict=True))
+            raise TeacherError(
+                f"an ensemble averages rows of the same images, and its views have different numbers ({views}); give "
+                "its members views with the same count"
+            )
         weighted = list(zip(self._weights, logits, strict=True))
         if self._average == "logits":
             return {"logits": torch.stack([weight * logits_NK for weight, logits_NK in weighted]).sum(0)}

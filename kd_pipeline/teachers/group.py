@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.combined import CombinedTeacher
+from kd_pipeline.teachers.combined import CombinedTeacher, of_view
 from kd_pipeline.teachers.settings import check_member_name
 
 __all__ = ["TeacherGroup"]
@@ -17,8 +17,8 @@ class TeacherGroup(CombinedTeacher):
     """Open teachers whose outputs are returned side by side, as in AM-RADIO (Ranzinger et al., arXiv 2312.06709).
 
     The output `pooled` of the member `dino` is called `dino.pooled`. Outputs are those of the members, bit for bit, and
-    members may differ in everything but the images that they take. `classes` is None, as each member has its own; see
-    `logits`.
+    members may differ in everything but the images of a view that several see. `classes` is None, as each member has
+    its own; see `logits`.
     """
 
     def __init__(self, members: Mapping[str, Teacher]) -> None:
@@ -35,7 +35,7 @@ class TeacherGroup(CombinedTeacher):
         members = dict(sorted(members.items()))
         self._idle: set[str] = set()
         """Members of which no output is kept, and that are not run."""
-        content = ["group", *(f"{name} {member.fingerprint}" for name, member in members.items())]
+        content = ["group", *(f"{name} {member.fingerprint}{of_view(member)}" for name, member in members.items())]
         super().__init__(
             members,
             backend="group",
@@ -55,6 +55,10 @@ class TeacherGroup(CombinedTeacher):
             for output, classes in member.logits.items()
             if f"{name}.{output}" in self.outputs
         }
+
+    def view_of(self, output: str) -> str:
+        """The view of the member that an output is of."""
+        return self.members[output.partition(".")[0]].view if len(self.views) > 1 else self.view
 
     def keep_outputs(self, names: Collection[str]) -> None:
         """Return only the outputs `names` from now on; a member without any of them does not run."""

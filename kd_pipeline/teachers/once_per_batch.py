@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kd_pipeline.batch import IMAGES, KDBatch
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["OncePerBatch"]
@@ -26,7 +27,7 @@ class OncePerBatch(Teacher):
             fingerprint=teacher.fingerprint,
         )
         self.runtimes, self.num_parameters = teacher.runtimes, teacher.num_parameters
-        self._teacher = teacher
+        self._teacher, self.view = teacher, teacher.view
         self._images: weakref.ref[Tensor] | None = None
         self._found: dict[str, Tensor] = {}
 
@@ -34,6 +35,25 @@ class OncePerBatch(Teacher):
     def logits(self) -> dict[str, tuple[str, ...] | None]:
         """Those of the teacher."""
         return self._teacher.logits
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Those of the teacher."""
+        return self._teacher.views
+
+    def view_of(self, output: str) -> str:
+        """As the teacher says."""
+        return self._teacher.view_of(output)
+
+    def on_batch(self, batch: KDBatch) -> dict[str, Tensor]:
+        """The outputs for the views that the teacher sees, of which it runs on the first time."""
+        if self.views == (IMAGES,):
+            return super().on_batch(batch)
+        images = batch.view(self.views[0])
+        if self._images is None or self._images() is not images:
+            self._found = self._teacher.on_batch(batch)
+            self._images = weakref.ref(images, lambda _: self._found.clear())
+        return dict(self._found)
 
     def _infer(self, images: Any) -> dict[str, Tensor]:
         if not isinstance(images, Tensor):

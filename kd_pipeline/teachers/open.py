@@ -16,7 +16,7 @@ from kd_pipeline.teachers.group import TeacherGroup
 from kd_pipeline.teachers.onnxruntime import why_no_cuda
 from kd_pipeline.teachers.open_on_cpu import open_on_cpu
 from kd_pipeline.teachers.outputs_check import NUM_IMAGES, check_outputs
-from kd_pipeline.teachers.runner import Inputs, Runner
+from kd_pipeline.teachers.runner import Inputs, Runner, ViewImages
 from kd_pipeline.teachers.settings import (
     AnyTeacherSettings,
     EnsembleSettings,
@@ -54,6 +54,7 @@ def open_teacher(
     trust_engines: Collection[str] = (),
     normalization: Normalization | None = None,
     strict: bool = False,
+    views: Mapping[str, ViewImages] | None = None,
 ) -> Teacher:
     """Open the teacher that `settings` describe, for images `[N, *image_shape]` of `dtype` on `device`.
 
@@ -90,6 +91,8 @@ def open_teacher(
         normalization: of the images, for an `input_adapter`; defaults to ImageNet's. A warning is logged if a
             pretrained model was trained with a different one and has no adapter.
         strict: raise an error for what would be a warning about its outputs.
+        views: the images of each view by name, for settings with a `view`: they replace `image_shape`, `dtype`,
+            `normalization` and the calibration images for the teacher, or each of several, that sees this view.
 
     Raises:
         ConfigError: settings, module and device do not go together, or the settings are of a recording.
@@ -115,6 +118,7 @@ def open_teacher(
         normalization or Normalization(),
         strict,
         example,
+        views or {},
     )
     match settings:
         case Teacher() if module is not None:
@@ -126,6 +130,7 @@ def open_teacher(
                 + ("" if module is None else ", or use backend: pytorch for the module")
             )
         case Teacher():
+            inputs = inputs.of_view(settings.view)
             _check_fits(settings, inputs)
             _examine(settings, inputs)
             return settings
@@ -149,9 +154,11 @@ def _open_checked(
     settings: TeacherSettings, module: nn.Module | None, inputs: Inputs, *, name: str = "teacher"
 ) -> Teacher:
     """Open a single teacher, called `name` in the log, and check it on a few images."""
+    inputs = inputs.of_view(settings.view)
     with ExitStack() as opened:
         teacher = _open(settings, module, inputs, name)
         opened.callback(teacher.close)
+        teacher.view = settings.view
         if settings.outputs:
             teacher.keep_outputs(settings.outputs)
         _check_fits(teacher, inputs)

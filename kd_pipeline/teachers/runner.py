@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, ExportError, TeacherError
 from kd_pipeline.models.features import with_features
@@ -29,7 +30,7 @@ from kd_pipeline.teachers.tensorrt.load import open_engine
 from kd_pipeline.teachers.tensorrt.manifest import Precision, Profile
 from kd_pipeline.teachers.tensorrt.settings import BuildSettings
 
-__all__ = ["Inputs", "Runner"]
+__all__ = ["Inputs", "Runner", "ViewImages"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -38,6 +39,20 @@ _SMALL_BATCH = 2
 """Batch size of a module's first call on a GPU, if the loader's is unknown."""
 _ENGINE_BATCH = 64
 """Largest batch of an engine built from an ONNX file, if neither settings nor loader have one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewImages:
+    """The images of one view, as a teacher gets them."""
+
+    image_shape: tuple[int, int | None, int | None]
+    """`(3, H, W)`, where None is a size that changes."""
+    dtype: torch.dtype
+    normalization: Normalization
+    copies: int = 1
+    """How many there are of each sample, all of which are in one call."""
+    calibration_images: Callable[[], Tensor] | None = None
+    calibration_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,32 @@ class Inputs:
     strict: bool
     example: Mapping[str, Tensor] | None = None
     """Real inputs by name; None generates images."""
+    views: Mapping[str, ViewImages] = field(default_factory=dict)
+    """The images of views by name, where there are several."""
+
+    def of_view(self, name: str) -> "Inputs":
+        """The images of a view; these, if nothing else is known of views.
+
+        Raises:
+            ConfigError: there is no such view.
+        """
+        if not self.views:
+            return self
+        if name not in self.views:
+            raise ConfigError(f"view: there is no view {name!r}{suggest(name, self.views)}")
+        view = self.views[name]
+        return replace(
+            self,
+            image_shape=view.image_shape,
+            dtype=view.dtype,
+            batch_size=None if self.batch_size is None else self.batch_size * view.copies,
+            num_images=self.num_images * view.copies,
+            calibration_images=view.calibration_images,
+            calibration_key=view.calibration_key,
+            normalization=view.normalization,
+            example=None,
+            views={},
+        )
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

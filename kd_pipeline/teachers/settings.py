@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, model_validator
 
 from kd_pipeline._core.secret_values import is_secret
 from kd_pipeline._core.settings import Settings
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.input_adapter import ExpectedInput
 from kd_pipeline.models.registry import ModelSettings
@@ -26,6 +27,7 @@ __all__ = [
     "is_recording",
     "members_of",
     "refuse_unused",
+    "views_of",
     "with_runtimes",
 ]
 
@@ -33,7 +35,7 @@ _NO_TRUST = (
     "settings cannot trust an engine, which is a program, as whoever wrote them can have made the engine too; type "
     '--trust-engine SHA256 on the command line, or pass trust_engines=["SHA256"] in Python'
 )
-_USED_BY_ALL = {"backend"}
+_USED_BY_ALL = {"backend", "view"}
 _NO_NESTING = "a member is one teacher; list the members of several at one level"
 _USED_BY_RUNTIMES = _USED_BY_ALL | {"outputs", "precision", "max_batch", "num_prefix_tokens"}
 _CHANGE_A_MODEL = {"features", "input_adapter"}
@@ -83,6 +85,10 @@ class TeacherSettings(Settings):
     """A network by name with its weights."""
     features: tuple[str, ...] = ()
     """Names of layers of the model whose outputs the teacher returns along with its own."""
+    view: str = IMAGES
+    """The view of each image that it sees: one of the split's `views`, or `images`, which `transform` describes. Of a
+    view with a `count` it sees each copy, and its outputs are `[N, count, ...]`. A recording is of one view, which is
+    the default there."""
     outputs: tuple[str, ...] = ()
     """Names of the outputs to return, such as `[pooled]`; defaults to all. Nothing is spent on the others where the
     runtime allows: PyTorch does not copy them, and ONNX Runtime does not fetch them."""
@@ -137,6 +143,8 @@ class TeacherSettings(Settings):
             raise ValueError(
                 "model.input_adapter is a student's; set the input_adapter of the teacher beside its model"
             )
+        if self.model is not None and self.model.view != IMAGES:
+            raise ValueError("model.view is a student's; set the view of the teacher beside its model")
         if self.backend != "auto":
             refuse_unused(self, self.backend)
         return self
@@ -198,6 +206,11 @@ def members_of(settings: AnyTeacherSettings) -> tuple[TeacherSettings, ...]:
         case EnsembleSettings():
             return settings.members
     return tuple(settings.members.values())
+
+
+def views_of(settings: AnyTeacherSettings) -> tuple[str, ...]:
+    """The views that the teachers of `settings` see, each once."""
+    return tuple(dict.fromkeys(member.view for member in members_of(settings)))
 
 
 def is_recording(settings: object) -> TypeGuard[TeacherSettings]:

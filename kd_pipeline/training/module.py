@@ -12,7 +12,7 @@ from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.memory import release_free_memory
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import speed_text
-from kd_pipeline.batch import KDBatch, rows_name
+from kd_pipeline.batch import IMAGES, KDBatch, rows_name
 from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for
 from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
@@ -59,6 +59,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         validate: Callable[[nn.Module], Mapping[str, Evaluation]],
         plugins: Collection[str] = (),
         optimizer: OwnOptimizer | None = None,
+        view: str = IMAGES,
     ) -> None:
         """Wrap `student`.
 
@@ -72,6 +73,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             validate: evaluates a model on every validation set, by name.
             plugins: modules that factories of the optimizer and its schedule may come from.
             optimizer: of the user's own, instead of that of the settings and its schedule.
+            view: of the images that the student sees.
         """
         super().__init__()
         self.student, self.distillation = student, distillation
@@ -85,6 +87,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             for name, _ in distillation.get_submodule(part).named_buffers()
         ]
         self._settings, self._steps_per_epoch, self._identity = settings, steps_per_epoch, identity
+        self._view = view
         self._validate, self._plugins, self._own_optimizer = validate, plugins, optimizer
         self._compiled = CompiledStudent(student) if settings.compile else None
         self._throughput = Throughput(teacher)
@@ -193,6 +196,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
         self._took_optimizer_step = False
         student = self._compiled or self.student
+        samples, batch = batch, batch.of_view(self._view)
         with self.distillation.student_features(self.student) as features:
             outputs = call_network(student, inputs_for(self.student, batch.input))
         num_done = self.current_epoch * self.trainer.num_training_batches + number
@@ -215,7 +219,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             self.log("epoch", float(self.current_epoch + 1))  # Lightning's own is counted from 0
         if self._is_logged or self.trainer.is_last_batch:
             self._log_terms(terms, self._rank_weight(batch))
-        loss: Tensor = terms.total * self._loss_weight(batch)
+        loss: Tensor = terms.total * self._loss_weight(samples)
         if self.device_mesh is not None and not self.distillation.compares_outputs:
             loss = reach_outputs(loss, own.values())
         return loss

@@ -19,7 +19,8 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import open_source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
+from kd_pipeline.data.views import IMAGES
+from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._compare import Comparison, compare
 from kd_pipeline.evaluation._metrics import MetricSettings, open_metrics
 from kd_pipeline.loader.config_teacher import open_config_teacher
@@ -32,7 +33,7 @@ from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
 from kd_pipeline.workflows.open_checkpoint import is_checkpoint, open_checkpoint
-from kd_pipeline.workflows.stage import stage_dir
+from kd_pipeline.workflows.stage import stage_dir, view_of
 from kd_pipeline.workflows.teacher import saved_runtimes, student_precision, with_trained_weights
 
 __all__ = ["TEACHER", "compare_files"]
@@ -93,21 +94,31 @@ def compare_files(
         # Without a process group, each process of a launcher compares on the whole split.
         shard = None if torch.distributed.is_initialized() else Shard()
         loader = stack.enter_context(
-            KDDataLoader.from_config(config, split, teacher=None, shard=shard, run_dir=None, plugins=plugins)
+            KDDataLoader.from_config(
+                config,
+                split,
+                teacher=None,
+                shard=shard,
+                run_dir=None,
+                plugins=plugins,
+                shown_views=config.seen_views & config.data.split(split).views.keys(),
+            )
         )
-        transform = loader.transform
         report(f"{split}: {len(loader.source):,} images{_of_classes(loader)} in batches of {loader.batch_size}")
+
+        views: dict[str, str] = {}
+        """What networks see, by their names."""
 
         def open_one(path: str | os.PathLike[str], wanted: Literal["teacher", "student"] = "student") -> OpenedModel:
             if (named := _BY_NAME.fullmatch(os.fspath(path))) is not None:
                 return _open_backbone(loader, *named.groups(), is_pretrained=pretrained)
+            view = view_of(config, "distill")
             allowed = {"plugins": plugins, "trust_engines": trust_engines}
             if is_checkpoint(file := argument_path(path)):
                 model = open_checkpoint(file, config, loader, split, wanted=wanted, **allowed)
             else:
-                dtype = getattr(torch, transform.dtype)
-                shape, device, classes = transform.image_shape, loader.device, loader.classes
-                model = open_model_file(file, image_shape=shape, device=device, dtype=dtype, classes=classes, **allowed)
+                model, view = _open_file(file, config, split, loader, **allowed)
+            views[os.fspath(path)] = view
             stack.callback(model.close)
             return model
 
@@ -137,6 +148,7 @@ def compare_files(
             metrics=opened_metrics,
             files={name: each.files for name, each in opened.items()},
             bank=own_bank,
+            views=views,
             report=report,
         )
 
@@ -183,12 +195,47 @@ def _adapter(network: nn.Module, images: TrainTransform | EvalTransform, *, is_p
     return ExpectedInput(mean=wanted.mean, std=wanted.std, size=size).adapter(own)
 
 
+def _open_file(
+    file: Path,
+    config: Config,
+    split: str,
+    loader: KDDataLoader,
+    *,
+    plugins: Collection[str],
+    trust_engines: Collection[str],
+) -> tuple[OpenedModel, str]:
+    """The model in `file`, and the view that it sees: the student's, or another of the config whose images it takes."""
+    failure: TeacherError | None = None
+    for name in dict.fromkeys([view_of(config, "distill"), *sorted(config.seen_views), IMAGES]):
+        view = config.data.view(split, name)
+        try:
+            opened = open_model_file(
+                file,
+                image_shape=view.image_shape,
+                device=loader.device,
+                dtype=getattr(torch, view.normalize.dtype),
+                classes=loader.classes,
+                plugins=plugins,
+                trust_engines=trust_engines,
+            )
+        except TeacherError as exc:
+            failure = failure or exc
+            continue
+        if isinstance(opened.model, Teacher):
+            opened.model.view = name
+        return opened, name
+    assert failure is not None
+    raise failure
+
+
 def _open_bank(config: Config, split: str, loader: KDDataLoader, plugins: Collection[str]) -> KDDataLoader:
     """Every image of a split once, transformed as those of `loader`, and with labels of the same order."""
     data = config.data
     return KDDataLoader(
         open_source(data.split(split).source, classes=loader.classes, plugins=plugins),
         loader.transform,
+        views=loader.view_settings,
+        shown_views=loader.views.names[1:],
         batch_size=data.batch_size,
         seed=config.seed,
         shuffle=False,

@@ -16,6 +16,7 @@ from kd_pipeline._core.files import describe_special
 from kd_pipeline._core.image_size import height_width
 from kd_pipeline._core.progress import timed
 from kd_pipeline._core.suggestions import suggest
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.config_teacher import sample_images
@@ -31,7 +32,7 @@ from kd_pipeline.teachers.parity import CalibrationSet, check_parity, generate_c
 from kd_pipeline.teachers.runner import Inputs, Runner
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings, is_recording
 from kd_pipeline.workflows.exported import CHECKPOINTS, ONNX, no_network, open_model_file, read_exported
-from kd_pipeline.workflows.stage import stage_dir
+from kd_pipeline.workflows.stage import stage_dir, view_of
 from kd_pipeline.workflows.teacher import with_trained_weights
 
 __all__ = [
@@ -68,6 +69,8 @@ class Network:
     """Class names in logit order, if known."""
     input_adapter: InputAdapter | None = None
     """Becomes the first layer of the file."""
+    view: str = IMAGES
+    """Of the images of a config, which it takes."""
 
     def changed(
         self,
@@ -186,13 +189,13 @@ def network_of_config(
         ConfigError: there is no such network, it is a file already, has random weights or is not trained yet.
     """
     if part == "student":
-        return _student(config, plugins)
+        return replace(_student(config, plugins), view=view_of(config, "distill"))
     settings = _single(config, member)
     trained = with_trained_weights(config, settings)
     if trained.model is None:  # the run exported it
         assert config.run_dir is not None
-        return network_of_run(config.run_dir / "teacher", plugins=plugins)
-    shape, normalization = _images(config)
+        return replace(network_of_run(config.run_dir / "teacher", plugins=plugins), view=settings.view)
+    shape, normalization = _images(config, settings.view)
     adapter = None
     if isinstance(trained.input_adapter, ExpectedInput):  # becomes a layer that the file names
         adapter = trained.input_adapter.adapter(normalization)
@@ -213,7 +216,13 @@ def network_of_config(
     )
     module = Runner(trained, None, inputs).module
     assert module is not None
-    return Network(module=module, name="the teacher of the config", image_shape=shape, input_adapter=adapter)
+    return Network(
+        module=module,
+        name="the teacher of the config",
+        image_shape=shape,
+        input_adapter=adapter,
+        view=settings.view,
+    )
 
 
 def export_network(
@@ -320,13 +329,13 @@ def _student(config: Config, plugins: Collection[str]) -> Network:
     return network_of_run(folder, plugins=plugins)
 
 
-def _images(config: Config) -> tuple[tuple[int, int, int], Normalization]:
-    """Shape and normalization of the images that the teacher of `config` gets."""
+def _images(config: Config, view: str) -> tuple[tuple[int, int, int], Normalization]:
+    """Shape and normalization of the images of a view of `config`."""
     split = next(iter(config.data.splits), None)
     if split is None:
         return (3, _DEFAULT_SIZE, _DEFAULT_SIZE), Normalization()
-    transform = config.data.split("train" if config.data.train is not None else split).transform
-    return transform.image_shape, Normalization(transform.mean, transform.std)
+    made = config.data.view("train" if config.data.train is not None else split, view)
+    return made.image_shape, Normalization(made.normalize.mean, made.normalize.std)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -353,7 +362,7 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 def _samples(network: Network, images: Config | None, plugins: Collection[str]) -> CalibrationSet:
     if images is None:
         return generate_calibration_set(network.image_shape)
-    found = sample_images(images, plugins=plugins)
+    found = sample_images(images, plugins=plugins, view=network.view)
     if found.shape[1:] != network.image_shape:
         _, height, width = network.image_shape
         raise ConfigError(

@@ -293,6 +293,7 @@ def _open_loader(
         begun_with=begun_with,
     )
     opened.callback(teacher.close)
+    assert isinstance(teacher, Teacher)  # no recording
     # Samples that training drops are recorded too: the recording works for any batch size and number of ranks.
     last_batch = "pad" if train.last_batch in (None, "drop") else train.last_batch
     # The class list and the unreadable samples of a training in the same folder stay those of the training.
@@ -306,6 +307,7 @@ def _open_loader(
             last_batch=last_batch,
             plugins=plugins,
             run_dir=None if holds_training else config.run_dir,
+            shown_views=teacher.views,
         )
     )
 
@@ -323,11 +325,13 @@ def _student_grids(
         if each.student is None:
             raise ConfigError("--grid student is that of the student's features: set student, or give a number")
         num_classes = num_classes_for(each.student, loader.source, teacher)
+        view = each.student.view
+        images = normalization_of(loader, view)
         distillation = Distillation(
             each.distill,
-            student=open_model(each.student, plugins=plugins, num_classes=num_classes, images=normalization_of(loader)),
+            student=open_model(each.student, plugins=plugins, num_classes=num_classes, images=images),
             teacher_outputs=teacher.outputs,
-            example=loader.example(),
+            example=loader.example(view),
             num_classes=num_classes_of(loader.source, teacher),
             plugins=plugins,
         )
@@ -386,7 +390,7 @@ def _rows(batch: KDBatch, manifest: RecordingManifest, num_rows: int) -> dict[st
     """The first rows of a batch as rows of the recording's columns, without padding, which comes last."""
     encoded = encode(batch.teacher, manifest)
     rows: dict[str, NDArray[Any]] = {name: column.cpu().numpy() for name, column in encoded.items()}
-    rows |= {SAMPLE: batch.index.cpu().numpy() + 1, CHECKSUM: checksums(batch.images)}
+    rows |= {SAMPLE: batch.index.cpu().numpy() + 1, CHECKSUM: checksums(batch.view(manifest.view))}
     return {name: column[:num_rows] for name, column in rows.items()}
 
 

@@ -96,7 +96,7 @@ def check_split(
     Raises:
         ConfigError, DataError: the split cannot be opened, or none of its images decodes.
     """
-    changes = {**EACH_IMAGE_ONCE, **SKIP_UNREADABLE}
+    changes = {**EACH_IMAGE_ONCE, **SKIP_UNREADABLE, "shown_views": ()}
     changes["shuffle"] = num_images is not None  # the first images of a folder are all of one class
     with KDDataLoader.from_config(
         _only_cropped(config, split),

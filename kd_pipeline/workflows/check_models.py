@@ -20,6 +20,7 @@ from kd_pipeline.evaluation._metrics import open_metrics
 from kd_pipeline.evaluation.probe import ProbeReport, run_probe
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
+from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.models.modules import call_network, zero_images
 from kd_pipeline.models.registry import open_model
 from kd_pipeline.report.grid import save_grid
@@ -34,9 +35,9 @@ from kd_pipeline.workflows.stage import (
     check_config,
     loss_settings,
     network_of,
-    normalization_of,
     num_classes_for,
     num_classes_of,
+    view_of,
 )
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, starts_without_teacher
 from kd_pipeline.workflows.validation import check_probed
@@ -166,7 +167,10 @@ def _draw(
     config: Config, training: Source, out: Path, teacher: Teacher | Recording | None, plugins: Collection[str]
 ) -> tuple[KDBatch, Path]:
     config = _lenient(config, teacher)
-    with KDDataLoader.from_config(config, teacher=teacher, training=training, plugins=plugins, run_dir=None) as loader:
+    shown = config.seen_views if isinstance(teacher, Teacher) else set(config.student_views.values())
+    with KDDataLoader.from_config(
+        config, teacher=teacher, training=training, plugins=plugins, run_dir=None, shown_views=shown
+    ) as loader:
         batch = next(iter(loader))
         grid = save_grid(
             batch,
@@ -182,6 +186,7 @@ def _first_rows(batch: KDBatch) -> KDBatch:
     """A copy of the first images, which outlives the loader."""
     return batch.replace(
         images=batch.images[:_NUM_IMAGES].clone(),
+        views={name: view[:_NUM_IMAGES].clone() for name, view in batch.views.items()},
         labels=None if batch.labels is None else batch.labels[:_NUM_IMAGES],
         masks=None if batch.masks is None else batch.masks[:_NUM_IMAGES],
         index=batch.index[:_NUM_IMAGES],
@@ -231,15 +236,16 @@ def _check_student(
     if training is None and teacher is None:
         return  # which is the error to correct first
     settings = settings.model_copy(update={"pretrained": False})  # no download
-    train = config.data.split("train")
+    train, view = config.data.split("train"), view_of(config, stage)
+    made = config.data.view("train", view)
     student = open_model(
         settings,
         plugins=plugins,
         num_classes=num_classes_for(settings, training, teacher),
         is_trained=True,
-        images=normalization_of(train),
+        images=Normalization(made.normalize.mean, made.normalize.std),
     )
-    example = zero_images(train.transform.image_shape)
+    example = zero_images(made.image_shape)
     if config.feature_probe is not None and stage != "teacher":
         check_probed(student, example)
     distillation = Distillation(
@@ -253,7 +259,7 @@ def _check_student(
         plugins=plugins,
     )
     if batch is not None:
-        _check_loss(distillation, student, batch, config)
+        _check_loss(distillation, student, batch.of_view(view), config)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.own_optimizer import OwnOptimizer
 from kd_pipeline.workflows.parts import Loss
-from kd_pipeline.workflows.stage import loss_settings, num_classes_of
+from kd_pipeline.workflows.stage import loss_settings, num_classes_of, view_of
 
 __all__ = ["build_distillation", "build_module", "own_outputs"]
 
@@ -56,13 +56,13 @@ def build_module(
     Raises:
         ConfigError: student, teacher and loss do not go together, or the loader has no length.
     """
-    train = config.train
+    train, view = config.train, view_of(config, config.stage)
     distillation = build_distillation(config, student, loader, teacher, plugins=plugins, loss=loss)
     if train.strategy != "fsdp":  # which shards dense weights in the usual order only
         use_channels_last(
             student,
             train.channels_last,
-            example=loader.example(),
+            example=loader.example(view),
             device=loader.device,
             is_half=train.precision != "32-true",
         )
@@ -77,6 +77,7 @@ def build_module(
         validate=validate,
         plugins=plugins,
         optimizer=optimizer,
+        view=view,
     )
 
 
@@ -98,7 +99,7 @@ def build_distillation(
         loss_settings(config, "teacher" if config.stage == "teacher" else "distill"),
         student=student,
         teacher_outputs=None if teacher is None else teacher.outputs,
-        example=loader.example(),
+        example=loader.example(view_of(config, config.stage)),
         num_classes=num_classes_of(loader, teacher),
         labels_are_soft=loader.labels_are_soft,
         ignore_index=loader.ignore_index,

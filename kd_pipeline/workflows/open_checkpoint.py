@@ -14,7 +14,7 @@ from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows.exported import CHECKPOINTS, OpenedModel, no_model
-from kd_pipeline.workflows.stage import normalization_of
+from kd_pipeline.workflows.stage import normalization_of, view_of
 from kd_pipeline.workflows.teacher import student_precision
 
 __all__ = ["is_checkpoint", "open_checkpoint"]
@@ -62,14 +62,16 @@ def open_checkpoint(
     reasons = []
     for role in sorted(networks, key=lambda role: role != wanted):
         try:
-            images = normalization_of(loader)
+            view = view_of(config, "distill")
+            images = normalization_of(loader, view)
             network = open_model(networks[role], plugins=plugins, is_deployed=role == "student", images=images)
         except ConfigError as error:
             reasons.append(f"{_KEYS[role]}: {error}")
             continue
         if role == "teacher":
             return _open_teacher(networks[role], path, config, loader, split, plugins, trust_engines)
-        network = network.to(loader.device, getattr(torch, loader.transform.dtype)).eval()
+        dtype = getattr(torch, config.data.view(split, view).normalize.dtype)
+        network = network.to(loader.device, dtype).eval()
         return OpenedModel(network, loader.classes, (path,), lambda: None)
     if len(reasons) == 1:
         raise ConfigError(reasons[0])

@@ -1,16 +1,20 @@
 """The teacher of a run on the user's batches, or one that the user gives, ready for what the loader gives."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from torch import nn
 
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.loader.calibration import images_of_views
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.class_order import match_classes
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.recorded.recording import Recording, open_recording
-from kd_pipeline.teachers.settings import AnyTeacherSettings, TeacherSettings, is_recording, with_runtimes
+from kd_pipeline.teachers.settings import AnyTeacherSettings, TeacherSettings, is_recording, views_of, with_runtimes
 from kd_pipeline.workflows.parts import Parts
 from kd_pipeline.workflows.run_data import RunData
 from kd_pipeline.workflows.teacher import student_precision, with_trained_weights
@@ -94,15 +98,26 @@ def _open(
     plugins: Collection[str],
     trust_engines: Collection[str],
 ) -> Teacher:
+    view, *others = views_of(settings)
+    own = data.own_training
+    images: dict[str, Any] = {}
+    if isinstance(own, KDDataLoader) and (others or view != IMAGES):
+        images["views"] = images_of_views(own.transform, own.view_settings)
+    elif others:
+        raise ConfigError(
+            f"the teachers see the views {', '.join([view, *others])}, and train_batches are of your own; open each "
+            "for its own view (open_teacher) and pass kd_pipeline.teachers.group.TeacherGroup as teacher"
+        )
+    else:
+        images |= {"example": data.teacher_example(view), "normalization": data.normalization}
     return open_teacher(
         settings,
         module=module,
-        example=data.teacher_example(),
         device=data.device,
         batch_size=data.batch_size,
         student_precision=student_precision(config),
         plugins=plugins,
         trust_engines=trust_engines,
-        normalization=data.normalization,
         strict=config.probe is not None and config.probe.strict,
+        **images,
     )

@@ -18,7 +18,8 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.settings import DataSettings
 from kd_pipeline.data.sources import Source
-from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.transforms import CenterCrop, EvalTransform, TrainTransform
+from kd_pipeline.data.views import IMAGES, EvalView, FollowingView, Views
 from kd_pipeline.errors import DataError, MissingPackageError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.loader.config_teacher import sample_images
@@ -27,8 +28,17 @@ from kd_pipeline.report.plots import plot_confusion, plot_curves, save_figure
 from kd_pipeline.teachers.parity import CalibrationSet
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import OwnNetwork, export_student
+from kd_pipeline.workflows.stage import view_of
 
-__all__ = ["eval_transform_like", "evaluation_split", "read_evaluations", "results_digest", "write_results"]
+__all__ = [
+    "eval_transform_of",
+    "evaluation_split",
+    "read_evaluations",
+    "repeatable_transform",
+    "results_digest",
+    "transforms_for_evaluation",
+    "write_results",
+]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -97,8 +107,9 @@ def write_results(
 
 
 def _calibration_set(config: Config, training: Source | None, plugins: Collection[str]) -> CalibrationSet:
-    split = evaluation_split(config.data)[0]
-    images = sample_images(config, split, training=training, plugins=plugins)
+    view = view_of(config, config.stage)
+    split = evaluation_split(config.data, view)[0]
+    images = sample_images(config, split, training=training, plugins=plugins, view=view)
     return CalibrationSet(images, f"the split {split} of the run")
 
 
@@ -135,15 +146,78 @@ def _plot(folder: RunFolder, evaluations: Mapping[str, Evaluation], report: Repo
         _logger.warning("no plots were saved: %s", exc)
 
 
-def evaluation_split(data: DataSettings) -> tuple[str, EvalTransform]:
-    """The split whose images the export is for: `val`, else `test`, else `train` with the usual transform."""
+def evaluation_split(data: DataSettings, view: str = IMAGES) -> tuple[str, EvalTransform]:
+    """The split whose images the export is for: `val`, else `test`, else `train` with the usual transform.
+
+    The transform is that of a view, by which the images of the split are all that it is of.
+    """
     for name, split in (("val", data.val), ("test", data.test)):
-        if split is not None and isinstance(split.transform, EvalTransform):
-            return name, split.transform
-    return "train", eval_transform_like(data.split("train").transform)
+        has_view = split is not None and view in (IMAGES, *split.views)
+        if has_view and (transform := repeatable_transform(data, name, view)) is not None:
+            return name, transform
+    train = data.split("train")
+    return "train", eval_transform_of(train.transform, Views.of(train.transform, train.views), view)
 
 
-def eval_transform_like(transform: TrainTransform | EvalTransform) -> EvalTransform:
+def transforms_for_evaluation(data: DataSettings) -> dict[str, Any]:
+    """`transform` and `views` for an evaluation on the training images: those of `evaluation_split`, none random."""
+    name, transform = evaluation_split(data)
+    split = data.split(name)
+    if name != "train":
+        return {"transform": transform, "views": split.views}
+    made = Views.of(split.transform, split.views)
+    views = {
+        view: settings
+        if isinstance(settings, FollowingView) and settings.follow == IMAGES
+        else EvalView(**eval_transform_of(split.transform, made, view).model_dump(exclude={"orientation"}))
+        for view, settings in split.views.items()
+    }
+    return {"transform": transform, "views": views}
+
+
+def eval_transform_of(transform: TrainTransform | EvalTransform, views: Views, view: str) -> EvalTransform:
+    """The transform for evaluation that makes images like those of a view: the same ones, unless it is random.
+
+    Args:
+        transform: of the split.
+        views: of the split, which `transform` and its other views make.
+        view: one of them.
+    """
+    if view == IMAGES:
+        return _eval_transform_like(transform)
+    made = views[view]
+    leader = views[made.leader or view]
+    resize = None
+    if isinstance(leader.crop, CenterCrop):  # the same window at another size
+        scale = min(made.height_width) / min(leader.height_width)
+        resize = max(round(leader.crop.shorter * scale), min(made.height_width))
+    return EvalTransform.model_validate(
+        {
+            "size": made.height_width,
+            "resize": resize,
+            "interpolation": made.crop.interpolation,
+            "mean": made.normalize.mean,
+            "std": made.normalize.std,
+            "dtype": made.normalize.dtype,
+            "orientation": transform.orientation,
+        }
+    )
+
+
+def repeatable_transform(data: DataSettings, split: str, view: str) -> EvalTransform | None:
+    """The transform that makes a view of a split; None if it is random.
+
+    Raises:
+        ConfigError: there is no such split, or it has no such view.
+    """
+    made, settings = data.view(split, view), data.split(split)
+    views = Views.of(settings.transform, settings.views)
+    if not isinstance(views[made.leader or view].crop, CenterCrop):
+        return None
+    return eval_transform_of(settings.transform, views, view)
+
+
+def _eval_transform_like(transform: TrainTransform | EvalTransform) -> EvalTransform:
     """The usual transform for evaluation that makes images of the same size and pixel values."""
     if isinstance(transform, EvalTransform):
         return transform

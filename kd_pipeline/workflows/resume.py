@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import StateError
+from kd_pipeline.loader.state import of_common_views
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.settings import TrainSettings
@@ -44,6 +45,8 @@ _RULES: dict[str, Rule] = {
     "data.max_bad_fraction": "applied",
     # Where the data is. The fingerprint says whether it is the same.
     "data.train.source": "if same data",
+    # Those that student and teacher see are fields of the stream.
+    "data.train.views": "applied",
     # Images that nothing is learned from, unless they have selected the best student so far.
     "data.val": "if not selecting",
     "data.more": "if not selecting",
@@ -249,6 +252,10 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any], folder: P
     """
     if "config" not in saved:
         raise StateError(f"the checkpoint in {folder} does not say which config made it; {_way_out(folder)}")
+    if isinstance(saved.get("stream"), Mapping) and isinstance(current.get("stream"), Mapping):
+        # A run with several students has the views of all of them.
+        ours, theirs = of_common_views(saved["stream"], current["stream"])
+        saved, current = {**saved, "stream": ours}, {**current, "stream": theirs}
     try:
         applied, refused = _sorted_changes(saved, current)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:  # of plain data of any shape

@@ -12,7 +12,8 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source, open_source
-from kd_pipeline.data.transforms import EvalTransform, TrainTransform
+from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.data.views import IMAGES, View
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.batch_loader import AnyLoader, BatchLoader
 from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
@@ -23,7 +24,8 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.distributed import on_rank_zero
 from kd_pipeline.workflows.parts import Parts
-from kd_pipeline.workflows.results import eval_transform_like, evaluation_split
+from kd_pipeline.workflows.results import eval_transform_of, evaluation_split, transforms_for_evaluation
+from kd_pipeline.workflows.stage import view_of
 
 __all__ = ["RunData", "TrainingData"]
 
@@ -86,6 +88,10 @@ class RunData:
         found = own_training or self.source
         assert found is not None
         self.training: TrainingData = found
+        self.view = view_of(config, config.stage)
+        """Of the images, that the network which is trained sees."""
+        self.teacher_views: tuple[str, ...] = ()
+        """Those that a teacher sees which runs on the images of all splits."""
         self.has_own_validation = parts.validation is not None or len(self._own) > 1
 
     @property
@@ -153,45 +159,49 @@ class RunData:
     @property
     def normalization(self) -> Normalization | None:
         """Of the images of the training; None for the user's own batches."""
-        transform = self._transform
-        return None if transform is None else Normalization(transform.mean, transform.std)
+        made = self._made_view("train", IMAGES)
+        return None if made is None else Normalization(made.normalize.mean, made.normalize.std)
 
     def example(self) -> dict[str, Tensor]:
-        """Inputs of two rows by name, for a trial run of a network on the CPU."""
-        if self.own_training is not None:
-            return self.own_training.example()
-        return zero_images(self._config.data.split("train").transform.image_shape)
+        """Inputs of two rows by name, for a trial run of the network that is trained, on the CPU."""
+        return self.example_of("train", self.view)
 
-    def teacher_example(self) -> dict[str, Tensor]:
+    def example_of(self, split: str, view: str) -> dict[str, Tensor]:
+        """Inputs of two rows of a view of a split by name, on the CPU.
+
+        Raises:
+            ConfigError: the split has no such view.
+        """
+        if split in self._own:
+            return self._own[split].example(view)
+        return zero_images(self._config.data.view(split, view).image_shape)
+
+    def teacher_example(self, view: str, split: str = "train") -> dict[str, Tensor]:
         """The same in the dtype that a teacher gets."""
-        transform = self._transform
-        dtype = None if transform is None else getattr(torch, transform.dtype)
-        return {name: each.to(dtype or each.dtype) for name, each in self.example().items()}
+        made = self._made_view(split, view)
+        dtype = None if made is None else getattr(torch, made.normalize.dtype)
+        return {name: each.to(dtype or each.dtype) for name, each in self.example_of(split, view).items()}
 
-    def teacher_example_of(self, split: str) -> Tensor:
-        """What a teacher would get of a split, two rows of it; of several inputs the first."""
-        if split == "train":
-            example = self.teacher_example()
-        elif self.is_own(split):
-            example = self.loader(split).example()
-        else:
-            transform = self._config.data.split(split).transform
-            zeros = zero_images(transform.image_shape)
-            example = {name: each.to(getattr(torch, transform.dtype)) for name, each in zeros.items()}
-        return next(iter(example.values()))
+    @property
+    def _shown_views(self) -> set[str]:
+        """What the batches have: the views of the network that is trained, or of all students, and the teacher's."""
+        students = () if self._config.stage == "teacher" else self._config.student_views.values()
+        return {self.view, *students, *self.teacher_views}
+
+    def _made_view(self, split: str, view: str) -> View | None:
+        """How a view is made; None for the user's own batches."""
+        own = self._own.get(split)
+        if own is None:
+            return self._config.data.view(split, view)
+        return own.all_views[view] if isinstance(own, KDDataLoader) else None
 
     @property
     def transform_of_export(self) -> EvalTransform | None:
         """The preprocessing of the images of the exported network; None if it is not known."""
         if self.own_training is None:
-            return evaluation_split(self._config.data)[1]
-        return None if self._transform is None else eval_transform_like(self._transform)
-
-    @property
-    def _transform(self) -> TrainTransform | EvalTransform | None:
-        if self.own_training is None:
-            return self._config.data.split("train").transform
-        return self.own_training.transform if isinstance(self.own_training, KDDataLoader) else None
+            return evaluation_split(self._config.data, self.view)[1]
+        own = self.own_training
+        return eval_transform_of(own.transform, own.all_views, self.view) if isinstance(own, KDDataLoader) else None
 
     def is_own(self, split: str) -> bool:
         """Whether a split is the user's."""
@@ -226,9 +236,10 @@ class RunData:
         """The loader of a split for evaluation: of `train` too, whose images are then not augmented."""
         if split == "train" and split not in self._own and split not in self._loaders:
             data = self._config.data
-            train = data.split("train").model_copy(update={"transform": evaluation_split(data)[1]})
+            train = data.split("train").model_copy(update=transforms_for_evaluation(data))
             config = self._config.model_copy(update={"data": data.model_copy(update={"train": train})})
             options = {**EACH_IMAGE_ONCE, "shuffle": False, "last_batch": None}
+            options["shown_views"] = self._shown_views
             loader = KDDataLoader.from_config(
                 config, teacher=None, training=self.source, plugins=self._plugins, **options
             )
@@ -236,9 +247,18 @@ class RunData:
         return self.loader(split)
 
     def _open(self, split: str, teacher: Teacher | Recording | None) -> KDDataLoader:
+        shown = self._shown_views
+        for view in shown:
+            self._config.data.view(split, view)
         return self._stack.enter_context(
             _TrainLoader.from_config(
-                self._config, split, teacher=teacher, training=self.source, run_dir=self._run_dir, plugins=self._plugins
+                self._config,
+                split,
+                teacher=teacher,
+                training=self.source,
+                plugins=self._plugins,
+                run_dir=self._run_dir,
+                shown_views=shown,
             )
         )
 

@@ -1,10 +1,12 @@
 """The stages of a run: the folder and the network of each, and whether its settings fit together."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.ranks import world_size
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.losses.settings import DistillSettings
@@ -27,6 +29,7 @@ __all__ = [
     "num_classes_of",
     "require_one_student",
     "stage_dir",
+    "view_of",
 ]
 
 Stage = Literal["teacher", "baseline", "distill"]
@@ -134,10 +137,17 @@ def require_one_student(config: Config, what: str) -> None:
         )
 
 
-def normalization_of(loader: object) -> Normalization | None:
-    """How the images of `loader` are normalized; None for batches of the user's own."""
-    transform = getattr(loader, "transform", None)
-    return None if transform is None else Normalization(transform.mean, transform.std)
+def view_of(config: Config, stage: Stage | Literal["all"]) -> str:
+    """The view that the network which `stage` trains sees."""
+    if stage == "teacher":
+        return config.teacher.view if isinstance(config.teacher, TeacherSettings) else IMAGES
+    return IMAGES if config.student is None else config.student.view
+
+
+def normalization_of(loader: object, view: str) -> Normalization | None:
+    """How a view of `loader` is normalized; None for batches of the user's own."""
+    found: Callable[[str], Normalization] | None = getattr(loader, "normalization", None)
+    return None if found is None else found(view)
 
 
 def loss_settings(config: Config, stage: Stage) -> DistillSettings:

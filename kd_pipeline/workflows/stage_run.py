@@ -15,6 +15,7 @@ from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.terminal_log import log_line
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation
@@ -183,7 +184,7 @@ class StageRun(ExitStack):
         if (engine := config.train.export.engine) is not None:
             open_tensorrt(engine.runtime)
         if is_rank_zero():
-            for remark in config.remarks:
+            for remark in self._shared_config.remarks:
                 _logger.warning("%s", remark)
         set_num_threads(config.train.num_threads)
         set_deterministic(config.train.deterministic)
@@ -215,6 +216,7 @@ class StageRun(ExitStack):
                 metrics=self._metrics,
                 reference=self._reference,
                 is_headless=self._is_headless,
+                view=data.view,
             )
 
     @property
@@ -290,7 +292,9 @@ class StageRun(ExitStack):
         """Train to the end, and return the trainer. From here on, the folder says that it was done with this config."""
         config, folder = self._config, self._folder
         if world_size() > 1:
-            module.unreached = unreached_parameters(module.student, module.distillation, example=loader.example())
+            module.unreached = unreached_parameters(
+                module.student, module.distillation, example=loader.example(self._data.view)
+            )
             if module.unreached and is_rank_zero():
                 names = first_few(module.unreached)
                 _logger.info("no term of the loss reaches these of the student, which do not change: %s", names)
@@ -377,6 +381,7 @@ class StageRun(ExitStack):
         if teacher is not None and is_ours:
             self.callback(teacher.close)
         if isinstance(teacher, Teacher):
+            self._data.teacher_views = teacher.views
             self._check_evaluates(teacher)
             self._reference = teacher
         elif teacher is not None:
@@ -417,19 +422,26 @@ class StageRun(ExitStack):
                 "train.compare_with_teacher compares the student's logits with the teacher's, which returns "
                 f"{', '.join(map(repr, teacher.outputs))}; set it to false"
             )
-        if self._validate_by is not None or len(teacher.inputs) > 1:  # several inputs are the user's own in all splits
+        if self._validate_by is not None:
+            return
+        if len(teacher.inputs) != len(teacher.views):  # several inputs are the user's own in all splits
             return
         for split in self._data.splits:
-            key, example = key_of(split), self._data.teacher_example_of(split)
-            spec = TensorSpec((None, *example.shape[1:]), example.dtype)
-            if not teacher.images.accepts((1, *example.shape[1:]), example.dtype):
+            for view, takes in zip(teacher.views, teacher.inputs.values(), strict=True):
+                example = next(iter(self._data.teacher_example(view, split).values()))
+                spec = TensorSpec((None, *example.shape[1:]), example.dtype)
+                if takes.accepts((1, *example.shape[1:]), example.dtype):
+                    continue
+                if self._data.is_own(split):
+                    raise TeacherError(
+                        f"validation {split!r} gives {spec}, and the teacher, which is evaluated on it too, takes what "
+                        f"the training gives, {takes}; give both the same shape and dtype"
+                    )
+                path = "transform" if view == IMAGES else f"views.{view}"
                 raise TeacherError(
-                    f"validation {split!r} gives {spec}, and the teacher, which is evaluated on it too, takes what the "
-                    f"training gives, {teacher.images}; give both the same shape and dtype"
-                    if self._data.is_own(split)
-                    else f"{key}.transform makes images {spec}, and the teacher, which is evaluated on them too, takes "
-                    f"those of the training, {teacher.images}; give {key}.transform the size and dtype of "
-                    "data.train.transform"
+                    f"{key_of(split)}.{path} makes images {spec}, and the teacher, which is evaluated on them too, "
+                    f"takes those of the training, {takes}; give {key_of(split)}.{path} the size and dtype of "
+                    f"data.train.{path}"
                 )
 
     def _open_student(self, loader: AnyLoader) -> nn.Module:
@@ -441,7 +453,7 @@ class StageRun(ExitStack):
                 plugins=self._plugins,
                 num_classes=num_classes,
                 is_trained=True,
-                images=normalization_of(loader),
+                images=normalization_of(loader, self._data.view),
             )
             if num_classes is not None:
                 self._network = self._network.model_copy(update={"num_classes": num_classes})

@@ -164,6 +164,7 @@ class _StudentsRun:
             if self._teacher is not None and is_ours:
                 self._stack.callback(self._teacher.close)
             if isinstance(self._teacher, Teacher):
+                self.data.teacher_views = self._teacher.views
                 self.reference = OncePerBatch(self._teacher)
         return self._teacher
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.ranks import is_rank_zero
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, only_metrics
@@ -50,6 +51,7 @@ class StageEvaluator:
         metrics: Sequence[MetricSettings | Metric],
         reference: Teacher | None,
         is_headless: bool,
+        view: str = IMAGES,
     ) -> None:
         """Evaluate on the splits of `config`.
 
@@ -60,10 +62,11 @@ class StageEvaluator:
             metrics: further metrics of logits and labels.
             reference: the teacher for images of these splits; None without one that can run on them.
             is_headless: whether the student has no logits.
+            view: of the images that the student sees.
         """
         self._config, self._plan, self._open_loader = config, plan, open_loader
         self._metrics, self._reference = metrics, reference
-        self._is_headless = is_headless
+        self._is_headless, self._view = is_headless, view
         self._teacher_outputs: dict[str, str] = {}
         self._teacher_found: dict[str, dict[str, float]] = {}
         """Metrics of the teacher's features, which do not change, by split."""
@@ -125,6 +128,7 @@ class StageEvaluator:
                     epochs=self._config.train.epochs,
                     max_batches=limit,
                     report=report,
+                    view=self._view,
                 )
             if self._is_headless:
                 return of_loss
@@ -136,6 +140,7 @@ class StageEvaluator:
                 metrics=self._metrics if loader.has_labels or loader.has_masks else (),
                 max_batches=limit,
                 report=report,
+                view=self._view,
             )
         return found if of_loss is None else replace(found, loss=of_loss.loss, metrics=of_loss.metrics)
 
@@ -188,7 +193,12 @@ class StageEvaluator:
         try:
             with bar(f"{title} of {split}") as report:
                 return extract_outputs(
-                    model, self._open_loader(split), list(names.values()), max_batches=limit, report=report
+                    model,
+                    self._open_loader(split),
+                    list(names.values()),
+                    max_batches=limit,
+                    report=report,
+                    view=self._view,
                 )
         except DataError as exc:
             raise DataError(f"feature_probe: {split}: {exc}") from exc

@@ -39,7 +39,15 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 KEYS = sorted({*keys(Config)})
 APPLIED = {
     *("data.device", "data.decode", "data.num_threads", "data.prefetch", "data.ahead", "data.batch_size"),
-    *("data.on_bad_sample", "data.max_bad_fraction", "data.test", "probe", "student.num_classes", "train.epochs"),
+    *(
+        "data.train.views",
+        "data.on_bad_sample",
+        "data.max_bad_fraction",
+        "data.test",
+        "probe",
+        "student.num_classes",
+        "train.epochs",
+    ),
     *("train.early_stopping", "train.select_by", "train.select_mode", "train.compare_with_teacher", "train.compile"),
     *(
         "train.channels_last",

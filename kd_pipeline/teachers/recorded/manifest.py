@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
+from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import is_logits
 
@@ -180,6 +181,12 @@ class RecordingManifest(Settings):
             raise TeacherError(
                 f"{path} is damaged, or was written by a different release ({reason_of(exc)}); record the teacher again"
             ) from None
+
+    @property
+    def view(self) -> str:
+        """The view that the outputs are for."""
+        fields = self.stream.get("view")
+        return str(fields.get("name", IMAGES)) if isinstance(fields, dict) else IMAGES
 
     @property
     def content(self) -> bytes:

@@ -64,6 +64,8 @@ class Recording:
         self.outputs = {name: stored.spec for name, stored in manifest.outputs.items()}
         """Shape and dtype of each recorded output, by name, and of tokens how many are no part of the image."""
         self.fingerprint = _fingerprint(manifest)
+        self.view = manifest.view
+        """The view of the images that the outputs are for."""
         self.runtimes = manifest.teacher.runtimes
         """Of the teacher that was recorded."""
         self.busy_s = 0.0
