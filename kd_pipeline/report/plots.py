@@ -125,8 +125,16 @@ def plot_confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str] | Non
         for (label, prediction), count in np.ndenumerate(counts):
             if count:
                 color = "white" if shares[label, prediction] > 0.3 else "black"
-                axes.text(prediction, label, str(count), ha="center", va="center", color=color, fontsize=8)
+                axes.text(prediction, label, _count_text(int(count)), ha="center", va="center", color=color, fontsize=8)
     return figure
+
+
+def _count_text(count: int) -> str:
+    """Short enough for a cell, as the counts of pixels are large."""
+    for unit, size, least in (("G", 1e9, 1e9), ("M", 1e6, 1e6), ("k", 1e3, 1e5)):
+        if count >= least:
+            return f"{count / size:.4g}{unit}"
+    return str(count)
 
 
 def plot_bars(bars: Sequence[Bar], *, title: str, x: str) -> "Figure":

@@ -120,6 +120,12 @@ def test_single_step_has_a_marker(tmp_path: Path) -> None:
 # Confusion matrix
 
 
+def test_large_counts_are_short():
+    """As those of pixels are."""
+    axes = plot_confusion([[1_234_567_890, 99_999], [123_456, 1_000_000]], ["a", "b"]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1.235G", "99999", "123.5k", "1M"]
+
+
 def test_larger_share_of_the_label_is_darker() -> None:
     image = plot_confusion([[100, 0, 0], [50, 50, 0], [1, 0, 9]], ["a", "b", "c"]).axes[0].images[0]
     darkness = 1 - image.to_rgba(image.get_array())[..., :3].mean(axis=-1)
