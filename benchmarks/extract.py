@@ -41,7 +41,7 @@ from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.cli.bench import network_by_name
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.evaluation._evaluate import inputs_for
+from kd_pipeline.evaluation._logits import inputs_for
 from kd_pipeline.evaluation.frozen import extract_features
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.modules import eval_mode, zero_images

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from kd_pipeline._core.output import prepare_output, write_output
-from kd_pipeline.cli.arguments import add_permissions, checked, path_option, permissions, print_progress
+from kd_pipeline.cli.arguments import add_permissions, checked, path_option, permissions, print_progress, size_option
 from kd_pipeline.cli.printing import print_result
 
 __all__ = ["add_to"]
@@ -17,6 +17,7 @@ examples:
   kd-pipeline eval -c my.yaml runs/mine           (the run, its teacher, and how far they agree)
   kd-pipeline eval -c my.yaml --teacher teacher.pt  (other weights of the config's teacher)
   kd-pipeline eval -c my.yaml --split test student.onnx runs/mine --teacher teacher.engine --metric CohenKappa
+  kd-pipeline eval -c my.yaml runs/mine --sizes 192 224 288 --crops 0.875 1
   kd-pipeline eval -c my.yaml --bank train runs/backbone timm:resnet18.a1_in1k torchvision:resnet18=weights.pt
 """
 
@@ -64,6 +65,23 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "classifier (default: the split itself, every fifth of whose images is classified by the rest)",
     )
     parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=size_option,
+        default=[],
+        metavar="N or HxW",
+        help="height and width of the images, a row for each, all made of one decoding (default: that of the split)",
+    )
+    parser.add_argument(
+        "--crops",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="X",
+        help="fractions of the resized image that the center crop leaves, such as 0.875 1, a row for each with each "
+        "size (default: that of the split)",
+    )
+    parser.add_argument(
         "--random", action="store_true", help="give networks by name random weights instead of pretrained ones"
     )
     parser.add_argument(
@@ -92,6 +110,8 @@ def _run(parsed: argparse.Namespace) -> int:
         split=parsed.split,
         teacher=parsed.teacher or (None if parsed.no_teacher else "config"),
         bank=parsed.bank,
+        sizes=parsed.sizes,
+        crops=parsed.crops,
         pretrained=not parsed.random,
         metrics=[checked(MetricSettings, {"name": "metric"}, name=name) for name in parsed.metric],
         **permissions(parsed),

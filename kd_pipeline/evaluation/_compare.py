@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from kd_pipeline._core.progress import Report, no_report, progress_bar
 from kd_pipeline._core.text import printable
 from kd_pipeline.batch import IMAGES, KDBatch
-from kd_pipeline.errors import NonFiniteError
-from kd_pipeline.evaluation._evaluate import (
-    Evaluation,
-    evaluate,
-    inputs_for,
-    only_metrics,
-)
+from kd_pipeline.errors import ConfigError, NonFiniteError
+from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, only_metrics
+from kd_pipeline.evaluation._logits import AVERAGED, inputs_for
 from kd_pipeline.evaluation._metrics import TEMPERATURE, Metric, MetricSettings
 from kd_pipeline.evaluation.frozen import extract_outputs, feature_name, knn_top1, linear_top1, split_bank
 from kd_pipeline.loader.batch_loader import AnyLoader
@@ -41,6 +37,8 @@ _COLUMNS = (
 )  # fmt: skip
 _KNN, _LINEAR = "knn_top1", "linear_top1"
 """Metrics of a model without logits, which have columns of their own."""
+_MEAN = f", {AVERAGED}"
+"""Appended to the name of a model, for the mean of all sizes."""
 _PERCENTAGES = {"Accuracy", "F1Score", "Precision", "Recall", "Specificity"}
 """Metrics of torchmetrics that are shares."""
 _LOGITS_FOOTNOTE = f"Agreement and KL (T = {TEMPERATURE:g}, in nats): with the teacher."
@@ -113,6 +111,7 @@ def compare(
     files: Mapping[str, Sequence[Path]] | None = None,
     bank: AnyLoader | None = None,
     views: Mapping[str, str] | None = None,
+    sizes: Mapping[str, str] | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> Comparison:
     """Evaluate every model on one epoch of `loader`, and time it on one of its batches.
@@ -130,12 +129,15 @@ def compare(
         bank: the labeled split with the neighbors of models without logits, transformed as `loader`'s. Defaults to the
             split itself, every fifth of whose images is then classified by the rest.
         views: the views of the images that networks see, by their names; a teacher sees its own.
+        sizes: evaluate each model on each of these views of the loader instead, in one pass, by what is appended to its
+            name: `{"at 224": "images", "at 288": "large"}`. Of several, a further row is that of their mean.
         report: called with two lines of progress for each model.
 
     Raises:
+        ConfigError: a model without logits was to be evaluated at several sizes.
         ConfigError, DataError, NonFiniteError, TeacherError: as `evaluate` and `extract_features`.
     """
-    rows = []
+    rows: list[ComparisonRow] = []
     views, batch = views or {}, loader.peek()
     reference_view = next((views.get(name, IMAGES) for name, model in models.items() if model is reference), None)
     if reference is not None and not has_logits(reference, _inputs_of(reference, batch, reference_view or IMAGES)):
@@ -143,33 +145,71 @@ def compare(
     for name, model in models.items():
         view = views.get(name, IMAGES)
         inputs = _inputs_of(model, batch, view)
+        compared = None if model is reference else reference
         report(f"evaluating {name}")
         started = time.monotonic()
         try:
-            with progress_bar(name) as report_batches:
-                if has_logits(model, inputs):
-                    evaluation = evaluate(
-                        model,
-                        loader,
-                        reference=None if model is reference else reference,
-                        metrics=metrics,
-                        report=report_batches,
-                        view=view,
-                        reference_view=reference_view,
-                    )
+            with progress_bar(name) as report_done:
+                if sizes is not None:
+                    if not has_logits(model, inputs):
+                        raise ConfigError("a model without logits is judged at one size; leave out sizes and crops")
+                    found = _evaluate_at(sizes, model, loader, compared, metrics, report_done)
+                elif has_logits(model, inputs):
+                    found = {
+                        "": evaluate(
+                            model,
+                            loader,
+                            reference=compared,
+                            metrics=metrics,
+                            report=report_done,
+                            view=view,
+                            reference_view=reference_view,
+                        )
+                    }
                 else:
-                    evaluation = _evaluate_features(model, loader, bank, view, report_batches)
-        except NonFiniteError as exc:
-            raise NonFiniteError(f"{name}: {exc}") from exc
+                    found = {"": _evaluate_features(model, loader, bank, view, report_done)}
+        except (ConfigError, NonFiniteError) as exc:
+            raise type(exc)(f"{name}: {exc}") from exc
         evaluated = time.monotonic()
+        timed = {"": inputs} if sizes is None else {f" {label}": batch.view(size) for label, size in sizes.items()}
         with progress_bar(f"{name}: timing") as report_runs:
-            cost = measure_cost(model, inputs, files=(files or {}).get(name, ()), report=report_runs)
+            costs = _measure_costs(model, timed, (files or {}).get(name, ()), report_runs)
+        num_samples = next(iter(found.values())).num_samples
         report(
-            f"{name}: {evaluation.num_samples:,} images in {evaluated - started:.1f} s, and "
+            f"{name}: {num_samples:,} images in {evaluated - started:.1f} s, and "
             f"{time.monotonic() - evaluated:.1f} s to time a batch"
         )
-        rows.append(ComparisonRow(name=name, evaluation=evaluation, cost=cost))
+        rows += [
+            ComparisonRow(name=f"{name}{suffix}", evaluation=each, cost=costs[suffix]) for suffix, each in found.items()
+        ]
     return Comparison(tuple(rows))
+
+
+def _evaluate_at(
+    sizes: Mapping[str, str],
+    model: nn.Module | Teacher,
+    loader: AnyLoader,
+    reference: nn.Module | Teacher | None,
+    metrics: Sequence[MetricSettings | Metric],
+    report: Report,
+) -> dict[str, Evaluation]:
+    """The evaluations of each of the views `sizes` and of their mean, by what is appended to the model's name."""
+    names = list(dict.fromkeys(sizes.values()))
+    found = evaluate(model, loader, reference=reference, metrics=metrics, report=report, views=names)
+    evaluations = {f" {label}": found[name] for label, name in sizes.items()}
+    return evaluations | ({_MEAN: found[AVERAGED]} if AVERAGED in found else {})
+
+
+def _measure_costs(
+    model: nn.Module | Teacher,
+    inputs: Mapping[str, Tensor | Mapping[str, Tensor]],
+    files: Sequence[Path],
+    report: Report,
+) -> dict[str, Cost]:
+    """The cost for each of `inputs`, and for the mean of all of them."""
+    costs = {suffix: measure_cost(model, each, files=files, report=report) for suffix, each in inputs.items()}
+    total = sum(cost.ms_per_image for cost in costs.values())
+    return costs | {_MEAN: replace(next(iter(costs.values())), ms_per_image=total)}
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from logging import getLogger
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import torch
 import torch.distributed
@@ -16,21 +16,19 @@ from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import IMAGES, KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
+from kd_pipeline.evaluation._logits import known_views, logits_of, run_on_view, view_logits, with_mean
 from kd_pipeline.evaluation._metrics import Metric, MetricSettings, kl_divergence, measure
 from kd_pipeline.evaluation._pixels import PixelTally
 from kd_pipeline.loader.batch_loader import AnyLoader
-from kd_pipeline.models.modules import call_network, eval_mode, is_channels_last, named_outputs
+from kd_pipeline.models.modules import eval_mode
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
     "Evaluation",
     "check_process_group",
     "evaluate",
-    "inputs_for",
-    "logits_of",
     "of_batches",
     "only_metrics",
-    "run_on_view",
 ]
 
 _logger = getLogger("kd_pipeline")
@@ -95,6 +93,7 @@ class Evaluation:
         return values | {"teacher": None if self.teacher is None else self.teacher.to_dict()}
 
 
+@overload
 def evaluate(
     model: nn.Module | Teacher,
     loader: AnyLoader,
@@ -105,7 +104,35 @@ def evaluate(
     report: Report = no_report,
     view: str = IMAGES,
     reference_view: str | None = None,
-) -> Evaluation:
+    views: None = None,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module | Teacher,
+    loader: AnyLoader,
+    *,
+    reference: nn.Module | Teacher | None = None,
+    metrics: Sequence[MetricSettings | Metric] = (),
+    max_batches: int | None = None,
+    report: Report = no_report,
+    views: Sequence[str],
+) -> dict[str, Evaluation]: ...
+
+
+def evaluate(
+    model: nn.Module | Teacher,
+    loader: AnyLoader,
+    *,
+    reference: nn.Module | Teacher | None = None,
+    metrics: Sequence[MetricSettings | Metric] = (),
+    max_batches: int | None = None,
+    report: Report = no_report,
+    view: str = IMAGES,
+    reference_view: str | None = None,
+    views: Sequence[str] | None = None,
+) -> Evaluation | dict[str, Evaluation]:
     """Evaluate `model` on one epoch of `loader`; rows that are not `valid` are ignored.
 
     Counts are exact, and losses are rounded to 2**-24 before they are summed. The result is therefore the same for
@@ -124,40 +151,102 @@ def evaluate(
         report: called with the number of batches that are done, and that there are, as far as that is known.
         view: of the images that a network sees; a teacher sees its own. Of a view with a `count`, each copy counts.
         reference_view: the same of the reference, if it is another one.
+        views: evaluate on each of these views instead, such as sizes and crops of one reading of the images, and return
+            the evaluations by name. Any model and `reference` see each of them. Copies in a view, and several views
+            under the name `"averaged"`, count once with the mean of their probabilities.
 
     Raises:
-        ConfigError: a model returns no logits, or a metric is unknown, fails or has the name of another one.
+        ConfigError: a model returns no logits, or fails on the size of one of `views`; there is no such view; or a
+            metric is unknown, fails or has the name of another one.
         DataError: a label exceeds the logits, a metric needs labels and there are none, or all pixels are ignored.
         NonFiniteError: every row of the model's logits holds NaN or inf.
         TeacherError: a teacher rejects the images or fails.
         StateError: the loader reads one shard of several, and there is no process group.
     """
     check_process_group(loader)
-    tally: _Tally | PixelTally | None = None
-    teacher_tally: _Tally | PixelTally | None = None
+    names = None if views is None else known_views(loader, views)
+    found: dict[str, _Pair] = {}
     report_done = of_batches(report, loader, max_batches)
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
         for number, batch in enumerate(islice(loader, max_batches)):
             report_done(number)
-            output, rows = run_on_view(model, batch, view)
-            logits, seen = logits_of(output), model.view if isinstance(model, Teacher) else view
-            teacher_logits = batch.of_view(seen).teacher.get("logits")
-            if isinstance(reference, Teacher):
-                teacher_logits = logits_of(reference.with_outputs(batch).of_view(seen).teacher)
-            elif reference is not None:
-                teacher_logits = logits_of(run_on_view(reference, batch, reference_view or view)[0])
-            tally = tally or _empty(loader, rows, logits, has_teacher=teacher_logits is not None, metrics=metrics)
-            tally.add(rows, logits, teacher_logits)
-            if teacher_logits is not None:
-                teacher_tally = teacher_tally or _empty(loader, rows, teacher_logits, has_teacher=False, metrics=())
-                teacher_tally.add(rows, teacher_logits, None)
-    assert tally is not None  # a loader has at least one batch
-    if loader.shard.world_size > 1:
-        for each in (tally, teacher_tally):
-            if each is not None:
-                each.sum_over_ranks()
-    teacher = None if teacher_tally is None else _result(teacher_tally, loader.classes, ())
-    return replace(_result(tally, loader.classes, metrics), teacher=teacher)
+            if names is None:
+                logits, rows = _logits_of_view(model, reference, batch, view, reference_view)
+                compared = {view: logits}
+            else:
+                compared, rows = _logits_of_views(model, reference, batch, names), batch
+            for name, each in compared.items():
+                found.setdefault(name, _Pair(loader, metrics)).add(rows, *each)
+    if views is None:
+        return found[view].result()
+    return {name: pair.result(name) for name, pair in found.items()}
+
+
+_Logits = tuple[Tensor, Tensor | None]
+"""Those of a model, and those of the one that it is compared with."""
+
+
+def _logits_of_view(
+    model: nn.Module | Teacher,
+    reference: nn.Module | Teacher | None,
+    batch: KDBatch,
+    view: str,
+    reference_view: str | None,
+) -> tuple[_Logits, KDBatch]:
+    """The logits for the view that a model sees, and the rows that they are of."""
+    output, rows = run_on_view(model, batch, view)
+    seen = model.view if isinstance(model, Teacher) else view
+    theirs = batch.of_view(seen).teacher.get("logits")
+    if isinstance(reference, Teacher):
+        theirs = logits_of(reference.with_outputs(batch).of_view(seen).teacher)
+    elif reference is not None:
+        theirs = logits_of(run_on_view(reference, batch, reference_view or view)[0])
+    return (logits_of(output), theirs), rows
+
+
+def _logits_of_views(
+    model: nn.Module | Teacher, reference: nn.Module | Teacher | None, batch: KDBatch, names: Sequence[str]
+) -> dict[str, _Logits]:
+    """The logits for each view, and of several the mean."""
+    logits = with_mean({name: view_logits(model, batch, name) for name in names})
+    theirs: Mapping[str, Tensor | None] = dict.fromkeys(logits, batch.of_view(IMAGES).teacher.get("logits"))
+    if reference is not None:
+        theirs = with_mean({name: view_logits(reference, batch, name) for name in names})
+    return {name: (each, theirs[name]) for name, each in logits.items()}
+
+
+class _Pair:
+    """Tallies of a model and of the one that it is compared with."""
+
+    def __init__(self, loader: AnyLoader, metrics: Sequence[MetricSettings | Metric]) -> None:
+        self._loader, self._metrics = loader, metrics
+        self._tally: _Tally | PixelTally | None = None
+        self._teacher: _Tally | PixelTally | None = None
+
+    def add(self, batch: KDBatch, logits: Tensor, teacher: Tensor | None) -> None:
+        """Add one batch, without waiting for the device."""
+        loader, metrics = self._loader, self._metrics
+        self._tally = self._tally or _empty(loader, batch, logits, has_teacher=teacher is not None, metrics=metrics)
+        self._tally.add(batch, logits, teacher)
+        if teacher is not None:
+            self._teacher = self._teacher or _empty(loader, batch, teacher, has_teacher=False, metrics=())
+            self._teacher.add(batch, teacher, None)
+
+    def result(self, view: str | None = None) -> Evaluation:
+        """The metrics of all ranks; an error names `view`."""
+        assert self._tally is not None  # a loader has at least one batch
+        if self._loader.shard.world_size > 1:
+            for each in (self._tally, self._teacher):
+                if each is not None:
+                    each.sum_over_ranks()
+        classes = self._loader.classes
+        try:
+            teacher = None if self._teacher is None else _result(self._teacher, classes, ())
+            return replace(_result(self._tally, classes, self._metrics), teacher=teacher)
+        except NonFiniteError as exc:
+            if view is None:
+                raise
+            raise NonFiniteError(f"view {view!r}: {exc}") from exc
 
 
 def _empty(
@@ -373,55 +462,6 @@ def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict
             )
         found |= {name: _plain(value) for name, value in values.items()}
     return found
-
-
-Inputs = TypeVar("Inputs", Tensor, Tensor | Mapping[str, Tensor])
-
-
-def run_on_view(model: nn.Module | Teacher, batch: KDBatch, view: str = IMAGES) -> tuple[Any, KDBatch]:
-    """What `model` returns for a view of a batch, of which a teacher has its own, and the rows that it returns."""
-    if isinstance(model, Teacher):
-        rows = model.with_outputs(batch).of_view(model.view)
-        return rows.teacher, rows
-    rows = batch.of_view(view)
-    return call_network(model, inputs_for(model, rows.input)), rows
-
-
-def inputs_for(model: nn.Module | Teacher, inputs: Inputs) -> Inputs:
-    """Inputs in dtype and memory format of a network's weights, copies if they differ; unchanged for a teacher.
-
-    Integers and booleans, such as indices of tokens and masks, keep their dtype.
-    """
-    if isinstance(model, Teacher) or (weight := next(model.parameters(), None)) is None:
-        return inputs
-    if not isinstance(inputs, Tensor):
-        return {name: inputs_for(model, each) for name, each in inputs.items()}
-    if not inputs.is_floating_point():
-        return inputs
-    if inputs.ndim == 4 and is_channels_last(model):
-        return inputs.to(weight.dtype, memory_format=torch.channels_last)
-    return inputs.to(weight.dtype)
-
-
-def logits_of(output: object) -> Tensor:
-    """The logits `[N, K]` or `[N, K, h, w]` of a model's `output`, in float32, or in float64 if they are.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    logits = output
-    is_named = isinstance(output, Mapping)
-    if isinstance(output, Mapping):
-        logits = output.get("logits", output.get("out"))  # as torchvision's networks for segmentation call them
-    elif isinstance(output, tuple | list):
-        logits = named_outputs(output, owner="a model").get("logits")
-    if not isinstance(logits, Tensor) or logits.ndim not in ((2, 4) if is_named else (2,)):
-        found = list(logits.shape) if isinstance(logits, Tensor) else type(output).__qualname__
-        raise ConfigError(
-            "a model returns logits [N, K], alone, first in a tuple, or as 'logits' of a mapping (there also "
-            f"[N, K, h, w]), got {found}"
-        )
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def of_batches(report: Report, loader: AnyLoader, max_batches: int | None) -> Callable[[int], object]:

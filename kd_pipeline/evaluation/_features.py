@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import IMAGES, KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import (
-    _QUANTUM,
-    Evaluation,
-    check_process_group,
-    inputs_for,
-    of_batches,
-    only_metrics,
-)
+from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, of_batches, only_metrics
+from kd_pipeline.evaluation._logits import inputs_for
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation, student_outputs
 from kd_pipeline.losses.ramp import max_value

@@ -14,7 +14,7 @@ from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.files.paths import FileSource, PathTable
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, TooManyBadSamplesError
-from kd_pipeline.evaluation._evaluate import inputs_for, logits_of
+from kd_pipeline.evaluation._logits import inputs_for, logits_of
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.pixels import predicted_classes
 from kd_pipeline.losses.settings import LOGITS

@@ -16,7 +16,8 @@ from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, of_batches, run_on_view
+from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, of_batches
+from kd_pipeline.evaluation._logits import run_on_view
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.settings import LOGITS
 from kd_pipeline.models.backbone import POOLED

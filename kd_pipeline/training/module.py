@@ -14,7 +14,8 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import speed_text
 from kd_pipeline.batch import IMAGES, KDBatch, rows_name
 from kd_pipeline.errors import ConfigError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for
+from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.evaluation._logits import inputs_for
 from kd_pipeline.losses.distillation import Distillation, LossTerms, student_outputs
 from kd_pipeline.losses.ramp import value_at
 from kd_pipeline.models.input_adapter import unadapted

@@ -3,8 +3,9 @@
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,8 +30,10 @@ from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, InputA
 from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.settings import TeacherSettings, is_recording, members_of, with_runtimes
+from kd_pipeline.teachers.sized import SizedTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.workflows.evaluation_sizes import EvaluationSizes
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
 from kd_pipeline.workflows.open_checkpoint import is_checkpoint, open_checkpoint
 from kd_pipeline.workflows.stage import stage_dir, view_of
@@ -55,6 +58,8 @@ def compare_files(
     teacher: str | os.PathLike[str] | Literal["config"] | None = "config",
     metrics: Sequence[MetricSettings] = (),
     bank: str | None = None,
+    sizes: Sequence[int | tuple[int, int]] = (),
+    crops: Sequence[float] = (),
     pretrained: bool = True,
     plugins: Collection[str] = (),
     trust_engines: Collection[str] = (),
@@ -78,6 +83,11 @@ def compare_files(
         metrics: further metrics, of models with logits.
         bank: a split with labels, whose images are the neighbors of those of `split`; defaults to `split` itself, every
             fifth of whose images is then classified by the rest.
+        sizes: height and width of the images, each of which gets a row of every model with logits; defaults to those of
+            the split. All are made of one reading and decoding of each image, as are `crops`. Students and teachers
+            see them instead of their views.
+        crops: fractions of the resized image's shorter side that the center crop leaves, for each of `sizes`; defaults
+            to that of the split. With several sizes or crops, a further row is the mean of all their probabilities.
         pretrained: whether backbones by name without a checkpoint have their pretrained weights, which are downloaded,
             or random ones, which show what the network is worth untrained.
         plugins: modules that factories and custom metrics may come from.
@@ -90,6 +100,9 @@ def compare_files(
     """
     require_config(config)
     opened_metrics = open_metrics(metrics, plugins=plugins)
+    transform, shown = config.data.split(split).transform, config.data.split(split).views
+    at = EvaluationSizes.of(transform, sizes, crops) if sizes or crops else None
+    configs = {transform.height_width: config} if at is None else at.configs(config, split)
     with ExitStack() as stack:
         # Without a process group, each process of a launcher compares on the whole split.
         shard = None if torch.distributed.is_initialized() else Shard()
@@ -101,7 +114,8 @@ def compare_files(
                 shard=shard,
                 run_dir=None,
                 plugins=plugins,
-                shown_views=config.seen_views & config.data.split(split).views.keys(),
+                views=shown if at is None else at.views,
+                shown_views=config.seen_views & shown.keys() if at is None else None,
             )
         )
         report(f"{split}: {len(loader.source):,} images{_of_classes(loader)} in batches of {loader.batch_size}")
@@ -112,14 +126,20 @@ def compare_files(
         def open_one(path: str | os.PathLike[str], wanted: Literal["teacher", "student"] = "student") -> OpenedModel:
             if (named := _BY_NAME.fullmatch(os.fspath(path))) is not None:
                 return _open_backbone(loader, *named.groups(), is_pretrained=pretrained)
-            view = view_of(config, "distill")
             allowed = {"plugins": plugins, "trust_engines": trust_engines}
-            if is_checkpoint(file := argument_path(path)):
-                model = open_checkpoint(file, config, loader, split, wanted=wanted, **allowed)
-            else:
-                model, view = _open_file(file, config, split, loader, **allowed)
-            views[os.fspath(path)] = view
-            stack.callback(model.close)
+            file = argument_path(path)
+
+            def open_for(config: Config) -> OpenedModel:
+                view = view_of(config, "distill")
+                if is_checkpoint(file):
+                    model = open_checkpoint(file, config, loader, split, wanted=wanted, **allowed)
+                else:
+                    model, view = _open_file(file, config, split, loader, **allowed)
+                views[os.fspath(path)] = view
+                return model
+
+            model = _open_for_each(configs, open_for, stack)
+            assert model is not None
             return model
 
         opened: dict[str, OpenedModel] = {}
@@ -127,11 +147,14 @@ def compare_files(
         if teacher == "config":
             if config.teacher is not None:
                 report("opening the teacher of the config")
-            own = _open_own_teacher(config, split, loader, plugins, trust_engines, is_required=not models)
+
+            def open_own(config: Config) -> OpenedModel | None:
+                return _open_own_teacher(config, split, loader, plugins, trust_engines, is_required=not models)
+
+            own = _open_for_each(configs, open_own, stack)
             if own is not None:
                 reference = own.model
                 opened[TEACHER] = own
-                stack.callback(own.close)
         elif teacher is not None:
             named = open_one(teacher, "teacher")
             reference = named.model
@@ -149,8 +172,36 @@ def compare_files(
             files={name: each.files for name, each in opened.items()},
             bank=own_bank,
             views=views,
+            sizes=None if at is None else at.view_names,
             report=report,
         )
+
+
+def _open_for_each(
+    configs: Mapping[tuple[int, int], Config], open_for: Callable[[Config], OpenedModel | None], stack: ExitStack
+) -> OpenedModel | None:
+    """A model that `stack` closes, opened for images of each height and width; a network takes them all as it is.
+
+    Raises:
+        TeacherError: it cannot be opened for one of several sizes; names this.
+    """
+    opened: dict[tuple[int, int], OpenedModel] = {}
+    for (height, width), config in configs.items():
+        try:
+            model = open_for(config)
+        except TeacherError as exc:
+            if len(configs) == 1:
+                raise
+            raise type(exc)(f"for images of {height} x {width}: {exc}; or leave out this size") from exc
+        if model is None:
+            return None
+        stack.callback(model.close)
+        if isinstance(model.model, nn.Module) or len(configs) == 1:
+            return model
+        opened[height, width] = model
+    first = next(iter(opened.values()))
+    teachers = {size: each.model for size, each in opened.items() if isinstance(each.model, Teacher)}
+    return replace(first, model=SizedTeacher(teachers))
 
 
 def _of_classes(loader: KDDataLoader) -> str:

@@ -15,7 +15,7 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.errors import ConfigError, KDPipelineError
-from kd_pipeline.evaluation._evaluate import inputs_for
+from kd_pipeline.evaluation._logits import inputs_for
 from kd_pipeline.evaluation._metrics import open_metrics
 from kd_pipeline.evaluation.probe import ProbeReport, run_probe
 from kd_pipeline.loader.loader import KDDataLoader

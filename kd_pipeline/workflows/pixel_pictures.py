@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.evaluation._evaluate import Evaluation, inputs_for, logits_of
+from kd_pipeline.evaluation._evaluate import Evaluation
+from kd_pipeline.evaluation._logits import inputs_for, logits_of
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.models.modules import call_network, eval_mode
 from kd_pipeline.report.grid import save_grid

@@ -391,3 +391,32 @@ def test_invalid_backbone_is_one_message(
     assert main(["eval", "-c", str(config), model, "--random"]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_sizes_and_crops_have_rows(config: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "metrics.json"
+    arguments = ["eval", "-c", str(config), str(run)]
+    assert main([*arguments, "--sizes", "32", "40x48", "--crops", "0.875", "1", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    labels = ["at 32, crop 0.875", "at 32, crop 1", "at 40x48, crop 0.875", "at 40x48, crop 1"]
+    assert list(found) == [*(f"{run} {label}" for label in labels), f"{run}, averaged"]
+    assert f"{run} at 40x48, crop 1" in capsys.readouterr().out
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert json.loads(out.read_text())[str(run)] == found[f"{run} at 32, crop 0.875"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["--sizes", "huge"], "argument --sizes: a size is 224, or 384x640"),
+        (["--crops", "2"], "crops: 2 is no fraction"),
+    ],
+)
+def test_bad_sizes_are_one_message(
+    config: Path, run: Path, typed: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert main(["eval", "-c", str(config), str(run), *typed]) == 1
+    except SystemExit as exit:
+        assert exit.code == 2
+    assert message in capsys.readouterr().err

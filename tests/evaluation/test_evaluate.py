@@ -16,7 +16,8 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError, TeacherError
-from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, inputs_for
+from kd_pipeline.evaluation._evaluate import Evaluation, evaluate
+from kd_pipeline.evaluation._logits import inputs_for
 from kd_pipeline.evaluation._metrics import MetricSettings
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher

@@ -14,7 +14,7 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.cli import main
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.evaluation._evaluate import logits_of
+from kd_pipeline.evaluation._logits import logits_of
 from kd_pipeline.evaluation._predict import predict
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.input_adapter import IMAGENET_MEAN, IMAGENET_STD, AdaptedNetwork
