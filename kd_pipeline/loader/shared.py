@@ -30,8 +30,6 @@ class SharedLoader:
     def __init__(self, loader: KDDataLoader, *, is_training: bool) -> None:
         """Share `loader`, which nobody else iterates over; `is_training` says that every student trains on it."""
         self.loader, self.is_training = loader, is_training
-        self.start = loader.state_dict()
-        """Its position before anything was read."""
         self._place: tuple[int, int] | None = None
         """Epoch and number of `_batch`."""
         self._batch: KDBatch | None = None

@@ -57,7 +57,7 @@ def train_students(
 
     A student that fails ends alone. If all fail, the error is that of the first.
     """
-    if given := [name for name in _OBJECTS if getattr(parts, name)]:
+    if given := [name for name in _OBJECTS if getattr(parts, name) is not None and getattr(parts, name) != ()]:
         raise ConfigError(
             f"{', '.join(given)}: objects are of one student, and the config has students; describe each student in "
             "the config, with a factory of your own if need be, or train each in a run of its own"
@@ -76,7 +76,8 @@ def train_students(
         on_rank_zero(lambda: stack.enter_context(folder.session(title)))
         run = _StudentsRun(config, stage, parts, stack, plugins, trust_engines)
         outcomes = run.run(configs)
-        result = _result(stage, folder, outcomes)
+        folders = {name: stage_dir(each, stage) for name, each in configs.items()}
+        result = _result(stage, folder.path, folders, outcomes)
         if is_rank_zero():
             folder.write_log("\n".join(result.lines))
             for line in result.lines:
@@ -93,8 +94,8 @@ def _with_trained_teacher(config: Config, stage: Stage) -> Config:
     return config.model_copy(update={"teacher": with_trained_weights(needs_layers, config.teacher)})
 
 
-def _result(stage: Stage, folder: RunFolder, outcomes: Mapping[str, Any]) -> TrainResult:
-    """The result of all students.
+def _result(stage: Stage, folder: Path, folders: Mapping[str, Path], outcomes: Mapping[str, Any]) -> TrainResult:
+    """The result of all students, of which each has a folder and an outcome.
 
     Raises:
         SystemExit: a signal stopped them.
@@ -106,9 +107,9 @@ def _result(stage: Stage, folder: RunFolder, outcomes: Mapping[str, Any]) -> Tra
             raise each
     if len(failed) == len(outcomes):
         raise next(iter(failed.values()))
-    failures = {name: _failure_text(folder.path / name, each) for name, each in failed.items()}
+    failures = {name: _failure_text(folders[name], each) for name, each in failed.items()}
     done = {name: each for name, each in outcomes.items() if name not in failed}
-    return TrainResult(stage, folder.path, {}, done, failures)
+    return TrainResult(stage, folder, {}, done, failures)
 
 
 def _failure_text(folder: Path, error: BaseException) -> str:

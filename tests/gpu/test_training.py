@@ -18,6 +18,7 @@ pytest.importorskip("lightning")
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.cli import main
+from kd_pipeline.config.config import Config
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.models.modules import is_channels_last
 from kd_pipeline.training.module import DistillModule
@@ -48,13 +49,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_on(device: str, digits: Path, folder: Path, **changes: Any) -> TrainResult:
+    return train(config_on(device, digits, folder, **changes), plugins=PLUGINS)
+
+
+def config_on(device: str, digits: Path, folder: Path, **changes: Any) -> Config:
     teacher = {
         "model": {"factory": "tests.training.networks:plain", "checkpoint": digits / "teacher.pt"},
         "precision": "fp32",
         "compile": False,
     }
     changes = {"data__device": device, "teacher": teacher, "train__export": {"onnx": False}, **changes}
-    return train(settings(digits, str(folder), **changes), plugins=PLUGINS)
+    return settings(digits, str(folder), **changes)
 
 
 def norm_of_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
@@ -111,6 +116,20 @@ def test_run_in_float32_is_near_that_of_the_cpu(digits: Path, tmp_path: Path) ->
         losses.append([(row["train/loss"], row["train/gradient_norm"]) for row in rows])
     ours, theirs = torch.tensor(losses)
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.01)
+
+
+def test_students_end_as_alone(digits: Path, tmp_path: Path) -> None:
+    factory = "tests.training.networks:with_dropout"
+    students = {
+        "one": {"factory": factory, "train": {"ema": {"decay": 0.5}}},
+        "two": {"factory": factory, "train": {"optimizer": {"name": "adamw", "lr": 0.01}}},
+    }
+    config = config_on("cuda", digits, tmp_path / "many", student=None, students=students)
+    assert not train(config, plugins=PLUGINS).failures
+    for name in students:
+        train(config.for_student(name).model_copy(update={"run_dir": tmp_path / name}), plugins=PLUGINS)
+        # With the same random numbers for dropout; operations on a GPU may add in another order.
+        assert norm_of_difference(weights(tmp_path / "many" / name), weights(tmp_path / name)) < 1e-3
 
 
 def test_student_and_batches_are_in_channels_last_order(

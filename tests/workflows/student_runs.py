@@ -24,7 +24,10 @@ STUDENTS: dict[str, Any] = {
         "train": {"optimizer": {"name": "adamw", "lr": 0.01}, "accumulate": 2, "clip": 0.5, "validate_every_steps": 2},
         "distill": {"loss": "dkd", "features": [{"loss": "cosine", "student": "2", "projector": "linear"}]},
     },
-    "plain": {**PLAIN, "train": {"schedule": {"kind": "cosine"}, "compare_with_teacher": True}},
+    "plain": {
+        **PLAIN,
+        "train": {"schedule": {"kind": "cosine"}, "compare_with_teacher": True, "loggers": ["csv", "tensorboard"]},
+    },
 }
 
 

@@ -20,6 +20,7 @@ from kd_pipeline.data.sources import BaseSource
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.training.run_lock import lock_folder
 from kd_pipeline.workflows._check import CheckSettings, check
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows._train import train
@@ -134,6 +135,12 @@ def test_link_to_another_folder_is_refused(digits: Path, tmp_path: Path) -> None
     with pytest.raises(StateError, match="is a link to"):
         tiny_run.train_without_plots(config)
     assert not [*tmp_path.iterdir()]
+
+
+def test_second_run_of_the_students_is_refused(digits: Path) -> None:
+    config = students_settings(digits, "in use", {"one": PLAIN})
+    with lock_folder(digits / "in use", otherwise="wait"), pytest.raises(StateError, match="in use is in use by"):
+        tiny_run.train_without_plots(config)
 
 
 def test_objects_of_one_student_are_refused(digits: Path) -> None:
