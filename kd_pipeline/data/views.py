@@ -240,10 +240,14 @@ class Views:
             views.append(replace(view, ops=ops))
         return Views(tuple(views))
 
-    @property
-    def change_in_epoch(self) -> bool:
-        """Whether two batches of an epoch can have different sizes."""
-        return any(view.schedule is not None and view.schedule.changes_in_epoch for view in self.views)
+    def depend_on_batch(self, name: str) -> bool:
+        """Whether the pixels of a view depend on the batch that a sample is in, but for mixing."""
+        view = self[name]
+        schedule = self[view.leader or name].schedule
+        if schedule is None or not schedule.changes_in_epoch:
+            return False
+        # Lengths in pixels of a view that follows are in proportion to its own size and that of the other.
+        return view.leader is None or any(isinstance(op, AutoAugment | GaussianBlur) for op in view.ops)
 
     def sizes(self, number: NDArray[np.int64], *, seed: int, epoch: int) -> list[Sizes]:
         """Those of the batches `number` `[n]` of an epoch: the same on every rank."""

@@ -269,7 +269,7 @@ class BatchStream:
                 f"{' and '.join(self.teacher_views)}; give them one view to record them"
             )
         (view,) = self.teacher_views
-        require_fixed_sizes(Views((self._known_views[view],)))
+        require_fixed_sizes(self._known_views, view, self.mix)
         if (count := self._known_views[view].count) is not None:
             raise ConfigError(
                 f"a recording has outputs for one image of each sample, and the teacher's view {view} has "
@@ -516,7 +516,6 @@ class BatchStream:
     def _new_preparation(self) -> Preparation:
         return Preparation(
             self.source,
-            self.views,
             self.mix,
             self.teacher,
             self.teacher_views[0],

@@ -14,7 +14,7 @@ from kd_pipeline.data.mixing import MixSettings, at_size, mix_images, mix_labels
 from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Reader, ReadGroup
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.uniform import counted, is_uniform
-from kd_pipeline.data.views import IMAGES, Views
+from kd_pipeline.data.views import IMAGES
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.teachers.base import Teacher
@@ -46,7 +46,6 @@ class Preparation:
     """What is done to every batch that DALI returns."""
 
     source: Source
-    views: Views
     mix: MixSettings | None
     teacher: Teacher | Recording | None
     recorded_view: str

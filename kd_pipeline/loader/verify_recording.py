@@ -46,17 +46,23 @@ def require_repeatable(hw_decoder_load: float | None) -> None:
         )
 
 
-def require_fixed_sizes(views: Views) -> None:
-    """Refuse to record or replay images whose size depends on the batch that they are in.
+def require_fixed_sizes(views: Views, view: str, mix: MixSettings | None) -> None:
+    """Refuse to record or replay images that depend on the batch that they are in.
+
+    Args:
+        views: of the loader.
+        view: the one that the teacher sees.
+        mix: how images are mixed, which is planned in pixels of the view `images`.
 
     Raises:
         ConfigError: sizes change within an epoch.
     """
-    if views.change_in_epoch:
+    if views.depend_on_batch(view) or (mix is not None and views.depend_on_batch(IMAGES)):
         raise ConfigError(
-            "the size of images changes from batch to batch, so it depends on the batch size, but recorded outputs are "
-            "for any batch size; set size to one with per: epoch, or to a fixed one, or let the teacher run (remove "
-            "backend: recorded)"
+            f"the size of images changes from batch to batch, and with it the teacher's view {view}. So it depends on "
+            "the batch size, but recorded outputs are for any batch size. Set size to one with per: epoch; or let the "
+            "teacher see a view that follows at a size of its own, without auto_augment, blur and mix; or let the "
+            "teacher run (remove backend: recorded)"
         )
 
 

@@ -28,6 +28,7 @@ from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.workflows.check_images import SKIP_UNREADABLE
+from kd_pipeline.workflows.distill_module import check_sizes
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
 from kd_pipeline.workflows.findings import Findings
 from kd_pipeline.workflows.stage import (
@@ -245,6 +246,7 @@ def _check_student(
         is_trained=True,
         images=Normalization(made.normalize.mean, made.normalize.std),
     )
+    check_sizes(student, made)
     example = zero_images(made.image_shape)
     if config.feature_probe is not None and stage != "teacher":
         check_probed(student, example)

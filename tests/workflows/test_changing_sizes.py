@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config, load_config
@@ -89,8 +90,35 @@ def test_progressive_run_is_exported_for_its_end(tmp_path: Path) -> None:
     assert read_onnx(exported).images.shape[1:] == (3, 16, 16)
 
 
+def test_student_of_one_size_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    student = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 20, 10))
+    with pytest.raises(ConfigError, match=r"the student Sequential fails on zeros \[2, 3, 12, 12\]"):
+        train(config_of(tmp_path, CHOICES, "student=null"), student=student, plugins=PLUGINS)
+
+
+def test_teacher_of_one_size_is_recorded_beside_sizes_that_change(tmp_path: Path) -> None:
+    """With batches of another size, so the student sees other sizes than while the teacher was recorded."""
+    view = [f"data.{split}.views={{teacher: {{follow: images, size: 16}}}}" for split in ("train", "val")]
+    view += ["data.train.transform.erase=0.5"]
+    order = "data.train.transform.order=[erase, {factory: 'tests.own_ops:shift', num_draws: 1}]"
+    recorded = config_of(tmp_path, CHOICES, runs.NO_ONNX, *view, order, "teacher.view=teacher")
+    record(recorded, plugins=PLUGINS)
+    # All images of an epoch are compared with those that were recorded.
+    replayed = f"teacher={{backend: recorded, path: {tmp_path / 'run' / 'recording'}, verify: 330}}"
+    seen, changes = Seen(), (runs.NO_ONNX, *view, order, "data.batch_size=16", replayed)
+    train(config_of(tmp_path, CHOICES, *changes), callbacks=[seen], plugins=PLUGINS)
+    assert len(set(seen.sizes)) == 2
+    blurred = (
+        "data.train.transform.blur=0.5",
+        order.replace("erase", "erase, blur"),
+        f"run_dir={tmp_path / 'blurred'}",
+    )
+    with pytest.raises(ConfigError, match=r"the teacher's view teacher\..* without auto_augment, blur and mix"):
+        record(config_of(tmp_path, CHOICES, *view, *blurred, "teacher.view=teacher"), plugins=PLUGINS)
+
+
 def test_recording_needs_sizes_that_no_batch_decides(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"changes from batch to batch.* per: epoch, or to a fixed one"):
+    with pytest.raises(ConfigError, match=r"changes from batch to batch.* per: epoch; or"):
         record(config_of(tmp_path, CHOICES), plugins=PLUGINS)
     recorded = config_of(tmp_path, "{choices: [12, 16], per: epoch}", runs.NO_ONNX)
     record(recorded, plugins=PLUGINS)
