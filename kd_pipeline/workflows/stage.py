@@ -8,6 +8,7 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.ranks import world_size
 from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
+from kd_pipeline.data.views import FollowingView
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.losses.settings import DistillSettings
 from kd_pipeline.models.input_adapter import Normalization
@@ -15,6 +16,7 @@ from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
+from kd_pipeline.workflows.check_images import key_of
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan
 from kd_pipeline.workflows.parts import Parts
 from kd_pipeline.workflows.teacher import check_no_input_adapter
@@ -66,6 +68,7 @@ def check_config(config: Config, stage: Stage, parts: Parts | None = None) -> No
         raise ConfigError("a run needs images to train on: set data.train, or in Python pass train_batches")
     if parts.student is None:
         _check_head(config, stage)
+    _check_masks(config, stage)
     if parts.train_batches is not None or parts.validation is not None:
         _check_own_data(config, parts)
     elif parts.student is None and parts.validate is None and config.train.validate is None:
@@ -167,6 +170,20 @@ def _check_own_data(config: Config, parts: Parts) -> None:
             "train.export.engine is built with images of the config, and train_batches is an object; remove it, and "
             "build an engine of the exported ONNX file with kd-pipeline build-engine"
         )
+
+
+def _check_masks(config: Config, stage: Stage) -> None:
+    """Refuse to compare what a network sees in one window with the masks of another one."""
+    view = view_of(config, stage)
+    for name, split in config.data.splits.items():
+        made = split.views.get(view)
+        follows = isinstance(made, FollowingView) and made.follow == IMAGES
+        if view != IMAGES and made is not None and not follows and getattr(split.source, "masks", None) is not None:
+            raise ConfigError(
+                f"{key_of(name)}: masks show what `images` shows, and the view {view!r}, which the network sees, has a "
+                f"window of its own; let it follow images, as views: {{{view}: {{follow: {IMAGES}, size: 224}}}}, or "
+                "remove the view of the network"
+            )
 
 
 def _check_sync_batchnorm(config: Config) -> None:

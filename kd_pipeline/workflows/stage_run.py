@@ -348,7 +348,8 @@ class StageRun(ExitStack):
         )
 
     def _write_results(self, student: nn.Module, loader: AnyLoader, evaluations: Mapping[str, Evaluation]) -> None:
-        draw_predictions(self._folder.path, student, self._reference, self._data.loader, evaluations)
+        reference, open_loader = self._reference, self._data.loader
+        draw_predictions(self._folder.path, student, reference, open_loader, evaluations, view=self._data.view)
         write_results(
             self._folder,
             self._config,

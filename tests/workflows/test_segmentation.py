@@ -289,3 +289,19 @@ def test_mixed_precision_ema_and_accumulation(tmp_path: Path) -> None:
     assert found.num_bad_rows == 0 and 0 < found.miou < 1
     columns = {name for _, row in read_metrics(tmp_path / "run" / "metrics.csv") for name in row}
     assert {"train/task", "train/distill", "train/channel_wise", "train/pixel_accuracy"} <= columns
+
+
+@pytest.mark.slow
+def test_student_sees_a_smaller_view(tmp_path: Path) -> None:
+    """Which follows the images, so the masks fit: the logits are enlarged to them. One of its own window is refused."""
+    data = write_arrays(tmp_path)
+    for split in ("train", "val"):
+        data[split]["views"] = {"small": {"follow": "images", "size": 32}}
+    student = TIMM | {"view": "small"}
+    found = train(by_name(tmp_path, student, TIMM, data=data)).evaluations["val"]
+    assert found.num_samples == 12 and found.miou is not None and found.agreement is not None
+    assert (tmp_path / "run" / "predictions_val.png").is_file()
+    data["train"]["views"] = {"small": {"preset": "train", "size": 32}}
+    own = by_name(tmp_path, student, TIMM, data=data, run_dir=tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"data.train: masks show what `images` shows, and the view 'small'"):
+        train(own)
