@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self, Unpack
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,8 +18,6 @@ from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.paths import argument_path
-from kd_pipeline._core.suggestions import suggest
-from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.bad_samples import BadSample
 from kd_pipeline.data.decode import Decoding, resolve_decode
@@ -34,7 +31,7 @@ from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform, plain_fields
 from kd_pipeline.data.uniform import UniformCounter
-from kd_pipeline.data.views import IMAGES, View, Views, ViewSettings, fields_of_view, view_fields
+from kd_pipeline.data.views import IMAGES, Views, ViewSettings, fields_of_view, view_fields
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.loader.position import Consumer, Position
 from kd_pipeline.loader.prepare import PendingBatch, Preparation
@@ -42,6 +39,7 @@ from kd_pipeline.loader.process import OwnProcess, refuse_copy
 from kd_pipeline.loader.shards import OwnShard
 from kd_pipeline.loader.state import check_fingerprint, check_position, of_common_views, read_position
 from kd_pipeline.loader.streams import open_stream_sync
+from kd_pipeline.loader.teacher_view import check_takes, seen_views
 from kd_pipeline.loader.torch_view import BatchNumbers, SampleView, as_it_is
 from kd_pipeline.loader.verify_recording import check_pixels, check_stream, cut_of_mixed_batch, require_fixed_sizes
 from kd_pipeline.models.input_adapter import Normalization
@@ -99,7 +97,7 @@ class BatchStream:
         self.views = self._known_views if shown_views is None else self._known_views.only(shown_views)
         """How the views of a sample are made; `transform` describes the first."""
         self._teacher_view = teacher_view
-        self.teacher_views: tuple[str, ...] = self._views_of(teacher)
+        self.teacher_views = self._seen_by(teacher)
         """What the teacher is called with."""
         self.device = resolve_device(settings.device)
         try_own_ops(self.views, device_id=self.device.index, has_masks=self.has_masks)
@@ -327,7 +325,7 @@ class BatchStream:
             raise StateError("the loader has a teacher already; make a new one")
         if self._prepare is not None and isinstance(teacher, Recording):
             raise ConfigError("prepare changes the batches, and a recording has outputs for them as they were")
-        self.teacher_views = self._views_of(teacher)
+        self.teacher_views = self._seen_by(teacher)
         self.teacher, self._peeked = teacher, None
         self._preparation = self._new_preparation()
         if isinstance(teacher, Recording):
@@ -607,13 +605,13 @@ class BatchStream:
             raise StateError("the loader is closed; make a new one")
         self._process.check()
 
+    def _seen_by(self, teacher: Teacher | Recording | None) -> tuple[str, ...]:
+        return seen_views(teacher, self._teacher_view, rendered=self.views, known=self._known_views)
+
     def _check_teacher(self, teacher: Teacher) -> None:
         """Refuse now what would fail, or be silently wrong, at the first batch."""
         views = [self.views[name] for name in self.teacher_views]
-        names = self.teacher_views if len(views) > 1 else [*teacher.inputs][:1]
-        for number in range(max(len(view.sizes) for view in views)):
-            specs = [self._spec_of(view, view.sizes[min(number, len(view.sizes) - 1)]) for view in views]
-            teacher.check_inputs(dict(zip(names, specs, strict=True)), self.device)
+        check_takes(teacher, views, batch_size=self.batch_size, device=self.device)
         ours = self.classes
         for name, theirs in teacher.logits.items():
             if ours is not None and theirs is not None and ours != theirs:
@@ -623,35 +621,6 @@ class BatchStream:
                     f"data has {ours_here!r} the teacher has {theirs_here!r} ({name}); give the source the teacher's "
                     "order as `classes`"
                 )
-
-    def _spec_of(self, view: View, size: tuple[int, int]) -> TensorSpec:
-        """What a teacher that sees `view` is called with, at one of its sizes."""
-        return TensorSpec((self.batch_size * view.copies, 3, *size), getattr(torch, view.normalize.dtype))
-
-    def _views_of(self, teacher: Teacher | Recording | None) -> tuple[str, ...]:
-        """The views that the teacher sees.
-
-        Raises:
-            ConfigError: it says another view than the argument `teacher_view`, or one that there is not.
-        """
-        given = self._teacher_view
-        if isinstance(teacher, Teacher):
-            if given is not None and teacher.views not in ((IMAGES,), (given,)):
-                raise ConfigError(
-                    f"teacher_view is {given!r}, and the teacher sees {' and '.join(teacher.views)} already, as its "
-                    "settings say; leave teacher_view out"
-                )
-            names = teacher.views if given is None else (given,)
-        else:
-            names = (given or (IMAGES if teacher is None else teacher.view),)
-        known = self.views if isinstance(teacher, Teacher) else self._known_views
-        for name in names:
-            if name not in known:
-                what = "the teacher's view is" if given is None else "teacher_view is"
-                raise ConfigError(f"{what} {name!r}, and there is no such view{suggest(name, known.names)}")
-        if isinstance(teacher, Teacher) and given is not None:
-            teacher.view = given
-        return names
 
 
 def transform_fields(transform: TrainTransform | EvalTransform) -> dict[str, Any]:

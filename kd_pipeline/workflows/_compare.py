@@ -257,7 +257,8 @@ def _open_file(
 ) -> tuple[OpenedModel, str]:
     """The model in `file`, and the view that it sees: the student's, or another of the config whose images it takes."""
     failure: TeacherError | None = None
-    for name in dict.fromkeys([view_of(config, "distill"), *sorted(config.seen_views), IMAGES]):
+    others = [*sorted(config.seen_views & config.data.split(split).views.keys()), IMAGES]
+    for name in dict.fromkeys([view_of(config, "distill"), *others]):
         view = config.data.view(split, name)
         try:
             opened = open_model_file(

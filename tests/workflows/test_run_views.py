@@ -10,11 +10,17 @@ from torch import Tensor, nn
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.config.config import Config
+from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.data.views import FollowingView
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
+from kd_pipeline.loader.config_teacher import sample_images
 from kd_pipeline.loader.loader import KDDataLoader
+from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.workflows._check import check
+from kd_pipeline.workflows._compare import compare_files
+from kd_pipeline.workflows._export import network_of_config
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows._train import train
 from tests.recordings import column, set_column
@@ -374,3 +380,59 @@ def test_students_of_different_views_end_as_alone(folder, caplog):
     # A student resumes alone, with the views that it sees.
     longer = {"epochs": 3, "loggers": [], "export": {"onnx": False}}
     train(config(folder, "run/plain", views=LARGER, val_views=val_views, train=longer), plugins=PLUGINS)
+
+
+def test_models_are_compared_on_their_views(folder, monkeypatch):
+    """The student and the teacher of a config are evaluated as during the run; other files on images that they take."""
+    run = config(
+        folder,
+        views={**LARGER, **LOCAL},
+        val_views={**LARGER, **EVALUATED},
+        student={**network(12), "view": "local"},
+        train={"epochs": 1, "loggers": []},
+    )
+    wanted = train(run, plugins=PLUGINS).evaluations["val"]
+    onnx = folder / "run" / "exported" / "model.onnx"
+    other = export_onnx(SeesOneSize(LARGE).eval(), folder / "other.onnx", image_shape=(3, LARGE, LARGE))
+    found = compare_files(run, [folder / "run", onnx, other], split="val", plugins=PLUGINS)
+    rows = {row.name: row.evaluation for row in found.rows}
+    for name in (str(folder / "run"), str(onnx)):
+        assert rows[name].top1 == wanted.top1 and rows[name].agreement == wanted.agreement
+    assert rows[str(other)].agreement == 1.0  # the network of the teacher
+    with pytest.raises(TeacherError, match=r"takes images"):
+        compare_files(run, [export_onnx(SeesOneSize(20), folder / "20.onnx", image_shape=(3, 20, 20))], split="val")
+
+
+def test_own_loader_says_the_view_of_its_teacher(folder):
+    run = config(folder, teacher=None, val_views=None)
+    with KDDataLoader.from_config(run, teacher=None) as plain:
+        source, transform = plain.source, plain.transform
+    views = {"teacher": FollowingView(follow="images", size=LARGE)}
+    options = {"views": views, "batch_size": 32, "seed": 3, "device": "cpu"}
+    alone = Config.model_validate({"run_dir": folder / "own", "train": {"epochs": 1, "loggers": []}, "probe": None})
+    with (
+        KDDataLoader(
+            source, transform, SeesOneSize(LARGE), teacher_view="teacher", last_batch="drop", **options
+        ) as loader,
+        KDDataLoader(source, EvalTransform(size=SIZE), shuffle=False, **options) as validation,
+    ):
+        found = train(alone, student=SeesOneSize(SIZE), train_batches=loader, validation=validation)
+    assert found.evaluations["val"].agreement is not None
+
+
+def test_teacher_settings_are_opened_for_the_view_of_an_own_loader(folder):
+    run = config(folder)
+    with KDDataLoader.from_config(run, teacher=None) as loader:
+        alone = run.model_copy(update={"data": Config().data, "run_dir": folder / "own"})
+        found = train(alone, train_batches=loader, plugins=PLUGINS)
+    assert found.evaluations == {}
+    assert (folder / "own" / "exported").is_dir()
+
+
+def test_export_is_of_the_size_of_the_view(folder):
+    run = config(folder, teacher={"model": {**network(LARGE), "checkpoint": folder / "teacher.pt"}, "view": "teacher"})
+    torch.save(SeesOneSize(LARGE).state_dict(), folder / "teacher.pt")
+    network_found = network_of_config(run, plugins=PLUGINS)
+    assert network_found.image_shape == (3, LARGE, LARGE) and network_found.view == "teacher"
+    images = sample_images(run, view="teacher", num_images=3)
+    assert images.shape == (3, 3, LARGE, LARGE)
