@@ -175,3 +175,14 @@ def test_view_without_finite_logits_is_named(open_loader: Callable[..., KDDataLo
 
     with open_loader(views=VIEWS) as loader, pytest.raises(NonFiniteError, match="view '48': the model's logits"):
         evaluate(FailsOnLarge(), loader, views=["24", "48"])
+
+
+def test_pixels_of_a_view_are_refused(open_loader: Callable[..., KDDataLoader]) -> None:
+    """Masks follow `images`, and a view may show another window."""
+
+    class Pixels(nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"logits": images}
+
+    with open_loader(views=VIEWS) as loader, pytest.raises(ConfigError, match="view '24': masks, with which logits of"):
+        evaluate(Pixels(), loader, views=["24"])
