@@ -28,12 +28,12 @@ from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.workflows.check_images import SKIP_UNREADABLE
-from kd_pipeline.workflows.distill_module import check_sizes
 from kd_pipeline.workflows.evaluation_plan import EvaluationPlan, select_best
 from kd_pipeline.workflows.findings import Findings
 from kd_pipeline.workflows.stage import (
     Stage,
     check_config,
+    check_sizes,
     loss_settings,
     network_of,
     num_classes_for,

@@ -7,23 +7,21 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.views import View
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.losses.dry_run import run_dry
 from kd_pipeline.losses.own_loss import OwnLoss
-from kd_pipeline.models.modules import zero_images
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.memory_format import use_channels_last
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.own_optimizer import OwnOptimizer
 from kd_pipeline.workflows.parts import Loss
-from kd_pipeline.workflows.stage import loss_settings, num_classes_of, view_of
+from kd_pipeline.workflows.stage import check_sizes, loss_settings, num_classes_of, view_of
 
-__all__ = ["build_distillation", "build_module", "check_sizes", "own_outputs"]
+__all__ = ["build_distillation", "build_module", "own_outputs"]
 
 Module = TypeVar("Module", bound=DistillModule)
 
@@ -110,16 +108,6 @@ def build_distillation(
         ignore_index=loader.ignore_index,
         plugins=plugins,
     )
-
-
-def check_sizes(student: nn.Module, view: View) -> None:
-    """Run a student on a view at each of its sizes, if they change.
-
-    Raises:
-        ConfigError: it fails at one.
-    """
-    for size in view.sizes[1:]:
-        run_dry(student, (), zero_images((3, *size)))
 
 
 def own_outputs(student: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,14 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
+from torch import nn
+
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.ranks import world_size
 from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.views import FollowingView
+from kd_pipeline.data.views import FollowingView, View
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.dry_run import run_dry
 from kd_pipeline.losses.settings import DistillSettings
 from kd_pipeline.models.input_adapter import Normalization
+from kd_pipeline.models.modules import zero_images
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -24,6 +28,7 @@ from kd_pipeline.workflows.teacher import check_no_input_adapter
 __all__ = [
     "Stage",
     "check_config",
+    "check_sizes",
     "loss_settings",
     "network_of",
     "normalization_of",
@@ -151,6 +156,16 @@ def normalization_of(loader: object, view: str) -> Normalization | None:
     """How a view of `loader` is normalized; None for batches of the user's own."""
     found: Callable[[str], Normalization] | None = getattr(loader, "normalization", None)
     return None if found is None else found(view)
+
+
+def check_sizes(student: nn.Module, view: View) -> None:
+    """Run a student on a view at each of its sizes, if they change.
+
+    Raises:
+        ConfigError: it fails at one.
+    """
+    for size in view.sizes[1:]:
+        run_dry(student, (), zero_images((3, *size)))
 
 
 def loss_settings(config: Config, stage: Stage) -> DistillSettings:
