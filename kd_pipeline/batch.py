@@ -23,8 +23,9 @@ class KDBatch(Mapping[str, Any]):
     It is also a mapping: `batch["images"]`, `"labels" in batch` and `dict(batch)` find the inputs by name, and the
     fields that are there. `len(batch)` is the number of rows, as of a tensor.
 
-    `images` is the buffer that the teacher read: DALI's own, or torch's if images are mixed. It is not overwritten
-    while it is referenced. Clone it before changing it in place.
+    `images` is the buffer that a teacher of these images read, and each of `views` that of a teacher of this view:
+    DALI's own, or torch's if images are mixed. It is not overwritten while it is referenced. Clone it before changing
+    it in place.
     """
 
     inputs: Mapping[str, Tensor]

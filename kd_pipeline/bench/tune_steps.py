@@ -130,7 +130,7 @@ class RunSteps(ExitStack):
             data = with_values(self._config, trial.values).data
             at_once = group_size(  # batches that become ready together
                 data.batch_size,
-                Views.of(data.split("train").transform, data.split("train").views).only(self._config.seen_views),
+                Views.of(data.split("train").transform, data.split("train").views).only(_shown_views(self._config)),
                 num_threads=data.num_threads or num_cores(),
                 on_gpu=resolve_device(data.device).type == "cuda",
             )
@@ -262,7 +262,7 @@ class RunSteps(ExitStack):
                 training=self.source,
                 plugins=self._plugins,
                 run_dir=None,
-                shown_views=config.seen_views,
+                shown_views=_shown_views(config),
             )
             self._loaders[key] = _OpenLoader(loader, _without_end(loader))
         return self._loaders[key]
@@ -457,6 +457,11 @@ def _without_end(loader: KDDataLoader) -> Iterator[KDBatch]:
         if loader.epoch == num_epochs:
             loader.set_epoch(0)
         yield from loader
+
+
+def _shown_views(config: Config) -> Collection[str]:
+    """The views that a run makes; a loop of the user's own, without a student in the config, may see all."""
+    return config.seen_views if config.student_views else config.data.split("train").views
 
 
 def _copied(batch: KDBatch, teacher: Teacher | Recording | None) -> KDBatch:

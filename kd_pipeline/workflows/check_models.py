@@ -168,9 +168,8 @@ def _draw(
     config: Config, training: Source, out: Path, teacher: Teacher | Recording | None, plugins: Collection[str]
 ) -> tuple[KDBatch, Path]:
     config = _lenient(config, teacher)
-    shown = config.seen_views if isinstance(teacher, Teacher) else set(config.student_views.values())
     with KDDataLoader.from_config(
-        config, teacher=teacher, training=training, plugins=plugins, run_dir=None, shown_views=shown
+        config, teacher=teacher, training=training, plugins=plugins, run_dir=None, shown_views=config.seen_views
     ) as loader:
         batch = next(iter(loader))
         grid = save_grid(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.mixing import MixSettings
@@ -17,6 +17,9 @@ from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.data.views import FollowingView, TrainView
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.group import TeacherGroup
+from kd_pipeline.teachers.open import open_teacher
+from kd_pipeline.teachers.settings import TeacherSettings
 from tests.corpus import BROKEN, Broken, photo_of
 from tests.gpu.conftest import FEW, SMALL, copies_in, no_synchronization
 from tests.mask_files import save_pair, some_masks
@@ -273,3 +276,36 @@ def test_views_match_the_cpu(photo_folder: Any, device: torch.device) -> None:
     for ours, theirs in zip(*found, strict=True):
         for name in VIEWS:
             assert (ours[f"view {name}"] - theirs[f"view {name}"]).abs().mean() < level, name
+
+
+def test_each_teacher_reads_the_buffer_of_its_view(
+    open_loader: Callable[..., KDDataLoader], device: torch.device
+) -> None:
+    sizes = {"teacher": EVAL.size + 8, "local": EVAL.size // 2}
+    read: dict[str, list[int]] = {view: [] for view in sizes}
+
+    class Reads(nn.Module):
+        def __init__(self, view: str) -> None:
+            super().__init__()
+            self.view, self.weight = view, nn.Parameter(torch.ones(()))
+
+        def forward(self, images: Tensor) -> Tensor:
+            read[self.view].append(images.data_ptr())
+            return images.mean((2, 3)) * self.weight
+
+    members = {
+        view: open_teacher(
+            TeacherSettings(view=view, precision="fp32", compile=False, channels_last=False),
+            module=Reads(view),
+            image_shape=(3, size, size),
+            device=device,
+        )
+        for view, size in sizes.items()
+    }
+    for pointers in read.values():
+        pointers.clear()  # of the trial runs
+    batches = [*open_loader(TRAIN, TeacherGroup(members), views=VIEWS)]
+    for view, pointers in read.items():
+        assert pointers == [batch.views[view].data_ptr() for batch in batches]
+        for batch in batches:
+            torch.testing.assert_close(batch.teacher[f"{view}.logits"], batch.views[view].mean((-2, -1)))

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline.batch import KDBatch
+from kd_pipeline.bench.tune_steps import Part, RunSteps, Trial
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.data.views import FollowingView
 from kd_pipeline.errors import ConfigError, StateError, TeacherError
+from kd_pipeline.evaluation.probe import probe_teacher
 from kd_pipeline.loader.config_teacher import sample_images
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.onnx.export import export_onnx
@@ -23,6 +25,7 @@ from kd_pipeline.workflows._compare import compare_files
 from kd_pipeline.workflows._export import network_of_config
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows._train import train
+from kd_pipeline.workflows.results import repeatable_transform
 from tests.recordings import column, set_column
 from tests.runs import write_data
 from tests.training.tiny_run import weights
@@ -36,11 +39,11 @@ EVALUATED = {"local": {"preset": "eval", "size": 12, "resize": 12}}
 class SeesOneSize(nn.Module):
     """Ten logits of images of one size, and of no other."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, num_classes: int = 10) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(size)
-            self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 10))
+            self.body = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, num_classes))
         self.size = size
 
     def forward(self, images: Tensor) -> Tensor:
@@ -315,8 +318,9 @@ def test_check_opens_all_for_their_views(folder):
         val_views={**LARGER, **EVALUATED},
         student={**network(12), "view": "local"},
     )
-    found = check(run, plugins=PLUGINS)
-    assert not [each for each in found.findings if each.severity == "error"], found.findings
+    for changed in (run, run.model_copy(update={"stage": "all"}), run.model_copy(update={"stage": "baseline"})):
+        found = check(changed, plugins=PLUGINS)
+        assert not [each for each in found.findings if each.severity == "error"], found.findings
 
 
 @pytest.mark.parametrize(
@@ -436,3 +440,54 @@ def test_export_is_of_the_size_of_the_view(folder):
     assert network_found.image_shape == (3, LARGE, LARGE) and network_found.view == "teacher"
     images = sample_images(run, view="teacher", num_images=3)
     assert images.shape == (3, 3, LARGE, LARGE)
+
+
+def local_run(folder: Path, name: str = "run", **changes: Any) -> Config:
+    """A student of two crops of each image."""
+    views, val_views = {**LARGER, **LOCAL}, {**LARGER, **EVALUATED}
+    return config(
+        folder, name, views=views, val_views=val_views, **{"student": {**network(12), "view": "local"}, **changes}
+    )
+
+
+def test_probe_counts_each_copy(folder):
+    teacher = {"model": {**network(12), "pretrained": False}, "view": "local", "backend": "pytorch"}
+    run = local_run(folder, teacher=teacher, probe={"strict": False, "num_samples": 64})
+    with KDDataLoader.from_config(run, plugins=PLUGINS) as loader:
+        (report,) = probe_teacher(run, loader.teacher, run.probe).values()
+    assert report.num_samples == 64
+
+
+def test_accumulated_steps_are_those_of_whole_batches(folder):
+    """The mean of a step is over its samples, however many copies each has."""
+    settings = {"epochs": 1, "loggers": [], "export": {"onnx": False}, "optimizer": {"name": "sgd", "lr": 0.01}}
+    whole = local_run(folder, "whole", train=settings)
+    data = {**whole.data.model_dump(mode="json"), "batch_size": 16}
+    parts = Config.model_validate(
+        {
+            **whole.model_dump(mode="json"),
+            "run_dir": folder / "parts",
+            "data": data,
+            "train": settings | {"accumulate": 2},
+        }
+    )
+    train(whole, plugins=PLUGINS)
+    train(parts, plugins=PLUGINS)
+    ours, theirs = weights(folder / "parts"), weights(folder / "whole")
+    for name, wanted in theirs.items():
+        torch.testing.assert_close(ours[name], wanted)
+
+
+@pytest.mark.slow
+def test_tune_measures_what_a_run_sees(folder):
+    parts: tuple[Part, ...] = ("all", "no loader", "no teacher", "student")
+    with RunSteps(local_run(folder), "distill", plugins=PLUGINS) as steps:
+        assert all(steps.rate(Trial((), part), seconds=0.02) > 0 for part in parts)
+        steps.check_agreement((("teacher.precision", "bf16"),))
+
+
+def test_prediction_is_for_the_view_of_the_student(folder):
+    data = local_run(folder).data
+    assert repeatable_transform(data, "val", "local") == EvalTransform(size=12, resize=12)
+    assert repeatable_transform(data, "val", "teacher") == EvalTransform(size=LARGE, resize=LARGE)
+    assert repeatable_transform(data, "train", "local") is None
