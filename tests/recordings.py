@@ -2,7 +2,9 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from kd_pipeline.teachers.recorded.folder import LocalFolder
 from kd_pipeline.teachers.recorded.manifest import MANIFEST, RecordingManifest
 from kd_pipeline.teachers.recorded.parts import Part, PartRows, column_offsets
 from kd_pipeline.teachers.recorded.reader import RecordingReader
+from kd_pipeline.teachers.recorded.writer import RecordingWriter
 from kd_pipeline.workflows import _record
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows.teacher import open_run_teacher
@@ -60,6 +63,23 @@ def other_net() -> nn.Module:
 def record_often() -> None:
     """Write parts of two batches of 16, and let a process lose 20 ms of its work at most, if it is killed."""
     _record._MAX_PART_ROWS, _record._COMMIT_INTERVAL_S = 32, 0.02
+
+
+def record_a_little() -> None:
+    """As `record_often`, but after four batches wait until the working directory has a file called `go`.
+
+    So whoever kills the process finds something left to record, however slow the machine is.
+    """
+    record_often()
+    write, written = RecordingWriter.write, count(1)
+
+    def write_and_wait(writer: RecordingWriter, *arguments: Any) -> None:
+        write(writer, *arguments)
+        time.sleep(0.02)  # and commit
+        while next(written) >= 4 and not Path("go").exists():
+            time.sleep(0.01)
+
+    RecordingWriter.write = write_and_wait  # type: ignore[method-assign]
 
 
 def config(root: Path, **changes: Any) -> Config:

@@ -43,6 +43,7 @@ from tests.recordings import (
     net,
     num_epochs_of,
     part_of,
+    record_a_little,
     record_often,
     recorded,
     replayed,
@@ -743,30 +744,26 @@ def test_processes_killed_repeatedly_write_the_files_of_one(digits: Path, tmp_pa
     described = settings(digits, str(tmp_path / "run"), train__epochs=60, train__num_threads=1, data__num_threads=1)
     config_file.write_text(described.model_dump_json(exclude_none=True), encoding="utf-8")
 
-    def start(*options: str) -> Command:
-        return Command(["record", "-c", str(config_file), *options], tmp_path, prepare=record_often)
+    def start(out: str, *options: str, prepare: Callable[[], object] = record_a_little) -> Command:
+        return Command(["record", "-c", str(config_file), "--out", out, *options], tmp_path, prepare=prepare)
 
-    undisturbed = start("--out", "undisturbed")
-    numbers, kills = random.Random(1), 0
-    running = {number: start("--out", "killed", "--part", f"{number}/4") for number in range(1, 5)}
-    deadline = time.monotonic() + 300
-    while running and time.monotonic() < deadline:
+    undisturbed = start("undisturbed", prepare=record_often)
+    numbers = random.Random(1)
+    running = {number: start("killed", "--part", f"{number}/4") for number in range(1, 5)}
+    for _ in range(20):
         number = numbers.choice(sorted(running))
         process = running[number]
         while process.poll() is None and "recording" not in process.stderr.read():
             time.sleep(0.01)
         time.sleep(numbers.uniform(0, 0.1))
-        if kills < 20:
-            process.send_signal(signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-        if process.returncode == 0:
-            del running[number]
-        else:
-            assert process.returncode == -signal.SIGKILL
-            running[number] = start("--out", "killed", "--part", f"{number}/4")
-    assert kills == 20 and not running
-    undisturbed.communicate()
+        assert process.returncode == -signal.SIGKILL
+        running[number] = start("killed", "--part", f"{number}/4")
+    (tmp_path / "go").touch()
+    for process in (*running.values(), undisturbed):
+        process.communicate()
+        assert process.returncode == 0
     assert_same_files(tmp_path / "killed", tmp_path / "undisturbed")
 
 
