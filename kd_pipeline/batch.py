@@ -7,10 +7,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-__all__ = ["IMAGES", "KDBatch", "copies_as_rows", "rows_name"]
+from kd_pipeline._core.constants import IMAGES
 
-IMAGES = "images"
-"""The view that `transform` describes, and the input that it is."""
+__all__ = ["KDBatch", "copies_as_rows", "rows_name"]
+
 _MAPPINGS = ("views", "teacher", "teacher_views", "extra")
 _OWN_FIELDS = ("labels", "index", "valid", "masks", *_MAPPINGS)
 """All but the inputs."""

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "kd_pipeline"
 
 PACKAGES = [
     "errors",
-    "batch",
     "_core",
+    "batch",
     "storage",
     "data",
     "models",

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.graph_settings import DecodeMode, GraphInput, GraphSettings
 from kd_pipeline.data.headers import Orientation
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, Draws, Views
+from kd_pipeline.data.views import Draws, Views
 
 PIXELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 """Settings that keep pixels on the scale from 0 to 255."""

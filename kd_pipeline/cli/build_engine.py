@@ -219,7 +219,7 @@ def _calibration_set(parsed: argparse.Namespace) -> "Callable[[], CalibrationSet
         if parsed.precision in ("int8", "fp8"):
             raise ConfigError(f"{parsed.precision} takes its ranges from real images; give --calibrate CONFIG")
         return None
-    from kd_pipeline.batch import IMAGES
+    from kd_pipeline._core.constants import IMAGES
     from kd_pipeline.config.config import load_config
     from kd_pipeline.loader.config_teacher import sample_images
     from kd_pipeline.teachers.parity import CalibrationSet

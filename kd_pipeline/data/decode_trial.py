@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kd_pipeline._core.child_process import open_report, run_child
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.graph_settings import DecodeMode, GraphInput, GraphSettings
 from kd_pipeline.data.transforms import TrainTransform
-from kd_pipeline.data.views import IMAGES, Views
+from kd_pipeline.data.views import Views
 
 __all__ = [
     "DecodeTrial",

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.data.bad_samples import BadSamples
 from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.file_reading import read_sample
@@ -22,7 +23,7 @@ from kd_pipeline.data.mixing import MixSettings, plan_mixing
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Source, masks_of
-from kd_pipeline.data.views import IMAGES, Draws, Sizes, Views
+from kd_pipeline.data.views import Draws, Sizes, Views
 
 __all__ = ["INDEX", "LABEL", "MIXING", "VALID", "GroupPlan", "ReadBatch", "ReadGroup", "Reader", "group_size"]
 

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from pydantic import Discriminator, Field, Tag
 
 from kd_pipeline._core.channels import ChannelMeans, ChannelStds
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.image_size import Size, height_width
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.data.auto_augment import Array, AutoAugment
 from kd_pipeline.data.own_ops import FactoryOp
 from kd_pipeline.data.plan import uniforms
@@ -36,7 +36,6 @@ from kd_pipeline.data.transforms import (
 from kd_pipeline.errors import ConfigError
 
 __all__ = [
-    "IMAGES",
     "Draws",
     "EvalView",
     "FollowingView",

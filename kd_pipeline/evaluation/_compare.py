@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report, progress_bar
 from kd_pipeline._core.text import printable
-from kd_pipeline.batch import IMAGES, KDBatch
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, only_metrics
 from kd_pipeline.evaluation._logits import AVERAGED, inputs_for

@@ -12,9 +12,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.progress import Report, no_report
-from kd_pipeline.batch import IMAGES, KDBatch
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.evaluation._logits import known_views, logits_of, run_on_view, view_logits, with_mean
 from kd_pipeline.evaluation._metrics import Metric, MetricSettings, kl_divergence, measure

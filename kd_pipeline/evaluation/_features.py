@@ -9,8 +9,9 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report
-from kd_pipeline.batch import IMAGES, KDBatch
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, of_batches, only_metrics
 from kd_pipeline.evaluation._logits import inputs_for

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.suggestions import suggest
-from kd_pipeline.batch import IMAGES, KDBatch
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, KDPipelineError, TeacherError
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.loader.loader import KDDataLoader

@@ -12,9 +12,9 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, of_batches
 from kd_pipeline.evaluation._logits import run_on_view

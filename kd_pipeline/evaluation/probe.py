@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.batch import IMAGES, KDBatch
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import TrainTransform

@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from kd_pipeline._core.constants import IGNORE_INDEX
+from kd_pipeline._core.constants import IGNORE_INDEX, IMAGES
 from kd_pipeline._core.device import resolve_device
-from kd_pipeline.batch import IMAGES, KDBatch
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, DataError, StateError
 from kd_pipeline.loader.batch_epoch import OpenEpoch, ReadyBatch

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kd_pipeline._core.constants import IGNORE_INDEX
+from kd_pipeline._core.constants import IGNORE_INDEX, IMAGES
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.optional import require
@@ -31,7 +31,7 @@ from kd_pipeline.data.settings import LoaderOptions, LoaderSettings
 from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform, plain_fields
 from kd_pipeline.data.uniform import UniformCounter
-from kd_pipeline.data.views import IMAGES, Views, ViewSettings, fields_of_view, view_fields
+from kd_pipeline.data.views import Views, ViewSettings, fields_of_view, view_fields
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
 from kd_pipeline.loader.position import Consumer, Position
 from kd_pipeline.loader.prepare import PendingBatch, Preparation

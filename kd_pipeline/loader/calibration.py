@@ -7,11 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.batch import copies_as_rows
 from kd_pipeline.data.order import Shuffle, read_shuffle, shuffle_fields
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, FollowingView, Views, ViewSettings, fields_of_view
+from kd_pipeline.data.views import FollowingView, Views, ViewSettings, fields_of_view
 from kd_pipeline.loader.batch_stream import BatchStream, transform_fields
 from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.runner import ViewImages

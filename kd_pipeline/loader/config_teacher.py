@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source
-from kd_pipeline.data.views import IMAGES
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.batch_stream import BatchStream
 from kd_pipeline.loader.calibration import at_largest, first_images, images_key, images_of_views

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.paths import Url
 from kd_pipeline.data.order import Shuffle
 from kd_pipeline.data.plan import Shard
@@ -17,7 +18,7 @@ from kd_pipeline.data.sources.containers import user_location
 from kd_pipeline.data.sources.custom import check_source
 from kd_pipeline.data.sources.files.paths import FileSource
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, ViewSettings
+from kd_pipeline.data.views import ViewSettings
 from kd_pipeline.errors import ConfigError, shown
 from kd_pipeline.loader.batch_stream import BatchStream
 from kd_pipeline.loader.calibration import at_largest, first_images, images_key, images_of_views

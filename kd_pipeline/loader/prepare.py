@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.mixing import MixSettings, at_size, mix_images, mix_labels
 from kd_pipeline.data.reader import INDEX, LABEL, MIXING, VALID, ReadBatch, Reader, ReadGroup
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.uniform import counted, is_uniform
-from kd_pipeline.data.views import IMAGES
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.teachers.base import Teacher

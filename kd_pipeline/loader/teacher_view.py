@@ -2,9 +2,9 @@
 
 import torch
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.data.views import View, Views
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers.base import Teacher

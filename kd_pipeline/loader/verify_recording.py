@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.data.mixing import MixSettings, at_size, mix_images
 from kd_pipeline.data.plan import BatchPlan, EpochPlan, Plan
 from kd_pipeline.data.reader import INDEX, MIXING, Reader
-from kd_pipeline.data.views import IMAGES, Views
+from kd_pipeline.data.views import Views
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.state import changed_fields
 from kd_pipeline.loader.streams import StreamSync

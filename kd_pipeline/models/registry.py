@@ -13,11 +13,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import first_few, suggest
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.backbone import Backbone, classifier_layers, trunk_of, without_head
 from kd_pipeline.models.input_adapter import AdaptedNetwork, ExpectedInput, Normalization

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
-from kd_pipeline.batch import IMAGES, KDBatch, copies_as_rows
+from kd_pipeline.batch import KDBatch, copies_as_rows
 from kd_pipeline.errors import ConfigError, EngineError, TeacherError
 
 __all__ = ["Teacher", "is_logits"]

@@ -6,8 +6,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.tensor_spec import TensorSpec
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import Teacher
 

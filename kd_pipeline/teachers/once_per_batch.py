@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_pipeline.batch import IMAGES, KDBatch
+from kd_pipeline._core.constants import IMAGES
+from kd_pipeline.batch import KDBatch
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = ["OncePerBatch"]

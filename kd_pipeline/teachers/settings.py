@@ -7,9 +7,9 @@ from typing import ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, PositiveFloat, model_validator
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.secret_values import is_secret
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.input_adapter import ExpectedInput
 from kd_pipeline.models.registry import ModelSettings

@@ -8,11 +8,12 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.memory import release_free_memory
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import speed_text
-from kd_pipeline.batch import IMAGES, KDBatch, rows_name
+from kd_pipeline.batch import KDBatch, rows_name
 from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.evaluation._logits import inputs_for

@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.settings import require_config
 from kd_pipeline.config.config import Config
@@ -20,7 +21,6 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import open_source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._compare import Comparison, compare
 from kd_pipeline.evaluation._metrics import MetricSettings, open_metrics

@@ -11,12 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD, IMAGES
 from kd_pipeline._core.files import describe_special
 from kd_pipeline._core.image_size import height_width
 from kd_pipeline._core.progress import timed
 from kd_pipeline._core.suggestions import suggest
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.config_teacher import sample_images

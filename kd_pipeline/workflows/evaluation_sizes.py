@@ -7,11 +7,12 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.image_size import as_size, height_width, size_text
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.settings import SPLITS
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, EvalView, View
+from kd_pipeline.data.views import EvalView, View
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherGroupSettings, TeacherSettings
 

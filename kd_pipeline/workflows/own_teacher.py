@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from kd_pipeline.batch import IMAGES
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.calibration import images_of_views

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import EvalTransform
-from kd_pipeline.data.views import IMAGES, View
+from kd_pipeline.data.views import View
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.batch_loader import AnyLoader, BatchLoader
 from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE

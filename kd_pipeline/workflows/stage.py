@@ -6,9 +6,9 @@ from typing import Literal, Protocol
 
 from torch import nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.ranks import world_size
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.views import FollowingView, View
 from kd_pipeline.errors import ConfigError

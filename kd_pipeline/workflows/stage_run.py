@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.ranks import is_rank_zero, world_size
 from kd_pipeline._core.suggestions import first_few
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.terminal_log import log_line
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
 from kd_pipeline.evaluation._evaluate import Evaluation

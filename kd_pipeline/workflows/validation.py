@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.ranks import is_rank_zero
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, DataError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, only_metrics

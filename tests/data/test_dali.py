@@ -14,11 +14,12 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image, ImageOps
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, EvalView, FollowingView, TrainView, Views
+from kd_pipeline.data.views import EvalView, FollowingView, TrainView, Views
 from kd_pipeline.errors import ConfigError
 from tests.corpus import ODD, encoded
 from tests.views import PIXELS, graph_settings, open_graph, render, samples_of

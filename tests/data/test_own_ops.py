@@ -7,9 +7,10 @@ import pytest
 from pydantic import ValidationError
 
 from kd_pipeline import FollowingView, ImageFolder, KDDataLoader, MixSettings, TrainTransform, TrainView
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.sources.masks.settings import FolderMasks
-from kd_pipeline.data.views import IMAGES, Views
+from kd_pipeline.data.views import Views
 from kd_pipeline.errors import ConfigError, StateError
 from tests.mask_files import save_pair, some_masks
 from tests.views import PIXELS

@@ -11,13 +11,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.data.dali import Graph
 from kd_pipeline.data.plan import Plan
 from kd_pipeline.data.reader import INDEX, VALID, ReadBatch, Reader, group_size
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import Arrays, ImageFolder
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, Views
+from kd_pipeline.data.views import Views
 from kd_pipeline.errors import BadSampleError
 from tests.corpus import cut_in_half
 from tests.views import graph_settings

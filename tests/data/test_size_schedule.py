@@ -7,11 +7,12 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from kd_pipeline import EvalTransform, FollowingView, KDDataLoader, MixSettings, Shard, TrainTransform, TrainView
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.data.reader import GroupPlan
 from kd_pipeline.data.size_schedule import ProgressiveSize, RandomSize, SizeSchedule
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.sources.masks.settings import FolderMasks
-from kd_pipeline.data.views import IMAGES, Views
+from kd_pipeline.data.views import Views
 from tests.mask_files import save_pair, some_masks
 from tests.views import PIXELS
 

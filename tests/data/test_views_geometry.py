@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline.data.auto_augment import OPS, RandAugment, TrivialAugment
 from kd_pipeline.data.mixing import MixSettings, at_size, plan_mixing
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import IMAGES, EvalView, FollowingView, TrainView, Views, ViewSettings
+from kd_pipeline.data.views import EvalView, FollowingView, TrainView, Views, ViewSettings
 from kd_pipeline.errors import ConfigError
 from tests.streams import TRAIN
 from tests.views import PIXELS, views_of

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError, model_validator
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline._core.text import printable
-from kd_pipeline.batch import IMAGES
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import is_logits
 
