@@ -17,7 +17,7 @@ from kd_pipeline.loader.batch_epoch import OpenEpoch, ReadyBatch
 from kd_pipeline.loader.batch_fields import FieldNames, InputNames, Key
 from kd_pipeline.loader.batch_preparation import AnyTeacher, BatchPreparation
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.loader.position import UNKNOWN_LENGTH, BatchSampler, Consumer, Position
+from kd_pipeline.loader.position import UNKNOWN_LENGTH, BatchSampler, Consumer, InEpochs, Position
 from kd_pipeline.loader.state import check_fingerprint
 from kd_pipeline.loader.streams import open_stream_sync
 from kd_pipeline.loader.user_batches import EpochStart, UserBatches, digest_of, read_start
@@ -30,7 +30,7 @@ _STATE_VERSION = 1
 _logger = getLogger("kd_pipeline")
 
 
-class BatchLoader:
+class BatchLoader(InEpochs):
     """Iterates over the batches of any loader, with teacher outputs; one `for` loop is one epoch.
 
         loader = BatchLoader(DataLoader(dataset, batch_size=64, shuffle=True), teacher_module)
@@ -211,16 +211,6 @@ class BatchLoader:
             if tensor is not None
         }
         return digest_of({**self._user.facts(), "fields": fields})
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the current loop or, after it has ended, of the next one, counted from 0."""
-        return self._position.epoch
-
-    @property
-    def num_returned(self) -> int:
-        """Batches of `epoch` that were returned, those before the loaded position included."""
-        return self._position.num_returned
 
     @property
     def batch_sampler(self) -> BatchSampler:

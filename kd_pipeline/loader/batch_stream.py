@@ -33,7 +33,7 @@ from kd_pipeline.data.transforms import EvalTransform, TrainTransform, plain_fie
 from kd_pipeline.data.uniform import UniformCounter
 from kd_pipeline.data.views import Views, ViewSettings, fields_of_view, view_fields
 from kd_pipeline.errors import ConfigError, DataError, StateError, TeacherError
-from kd_pipeline.loader.position import Consumer, Position
+from kd_pipeline.loader.position import Consumer, InEpochs, Position
 from kd_pipeline.loader.prepare import PendingBatch, Preparation
 from kd_pipeline.loader.process import OwnProcess, refuse_copy
 from kd_pipeline.loader.shards import OwnShard
@@ -54,7 +54,7 @@ _STATE_VERSION = 1
 _logger = logging.getLogger("kd_pipeline")
 
 
-class BatchStream:
+class BatchStream(InEpochs):
     """Everything that `KDDataLoader` does with an open source and teacher."""
 
     def __init__(
@@ -281,21 +281,6 @@ class BatchStream:
             "view": fields_of_view(self.transform, self._view_settings, view),
             "cut_of_mixed_batch": cut_of_mixed_batch(self._plan, self.mix),
         }
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the current loop or, after it has ended, of the next one, counted from 0."""
-        return self._position.epoch
-
-    @property
-    def num_returned(self) -> int:
-        """Batches of `epoch` that were returned, those before the loaded position included."""
-        return self._position.num_returned
-
-    @property
-    def position(self) -> Position:
-        """Where the loader is in its epochs."""
-        return self._position
 
     def set_epoch(self, epoch: int) -> None:
         """Let the next loop run `epoch`, counted from 0, and end the current one.

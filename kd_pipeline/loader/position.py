@@ -9,7 +9,7 @@ from inspect import CO_GENERATOR
 from types import FrameType
 from typing import Literal, Self
 
-__all__ = ["UNKNOWN_LENGTH", "BatchSampler", "Consumer", "Position"]
+__all__ = ["UNKNOWN_LENGTH", "BatchSampler", "Consumer", "InEpochs", "Position"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -138,6 +138,27 @@ class Position:
             left = self._epoch, self._batch
             self.finish()
             self.left = left
+
+
+class InEpochs:
+    """A loader that has a position."""
+
+    _position: Position
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the current loop or, after it has ended, of the next one, counted from 0."""
+        return self._position.epoch
+
+    @property
+    def num_returned(self) -> int:
+        """Batches of `epoch` that were returned, those before the loaded position included."""
+        return self._position.num_returned
+
+    @property
+    def position(self) -> Position:
+        """Where the loader is in its epochs."""
+        return self._position
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.loader.position import BatchSampler, Position
+from kd_pipeline.loader.position import BatchSampler, InEpochs, Position
 
 __all__ = ["LoaderView", "SharedLoader", "Wanted", "choose"]
 
@@ -88,7 +88,7 @@ class SharedLoader:
         self._batches = iter(self.loader)
 
 
-class LoaderView:
+class LoaderView(InEpochs):
     """A shared loader as one student sees it: as if it were the student's own."""
 
     def __init__(self, shared: SharedLoader, take: Callable[[Wanted], KDBatch]) -> None:
@@ -120,21 +120,6 @@ class LoaderView:
             position.drop("left")
             raise
         position.finish()
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the student's loop."""
-        return self._position.epoch
-
-    @property
-    def num_returned(self) -> int:
-        """Batches of `epoch` that the student has had."""
-        return self._position.num_returned
-
-    @property
-    def position(self) -> Position:
-        """Where the student is in its epochs."""
-        return self._position
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that the student has had, as of a loader of its own."""
