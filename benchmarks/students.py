@@ -37,11 +37,11 @@ class BenchStudentsSettings(Settings):
     """Height and width of the images."""
     widths: tuple[int, ...] = (16, 24, 32)
     """Of the students, each a small ResNet."""
-    teacher_width: int = Field(default=48, gt=0)
+    teacher_width: int = Field(default=16, gt=0)
     """Of the teacher, one too."""
     num_batches: int = Field(default=12, gt=0)
     """Batches of an epoch."""
-    epochs: int = Field(default=3, gt=0)
+    epochs: int = Field(default=4, gt=0)
     """Timed epochs. Each measurement is a run of one epoch more, less a run of one epoch."""
     repeats: int = Field(default=5, gt=0)
     """How often each row is measured."""
