@@ -116,7 +116,7 @@ def _failure_text(folder: Path, error: BaseException) -> str:
     reason = printable(_reason(error).partition("\n")[0])
     return (
         f"{reason}; {folder / 'train.log'} has all of it. The same command tries it again from its last checkpoint; to "
-        "start it anew, give it another name in students (--fresh starts all of them)"
+        "start it again from the beginning, give it another name in students (--fresh starts all of them)"
     )
 
 
