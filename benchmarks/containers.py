@@ -8,7 +8,6 @@ installed get rows. The second asks for an old NumPy and SDKs of all clouds, but
     pip install Brotli python-snappy zstd catalogue
 """
 
-import argparse
 import json
 import math
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from pydantic import Field, field_validator
 
-from benchmarks.command import run_benchmark
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.container_files import WRITERS, read_images
 from benchmarks.container_rows import ROWS, ContainerTask, Row
 from benchmarks.file_server import FileServer, serving
@@ -44,7 +43,6 @@ from kd_pipeline.bench.measure import (
 )
 from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.bench.torchvision_loaders import PREFETCH, Stream
-from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.data.views import Views
@@ -263,12 +261,7 @@ def _versions() -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with these arguments and return the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.containers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    fields = [name for name in BenchContainersSettings.model_fields if name != "out"]
-    add_options(parser, BenchContainersSettings, *fields)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_containers.json"), help="JSON file for the result")
+    parser = benchmark_parser("containers", __doc__, BenchContainersSettings)
     return run_benchmark(parser, BenchContainersSettings, bench_containers, arguments)
 
 

@@ -6,7 +6,6 @@
 Each takes turns with the others, for one epoch of the same images at a time.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from benchmarks.command import run_benchmark
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.tables import markdown_table, with_range
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
@@ -37,7 +36,6 @@ from kd_pipeline.bench.measure import (
     wait_until_idle,
 )
 from kd_pipeline.bench.photographs import link_photographs, photographs
-from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.cli.bench import network_by_name
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.data.transforms import EvalTransform
@@ -244,12 +242,7 @@ def _wait(device: torch.device) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with these arguments and return the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.extract", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    fields = [name for name in BenchExtractSettings.model_fields if name != "out"]
-    add_options(parser, BenchExtractSettings, *fields)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_extract.json"), help="JSON file for the result")
+    parser = benchmark_parser("extract", __doc__, BenchExtractSettings)
     return run_benchmark(parser, BenchExtractSettings, bench_extract, arguments)
 
 

@@ -1,6 +1,5 @@
 """Compare `KDDataLoader` with a bare DALI graph, and on JPEG files with torchvision's decoders."""
 
-import argparse
 import json
 import math
 import sys
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch.utils.dlpack import from_dlpack
 
-from benchmarks.command import run_benchmark
+from benchmarks.command import benchmark_parser, run_benchmark
 from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
@@ -45,7 +44,6 @@ from kd_pipeline.bench.torchvision_loaders import (
     torchvision_tensor,
     why_no_cuda_decoder,
 )
-from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.data.decode_trial import try_decoding
 from kd_pipeline.data.graph_settings import DecodeMode
@@ -409,10 +407,7 @@ def read_all(root: Path) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with these arguments and return the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.loader", description=__doc__)
-    fields = [name for name in BenchLoaderSettings.model_fields if name != "out"]
-    add_options(parser, BenchLoaderSettings, *fields, flags={"hw_decoder_loads": ["--hw-decoder-load"]})
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_loader.json"), help="JSON file for the result")
+    parser = benchmark_parser("loader", __doc__, BenchLoaderSettings, flags={"hw_decoder_loads": ["--hw-decoder-load"]})
     return run_benchmark(parser, BenchLoaderSettings, bench_loader, arguments, {"hw_decoder_loads": "hw-decoder-load"})
 
 

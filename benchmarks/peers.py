@@ -6,7 +6,6 @@ The programs of others are run where they are installed, and never imported; wit
 `benchmarks.peers_rows` for what is run, and `benchmarks.peers_process` for how it is measured.
 """
 
-import argparse
 import signal
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from benchmarks.command import run_benchmark
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.peers_process import MIN_STEPS, ProgramOptions, ProgramRun, run_program, run_untimed
 from benchmarks.peers_result import PeersResult, PeersRow
 from benchmarks.peers_rows import (
@@ -37,7 +36,6 @@ from kd_pipeline._core.output import prepare_output, write_output
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.bench.measure import environment, prepare_out, rotated, save_result
-from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.errors import KDPipelineError
 
 
@@ -174,12 +172,7 @@ class _Bench:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with these arguments and return the exit status."""
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    fields = [name for name in BenchPeersSettings.model_fields if name != "out"]
-    add_options(parser, BenchPeersSettings, *fields)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_peers.json"), help="JSON file for the result")
+    parser = benchmark_parser("peers", __doc__, BenchPeersSettings)
     return run_benchmark(parser, BenchPeersSettings, bench_peers, arguments)
 
 

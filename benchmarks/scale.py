@@ -1,6 +1,5 @@
 """Measure how start, memory and resuming of a loader grow with the number of samples, and with the number of ranks."""
 
-import argparse
 import json
 import shutil
 import sys
@@ -14,14 +13,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
 
-from benchmarks.command import run_benchmark
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.scale_data import link_folder, link_shards, write_images, write_list
 from benchmarks.scale_worker import RESUME_AT, DataTask, Kind, StartSample, run_ranks, start_in_process
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, format_table, prepare_out, save_result, spread
 from kd_pipeline.bench.photographs import photographs
-from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.errors import ConfigError
 
 _COUNTS = {
@@ -268,12 +266,9 @@ def _measure_size(task: DataTask, num_samples: int, repeats: int, report: Callab
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with these arguments and return the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.scale", description=__doc__)
-    fields = [name for name in BenchScaleSettings.model_fields if name not in (*_COUNTS, "out")]
-    add_options(parser, BenchScaleSettings, *fields)
+    parser = benchmark_parser("scale", __doc__, BenchScaleSettings, left_out=_COUNTS)
     for name, text in _COUNTS.items():
         parser.add_argument(f"--{name}", nargs="*", metavar="N", help=text)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_scale.json"), help="JSON file for the result")
     return run_benchmark(parser, BenchScaleSettings, bench_scale, arguments)
 
 

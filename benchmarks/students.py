@@ -1,6 +1,5 @@
 """Compare a run of several students with runs of each alone: the loader and the teacher should be paid for once."""
 
-import argparse
 import json
 import sys
 import tempfile
@@ -13,12 +12,11 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from benchmarks.command import run_benchmark
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.loader import read_all
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, format_table, prepare_out, rotated, save_result, spread
 from kd_pipeline.bench.photographs import photographs
-from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.config.config import Config
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.workflows import train
@@ -177,9 +175,7 @@ def _config(settings: BenchStudentsSettings, root: Path, run_dir: Path, widths: 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with these arguments and return the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.students", description=__doc__)
-    add_options(parser, BenchStudentsSettings, *[name for name in BenchStudentsSettings.model_fields if name != "out"])
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_students.json"), help="JSON file for the result")
+    parser = benchmark_parser("students", __doc__, BenchStudentsSettings)
     return run_benchmark(parser, BenchStudentsSettings, bench_students, arguments)
 
 

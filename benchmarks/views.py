@@ -1,6 +1,5 @@
 """Compare several views of one decoding with as many loaders, each of which decodes the same files for itself."""
 
-import argparse
 import json
 import math
 import sys
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from benchmarks.command import run_benchmark
+from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.loader import LOADERS, DecodeTask, read_all
 from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.settings import Settings
@@ -33,7 +32,6 @@ from kd_pipeline.bench.measure import (
 )
 from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.bench.torchvision_loaders import PREFETCH, Stream
-from kd_pipeline.cli.arguments import add_options
 from kd_pipeline.data.auto_augment import RandAugment
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.transforms import TrainTransform
@@ -272,9 +270,7 @@ def _run(stream: Stream, num_batches: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with these arguments and return the exit status."""
-    parser = argparse.ArgumentParser("python -m benchmarks.views", description=__doc__)
-    add_options(parser, BenchViewsSettings, *[name for name in BenchViewsSettings.model_fields if name != "out"])
-    parser.add_argument("--out", type=Path, default=Path("runs/bench_views.json"), help="JSON file for the result")
+    parser = benchmark_parser("views", __doc__, BenchViewsSettings)
     return run_benchmark(parser, BenchViewsSettings, bench_views, arguments)
 
 

@@ -12,7 +12,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.config.yaml import Key, Place, Problem, config_error, parse
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["EXTENDS", "PRESET", "Composed", "compose", "preset_names", "replaces"]
+__all__ = ["EXTENDS", "PRESET", "Composed", "compose", "merged", "preset_names"]
 
 EXTENDS = "extends"
 PRESET = "preset:"
@@ -70,7 +70,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
-def replaces(key: Key, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+def _replaces(key: Key, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Whether the section `new` at `key` is of a different kind than `old`, and so replaces it as a whole."""
     if not key or _FREE & {*key}:
         return False
@@ -169,7 +169,7 @@ def _ranked(place: Place, number: int) -> Place:
 def _merge(below: Composed, above: Composed) -> Composed:
     """`above` on top of `below`; neither is changed."""
     replaced: set[Key] = set()
-    data = _merged(below.data, above.data, (), replaced)
+    data = merged(below.data, above.data, replaced=replaced)
     kept = {
         key: place
         for key, place in below.places.items()
@@ -178,14 +178,17 @@ def _merge(below: Composed, above: Composed) -> Composed:
     return Composed(data, kept | above.places)
 
 
-def _merged(old: dict[str, Any], new: dict[str, Any], key: Key, replaced: set[Key]) -> dict[str, Any]:
+def merged(
+    old: dict[str, Any], new: dict[str, Any], key: Key = (), *, replaced: set[Key] | None = None
+) -> dict[str, Any]:
     """`new` on top of `old`, both at `key`; the keys whose whole value is that of `new` are added to `replaced`."""
     data = dict(old)
+    replaced = set() if replaced is None else replaced
     for name, value in new.items():
         child = (*key, name)
         before = data.get(name)
-        if isinstance(before, dict) and isinstance(value, dict) and not replaces(child, before, value):
-            data[name] = _merged(before, value, child, replaced)
+        if isinstance(before, dict) and isinstance(value, dict) and not _replaces(child, before, value):
+            data[name] = merged(before, value, child, replaced=replaced)
             continue
         replaced.add(child)
         data[name] = value

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, SerializationInfo, field_serializer, model_validator
 
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.config.compose import replaces
+from kd_pipeline.config.compose import merged
 from kd_pipeline.losses.settings import DistillSettings
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.training.settings import TrainSettings
@@ -81,7 +81,7 @@ class StudentSettings(ModelSettings):
     def completed(self, distill: DistillSettings, train: TrainSettings) -> dict[str, dict[str, Any]]:
         """The sections `distill` and `train` of the run of this student alone, as plain values."""
         below = {"distill": _plain(distill), "train": _plain(train)}
-        return _merged((), below, {"distill": _plain(self.distill), "train": _plain(self.train)})
+        return merged(below, {"distill": _plain(self.distill), "train": _plain(self.train)})
 
 
 def _check_names(students: dict[str, StudentSettings]) -> dict[str, StudentSettings]:
@@ -106,14 +106,3 @@ Students = Annotated[dict[str, StudentSettings], AfterValidator(_check_names)]
 def _plain(settings: Settings | None) -> dict[str, Any]:
     """What is set, without the defaults."""
     return {} if settings is None else settings.model_dump(exclude_unset=True)
-
-
-def _merged(key: tuple[str, ...], below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` on top of `below`, both at `key`, as the files of a config are merged."""
-    found = dict(below)
-    for name, value in above.items():
-        before, child = below.get(name), (*key, name)
-        if isinstance(before, dict) and isinstance(value, dict) and not replaces(child, before, value):
-            value = _merged(child, before, value)
-        found[name] = value
-    return found

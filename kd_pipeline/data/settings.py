@@ -168,6 +168,11 @@ class DataSettings(LoaderSettings):
             )
         return views[name]
 
+    def with_split(self, name: str, settings: SplitSettings) -> Self:
+        """The same with other settings of the split called `name`."""
+        update = {name: settings} if name in SPLITS else {"more": {**self.more, name: settings}}
+        return self.model_copy(update=update)
+
     def split(self, name: str) -> SplitSettings:
         """The split called `name`.
 

@@ -197,11 +197,7 @@ class Views:
     """All views of a loader; `images` is the first. Leaders come before the views that follow them."""
 
     views: tuple[View, ...]
-    _by_name: dict[str, View] = field(init=False, compare=False, repr=False)
     _sized: dict["Sizes", "Views"] = field(init=False, compare=False, repr=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_by_name", {view.name: view for view in self.views})
 
     @classmethod
     def of(
@@ -293,6 +289,10 @@ class Views:
     def images(self) -> View:
         """The view that `transform` describes."""
         return self.views[0]
+
+    @cached_property
+    def _by_name(self) -> dict[str, View]:
+        return {view.name: view for view in self.views}
 
     @cached_property
     def leaders(self) -> tuple[View, ...]:

@@ -18,7 +18,7 @@ from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.evaluation._logits import known_views, logits_of, run_on_view, view_logits, with_mean
-from kd_pipeline.evaluation._metrics import Metric, MetricSettings, kl_divergence, measure
+from kd_pipeline.evaluation._metrics import Metric, MetricSettings, kl_divergence, measure, shares
 from kd_pipeline.evaluation._pixels import PixelTally
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.models.modules import eval_mode
@@ -412,9 +412,6 @@ def _result(
     has_labels = "loss" in means
     right_K, label_K, predicted_K = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)[:num_classes]
     f1_K = 2 * right_K / (label_K + predicted_K)  # NaN for a class that is neither a label nor a prediction
-    accuracies = [
-        None if num == 0 else right / num for right, num in zip(right_K.tolist(), label_K.tolist(), strict=True)
-    ]
     return Evaluation(
         num_samples=num_samples,
         num_bad_rows=counts["bad_rows"],
@@ -424,7 +421,7 @@ def _result(
         loss=means.get("loss"),
         agreement=counts["agreed"] / num_samples if "kl" in means else None,
         kl=means.get("kl"),
-        class_accuracy=tuple(accuracies) if has_labels else None,
+        class_accuracy=shares(right_K.tolist(), label_K.tolist()) if has_labels else None,
         confusion=tuple(map(tuple, tally.confusion[:, :num_classes].tolist())) if has_labels else None,
         classes=classes,
         metrics=_measured(metrics, tally) if metrics else {},

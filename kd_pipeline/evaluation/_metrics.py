@@ -24,6 +24,7 @@ __all__ = [
     "kl_divergence",
     "measure",
     "open_metrics",
+    "shares",
     "start",
     "update",
 ]
@@ -75,6 +76,11 @@ def open_metrics(settings: Sequence[MetricSettings], *, plugins: Collection[str]
             _torchmetrics_class(metric.name)
             opened.append(metric)
     return opened
+
+
+def shares(right: Sequence[float], total: Sequence[float]) -> tuple[float | None, ...]:
+    """Each of `right` divided by its `total`; None where that is 0."""
+    return tuple(part / number if number else None for part, number in zip(right, total, strict=True))
 
 
 def kl_divergence(logits: Tensor, teacher: Tensor) -> Tensor:

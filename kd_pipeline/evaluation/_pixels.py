@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError
-from kd_pipeline.evaluation._metrics import Metric, MetricSettings, compute, kl_divergence, start, update
+from kd_pipeline.evaluation._metrics import Metric, MetricSettings, compute, kl_divergence, shares, start, update
 from kd_pipeline.losses.pixels import PixelLabels
 from kd_pipeline.losses.resize import Resizer
 
@@ -131,7 +131,7 @@ class PixelTally:
                 "miou": float(iou_K.nanmean()),
                 "pixel_accuracy": float(right_K.sum()) / counts["labeled"],
                 "class_iou": tuple(None if iou != iou else iou for iou in iou_K.tolist()),
-                "class_accuracy": _shares(right_K.tolist(), label_K.tolist()),
+                "class_accuracy": shares(right_K.tolist(), label_K.tolist()),
                 "confusion": tuple(map(tuple, self.confusion[:, :num_classes].tolist())),
                 "loss": float(self.sums["loss"]) * _QUANTUM / counts["labeled"],
             }
@@ -205,7 +205,3 @@ def _by_name(metric: MetricSettings | Metric) -> MetricSettings:
 def _larger(logits: Tensor, teacher: Tensor | None) -> tuple[int, int]:
     others = logits if teacher is None else teacher
     return max(logits.shape[2], others.shape[2]), max(logits.shape[3], others.shape[3])
-
-
-def _shares(right: Sequence[float], total: Sequence[float]) -> tuple[float | None, ...]:
-    return tuple(part / number if number else None for part, number in zip(right, total, strict=True))

@@ -7,9 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline._core.text import printable
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.report.pixels import save_image
 
 __all__ = ["save_neighbors"]
 
@@ -54,13 +53,7 @@ def save_neighbors(
             for column, (tile, color) in enumerate(zip(tiles, colors, strict=True)):
                 _draw_tile(picture, tile, (x + column * _TILE, _TEXT_HEIGHT + row * _TILE), color)
         x += width + _GAP
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            picture.save(file, "PNG")
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be written: {exc.strerror or exc}") from exc
-    return path
+    return save_image(picture, path)
 
 
 def _draw_tile(picture: Image.Image, tile: Images, corner: tuple[int, int], color: tuple[int, int, int]) -> None:

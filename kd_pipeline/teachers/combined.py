@@ -11,7 +11,7 @@ from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = ["CombinedTeacher", "merge_specs", "of_view"]
+__all__ = ["CombinedTeacher", "close_all", "merge_specs", "of_view"]
 
 
 class CombinedTeacher(Teacher):
@@ -90,9 +90,14 @@ class CombinedTeacher(Teacher):
         return outputs
 
     def _release(self) -> None:
-        with ExitStack() as stack:  # each, even if closing another one fails
-            for member in self.members.values():
-                stack.callback(member.close)
+        close_all(self.members.values())
+
+
+def close_all(teachers: Iterable[Teacher]) -> None:
+    """Close each, even if closing another one fails."""
+    with ExitStack() as stack:
+        for teacher in teachers:
+            stack.callback(teacher.close)
 
 
 def of_view(member: Teacher) -> str:

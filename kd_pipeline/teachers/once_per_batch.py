@@ -1,6 +1,7 @@
 """A teacher that several students compare with: it runs once for a batch that they evaluate one after the other."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -50,17 +51,17 @@ class OncePerBatch(Teacher):
         """The outputs for the views that the teacher sees, of which it runs on the first time."""
         if self.views == (IMAGES,):
             return super().on_batch(batch)
-        images = batch.view(self.views[0])
-        if self._images is None or self._images() is not images:
-            self._found = self._teacher.on_batch(batch)
-            self._images = weakref.ref(images, lambda _: self._found.clear())
-        return dict(self._found)
+        return self._once(batch.view(self.views[0]), lambda: self._teacher.on_batch(batch))
 
     def _infer(self, images: Any) -> dict[str, Tensor]:
         if not isinstance(images, Tensor):
             return self._teacher(images)
+        return self._once(images, lambda: self._teacher(images))
+
+    def _once(self, images: Tensor, run: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What `run` returned for `images`, which is called unless they are those of the last call."""
         if self._images is None or self._images() is not images:
-            self._found = self._teacher(images)
+            self._found = run()
             self._images = weakref.ref(images, lambda _: self._found.clear())
         return dict(self._found)
 

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import TeacherError
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.combined import close_all
 
 __all__ = ["SizedTeacher"]
 
@@ -59,6 +59,4 @@ class SizedTeacher(Teacher):
         return self._by_size[height, width](images)
 
     def _release(self) -> None:
-        with ExitStack() as stack:  # each, even if closing another one fails
-            for teacher in self._by_size.values():
-                stack.callback(teacher.close)
+        close_all(self._by_size.values())

@@ -136,9 +136,7 @@ def _only_cropped(config: Config, split: str) -> Config:
     if not isinstance(settings.transform, TrainTransform):
         return config
     settings = settings.model_copy(update={"transform": settings.transform.model_copy(update=_KEEP_UNIFORM)})
-    changed = {split: settings}
-    update = changed if split in SPLITS else {"more": {**config.data.more, **changed}}
-    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+    return config.model_copy(update={"data": config.data.with_split(split, settings)})
 
 
 def _load(

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.image_size import as_size, height_width, size_text
 from kd_pipeline.config.config import Config
-from kd_pipeline.data.settings import SPLITS
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.data.views import EvalView, View
 from kd_pipeline.errors import ConfigError
@@ -106,10 +105,8 @@ def _at(own: TrainTransform | EvalTransform, size: int | tuple[int, int], crop: 
 
 def _with_transform(config: Config, split: str, transform: EvalTransform) -> Config:
     """`config` with another transform of a split."""
-    data = config.data
-    changed = data.split(split).model_copy(update={"transform": transform, "views": {}})
-    update = {split: changed} if split in SPLITS else {"more": {**data.more, split: changed}}
-    return config.model_copy(update={"data": data.model_copy(update=update)})
+    changed = config.data.split(split).model_copy(update={"transform": transform, "views": {}})
+    return config.model_copy(update={"data": config.data.with_split(split, changed)})
 
 
 def _format(view: View) -> tuple[Any, ...]:
