@@ -14,7 +14,7 @@ from tests.test_layering import PACKAGES
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-DOCS = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCS = [REPOSITORY / "README.md", REPOSITORY / "SECURITY.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -85,9 +85,8 @@ def test_every_make_target_that_the_readme_names_exists() -> None:
 
 
 def test_architecture_is_the_map_of_packages() -> None:
-    rows = re.findall(
-        r"^\| `(\w+)(?:\.py|/)` \|", README.split("## Architecture")[1].split("\n## ")[0], flags=re.MULTILINE
-    )
+    page = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8").split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", page, flags=re.MULTILINE)
     assert rows == [package for package in PACKAGES if package != "__main__"]
 
 

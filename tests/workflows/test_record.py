@@ -53,7 +53,7 @@ from tests.streams import assert_same, rows
 from tests.training import networks
 from tests.training.tiny_run import Weights, distance, run, settings, weights, write_digits
 
-README = Path(__file__).parents[2] / "README.md"
+RECORDING_PAGE = Path(__file__).parents[2] / "docs" / "recording.md"
 SUMS = "SHA256SUMS"
 
 
@@ -330,7 +330,7 @@ def test_sizes_in_readme() -> None:
         stored = stored_outputs(outputs, RecordSettings(**options))
         found = RecordingManifest.model_validate({**common, "outputs": stored})
         line = f"| {row} | {found.row_bytes:,} | {format_bytes(found.epoch_bytes * epochs)} |"
-        assert line in README.read_text(encoding="utf-8"), line
+        assert line in RECORDING_PAGE.read_text(encoding="utf-8"), line
 
 
 # Resuming
