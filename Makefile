@@ -12,7 +12,7 @@ PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --numpro
 export PYTHONDONTWRITEBYTECODE :=
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-all gpu format clean
+.PHONY: demo test test-slow test-all docs docs-links gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
@@ -27,6 +27,16 @@ test-slow: $(VENV)/installed-test
 	$(PYTEST) $(SLOW_WORKERS) -m slow $(ARGS)
 
 test-all: test test-slow
+
+# The site: pages, reference and pictures, with the notebooks executed. Warnings are errors, and so are broken links.
+SPHINX := CUDA_VISIBLE_DEVICES= $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --doctree-dir build/doctrees
+
+docs: $(VENV)/installed-test
+	$(SPHINX) docs build/docs $(ARGS)
+
+# Asks every external address that the pages name, which needs the internet.
+docs-links: $(VENV)/installed-test
+	$(SPHINX) --builder linkcheck --define nb_execution_mode=off docs build/links $(ARGS)
 
 # Without a GPU it ends here, with one line on stderr; -q makes make exit with status 1.
 ifneq ($(filter gpu,$(MAKECMDGOALS)),)
