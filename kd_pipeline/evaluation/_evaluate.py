@@ -17,9 +17,11 @@ from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
+from kd_pipeline.evaluation._gather import of_all_ranks
 from kd_pipeline.evaluation._logits import known_views, logits_of, run_on_view, view_logits, with_mean
 from kd_pipeline.evaluation._metrics import Metric, MetricSettings, kl_divergence, measure, shares
 from kd_pipeline.evaluation._pixels import PixelTally
+from kd_pipeline.evaluation.predictions import Predictions
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.models.modules import eval_mode
 from kd_pipeline.teachers.base import Teacher
@@ -106,6 +108,7 @@ def evaluate(
     view: str = IMAGES,
     reference_view: str | None = None,
     views: None = None,
+    predictions: Predictions | None = None,
 ) -> Evaluation: ...
 
 
@@ -133,6 +136,7 @@ def evaluate(
     view: str = IMAGES,
     reference_view: str | None = None,
     views: Sequence[str] | None = None,
+    predictions: Predictions | None = None,
 ) -> Evaluation | dict[str, Evaluation]:
     """Evaluate `model` on one epoch of `loader`; rows that are not `valid` are ignored.
 
@@ -155,6 +159,7 @@ def evaluate(
         views: evaluate on each of these views instead, such as sizes and crops of one reading of the images, and return
             the evaluations by name. Any model and `reference` see each of them. Copies in a view, and several views
             under the name `"averaged"`, count once with the mean of their probabilities.
+        predictions: collects the prediction for each row of a classifier; not with `views`.
 
     Raises:
         ConfigError: a model returns no logits, or fails on the size of one of `views`; there is no such view; or a
@@ -174,6 +179,8 @@ def evaluate(
             if names is None:
                 logits, rows = _logits_of_view(model, reference, batch, view, reference_view)
                 compared = {view: logits}
+                if predictions is not None:
+                    predictions.add(rows, *logits)
             else:
                 compared, rows = _logits_of_views(model, reference, batch, names), batch
             for name, each in compared.items():
@@ -341,7 +348,7 @@ class _Tally:
         for tensor in (self.confusion, *self.counts.values(), *self.sums.values()):
             torch.distributed.all_reduce(tensor)
         if self.rows:
-            self.rows[:] = [tuple(_of_all_ranks(torch.cat(column)) for column in zip(*self.rows, strict=True))]
+            self.rows[:] = [tuple(of_all_ranks(torch.cat(column)) for column in zip(*self.rows, strict=True))]
 
     def logits_and_labels(self) -> tuple[Tensor, Tensor]:
         """Logits `[N, K]` and labels `[N]` of the valid rows, in the order of the dataset."""
@@ -483,18 +490,6 @@ def check_process_group(loader: AnyLoader) -> None:
             "results of all cannot be added up; call torch.distributed.init_process_group first, or give the loader "
             "shard=Shard() to evaluate the whole split in this process"
         )
-
-
-def _of_all_ranks(rows: Tensor) -> Tensor:
-    """Concatenate the `rows` `[n, ...]` of all ranks; n may differ."""
-    world_size = torch.distributed.get_world_size()
-    number = torch.tensor([len(rows)], device=rows.device)
-    numbers = [torch.zeros_like(number) for _ in range(world_size)]
-    torch.distributed.all_gather(numbers, number)
-    padded = torch.cat([rows, rows.new_zeros(int(max(numbers)) - len(rows), *rows.shape[1:])])
-    gathered = [torch.empty_like(padded) for _ in range(world_size)]
-    torch.distributed.all_gather(gathered, padded)
-    return torch.cat([part[: int(num)] for part, num in zip(gathered, numbers, strict=True)])
 
 
 def _plain(value: Any) -> Any:

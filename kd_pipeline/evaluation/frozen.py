@@ -16,7 +16,8 @@ from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _of_all_ranks, check_process_group, of_batches
+from kd_pipeline.evaluation._evaluate import check_process_group, of_batches
+from kd_pipeline.evaluation._gather import of_all_ranks
 from kd_pipeline.evaluation._logits import run_on_view
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.settings import LOGITS
@@ -150,7 +151,7 @@ def extract_outputs(
     # Rows are selected once: on a GPU, each selection waits for it.
     valid, *joined = [torch.cat(column) for column in zip(*columns, strict=True)]
     joined = [column[valid] for column in joined]
-    index, labels, *vectors = [_of_all_ranks(column) for column in joined] if loader.shard.world_size > 1 else joined
+    index, labels, *vectors = [of_all_ranks(column) for column in joined] if loader.shard.world_size > 1 else joined
     if not len(index):
         raise DataError("no sample of this split can be read, so there are no features")
     if int(labels.min()) < 0:

@@ -35,6 +35,7 @@ _logger = logging.getLogger("kd_pipeline")
 _OWN_FILES = (
     *("checkpoints", "config.yaml", "environment.json", "history.jsonl", "metrics.csv", "train.log", "result.json"),
     *("exported", "tensorboard", "bad_samples.jsonl", "curves.png", "confusion_*.png"),
+    "predictions_*",
 )
 """What a stage writes about a single run. Not class lists, the folders of other stages, nor the files of loggers that
 keep several runs apart themselves. The checkpoints come first: a kill in between leaves nothing to resume from."""

@@ -15,6 +15,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._evaluate import Evaluation, only_metrics
+from kd_pipeline.evaluation.predictions import Predictions
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.modules import eval_mode
@@ -62,6 +63,8 @@ class OwnEvaluator:
     def __init__(self, function: Validate, open_loader: Callable[[str], AnyLoader]) -> None:
         """Evaluate by `function` on the loaders of `open_loader`."""
         self._function, self._open_loader = function, open_loader
+        self.predictions: dict[str, Predictions] = {}
+        """None, as only the function knows them."""
 
     def evaluate(
         self,

@@ -52,6 +52,7 @@ from kd_pipeline.workflows.own_teacher import open_own_teacher
 from kd_pipeline.workflows.own_validation import OwnEvaluator, open_validate
 from kd_pipeline.workflows.parts import Parts
 from kd_pipeline.workflows.pixel_pictures import draw_predictions
+from kd_pipeline.workflows.prediction_tables import prediction_tables, write_tables
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
 from kd_pipeline.workflows.run_data import RunData
@@ -155,8 +156,10 @@ class StageRun(ExitStack):
         student, distillation = (module.model, module.distillation) if known else self._best_student(module, loader)
         evaluations = known | self._missing_evaluations(student.to(loader.device), distillation, known)
         self._give_weights(trunk_of(student).state_dict())
+        tables = prediction_tables(self._evaluator.predictions, self._data.loader)
         try:
             if is_rank_zero():
+                write_tables(folder.path, tables)
                 self._write_results(student, loader, evaluations)
                 folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
                 log_results(loggers, config, evaluations, step, keep_open=self._parts.loggers)

@@ -24,6 +24,7 @@ from kd_pipeline.evaluation.frozen import (
     linear_top1,
     split_bank,
 )
+from kd_pipeline.evaluation.predictions import Predictions
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.losses.dry_run import run_dry
@@ -67,6 +68,8 @@ class StageEvaluator:
         self._config, self._plan, self._open_loader = config, plan, open_loader
         self._metrics, self._reference = metrics, reference
         self._is_headless, self._view = is_headless, view
+        self.predictions: dict[str, Predictions] = {}
+        """Of the last evaluation of each split."""
         self._teacher_outputs: dict[str, str] = {}
         self._teacher_found: dict[str, dict[str, float]] = {}
         """Metrics of the teacher's features, which do not change, by split."""
@@ -132,6 +135,7 @@ class StageEvaluator:
                 )
             if self._is_headless:
                 return of_loss
+        self.predictions[split] = predictions = Predictions()
         with bar(f"evaluation on {split}") as report:
             found = evaluate(
                 model,
@@ -141,6 +145,7 @@ class StageEvaluator:
                 max_batches=limit,
                 report=report,
                 view=self._view,
+                predictions=predictions,
             )
         return found if of_loss is None else replace(found, loss=of_loss.loss, metrics=of_loss.metrics)
 

@@ -19,6 +19,7 @@ from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateErro
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate
 from kd_pipeline.evaluation._logits import inputs_for
 from kd_pipeline.evaluation._metrics import MetricSettings
+from kd_pipeline.evaluation.predictions import Predictions, to_csv
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -141,12 +142,12 @@ def test_teacher_may_exclude_classes(tmp_path) -> None:
     assert itself.metrics["Accuracy"] == pytest.approx(itself.top1)
 
 
-def everything(source, **options) -> Evaluation:
+def everything(source, predictions: Predictions | None = None, **options) -> Evaluation:
     metrics = [MetricSettings(name="CohenKappa"), MetricSettings(name="MulticlassCalibrationError"), LogitsAndLabels()]
     teacher = pixel_teacher(lambda x: x.flip(1) + x)
     with open_loader(source, teacher=teacher, **options) as loader:
         # In float64 the losses have so many digits that the order of a plain sum would change the last ones.
-        return evaluate(Pixels(Tensor.double), loader, metrics=metrics)
+        return evaluate(Pixels(Tensor.double), loader, metrics=metrics, predictions=predictions)
 
 
 @pytest.mark.parametrize("num_samples", [1, 19, 101])
@@ -167,9 +168,11 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
         found = []
         for size in SIZES:
             source = Arrays(f"{folder}/{size}/images.npy", f"{folder}/{size}/labels.npy")
-            sharded = everything(source, batch_size=4, last_batch="pad")
+            predictions = Predictions()
+            sharded = everything(source, predictions, batch_size=4, last_batch="pad")
             alone = everything(source, batch_size=4, shard=Shard())
-            found.append([sharded.to_dict(), alone.to_dict()])
+            predictions.gather()
+            found.append([sharded.to_dict(), alone.to_dict(), to_csv(predictions.rows(), None)])
         Path(folder, f"{rank}.json").write_text(json.dumps(found))
 
 
@@ -178,14 +181,18 @@ def test_ranks_match_one_process(tmp_path) -> None:
     wanted = []
     for size in SIZES:
         (tmp_path / str(size)).mkdir()
-        wanted.append(everything(pixel_arrays(tmp_path / str(size), size)).to_dict())
+        predictions = Predictions()
+        alone = everything(pixel_arrays(tmp_path / str(size), size), predictions)
+        wanted.append((alone.to_dict(), to_csv(predictions.rows(), None)))
+        assert wanted[-1][1].count("\n") == size + 1
     fork_ranks(_rank, (2, str(tmp_path)))
     for rank in range(2):
-        for (sharded, alone), one_process in zip(
+        for (sharded, alone, table), (one_process, whole_table) in zip(
             json.loads((tmp_path / f"{rank}.json").read_text()), wanted, strict=True
         ):
             assert sharded == one_process
             assert alone == one_process  # a loader that reads everything is not counted twice
+            assert table == whole_table
 
 
 def test_invalid_rows_are_ignored(photo_folder, tmp_path) -> None:

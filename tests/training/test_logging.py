@@ -1,5 +1,6 @@
 """What a run logs: which metric, at which step, with which value, to which logger."""
 
+import csv
 import logging
 import os
 import subprocess
@@ -92,6 +93,22 @@ def test_best_epoch_matches_result(full: Path) -> None:
     result = tiny_run.result(full)
     assert best["val/loss"] == pytest.approx(result["val"]["loss"], rel=1e-6)
     assert best["val/agreement"] == pytest.approx(result["val"]["agreement"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_the_result(full: Path) -> None:
+    """The table has the counts and the mean of `result.json`, student and teacher, and no further files."""
+    result = tiny_run.result(full)
+    for split in ("val", "again"):
+        with (full / f"predictions_{split}.csv").open(newline="", encoding="utf-8") as stream:
+            rows = [*csv.DictReader(stream)]
+        assert [row["index"] for row in rows] == [str(index) for index in range(tiny_run.NUM_VAL)]
+        assert sum(row["student"] == row["label"] for row in rows) / len(rows) == result[split]["top1"]
+        assert sum(row["student"] == row["teacher"] for row in rows) / len(rows) == result[split]["agreement"]
+        assert sum(row["teacher"] == row["label"] for row in rows) / len(rows) == result[split]["teacher"]["top1"]
+        assert sum(float(row["loss"]) for row in rows) / len(rows) == pytest.approx(result[split]["loss"], rel=1e-5)
+        assert all(0 < float(row[f"{name}_probability"]) <= 1 for row in rows for name in ("student", "teacher"))
+        assert {row["path"] for row in rows} == {""}
 
 
 # Throughput
