@@ -1,6 +1,7 @@
 """Losses that compare intermediate features of two models: feature maps, tokens or embeddings."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -151,6 +152,7 @@ def channel_wise(
     teacher: Tensor,
     *,
     temperature: float = 4.0,
+    over: Literal["positions", "channels"] = "positions",
     mask: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -160,19 +162,30 @@ def channel_wise(
     image a channel is active. Batch mean. It suits dense outputs, where a channel is a class, and features. Both maps
     must have the same size: pooling would flatten the distributions that are compared.
 
+    The spatial mode, `over="channels"`, compares what each position shows: the softmax is over the C channels of a
+    position, and the loss is T² / (H · W) · Σ_i Σ_c p_ci · (log p_ci - log q_ci). The paper compares the two modes,
+    and prefers the first; of logits the second is `soft_target`. Its batch mean is over all positions that count.
+
     Args:
-        student: `[N, C, H, W]` floating, H · W at least 2.
+        student: `[N, C, H, W]` floating; the softmax is over at least 2 positions or channels.
         teacher: `[N, C, H, W]` floating.
         temperature: T, above 0; defaults to that of the authors, who give the term a weight of 3.
-        mask: as in `feature_mse`; the others have no part in the softmax either.
+        over: what the softmax is over: the positions of a channel, or the channels of a position.
+        mask: as in `feature_mse`; the others have no part in a softmax over positions either.
         valid: `[N]` bool, the samples that count; defaults to all.
     """
+    if over not in ("positions", "channels"):
+        raise ConfigError(f"over must be 'positions' or 'channels', got {over!r}")
     with no_autocast(student):
         _check_layouts(student, teacher, ndims=(4,))
         if student.shape != teacher.shape:
             raise ConfigError(
                 f"both maps must have the same size here, {_describe_both(student, teacher)}; resize one of them"
             )
+        if over == "channels":
+            if mask is not None:
+                _check_mask(mask, student)
+            return soft_target(student, teacher, temperature=temperature, mask=mask, valid=valid)
         student, teacher, mask_NP, valid_N = _prepare(student, teacher, mask, valid, min_positions=2)
         if mask_NP is not None:
             valid_N = valid_N & mask_NP.any(dim=1)

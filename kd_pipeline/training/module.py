@@ -73,7 +73,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             teacher: only to log its share of the time; it is not kept as a submodule.
             identity: what identifies the run, to save in its checkpoints.
             validate: evaluates a model on every validation set, by name.
-            plugins: modules that factories of the optimizer and its schedule may come from.
+            plugins: modules that factories of the optimizer and its schedule, and a decay of the EMA, may come from.
             optimizer: of the user's own, instead of that of the settings and its schedule.
             view: of the images that the student sees.
         """
@@ -81,7 +81,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self.student, self.distillation = student, distillation
         if (teacher_inside := inner_teacher(student)) is not None:
             teacher_inside.requires_grad_(False).eval()
-        self.ema = None if settings.ema is None else StudentEma(self.network, settings.ema)
+        self.ema = None if settings.ema is None else StudentEma(self.network, settings.ema, plugins=plugins)
         # DDP would broadcast these in each step, although the ranks compute the same, some of them on the CPU.
         self._ddp_params_and_buffers_to_ignore = [
             f"distillation.{part}.{name}"

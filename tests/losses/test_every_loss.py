@@ -129,6 +129,14 @@ LOSSES = {
         mask=all_but_first(b.student, 3),
         valid=b.valid,
     ),
+    "channel_wise over channels": lambda b: losses.channel_wise(
+        as_pixels(b.student),
+        as_pixels(b.teacher),
+        temperature=b.temperature,
+        over="channels",
+        mask=second_pixel(b.student),
+        valid=b.valid,
+    ),
     "attention_transfer": lambda b: losses.attention_transfer(as_map(b.student), as_map(b.teacher), valid=b.valid),
     "channel_wise": lambda b: losses.channel_wise(
         as_map(b.student), as_map(b.teacher), temperature=b.temperature, valid=b.valid

@@ -180,6 +180,19 @@ def test_channel_wise_formula(assert_matches, shape, temperature):
     assert_matches(loss, partial(channel_formula, teacher=teacher, temperature=temperature), student)
 
 
+def test_channel_wise_over_channels_is_channel_wise_with_both_axes_swapped(assert_matches):
+    student, teacher = two_models((2, 3, 2, 4))
+    loss = partial(channel_wise, teacher=torch.tensor(teacher), temperature=3.0, over="channels")
+
+    def formula(maps):
+        swapped = (side.reshape(2, 3, 8).swapaxes(1, 2)[..., None] for side in (maps, teacher))
+        return channel_formula(*swapped, temperature=3.0)
+
+    assert_matches(loss, formula, student)
+    with pytest.raises(ConfigError, match="'positions' or 'channels', got 'pixels'"):
+        channel_wise(torch.tensor(student), torch.tensor(teacher), over="pixels")
+
+
 def test_attention_invariances():
     student, teacher = two_models_torch((2, 3, 2, 4))
     expected = attention_transfer(student, teacher)

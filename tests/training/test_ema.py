@@ -1,12 +1,14 @@
 """The EMA follows its formula, leaves the student alone and resumes exactly."""
 
 import io
+import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from kd_pipeline.errors import StateError
+from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.training.ema import EmaSettings, StudentEma
 from tests.networks import ConvNet, random_images
 
@@ -36,18 +38,45 @@ def warming_up(num_updates):
     return min(0.4, (1 + num_updates) / (10 + num_updates))
 
 
+def exponential(num_updates):
+    return 0.9 * (1 - math.exp(-num_updates / 5))
+
+
+def power(num_updates):
+    return min(0.7, 1 - (1 + num_updates) ** (-2 / 3))
+
+
+def slow_power(num_updates):
+    return 1 - (1 + num_updates / 4) ** -0.5
+
+
+def halving(num_updates):
+    return 1 - 0.5 / (1 + num_updates)
+
+
+def too_large(num_updates):
+    return 1.5
+
+
+OWN = {"decay": f"{__name__}:halving"}
+
+
 @pytest.mark.parametrize(
     ("settings", "decay"),
     [
         (EmaSettings(decay=0.8, warmup=False), constant),
         (EmaSettings(decay=0.4), warming_up),
         (EmaSettings(decay=0.4, every_steps=3), warming_up),
+        (EmaSettings(decay=0.9, warmup="exponential", warmup_updates=5), exponential),
+        (EmaSettings(decay=0.7, warmup="power"), power),
+        (EmaSettings(warmup="power", warmup_updates=4, power=0.5), slow_power),
+        (EmaSettings(**OWN), halving),
     ],
-    ids=["constant", "warmup", "every third step"],
+    ids=["constant", "warmup", "every third step", "exponential", "power", "slow power", "own function"],
 )
 def test_average_matches_formula(settings, decay):
     student = ConvNet()
-    ema = StudentEma(student, settings)
+    ema = StudentEma(student, settings, plugins=[__name__])
     history = [state_of(student)]
     for step in range(1, 14):
         train_step(student, step)
@@ -61,6 +90,34 @@ def test_average_matches_formula(settings, decay):
     for name, averaged in ema.student.named_parameters():
         wanted = sum(share * weights[name].double() for share, weights in zip(shares, history, strict=True))
         torch.testing.assert_close(averaged.double(), wanted, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_own_function_is_checked():
+    with pytest.raises(ConfigError, match=f"--plugin {__name__}"):
+        StudentEma(nn.Linear(1, 1), EmaSettings(**OWN))
+    ema = StudentEma(nn.Linear(1, 1), EmaSettings(decay=f"{__name__}:too_large"), plugins=[__name__])
+    with pytest.raises(ConfigError, match=r"returned 1\.5 for update 0; return a number from 0 to 1"):
+        ema.update(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({**OWN, "warmup": True}, "warmup has no effect on tests"),
+        ({"warmup_updates": 10}, "warmup_updates is of warmup: exponential"),
+        ({"warmup": "exponential", "power": 0.5}, "power is of warmup: power"),
+        ({"decay": 1.0}, "decay"),
+        ({"decay": "fast"}, "decay"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(ValidationError, match=message):
+        EmaSettings(**settings)
+
+
+def test_settings_of_own_function_round_trip():
+    settings = EmaSettings(**OWN)
+    assert EmaSettings(**settings.model_dump()) == settings and settings.warmup is False
 
 
 def test_warmup_reaches_decay():
