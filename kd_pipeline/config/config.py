@@ -206,10 +206,9 @@ class Config(Settings):
             known = [each for each in found if each is not None]
             return frozenset().union(*known) if len(known) == len(found) else None
         distill = self.distill
-        compares_logits = bool(max_value(distill.weights[0]))
-        if self.student is None or (compares_logits and distill.has_custom_loss):
+        if self.student is None or distill.may_read_all:
             return None
-        names = [LOGITS] if compares_logits else []
+        names = [LOGITS] if max_value(distill.weights[0]) else []
         if self.train.compare_with_teacher and not self.student.is_headless:
             names.append(LOGITS)
         try:

@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 CustomLoss = Callable[[Any, KDBatch], Tensor]
-"""Your own loss: maps what the student returns, as it returns it, and the batch to a scalar, the mean over the valid
-rows."""
+"""Your own loss, or one of its terms: maps what the student returns, as it returns it, and the batch to a scalar, the
+mean over the valid rows."""
 
 _STUDENT = "the student's outputs and features (run it inside distillation.student_features)"
 _TEACHER = "the batch's teacher outputs (give the loader the teacher)"
@@ -50,7 +50,7 @@ class LossTerms(NamedTuple):
     total: Tensor
     """Weighted sum of the terms, a scalar with a graph."""
     terms: dict[str, Tensor]
-    """Unweighted terms by name: `task`, `distill` and extra terms such as `feature_mse.layer3`."""
+    """Unweighted terms by name: `task`, `distill` and extra terms such as `feature_mse.layer3` and `task.aux`."""
     weights: dict[str, float]
     """Current weight of each term."""
     temperature: float | None
@@ -78,7 +78,8 @@ class Distillation(nn.Module):
     Losses that the student returns are terms too, with their weights in the settings; in eval mode it may return none.
 
     Terms with a weight of 0 for the whole run are not computed. Without a teacher the loss is the cross-entropy with
-    the labels, with weight 1. For a loss of your own, pass `loss` or override `distill_loss`.
+    the labels, with weight 1. For a loss of your own, pass `loss` or override `distill_loss`; for a task that is not
+    the cross-entropy with the labels, pass `task_loss` or override the method `task_loss`.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Distillation(nn.Module):
         num_classes: int | None,
         labels_are_soft: bool = False,
         loss: CustomLoss | None = None,
+        task_loss: CustomLoss | None = None,
         ignore_index: int = IGNORE_INDEX,
         plugins: Collection[str] = (),
     ) -> None:
@@ -107,9 +109,10 @@ class Distillation(nn.Module):
             num_classes: number of classes in the data; None if it has none.
             labels_are_soft: whether labels are `[N, K]` weights, as with mixup and cutmix.
             loss: replaces the loss named in the settings; the weights stay theirs, without a teacher too.
+            task_loss: replaces the cross-entropy with the labels, or the `task_loss` in the settings.
             ignore_index: class in `batch.masks` of the pixels that have none.
-            plugins: modules that a `loss` in the settings may come from. A config file is data and cannot grant this
-                itself: pass what the user typed.
+            plugins: modules that a `loss` or `task_loss` in the settings may come from. A config file is data and
+                cannot grant this itself: pass what the user typed.
 
         Raises:
             ConfigError: a layer, an output or a function does not exist, features cannot be compared, a loss of the
@@ -137,6 +140,7 @@ class Distillation(nn.Module):
         }
         weights = {"task": task_weight, "distill": distill_weight}
         weights |= {name: term.weight for name, term in extra.items()} | settings.student_losses
+        weights |= {f"task.{name}": weight for name, weight in settings.heads.items()}
         self._weights = {name: weight for name, weight in weights.items() if max_value(weight)}
         self._custom_loss: CustomLoss | None = loss
         self._distill_term: TermSettings | None = None
@@ -153,6 +157,10 @@ class Distillation(nn.Module):
                     projector="none",
                     grid="smaller",
                 )
+        if task_loss is None and settings.task_loss is not None and "task" in self._weights:
+            task_loss = import_function("distill.task_loss", settings.task_loss, plugins)
+        self._custom_task = task_loss
+        self._is_own_task = task_loss is not None or type(self).task_loss is not Distillation.task_loss
         self._temperature = None if self._distill_term is None else self._distill_term.temperature
         if labels_are_soft:
             _check_soft_labels([*extra.values()] + ([self._distill_term] if self._distill_term else []))
@@ -160,7 +168,8 @@ class Distillation(nn.Module):
         if run.losses:  # which a student may return in training mode only
             check_returned_losses(run.losses, settings.student_losses)
         own = run.outputs
-        needs_logits = ({"task"} if self._is_own_loss else {"task", "distill"}) & self._weights.keys()
+        owned = {"task": self._is_own_task, "distill": self._is_own_loss}
+        needs_logits = {name for name, is_own in owned.items() if not is_own and name in self._weights}
         if needs_logits or (LOGITS in own and own[LOGITS].ndim in (2, 4)):
             num_rows = len(next(iter(example.values())))
             check_logits(student, own, num_classes, num_rows=num_rows, needed_by=sorted(needs_logits))
@@ -190,7 +199,7 @@ class Distillation(nn.Module):
     @property
     def compares_outputs(self) -> bool:
         """Whether something that the student returns enters the loss, and not layers of it alone."""
-        on_outputs = {"task", "distill", *self.settings.student_losses} & self._weights.keys()
+        on_outputs = {*self.settings.task_names, "distill", *self.settings.student_losses} & self._weights.keys()
         return bool(on_outputs) or any(term.student not in self.layers for term in self._terms)
 
     @property
@@ -245,7 +254,7 @@ class Distillation(nn.Module):
             check_returned_losses(own_losses, self.settings.student_losses)
         terms = {}
         if "task" in self._weights:
-            terms["task"] = self._task(_get(found, LOGITS, _STUDENT), batch)
+            terms["task"] = self.task_loss(outputs, batch)
         if "distill" in self._weights:
             terms["distill"] = self.distill_loss(outputs, features, batch, temperature)
         for term, modules in self._term_modules():
@@ -260,6 +269,9 @@ class Distillation(nn.Module):
                 temperature=None if ramp is None else value_at(ramp, epoch, epochs),
                 pixels=self._pixels_of(batch),
             )
+        for name in self._heads:
+            if name in found or self.training:  # a student may have heads for the training alone
+                terms[f"task.{name}"] = self._cross_entropy(_get(found, name, _STUDENT), batch)
         terms |= {name: value for name, value in own_losses.items() if name in self._weights}
         weights = {name: value_at(self._weights[name], epoch, epochs) for name in terms}
         total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
@@ -273,8 +285,9 @@ class Distillation(nn.Module):
         """
         own, own_losses = student_outputs(outputs), returned_losses(outputs)
         on_logits = [LOGITS] if {"task", "distill"} & self._weights.keys() else []
-        names = [*own] if self._is_own_loss else on_logits
-        names += [term.student for term in self._terms]
+        takes_all = self._is_own_loss or (self._is_own_task and "task" in self._weights)
+        names = [*own] if takes_all else on_logits
+        names += [term.student for term in self._terms] + [name for name in self._heads if name in own]
         compared = [_get({**own, **features}, name, _STUDENT) for name in dict.fromkeys(names)]
         return compared + [value for name, value in own_losses.items() if name in self._weights]
 
@@ -328,7 +341,23 @@ class Distillation(nn.Module):
         assert self._custom_loss is not None
         return scalar_loss(self._custom_loss(outputs, batch), f"the loss {self._custom_loss!r}")
 
-    def _task(self, logits: Tensor, batch: KDBatch) -> Tensor:
+    def task_loss(self, outputs: Any, batch: KDBatch) -> Tensor:
+        """The term `task`, a scalar: the mean over the valid rows. Override it for a task of your own.
+
+        Args:
+            outputs: what the student returns: logits `[N, K]`, or what `named_outputs` describes.
+            batch: the batch of the outputs.
+        """
+        if self._custom_task is not None:
+            return scalar_loss(self._custom_task(outputs, batch), f"the task loss {self._custom_task!r}")
+        return self._cross_entropy(_get(student_outputs(outputs), LOGITS, _STUDENT), batch)
+
+    @property
+    def _heads(self) -> list[str]:
+        """Outputs of the student that are logits too, and have a weight."""
+        return [name for name in self.settings.heads if f"task.{name}" in self._weights]
+
+    def _cross_entropy(self, logits: Tensor, batch: KDBatch) -> Tensor:
         """The cross-entropy with the labels, or for maps of logits, enlarged to the masks, with these."""
         smoothing = self.settings.label_smoothing
         if logits.ndim != 4:

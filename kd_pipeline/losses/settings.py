@@ -172,6 +172,8 @@ class TermSettings(Settings):
 class DistillSettings(Settings):
     """The training loss: task_weight · task + distill_weight · loss + Σ weight · extra term, or loss of the student.
 
+    The task is the cross-entropy with the labels, or a function of your own.
+
     What is left out is filled in with the loss's own values, so the settings of a run tell what ran.
     """
 
@@ -186,10 +188,17 @@ class DistillSettings(Settings):
     """Weight of that loss. Defaults to 0.9 for `soft_target`, 0.5 for `hard_label` and 1 for the others; if
     `task_weight` is set, to 1 - `task_weight` for the first two, as in timm's `LogitDistillationTask`."""
     task_weight: Weight | None = None
-    """Weight of the cross-entropy with the labels. Defaults to 0.1 for `soft_target`, 0.5 for `hard_label` and 1 for
+    """Weight of the task. Defaults to 0.1 for `soft_target`, 0.5 for `hard_label` and 1 for
     the others; if `distill_weight` is set, to 1, as in timm's `LogitDistillationTask`."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy with the labels."""
+    task_loss: str | None = Field(default=None, pattern=_CUSTOM_LOSS.pattern)
+    """Your own function of what the student returns and the batch, as `package.module:function`, instead of the
+    cross-entropy with the labels. It returns a scalar, the mean over the valid rows."""
+    heads: dict[str, Weight] = Field(default_factory=dict)
+    """Weights of the cross-entropy with the labels for further outputs of the student that are logits, such as `{aux:
+    0.5}` for the auxiliary head of torchvision's networks for segmentation, each a term `task.aux`. A term of
+    `features` distills such a head: of maps `{loss: channel_wise, student: aux, options: {over: channels}}`."""
     options: Options = Field(default_factory=dict)
     """More arguments of the loss, such as `alpha` and `beta` of `dkd`, or `standardize`."""
     skip_ignored: bool = False
@@ -204,7 +213,9 @@ class DistillSettings(Settings):
 
     @model_validator(mode="after")
     def _complete_weights(self) -> Self:
-        distill_weight, task_weight = _complete(self.loss, self.distill_weight, self.task_weight)
+        wanted = 1.0 if self.loss is None and self.task_loss is not None else None
+        task = wanted if self.task_weight is None else self.task_weight
+        distill_weight, task_weight = _complete(self.loss, self.distill_weight, task)
         # The settings are frozen for everybody else.
         object.__setattr__(self, "distill_weight", distill_weight)
         object.__setattr__(self, "task_weight", task_weight)
@@ -216,15 +227,32 @@ class DistillSettings(Settings):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"features: two terms called {name}; change the layer of one, or remove it")
+        self._check_task()
         for name in self.student_losses:
-            if name in (*_TAKEN, *names) or not _LOSS_NAME.fullmatch(name):
+            if name in (*_TAKEN, *names, *self.task_names) or not _LOSS_NAME.fullmatch(name):
                 raise ValueError(f"student_losses: {name!r} is taken or no name; rename it in the student")
-        if self.loss is None and not self.features and not self.student_losses:
+        sources = (self.loss, self.features, self.student_losses, self.task_loss, self.heads)
+        if not any(sources):
             raise ValueError("loss: null leaves nothing to learn from; set loss, or features to compare")
-        extra = (*(term.weight for term in self.features), *self.student_losses.values())
+        extra = (*(term.weight for term in self.features), *self.student_losses.values(), *self.heads.values())
         if not any(max_value(weight) for weight in (*self.weights, *extra)):
             raise ValueError("all weights are 0, so the student learns nothing; set one of them")
         return self
+
+    def _check_task(self) -> None:
+        if LOGITS in self.heads:
+            raise ValueError(f"heads: {LOGITS} is the main head, whose weight is task_weight; remove it")
+        if self.task_loss is None:
+            return
+        if not max_value(self.weights[1]):
+            raise ValueError("task_loss has no effect with task_weight: 0; remove it, or set task_weight")
+        if self.label_smoothing and not self.heads:
+            raise ValueError(f"label_smoothing has no effect on {self.task_loss}; remove it")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the terms that compare with the labels: `task`, and `task.aux` for the head `aux`."""
+        return ("task", *(f"task.{name}" for name in self.heads))
 
     @property
     def term_names(self) -> tuple[str, ...]:
@@ -243,6 +271,14 @@ class DistillSettings(Settings):
     def has_custom_loss(self) -> bool:
         """Whether `loss` is a function of the user's own."""
         return self.loss is not None and _CUSTOM_LOSS.fullmatch(self.loss) is not None
+
+    @property
+    def may_read_all(self) -> bool:
+        """Whether a function of the user's own may read any output of the teacher."""
+        distill_weight, task_weight = self.weights
+        return (self.has_custom_loss and max_value(distill_weight) > 0) or (
+            self.task_loss is not None and max_value(task_weight) > 0
+        )
 
     @property
     def weights(self) -> tuple[float | Ramp, float | Ramp]:

@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
-from numbers import Real
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -137,7 +136,7 @@ class _OwnDecay:
 
     def __call__(self, number: int) -> float:
         decay = self._function(number)
-        if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= 1:
+        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
             raise ConfigError(
                 f"train.ema.decay: {self._path} returned {decay!r} for update {number}; return a number from 0 to 1"
             )

@@ -237,11 +237,9 @@ def loss_outputs(config: Config) -> tuple[str, ...] | None:
         known = [each for each in found if each is not None]
         return tuple(dict.fromkeys(chain(*known))) if len(known) == len(found) else None
     distill = config.distill
-    compares_logits = max_value(distill.weights[0]) > 0
-    if (config.student is None and "distill" not in config.model_fields_set) or (
-        compares_logits and distill.has_custom_loss
-    ):
+    if (config.student is None and "distill" not in config.model_fields_set) or distill.may_read_all:
         return None
+    compares_logits = max_value(distill.weights[0]) > 0
     terms = [term.teacher for term in distill.features if max_value(term.weight)]
     return tuple(dict.fromkeys([LOGITS, *terms] if compares_logits else terms))
 

@@ -91,7 +91,9 @@ learned, and the checkpoint holds the beginning of something else."""
 _WITHOUT_TEACHER: dict[str, Rule] = {
     "distill": "ignored",
     "distill.label_smoothing": "refused",
+    "distill.heads": "refused",
     "distill.student_losses": "refused",
+    "distill.task_loss": "refused",
     "probe": "ignored",
     "student_from_teacher": "ignored",
     "teacher": "ignored",
@@ -101,6 +103,7 @@ _RULES_OF_STAGE: dict[str, dict[str, Rule]] = {
     "baseline": _WITHOUT_TEACHER,
     "teacher": {
         **_WITHOUT_TEACHER,
+        "distill.heads": "ignored",
         "distill.student_losses": "ignored",
         "feature_probe": "ignored",
         "student": "ignored",

@@ -170,7 +170,9 @@ def check_sizes(student: nn.Module, view: View) -> None:
 
 def loss_settings(config: Config, stage: Stage) -> DistillSettings:
     """The loss of `stage`: what the student returns besides is nothing of the teacher's network."""
-    return config.distill if stage != "teacher" else config.distill.model_copy(update={"student_losses": {}})
+    if stage != "teacher":
+        return config.distill
+    return config.distill.model_copy(update={"student_losses": {}, "heads": {}})
 
 
 def _check_own_data(config: Config, parts: Parts) -> None:

@@ -335,6 +335,77 @@ def test_custom_loss_must_return_scalar(teacher, returned, found):
         run(make({}, teacher, loss=returned), LogitsOnly(), make_batch(teacher))
 
 
+def focal(logits: Tensor, batch: KDBatch) -> Tensor:
+    log_q = logits.log_softmax(1).gather(1, batch.labels[:, None])[batch.valid]
+    return (-((1 - log_q.exp()) ** 2) * log_q).mean()
+
+
+def test_task_loss_function(teacher):
+    student, batch = LogitsOnly().eval(), make_batch(teacher)
+    logits, _, result = run(make({"task_weight": 0.4}, teacher, task_loss=focal), student, batch)
+    usual = run(make({"task_weight": 0.4}, teacher), student, batch)[2]
+    assert result.terms == {"task": focal(logits, batch), "distill": usual.terms["distill"]}
+    assert result.weights == usual.weights
+    alone = run(make({}, task_loss=focal), student, make_batch())[2]
+    assert alone.terms == {"task": focal(logits, batch)} and alone.weights == {"task": 1.0}
+    with pytest.raises(ConfigError, match=r"the task loss .* should return a scalar tensor, got \[4, 10\]"):
+        run(make({}, teacher, task_loss=lambda outputs, batch: outputs), student, batch)
+
+
+def test_task_loss_of_the_settings_needs_plugin(teacher):
+    settings = {"task_loss": f"{__name__}:focal", "loss": None}
+    with pytest.raises(ConfigError, match=r"distill.task_loss: .* allow it with --plugin"):
+        make(settings)
+    student, batch = LogitsOnly(), make_batch(teacher)
+    logits, _, result = run(make(settings, teacher, plugins=[__name__]), student, batch)
+    assert result.terms == {"task": focal(logits, batch)} and result.weights == {"task": 1.0}
+
+
+def test_task_loss_of_a_student_without_logits(teacher):
+    class Values(nn.Module):
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"value": images.mean((1, 2, 3))}
+
+    class Regression(Distillation):
+        def task_loss(self, outputs, batch):
+            return (outputs["value"] - batch.labels).square()[batch.valid].mean()
+
+    batch = make_batch(teacher)
+    settings = {"distill_weight": 0.0, "task_weight": 1.0}
+    distillation = make(settings, teacher, student=Values(), kind=Regression)
+    outputs, features, result = run(distillation, Values(), batch)
+    assert result.total == distillation.task_loss(outputs, batch)
+    assert [each.shape for each in distillation.compared(outputs, features)] == [(4,)]
+
+
+class TwoHeads(nn.Module):
+    """As of torchvision's networks with an auxiliary classifier, which have it in training mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.other = LogitsOnly(), WideNet()
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        aux = {"aux": self.other(images)} if self.training else {}
+        return {"logits": self.main(images)} | aux
+
+
+def test_weighted_heads(teacher):
+    student, batch = TwoHeads(), make_batch(teacher)
+    settings = {"heads": {"aux": 0.5}, "label_smoothing": 0.1}
+    distillation = make(settings, teacher, student=student)
+    outputs, _, result = run(distillation, student, batch)
+    main, aux = (losses.task(each, batch.labels, label_smoothing=0.1, valid=batch.valid) for each in outputs.values())
+    assert result.terms["task"] == main and result.terms["task.aux"] == aux
+    torch.testing.assert_close(result.total, 0.1 * main + 0.9 * result.terms["distill"] + 0.5 * aux)
+    evaluated = distillation.eval()(student.eval()(batch.images), {}, batch, epoch=0, epochs=1)
+    assert evaluated.terms.keys() == {"task", "distill"}
+    baseline = make(settings, student=student)
+    assert run(baseline, student.train(), batch)[2].weights == {"task": 1.0, "task.aux": 0.5}
+    with pytest.raises(ConfigError, match=r"the loss needs 'aux' among .* found 'logits'"):
+        run(baseline, LogitsOnly(), batch)
+
+
 def spec(*shape) -> TensorSpec:
     return TensorSpec((None, *shape), torch.float32)
 

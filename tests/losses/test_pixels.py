@@ -173,6 +173,31 @@ def test_terms_meet_at_their_sizes(student):
     torch.testing.assert_close(terms["distill"], kl_div(rows(logits, everything), rows(shrunk, everything), 1.0))
 
 
+class TwoHeads(nn.Module):
+    """As torchvision's networks with `aux_loss`: both heads at the size of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.auxiliary = Pixels(stride=1), Pixels(stride=1)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"out": self.main(images)["logits"], "aux": self.auxiliary(images)["logits"]}
+
+
+def test_weighted_heads_are_those_of_torchvision():
+    """`criterion` of its reference for segmentation, where the auxiliary head is also distilled here."""
+    student, batch = TwoHeads(), batch_of()
+    aux = {"loss": "channel_wise", "student": "aux", "weight": 0.3, "options": {"over": "channels"}}
+    settings = {"task_weight": 1.0, "distill_weight": 0.0, "heads": {"aux": 0.5}, "features": [aux]}
+    found = loss_of(student, batch, settings)
+    heads = student(batch.images)
+    each = {name: functional.cross_entropy(x, batch.masks, ignore_index=255) for name, x in heads.items()}
+    everything = torch.ones(2, *SIZE, dtype=torch.bool)
+    soft = kl_div(rows(heads["aux"], everything), rows(batch.teacher["logits"], everything), 4.0)
+    torch.testing.assert_close(found.total, each["out"] + 0.5 * each["aux"] + 0.3 * soft)
+    assert found.terms.keys() == {"task", "task.aux", "channel_wise.aux"}
+
+
 @pytest.mark.parametrize(
     "settings",
     [

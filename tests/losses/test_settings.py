@@ -134,6 +134,12 @@ def test_default_distill_weight_of_ramp(kind):
         ({"features": [{"loss": "am_radio", "grid": "larger"}]}, r"grid"),
         ({"features": [{"loss": "am_radio", "projector": "mlp2"}]}, r"projector"),
         ({"loss": "relational"}, r"no loss called 'relational'"),
+        ({"task_loss": "focal"}, r"should match pattern"),
+        ({"task_loss": "mine:focal", "task_weight": 0.0}, r"task_loss has no effect with task_weight: 0"),
+        ({"task_loss": "mine:focal", "label_smoothing": 0.1}, r"label_smoothing has no effect on mine:focal"),
+        ({"heads": {"logits": 0.5}}, r"heads: logits is the main head"),
+        ({"heads": {"aux": -0.5}}, r"should not fall below 0, got -0.5"),
+        ({"heads": {"aux": 0.5}, "student_losses": {"task.aux": 1.0}}, r"student_losses: 'task.aux' is taken"),
     ],
 )
 def test_invalid_settings(given, message):

@@ -93,7 +93,8 @@ def test_unused_settings_are_ignored(stage: str) -> None:
     for key in ("distill.temperature", "distill.features[0].weight", "teacher.backend", "probe.strict"):
         assert rule_of(key, stage) == "ignored"
     assert rule_of("feature_probe.k", "teacher") == "ignored"
-    assert rule_of("distill.label_smoothing", stage) == "refused"
+    assert rule_of("distill.label_smoothing", stage) == rule_of("distill.task_loss", stage) == "refused"
+    assert rule_of("distill.heads.aux", stage) == ("ignored" if stage == "teacher" else "refused")
     assert rule_of("teacher.model.kwargs.width", stage) == ("refused" if stage == "teacher" else "ignored")
 
 
