@@ -12,7 +12,7 @@ PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --numpro
 export PYTHONDONTWRITEBYTECODE :=
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-all docs docs-links gpu format clean
+.PHONY: demo test test-slow test-all docs docs-links reference gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
@@ -33,6 +33,10 @@ SPHINX := CUDA_VISIBLE_DEVICES= $(BIN)/python -m sphinx --fail-on-warning --keep
 
 docs: $(VENV)/installed-test
 	$(SPHINX) docs build/docs $(ARGS)
+
+# Writes what the site and GitHub show of configs and commands; a test compares it with the code.
+reference: $(VENV)/installed-test
+	$(BIN)/python tools/write_reference.py
 
 # Asks every external address that the pages name, which needs the internet.
 docs-links: $(VENV)/installed-test

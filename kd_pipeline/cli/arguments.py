@@ -289,7 +289,8 @@ def _help(model: type[Settings], name: str) -> str:
     if text[1:2].islower():
         text = text[0].lower() + text[1:]
     if field.default not in (None, False, (), PydanticUndefined) and "defaults to" not in text:
-        text = f"{text} (default: {field.default})".strip()
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = f"{text} (default: {default})".strip()
     return text.replace("%", "%%")
 
 

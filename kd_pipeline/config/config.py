@@ -70,18 +70,23 @@ class Config(Settings):
     """Folder for what a run writes, such as `classes.json` and `bad_samples.jsonl`. In this and every other path of a
     config `~` is expanded; variables such as `$DATA` are refused."""
     data: DataSettings = DataSettings(batch_size=64)
+    """The images: how they are read, and the splits."""
     teacher: OneOrMoreTeachers | None = None
+    """What the student learns from: one teacher or several; defaults to none."""
     stage: Literal["teacher", "baseline", "distill", "all"] = "distill"
     """What `kd-pipeline train` does: train the teacher's `model`, train the student alone (`baseline`), or distill the
     student; `all` trains the teacher and then distills."""
     student: ModelSettings | None = None
+    """The network to train; not needed for a loop of your own."""
     students: Students = Field(default_factory=dict)
     """Several students by name instead of `student`. They train side by side on the same batches, which are read once,
     with one pass of the teacher; each ends as in a run of its own, whose folder is the one of its name in `run_dir`."""
     student_from_teacher: dict[str, str] = Field(default_factory=dict)
     """Layers of the student to initialize from the teacher: the student's layer name to the teacher's."""
     distill: DistillSettings = DistillSettings()
+    """The loss: the terms that compare the student with the teacher, and their weights."""
     train: TrainSettings = TrainSettings()
+    """How the student is trained: epochs, optimizer, schedule, validation, checkpoints and export."""
     probe: ProbeSettings | None = ProbeSettings()
     """How the teacher is checked on labeled images before a run; null skips the check."""
     feature_probe: FeatureProbeSettings | None = None

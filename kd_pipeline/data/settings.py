@@ -95,7 +95,9 @@ class SplitSettings(Settings):
     """Where the images of a split come from, and how they are transformed."""
 
     source: SourceSettings
+    """Where the images and labels are; `kind` says what it is."""
     transform: TransformSettings
+    """How an image becomes the network's input: `preset: train` is random, `preset: eval` is not."""
     views: dict[str, ViewSettings] = Field(default_factory=dict)
     """More views of each image, made of the same decoding: one that follows another at a different size, or one with a
     transform of its own. `transform` describes the view `images`."""
@@ -126,8 +128,11 @@ class DataSettings(LoaderSettings):
     batch_size: int = Field(gt=0)
     """Images in a batch of one process."""
     train: SplitSettings | None = None
+    """The images to train on."""
     val: SplitSettings | None = None
+    """The images to validate on during training."""
     test: SplitSettings | None = None
+    """Images that training does not see; `kd-pipeline eval --split test` measures on them."""
     more: dict[str, SplitSettings] = Field(default_factory=dict)
     """More splits by name, such as further validation sets."""
 

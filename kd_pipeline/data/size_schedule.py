@@ -23,6 +23,7 @@ class RandomSize(Settings):
     """
 
     choices: tuple[Size, ...] = Field(min_length=2)
+    """The sizes to draw from, each as `size` has it."""
     per: Literal["batch", "epoch"] = "batch"
     """`batch` draws for each batch of an epoch by its number, the same on all ranks. So what size a sample has depends
     on the global batch size, and outputs of a teacher cannot be recorded. `epoch` draws for each epoch."""
@@ -59,7 +60,9 @@ class ProgressiveSize(Settings):
     """
 
     start: Size
+    """The size in the first epoch."""
     end: Size
+    """The size from epoch number `epochs` on."""
     epochs: int = Field(ge=2)
     """Epochs until the size is `end`: the first has `start`, the last of them, and all after, have `end`."""
     step: int = Field(default=32, ge=1)

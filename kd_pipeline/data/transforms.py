@@ -69,6 +69,7 @@ class _Output(Settings):
     std: ChannelStds = IMAGENET_STD
     """Divides red, green and blue after that, for pixels from 0 to 1."""
     dtype: Literal["float32", "float16"] = "float32"
+    """Type of the finished images; `float16` takes half the memory."""
     orientation: Orientation = "upright"
     """`upright` turns photographs as their EXIF says. `stored` takes the pixels as they are in the file, as
     torchvision's `ImageFolder` does, for a teacher that was trained on these."""
@@ -118,6 +119,7 @@ class TrainTransform(_Output):
     ratio: Range = (3 / 4, 4 / 3)
     """Aspect ratio of the crop, width over height."""
     flip: Probability = 0.5
+    """Probability of mirroring an image left to right."""
     auto_augment: AutoAugmentSettings | None = None
     """RandAugment or TrivialAugment, applied right after the crop."""
     brightness: float = Field(default=0.0, ge=0)
@@ -125,14 +127,18 @@ class TrainTransform(_Output):
     contrast: float = Field(default=0.0, ge=0)
     """Scales around mid-gray (128), where torchvision scales around the mean gray of each image."""
     saturation: float = Field(default=0.0, ge=0)
+    """Blends each image with its gray version by a factor from the range that `brightness` describes."""
     hue: float = Field(default=0.0, ge=0, le=0.5)
     """The colors are rotated around the gray axis by up to this fraction of a full circle in either direction: a linear
     map, not the hue of HSV that torchvision shifts. The direction is the same; see `ColorJitter` for the difference."""
     grayscale: Probability = 0.0
+    """Probability of turning an image gray."""
     blur: Probability = 0.0
+    """Probability of a Gaussian blur."""
     blur_sigma: Range = (0.1, 2.0)
     """Standard deviation of the blur in pixels of the finished image."""
     erase: Probability = 0.0
+    """Probability of erasing a rectangle."""
     erase_area: FractionRange = (0.02, 1 / 3)
     """Fraction of the finished image that is erased, which means filled with the mean color."""
     erase_ratio: Range = (0.3, 3.3)

@@ -67,10 +67,13 @@ class FollowingView(Settings):
     erase: Sharing = "shared"
     """The same of the rectangle that is erased."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """This and the next three default to those of the other view."""
+    """Filter of the resize; defaults to that of the other view."""
     mean: ChannelMeans | None = None
+    """Subtracted from red, green and blue; defaults to that of the other view."""
     std: ChannelStds | None = None
+    """Divides red, green and blue after that; defaults to that of the other view."""
     dtype: Literal["float32", "float16"] | None = None
+    """Type of the finished images; defaults to that of the other view."""
 
 
 class TrainView(TrainTransform):

@@ -17,7 +17,9 @@ class Ramp(Settings):
     """
 
     start: float
+    """The number at the start of the run."""
     end: float
+    """The number at the end, where it stays."""
     kind: Literal["linear", "cosine", "exponential", "decay"] = "linear"
     """`linear` changes in equal steps, `cosine` slowly at both ends, `exponential` by a constant factor, and `decay`
     by a fixed fraction of the remaining distance per epoch, so it approaches `end` without reaching it."""

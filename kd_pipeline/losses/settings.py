@@ -141,6 +141,7 @@ class TermSettings(Settings):
     """Name of an output of the teacher, `member.output` if there are several; `pooled` and `spatial` as above, also
     within a member."""
     weight: Weight = 1.0
+    """Factor of the term in the loss; a ramp changes it during training."""
     temperature: Temperature = Field(default=None, validate_default=True)
     """Divisor of both models' outputs before the softmax; defaults to that of the loss. None for one without."""
     options: Options = Field(default_factory=dict)

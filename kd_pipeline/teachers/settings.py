@@ -154,6 +154,7 @@ class EnsembleSettings(Settings):
     """Several teachers whose averaged outputs count as one teacher's."""
 
     members: tuple[TeacherSettings, ...] = Field(min_length=1)
+    """The teachers, each with the keys of a single one."""
     weights: tuple[PositiveFloat, ...] | None = None
     """Weight of each member, divided by their sum; defaults to equal weights."""
     average: Literal["softmax", "logits"] = "softmax"

@@ -39,9 +39,11 @@ class ScheduleSettings(Settings):
     kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """More arguments of the factory."""
     kind: Literal["cosine", "linear", "poly", "step", "constant"] = "cosine"
+    """Shape of the decay: half a cosine, a line, a polynomial, steps at `milestones`, or none."""
     per: Literal["step", "epoch"] = "step"
     """Whether to update the learning rate after every optimizer step or after every epoch."""
     warmup_epochs: float = Field(default=0.0, ge=0)
+    """Length of the linear warm-up, in epochs."""
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
     """The same as a fraction of the run, such as 0.1; set one of the two."""
     warmup_start: float = Field(default=0.01, ge=0, le=1)
@@ -55,6 +57,7 @@ class ScheduleSettings(Settings):
     milestones: tuple[PositiveFloat, ...] = ()
     """For `step`: epochs, counted from the start of the run, after which the learning rate is multiplied by `gamma`."""
     gamma: float = Field(default=0.1, gt=0, lt=1)
+    """For `step`: factor of the learning rate at each milestone."""
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:

@@ -44,6 +44,7 @@ class ExportSettings(Settings):
     """What a run writes into `exported/` besides the student's weights."""
 
     onnx: bool = True
+    """Export the student to ONNX."""
     engine: EngineSettings | None = None
     """Engine to build from the ONNX file; defaults to none."""
 
@@ -62,8 +63,11 @@ class TrainSettings(Settings):
     """How long, how fast and on what a run trains."""
 
     epochs: int = Field(default=10, gt=0)
+    """Passes over the training images."""
     optimizer: OptimizerSettings = OptimizerSettings()
+    """The optimizer, its learning rate and its weight decay."""
     schedule: ScheduleSettings = ScheduleSettings()
+    """How the learning rate changes during the run."""
     accumulate: int = Field(default=1, ge=1)
     """Batches to accumulate gradients over before an optimizer step, whose loss is the mean over their valid rows."""
     clip: PositiveFloat | None = None
@@ -84,6 +88,7 @@ class TrainSettings(Settings):
     ema: EmaSettings | None = None
     """Evaluate and export a moving average of the student's weights."""
     early_stopping: EarlyStoppingSettings | None = None
+    """Stop when a metric no longer improves; defaults to not at all."""
     metrics: tuple[MetricSettings, ...] = ()
     """Validation metrics besides accuracy, loss and F1; logged as `val/` and the name."""
     validate: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")  # type: ignore[assignment]
@@ -106,13 +111,17 @@ class TrainSettings(Settings):
     """torch's CPU threads; defaults to `OMP_NUM_THREADS`, or else to the cores of this process. Small networks on few
     cores train faster with fewer threads, which leaves cores to DALI."""
     log_every_steps: int = Field(default=50, ge=1)
+    """Optimizer steps from one logged row of training metrics to the next."""
     log_gradient_norm: bool = False
+    """Log the norm of the gradient, before `clip`."""
     loggers: tuple[LoggerName, ...] = ("csv", "tensorboard")
     """`tensorboard` is skipped if it is not installed."""
     limit_train_batches: int | None = Field(default=None, ge=1)
     """Batches per epoch, for a quick trial."""
     limit_val_batches: int | None = Field(default=None, ge=1)
+    """Batches per validation set, for a quick trial."""
     export: ExportSettings = ExportSettings()
+    """Files for serving the student, written when the run ends."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several processes train: `ddp` replicates the student, `fsdp` shards it and the optimizer state, for a
     student that does not fit on one GPU."""

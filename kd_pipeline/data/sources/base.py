@@ -121,6 +121,7 @@ class _CifarSettings(Settings):
     root: Path
     """The folder with the files, with the unpacked folder or with the archive; or the archive itself."""
     split: Literal["train", "test"]
+    """Which of the two parts of the dataset to read."""
     download: bool = False
     """Download the archive into `root` if the dataset is not there."""
 

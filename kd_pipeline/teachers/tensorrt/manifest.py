@@ -54,8 +54,11 @@ class Profile(Settings):
     """One optimization profile of an engine: its range of batch sizes, and the one it is tuned for."""
 
     min: int = Field(ge=1)
+    """Smallest batch."""
     opt: int = Field(ge=1)
+    """The batch size that the engine is tuned for."""
     max: int = Field(ge=1)
+    """Largest batch."""
 
     @model_validator(mode="after")
     def _ascends(self) -> Self:

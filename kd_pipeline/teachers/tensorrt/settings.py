@@ -19,6 +19,7 @@ class BuildSettings(Settings):
     onnx: Path
     """A float32 teacher with a dynamic batch size, with logits or other outputs."""
     precision: Precision = "fp32"
+    """Of the arithmetic; `int8` and `fp8` need images for calibration."""
     half_io: bool = False
     """Take float16 images, those of a loader with `dtype: float16`."""
     profiles: tuple[Profile, ...] = Field(default=(Profile(min=1, opt=32, max=64),), min_length=1)
@@ -36,6 +37,7 @@ class BuildSettings(Settings):
     workspace: int | None = Field(default=None, ge=1, lt=1 << 43)
     """Largest scratch memory of a layer, in MiB; defaults to all of the GPU's."""
     builder_optimization_level: int | None = Field(default=None, ge=0, le=5)
+    """How long to search for fast kernels, from 0 to 5; defaults to TensorRT's own choice."""
     timing_cache: Path | None = None
     """File with kernel timings of earlier builds on this GPU; created if missing."""
     version_compatible: bool = False
