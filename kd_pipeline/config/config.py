@@ -13,6 +13,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.config.reader import read_config
 from kd_pipeline.config.students import Students
+from kd_pipeline.config.teacher_layers import LayerSources
 from kd_pipeline.data.settings import SPLITS, DataSettings, SplitSettings
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation.frozen import FeatureProbeSettings
@@ -81,8 +82,9 @@ class Config(Settings):
     students: Students = Field(default_factory=dict)
     """Several students by name instead of `student`. They train side by side on the same batches, which are read once,
     with one pass of the teacher; each ends as in a run of its own, whose folder is the one of its name in `run_dir`."""
-    student_from_teacher: dict[str, str] = Field(default_factory=dict)
-    """Layers of the student to initialize from the teacher: the student's layer name to the teacher's."""
+    student_from_teacher: LayerSources = Field(default_factory=dict)
+    """Layers of the student to initialize from the teacher: the student's layer name to the teacher's, or to a choice
+    of several: `{blocks: {layers: blocks, every: 2}}` takes every other block."""
     distill: DistillSettings = DistillSettings()
     """The loss: the terms that compare the student with the teacher, and their weights."""
     train: TrainSettings = TrainSettings()

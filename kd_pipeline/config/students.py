@@ -8,6 +8,7 @@ from pydantic import AfterValidator, SerializationInfo, field_serializer, model_
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.config.compose import merged
+from kd_pipeline.config.teacher_layers import LayerSources
 from kd_pipeline.losses.settings import DistillSettings
 from kd_pipeline.models.registry import ModelSettings
 from kd_pipeline.training.settings import TrainSettings
@@ -42,7 +43,7 @@ class StudentSettings(ModelSettings):
     train: TrainSettings | None = None
     """What it has otherwise than `train` of the config, such as optimizer, schedule, EMA, early stopping and export.
     Epochs, precision, strategy, threads, `deterministic` and `limit_train_batches` are those of all."""
-    student_from_teacher: dict[str, str] | None = None
+    student_from_teacher: LayerSources | None = None
     """Layers of this student to initialize from the teacher, instead of those of the config."""
 
     refused_keys: ClassVar[Mapping[str, str]] = {
