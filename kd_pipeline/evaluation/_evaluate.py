@@ -19,7 +19,14 @@ from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
 from kd_pipeline.evaluation._gather import of_all_ranks
 from kd_pipeline.evaluation._logits import known_views, logits_of, run_on_view, view_logits, with_mean
-from kd_pipeline.evaluation._metrics import Metric, MetricSettings, kl_divergence, measure, shares
+from kd_pipeline.evaluation._metrics import (
+    DISTANCES,
+    Metric,
+    MetricSettings,
+    distances,
+    measure,
+    shares,
+)
 from kd_pipeline.evaluation._pixels import PixelTally
 from kd_pipeline.evaluation.predictions import Predictions
 from kd_pipeline.loader.batch_loader import AnyLoader
@@ -27,6 +34,7 @@ from kd_pipeline.models.modules import eval_mode
 from kd_pipeline.teachers.base import Teacher
 
 __all__ = [
+    "SCALARS",
     "Evaluation",
     "check_process_group",
     "evaluate",
@@ -41,13 +49,17 @@ _QUANTUM = 2.0**-24
 not depend on the order of the samples or on how they are split into batches and ranks."""
 
 
+SCALARS = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy", "loss", "agreement", *DISTANCES)
+"""Fields of an `Evaluation` that are single numbers for a logger."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """Metrics of a model on a split. Fractions are from 0 to 1; None means that a value cannot be known.
 
     A row of logits with NaN or inf counts as wrong, and in no column of the confusion matrix; a custom metric gets it
-    as it is. For a model with logits of pixels, `loss`, `agreement`, `kl`, `class_accuracy` and `confusion` are of the
-    pixels that are not ignored.
+    as it is. For a model with logits of pixels, `loss`, `agreement`, the distances to the teacher, `class_accuracy` and
+    `confusion` are of the pixels that are not ignored.
     """
 
     num_samples: int
@@ -66,6 +78,10 @@ class Evaluation:
     """Fraction of samples with the same top prediction as the teacher; None without a teacher."""
     kl: float | None
     """Mean KL(teacher || model) of the softmax at T = 4, in nats, not multiplied by T²; None without a teacher."""
+    logit_mse: float | None = None
+    """Mean squared distance to the teacher's logits, over the classes that neither excludes with -inf."""
+    probability_l1: float | None = None
+    """Mean Σ_k |p_k - q_k| of both softmaxes at T = 1: from 0 to 2, twice their total variation."""
     teacher: "Evaluation | None" = None
     """The teacher's own metrics on the same images; None without a teacher."""
     class_accuracy: tuple[float | None, ...] | None
@@ -86,8 +102,7 @@ class Evaluation:
 
     def scalars(self) -> dict[str, float]:
         """Every known single number by name, for a logger."""
-        names = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy", "loss", "agreement", "kl")
-        named = {name: getattr(self, name) for name in names}
+        named = {name: getattr(self, name) for name in SCALARS}
         return {name: float(value) for name, value in (named | self.metrics).items() if isinstance(value, float | int)}
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,7 +164,7 @@ def evaluate(
     Args:
         model: a network, which is in eval mode meanwhile, or a teacher. Returns logits `[N, K]`, or a mapping with
             `"logits"`, which may also be those of the pixels, `[N, K, h, w]`, for data with masks.
-        loader: the split. `agreement` and `kl` are measured against its teacher, if it has one.
+        loader: the split. `agreement`, `kl` and the other distances are measured against its teacher, if it has one.
         reference: measure `agreement` and `kl` against this network or teacher instead.
         metrics: classes of torchmetrics, and functions of logits and labels.
         max_batches: stop after this many batches.
@@ -311,7 +326,7 @@ class _Tally:
     counts: Mapping[str, Tensor]
     """Int64 scalars."""
     sums: Mapping[str, Tensor]
-    """Float64 scalars in units of `_QUANTUM`: `loss` if there are labels, `kl` if there is a teacher."""
+    """Float64 scalars in units of `_QUANTUM`: `loss` if there are labels, `DISTANCES` if there is a teacher."""
     rows: list[tuple[Tensor, ...]]
     """Index, valid, logits and labels of each batch; empty unless a metric needs them."""
     keeps_rows: bool
@@ -321,7 +336,7 @@ class _Tally:
     def empty(cls, logits_NK: Tensor, *, has_labels: bool, has_teacher: bool, keeps_rows: bool) -> "_Tally":
         num_classes, device = logits_NK.shape[1], logits_NK.device
         counts = ("samples", "bad_rows", "bad_labels", "bad_teacher_rows", "in_top5", "agreed")
-        sums = [name for name, is_known in (("loss", has_labels), ("kl", has_teacher)) if is_known]
+        sums = (["loss"] if has_labels else []) + ([*DISTANCES] if has_teacher else [])
         return cls(
             torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=device),
             {name: torch.zeros((), dtype=torch.int64, device=device) for name in counts},
@@ -381,7 +396,8 @@ class _Tally:
         is_bad_N = ~has_softmax(teacher_NK)
         self._count("bad_teacher_rows", is_bad_N, valid_N)
         self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & ~is_bad_N, valid_N)
-        self._sum("kl", kl_divergence(logits_NK, teacher_NK), valid_N)
+        for name, value_N in distances(logits_NK, teacher_NK).items():
+            self._sum(name, value_N, valid_N)
 
     def _count(self, name: str, flags_N: Tensor, valid_N: Tensor) -> None:
         self.counts[name].add_((flags_N & valid_N).sum())
@@ -427,7 +443,7 @@ def _result(
         macro_f1=float(f1_K.nanmean()) if has_labels else None,
         loss=means.get("loss"),
         agreement=counts["agreed"] / num_samples if "kl" in means else None,
-        kl=means.get("kl"),
+        **{name: means.get(name) for name in DISTANCES},
         class_accuracy=shares(right_K.tolist(), label_K.tolist()) if has_labels else None,
         confusion=tuple(map(tuple, tally.confusion[:, :num_classes].tolist())) if has_labels else None,
         classes=classes,

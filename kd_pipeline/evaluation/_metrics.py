@@ -17,11 +17,12 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import ConfigError
 
 __all__ = [
+    "DISTANCES",
     "TEMPERATURE",
     "Metric",
     "MetricSettings",
     "compute",
-    "kl_divergence",
+    "distances",
     "measure",
     "open_metrics",
     "shares",
@@ -29,6 +30,8 @@ __all__ = [
     "update",
 ]
 
+DISTANCES = ("kl", "logit_mse", "probability_l1")
+"""Names of what `distances` returns."""
 TEMPERATURE = 4.0
 """Softmax temperature of both models in the KL divergence."""
 
@@ -83,12 +86,15 @@ def shares(right: Sequence[float], total: Sequence[float]) -> tuple[float | None
     return tuple(part / number if number else None for part, number in zip(right, total, strict=True))
 
 
-def kl_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || model) of the softmax at `TEMPERATURE` of each row of logits `[N, K, ...]`, `[N, ...]`."""
-    log_model = (logits / TEMPERATURE).log_softmax(dim=1)
-    log_teacher = (teacher / TEMPERATURE).log_softmax(dim=1)
-    probability = log_teacher.exp()
-    return (probability * (log_teacher - log_model).masked_fill(probability == 0, 0)).sum(dim=1)  # 0 · log 0 is 0
+def distances(logits: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """How far logits `[N, K, ...]` are from a teacher's: the fields of an `Evaluation` by name, each `[N, ...]`."""
+    is_excluded = logits.isneginf() | teacher.isneginf()
+    squares = (logits - teacher).square().masked_fill(is_excluded, 0)
+    return {
+        "kl": _kl_divergence(logits, teacher),
+        "logit_mse": squares.sum(dim=1) / (~is_excluded).sum(dim=1),
+        "probability_l1": (logits.softmax(dim=1) - teacher.softmax(dim=1)).abs().sum(dim=1),
+    }
 
 
 def measure(settings: MetricSettings, logits: Tensor, labels: Tensor) -> Any:
@@ -142,6 +148,14 @@ def compute(metric: Any, settings: MetricSettings) -> Any:
     """
     with _explained(settings):
         return metric.compute()
+
+
+def _kl_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || model) of the softmax at `TEMPERATURE` of each row of logits `[N, K, ...]`, `[N, ...]`."""
+    log_model = (logits / TEMPERATURE).log_softmax(dim=1)
+    log_teacher = (teacher / TEMPERATURE).log_softmax(dim=1)
+    probability = log_teacher.exp()
+    return (probability * (log_teacher - log_model).masked_fill(probability == 0, 0)).sum(dim=1)  # 0 · log 0 is 0
 
 
 @contextmanager

@@ -12,7 +12,16 @@ from torch.nn.functional import cross_entropy
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, DataError
-from kd_pipeline.evaluation._metrics import Metric, MetricSettings, compute, kl_divergence, shares, start, update
+from kd_pipeline.evaluation._metrics import (
+    DISTANCES,
+    Metric,
+    MetricSettings,
+    compute,
+    distances,
+    shares,
+    start,
+    update,
+)
 from kd_pipeline.losses.pixels import PixelLabels
 from kd_pipeline.losses.resize import Resizer
 
@@ -63,7 +72,7 @@ class PixelTally:
             raise DataError("metrics compare logits with masks, and this split has no masks; remove the metrics")
         num_classes, device = logits_NKhw.shape[1], logits_NKhw.device
         counts = ("samples", "bad_rows", "bad_teacher_rows", "bad_labels", "labeled", "compared", "agreed")
-        sums = [name for name, is_known in (("loss", has_masks), ("kl", has_teacher)) if is_known]
+        sums = (["loss"] if has_masks else []) + ([*DISTANCES] if has_teacher else [])
         return cls(
             torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=device),
             {name: torch.zeros((), dtype=torch.int64, device=device) for name in counts},
@@ -137,10 +146,8 @@ class PixelTally:
             }
         if "kl" in self.sums:
             num_compared = max(counts["compared"], 1)
-            found |= {
-                "agreement": counts["agreed"] / num_compared,
-                "kl": float(self.sums["kl"]) * _QUANTUM / num_compared,
-            }
+            found["agreement"] = counts["agreed"] / num_compared
+            found |= {name: float(self.sums[name]) * _QUANTUM / num_compared for name in DISTANCES}
         return found | {"metrics": self._further()}
 
     def _further(self) -> dict[str, Any]:
@@ -187,7 +194,8 @@ class PixelTally:
         self.counts["compared"].add_(counts_1P.sum())
         agree_1P = (predicted_1P == teacher_1KP.argmax(dim=1)) & ~is_bad_1P
         self.counts["agreed"].add_((agree_1P & counts_1P).sum())
-        self._sum("kl", kl_divergence(logits_1KP, teacher_1KP), counts_1P)
+        for name, value_1P in distances(logits_1KP, teacher_1KP).items():
+            self._sum(name, value_1P, counts_1P)
 
     def _sum(self, name: str, values_1P: Tensor, counts_1P: Tensor) -> None:
         self.sums[name].add_((values_1P.double() / _QUANTUM).round().masked_fill(~counts_1P, 0).sum())

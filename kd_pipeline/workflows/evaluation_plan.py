@@ -11,6 +11,7 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._features import COSINE, cosine_names, label_free_terms
+from kd_pipeline.evaluation._metrics import DISTANCES
 from kd_pipeline.training.settings import TrainSettings
 
 __all__ = ["PROBE_METRIC", "EvaluationPlan", "member_names", "own_defaults", "select_best"]
@@ -201,7 +202,7 @@ def _metrics(
         yield from ("miou", "pixel_accuracy") if has_masks else ()
         yield from ("loss", *(metric.name for metric in train.metrics))
     if not is_headless and has_reference and train.compare_with_teacher:
-        yield from ("agreement", "kl")
+        yield from ("agreement", *DISTANCES)
     if has_reference and (is_headless or lacks_labels):
         terms = label_free_terms(config.distill)
         yield from ("loss", *terms, *cosine_names(config.distill).values()) if terms else ()
@@ -247,5 +248,5 @@ def _mode(config: Config, metric: str) -> Literal["max", "min"]:
     name = metric.partition("/")[2]
     if PROBE_METRIC.fullmatch(name) or name.startswith(f"{COSINE}."):
         return "max"
-    losses = {"loss", "kl", "task", "distill", *config.distill.term_names}
+    losses = {"loss", *DISTANCES, "task", "distill", *config.distill.term_names}
     return "min" if name in losses else "max"

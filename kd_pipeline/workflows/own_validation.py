@@ -14,7 +14,7 @@ from kd_pipeline._core.progress import timed
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.evaluation._evaluate import Evaluation, only_metrics
+from kd_pipeline.evaluation._evaluate import SCALARS, Evaluation, only_metrics
 from kd_pipeline.evaluation.predictions import Predictions
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation
@@ -23,9 +23,6 @@ from kd_pipeline.workflows.parts import Validate, qualified_name
 from kd_pipeline.workflows.validation import Bar
 
 __all__ = ["OwnEvaluator", "open_validate"]
-
-_KNOWN = {"top1", "top5", "macro_f1", "miou", "pixel_accuracy", "loss", "agreement", "kl"}
-"""Numbers that an `Evaluation` has a field for."""
 
 
 def open_validate(config: Config, own: Validate | None, *, plugins: Collection[str]) -> Validate | None:
@@ -135,8 +132,8 @@ def _number(function: str, key: str, value: Any) -> float:
 
 def _evaluation(numbers: Mapping[str, float]) -> Evaluation:
     """Numbers of one split; how many samples they are of is not known."""
-    known: dict[str, Any] = {name: value for name, value in numbers.items() if name in _KNOWN}
-    others = {name: value for name, value in numbers.items() if name not in _KNOWN}
+    known: dict[str, Any] = {name: value for name, value in numbers.items() if name in SCALARS}
+    others = {name: value for name, value in numbers.items() if name not in SCALARS}
     return replace(only_metrics(others, num_samples=0), **known)
 
 

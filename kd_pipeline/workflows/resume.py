@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import StateError
+from kd_pipeline.evaluation._evaluate import SCALARS
 from kd_pipeline.loader.state import of_common_views
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.early_stopping import StopEarly
@@ -138,7 +139,6 @@ _NOTES = {
 }
 _GLOBAL_SHUFFLES = (None, True, "global")
 """Values of `data.train.shuffle` that are the same."""
-_ALWAYS_MEASURED = {"top1", "top5", "macro_f1", "miou", "pixel_accuracy", "loss", "agreement", "kl"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,9 +375,7 @@ class _Selecting:
         self.stops_by_other_metric = before is not None and after is not None and before[0] != after[0]
         """Whether early stopping starts over."""
         self._is_custom = any(
-            name not in _ALWAYS_MEASURED and not PROBE_METRIC.fullmatch(name)
-            for split, _, name in named
-            if split in self.splits
+            name not in SCALARS and not PROBE_METRIC.fullmatch(name) for split, _, name in named if split in self.splits
         )
 
     def depends_on(self, change: Change) -> bool:

@@ -123,6 +123,10 @@ def test_agreement_with_own_or_different_teacher(tmp_path) -> None:
     theirs = other(logits.reshape(-1, 3, SIDE, SIDE))["logits"]
     assert with_other.agreement == float((theirs.argmax(1) == logits.argmax(1)).double().mean()) < 1
     assert with_other.kl == pytest.approx(kl(theirs), rel=1e-5)
+    assert with_other.logit_mse == pytest.approx(float(nn.functional.mse_loss(logits, theirs)), rel=1e-5)
+    l1 = (logits.double().softmax(1) - theirs.double().softmax(1)).abs().sum(1).mean()
+    assert with_other.probability_l1 == pytest.approx(float(l1), rel=1e-5)
+    assert itself.logit_mse == itself.probability_l1 == 0
 
 
 def test_teacher_may_exclude_classes(tmp_path) -> None:
@@ -139,6 +143,7 @@ def test_teacher_may_exclude_classes(tmp_path) -> None:
     assert found.agreement == float((logits.argmax(1) != 3).double().mean()) < 1
     assert found.kl == pytest.approx(float(nn.functional.kl_div(q[:, possible], p, reduction="batchmean")), rel=1e-5)
     assert (itself.num_bad_rows, itself.agreement, itself.kl) == (0, 1.0, 0.0)
+    assert found.logit_mse == itself.logit_mse == itself.probability_l1 == 0 < found.probability_l1 <= 2
     assert itself.metrics["Accuracy"] == pytest.approx(itself.top1)
 
 
@@ -264,7 +269,7 @@ def test_to_dict_and_scalars(tmp_path) -> None:
     assert again["confusion"] == [list(row) for row in found.confusion] and again["metrics"] == found.metrics
     scalars = found.scalars()
     assert set(scalars) == {
-        *("top1", "top5", "macro_f1", "loss", "agreement", "kl"),
+        *("top1", "top5", "macro_f1", "loss", "agreement", "kl", "logit_mse", "probability_l1"),
         *("CohenKappa", "MulticlassCalibrationError", "mean_margin"),
     }
     assert all(type(value) is float for value in scalars.values())

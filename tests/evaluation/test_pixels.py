@@ -150,6 +150,8 @@ def test_agreement_with_the_teacher():
     assert found.agreement == float((own.argmax(1) == theirs.argmax(1)).double().mean()) < 1
     kl = functional.kl_div((own / 4).log_softmax(1), (theirs / 4).softmax(1), reduction="batchmean")
     assert found.kl == pytest.approx(float(kl), abs=1e-5)
+    assert found.logit_mse == pytest.approx(float(functional.mse_loss(own, theirs)), rel=1e-5)
+    assert found.probability_l1 == pytest.approx(float((own.softmax(1) - theirs.softmax(1)).abs().sum(1).mean()))
     assert found.teacher.miou == evaluate(teacher, BatchLoader(batches(images, masks))).miou
     with_own = evaluate(Pixels(), BatchLoader(batches(images, masks, teacher=lambda each: teacher(each)["logits"])))
     assert with_own == found

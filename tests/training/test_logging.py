@@ -28,7 +28,10 @@ pytestmark = [
 
 # Metrics and steps
 
-METRICS = {"val/top1", "val/top5", "val/macro_f1", "val/loss", "val/agreement", "val/kl", "again/top1", "again/loss"}
+METRICS = {
+    *("val/top1", "val/top5", "val/macro_f1", "val/loss", "again/top1", "again/loss"),
+    *("val/agreement", "val/kl", "val/logit_mse", "val/probability_l1"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,8 @@ def test_best_is_selected_by_what_is_measured() -> None:
 def test_best_network_for_segmentation_is_selected_by_miou() -> None:
     config = config_of(train__compare_with_teacher=True)
     plan = EvaluationPlan.of(config, "distill", labeled={"train"}, masked={"val"})
-    assert plan.every_epoch == tuple(f"val/{name}" for name in ("miou", "pixel_accuracy", "loss", "agreement", "kl"))
+    names = ("miou", "pixel_accuracy", "loss", "agreement", "kl", "logit_mse", "probability_l1")
+    assert plan.every_epoch == tuple(f"val/{name}" for name in names)
     train = select_best(config, "distill", plan).train
     assert (train.select_by, train.select_mode) == ("val/miou", "max")
     before = EvaluationPlan.of(config, "distill")  # the data is opened
