@@ -1,7 +1,9 @@
 """`kd-pipeline demo`."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kd_pipeline._core.progress import speed_text
@@ -89,7 +91,15 @@ def _table(summary: dict[str, Any]) -> list[str]:
         f"distilled at {speed_text(summary['images_per_s'])}",
         f"teacher: {summary['teacher_backend']} in {summary['teacher_precision']} on {summary['device']}",
         f"a training batch as both saw it: {summary['grid']}",
+        "",
+        "the loop that trained the students, and its config, are yours to change:",
+        f"  {_command(summary)}",
     ]
+
+
+def _command(summary: dict[str, Any]) -> str:
+    teacher = Path(summary["loop"]).with_name("teacher.onnx")
+    return shlex.join(["python", summary["loop"], summary["config"], f"teacher.onnx={teacher}"])
 
 
 def _epochs(summary: dict[str, Any]) -> str:

@@ -1,12 +1,11 @@
 """The demo: train a teacher on real handwritten digits, then a small student alone and distilled, on equal terms."""
 
-import importlib.util
+import importlib
 import json
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,6 @@ from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import progress_bar, speed_text
 from kd_pipeline._core.text import plural
 from kd_pipeline.config.config import Config, load_config
-from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.resnet import small_resnet
 from kd_pipeline.onnx.export import export_onnx
@@ -32,6 +30,8 @@ from kd_pipeline.teachers.settings import TeacherSettings
 __all__ = ["run_demo", "write_digits"]
 
 _TEACHER_WIDTH, _STUDENT_WIDTH = 32, 8
+_FILES = f"{__package__}.demo_files"
+_CONFIG, _LOOP = "digits.yaml", "distill.py"
 _VALIDATION_STEP = 5
 """Every fifth image of each class is kept for validation."""
 
@@ -39,17 +39,20 @@ _VALIDATION_STEP = 5
 def run_demo(overrides: Sequence[str] = (), *, report: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
     """Write the data, train teacher and students, and return the contents of `<run_dir>/summary.json`.
 
+    The loop and its config are copied to `run_dir`, to be edited; copies that are there already stay as they are.
+
     Args:
         overrides: of `configs/digits.yaml`.
         report: called with a line before each part.
 
     Raises:
-        ConfigError: an override is wrong, or the demo's own files are missing.
+        ConfigError: an override is wrong.
         MissingPackageError: an extra is missing.
     """
-    config = load_config(_find("configs/digits.yaml"), overrides)
+    with resources.as_file(resources.files(_FILES) / _CONFIG) as path:
+        config = load_config(path, overrides)
     run_dir = config.run_dir or Path("runs/demo")
-    loop = _import_file(_find("tools/distill.py"))
+    loop = importlib.import_module(f"{_FILES}.{Path(_LOOP).stem}")
     # Images this small are not worth several threads, which would mostly wait for each other and for DALI's.
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -88,6 +91,8 @@ def run_demo(overrides: Sequence[str] = (), *, report: Callable[[str], object] =
             "num_val": num_val,
             "seconds": time.perf_counter() - started,
             "grid": str(grid),
+            "loop": str(_copy(_LOOP, run_dir)),
+            "config": str(_copy(_CONFIG, run_dir)),
         }
     write_atomic(run_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
@@ -118,7 +123,7 @@ def write_digits(root: Path) -> tuple[int, int]:
 
 
 def _train(config: Config, loop: ModuleType, width: int, teacher: Teacher | None, name: str) -> tuple[nn.Module, float]:
-    """A network trained by the loop of tools/distill.py, and its images per second."""
+    """A network trained by the loop of demo_files/distill.py, and its images per second."""
     torch.manual_seed(config.seed)
     with KDDataLoader.from_config(config, "train", teacher=teacher) as loader:
         network = small_resnet(len(loader.classes or ()), width=width).to(loader.device)
@@ -161,20 +166,10 @@ def _draw_batch(config: Config, teacher: Teacher, path: Path) -> Path:
         return save_grid(next(iter(loader)), path, transform=loader.transform, classes=loader.classes)
 
 
-def _find(name: str) -> Path:
-    """A file of the repository, or the copy that was installed with the package."""
-    source = Path(__file__).parents[2] / name
-    installed = Path(sysconfig.get_path("data")) / "share" / "kd_pipeline" / name
-    for path in (source, installed):
-        if path.is_file():
-            return path
-    raise ConfigError(f"the demo needs {name}, which is neither at {source} nor at {installed}; reinstall kd_pipeline")
-
-
-def _import_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"kd_pipeline_tools_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def _copy(name: str, folder: Path) -> Path:
+    """A copy in `folder` of a file of the demo, or what the user has made of an earlier one."""
+    path = folder / name
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, (resources.files(_FILES) / name).read_bytes())
+    return path
