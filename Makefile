@@ -12,7 +12,7 @@ PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --numpro
 export PYTHONDONTWRITEBYTECODE :=
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-all docs docs-links reference gpu format clean
+.PHONY: demo test test-slow test-all docs docs-links reference dist gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
@@ -55,12 +55,16 @@ gpu:
 	@$(MAKE) --no-print-directory VENV=.venv-gpu .venv-gpu/installed-gpu
 	.venv-gpu/bin/python tools/gpu_check.py $(ARGS)
 
+# The packages to publish, and a run of the wheel in an environment of its own.
+dist: | $(BIN)/python
+	$(BIN)/python tools/check_wheel.py
+
 format: $(VENV)/installed-test
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
 clean:
-	rm -rf $(VENV) .venv-gpu build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-gpu build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "kd_pipeline needs Python 3.11 or later: make PYTHON=python3.12 ...")'
