@@ -12,7 +12,7 @@ PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --numpro
 export PYTHONDONTWRITEBYTECODE :=
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-all docs docs-links reference dist gpu format clean
+.PHONY: demo test test-slow test-all docs docs-links reference dist image image-gpu gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
@@ -58,6 +58,12 @@ gpu:
 # The packages to publish, and a run of the wheel in an environment of its own.
 dist: | $(BIN)/python
 	$(BIN)/python tools/check_wheel.py
+
+image:
+	docker build --file docker/Dockerfile.cpu --tag kd_pipeline:cpu .
+
+image-gpu:
+	docker build --file docker/Dockerfile.gpu --tag kd_pipeline:gpu .
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff format
