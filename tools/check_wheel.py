@@ -25,8 +25,8 @@ EXTRAS = "cpu,demo,train"
 PLUGIN = """
 from kd_pipeline.models import small_resnet
 
-def tiny(num_classes):
-    return small_resnet(num_classes, width=4)
+def tiny():
+    return small_resnet(10, width=4)
 """
 PRESET = "extends: [runs/demo/digits.yaml, preset:hubert]\nrun_dir: runs/preset\n"
 
