@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "python_reference",
     "repository_files",
 ]
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
@@ -38,7 +39,12 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 
-autodoc_typehints = "description"
+default_role = "docstring_code"
+autoclass_content = "both"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
