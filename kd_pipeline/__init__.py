@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kd_pipeline.data.sources import FileList as FileList
     from kd_pipeline.data.sources import HuggingFace as HuggingFace
     from kd_pipeline.data.sources import ImageFolder as ImageFolder
+    from kd_pipeline.data.sources import Noise as Noise
     from kd_pipeline.data.sources import Parquet as Parquet
     from kd_pipeline.data.sources import Source as Source
     from kd_pipeline.data.sources import Tar as Tar
@@ -74,6 +75,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
             "FileList",
             "HuggingFace",
             "ImageFolder",
+            "Noise",
             "Parquet",
             "Source",
             "Tar",

@@ -94,7 +94,7 @@ def input_adapter(parsed: argparse.Namespace) -> "InputAdapter | None":
             raise ConfigError("--from-mean and --from-std go with --input-mean and --input-std; give those too")
         return None
     if ("mean" in values) != ("std" in values):
-        raise ConfigError("--input-mean and --input-std belong together; give both, three numbers each")
+        raise ConfigError("--input-mean and --input-std belong together; give both, three numbers each, or one if gray")
     if "mean" not in values:  # only resize
         values |= {"mean": source.get("from_mean", IMAGENET_MEAN), "std": source.get("from_std", IMAGENET_STD)}
     options = {name: f"input-{name}" for name in ("mean", "std", "size")}

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.cpu import num_cores
+from kd_pipeline.data.affine import RandomAffine
 from kd_pipeline.data.auto_augment import Array, AutoAugment
 from kd_pipeline.data.file_reading import CallThread
 from kd_pipeline.data.graph_settings import GraphInput
@@ -113,8 +114,8 @@ def render_masks(
     """
     height, width = view.height_width
     size = np.array([mask.shape for mask in masks], np.float64)
-    *_, start, last = view.crop.windows(size, *crop)
-    extent = last - start if view.crop.takes_all else last
+    windows = view.crop.windows(size, *crop)
+    start, extent = (windows[2], windows[3] - windows[2]) if view.crop.takes_all else windows[:2]
     to_window, steps = _steps(view, parameters, len(masks))
     # From the coordinates (x, y) of pixels of the result to those in the file.
     scale = (extent / (height, width))[:, ::-1, None]
@@ -154,7 +155,7 @@ def _steps(
         if isinstance(op, Normalize) and arrays:
             is_flipped = arrays[0] > 0
             way[is_flipped] = [[-1, 0, width], [0, 1, 0]]
-        if isinstance(op, AutoAugment):
+        if isinstance(op, AutoAugment | RandomAffine):
             for matrix, is_moved in reversed(op.warps(*arrays)):
                 way = matrix[:, :, :2] @ way + matrix[:, :, 2:] * [0, 0, 1]
                 steps.append((way, is_moved))

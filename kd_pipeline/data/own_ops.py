@@ -72,6 +72,16 @@ class FactoryOp:
         return ops
 
     @property
+    def key(self) -> str:
+        """The name of its random numbers, among those of all ops."""
+        return f"op {self.settings.key}"
+
+    @property
+    def num_columns(self) -> int:
+        """Random numbers for each image."""
+        return self.settings.num_columns
+
+    @property
     def ndims(self) -> tuple[int, ...]:
         """Dimensions per sample of each array that `apply` takes."""
         return (1,) if self.settings.num_draws or self._is_random else ()

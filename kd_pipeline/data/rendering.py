@@ -113,8 +113,8 @@ class Rendering:
         for copy in range(view.copies):
             images, rest = windows[view.leader or view.name, copy]
             parameters = [take(len(op.ndims)) for op in view.ops]
-            size = [] if view.schedule is None else take(1)
-            images = view.crop.apply(images, *rest, *size)
+            size = {} if view.schedule is None else {"size": take(1)[0]}
+            images = view.crop.apply(images, *rest, **size)
             for op, own in zip(view.ops, parameters, strict=True):
                 images = op.apply(images, *own)
             copies.append(images)

@@ -19,6 +19,7 @@ from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.image_size import Size, as_size, height_width
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
+from kd_pipeline.data.affine import AffineSettings, RandomAffine
 from kd_pipeline.data.auto_augment import Array, AutoAugment, AutoAugmentSettings, Node
 from kd_pipeline.data.headers import Orientation
 from kd_pipeline.data.own_ops import FactoryOp, OwnOp
@@ -99,12 +100,13 @@ class _Output(Settings):
         return self.image_shape if self.schedule is None else (3, None, None)
 
 
-OpName = Literal["auto_augment", "color", "blur", "erase"]
+OpName = Literal["auto_augment", "affine", "color", "blur", "erase"]
 """An op of the preset `train`; `color` is brightness, contrast, saturation, hue and grayscale at once."""
 
 
 class TrainTransform(_Output):
-    """Random resized crop, RandAugment or TrivialAugment, color jitter, grayscale, blur, erasing, normalize and flip.
+    """Random resized crop, RandAugment or TrivialAugment, affine map, color jitter, grayscale, blur, erasing, normalize
+    and flip.
 
     In this order, unless `order` says another. The flip comes last, so it mirrors what the other ops did.
     """
@@ -114,6 +116,8 @@ class TrainTransform(_Output):
     """Height and width of the finished image, in pixels: `224` for a square, or `[384, 640]`; or how it changes:
     `{choices: [192, 224, 256], per: batch}` or `{start: 128, end: 224, epochs: 10}`, see `RandomSize` and
     `ProgressiveSize`."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bilinear"
+    """Filter of the resize, which is always antialiased; `random` takes one of the two for each image, as timm does."""
     area: FractionRange = (0.08, 1.0)
     """Fraction of the image's area that the crop covers."""
     ratio: Range = (3 / 4, 4 / 3)
@@ -122,6 +126,8 @@ class TrainTransform(_Output):
     """Probability of mirroring an image left to right."""
     auto_augment: AutoAugmentSettings | None = None
     """RandAugment or TrivialAugment, applied right after the crop."""
+    affine: AffineSettings | None = None
+    """Rotation, translation, scale and shear, such as `{rotate: 15, translate: 0.1, scale: [0.9, 1.1], shear: 5}`."""
     brightness: float = Field(default=0.0, ge=0)
     """The factor is uniform in [1 - brightness, 1 + brightness], and at least 0; as for contrast and saturation."""
     contrast: float = Field(default=0.0, ge=0)
@@ -145,8 +151,8 @@ class TrainTransform(_Output):
     """Aspect ratio of the erased rectangle, width over height."""
     order: tuple[OpName | OwnOp, ...] | None = None
     """In which order the ops between crop and normalize are applied, and ops of your own among them, each as
-    `{factory: package.module:function}`; see `OwnOp`. It defaults to `[auto_augment, color, blur, erase]`. What an op
-    draws does not depend on its place, nor on other ops."""
+    `{factory: package.module:function}`; see `OwnOp`. It defaults to `[auto_augment, affine, color, blur, erase]`. What
+    an op draws does not depend on its place, nor on other ops."""
 
     @field_validator("order")
     @classmethod
@@ -167,7 +173,7 @@ class TrainTransform(_Output):
 
     @property
     def num_draws(self) -> int:
-        """Uniform numbers that a view needs, without those of ops of your own."""
+        """Uniform numbers that a view needs, without those of ops that have their own."""
         if self.auto_augment is not None:
             return AutoAugment(self.auto_augment, self.height_width).num_draws
         return 35 if self._preset_ops() else 23
@@ -175,21 +181,29 @@ class TrainTransform(_Output):
     @property
     def crop(self) -> "RandomResizedCrop":
         """The crop and resize."""
-        return RandomResizedCrop(self.height_width, self.interpolation, self.area, self.ratio)
+        column = None
+        if self.interpolation == "random":
+            end = sum(op.num_columns for op in self.ops if isinstance(op, RandomAffine | FactoryOp))
+            column = -end - 1
+        return RandomResizedCrop(self.height_width, self.interpolation, self.area, self.ratio, column)
 
     @property
     def ops(self) -> tuple["PixelOp", ...]:
         """All ops after the crop that have an effect; `Normalize`, which also flips, is the last."""
-        preset, order = self._preset_ops(), self.order or get_args(OpName)
-        own = iter(FactoryOp.after([entry for entry in order if isinstance(entry, OwnOp)]))
+        order = self.order or get_args(OpName)
+        all_own = [entry for entry in order if isinstance(entry, OwnOp)]
+        own, preset = iter(FactoryOp.after(all_own)), self._preset_ops(sum(entry.num_columns for entry in all_own))
         ops = [next(own) if isinstance(entry, OwnOp) else preset.get(entry) for entry in order]
         return (*(op for op in ops if op is not None), Normalize(self.mean, self.std, self.dtype, self.flip))
 
-    def _preset_ops(self) -> dict[OpName, "PixelOp"]:
-        """The ops of the preset that have an effect."""
+    def _preset_ops(self, num_columns: int = 0) -> dict[OpName, "PixelOp"]:
+        """The ops of the preset that have an effect, before `num_columns` numbers of ops of the user's own."""
         ops: dict[OpName, PixelOp] = {}
         if self.auto_augment is not None:
             ops["auto_augment"] = AutoAugment(self.auto_augment, self.height_width)
+        if self.affine is not None:
+            columns = slice(-num_columns - RandomAffine.num_columns, -num_columns or None)
+            ops["affine"] = RandomAffine(self.affine, self.height_width, columns)
         if self.brightness or self.contrast or self.saturation or self.hue or self.grayscale:
             ops["color"] = ColorJitter(self.brightness, self.contrast, self.saturation, self.hue, self.grayscale)
         if self.blur:
@@ -278,24 +292,41 @@ class RandomResizedCrop:
     interpolation: str
     area: Range
     ratio: Range
+    column: int | None = None
+    """Where the number is that chooses a random interpolation, counted from the last; None if it is not random."""
 
-    ndims: ClassVar[tuple[int, ...]] = ()
-    """Dimensions per sample of each array that `apply` takes."""
+    key: ClassVar[str] = "interpolation"
+    """The name of its own random numbers."""
     takes_all: ClassVar[bool] = False
     """Whether its windows are always whole images."""
+
+    @property
+    def num_columns(self) -> int:
+        """Random numbers of its own for each image."""
+        return int(self.column is not None)
+
+    @property
+    def ndims(self) -> tuple[int, ...]:
+        """Dimensions per sample of each array that `apply` takes."""
+        return (0,) * self.num_columns
 
     def parameters(self, draws: Array) -> tuple[Array, ...]:
         """Candidate windows, and where to put the one that is chosen.
 
         Returns:
             Height and width of each candidate divided by the root of the image's area, `[N, 10, 2]`, in the order in
-            which they are tried; and the position (y, x) as a fraction of the window's free range, `[N, 2]`.
+            which they are tried; the position (y, x) as a fraction of the window's free range, `[N, 2]`; and with a
+            random interpolation 1 where it is bicubic, `[N]`.
         """
         tries = _rectangles(_uniform(self.area, draws[:, _AREA]), self.ratio, draws[:, _RATIO])
-        return tries[:, ::-1], draws[:, [_CROP_Y, _CROP_X]]
+        is_bicubic = () if self.column is None else (np.floor(2 * draws[:, self.column]),)
+        return tries[:, ::-1], draws[:, [_CROP_Y, _CROP_X]], *is_bicubic
 
-    def windows(self, size: Array, tries: Array, position: Array) -> tuple[Array, ...]:
-        """Corner (y, x) and extent of the windows in images of `size` `[N, 2]`, in whole pixels, `[N, 2]` each."""
+    def windows(self, size: Array, tries: Array, position: Array, *is_bicubic: Array) -> tuple[Array, ...]:
+        """Corner (y, x) and extent of the windows in images of `size` `[N, 2]`, in whole pixels, `[N, 2]` each.
+
+        They are followed by what `apply` takes.
+        """
         extents = np.rint(tries * np.sqrt(size.prod(axis=1))[:, None, None])
         fits = (extents[..., 0] <= size[:, :1]) & (extents[..., 1] <= size[:, 1:])
         first = fits.argmax(axis=1)
@@ -303,12 +334,20 @@ class RandomResizedCrop:
         rows = np.arange(len(size))
         extent = np.where(fits[rows, first, None], extents[rows, first], longest)
         extent = np.clip(extent, 1, size)
-        return np.floor(position * (size - extent + 1)), extent
+        return np.floor(position * (size - extent + 1)), extent, *is_bicubic
 
-    def apply(self, images: Node, size: Node = None) -> Node:
-        """Resize windows of any size; `size` are heights and widths in place of its own."""
-        fn, _ = _dali()
-        return fn.resize(images, size=[*self.size] if size is None else size, **_filter(self.interpolation))
+    def apply(self, images: Node, is_bicubic: Node = None, *, size: Node = None) -> Node:
+        """Resize windows of any size; `size` are heights and widths in place of its own.
+
+        A view with an interpolation of its own that follows one with a random interpolation ignores `is_bicubic`.
+        """
+        fn, types = _dali()
+        options = _filter("bilinear" if self.interpolation == "random" else self.interpolation)
+        if self.interpolation == "random":
+            kinds = [int(_filter(kind)["interp_type"]) for kind in ("bilinear", "bicubic")]
+            kind = kinds[0] + (kinds[1] - kinds[0]) * is_bicubic
+            options["interp_type"] = fn.cast(fn.cast(kind, dtype=types.INT32), dtype=types.INTERP_TYPE)
+        return fn.resize(images, size=[*self.size] if size is None else size, **options)
 
 
 @dataclass(frozen=True)
@@ -467,7 +506,7 @@ class Normalize:
         )
 
 
-PixelOp = AutoAugment | ColorJitter | GaussianBlur | RandomErasing | FactoryOp | Normalize
+PixelOp = AutoAugment | RandomAffine | ColorJitter | GaussianBlur | RandomErasing | FactoryOp | Normalize
 
 _NUM_TRIES = 10
 """How often a crop is drawn until it fits, as in torchvision."""

@@ -15,6 +15,7 @@ from kd_pipeline._core.image_size import Size, height_width
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
+from kd_pipeline.data.affine import RandomAffine
 from kd_pipeline.data.auto_augment import Array, AutoAugment
 from kd_pipeline.data.own_ops import FactoryOp
 from kd_pipeline.data.plan import uniforms
@@ -113,7 +114,7 @@ class View:
     ops: tuple[PixelOp, ...]
     """After the crop."""
     num_draws: int
-    """Uniform numbers that each copy needs, without those of the user's own ops, which come after all others."""
+    """Uniform numbers that each copy needs, without those of `keyed`, which come after all others."""
     count: int | None = None
     """Copies of it, each with a window of its own; None for one, without a dimension."""
     leader: str | None = None
@@ -129,6 +130,12 @@ class View:
     def own_ops(self) -> list[FactoryOp]:
         """Those of the user's own."""
         return [op for op in self.ops if isinstance(op, FactoryOp)]
+
+    @property
+    def keyed(self) -> list[RandomResizedCrop | RandomAffine | FactoryOp]:
+        """What has random numbers of its own, in the order of their columns."""
+        crop = [self.crop] if isinstance(self.crop, RandomResizedCrop) and self.crop.num_columns else []
+        return [*crop, *(op for op in self.ops if isinstance(op, RandomAffine)), *self.own_ops]
 
     @property
     def copies(self) -> int:
@@ -245,7 +252,7 @@ class Views:
         if schedule is None or not schedule.changes_in_epoch:
             return False
         # Lengths in pixels of a view that follows are in proportion to its own size and that of the other.
-        return view.leader is None or any(isinstance(op, AutoAugment | GaussianBlur) for op in view.ops)
+        return view.leader is None or any(isinstance(op, AutoAugment | GaussianBlur | RandomAffine) for op in view.ops)
 
     def sizes(self, number: NDArray[np.int64], *, seed: int, epoch: int) -> list[Sizes]:
         """Those of the batches `number` `[n]` of an epoch: the same on every rank."""
@@ -334,7 +341,7 @@ class Views:
         def own(view: View, count: int) -> list[Array]:
             keys = [(None if view is self.images else view.name, count)]
             # No view is called so, because names are printable.
-            keys += [(f"{view.name}\nop {op.settings.key}", op.settings.num_columns) for op in view.own_ops]
+            keys += [(f"{view.name}\n{op.key}", op.num_columns) for op in view.keyed]
             drawn = [
                 [
                     uniforms(index, seed=seed, epoch=epoch, count=number, repeat=repeat, view=key, copy=copy)
@@ -409,6 +416,8 @@ def _with_format_of(
             "image is decoded once; leave it out"
         )
     inherited = {key: getattr(transform, key) for key in _FORMAT if key not in view.model_fields_set}
+    if isinstance(view, EvalView) and inherited.get("interpolation") == "random":
+        del inherited["interpolation"]  # evaluation is not random
     return view.model_copy(update=inherited)
 
 
@@ -433,7 +442,7 @@ def _following(name: str, settings: FollowingView, leader: View) -> View:
     ops: list[PixelOp] = []
     for op in leader.ops[:-1]:
         match op:
-            case AutoAugment():
+            case AutoAugment() | RandomAffine():
                 ops.append(op.at_scale(scale))
             case ColorJitter() | GaussianBlur() if settings.color == "none":
                 pass
@@ -462,7 +471,7 @@ def _following(name: str, settings: FollowingView, leader: View) -> View:
 
 def _merged(view: View, leader: View, shared: Array, own: Array) -> Array:
     """The numbers of the view that it follows, with those of its own for what it does not share."""
-    num_of_ops = sum(op.settings.num_columns for op in leader.own_ops)
+    num_of_ops = sum(op.num_columns for op in leader.keyed)
     numbers, of_ops = shared[:, : view.num_draws].copy(), shared[:, shared.shape[1] - num_of_ops :].copy()
     own, own_of_ops = own[:, : view.num_draws], own[:, view.num_draws :]
     if view.color == "own":

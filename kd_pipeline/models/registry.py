@@ -27,7 +27,7 @@ from kd_pipeline.models.resnet import create_builtin
 from kd_pipeline.models.segmentation import SEGMENTATION_HEAD, Segmenter
 from kd_pipeline.models.weights import Checkpoint, Choice, lacks_only, load_weights, match_weights
 
-__all__ = ["ModelSettings", "PretrainedInput", "known_input", "open_model", "pretrained_input"]
+__all__ = ["ModelSettings", "PretrainedInput", "automatic_input", "known_input", "open_model", "pretrained_input"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -239,6 +239,15 @@ def pretrained_input(module: nn.Module) -> PretrainedInput | None:
     return PretrainedInput(tuple(config["mean"]), tuple(config["std"]), tuple(size), fixed)
 
 
+def automatic_input(module: nn.Module, known: PretrainedInput, size: tuple[int, int] | None) -> ExpectedInput:
+    """What `input_adapter: auto` is for a network of timm; of one with one input channel, the means of `known`."""
+    first = next((layer for layer in module.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is not None and first.in_channels == 1:
+        mean, std = ((sum(values) / len(values),) for values in known[:2])
+        return ExpectedInput(mean=mean, std=std, size=size)
+    return ExpectedInput(mean=known.mean, std=known.std, size=size)
+
+
 def known_input(settings: ModelSettings, *, plugins: Collection[str] = ()) -> PretrainedInput | None:
     """`pretrained_input` of the model that `settings` describe, which is not built.
 
@@ -272,9 +281,9 @@ def _adapted(model: nn.Module, expected: ExpectedInput | Literal["auto"], images
                 "trained on; give mean and std"
             )
         size = known.size if known.fixed_input_size else None
-        if size is None and Normalization(*known[:2]) == images:
+        expected = automatic_input(model, known, size)
+        if size is None and (expected.mean, expected.std) == images:
             return model
-        expected = ExpectedInput(mean=known.mean, std=known.std, size=size)
     return AdaptedNetwork(model, expected, images)
 
 

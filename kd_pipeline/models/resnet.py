@@ -28,18 +28,18 @@ class _BasicBlock(nn.Module):
         return out
 
 
-def small_resnet(num_classes: int, *, width: int, num_stages: int = 3) -> nn.Sequential:
-    """A residual network for images of about 32 pixels: `[N, 3, H, W]` to logits `[N, num_classes]`.
+def small_resnet(num_classes: int, *, width: int, num_stages: int = 3, in_channels: int = 3) -> nn.Sequential:
+    """A residual network for images of about 32 pixels: `[N, in_channels, H, W]` to logits `[N, num_classes]`.
 
     Each of the `num_stages` stages halves the resolution and doubles the number of channels, which starts at `width`.
     """
     widths = [width * 2**stage for stage in range(num_stages)]
-    stem = _conv_bn_relu(3, width)
+    stem = _conv_bn_relu(in_channels, width)
     stages = [_BasicBlock(num_in, num_out, stride=2) for num_in, num_out in zip([width, *widths], widths, strict=False)]
     return nn.Sequential(*stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
-def cifar_resnet(depth: int, num_classes: int, *, width: int = 32) -> nn.Module:
+def cifar_resnet(depth: int, num_classes: int, *, width: int = 32, in_channels: int = 3) -> nn.Module:
     """A wide residual network of depth 6n + 2 for 32x32 images (He et al., arXiv 1512.03385, section 4.2).
 
     The stem has `width` channels and the three stages have 2, 4 and 8 times as many: a width of 32 gives the networks
@@ -51,7 +51,7 @@ def cifar_resnet(depth: int, num_classes: int, *, width: int = 32) -> nn.Module:
     """
     if depth < 8 or depth % 6 != 2:
         raise ConfigError(f"the depth of a residual network for CIFAR is 8, 14, 20, ..., got {depth}")
-    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(*_conv_bn_relu(3, width)))
+    layers: OrderedDict[str, nn.Module] = OrderedDict(stem=nn.Sequential(*_conv_bn_relu(in_channels, width)))
     num_in = width
     for number in (1, 2, 3):
         num_out = width * 2**number
@@ -68,14 +68,14 @@ def cifar_resnet(depth: int, num_classes: int, *, width: int = 32) -> nn.Module:
     return model
 
 
-def create_builtin(name: str, *, num_classes: int = 10, width: int = 32) -> nn.Module:
+def create_builtin(name: str, *, num_classes: int = 10, width: int = 32, in_channels: int = 3) -> nn.Module:
     """The model called `name` in `ModelSettings.builtin`."""
     match name:
         case "resnet8x4":
-            return cifar_resnet(8, num_classes, width=width)
+            return cifar_resnet(8, num_classes, width=width, in_channels=in_channels)
         case "resnet32x4":
-            return cifar_resnet(32, num_classes, width=width)
-    return small_resnet(num_classes, width=width)
+            return cifar_resnet(32, num_classes, width=width, in_channels=in_channels)
+    return small_resnet(num_classes, width=width, in_channels=in_channels)
 
 
 def _conv_bn_relu(num_in: int, num_out: int, stride: int = 1) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline.errors import EngineError, TeacherError
-from kd_pipeline.models.input_adapter import InputAdapter
+from kd_pipeline.models.input_adapter import InputAdapter, scale_and_shift
 from kd_pipeline.onnx.file import ADAPTER_KEY, CLASSES_KEY, OnnxFile, read_onnx, replace_onnx
 from kd_pipeline.onnx.weights import shortened
 
@@ -136,9 +136,11 @@ def _add_adapter(model: Any, file: OnnxFile, adapter: InputAdapter) -> None:
                 f"{file.path} takes images {file.images}, and the adapter resizes them to {size[0]} x "
                 f"{size[1]}; set the adapter's size to that of the file"
             )
-        nodes += _resize(model, images, nodes[-1].outputs[0], size)
+        nodes += _resize(model, nodes[-1].outputs[0], size)
         # Unnamed sizes: the graph may use a name such as H for the size after the adapter.
         images.shape = ir.Shape([images.shape[0], 3, None, None])
+    elif len(adapter.mean) == 1:
+        images.shape = ir.Shape([images.shape[0], 3, *list(images.shape)[2:]])
     for consumer, position in consumers:
         consumer.replace_input_with(position, nodes[-1].outputs[0])
     model.graph.insert_before(model.graph[0], nodes)
@@ -151,27 +153,27 @@ def _find_input(model: Any, file: OnnxFile) -> Any:
 
 
 def _normalize(model: Any, images: Any, adapter: InputAdapter) -> list[Any]:
-    """Nodes for `(x · from_std + from_mean - mean) / std` per channel, in the dtype of the images."""
+    """Nodes for what `InputAdapterLayer` computes before its resize, in the dtype of the images."""
     ir = require("onnx_ir", extra="cpu")
-    mean, std, from_mean, from_std = (
-        np.array(values, np.float32).reshape(1, 3, 1, 1)
-        for values in (adapter.mean, adapter.std, adapter.from_mean, adapter.from_std)
+    scale, shift = (
+        add_constant(model, f"input_adapter.{name}", values.astype(images.dtype.numpy()))
+        for name, values in zip(("scale", "shift"), scale_and_shift(adapter), strict=True)
     )
-    dtype = images.dtype.numpy()
-    scale = add_constant(model, "input_adapter.scale", (from_std / std).astype(dtype))
-    shift = add_constant(model, "input_adapter.shift", ((from_mean - mean) / std).astype(dtype))
-    scaled = ir.node("Mul", [images, scale])
-    return [scaled, ir.node("Add", [scaled.outputs[0], shift])]
+    nodes = [ir.node("Mul", [images, scale])]
+    if len(adapter.mean) == 1:
+        axis = add_constant(model, "input_adapter.axis", np.array([1]))
+        nodes.append(ir.node("ReduceSum", [nodes[-1].outputs[0], axis], {"keepdims": 1}))
+    return [*nodes, ir.node("Add", [nodes[-1].outputs[0], shift])]
 
 
-def _resize(model: Any, images: Any, value: Any, size: tuple[int, int]) -> list[Any]:
-    """Nodes that resize `value`, of the shape of `images`, to `size` like `F.interpolate(mode="bilinear")`."""
+def _resize(model: Any, value: Any, size: tuple[int, int]) -> list[Any]:
+    """Nodes that resize `value` to `size` like `F.interpolate(mode="bilinear")`."""
     ir = require("onnx_ir", extra="cpu")
     if (opset := model.opset_imports[""]) < _RESIZE_OPSET:
         raise EngineError(f"the file has opset {opset}, and a resize needs {_RESIZE_OPSET}; export it again")
     start, end = (add_constant(model, f"input_adapter.{name}", np.array([n])) for name, n in (("start", 0), ("end", 2)))
     height_and_width = add_constant(model, "input_adapter.size", np.array(size))
-    shape = ir.node("Shape", [images])
+    shape = ir.node("Shape", [value])
     batch_and_channels = ir.node("Slice", [shape.outputs[0], start, end])
     sizes = ir.node("Concat", [batch_and_channels.outputs[0], height_and_width], {"axis": 0})
     attributes = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}

@@ -15,7 +15,7 @@ from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError, ExportError, TeacherError
 from kd_pipeline.models.features import with_features
 from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapterLayer, Normalization
-from kd_pipeline.models.registry import open_model, pretrained_input
+from kd_pipeline.models.registry import automatic_input, open_model, pretrained_input
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.example import input_specs
 from kd_pipeline.teachers.kept_export import Examined, examine, kept_export
@@ -376,9 +376,10 @@ def _adapter(settings: TeacherSettings, module: nn.Module, inputs: Inputs) -> In
                 "say what it was trained on; give mean and std"
             )
         size = known.size if known.fixed_input_size and known.size != (inputs.sizes or (0,))[1:] else None
-        if size is None and Normalization(*known[:2]) == inputs.normalization:
+        expected = automatic_input(module, known, size)
+        if size is None and (expected.mean, expected.std) == inputs.normalization:
             return None
-        return InputAdapterLayer(ExpectedInput(mean=known.mean, std=known.std, size=size).adapter(inputs.normalization))
+        return InputAdapterLayer(expected.adapter(inputs.normalization))
     is_pretrained = settings.model is not None and settings.model.pretrained
     if is_pretrained and known is not None and Normalization(*known[:2]) != inputs.normalization:
         _logger.warning(

@@ -209,6 +209,8 @@ def _complete(values: dict[str, Any], config: Config) -> None:
     for split in (values["data"]["val"], *values["data"].get("more", {}).values()):
         for field in ("size", "interpolation", "mean", "std", "dtype", "orientation"):
             value = getattr(transform, field)
+            if value == "random":  # evaluation is not
+                value = "bilinear"
             split["transform"][field] = list(value) if isinstance(value, tuple) else value
 
 

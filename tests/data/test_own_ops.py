@@ -21,7 +21,7 @@ EVERYTHING: dict[str, Any] = {
     **{"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.3, "blur": 0.5, "erase": 0.5},
     "auto_augment": {"kind": "randaugment"},
 }
-PRESET = ("auto_augment", "color", "blur", "erase")
+PRESET = ("auto_augment", "affine", "color", "blur", "erase")
 
 
 def transform_of(order=None, **settings):

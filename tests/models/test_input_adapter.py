@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, Normalization
-from kd_pipeline.models.registry import ModelSettings
+from kd_pipeline.models.registry import ModelSettings, automatic_input, pretrained_input
+from kd_pipeline.models.resnet import small_resnet
+from kd_pipeline.onnx.edit import edit_onnx
+from kd_pipeline.onnx.export import export_onnx
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import EnsembleSettings, TeacherSettings
@@ -149,3 +153,60 @@ def test_values_for_0_to_255_are_refused() -> None:
         ExpectedInput(mean=(123.675, 116.28, 103.53), std=(0.229, 0.224, 0.225))
     with pytest.raises(ValidationError, match=r"from_std\n.* divide by 255: \[0.229, 0.224, 0.225\]"):
         InputAdapter(mean=(0, 0, 0), std=(1, 1, 1), from_std=(58.395, 57.12, 57.375))
+
+
+# Gray images, for a network with one input channel
+
+GRAY = ExpectedInput(mean=(0.13,), std=(0.31,))
+
+
+def gray_pixels(colors: Tensor) -> Tensor:
+    """One channel as Pillow's mode L has it: its shares of red, green and blue are in thousandths."""
+    return (299 * colors[:, :1] + 587 * colors[:, 1:2] + 114 * colors[:, 2:]) / 1000
+
+
+@pytest.mark.parametrize("size", [None, (16, 24)])
+@pytest.mark.parametrize("backend", ["pytorch", "openvino"])
+def test_gray_network_gets_one_channel(backend: str, size: tuple[int, int] | None) -> None:
+    network = small_resnet(10, width=4, in_channels=1).eval()
+    expected = GRAY.model_copy(update={"size": size})
+    found = open_net(network, input_adapter=expected, backend=backend)(normalized(pixels(), *STUDENT))
+    gray = (gray_pixels(pixels()) - 0.13) / 0.31
+    gray = gray if size is None else F.interpolate(gray, size=size, mode="bilinear")
+    torch.testing.assert_close(found["logits"], network(gray), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [None, (16, 24)])
+def test_gray_onnx_file_gets_one_channel(tmp_path: Path, size: tuple[int, int] | None) -> None:
+    network = small_resnet(10, width=4, in_channels=1).eval()
+    path = export_onnx(network, tmp_path / "gray.onnx", image_shape=(1, *(size or IMAGE_SHAPE[1:])))
+    adapter = GRAY.model_copy(update={"size": size}).adapter(STUDENT)
+    edited = edit_onnx(path, tmp_path / "adapted.onnx", input_adapter=adapter)
+    with closing(open_teacher(TeacherSettings(onnx=edited), image_shape=IMAGE_SHAPE, num_images=1)) as teacher:
+        found = teacher(normalized(pixels(), *STUDENT))["logits"]
+    gray = (gray_pixels(pixels()) - 0.13) / 0.31
+    gray = gray if size is None else F.interpolate(gray, size=size, mode="bilinear")
+    torch.testing.assert_close(found, network(gray), rtol=1e-3, atol=1e-4)
+
+
+def test_auto_of_timm_network_with_one_channel_takes_the_mean_of_means() -> None:
+    network = timm.create_model("resnet18", in_chans=1, num_classes=3)
+    found = automatic_input(network, pretrained_input(network), None)
+    assert found.mean == pytest.approx((sum(IMAGENET_MEAN) / 3,)) and found.std == pytest.approx(
+        (sum(IMAGENET_STD) / 3,)
+    )
+    images = Normalization()
+    teacher = open_net(network, images, input_adapter="auto")
+    gray = (gray_pixels(pixels()) - found.mean[0]) / found.std[0]
+    with torch.no_grad():
+        expected = network.eval()(gray)
+    torch.testing.assert_close(teacher(normalized(pixels(), *images))["logits"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_two_values_or_other_numbers_are_refused() -> None:
+    with pytest.raises(ValidationError, match="mean has 1 values and std 3; give one per channel to both"):
+        ExpectedInput(mean=(0.5,), std=HALVES)
+    with pytest.raises(ValidationError, match="needs three values"):
+        ExpectedInput(mean=(0.5, 0.5), std=(0.5, 0.5))
+    with pytest.raises(ValidationError, match="from 0 to 255"):
+        ExpectedInput(mean=(33.3,), std=(0.3,))

@@ -1,4 +1,4 @@
-"""Where samples come from: folders, lists, tar shards, arrays, CIFAR and the user's own, behind one protocol."""
+"""Where samples come from: folders, lists, tar shards, arrays, CIFAR, noise and the user's own, behind one protocol."""
 
 from kd_pipeline.data.sources.base import Source, open_source
 from kd_pipeline.data.sources.custom import BaseSource
@@ -16,6 +16,7 @@ from kd_pipeline.data.sources.masks.settings import (
 )
 from kd_pipeline.data.sources.pixels.arrays import Arrays
 from kd_pipeline.data.sources.pixels.cifar import Cifar
+from kd_pipeline.data.sources.pixels.noise import Noise
 from kd_pipeline.data.sources.tables.huggingface import HuggingFace
 from kd_pipeline.data.sources.tables.parquet import Parquet
 from kd_pipeline.data.sources.tar.source import Tar
@@ -32,6 +33,7 @@ __all__ = [
     "ListMasks",
     "MaskSettings",
     "Masks",
+    "Noise",
     "Parquet",
     "Source",
     "TableMasks",

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from kd_pipeline._core.image_size import Size, height_width
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.sources.custom import open_custom
 from kd_pipeline.data.sources.encoded import Encoded
@@ -19,6 +20,7 @@ from kd_pipeline.data.sources.masks.masks import Masks
 from kd_pipeline.data.sources.masks.settings import ArrayMasks, FolderMasks, ListMasks, TableMasks, TarMasks
 from kd_pipeline.data.sources.pixels.arrays import Arrays
 from kd_pipeline.data.sources.pixels.cifar import Cifar
+from kd_pipeline.data.sources.pixels.noise import Noise
 from kd_pipeline.data.sources.tables.huggingface import HuggingFace
 from kd_pipeline.data.sources.tables.parquet import Parquet
 from kd_pipeline.data.sources.tar.source import Tar
@@ -35,6 +37,7 @@ __all__ = [
     "FileListSettings",
     "HuggingFaceSettings",
     "ImageFolderSettings",
+    "NoiseSettings",
     "ParquetSettings",
     "Source",
     "SourceSettings",
@@ -140,6 +143,19 @@ class Cifar100Settings(_CifarSettings):
     """The 100 classes, or the 20 superclasses of five each."""
 
 
+class NoiseSettings(Settings):
+    """Images of random pixels, for measurements without data or for distillation from noise."""
+
+    kind: Literal["noise"] = "noise"
+    num_images: int = Field(gt=0)
+    size: Size
+    """Height and width in pixels: `256` for a square, or `[384, 640]`."""
+    num_classes: int | None = Field(default=None, gt=0)
+    """Each image has a random label below it; defaults to no labels."""
+    seed: int = Field(default=0, ge=0)
+    """Of pixels and labels; give training and validation different ones."""
+
+
 class _TableSettings(Settings):
     image_column: str | None = None
     """The column of encoded images; defaults to the one that Hugging Face's metadata says, or the only one of bytes."""
@@ -210,6 +226,7 @@ AnySourceSettings = (
     | ArraysSettings
     | Cifar10Settings
     | Cifar100Settings
+    | NoiseSettings
     | CustomSettings
 )
 SourceSettings = Annotated[AnySourceSettings, Field(discriminator="kind")]
@@ -294,6 +311,13 @@ def open_source(
         cifar = Cifar(settings.kind, **settings.model_dump(exclude={"kind"}))
         _check_same_classes(cifar.classes, classes, "take the same dataset and kind of labels for both")
         return cifar
+    if isinstance(settings, NoiseSettings):
+        number, seed = settings.num_classes, settings.seed
+        if classes is not None and number not in (None, len(classes)):
+            raise DataError(
+                f"noise: num_classes is {number}, and the training data has {len(classes)} classes; set that"
+            )
+        return Noise(settings.num_images, height_width(settings.size), num_classes=number, classes=classes, seed=seed)
     names = classes if settings.classes is None else class_names(settings.classes)
     _check_same_classes(names, classes, "leave out `classes` to take the training data's")
     match settings:

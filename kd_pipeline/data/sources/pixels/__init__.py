@@ -1,1 +1,1 @@
-"""Sources of pixels: arrays, and CIFAR."""
+"""Sources of pixels: arrays, CIFAR, and noise."""
