@@ -56,6 +56,7 @@ WRAPPED_IN = {
     "matplotlib": {"report.plots"},
     "mlflow": {"training.loggers"},
     "nvidia": {
+        "data.affine",
         "data.auto_augment",
         "data.dali",
         "data.decode",

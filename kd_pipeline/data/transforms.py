@@ -63,8 +63,8 @@ class _Output(Settings):
 
     size: Size | SizeSchedule
     """Height and width of the finished image, in pixels: `224` for a square, or `[384, 640]`."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Filter of the resize, which is always antialiased."""
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bilinear"
+    """Filter of the resize, which is always antialiased; `random` takes one of the two for each image, as timm does."""
     mean: ChannelMeans = IMAGENET_MEAN
     """Subtracted from red, green and blue, for pixels from 0 to 1; means for 0 to 255 are refused."""
     std: ChannelStds = IMAGENET_STD
@@ -116,8 +116,6 @@ class TrainTransform(_Output):
     """Height and width of the finished image, in pixels: `224` for a square, or `[384, 640]`; or how it changes:
     `{choices: [192, 224, 256], per: batch}` or `{start: 128, end: 224, epochs: 10}`, see `RandomSize` and
     `ProgressiveSize`."""
-    interpolation: Literal["bilinear", "bicubic", "random"] = "bilinear"
-    """Filter of the resize, which is always antialiased; `random` takes one of the two for each image, as timm does."""
     area: FractionRange = (0.08, 1.0)
     """Fraction of the image's area that the crop covers."""
     ratio: Range = (3 / 4, 4 / 3)
@@ -227,6 +225,8 @@ class EvalTransform(_Output):
     preset: Literal["eval"] = "eval"
     size: Size
     """Height and width of the finished image, in pixels: `224` for a square, or `[384, 640]`."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter of the resize, which is always antialiased."""
     resize: int | None = Field(default=None, gt=0, le=2 * 8192)
     """Length of the shorter side before the crop; defaults to `size / 0.875`, which is 256 for 224. For a rectangle,
     the shorter side of the one that is covered: with `size: [384, 640]` and `resize: 384` images are resized to cover

@@ -240,7 +240,7 @@ def test_op_is_tried_at_the_size_of_each_view(photo_folder):
         ({"order": ["color", "color"]}, "order has color twice"),
         ({"order": [SHIFT, SHIFT]}, "tests.own_ops:shift twice.*different names"),
         ({"order": ["color"], "blur": 0.5, "erase": 0.5}, "order leaves out blur, erase"),
-        ({"order": ["flip"]}, "'auto_augment', 'color', 'blur' or 'erase'"),
+        ({"order": ["flip"]}, "'auto_augment', 'affine', 'color', 'blur' or 'erase'"),
         ({"order": [{"factory": "shift"}]}, "pattern"),
         ({"order": [{**SHIFT, "num_draws": 65}]}, "less than or equal to 64"),
     ],

@@ -167,7 +167,10 @@ def gray_pixels(colors: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("size", [None, (16, 24)])
 @pytest.mark.parametrize("backend", ["pytorch", "openvino"])
-def test_gray_network_gets_one_channel(backend: str, size: tuple[int, int] | None) -> None:
+def test_gray_network_gets_one_channel(
+    backend: str, size: tuple[int, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where openvino keeps the exported network
     network = small_resnet(10, width=4, in_channels=1).eval()
     expected = GRAY.model_copy(update={"size": size})
     found = open_net(network, input_adapter=expected, backend=backend)(normalized(pixels(), *STUDENT))

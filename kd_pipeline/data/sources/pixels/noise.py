@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kd_pipeline.data.philox import named_key
 from kd_pipeline.data.sources.labels import shown_samples
+from kd_pipeline.data.sources.masks.masks import Masks
 from kd_pipeline.errors import DataError
 
 __all__ = ["Noise"]
@@ -34,7 +35,7 @@ class Noise:
     """
 
     stores: Literal["files", "bytes", "pixels"] = "pixels"
-    masks: None = None
+    masks: Masks | None = None
     warnings: tuple[str, ...] = ()
 
     def __init__(
