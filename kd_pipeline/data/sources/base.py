@@ -148,6 +148,7 @@ class NoiseSettings(Settings):
 
     kind: Literal["noise"] = "noise"
     num_images: int = Field(gt=0)
+    """How many; they take no memory and no disk."""
     size: Size
     """Height and width in pixels: `256` for a square, or `[384, 640]`."""
     num_classes: int | None = Field(default=None, gt=0)
