@@ -300,7 +300,9 @@ class RunSteps(ExitStack):
         """Speed does not depend on the weights: those of a teacher that is not trained yet are drawn at random."""
         teacher = config.teacher
         assert isinstance(teacher, TeacherSettings) and teacher.model is not None
-        model = teacher.model.model_copy(update={"checkpoint": None, "checkpoint_key": None, "reset": ()})
+        model = teacher.model.model_copy(
+            update={"checkpoint": None, "checkpoint_key": None, "checkpoint_match": "all", "reset": ()}
+        )
         torch.manual_seed(0)
         network = open_model(model, plugins=self._plugins, num_classes=self.source.num_classes)
         folder = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="tune-")))
@@ -430,7 +432,7 @@ def _of(section: str, values: Values) -> Values:
 def _lacks_weights(config: Config) -> bool:
     """Whether the teacher is a network that this run trains first, and has not trained yet."""
     model = config.teacher.model if isinstance(config.teacher, TeacherSettings) else None
-    if model is None or model.pretrained or (model.checkpoint is not None and not model.reset):
+    if model is None or model.pretrained or (model.checkpoint is not None and not model.may_stay_random):
         return False
     return starts_without_teacher(config.model_copy(update={"stage": "all"}))
 

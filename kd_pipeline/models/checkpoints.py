@@ -19,7 +19,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.torch_files import DamagedFileError, HarmfulFileError, check_records, list_records, scan_pickles
 
-__all__ = ["open_weights", "read_checkpoint"]
+__all__ = ["keeps_order", "open_weights", "read_checkpoint"]
 
 _SAVE = 'torch.save(model.state_dict(), "weights.pt")'
 _AGAIN = "copy or download it again"
@@ -106,6 +106,16 @@ def read_checkpoint(path: Path) -> Any:
         if _is_safetensors(head):
             return _read_safetensors(path, file, head)
         return _read_pickle(path, file, is_zip=head.startswith(b"PK"))
+
+
+def keeps_order(path: Path) -> bool:
+    """Whether a file that `read_checkpoint` reads has its tensors in the order of the network.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    with open_weights(path) as file:
+        return not _is_safetensors(file.read(1024))
 
 
 def open_weights(path: Path) -> BufferedReader:

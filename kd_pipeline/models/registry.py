@@ -21,6 +21,7 @@ from kd_pipeline._core.suggestions import first_few, suggest
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.models.backbone import Backbone, classifier_layers, trunk_of, without_head
 from kd_pipeline.models.input_adapter import AdaptedNetwork, ExpectedInput, Normalization
+from kd_pipeline.models.loose_matching import as_far_as_they_fit, match_in_order, with_input_channels
 from kd_pipeline.models.matching import Match
 from kd_pipeline.models.modules import deployed_network, is_in_layer
 from kd_pipeline.models.resnet import create_builtin
@@ -79,6 +80,11 @@ class ModelSettings(Settings):
     checkpoint_key: str | None = None
     """Which weights to use of a checkpoint with several, as a key in the file with dots, such as `state_dict_ema`. It
     defaults to averaged weights (EMA) where there are raw ones too; a line says which were used."""
+    checkpoint_match: Literal["all", "fitting", "order"] = "all"
+    """How strictly the weights of a checkpoint go with the network: `all` by name and shape, except for `reset` layers;
+    `fitting` takes those whose name and shape fit, and the others keep their initialization, with a warning; `order`
+    takes them in their order, whatever their names, if all shapes agree. The first convolution of an RGB network is
+    converted to other input channels (`kwargs: {in_chans: 1}`) in any case, as timm does it."""
     reset: tuple[str, ...] = ()
     """Names of layers that keep their random initialization instead of the checkpoint's weights: `[fc]` for the head
     of a model that is to learn different classes."""
@@ -90,6 +96,11 @@ class ModelSettings(Settings):
     view: str = IMAGES
     """For a student: the view of each image that it sees, one of the split's `views`; defaults to `images`, which
     `transform` describes. Of a view with a `count`, each copy is an image. A teacher has its own, `teacher.view`."""
+
+    @property
+    def may_stay_random(self) -> bool:
+        """Whether layers may keep their random initialization beside the weights of a checkpoint."""
+        return bool(self.reset) or self.checkpoint_match == "fitting"
 
     @property
     def is_headless(self) -> bool:
@@ -126,6 +137,9 @@ class ModelSettings(Settings):
             raise ValueError(f"two sets of weights: pretrained and checkpoint: {self.checkpoint}; set one of them")
         if self.reset and self.checkpoint is None:
             raise ValueError(f"reset: {', '.join(self.reset)} has no effect without a checkpoint; set checkpoint")
+        if self.checkpoint_match != "all" and (self.checkpoint is None or self.reset):
+            other = "together with reset" if self.reset else "without a checkpoint"
+            raise ValueError(f"checkpoint_match: {self.checkpoint_match} has no effect {other}; remove one of them")
         if self.checkpoint_key is not None and self.checkpoint is None:
             raise ValueError(
                 f"checkpoint_key: {self.checkpoint_key} has no effect without a checkpoint; set checkpoint"
@@ -196,8 +210,12 @@ def open_model(
     wanted = num_classes if settings.num_classes is None else settings.num_classes
     model = _build(settings, build, name, wanted)
     if checkpoint is not None:
-        choose = partial(match_weights, checkpoint, key=settings.checkpoint_key, reset=settings.reset)
-        choice = choose(model)
+        choose: Callable[..., Choice] = partial(
+            match_weights, checkpoint, key=settings.checkpoint_key, reset=settings.reset
+        )
+        if settings.checkpoint_match == "order":
+            choose = partial(match_in_order, checkpoint, key=settings.checkpoint_key)
+        choice = with_input_channels(checkpoint, choose(model))
         if isinstance(model, Segmenter) and is_trained and not settings.reset and not choice.match.fits:
             trunk = _choose_trunk(choose, model.trunk)
             if trunk.match.fits:
@@ -208,12 +226,14 @@ def open_model(
             wanted, _ = choice.match.num_classes
             _logger.info("%s has %d classes, as the checkpoint %s", name, wanted, checkpoint.path)
             model = _build(settings, build, name, wanted)
-            choice = choose(model)
+            choice = with_input_channels(checkpoint, choose(model))
         head: tuple[str, ...] = ()
         if not choice.match.fits:
             head = _head_of(settings, build, name, model)
             if settings.is_headless or (is_trained and lacks_only(choice.match, head)):
                 choice = choose(model, without=head)
+            if settings.checkpoint_match == "fitting" and not choice.match.fits:
+                choice, head = as_far_as_they_fit(checkpoint, choice, model), ()
         load_weights(checkpoint, model, choice, keep_classes=_keep_classes(settings, num_classes), head=head)
         if head:
             _report_head(checkpoint, choice.match, model, head, settings.is_headless)

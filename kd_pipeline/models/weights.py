@@ -18,7 +18,7 @@ from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.matching import Match, find_matches, is_companion, is_counter, part_of
 from kd_pipeline.models.modules import is_in_layer
 
-__all__ = ["Checkpoint", "Choice", "lacks_only", "load_weights", "match_weights"]
+__all__ = ["Checkpoint", "Choice", "choose_set", "lacks_only", "load_weights", "match_weights"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -114,7 +114,7 @@ def match_weights(
     complete = [match for match in found if match.has_all_names]
     fitting = [match for match in complete if not match.reshaped] or complete
     if not fitting:
-        return Choice(min(found, key=lambda match: (len(match.missing) + len(match.reshaped), len(match.unexpected))))
+        return Choice(min(found, key=lambda match: _distance(match, checkpoint)))
     choice = _choose(checkpoint, fitting, is_asked=key is not None)
     if key is not None or checkpoint.is_average(choice.match):
         return choice
@@ -124,6 +124,16 @@ def match_weights(
         for match in unused
     )
     return Choice(choice.match, (*choice.remarks, *((logging.WARNING, text) for text in remarks)))
+
+
+def choose_set(checkpoint: Checkpoint, fitting: list[Match], *, key: str | None) -> Choice:
+    """The weights under `key`, or the obvious ones, of several that fit.
+
+    Raises:
+        ConfigError: none have such a key, or none are the obvious ones.
+    """
+    found = fitting if key is None else _with_key(checkpoint, fitting, key)
+    return _choose(checkpoint, found, is_asked=key is not None)
 
 
 def load_weights(
@@ -176,6 +186,12 @@ def lacks_only(match: Match, layers: Sequence[str]) -> bool:
     """Whether weights of the model are missing in the file, all of them in `layers`, and nothing else differs."""
     is_of_layers = (any(is_in_layer(name, layer) for layer in layers) for name in match.missing)
     return bool(match.missing) and all(is_of_layers) and not match.unexpected and not match.reshaped
+
+
+def _distance(match: Match, checkpoint: Checkpoint) -> tuple[int, int, bool]:
+    """How far weights are from fitting; of raw and averaged ones that are as far, the averaged ones come first."""
+    is_raw = not checkpoint.is_average(match)
+    return len(match.missing) + len(match.reshaped), len(match.unexpected), is_raw
 
 
 def _differences(match: Match) -> str:

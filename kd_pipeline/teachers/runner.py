@@ -344,10 +344,11 @@ def _open_network(settings: TeacherSettings, inputs: Inputs) -> nn.Module:
         if model.pretrained is None:
             raise ConfigError("teacher.model has random weights; set its checkpoint or pretrained")
         _logger.warning("the teacher has random weights, as teacher.model.pretrained is false: a student learns noise")
-    if model.reset:
+    if model.may_stay_random:
+        layers = f"reset leaves random weights in {', '.join(model.reset)}"
         raise ConfigError(
-            f"teacher.model.reset leaves random weights in {', '.join(model.reset)}; remove it, or train the teacher "
-            "first with stage=teacher"
+            f"teacher.model.{layers if model.reset else 'checkpoint_match: fitting may leave random weights'}; remove "
+            "it, or train the teacher first with stage=teacher"
         )
     return open_model(model, plugins=inputs.plugins)
 

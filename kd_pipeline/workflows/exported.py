@@ -69,7 +69,10 @@ _MAX_SHOWN = 300
 """Characters of what is wrong with it."""
 _AGAIN = "run the command of the run again, which exports its model again"
 
-_WITHOUT_WEIGHTS = {"pretrained": False, "checkpoint": None, "checkpoint_key": None, "reset": ()}
+_WITHOUT_WEIGHTS = {
+    **{"pretrained": False, "reset": ()},
+    **{"checkpoint": None, "checkpoint_key": None, "checkpoint_match": "all"},
+}
 """What a description says about weights: nothing, as they are in the file beside it."""
 
 _logger = logging.getLogger("kd_pipeline")

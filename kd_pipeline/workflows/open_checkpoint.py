@@ -81,12 +81,12 @@ def open_checkpoint(
 def _networks(config: Config, path: Path) -> dict[_Role, ModelSettings]:
     """The networks of `config` with the weights of `path`."""
     found: dict[_Role, ModelSettings] = {}
-    weights = {"checkpoint": path, "checkpoint_key": None, "pretrained": None, "reset": ()}
+    weights = {"checkpoint": path, "checkpoint_key": None, "pretrained": None, "reset": (), "checkpoint_match": "all"}
     if isinstance(config.teacher, TeacherSettings) and config.teacher.model is not None:
         model = config.teacher.model
-        # The key is for a file with several sets of weights, and may be that of this file.
-        key = model.checkpoint_key if model.checkpoint == path else None
-        found["teacher"] = model.model_copy(update=weights | {"checkpoint_key": key})
+        # How to find the weights in a file may be said of this one.
+        how = ("checkpoint_key", "checkpoint_match") if model.checkpoint == path else ()
+        found["teacher"] = model.model_copy(update=weights | {name: getattr(model, name) for name in how})
     if config.student is not None:
         found["student"] = config.student.model_copy(update=weights)
     return found

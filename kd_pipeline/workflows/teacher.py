@@ -139,7 +139,7 @@ def with_trained_weights(config: Config, teacher: TeacherSettings) -> TeacherSet
     folder = _exported_folder(config.run_dir)
     if not _is_trained(config.run_dir):
         # False says that the weights are random on purpose.
-        if model.pretrained is not None or (model.checkpoint is not None and not model.reset):
+        if model.pretrained is not None or (model.checkpoint is not None and not model.may_stay_random):
             return teacher
         raise ConfigError(
             "teacher.model has no weights: set its checkpoint or pretrained, or train it first with stage=teacher, "

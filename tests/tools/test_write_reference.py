@@ -45,7 +45,9 @@ def test_every_key_of_the_schema_has_a_default_and_a_meaning() -> None:
     for key, text in entries.items():
         type_and_default, meaning = text.split("\\\n")
         assert meaning.strip(), key
-        assert re.search(r"Default:\s+`|Default: its defaults|Default: none|Required\.|^`\w+`\.$", type_and_default), key
+        assert re.search(r"Default:\s+`|Default: its defaults|Default: none|Required\.|^`\w+`\.$", type_and_default), (
+            key
+        )
 
 
 def test_every_option_has_a_meaning() -> None:
