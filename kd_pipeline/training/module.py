@@ -9,7 +9,6 @@ import torch.distributed
 from torch import Tensor, nn
 
 from kd_pipeline._core.constants import IMAGES
-from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.memory import release_free_memory
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import speed_text
@@ -27,6 +26,7 @@ from kd_pipeline.training.compiled_student import CompiledStudent
 from kd_pipeline.training.ema import StudentEma
 from kd_pipeline.training.epoch_loss import EpochLoss
 from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weights, gradient_norm
+from kd_pipeline.training.optimizer_state import load_optimizer_state
 from kd_pipeline.training.optimizers import build_optimizer, match_memory_format
 from kd_pipeline.training.own_optimizer import OwnOptimizer, use_own_optimizer
 from kd_pipeline.training.run_story import StepProgress
@@ -34,6 +34,7 @@ from kd_pipeline.training.schedules import build_schedule
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.training.sharding import is_sharded, reach_outputs, shard
 from kd_pipeline.training.throughput import Throughput
+from kd_pipeline.training.train_accuracy import TrainAccuracy
 
 __all__ = ["DistillModule"]
 
@@ -115,10 +116,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Of the last step."""
         self._rows = "images"
         """What messages call the rows of a batch."""
-        self._accuracy = "top1"
-        """Name of what `_train_counts` are for."""
-        self._train_counts: Tensor | None = None
-        """`[2]`, correct and valid rows, or pixels of them, of the epoch so far."""
+        self._accuracy = TrainAccuracy()
 
     @property
     def network(self) -> nn.Module:
@@ -157,6 +155,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         optimizer = build_optimizer(
             unadapted(self.student), settings.optimizer, extra=self.distillation.parameters(), plugins=self._plugins
         )
+        if settings.optimizer.state_from is not None and self.trainer.ckpt_path is None:
+            load_optimizer_state(optimizer, settings.optimizer.state_from)
         schedule = build_schedule(
             optimizer,
             settings.schedule,
@@ -184,7 +184,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Reset the counters of the epoch."""
         self._throughput.start_epoch()
         self._epoch_loss.start_epoch()
-        self._train_counts = None
+        self._accuracy.start_epoch()
 
     def on_train_batch_start(self, batch: KDBatch, number: int) -> None:
         """Time the loader."""
@@ -213,8 +213,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         own = student_outputs(outputs)
         outputs = {name: output.detach() for name, output in own.items()}
         self._guard.watch(TrainedBatch(number, batch, outputs, terms, self._temperatures(terms, epoch)))
-        if "logits" in outputs and outputs["logits"].ndim in (2, 4):
-            self._count_correct(outputs["logits"], batch)
+        self._accuracy.add(outputs, batch, self.distillation)
         self._epoch_loss.add(terms.total, batch.valid.sum())
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         if self._is_logged:
@@ -288,9 +287,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self.log("epoch", float(self.current_epoch + 1))
         if (mean := self._epoch_loss.mean(self.trainer)) is not None:
             self.log("train/epoch_loss", mean)
-        if self._train_counts is not None:
-            correct, valid = self.trainer.strategy.reduce(self._train_counts.float(), reduce_op="sum")
-            self.log(f"train/{self._accuracy}", correct / valid.clamp(min=1))
+        for name, accuracy in self._accuracy.of_epoch(self.trainer).items():
+            self.log(name, accuracy)
         if self._settings.max_nonfinite_steps:
             self.log("train/skipped_steps", float(self._guard.num_skipped))
         for name, (last, is_mean) in self._last_step.items():
@@ -454,21 +452,6 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         if self.trainer.world_size > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-
-    def _count_correct(self, logits: Tensor, batch: KDBatch) -> None:
-        """Count for `train/top1`, or `train/pixel_accuracy` at the size of the logits."""
-        if logits.ndim == 4 and batch.masks is not None:
-            labels, counts = self.distillation.pixels(batch.masks).at((logits.shape[2], logits.shape[3]))
-            valid, self._accuracy = counts & batch.valid[:, None, None], "pixel_accuracy"
-        elif logits.ndim == 2 and batch.labels is not None:
-            labels = batch.labels if batch.labels.ndim == 1 else batch.labels.argmax(1)
-            valid = batch.valid
-        else:
-            return
-        # The top class of a row with NaN is arbitrary.
-        is_correct = logits.argmax(1).eq(labels) & has_softmax(logits)
-        sums = torch.stack([(is_correct & valid).sum(), valid.sum()])
-        self._train_counts = sums if self._train_counts is None else self._train_counts + sums
 
     def _log_step(self, name: str, value: Tensor | float, *, is_mean: bool = False) -> None:
         """Log a metric if this is a step to log, and that of an epoch's last step in any case.

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator
 from fnmatch import fnmatchcase
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
@@ -63,6 +64,9 @@ class OptimizerSettings(Settings):
     """For `adam`, `adamw`, `rmsprop` and `lamb`; defaults to the optimizer's own."""
     kwargs: dict[str, bool | int | float | str | tuple[float, float]] = Field(default_factory=dict)
     """More arguments of the class or factory."""
+    state_from: Path | None = None
+    """A checkpoint of an earlier run, such as `runs/a/checkpoints/last.ckpt`, from which the optimizer takes its state,
+    such as Adam's moments; the weights are those of `student`, and learning rate and schedule start as set here."""
     lr_scale: dict[str, PositiveFloat] = Field(default_factory=dict)
     """Factors of the learning rate by the name of a layer or parameter of the student, such as `{layer1: 0.1}`; the
     longest matching name wins."""
@@ -80,6 +84,8 @@ class OptimizerSettings(Settings):
 
     @model_validator(mode="after")
     def _uses_every_setting(self) -> Self:
+        if self.factory is not None and self.state_from is not None:
+            raise ValueError("state_from has no effect with a factory; load the state in the function")
         if self.factory is not None and self.name != type(self).model_fields["name"].default:
             raise ValueError(f"name: {self.name} has no effect with a factory; remove one of them")
         known = set[str]() if self.factory is not None else _SETTINGS_OF.get(self.name, set())

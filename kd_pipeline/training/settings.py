@@ -136,6 +136,8 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _fits_the_strategy(self) -> Self:
+        if self.strategy == "fsdp" and self.optimizer.state_from is not None:
+            raise ValueError("optimizer.state_from needs strategy: ddp; change one of them")
         for name, value in (("compile", True), ("channels_last", True), ("precision", "16-mixed")):
             if self.strategy == "fsdp" and getattr(self, name) == value:
                 raise ValueError(f"{name}: {str(value).lower()} needs strategy: ddp; change one of them")
