@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from kd_pipeline.workflows import distill as distill
     from kd_pipeline.workflows import record as record
     from kd_pipeline.workflows import train as train
+    from kd_pipeline.workflows import verify as verify
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -97,6 +98,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.teachers.tensorrt.build": ["build_engine"],
         "kd_pipeline.teachers.tensorrt.settings": ["BuildSettings"],
         "kd_pipeline.training.settings": ["TrainSettings"],
-        "kd_pipeline.workflows": ["check", "distill", "record", "train"],
+        "kd_pipeline.workflows": ["check", "distill", "record", "train", "verify"],
     },
 )

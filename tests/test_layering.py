@@ -44,11 +44,13 @@ WRAPPED_IN = {
     "lightning": {
         "training.checkpoint_callback",
         "training.early_stopping",
+        "training.keep_evidence",
         "training.loggers",
         "training.metrics_csv",
         "training.module",
         "training.run_story",
         "training.signals",
+        "training.stop_after",
         "training.teacher_probe",
         "training.trainer",
         "workflows.doctor",

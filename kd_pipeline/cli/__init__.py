@@ -26,6 +26,7 @@ from kd_pipeline.cli import (
     record,
     train,
     tune,
+    verify,
 )
 from kd_pipeline.cli import eval as evaluation
 from kd_pipeline.cli.arguments import CommandParser, add_common, run_command
@@ -44,6 +45,7 @@ _IMPORTS_TAKE_SECONDS = (
     "record",
     "train",
     "tune",
+    "verify",
 )
 
 
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         tune,
         bench,
         doctor,
+        verify,
     ):
         command.add_to(commands, common)
     return parser

@@ -107,6 +107,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Parameters of the student that get no gradient; only known where several processes train."""
         self.measured: dict[str, float] = {}
         """The metrics of the last validation."""
+        self.last_terms: dict[str, Tensor] = {}
+        """The loss of the last batch on this rank, and its terms by name, without a graph."""
         self.has_begun = False
         """Whether all was set up, a checkpoint restored, and the training has begun."""
         self._num_valid: Tensor | None = None
@@ -122,6 +124,11 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
     def network(self) -> nn.Module:
         """The network that is averaged and exported: the student, or the submodule `student` of what is trained."""
         return deployed_network(self.student)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What identifies the run, in its checkpoints."""
+        return self._identity
 
     @property
     def model(self) -> nn.Module:
@@ -210,6 +217,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
                 "the loss depends on no weight that is trained, so nothing would be learned: compare what the student "
                 "returns as it is, not detached, and freeze only a part of it"
             )
+        self.last_terms = {name: value.detach() for name, value in {"loss": terms.total, **terms.terms}.items()}
         own = student_outputs(outputs)
         outputs = {name: output.detach() for name, output in own.items()}
         self._guard.watch(TrainedBatch(number, batch, outputs, terms, self._temperatures(terms, epoch)))

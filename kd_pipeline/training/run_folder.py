@@ -34,7 +34,7 @@ _logger = logging.getLogger("kd_pipeline")
 
 _OWN_FILES = (
     *("checkpoints", "config.yaml", "environment.json", "history.jsonl", "metrics.csv", "train.log", "result.json"),
-    *("exported", "tensorboard", "bad_samples.jsonl", "curves.png", "confusion_*.png"),
+    *("evidence.jsonl", "exported", "tensorboard", "bad_samples.jsonl", "curves.png", "confusion_*.png"),
     "predictions_*",
 )
 """What a stage writes about a single run. Not class lists, the folders of other stages, nor the files of loggers that
@@ -64,6 +64,7 @@ class RunFolder:
         self.log = path / "train.log"
         self.result = path / "result.json"
         self.history = path / "history.jsonl"
+        self.evidence = path / "evidence.jsonl"
         self.lists = path / "lists"
         self._step: Callable[[], int] | None = None
         """The current step of a training whose end is not in the history yet."""
@@ -186,6 +187,23 @@ class RunFolder:
             StateError: it cannot be written to.
         """
         self._append(self.log, f"{_plain(text)}\n")
+
+    def start_evidence(self) -> None:
+        """Begin a new line of `evidence.jsonl`, the last of which a crash may have cut off.
+
+        Raises:
+            StateError: it cannot be written to.
+        """
+        if self.evidence.exists():
+            self._append(self.evidence, "\n")
+
+    def add_evidence(self, line: str) -> None:
+        """Append `line` to `evidence.jsonl`, in one write.
+
+        Raises:
+            StateError: it cannot be written to.
+        """
+        self._append(self.evidence, f"{line}\n")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the final metrics to `result.json`.

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from kd_pipeline.workflows._record import plan_recording as plan_recording
     from kd_pipeline.workflows._record import record as record
     from kd_pipeline.workflows._train import train as train
+    from kd_pipeline.workflows._verify import VerifySettings as VerifySettings
+    from kd_pipeline.workflows._verify import verify as verify
     from kd_pipeline.workflows.demo import run_demo as run_demo
     from kd_pipeline.workflows.doctor import diagnose as diagnose
 
@@ -23,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.workflows._distill": ["distill"],
         "kd_pipeline.workflows._record": ["RecordSettings", "plan_recording", "record"],
         "kd_pipeline.workflows._train": ["train"],
+        "kd_pipeline.workflows._verify": ["VerifySettings", "verify"],
         "kd_pipeline.workflows.demo": ["run_demo"],
         "kd_pipeline.workflows.doctor": ["diagnose"],
     },

@@ -20,7 +20,7 @@ from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.settings import TrainSettings
 from kd_pipeline.workflows.evaluation_plan import PROBE_METRIC
 
-__all__ = ["Change", "SavedRun", "check_epochs", "check_resume", "rule_of", "unusable_checkpoint"]
+__all__ = ["Change", "SavedRun", "changed_settings", "check_epochs", "check_resume", "rule_of", "unusable_checkpoint"]
 
 _MAX_SHOWN = 150
 """Characters of a value in a message."""
@@ -309,6 +309,19 @@ def _sorted_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tup
                 is_applied = True
         (applied if is_applied else refused).append(change)
     return applied, refused
+
+
+def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
+    """The settings that two configs, in plain values, do not have in common; those of `saved` may be older.
+
+    Raises:
+        StateError: `saved` is no config.
+    """
+    try:
+        return [*_changes(_config({"config": saved}), current)]
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:
+        reason = printable(f"{type(exc).__name__}: {exc}".partition("\n")[0])[:_MAX_SHOWN]
+        raise StateError(f"the run does not say which config made it ({reason})") from exc
 
 
 def unusable_checkpoint(path: Path | None, exc: Exception) -> StateError:

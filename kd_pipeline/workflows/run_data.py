@@ -12,6 +12,7 @@ from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
+from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.sources import Source, open_source
 from kd_pipeline.data.transforms import EvalTransform
 from kd_pipeline.data.views import View
@@ -68,15 +69,26 @@ class RunData:
         stack: ExitStack,
         *,
         source: Source | None = None,
+        shard: Shard | None = None,
         plugins: Collection[str] = (),
     ) -> None:
         """Open the training data, unless its `source` is open, and wrap the user's batches.
+
+        Args:
+            config: of the run.
+            parts: objects of the user's.
+            run_dir: where the loaders write to.
+            stack: closes what is opened.
+            source: of the training data.
+            shard: the part of each epoch of the training; defaults to that of this process.
+            plugins: modules that factories in the config may come from.
 
         Raises:
             ConfigError: there are no batches, or they are no batches.
             DataError: the images are not there.
         """
         self._config, self._run_dir, self._stack, self._plugins = config, run_dir, stack, plugins
+        self._shard = shard
         self._loaders: dict[str, AnyLoader] = {}
         self._own = self._wrapped(parts)
         self.source: Source | None = None
@@ -256,6 +268,7 @@ class RunData:
                 self._config,
                 split,
                 teacher=teacher,
+                shard=self._shard if split == "train" else None,
                 training=self.source,
                 plugins=self._plugins,
                 run_dir=self._run_dir,

@@ -36,6 +36,8 @@ from kd_pipeline.teachers.tensorrt.package import open_tensorrt
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import on_rank_zero, set_num_threads
 from kd_pipeline.training.environment import shown_settings
+from kd_pipeline.training.evidence import StartLine, describe_machine
+from kd_pipeline.training.keep_evidence import KeepEvidence
 from kd_pipeline.training.loggers import log_results, log_settings, open_loggers
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
@@ -56,6 +58,7 @@ from kd_pipeline.workflows.prediction_tables import prediction_tables, write_tab
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
 from kd_pipeline.workflows.run_data import RunData
+from kd_pipeline.workflows.sample_digests import digest_samples
 from kd_pipeline.workflows.stage import (
     Stage,
     check_config,
@@ -71,7 +74,7 @@ from kd_pipeline.workflows.teacher_layers import copy_teacher_layers
 from kd_pipeline.workflows.train_result import TrainResult
 from kd_pipeline.workflows.validation import StageEvaluator, check_probed
 
-__all__ = ["StageRun", "folder_of"]
+__all__ = ["StageRun", "folder_of", "stream_of"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -123,7 +126,7 @@ class StageRun(ExitStack):
         if saved is not None:
             saved.check(identity, config, folder.path)  # before the loader writes the class list
         loader = self._data.open_training(teacher)
-        identity["stream"] = _stream(loader)
+        identity["stream"] = stream_of(loader)
         changes = [] if saved is None else saved.check(identity, config, folder.path)
         finished = None if saved is None else saved.finished_line(config.train)
         if saved is not None and finished is not None:
@@ -309,7 +312,7 @@ class StageRun(ExitStack):
             has_validation=any(split != "test" for split in self._evaluated),
             sparse_metrics=self._plan.sparse,
             resume_step=None if saved is None else saved.step,
-            callbacks=[*self._callbacks, *self._parts.callbacks],
+            callbacks=[*self._callbacks, *self._evidence(module, loader), *self._parts.callbacks],
             loggers=self._parts.loggers if is_rank_zero() else (),
             default_metrics=own_defaults() if self._plan.is_own else None,
             signals=self._signals,
@@ -330,6 +333,26 @@ class StageRun(ExitStack):
         if is_rank_zero():
             folder.record_end("trained")
         return trainer
+
+    def _evidence(self, module: DistillModule, loader: AnyLoader) -> list[KeepEvidence]:
+        """What keeps the evidence of the run, on rank zero."""
+        if not is_rank_zero():
+            return []
+        identity = {name: value for name, value in module.identity.items() if name not in ("config", "classes")}
+        source = self._data.source
+
+        def start(step: int) -> StartLine:
+            self._folder.start_evidence()
+            return StartLine(
+                step=step,
+                config=shown_settings(self._config),
+                identity=identity,
+                machine=describe_machine(loader.device),
+                processes=world_size(),
+                samples=digest_samples(source) if step == 0 and source is not None else None,
+            )
+
+        return [KeepEvidence(self._folder.add_evidence, seed=self._config.seed, start=start)]
 
     def _record_start(self, trainer: Any, saved: SavedRun | None, changes: Sequence[Change]) -> None:
         config, folder = self._config, self._folder
@@ -553,7 +576,7 @@ class StageRun(ExitStack):
             student = deployed_network(student)
         is_selected = self._config.train.select_by is not None or self._plan.is_own
         has_best = is_selected and self._best_file.is_file()
-        path = self._folder.checkpoints / ("best.ckpt" if has_best else "last.ckpt")
+        path = self._best_file.parent / ("best.ckpt" if has_best else "last.ckpt")
         try:
             saved = load_checkpoint(path)
             state = saved["state_dict"]
@@ -585,7 +608,7 @@ def folder_of(config: Config, stage: Stage) -> RunFolder:
     return RunFolder(path, is_named=path == config.run_dir)
 
 
-def _stream(loader: AnyLoader) -> dict[str, Any]:
+def stream_of(loader: AnyLoader) -> dict[str, Any]:
     """What the stream of batches depends on, without what the identity of a run has anyway."""
     state = loader.state_dict()
     fingerprint = state["loader"] if isinstance(loader, BatchLoader) else state["fingerprint"]

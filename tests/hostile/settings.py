@@ -11,6 +11,7 @@ import torch
 
 from kd_pipeline.config.config import load_config
 from kd_pipeline.errors import ConfigError, KDPipelineError
+from kd_pipeline.training.evidence import read_evidence
 from kd_pipeline.training.metrics_csv import MetricsFile
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.run_lock import lock_folder
@@ -21,6 +22,10 @@ from tests.hostile.prepare import RUN
 from tests.hostile.weights import saved
 
 DIGITS = "9" * 5000
+EVIDENCE = (
+    '{"kind": "batch", "epoch": 0, "batch": 0, "step": 1, "samples": [0], "order": "00000000", "labels": null, '
+    '"pixels": {}, "teacher": {}, "terms": {"loss": "0x1.8p+1"}}\n'
+)
 
 
 def config_cases() -> list[Case]:
@@ -156,7 +161,20 @@ def history_cases() -> list[Case]:
     locks = Kind("run.lock", lock, KDPipelineError, file="run.lock")
     locks.add("link", lambda path: (path.parent / "victim").touch() or path.symlink_to("victim"), names="")
     locks.add("folder", Path.mkdir, names="")
-    return [*history.cases, *metrics.cases, *results.cases, *locks.cases]
+
+    def read_kept(path: Path) -> object:
+        with suppress(KDPipelineError):
+            found = read_evidence(path)
+            assert found is not None and not found.batches
+            return found
+
+    evidence = Kind("evidence", read_kept, None, file="evidence.jsonl")
+    evidence.add_special()
+    evidence.add_bytes("nested", b"[" * DEEP + b"\n")
+    evidence.add_bytes("number of 5000 digits", f'{{"kind": "batch", "epoch": {DIGITS}}}\n'.encode())
+    evidence.add_bytes("loss that no float holds", EVIDENCE.replace("0x1.8p+1", "0x1.8p+9999").encode())
+    evidence.add_bytes("lines", b"0\n" * 10**6)
+    return [*history.cases, *metrics.cases, *results.cases, *locks.cases, *evidence.cases]
 
 
 def cases(good: Path) -> list[Case]:

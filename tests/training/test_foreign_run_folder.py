@@ -19,7 +19,7 @@ from tests.training import tiny_run
 
 FILES = (
     *("train.log", "history.jsonl", LOCK, "config.yaml", "environment.json", "metrics.csv", "result.json"),
-    *("bad_samples.jsonl", "classes.json", "curves.png", "confusion_val.png", "mlflow.db"),
+    *("evidence.jsonl", "bad_samples.jsonl", "classes.json", "curves.png", "confusion_val.png", "mlflow.db"),
     *("checkpoints/last.ckpt", "exported/model.json", "exported/model.onnx", "tensorboard/hparams.yaml"),
 )
 FOLDERS = ("checkpoints", "exported", "tensorboard", "earlier", "wandb", "check", "exported/more")

@@ -16,7 +16,7 @@ from kd_pipeline.workflows.exported import open_model_file
 from tests.training import tiny_run
 
 SECRETS = ("s3cr3t-key", "s3cr3t-typed", "s3cr3t-user", "s3cr3t-query")
-PRIVATE = ("config.yaml", "environment.json", "history.jsonl", LOCK, "train.log")
+PRIVATE = ("config.yaml", "environment.json", "evidence.jsonl", "history.jsonl", LOCK, "train.log")
 SHARED = ("metrics.csv", "result.json", "exported/model.json", "checkpoints/last.ckpt")
 
 

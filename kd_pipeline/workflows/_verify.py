@@ -1,0 +1,392 @@
+"""Verify a finished run: that its student came from its config and its data, or which fact differs."""
+
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from kd_pipeline._core.device import resolve_device
+from kd_pipeline._core.paths import argument_path
+from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.terminal_log import log_line, log_to_terminal
+from kd_pipeline._core.text import printable
+from kd_pipeline.config.config import Config, load_config
+from kd_pipeline.config.reader import read_config
+from kd_pipeline.errors import ConfigError, StateError
+from kd_pipeline.training.evidence import Evidence, StartLine, describe_machine, read_evidence
+from kd_pipeline.training.rng import RngState
+from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.workflows.replay_run import ReplayRun, quiet
+from kd_pipeline.workflows.resume import SavedRun, changed_settings
+from kd_pipeline.workflows.verify_facts import Fact, Facts, Tolerance, reading
+from kd_pipeline.workflows.verify_files import RunFiles, check_files
+from kd_pipeline.workflows.verify_replay import check_results, compare_replay
+from kd_pipeline.workflows.verify_stream import (
+    check_batches,
+    check_data,
+    check_evidence_is_whole,
+    check_stream,
+    check_teacher,
+)
+
+__all__ = ["Fact", "VerifyReport", "VerifySettings", "runs_in", "verify"]
+
+_CONFIG = "config.yaml"
+_MAX_THREADS = 1024
+_TOLERANCES = {"32-true": 1e-3}
+_TOLERANCE_OF_HALF = 5e-2
+_OF_DATA = ("training data", "validation data")
+_OF_BATCHES = ("stream", "teacher", "images", "labels", "teacher outputs")
+_OF_REPLAYS = ("first steps", "last steps")
+_OF_RESULTS = ("ONNX file", "result.json")
+_REPLAYED = ("first steps", "all steps")
+
+
+class VerifySettings(Settings):
+    """How much of a run to do again."""
+
+    steps: int = Field(default=16, ge=1)
+    """Optimizer steps to train again from the seed, and from the best checkpoint if that is not of the end."""
+    full: bool = False
+    """Train all steps again, from the seed to the end; takes as long as the run."""
+    batches: int = Field(default=8, ge=1)
+    """Recorded batches to render again, and to run the teacher on, drawn at random."""
+    replay: bool = True
+    """Train steps again."""
+    results: bool = True
+    """Evaluate the exported student again, and run its ONNX file."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What is known about a run."""
+
+    folder: Path
+    facts: tuple[Fact, ...]
+    rounding: str
+    """Why the last bits may differ here from those of the run; empty if they may not."""
+
+    @property
+    def differs(self) -> tuple[Fact, ...]:
+        """The facts that differ."""
+        return tuple(fact for fact in self.facts if fact.state == "differs")
+
+    @property
+    def holds(self) -> bool:
+        """Whether no fact differs."""
+        return not self.differs
+
+    @property
+    def verdict(self) -> str:
+        """One sentence about the run."""
+        if self.differs:
+            return f"differs: {', '.join(dict.fromkeys(fact.name for fact in self.differs))}"
+        holding = {fact.name: fact for fact in self.facts if fact.state == "holds"}
+        if not any(name in holding for name in _REPLAYED):
+            return "nothing differs, but no step was trained again: what was checked fits together"
+        if all(fact.is_exact for fact in holding.values()):
+            return "this student came from this config and this data: what was done again is the same bit for bit"
+        why = f" ({self.rounding})" if self.rounding else ""
+        return f"this student came from this config and this data, within rounding{why}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        facts = [asdict(fact) for fact in self.facts]
+        return {"folder": str(self.folder), "holds": self.holds, "verdict": self.verdict, "facts": facts}
+
+
+def runs_in(path: str | PathLike[str]) -> list[Path]:
+    """The folder of a run, or those of the several students in it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = argument_path(path)
+    if (folder / _CONFIG).is_file():
+        return [folder]
+    found = [each.parent for each in sorted(folder.glob(f"*/{_CONFIG}"))]
+    if not found:
+        raise ConfigError(f"{folder} is not the folder of a run: it has no {_CONFIG}")
+    return found
+
+
+@log_to_terminal()
+def verify(
+    run: str | PathLike[str],
+    settings: VerifySettings | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    plugins: Collection[str] = (),
+    trust_engines: Collection[str] = (),
+    report: Callable[[str], object] = log_line,
+) -> VerifyReport:
+    """Compare a run with what it recorded while it trained, and do parts of it again. The run folder is only read.
+
+    It looks at config, checkpoints, data, teacher and results, renders batches again, trains the first steps from the
+    seed again, those after the best checkpoint too, and evaluates the exported student again. What cannot be checked
+    says why.
+
+    Args:
+        run: the folder of a stage of a run, or of one of several students.
+        settings: how much to do again.
+        overrides: where data and teacher are now, as settings of the config, each `key.path=value`.
+        plugins: modules that factories and losses in the config may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
+        report: called with lines of progress; without it they are logged.
+
+    Raises:
+        ConfigError: this is no run folder, or one with several students, each of which has its own.
+    """
+    folders = runs_in(run)
+    if folders != [argument_path(run)]:
+        raise ConfigError(f"{run} has the runs of several students; verify one: {' or '.join(map(str, folders))}")
+    settings = settings or VerifySettings()
+    facts = Facts()
+    files = _read_files(folders[0], facts)
+    report(f"comparing the files of {files.folder.path}")
+    check_files(files, facts)
+    verification = _Verification(files, facts, settings, overrides, plugins, trust_engines, report)
+    with _restored(), quiet(), tempfile.TemporaryDirectory(prefix="kd_pipeline_verify_") as scratch:
+        verification.run(Path(scratch))
+    return VerifyReport(files.folder.path, _one_of_each(facts.found), verification.tolerance.why)
+
+
+def _read_files(path: Path, facts: Facts) -> RunFiles:
+    folder = RunFolder(path)
+    evidence, saved = None, {}
+    with facts.part("evidence"):
+        evidence = read_evidence(folder.evidence)
+    for name in ("last.ckpt", "best.ckpt"):
+        if (folder.checkpoints / name).is_file():
+            with facts.part("checkpoints"):
+                saved[name] = SavedRun.load(folder.checkpoints / name)
+    config = read_config(Config, path / _CONFIG)
+    if config.stage == "all":
+        raise ConfigError(f"{path / _CONFIG} is a config of two stages, and no stage has this folder")
+    return RunFiles(folder, config, evidence, saved.get("last.ckpt"), saved.get("best.ckpt"))
+
+
+def _one_of_each(facts: Sequence[Fact]) -> tuple[Fact, ...]:
+    """Of two facts with a name, the one that differs."""
+    found: dict[str, Fact] = {}
+    for fact in facts:
+        if fact.name not in found or fact.state == "differs":
+            found[fact.name] = fact
+    return tuple(found.values())
+
+
+class _Verification:
+    """What is opened and done again."""
+
+    def __init__(
+        self,
+        files: RunFiles,
+        facts: Facts,
+        settings: VerifySettings,
+        overrides: Sequence[str],
+        plugins: Collection[str],
+        trust_engines: Collection[str],
+        report: Callable[[str], object],
+    ) -> None:
+        self._files, self._facts, self._settings, self._report = files, facts, settings, report
+        self._permissions, self._overrides = {"plugins": plugins, "trust_engines": trust_engines}, overrides
+        self._starts = [] if files.evidence is None else files.evidence.starts
+        self._config = self._prepared(files.config, self._starts[-1] if self._starts else None)
+        self.tolerance = _tolerance(self._config, self._starts)
+
+    def run(self, scratch: Path) -> None:
+        """Add all facts for which something has to be opened."""
+        files, facts = self._files, self._facts
+        later = (*_OF_DATA, *_OF_BATCHES, *self._of_replays, *self._of_results)
+        if files.says.get("objects") or files.config.data.train is None:
+            objects = ", ".join(map(str, files.says.get("objects") or ["train_batches"]))
+            why = (
+                f"the run was started in Python with objects ({printable(objects)[:200]}), which are not in its folder"
+            )
+            for name in later:
+                facts.unknown(name, why)
+            return
+        with facts.part(*later), ExitStack() as stack:
+            self._report("opening the data")
+            config = load_config(files.folder.path / _CONFIG, self._overrides)
+            self._config = self._prepared(config, self._starts[-1] if self._starts else None)
+            opened = stack.enter_context(ReplayRun(self._config, **self._arguments(scratch / "opened")))
+            data = opened.open_data()
+            with reading("what the run says about itself"):
+                is_same = check_data(files, data, facts)
+            loader = opened.open_loader()
+            with reading("what the run says about itself"):
+                is_same &= check_stream(files, opened, facts)
+                is_same_teacher = check_teacher(files, opened, facts)
+            check_evidence_is_whole(files, loader, facts)
+            number = self._settings.batches
+            self._report(f"rendering {number} batches again")
+            with facts.part("images", "labels", "teacher outputs"):
+                check_batches(files, opened, facts, self.tolerance, num_batches=number, is_same_teacher=is_same_teacher)
+            if self._settings.replay:
+                differing = [name for name, same in (("data", is_same), ("teacher", is_same_teacher)) if not same]
+                self._replay(opened, scratch, differing)
+            if self._settings.results:
+                self._report("evaluating the exported student again")
+                check_results(files, opened, facts, self.tolerance)
+
+    @property
+    def _of_replays(self) -> tuple[str, ...]:
+        if not self._settings.replay:
+            return ()
+        return ("all steps",) if self._settings.full else _OF_REPLAYS
+
+    @property
+    def _of_results(self) -> tuple[str, ...]:
+        return _OF_RESULTS if self._settings.results else ()
+
+    def _replay(self, opened: ReplayRun, scratch: Path, differing: Sequence[str]) -> None:
+        files, names = self._files, self._of_replays
+        evidence, last = files.evidence, files.last
+        why = None
+        if files.num_processes > 1:
+            why = f"{files.num_processes} processes trained together, and a replay is one process"
+        elif evidence is None or not evidence.starts:
+            why = "there is no evidence to compare it with"
+        elif last is None:
+            why = "there is no last checkpoint"
+        elif differing:
+            why = f"the {' and the '.join(differing)} differs"
+        if why is not None or evidence is None or last is None:
+            for name in names:
+                self._facts.unknown(name, why or "")
+            return
+        if self._settings.full:
+            self._replay_all(opened, scratch, last.step)
+            return
+        steps, best = self._settings.steps, files.best
+        self._replay_from("first steps", opened, scratch / "first", 0, self._end(0, steps, last.step))
+        if best is None or not 0 < best.step < last.step:
+            at_end = "" if best is None else ", as the best one is that of the end"
+            why = f"no checkpoint before the end (step {last.step}) is kept{at_end}; --full trains all steps again"
+            self._facts.unknown("last steps", why)
+            return
+        end = self._end(best.step, steps, last.step)
+        self._replay_from("last steps", opened, scratch / "last", best.step, end, files.best_file)
+
+    def _replay_all(self, opened: ReplayRun, scratch: Path, last: int) -> None:
+        """Train from the seed to the end; where the run was resumed with other settings, with these from there on."""
+        evidence = self._files.evidence
+        assert evidence is not None
+        replayed, step, checkpoint = Evidence(), 0, None
+        with self._facts.part("all steps"):
+            while step < last:
+                end = self._end(step, last, last)
+                if end <= step:
+                    raise StateError("the evidence has starts that are no order of steps")
+                found, checkpoint = self._trained(opened, scratch / f"from_{step}", step, end, checkpoint)
+                replayed.batches.update(found.batches)
+                replayed.weights.update(found.weights)
+                step = end
+            compare_replay("all steps", evidence, replayed, self._facts, self.tolerance, first_step=0)
+
+    def _replay_from(
+        self, name: str, opened: ReplayRun, scratch: Path, first: int, end: int, checkpoint: Path | None = None
+    ) -> None:
+        """Train steps again after the first ones, and compare them."""
+        evidence = self._files.evidence
+        assert evidence is not None
+        with self._facts.part(name):
+            replayed, _ = self._trained(opened, scratch, first, end, checkpoint)
+            compare_replay(name, evidence, replayed, self._facts, self.tolerance, first_step=first)
+
+    def _trained(
+        self, opened: ReplayRun, scratch: Path, first: int, end: int, checkpoint: Path | None
+    ) -> tuple[Evidence, Path]:
+        """The evidence of steps that are trained again, and the checkpoint after them."""
+        self._report(f"training steps {first + 1} to {end} again")
+        config = self._config_after(first)
+        with ReplayRun(config, **self._arguments(scratch, stop_after=end)) as run:
+            run.share(opened)
+            return run.replay(checkpoint), run.ended_with
+
+    def _end(self, first: int, count: int, last: int) -> int:
+        """The last of so many steps after the first ones that the run has taken with the same settings."""
+        assert self._files.evidence is not None
+        starts = self._files.evidence.starts
+        changed = [each.step for each in starts if each.step > first and _is_other(each, self._start(first))]
+        return min(first + count, last, *changed)
+
+    def _arguments(self, scratch: Path, stop_after: int = 0) -> dict[str, Any]:
+        return {
+            "origin": self._files.folder.path,
+            "scratch": scratch,
+            "begun_with": self._files.says,
+            "num_processes": self._files.num_processes,
+            "stop_after": stop_after,
+            **self._permissions,
+        }
+
+    def _start(self, step: int) -> StartLine:
+        """The start of the run, the last one that took the step after this one."""
+        assert self._files.evidence is not None
+        starts = self._files.evidence.starts
+        return next((each for each in reversed(starts) if each.step <= step), starts[0])
+
+    def _config_after(self, step: int) -> Config:
+        """The config that the step after this one was taken with: that of the run, unless it was changed later."""
+        assert self._files.evidence is not None
+        start = self._start(step)
+        if not _is_other(start, self._files.evidence.starts[-1]):
+            return self._config
+        try:
+            config = Config.model_validate(start.config)
+        except ValueError:
+            raise StateError(f"the evidence of step {start.step} does not hold a config") from None
+        now = self._config
+        return self._prepared(config.model_copy(update={"data": now.data, "teacher": now.teacher}), start)
+
+    def _prepared(self, config: Config, start: StartLine | None) -> Config:
+        """`config` in the folder where the run is now, with as many threads as it had."""
+        changes: dict[str, Any] = {"run_dir": self._files.folder.path}
+        threads = None if start is None else start.machine.get("threads")
+        if config.train.num_threads is None and isinstance(threads, int) and 0 < threads <= _MAX_THREADS:
+            changes["train"] = config.train.model_copy(update={"num_threads": threads})
+        return config.model_copy(update=changes)
+
+
+def _is_other(one: StartLine, other: StartLine) -> bool:
+    """Whether two starts of a run had different settings."""
+    return bool(changed_settings(one.config, other.config))
+
+
+def _tolerance(config: Config, starts: Sequence[StartLine]) -> Tolerance:
+    """How close numbers are here to those of the machine that the run was on."""
+    relative = _TOLERANCES.get(config.train.precision, _TOLERANCE_OF_HALF)
+    if not starts:
+        return Tolerance(False, "the machine of the run is not known", relative)
+    device = resolve_device(config.data.device)
+    here = describe_machine(device) | {"threads": config.train.num_threads}
+    reasons = [
+        f"{name} {printable(start.machine.get(name))[:80]} → {here.get(name)}"
+        for start in starts
+        for name in {**start.machine, **here}
+        if start.machine.get(name) != here.get(name)
+    ]
+    if device.type == "cuda" and not config.train.deterministic:
+        reasons.append("a GPU adds in any order without train.deterministic")
+    return Tolerance(not reasons, ", ".join(dict.fromkeys(reasons)), relative)
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Leave torch's random state, threads and algorithms as they were."""
+    rng, threads = RngState.capture(), torch.get_num_threads()
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic)
+        torch.set_num_threads(threads)
+        rng.restore()
