@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from markdown_it import MarkdownIt
 from pygments.lexers import get_lexer_for_filename
 from pygments.util import ClassNotFound
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
 from sphinx.transforms import SphinxTransform
 from sphinx.util.osutil import relative_uri
 
@@ -31,27 +33,34 @@ class FindRepositoryFiles(SphinxTransform):
             *self.document.findall(addnodes.download_reference),
             *self.document.findall(addnodes.pending_xref),
         ]:
-            if node.get("reftype") == "myst" and node.get("refdomain") != "doc":
+            if node.get("reftype") == "myst":
                 self._replace(node)
 
     def _replace(self, node: nodes.Element) -> None:
         target, _, anchor = node["reftarget"].partition("#")
         if not target:
             return
-        _, absolute = self.env.relfn2path(target, self.env.docname)
-        path = Path(absolute).resolve()
-        if not path.exists() or not path.is_relative_to(REPOSITORY) or path.is_relative_to(self.env.srcdir):
+        if node.get("refdomain") == "doc":  # MyST takes every .md for a page
+            path, anchor = Path(f"{target}.md"), node["reftargetid"]
+        else:
+            path = Path(self.env.relfn2path(target, self.env.docname)[1]).resolve()
+        if not path.is_absolute() or not path.exists() or not is_outside(path, self.env):
             return
         name = path.relative_to(REPOSITORY).as_posix()
         reference = addnodes.pending_xref(refdoc=self.env.docname, refexplicit=True)
         page = self.config.repository_pages.get(name)
         if page is not None:
-            reference |= {"refdomain": "doc", "reftype": "myst", "reftarget": page, "reftargetid": anchor or None}
+            reference.attributes |= {"refdomain": "doc", "reftype": "myst", "reftarget": page, "reftargetid": anchor or None}
         else:
-            reference |= {"refdomain": "", "reftype": "repository_file", "reftarget": name}
+            reference.attributes |= {"refdomain": "", "reftype": "repository_file", "reftarget": name}
             found(self.env).setdefault(self.env.docname, set()).add(name)
         node.replace_self(reference)
         reference += node.children
+
+
+def is_outside(path: Path, env: BuildEnvironment) -> bool:
+    """Whether a path is in the repository and no page."""
+    return path.is_relative_to(REPOSITORY) and not path.is_relative_to(env.srcdir)
 
 
 def found(env: BuildEnvironment) -> dict[str, set[str]]:
@@ -70,15 +79,44 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: Any, content: nodes.Elemen
 
 
 def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """A page for each file that is linked to, and for the files of each folder that is."""
-    names = {name for each in found(app.env).values() for name in each}
-    for name in [*names]:
-        if (folder := REPOSITORY / name).is_dir():
-            names |= {f"{name}/{child.name}" for child in shown_in(folder)}
-    for name in sorted(names):
+    """A page for each file that is linked to, and for the files that a folder has or a text names in turn."""
+    waiting, done = sorted({name for each in found(app.env).values() for name in each}), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in done:
+            continue
+        done.add(name)
         path = REPOSITORY / name
-        body = folder_body(path, name) if path.is_dir() else file_body(app, path)
-        yield PREFIX + name, {"title": name, "body": f"<h1>{escape(name)}</h1>\n{body}"}, "page.html"
+        if path.is_dir():
+            body = folder_body(path, name)
+            waiting += [f"{name}/{child.name}" for child in shown_in(path)]
+        elif path.suffix == ".md":
+            body, linked = text_body(app, path, name)
+            waiting += linked
+        else:
+            body = f"<h1>{escape(name)}</h1>\n{file_body(app, path)}"
+        yield PREFIX + name, {"title": name, "body": body}, "page.html"
+
+
+def text_body(app: Sphinx, path: Path, name: str) -> tuple[str, list[str]]:
+    """A text in Markdown, and the files of the repository that it links to."""
+    parser = MarkdownIt("commonmark").enable("table")
+    tokens, linked = parser.parse(path.read_text(encoding="utf-8")), []
+    for token in [child for block in tokens for child in block.children or ()]:
+        target, _, anchor = str(token.attrGet("href") or "").partition("#")
+        if token.type != "link_open" or not target or ":" in target:
+            continue
+        file = (path.parent / target).resolve()
+        if is_outside(file, app.env) and file.exists():
+            linked.append(file.relative_to(REPOSITORY).as_posix())
+            page = f"{PREFIX}{linked[-1]}"
+        else:
+            page = str(app.env.path2doc(file))
+            if page not in app.env.all_docs:
+                raise ExtensionError(f"{name} links to {target}, which does not exist")
+        uri = app.builder.get_relative_uri(PREFIX + name, page)
+        token.attrSet("href", f"{uri}#{anchor}" if anchor else uri)
+    return parser.renderer.render(tokens, parser.options, {}), linked
 
 
 def shown_in(folder: Path) -> list[Path]:
@@ -93,7 +131,7 @@ def folder_body(folder: Path, name: str) -> str:
         f"<code>{escape(path.name)}</code></a></li>"
         for path in shown_in(folder)
     )
-    return f"<ul>{''.join(links)}</ul>"
+    return f"<h1>{escape(name)}</h1>\n<ul>{''.join(links)}</ul>"
 
 
 def file_body(app: Sphinx, path: Path) -> str:
