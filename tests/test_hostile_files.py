@@ -14,7 +14,7 @@ KINDS = (
     *("npy", "npz", "mask.png", "mask.npy", "classes.json", "classes.txt", "list.csv", "list.jsonl"),
     *("index", "image folder", "class folders with 250 digits", "CIFAR", "CIFAR archive"),
     *("tar", "label in a tar", "names in a tar", "index of a shard"),
-    *("config", "model.json", "weights of a run", "history", "metrics.csv", "result.json", "run.lock"),
+    *("config", "model.json", "weights of a run", "history", "evidence", "metrics.csv", "result.json", "run.lock"),
     *("manifest of a recording", "stream of a recording", "part of a recording", "logits.classes of a recording"),
     *("features.scale of a recording", "top logits of a recording", "recording"),
     *("onnx", "onnx in OpenVINO", "external weights", "engine", "manifest of an engine", "parity images"),

@@ -34,19 +34,24 @@ NEEDS_LIGHTNING = {
         for name in (
             "_distill",
             "_train",
+            "_verify",
             "demo_backbone",
             "distill_module",
+            "replay_run",
             "resume",
             "stage_run",
             "story",
             "students",
+            "verify_files",
+            "verify_replay",
+            "verify_stream",
         )
     ),
     *(
         f"kd_pipeline.training.{name}"
         for name in (
-            *("checkpoint_callback", "early_stopping", "loggers", "metrics_csv", "module", "signals"),
-            *("run_story", "teacher_probe", "trainer"),
+            *("checkpoint_callback", "early_stopping", "keep_evidence", "loggers", "metrics_csv", "module"),
+            *("run_story", "signals", "stop_after", "teacher_probe", "trainer"),
         )
     ),
 }
@@ -116,7 +121,7 @@ def test_import_is_light():
 @pytest.mark.slow
 def test_public_names_load_nothing_optional():
     """`nvidia` and `cuda` do not count: torch installs its own libraries there."""
-    names = sorted(set(kd_pipeline.__all__) - {"distill", "train"})  # need Lightning
+    names = sorted(set(kd_pipeline.__all__) - {"distill", "train", "verify"})  # need Lightning
     statement = f"import kd_pipeline\nfor name in {names}: getattr(kd_pipeline, name)"
     assert loaded_after(statement, OPTIONAL - {"nvidia", "cuda"} | {"nvidia.dali", "torch"}) == "torch"
 
