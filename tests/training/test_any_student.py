@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kd_pipeline import losses
@@ -18,6 +19,7 @@ from kd_pipeline.evaluation._logits import logits_of
 from kd_pipeline.evaluation._predict import predict
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.input_adapter import IMAGENET_MEAN, IMAGENET_STD, AdaptedNetwork
+from kd_pipeline.models.resnet import small_resnet
 from kd_pipeline.workflows import check, train
 from kd_pipeline.workflows._train import TrainResult
 from kd_pipeline.workflows.exported import open_model_file
@@ -289,6 +291,28 @@ def test_adapted_images_are_those_of_another_transform(digits: Path) -> None:
             opened.close()
     for each in logits[1:]:
         torch.testing.assert_close(each, logits[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_teacher_and_student_of_one_channel(digits: Path) -> None:
+    """Both get gray images of the loader's three channels, and so does what is exported."""
+    gray = {"mean": [0.3], "std": [0.35]}
+    network = {"builtin": "small_resnet", "kwargs": {"in_channels": 1, "width": 4}}
+    torch.save(small_resnet(10, width=4, in_channels=1).state_dict(), digits / "gray.pt")
+    teacher = {"model": network | {"checkpoint": digits / "gray.pt"}, "input_adapter": gray, "backend": "pytorch"}
+    student = network | {"input_adapter": gray}
+    config = config_of(digits, "gray", "a_tensor", teacher=teacher, student=student, **tiny_run.WITH_ONNX)
+    folder = run(config).folder
+    weights = load_file(folder / "exported" / "model.safetensors")
+    student_alone = small_resnet(10, width=4, in_channels=1)
+    student_alone.load_state_dict({name.removeprefix("network."): value for name, value in weights.items()})
+    pixels, transform = torch.rand(3, 1, 8, 8).expand(3, 3, 8, 8), config.data.split("val").transform
+    images = (pixels - per_channel(transform.mean)) / per_channel(transform.std)
+    opened = open_model_file(folder / "exported" / "model.onnx", image_shape=(3, 8, 8), device=torch.device("cpu"))
+    with torch.no_grad():
+        expected = student_alone.eval()((pixels[:, :1] - 0.3) / 0.35)
+        torch.testing.assert_close(logits_of(opened.model(images)), expected, rtol=1e-3, atol=1e-4)
+    opened.close()
 
 
 @pytest.mark.slow
