@@ -10,6 +10,7 @@ from kd_pipeline._core.cpu_features import trains_faster_in_bf16
 from kd_pipeline.bench.measure import format_table, paired_ratio, spread
 from kd_pipeline.bench.step_variants import PARTS, PHASES
 from kd_pipeline.bench.step_worker import StepSample
+from kd_pipeline.report.advice import advice_for
 from kd_pipeline.report.plots import Bar, plot_bars
 
 if TYPE_CHECKING:
@@ -104,23 +105,8 @@ class StepResult:
         phases_ms = row.phases_ms
         phase = max(phases_ms, key=lambda phase: phases_ms[phase])
         share = f"In ({row.letter}) {phases_ms[phase] / sum(phases_ms.values()):.0%} of the time goes into"
-        match phase:
-            case "teacher":
-                return (
-                    f"{share} the teacher: try another teacher.precision, take a smaller teacher, or with few epochs "
-                    "record its outputs once with kd-pipeline record"
-                )
-            case "loader":
-                return (
-                    f"{share} waiting for the loader: raise data.num_threads up to the number of cores, lower "
-                    "transform.size, store smaller images, or on a GPU raise data.ahead"
-                )
         gains = self.settings["precision"] == "fp32" and (self.settings["device"] != "cpu" or trains_faster_in_bf16())
-        faster = "set train.precision to bf16-mixed, or " if gains else ""
-        return (
-            f"{share} the {phase}, which no loader and no teacher can change: {faster}take a smaller student or "
-            "smaller images; train.compile is worth its time, as in these rows"
-        )
+        return advice_for(phase, share, gains_from_bf16=gains, is_compiled=True)
 
     def table(self) -> str:
         """Plain text: a line for each row, and below them how they compare."""

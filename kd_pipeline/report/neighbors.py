@@ -21,18 +21,18 @@ Images = NDArray[np.uint8]
 
 def save_neighbors(
     queries: Images,
-    neighbors: Mapping[str, tuple[Images, NDArray[np.bool_]]],
+    neighbors: Mapping[str, tuple[Images, NDArray[np.bool_] | None]],
     path: Path,
 ) -> Path:
     """Write a PNG file with a row for each query: the query, then its neighbors in the features of each network.
 
-    A neighbor of the query's class has a green frame, another a red one. A link at `path` is replaced, and not written
-    through.
+    A neighbor of the query's class has a green frame, another a red one, and all have a black one if classes are not
+    known. A link at `path` is replaced, and not written through.
 
     Args:
         queries: `[Q, H, W, 3]` uint8.
         neighbors: by the name of the network, the neighbors `[Q, K, H, W, 3]` uint8, the nearest first, and whether
-            each is of the query's class `[Q, K]`.
+            each is of the query's class `[Q, K]`, or None where classes are not known.
         path: the file.
 
     Raises:
@@ -48,7 +48,7 @@ def save_neighbors(
         draw.text((x, 4), printable(name), fill=_BLACK, font=font)
         for row, tiles in enumerate(images):
             colors: Sequence[tuple[int, int, int]] = (
-                [_BLACK] if is_alike is None else [_GREEN if alike else _RED for alike in is_alike[row]]
+                [_BLACK] * len(tiles) if is_alike is None else [_GREEN if alike else _RED for alike in is_alike[row]]
             )
             for column, (tile, color) in enumerate(zip(tiles, colors, strict=True)):
                 _draw_tile(picture, tile, (x + column * _TILE, _TEXT_HEIGHT + row * _TILE), color)

@@ -39,7 +39,7 @@ from kd_pipeline.workflows.open_checkpoint import is_checkpoint, open_checkpoint
 from kd_pipeline.workflows.stage import stage_dir, view_of
 from kd_pipeline.workflows.teacher import saved_runtimes, student_precision, with_trained_weights
 
-__all__ = ["TEACHER", "compare_files"]
+__all__ = ["TEACHER", "compare_files", "open_logits_teacher"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -149,7 +149,7 @@ def compare_files(
                 report("opening the teacher of the config")
 
             def open_own(config: Config) -> OpenedModel | None:
-                return _open_own_teacher(config, split, loader, plugins, trust_engines, is_required=not models)
+                return open_logits_teacher(config, split, loader, plugins, trust_engines, is_required=not models)
 
             own = _open_for_each(configs, open_own, stack)
             if own is not None:
@@ -298,7 +298,7 @@ def _open_bank(config: Config, split: str, loader: KDDataLoader, plugins: Collec
     )
 
 
-def _open_own_teacher(
+def open_logits_teacher(
     config: Config,
     split: str,
     loader: KDDataLoader,

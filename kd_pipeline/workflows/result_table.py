@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.evaluation._features import COSINE
 
-__all__ = ["result_table", "students_table"]
+__all__ = ["result_rows", "result_table", "students_table"]
 
 _KNN, _LINEAR = "knn_top1", "linear_top1"
 _TITLES = {_KNN: "k-NN", _LINEAR: "linear"}
@@ -23,7 +23,7 @@ def result_table(evaluations: Mapping[str, Evaluation], *, trained: str) -> tupl
         evaluations: metrics of the network that was trained, and of its teacher, by split.
         trained: what that network is called.
     """
-    return _table([row for split, found in evaluations.items() for row in _rows(split, found, trained)])
+    return _table([row for split, found in evaluations.items() for row in result_rows(split, found, trained)])
 
 
 def students_table(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def students_table(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> tuple
     rows: list[_Row] = []
     for split in splits:
         named = {name: found[split] for name, found in evaluations.items() if split in found}
-        found = [_rows(split, each, name) for name, each in named.items()]
+        found = [result_rows(split, each, name) for name, each in named.items()]
         by_network = {row["network"]: row for each in found for row in each}
         rows += sorted(by_network.values(), key=lambda row: row["network"] not in evaluations)
     return _table(rows)
@@ -55,8 +55,8 @@ def _table(rows: Sequence[_Row]) -> tuple[str, ...]:
     return line({title: title for title in titles}), *map(line, rows)
 
 
-def _rows(split: str, found: Evaluation, trained: str) -> Iterator[_Row]:
-    """The row of the network, and one for each teacher of which something is known."""
+def result_rows(split: str, found: Evaluation, trained: str) -> Iterator[_Row]:
+    """The cells by column for the network, and for each teacher of which something is known."""
     teachers = [name.removesuffix(f"_{_KNN}") for name in found.metrics if name.endswith(f"_{_KNN}")]
     of_teachers = {f"{teacher}_{metric}" for teacher in teachers for metric in _TITLES}
     own = _cells(found) | _further(found, without=of_teachers)
