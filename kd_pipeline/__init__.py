@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from kd_pipeline.workflows import record as record
     from kd_pipeline.workflows import train as train
     from kd_pipeline.workflows import verify as verify
+    from kd_pipeline.workflows import write_report as write_report
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -98,6 +99,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.teachers.tensorrt.build": ["build_engine"],
         "kd_pipeline.teachers.tensorrt.settings": ["BuildSettings"],
         "kd_pipeline.training.settings": ["TrainSettings"],
-        "kd_pipeline.workflows": ["check", "distill", "record", "train", "verify"],
+        "kd_pipeline.workflows": ["check", "distill", "record", "train", "verify", "write_report"],
     },
 )

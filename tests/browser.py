@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CHROMIUM = shutil.which("chromium-headless-shell")
 """The browser; None where it is not installed."""
@@ -17,6 +18,14 @@ _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--remote-debugging-pipe"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
 )
+_START = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Starts it with its pipes at descriptors 3, from which it reads, and 4."""
 _MEASURE = """
 (() => {
   const seen = [...document.querySelectorAll('body *')].filter(each => each.checkVisibility());
@@ -39,9 +48,9 @@ _MEASURE = """
 class Browser:
     """An open browser with one tab."""
 
-    def __init__(self, read: int, write: int) -> None:
-        self._read, self._write = os.fdopen(read, "rb"), os.fdopen(write, "wb")
-        self._number = 0
+    def __init__(self, read: BinaryIO, write: BinaryIO) -> None:
+        self._read, self._write, self._number = read, write, 0
+        self._session: str | None = None
         self.requests: list[str] = []
         """URLs that were asked for since the page was opened, other than `data:`."""
         self.complaints: list[str] = []
@@ -50,8 +59,6 @@ class Browser:
         self._session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Log", "Runtime"):
             self.call(f"{domain}.enable")
-
-    _session: str | None = None
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the protocol and return its result."""
@@ -116,21 +123,20 @@ def open_browser() -> Iterator[Browser]:
     assert CHROMIUM is not None
     with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as folder:
         to_browser, from_browser = os.pipe(), os.pipe()
-        # It reads from descriptor 3 and writes to 4.
-        command = f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
+        pipes = (to_browser[0], from_browser[1])
+        command = [sys.executable, "-c", _START, *map(str, pipes), CHROMIUM, *_FLAGS, f"--user-data-dir={folder}"]
         process = subprocess.Popen(
-            ["sh", "-c", command, "sh", CHROMIUM, *_FLAGS, f"--user-data-dir={folder}", "about:blank"],
-            pass_fds=(to_browser[0], from_browser[1]),
+            [*command, "about:blank"],
+            pass_fds=pipes,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         os.close(to_browser[0])
         os.close(from_browser[1])
-        browser = None
         try:
-            browser = Browser(from_browser[0], to_browser[1])
-            yield browser
+            with os.fdopen(from_browser[0], "rb") as read, os.fdopen(to_browser[1], "wb") as write:
+                yield Browser(read, write)
         finally:
             process.kill()
             process.wait()

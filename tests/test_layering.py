@@ -31,7 +31,7 @@ PACKAGES = [
     "__main__",
 ]
 
-EVERYWHERE = {"PIL", "numpy", "pydantic", "pydantic_core", "torch", "yaml"}
+EVERYWHERE = {"PIL", "jinja2", "numpy", "pydantic", "pydantic_core", "torch", "yaml"}
 """What the library cannot do without, from setup.cfg."""
 WRAPPED_IN = {
     "aiohttp": {"storage.http", "storage.hubs"},

@@ -38,7 +38,7 @@ FOREIGN_OPTIONS = {"--array", "--nnodes", "--ntasks-per-node", "--nproc-per-node
 COMMAND_NAMES = (
     ["check"], ["train"], ["record"], ["eval"], ["predict"], ["build-engine"], ["bench", "step"], ["bench", "teacher"],
     ["config"], ["init"],
-    ["demo"], ["distill"], ["doctor"], ["tune"], ["export"],
+    ["demo"], ["distill"], ["doctor"], ["tune"], ["export"], ["report"],
 )  # fmt: skip
 
 

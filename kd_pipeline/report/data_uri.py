@@ -60,9 +60,13 @@ def confusion_uri(counts: NDArray[np.int64]) -> str:
     What is right is blue and what is wrong is orange.
     """
     totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    strength = np.sqrt(np.clip(counts / totals, 0, 1))[..., None]
-    colors = np.where(np.eye(len(counts), dtype=bool)[..., None], np.array([11, 99, 165]), np.array([196, 74, 20]))
-    image = Image.fromarray((255 + strength * (colors - 255)).round().astype(np.uint8))
+    levels = (255 * np.sqrt(counts / totals).clip(0, 1)).astype(np.uint8)
+    white, right, wrong = np.array([255, 255, 255]), np.array([11, 99, 165]), np.array([196, 74, 20])
+    shades = np.linspace(0, 1, 256)[:, None]
+    colors = (white + shades * (wrong - white)).astype(np.uint8)[levels]
+    diagonal = np.arange(len(counts))
+    colors[diagonal, diagonal] = (white + shades * (right - white)).astype(np.uint8)[levels.diagonal()]
+    image = Image.fromarray(colors)
     if len(counts) > _MAX_SIDE:
         return _png(image.resize((_MAX_SIDE, _MAX_SIDE), Image.Resampling.BOX))
     scale = -(-_MIN_MATRIX // len(counts))
@@ -71,7 +75,7 @@ def confusion_uri(counts: NDArray[np.int64]) -> str:
 
 def _png(image: Image.Image) -> str:
     stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
+    image.save(stream, "PNG")
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

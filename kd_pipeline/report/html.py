@@ -19,7 +19,9 @@ _MAX_DOTS = 40
 _SIDE = 1000
 """Of the square in which lines are drawn, and which the page stretches."""
 _NUM_COLORS = 8
-_MIN_TO_CUT, _OUTLIER = 10, 4
+_MAX_SHOWN = 1e100
+"""Larger values are not drawn."""
+_MIN_TO_CUT, _OUTLIER = 10, 8
 """Of so many values, a tenth may be cut off that is so many times as far from the lowest as the others."""
 
 
@@ -93,8 +95,9 @@ def _heat(matrix: Matrix) -> list[tuple[str, list[tuple[int, float]]]]:
 
 def _drawn(chart: Chart) -> _Drawn:
     """The lines of a chart and the ticks of its axes."""
-    series = [(each, _downsampled(each.points)) for each in chart.series if each.points]
-    xs = [x for each in chart.series for x, _ in each.points]
+    usable = [(each, [(x, y) for x, y in each.points if abs(y) < _MAX_SHOWN]) for each in chart.series]
+    series = [(each, _downsampled(points)) for each, points in usable if points]
+    xs = [x for _, points in usable for x, _ in points]
     ys = [y for _, points in series for _, y in points]
     highest = _highest(ys)
     x_ticks, y_ticks = _ticks(min([0.0, *xs]), max([1.0, *xs]), 4), _ticks(min(ys, default=0), highest, 4)
@@ -116,9 +119,9 @@ def _drawn(chart: Chart) -> _Drawn:
         )
         for each, points in series
     ]
-    shown_x = [_Tick(100 * (x - left) / (right - left), _number(x)) for x in x_ticks if left <= x <= right]
+    shown_x = [_Tick(round(100 * (x - left) / (right - left), 2), _number(x)) for x in x_ticks if left <= x <= right]
     label = _percentages(y_ticks) if chart.in_percent else [_number(y) for y in y_ticks]
-    shown_y = [_Tick(100 * (top - y) / (top - bottom), text) for y, text in zip(y_ticks, label, strict=True)]
+    shown_y = [_Tick(round(100 * (top - y) / (top - bottom), 2), text) for y, text in zip(y_ticks, label, strict=True)]
     return _Drawn(lines, shown_x, shown_y, is_cut=max(ys, default=0) > top)
 
 
@@ -139,14 +142,13 @@ def _downsampled(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(value / len(values) for value in values)  # not the sum first, which may be infinite
+    return sum(values) / len(values)
 
 
 def _ticks(low: float, high: float, number: int) -> list[float]:
     """About `number` round numbers, the first of which is not above `low` and the last not below `high`."""
-    low, high = max(low, -1e300), min(high, 1e300)
-    if high - low < 1e-9 * max(abs(low), abs(high), 1e-30):
-        margin = abs(low) / 2 or 1.0
+    if high - low < 1e-9 * max(abs(low), abs(high), 1 / _MAX_SHOWN):
+        margin = abs(low) / 2 if abs(low) > 1 / _MAX_SHOWN else 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / number
     power = 10.0 ** math.floor(math.log10(rough))

@@ -58,11 +58,13 @@ def read_predictions(path: Path) -> Iterator[PredictionRow]:
                 place = f"{path}, line {reader.line_num}"
                 if number >= _MAX_ROWS:
                     raise ValueError(f"more than {_MAX_ROWS} rows")
+                if row["label"] is None or row["student"] is None:
+                    raise ValueError("a line that is cut off")
                 yield PredictionRow(
                     index=_index(row["index"]),
                     path=row.get("path") or "",
-                    label=row["label"] or "",
-                    student=row["student"] or "",
+                    label=row["label"],
+                    student=row["student"],
                     student_probability=_number(row.get("student_probability")),
                     teacher=row.get("teacher") or "",
                     teacher_probability=_number(row.get("teacher_probability")),

@@ -75,21 +75,24 @@ def write_report(
     file = folders[0] / "report.html" if out is None else argument_path(out)
     found = _read(folders)
     prepare_output(file, kind="HTML file")
+    title = _names(folders)[0] if len(folders) == 1 else "Comparison of runs"
     access = Access(samples, remote, plugins, trust_engines)
-    write_output(file, render(_document(found, access, report)))
+    write_output(file, render(_document(title, found, access, report)))
     return file
 
 
 def _read(folders: Sequence[Path]) -> list[RunRecord]:
     """The runs, each with its stages and students after it."""
     records: list[RunRecord] = []
-    names = _names(folders)
-    for name, folder in zip(names, folders, strict=True):
+    for name, folder in zip(_names(folders), folders, strict=True):
         parts = find_runs(folder)
         has_own = parts[0][0] == ""
         for part, path in parts:
-            is_stage = part in ("teacher", "baseline") or (has_own and part != "")
-            records.append(read_run(path, f"{name}/{part}".rstrip("/"), part_of=name if is_stage else ""))
+            if part and any(path.samefile(each) for each in folders):
+                continue  # it was named itself
+            is_part = part in ("teacher", "baseline") or (has_own and part != "")
+            shown = part if part and len(folders) == 1 else f"{name}/{part}".rstrip("/")
+            records.append(read_run(path, shown, part_of=name if is_part else ""))
     return records
 
 
@@ -102,9 +105,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [fspath(folder) for folder in folders]
 
 
-def _document(records: Sequence[RunRecord], access: Access, report: Callable[[str], object]) -> Document:
+def _document(title: str, records: Sequence[RunRecord], access: Access, report: Callable[[str], object]) -> Document:
     main = [record for record in records if not record.part_of] or [*records]
-    head = head_of(main, records)
+    head = head_of(title, main, records)
     parts: list[tuple[str, list[Block]]] = [("Results", [*result_blocks(records)])]
     if len(main) > 1:
         parts.append(("Differences", [*difference_blocks(main)]))
@@ -195,7 +198,7 @@ def _batch_blocks(run: RunRecord, access: Access, report: Callable[[str], object
     uri, text = draw_training_batch(run, access, report=report)
     yield Text(
         "What the student, and a teacher on the same view, are trained on, with crops and colors as they get them. "
-        "Whoever looks at it should be able to tell the classes."
+        "A person who looks at it should be able to tell what it shows."
     )
     yield Text(text, "note")
     if uri is not None:

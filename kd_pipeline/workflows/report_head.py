@@ -28,14 +28,14 @@ class Head:
     facts: Sequence[tuple[str, str]]
 
 
-def head_of(main: Sequence[RunRecord], records: Sequence[RunRecord]) -> Head:
+def head_of(title: str, main: Sequence[RunRecord], records: Sequence[RunRecord]) -> Head:
     """The head of a report on the runs `main`, of which `records` has the stages, too."""
     if len(main) > 1:
-        return _of_several(main)
+        return _of_several(title, main)
     run = main[0]
     others = [record for record in records if record is not run]
     status, tone = status_of(run)
-    return Head(run.name, [*_sentences(run, others)], status, tone, [*_cards(run)], [*_facts(run)])
+    return Head(title, [*_sentences(run, others)], status, tone, [*_cards(run)], [*_facts(run)])
 
 
 def status_of(run: RunRecord) -> tuple[str, Tone]:
@@ -60,7 +60,7 @@ def status_of(run: RunRecord) -> tuple[str, Tone]:
             return f"Failed at step {step:,}: {outcome}", "bad"
 
 
-def _of_several(runs: Sequence[RunRecord]) -> Head:
+def _of_several(title: str, runs: Sequence[RunRecord]) -> Head:
     found = [(run, *result) for run in runs if (result := _result(run)) is not None]
     sentences = [f"{len(runs)} runs side by side: {', '.join(run.name for run in runs)}."]
     if len(found) > 1 and len({(split, metric.name) for _, split, metric in found}) == 1:
@@ -75,7 +75,7 @@ def _of_several(runs: Sequence[RunRecord]) -> Head:
     cards = [
         Card(metric.shown(metric.value), f"{run.name}: {metric.name} on {split}") for run, split, metric in found[:8]
     ]
-    return Head("Comparison of runs", sentences, "", "good", cards, [])
+    return Head(title, sentences, "", "good", cards, [])
 
 
 def _result(run: RunRecord) -> tuple[str, Primary] | None:
@@ -125,8 +125,8 @@ def _with_parameters(name: str) -> str:
 def _data(run: RunRecord) -> str:
     """` of 1,433 images in 10 classes`; empty if it is not known."""
     for rows in ("images", "samples", "rows"):
-        if match := re.search(r"train ([\d,]+)", told := run.told(rows)):
-            classes = re.search(r"([\d,]+) (classes(?: of pixels)?)", told)
+        if match := re.search(r"train (\d[\d,]*\d|\d)", told := run.told(rows)):
+            classes = re.search(r"(\d[\d,]*) (classes(?: of pixels)?)", told)
             return f" of {match[1]} {rows}" + (f" in {classes[1]} {classes[2]}" if classes else "")
     return ""
 

@@ -129,16 +129,16 @@ def difference_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
     }
     results = []
     for run in runs:
-        values = {}
+        values: dict[str, str] = {}
         for split, found in run.evaluations.items():
             values |= {f"{split}/{name}": _number(value) for name, value in sorted(_scalars(found).items())}
         results.append(values)
     tables["Results"] = _different(results)
     for title, rows in tables.items():
-        if title == "Data" and not all(run.fingerprints for run in runs):
-            yield Text("Whether all saw the same data is not recorded for every run.", "note")
         if not rows:
-            yield Text(f"{title}: no difference.", "note")
+            is_unknown = title == "Data" and not all(run.fingerprints for run in runs)
+            nothing = "not every run has recorded the fingerprints of its data" if is_unknown else "no difference"
+            yield Text(f"{title}: {nothing}.", "note")
             continue
         table = Table([title[:-1] if title != "Data" else "Split", *names], rows[:_MAX_CHANGED], 1 + len(names))
         more = len(rows) - _MAX_CHANGED
@@ -280,8 +280,9 @@ def _counts(found: Evaluation) -> "np.ndarray[Any, np.dtype[np.int64]] | None":
 def _metric(evaluation: Evaluation, name: str) -> float | None:
     value = getattr(evaluation, name, None)
     value = evaluation.metrics.get(name) if value is None else value
-    is_number = isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if is_number else None
+    if isinstance(value, bool) or not isinstance(value, float | int) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _scalars(found: Evaluation) -> dict[str, float]:

@@ -123,7 +123,7 @@ class RunRecord:
 
     def seconds(self) -> dict[str, float]:
         """Seconds of what was timed after the last training, by its title."""
-        found = {}
+        found: dict[str, float] = {}
         for line in self.log:
             if _TITLED.fullmatch(line.text):
                 found = {}
@@ -164,7 +164,8 @@ def read_run(path: Path, name: str, part_of: str = "") -> RunRecord:
             return default
 
     folder = RunFolder(path)
-    events = attempt(lambda: folder.events() if inside(path, "history.jsonl") else [], [])
+    no_events: list[dict[str, Any]] = []
+    events = attempt(lambda: no_events if inside(path, "history.jsonl") is None else folder.events(), no_events)
     trainings, results_at, results_step, fingerprints = _history(events)
     return RunRecord(
         name=name,
@@ -192,7 +193,8 @@ def inside(folder: Path, name: str) -> Path | None:
     path = folder / name
     if not os.path.lexists(path):
         return None
-    if not path.resolve().is_relative_to(folder.resolve()):
+    # Not `Path.resolve`, which fails on a link to itself.
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise StateError(f"{path} is a link that leads out of the folder of its run, and is left out")
     return path
 

@@ -1,9 +1,7 @@
 """Samples for a report: what student and teacher say of validation images, which to show, and their pictures."""
 
-import heapq
 import logging
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -28,13 +26,13 @@ from kd_pipeline.report.prediction_rows import PredictionRow, read_predictions
 from kd_pipeline.teachers.settings import members_of
 from kd_pipeline.workflows._compare import open_logits_teacher
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
+from kd_pipeline.workflows.report_choice import Group, choose, count_answers
 from kd_pipeline.workflows.report_run import RunRecord, inside
 from kd_pipeline.workflows.stage import view_of
 
 __all__ = [
     "PREDICTIONS",
     "Access",
-    "Group",
     "Samples",
     "collect_samples",
     "draw_training_batch",
@@ -63,15 +61,6 @@ class Access:
     """Also from URLs that a run's config names."""
     plugins: Collection[str] = ()
     trust_engines: Collection[str] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Samples that are shown together."""
-
-    title: str
-    note: str
-    rows: Sequence[PredictionRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +99,13 @@ def collect_samples(run: RunRecord, access: Access, *, number: int, report: Call
                 rows = [*_evaluate(run, *opened, access, stack, notes)]
         except KDPipelineError as exc:
             notes.append(f"The answers to single images are not known: {sentence(exc)}")
-        groups = _groups(rows, number)
+        groups = choose(rows, number)
         pictures: dict[int, str] = {}
         if opened is not None and groups:
             wanted = {row.index: row for group in groups for row in group.rows}
             report(f"{run.name}: pictures of {len(wanted)} images of data.val")
             pictures = _pictures(opened[1], wanted, notes)
-    return Samples(_counts(rows), groups, pictures, notes)
+    return Samples(count_answers(rows), groups, pictures, notes)
 
 
 def draw_training_batch(run: RunRecord, access: Access, *, report: Callable[[str], object]) -> tuple[str | None, str]:
@@ -138,7 +127,7 @@ def draw_training_batch(run: RunRecord, access: Access, *, report: Callable[[str
                 classes, transform = loader.classes, loader.transform
             file = Path(folder) / "batch.png"
             save_grid(batch, file, transform=transform, classes=classes, num_images=_BATCH_IMAGES)
-            return picture_uri(file), "With each image its label."
+            return picture_uri(file), "With each image its label, if it has one."
     except (KDPipelineError, RuntimeError) as exc:
         return None, f"There is no picture of it: {sentence(exc)}"
 
@@ -296,74 +285,6 @@ def _rows(
                 teacher_probability=None if of_teacher is None else float(of_teacher.values[row]),
                 loss=None if losses_N is None else losses_N[row],
             )
-
-
-def _counts(rows: Iterable[PredictionRow]) -> dict[str, int]:
-    found = Counter((row.student_is_right, row.teacher_is_right) for row in rows if row.label and row.teacher)
-    names = {
-        (True, True): "both right",
-        (False, True): "only the teacher right",
-        (True, False): "only the student right",
-        (False, False): "both wrong",
-    }
-    return {name: found[key] for key, name in names.items()} if found else {}
-
-
-def _groups(rows: Sequence[PredictionRow], number: int) -> list[Group]:
-    """At most `number` samples in groups; each sample is in one."""
-    labeled = [row for row in rows if row.label]
-    wrong = [row for row in labeled if not row.student_is_right]
-    kinds: list[tuple[str, str, list[PredictionRow], Callable[[PredictionRow], float]]] = [
-        (
-            "Teacher right, student wrong",
-            "What is still to be learned from the teacher. The student's surest answers come first.",
-            [row for row in wrong if row.teacher_is_right],
-            _sureness,
-        ),
-        (
-            "Worst of the student" if any(row.teacher for row in rows) else "Worst",
-            "The student's highest losses: hard images, mistaken labels, or classes that look alike.",
-            wrong,
-            lambda row: row.loss if row.loss is not None else _sureness(row),
-        ),
-        (
-            "Student right, teacher wrong",
-            "The student is not bound to its teacher's mistakes.",
-            [row for row in labeled if row.student_is_right and row.teacher and not row.teacher_is_right],
-            _sureness,
-        ),
-        (
-            "Student and teacher disagree",
-            "Without labels nobody knows who is right; the surest answers come first.",
-            [row for row in rows if not row.label and row.teacher and row.teacher != row.student],
-            _sureness,
-        ),
-        (
-            "Least certain",
-            "Images without a label for which the student's top class has the lowest probability.",
-            [row for row in rows if not row.label],
-            lambda row: -_sureness(row),
-        ),
-        (
-            "Best of the student",
-            "The lowest losses: what the student takes for the clearest images.",
-            [row for row in labeled if row.student_is_right],
-            lambda row: -row.loss if row.loss is not None else _sureness(row),
-        ),
-    ]
-    kinds = [kind for kind in kinds if kind[2]]
-    found, taken = [], set[int]()
-    for title, note, candidates, key in kinds:
-        free = (row for row in candidates if row.index not in taken)
-        chosen = heapq.nlargest(max(1, number // len(kinds)), free, key=key)
-        taken |= {row.index for row in chosen}
-        if chosen:
-            found.append(Group(f"{title} ({len(candidates):,})", note, chosen))
-    return found
-
-
-def _sureness(row: PredictionRow) -> float:
-    return row.student_probability or 0.0
 
 
 def _pictures(loader: KDDataLoader, wanted: Mapping[int, PredictionRow], notes: list[str]) -> dict[int, str]:

@@ -371,6 +371,7 @@ class StageRun(ExitStack):
             epochs=config.train.epochs,
             processes=world_size(),
             changes=[str(change) for change in changes],
+            data={"train": self._data.training.fingerprint, **self._data.fingerprints},
         )
 
     def _write_results(self, student: nn.Module, loader: AnyLoader, evaluations: Mapping[str, Evaluation]) -> None:
