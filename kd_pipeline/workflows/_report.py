@@ -10,10 +10,10 @@ from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.terminal_log import log_line, log_to_terminal
 from kd_pipeline._core.version import __version__
 from kd_pipeline.errors import ConfigError, KDPipelineError
+from kd_pipeline.report.answers import Answer
 from kd_pipeline.report.data_uri import picture_uri
 from kd_pipeline.report.document import Block, Document, Gallery, Heading, Picture, Section, Table, Text, Tile
 from kd_pipeline.report.html import render
-from kd_pipeline.report.prediction_rows import PredictionRow
 from kd_pipeline.workflows.report_cost import (
     check_blocks,
     config_blocks,
@@ -167,7 +167,7 @@ def _chosen_blocks(run: RunRecord, access: Access, number: int, report: Callable
         yield Gallery(group.title, group.note, tiles)
 
 
-def _tile(row: PredictionRow, uri: str | None) -> Tile:
+def _tile(row: Answer, uri: str | None) -> Tile:
     lines = [("label", row.label, "")] if row.label else []
     for who, answer, probability, is_right in (
         ("student", row.student, row.student_probability, row.student_is_right),

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from kd_pipeline.report.prediction_rows import PredictionRow
+from kd_pipeline.report.answers import Answer
 
 __all__ = ["Group", "choose", "count_answers"]
 
@@ -16,10 +16,10 @@ class Group:
 
     title: str
     note: str
-    rows: Sequence[PredictionRow]
+    rows: Sequence[Answer]
 
 
-def count_answers(rows: Iterable[PredictionRow]) -> dict[str, int]:
+def count_answers(rows: Iterable[Answer]) -> dict[str, int]:
     """How many samples both have right, one or none; empty without labels or a teacher."""
     found = Counter((row.student_is_right, row.teacher_is_right) for row in rows if row.label and row.teacher)
     names = {
@@ -31,11 +31,11 @@ def count_answers(rows: Iterable[PredictionRow]) -> dict[str, int]:
     return {name: found[key] for key, name in names.items()} if found else {}
 
 
-def choose(rows: Sequence[PredictionRow], number: int) -> list[Group]:
+def choose(rows: Sequence[Answer], number: int) -> list[Group]:
     """At most `number` samples in groups; each sample is in one."""
     labeled = [row for row in rows if row.label]
     wrong = [row for row in labeled if not row.student_is_right]
-    kinds: list[tuple[str, str, list[PredictionRow], Callable[[PredictionRow], float]]] = [
+    kinds: list[tuple[str, str, list[Answer], Callable[[Answer], float]]] = [
         (
             "Teacher right, student wrong",
             "What is still to be learned from the teacher. The student's surest answers come first.",
@@ -84,5 +84,5 @@ def choose(rows: Sequence[PredictionRow], number: int) -> list[Group]:
     return found
 
 
-def _sureness(row: PredictionRow) -> float:
+def _sureness(row: Answer) -> float:
     return row.student_probability or 0.0

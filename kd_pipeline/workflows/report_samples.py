@@ -20,9 +20,9 @@ from kd_pipeline.evaluation._logits import logits_of, run_on_view
 from kd_pipeline.loader.config_split import EACH_IMAGE_ONCE
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.modules import eval_mode
+from kd_pipeline.report.answers import Answer, read_answers
 from kd_pipeline.report.data_uri import picture_uri, thumbnail_uri
 from kd_pipeline.report.grid import save_grid
-from kd_pipeline.report.prediction_rows import PredictionRow, read_predictions
 from kd_pipeline.teachers.settings import members_of
 from kd_pipeline.workflows._compare import open_logits_teacher
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
@@ -89,23 +89,30 @@ def collect_samples(run: RunRecord, access: Access, *, number: int, report: Call
             opened = open_images(run, access, stack)
         except (KDPipelineError, RuntimeError) as exc:
             notes.append(f"The validation images cannot be shown: {sentence(exc)}")
-        rows: list[PredictionRow] = []
+        rows: list[Answer] = []
         try:
             path = inside(run.path, PREDICTIONS)
             if path is not None:
-                rows = [*_known(read_predictions(path))]
+                rows = [*_known(read_answers(path))]
             elif opened is not None:
                 report(f"{run.name}: answers for {len(opened[1].source):,} validation images")
                 rows = [*_evaluate(run, *opened, access, stack, notes)]
         except KDPipelineError as exc:
             notes.append(f"The answers to single images are not known: {sentence(exc)}")
+        kept = run.evaluations.get("val")
+        is_part = kept is not None and kept.num_samples > len(rows) > 0
+        if is_part and kept is not None:
+            notes.append(
+                f"Of {kept.num_samples:,} images {len(rows):,} are known one by one; of large splits a run keeps the "
+                "worst, the best and some by chance."
+            )
         groups = choose(rows, number)
         pictures: dict[int, str] = {}
         if opened is not None and groups:
             wanted = {row.index: row for group in groups for row in group.rows}
             report(f"{run.name}: pictures of {len(wanted)} images of data.val")
             pictures = _pictures(opened[1], wanted, notes)
-    return Samples(count_answers(rows), groups, pictures, notes)
+    return Samples({} if is_part else count_answers(rows), groups, pictures, notes)
 
 
 def draw_training_batch(run: RunRecord, access: Access, *, report: Callable[[str], object]) -> tuple[str | None, str]:
@@ -184,7 +191,7 @@ def sentence(exc: BaseException) -> str:
     return f"{text}."
 
 
-def _known(rows: Iterable[PredictionRow]) -> Iterator[PredictionRow]:
+def _known(rows: Iterable[Answer]) -> Iterator[Answer]:
     """Those with an answer of the student."""
     return (row for row in rows if row.student)
 
@@ -192,13 +199,14 @@ def _known(rows: Iterable[PredictionRow]) -> Iterator[PredictionRow]:
 @torch.no_grad()
 def _evaluate(
     run: RunRecord, config: Config, loader: KDDataLoader, access: Access, stack: ExitStack, notes: list[str]
-) -> Iterator[PredictionRow]:
+) -> Iterator[Answer]:
     """What the exported student, and the teacher if it can run here, say of the images."""
     student = open_exported(run, config, loader, access, stack)
     teacher = _open_teacher(run, config, loader, access, stack)
     who = "student" if teacher is None else "student and the teacher"
     notes.append(f"The run has no {PREDICTIONS}: the {who} answered for this report.")
     source, classes, num_done = loader.source, loader.classes, 0
+    name = source.name if source.stores == "files" else None
     view = view_of(config, run.stage)
     with progress_bar("evaluation on val") as report_done, eval_mode(student.model):
         for batch in loader:
@@ -207,11 +215,10 @@ def _evaluate(
             if logits.ndim != 2 or len(rows) != len(batch):
                 raise ConfigError("the student answers for pixels or for several views of an image")
             theirs = None if teacher is None else logits_of(run_on_view(teacher.model, batch)[0])
-            yield from _rows(batch.index, rows.labels, logits, theirs, rows.valid, source.name, classes)
+            yield from _rows(batch.index, rows.labels, logits, theirs, rows.valid, name, classes)
             num_done += len(batch)
             report_done(num_done, len(source))
             if num_done >= _MAX_EVALUATED:
-                notes.append(f"They answered for {num_done:,} of {len(source):,} images.")
                 return
 
 
@@ -260,9 +267,9 @@ def _rows(
     logits: Tensor,
     theirs: Tensor | None,
     valid: Tensor,
-    name: Callable[[int], str],
+    name: Callable[[int], str] | None,
     classes: Sequence[str] | None,
-) -> Iterator[PredictionRow]:
+) -> Iterator[Answer]:
     """The rows of a batch: indices `[N]`, labels `[N]` or weights `[N, K]`, and logits `[N, K]`."""
     if labels is not None and labels.ndim == 2:
         labels = labels.argmax(1)
@@ -275,9 +282,9 @@ def _rows(
 
     for row, (position, is_valid) in enumerate(zip(index.tolist(), valid.tolist(), strict=True)):
         if is_valid:
-            yield PredictionRow(
+            yield Answer(
                 index=position,
-                path=name(position),
+                path="" if name is None else name(position),
                 label="" if labels is None else called(int(labels[row])),
                 student=called(int(top_N[row])),
                 student_probability=float(probability_N[row]),
@@ -287,7 +294,7 @@ def _rows(
             )
 
 
-def _pictures(loader: KDDataLoader, wanted: Mapping[int, PredictionRow], notes: list[str]) -> dict[int, str]:
+def _pictures(loader: KDDataLoader, wanted: Mapping[int, Answer], notes: list[str]) -> dict[int, str]:
     """Small pictures by index; of an image that is not the one that was predicted there is none."""
     found: dict[int, str] = {}
     source, num_changed = loader.source, 0

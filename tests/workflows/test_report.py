@@ -63,7 +63,9 @@ def test_it_has_every_part(runs: tuple[Path, Path], tmp_path: Path) -> None:
         *("Checks and files", "History", "Config", "Environment"),
     ]
     assert "Finished" in page and "points" in page and "The same student without a teacher reaches" in page
-    assert "Worst of the student" in page and "the student and the teacher answered for this report" in page
+    assert (
+        "only the teacher right" in page and "Worst of the student" in page and "answered for this report" not in page
+    )
     assert page.count('class="tiny"') > 20 and "Confusion matrix" in page
     assert "of the time of a step goes into" in page and "Energy was not measured" in page
     assert "log_every_steps: 1" in page and "exported/model.safetensors" in page
@@ -80,6 +82,17 @@ def test_several_are_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
     assert "Pictures were left out" in page or "samples were left out" in page
 
 
+def tiles(page: str) -> set[str]:
+    return {*re.findall(r"<li>\s*(<img.*?)</li>", page, re.DOTALL)}
+
+
+def test_a_run_without_answers_is_asked_again(runs: tuple[Path, Path], copy: Path, tmp_path: Path) -> None:
+    (copy / "predictions_val.csv").unlink()
+    asked, kept = (write(folder, out=tmp_path / "a.html") for folder in (copy, runs[0]))
+    assert "the student and the teacher answered for this report" in asked
+    assert tiles(asked) == tiles(kept) and len(tiles(kept)) > 20
+
+
 def write_predictions(run: Path, **changes: str) -> None:
     row = {"index": "3", "path": "", "label": "7", "student": "2", "student_probability": "0.75"}
     row |= {"teacher": "7", "teacher_probability": "0.5", "loss": "1.5"} | changes
@@ -92,7 +105,8 @@ def test_answers_of_the_run_are_taken_as_they_are(copy: Path, tmp_path: Path) ->
     page = write(copy, out=tmp_path / "a.html")
     assert "answered for this report" not in page
     assert re.search(r"<span>student</span> 2 \(75%\)", page) and re.search(r"<span>teacher</span> 7 \(50%\)", page)
-    assert page.count('class="tiny"') == 1 and "only the teacher right" in page
+    assert page.count('class="tiny"') == 1 and "Of 40 images 1 are known one by one" in page
+    assert "only the teacher right" not in page  # of one image, that says nothing about all
 
 
 def test_paths_in_a_file_of_answers_open_nothing(copy: Path, tmp_path: Path) -> None:

@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 
 from kd_pipeline.errors import DataError
-from kd_pipeline.report.prediction_rows import PredictionRow, read_predictions
+from kd_pipeline.report.answers import Answer, read_answers
 
 HEADER = "index,path,label,student,student_probability,teacher,teacher_probability,loss\n"
 
 
-def read(folder: Path, text: str) -> list[PredictionRow]:
+def read(folder: Path, text: str) -> list[Answer]:
     (folder / "predictions_val.csv").write_text(text, encoding="utf-8")
-    return [*read_predictions(folder / "predictions_val.csv")]
+    return [*read_answers(folder / "predictions_val.csv")]
 
 
 def test_rows_are_read_with_what_is_not_known(tmp_path: Path) -> None:
     text = f'{HEADER}0,"a, b.png",cat,dog,0.9,cat,0.8,2.3\n7,,,dog,0.5,,,\n8,,cat,cat,nan,,,inf\n'
     first, second, third = read(tmp_path, text)
-    assert first == PredictionRow(0, "a, b.png", "cat", "dog", 0.9, "cat", 0.8, 2.3)
+    assert first == Answer(0, "a, b.png", "cat", "dog", 0.9, "cat", 0.8, 2.3)
     assert first.teacher_is_right and not first.student_is_right
-    assert second == PredictionRow(7, "", "", "dog", 0.5, "", None, None)
+    assert second == Answer(7, "", "", "dog", 0.5, "", None, None)
     assert not second.student_is_right and not second.teacher_is_right
     assert third.student_is_right and third.loss is None and third.student_probability is None
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from kd_pipeline._core.files import open_regular
 from kd_pipeline.errors import DataError
 
-__all__ = ["PredictionRow", "read_predictions"]
+__all__ = ["Answer", "read_answers"]
 
 _MAX_BYTES = 2**27
 """A row takes about 100 bytes."""
@@ -19,7 +19,7 @@ _MAX_ROWS = 300_000
 
 
 @dataclass(frozen=True, slots=True)
-class PredictionRow:
+class Answer:
     """A sample, by the names of classes; empty or None where something is not known."""
 
     index: int
@@ -44,7 +44,7 @@ class PredictionRow:
         return bool(self.label) and self.teacher == self.label
 
 
-def read_predictions(path: Path) -> Iterator[PredictionRow]:
+def read_answers(path: Path) -> Iterator[Answer]:
     """The samples in the order of the file.
 
     Raises:
@@ -60,7 +60,7 @@ def read_predictions(path: Path) -> Iterator[PredictionRow]:
                     raise ValueError(f"more than {_MAX_ROWS} rows")
                 if row["label"] is None or row["student"] is None:
                     raise ValueError("a line that is cut off")
-                yield PredictionRow(
+                yield Answer(
                     index=_index(row["index"]),
                     path=row.get("path") or "",
                     label=row["label"],
