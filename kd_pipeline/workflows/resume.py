@@ -75,6 +75,7 @@ _RULES: dict[str, Rule] = {
     "train.select_by": "applied",
     "train.select_mode": "applied",
     # What is watched, saved and exported, and how fast it is computed.
+    "train.callbacks": "applied",
     "train.compare_with_teacher": "applied",
     "train.channels_last": "applied",
     "train.compile": "applied",

@@ -33,6 +33,7 @@ from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.tensorrt.output import check_folder, make_folders
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
+from kd_pipeline.training.callbacks import open_callbacks
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import on_rank_zero, set_num_threads
 from kd_pipeline.training.environment import shown_settings
@@ -44,7 +45,7 @@ from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.training.sharding import is_sharded, load_full_state_dict
 from kd_pipeline.training.signals import Signals
 from kd_pipeline.training.teacher_probe import ProbeTeacher
-from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, set_deterministic
+from kd_pipeline.training.trainer import PURE_PRECISIONS, build_trainer, check_lightning, set_deterministic
 from kd_pipeline.training.unreached import unreached_parameters
 from kd_pipeline.workflows.check_images import key_of
 from kd_pipeline.workflows.distill_module import build_distillation, build_module, own_outputs
@@ -187,6 +188,8 @@ class StageRun(ExitStack):
         check_config(config, self._stage, self._parts)
         self._network = None if self._parts.student is not None else network_of(config, self._stage)
         self._metrics = open_metrics(config.train.metrics, plugins=self._plugins)
+        self._callbacks += open_callbacks(config.train.callbacks, plugins=self._plugins)
+        check_lightning(self._callbacks, ())
         if (engine := config.train.export.engine) is not None:
             open_tensorrt(engine.runtime)
         if is_rank_zero():

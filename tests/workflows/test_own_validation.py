@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torchmetrics.text import WordErrorRate
 
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.loader.batch_loader import BatchLoader
 from kd_pipeline.workflows._train import train
 from tests.training import tiny_run
 from tests.training.tiny_run import logged
@@ -46,6 +48,23 @@ def test_numbers_are_logged_and_the_weights_are_those_of_a_plain_loop(tmp_path: 
     assert result.evaluations["val"].metrics == {"rows": 32.0} and result.evaluations["speech"].metrics == {"wer": 0.5}
     assert [line.split()[0] for line in result.lines] == ["split", "val", "speech"]
     assert_same(student, plain_loop(batches))
+
+
+def test_word_error_rate_of_torchmetrics(tmp_path: Path) -> None:
+    """Any metric of torchmetrics: here of words that the classes are the names of."""
+
+    def validate(model: nn.Module, loaders: Mapping[str, Any]) -> dict[str, Tensor]:
+        rate = WordErrorRate()
+        for batch in loaders["val"]:
+            predicted, wanted = model(batch.input).argmax(1).tolist(), batch.labels.tolist()
+            rate.update([f"word {each}" for each in predicted], [f"word {each}" for each in wanted])
+        return {"wer": rate.compute()}
+
+    student = network()
+    settings = {"select_by": "val/wer", "select_mode": "min"}
+    result = run(tmp_path / "run", settings, student=student, validation=VAL, validate=validate)
+    num_wrong = sum(int((student(each.input).argmax(1) != each.labels).sum()) for each in BatchLoader(VAL["val"]))
+    assert result.evaluations["val"].metrics == {"wer": pytest.approx(num_wrong / 64)}
 
 
 def test_function_of_the_config_needs_permission(tmp_path: Path) -> None:

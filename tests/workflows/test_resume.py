@@ -48,6 +48,7 @@ APPLIED = {
         "student.num_classes",
         "train.epochs",
     ),
+    "train.callbacks",
     *("train.early_stopping", "train.select_by", "train.select_mode", "train.compare_with_teacher", "train.compile"),
     *(
         "train.channels_last",

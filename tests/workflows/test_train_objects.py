@@ -154,9 +154,13 @@ def test_baseline_trains_a_student_without_a_teacher(tmp_path: Path) -> None:
     assert_same(student, plain_loop(batches, with_teacher=False))
 
 
+RECORDERS: list["Recorder"] = []
+
+
 class Recorder(lightning.pytorch.callbacks.Callback):
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.seen = folder, []
+    def __init__(self, folder: Path | str) -> None:
+        self.folder, self.seen = Path(folder), []
+        RECORDERS.append(self)
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
         self.seen.append((trainer.current_epoch, (self.folder / "checkpoints" / "last.ckpt").exists()))
@@ -184,6 +188,19 @@ def test_callbacks_come_before_the_checkpoint_and_change_nothing(tmp_path: Path)
     run(tmp_path / "run", student=student, callbacks=[recorder])
     assert recorder.seen == [(0, False), (1, True)]
     assert_same(student, plain_loop(batches))
+
+
+def test_callbacks_of_the_config(tmp_path: Path) -> None:
+    recorder = {"factory": f"{__name__}:Recorder", "kwargs": {"folder": str(tmp_path / "run")}}
+    given: dict[str, Any] = {"student": network(), "teacher": teacher(), "train_batches": batches()}
+    with pytest.raises(ConfigError, match=r"train\.callbacks\[0\]\.factory: .* allow it with --plugin"):
+        train(config(tmp_path / "run", callbacks=[recorder]), **given)
+    wrong = recorder | {"kwargs": {"place": "here"}}
+    with pytest.raises(ConfigError, match=r"callbacks\[0\]\.factory: .*Recorder failed \(TypeError: .*'place'"):
+        train(config(tmp_path / "run", callbacks=[wrong]), **given, plugins=[__name__])
+    RECORDERS.clear()
+    train(config(tmp_path / "run", callbacks=[recorder]), **given, plugins=[__name__])
+    assert [each.seen for each in RECORDERS] == [[(0, False), (1, True)]]
 
 
 def test_loggers_get_settings_metrics_and_the_result(tmp_path: Path) -> None:
