@@ -19,8 +19,8 @@ _HEADERS_VARIABLE = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"
 """Whether compiled C++ headers are kept; torch keeps them in the temporary directory, whatever `_VARIABLE` says."""
 
 
-def torch_compile(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """`torch.compile(module)`, whose results are kept in the user's cache, unless `TORCHINDUCTOR_CACHE_DIR` is set.
+def torch_compile(module: nn.Module | Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compile` of a network or a function, kept in the user's cache, unless `TORCHINDUCTOR_CACHE_DIR` is set.
 
     Torch would keep them in a folder of the temporary directory whose name everybody knows, and would run what
     somebody else put there.
@@ -36,7 +36,7 @@ def torch_compile(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
         config.cpp_cache_precompile_headers = False
     isolate_children()
-    compiled: Callable[[Tensor], Tensor] = torch.compile(module, dynamic=False)
+    compiled: Callable[..., Tensor] = torch.compile(module, dynamic=False)
     return compiled
 
 

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline import losses
 from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.plugins import import_function
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.compiled import CompiledLosses, LossFunctions, loss_by_name
 from kd_pipeline.losses.dry_run import check_logits, run_dry
 from kd_pipeline.losses.outputs import find_output, is_alias
 from kd_pipeline.losses.pixels import PixelLabels
-from kd_pipeline.losses.ramp import max_value, value_at
+from kd_pipeline.losses.ramp import Ramp, max_value, value_at
 from kd_pipeline.losses.resize import Resizer
 from kd_pipeline.losses.returned import check_returned_losses, returned_losses, student_outputs
 from kd_pipeline.losses.settings import LOGITS, DistillSettings, TermSettings
@@ -127,6 +127,7 @@ class Distillation(nn.Module):
         self.settings = settings
         self._ignore_index = ignore_index
         self._resize = Resizer("bilinear")
+        self._compiled: CompiledLosses | None = None
         self._logit_term: Term | None = None
         """How maps of logits meet those of the teacher in the term `distill`."""
         has_teacher = teacher_outputs is not None
@@ -219,6 +220,10 @@ class Distillation(nn.Module):
         """What masks `[N, H, W]` say, of which pixels with the ignore index count nowhere."""
         return PixelLabels(masks, self._ignore_index)
 
+    def compile_losses(self) -> None:
+        """Run the losses of this package by `torch.compile` in training mode, each for its first batch size."""
+        self._compiled = CompiledLosses()
+
     def student_features(self, student: nn.Module) -> AbstractContextManager[Mapping[str, Tensor]]:
         """A context that captures the features that `forward` needs in one forward pass of `student`.
 
@@ -268,6 +273,7 @@ class Distillation(nn.Module):
                 valid=batch.valid,
                 temperature=None if ramp is None else value_at(ramp, epoch, epochs),
                 pixels=self._pixels_of(batch),
+                functions=self._functions(ramp),
             )
         for name in self._heads:
             if name in found or self.training:  # a student may have heads for the training alone
@@ -337,6 +343,7 @@ class Distillation(nn.Module):
                 valid=batch.valid,
                 temperature=temperature,
                 pixels=self._pixels_of(batch),
+                functions=self._functions(self._temperature),
             )
         assert self._custom_loss is not None
         return scalar_loss(self._custom_loss(outputs, batch), f"the loss {self._custom_loss!r}")
@@ -366,7 +373,7 @@ class Distillation(nn.Module):
                     f"the student returns logits {list(logits.shape)} for an image, and the batch has masks, the class "
                     "of each pixel; choose a network for segmentation, which returns {'logits': [N, K, h, w]}"
                 )
-            return losses.task(logits, batch.labels, label_smoothing=smoothing, valid=batch.valid)
+            return self._functions()("task")(logits, labels=batch.labels, label_smoothing=smoothing, valid=batch.valid)
         pixels = self._pixels_of(batch)
         if pixels is None:
             raise ConfigError(
@@ -376,7 +383,13 @@ class Distillation(nn.Module):
         size = pixels.masks.shape[1], pixels.masks.shape[2]
         labels, mask = pixels.at(size)
         logits = self._resize(logits, size)
-        return losses.task(logits, labels, label_smoothing=smoothing, mask=mask, valid=batch.valid)
+        return self._functions()("task")(logits, labels=labels, label_smoothing=smoothing, mask=mask, valid=batch.valid)
+
+    def _functions(self, temperature: float | Ramp | None = None) -> LossFunctions:
+        """Where the losses come from; with a temperature that changes in each step, none is compiled."""
+        if self._compiled is None or not self.training or isinstance(temperature, Ramp):
+            return loss_by_name
+        return self._compiled
 
     def _pixels_of(self, batch: KDBatch) -> PixelLabels | None:
         return None if batch.masks is None else self.pixels(batch.masks)

@@ -37,7 +37,7 @@ class OwnLoss(Distillation):
         self._weights, self._terms = {"distill": 1.0}, ()
         self._is_own_loss = True
         self._custom_loss, self._distill_term, self._temperature = None, None, None
-        self._custom_task, self._is_own_task = None, False
+        self._custom_task, self._is_own_task, self._compiled = None, False, None
         self._function = function
         self.projectors = nn.ModuleList([function] if isinstance(function, nn.Module) else [])
         self.standardizers, self.queues = nn.ModuleDict(), nn.ModuleDict()

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline import losses
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.errors import ConfigError
+from kd_pipeline.losses.compiled import LossFunctions, loss_by_name
 from kd_pipeline.losses.features import sample_cosine
 from kd_pipeline.losses.meeting import Meeting
 from kd_pipeline.losses.outputs import find_output
@@ -52,6 +52,7 @@ class TermModules(NamedTuple):
         valid: Tensor,
         temperature: float | None,
         pixels: PixelLabels | None = None,
+        functions: LossFunctions = loss_by_name,
     ) -> Tensor:
         """The value of the term for the features of a batch, a scalar; at the default of its loss without temperature.
 
@@ -70,6 +71,7 @@ class TermModules(NamedTuple):
             temperature=temperature,
             references=references,
             pixels=pixels,
+            functions=functions,
         )
 
     @torch.no_grad()
@@ -139,6 +141,7 @@ def compute_loss(
     temperature: float | None = None,
     references: tuple[Tensor, Tensor] | None = None,
     pixels: PixelLabels | None = None,
+    functions: LossFunctions = loss_by_name,
 ) -> Tensor:
     """The value of a loss for tensors that fit; without a `temperature`, at the default of the loss.
 
@@ -156,8 +159,7 @@ def compute_loss(
         arguments["mask"] = _needed(pixels, "skip_ignored").mask_of(student)
     if references is not None:
         arguments["references_MD"], arguments["references_valid"] = references
-    value: Tensor = getattr(losses, settings.loss)(student, teacher, **arguments)
-    return value
+    return functions(settings.loss)(student, teacher, **arguments)
 
 
 def check_on_zeros(

@@ -42,8 +42,8 @@ class CompiledStudent:
         if self._num_rows is None:
             self._num_rows, self._started_s = num_rows, time.perf_counter()
             _logger.info(
-                "compiling the student (train.compile), which can take a minute or more; what is compiled is kept in "
-                "%s for later runs",
+                "compiling the student and its loss (train.compile), which can take a minute or more; what is compiled "
+                "is kept in %s for later runs",
                 cache_folder(),
             )
         if num_rows != self._num_rows:
@@ -64,8 +64,8 @@ class CompiledStudent:
                 raise
             reason = printable(str(exc).partition("\n")[0])
             raise ConfigError(
-                f"train.compile: torch.compile fails on the student: {reason}. On a CPU it needs a C++ compiler such "
-                "as g++; install one, or set train.compile: false"
+                f"train.compile: torch.compile fails on the student or its loss: {reason}. On a CPU it needs a C++ "
+                "compiler such as g++; install one, or set train.compile: false"
             ) from exc
 
     def end_step(self) -> bool:
@@ -73,5 +73,5 @@ class CompiledStudent:
         started_s, self._started_s = self._started_s, None
         if started_s is None:
             return False
-        _logger.info("compiled the student and took its first step in %.0f s", time.perf_counter() - started_s)
+        _logger.info("compiled them, and took the first step in %.0f s", time.perf_counter() - started_s)
         return True

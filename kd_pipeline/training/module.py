@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -92,7 +93,10 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         self._settings, self._steps_per_epoch, self._identity = settings, steps_per_epoch, identity
         self._view = view
         self._validate, self._plugins, self._own_optimizer = validate, plugins, optimizer
-        self._compiled = CompiledStudent(student) if settings.compile else None
+        self._compiled: CompiledStudent | None = None
+        if settings.compile:
+            self._compiled = CompiledStudent(student)
+            distillation.compile_losses()
         self._throughput = Throughput(teacher)
         self._is_logged = False
         """Whether the current step is one of those that are logged."""
@@ -211,7 +215,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         num_done = self.current_epoch * self.trainer.num_training_batches + number
         epoch = num_done / self.trainer.num_training_batches
         self._rows = rows_name(batch.inputs)
-        terms = self.distillation(outputs, features, batch, epoch=epoch, epochs=self._settings.epochs)
+        with nullcontext() if self._compiled is None else self._compiled.explained():
+            terms = self.distillation(outputs, features, batch, epoch=epoch, epochs=self._settings.epochs)
         if not terms.total.requires_grad:
             raise ConfigError(
                 "the loss depends on no weight that is trained, so nothing would be learned: compare what the student "

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat, model_validator
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.evaluation._metrics import MetricSettings
 from kd_pipeline.teachers.tensorrt.manifest import Precision, Profile
+from kd_pipeline.training.callbacks import CallbackSettings
 from kd_pipeline.training.ema import EmaSettings
 from kd_pipeline.training.memory_format import ChannelsLast
 from kd_pipeline.training.optimizers import OptimizerSettings
@@ -78,8 +79,8 @@ class TrainSettings(Settings):
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"] = "32-true"
     """Precision of the student, as Lightning names it."""
     compile: bool = False
-    """Compile the student's training steps with `torch.compile`. It takes a minute or so once for a network and batch
-    size, which a line reports; validation is not compiled."""
+    """Compile the student's training steps and the losses of this package with `torch.compile`. It takes a minute or so
+    once for a network and batch size, which a line reports; validation is not compiled."""
     channels_last: ChannelsLast = "auto"
     """Train in channels-last order (NHWC). `auto` does so where it is faster: for convolutional networks, but not on a
     CPU in 16 bits with depthwise convolutions, nor on a GPU in float32, nor with `strategy: fsdp`. On a CPU it also
@@ -89,6 +90,9 @@ class TrainSettings(Settings):
     """Evaluate and export a moving average of the student's weights."""
     early_stopping: EarlyStoppingSettings | None = None
     """Stop when a metric no longer improves; defaults to not at all."""
+    callbacks: tuple[CallbackSettings, ...] = ()
+    """Callbacks of Lightning besides those that Python passes, such as `[{factory: my_package.callbacks:Freeze, kwargs:
+    {epochs: 3}}]`; early stopping and checkpoints come after them."""
     metrics: tuple[MetricSettings, ...] = ()
     """Validation metrics besides accuracy, loss and F1; logged as `val/` and the name."""
     validate: str | None = Field(default=None, pattern=r"^\w+(\.\w+)*:\w+$")  # type: ignore[assignment]

@@ -48,9 +48,10 @@ def test_cost_is_said_once(opened: Any, caplog: pytest.LogCaptureFixture) -> Non
     assert [(student(IMAGES).shape, student.end_step())[1] for _ in range(3)] == [True, False, False]
     before, after = caplog.messages
     assert (
-        before.startswith("compiling the student (train.compile), which can take a minute") and "/kept/here" in before
+        before.startswith("compiling the student and its loss (train.compile), which can take a minute")
+        and "/kept/here" in before
     )
-    assert after == "compiled the student and took its first step in 0 s"
+    assert after == "compiled them, and took the first step in 0 s"
 
 
 def test_other_batch_sizes_are_not_compiled(opened: Any) -> None:
@@ -66,7 +67,10 @@ def test_failure_says_what_to_do(opened: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         opened(Compiled(error))(IMAGES)
     message = str(caught.value)
-    assert "torch.compile fails on the student: RuntimeError: no compiler. On a CPU it needs a C++ compiler" in message
+    assert (
+        "torch.compile fails on the student or its loss: RuntimeError: no compiler. On a CPU it needs a C++ compiler"
+        in message
+    )
     assert "set train.compile: false" in message and "VERBOSE" not in message
 
 
