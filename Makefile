@@ -12,15 +12,21 @@ PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --numpro
 export PYTHONDONTWRITEBYTECODE :=
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-all docs docs-links reference dist image image-gpu gpu format clean
+.PHONY: demo test lint types test-fast test-slow test-all docs docs-links reference dist image image-gpu gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
 
-test: $(VENV)/installed-test
+test: lint types test-fast
+
+lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+
+types: $(VENV)/installed-test
 	$(BIN)/mypy
+
+test-fast: $(VENV)/installed-test
 	$(PYTEST) $(WORKERS) -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/installed-test
