@@ -7,12 +7,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
 WORKERS ?= 2
 SLOW_WORKERS ?= 3  # the slow tests often wait for processes
-PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --numprocesses
+# tests/conftest.py says which files come first.
+PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 # Tests start hundreds of processes, which should not compile everything again, even where bytecode is not written.
 export PYTHONDONTWRITEBYTECODE :=
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test lint types test-fast test-slow test-all docs docs-links reference dist image image-gpu gpu format clean
+.PHONY: demo test lint types test-fast test-slow tests test-all docs docs-links reference dist image image-gpu gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
@@ -32,7 +33,11 @@ test-fast: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	$(PYTEST) $(SLOW_WORKERS) -m slow $(ARGS)
 
-test-all: test test-slow
+# In one session, where all tests of a file share what it has set up.
+tests: $(VENV)/installed-test
+	$(PYTEST) $(SLOW_WORKERS) $(ARGS)
+
+test-all: lint types tests
 
 # The site: pages, reference and pictures, with the notebooks executed. Warnings are errors, and so are broken links.
 SPHINX := CUDA_VISIBLE_DEVICES= $(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --doctree-dir build/doctrees

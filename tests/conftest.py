@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import metadata
@@ -55,6 +56,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Turn warnings into errors, but only with the pinned packages: newer ones may deprecate something."""
     if not config.getini("filterwarnings") and not unpinned():
         config.addinivalue_line("filterwarnings", "error")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests first, so the processes that share the files end together, each with a short one."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-slow[item.path], -tests[item.path], item.path))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

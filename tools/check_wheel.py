@@ -73,7 +73,7 @@ def install(uv: str, wheel: Path, folder: Path) -> Path:
 
 
 def run_commands(bin_folder: Path, folder: Path) -> None:
-    """Run what a user of the wheel runs first: the demos, the loop that they leave, a check, and a whole run."""
+    """Run what a user of the wheel runs first: the demo, the loop that it leaves, a check, and whole runs."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
     environment["OMP_NUM_THREADS"] = "1"  # for networks so small
     environment["PATH"] = f"{bin_folder}{os.pathsep}{environment['PATH']}"
@@ -97,13 +97,13 @@ def run_commands(bin_folder: Path, folder: Path) -> None:
     check_summary(json.loads((folder / "runs/demo/summary.json").read_text()))
     loop = next(line.split() for line in shown.splitlines() if line.startswith("  python "))
     run(*loop, "train.epochs=1")
-    run("kd-pipeline", "demo", "backbone", "epochs=2", "teacher_epochs=2")
     run("kd-pipeline", "check", "-c", "runs/demo/digits.yaml")
     run("kd-pipeline", "config", "-c", "preset.yaml")
     own = ("student.factory=mine:tiny", "train.epochs=1", "train.num_threads=1", "run_dir=runs/own")
     run("kd-pipeline", "train", "-c", "runs/demo/digits.yaml", "--plugin", "mine", *own, PYTHONPATH=".")
-    networks = ("--teacher", "builtin:small_resnet", "--student", "builtin:small_resnet", "--data", "data/digits/val")
-    run("kd-pipeline", "distill", *networks, "--epochs", "1", "teacher.model.pretrained=false", "train.num_threads=1")
+    networks = ("--teacher", "builtin:small_resnet", "--student", "builtin:small_resnet", "--data", "data/digits/val/0")
+    few = ("--epochs", "1", "teacher.model.pretrained=false", "data.batch_size=8", "train.num_threads=1")
+    run("kd-pipeline", "distill", *networks, *few)
     stages = str(ROOT / "configs" / "digits_all_stages.yaml")
     run("kd-pipeline", "train", "-c", stages, "stage=all", "train.epochs=2", "run_dir=runs/all")
     run("kd-pipeline", "eval", "-c", stages, "runs/all", "--teacher", "runs/all/teacher")
