@@ -45,7 +45,6 @@ _OF_DATA = ("training data", "validation data")
 _OF_BATCHES = ("stream", "teacher", "images", "labels", "teacher outputs")
 _OF_REPLAYS = ("first steps", "last steps")
 _OF_RESULTS = ("ONNX file", "result.json")
-_REPLAYED = ("first steps", "all steps")
 
 
 class VerifySettings(Settings):
@@ -71,6 +70,10 @@ class VerifyReport:
     facts: tuple[Fact, ...]
     rounding: str
     """Why the last bits may differ here from those of the run; empty if they may not."""
+    num_steps: int
+    """Optimizer steps of the run."""
+    num_replayed: int
+    """How many of them were trained again, and came out as recorded."""
 
     @property
     def differs(self) -> tuple[Fact, ...]:
@@ -87,18 +90,22 @@ class VerifyReport:
         """One sentence about the run."""
         if self.differs:
             return f"differs: {', '.join(dict.fromkeys(fact.name for fact in self.differs))}"
-        holding = {fact.name: fact for fact in self.facts if fact.state == "holds"}
-        if not any(name in holding for name in _REPLAYED):
+        if not self.num_replayed:
             return "nothing differs, but no step was trained again: what was checked fits together"
-        if all(fact.is_exact for fact in holding.values()):
-            return "this student came from this config and this data: what was done again is the same bit for bit"
-        why = f" ({self.rounding})" if self.rounding else ""
-        return f"this student came from this config and this data, within rounding{why}"
+        if self.num_replayed == self.num_steps:
+            extent = f"all {self.num_steps} steps were trained again"
+        else:
+            extent = f"{self.num_replayed} of {self.num_steps} steps were trained again"
+        how = "all that was done again is the same bit for bit"
+        if not all(fact.is_exact for fact in self.facts if fact.state == "holds"):
+            how = f"what was done again is the same within rounding{f' ({self.rounding})' if self.rounding else ''}"
+        return f"this student came from this config and this data: {extent}, and {how}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
+        steps = {"num_steps": self.num_steps, "num_replayed": self.num_replayed}
         facts = [asdict(fact) for fact in self.facts]
-        return {"folder": str(self.folder), "holds": self.holds, "verdict": self.verdict, "facts": facts}
+        return {"folder": str(self.folder), "holds": self.holds, "verdict": self.verdict, **steps, "facts": facts}
 
 
 def runs_in(path: str | PathLike[str]) -> list[Path]:
@@ -154,7 +161,13 @@ def verify(
     verification = _Verification(files, facts, settings, overrides, plugins, trust_engines, report)
     with _restored(), quiet(), tempfile.TemporaryDirectory(prefix="kd_pipeline_verify_") as scratch:
         verification.run(Path(scratch))
-    return VerifyReport(files.folder.path, _one_of_each(facts.found), verification.tolerance.why)
+    return VerifyReport(
+        files.folder.path,
+        _one_of_each(facts.found),
+        verification.tolerance.why,
+        num_steps=0 if files.last is None else files.last.step,
+        num_replayed=len(verification.replayed),
+    )
 
 
 def _read_files(path: Path, facts: Facts) -> RunFiles:
@@ -199,6 +212,8 @@ class _Verification:
         self._starts = [] if files.evidence is None else files.evidence.starts
         self._config = self._prepared(files.config, self._starts[-1] if self._starts else None)
         self.tolerance = _tolerance(self._config, self._starts)
+        self.replayed: set[int] = set()
+        """Steps, counted from 1, that were trained again and came out as recorded."""
 
     def run(self, scratch: Path) -> None:
         """Add all facts for which something has to be opened."""
@@ -289,7 +304,8 @@ class _Verification:
                 replayed.batches.update(found.batches)
                 replayed.weights.update(found.weights)
                 step = end
-            compare_replay("all steps", evidence, replayed, self._facts, self.tolerance, first_step=0)
+            if compare_replay("all steps", evidence, replayed, self._facts, self.tolerance, first_step=0):
+                self.replayed |= {*range(1, last + 1)}
 
     def _replay_from(
         self, name: str, opened: ReplayRun, scratch: Path, first: int, end: int, checkpoint: Path | None = None
@@ -299,7 +315,8 @@ class _Verification:
         assert evidence is not None
         with self._facts.part(name):
             replayed, _ = self._trained(opened, scratch, first, end, checkpoint)
-            compare_replay(name, evidence, replayed, self._facts, self.tolerance, first_step=first)
+            if compare_replay(name, evidence, replayed, self._facts, self.tolerance, first_step=first):
+                self.replayed |= {*range(first + 1, end + 1)}
 
     def _trained(
         self, opened: ReplayRun, scratch: Path, first: int, end: int, checkpoint: Path | None

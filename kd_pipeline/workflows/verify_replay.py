@@ -31,8 +31,8 @@ _METRIC_TOLERANCE = 1e-6
 
 def compare_replay(
     name: str, evidence: Evidence, replayed: Evidence, facts: Facts, tolerance: Tolerance, *, first_step: int
-) -> None:
-    """Add whether what was replayed after `first_step` is what was recorded."""
+) -> bool:
+    """Add whether what was replayed after `first_step` is what was recorded; returns whether it is."""
     results: list[tuple[Comparison, str]] = []
     batches = [key for key in sorted(replayed.batches) if key in evidence.batches]
     for key in batches:
@@ -55,6 +55,8 @@ def compare_replay(
         facts.holds(
             name, f"{what}, {'bit for bit' if is_exact else f'within rounding ({tolerance.why})'}", is_exact=is_exact
         )
+        return True
+    return False
 
 
 def check_results(files: RunFiles, run: ReplayRun, facts: Facts, tolerance: Tolerance) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +18,12 @@ from safetensors.torch import load_file, save
 from sklearn.datasets import load_digits
 
 from kd_pipeline.cli import main
+from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.training.evidence import is_kept
+from kd_pipeline.training.evidence import is_kept, read_evidence
+from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.workflows import results
+from kd_pipeline.workflows._train import train
 from kd_pipeline.workflows._verify import VerifyReport, VerifySettings, verify
 from tests.training import networks, tiny_run
 
@@ -117,8 +122,9 @@ def test_run_verifies_and_stays_as_it_is(
     ]
     assert "steps 1 to 6: 6 losses and the weights after steps 3, 6, bit for bit" in " ".join(printed.split())
     assert "steps 4 to 6: " in printed
-    assert printed.splitlines()[-1] == (
-        "this student came from this config and this data: what was done again is the same bit for bit"
+    assert " ".join(printed.split("\n\n")[-1].split()) == (
+        "this student came from this config and this data: all 6 steps were trained again, and all that was done again "
+        "is the same bit for bit"
     )
 
 
@@ -238,7 +244,7 @@ def test_changed_evidence_is_named(copied: Path) -> None:
         )
     )
     report = check(copied, VerifySettings(steps=2, results=False))
-    assert report.holds and ", within rounding (torch 1.0 → " in report.verdict
+    assert report.holds and "the same within rounding (torch 1.0 → " in report.verdict
 
     path.write_text("\n".join([*kept[:second], *kept[second + 1 :]]))
     assert differing(check(copied))["evidence"].startswith("missing: epoch 1, batch 2")
@@ -266,3 +272,49 @@ def test_kept_batches_are_the_same_for_all() -> None:
     assert kept == [[0, 1, 2, 3, 4, 5, 6, 7, *kept[0][8:]], [0, 1, *kept[1][2:]], [0, 1, *kept[2][2:]]]
     assert all(0 < len(each) <= 10 for each in kept) and kept[1] != kept[2]
     assert kept[1] != [number for number in range(1000) if is_kept(4, 1, number, 1000)]
+
+
+def baseline(folder: Path, name: str, **changes: Any) -> Config:
+    """A student alone on the same data."""
+    train_split, val_split = split(folder, "train", tiny_run.TRAIN), split(folder, "val", tiny_run.EVAL)
+    splits = {"data__train": train_split, "data__val": val_split}
+    return tiny_run.settings(folder, name, stage="baseline", teacher=None, **splits, **changes)
+
+
+@pytest.mark.slow
+def test_run_that_was_resumed_with_more_epochs_is_trained_again(finished: Path) -> None:
+    """Each part with its own settings: the learning rate follows the number of epochs."""
+    for epochs in (1, 2):
+        schedule = {"kind": "cosine"}
+        config = baseline(finished, "resumed", train__epochs=epochs, train__schedule=schedule)
+        tiny_run.train_without_plots(config)
+    folder, settings = finished / "resumed" / "baseline", VerifySettings(full=True)
+    report = verify(folder, settings, plugins=[PLUGIN], report=lambda line: None)
+    assert report.holds and (report.num_replayed, report.num_steps) == (6, 6), report
+    assert states(report)["all steps"] == "holds"
+
+
+@pytest.mark.slow
+def test_what_an_object_was_cannot_be_checked(finished: Path) -> None:
+    with mock.patch.object(results, "_plot"):
+        train(baseline(finished, "object", student=None, train__epochs=1), student=networks.plain())
+    report = verify(finished / "object" / "baseline", report=lambda line: None)
+    found = {fact.name: fact for fact in report.facts}
+    assert report.holds and found["exported student"].state == "holds"
+    assert found["first steps"].state == "cannot be checked"
+    assert "started in Python with objects (student)" in found["first steps"].text
+
+
+LINE = {"kind": "weights", "epoch": 0, "weights": {}}
+
+
+def test_what_a_killed_process_did_after_its_checkpoint_is_gone(tmp_path: Path) -> None:
+    start = {"kind": "start", "config": {}, "identity": {}, "machine": {}, "processes": 1}
+    lines = [start | {"step": 0}, LINE | {"step": 2}, LINE | {"step": 4}]
+    (tmp_path / "evidence.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "wei')
+    folder = RunFolder(tmp_path)
+    folder.start_evidence()
+    folder.add_evidence(json.dumps(start | {"step": 2}))
+    found = read_evidence(folder.evidence)
+    assert found is not None and [*found.weights] == [2] and found.damaged == [4]
+    assert [each.step for each in found.starts] == [0, 2]
