@@ -44,13 +44,16 @@ class FindRepositoryFiles(SphinxTransform):
             path, anchor = Path(f"{target}.md"), node["reftargetid"]
         else:
             path = Path(self.env.relfn2path(target, self.env.docname)[1]).resolve()
+            if not path.exists():  # a page may include a text of the repository, whose links begin there
+                path = (REPOSITORY / target).resolve()
         if not path.is_absolute() or not path.exists() or not is_outside(path, self.env):
             return
         name = path.relative_to(REPOSITORY).as_posix()
         reference = addnodes.pending_xref(refdoc=self.env.docname, refexplicit=True)
         page = self.config.repository_pages.get(name)
         if page is not None:
-            reference.attributes |= {"refdomain": "doc", "reftype": "myst", "reftarget": page, "reftargetid": anchor or None}
+            reference.attributes |= {"refdomain": "doc", "reftype": "myst", "reftarget": page}
+            reference["reftargetid"] = anchor or None
         else:
             reference.attributes |= {"refdomain": "", "reftype": "repository_file", "reftarget": name}
             found(self.env).setdefault(self.env.docname, set()).add(name)
