@@ -313,13 +313,13 @@ def _sorted_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tup
 
 
 def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
-    """The settings that two configs, in plain values, do not have in common; those of `saved` may be older.
+    """The settings that two configs, in plain values, do not have in common; both may be of an earlier release.
 
     Raises:
         StateError: `saved` is no config.
     """
     try:
-        return [*_changes(_config({"config": saved}), current)]
+        return [*_changes(_config({"config": saved}), _config({"config": current}))]
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:
         reason = printable(f"{type(exc).__name__}: {exc}".partition("\n")[0])[:_MAX_SHOWN]
         raise StateError(f"the run does not say which config made it ({reason})") from exc

@@ -55,11 +55,11 @@ class Facts:
         """Add that something is as it was recorded."""
         self.found.append(Fact(name, "holds", text, is_exact))
 
-    def differs(self, name: str, differences: Iterable[str], *, cause: str = "") -> None:
-        """Add that something is not, with the first differences and their likely cause."""
+    def differs(self, name: str, differences: Iterable[str], *, cause: str = "", most: int = _MAX_SHOWN) -> None:
+        """Add that something is not, with the first differences, at `most` so many, and their likely cause."""
         lines = [*differences]
-        more = len(lines) - _MAX_SHOWN
-        text = "; ".join(lines[:_MAX_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        more = len(lines) - most
+        text = "; ".join(lines[:most]) + (f"; and {more} more" if more > 0 else "")
         self.found.append(Fact(name, "differs", text + (f". {cause}" if cause else "")))
 
     def unknown(self, name: str, why: str) -> None:

@@ -22,6 +22,8 @@ from kd_pipeline.workflows.verify_files import RunFiles, read_weights
 
 __all__ = ["check_results", "compare_replay"]
 
+_MAX_STEPS = 2
+"""Steps that differ of which a fact tells: those after them follow from them."""
 _MAX_IMAGES = 16
 """For which the ONNX file is compared with the module."""
 _ONNX_TOLERANCE = 1e-3
@@ -46,7 +48,7 @@ def compare_replay(
         facts.unknown(name, f"no evidence was kept of the steps {first_step + 1} to {last}")
     elif wrong:
         cause = f"Not within rounding, although {tolerance.why}" if tolerance.why else _cause(results)
-        facts.differs(name, wrong, cause=cause)
+        facts.differs(name, wrong, cause=cause, most=_MAX_STEPS)
     else:
         what = f"steps {first_step + 1} to {last}: {len(batches)} losses"
         if steps:
