@@ -26,6 +26,7 @@ from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.training.compiled_student import CompiledStudent
 from kd_pipeline.training.ema import StudentEma
 from kd_pipeline.training.epoch_loss import EpochLoss
+from kd_pipeline.training.machine_use import MachineUse
 from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weights, gradient_norm
 from kd_pipeline.training.optimizer_state import load_optimizer_state
 from kd_pipeline.training.optimizers import build_optimizer, match_memory_format
@@ -97,7 +98,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         if settings.compile:
             self._compiled = CompiledStudent(student)
             distillation.compile_losses()
-        self._throughput = Throughput(teacher)
+        self._throughput, self._machine = Throughput(teacher), MachineUse()
         self._is_logged = False
         """Whether the current step is one of those that are logged."""
         self._took_optimizer_step = False
@@ -292,7 +293,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         else:
             self._throughput.batch_trained(len(batch))
         if self._took_optimizer_step and (self._is_logged or self.trainer.is_last_batch):
-            for name, value in self._throughput.compute().items():
+            for name, value in (self._throughput.compute() | self._machine.compute(self.device)).items():
                 self._log_step(name, value)
 
     def on_train_epoch_end(self) -> None:

@@ -41,7 +41,10 @@ _PANELS = {
     "images_per_s": "Images per second",
     "waiting": "Share of the time for loader and teacher",
     "gradient_norm": "Norm of the gradient",
-    "memory_gib": "GPU memory, GiB",
+    "cpu_cores": "CPU cores in use",
+    "host_memory_gib": "Memory of the process, GiB",
+    "device_memory_gib": "Memory in use on the GPU, GiB",
+    "memory_gib": "GPU memory of torch, GiB",
 }
 """Titles of the charts in their order."""
 _FRACTIONS = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy", "agreement", "knn_top1", "linear_top1")

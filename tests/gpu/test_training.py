@@ -103,6 +103,7 @@ def test_run_trains_and_exports(digits: Path, tmp_path: Path, changes: dict[str,
     rows = logged(tmp_path / "gpu")
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert any(row.get("train/memory_gib", 0) > 0 for row in rows)
+    assert any(row.get("train/device_memory_gib", 0) > 0 for row in rows)
     assert found.evaluations["val"].num_samples == 40
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[-1] < losses[0] or "mix" in str(changes)

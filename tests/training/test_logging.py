@@ -71,6 +71,7 @@ def test_step_row_explains_loss(full: Path) -> None:
         assert row["train/gradient_norm"] > 0
         assert row["train/images_per_s"] > 0
         assert 0 <= row["train/teacher_share"] <= row["train/loader_share"] <= 1
+        assert row["train/cpu_cores"] > 0 and 0.05 < row["train/host_memory_gib"] < 128
 
 
 @pytest.mark.slow

@@ -58,6 +58,10 @@ def assert_same(one: Any, other: Any, name: str) -> None:
             assert one == other, name
 
 
+_MEASURED = "images_per_s|_share$|cpu_cores|_gib$"
+"""Ends of the names of metrics that differ from run to run."""
+
+
 def assert_same_end(one: Path, other: Path, *, is_resumed: bool = False) -> None:
     """Weights, EMA, optimizer, random state, metrics and results, bit for bit.
 
@@ -69,7 +73,7 @@ def assert_same_end(one: Path, other: Path, *, is_resumed: bool = False) -> None
     best = [torch.load(folder / "checkpoints" / "best_student.pt", weights_only=True) for folder in (one, other)]
     assert_same(*best, "best_student")
     assert tiny_run.result(one) == tiny_run.result(other)
-    left_out = re.compile("images_per_s|_share$|train/top1" if is_resumed else "images_per_s|_share$")
+    left_out = re.compile(f"{_MEASURED}|train/top1" if is_resumed else _MEASURED)
     rows = [
         [{name: value for name, value in row.items() if not left_out.search(name)} for row in tiny_run.logged(folder)]
         for folder in (one, other)
