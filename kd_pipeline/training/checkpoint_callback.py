@@ -13,6 +13,7 @@ from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from kd_pipeline.training.nonfinite import check_weights
 from kd_pipeline.training.rng import capture_rng, restore_rng
+from kd_pipeline.training.top_students import TopStudents
 
 __all__ = ["AtomicCheckpointIO", "SaveLastAndBest", "is_resumable_after"]
 
@@ -46,6 +47,8 @@ class AtomicCheckpointIO(_plugins.CheckpointIO):  # type: ignore[misc, name-defi
 class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
     """Keeps `last.ckpt`, `best.ckpt` and the best student alone as `best_student.pt`; weights with NaN or inf never.
 
+    With `average_best`, `best_student.pt` is the mean of several, which are kept in the folder `top`.
+
     Lightning calls a `Checkpoint` after all other callbacks, so their changes are in the file. Hooks of the
     `LightningModule` at the end of a batch run later still.
 
@@ -66,6 +69,7 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         validate: Callable[[], Mapping[str, float]] | None = None,
         validate_every_n_steps: int | None = None,
         is_measured: Callable[[str], bool] = lambda metric: True,
+        average_best: int | None = None,
     ) -> None:
         """Save into `folder` at the end of every epoch.
 
@@ -79,12 +83,14 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
             validate: validates, logs the metrics and returns them; for validation within an epoch.
             validate_every_n_steps: optimizer steps between these validations; None for none.
             is_measured: whether the last validation measured a metric. Lightning keeps the value of an earlier one.
+            average_best: let `best_student.pt` be the mean of so many of the best students.
         """
         self._folder, self._student, self._every_n_steps = Path(folder), student, every_n_steps
         self.monitor, self._mode = monitor, mode
         self._defaults = defaults if monitor is None else None
         self._validate, self._validate_every_n_steps = validate, validate_every_n_steps
         self._is_measured = is_measured
+        self._top = None if average_best is None else TopStudents(Path(folder) / "top", average_best)
         self._rng: list[dict[str, Any]] | None = None
         self.best_score = -math.inf if mode == "max" else math.inf
         self.best_epoch: int | None = None
@@ -100,7 +106,8 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
             "best_score": self.best_score,
             "best_epoch": self.best_epoch,
         }
-        return {**score, "rng": capture_rng()}
+        top = {} if self._top is None else {"top": self._top.state_dict()}
+        return {**score, **top, "rng": capture_rng()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the best score, unless it is of a different metric, and at `on_train_start` the random state."""
@@ -108,6 +115,8 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
             self._select_by(state["monitor"])
         if (state["monitor"], state["mode"]) == (self.monitor, self._mode):
             self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
+            if self._top is not None:
+                self._top.load_state_dict(state.get("top", ()))
         else:
             _logger.warning("best score reset: it was %s (%s) before", state["monitor"], state["mode"])
         self._rng = state["rng"]
@@ -151,15 +160,26 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
 
     def _save_if_best(self, trainer: Any, metrics: Mapping[str, Any]) -> None:
         """Before last.ckpt, which holds the best score: a run killed in between validates again."""
-        if self._is_best(trainer, metrics):
+        score = self._score(trainer, metrics)
+        if score is None:
+            return
+        rank = score if self._mode == "max" else -score
+        enters = self._top is not None and self._top.takes(rank)
+        is_best = self._is_best(trainer, score)
+        if is_best or enters:
             student = self._student()  # on all ranks, as they may have to gather it
             if bad := [name for name, tensor in student.items() if tensor.is_floating_point() and tensor.isnan().any()]:
                 raise NonFiniteError(
                     f"the student with the best {self.monitor} has NaN in {bad[0]!r}, so it was not saved; earlier "
                     "checkpoints are intact"
                 )
-            self._save(trainer, "best.ckpt")
+            if self._top is not None:
+                self._top.note(rank, trainer.global_step)
+            if is_best:
+                self._save(trainer, "best.ckpt")
             if trainer.is_global_zero:
+                if self._top is not None:
+                    student = self._top.write(trainer.global_step, student)
                 save_checkpoint(student, self._folder / "best_student.pt")
 
     def _save(self, trainer: Any, name: str) -> None:
@@ -172,6 +192,8 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         self.monitor, self._mode = metric, self._defaults[metric]
         self._defaults = None
         self.best_score = -math.inf if self._mode == "max" else math.inf
+        if self._top is not None:
+            self._top.forget()
 
     def _settle_default(self, metrics: Mapping[str, Any]) -> None:
         """Choose the metric by what the first validation returned, and say so."""
@@ -187,19 +209,23 @@ class SaveLastAndBest(_callbacks.Checkpoint):  # type: ignore[misc, name-defined
         _logger.info("validation returned %s and none of %s, so the last student is the result", known, names)
         self._defaults = None
 
-    def _is_best(self, trainer: Any, metrics: Mapping[str, Any]) -> bool:
+    def _score(self, trainer: Any, metrics: Mapping[str, Any]) -> float | None:
+        """The metric that selects the best; None if it was not measured."""
         if self._defaults:
             self._settle_default(metrics)
         if self.monitor is None or not self._is_measured(self.monitor):
-            return False
+            return None
         if self.monitor not in metrics:
             known = ", ".join(sorted(name for name in metrics if "/" in name))
             raise ConfigError(f"no metric {self.monitor!r} to select the best by; there are {known}")
         # Rank zero decides for all: they save together, and the last digits may differ between ranks.
-        score = trainer.strategy.broadcast(float(metrics[self.monitor]))
+        score: float = trainer.strategy.broadcast(float(metrics[self.monitor]))
+        return score
+
+    def _is_best(self, trainer: Any, score: float) -> bool:
         if math.isnan(score):
             _logger.warning("%s is NaN after %d steps, which is never the best", self.monitor, trainer.global_step)
-        is_better: bool = score > self.best_score if self._mode == "max" else score < self.best_score
+        is_better = score > self.best_score if self._mode == "max" else score < self.best_score
         if is_better:
             self.best_score, self.best_epoch = score, trainer.current_epoch + 1
         return is_better

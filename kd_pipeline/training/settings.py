@@ -101,6 +101,9 @@ class TrainSettings(Settings):
     select_by: str | None = None
     """Validation metric that selects the best checkpoint. Defaults to the first of `val/knn_top1`, `val/top1`,
     `val/miou` and `val/loss` that is measured every epoch; without any, the last student is the result."""
+    average_best: int | None = Field(default=None, ge=2)
+    """Export the mean of the weights after so many of the best validations, instead of those of the best alone; of
+    statistics such as BatchNorm's the mean too. They are kept in `checkpoints/top`."""
     select_mode: Literal["max", "min"] | None = None
     """`min` if lower is better; defaults to `min` for losses and to `max` for other metrics."""
     compare_with_teacher: bool = False

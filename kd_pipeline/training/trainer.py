@@ -88,6 +88,11 @@ def build_trainer(
         signals: those that are received, if the caller handles them.
     """
     _silence_lightning()
+    if settings.average_best is not None and settings.select_by is None and default_metrics is None:
+        raise ConfigError(
+            "train.average_best averages the students after the best validations, and no metric says which these are; "
+            "add a validation set, or remove it"
+        )
 
     def is_measured(metric: str) -> bool:
         return metric not in sparse_metrics or metric in module.measured
@@ -102,6 +107,7 @@ def build_trainer(
         validate=module.validate_now if has_validation else None,
         validate_every_n_steps=settings.validate_every_steps,
         is_measured=is_measured,
+        average_best=settings.average_best,
     )
     stopping = settings.early_stopping
     early_stopping = [] if stopping is None else [StopEarly(stopping, is_measured=is_measured)]

@@ -61,6 +61,38 @@ def test_best_is_saved_with_its_student(tmp_path, mode, best):
     assert same_weights({f"student.{name}": weight for name, weight in student.items()}, best_checkpoint["state_dict"])
 
 
+@pytest.mark.parametrize(
+    ("mode", "scores", "averaged"),
+    [
+        ("max", [0.2, 0.5, 0.1], [6, 12]),
+        ("min", [0.2, 0.5, 0.1], [6, 18]),
+        ("max", [0.2, math.nan, 0.2], [6, 18]),
+        ("max", [0.2, 0.2, 0.2], [6, 12]),
+    ],
+)
+def test_best_students_are_averaged(tmp_path, mode, scores, averaged):
+    io = Recorder(tmp_path / "all")
+    train(tmp_path, io=io, scores=scores, mode=mode, average_best=2)
+    students = [
+        {name.removeprefix("student."): tensor for name, tensor in state.items()}
+        for state in (load_checkpoint(tmp_path / "all" / f"last-{step}.ckpt")["state_dict"] for step in averaged)
+    ]
+    found = torch.load(tmp_path / "best_student.pt", weights_only=True)
+    assert found.keys() == students[0].keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (students[0][name] + students[1][name]) / 2)
+    assert sorted(path.name for path in (tmp_path / "top").iterdir()) == sorted(f"step_{step}.pt" for step in averaged)
+
+
+def test_average_resumes(tmp_path):
+    copies, scores = tmp_path / "all", [0.2, 0.5, 0.3]
+    train(tmp_path / "whole", io=Recorder(copies), scores=scores, average_best=2)
+    train(tmp_path / "part", io=Recorder(), scores=scores, average_best=2, max_steps=2 * NUM_BATCHES)
+    train(tmp_path / "part", io=Recorder(), resume=copies / "last-12.ckpt", scores=scores, average_best=2)
+    whole, part = (torch.load(tmp_path / name / "best_student.pt", weights_only=True) for name in ("whole", "part"))
+    assert same_weights(whole, part)
+
+
 def test_nan_is_never_best(tmp_path):
     io = Recorder()
     _, saver = train(tmp_path, io=io, scores=[math.nan, 0.1, math.nan])

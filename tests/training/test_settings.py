@@ -205,6 +205,17 @@ def test_compile(digits: Path, default_run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_mean_of_the_best_students_is_exported(digits: Path) -> None:
+    folder = run(digits, "averaged", train__average_best=2).folder
+    kept = [torch.load(path, weights_only=True) for path in (folder / "checkpoints" / "top").iterdir()]
+    assert len(kept) == 2
+    for name, tensor in load_file(folder / "exported" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, (kept[0][name] + kept[1][name]) / 2)
+    with pytest.raises(ConfigError, match=r"train\.average_best .* no metric says which"):
+        run(digits, "unmeasured", train__average_best=2, data__val=None)
+
+
+@pytest.mark.slow
 def test_channels_last(digits: Path, default_run: Path) -> None:
     usual = run(digits, "nchw", train__channels_last=False).folder
     assert distance(weights(usual), weights(default_run)) < 1e-5  # the same but for the last digits

@@ -83,6 +83,7 @@ def train(
     mode: Any = "max",
     io: Any = None,
     is_measured: Callable[[str], bool] = lambda metric: True,
+    average_best: int | None = None,
     **options: Any,
 ) -> tuple[Module, SaveLastAndBest]:
     """Train into `folder`, or resume from `resume`; calls `at_step` in each step, passes `options` to the trainer."""
@@ -99,6 +100,7 @@ def train(
         mode=mode,
         every_n_steps=every_n_steps,
         is_measured=is_measured,
+        average_best=average_best,
     )
     trainer = lightning.Trainer(
         max_epochs=NUM_EPOCHS,
