@@ -129,3 +129,14 @@ def test_terminal_without_unicode_shows_escapes(monkeypatch: pytest.MonkeyPatch,
         print_result("café\udce9\x07")
         print_message("café\na")
     assert (tmp_path / "out").read_text() == "caf\\xe9\\udce9\\x07\ncaf\\xe9\n  a\n"
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as ended:
+            print_result("more than anybody reads")
+        assert ended.value.code == 141
+        stdout.write("what is flushed at the end goes nowhere")
