@@ -109,8 +109,9 @@ def _verdict(num_problems: int) -> str:
 def _row(split: "SplitReport") -> str:
     sizes = split.class_sizes
     classes, of_each = ("", "") if sizes is None else (f"{len(sizes):,}", f"{min(sizes):,}-{max(sizes):,}")
+    num_unreadable = len(split.unreadable)
     return (
-        f"{printable(split.split):<12}{split.num_images:>12,}{split.num_decoded:>12,}{len(split.unreadable):>12,}"
+        f"{printable(split.split):<12}{split.num_images:>12,}{split.num_decoded - num_unreadable:>12,}{num_unreadable:>12,}"
         f"{classes:>9}{of_each:>16}{split.images_per_s:>10,.0f}"
     )
 

@@ -1,6 +1,7 @@
 """Samples that cannot be read: which ones, why, and which samples replace them."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -21,6 +22,11 @@ from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.errors import BadSampleError, StateError, TooManyBadSamplesError
 
 __all__ = ["BadSample", "BadSamples", "fraction_for"]
+
+_logger = logging.getLogger("kd_pipeline")
+
+_MOST_NAMED = 3
+"""Samples that a run names in its log; all of them are in its file."""
 
 _MAX_COUNTING_S = 10.0
 """How long the other samples are read to count the unreadable ones, when there are too many."""
@@ -144,6 +150,7 @@ class BadSamples:
         if sample.index not in self._found:
             self._found[sample.index] = sample
             self._write(sample)
+            self._log(sample)
         num_bad, num_samples = len(self._following) + 1, len(self._source)
         # One is always allowed, or a single bad file would stop any dataset of less than a thousand.
         is_too_many = num_bad > 1 and num_bad / num_samples > self._settings.max_bad_fraction
@@ -187,6 +194,13 @@ class BadSamples:
                 file.write(json.dumps(asdict(sample)).encode() + b"\n")
         except OSError as exc:
             raise StateError(f"{self._record} cannot be written: {exc.strerror}") from exc
+
+    def _log(self, sample: BadSample) -> None:
+        if self._record is None or len(self._found) > _MOST_NAMED:
+            return
+        more = f"; further ones are named in {self._record} only" if len(self._found) == _MOST_NAMED else ""
+        path, reason = sample.path, sample.reason
+        _logger.warning("%s cannot be read, and a readable image takes its place: %s%s", path, reason, more)
 
     def _shown_for(self, index: int) -> int:
         """The sample at `index` or, if it cannot be read, the next one that can in the dataset's order.

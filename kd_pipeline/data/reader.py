@@ -213,7 +213,7 @@ class Reader:
         """
         if group is not None and len(group) > 1:
             # An error is raised at the batch that it belongs to.
-            _logger.info("DALI failed on %d batches at once; one by one up to epoch %d", len(group), epoch + 1)
+            _logger.debug("DALI failed on %d batches at once; one by one up to epoch %d", len(group), epoch + 1)
             self._ungrouped = epoch
             return
         if group is not None and self.bad_samples.examine(group.plan.index):

@@ -185,17 +185,18 @@ def _add_unreadable(findings: Findings, split: SplitReport, data: DataSettings) 
     # One is always allowed, however small the dataset.
     is_allowed = num_unreadable <= max(1, data.max_bad_fraction * split.num_decoded)
     needed = fraction_for(num_unreadable, split.num_decoded)
+    them = "it" if num_unreadable == 1 else "them"
     if data.on_bad_sample == "raise":
         advice = "data.on_bad_sample=substitute" + ("" if is_allowed else f" and data.max_bad_fraction={needed}")
-        found += f", and the first one ends a run; remove or replace them, or set {advice}"
+        found += f", and the first one ends a run; remove or replace {them}, or set {advice}"
     elif not is_allowed:
         found += (
-            f", more than data.max_bad_fraction={data.max_bad_fraction:g} allows; remove or replace them, or set "
+            f", more than data.max_bad_fraction={data.max_bad_fraction:g} allows; remove or replace {them}, or set "
             f"data.max_bad_fraction={needed}"
         )
     is_error = data.on_bad_sample == "raise" or not is_allowed
     if not is_error:
-        found += ", and are substituted by others"
+        found += ", and another one takes its place" if num_unreadable == 1 else ", and others take their place"
     findings.add("error" if is_error else "note", key_of(split.split), [found])
 
 
