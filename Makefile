@@ -13,7 +13,7 @@ PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --no-loa
 export PYTHONDONTWRITEBYTECODE :=
 METADATA := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test lint types test-fast test-slow tests test-all docs docs-links reference dist image image-gpu gpu format clean
+.PHONY: demo test lint types test-fast test-slow tests test-all docs docs-links notebooks reference dist image image-gpu gpu format clean
 
 demo: $(VENV)/installed-demo
 	$(BIN)/kd-pipeline demo $(ARGS)
@@ -48,6 +48,10 @@ docs: $(VENV)/installed-test
 # Writes what the site and GitHub show of configs and commands; a test compares it with the code.
 reference: $(VENV)/installed-test
 	$(BIN)/python tools/write_reference.py
+
+# Stores what the notebooks print and draw, for GitHub.
+notebooks: $(VENV)/installed-test
+	CUDA_VISIBLE_DEVICES= $(BIN)/python tools/notebooks.py
 
 # Asks every external address that the pages name, which needs the internet.
 docs-links: $(VENV)/installed-test

@@ -32,6 +32,7 @@ def execute(path: Path) -> None:
 
 
 def main() -> None:
+    """Execute all notebooks."""
     for path in sorted(FOLDER.glob("*.ipynb")):
         started_s = time.monotonic()
         execute(path)

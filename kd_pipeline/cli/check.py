@@ -110,8 +110,9 @@ def _row(split: "SplitReport") -> str:
     sizes = split.class_sizes
     classes, of_each = ("", "") if sizes is None else (f"{len(sizes):,}", f"{min(sizes):,}-{max(sizes):,}")
     num_unreadable = len(split.unreadable)
+    num_readable = split.num_decoded - num_unreadable
     return (
-        f"{printable(split.split):<12}{split.num_images:>12,}{split.num_decoded - num_unreadable:>12,}{num_unreadable:>12,}"
+        f"{printable(split.split):<12}{split.num_images:>12,}{num_readable:>12,}{num_unreadable:>12,}"
         f"{classes:>9}{of_each:>16}{split.images_per_s:>10,.0f}"
     )
 

@@ -21,7 +21,7 @@ from tests.forks import Command
 
 CLASSES = ("flower", "temple")
 SIZE = 64
-NUM_PHOTOS = {"train": 40, "val": 16}
+NUM_PHOTOS = {"train": 24, "val": 8}
 """Of each class."""
 
 
@@ -48,7 +48,7 @@ def cut_off(path: Path) -> None:
 
 
 def csv_files(folder: Path) -> None:
-    """`photos/*.jpg` without class folders, `train.csv` and `val.csv` with a header and columns in an order of theirs."""
+    """`photos/*.jpg` without class folders, and `train.csv` and `val.csv` with a header."""
     (folder / "photos").mkdir()
     rows: dict[str, list[tuple[str, str, str]]] = {"train": [], "val": []}
     for (split, name, number), content in _jpegs().items():

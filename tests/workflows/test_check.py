@@ -131,7 +131,7 @@ def test_finds_every_unreadable_mask(tmp_path: Path) -> None:
 def test_substitutable_files_are_a_note(spoilt: Path, tmp_path: Path) -> None:
     found = check(photographs(tmp_path, spoilt, on_bad_sample="substitute", max_bad_fraction=0.6))
     assert len(unreadable(found)) > 15 and found.problems == ()
-    assert rows(found, "data.train")[-1][0] == "note" and "are substituted" in rows(found, "data.train")[-1][1]
+    assert rows(found, "data.train")[-1][0] == "note" and "others take their place" in rows(found, "data.train")[-1][1]
 
 
 def test_advice_about_unreadable_files_works(spoilt: Path, tmp_path: Path) -> None:
