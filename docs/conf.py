@@ -18,8 +18,11 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "code_links",
+    "page_pictures",
     "python_reference",
     "repository_files",
+    "site_links",
 ]
 exclude_patterns = ["_build", "_ext", "**.ipynb_checkpoints"]
 

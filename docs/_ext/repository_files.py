@@ -1,5 +1,6 @@
 """Links from pages to files outside of docs/: in the site, each such file or folder has a page that shows it."""
 
+import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -18,6 +19,8 @@ from sphinx.util.osutil import relative_uri
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREFIX = "files/"
+NAMED = re.compile(r"(?:examples|benchmarks|configs|tools)/[\w/.-]+\.(?:py|json|jsonl|yaml|txt|md)")
+"""Files whose names in code are links."""
 LARGEST = 200_000
 """Bytes of the largest file that is shown."""
 
@@ -35,6 +38,18 @@ class FindRepositoryFiles(SphinxTransform):
         ]:
             if node.get("reftype") == "myst":
                 self._replace(node)
+        for node in [*self.document.findall(nodes.literal)]:
+            is_alone = not isinstance(node.parent, nodes.reference | addnodes.pending_xref | nodes.title)
+            if is_alone and NAMED.fullmatch(name := node.astext()) and (REPOSITORY / name).is_file():
+                reference = self._reference(name)
+                node.replace_self(reference)
+                reference += node
+
+    def _reference(self, name: str) -> addnodes.pending_xref:
+        found(self.env).setdefault(self.env.docname, set()).add(name)
+        return addnodes.pending_xref(
+            refdoc=self.env.docname, refexplicit=True, refdomain="", reftype="repository_file", reftarget=name
+        )
 
     def _replace(self, node: nodes.Element) -> None:
         target, _, anchor = node["reftarget"].partition("#")
@@ -49,14 +64,11 @@ class FindRepositoryFiles(SphinxTransform):
         if not path.is_absolute() or not path.exists() or not is_outside(path, self.env):
             return
         name = path.relative_to(REPOSITORY).as_posix()
-        reference = addnodes.pending_xref(refdoc=self.env.docname, refexplicit=True)
-        page = self.config.repository_pages.get(name)
-        if page is not None:
-            reference.attributes |= {"refdomain": "doc", "reftype": "myst", "reftarget": page}
-            reference["reftargetid"] = anchor or None
-        else:
-            reference.attributes |= {"refdomain": "", "reftype": "repository_file", "reftarget": name}
-            found(self.env).setdefault(self.env.docname, set()).add(name)
+        reference = self._reference(name)
+        if (page := self.config.repository_pages.get(name)) is not None:
+            found(self.env)[self.env.docname].discard(name)
+            anchor = anchor or None
+            reference.attributes |= {"refdomain": "doc", "reftype": "myst", "reftarget": page, "reftargetid": anchor}
         node.replace_self(reference)
         reference += node.children
 
@@ -119,7 +131,11 @@ def text_body(app: Sphinx, path: Path, name: str) -> tuple[str, list[str]]:
                 raise ExtensionError(f"{name} links to {target}, which does not exist")
         uri = app.builder.get_relative_uri(PREFIX + name, page)
         token.attrSet("href", f"{uri}#{anchor}" if anchor else uri)
-    return parser.renderer.render(tokens, parser.options, {}), linked
+    body = parser.renderer.render(tokens, parser.options, {})
+    body = body.replace("<table>", '<div class="table-wrapper"><table class="docutils">').replace(
+        "</table>", "</table></div>"
+    )
+    return re.sub("<code>(?!<)", '<code class="docutils literal">', body), linked
 
 
 def shown_in(folder: Path) -> list[Path]:
