@@ -152,6 +152,8 @@ class Matrix:
     title: str
     classes: Sequence[str]
     counts: Sequence[Sequence[int]]
+    in_percent: bool = False
+    """Whether it shows shares of the label, as counts of pixels are large."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cache
+from statistics import median
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -83,13 +84,19 @@ def _text(value: str) -> str:
     return printable(value)
 
 
-def _heat(matrix: Matrix) -> list[tuple[str, list[tuple[int, float]]]]:
-    """For each class its name, and the counts with their shares of the label."""
+def _heat(matrix: Matrix) -> list[tuple[str, list[tuple[str, float]]]]:
+    """For each class its name, and the text and the strength of the color of each cell."""
     rows = []
     for name, counts in zip(matrix.classes, matrix.counts, strict=True):
-        total = max(sum(counts), 1)
+        shares = [count / max(sum(counts), 1) for count in counts]
+        texts = [
+            f"{share:.0%}" if matrix.in_percent else str(count) for share, count in zip(shares, counts, strict=True)
+        ]
         # The square root makes small shares visible: these are the confusions to look for.
-        rows.append((name, [(count, round(math.sqrt(count / total), 3)) for count in counts]))
+        strengths = [round(math.sqrt(share), 3) for share in shares]
+        rows.append(
+            (name, [(text if count else "", each) for text, count, each in zip(texts, counts, strengths, strict=True)])
+        )
     return rows
 
 
@@ -99,7 +106,8 @@ def _drawn(chart: Chart) -> _Drawn:
     series = [(each, _downsampled(points)) for each, points in usable if points]
     xs = [x for _, points in usable for x, _ in points]
     ys = [y for _, points in series for _, y in points]
-    highest = _highest(ys)
+    # At least half of each line stays in sight.
+    highest = max([_highest(ys), *(median(y for _, y in points) for _, points in series)])
     x_ticks, y_ticks = _ticks(min([0.0, *xs]), max([1.0, *xs]), 4), _ticks(min(ys, default=0), highest, 4)
     left, right = 0.0 if min(xs, default=0) >= 0 else x_ticks[0], max([1.0, *xs])
     bottom, top = y_ticks[0], y_ticks[-1]
@@ -122,7 +130,7 @@ def _drawn(chart: Chart) -> _Drawn:
     shown_x = [_Tick(round(100 * (x - left) / (right - left), 2), _number(x)) for x in x_ticks if left <= x <= right]
     label = _percentages(y_ticks) if chart.in_percent else [_number(y) for y in y_ticks]
     shown_y = [_Tick(round(100 * (top - y) / (top - bottom), 2), text) for y, text in zip(y_ticks, label, strict=True)]
-    return _Drawn(lines, shown_x, shown_y, is_cut=max(ys, default=0) > top)
+    return _Drawn(lines, shown_x, shown_y, is_cut=max(ys, default=top) > top + 1e-6 * (top - bottom))
 
 
 def _highest(values: Sequence[float]) -> float:

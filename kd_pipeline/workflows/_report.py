@@ -134,7 +134,10 @@ def _sample_blocks(runs: Sequence[RunRecord], access: Access, report: Callable[[
     """The samples of each run, and what it has drawn itself."""
     for run in runs:
         blocks = [*_drawn_blocks(run)]
-        is_classifier = any(found.top1 is not None or found.agreement is not None for found in run.evaluations.values())
+        is_classifier = any(
+            found.miou is None and (found.top1 is not None or found.agreement is not None)
+            for found in run.evaluations.values()
+        )
         if is_classifier or _has_predictions(run):
             blocks += _chosen_blocks(run, access, _NUM_PICTURES // len(runs), report)
         elif not blocks and any(name.endswith("cosine_to_teacher.pooled") for name in run.metrics):

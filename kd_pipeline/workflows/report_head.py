@@ -118,8 +118,8 @@ def _sentences(run: RunRecord, others: Sequence[RunRecord]) -> Iterator[str]:
 
 def _with_parameters(name: str) -> str:
     """`name (20,034 parameters)` of a name with more about it after commas."""
-    match = re.fullmatch(r"(.*?), ([\d,]+ parameters)(, .*)?", name)
-    return name if match is None else f"{match[1]} ({match[2]})"
+    match = re.fullmatch(r"(?:(.*?), )?(\d[\d,]* parameters)(, .*)?", name)
+    return name if match is None else f"{match[1] or 'a network of its own'} ({match[2]})"
 
 
 def _data(run: RunRecord) -> str:

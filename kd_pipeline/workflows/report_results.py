@@ -185,11 +185,10 @@ def curve_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
 def class_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
     """The classes of each run, the worst first, and what they are taken for."""
     for run in runs:
-        for split, found in run.evaluations.items():
-            blocks = [*_classes(found)]
-            if blocks:
-                yield Heading(split if len(runs) == 1 else f"{run.name}, {split}")
-                yield from blocks
+        shown = {split: blocks for split, found in run.evaluations.items() if (blocks := [*_classes(found)])}
+        for number, (split, blocks) in enumerate(shown.items()):
+            title = split if len(runs) == 1 else f"{run.name}, {split}"
+            yield from [Heading(title), *blocks] if number == 0 else [Fold(f"The same on {title}", blocks)]
 
 
 def _classes(found: Evaluation) -> Iterator[Block]:
@@ -204,11 +203,11 @@ def _classes(found: Evaluation) -> Iterator[Block]:
     if (teacher := found.teacher) is not None:
         theirs = teacher.class_accuracy if teacher.class_iou is None else teacher.class_iou
         theirs = theirs if theirs is not None and len(theirs) == len(values) else None
-    unit = "accuracy" if found.class_iou is None else "IoU"
+    unit, unit_of_counts = ("accuracy", "Samples") if found.class_iou is None else ("IoU", "Pixels")
     order = sorted(range(len(values)), key=lambda label: (values[label] is None, values[label] or 0.0))
     columns = ["Class", *(["Most often taken for"] if counts is not None else [])]
     num_text = len(columns)
-    columns += [*(["Samples"] if counts is not None else []), f"Student {unit}"]
+    columns += [*([unit_of_counts] if counts is not None else []), f"Student {unit}"]
     columns += [] if theirs is None else [f"Teacher {unit}", "Difference"]
 
     def row(label: int) -> list[str]:
@@ -242,12 +241,12 @@ def _classes(found: Evaluation) -> Iterator[Block]:
 def _confusion(
     names: Sequence[str], counts: np.ndarray[Any, np.dtype[np.int64]], *, is_of_pixels: bool
 ) -> Iterator[Block]:
-    if len(names) <= _MAX_COUNTED and not is_of_pixels:
+    if len(names) <= _MAX_COUNTED:
         yield Text(
             "Rows are labels, columns the student's answers. What is off the diagonal is wrong, and darker where it is "
             "a larger share of its row."
         )
-        yield Matrix("Confusion matrix", names, counts.tolist())
+        yield Matrix("Confusion matrix", names, counts.tolist(), in_percent=is_of_pixels)
         return
     pairs = counts.copy()
     np.fill_diagonal(pairs, 0)

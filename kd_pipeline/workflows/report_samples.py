@@ -151,6 +151,8 @@ def _config(run: RunRecord, access: Access, split: str) -> Config:
     if path is None:
         raise ConfigError("the run has no config.yaml")
     config = load_config(path)
+    if split not in config.data.splits:
+        raise ConfigError(f"its config has no data.{split}, and a report runs no code that makes batches")
     settings = config.data.split(split)
     needed = [settings.source, *([] if config.data.train is None else [config.data.train.source])]
     if not access.remote and (url := next(filter(None, map(_remote, needed)), None)):

@@ -115,5 +115,6 @@ def test_axes_have_round_numbers() -> None:
 def test_first_losses_do_not_flatten_the_rest() -> None:
     usual = [(float(step), 1 + step**-0.5) for step in range(1, 60)]
     assert "higher values are cut off" not in drawn(usual)
+    assert "higher values are cut off" not in drawn(usual, [(0.0, 90.0), (59.0, 80.0)])
     page = drawn([(0.0, 400.0), *usual])
     assert "higher values are cut off" in page and ">400</span>" not in page and ">1.5</span>" in page
