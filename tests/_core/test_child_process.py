@@ -32,6 +32,8 @@ ALLOWED = {
     ("benchmarks/file_server.py", "sys.executable"): "this checkout's web server, which must not share the GIL",
     ("benchmarks/peers_process.py", "subprocess.Popen"): "programs of others, as their users start them",
     ("benchmarks/peers_rows.py", "sys.executable"): "programs of others, as their users start them",
+    ("tools/check_wheel.py", "subprocess.run"): "uv, git, and the commands of a wheel, as its users start them",
+    ("tools/check_wheel.py", "sys.executable"): "the Python of the wheel's new environment",
     ("tools/gpu_check.py", "subprocess.Popen"): "pytest and this package, in the checkout that they are in",
     ("tools/gpu_check.py", "sys.executable"): "pytest and this package, in the checkout that they are in",
     ("tools/gpu_check.py", "subprocess.run"): "nvidia-smi and uname",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pre_commit.clientlib import load_config
 
 from tests.packaging.metadata import REPOSITORY, python_versions
 from tools import check_files
@@ -35,7 +36,7 @@ def test_workflow_can_only_read() -> None:
 def test_ci_runs_targets_that_exist() -> None:
     script = REPOSITORY / ".ci" / "run"
     assert script.stat().st_mode & 0o111
-    text = re.sub(r"--jobs 2 --output-sync=\w+ ", "", script.read_text(encoding="utf-8"))
+    text = script.read_text(encoding="utf-8").replace("--jobs 2 ", "")
     targets = [target for line in re.findall(r"^make ([a-z -]+)", text, re.MULTILINE) for target in line.split()]
     assert targets == ["test-all", "demo", "docs", "dist"]
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
@@ -44,7 +45,7 @@ def test_ci_runs_targets_that_exist() -> None:
 
 
 def test_hooks_fetch_nothing_and_run_what_make_test_runs() -> None:
-    (repository,) = load(".pre-commit-config.yaml")["repos"]
+    (repository,) = load_config(REPOSITORY / ".pre-commit-config.yaml")["repos"]  # which checks it
     assert repository["repo"] == "local"
     entries = {hook["entry"].split()[0] for hook in repository["hooks"]}
     assert entries == {f".venv/bin/{name}" for name in ("ruff", "python", "hadolint", "mypy")}
