@@ -213,7 +213,7 @@ class _Verification:
         self._config = self._prepared(files.config, self._starts[-1] if self._starts else None)
         self.tolerance = _tolerance(self._config, self._starts)
         self.replayed: set[int] = set()
-        """Steps, counted from 1, that were trained again and came out as recorded."""
+        """Steps, counted from 1, that were trained again and came out as recorded; not those after the last record."""
 
     def run(self, scratch: Path) -> None:
         """Add all facts for which something has to be opened."""
@@ -304,8 +304,8 @@ class _Verification:
                 replayed.batches.update(found.batches)
                 replayed.weights.update(found.weights)
                 step = end
-            if compare_replay("all steps", evidence, replayed, self._facts, self.tolerance, first_step=0):
-                self.replayed |= {*range(1, last + 1)}
+            same = compare_replay("all steps", evidence, replayed, self._facts, self.tolerance, first_step=0)
+            self.replayed |= {*range(1, same + 1)}
 
     def _replay_from(
         self, name: str, opened: ReplayRun, scratch: Path, first: int, end: int, checkpoint: Path | None = None
@@ -315,8 +315,8 @@ class _Verification:
         assert evidence is not None
         with self._facts.part(name):
             replayed, _ = self._trained(opened, scratch, first, end, checkpoint)
-            if compare_replay(name, evidence, replayed, self._facts, self.tolerance, first_step=first):
-                self.replayed |= {*range(first + 1, end + 1)}
+            same = compare_replay(name, evidence, replayed, self._facts, self.tolerance, first_step=first)
+            self.replayed |= {*range(first + 1, same + 1)}
 
     def _trained(
         self, opened: ReplayRun, scratch: Path, first: int, end: int, checkpoint: Path | None

@@ -190,29 +190,30 @@ def _check_exported(files: RunFiles, facts: Facts) -> None:
         facts.differs("exported student", [f"{WEIGHTS}: sha256 {exported[1].weights_sha256[:8]} → {digest[:8]}"])
         return
     weights = read_weights(files.folder.exported / WEIGHTS)
-    name, selected = _selected(files)
-    prefix = next(_prefixes(weights, selected), None)
-    if prefix is None:
-        facts.differs("exported student", [f"{WEIGHTS} and {name} have tensors of other names"])
-        return
-    changed = [each for each in weights if not _same(weights[each], selected[prefix + each])]
-    if changed:
-        facts.differs(
-            "exported student",
-            [f"{len(changed)} of {len(weights)} tensors of {WEIGHTS} are not those of {name}, such as {changed[0]}"],
-            cause="The exported file is that of a different run or step",
-        )
-        return
-    facts.holds("exported student", f"the {len(weights)} tensors of {WEIGHTS} are those of {name}")
+    wrong, sources = [], []
+    for name, selected in _selected(files):
+        sources.append(name)
+        prefix = next(_prefixes(weights, selected), None)
+        if prefix is None:
+            wrong.append(f"{WEIGHTS} and {name} have tensors of other names")
+        elif changed := [each for each in weights if not _same(weights[each], selected[prefix + each])]:
+            count = f"{len(changed)} of {len(weights)} tensors"
+            wrong.append(f"{count} of {WEIGHTS} are not those of {name}, such as {printable(changed[0])[:100]}")
+    if wrong:
+        facts.differs("exported student", wrong, cause="The exported file is that of a different run or step")
+    else:
+        facts.holds("exported student", f"the {len(weights)} tensors of {WEIGHTS} are those of {' and '.join(sources)}")
 
 
-def _selected(files: RunFiles) -> tuple[str, Mapping[str, Tensor]]:
-    """The weights that a run exports, and where they are."""
+def _selected(files: RunFiles) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+    """The weights that a run exports, by the names of the files that have them."""
+    name = "last.ckpt"
     best = files.folder.checkpoints / "best_student.pt"
     if best.is_file() and files.best is not None:
-        return best.name, read_weights(best)
-    parts = _parts(load_checkpoint(files.folder.checkpoints / "last.ckpt"))
-    return "last.ckpt", parts.get("ema", parts["student"])
+        name = "best.ckpt"
+        yield best.name, read_weights(best)
+    parts = _parts(load_checkpoint(files.folder.checkpoints / name))
+    yield name, parts.get("ema", parts["student"])
 
 
 def _prefixes(weights: Mapping[str, Any], selected: Mapping[str, Any]) -> Iterator[str]:

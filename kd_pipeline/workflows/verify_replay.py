@@ -33,8 +33,8 @@ _METRIC_TOLERANCE = 1e-6
 
 def compare_replay(
     name: str, evidence: Evidence, replayed: Evidence, facts: Facts, tolerance: Tolerance, *, first_step: int
-) -> bool:
-    """Add whether what was replayed after `first_step` is what was recorded; returns whether it is."""
+) -> int:
+    """Add whether what was replayed after `first_step` is what was recorded; returns the last step that is, or 0."""
     results: list[tuple[Comparison, str]] = []
     batches = [key for key in sorted(replayed.batches) if key in evidence.batches]
     for key in batches:
@@ -42,10 +42,10 @@ def compare_replay(
         results += [compared[aspect] for aspect in ASPECTS if aspect in compared]
     steps = [step for step in sorted(replayed.weights) if step in evidence.weights]
     weights = [compare_weights(evidence.weights[step], replayed.weights[step], tolerance) for step in steps]
-    last = max(first_step, *(line.step for line in replayed.batches.values()), *replayed.weights)
+    last = max(first_step, *(replayed.batches[key].step for key in batches), *steps)
     wrong = [text for comparison, text in results + weights if comparison == "differs"]
     if not batches and not steps:
-        facts.unknown(name, f"no evidence was kept of the steps {first_step + 1} to {last}")
+        facts.unknown(name, f"no evidence was kept of the steps after step {first_step}")
     elif wrong:
         cause = f"Not within rounding, although {tolerance.why}" if tolerance.why else _cause(results)
         facts.differs(name, wrong, cause=cause, most=_MAX_STEPS)
@@ -57,8 +57,8 @@ def compare_replay(
         facts.holds(
             name, f"{what}, {'bit for bit' if is_exact else f'within rounding ({tolerance.why})'}", is_exact=is_exact
         )
-        return True
-    return False
+        return last
+    return 0
 
 
 def check_results(files: RunFiles, run: ReplayRun, facts: Facts, tolerance: Tolerance) -> None:
