@@ -44,10 +44,12 @@ WRAPPED_IN = {
     "lightning": {
         "training.checkpoint_callback",
         "training.early_stopping",
+        "training.first_batch",
         "training.keep_evidence",
         "training.loggers",
         "training.metrics_csv",
         "training.module",
+        "training.result_media",
         "training.run_story",
         "training.signals",
         "training.stop_after",
@@ -90,7 +92,7 @@ WRAPPED_IN = {
     "timm": {"models.registry", "training.optimizers", "workflows.doctor"},
     "torchmetrics": {"evaluation._metrics"},
     "torchvision": {"bench.step", "bench.torchvision_loaders", "models.registry", "workflows.doctor"},
-    "wandb": {"training.loggers"},
+    "wandb": {"training.loggers", "training.result_media"},
 }
 """Optional packages, and the modules that may ask for them through `require`."""
 

@@ -16,6 +16,7 @@ _REPORTS_OFF = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",  # what timm would add to its downloads
     "WANDB_ERROR_REPORTING": "false",
+    "COMET_ERROR_TRACKING_ENABLE": "false",
 }
 """What the packages document to switch their reports off; a variable that the user has set stays."""
 _WITH_TORCHMETRICS = ("lightning", "torchmetrics")

@@ -25,6 +25,7 @@ from kd_pipeline.cli import (
     predict,
     record,
     report,
+    runs,
     train,
     tune,
     verify,
@@ -102,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         build_engine,
         tune,
         bench,
+        runs,
         doctor,
         verify,
     ):

@@ -1,4 +1,4 @@
-"""The prediction for each sample of a split, and the table of them: `predictions_val.csv`."""
+"""The prediction for each sample of a split, the table of them, and the images with the largest and smallest loss."""
 
 import csv
 import io
@@ -11,11 +11,12 @@ import torch.distributed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.finite import has_softmax
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.evaluation._gather import of_all_ranks
 
-__all__ = ["COLUMNS", "MAX_ROWS", "PredictionRow", "Predictions", "to_csv"]
+__all__ = ["COLUMNS", "MAX_ROWS", "PredictionRow", "Predictions", "cells", "to_csv"]
 
 COLUMNS = ("index", "path", "label", "student", "student_probability", "teacher", "teacher_probability", "loss")
 """Of the table."""
@@ -53,7 +54,9 @@ class Predictions:
     that a hash of their index chooses: the same in each evaluation, whatever the batches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, num_images: int = 0) -> None:
+        """Collect rows, and `num_images` of the images with the largest loss and as many with the smallest."""
+        self._hardest, self._easiest = _Highest(num_images), _Highest(num_images)
         self._blocks: list[Tensor] = []
         """`[n, 7]` float64 on the model's device; they hold integers up to 2**53 exactly."""
         self._num_rows = 0
@@ -79,6 +82,7 @@ class Predictions:
         block[~batch.valid, _INDEX] = _NONE  # to select the rows here would wait for the device
         self._blocks.append(block)
         self._num_rows += len(block)
+        self._add_images(batch, loss_N)
         if self._num_rows >= 2 * MAX_ROWS:
             self._reduce()
 
@@ -87,6 +91,18 @@ class Predictions:
         if self._blocks:
             self._blocks = [of_all_ranks(self._valid())]
             self._num_rows = len(self._blocks[0])
+            self._hardest.gather()
+            self._easiest.gather()
+
+    @property
+    def hardest(self) -> list[tuple[int, Tensor]]:
+        """The indices and images `[3, H, W]` with the largest loss, the largest first."""
+        return self._hardest.images()
+
+    @property
+    def easiest(self) -> list[tuple[int, Tensor]]:
+        """Those with the smallest loss, the smallest first."""
+        return self._easiest.images()
 
     def rows(self) -> list[PredictionRow]:
         """The rows in the order of the split; empty for pixels and without labels."""
@@ -98,6 +114,13 @@ class Predictions:
         found = found[found[:, _INDEX].argsort(stable=True)]
         return [_row(values) for values in found.tolist()]
 
+    def _add_images(self, batch: KDBatch, loss_N: Tensor) -> None:
+        images = batch.inputs.get(IMAGES)
+        if images is not None and images.ndim == 4 and images.shape[1] == 3:
+            loss_N = loss_N.double().nan_to_num(nan=math.inf)
+            self._hardest.add(loss_N.masked_fill(~batch.valid, -math.inf), batch.index, images)
+            self._easiest.add((-loss_N).masked_fill(~batch.valid, -math.inf), batch.index, images)
+
     def _valid(self) -> Tensor:
         rows = torch.cat(self._blocks)
         return rows[rows[:, _INDEX] >= 0]
@@ -106,6 +129,42 @@ class Predictions:
         rows = self._valid()
         self._blocks = [_selected(rows) if len(rows) > MAX_ROWS else rows]
         self._num_rows = len(self._blocks[0])
+
+
+class _Highest:
+    """The images with the highest scores so far, copied, on the device."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._kept: tuple[Tensor, ...] = ()
+        """Scores `[n]`, indices `[n]` and images `[n, 3, H, W]`."""
+
+    def add(self, score_N: Tensor, index_N: Tensor, images: Tensor) -> None:
+        """Add a batch; images of another size than the first are left out."""
+        if not self._count or (self._kept and images.shape[1:] != self._kept[2].shape[1:]):
+            return
+        found = self._top((score_N, index_N, images))  # first of the batch, as all of its images would be copied
+        self._kept = self._top(_joined(self._kept, found)) if self._kept else found
+
+    def gather(self) -> None:
+        """Keep the highest of all ranks, on every rank."""
+        if self._kept:
+            self._kept = self._top(tuple(of_all_ranks(each.contiguous()) for each in self._kept))
+
+    def images(self) -> list[tuple[int, Tensor]]:
+        """The indices and images, the highest first; not those of invalid rows."""
+        if not self._kept:
+            return []
+        score, index, images = (each.cpu() for each in self._kept)
+        return [(int(index[at]), images[at]) for at in range(len(score)) if score[at] > -math.inf]
+
+    def _top(self, found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        chosen = found[0].topk(min(self._count, len(found[0]))).indices
+        return tuple(each[chosen] for each in found)
+
+
+def _joined(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(pair) for pair in zip(first, second, strict=True))
 
 
 def to_csv(
@@ -121,11 +180,11 @@ def to_csv(
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(table(rows, classes, path_of))
+    writer.writerows(cells(rows, classes, path_of))
     return text.getvalue()
 
 
-def table(
+def cells(
     rows: Sequence[PredictionRow], classes: Sequence[str] | None, path_of: Callable[[int], str] | None = None
 ) -> Iterator[tuple[int | float | str, ...]]:
     """The cells of each row, in the order of `COLUMNS`; the arguments are those of `to_csv`."""

@@ -17,13 +17,13 @@ from kd_pipeline.losses.pixels import predicted_classes
 from kd_pipeline.report.pixels import save_image, save_pixel_grid
 from kd_pipeline.teachers.base import is_logits
 
-__all__ = ["save_grid"]
+__all__ = ["save_grid", "save_samples"]
 
 _TILE = 112
 _NUM_MASKS = 8
 """Images in a picture with masks, each of which has several tiles."""
 _MARGIN = 6
-_TEXT_HEIGHT = 30
+_TEXT_HEIGHT, _LINE_HEIGHT = 30, 14
 _BLACK, _GREEN, _RED, _GRAY = (20, 20, 20), (0, 110, 40), (190, 20, 20), (130, 130, 130)
 
 
@@ -59,20 +59,50 @@ def save_grid(
     """
     if student is not None or batch.masks is not None or _pixel_logits(batch) is not None:
         return _save_pixels(batch, Path(path), transform, classes, min(num_images, _NUM_MASKS), student, ignore_index)
-    num_images = min(num_images, len(batch))
-    num_columns = math.ceil(math.sqrt(num_images * 2))
-    num_rows = math.ceil(num_images / num_columns)
-    cell_width, cell_height = _TILE + _MARGIN, _TILE + _TEXT_HEIGHT + _MARGIN
+    pixels = _denormalized(batch.images[:num_images], transform)
+    captions = [_captions(batch, position, classes) for position in range(len(pixels))]
+    return save_image(_draw(pixels, captions), Path(path))
+
+
+def save_samples(
+    images: Tensor,
+    captions: Sequence[Sequence[tuple[str, bool | None]]],
+    path: Path,
+    *,
+    transform: TrainTransform | EvalTransform | None,
+) -> Path:
+    """Write `images` `[N, 3, H, W]` as a PNG file, each above its lines of text.
+
+    Args:
+        images: to draw, at least one.
+        captions: for each image its lines, at most three, and whether what they say is right, if they say it.
+        path: of the file; a link there is replaced.
+        transform: of the images, as in `save_grid`.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    colors = {None: _BLACK, True: _GREEN, False: _RED}
+    colored = [[(printable(text), colors[is_right]) for text, is_right in lines] for lines in captions]
+    return save_image(_draw(_denormalized(images, transform), colored), path)
+
+
+def _draw(pixels: np.ndarray, captions: Sequence[Sequence[tuple[str, tuple[int, int, int]]]]) -> Image.Image:
+    """A grid, twice as wide as high, of images `[N, H, W, 3]` and the lines below them."""
+    num_columns = math.ceil(math.sqrt(len(pixels) * 2))
+    num_rows = math.ceil(len(pixels) / num_columns)
+    text_height = max(_TEXT_HEIGHT, 2 + _LINE_HEIGHT * max(map(len, captions)))
+    cell_width, cell_height = _TILE + _MARGIN, _TILE + text_height + _MARGIN
     grid = Image.new("RGB", (num_columns * cell_width + _MARGIN, num_rows * cell_height + _MARGIN), "white")
     draw = ImageDraw.Draw(grid)
     font = ImageFont.load_default(size=11)
-    for position, pixels in enumerate(_denormalized(batch, transform, num_images)):
+    for position, (image, lines) in enumerate(zip(pixels, captions, strict=True)):
         row, column = divmod(position, num_columns)
         x, y = _MARGIN + column * cell_width, _MARGIN + row * cell_height
-        grid.paste(Image.fromarray(pixels).resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, y))
-        for line, (text, color) in enumerate(_captions(batch, position, classes)):
-            draw.text((x, y + _TILE + 1 + line * 14), text, fill=color, font=font)
-    return save_image(grid, Path(path))
+        grid.paste(Image.fromarray(image).resize((_TILE, _TILE), Image.Resampling.NEAREST), (x, y))
+        for line, (text, color) in enumerate(lines):
+            draw.text((x, y + _TILE + 1 + line * _LINE_HEIGHT), text, fill=color, font=font)
+    return grid
 
 
 def _save_pixels(
@@ -94,7 +124,7 @@ def _save_pixels(
     if batch.masks is not None:
         is_class = batch.masks != ignore_index
         numbers.append(int(batch.masks.where(is_class, 0).max()) + 1)
-    images = _denormalized(batch, transform, num_images)
+    images = _denormalized(batch.images[:num_images], transform)
     return save_pixel_grid(images, labels, path, num_classes=max(numbers), classes=classes, ignore_index=ignore_index)
 
 
@@ -104,9 +134,9 @@ def _pixel_logits(batch: KDBatch) -> Tensor | None:
     return found[0] if len(found) == 1 else None
 
 
-def _denormalized(batch: KDBatch, transform: TrainTransform | EvalTransform | None, num_images: int) -> np.ndarray:
-    """The first images, `[num_images, H, W, 3]` uint8."""
-    images = batch.images[:num_images].float().cpu()
+def _denormalized(images: Tensor, transform: TrainTransform | EvalTransform | None) -> np.ndarray:
+    """The pixels of images `[N, 3, H, W]`, `[N, H, W, 3]` uint8."""
+    images = images.float().cpu()
     if transform is None:
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         pixels = ((images - low) / (high - low).clamp(min=1e-6)).mul(255).round().to(torch.uint8)

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from datetime import datetime
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from pydantic import BaseModel
@@ -35,7 +37,7 @@ _logger = logging.getLogger("kd_pipeline")
 _OWN_FILES = (
     *("checkpoints", "config.yaml", "environment.json", "history.jsonl", "metrics.csv", "train.log", "result.json"),
     *("evidence.jsonl", "exported", "tensorboard", "bad_samples.jsonl", "curves.png", "confusion_*.png"),
-    "predictions_*",
+    *("first_batch.png", "predictions_*", "samples_*.png"),
 )
 """What a stage writes about a single run. Not class lists, the folders of other stages, nor the files of loggers that
 keep several runs apart themselves. The checkpoints come first: a kill in between leaves nothing to resume from."""
@@ -47,6 +49,7 @@ with names of their own."""
 _PRIVATE = 0o600
 """Permissions of what holds the command and the config: it may have secrets in it that nothing marks as such. Weights,
 metrics and results, which are for others, follow the umask."""
+_ID = re.compile("[0-9a-f]{8}")
 _MAX_HISTORY = 8 * 2**20
 """Bytes of `history.jsonl`; a start takes about 500."""
 
@@ -66,6 +69,7 @@ class RunFolder:
         self.history = path / "history.jsonl"
         self.evidence = path / "evidence.jsonl"
         self.lists = path / "lists"
+        self._id: str | None = None
         self._step: Callable[[], int] | None = None
         """The current step of a training whose end is not in the history yet."""
 
@@ -165,13 +169,30 @@ class RunFolder:
         except OSError as exc:
             raise ConfigError(f"run_dir: cannot write to {self.path}: {exc.strerror}; choose a different one") from None
 
+    @property
+    def run_id(self) -> str:
+        """Tells this run from all others, whatever its folder is called; it stays when the run resumes.
+
+        Raises:
+            StateError: the history cannot be read.
+        """
+        if self._id is None:
+            self._id = self.known_id(self.events()) or uuid4().hex[:8]
+        return self._id
+
+    @staticmethod
+    def known_id(events: Sequence[Mapping[str, Any]]) -> str | None:
+        """The id that the history of a run has; None before its first start."""
+        ids = (event.get("run") for event in events if event.get("event") == "start")
+        return next((each for each in ids if isinstance(each, str) and _ID.fullmatch(each)), None)
+
     def record_start(self, step: Callable[[], int], **fields: Any) -> None:
         """Add to the history that a training starts now, and `fields` about it; `session` adds how it ends.
 
         A start without an end was killed.
         """
         about = {"command": command_line(), "host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
-        self._record("start", step=step(), **fields, **about)
+        self._record("start", run=self.run_id, step=step(), **fields, **about)
         self._step = step
 
     def record_end(self, outcome: str) -> None:

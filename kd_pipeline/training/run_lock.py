@@ -17,7 +17,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.training.environment import command_line
 
-__all__ = ["LOCK", "lock_folder"]
+__all__ = ["LOCK", "is_locked", "lock_folder"]
 
 _logger = logging.getLogger("kd_pipeline")
 
@@ -72,6 +72,18 @@ def lock_folder(folder: Path, *, otherwise: str) -> Iterator[None]:
             yield
         finally:
             _write(descriptor, "")
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the lock of `folder`; False where that cannot be known."""
+    try:
+        with open_regular(folder / LOCK) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _write(descriptor: int, text: str) -> None:

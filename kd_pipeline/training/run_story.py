@@ -97,6 +97,8 @@ class RunStory(_callbacks.Checkpoint):  # type: ignore[misc, name-defined]
             parts.append(f"{skipped} {plural(skipped, 'step')} skipped")
             self._num_skipped = progress.num_skipped
         parts.append(_seconds_text(time.monotonic() - self._epoch_started))
+        if trainer.current_epoch + 1 < self._epochs and not trainer.should_stop:
+            parts.append(self._time_left(trainer, trainer.num_training_batches))
         self._tell(trainer, parts)
 
     def on_train_end(self, trainer: Any, module: Any) -> None:

@@ -38,6 +38,7 @@ from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.distributed import on_rank_zero, set_num_threads
 from kd_pipeline.training.environment import shown_settings
 from kd_pipeline.training.evidence import StartLine, describe_machine
+from kd_pipeline.training.first_batch import DrawFirstBatch
 from kd_pipeline.training.keep_evidence import KeepEvidence
 from kd_pipeline.training.loggers import log_results, log_settings, open_loggers
 from kd_pipeline.training.module import DistillModule
@@ -55,7 +56,7 @@ from kd_pipeline.workflows.own_teacher import open_own_teacher
 from kd_pipeline.workflows.own_validation import OwnEvaluator, open_validate
 from kd_pipeline.workflows.parts import Parts
 from kd_pipeline.workflows.pixel_pictures import draw_predictions
-from kd_pipeline.workflows.prediction_tables import prediction_tables, write_tables
+from kd_pipeline.workflows.prediction_tables import media_of, prediction_tables, write_tables
 from kd_pipeline.workflows.results import read_evaluations, results_digest, write_results
 from kd_pipeline.workflows.resume import Change, SavedRun, unusable_checkpoint
 from kd_pipeline.workflows.run_data import RunData
@@ -166,7 +167,8 @@ class StageRun(ExitStack):
                 write_tables(folder.path, tables)
                 self._write_results(student, loader, evaluations)
                 folder.record_results(results_digest(config, identity, step), step, [str(change) for change in changes])
-                log_results(loggers, config, evaluations, step, keep_open=self._parts.loggers)
+                media = media_of(folder.path, evaluations, tables)
+                log_results(loggers, config, evaluations, step, media=media, keep_open=self._parts.loggers)
         finally:
             result = self._show(evaluations)  # the last thing that is seen, also of an export that failed
         return result
@@ -307,6 +309,10 @@ class StageRun(ExitStack):
             if module.unreached and is_rank_zero():
                 names = first_few(module.unreached)
                 _logger.info("no term of the loss reaches these of the student, which do not change: %s", names)
+        if saved is None:
+            path, transform = folder.path / "first_batch.png", getattr(loader, "transform", None)
+            drawn = DrawFirstBatch(path, view=self._data.view, transform=transform, classes=loader.classes)
+            self._callbacks.append(drawn)
         trainer = build_trainer(
             config.train,
             module,
@@ -322,10 +328,10 @@ class StageRun(ExitStack):
         )
         on_rank_zero(lambda: self._record_start(trainer, saved, changes))
         if is_rank_zero():
-            log_settings(trainer.loggers, config)
+            log_settings(trainer.loggers, config, run_id=folder.run_id)
             evaluated = {split: self._data.loader(split) for split in self._data.splits if split != "train"}
             resumed = "" if saved is None else f"from {folder.last_checkpoint} {saved.place(config.train.epochs)}"
-            tell_start(self._stage, config, module, loader, evaluated, folder=folder.path, resumed=resumed)
+            tell_start(self._stage, config, module, loader, evaluated, folder=folder, resumed=resumed)
         try:
             trainer.fit(module, loader, ckpt_path=folder.last_checkpoint)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:

@@ -1,7 +1,6 @@
 """What a stage says about itself before its training: what learns from what, how much of it, and where."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.training.module import DistillModule
+from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.stage import Stage
 
 __all__ = ["tell_start"]
@@ -29,7 +29,7 @@ def tell_start(
     loader: Any,
     validation: Mapping[str, Any],
     *,
-    folder: Path,
+    folder: RunFolder,
     resumed: str = "",
 ) -> None:
     """Log lines, each with its title; call it on one rank.
@@ -51,7 +51,7 @@ def tell_start(
         rows_name(loader.example()): _rows_text(loader, validation),
         "epochs": _epochs_text(config, loader),
         "device": _device_text(config, loader.device),
-        "folder": str(folder),
+        "folder": f"{folder.path}, run {folder.run_id}",
         "resumed": resumed,
     }
     for title, text in parts.items():

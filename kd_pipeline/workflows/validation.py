@@ -36,6 +36,9 @@ __all__ = ["Bar", "StageEvaluator", "check_probed"]
 
 _logger = logging.getLogger("kd_pipeline")
 
+_NUM_IMAGES = 12
+"""Images with the largest loss that are drawn, and as many with the smallest."""
+
 Bar = Callable[[str], AbstractContextManager[Report]]
 """Shows how far the work with a title is."""
 
@@ -135,7 +138,7 @@ class StageEvaluator:
                 )
             if self._is_headless:
                 return of_loss
-        self.predictions[split] = predictions = Predictions()
+        self.predictions[split] = predictions = Predictions(num_images=_NUM_IMAGES)
         with bar(f"evaluation on {split}") as report:
             found = evaluate(
                 model,

@@ -11,7 +11,13 @@ import pytest
 from kd_pipeline._core.optional import require, switch_off_reports
 from kd_pipeline.errors import MissingPackageError
 
-REPORTS = ("ORT_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING")
+REPORTS = {
+    "ORT_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_ERROR_REPORTING": "false",
+    "COMET_ERROR_TRACKING_ENABLE": "false",
+}
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
@@ -23,7 +29,7 @@ def test_reports_are_off_before_a_package_is_imported(monkeypatch: pytest.Monkey
     for name in REPORTS:
         monkeypatch.delenv(name, raising=False)
     require("json", extra="cpu")
-    assert {name: os.environ[name] for name in REPORTS} == dict(zip(REPORTS, ("1", "true", "1", "false"), strict=True))
+    assert {name: os.environ[name] for name in REPORTS} == REPORTS
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import yaml
 from tests.training import networks, tiny_run
 
 EPOCH = r"epoch {}/2  loss \S+  val/top1 \S+% \(best \S+%, epoch \d\)  lr 0.05  \S+ images/s  \S+ s"
+LEFT = (r"  \d+:\d\d left(?=\s)", r"(?=\s)")
+"""After the line of each epoch: what is left of the run, if it does not end with this one."""
 
 
 def command(folder: Path, run: str, *overrides: str) -> list[str]:
@@ -30,7 +32,7 @@ def check_told(text: str, first: int = 1) -> None:
         r"student +\S+, [\d,]+ parameters",
     ]
     header += [r"images +train 96, val 40, 10 classes", r"epochs +2 of 6 steps, batch size 16", r"device +cpu, 32-true"]
-    epochs = [EPOCH.format(number) for number in range(first, 3)]
+    epochs = [EPOCH.format(number) + LEFT[number - 1] for number in range(first, 3)]
     after = [
         r"export to ONNX: \S+ s",
         r"split +network +samples +top-1 +top-5",
