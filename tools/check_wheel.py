@@ -107,6 +107,7 @@ def run_commands(bin_folder: Path, folder: Path) -> None:
     stages = str(ROOT / "configs" / "digits_all_stages.yaml")
     run("kd-pipeline", "train", "-c", stages, "stage=all", "train.epochs=2", "run_dir=runs/all")
     run("kd-pipeline", "eval", "-c", stages, "runs/all", "--teacher", "runs/all/teacher")
+    run("kd-pipeline", "report", "runs/all", "--no-samples")
 
 
 def check_summary(summary: dict[str, object]) -> None:

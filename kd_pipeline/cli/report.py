@@ -38,7 +38,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-samples",
         action="store_true",
-        help="read nothing but the folders of the runs: no pictures of samples, and no answers where a run kept none",
+        help="show no picture of the data, and read nothing but the folders of the runs: no answers to single images "
+        "where a run kept none",
     )
     parser.add_argument(
         "--remote", action="store_true", help="read images from URLs that the config of a run names, too"

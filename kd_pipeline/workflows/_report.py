@@ -133,7 +133,7 @@ def _document(title: str, records: Sequence[RunRecord], access: Access, report: 
 def _sample_blocks(runs: Sequence[RunRecord], access: Access, report: Callable[[str], object]) -> Iterator[Block]:
     """The samples of each run, and what it has drawn itself."""
     for run in runs:
-        blocks = [*_drawn_blocks(run)]
+        blocks = [*_drawn_blocks(run)] if access.samples else []
         is_classifier = any(
             found.miou is None and (found.top1 is not None or found.agreement is not None)
             for found in run.evaluations.values()

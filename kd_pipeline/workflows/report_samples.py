@@ -121,7 +121,7 @@ def draw_training_batch(run: RunRecord, access: Access, *, report: Callable[[str
     `kd-pipeline check` has drawn it with the teacher's answers; else it is loaded now.
     """
     try:
-        if (path := inside(run.path, "check/train_batch.png")) is not None:
+        if access.samples and (path := inside(run.path, "check/train_batch.png")) is not None:
             return picture_uri(path), "With each image its label and the teacher's answer, from kd-pipeline check."
         config = _config(run, access, "train")
         report(f"{run.name}: the first training batch")

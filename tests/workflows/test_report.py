@@ -117,6 +117,15 @@ def test_paths_in_a_file_of_answers_open_nothing(copy: Path, tmp_path: Path) -> 
     assert 'class="tiny"' not in page and "the data is not what it was" in page
 
 
+def test_pictures_can_be_left_out(copy: Path, tmp_path: Path) -> None:
+    (copy / "check").mkdir()
+    for name in ("check/train_batch.png", "predictions_val.png", "neighbors.png"):
+        Image.new("RGB", (8, 8), "red").save(copy / name)
+    assert write(copy, out=tmp_path / "a.html").count("<img") > 20
+    page = write(copy, out=tmp_path / "a.html", samples=False)
+    assert "<img" not in page and "<span>student</span>" in page
+
+
 def test_what_is_gone_is_said(copy: Path, tmp_path: Path) -> None:
     text = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(text.replace("val.npz", "gone.npz"))
