@@ -30,6 +30,9 @@ __all__ = [
 
 _MAX_WARNINGS = 40
 _MAX_FACTS = 60
+_MAX_STARTS = 100
+_MAX_TEXT = 1000
+_MAX_PACKAGES = 2000
 _MAX_FILES = 40
 _RECORDING = "manifest.json"
 
@@ -90,11 +93,11 @@ def history_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
     """Every start and end of the trainings."""
     rows = []
     for run in runs:
-        for training in run.trainings:
+        for training in run.trainings[-_MAX_STARTS:]:
             end = training.outcome or "no end is recorded: it was killed, or still runs"
             step = "" if training.last_step is None else f"{training.last_step:,}"
             took = "" if training.duration is None else shown_duration(training.duration)
-            changes = "; ".join(training.changes) or "none"
+            changes = "; ".join(training.changes)[:_MAX_TEXT] or "none"
             rows.append([run.name, shown_time(training.began), end, changes, f"{training.first_step:,}", step, took])
     if rows:
         columns = ["Run", "Started", "End", "Settings changed", "From step", "To step", "Time"]
@@ -144,6 +147,7 @@ def environment_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
         yield Facts(rows)
         if isinstance(packages, Mapping):
             names = [f"{name}=={version}" for name, version in packages.items() if isinstance(version, str)]
+            names = [name[:_MAX_TEXT] for name in names[:_MAX_PACKAGES]]
             yield Fold(f"{len(names)} packages", [Code("\n".join(names))])
 
 
@@ -269,7 +273,7 @@ def _findings(run: RunRecord) -> Iterator[Block]:
     if not isinstance(found, list):
         return
     rows = [
-        [str(each.get(name, ""))[:1000] for name in ("severity", "where", "message")]
+        [str(each.get(name, ""))[:_MAX_TEXT] for name in ("severity", "where", "message")]
         for each in found[:_MAX_WARNINGS]
         if isinstance(each, dict)
     ]
@@ -331,7 +335,7 @@ def _recording(run: RunRecord) -> Iterator[Block]:
 
 def _plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items() if each is not None)[:1000]
+        return ", ".join(f"{name} {_plain(each)}" for name, each in value.items() if each is not None)[:_MAX_TEXT]
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value[:1000] if isinstance(value, str) else json.dumps(value)[:1000]
+    return value[:_MAX_TEXT] if isinstance(value, str) else json.dumps(value)[:_MAX_TEXT]

@@ -58,6 +58,8 @@ _WORST = 15
 _MAX_PAIRS = 15
 _MAX_CHANGED = 300
 """Rows of a table of differences."""
+_MAX_COLUMNS = 40
+"""Of the table of results."""
 _MAX_VALUE = 500
 """Characters of a list."""
 
@@ -106,7 +108,7 @@ def result_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
     if len(runs) == 1:
         rows = [{name: value for name, value in row.items() if name != "run"} for row in rows]
     rows = [dict(row) for row in dict.fromkeys(tuple(row.items()) for row in rows)]
-    columns = [*dict.fromkeys(name for row in rows for name in row)]
+    columns = [*dict.fromkeys(name for row in rows for name in row)][:_MAX_COLUMNS]
     yield Text(
         "Each row is a network on a split of the data. Higher is better, except for the loss. Agreement is the share "
         "of images for which student and teacher have the same top class."

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ _NO_RUNS = {"checkpoints", "earlier", "exported", "check", "lists", "tensorboard
 _MAX_RUNS = 24
 _MAX_LOG, _MAX_LINES, _MAX_LINE = 2**25, 20_000, 2000
 _MAX_JSON = 2**22
+_MAX_SPLITS = 12
 _MAX_POINTS = 1_000_000
 """Numbers of `metrics.csv` that are kept."""
 _LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) (.*)")
@@ -254,7 +256,9 @@ def _metrics(path: Path) -> dict[str, list[Point]]:
 
 
 def _evaluations(path: Path) -> dict[str, Evaluation]:
-    return {} if (file := inside(path, "result.json")) is None else read_evaluations(file)
+    if (file := inside(path, "result.json")) is None:
+        return {}
+    return dict(islice(read_evaluations(file).items(), _MAX_SPLITS))
 
 
 def _log(path: Path) -> Iterator[LogLine]:

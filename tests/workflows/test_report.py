@@ -202,6 +202,23 @@ def test_impossible_results_end_nothing(copy: Path, tmp_path: Path) -> None:
     assert "<script" not in page
 
 
+def test_large_files_make_no_large_page(copy: Path, tmp_path: Path) -> None:
+    history = (copy / "history.jsonl").read_text()
+    (copy / "history.jsonl").write_text(history * 1000)
+    columns = [f"val/{number}" for number in range(500)]
+    rows = [",".join(map(str, [step, *range(step, 500 + step)])) for step in range(50)]
+    (copy / "metrics.csv").write_text("\n".join([",".join(["step", *columns]), *rows]))
+    result = json.loads((copy / "result.json").read_text())["val"]
+    result["metrics"] = {str(number): 0.5 for number in range(1000)}
+    (copy / "result.json").write_text(json.dumps({str(number): result for number in range(100)}))
+    packages = {f"package{number}": "1.0" for number in range(9000)}
+    (copy / "environment.json").write_text(json.dumps({"packages": packages}))
+    with (copy / "train.log").open("a") as log:
+        log.write("2026-01-01 00:00:00,000 WARNING x\n" * 5000)
+        log.writelines(f"2026-01-01 00:00:00,000 WARNING {number}{'x' * 3000}\n" for number in range(1000))
+    assert len(write(copy, out=tmp_path / "a.html", samples=False)) < 2_000_000
+
+
 def status(*events: dict[str, Any], folder: Path) -> tuple[str, str]:
     lines = [json.dumps({"time": "2026-01-01 00:00:00+00:00", **event}) for event in events]
     (folder / "history.jsonl").write_text("\n".join(lines))
