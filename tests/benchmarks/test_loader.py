@@ -411,6 +411,7 @@ def test_command_names_the_wrong_option(typed: list[str], capsys: pytest.Capture
     assert capsys.readouterr().err.startswith(f"python -m benchmarks.loader: {typed[0]}: ")
 
 
+@pytest.mark.slow
 def test_command_prints_the_table(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
