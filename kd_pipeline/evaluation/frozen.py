@@ -136,7 +136,10 @@ def extract_outputs(
     check_process_group(loader)
     if not loader.has_labels or loader.labels_are_soft:
         what = "its labels are soft, as those of mixed images" if loader.has_labels else "it has no labels"
-        raise DataError(f"features are judged by the label of each image, and {what}; use another split")
+        raise DataError(
+            f"features are judged by the label of each image, and {what}; use a split with labels, such as `distill` "
+            "adds for --labeled"
+        )
     columns: list[tuple[Tensor, ...]] = []
     report_done = of_batches(report, loader, max_batches)
     with eval_mode(model):

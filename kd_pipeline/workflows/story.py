@@ -128,7 +128,7 @@ def _epochs_text(config: Config, loader: Any) -> str:
         num_batches = None
     if settings.limit_train_batches is not None:
         num_batches = min(settings.limit_train_batches, num_batches or settings.limit_train_batches)
-    steps = "" if num_batches is None else f" of {-(-num_batches // settings.accumulate):,} steps"
+    steps = "" if num_batches is None else f" ({-(-num_batches // settings.accumulate):,} steps each)"
     batch = "" if loader.batch_size is None else f", batch size {loader.batch_size:,}"
     if world_size() > 1:
         batch += f" on each of {world_size()} processes"

@@ -372,7 +372,7 @@ def test_unreadable_padding_is_substituted(damaged):
     assert last["valid"].tolist() == [True] * 5 + [False] * 3
 
 
-def test_bad_samples_equal_jsonl_record(damaged, tmp_path):
+def test_bad_samples_equal_jsonl_record(damaged, tmp_path, caplog):
     source = damaged(*BAD)
     with open_loader(source, run_dir=tmp_path / "new" / "run") as loader:
         run(loader)
@@ -384,6 +384,9 @@ def test_bad_samples_equal_jsonl_record(damaged, tmp_path):
         path = Path(source.name(line["index"]))
         assert set(line) == {"index", "path", "num_bytes", "reason"}
         assert line["path"] == str(path) and line["num_bytes"] == path.stat().st_size and line["reason"]
+    logged = [line for line in caplog.messages if "cannot be read, and a readable image takes its place: " in line]
+    assert [line.split(" cannot be read")[0] for line in logged] == [line["path"] for line in lines[:3]]
+    assert "further ones are named" in logged[-1] and "further" not in logged[0]
 
 
 def test_bad_samples_of_a_resumed_run(damaged):

@@ -183,7 +183,7 @@ def test_features_need_labels(photo_folder: Path) -> None:
     source = ImageFolder(photo_folder, labeled=False)
     with (
         KDDataLoader(source, EVAL, batch_size=8, shuffle=False, device="cpu") as loader,
-        pytest.raises(DataError, match="it has no labels; use another split"),
+        pytest.raises(DataError, match="it has no labels; use a split with labels"),
     ):
         compare({"trunk": backbone()}, loader)
 

@@ -31,7 +31,11 @@ def check_told(text: str, first: int = 1) -> None:
         r"teacher +teacher\.onnx, 1,514 parameters, onnxruntime fp32",
         r"student +\S+, [\d,]+ parameters",
     ]
-    header += [r"images +train 96, val 40, 10 classes", r"epochs +2 of 6 steps, batch size 16", r"device +cpu, 32-true"]
+    header += [
+        r"images +train 96, val 40, 10 classes",
+        r"epochs +2 \(6 steps each\), batch size 16",
+        r"device +cpu, 32-true",
+    ]
     epochs = [EPOCH.format(number) + LEFT[number - 1] for number in range(first, 3)]
     after = [
         r"export to ONNX: \S+ s",
@@ -100,7 +104,7 @@ def test_two_processes_tell_it_once(digits: Path) -> None:
         r"kd-pipeline .*: train -c",
         r"stage +distill",
         r"student +tests.*:plain, 1,514 parameters$",
-        r"epochs +2 of 6 steps, batch size 8 on each of 2 processes",
+        r"epochs +2 \(6 steps each\), batch size 8 on each of 2 processes",
         r"folder +",
         r"epoch 1/2  loss ",
         r"epoch 2/2  loss ",
