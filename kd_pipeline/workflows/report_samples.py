@@ -3,7 +3,7 @@
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from kd_pipeline.models.modules import eval_mode
 from kd_pipeline.report.answers import Answer, read_answers
 from kd_pipeline.report.data_uri import picture_uri, thumbnail_uri
 from kd_pipeline.report.grid import save_grid
+from kd_pipeline.storage.open import local_only
 from kd_pipeline.teachers.settings import members_of
 from kd_pipeline.workflows._compare import open_logits_teacher
+from kd_pipeline.workflows.check_images import key_of
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
 from kd_pipeline.workflows.report_choice import Group, choose, count_answers
 from kd_pipeline.workflows.report_run import RunRecord, inside
@@ -47,6 +49,7 @@ PREDICTIONS = "predictions_val.csv"
 """The file in a run's folder with the answers of student and teacher to the images of `val`."""
 _MAX_EVALUATED = 20_000
 """Images that a report evaluates itself."""
+_ALLOW = "which --remote allows to read"
 _BATCH_IMAGES = 24
 """Of the first training batch."""
 
@@ -126,10 +129,8 @@ def draw_training_batch(run: RunRecord, access: Access, *, report: Callable[[str
         config = _config(run, access, "train")
         report(f"{run.name}: the first training batch")
         with tempfile.TemporaryDirectory(prefix="kd_pipeline-") as folder:
-            options: dict[str, Any] = {"run_dir": None, "on_bad_sample": "substitute", "max_bad_fraction": 1.0}
-            with KDDataLoader.from_config(
-                config, "train", teacher=None, shard=Shard(), plugins=access.plugins, **options
-            ) as loader:
+            skip = {"run_dir": None, "on_bad_sample": "substitute", "max_bad_fraction": 1.0}
+            with _open_split(config, "train", access, **skip) as loader:
                 batch = loader.peek()
                 classes, transform = loader.classes, loader.transform
             file = Path(folder) / "batch.png"
@@ -156,7 +157,7 @@ def _config(run: RunRecord, access: Access, split: str) -> Config:
     settings = config.data.split(split)
     needed = [settings.source, *([] if config.data.train is None else [config.data.train.source])]
     if not access.remote and (url := next(filter(None, map(_remote, needed)), None)):
-        raise ConfigError(f"its data is not a local file ({url}), which --remote allows to read")
+        raise ConfigError(f"its data is not a local file ({url}), {_ALLOW}")
     folder = run.path if run.stage == "distill" else run.path.parent
     return config.model_copy(update={"run_dir": folder})
 
@@ -181,10 +182,19 @@ def open_images(run: RunRecord, access: Access, stack: ExitStack) -> tuple[Confi
     config = _config(run, access, "val")
     shown = config.data.split("val").views.keys() & config.seen_views
     options = {"shown_views": shown, "shuffle": True, "on_bad_sample": "substitute", "max_bad_fraction": 1.0}
-    loader = KDDataLoader.from_config(
-        config, "val", teacher=None, shard=Shard(), plugins=access.plugins, **EACH_IMAGE_ONCE | options
-    )
-    return config, stack.enter_context(loader)
+    return config, stack.enter_context(_open_split(config, "val", access, **EACH_IMAGE_ONCE | options))
+
+
+def _open_split(config: Config, split: str, access: Access, **options: Any) -> KDDataLoader:
+    """The loader of a split, without a teacher, which opens no connection unless `access` allows it."""
+    allowed = nullcontext() if access.remote else local_only(_ALLOW)
+    with allowed:
+        loader = KDDataLoader.from_config(config, split, teacher=None, shard=Shard(), plugins=access.plugins, **options)
+    # A list that is a local file may name URLs, which are opened when they are read.
+    if not access.remote and config.data.split(split).source.kind == "file_list" and loader.source.stores != "files":
+        loader.close()
+        raise ConfigError(f"{key_of(split)}.source lists URLs, {_ALLOW}")
+    return loader
 
 
 def sentence(exc: BaseException) -> str:

@@ -135,17 +135,29 @@ def test_what_is_gone_is_said(copy: Path, tmp_path: Path) -> None:
     assert "<span>student</span> 2 (75%)" in page and 'class="tiny"' not in page
 
 
-def test_urls_are_read_only_if_that_is_allowed(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr("socket.socket.connect", fail)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{kind: image_folder, root: s3://stranger/images}",
+        "{kind: file_list, path: list.csv}",
+        "{kind: tar, path: https://example.org/a.tar}",
+        "{kind: huggingface, path: stranger/images}",
+    ],
+)
+def test_urls_are_read_only_if_that_is_allowed(
+    source: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections: list[Any] = []
+    monkeypatch.setattr("socket.socket.connect", lambda *arguments: connections.append(arguments))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments, **options: connections.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.csv").write_text(f"path,label\nhttps://example.org/a.png,{json.dumps(CLASSES[2])}\n")
     text = (copy / "config.yaml").read_text()
-    source = "      kind: image_folder\n      root: s3://stranger/images\n"
-    text = re.sub(r"      kind: arrays\n      images: \S+val.npz\n", source, text)
-    assert "s3://" in text
-    (copy / "config.yaml").write_text(text)
+    changed = re.sub(r"source:\n      kind: arrays\n      images: \S+val.npz\n", f"source: {source}\n", text)
+    assert changed != text
+    (copy / "config.yaml").write_text(changed)
     assert "which --remote allows to read" in write(copy, out=tmp_path / "a.html")
+    assert not connections
 
 
 def test_secrets_are_hidden(copy: Path, tmp_path: Path) -> None:
