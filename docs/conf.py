@@ -35,7 +35,6 @@ repository_pages = {
     "CHANGELOG.md": "changelog",
     "CONTRIBUTING.md": "contributing",
 }
-suppress_warnings = ["toc.not_included"]
 
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
