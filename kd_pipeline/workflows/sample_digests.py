@@ -5,6 +5,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -22,6 +23,8 @@ _MAX_READ = 4096
 _MAX_FILE = 2**24
 _NUM_GROUPS = 1024
 _MAX_CLASSES = 1000
+_known: WeakKeyDictionary[Source, dict[str, Any]] = WeakKeyDictionary()
+"""Several students of a run share a source, which is read once for all of them."""
 
 
 def digest_samples(source: Source) -> dict[str, Any] | None:
@@ -32,6 +35,12 @@ def digest_samples(source: Source) -> dict[str, Any] | None:
     """
     if len(source) > _MAX_SAMPLES:
         return None
+    if source not in _known:
+        _known[source] = _digest(source)
+    return _known[source]
+
+
+def _digest(source: Source) -> dict[str, Any]:
     groups = _grouped(_names(source))
     found: dict[str, Any] = {"count": len(source), "groups": {}}
     if source.labels is not None and (source.num_classes or 0) <= _MAX_CLASSES:
