@@ -18,7 +18,7 @@ def described() -> set[str]:
     """Full names in the reference of Python, those of whole modules too."""
     found = {f"kd_pipeline.losses.{name}" for name in losses.__all__}
     found |= {f"kd_pipeline.errors.{name}" for name in errors.__all__}
-    for page in (ROOT / "docs" / "reference" / "python").glob("*.md"):
+    for page in (ROOT / "docs").rglob("*.md"):
         module = ""
         for directive, name in re.findall(r"^\.\. (\w+):: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE):
             if directive == "currentmodule":
