@@ -48,7 +48,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.workflows._report import write_report
+    from kd_pipeline.workflows.reporting.report import write_report
 
     started = time.monotonic()
     file = write_report(

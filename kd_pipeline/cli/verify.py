@@ -20,7 +20,7 @@ from kd_pipeline.cli.arguments import (
 from kd_pipeline.cli.printing import print_result
 
 if TYPE_CHECKING:
-    from kd_pipeline.workflows._verify import VerifyReport
+    from kd_pipeline.workflows.verification.verify import VerifyReport
 
 __all__ = ["add_to"]
 
@@ -50,7 +50,7 @@ def add_to(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    from kd_pipeline.workflows._verify import VerifySettings
+    from kd_pipeline.workflows.verification.verify import VerifySettings
 
     parser.add_argument("folder", type=path_option, metavar="RUN", help="folder of a run; it is only read")
     add_options(parser, VerifySettings, "steps", "batches")
@@ -69,7 +69,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    from kd_pipeline.workflows._verify import VerifySettings, runs_in, verify
+    from kd_pipeline.workflows.verification.verify import VerifySettings, runs_in, verify
 
     started = time.monotonic()
     names = {"steps": "steps", "batches": "batches"}

@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from kd_pipeline.workflows._record import RecordSettings as RecordSettings
     from kd_pipeline.workflows._record import plan_recording as plan_recording
     from kd_pipeline.workflows._record import record as record
-    from kd_pipeline.workflows._report import write_report as write_report
     from kd_pipeline.workflows._train import train as train
-    from kd_pipeline.workflows._verify import VerifySettings as VerifySettings
-    from kd_pipeline.workflows._verify import verify as verify
     from kd_pipeline.workflows.demo import run_demo as run_demo
     from kd_pipeline.workflows.doctor import diagnose as diagnose
+    from kd_pipeline.workflows.reporting.report import write_report as write_report
+    from kd_pipeline.workflows.verification.verify import VerifySettings as VerifySettings
+    from kd_pipeline.workflows.verification.verify import verify as verify
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -25,9 +25,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "kd_pipeline.workflows._compare": ["compare_files"],
         "kd_pipeline.workflows._distill": ["distill"],
         "kd_pipeline.workflows._record": ["RecordSettings", "plan_recording", "record"],
-        "kd_pipeline.workflows._report": ["write_report"],
+        "kd_pipeline.workflows.reporting.report": ["write_report"],
         "kd_pipeline.workflows._train": ["train"],
-        "kd_pipeline.workflows._verify": ["VerifySettings", "verify"],
+        "kd_pipeline.workflows.verification.verify": ["VerifySettings", "verify"],
         "kd_pipeline.workflows.demo": ["run_demo"],
         "kd_pipeline.workflows.doctor": ["diagnose"],
     },

@@ -22,8 +22,8 @@ from kd_pipeline.models.modules import eval_mode, named_outputs
 from kd_pipeline.report.data_uri import picture_uri
 from kd_pipeline.report.neighbors import save_neighbors
 from kd_pipeline.workflows.exported import OpenedModel
-from kd_pipeline.workflows.report_run import RunRecord
-from kd_pipeline.workflows.report_samples import Access, open_exported, open_images, sentence
+from kd_pipeline.workflows.reporting.run import RunRecord
+from kd_pipeline.workflows.reporting.samples import Access, open_exported, open_images, sentence
 from kd_pipeline.workflows.stage import view_of
 
 __all__ = ["draw_neighbors"]

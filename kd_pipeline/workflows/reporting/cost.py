@@ -16,7 +16,7 @@ from kd_pipeline._core.text import plural
 from kd_pipeline.errors import KDPipelineError
 from kd_pipeline.report.advice import advice_for
 from kd_pipeline.report.document import Bar, Block, Code, Facts, Fold, Heading, Shares, Table, Text
-from kd_pipeline.workflows.report_run import RunRecord, read_json
+from kd_pipeline.workflows.reporting.run import RunRecord, read_json
 
 __all__ = [
     "check_blocks",

@@ -14,18 +14,18 @@ from kd_pipeline.report.answers import Answer
 from kd_pipeline.report.data_uri import picture_uri
 from kd_pipeline.report.document import Block, Document, Gallery, Heading, Picture, Section, Table, Text, Tile
 from kd_pipeline.report.html import render
-from kd_pipeline.workflows.report_cost import (
+from kd_pipeline.workflows.reporting.cost import (
     check_blocks,
     config_blocks,
     environment_blocks,
     history_blocks,
     time_blocks,
 )
-from kd_pipeline.workflows.report_head import head_of
-from kd_pipeline.workflows.report_neighbors import draw_neighbors
-from kd_pipeline.workflows.report_results import class_blocks, curve_blocks, difference_blocks, result_blocks
-from kd_pipeline.workflows.report_run import RunRecord, find_runs, inside, read_run
-from kd_pipeline.workflows.report_samples import PREDICTIONS, Access, collect_samples, draw_training_batch
+from kd_pipeline.workflows.reporting.head import head_of
+from kd_pipeline.workflows.reporting.neighbors import draw_neighbors
+from kd_pipeline.workflows.reporting.results import class_blocks, curve_blocks, difference_blocks, result_blocks
+from kd_pipeline.workflows.reporting.run import RunRecord, find_runs, inside, read_run
+from kd_pipeline.workflows.reporting.samples import PREDICTIONS, Access, collect_samples, draw_training_batch
 
 __all__ = ["write_report"]
 

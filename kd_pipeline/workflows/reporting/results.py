@@ -11,7 +11,7 @@ from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.evaluation._features import COSINE
 from kd_pipeline.report.data_uri import confusion_uri
 from kd_pipeline.report.document import Block, Chart, Charts, Fold, Heading, Matrix, Picture, Series, Table, Text
-from kd_pipeline.workflows.report_run import RunRecord
+from kd_pipeline.workflows.reporting.run import RunRecord
 from kd_pipeline.workflows.result_table import result_rows
 
 __all__ = ["Primary", "class_blocks", "curve_blocks", "difference_blocks", "primary", "result_blocks"]

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kd_pipeline.report.document import Card
-from kd_pipeline.workflows.report_cost import shown_time
-from kd_pipeline.workflows.report_results import Primary, primary
-from kd_pipeline.workflows.report_run import RunRecord
+from kd_pipeline.workflows.reporting.cost import shown_time
+from kd_pipeline.workflows.reporting.results import Primary, primary
+from kd_pipeline.workflows.reporting.run import RunRecord
 
 __all__ = ["Head", "head_of", "status_of"]
 

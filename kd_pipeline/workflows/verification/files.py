@@ -20,7 +20,7 @@ from kd_pipeline.training.evidence import Evidence, describe_weights
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import WEIGHTS, read_exported
 from kd_pipeline.workflows.resume import SavedRun, changed_settings
-from kd_pipeline.workflows.verify_facts import Facts, reading
+from kd_pipeline.workflows.verification.facts import Facts, reading
 
 __all__ = ["RunFiles", "check_files", "read_weights"]
 

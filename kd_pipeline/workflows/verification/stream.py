@@ -13,11 +13,11 @@ from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.loader.state import changed_fields, of_common_views
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.training.evidence import BatchLine, describe_batch, is_kept
-from kd_pipeline.workflows.replay_run import ReplayRun
 from kd_pipeline.workflows.run_data import RunData
 from kd_pipeline.workflows.sample_digests import changed_samples
-from kd_pipeline.workflows.verify_facts import Comparison, Facts, Tolerance, compare_batch
-from kd_pipeline.workflows.verify_files import RunFiles
+from kd_pipeline.workflows.verification.facts import Comparison, Facts, Tolerance, compare_batch
+from kd_pipeline.workflows.verification.files import RunFiles
+from kd_pipeline.workflows.verification.replay_run import ReplayRun
 
 __all__ = ["check_batches", "check_data", "check_evidence_is_whole", "check_stream", "check_teacher"]
 

@@ -15,9 +15,9 @@ from PIL import Image
 from kd_pipeline.cli import main
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.workflows._report import write_report
-from kd_pipeline.workflows.report_head import status_of
-from kd_pipeline.workflows.report_run import find_runs, read_run
+from kd_pipeline.workflows.reporting.head import status_of
+from kd_pipeline.workflows.reporting.report import write_report
+from kd_pipeline.workflows.reporting.run import find_runs, read_run
 from tests.browser import CHROMIUM, open_browser
 from tests.hostile.cases import DEEP, SPECIAL, remove
 from tests.training import networks, tiny_run

@@ -22,12 +22,12 @@ from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.training.evidence import Evidence, StartLine, describe_machine, read_evidence
 from kd_pipeline.training.rng import RngState
 from kd_pipeline.training.run_folder import RunFolder
-from kd_pipeline.workflows.replay_run import ReplayRun, quiet
 from kd_pipeline.workflows.resume import SavedRun, changed_settings
-from kd_pipeline.workflows.verify_facts import Fact, Facts, Tolerance, reading
-from kd_pipeline.workflows.verify_files import RunFiles, check_files
-from kd_pipeline.workflows.verify_replay import check_results, compare_replay
-from kd_pipeline.workflows.verify_stream import (
+from kd_pipeline.workflows.verification.facts import Fact, Facts, Tolerance, reading
+from kd_pipeline.workflows.verification.files import RunFiles, check_files
+from kd_pipeline.workflows.verification.replay import check_results, compare_replay
+from kd_pipeline.workflows.verification.replay_run import ReplayRun, quiet
+from kd_pipeline.workflows.verification.stream import (
     check_batches,
     check_data,
     check_evidence_is_whole,

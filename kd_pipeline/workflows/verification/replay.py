@@ -15,10 +15,17 @@ from kd_pipeline.models.modules import call_network, named_outputs
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.training.evidence import Evidence
 from kd_pipeline.workflows.exported import ONNX, WEIGHTS
-from kd_pipeline.workflows.replay_run import ReplayRun
 from kd_pipeline.workflows.results import read_evaluations
-from kd_pipeline.workflows.verify_facts import ASPECTS, Comparison, Facts, Tolerance, compare_batch, compare_weights
-from kd_pipeline.workflows.verify_files import RunFiles, read_weights
+from kd_pipeline.workflows.verification.facts import (
+    ASPECTS,
+    Comparison,
+    Facts,
+    Tolerance,
+    compare_batch,
+    compare_weights,
+)
+from kd_pipeline.workflows.verification.files import RunFiles, read_weights
+from kd_pipeline.workflows.verification.replay_run import ReplayRun
 
 __all__ = ["check_results", "compare_replay"]
 

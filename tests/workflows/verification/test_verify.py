@@ -24,7 +24,7 @@ from kd_pipeline.training.evidence import is_kept, read_evidence
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows import results
 from kd_pipeline.workflows._train import train
-from kd_pipeline.workflows._verify import VerifyReport, VerifySettings, verify
+from kd_pipeline.workflows.verification.verify import VerifyReport, VerifySettings, verify
 from tests.training import networks, tiny_run
 
 NUM_TRAIN, NUM_VAL = 48, 16

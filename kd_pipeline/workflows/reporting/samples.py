@@ -28,8 +28,8 @@ from kd_pipeline.teachers.settings import members_of
 from kd_pipeline.workflows._compare import open_logits_teacher
 from kd_pipeline.workflows.check_images import key_of
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
-from kd_pipeline.workflows.report_choice import Group, choose, count_answers
-from kd_pipeline.workflows.report_run import RunRecord, inside
+from kd_pipeline.workflows.reporting.choice import Group, choose, count_answers
+from kd_pipeline.workflows.reporting.run import RunRecord, inside
 from kd_pipeline.workflows.stage import view_of
 
 __all__ = [

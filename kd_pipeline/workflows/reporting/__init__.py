@@ -1,0 +1,1 @@
+"""`kd-pipeline report`: what run folders hold, collected for a page."""

@@ -1,0 +1,1 @@
+"""`kd-pipeline verify`: parts of a finished run are done again."""
