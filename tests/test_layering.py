@@ -36,7 +36,7 @@ EVERYWHERE = {"PIL", "jinja2", "numpy", "pydantic", "pydantic_core", "torch", "y
 WRAPPED_IN = {
     "aiohttp": {"storage.http", "storage.hubs"},
     "comet_ml": {"training.loggers"},
-    "cuda": {"teachers.tensorrt.teacher", "workflows.doctor"},
+    "cuda": {"teachers.tensorrt.teacher", "training.hardware_counters", "workflows.doctor"},
     "fsspec": {"storage.connections", "storage.http", "storage.hubs", "storage.s3"},
     "gcsfs": {"storage.hubs"},
     "huggingface_hub": {"storage.hubs"},

@@ -35,8 +35,9 @@ numbers as 8,192 vectors of 1,024."""
 _CUSTOM_LOSS = re.compile(r"\w+(\.\w+)*:\w+")
 _LOSS_NAME = re.compile(r"\w[\w.-]*(?<!_weight)(?<!_share)")
 _TAKEN = (
-    "cpu_cores", "device_memory_gib", "distill", "gradient_norm", "host_memory_gib", "images_per_s", "loader_share",
-    "loss", "lr", "memory_gib", "pixel_accuracy", "skipped_steps", "task", "teacher_share", "temperature", "top1",
+    "cpu_cores", "cpu_energy_kj", "device_memory_gib", "device_use", "disk_mib_per_s", "distill", "gpu_energy_kj",
+    "gradient_norm", "host_memory_gib", "images_per_s", "loader_share", "loss", "lr", "memory_gib", "pixel_accuracy",
+    "skipped_steps", "task", "teacher_share", "temperature", "top1",
 )  # fmt: skip
 """What is logged besides a student's losses, as `train/<name>`."""
 

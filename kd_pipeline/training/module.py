@@ -188,6 +188,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         # Not at the start of an epoch, which a run that resumes within one does not have.
         self.has_begun = True
         self._throughput.start_epoch()
+        self._machine.start(self.device)
         for optimizer in self.trainer.optimizers:
             match_memory_format(optimizer)
         release_free_memory()
@@ -293,7 +294,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         else:
             self._throughput.batch_trained(len(batch))
         if self._took_optimizer_step and (self._is_logged or self.trainer.is_last_batch):
-            for name, value in (self._throughput.compute() | self._machine.compute(self.device)).items():
+            for name, value in (self._throughput.compute() | self._machine.compute()).items():
                 self._log_step(name, value)
 
     def on_train_epoch_end(self) -> None:

@@ -58,7 +58,7 @@ def assert_same(one: Any, other: Any, name: str) -> None:
             assert one == other, name
 
 
-_MEASURED = "images_per_s|_share$|cpu_cores|_gib$"
+_MEASURED = "images_per_s|_share$|cpu_cores|_gib$|_mib_per_s$|_energy_kj$|device_use"
 """Ends of the names of metrics that differ from run to run."""
 
 

@@ -80,11 +80,13 @@ def time_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
         )
         yield Shares(whole)
     yield Heading("Cost")
-    columns = ["Run", "Steps", "Images seen", "Images/s", "Time"]
+    columns = ["Run", "Steps", "Images seen", "Images/s", "Time", "Energy"]
     if any(costs):
         yield Table(columns, [[run.name, *cost] for run, cost in zip(runs, costs, strict=True) if cost])
+    yield Text("Images seen are steps times batch size; views that are made of one image count once.", "note")
     yield Text(
-        "Images seen are steps times batch size; views that are made of one image count once. Energy was not measured.",
+        "Energy is that of the training, by the counters of all CPUs of the machine and of the first process's GPU, "
+        "whoever used them. It is left out where they cannot be read.",
         "note",
     )
 
@@ -228,7 +230,7 @@ def _parts(run: RunRecord) -> list[tuple[str, float]]:
 
 
 def _cost(run: RunRecord) -> list[str]:
-    """Steps, images, their rate and the time; empty if nothing is known."""
+    """Steps, images, their rate, the time and the energy; empty if nothing is known."""
     steps, images, rate = _last_step(run), _images_seen(run), _rate(run)
     durations = [each.duration for each in run.trainings if each.duration is not None]
     took = sum(durations, timedelta())
@@ -241,7 +243,26 @@ def _cost(run: RunRecord) -> list[str]:
         "" if images is None else f"{images:,}",
         "" if rate is None else f"{rate:,.0f}",
         shown_duration(took) if durations else "",
+        ", ".join(f"{name} {_shown_energy(value)}" for name, value in _energy(run).items()),
     ]
+
+
+def _energy(run: RunRecord) -> dict[str, float]:
+    """Kilojoules of CPUs and GPU, as far as they were counted."""
+    found = {}
+    for name, column in {"CPU": "train/cpu_energy_kj", "GPU": "train/gpu_energy_kj"}.items():
+        total = before = 0.0
+        for _, value in run.metrics.get(column, ()):
+            total += value - before if value >= before else value  # each start counts from zero
+            before = value
+        if total > 0:
+            found[name] = total
+    return found
+
+
+def _shown_energy(kilojoules: float) -> str:
+    """As people pay for it, or in kilojoules if that is little."""
+    return f"{kilojoules:.1f} kJ" if kilojoules < 360 else f"{kilojoules / 3600:.2f} kWh"
 
 
 def _checks(run: RunRecord) -> Iterator[Block]:

@@ -45,10 +45,12 @@ _PANELS = {
     "host_memory_gib": "Memory of the process, GiB",
     "device_memory_gib": "Memory in use on the GPU, GiB",
     "memory_gib": "GPU memory of torch, GiB",
+    "device_use": "Share of the time in which the GPU had work",
+    "disk_mib_per_s": "Read from disks, MiB/s",
 }
 """Titles of the charts in their order."""
 _FRACTIONS = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy", "agreement", "knn_top1", "linear_top1")
-_IN_PERCENT = {*_FRACTIONS, "shares", "waiting"}
+_IN_PERCENT = {*_FRACTIONS, "shares", "waiting", "device_use"}
 _WAITING = {"loader_share": "loader and teacher", "teacher_share": "teacher"}
 _MAX_CHARTS, _MAX_SERIES = 24, 24
 _MAX_COUNTED = 20

@@ -67,7 +67,7 @@ def test_it_has_every_part(runs: tuple[Path, Path], tmp_path: Path) -> None:
         "only the teacher right" in page and "Worst of the student" in page and "answered for this report" not in page
     )
     assert page.count('class="tiny"') > 20 and "Confusion matrix" in page
-    assert "of the time of a step goes into" in page and "Energy was not measured" in page
+    assert "of the time of a step goes into" in page and "Energy is that of the training" in page
     assert "log_every_steps: 1" in page and "exported/model.safetensors" in page
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert len(page) < 500_000
@@ -124,6 +124,19 @@ def test_pictures_can_be_left_out(copy: Path, tmp_path: Path) -> None:
     assert write(copy, out=tmp_path / "a.html").count("<img") > 20
     page = write(copy, out=tmp_path / "a.html", samples=False)
     assert "<img" not in page and "<span>student</span>" in page
+
+
+@pytest.mark.parametrize(
+    ("kilojoules", "shown"), [((100, 500, 50), "CPU 0.15 kWh"), ((3, 4.5, 0.5), "CPU 5.0 kJ"), ((), None)]
+)
+def test_energy_of_all_starts_is_added(
+    kilojoules: tuple[float, ...], shown: str | None, copy: Path, tmp_path: Path
+) -> None:
+    """The last start counts from zero again."""
+    rows = [f"{step},{value}" for step, value in enumerate(kilojoules)]
+    (copy / "metrics.csv").write_text("\n".join(["step,train/cpu_energy_kj", *rows]) + "\n")
+    page = write(copy, out=tmp_path / "a.html", samples=False)
+    assert (shown in page) if shown else ("kJ" not in page and "kWh" not in page)
 
 
 def test_what_is_gone_is_said(copy: Path, tmp_path: Path) -> None:
