@@ -72,6 +72,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """What is logged or printed is text; a name that is none would end the whole session, as it cannot be sent."""
+    report = yield
+    sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    if sections != report.sections:
+        report.outcome, report.longrepr = "failed", "a surrogate was logged or printed; use printable()"
+        report.sections = sections
+    return report
+
+
 def pytest_report_header() -> str:
     found = unpinned()
     if not found:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kd_pipeline._core.files import describe_special, open_own
+from kd_pipeline._core.text import printable
 from kd_pipeline.data.dali import FileChecker
 from kd_pipeline.data.file_reading import read_sample
 from kd_pipeline.data.headers import UnreadableFileError
@@ -199,7 +200,7 @@ class BadSamples:
         if self._record is None or len(self._found) > _MOST_NAMED:
             return
         more = f"; further ones are named in {self._record} only" if len(self._found) == _MOST_NAMED else ""
-        path, reason = sample.path, sample.reason
+        path, reason = printable(sample.path), printable(sample.reason)
         _logger.warning("%s cannot be read, and a readable image takes its place: %s%s", path, reason, more)
 
     def _shown_for(self, index: int) -> int:
