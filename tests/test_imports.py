@@ -34,24 +34,24 @@ NEEDS_LIGHTNING = {
         for name in (
             "_distill",
             "_train",
-            "_verify",
             "demo_backbone",
             "distill_module",
-            "replay_run",
             "resume",
             "stage_run",
             "story",
             "students",
-            "verify_files",
-            "verify_replay",
-            "verify_stream",
+            "verification.files",
+            "verification.replay",
+            "verification.replay_run",
+            "verification.stream",
+            "verification.verify",
         )
     ),
     *(
         f"kd_pipeline.training.{name}"
         for name in (
-            *("checkpoint_callback", "early_stopping", "keep_evidence", "loggers", "metrics_csv", "module"),
-            *("run_story", "signals", "stop_after", "teacher_probe", "trainer"),
+            *("checkpoint_callback", "early_stopping", "first_batch", "keep_evidence", "loggers", "metrics_csv"),
+            *("module", "result_media", "run_story", "signals", "stop_after", "teacher_probe", "trainer"),
         )
     ),
 }

@@ -222,7 +222,7 @@ def test_masks_by_url_in_a_list(tmp_path):
         rows = [f"images/{number}.jpg,{server.url}/masks/{number}.png?token=abc123" for number in range(4)]
         path = tmp_path / "list.csv"
         path.write_text("\n".join(["image,mask", *rows]))
-        source = FileList(path, masks=ListMasks(num_classes=4))
+        source = FileList(path, masks=ListMasks(num_classes=4), storage=StoreSettings(cache_size=0))
         assert all(map(np.array_equal, source.masks.read(np.arange(4)), pairs))
         assert source.stores == "files" and source.masks.name(2) == f"{server.url}/masks/2.png"
         (tmp_path / "masks/1.png").unlink()

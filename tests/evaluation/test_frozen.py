@@ -236,7 +236,10 @@ def test_model_without_features_is_refused(tmp_path) -> None:
 
 def test_split_without_usable_labels_is_refused(tmp_path: Path) -> None:
     images = np.zeros((8, SIDE, SIDE, 3), dtype=np.uint8)
-    with open_loader(Arrays(images)) as loader, pytest.raises(DataError, match="and it has no labels; use another"):
+    with (
+        open_loader(Arrays(images)) as loader,
+        pytest.raises(DataError, match="and it has no labels; use a split with labels"),
+    ):
         extract_features(Pooled(), loader)
 
 

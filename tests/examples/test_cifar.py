@@ -1,4 +1,4 @@
-"""The commands for CIFAR that docs/own_parts.md gives run, on a few random images in the authors' format."""
+"""The commands for CIFAR that docs/training.md gives run, on a few random images in the authors' format."""
 
 import shlex
 import shutil
@@ -23,7 +23,7 @@ SHORT = [
 
 
 def commands() -> list[list[str]]:
-    section = (REPOSITORY / "docs" / "own_parts.md").read_text(encoding="utf-8").split("## CIFAR-10 in two commands")[1]
+    section = (REPOSITORY / "docs" / "training.md").read_text(encoding="utf-8").split("## CIFAR-10 in two commands")[1]
     block = section.split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
     return [shlex.split(line)[1:] for line in block.splitlines()]
 
