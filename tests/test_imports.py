@@ -36,6 +36,7 @@ NEEDS_LIGHTNING = {
             "_train",
             "demo_backbone",
             "distill_module",
+            "prediction_tables",
             "resume",
             "stage_run",
             "story",
