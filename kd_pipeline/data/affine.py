@@ -1,23 +1,18 @@
 """Random affine maps: rotation, translation, scale and shear at once, with numbers of their own."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.ranges import Probability, Range
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.auto_augment import Array, Node
 
 __all__ = ["AffineSettings", "RandomAffine"]
-
-
-def _check_scale(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < value[0] <= value[1]:
-        raise ValueError(f"must be [low, high] with 0 < low <= high, got {list(value)}")
-    return value
 
 
 class AffineSettings(Settings):
@@ -27,11 +22,11 @@ class AffineSettings(Settings):
     """Degrees, in either direction: the angle is uniform in [-rotate, rotate]."""
     translate: float = Field(default=0.0, ge=0, le=1)
     """Fraction of height and width by which the image moves up or down and left or right, uniform."""
-    scale: Annotated[tuple[float, float], AfterValidator(_check_scale)] = (1.0, 1.0)
+    scale: Range = (1.0, 1.0)
     """The factor is uniform in this range; 2 shows everything twice as large."""
     shear: float = Field(default=0.0, ge=0, lt=90)
     """Degrees, parallel to the rows and in either direction."""
-    probability: float = Field(default=1.0, ge=0, le=1)
+    probability: Probability = 1.0
     """Share of the images that are moved."""
 
     @model_validator(mode="after")

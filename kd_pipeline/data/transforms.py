@@ -12,12 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kd_pipeline._core.channels import ChannelMeans, ChannelStds
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
 from kd_pipeline._core.image_size import Size, as_size, height_width
 from kd_pipeline._core.optional import require
+from kd_pipeline._core.ranges import FractionRange, Probability, Range
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.data.affine import AffineSettings, RandomAffine
 from kd_pipeline.data.auto_augment import Array, AutoAugment, AutoAugmentSettings, Node
@@ -41,19 +42,6 @@ __all__ = [
 ]
 
 
-def _check_range(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < value[0] <= value[1]:
-        raise ValueError(f"must be [low, high] with 0 < low <= high, got {list(value)}")
-    return value
-
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-Range = Annotated[tuple[float, float], AfterValidator(_check_range)]
-"""Low and high, both positive."""
-FractionRange = Annotated[tuple[float, Probability], AfterValidator(_check_range)]
-"""Low and high, 1 at most."""
 PerChannel = tuple[float, float, float]
 """Red, green and blue, on a scale from 0 to 1."""
 
