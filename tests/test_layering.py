@@ -60,7 +60,6 @@ WRAPPED_IN = {
     "matplotlib": {"report.plots"},
     "mlflow": {"training.loggers"},
     "nvidia": {
-        "data.affine",
         "data.auto_augment",
         "data.dali",
         "data.decode",

@@ -7,10 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from kd_pipeline._core.optional import require
 from kd_pipeline._core.ranges import Probability, Range
 from kd_pipeline._core.settings import Settings
-from kd_pipeline.data.auto_augment import Array, Node
+from kd_pipeline.data.auto_augment import Array, Node, warp, warp_factors
 
 __all__ = ["AffineSettings", "RandomAffine"]
 
@@ -77,8 +76,7 @@ class RandomAffine:
         offset = size / 2 - (linear @ (size / 2 + moved)[:, :, None])[:, :, 0]
         matrix = np.concatenate([linear, offset[:, :, None]], axis=2).reshape(-1, 6)
         if self.scale != (1, 1):
-            ratio = self.scale[1] / self.scale[0]
-            matrix = matrix * [1, ratio, self.scale[1], 1 / ratio, 1, self.scale[0]]
+            matrix = matrix * warp_factors(self.scale)
         is_moved = chosen[:, :1] < settings.probability
         return (np.where(is_moved, matrix, [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]),)
 
@@ -89,5 +87,4 @@ class RandomAffine:
 
     def apply(self, images: Node, matrix: Node) -> Node:
         """Move the pixels of uint8 images."""
-        fn = require("nvidia.dali.fn", extra="cpu")
-        return fn.warp_affine(images, matrix=fn.reshape(matrix, shape=[2, 3]), fill_value=128, inverse_map=True)
+        return warp(images, matrix)

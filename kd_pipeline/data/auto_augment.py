@@ -19,7 +19,17 @@ from pydantic import Field
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 
-__all__ = ["OPS", "AutoAugment", "AutoAugmentSettings", "RandAugment", "Ranges", "TrivialAugment", "op_arguments"]
+__all__ = [
+    "OPS",
+    "AutoAugment",
+    "AutoAugmentSettings",
+    "RandAugment",
+    "Ranges",
+    "TrivialAugment",
+    "op_arguments",
+    "warp",
+    "warp_factors",
+]
 
 OPS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
@@ -217,15 +227,26 @@ def op_arguments(op: Array, strength: Array, sign: Array, ranges: Ranges, size: 
     return arguments
 
 
+def warp_factors(scale: tuple[float, float]) -> list[float]:
+    """What the six numbers of a warp are multiplied by to do the same to images `scale` times as high and wide."""
+    ratio = scale[1] / scale[0]
+    # From output to input coordinates (x, y): into those of the original, through its matrix, and back.
+    return [1, ratio, scale[1], 1 / ratio, 1, scale[0]]
+
+
+def warp(images: Node, matrix: Node) -> Node:
+    """Move the pixels of images by six numbers for each, from output to input coordinates; mid-gray from outside."""
+    fn = _fn()
+    return fn.warp_affine(images, matrix=fn.reshape(matrix, shape=[2, 3]), fill_value=128, inverse_map=True)
+
+
 def _is_warp(op: Array) -> NDArray[np.bool_]:
     return np.isin(op, _WARPS)
 
 
 def _scale_warps(op: Array, arguments: Array, scale: tuple[float, float]) -> None:
     """Let the warps among `arguments` `[N, 9]` do the same to images that are `scale` times as high and wide."""
-    warps, ratio = _is_warp(op), scale[1] / scale[0]
-    # From output to input coordinates (x, y): into those of the original, through its matrix, and back.
-    arguments[warps, :6] *= [1, ratio, scale[1], 1 / ratio, 1, scale[0]]
+    arguments[_is_warp(op), :6] *= warp_factors(scale)
 
 
 def _dispatch(nodes: Sequence[Node], branches: Sequence[tuple[str, _Branch]]) -> Node:
@@ -247,8 +268,7 @@ def _identity(images: Node, arguments: Node) -> Node:
 
 
 def _warp(images: Node, arguments: Node) -> Node:
-    fn = _fn()
-    return fn.warp_affine(images, matrix=fn.reshape(arguments[:6], shape=[2, 3]), fill_value=128, inverse_map=True)
+    return warp(images, arguments[:6])
 
 
 def _color(images: Node, arguments: Node) -> Node:

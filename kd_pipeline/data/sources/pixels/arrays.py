@@ -24,13 +24,13 @@ from kd_pipeline.errors import DataError
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["Arrays", "MaskArray"]
+__all__ = ["MAX_PIXELS", "Arrays", "MaskArray"]
 
 _logger = logging.getLogger("kd_pipeline")
 
 ArrayLike = str | os.PathLike[str] | NDArray[Any]
 _Array = NDArray[Any] | StoredArray
-_MAX_PIXELS = 2**27
+MAX_PIXELS = 2**27
 """Of one image; one and a half times what the loader decodes from a file by default."""
 _MAX_ROWS = 2**18
 """Images that are sampled for a fingerprint, each of which is read by itself."""
@@ -204,8 +204,8 @@ def _check_images(images: _Array, name: str) -> NDArray[np.uint8] | NpyFile:
             f"{name}: expected uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3] with N, H and W of at least 1, "
             f"found {_kind(images)}; {_image_advice(images)}"
         )
-    if shape[1] * shape[2] > _MAX_PIXELS:
-        raise DataError(f"{name}: images of {shape[1]} x {shape[2]} are larger than {_MAX_PIXELS} pixels; resize them")
+    if shape[1] * shape[2] > MAX_PIXELS:
+        raise DataError(f"{name}: images of {shape[1]} x {shape[2]} are larger than {MAX_PIXELS} pixels; resize them")
     if isinstance(images, NpyFile) and images.has_rows:
         check_fits(name, 8 * len(images), "split the file")  # for as many labels, which the loader holds
         return images

@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from kd_pipeline.data.philox import named_key
 from kd_pipeline.data.sources.labels import shown_samples
 from kd_pipeline.data.sources.masks.masks import Masks
+from kd_pipeline.data.sources.pixels.arrays import MAX_PIXELS
 from kd_pipeline.errors import DataError
 
 __all__ = ["Noise"]
-
-_MAX_PIXELS = 2**27
-"""Of one image, as for arrays."""
 
 
 class Noise:
@@ -48,10 +46,10 @@ class Noise:
         seed: int = 0,
     ) -> None:
         height, width = size
-        if num_images < 1 or height < 1 or width < 1 or height * width > _MAX_PIXELS:
+        if num_images < 1 or height < 1 or width < 1 or height * width > MAX_PIXELS:
             raise DataError(
                 f"noise: {num_images} images of {height} x {width} pixels; there must be at least one image, and each "
-                f"has 1 to {_MAX_PIXELS:,} pixels"
+                f"has 1 to {MAX_PIXELS:,} pixels"
             )
         self._num_images, self._size, self._seed = num_images, (height, width), seed
         self.num_classes, self.classes = num_classes, None if classes is None else tuple(classes)
