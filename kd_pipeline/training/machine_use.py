@@ -20,11 +20,8 @@ _IO = Path("/proc/self/io")
 class MachineUse:
     """Counts between two log lines; nothing waits for the device."""
 
-    def __init__(self) -> None:
-        self.start(torch.device("cpu"))
-
-    def start(self, device: torch.device) -> None:
-        """Count from now on."""
+    def __init__(self, device: torch.device) -> None:
+        """Count from now on, on the device of the training."""
         self._device = device
         self._cpu_s, self._wall_s, self._read_bytes = time.process_time(), time.perf_counter(), _bytes_read()
         self._cpu_energy, self._gpu = CpuEnergy(), GpuCounters(device)

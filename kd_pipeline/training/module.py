@@ -98,7 +98,9 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         if settings.compile:
             self._compiled = CompiledStudent(student)
             distillation.compile_losses()
-        self._throughput, self._machine = Throughput(teacher), MachineUse()
+        self._throughput = Throughput(teacher)
+        self._machine: MachineUse | None = None
+        """From the start of the training."""
         self._is_logged = False
         """Whether the current step is one of those that are logged."""
         self._took_optimizer_step = False
@@ -188,7 +190,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         # Not at the start of an epoch, which a run that resumes within one does not have.
         self.has_begun = True
         self._throughput.start_epoch()
-        self._machine.start(self.device)
+        self._machine = MachineUse(self.device)
         for optimizer in self.trainer.optimizers:
             match_memory_format(optimizer)
         release_free_memory()
@@ -294,6 +296,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         else:
             self._throughput.batch_trained(len(batch))
         if self._took_optimizer_step and (self._is_logged or self.trainer.is_last_batch):
+            assert self._machine is not None
             for name, value in (self._throughput.compute() | self._machine.compute()).items():
                 self._log_step(name, value)
 

@@ -101,7 +101,7 @@ def test_gpu_without_a_counter_of_energy_has_its_use(library: FakeLibrary, monke
 
 
 def test_work_between_two_lines_is_counted(tmp_path: Path) -> None:
-    use = MachineUse()
+    use = MachineUse(torch.device("cpu"))
     use.compute()
     torch.rand(700, 700) @ torch.rand(700, 700)
     path = tmp_path / "read"
