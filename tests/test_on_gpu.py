@@ -23,7 +23,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
 
 def test_weights_left_on_the_host_are_refused() -> None:
     net = ConvNet()
-    with OnGpu() as gpu, pytest.raises(Exception, match="(?i)fake|same device"):
+    with OnGpu() as gpu, pytest.raises(Exception, match=r"(?i)fake|same device"):
         net(gpu.tensor(random_images(2)))
 
 
