@@ -1,53 +1,32 @@
 """Evaluate a model on a split: accuracy, F1, confusion, agreement with a teacher, and further metrics."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from logging import getLogger
 from typing import Any, overload
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from kd_pipeline._core.constants import IMAGES
-from kd_pipeline._core.finite import has_softmax
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.errors import ConfigError, DataError, NonFiniteError, StateError
-from kd_pipeline.evaluation._gather import of_all_ranks
+from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
+from kd_pipeline.evaluation._batches import batches_of
 from kd_pipeline.evaluation._logits import known_views, logits_of, run_on_view, view_logits, with_mean
-from kd_pipeline.evaluation._metrics import (
-    DISTANCES,
-    Metric,
-    MetricSettings,
-    distances,
-    measure,
-    shares,
-)
+from kd_pipeline.evaluation._metrics import DISTANCES, Metric, MetricSettings
 from kd_pipeline.evaluation._pixels import PixelTally
+from kd_pipeline.evaluation._tally import ImageTally
 from kd_pipeline.evaluation.predictions import Predictions
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.models.modules import eval_mode
 from kd_pipeline.teachers.base import Teacher
 
-__all__ = [
-    "SCALARS",
-    "Evaluation",
-    "check_process_group",
-    "evaluate",
-    "of_batches",
-    "only_metrics",
-]
+__all__ = ["SCALARS", "Evaluation", "evaluate", "only_metrics"]
 
 _logger = getLogger("kd_pipeline")
-
-_QUANTUM = 2.0**-24
-"""Losses are rounded to multiples of this before they are summed. In float64 such sums are exact up to 5e8, so they do
-not depend on the order of the samples or on how they are split into batches and ranks."""
-
 
 SCALARS = ("top1", "top5", "macro_f1", "miou", "pixel_accuracy", "loss", "agreement", *DISTANCES)
 """Fields of an `Evaluation` that are single numbers for a logger."""
@@ -177,20 +156,17 @@ def evaluate(
         predictions: collects the prediction for each row of a classifier; not with `views`.
 
     Raises:
-        ConfigError: a model returns no logits, or fails on the size of one of `views`; there is no such view; or a
-            metric is unknown, fails or has the name of another one.
+        ConfigError: a model returns no logits, or fails on the size of one of `views`; there is no such view; a
+            metric is unknown, fails or has the name of another one; or `max_batches` is below 1.
         DataError: a label exceeds the logits, a metric needs labels and there are none, or all pixels are ignored.
         NonFiniteError: every row of the model's logits holds NaN or inf.
         TeacherError: a teacher rejects the images or fails.
         StateError: the loader reads one shard of several, and there is no process group.
     """
-    check_process_group(loader)
     names = None if views is None else known_views(loader, views)
     found: dict[str, _Pair] = {}
-    report_done = of_batches(report, loader, max_batches)
     with torch.no_grad(), eval_mode(model), eval_mode(reference):
-        for number, batch in enumerate(islice(loader, max_batches)):
-            report_done(number)
+        for batch in batches_of(loader, max_batches, report):
             if names is None:
                 logits, rows = _logits_of_view(model, reference, batch, view, reference_view)
                 compared = {view: logits}
@@ -243,8 +219,8 @@ class _Pair:
 
     def __init__(self, loader: AnyLoader, metrics: Sequence[MetricSettings | Metric]) -> None:
         self._loader, self._metrics = loader, metrics
-        self._tally: _Tally | PixelTally | None = None
-        self._teacher: _Tally | PixelTally | None = None
+        self._tally: ImageTally | PixelTally | None = None
+        self._teacher: ImageTally | PixelTally | None = None
 
     def add(self, batch: KDBatch, logits: Tensor, teacher: Tensor | None) -> None:
         """Add one batch, without waiting for the device."""
@@ -264,8 +240,8 @@ class _Pair:
                     each.sum_over_ranks()
         classes = self._loader.classes
         try:
-            teacher = None if self._teacher is None else _result(self._teacher, classes, ())
-            return replace(_result(self._tally, classes, self._metrics), teacher=teacher)
+            teacher = None if self._teacher is None else _result(self._teacher, classes)
+            return replace(_result(self._tally, classes), teacher=teacher)
         except NonFiniteError as exc:
             if view is None:
                 raise
@@ -279,7 +255,7 @@ def _empty(
     *,
     has_teacher: bool,
     metrics: Sequence[MetricSettings | Metric],
-) -> "_Tally | PixelTally":
+) -> ImageTally | PixelTally:
     """A tally for the logits of images or of pixels."""
     if logits.ndim == 4:
         return PixelTally.empty(
@@ -295,8 +271,7 @@ def _empty(
             f"the model returns logits {list(logits.shape)} for an image, and the data has masks, the class of each "
             "pixel; evaluate a network for segmentation, which returns {'logits': [N, K, h, w]}"
         )
-    has_labels = batch.labels is not None
-    return _Tally.empty(logits, has_labels=has_labels, has_teacher=has_teacher, keeps_rows=bool(metrics))
+    return ImageTally.empty(logits, has_labels=batch.labels is not None, has_teacher=has_teacher, metrics=metrics)
 
 
 def only_metrics(metrics: Mapping[str, float], *, num_samples: int) -> Evaluation:
@@ -317,140 +292,16 @@ def only_metrics(metrics: Mapping[str, float], *, num_samples: int) -> Evaluatio
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Tally:
-    """Running counts and sums, on the model's device."""
-
-    confusion: Tensor
-    """`[K, K + 1]` int64: rows are labels; the last column is for rows with NaN or inf."""
-    counts: Mapping[str, Tensor]
-    """Int64 scalars."""
-    sums: Mapping[str, Tensor]
-    """Float64 scalars in units of `_QUANTUM`: `loss` if there are labels, `DISTANCES` if there is a teacher."""
-    rows: list[tuple[Tensor, ...]]
-    """Index, valid, logits and labels of each batch; empty unless a metric needs them."""
-    keeps_rows: bool
-    """Whether a metric needs them."""
-
-    @classmethod
-    def empty(cls, logits_NK: Tensor, *, has_labels: bool, has_teacher: bool, keeps_rows: bool) -> "_Tally":
-        num_classes, device = logits_NK.shape[1], logits_NK.device
-        counts = ("samples", "bad_rows", "bad_labels", "bad_teacher_rows", "in_top5", "agreed")
-        sums = (["loss"] if has_labels else []) + ([*DISTANCES] if has_teacher else [])
-        return cls(
-            torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=device),
-            {name: torch.zeros((), dtype=torch.int64, device=device) for name in counts},
-            {name: torch.zeros((), dtype=torch.float64, device=device) for name in sums},
-            [],
-            keeps_rows,
-        )
-
-    def add(self, batch: KDBatch, logits_NK: Tensor, teacher_NK: Tensor | None) -> None:
-        """Add one batch, without waiting for the device."""
-        is_bad_N = ~has_softmax(logits_NK)
-        predicted_N = logits_NK.argmax(dim=1).masked_fill(is_bad_N, logits_NK.shape[1])
-        self._count("samples", batch.valid, batch.valid)
-        self._count("bad_rows", is_bad_N, batch.valid)
-        if batch.labels is not None:
-            labels = self._add_labels(batch.labels, logits_NK, predicted_N, batch.valid)
-            if self.keeps_rows:
-                self.rows.append((batch.index, batch.valid, logits_NK, labels))
-        if teacher_NK is not None:
-            self._add_teacher(teacher_NK, logits_NK, predicted_N, batch.valid)
-
-    def sum_over_ranks(self) -> None:
-        """Add the tallies of all ranks, on every rank."""
-        for tensor in (self.confusion, *self.counts.values(), *self.sums.values()):
-            torch.distributed.all_reduce(tensor)
-        if self.rows:
-            self.rows[:] = [tuple(of_all_ranks(torch.cat(column)) for column in zip(*self.rows, strict=True))]
-
-    def logits_and_labels(self) -> tuple[Tensor, Tensor]:
-        """Logits `[N, K]` and labels `[N]` of the valid rows, in the order of the dataset."""
-        index, valid, logits, labels = (torch.cat(column) for column in zip(*self.rows, strict=True))
-        order = index[valid].argsort()
-        return logits[valid][order], labels[valid][order]
-
-    def _add_labels(self, labels: Tensor, logits_NK: Tensor, predicted_N: Tensor, valid_N: Tensor) -> Tensor:
-        """Add the metrics of labels; returns the labels as `[N]` int64."""
-        num_classes = logits_NK.shape[1]
-        is_hard = labels.ndim == 1
-        label_N = labels if is_hard else labels.argmax(dim=1)
-        is_outside_N = (label_N < 0) | (label_N >= num_classes)
-        label_N = label_N.masked_fill(is_outside_N, 0)  # an index out of range would kill the CUDA context
-        top5_N5 = logits_NK.topk(min(5, num_classes), dim=1).indices
-        is_in_top5_N = (top5_N5 == label_N[:, None]).any(dim=1) & (predicted_N < num_classes)
-        self._count("bad_labels", is_outside_N, valid_N)
-        self._count("in_top5", is_in_top5_N, valid_N)
-        self.confusion.view(-1).scatter_add_(0, label_N * (num_classes + 1) + predicted_N, valid_N.long())
-        loss_N = cross_entropy(logits_NK, label_N if is_hard else labels.to(logits_NK.dtype), reduction="none")
-        self._sum("loss", loss_N, valid_N)
-        return label_N
-
-    def _add_teacher(self, teacher_NK: Tensor, logits_NK: Tensor, predicted_N: Tensor, valid_N: Tensor) -> None:
-        if teacher_NK.shape != logits_NK.shape:
-            raise ConfigError(
-                f"the model returns logits {list(logits_NK.shape)}, the teacher {list(teacher_NK.shape)}; "
-                "compare models of the same classes"
-            )
-        is_bad_N = ~has_softmax(teacher_NK)
-        self._count("bad_teacher_rows", is_bad_N, valid_N)
-        self._count("agreed", (predicted_N == teacher_NK.argmax(dim=1)) & ~is_bad_N, valid_N)
-        for name, value_N in distances(logits_NK, teacher_NK).items():
-            self._sum(name, value_N, valid_N)
-
-    def _count(self, name: str, flags_N: Tensor, valid_N: Tensor) -> None:
-        self.counts[name].add_((flags_N & valid_N).sum())
-
-    def _sum(self, name: str, values_N: Tensor, valid_N: Tensor) -> None:
-        self.sums[name].add_((values_N.double() / _QUANTUM).round().masked_fill(~valid_N, 0).sum())
-
-
-def _result(
-    tally: _Tally | PixelTally, classes: tuple[str, ...] | None, metrics: Sequence[MetricSettings | Metric]
-) -> Evaluation:
+def _result(tally: ImageTally | PixelTally, classes: tuple[str, ...] | None) -> Evaluation:
     """Wait for the device and compute the metrics."""
     counts = {name: int(count) for name, count in tally.counts.items()}
-    num_samples = counts["samples"]
-    if num_samples == 0:
+    if counts["samples"] == 0:
         raise DataError("no sample of this split can be read, so there is nothing to evaluate")
     _check_finite(counts)
-    if isinstance(tally, PixelTally):
-        of_pixels = tally.metrics()
-        further = {name: _plain(value) for name, value in of_pixels.pop("metrics").items()}
-        return replace(
-            only_metrics(further, num_samples=num_samples),
-            **of_pixels,
-            classes=classes,
-            num_bad_rows=counts["bad_rows"],
-        )
-    means = {name: float(total) * _QUANTUM / num_samples for name, total in tally.sums.items()}
-    confusion = tally.confusion.double().cpu()
-    num_classes = len(confusion)
-    if counts["bad_labels"]:
-        raise DataError(
-            f"{counts['bad_labels']} of {num_samples} labels are not from 0 to {num_classes - 1}, and the model has "
-            f"{num_classes} logits; evaluate a model of the data's classes"
-        )
-    has_labels = "loss" in means
-    right_K, label_K, predicted_K = confusion.diagonal(), confusion.sum(dim=1), confusion.sum(dim=0)[:num_classes]
-    f1_K = 2 * right_K / (label_K + predicted_K)  # NaN for a class that is neither a label nor a prediction
-    return Evaluation(
-        num_samples=num_samples,
-        num_bad_rows=counts["bad_rows"],
-        top1=float(right_K.sum()) / num_samples if has_labels else None,
-        top5=counts["in_top5"] / num_samples if has_labels else None,
-        macro_f1=float(f1_K.nanmean()) if has_labels else None,
-        loss=means.get("loss"),
-        agreement=counts["agreed"] / num_samples if "kl" in means else None,
-        kl=means.get("kl"),
-        logit_mse=means.get("logit_mse"),
-        probability_l1=means.get("probability_l1"),
-        class_accuracy=shares(right_K.tolist(), label_K.tolist()) if has_labels else None,
-        confusion=tuple(map(tuple, tally.confusion[:, :num_classes].tolist())) if has_labels else None,
-        classes=classes,
-        metrics=_measured(metrics, tally) if metrics else {},
-    )
+    found = tally.metrics()
+    further = {name: _plain(value) for name, value in found.pop("metrics").items()}
+    known = only_metrics(further, num_samples=counts["samples"])
+    return replace(known, **found, classes=classes, num_bad_rows=counts["bad_rows"])
 
 
 def _check_finite(counts: Mapping[str, int]) -> None:
@@ -465,49 +316,6 @@ def _check_finite(counts: Mapping[str, int]) -> None:
                 "the %s's logits hold NaN or inf for %d of %d images, which count as wrong; %s",
                 *(owner, num, num_samples, hint),
             )
-
-
-def _measured(metrics: Sequence[MetricSettings | Metric], tally: _Tally) -> dict[str, Any]:
-    if not tally.rows:
-        raise DataError("metrics compare logits with labels, and this split has no labels; remove the metrics")
-    logits_NK, label_N = tally.logits_and_labels()
-    found: dict[str, Any] = {}
-    for metric in metrics:
-        if isinstance(metric, MetricSettings):
-            values: Mapping[str, Any] = {metric.name: measure(metric, logits_NK, label_N)}
-        else:
-            values = metric(logits_NK, label_N)
-            if not isinstance(values, Mapping):
-                raise ConfigError(f"the metric {metric} should return values by name, got {type(values).__qualname__}")
-        if twice := found.keys() & values.keys():
-            raise ConfigError(
-                f"two metrics are called {sorted(twice)[0]!r}; remove one, or rename the value of your function"
-            )
-        found |= {name: _plain(value) for name, value in values.items()}
-    return found
-
-
-def of_batches(report: Report, loader: AnyLoader, max_batches: int | None) -> Callable[[int], object]:
-    """`report` for the number of batches of `loader` that are done; of a stream, it counts to the next one."""
-    try:
-        total = min(len(loader), max_batches or len(loader))
-    except TypeError:
-        total = max_batches or 0
-    return lambda done: report(done, max(total, done + 1))
-
-
-def check_process_group(loader: AnyLoader) -> None:
-    """Check that what the shards of a split give can be joined.
-
-    Raises:
-        StateError: `loader` reads one shard of several, and there is no process group.
-    """
-    if loader.shard.world_size > 1 and not torch.distributed.is_initialized():
-        raise StateError(
-            f"the loader reads one of {loader.shard.world_size} shards of the split, and without a process group the "
-            "results of all cannot be added up; call torch.distributed.init_process_group first, or give the loader "
-            "shard=Shard() to evaluate the whole split in this process"
-        )
 
 
 def _plain(value: Any) -> Any:

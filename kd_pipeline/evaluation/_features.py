@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
 
 import torch
 import torch.distributed
@@ -13,8 +12,10 @@ from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import _QUANTUM, Evaluation, check_process_group, of_batches, only_metrics
+from kd_pipeline.evaluation._batches import batches_of
+from kd_pipeline.evaluation._evaluate import Evaluation, only_metrics
 from kd_pipeline.evaluation._logits import inputs_for
+from kd_pipeline.evaluation._tally import QUANTUM
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation, student_outputs
 from kd_pipeline.losses.ramp import max_value
@@ -70,12 +71,9 @@ def evaluate_features(
         StateError: the loader reads one shard of several, and there is no process group.
         TeacherError: the teacher rejects the images or fails.
     """
-    check_process_group(loader)
-    report_done = of_batches(report, loader, max_batches)
     sums: dict[str, Tensor] = {}
     with eval_mode(student), eval_mode(distillation):
-        for number, batch in enumerate(islice(loader, max_batches)):
-            report_done(number)
+        for batch in batches_of(loader, max_batches, report):
             batch = _complete(batch, teacher).of_view(view)
             with distillation.student_features(student) as features:
                 outputs = call_network(student, inputs_for(student, batch.input))
@@ -92,7 +90,7 @@ def evaluate_features(
             f"the student's outputs hold NaN or inf for all {num_samples} images; check its weights and the "
             "normalization of its images, and if it runs in float16, use bfloat16 or float32"
         )
-    means = {name: float(total) * _QUANTUM / num_samples for name, total in sums.items()}
+    means = {name: float(total) * QUANTUM / num_samples for name, total in sums.items()}
     loss = means.pop("loss")
     return replace(only_metrics(means, num_samples=num_samples), loss=loss, num_bad_rows=num_bad_rows)
 
@@ -145,10 +143,10 @@ def _sums(
     means = {"loss": torch.stack(weighted).sum(), **terms}
     # A rank's last batch may have no valid row, and then no mean.
     means = {name: torch.where(num_valid > 0, value.double(), 0.0) for name, value in means.items()}
-    sums = {name: (value * num_valid / _QUANTUM).round() for name, value in means.items()}
+    sums = {name: (value * num_valid / QUANTUM).round() for name, value in means.items()}
     names = cosine_names(distillation.settings)
     for name, cosine_N in distillation.cosines(outputs, features, batch).items():
-        sums[names[name]] = (cosine_N.double() / _QUANTUM).round().masked_fill(~valid_N, 0).sum()
+        sums[names[name]] = (cosine_N.double() / QUANTUM).round().masked_fill(~valid_N, 0).sum()
     is_bad_N = torch.stack(
         [~output.isfinite().flatten(1).all(dim=1) for output in student_outputs(outputs).values()]
     ).any(dim=0)

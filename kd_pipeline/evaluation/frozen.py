@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from logging import getLogger
 from typing import Self
 
@@ -16,7 +15,7 @@ from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
-from kd_pipeline.evaluation._evaluate import check_process_group, of_batches
+from kd_pipeline.evaluation._batches import batches_of
 from kd_pipeline.evaluation._gather import of_all_ranks
 from kd_pipeline.evaluation._logits import run_on_view
 from kd_pipeline.loader.batch_loader import AnyLoader
@@ -133,7 +132,6 @@ def extract_outputs(
         TeacherError: the teacher rejects the images or fails.
         StateError: the loader reads one shard of several, and there is no process group.
     """
-    check_process_group(loader)
     if not loader.has_labels or loader.labels_are_soft:
         what = "its labels are soft, as those of mixed images" if loader.has_labels else "it has no labels"
         raise DataError(
@@ -141,10 +139,8 @@ def extract_outputs(
             "adds for --labeled"
         )
     columns: list[tuple[Tensor, ...]] = []
-    report_done = of_batches(report, loader, max_batches)
     with eval_mode(model):
-        for number, batch in enumerate(islice(loader, max_batches)):
-            report_done(number)
+        for batch in batches_of(loader, max_batches, report):
             output, rows = run_on_view(model, batch, view)
             outputs = named_outputs(output, vector=POOLED, owner="the model")
             assert rows.labels is not None
@@ -217,8 +213,11 @@ def knn_top1(bank: Features, queries: Features, *, k: int = 20, temperature: flo
         queries: those to classify.
         k: neighbors; all of the bank if it has fewer.
         temperature: of the votes.
+
+    Raises:
+        NonFiniteError: every row of the bank holds NaN or inf.
     """
-    bank = bank.select(bank.is_finite)
+    bank = _finite_bank(bank)
     bank_MD, k = normalize(bank.features, dim=1), min(k, len(bank))
     is_finite_N = queries.is_finite
     queries_ND = normalize(queries.features, dim=1)
@@ -246,8 +245,11 @@ def linear_top1(bank: Features, queries: Features) -> float:
     Args:
         bank: labeled features to fit to; rows with NaN or inf are left out.
         queries: those to classify.
+
+    Raises:
+        NonFiniteError: every row of the bank holds NaN or inf.
     """
-    bank = bank.select(bank.is_finite)
+    bank = _finite_bank(bank)
     std_D, mean_D = torch.std_mean(bank.features, dim=0, correction=0)
     scale_D = torch.where(std_D > 0, std_D, 1.0)
     classes, target_M = bank.labels.unique(return_inverse=True)  # type: ignore[no-untyped-call]
@@ -255,6 +257,16 @@ def linear_top1(bank: Features, queries: Features) -> float:
     logits_NC = (queries.features - mean_D) / scale_D @ weight_CD.T + bias_C
     is_right_N = classes[logits_NC.argmax(dim=1)].eq(queries.labels) & queries.is_finite
     return int(is_right_N.sum()) / len(queries)
+
+
+def _finite_bank(bank: Features) -> Features:
+    found = bank.select(bank.is_finite)
+    if not len(found):
+        raise NonFiniteError(
+            f"the features hold NaN or inf for all {len(bank)} images of the bank, so nothing can be classified by "
+            "them; check the model's weights, and if it runs in float16, use bfloat16"
+        )
+    return found
 
 
 def _fit_linear(features_ND: Tensor, target_N: Tensor, *, num_classes: int) -> tuple[Tensor, Tensor]:

@@ -280,6 +280,15 @@ def test_max_batches(tmp_path) -> None:
         assert evaluate(Pixels(), loader, max_batches=2).num_samples == 32
 
 
+@pytest.mark.parametrize("max_batches", [0, -1])
+def test_no_batch_is_refused(tmp_path, max_batches) -> None:
+    with (
+        open_loader(pixel_arrays(tmp_path)) as loader,
+        pytest.raises(ConfigError, match=f"max_batches is {max_batches}; it must be at least 1"),
+    ):
+        evaluate(Pixels(), loader, max_batches=max_batches)
+
+
 def test_progress_counts_batches(tmp_path) -> None:
     steps: list[tuple[int, int]] = []
     with open_loader(pixel_arrays(tmp_path)) as loader:

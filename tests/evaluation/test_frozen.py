@@ -109,6 +109,8 @@ def test_rows_that_are_not_finite(measure) -> None:
     bad = labeled([[math.nan, 0], *good.features.tolist()], [1, 0, 0, 1, 1])
     assert measure(bad, good) == 1  # left out of the bank
     assert measure(good, bad) == 0.8  # and wrong as a query
+    with pytest.raises(NonFiniteError, match="NaN or inf for all 2 images of the bank"):
+        measure(labeled([[math.nan, 0], [math.inf, 1]], [0, 1]), good)
 
 
 def test_linear_matches_sklearn(digits) -> None:
