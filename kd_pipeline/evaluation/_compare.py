@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report, progress_bar
-from kd_pipeline._core.text import printable
+from kd_pipeline._core.text import plural, printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, only_metrics
@@ -138,37 +138,20 @@ def compare(
         ConfigError: a model without logits was to be evaluated at several sizes.
         ConfigError, DataError, NonFiniteError, TeacherError: as `evaluate` and `extract_features`.
     """
-    rows: list[ComparisonRow] = []
     views, batch = views or {}, loader.peek()
     reference_view = next((views.get(name, IMAGES) for name, model in models.items() if model is reference), None)
     if reference is not None and not has_logits(reference, _inputs_of(reference, batch, reference_view or IMAGES)):
         reference = None
+    split = _Split(loader, bank, reference, reference_view, metrics, sizes)
+    rows: list[ComparisonRow] = []
     for name, model in models.items():
         view = views.get(name, IMAGES)
         inputs = _inputs_of(model, batch, view)
-        compared = None if model is reference else reference
         report(f"evaluating {name}")
         started = time.monotonic()
         try:
             with progress_bar(name) as report_done:
-                if sizes is not None:
-                    if not has_logits(model, inputs):
-                        raise ConfigError("a model without logits is judged at one size; leave out sizes and crops")
-                    found = _evaluate_at(sizes, model, loader, compared, metrics, report_done)
-                elif has_logits(model, inputs):
-                    found = {
-                        "": evaluate(
-                            model,
-                            loader,
-                            reference=compared,
-                            metrics=metrics,
-                            report=report_done,
-                            view=view,
-                            reference_view=reference_view,
-                        )
-                    }
-                else:
-                    found = {"": _evaluate_features(model, loader, bank, view, report_done)}
+                found = split.evaluate(model, view, inputs, report_done)
         except (ConfigError, NonFiniteError) as exc:
             raise type(exc)(f"{name}: {exc}") from exc
         evaluated = time.monotonic()
@@ -177,7 +160,7 @@ def compare(
             costs = _measure_costs(model, timed, (files or {}).get(name, ()), report_runs)
         num_samples = next(iter(found.values())).num_samples
         report(
-            f"{name}: {num_samples:,} images in {evaluated - started:.1f} s, and "
+            f"{name}: {num_samples:,} {plural(num_samples, 'image')} in {evaluated - started:.1f} s, and "
             f"{time.monotonic() - evaluated:.1f} s to time a batch"
         )
         rows += [
@@ -186,19 +169,51 @@ def compare(
     return Comparison(tuple(rows))
 
 
-def _evaluate_at(
-    sizes: Mapping[str, str],
-    model: nn.Module | Teacher,
-    loader: AnyLoader,
-    reference: nn.Module | Teacher | None,
-    metrics: Sequence[MetricSettings | Metric],
-    report: Report,
-) -> dict[str, Evaluation]:
-    """The evaluations of each of the views `sizes` and of their mean, by what is appended to the model's name."""
-    names = list(dict.fromkeys(sizes.values()))
-    found = evaluate(model, loader, reference=reference, metrics=metrics, report=report, views=names)
-    evaluations = {f" {label}": found[name] for label, name in sizes.items()}
-    return evaluations | ({_MEAN: found[AVERAGED]} if AVERAGED in found else {})
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """What all models are evaluated on and with; the fields are arguments of `compare`."""
+
+    loader: AnyLoader
+    bank: AnyLoader | None
+    reference: nn.Module | Teacher | None
+    reference_view: str | None
+    metrics: Sequence[MetricSettings | Metric]
+    sizes: Mapping[str, str] | None
+
+    def evaluate(
+        self, model: nn.Module | Teacher, view: str, inputs: Tensor | Mapping[str, Tensor], report: Report
+    ) -> dict[str, Evaluation]:
+        """The evaluations of a model by what is appended to its name; `inputs` are those of a batch, for `view`."""
+        if not has_logits(model, inputs):
+            if self.sizes is not None:
+                raise ConfigError("a model without logits is judged at one size; leave out sizes and crops")
+            return {"": _evaluate_features(model, self.loader, self.bank, view, report)}
+        reference = None if model is self.reference else self.reference
+        if self.sizes is not None:
+            return self._evaluate_at(self.sizes, model, reference, report)
+        found = evaluate(
+            model,
+            self.loader,
+            reference=reference,
+            metrics=self.metrics,
+            report=report,
+            view=view,
+            reference_view=self.reference_view,
+        )
+        return {"": found}
+
+    def _evaluate_at(
+        self,
+        sizes: Mapping[str, str],
+        model: nn.Module | Teacher,
+        reference: nn.Module | Teacher | None,
+        report: Report,
+    ) -> dict[str, Evaluation]:
+        """The evaluations of each of the views `sizes` and of their mean."""
+        names = list(dict.fromkeys(sizes.values()))
+        found = evaluate(model, self.loader, reference=reference, metrics=self.metrics, report=report, views=names)
+        evaluations = {f" {label}": found[name] for label, name in sizes.items()}
+        return evaluations | ({_MEAN: found[AVERAGED]} if AVERAGED in found else {})
 
 
 def _measure_costs(
