@@ -17,7 +17,8 @@ from kd_pipeline.data.sources import Source, masks_of
 from kd_pipeline.errors import ConfigError, KDPipelineError
 from kd_pipeline.evaluation._logits import inputs_for
 from kd_pipeline.evaluation._metrics import open_metrics
-from kd_pipeline.evaluation.probe import ProbeReport, run_probe
+from kd_pipeline.evaluation.judge import ProbeReport
+from kd_pipeline.evaluation.probe import run_probe
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.input_adapter import Normalization

@@ -19,7 +19,8 @@ from kd_pipeline.data.sources import Arrays
 from kd_pipeline.data.sources.base import ArraysSettings
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.evaluation.probe import FirstBatches, ProbeReport, ProbeSettings, _judge, probe_teacher, run_probe
+from kd_pipeline.evaluation.judge import ProbeReport, judge
+from kd_pipeline.evaluation.probe import FirstBatches, ProbeSettings, probe_teacher, run_probe
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.open import open_teacher
@@ -198,7 +199,7 @@ def test_random_mistakes_are_no_permutation(num_classes: int, num_samples: int, 
         labels = rng.integers(0, num_classes, size=num_samples)
         is_right = rng.random(num_samples) < accuracy
         choices = np.where(is_right, labels, rng.integers(0, num_classes, size=num_samples))
-        report = _judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None)
+        report = judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None)
         assert "permuted" not in " ".join(report.problems)
 
 
@@ -304,6 +305,20 @@ def test_skips_unlabeled_data(tmp_path, caplog) -> None:
     assert caplog.messages[-1] == "teacher probe: skipped, because the training data has no labels"
 
 
+class PixelsThenColors(ColorNet):
+    """Returns the logits of two teachers, the first of which are of pixels."""
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pixels.logits": images, "colors.logits": super().forward(images)}
+
+
+def test_logits_of_pixels_keep_no_other_from_being_judged(tmp_path, caplog) -> None:
+    caplog.set_level(logging.INFO, "kd_pipeline")
+    found = probe_teacher(colors(tmp_path), teacher_of(PixelsThenColors()), ProbeSettings())
+    assert [*found] == ["colors.logits"] and found["colors.logits"].top1 > 0.95
+    assert any(line.startswith("teacher probe (pixels.logits): skipped") for line in caplog.messages)
+
+
 def test_run_is_unaffected(tmp_path) -> None:
     config = colors(tmp_path, num_samples=80, batch_size=16, run_dir=tmp_path / "run")
     teacher = teacher_of(ColorNet())
@@ -349,7 +364,7 @@ def test_few_images_are_no_false_alarm(num_classes: int, accuracy: float, num_sa
         labels = rng.integers(0, num_classes, size=num_samples)
         is_right = rng.random(num_samples) < accuracy
         choices = np.where(is_right, labels, rng.integers(0, num_classes, size=num_samples))
-        num_alarms += bool(_judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None).problems)
+        num_alarms += bool(judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None).problems)
     assert num_alarms <= 2
 
 
@@ -357,7 +372,7 @@ def test_few_images_are_no_false_alarm(num_classes: int, accuracy: float, num_sa
 def test_few_images_show_untrained_teacher(num_classes: int) -> None:
     rng = np.random.default_rng(0)
     labels, choices = rng.integers(0, num_classes, size=(2, 24))
-    (problem,) = _judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None).problems
+    (problem,) = judge(torch.from_numpy(labels), torch.eye(num_classes)[choices], 5.0, None).problems
     assert "hardly recognizes these images" in problem
 
 
