@@ -20,8 +20,8 @@ from kd_pipeline.data.auto_augment import Array, AutoAugment
 from kd_pipeline.data.file_reading import CallThread
 from kd_pipeline.data.graph_settings import GraphInput
 from kd_pipeline.data.headers import UnreadableFileError
+from kd_pipeline.data.ops import Normalize
 from kd_pipeline.data.sources.masks.masks import Masks
-from kd_pipeline.data.transforms import Normalize
 from kd_pipeline.data.views import View
 from kd_pipeline.storage import call_each
 

@@ -163,6 +163,6 @@ def _pixel_weights(mixing_N6: Tensor, height: int, width: int) -> Tensor:
 _FULL_WEIGHT = 2**24
 """The weight 1, at the resolution of float32."""
 
-# Slots of the plan's uniform numbers, between those of `kd_pipeline.data.transforms` and of
+# Slots of the plan's uniform numbers, between those of `kd_pipeline.data.ops` and of
 # `kd_pipeline.data.auto_augment`: whether to mix, mixup or CutMix, how much, and where.
 _GATE, _SWITCH, _SHARE, _TOP, _LEFT = range(35, 40)

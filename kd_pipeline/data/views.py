@@ -17,23 +17,21 @@ from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.text import printable
 from kd_pipeline.data.affine import RandomAffine
 from kd_pipeline.data.auto_augment import Array, AutoAugment
-from kd_pipeline.data.own_ops import FactoryOp
-from kd_pipeline.data.plan import uniforms
-from kd_pipeline.data.size_schedule import ProgressiveSize, RandomSize
-from kd_pipeline.data.transforms import (
+from kd_pipeline.data.ops import (
     CenterCrop,
     ColorJitter,
-    EvalTransform,
     GaussianBlur,
     Normalize,
     PixelOp,
     RandomErasing,
     RandomResizedCrop,
-    TrainTransform,
-    plain_fields,
     with_own_color,
     with_own_erasing,
 )
+from kd_pipeline.data.own_ops import FactoryOp
+from kd_pipeline.data.plan import uniforms
+from kd_pipeline.data.size_schedule import ProgressiveSize, RandomSize
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform, plain_fields
 from kd_pipeline.errors import ConfigError
 
 __all__ = [

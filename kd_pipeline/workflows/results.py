@@ -17,9 +17,10 @@ from kd_pipeline._core.files import read_regular
 from kd_pipeline._core.progress import Report, timed
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
+from kd_pipeline.data.ops import CenterCrop
 from kd_pipeline.data.settings import DataSettings
 from kd_pipeline.data.sources import Source
-from kd_pipeline.data.transforms import CenterCrop, EvalTransform, TrainTransform
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.data.views import EvalView, FollowingView, Views
 from kd_pipeline.errors import DataError, MissingPackageError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation

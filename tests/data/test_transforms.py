@@ -14,16 +14,9 @@ from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms.v2 import functional as functional_v2
 
 from kd_pipeline._core.constants import IMAGENET_MEAN, IMAGENET_STD
+from kd_pipeline.data.ops import ColorJitter, GaussianBlur, Normalize, RandomErasing
 from kd_pipeline.data.plan import uniforms
-from kd_pipeline.data.transforms import (
-    ColorJitter,
-    EvalTransform,
-    GaussianBlur,
-    Normalize,
-    RandomErasing,
-    TrainTransform,
-    TransformSettings,
-)
+from kd_pipeline.data.transforms import EvalTransform, TrainTransform, TransformSettings
 from tests.views import PIXELS, render
 
 POSITION, FLIP, AREA, RATIO = slice(0, 2), 2, slice(3, 13), slice(13, 23)
