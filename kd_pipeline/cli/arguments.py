@@ -41,6 +41,9 @@ __all__ = [
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_OVERRIDES = "overrides"
+"""The argument of the commands that change a config."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """The parser of a command, which adds its options when it is used.
@@ -64,6 +67,8 @@ class CommandParser(argparse.ArgumentParser):
         self.register("action", "parsers", _Commands)
         self._add_options = add_options
         self._arguments: list[str] = []
+        self._late_overrides: list[str] = []
+        """Those that stand after an option with several values."""
         if run is not None:
             self.set_defaults(run=run)
 
@@ -72,8 +77,10 @@ class CommandParser(argparse.ArgumentParser):
         add_options, self._add_options = self._add_options, None
         if add_options is not None:
             add_options(self)
-        self._arguments = [*(args or ())]
+        self._arguments, self._late_overrides = [*(args or ())], []
         parsed, rest = super().parse_known_args(args, namespace)
+        if self._late_overrides:
+            setattr(parsed, _OVERRIDES, [*getattr(parsed, _OVERRIDES), *self._late_overrides])
         if rest and self.get_default("run") is not None and self._subparsers is None:
             self.error(f"unrecognized arguments: {' '.join(rest)}{self._advice(rest)}")
         return parsed, rest
@@ -96,6 +103,23 @@ class CommandParser(argparse.ArgumentParser):
             if is_command:
                 self.error(f"{what}{similar}")
             raise argparse.ArgumentError(action, f"{what}{similar}")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The values of an option or argument. An option with several also gets the arguments that follow it."""
+        positional = next(iter(self._get_positional_actions()), None)
+        is_greedy = bool(action.option_strings) and action.nargs in ("+", "*") and positional is not None
+        if is_greedy and positional is not None and positional.dest == _OVERRIDES:
+            self._late_overrides += [word for word in arg_strings if "=" in word]
+            arg_strings = [word for word in arg_strings if "=" not in word]
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as exc:
+            if is_greedy and positional is not None:
+                option = action.option_strings[0]
+                exc.message += (
+                    f"; {option} takes every word up to the next option, so write {positional.metavar} before it"
+                )
+            raise
 
     def _advice(self, rest: Sequence[str]) -> str:
         """Options that the first of the arguments that are left over may have meant."""
@@ -140,7 +164,7 @@ def add_config(parser: argparse.ArgumentParser, *, plugins: str = "factories") -
     """Add `--config`, overrides and the options of `add_permissions`."""
     parser.add_argument("-c", "--config", type=path_option, required=True, metavar="FILE", help="the YAML file")
     add_permissions(parser, plugins)
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of the file")
+    parser.add_argument(_OVERRIDES, nargs="*", metavar="key.path=value", help="overrides of the file")
 
 
 def add_permissions(parser: argparse.ArgumentParser, plugins: str) -> None:
@@ -276,6 +300,19 @@ def size_option(text: str) -> int | tuple[int, int]:
     return height if height == width else (height, width)
 
 
+def _number(text: str) -> str:
+    """The `type` of an option with several numbers, which pydantic converts.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no number.
+    """
+    try:
+        float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    return text
+
+
 def _sha256(text: str) -> str:
     if re.fullmatch("[0-9a-fA-F]{64}", text) is None:
         raise argparse.ArgumentTypeError(f"a sha256 has 64 hexadecimal digits, got {text!r}")
@@ -307,8 +344,17 @@ def _syntax(annotation: Any) -> dict[str, Any]:
         return {"choices": get_args(kind)}
     if get_origin(kind) is tuple:
         item, *rest = get_args(kind)
-        return {"nargs": "+" if rest == [Ellipsis] else 1 + len(rest), "metavar": _metavar(item)}
+        metavar = _metavar(item)
+        return {
+            "nargs": "+" if rest == [Ellipsis] else 1 + len(rest),
+            "metavar": metavar,
+            "type": _number if metavar in _NUMBERS else None,
+        }
     return {"metavar": _metavar(kind), **({"type": path_option} if kind is Path else {})}
+
+
+_NUMBERS = ("N", "X")
+"""What stands for a number in the help."""
 
 
 def _metavar(kind: Any) -> str:

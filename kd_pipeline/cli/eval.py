@@ -70,8 +70,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=size_option,
         default=[],
         metavar="N or HxW",
-        help="height and width of the images, a row for each, all made of one decoding; name the models first "
-        "(default: that of the split)",
+        help="height and width of the images, a row for each, all made of one decoding (default: that of the split)",
     )
     parser.add_argument(
         "--crops",

@@ -76,7 +76,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     file = parser.add_argument_group("the file")
     file.add_argument("-o", "--out", type=path_option, metavar="FILE", help="the file to write (default: NAME.onnx)")
     file.add_argument("--force", action="store_true", help="replace an existing file")
-    file.add_argument("--features", nargs="+", default=[], metavar="LAYER", help="layers to return along with outputs")
+    file.add_argument(
+        "--features", nargs="+", type=_layer, default=[], metavar="LAYER", help="layers to return along with outputs"
+    )
     file.add_argument("--classes", type=path_option, metavar="FILE", help="JSON list of class names in logit order")
     file.add_argument(
         "--precision", choices=("fp32", "fp16"), default="fp32", help="of weights and arithmetic (default: fp32)"
@@ -144,13 +146,23 @@ def _check_source(parsed: argparse.Namespace) -> None:
     found = given_names(parsed, "folder", "config")
     if len(found) != 1:
         choices = f"the folder of a run, -c CONFIG, {', '.join(f'--{name}' for name in NAMES)}"
-        raise ConfigError(f"give one of {choices}, got {' and '.join(map(_option, found)) or 'none of them'}")
+        advice = "; --features takes every word up to the next option, so write the folder before it"
+        raise ConfigError(
+            f"give one of {choices}, got {' and '.join(map(_option, found)) or 'none of them'}"
+            f"{advice if parsed.features and not found else ''}"
+        )
     if parsed.config is None:
         for name, value in (("part", parsed.part), ("member", parsed.member), ("set", parsed.set)):
             if value:
                 raise ConfigError(f"--{name} is for a model of a config; give the config with -c")
     if found[0] in ("folder", "config"):
         refuse_weights(parsed, parsed.folder or parsed.config)
+
+
+def _layer(text: str) -> str:
+    if "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no layer")
+    return text
 
 
 def _option(name: str) -> str:

@@ -61,12 +61,8 @@ def _run(parsed: argparse.Namespace) -> int:
     from kd_pipeline.workflows._record import RecordSettings, plan_recording, record
     from kd_pipeline.workflows.record_plan import recording_path
 
-    fields, overrides = given(parsed, RecordSettings), list(parsed.overrides)
-    if "outputs" in fields:
-        # `--outputs` takes every word that follows it.
-        overrides += [word for word in fields["outputs"] if "=" in word]
-        fields["outputs"] = tuple(word for word in fields["outputs"] if "=" not in word)
-    settings, config = checked(RecordSettings, **fields), load_config(parsed.config, overrides)
+    settings = checked(RecordSettings, **given(parsed, RecordSettings))
+    config = load_config(parsed.config, parsed.overrides)
     plugins, trust_engines = parsed.plugin, parsed.trust_engine
     epochs = settings.epochs or config.train.epochs
     if parsed.verify:

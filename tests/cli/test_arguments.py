@@ -1,6 +1,7 @@
 """Options made from the fields of settings."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,6 +10,7 @@ from pydantic import Field
 
 from kd_pipeline._core.image_size import Size, size_text
 from kd_pipeline._core.settings import Settings
+from kd_pipeline.cli import _parser, main
 from kd_pipeline.cli.arguments import CommandParser, add_options, checked, given, path_option, size_option
 from kd_pipeline.errors import ConfigError
 
@@ -122,3 +124,57 @@ def test_paths_are_read_like_those_of_a_config(
 def test_errors_of_values_name_the_option() -> None:
     with pytest.raises(ConfigError, match=r"^--out: the path '\$A' has the variable \$A"):
         checked(Example, out=Path("$A"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["eval", "-c", "x.yaml", "--sizes", "192", "runs/mine"], "got 'runs/mine'; --sizes takes every word"),
+        (["eval", "-c", "x.yaml", "--crops", "0.9", "runs/mine"], "so write MODEL before it"),
+        (["export", "--input-mean", "0.5", "0.5", "0.5", "runs/mine"], "--input-mean: 'runs/mine' is no number; "),
+        (["export", "--input-std", "1", "runs/mine"], "up to the next option, so write RUN before it"),
+        (["export", "--features", "layer2", "runs/mine"], "--features: 'runs/mine' is no layer; "),
+        (["bench", "step", "--rows", "a", "b", "seed=1"], "seed=1 changes a config; give the config with -c"),
+    ],
+)
+def test_argument_after_several_values_is_told_where_to_go(
+    typed: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        assert main(typed) == 1
+    except SystemExit as exit:
+        assert exit.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_overrides_may_stand_after_several_values() -> None:
+    parser = CommandParser(prog="p")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--names", nargs="+")
+    parsed = parser.parse_args(["a=1", "--names", "b", "c=2", "d"])
+    assert (parsed.overrides, parsed.names) == (["a=1", "c=2"], ["b", "d"])
+    assert parser.parse_args(["a=3"]).overrides == ["a=3"]
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """All commands, with their options."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                if command._add_options is not None:
+                    command._add_options(command)
+                yield command
+                yield from parsers(command)
+
+
+def test_every_option_with_several_values_knows_what_is_none() -> None:
+    several = [
+        (parser.prog, action)
+        for parser in parsers(_parser())
+        if parser._get_positional_actions()
+        for action in parser._get_optional_actions()
+        if action.nargs in ("+", "*")
+    ]
+    assert len(several) >= 6
+    takes_all = [(prog, action.dest) for prog, action in several if action.type is None]
+    assert takes_all == [("kd-pipeline record", "outputs"), ("kd-pipeline bench step", "rows")]  # overrides follow

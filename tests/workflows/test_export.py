@@ -201,6 +201,7 @@ def test_link_and_folder_are_no_targets(finished: Path, capsys: pytest.CaptureFi
     [
         ([], "give one of the folder of a run, -c CONFIG, --timm, --torchvision, --builtin, --factory, got none"),
         (["--timm", "resnet18", "--builtin", "small_resnet"], "got --timm and --builtin"),
+        (["--features", "layer2", "mine"], "got none of them; --features takes every word up to the next option"),
         (["--timm", "resnet81"], "timm has no network called 'resnet81'; did you mean"),
         (["--timm", "test_resnet", "--checkpoint", "gone.pt"], "gone.pt"),
         (["--timm", "test_resnet", "--checkpoint", "teacher.pt"], "teacher.pt does not fit"),
