@@ -375,9 +375,10 @@ def group_size(batch_size: int, views: Views, *, num_threads: int, on_gpu: bool)
     After each op its threads wait for the slowest image, and the time in Python hardly depends on the number of images.
     """
     for view in views:
-        image_bytes = view.copies * math.prod(view.image_shape) * np.dtype(view.normalize.dtype).itemsize
-        if batch_size * image_bytes % _ALIGNMENT:
-            return 1
+        for height, width in view.sizes:
+            image_bytes = view.copies * 3 * height * width * np.dtype(view.normalize.dtype).itemsize
+            if batch_size * image_bytes % _ALIGNMENT:
+                return 1
     images = _GROUP_IMAGES if on_gpu else min(_GROUP_IMAGES, _GROUP_PER_THREAD * num_threads)
     area = sum(view.copies * math.prod(view.height_width) for view in views)
     images = min(images, images * _GROUP_SIDE**2 // area)

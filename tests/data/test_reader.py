@@ -98,6 +98,13 @@ def test_group_batches_are_aligned_for_engines() -> None:
     assert group_size(64, Views.of(EvalTransform(size=33)), num_threads=8, on_gpu=False) == 4
 
 
+@pytest.mark.parametrize(("sizes", "num_batches"), [((32, 64), 16), ((33, 64), 1), ((64, 33), 1)])
+def test_group_batches_are_aligned_at_each_size_that_changes(sizes: tuple[int, ...], num_batches: int) -> None:
+    transform = TrainTransform.model_validate({"size": {"choices": sizes}})
+    assert group_size(16, Views.of(transform), num_threads=8, on_gpu=True) == num_batches
+    assert group_size(16, Views.of(transform), num_threads=8, on_gpu=False) == num_batches
+
+
 def test_groups_double_after_first_batch(open_reader: Open) -> None:
     reader = open_reader()
     reads = [reader.read(*divmod(number, NUM_BATCHES)) for number in range(2 * NUM_BATCHES)]
