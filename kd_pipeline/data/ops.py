@@ -190,7 +190,7 @@ class ColorJitter:
 
 @dataclass(frozen=True)
 class GaussianBlur:
-    """Blur some of the images, with a window that extends to three standard deviations."""
+    """Blur some of the images, with a window that extends to three standard deviations, but to 84 pixels at most."""
 
     probability: float
     sigma: Range
@@ -205,7 +205,8 @@ class GaussianBlur:
     def parameters(self, draws: Array) -> tuple[NDArray[Any], ...]:
         """Standard deviation and window size in pixels, `[N]` each; a window of one pixel means no blur."""
         sigma = _uniform(self.sigma, draws[:, _BLUR_SIGMA])
-        window = np.where(draws[:, _BLUR] < self.probability, 2 * np.ceil(3 * sigma) + 1, 1)
+        window = np.minimum(2 * np.ceil(3 * sigma) + 1, _MAX_WINDOW)
+        window = np.where(draws[:, _BLUR] < self.probability, window, 1)
         return sigma, window.astype(np.int32)
 
     def apply(self, images: Node, sigma: Node, window: Node) -> Node:
@@ -277,6 +278,9 @@ PixelOp = AutoAugment | RandomAffine | ColorJitter | GaussianBlur | RandomErasin
 
 _NUM_TRIES = 10
 """How often a crop is drawn until it fits, as in torchvision."""
+_MAX_WINDOW = 169
+"""Of a blur, in pixels. DALI 2.4 refuses larger ones on a GPU: for three channels, three windows must be less than
+510 long (`ConvolutionGpu::Setup`). On a CPU it is the same, for the same pixels."""
 
 # Slots of the plan's uniform numbers. A new op takes new slots at the end, because moving one changes every run ever
 # made. Crop and flip come first, because a transform without other ops needs only their numbers. Slots 35 to 39 are in

@@ -459,6 +459,12 @@ def test_blur_sigma_and_frequency():
     assert abs((sides > 1).mean() - 0.3) < 0.02
 
 
+@pytest.mark.parametrize(("sigma", "window"), [(28, 169), (28.1, 169), (1000, 169)])
+def test_blur_has_windows_that_a_gpu_takes(sigma, window):
+    _, sides = GaussianBlur(1.0, (sigma, sigma)).parameters(uniforms(np.arange(4), seed=0, epoch=0, count=35))
+    assert set(sides) == {window} and 3 * window < 510
+
+
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_blur_may_be_wider_than_the_view(pieces, size):
     views = render(TrainTransform(size=size, blur=1.0, blur_sigma=(10.0, 10.0), **PIXELS), pieces)
