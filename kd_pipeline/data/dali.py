@@ -140,15 +140,16 @@ class Graph:
     def _define(self) -> list[Node]:
         fn = require("nvidia.dali.fn", extra="cpu")
         rendering = self._rendering
-        # DALI keeps the arrays until it has used them. Not on a GPU, which copies faster from DALI's pinned memory.
-        no_copy = rendering.settings.device_id is None
+        # Nothing is copied when it is handed over: DALI holds arrays and lists until it has used them. No GPU reads
+        # them later than that: what goes there DALI copies into its own pinned memory first, in its threads
+        # (`InputOperator::ForwardCurrentData`), and named arguments its ops read on the host before they return.
         if rendering.stores == "pixels":
-            images = fn.external_source(self._next_images, ndim=3, layout="HWC", no_copy=no_copy)
-            images = images if no_copy else images.gpu()
+            images = fn.external_source(self._next_images, ndim=3, layout="HWC", no_copy=True)
+            images = images if rendering.settings.device_id is None else images.gpu()
         else:
             images = fn.external_source(self._next_images, ndim=1, no_copy=True)
         ndims = rendering.ndims
-        parameters = fn.external_source(self._next_parameters, num_outputs=len(ndims), ndim=ndims, no_copy=no_copy)
+        parameters = fn.external_source(self._next_parameters, num_outputs=len(ndims), ndim=ndims, no_copy=True)
         return rendering.make(images, parameters)
 
 
@@ -425,9 +426,7 @@ class FileChecker:
         fn = require("nvidia.dali.fn", extra="cpu")
         pipeline = _pipeline(replace(self._settings, max_batch=1, num_threads=1), self._settings.device_id, prefetch=1)
         with pipeline:
-            # Not on a GPU, which may still read the file when the next one is loaded.
-            no_copy = self._settings.device_id is None
-            encoded = fn.external_source(lambda: [self._file], ndim=1, no_copy=no_copy)
+            encoded = fn.external_source(lambda: [self._file], ndim=1, no_copy=True)  # see `Graph`
             if part == "header":
                 output = peek_shape(self._settings, encoded)
             else:
