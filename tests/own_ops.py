@@ -50,3 +50,20 @@ def two(images):
 
 def broken(images):
     raise KeyError("palette")
+
+
+def blank(images):
+    """All black, by an operator that DALI has for the CPU alone."""
+    return fn.zeros_like(images)
+
+
+def on_the_cpu(images):
+    return images.cpu()
+
+
+def by_way_of_the_cpu(images):
+    return fn.flip(images.cpu(), horizontal=1).gpu()
+
+
+def named_on_the_gpu(images, draw):
+    return fn.brightness(images, brightness=draw.gpu())

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -18,7 +17,7 @@ from torchvision.transforms.v2 import functional
 from kd_pipeline.data.auto_augment import OPS, AutoAugment, RandAugment, TrivialAugment, op_arguments
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import TrainTransform
-from tests.views import PIXELS, graph_settings, open_graph, render
+from tests.views import PIXELS, render
 
 SIZE = 128
 RAND, TRIVIAL = RandAugment(), TrivialAugment()
@@ -307,11 +306,3 @@ def test_num_draws_is_exact(pieces):
         other = draws.copy()
         other[:, slot] = (other[:, slot] + 0.5) % 1
         assert (render(transform, pieces, other) != first).any(), slot
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the graph can be built on a GPU")
-@pytest.mark.parametrize("stores", ["files", "pixels"])
-def test_gpu_graph_is_defined_without_a_gpu(stores):
-    transform = TrainTransform(size=32, auto_augment=RAND)
-    with pytest.raises(RuntimeError, match="CUDA is not available"):
-        open_graph(iter(()), stores, transform, replace(graph_settings(2), device_id=0))

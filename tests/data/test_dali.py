@@ -5,7 +5,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.dali import FileChecker, Graph
 from kd_pipeline.data.plan import uniforms
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.data.views import EvalView, FollowingView, TrainView, Views
+from kd_pipeline.data.views import Views
 from kd_pipeline.errors import ConfigError
 from tests.corpus import ODD, encoded
 from tests.views import PIXELS, graph_settings, open_graph, render, samples_of
@@ -457,37 +456,3 @@ def test_disabled_dynamic_executor_is_refused(monkeypatch):
     monkeypatch.setattr(Pipeline, "exec_dynamic", False)
     with pytest.raises(ConfigError, match="dynamic executor"):
         open_graph(batches(1, 1), "pixels", EVAL, graph_settings(1))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that such a graph is simply built")
-@pytest.mark.parametrize(("stores", "decode"), [("files", "window"), ("files", "full"), ("pixels", "window")])
-@pytest.mark.parametrize("transform", ALL_TRANSFORMS.values(), ids=ALL_TRANSFORMS)
-def test_gpu_graph_is_defined_without_gpu(stores, decode, transform):
-    with pytest.raises(RuntimeError, match="CUDA is not available"):
-        open_graph(iter(()), stores, transform, replace(graph_settings(2, decode=decode), device_id=0))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so that such a graph is simply built")
-@pytest.mark.parametrize(("stores", "decode"), [("files", "window"), ("files", "full"), ("pixels", "window")])
-def test_gpu_graph_of_views_is_defined_without_gpu(stores, decode):
-    views = Views.of(
-        TRAIN,
-        {
-            "teacher": FollowingView(follow=IMAGES, size=40, color="none"),
-            "local": TrainView(size=16, count=2, hue=0.1, blur=0.5),
-            "whole": EvalView(size=24),
-            "changing": TrainView.model_validate(
-                {
-                    "size": {"choices": [16, [24, 32]]},
-                    "order": [
-                        {"factory": "tests.own_ops:shift", "num_draws": 1, "probability": 0.5},
-                        {"factory": "tests.own_ops:mirror", "num_draws": 1},
-                        {"factory": "tests.own_ops:zoom"},
-                    ],
-                }
-            ),
-        },
-    ).opened(["tests.own_ops"])
-    settings = replace(graph_settings(2, decode=decode), device_id=0)
-    with pytest.raises(RuntimeError, match="CUDA is not available"):
-        Graph(iter(()), stores, views, settings, FileChecker(settings))
