@@ -32,9 +32,9 @@ class Copy:
 class OnGpu:
     """A context in which tensors without values stand in for those of a GPU.
 
-        with OnGpu() as gpu:
-            logits = gpu.module(net)(gpu.tensor(images))
-        assert logits.device == DEVICE and not gpu.copies
+    with OnGpu() as gpu:
+        logits = gpu.module(net)(gpu.tensor(images))
+    assert logits.device == DEVICE and not gpu.copies
     """
 
     def __init__(self) -> None:
@@ -58,19 +58,24 @@ class OnGpu:
 
     def tensor(self, like: Tensor) -> Tensor:
         """One on the GPU of the same shape, strides and dtype."""
-        empty = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=DEVICE)
+        empty = _empty_like(like)
         return empty.requires_grad_(like.requires_grad) if like.is_leaf else empty
 
     def module(self, module: nn.Module) -> nn.Module:
-        """`module` itself, with all its parameters and buffers on the GPU; the context must be entered."""
+        """`module` itself, with all its parameters and buffers on the GPU, wherever it was made."""
         for each in module.modules():
             for name, parameter in each._parameters.items():
                 if parameter is not None:
-                    each._parameters[name] = nn.Parameter(self.tensor(parameter.detach()), parameter.requires_grad)
+                    each._parameters[name] = nn.Parameter(_empty_like(parameter), parameter.requires_grad)
             for name, buffer in each._buffers.items():
                 if buffer is not None:
-                    each._buffers[name] = self.tensor(buffer)
+                    each._buffers[name] = _empty_like(buffer)
         return module
+
+
+def _empty_like(like: Tensor) -> Tensor:
+    """It asks for properties alone: `like` may have been made outside of the context, and have values."""
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=DEVICE)
 
 
 class _Copies(TorchDispatchMode):

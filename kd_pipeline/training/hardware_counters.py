@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from kd_pipeline._core.optional import require
-from kd_pipeline.errors import KDPipelineError
 
 __all__ = ["CpuEnergy", "GpuCounters"]
 
@@ -52,38 +51,44 @@ class CpuEnergy:
 
 
 class GpuCounters:
-    """Counters of one GPU, by NVIDIA's management library, of all programs that use it."""
+    """Counters of one GPU, by NVIDIA's management library (NVML), of all programs that use it."""
 
     def __init__(self, device: torch.device) -> None:
         """Open them; on a CPU, or where the library is missing, there are none."""
         self._nvml: Any = None
-        self._handle, self._start_mj = 0, 0
+        self._handle = 0
+        self._start_mj: int | None = None
         if device.type != "cuda":
             return
-        # The library raises errors of its own kinds, all of which are these.
-        with suppress(KDPipelineError, RuntimeError, OSError, AttributeError):
+        with suppress(Exception):  # those of the library have no other class in common
             nvml = require("cuda.bindings.nvml", extra="cu13")
             nvml.init_v2()
             uuid = torch.cuda.get_device_properties(device).uuid
             self._handle = nvml.device_get_handle_by_uuid(f"GPU-{uuid}")
             self._nvml = nvml
-        with suppress(RuntimeError, AttributeError):
-            self._start_mj = self._nvml.device_get_total_energy_consumption(self._handle)
+        self._start_mj = self._millijoules()
 
     def kilojoules(self) -> float | None:
         """Energy since this was made; None if it is not known."""
-        if self._nvml is None or not self._start_mj:
-            return None
-        with suppress(RuntimeError):
-            return float(self._nvml.device_get_total_energy_consumption(self._handle) - self._start_mj) / 1e6
-        return None
+        now_mj = self._millijoules()
+        return None if now_mj is None or self._start_mj is None else (now_mj - self._start_mj) / 1e6
 
     def use(self) -> float | None:
         """Part of the last moments, up to a second, in which the GPU had work, from 0 to 1; None if it is not known."""
+        rates = self._read("device_get_utilization_rates")
+        return None if rates is None else float(rates.gpu) / 100
+
+    def _millijoules(self) -> int | None:
+        """Since the driver was loaded."""
+        found: int | None = self._read("device_get_total_energy_consumption")
+        return found
+
+    def _read(self, name: str) -> Any:
+        """What a function of the library returns; None if the GPU has no such counter, or is a part of one (MIG)."""
         if self._nvml is None:
             return None
-        with suppress(RuntimeError, AttributeError):
-            return float(self._nvml.device_get_utilization_rates(self._handle).gpu) / 100
+        with suppress(Exception):  # as above
+            return getattr(self._nvml, name)(self._handle)
         return None
 
 

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from kd_pipeline import losses
 from kd_pipeline.errors import ConfigError
+from tests.on_gpu import DEVICE, OnGpu
 
 
 class Batch(NamedTuple):
@@ -163,14 +164,15 @@ def as_tokens(rows: Tensor) -> Tensor:
 @no_autocast
 def all_but_first(rows: Tensor, ndim: int = 2) -> Tensor:
     """A mask without the first position, `[N, K]`, or `[N, K, 1]` for the rows as a map."""
-    mask = (torch.arange(rows.shape[1]) > 0).expand(rows.shape)
+    mask = (torch.arange(rows.shape[1], device=rows.device) > 0).expand(rows.shape)
     return mask if ndim == 2 else mask[..., None]
 
 
 @no_autocast
 def fixed_references(rows: Tensor) -> Tensor:
     """`[7, K]` float32, the same for any rows."""
-    return torch.cos(torch.arange(7.0)[:, None] * torch.arange(1.0, rows.shape[1] + 1))
+    device = rows.device
+    return torch.cos(torch.arange(7.0, device=device)[:, None] * torch.arange(1.0, rows.shape[1] + 1, device=device))
 
 
 @no_autocast
@@ -200,7 +202,7 @@ def pixel_labels(batch: Batch) -> Tensor:
 @no_autocast
 def second_pixel(rows: Tensor) -> Tensor:
     """A mask with the second pixel only, `[N, 1, 2]`."""
-    return (torch.arange(2) == 1).expand(len(rows), 1, 2)
+    return (torch.arange(2, device=rows.device) == 1).expand(len(rows), 1, 2)
 
 
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
@@ -413,6 +415,17 @@ def test_no_gpu_sync(loss):
             value, gradient = value_and_gradient(loss, make_batch()._replace(valid=valid))
             assert value.shape == ()
             assert gradient.shape == (6, 5)
+
+
+@every_loss
+def test_all_of_it_is_on_the_gpu(loss):
+    """Nothing is made on the host, copied from there or to it."""
+    batch = make_batch(valid=[True, False, True, True, True, True])
+    with OnGpu() as gpu:
+        names = ("student", "teacher", "labels", "weights", "valid")
+        value = loss(batch._replace(**{name: gpu.tensor(getattr(batch, name)) for name in names}))
+    assert value.device == DEVICE
+    assert not gpu.copies
 
 
 @every_loss

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
@@ -91,13 +92,40 @@ def test_gpu_counts_from_the_start(library: FakeLibrary) -> None:
     assert counters.kilojoules() == 2.5 and counters.use() == 0.83
 
 
-def test_gpu_without_a_counter_of_energy_has_its_use(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(handle: int) -> int:
-        raise RuntimeError("not supported")
+class NotSupportedError(Exception):
+    """As the library's, which is no RuntimeError."""
 
-    monkeypatch.setattr(library, "device_get_total_energy_consumption", refuse)
+
+def refuse(*given: object) -> NoReturn:
+    raise NotSupportedError
+
+
+@pytest.mark.parametrize(
+    ("missing", "kilojoules", "use"),
+    [
+        ("device_get_total_energy_consumption", None, 0.83),
+        ("device_get_utilization_rates", 0.0, None),  # as on a GPU in parts (MIG)
+        ("device_get_handle_by_uuid", None, None),
+        ("init_v2", None, None),
+    ],
+)
+def test_counters_that_a_gpu_has_not_are_left_out(
+    library: FakeLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    kilojoules: float | None,
+    use: float | None,
+) -> None:
+    monkeypatch.setattr(library, missing, refuse)
     counters = GpuCounters(torch.device("cuda", 0))
-    assert counters.kilojoules() is None and counters.use() == 0.83
+    assert (counters.kilojoules(), counters.use()) == (kilojoules, use)
+
+
+def test_library_has_what_is_called() -> None:
+    nvml = pytest.importorskip("cuda.bindings.nvml")
+    names = {name for name in vars(FakeLibrary) if name.startswith(("init", "device"))}
+    assert names and all(callable(getattr(nvml, name)) for name in names)
+    assert hasattr(nvml.Utilization, "gpu") and issubclass(nvml.NotSupportedError, Exception)
 
 
 def test_work_between_two_lines_is_counted(tmp_path: Path) -> None:
