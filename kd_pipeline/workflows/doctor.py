@@ -1,24 +1,18 @@
 """What this machine has, what works on it, and what to install."""
 
-import json
 import os
 import platform
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from itertools import chain, product
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from kd_pipeline._core.child_process import open_report, run_child
-from kd_pipeline._core.nvidia_driver import query_driver
-from kd_pipeline._core.optional import require
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.text import printable
 from kd_pipeline._core.version import __version__
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers.tensorrt.package import LOWEST_CAPABILITY
+from kd_pipeline.workflows.package_checks import CUDA_PROVIDER, DRIVER, PACKAGES, run_checks
 
 if TYPE_CHECKING:
     # At run time inside functions: it needs NumPy, Pillow and torch, and the doctor must run where one is broken.
@@ -29,14 +23,10 @@ __all__ = ["Capability", "Check", "Gpu", "Report", "diagnose"]
 _GIB = 2**30
 _HW_DECODER_LOADS = (0.0, 1.0)
 """Values of `hw_decoder_load` to try: those with which an image does not depend on its batch."""
-_CUDA_PROVIDER = "CUDAExecutionProvider"
-_OPENVINO_PRECISIONS = {"FP32": "fp32", "BF16": "bf16", "FP16": "fp16"}
 _EXTRAS = {"lightning": "train", "timm": "timm", "torchvision": "timm", "tensorrt": "trt", "tensorrt_rtx": "rtx"}
 """The extra that installs a package; the others are in `cpu`, `cu12` and `cu13`."""
 
 _Kind = Literal["loader", "teacher", "command", "setting"]
-_Fields = dict[str, Any]
-"""Fields of a `Check`, as a child process reports them in JSON."""
 
 
 class Check(Settings):
@@ -123,12 +113,12 @@ def diagnose(*, timeout_s: float = 60.0) -> Report:
     Args:
         timeout_s: seconds after which a package counts as hanging.
     """
-    (driver,) = _run_checks(["NVIDIA driver"], has_gpu=False, timeout_s=timeout_s)
+    (driver,) = run_checks([DRIVER], has_gpu=False, timeout_s=timeout_s)
     cuda_driver, found_gpus = driver.pop("cuda", None), driver.pop("gpus", [])
     has_gpu = bool(found_gpus)
-    groups = [[name for name in group if has_gpu or name != "torch.cuda"] for group in _CHECKS]
+    groups = [[name for name in group if has_gpu or name != "torch.cuda"] for group in PACKAGES]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = pool.map(lambda names: list(_run_checks(names, has_gpu=has_gpu, timeout_s=timeout_s)), groups)
+        results = pool.map(lambda names: list(run_checks(names, has_gpu=has_gpu, timeout_s=timeout_s)), groups)
         checks = {
             fields["name"]: Check(
                 **fields,
@@ -154,7 +144,7 @@ def diagnose(*, timeout_s: float = 60.0) -> Report:
 
 def _install_command(name: str, cuda_driver: str | None) -> str | None:
     """The command that installs a missing package, with the wheels that fit the driver."""
-    if name == "NVIDIA driver":
+    if name == DRIVER:
         return None
     if name == "torch" or (name == "openvino" and cuda_driver):  # no extra for a GPU includes OpenVINO
         return f"pip install {name}"
@@ -219,7 +209,7 @@ def _capabilities(
         return Capability(kind=kind, name=name, works=not lacking, detail=lacking and f"needs {lacking}")
 
     served = [] if any(gpu.served_by for gpu in gpus) else ["a GPU that an installed TensorRT supports"]
-    has_provider = not gpus or ("onnxruntime" in checks and _CUDA_PROVIDER in checks["onnxruntime"].supports)
+    has_provider = not gpus or ("onnxruntime" in checks and CUDA_PROVIDER in checks["onnxruntime"].supports)
     provider = [] if has_provider else ["onnxruntime-gpu in place of onnxruntime"]
     # TensorRT-RTX builds without a GPU.
     has_builder = checks["tensorrt_rtx"].status == "ok" or (gpus and checks["tensorrt"].status == "ok")
@@ -257,167 +247,3 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _run_checks(names: Sequence[str], *, has_gpu: bool, timeout_s: float) -> Iterator[_Fields]:
-    """Check packages one after the other in one child process, and in a new one after each crash."""
-    while names:
-        gpu = "gpu" if has_gpu else "no gpu"
-        child = run_child(f"{__name__}:{_report_checks.__name__}", gpu, *names, timeout_s=timeout_s)
-        yield from map(json.loads, child.lines)
-        names = names[len(child.lines) :]
-        if names:
-            yield {"name": names[0], "status": "broken", "detail": child.failure or "ended Python early"}
-            names = names[1:]
-
-
-def _report_checks(gpu: str, *names: str) -> None:
-    """In the child process: check packages and report a line of JSON for each."""
-    report = open_report()
-    checks = {name: check for group in _CHECKS for name, check in group.items()} | {"NVIDIA driver": _check_driver}
-    for name in names:
-        fields: _Fields = {"name": name}
-        try:
-            fields |= {"status": "ok", **checks[name](gpu == "gpu")}
-        except Exception as exc:
-            cause = exc.__cause__ if isinstance(exc, ImportError) and exc.__cause__ else exc
-            module = cause.name if isinstance(cause, ModuleNotFoundError) else None
-            if module is not None and f"{name}.".startswith((f"{module}.", f"{module} ")):
-                fields |= {"status": "missing"}
-            else:
-                detail = textwrap.shorten(f"{type(cause).__name__}: {cause}", 200)
-                fields |= {"status": "broken", "detail": detail}
-        print(json.dumps(fields), file=report, flush=True)
-
-
-def _check_driver(has_gpu: bool) -> _Fields:
-    """Query the driver itself, which needs no CUDA package."""
-    try:
-        driver = query_driver()
-    except OSError:
-        return {"status": "missing", "detail": "no libcuda.so.1; everything runs on the CPU"}
-    gpus = [asdict(gpu) for gpu in driver.gpus]
-    return {"version": driver.version, "detail": f"supports CUDA {driver.cuda}", "cuda": driver.cuda, "gpus": gpus}
-
-
-def _check_torch(has_gpu: bool) -> _Fields:
-    import torch
-
-    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    return {"version": torch.__version__, "detail": build}
-
-
-def _check_torch_cuda(has_gpu: bool) -> _Fields:
-    import torch
-
-    devices = [f"cuda:{index}" for index in range(max(1, torch.cuda.device_count()))]
-    for device in devices:  # the first one even if torch sees none: the error says why
-        torch.ones(2, device=device).sum().item()
-    return {"version": torch.version.cuda, "detail": f"computes on {', '.join(devices)}"}
-
-
-def _check_dali(has_gpu: bool) -> _Fields:
-    dali = require("nvidia.dali", extra="cpu")
-    from kd_pipeline.data.decode_trial import compare_decoding
-
-    works, _, detail = compare_decoding("full", device_id=None)  # against windows, the other way on a CPU
-    if not works:
-        raise RuntimeError(f"windows and whole images differ: {detail}")
-    return {"version": dali.__version__, "detail": "decodes on the CPU"}
-
-
-def _check_cuda_core(has_gpu: bool) -> _Fields:
-    core, bindings = require("cuda.core", extra="cu13"), require("cuda.bindings", extra="cu13")
-    if has_gpu:
-        core.Device(0).set_current()
-    return {"version": core.__version__, "detail": f"on cuda-bindings {bindings.__version__}"}
-
-
-def _check_onnxruntime(has_gpu: bool) -> _Fields:
-    onnxruntime = require("onnxruntime", extra="cpu")
-    providers = onnxruntime.get_available_providers()
-    detail = ", ".join(providers)
-    if has_gpu and _CUDA_PROVIDER in providers:
-        try:
-            works = _runs_on_gpu(onnxruntime)
-        except Exception as exc:
-            works, detail = False, f"{detail}; {_CUDA_PROVIDER}: {exc}"
-        if not works:
-            providers.remove(_CUDA_PROVIDER)
-            detail = f"{detail}; {_CUDA_PROVIDER} does not run here"
-    return {"version": onnxruntime.__version__, "detail": textwrap.shorten(detail, 300), "supports": providers}
-
-
-def _runs_on_gpu(onnxruntime: ModuleType) -> bool:
-    """Whether ONNX Runtime runs a model of one node on the first GPU."""
-    import torch  # noqa: F401  # loads the CUDA libraries that ONNX Runtime needs
-
-    onnx = require("onnx", extra="cpu")
-    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "relu", values[:1], values[1:])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=[_CUDA_PROVIDER])
-    session.run(None, {"x": onnx.numpy_helper.to_array(onnx.helper.make_tensor("x", 1, [1], [1.0]))})
-    return _CUDA_PROVIDER in session.get_providers()
-
-
-def _check_openvino(has_gpu: bool) -> _Fields:
-    openvino = require("openvino", extra="cpu")
-    core = openvino.Core()
-    found = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    precisions = [name for theirs, name in _OPENVINO_PRECISIONS.items() if theirs in found]
-    cpu = core.get_property("CPU", "FULL_DEVICE_NAME").strip()
-    version = openvino.__version__.partition("-")[0]
-    return {"version": version, "detail": f"{', '.join(precisions)} on {cpu}", "supports": precisions}
-
-
-def _check_tensorrt(has_gpu: bool) -> _Fields:
-    trt = require("tensorrt", extra="trt")
-    return _build_engine(trt) if has_gpu else {"version": trt.__version__, "detail": "needs a GPU, also to build"}
-
-
-def _check_tensorrt_rtx(has_gpu: bool) -> _Fields:
-    trt = require("tensorrt_rtx", extra="rtx")
-    numbers = [name.removeprefix("SM") for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
-    capabilities = [f"{number[:-1]}.{number[-1]}" for number in numbers]
-    fields = _build_engine(trt)
-    return fields | {"detail": f"{fields['detail']} for {', '.join(capabilities)}", "supports": capabilities}
-
-
-def _build_engine(trt: ModuleType) -> _Fields:
-    """Create TensorRT's runtime and build an engine of one layer."""
-    logger = trt.Logger(trt.Logger.ERROR)
-    trt.Runtime(logger)
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    layer = network.add_activation(network.add_input("images", trt.float32, (1, 3)), trt.ActivationType.RELU)
-    network.mark_output(layer.get_output(0))
-    if builder.build_serialized_network(network, builder.create_builder_config()) is None:
-        raise RuntimeError("it does not build a network of one layer")
-    return {"version": trt.__version__, "detail": "builds engines"}
-
-
-def _check_import(module: ModuleType) -> _Fields:
-    return {"version": module.__version__}
-
-
-_CHECKS: tuple[dict[str, Callable[[bool], _Fields]], ...] = (
-    {
-        "torch": _check_torch,
-        "torch.cuda": _check_torch_cuda,
-        "torchvision": lambda has_gpu: _check_import(require("torchvision", extra="timm")),
-        "timm": lambda has_gpu: _check_import(require("timm", extra="timm")),
-        "lightning": lambda has_gpu: _check_import(require("lightning", extra="train")),
-    },
-    {"nvidia.dali": _check_dali, "cuda.core": _check_cuda_core},
-    {
-        "onnx": lambda has_gpu: _check_import(require("onnx", extra="cpu")),
-        "onnxscript": lambda has_gpu: _check_import(require("onnxscript", extra="cpu")),
-        "onnxruntime": _check_onnxruntime,
-        "openvino": _check_openvino,
-    },
-    {"tensorrt": _check_tensorrt},
-    {"tensorrt_rtx": _check_tensorrt_rtx},
-)
-"""By package, in groups that share a child process, where what one imports need not be imported again by the next. Each
-gets whether there is a GPU, and returns fields of a `Check` or raises."""

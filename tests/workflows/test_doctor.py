@@ -11,7 +11,7 @@ from kd_pipeline._core.nvidia_driver import Driver, DriverGpu
 from kd_pipeline.data import decode
 from kd_pipeline.data.decode import choose_decode
 from kd_pipeline.data.decode_trial import DecodeTrial
-from kd_pipeline.workflows import doctor
+from kd_pipeline.workflows import package_checks
 from kd_pipeline.workflows.doctor import (
     Capability,
     Check,
@@ -145,15 +145,15 @@ def test_failing_cuda_provider_is_dropped(monkeypatch: pytest.MonkeyPatch) -> No
     """Here the CPU provider takes the place of the CUDA provider."""
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(doctor, "_CUDA_PROVIDER", "CPUExecutionProvider")
-    assert "CPUExecutionProvider" in doctor._check_onnxruntime(True)["supports"]
+    monkeypatch.setattr(package_checks, "CUDA_PROVIDER", "CPUExecutionProvider")
+    assert "CPUExecutionProvider" in package_checks._check_onnxruntime(True)["supports"]
     monkeypatch.setattr(onnxruntime.InferenceSession, "get_providers", lambda session: ["CPUFallback"])
-    found = doctor._check_onnxruntime(True)
+    found = package_checks._check_onnxruntime(True)
     assert "CPUExecutionProvider" not in found["supports"]
     assert found["detail"].endswith("CPUExecutionProvider does not run here")
     monkeypatch.setattr(onnxruntime, "InferenceSession", None)
-    assert "NoneType" in doctor._check_onnxruntime(True)["detail"]
-    assert "CPUExecutionProvider" in doctor._check_onnxruntime(False)["supports"]
+    assert "NoneType" in package_checks._check_onnxruntime(True)["detail"]
+    assert "CPUExecutionProvider" in package_checks._check_onnxruntime(False)["supports"]
 
 
 def trials(**faults: str) -> list[DecodeTrial]:
