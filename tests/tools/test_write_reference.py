@@ -1,8 +1,8 @@
 """The pages of the reference have every key and every option, as they are now."""
 
-import importlib.util
+import importlib
 import re
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,12 +15,10 @@ ADVICE = "run `python tools/write_reference.py` and commit docs/reference/"
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("write_reference", ROOT / "tools" / "write_reference.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["write_reference"] = module  # for its dataclasses
-    spec.loader.exec_module(module)
-    return module
+def tool() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        yield importlib.import_module("write_reference")
 
 
 def committed(name: str) -> str:
