@@ -91,9 +91,10 @@ def at_size(mixing_N6: Tensor, size: tuple[int, int], other: tuple[int, int]) ->
     """The plan for images of height and width `size` as one for those of `other`, with rectangles rounded to pixels."""
     if size == other:
         return mixing_N6
-    (height, width), (other_height, other_width) = size, other
-    sides, others = (mixing_N6.new_tensor(pair * 2) for pair in ([height, width], [other_height, other_width]))
-    return torch.cat([mixing_N6[:, :2], (2 * mixing_N6[:, 2:] * others + sides) // (2 * sides)], dim=1)
+    # Numbers of Python's, as a tensor of them would be a copy to the device that the host waits for.
+    corners = zip(mixing_N6[:, 2:].unbind(dim=1), size * 2, other * 2, strict=True)
+    scaled = [(2 * corner_N * there + here) // (2 * here) for corner_N, here, there in corners]
+    return torch.cat([mixing_N6[:, :2], torch.stack(scaled, dim=1)], dim=1)
 
 
 def mix_images(images_NCHW: Tensor, mixing_N6: Tensor) -> Tensor:

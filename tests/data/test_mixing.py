@@ -6,8 +6,9 @@ import torch
 from pydantic import ValidationError
 from scipy.stats import beta
 
-from kd_pipeline.data.mixing import MixSettings, beta_quantiles, mix_images, mix_labels, plan_mixing
+from kd_pipeline.data.mixing import MixSettings, at_size, beta_quantiles, mix_images, mix_labels, plan_mixing
 from kd_pipeline.data.plan import uniforms
+from tests.on_gpu import DEVICE, OnGpu
 
 PARTNER, WEIGHT, TOP, LEFT, BOTTOM, RIGHT = range(6)
 ONE = 2**24
@@ -240,3 +241,12 @@ def test_partners_of_one_class_keep_its_label():
     columns = torch.from_numpy(plan(BOTH, 64))
     weights = mix_labels(torch.full((64,), 3), columns, num_classes=5, label_smoothing=0.0, size=(SIZE, SIZE))
     torch.testing.assert_close(weights, torch.tensor([0.0, 0, 0, 1, 0]).expand(64, 5), rtol=0, atol=1e-6)
+
+
+def test_host_never_waits_for_a_gpu():
+    with OnGpu() as gpu:
+        images, labels, mixing = map(gpu.tensor, (torch.rand(8, 3, 16, 16), torch.arange(8), torch.ones(8, 6).long()))
+        smaller = at_size(mixing, (16, 16), (8, 12))
+        mixed = [mix_images(images, mixing), mix_images(images[:, :, :8, :12], smaller)]
+        mixed.append(mix_labels(labels, mixing, num_classes=9, label_smoothing=0.1, size=(16, 16)))
+    assert all(tensor.device == DEVICE for tensor in mixed) and not gpu.copies

@@ -5,6 +5,7 @@ import torch
 
 from kd_pipeline.data import uniform
 from kd_pipeline.data.uniform import UniformCounter, counted, is_uniform
+from tests.on_gpu import OnGpu
 
 
 def test_one_color_per_image() -> None:
@@ -21,6 +22,15 @@ def test_nan_is_not_a_color() -> None:
 
 def test_no_images() -> None:
     assert is_uniform(torch.zeros(0, 3, 8, 8)).shape == (0,)
+
+
+def test_counting_never_waits_for_a_gpu() -> None:
+    counter = UniformCounter()
+    with OnGpu() as gpu:
+        images, valid = gpu.tensor(torch.rand(4, 3, 17, 19)), gpu.tensor(torch.ones(4).bool())
+        for _ in range(2 * uniform._MAX_KEPT):
+            counter.add(counted(is_uniform(images), valid))
+    assert counter._counts is not None and not gpu.copies
 
 
 def test_counter_counts_valid_images() -> None:
