@@ -20,9 +20,10 @@ class OwnOp(Settings):
     """An op of your own, among those of `order`: `factory(images, *numbers, **kwargs)`, which returns the new images.
 
     `images` is a DALI node of uint8 images HWC of the view's size, before they are normalized and flipped, and so is
-    what is returned. Each of `numbers` is a node of one float32 from 0 to 1, 1 excluded, on the CPU as DALI's named
-    arguments must be. They are pure functions of (seed, epoch, index, view, `name`), and an op must draw no others, or
-    a resumed run would not see the same images. The function is called once for each graph that is built.
+    what is returned: on the GPU if the loader is for one. Each of `numbers` is a node of one float32 from 0 to 1, 1
+    excluded, always on the CPU as DALI's named arguments must be. They are pure functions of (seed, epoch, index, view,
+    `name`), and an op must draw no others, or a resumed run would not see the same images. The function is called once
+    for each graph that is built.
     """
 
     factory: str = Field(pattern=r"^\w+(\.\w+)*:\w+$")
