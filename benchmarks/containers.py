@@ -38,6 +38,7 @@ from kd_pipeline.bench.measure import (
     format_table,
     measure,
     prepare_out,
+    round_up,
     save_result,
     spread,
 )
@@ -226,7 +227,7 @@ def _measure(
         measured = measure(
             [Candidate(name, stream.run) for name, stream in streams.items()],
             repeats=settings.repeats,
-            num_batches=-(-settings.num_batches // at_once) * at_once,
+            num_batches=round_up(settings.num_batches, at_once),
             num_warm_up=(PREFETCH + 2) * at_once,  # as in `benchmarks.loader`
             report=report,
         )

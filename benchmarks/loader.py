@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ from kd_pipeline.bench.measure import (
     measure,
     paired_ratio,
     prepare_out,
+    round_up,
     save_result,
     spread,
 )
@@ -44,7 +46,7 @@ from kd_pipeline.bench.torchvision_loaders import (
     torchvision_tensor,
     why_no_cuda_decoder,
 )
-from kd_pipeline.data.decode import resolve_decode
+from kd_pipeline.data.decode import Decoding, resolve_decode
 from kd_pipeline.data.decode_trial import try_decoding
 from kd_pipeline.data.graph_settings import DecodeMode
 from kd_pipeline.data.reader import group_size
@@ -198,14 +200,22 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
     num_threads = settings.num_threads or num_cores()
     decoding = resolve_decode("auto", None, device_id=device.index)
     task = DecodeTask(root, TrainTransform(size=settings.size), settings.batch_size, num_threads, device, *decoding)
-    rows = _measure(settings, _tasks(settings, task, report), report)
+    used = {"root": str(root), "num_threads": num_threads, "device": str(device), "decode_auto": decoding._asdict()}
+    rows: list[Measurement] = []
+
+    def result_with(more: Sequence[Measurement]) -> LoaderResult:
+        return LoaderResult((*rows, *more), settings.model_dump(mode="json") | used, environment())
+
+    def save(more: Sequence[Measurement]) -> None:
+        save_result(settings.out, result_with(more).to_json, report)
+
+    rows += _measure(settings, _tasks(settings, task, report), report, save)
     for batch_size in settings.more_batch_sizes:
         if num_images >= batch_size != settings.batch_size:
             own = replace(task, batch_size=batch_size)
             named = {f"{name}{_BATCH}{batch_size}": (LOADERS[name], own) for name in _ON_DALI}
-            rows += _measure(settings, named, report)
-    used = {"root": str(root), "num_threads": num_threads, "device": str(device), "decode_auto": decoding._asdict()}
-    result = LoaderResult(tuple(rows), settings.model_dump(mode="json") | used, environment())
+            rows += _measure(settings, named, report, save)
+    result = result_with(())
     save_result(settings.out, result.to_json, report)
     return result
 
@@ -213,7 +223,12 @@ def bench_loader(settings: BenchLoaderSettings, *, report: Callable[[str], objec
 _Tasks = dict[str, tuple[Callable[[DecodeTask], Stream], DecodeTask]]
 
 
-def _measure(settings: BenchLoaderSettings, tasks: _Tasks, report: Callable[[str], object]) -> list[Measurement]:
+def _measure(
+    settings: BenchLoaderSettings,
+    tasks: _Tasks,
+    report: Callable[[str], object],
+    save: Callable[[Sequence[Measurement]], None],
+) -> list[Measurement]:
     """Measure loaders with one batch size."""
     task = next(own for _, own in tasks.values())
     num_batches = -(-settings.num_batches * settings.batch_size // task.batch_size)
@@ -226,7 +241,7 @@ def _measure(settings: BenchLoaderSettings, tasks: _Tasks, report: Callable[[str
         candidates = [
             Candidate(
                 name,
-                partial(_run, stack.enter_context(closing(open_stream(own))), own.device),
+                partial(run, stack.enter_context(closing(open_stream(own))), own.device),
                 # With many workers the warm-up of torch's loaders takes longer than what is timed.
                 num_warm_up=(PREFETCH + 2) * group if name.startswith(_ON_DALI) else None,
             )
@@ -235,10 +250,11 @@ def _measure(settings: BenchLoaderSettings, tasks: _Tasks, report: Callable[[str
         return measure(
             candidates,
             repeats=settings.repeats,
-            num_batches=-(-num_batches // at_once) * at_once,
+            num_batches=round_up(num_batches, at_once),
             # Prefetched: `PREFETCH` rounds; with DALI also those of its reader and of the teacher.
             num_warm_up=(PREFETCH + 2) * at_once,
             report=report,
+            save=save,
         )
 
 
@@ -256,23 +272,31 @@ def _tasks(settings: BenchLoaderSettings, task: DecodeTask, report: Callable[[st
     def add(label: str, **changes: Any) -> None:
         tasks.update({f"{name}, {label}": (LOADERS[name], replace(task, **changes)) for name in _ON_DALI})
 
-    gpu = task.device.index
-    for decode in settings.decode:
-        # A decode mode that crashes on this GPU would end the whole benchmark.
-        if (
-            task.device.type == "cuda"
-            and not (trial := try_decoding(decode, device_id=gpu, hw_decoder_load=task.hw_decoder_load)).works
-        ):
-            report(f"no rows for decode {decode}: {trial}")
-            continue
-        add(f"decode {decode}", decode=decode)
-    for load in settings.hw_decoder_loads:
+    def obstacle(decode: DecodeMode) -> str:
+        """Why a decode mode has no rows: one that crashes on this GPU would end the whole benchmark."""
+        if task.device.type == "cpu":
+            return ""
+        trial = try_decoding(decode, device_id=task.device.index, hw_decoder_load=task.hw_decoder_load)
+        return "" if trial.works else str(trial)
+
+    def with_load(load: float) -> Decoding | ConfigError:
         try:
-            decoding = resolve_decode("auto", load, device_id=gpu)
+            return resolve_decode("auto", load, device_id=task.device.index)
         except ConfigError as exc:
-            report(f"no rows for hw_decoder_load {load:g}: {exc}")
-            continue
-        add(f"hw_decoder_load {load:g}", **decoding._asdict())
+            return exc
+
+    with ThreadPoolExecutor() as pool:  # a trial is a process that takes seconds to start
+        obstacles, decodings = pool.map(obstacle, settings.decode), pool.map(with_load, settings.hw_decoder_loads)
+    for decode, reason in zip(settings.decode, obstacles, strict=True):
+        if reason:
+            report(f"no rows for decode {decode}: {reason}")
+        else:
+            add(f"decode {decode}", decode=decode)
+    for load, decoding in zip(settings.hw_decoder_loads, decodings, strict=True):
+        if isinstance(decoding, ConfigError):
+            report(f"no rows for hw_decoder_load {load:g}: {decoding}")
+        else:
+            add(f"hw_decoder_load {load:g}", **decoding._asdict())
     return tasks
 
 
@@ -371,7 +395,7 @@ GPU_LOADERS: dict[str, Callable[[DecodeTask], Stream]] = {"torchvision, CUDA dec
 """What is compared as well on a GPU, if torchvision was built for it."""
 
 
-def _run(stream: Stream, device: torch.device, num_batches: int) -> int:
+def run(stream: Stream, device: torch.device, num_batches: int) -> int:
     """Take so many batches and return the number of images in them."""
     num_images = sum(len(next(stream)) for _ in range(num_batches))
     if device.type == "cuda":

@@ -10,10 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import Field
 
 from benchmarks.command import benchmark_parser, run_benchmark
 from benchmarks.loader import read_all
+from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.bench.measure import environment, format_table, prepare_out, rotated, save_result, spread
 from kd_pipeline.bench.photographs import photographs
@@ -43,6 +45,8 @@ class BenchStudentsSettings(Settings):
     """Timed epochs. Each measurement is a run of one epoch more, less a run of one epoch."""
     repeats: int = Field(default=5, gt=0)
     """How often each row is measured."""
+    device: str = "auto"
+    """Where the runs train: `cpu`, `cuda`, or `auto` for a GPU if there is one."""
     out: Path | None = None
     """JSON file for the result."""
 
@@ -84,7 +88,8 @@ class StudentsResult:
                 f"{what} of all students, divided by loader and teacher once and what each student adds to them: "
                 f"{median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
             )
-        lines.append(f"Medians of {len(self.wall_s[_LOADER])} repeats on {self.environment['num_cores']} core(s).")
+        where = f"{self.environment['num_cores']} core(s), {self.settings['device']}"
+        lines.append(f"Medians of {len(self.wall_s[_LOADER])} repeats on {where}.")
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -102,10 +107,10 @@ class StudentsResult:
 def bench_students(
     settings: BenchStudentsSettings, *, report: Callable[[str], object] = lambda line: None
 ) -> StudentsResult:
-    """Measure runs of `train` on the CPU; `report` receives lines of progress.
+    """Measure runs of `train`; `report` receives lines of progress.
 
     Raises:
-        ConfigError: `out` is a folder.
+        ConfigError: `out` is a folder, or the device does not exist.
         DataError: there are too few images for an epoch.
     """
     prepare_out(settings.out)
@@ -113,19 +118,21 @@ def bench_students(
     report(f"{read_all(root):,} files read once, so every run finds them in the page cache")
     names = [_LOADER, *(f"width {width}" for width in settings.widths), _TOGETHER]
     costs: dict[str, list[_Cost]] = {name: [] for name in names}
+    device = resolve_device(settings.device)
+    used = settings.model_dump(mode="json") | {"root": str(root), "device": str(device)}
     for repeat in range(settings.repeats):
         for name in rotated(names, repeat):
             short, long = (_cost(settings, root, name, epochs) for epochs in (1, 1 + settings.epochs))
             num_batches = settings.epochs * settings.num_batches
             costs[name].append(_Cost(*((more - less) / num_batches for more, less in zip(long, short, strict=True))))
         report(f"repeat {repeat + 1} of {settings.repeats} done")
-    result = StudentsResult(
-        {name: [cost.wall_s for cost in each] for name, each in costs.items()},
-        {name: [cost.cpu_s for cost in each] for name, each in costs.items()},
-        settings.model_dump(mode="json") | {"root": str(root)},
-        environment(),
-    )
-    save_result(settings.out, result.to_json, report)
+        result = StudentsResult(
+            {name: [cost.wall_s for cost in each] for name, each in costs.items()},
+            {name: [cost.cpu_s for cost in each] for name, each in costs.items()},
+            used,
+            environment(),
+        )
+        save_result(settings.out, result.to_json, report)
     return result
 
 
@@ -141,6 +148,8 @@ def _cost(settings: BenchStudentsSettings, root: Path, name: str, epochs: int) -
                     for number, _ in enumerate(loader, start=1):
                         if number == settings.num_batches:
                             break
+                if loader.device.type == "cuda":
+                    torch.cuda.synchronize(loader.device)  # the teacher's outputs are finished, not just queued
         else:
             train(config)
         return _Cost(time.perf_counter() - started, time.process_time() - cpu_started)
@@ -152,7 +161,7 @@ def _config(settings: BenchStudentsSettings, root: Path, run_dir: Path, widths: 
     return Config.model_validate({
         "run_dir": run_dir,
         "data": {
-            "device": "cpu",
+            "device": settings.device,
             "batch_size": settings.batch_size,
             "train": {
                 "source": {"kind": "image_folder", "root": root},

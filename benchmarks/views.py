@@ -11,12 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from benchmarks.command import benchmark_parser, run_benchmark
-from benchmarks.loader import LOADERS, DecodeTask, read_all
+from benchmarks.loader import LOADERS, DecodeTask, read_all, run
 from kd_pipeline._core.cpu import num_cores
+from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.settings import Settings
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.bench.measure import (
@@ -27,12 +27,14 @@ from kd_pipeline.bench.measure import (
     measure,
     paired_ratio,
     prepare_out,
+    round_up,
     save_result,
     spread,
 )
 from kd_pipeline.bench.photographs import photographs
 from kd_pipeline.bench.torchvision_loaders import PREFETCH, Stream
 from kd_pipeline.data.auto_augment import RandAugment
+from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.data.reader import group_size
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.data.views import FollowingView, TrainView, Views, ViewSettings
@@ -78,6 +80,8 @@ class BenchViewsSettings(Settings):
     """How often each row is measured."""
     num_threads: int | None = Field(default=None, gt=0)
     """Threads of DALI; defaults to the cores this process may use."""
+    device: str = "auto"
+    """Where the batches go: `cpu`, `cuda`, or `auto` for a GPU if there is one."""
     out: Path | None = None
     """JSON file for the result."""
 
@@ -137,8 +141,8 @@ class ViewsResult:
         ]
         note = (
             f"Medians of {len(self.rows[0].images_per_s)} interleaved repeats on {self.environment['num_cores']} "
-            "core(s). Time and CPU time: divided by those of the row in the last column in the same repeat, time with "
-            "the lowest and the highest. Own: CPU time of Python, planning and handing over."
+            f"core(s), {self.settings['device']}. Time and CPU time: divided by those of the row in the last column in "
+            "the same repeat, time with the lowest and the highest. Own: CPU time of Python, planning and handing over."
         )
         return "\n".join([*format_table(header, rows), note])
 
@@ -158,45 +162,52 @@ class ViewsResult:
 def bench_views(settings: BenchViewsSettings, *, report: Callable[[str], object] = lambda line: None) -> ViewsResult:
     """Measure how fast batches of several views come; `report` receives lines of progress.
 
-    All rows read the same files from the page cache on the CPU, reshuffled in every epoch, in full batches, and give
+    All rows read the same files from the page cache, reshuffled in every epoch, in full batches, and give
     float32. Loaders of one row run at the same time, and one batch of each is a batch of the row. One view is compared
     with a bare DALI graph, a large view of the same window with a loader for each, and small crops likewise.
 
     Raises:
-        ConfigError: `out` is a folder.
+        ConfigError: `out` is a folder, or the device does not exist.
         DataError: the folder has files other than JPEG, or too few for one batch.
         MissingPackageError: a package of the extra `bench` is not installed.
     """
     prepare_out(settings.out)
     root = photographs(settings.root, report)
     report(f"{read_all(root):,} files read once, so every loader finds them in the page cache")
-    num_threads = settings.num_threads or num_cores()
+    device, num_threads = resolve_device(settings.device), settings.num_threads or num_cores()
+    on_gpu = device.type == "cuda"
+    task = DecodeTask(
+        root,
+        TrainTransform(size=settings.size),
+        settings.batch_size,
+        num_threads,
+        device,
+        *resolve_decode("auto", None, device_id=device.index),
+    )
     rows = [row for ops in settings.ops for row in _rows(settings, ops)]
     # As in `benchmarks.loader`, only full groups are a fair measure.
     groups = [
-        group_size(settings.batch_size, Views.of(part.transform, part.views), num_threads=num_threads, on_gpu=False)
+        group_size(settings.batch_size, Views.of(part.transform, part.views), num_threads=num_threads, on_gpu=on_gpu)
         for row in rows
         for part in row.parts
     ]
     at_once = math.lcm(*groups)
+    used = {"root": str(root), "num_threads": num_threads, "device": str(device)}
+    against = {row.name: row.against for row in rows}
+
+    def result_of(measured: Sequence[Measurement]) -> ViewsResult:
+        return ViewsResult(tuple(measured), against, settings.model_dump(mode="json") | used, environment())
+
     with ExitStack() as stack:
         measured = measure(
-            [
-                Candidate(row.name, partial(_run, stack.enter_context(_open(row, root, settings, num_threads))))
-                for row in rows
-            ],
+            [Candidate(row.name, partial(run, stack.enter_context(_open(row, task)), device)) for row in rows],
             repeats=settings.repeats,
-            num_batches=-(-settings.num_batches // at_once) * at_once,
+            num_batches=round_up(settings.num_batches, at_once),
             num_warm_up=(PREFETCH + 2) * at_once,
             report=report,
+            save=lambda measured: save_result(settings.out, result_of(measured).to_json, report),
         )
-    used = {"root": str(root), "num_threads": num_threads}
-    result = ViewsResult(
-        tuple(measured),
-        {row.name: row.against for row in rows},
-        settings.model_dump(mode="json") | used,
-        environment(),
-    )
+    result = result_of(measured)
     save_result(settings.out, result.to_json, report)
     return result
 
@@ -223,32 +234,27 @@ def _rows(settings: BenchViewsSettings, ops: Ops) -> list[_Row]:
     ]
 
 
-def _open(row: _Row, root: Path, settings: BenchViewsSettings, num_threads: int) -> "closing[Stream]":
-    if row.parts:
-        return closing(_batches(row.parts, root, settings.batch_size, num_threads))
-    transform = TrainTransform(size=settings.size)
-    return closing(
-        LOADERS["bare DALI graph"](
-            DecodeTask(root, transform, settings.batch_size, num_threads, torch.device("cpu"), "window")
-        )
-    )
+def _open(row: _Row, task: DecodeTask) -> "closing[Stream]":
+    return closing(_batches(row.parts, task) if row.parts else LOADERS["bare DALI graph"](task))
 
 
-def _batches(parts: Sequence[_Part], root: Path, batch_size: int, num_threads: int) -> Stream:
+def _batches(parts: Sequence[_Part], task: DecodeTask) -> Stream:
     """The images of the first of the loaders, after a batch of each was taken."""
     with ExitStack() as stack:
         loaders = [
             stack.enter_context(
                 KDDataLoader(
-                    root,
+                    task.root,
                     part.transform,
                     views=part.views,
-                    batch_size=batch_size,
+                    batch_size=task.batch_size,
                     seed=number,
                     last_batch="drop",
-                    device="cpu",
-                    num_threads=num_threads,
+                    device=task.device,
+                    num_threads=task.num_threads,
                     prefetch=PREFETCH,
+                    decode=task.decode,
+                    hw_decoder_load=task.hw_decoder_load,
                 )
             )
             for number, part in enumerate(parts)
@@ -261,11 +267,6 @@ def _batches(parts: Sequence[_Part], root: Path, batch_size: int, num_threads: i
 def _epochs(loader: KDDataLoader) -> Generator[KDBatch, None, None]:
     while True:
         yield from loader
-
-
-def _run(stream: Stream, num_batches: int) -> int:
-    """Take so many batches and return the number of samples in them."""
-    return sum(len(next(stream)) for _ in range(num_batches))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 import kd_pipeline
+from kd_pipeline._core.nvidia_driver import query_driver
 from kd_pipeline._core.output import prepare_output, write_output
 from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.secret_values import hide_in_arguments
 from kd_pipeline._core.text import printable
+from kd_pipeline.data.decode_trial import loaded_nvjpeg
 from kd_pipeline.errors import MissingPackageError
 from kd_pipeline.report.plots import save_figure
 
@@ -42,6 +44,7 @@ __all__ = [
     "prepare_out",
     "reset_peak_memory",
     "rotated",
+    "round_up",
     "save_result",
     "spread",
     "traced",
@@ -49,9 +52,12 @@ __all__ = [
 ]
 
 _PACKAGES = (
+    "lightning",
     "numpy",
     "nvidia-dali-cuda120",
     "nvidia-dali-cuda130",
+    "nvidia-nvimgcodec-cu12",
+    "nvidia-nvimgcodec-cu13",
     "onnxruntime",
     "openvino",
     "pillow",
@@ -60,6 +66,7 @@ _PACKAGES = (
     "timm",
     "torch",
     "torchvision",
+    "triton",
 )
 _MAX_SETTLE_S = 10.0
 """How long to wait at most for all candidates to become idle."""
@@ -118,6 +125,7 @@ def measure(
     num_batches: int,
     num_warm_up: int,
     report: Callable[[str], object],
+    save: Callable[[list[Measurement]], object] = lambda rows: None,
 ) -> list[Measurement]:
     """Time `num_batches` batches of every candidate in every repeat, in an order that rotates from repeat to repeat.
 
@@ -131,12 +139,14 @@ def measure(
         num_batches: timed batches of each candidate in every repeat.
         num_warm_up: untimed batches before them.
         report: receives a line after every repeat.
+        save: receives what is known after every repeat, so none is lost if a later one is cut off.
     """
     with progress_bar("warming up") as report_candidates:
         for number, candidate in enumerate(candidates):
             report_candidates(number, len(candidates))
             candidate.run(candidate.num_warm_up or num_warm_up)
     samples: dict[str, list[_Sample]] = {candidate.name: [] for candidate in candidates}
+    measured: list[Measurement] = []
     for repeat in range(repeats):
         title = f"repeat {repeat + 1} of {repeats}"
         with progress_bar(title) as report_candidates:
@@ -145,7 +155,9 @@ def measure(
                 samples[candidate.name].append(_time(candidate, num_batches, num_warm_up))
         rates = (f"{name} {own[-1].images_per_s:,.0f}" for name, own in samples.items())
         report(f"{title}, images/s: {', '.join(rates)}")
-    return [Measurement(name, *zip(*own, strict=True)) for name, own in samples.items()]
+        measured = [Measurement(name, *zip(*own, strict=True)) for name, own in samples.items()]
+        save(measured)
+    return measured
 
 
 def _time(candidate: Candidate, num_batches: int, num_warm_up: int) -> _Sample:
@@ -162,6 +174,11 @@ def rotated(items: Sequence[Item], by: int) -> list[Item]:
     """All items in turn, beginning with number `by` (modulo their number)."""
     start = by % len(items) if items else 0
     return [*items[start:], *items[:start]]
+
+
+def round_up(number: int, multiple: int) -> int:
+    """`number` batches, or as many more as fill whole rounds of `multiple`, which become ready together."""
+    return -(-number // multiple) * multiple
 
 
 def paired_ratio(own: Sequence[float], other: Sequence[float]) -> float:
@@ -220,12 +237,20 @@ def save_result(
 
 
 def environment() -> dict[str, Any]:
-    """The machine, the versions of the packages, the command line without secrets, and the time (UTC)."""
+    """The machine, the versions of driver and packages, the command line without secrets, and the time (UTC)."""
     cpu_models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     versions = {"kd_pipeline": kd_pipeline.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         for distribution in metadata.distributions(name=package):
             versions[package] = distribution.version
+    with suppress(OSError, RuntimeError):  # there is none, or it does not work
+        driver = query_driver()
+        versions |= {"nvidia driver": driver.version or "unknown", "driver's newest cuda": driver.cuda}
+    if torch.cuda.is_available():
+        cudnn: Any = torch.backends.cudnn
+        versions |= {"torch's cuda": str(torch.version.cuda), "torch's cudnn": str(cudnn.version())}
+    if (nvjpeg := loaded_nvjpeg()) is not None:  # torchvision brings its own
+        versions["nvjpeg in this process"] = ".".join(map(str, nvjpeg.version))
     module = getattr(sys.modules["__main__"], "__spec__", None)  # where Python was started with -m
     program = f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
     return {

@@ -14,7 +14,7 @@ from kd_pipeline._core.optional import require
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.errors import DataError
 
-__all__ = ["link_images", "link_photographs", "make_photographs", "photographs", "read_jpeg"]
+__all__ = ["link_again", "link_images", "link_photographs", "make_photographs", "photographs", "read_jpeg"]
 
 _NUM_CLASSES = 10
 _WIDTHS, _HEIGHTS = (400, 600), (325, 425)
@@ -72,6 +72,14 @@ def link_images(
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
     return other
+
+
+def link_again(folder: Path, *, num_files: int) -> None:
+    """Add links to the files of `link_images`, equally many to each, until `folder` has `num_files` or more."""
+    links = sorted(path for path in folder.rglob("*") if path.is_file())
+    for number in range(1, -(-num_files // len(links))):
+        for link in links:
+            link.with_name(f"{link.stem}_{number:03}{link.suffix}").symlink_to(link.readlink())
 
 
 def _is_jpeg(path: Path) -> bool | None:

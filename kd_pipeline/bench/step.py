@@ -19,14 +19,15 @@ from kd_pipeline._core.progress import progress_bar
 from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
-from kd_pipeline.bench.measure import environment, prepare_out, rotated, save_result
-from kd_pipeline.bench.photographs import link_images, photographs
+from kd_pipeline.bench.measure import environment, prepare_out, rotated, round_up, save_result
+from kd_pipeline.bench.photographs import link_again, link_images, photographs
 from kd_pipeline.bench.step_result import StepResult, StepRow
 from kd_pipeline.bench.step_variants import (
     EAGER,
     NEED_JPEG,
     NEED_NETWORK,
     NEED_ONNX,
+    ON_DALI,
     ON_TORCH_LOADERS,
     PARTS,
     VARIANTS,
@@ -59,9 +60,12 @@ _ON_LOGITS = DistillSettings(loss="soft_target", task_weight=0.0)
 """Without labels, which not all variants read."""
 _NUM_IMAGES = 2000
 """Of a larger folder so many are used, evenly spaced, to fit into the page cache."""
-_NUM_WARM_UP = 2
-"""Steps before the timed ones; more on a GPU, see `_num_steps`. On a CPU a step takes far longer than loading a batch,
-so the loader has prefetched as much at the beginning of the timed steps as at their end."""
+_MIN_EPOCH_ON_GPU = 50
+"""Batches of an epoch there: the images are linked again and again until there are as many, as the teacher does not run
+ahead into the next epoch, and in real ones few steps are the first."""
+_NUM_WARM_UP, _NUM_WARM_UP_ON_GPU = 2, 10
+"""Steps before the timed ones at least; see `_num_steps`. On a CPU a step takes far longer than loading a batch, so the
+loader has prefetched as much at the beginning of the timed steps as at their end. A GPU has to raise its clocks."""
 _LOADING_FACTOR = 4
 """Loading alone is timed over so many times as many batches, after more batches than a loader prefetches."""
 _NUM_PREFETCHED = 8
@@ -154,7 +158,7 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
     All read the same files from the page cache, crop, flip and normalize them alike, and train the same student with
     the same loss, projectors and optimizer. (a) runs student and teacher eagerly; all others compile the student and
     keep it in channels last, so they differ in loader and teacher only. (b), which reads only JPEG files, is left out
-    if there are others. Ctrl-C keeps the repeats that are complete.
+    if there are others. The result is saved after each repeat, so those that are complete are kept.
 
     Raises:
         ConfigError: a setting makes no sense, or no variant can be measured here.
@@ -170,13 +174,15 @@ def bench_step(settings: BenchStepSettings, *, report: Callable[[str], object] =
         task = _task(settings, Path(folder), report)
         workers, compared = _open(task, settings, opened, report)
         samples: dict[str, list[StepSample]] = {worker.letter: [] for worker in workers}
+
+        def save() -> None:
+            save_result(settings.out, _result(samples, task, settings, compared).to_json, report)
+
         try:
-            _measure(workers, task, settings, samples, report)
+            _measure(workers, task, settings, samples, report, save)
         except KeyboardInterrupt:
             num_complete = min(map(len, samples.values()))
             if num_complete and settings.out is not None:
-                samples = {letter: own[:num_complete] for letter, own in samples.items()}
-                save_result(settings.out, _result(samples, task, settings, compared).to_json, report)
                 report(f"stopped after {num_complete} of {settings.repeats} repeats, which are in {settings.out}")
             raise
     result = _result(samples, task, settings, compared)
@@ -202,6 +208,8 @@ def _task(settings: BenchStepSettings, folder: Path, report: Callable[[str], obj
         no_jpeg = _link(photographs(settings.root, report), root, settings.batch_size, report)
     transform = _comparable(settings.transform, report)
     device = resolve_device(settings.device)
+    if device.type == "cuda":
+        link_again(root, num_files=_MIN_EPOCH_ON_GPU * settings.batch_size)
     onnx, wanted = settings.onnx, [row for row in settings.rows if row in NEED_ONNX]
     network = None if settings.teacher is None else open_network(settings.teacher, settings.features)
     shape = transform.image_shape
@@ -324,7 +332,8 @@ def _open(
         except KDPipelineError as exc:
             report(f"({letter}) skipped: {exc}")
             continue
-        report(f"({letter}) open after {time.monotonic() - started_s:.1f} s")
+        decoding = f", decode {workers[-1].decode}" if letter in ON_DALI else ""
+        report(f"({letter}) open after {time.monotonic() - started_s:.1f} s{decoding}")
     if not workers:
         raise ConfigError("no variant of the step works here; the lines above say why")
     return workers, task.teacher_alone
@@ -357,16 +366,16 @@ def _num_steps(letter: str, task: StepTask, settings: BenchStepSettings) -> tupl
     on_gpu = task.device != "cpu"
     at_once = group_size(task.batch_size, Views.of(task.transform), num_threads=task.num_threads, on_gpu=on_gpu)
     if letter == "loader":
-        return _round_up(_LOADING_FACTOR * settings.num_steps, at_once), _LOADING_FACTOR * at_once
-    if letter in ("f", "teacher") or not on_gpu:
+        num_prefetched, least = _LOADING_FACTOR * at_once, _NUM_WARM_UP_ON_GPU if on_gpu else _NUM_WARM_UP
+        return round_up(_LOADING_FACTOR * settings.num_steps, at_once), max(num_prefetched, round_up(least, at_once))
+    if not on_gpu:
         return settings.num_steps, _NUM_WARM_UP
+    if letter in ("f", "teacher"):
+        return settings.num_steps, _NUM_WARM_UP_ON_GPU
     if letter in ON_TORCH_LOADERS:
-        return _round_up(settings.num_steps, task.num_threads), PREFETCH * task.num_threads + _NUM_WARM_UP
-    return _round_up(settings.num_steps, at_once), (_LOADING_FACTOR + 1) * at_once  # one more is with the teacher
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+        return round_up(settings.num_steps, task.num_threads), PREFETCH * task.num_threads + _NUM_WARM_UP_ON_GPU
+    num_prefetched = (_LOADING_FACTOR + 1) * at_once  # one more is with the teacher
+    return round_up(settings.num_steps, at_once), max(num_prefetched, round_up(_NUM_WARM_UP_ON_GPU, at_once))
 
 
 def _measure(
@@ -375,8 +384,10 @@ def _measure(
     settings: BenchStepSettings,
     samples: Mapping[str, list[StepSample]],
     report: Callable[[str], object],
+    save: Callable[[], None],
 ) -> None:
-    """Time every variant in every repeat, in an order that rotates from repeat to repeat, and add to `samples`."""
+    """Time every variant in every repeat, in an order that rotates from repeat to repeat; add to `samples`, and save
+    them."""
     for repeat in range(settings.repeats):
         started_s, title = time.monotonic(), f"repeat {repeat + 1} of {settings.repeats}"
         for number, worker in enumerate(rotated(workers, repeat)):
@@ -387,5 +398,6 @@ def _measure(
                 wait = partial(report_row, number, len(workers))
                 found = worker.time(num_steps, num_warm_up=num_warm_up, count_copies=count_copies, wait=wait)
             samples[worker.letter].append(found)
+        save()
         rates = ", ".join(f"({letter}) {own[-1].images_per_s:,.1f}" for letter, own in samples.items())
         report(f"{title}, {time.monotonic() - started_s:.1f} s, images/s: {rates}")

@@ -54,6 +54,8 @@ class StepRow:
         for name in ("images_per_s", "ms_per_step", "host_bytes", "device_bytes", "copied_bytes_per_image"):
             if known := [value for sample in self.samples if (value := getattr(sample, name)) is not None]:
                 found[name] = spread(known)
+        if (decode := self.samples[0].decode) is not None:
+            found["decode"] = decode
         found["phases_ms"] = {phase: spread([sample.phases_ms[phase] for sample in self.samples]) for phase in PHASES}
         return found
 

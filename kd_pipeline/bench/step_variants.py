@@ -35,6 +35,7 @@ __all__ = [
     "NEED_JPEG",
     "NEED_NETWORK",
     "NEED_ONNX",
+    "ON_DALI",
     "ON_TORCH_LOADERS",
     "PARTS",
     "PHASES",
@@ -293,6 +294,8 @@ NEED_JPEG = ("b",)
 """Variants that decode with `decode_jpeg`."""
 EAGER = ("a", "loader")
 """Variants in which nothing is compiled."""
+ON_DALI = ("c", "d", "e", "g", "h", "loader")
+"""Variants that load with `KDDataLoader`."""
 ON_TORCH_LOADERS = ("a", "b")
 """Variants that load with worker processes of torch's `DataLoader`."""
 

@@ -11,7 +11,8 @@ import torch
 
 from kd_pipeline._core.child_process import spawn_context
 from kd_pipeline.bench.measure import peak_memory_bytes, reset_peak_memory, traced, wait_until_idle
-from kd_pipeline.bench.step_variants import PHASES, VARIANTS, PhaseTimer, Step, StepTask
+from kd_pipeline.bench.step_variants import ON_DALI, PHASES, VARIANTS, PhaseTimer, Step, StepTask
+from kd_pipeline.data.decode import resolve_decode
 from kd_pipeline.errors import KDPipelineError
 
 __all__ = ["NUM_OPENING", "NUM_PROFILED", "StepSample", "StepWorker"]
@@ -39,6 +40,8 @@ class StepSample:
     copied_bytes_per_image: float | None
     """Between host and device in both directions, by torch's profiler; None on a CPU, and where they are not counted.
     """
+    decode: str | None = None
+    """How `KDDataLoader` decodes in this process, which depends on what else it has imported; None in other rows."""
 
 
 class StepWorker:
@@ -66,7 +69,8 @@ class StepWorker:
         self._process.start()
         theirs.close()
         try:
-            self._receive()
+            self.decode: str | None = self._receive()
+            """As in `StepSample`."""
         except BaseException:
             self.close()
             raise
@@ -119,10 +123,11 @@ def _serve(connection: Connection, letter: str, task: StepTask) -> None:
             for _ in range(NUM_OPENING):
                 step(_started(device))  # compiles, builds and starts what does so on first use
             device_bytes = _taken_bytes(device, free_bytes)
-            connection.send("ready")
+            decode = _decode(device) if letter in ON_DALI else None
+            connection.send(decode)
             while True:
                 num_steps, num_warm_up, count_copies = connection.recv()
-                sample = _time(step, device, num_steps, num_warm_up, device_bytes)
+                sample = replace(_time(step, device, num_steps, num_warm_up, device_bytes), decode=decode)
                 if count_copies and device.type == "cuda":
                     sample = replace(sample, copied_bytes_per_image=_copied_bytes_per_image(step, device))
                 connection.send(sample)
@@ -139,8 +144,7 @@ def _time(step: Step, device: torch.device, num_steps: int, num_warm_up: int, de
     for _ in range(num_warm_up):
         step(_started(device))
     reset_peak_memory()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # finish what was queued before
+    # A GPU is not waited for: meanwhile the loader would prefetch, and the teacher finish a batch, that nothing times.
     timer = _started(device)
     num_images = sum(step(timer) for _ in range(num_steps))
     totals_s, elapsed_s = timer.totals_s(), timer.elapsed_s()
@@ -160,6 +164,12 @@ def _started(device: torch.device) -> PhaseTimer:
     timer = PhaseTimer(device)
     timer.start()
     return timer
+
+
+def _decode(device: torch.device) -> str:
+    """What `data.decode: auto` is in this process."""
+    decoding = resolve_decode("auto", None, device_id=device.index)
+    return f"{decoding.decode}, hw_decoder_load {decoding.hw_decoder_load:g}"
 
 
 def _worker_pids() -> list[int]:

@@ -164,6 +164,8 @@ def bench_teacher(
     Logits are compared with those of the first backend in float32, in the same way as those of a built engine: two
     practically tied classes count as one. What cannot be opened or fails is in `left_out` with the reason.
 
+    The result is saved after each repeat.
+
     Raises:
         ConfigError: `out` is a folder, or the model cannot be opened.
         DataError: there are no images.
@@ -179,8 +181,31 @@ def bench_teacher(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         teacher = _prepare(settings, folder, report, no_export=why_no_onnx(device))
         images = _photographs(settings, teacher, num_threads, report).to(device)
+        used = {
+            "name": teacher.model.name,
+            "size": images.shape[-1],
+            "num_threads": num_threads,
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+        }
+
+        def result_so_far() -> TeacherResult:
+            return TeacherResult(
+                rows=tuple(comparison.rows.values()),
+                left_out=comparison.left_out,
+                reference=comparison.reference,
+                export_s=teacher.export_s,
+                has_random_weights=teacher.has_random_weights,
+                settings=hide_in_settings(settings.model_dump(mode="json")) | used,
+                environment=environment(),
+            )
+
         comparison = BackendComparison(
-            teacher.model, images, batch_sizes=settings.batch_sizes, num_threads=num_threads, report=report
+            teacher.model,
+            images,
+            batch_sizes=settings.batch_sizes,
+            num_threads=num_threads,
+            report=report,
+            save=lambda: save_result(settings.out, lambda: result_so_far().to_json(), report),
         )
         comparison.run(
             compile_at=settings.compile_at,
@@ -188,21 +213,7 @@ def bench_teacher(
             repeats=settings.repeats,
             precisions=settings.precisions,
         )
-    used = {
-        "name": teacher.model.name,
-        "size": images.shape[-1],
-        "num_threads": num_threads,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
-    }
-    result = TeacherResult(
-        rows=tuple(comparison.rows.values()),
-        left_out=comparison.left_out,
-        reference=comparison.reference,
-        export_s=teacher.export_s,
-        has_random_weights=teacher.has_random_weights,
-        settings=hide_in_settings(settings.model_dump(mode="json")) | used,
-        environment=environment(),
-    )
+    result = result_so_far()
     save_result(settings.out, result.to_json, report, result.plot)
     return result
 

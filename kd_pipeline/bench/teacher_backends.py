@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_pipeline._core.progress import progress_bar
-from kd_pipeline.bench.measure import Candidate, measure
+from kd_pipeline.bench.measure import Candidate, Measurement, measure
 from kd_pipeline.errors import ConfigError, KDPipelineError, TeacherError
 from kd_pipeline.onnx.file import read_onnx
 from kd_pipeline.teachers.base import Teacher
@@ -40,6 +40,8 @@ _BACKENDS: Mapping[Precision, tuple[str, ...]] = {
 _COMPILED_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
 _GRAPH_PRECISIONS: tuple[Precision, ...] = ("bf16",)
 """Compiling takes long, and the fewer bits, the more a GPU waits for launches, which a CUDA graph saves."""
+_NUM_WARM_UP_ON_GPU = 5
+"""Untimed batches, as a GPU that was idle raises its clocks again; on a CPU one takes seconds."""
 _MIN_BATCHES_ON_GPU = 20
 """Timed, as a GPU does a few batches in less time than it takes to start and to wait for it."""
 
@@ -99,6 +101,7 @@ class BackendComparison:
         batch_sizes: how many images a backend gets at a time.
         num_threads: threads of a runtime on a CPU; the caller sets PyTorch's.
         report: receives lines of progress.
+        save: called after every repeat, with `rows` up to date.
     """
 
     def __init__(
@@ -109,7 +112,9 @@ class BackendComparison:
         batch_sizes: Sequence[int],
         num_threads: int,
         report: Callable[[str], object],
+        save: Callable[[], object] = lambda: None,
     ) -> None:
+        self._save = save
         self._model, self._images, self._num_threads, self._report = model, images, num_threads, report
         self._batch_sizes, self._largest = sorted(set(batch_sizes)), max(batch_sizes)
         self._reference_outputs: Mapping[str, Tensor] = {}
@@ -276,15 +281,20 @@ class BackendComparison:
                 self.left_out[f"{name}, {batch_size} at a time"] = str(exc)
             else:
                 candidates.append(Candidate(name, run))
-        rows = measure(
+
+        def update(measured: Sequence[Measurement]) -> None:
+            for row in measured:
+                self.rows[row.name].images_per_s[batch_size] = row.images_per_s
+            self._save()
+
+        measure(
             candidates,
             repeats=repeats,
             num_batches=num_batches,
-            num_warm_up=1,
+            num_warm_up=_NUM_WARM_UP_ON_GPU if self._images.device.type == "cuda" else 1,
             report=lambda line: self._report(f"{batch_size} at a time, {line}"),
+            save=update,
         )
-        for row in rows:
-            self.rows[row.name].images_per_s[batch_size] = row.images_per_s
 
     def _run(self, teacher: Teacher, images: Tensor, num_batches: int) -> int:
         for _ in range(num_batches):

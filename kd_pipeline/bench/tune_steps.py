@@ -19,7 +19,7 @@ from kd_pipeline._core.cpu import num_cores
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.files import open_regular
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.bench.measure import wait_until_idle
+from kd_pipeline.bench.measure import round_up, wait_until_idle
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.reader import group_size
@@ -135,7 +135,7 @@ class RunSteps(ExitStack):
                 on_gpu=resolve_device(data.device).type == "cuda",
             )
             if num_steps > at_once:
-                num_steps = -(-num_steps // at_once) * at_once
+                num_steps = round_up(num_steps, at_once)
             num_queued = at_once * (data.prefetch + 1) + (data.ahead or 0)
             num_warm_up = min(num_queued, max(1, round(_WARM_UP_S / step_s)))
         timed = self._run(trial, num_steps, num_warm_up)

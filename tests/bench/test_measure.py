@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kd_pipeline._core.nvidia_driver import Driver
 from kd_pipeline.bench import measure as module
 from kd_pipeline.bench.measure import (
     Candidate,
@@ -21,6 +22,7 @@ from kd_pipeline.bench.measure import (
     paired_ratio,
     save_result,
 )
+from kd_pipeline.data.decode_trial import Nvjpeg
 from kd_pipeline.errors import MissingPackageError
 
 
@@ -105,6 +107,15 @@ def test_each_repeat_is_reported(measured: tuple[list[Measurement], list[str]]) 
     assert measured[1] == [f"repeat {number} of 4, images/s: a 6, b 3, c 12" for number in (1, 2, 3, 4)]
 
 
+def test_each_repeat_can_be_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "wait_until_idle", lambda: None)
+    saved: list[list[Measurement]] = []
+    candidates = [Candidate(name, lambda number: number) for name in "ab"]
+    result = measure(candidates, repeats=3, num_batches=1, num_warm_up=1, report=str, save=saved.append)
+    assert [[len(row.images_per_s) for row in rows] for rows in saved] == [[1, 1], [2, 2], [3, 3]]
+    assert saved[-1] == result
+
+
 def test_busy_candidate_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_s = iter([0.0, 0.1, 0.1, 0.15, 0.15, 0.15])  # busy, busy, idle
     monkeypatch.setattr(module, "_cpu_s", lambda: next(cpu_s))
@@ -170,6 +181,13 @@ def test_environment_has_machine_versions_and_command() -> None:
     assert found["date"].endswith("+00:00")
     assert {"kd_pipeline", "python", "numpy", "pillow", "torch", "torchvision"} <= found["versions"].keys()
     assert any(name.startswith("nvidia-dali-cuda") for name in found["versions"])
+
+
+def test_environment_names_the_driver_and_the_nvjpeg_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "query_driver", lambda: Driver(version="580.95", cuda="13.0", gpus=()))
+    monkeypatch.setattr(module, "loaded_nvjpeg", lambda: Nvjpeg((13, 3), Path("libnvjpeg.so.13")))
+    versions = environment()["versions"]
+    assert versions["nvidia driver"] == "580.95" and versions["nvjpeg in this process"] == "13.3"
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from kd_pipeline.bench import photographs as module
-from kd_pipeline.bench.photographs import link_images, make_photographs
+from kd_pipeline.bench.photographs import link_again, link_images, make_photographs
 from kd_pipeline.data.sources import ImageFolder
 from kd_pipeline.errors import MissingPackageError
 from tests.bench.conftest import NUM_PHOTOGRAPHS
@@ -126,3 +127,13 @@ def test_links_leave_out_what_cannot_be_decoded(photo_folder: Path, tmp_path: Pa
     linked = {path.resolve() for path in (tmp_path / "links").rglob("*.*")}
     assert linked == {path for path in root.rglob("*.*") if path not in (cut_off, empty)}
     assert lines == [f"left out 2 of 37 images, which cannot be decoded, such as {cut_off}"]
+
+
+@pytest.mark.parametrize(("wanted", "found"), [(40, 40), (41, 80), (100, 120)])
+def test_files_are_linked_again_until_they_are_enough(
+    photographs: Path, tmp_path: Path, wanted: int, found: int
+) -> None:
+    link_images(photographs, tmp_path, num_images=40)
+    link_again(tmp_path, num_files=wanted)
+    times = Counter(path.resolve() for path in tmp_path.rglob("*.jpg"))
+    assert len(times) == 40 and set(times.values()) == {found // 40}

@@ -110,7 +110,8 @@ def test_lines_say_how_far_it_is(measured: tuple[StepResult, list[str], Path]) -
     lines = measured[1]
     assert "(a) PIL, all eager: opening, 1 of 9" in lines
     assert "(b) decode_jpeg, all torch.compile: opening, 2 of 9; compiling, which can take a few minutes" in lines
-    assert len([line for line in lines if re.fullmatch(r"\(\w+\) open after [\d.]+ s", line)]) == 9
+    assert len([line for line in lines if re.match(r"\(\w+\) open after [\d.]+ s", line)]) == 9
+    assert len([line for line in lines if line.endswith(" s, decode window, hw_decoder_load 0")]) == 5
     assert [line.partition(",")[0] for line in lines[-2:]] == ["repeat 1 of 2", "repeat 2 of 2"]
 
 
@@ -197,11 +198,12 @@ def test_teacher_alone_is_that_of_the_compared_row(onnx: str | None, opened: str
     ("device", "batch_size", "letter", "steps"),
     [
         ("cpu", 256, "b", (6, 2)),
-        ("cuda:0", 256, "b", (16, 34)),
-        ("cuda:0", 256, "c", (6, 5)),
+        ("cuda:0", 256, "b", (16, 42)),
+        ("cuda:0", 256, "c", (6, 10)),
         ("cuda:0", 64, "c", (8, 20)),
-        ("cuda:0", 64, "f", (6, 2)),
+        ("cuda:0", 64, "f", (6, 10)),
         ("cpu", 64, "loader", (24, 16)),
+        ("cuda:0", 256, "loader", (24, 10)),
     ],
 )
 def test_prefetched_batches_are_used_up_before_the_timed_steps(
@@ -340,7 +342,7 @@ class FakeWorker:
     def __init__(self, letter: str, task: StepTask, *, wait: Callable[[], object]) -> None:
         if letter == "e":
             raise TeacherError("no runtime for it")
-        self.letter = letter
+        self.letter, self.decode = letter, None
 
     def time(self, num_steps: int, **options: object) -> StepSample:
         return sample(10.0)
@@ -358,6 +360,7 @@ def test_failing_variant_is_skipped_and_interrupted_ones_keep_complete_repeats(
     def report(line: str) -> None:
         lines.append(line)
         if line.startswith("repeat 2 of 9"):
+            assert {len(row["images_per_s"]["repeats"]) for row in json.loads(out.read_text())["rows"]} == {2}
             raise KeyboardInterrupt
 
     out = tmp_path / "step.json"

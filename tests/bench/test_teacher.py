@@ -232,6 +232,17 @@ def test_compiled_is_opened_for_each_batch_size(
     assert list(found.rows["pytorch compiled fp32"].images_per_s) == [4], "defaults to the largest"
 
 
+def test_each_repeat_is_saved() -> None:
+    known: list[dict[int, int]] = []
+
+    def save() -> None:
+        known.append({size: len(rates) for size, rates in found.rows["pytorch fp32"].images_per_s.items()})
+
+    found = comparison_of(LogitsOnly(), save=save)
+    found.run(compile_at=(), num_images=1, repeats=2, precisions=("fp32",))
+    assert known == [{1: 1}, {1: 2}, {1: 2, 4: 1}, {1: 2, 4: 2}]
+
+
 def test_only_the_wanted_precisions_are_measured_beside_the_reference() -> None:
     found = comparison_of(LogitsOnly())
     found.run(compile_at=(4,), num_images=1, repeats=1, precisions=("bf16",))

@@ -20,7 +20,7 @@ SHORT = {
 
 def test_ratio_is_to_shared_parts_once_and_students_each() -> None:
     costs = {"loader and teacher": [4.0, 5.0], "a": [5.0, 8.0], "b": [7.0, 9.0], "all students": [8.0, 18.0]}
-    result = StudentsResult(costs, costs, {}, {"num_cores": 2})
+    result = StudentsResult(costs, costs, {"device": "cpu"}, {"num_cores": 2})
     assert result.ratios(costs) == [8 / (4 + 1 + 3), 18 / (5 + 3 + 4)]
     assert "1.250 (1.000-1.500)" in result.table()
 

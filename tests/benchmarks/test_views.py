@@ -77,7 +77,7 @@ def measurement(name: str, images_per_s: tuple[float, ...]) -> Measurement:
 
 def test_time_is_that_of_the_same_repeat() -> None:
     rows = measurement("views", (150, 80, 100)), measurement("loaders", (75, 60, 80))
-    result = ViewsResult(rows, dict.fromkeys(("views", "loaders"), "loaders"), {}, {"num_cores": 2})
+    result = ViewsResult(rows, dict.fromkeys(("views", "loaders"), "loaders"), {"device": "cpu"}, {"num_cores": 2})
     line = result.table().splitlines()[1]
     assert line.split() == ["views", "100", "0.750", "0.500", "0.800", "0.750", "20.00", "100.00", "loaders"]
     (row, _) = json.loads(result.to_json())["rows"]
