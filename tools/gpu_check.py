@@ -2,14 +2,17 @@
 
     python tools/gpu_check.py                          # what `make gpu` runs once the environment is set up
     python tools/gpu_check.py --limit-s 480 --out DIR  # within eight minutes; later stages get the remaining time
+    python tools/gpu_check.py --stages tests doctor    # some stages; what the folder has of the others stays
     python tools/gpu_check.py --device cpu             # check the stages themselves on a machine without a GPU
 
 Each stage is a separate process with a time limit; however it ends, the next one runs. `<stage>.log` has everything
-that a stage prints, with its result next to it, and `summary.json` the table of all stages.
+that a stage prints, with its result next to it: benchmarks save it after each repeat. `summary.json` is the table of
+all stages, and `targets.json` compares what was measured with what is wanted; both are written after each stage.
 """
 
 import argparse
 import json
+import os
 import re
 import signal
 import subprocess
@@ -20,6 +23,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
@@ -32,7 +37,8 @@ from kd_pipeline._core.nvidia_driver import Driver, query_driver
 ROOT = Path(__file__).resolve().parent.parent
 MIN_S = 5.0
 """A stage with less time left than this is not started."""
-PHOTOGRAPHS = Path("data/photographs")
+TARGETS = "targets"
+"""The name among the stages that runs nothing: `--stages targets` compares what the folder has."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     out = (parsed.out or Path("benchmarks") / re.sub(r"\W+", "_", name.lower()).strip("_")).absolute()
     stages = all_stages(parsed.device, out)
-    if unknown := set(parsed.stages or ()) - {stage.name for stage in stages}:
-        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(stage.name for stage in stages)}")
+    names = [*(stage.name for stage in stages), TARGETS]
+    if unknown := set(parsed.stages or ()) - set(names):
+        parser.error(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     stages = [stage for stage in stages if not parsed.stages or stage.name in parsed.stages]
     out.mkdir(parents=True, exist_ok=True)
     outcomes = run_stages(stages, out, limit_s=parsed.limit_s, root=ROOT)
-    print("\n" + table(outcomes) + f"\nresults in {out}")
+    print("\n".join(["", table(outcomes), "", *map(str, write_targets(out)), f"results in {out}"]))
     return 0 if all(outcome.status == "ok" for outcome in outcomes) else 1
 
 
@@ -106,43 +113,63 @@ def all_stages(device: str, out: Path) -> list[Stage]:
     """Most valuable first; short on a CPU, where only the stages themselves are checked."""
     python, on_gpu = [sys.executable, "-m"], device == "cuda"
     this = [sys.executable, str(Path(__file__).resolve()), "--run"]
+    photographs = Path("data/photographs") if on_gpu else out / "photographs"
 
     def tests(name: str, marks: str, limit_s: float, *, timeout_s: int) -> Stage:
         pytest = [*python, "pytest", "-m", marks, "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
         if find_spec("xdist"):
-            pytest += ["-n", "3"]  # a crash costs only one test
+            pytest += ["-n", str(max(2, min(8, len(os.sched_getaffinity(0)) // 2)))]  # a crash costs only one test
         if find_spec("pytest_timeout"):
             pytest += ["--timeout", str(timeout_s)]
         return Stage(
             name, [*pytest, "--junitxml", str(out / f"{name}.xml"), *files_of_gpu_tests()], limit_s, last_line(name)
         )
 
-    def bench(name: str, *command: str) -> Stage:
-        where = ["--root", str(PHOTOGRAPHS), "--device", device, "--out", str(out / f"{name}.json")]
-        return Stage(name, [*python, *command, *where], 420, read_rates(name))
+    def bench(name: str, limit_s: float, options: str) -> Stage:
+        where = ["--root", str(photographs), "--device", device, "--out", str(out / f"{name}.json")]
+        # Compiling on a CPU takes minutes, and shows nothing of the stages.
+        environment = [] if on_gpu else ["env", "TORCHDYNAMO_DISABLE=1"]
+        return Stage(name, [*environment, *python, *options.split(), *where], limit_s, read_rates(name))
 
-    loader, step, teacher = (
-        (
-            "--batch-size 256 --num-batches 16 --repeats 5 --hw-decoder-load 0 0.65 1",
-            "--rows a b c h f --num-steps 12 --repeats 3 --precision bf16 --batch 256",
-            "--batch-sizes 256 --num-images 5120 --precisions bf16",
+    # On the right, seconds on an H200 with 16 cores, estimated from what its first runs took.
+    loader = "benchmarks.loader --decode window full"
+    step = "kd_pipeline bench step --precision bf16 --rows"
+    teacher = "kd_pipeline bench teacher --precisions bf16 --batch-sizes"
+    views, students = "benchmarks.views", "benchmarks.students"
+    if on_gpu:
+        loader += " --batch-size 256 --num-batches 16 --repeats 5 --hw-decoder-load 0 0.65 1"  # 200
+        step += " b c h f --batch 256 --num-steps 30 --repeats 3"  # 200 each
+        steps = "--teacher resnet50 --student resnet18", "--teacher timm:vit_base_patch16_224 --student resnet50"
+        teacher += " 256 --num-images 10240"  # 70 each
+        teachers = "--torchvision resnet50", "--timm vit_base_patch16_224"
+        views += " --batch-size 256 --num-batches 8 --repeats 5"  # 90
+        students += (
+            " --batch-size 256 --widths 32 48 64 --teacher-width 64 --num-batches 7 --epochs 8 --repeats 2"  # 150
         )
-        if on_gpu
-        else (
-            "--batch-size 8 --num-batches 2 --repeats 1",
-            "--rows c f --num-steps 2 --repeats 1 --precision bf16 --batch 4 --size 64",
-            "--batch-sizes 2 --repeats 1",
+    else:
+        loader += " --batch-size 8 --num-batches 2 --repeats 1"
+        step += " c h f --batch 4 --num-steps 2 --repeats 1"
+        steps = (
+            "--teacher resnet18 --student resnet18 --size 64",
+            "--teacher timm:test_vit --student resnet18 --size 160",
         )
-    )
+        teacher += " 2 --repeats 1"
+        teachers = "--torchvision resnet18 --size 64", "--timm test_vit"
+        views += " --batch-size 4 --num-batches 1 --repeats 1 --size 48 --large-size 64 --local-size 32 --num-locals 2"
+        students += " --batch-size 4 --size 16 --widths 4 8 --teacher-width 4 --num-batches 2 --epochs 1 --repeats 1"
     return [
         Stage("environment", [*this, "environment", str(out)], 60, last_line("environment")),
+        Stage("photographs", [*this, "photographs", str(photographs), "2000" if on_gpu else "40"], 120),
+        bench("bench_loader", 300, loader),
+        bench("bench_step_resnet", 300, f"{step} {steps[0]}"),
+        bench("bench_step_vit", 300, f"{step} {steps[1]}"),
+        bench("bench_teacher_resnet", 150, f"{teacher} {teachers[0]}"),
+        bench("bench_teacher_vit", 150, f"{teacher} {teachers[1]}"),
+        tests("tests", "gpu and not slow", 300, timeout_s=90),
         Stage("decode", [*this, "decode", str(out), device], 120, read_decode),
         Stage("doctor", [*this, "doctor", str(out)], 240, read_doctor),
-        tests("tests", "gpu and not slow", 300, timeout_s=90),
-        Stage("photographs", [*this, "photographs", str(out), "2000" if on_gpu else "40"], 240),
-        bench("bench_loader", "benchmarks.loader", "--decode", "window", "full", *loader.split()),
-        bench("bench_step", "kd_pipeline", "bench", "step", *step.split()),
-        bench("bench_teacher", "kd_pipeline", "bench", "teacher", *teacher.split()),
+        bench("bench_views", 240, views),
+        bench("bench_students", 300, students),
         tests("slow_tests", "gpu and slow", 600, timeout_s=240),
     ]
 
@@ -156,6 +183,10 @@ def files_of_gpu_tests() -> list[str]:
 def run_stages(stages: Sequence[Stage], out: Path, *, limit_s: float, root: Path) -> list[Outcome]:
     """Run one after the other, none longer than its own limit and what is left of `limit_s`."""
     outcomes: list[Outcome] = []
+    summary_json = out / "summary.json"
+    summaries: dict[str, dict[str, Any]] = {}
+    if summary_json.is_file():  # of other stages, run before
+        summaries = {each["name"]: each for each in json.loads(summary_json.read_text())}
     ends = time.monotonic() + limit_s
     for stage in stages:
         most_s = min(stage.limit_s, ends - time.monotonic())
@@ -167,7 +198,9 @@ def run_stages(stages: Sequence[Stage], out: Path, *, limit_s: float, root: Path
             summary = f"no result ({type(exc).__name__}); see {stage.name}.log"
         outcomes.append(Outcome(stage.name, status, round(seconds, 1), summary))
         print(f"{stage.name}: {status}, {seconds:.0f} s; {summary}", flush=True)
-        write_atomic(out / "summary.json", json.dumps([asdict(each) for each in outcomes], indent=2) + "\n")
+        summaries[stage.name] = asdict(outcomes[-1])
+        write_atomic(summary_json, json.dumps([*summaries.values()], indent=2) + "\n")
+        write_targets(out)
     return outcomes
 
 
@@ -263,11 +296,11 @@ def run_doctor(out: str) -> int:
     return 0 if report.is_usable else 1
 
 
-def run_photographs(out: str, num_files: str) -> int:
+def run_photographs(folder: str, num_files: str) -> int:
     """Make the JPEG files that the benchmarks read."""
     from kd_pipeline.bench.photographs import make_photographs
 
-    make_photographs(PHOTOGRAPHS, num_files=int(num_files))
+    make_photographs(Path(folder), num_files=int(num_files))
     return 0
 
 
@@ -295,11 +328,11 @@ def read_doctor(out: Path) -> str:
 
 
 def read_rates(name: str) -> Callable[[Path], str]:
-    """Median images per second of each row."""
+    """Median images per second of each row, or what it has instead."""
 
     def read(out: Path) -> str:
         rows = json.loads((out / f"{name}.json").read_text())["rows"]
-        return ", ".join(f"{row['name']} {median_of(row['images_per_s'])}" for row in rows)[:400]
+        return ", ".join(f"{row['name']} {median_of(row.get('images_per_s', row.get('wall_s')))}" for row in rows)[:400]
 
     return read
 
@@ -307,8 +340,72 @@ def read_rates(name: str) -> Callable[[Path], str]:
 def median_of(rates: object) -> str:
     """Of a benchmark's spread, or of its spreads by batch size."""
     if isinstance(rates, dict) and "median" in rates:
-        return f"{rates['median']:,.0f}"
+        return f"{rates['median']:,.4g}"
     return "/".join(median_of(each) for each in rates.values()) if isinstance(rates, dict) else "?"
+
+
+# What is wanted of a GPU
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that is wanted, and what was measured of it in each repeat."""
+
+    name: str
+    wanted: float
+    is_most: bool
+    """Whether `wanted` is the most that it may be, or the least."""
+    measured: Sequence[float]
+
+    @property
+    def verdict(self) -> str:
+        """`reached`, `missed` or `not measured`, by the median."""
+        if not self.measured:
+            return "not measured"
+        found = median(self.measured)
+        return "reached" if (found <= self.wanted if self.is_most else found >= self.wanted) else "missed"
+
+    def __str__(self) -> str:
+        found = self.measured
+        shown = f" {median(found):.3f} ({min(found):.3f} to {max(found):.3f})," if found else ""
+        return f"{self.verdict}: {self.name}:{shown} wanted at {'most' if self.is_most else 'least'} {self.wanted:g}"
+
+
+def write_targets(out: Path) -> list[Target]:
+    """Compare the benchmarks in `out` with the targets, and write `targets.json` there."""
+    loader = rates_in(out / "bench_loader.json")
+    found = [
+        Target(f"images/s, KDDataLoader / {name}", wanted, False, ratios(loader, "KDDataLoader", name))
+        for name, wanted in (("bare DALI graph", 0.95), ("torchvision, CUDA decode_jpeg", 1.2))
+    ]
+    for pair in ("resnet", "vit"):
+        step, result = f"bench_step_{pair}", read_json(out / f"bench_step_{pair}.json")
+        rows = rates_in(out / f"{step}.json", name="row")
+        limits = [1 / (1 + overhead) for overhead in result.get("overheads", ())]
+        costs = [ratio - 1 for ratio in ratios(rows, "h", "c")]
+        found.append(Target(f"images/s, {step} / its limit", 0.95, False, limits))
+        found.append(Target(f"time of {step} that a teacher ahead adds", 0.05, True, costs))
+    write_atomic(
+        out / "targets.json",
+        json.dumps([asdict(each) | {"verdict": each.verdict} for each in found], indent=2) + "\n",
+    )
+    return found
+
+
+def ratios(rows: dict[str, list[float]], one: str, other: str) -> list[float]:
+    """How many times as fast a row is as another, in each repeat; empty if one of them was not measured."""
+    return [mine / its for mine, its in zip(rows.get(one, ()), rows.get(other, ()), strict=False)]
+
+
+def rates_in(path: Path, name: str = "name") -> dict[str, list[float]]:
+    """Images per second of each row in each repeat; empty without the file of the benchmark."""
+    return {row[name]: row["images_per_s"]["repeats"] for row in read_json(path).get("rows", ())}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file of a benchmark; empty if it is missing."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
 
 
 if __name__ == "__main__":

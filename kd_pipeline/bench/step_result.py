@@ -80,12 +80,17 @@ class StepResult:
         teacher and student share, it is the larger of loading alone and of the sum of teacher and student alone. The
         median over the repeats; None if that row or a part was not measured.
         """
+        return median(self.overheads) if self.overheads else None
+
+    @property
+    def overheads(self) -> list[float]:
+        """`overhead` in each repeat; empty if it is None."""
         rows = [row for letter in (self.compared, *PARTS) if (row := self.row(letter)) is not None]
         if len(rows) <= len(PARTS):
-            return None
+            return []
         times_s = [[1 / rate for rate in row.images_per_s] for row in rows]
         limit = _limit_on_cpu if self.settings["device"] == "cpu" else _limit_on_gpu
-        return float(median(step_s / limit(*parts_s) - 1 for step_s, *parts_s in zip(*times_s, strict=True)))
+        return [step_s / limit(*parts_s) - 1 for step_s, *parts_s in zip(*times_s, strict=True)]
 
     @property
     def compared(self) -> str:
@@ -150,6 +155,7 @@ class StepResult:
             "ratios": self.ratios,
             "compared": self.compared,
             "overhead": self.overhead,
+            "overheads": self.overheads,
             "advice": self.advice,
             "settings": self.settings,
             "environment": self.environment,

@@ -5,13 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.loader import GPU_LOADERS, LoaderResult
 from kd_pipeline._core.nvidia_driver import Driver, DriverGpu
+from kd_pipeline.bench.measure import Measurement
+from kd_pipeline.bench.step_result import StepResult, StepRow
+from kd_pipeline.bench.step_variants import PHASES
+from kd_pipeline.bench.step_worker import StepSample
 from tests.processes import ends
 
 ROOT = Path(__file__).parents[2]
@@ -135,11 +142,67 @@ def test_files_of_gpu_tests_are_all_that_have_the_mark(tool: ModuleType) -> None
 def test_order_and_names_of_the_stages(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for device in ("cuda", "cpu"):
         names = [stage.name for stage in tool.all_stages(device, tmp_path)]
-        assert names[:4] == ["environment", "decode", "doctor", "tests"]
-        assert names[4:] == ["photographs", "bench_loader", "bench_step", "bench_teacher", "slow_tests"]
+        assert names[:5] == ["environment", "photographs", "bench_loader", "bench_step_resnet", "bench_step_vit"]
+        assert names[5:8] == ["bench_teacher_resnet", "bench_teacher_vit", "tests"]
+        assert names[8:] == ["decode", "doctor", "bench_views", "bench_students", "slow_tests"]
     with pytest.raises(SystemExit):
         tool.main(["--device", "cpu", "--out", str(tmp_path), "--stages", "decode", "bench"])
-    assert "no stage bench; there are environment, decode" in capsys.readouterr().err
+    assert "no stage bench; there are environment, photographs" in capsys.readouterr().err
+
+
+def write_result(path: Path, rows: dict[str, list[float]], name: str = "name", **more: object) -> None:
+    listed = [{name: row, "images_per_s": {"median": rates[0], "repeats": rates}} for row, rates in rows.items()]
+    path.write_text(json.dumps({"rows": listed, **more}))
+
+
+def test_targets_are_compared_within_repeats(tool: ModuleType, tmp_path: Path) -> None:
+    assert [target.verdict for target in tool.write_targets(tmp_path)] == ["not measured"] * 6
+    loader = {
+        "KDDataLoader": [100.0, 95.0, 50.0],
+        "bare DALI graph": [110.0, 100.0, 50.0],
+        "torchvision, CUDA decode_jpeg": [50.0, 90.0, 45.0],
+    }
+    write_result(tmp_path / "bench_loader.json", loader)
+    step = {"c": [94.0, 188.0], "h": [100.0, 200.0]}
+    write_result(tmp_path / "bench_step_resnet.json", step, name="row", overheads=[0.0, 0.25])
+    assert [str(target) for target in tool.write_targets(tmp_path)] == [
+        "reached: images/s, KDDataLoader / bare DALI graph: 0.950 (0.909 to 1.000), wanted at least 0.95",
+        "missed: images/s, KDDataLoader / torchvision, CUDA decode_jpeg: 1.111 (1.056 to 2.000), wanted at least 1.2",
+        "missed: images/s, bench_step_resnet / its limit: 0.900 (0.800 to 1.000), wanted at least 0.95",
+        "missed: time of bench_step_resnet that a teacher ahead adds: 0.064 (0.064 to 0.064), wanted at most 0.05",
+        "not measured: images/s, bench_step_vit / its limit: wanted at least 0.95",
+        "not measured: time of bench_step_vit that a teacher ahead adds: wanted at most 0.05",
+    ]
+    saved = json.loads((tmp_path / "targets.json").read_text())
+    assert [each["verdict"] for each in saved[:2]] == ["reached", "missed"] and saved[0]["wanted"] == 0.95
+
+
+def test_rows_of_targets_are_those_of_the_benchmarks(tool: ModuleType, tmp_path: Path) -> None:
+    """What `benchmarks.loader` and `bench step` write is what the targets look for."""
+    row = Measurement("KDDataLoader", (10.0,), (1.0,), (1,), (1.0,))
+    rows = row, replace(row, name="bare DALI graph"), replace(row, name=next(iter(GPU_LOADERS)))
+    about: dict[str, Any] = {"device": "cuda:0", "compared": "c", "distill": {}}
+    (tmp_path / "bench_loader.json").write_text(LoaderResult(rows, about, {}).to_json())
+    sample = StepSample(10.0, 1.0, dict.fromkeys(PHASES, 1.0), 1, None, None)
+    steps = [StepRow(letter, letter, (sample,)) for letter in ("c", "h", "f", "loader", "teacher")]
+    result = StepResult(tuple(steps), about | {"precision": "bf16"}, {}).to_json()
+    for name in ("resnet", "vit"):
+        (tmp_path / f"bench_step_{name}.json").write_text(result)
+    assert [target.verdict for target in tool.write_targets(tmp_path)].count("not measured") == 0
+
+
+def test_stages_that_ran_before_stay_in_the_summary(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*names: str, code: str) -> None:
+        tool.run_stages([tool.Stage(name, python(code), 60) for name in names], tmp_path, limit_s=60, root=tmp_path)
+
+    run("one", "two", code="pass")
+    run("two", code="raise SystemExit(2)")
+    saved = json.loads((tmp_path / "summary.json").read_text())
+    assert [(each["name"], each["status"]) for each in saved] == [("one", "ok"), ("two", "exit 2")]
+    assert tool.main(["--device", "cpu", "--out", str(tmp_path), "--stages", "targets"]) == 0
+    assert capsys.readouterr().out.count("not measured: ") == 6
 
 
 @pytest.mark.slow
