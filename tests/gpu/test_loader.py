@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd_pipeline.data.auto_augment import RandAugment, TrivialAugment
 from kd_pipeline.data.mixing import MixSettings
-from kd_pipeline.data.sources import Arrays, FileList, FolderMasks, ImageFolder
+from kd_pipeline.data.sources import Arrays, FileList, ImageFolder
 from kd_pipeline.data.transforms import TrainTransform
 from kd_pipeline.data.views import FollowingView, TrainView
 from kd_pipeline.loader.loader import KDDataLoader
@@ -22,7 +22,6 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from tests.corpus import BROKEN, Broken, photo_of
 from tests.gpu.conftest import FEW, SMALL, copies_in, no_synchronization
-from tests.mask_files import save_pair, some_masks
 from tests.networks import ConvNet
 from tests.streams import EVAL, TRAIN, assert_same, fields, state_after
 from tests.views import PIXELS
@@ -82,18 +81,6 @@ def test_own_ops_and_sizes_that_change(open_loader: Callable[..., KDDataLoader])
     ) as on_cpu:
         for ours, theirs in zip(large, epoch(on_cpu), strict=True):
             assert (ours["images"] - theirs["images"]).abs().mean() < 4
-
-
-def test_masks_are_those_of_the_cpu(tmp_path: Path, device: torch.device) -> None:
-    for number, mask in enumerate(some_masks(21)):
-        save_pair(tmp_path / "images", tmp_path / "masks", f"{number:02}", mask)
-    source = ImageFolder(tmp_path / "images", masks=FolderMasks(root=str(tmp_path / "masks"), num_classes=4))
-    found = []
-    for where in (device, torch.device("cpu")):
-        with KDDataLoader(source, TRAIN, device=where, batch_size=8, seed=5, **FEW) as loader:
-            found.append([batch.masks for _ in range(2) for batch in loader])
-    for ours, theirs in zip(*found, strict=True):
-        assert ours.device == device and torch.equal(ours.cpu(), theirs)
 
 
 def test_logits_belong_to_the_images_of_the_batch(open_loader: Callable[..., KDDataLoader], teacher: Teacher) -> None:
@@ -264,18 +251,6 @@ def test_views_are_on_the_gpu_and_resume(
     resumed.load_state_dict(state_after(open_loader(TRAIN, teacher, views=VIEWS, ahead=2), 2))
     cpu = [{name: tensor.cpu() for name, tensor in batch.items()} for batch in whole]
     assert_same(epoch(resumed), cpu[2:])
-
-
-def test_views_match_the_cpu(photo_folder: Any, device: torch.device) -> None:
-    found = []
-    for where in (device, "cpu"):
-        source = ImageFolder(photo_folder)
-        with KDDataLoader(source, EVAL, views=VIEWS, device=where, batch_size=8, seed=5, **FEW) as loader:
-            found.append(epoch(loader))
-    level = 1 / 255 / min(EVAL.std)
-    for ours, theirs in zip(*found, strict=True):
-        for name in VIEWS:
-            assert (ours[f"view {name}"] - theirs[f"view {name}"]).abs().mean() < level, name
 
 
 def test_each_teacher_reads_the_buffer_of_its_view(
