@@ -27,6 +27,7 @@ from kd_pipeline.training.compiled_student import CompiledStudent
 from kd_pipeline.training.ema import StudentEma
 from kd_pipeline.training.epoch_loss import EpochLoss
 from kd_pipeline.training.machine_use import MachineUse
+from kd_pipeline.training.nondeterministic import explain_nondeterministic
 from kd_pipeline.training.nonfinite import StepGuard, TrainedBatch, check_weights, gradient_norm
 from kd_pipeline.training.optimizer_state import load_optimizer_state
 from kd_pipeline.training.optimizers import build_optimizer, match_memory_format
@@ -205,6 +206,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         """Time the loader."""
         self._throughput.batch_loaded()
 
+    @explain_nondeterministic()
     def training_step(self, batch: KDBatch, number: int) -> Tensor:
         """The loss of one batch, without waiting for the device."""
         if number % self._settings.accumulate == 0:
@@ -242,6 +244,7 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             loss = reach_outputs(loss, own.values())
         return loss
 
+    @explain_nondeterministic()
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's backward pass; says what is wrong if it cannot be compiled."""
         if self._compiled is None:
@@ -263,7 +266,8 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         num_bad = self._divide_by_rows(gradients)
         norm = gradient_norm(gradients)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
+        unscales_itself = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         step = f"step {self.trainer.global_step} (steps are counted from 0, as in metrics.csv)"
         takes_step = self._guard.decide(
             self,
@@ -272,13 +276,15 @@ class DistillModule(_lightning.LightningModule):  # type: ignore[misc, name-defi
             # With 16-mixed the scaler skips a step whose gradient overflows, by design, and lowers its scale.
             gradient_norm=norm if scaler is None else None,
         )
-        if not takes_step and not (scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)):
+        if not takes_step and not unscales_itself:
             # Optimizers pass over parameters without a gradient. Where one unscales within its step, the scaler needs
             # the gradient, and skips the step because of it.
             for parameter in self.parameters():
                 parameter.grad = None
         if self._settings.log_gradient_norm:
-            self._log_step("gradient_norm", norm)
+            # The scale is waited for, which a step that is not logged need not be.
+            is_seen = unscales_itself and (self._is_logged or self.trainer.is_last_batch)
+            self._log_step("gradient_norm", norm / scaler.get_scale() if is_seen else norm)
         if self._settings.max_nonfinite_steps and self._is_logged:
             self.log("train/skipped_steps", float(self._guard.num_skipped))
 

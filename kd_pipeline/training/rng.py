@@ -64,13 +64,14 @@ class RngState:
     _python: Any
     _numpy: Any
     _torch: torch.Tensor
-    _cuda: torch.Tensor | None
+    _cuda: tuple[int, torch.Tensor] | None
+    """Which GPU, and its state."""
 
     @classmethod
     def capture(cls) -> Self:
         """The current state; of several GPUs that of the current one."""
         uses_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        cuda = torch.cuda.get_rng_state() if uses_cuda else None
+        cuda = (torch.cuda.current_device(), torch.cuda.get_rng_state()) if uses_cuda else None
         return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), cuda)
 
     def restore(self) -> None:
@@ -79,7 +80,8 @@ class RngState:
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
         if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda)
+            device, state = self._cuda
+            torch.cuda.set_rng_state(state, device)
 
 
 def _is_distributed() -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -153,9 +153,10 @@ class _StudentsRun:
 
     def run(self, configs: Mapping[str, Config]) -> dict[str, Any]:
         """The results of the students by name, or what they raised."""
-        gpu = torch.cuda.current_device() if self.data.device.type == "cuda" else None
-        works = {name: partial(self._train, each, gpu) for name, each in configs.items()}
-        with self.signals.handled(), one_status_line():
+        device = self.data.device
+        on_gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # whose random state is theirs
+        works = {name: partial(self._train, each, device) for name, each in configs.items()}
+        with self.signals.handled(), one_status_line(), on_gpu:
             return self.turns.run(works, self._serve, self._ended)
 
     def teacher(self, find: Callable[[], tuple[Teacher | Recording | None, bool]]) -> Teacher | Recording | None:
@@ -182,9 +183,9 @@ class _StudentsRun:
             self._loaders[id(loader)] = SharedLoader(loader, is_training=is_training)
         return self._loaders[id(loader)]
 
-    def _train(self, config: Config, gpu: int | None) -> TrainResult:
-        if gpu is not None:
-            torch.cuda.set_device(gpu)  # each thread has its own
+    def _train(self, config: Config, device: torch.device) -> TrainResult:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has its own
         with _StudentRun(config, self, self._trust_engines) as run:
             return run.run()
 

@@ -18,21 +18,20 @@ pytest.importorskip("lightning")
 
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.cli import main
-from kd_pipeline.config.config import Config
 from kd_pipeline.errors import NonFiniteError
 from kd_pipeline.models.modules import is_channels_last
 from kd_pipeline.training.module import DistillModule
 from kd_pipeline.workflows import stage_run
 from kd_pipeline.workflows._record import RecordSettings, record
-from kd_pipeline.workflows._train import TrainResult, train
-from tests import runs
+from kd_pipeline.workflows._train import train
+from tests import own_ops, runs
+from tests.gpu.tiny import PLUGINS, config_on, norm_of_difference, run_on
 from tests.training import networks
 from tests.training.tiny_run import EVAL, TRAIN, logged, settings, weights, write_digits
 
 # Lightning's advice on workers, loggers and the trainer's options.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:::lightning")]
 
-PLUGINS = [networks.__name__]
 STEPS_PER_EPOCH = 6
 RUN = Path("runs/tiny")
 PYTORCH = "teacher.backend=pytorch"
@@ -48,30 +47,24 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_on(device: str, digits: Path, folder: Path, **changes: Any) -> TrainResult:
-    return train(config_on(device, digits, folder, **changes), plugins=PLUGINS)
-
-
-def config_on(device: str, digits: Path, folder: Path, **changes: Any) -> Config:
-    teacher = {
-        "model": {"factory": "tests.training.networks:plain", "checkpoint": digits / "teacher.pt"},
-        "precision": "fp32",
-        "compile": False,
-    }
-    changes = {"data__device": device, "teacher": teacher, "train__export": {"onnx": False}, **changes}
-    return settings(digits, str(folder), **changes)
-
-
-def norm_of_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
-    """Relative to the norm of `second`."""
-    difference, whole = (
-        torch.stack([tensor.double().norm() for tensor in tensors]).norm()
-        for tensors in ([first[name].double() - second[name].double() for name in second], second.values())
-    )
-    return float(difference / whole)
-
-
 BF16 = {"train__precision": "bf16-mixed", "train__channels_last": True}
+NETWORKS = networks.__name__
+TERMS = {
+    "loss": "dist",
+    "features": [
+        {"loss": "relational", "queue_size": 40},
+        {"loss": "cosine", "student": "2", "projector": "mlp", "standardize": "channels"},
+        {"loss": "soft_target", "temperature": {"start": 4, "end": 2}},
+    ],
+}
+"""The second compares the input of the student's last layer with the teacher's logits."""
+AUGMENTED = {
+    **TRAIN,
+    "interpolation": "random",
+    "affine": {"rotate": 20, "scale": [0.8, 1.2]},
+    "brightness": 0.3,
+    "order": ["affine", "color", {"factory": f"{own_ops.__name__}:shift", "num_draws": 1}],
+}
 RUNS: dict[str, dict[str, Any]] = {
     "fp32": {"train__clip": 1.0, "train__log_gradient_norm": True, "train__compare_with_teacher": True},
     "bf16": {**BF16, "train__ema": {"decay": 0.9}},
@@ -89,6 +82,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "skipping": {**BF16, "train__max_nonfinite_steps": 2, "train__validate_every_steps": 4},
     "teacher as the student": {**BF16, "teacher__precision": "auto", "teacher__compile": None},
     "teacher as a graph": {**BF16, "teacher__cuda_graph": True},
+    "terms": {**BF16, "distill": TERMS},
+    "compiled terms": {**BF16, "distill": TERMS, "train__compile": True},
+    "heads": {**BF16, "distill": {"heads": {"aux": 0.4}}, "student": {"factory": f"{NETWORKS}:with_head"}},
+    "augmented": {"data__train__transform": AUGMENTED},
+    "average of the best": {**BF16, "train__average_best": 2, "train__epochs": 3},
 }
 
 
@@ -106,7 +104,7 @@ def test_run_trains_and_exports(digits: Path, tmp_path: Path, changes: dict[str,
     assert any(row.get("train/device_memory_gib", 0) > 0 for row in rows)
     assert found.evaluations["val"].num_samples == 40
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
-    assert losses[-1] < losses[0] or "mix" in str(changes)
+    assert losses[-1] < losses[0] or "mix" in str(changes) or "queue_size" in str(changes)
 
 
 def test_run_in_float32_is_near_that_of_the_cpu(digits: Path, tmp_path: Path) -> None:
@@ -201,8 +199,14 @@ def test_equal_runs_end_alike(digits: Path, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, BF16, {**BF16, "train__ema": {"decay": 0.9}, "train__clip": 1.0}, {**BF16, "train__compile": True}],
-    ids=["fp32", "bf16", "ema and clip", "compiled"],
+    [
+        {},
+        BF16,
+        {**BF16, "train__ema": {"decay": 0.9}, "train__clip": 1.0},
+        {**BF16, "train__compile": True},
+        {"distill": {"features": [{"loss": "relational", "queue_size": 40}]}},
+    ],
+    ids=["fp32", "bf16", "ema and clip", "compiled", "queue"],
 )
 def test_step_waits_for_the_device_once(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
@@ -344,17 +348,26 @@ def test_deterministic_run_on_the_gpu(finished: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         run_dir = tmp_path / name
         arguments = ["data.device=cuda", "train.deterministic=true", f"run_dir={run_dir}", "stage=all", PYTORCH]
-        environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
-        done = subprocess.run(
-            [sys.executable, "-m", "kd_pipeline", "train", "-c", "tiny.yaml", *arguments],
-            cwd=finished,
-            env={**environment, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *_own_path()])},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        command("train", "-c", "tiny.yaml", *arguments, folder=finished)
         ends.append(weights(run_dir))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    facts = tmp_path / "facts.json"
+    command("verify", str(tmp_path / "first"), "--out", str(facts), folder=finished)
+    verified = json.loads(facts.read_text())
+    assert verified["holds"] and "bit for bit" in verified["verdict"], verified
+
+
+def command(*arguments: str, folder: Path) -> None:
+    """Run `kd-pipeline` in a process of its own, without the setting of cuBLAS that it makes itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUBLAS_WORKSPACE_CONFIG"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kd_pipeline", *arguments],
+        cwd=folder,
+        env={**environment, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *_own_path()])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def _own_path() -> list[str]:

@@ -55,6 +55,28 @@ def nondeterministic(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(plain(num_classes), _Put())
 
 
+class _PutBackward(torch.autograd.Function):
+    """The same, in the backward pass alone, as most of these operations are."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        return features.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient + torch.zeros(2).put_(torch.tensor([0]), torch.tensor([0.0]))[0]
+
+
+class _WithPutBackward(nn.Module):
+    def forward(self, features: Tensor) -> Tensor:
+        found: Tensor = _PutBackward.apply(features)
+        return found
+
+
+def nondeterministic_backward(num_classes: int = 10) -> nn.Module:
+    return nn.Sequential(plain(num_classes), _WithPutBackward())
+
+
 def with_dropout(num_classes: int = 10) -> nn.Module:
     return nn.Sequential(with_batchnorm(num_classes)[:4], nn.Dropout(0.3), nn.Linear(128, num_classes))
 
@@ -164,3 +186,20 @@ def with_key(num_classes: int = 10, api_key: str = "", uri: str = "") -> nn.Modu
     """Of somebody who downloads weights."""
     assert api_key and uri and "***" not in api_key + uri
     return plain(num_classes)
+
+
+class _WithHead(nn.Module):
+    """Returns the logits of a second head too."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = plain(num_classes)
+        self.aux = nn.Linear(128, num_classes)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.net[:3](images)
+        return {"logits": self.net[3](features), "aux": self.aux(features)}
+
+
+def with_head(num_classes: int = 10) -> nn.Module:
+    return _WithHead(num_classes)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -141,6 +142,25 @@ def test_step_waits_once(monkeypatch: pytest.MonkeyPatch, settings: dict[str, An
         assert read == [(3,)]
         assert not gpu.copies
         assert module.progress.loss == 2.0
+
+
+def test_norm_of_scaled_gradients_is_logged_unscaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an optimizer unscales them in its step, as torch's fused ones do; the scale is read if it is logged."""
+    module, trainer = build(log_gradient_norm=True)
+    scaler = mock.Mock(get_scale=mock.Mock(return_value=512.0))
+    trainer.precision_plugin = SimpleNamespace(scaler=scaler)
+    optimizer = build_optimizer(module.student, OptimizerSettings(name="sgd", kwargs={"fused": True}))
+    logged = mock.Mock()
+    monkeypatch.setattr(module, "log", logged)
+    for is_logged in (False, True):
+        module._is_logged = is_logged
+        module._guard.watch(mock.Mock(terms=mock.Mock(total=torch.zeros(()))))
+        for parameter in module.student.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        module.student.head.bias.grad[0] = 1024.0
+        module.on_before_optimizer_step(optimizer)
+    assert [call.args for call in logged.call_args_list] == [("train/gradient_norm", 2.0)]
+    assert scaler.get_scale.call_count == 1
 
 
 def test_batch_without_a_step_is_waited_for() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kd_pipeline.training.checkpoint import load_checkpoint, save_checkpoint
-from kd_pipeline.training.rng import capture_rng, restore_rng
+from kd_pipeline.training.rng import RngState, capture_rng, restore_rng
 
 
 def draw() -> list[float]:
@@ -58,3 +58,17 @@ def test_different_number_of_ranks_is_warned(caplog):
     restore_rng(states)
     assert torch.equal(torch.get_rng_state(), before)
     assert "saved on 2 ranks, resumed on 1" in caplog.text
+
+
+def test_state_goes_back_to_its_own_gpu(monkeypatch):
+    """Whichever is the current one by then."""
+    states = {0: torch.tensor([10]), 1: torch.tensor([11])}
+    current = 1
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: states[current])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    captured = RngState.capture()
+    states, current = {0: torch.tensor([20]), 1: torch.tensor([21])}, 0
+    captured.restore()
+    assert states == {0: torch.tensor([20]), 1: torch.tensor([11])}

@@ -131,11 +131,18 @@ def test_early_stopping_unmeasured_metric(digits: Path) -> None:
 
 
 @pytest.mark.slow
-def test_deterministic(digits: Path) -> None:
-    put = {"factory": "tests.training.networks:nondeterministic"}
-    run(digits, "free put", **ONE_STEP, student=put)
-    with pytest.raises(ConfigError, match="put_ does not have a deterministic implementation"):
-        run(digits, "put", **ONE_STEP, student=put, train__deterministic=True)
+@pytest.mark.parametrize(
+    ("factory", "match"),
+    [
+        ("nondeterministic", "put_ does not have a deterministic implementation"),
+        ("nondeterministic_backward", r"train\.deterministic: put_, which .* set train\.deterministic: false"),
+    ],
+)
+def test_deterministic(digits: Path, factory: str, match: str) -> None:
+    student = {"factory": f"tests.training.networks:{factory}"}
+    run(digits, f"free {factory}", **ONE_STEP, student=student)
+    with pytest.raises(ConfigError, match=match):
+        run(digits, factory, **ONE_STEP, student=student, train__deterministic=True)
     torch.use_deterministic_algorithms(False)
 
 

@@ -2,13 +2,16 @@
 
 import io
 import re
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import ClassVar
 from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Callback
 from PIL import Image
@@ -21,6 +24,8 @@ from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.teachers.onnxruntime import OnnxRuntimeTeacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.training.run_lock import lock_folder
+from kd_pipeline.training.signals import Signals
+from kd_pipeline.workflows import students
 from kd_pipeline.workflows._check import CheckSettings, check
 from kd_pipeline.workflows._record import RecordSettings, record
 from kd_pipeline.workflows._train import train
@@ -224,3 +229,27 @@ def test_command_has_a_row_for_each_student(digits: Path, capfd: pytest.CaptureF
     printed = capfd.readouterr().out.splitlines()
     assert [line.split()[1] for line in printed[1:3]] == ["one", "teacher" if failing else "two"]
     assert ("student two failed: OSError: no more; " in "".join(printed)) == failing
+
+
+def test_threads_have_the_gpu_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread of torch has a GPU of its own; the random state of the main thread's is taken from turn to turn."""
+    device, current = torch.device("cuda", 1), {}
+
+    def of_thread(found: torch.device) -> AbstractContextManager[None]:
+        current[threading.current_thread().name] = found
+        return nullcontext()
+
+    def start(works: dict[str, Callable[[], object]], *others: object) -> dict[str, object]:
+        for name, work in works.items():
+            thread = threading.Thread(target=work, name=name)
+            thread.start()
+            thread.join()
+        return {}
+
+    monkeypatch.setattr(torch.cuda, "device", of_thread)
+    monkeypatch.setattr(torch.cuda, "set_device", of_thread)
+    monkeypatch.setattr(students, "_StudentRun", mock.MagicMock())
+    run = mock.Mock(data=mock.Mock(device=device), turns=mock.Mock(run=start), signals=Signals())
+    run._train = lambda *given: students._StudentsRun._train(run, *given)
+    students._StudentsRun.run(run, {"one": mock.Mock(), "two": mock.Mock()})
+    assert current == dict.fromkeys([threading.current_thread().name, "one", "two"], device)
