@@ -2,7 +2,7 @@
 
 import unicodedata
 
-__all__ = ["indented", "plural", "printable"]
+__all__ = ["counted", "indented", "plural", "printable"]
 
 _ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
 """Control characters, bytes that are no UTF-8, and separators of lines and paragraphs."""
@@ -31,5 +31,12 @@ def indented(text: str) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """`noun` as it follows `number`: `epoch` after 1, else `epochs`."""
-    return noun if number == 1 else f"{noun}s"
+    """`noun` as it follows `number`: `epoch` or `batch` after 1, else `epochs` or `batches`."""
+    if number == 1:
+        return noun
+    return f"{noun}es" if noun.endswith(("ss", "tch", "x")) else f"{noun}s"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, or `2,000 images`."""
+    return f"{number:,} {plural(number, noun)}"

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.loader.batch_loader import AnyLoader
 from kd_pipeline.losses.distillation import Distillation
-from kd_pipeline.losses.dry_run import run_dry
 from kd_pipeline.losses.own_loss import OwnLoss
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -21,7 +20,7 @@ from kd_pipeline.training.own_optimizer import OwnOptimizer
 from kd_pipeline.workflows.parts import Loss
 from kd_pipeline.workflows.stage import check_sizes, loss_settings, num_classes_of, view_of
 
-__all__ = ["build_distillation", "build_module", "own_outputs"]
+__all__ = ["build_distillation", "build_module"]
 
 Module = TypeVar("Module", bound=DistillModule)
 
@@ -108,15 +107,6 @@ def build_distillation(
         ignore_index=loader.ignore_index,
         plugins=plugins,
     )
-
-
-def own_outputs(student: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a student returns for inputs like `example`, by name; its modes are unchanged.
-
-    Raises:
-        ConfigError: it fails, or returns something else than tensors.
-    """
-    return run_dry(student, (), example).outputs
 
 
 def _epoch_length(loader: AnyLoader, limit: int | None) -> int:

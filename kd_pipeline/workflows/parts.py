@@ -60,11 +60,6 @@ class Parts:
             return config.model_copy(update={"teacher": self.teacher})
         return config
 
-    @property
-    def has_data(self) -> bool:
-        """Whether the batches of the training are the user's."""
-        return self.train_batches is not None
-
     def describe(self) -> dict[str, Any]:
         """What a checkpoint says about the objects: their classes, and the architectures of networks."""
         found: dict[str, Any] = {}

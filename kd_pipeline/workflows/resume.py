@@ -1,173 +1,24 @@
 """Whether a run may resume from its checkpoint: every change since then is applied and logged, or refused."""
 
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import yaml
-from pydantic import ValidationError
-
-from kd_pipeline._core.text import printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import StateError
-from kd_pipeline.evaluation._evaluate import SCALARS
 from kd_pipeline.loader.state import of_common_views
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.early_stopping import StopEarly
 from kd_pipeline.training.settings import TrainSettings
-from kd_pipeline.workflows.evaluation_plan import PROBE_METRIC
+from kd_pipeline.workflows.resume_rules import Selecting, changes_results, rule_of
+from kd_pipeline.workflows.setting_changes import MAX_LISTED, Change, changes_of, reason_of, with_defaults
 
-__all__ = ["Change", "SavedRun", "changed_settings", "check_epochs", "check_resume", "rule_of", "unusable_checkpoint"]
+__all__ = ["SavedRun", "check_epochs", "check_resume", "effect_on_finished_run", "unusable_checkpoint"]
 
-_MAX_SHOWN = 150
-"""Characters of a value in a message."""
-_MAX_LISTED = 10
-"""Changes that a message lists; there may be one for each of a thousand class names."""
-
-Rule = Literal[
-    "refused", "applied", "ignored", "if same data", "if same teacher", "if not selecting", "if metric changes"
-]
-"""What becomes of a change. `ignored` is for settings that this stage does not use."""
-
-_RULES: dict[str, Rule] = {
-    # How fast images come. The pixels do not depend on it; device and decoder are fields of the stream.
-    "data.device": "applied",
-    "data.decode": "applied",
-    "data.num_threads": "applied",
-    "data.prefetch": "applied",
-    "data.ahead": "applied",
-    # With more processes it is smaller. The global batch is a field of the stream.
-    "data.batch_size": "applied",
-    # A run that stopped at an unreadable file resumes without it: until then none was substituted.
-    "data.on_bad_sample": "applied",
-    "data.max_bad_fraction": "applied",
-    # Where the data is. The fingerprint says whether it is the same.
-    "data.train.source": "if same data",
-    # Those that student and teacher see are fields of the stream.
-    "data.train.views": "applied",
-    # Images that nothing is learned from, unless they have selected the best student so far.
-    "data.val": "if not selecting",
-    "data.more": "if not selecting",
-    "data.test": "applied",
-    "train.limit_val_batches": "if not selecting",
-    "train.metrics": "if not selecting",
-    "train.validate": "if not selecting",
-    # Where the teacher is, and what runs it. The fingerprint covers weights, precision and runtime.
-    "teacher": "if same teacher",
-    "probe": "applied",
-    # What the features are measured by, unless that has selected the best student so far.
-    "feature_probe": "if not selecting",
-    "feature_probe.sets": "applied",
-    "feature_probe.every": "applied",
-    "feature_probe.linear": "applied",
-    # The number of logits is compared itself.
-    "student.num_classes": "applied",
-    # How long. `check_epochs` refuses fewer than are done.
-    "train.epochs": "applied",
-    # A run that a loss of NaN has stopped resumes without that step.
-    "train.max_nonfinite_steps": "applied",
-    # The callbacks start over where their metric changes. With a different `mode` the best value would be the worst.
-    "train.early_stopping": "applied",
-    "train.early_stopping.mode": "if metric changes",
-    "train.select_by": "applied",
-    "train.select_mode": "applied",
-    # What is watched, saved and exported, and how fast it is computed.
-    "train.callbacks": "applied",
-    "train.compare_with_teacher": "applied",
-    "train.channels_last": "applied",
-    "train.compile": "applied",
-    "train.deterministic": "applied",
-    "train.export": "applied",
-    "train.log_every_steps": "applied",
-    "train.log_gradient_norm": "applied",
-    "train.loggers": "applied",
-    "train.num_threads": "applied",
-    "train.save_every_steps": "applied",
-    "train.validate_every_steps": "applied",
-}
-"""By key of the config, for it and all below it; the longest key decides. All others are refused: they change what is
-learned, and the checkpoint holds the beginning of something else."""
-_WITHOUT_TEACHER: dict[str, Rule] = {
-    "distill": "ignored",
-    "distill.label_smoothing": "refused",
-    "distill.heads": "refused",
-    "distill.student_losses": "refused",
-    "distill.task_loss": "refused",
-    "probe": "ignored",
-    "student_from_teacher": "ignored",
-    "teacher": "ignored",
-    "train.compare_with_teacher": "ignored",
-}
-_RULES_OF_STAGE: dict[str, dict[str, Rule]] = {
-    "baseline": _WITHOUT_TEACHER,
-    "teacher": {
-        **_WITHOUT_TEACHER,
-        "distill.heads": "ignored",
-        "distill.student_losses": "ignored",
-        "feature_probe": "ignored",
-        "student": "ignored",
-        "student.num_classes": "ignored",
-        "teacher.model": "refused",
-        "teacher.model.num_classes": "applied",
-    },
-}
-
-_AFTER_TRAINING = dict.fromkeys(
-    (
-        *("data.more", "data.test", "data.val", "feature_probe", "teacher", "train.export"),
-        *("train.limit_val_batches", "train.metrics", "train.validate"),
-    )
-)
-"""What the results of a finished run depend on."""
-_NOTES = {
-    "train.epochs": "learning rate and ramps now follow a run of the new length",
-    "train.select_by": "the best score starts over",
-    "train.select_mode": "the best score starts over",
-    "classes": "class names of the data, in label order",
-    "data": "the training images, labels or classes are different ones",
-    "num_classes": "number of logits",
-    "objects": "objects that train was called with",
-    "stream.dali": "version of nvidia-dali",
-    "stream.decode": "how this GPU decodes images",
-    "stream.device": "kind of device that decodes images",
-    "stream.global_batch_size": "data.batch_size x processes",
-    "stream.shards": "shards of the training data with different numbers of samples",
-    "teacher": "a teacher with different weights, precision or runtime",
-    "teacher_runtimes": "backend and precision of the teacher",
-}
 _GLOBAL_SHUFFLES = (None, True, "global")
 """Values of `data.train.shuffle` that are the same."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A difference between the run in a checkpoint and the run that would resume from it."""
-
-    key: str
-    """Dotted, as on the command line."""
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{printable(self.key.removeprefix('stream.'))}: {_show(self.old)} → {_show(self.new)}"
-
-    @property
-    def line(self) -> str:
-        """What was changed, and what that means."""
-        note = _NOTES.get(self.key)
-        return f"{self}" if note is None else f"{self} ({note})"
-
-    @property
-    def line_of_finished_run(self) -> str:
-        """The same for a run that has nothing left to train."""
-        if self.key == "train.epochs":
-            return f"{self} (the learning rate and the ramps were those of a run of {self.old})"
-        if _longest_rule(self.key, _AFTER_TRAINING) is None:
-            return f"{self} (without effect, as nothing is left to train)"
-        return f"{self}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,20 +122,20 @@ def check_resume(saved: Mapping[str, Any], current: Mapping[str, Any], folder: P
 
 def _sorted_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[list[Change], list[Change]]:
     """The changes that are applied, and those that are refused."""
-    old_config, new_config = _config(saved), current["config"]
+    old_config, new_config = with_defaults(saved["config"]), current["config"]
     identity = {name for name in current if name not in ("config", "validation")}
-    refused = list(_changes({name: saved.get(name) for name in identity}, {name: current[name] for name in identity}))
+    refused = list(changes_of({name: saved.get(name) for name in identity}, {name: current[name] for name in identity}))
     refused = [change for change in refused if change.key != "stream.on_bad_sample"]  # the config has it
     different = {re.split(r"[.\[]", change.key)[0] for change in refused}
-    selecting = _Selecting(old_config, new_config)
-    validation = _changes(dict(saved.get("validation", {})), dict(current.get("validation", {})))
+    selecting = Selecting(old_config, new_config)
+    validation = changes_of(dict(saved.get("validation", {})), dict(current.get("validation", {})))
     refused += [
         Change(f"data.{'' if each.key == 'val' else 'more.'}{each.key}.source", each.old, each.new)
         for each in validation
         if each.key in selecting.splits and None not in (each.old, each.new)
     ]
     applied: list[Change] = []
-    for change in _changes(old_config, new_config):
+    for change in changes_of(old_config, new_config):
         if change.key == "run_dir":  # the folder was moved, or is spelled differently
             continue
         if change.key == "data.train.shuffle" and all(each in _GLOBAL_SHUFFLES for each in (change.old, change.new)):
@@ -312,25 +163,20 @@ def _sorted_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tup
     return applied, refused
 
 
-def changed_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[Change]:
-    """The settings that two configs, in plain values, do not have in common; both may be of an earlier release.
-
-    Raises:
-        StateError: `saved` is no config.
-    """
-    try:
-        return [*_changes(_config({"config": saved}), _config({"config": current}))]
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as exc:
-        reason = printable(f"{type(exc).__name__}: {exc}".partition("\n")[0])[:_MAX_SHOWN]
-        raise StateError(f"the run does not say which config made it ({reason})") from exc
+def effect_on_finished_run(change: Change) -> str:
+    """A change, and what it means for a run that has nothing left to train."""
+    if change.key == "train.epochs":
+        return f"{change} (the learning rate and the ramps were those of a run of {change.old})"
+    if not changes_results(change.key):
+        return f"{change} (without effect, as nothing is left to train)"
+    return f"{change}"
 
 
 def unusable_checkpoint(path: Path | None, exc: Exception) -> StateError:
     """The error for a checkpoint that loads, and does not hold what a run has saved."""
-    reason = printable(f"{type(exc).__name__}: {exc}".partition("\n")[0])[:_MAX_SHOWN]
     assert path is not None
     return StateError(
-        f"{path} does not hold what kd-pipeline train resumes from ({reason}); use a different one, or "
+        f"{path} does not hold what kd-pipeline train resumes from ({reason_of(exc)}); use a different one, or "
         f"{_way_out(path.parent.parent)}"
     )
 
@@ -356,129 +202,16 @@ def check_epochs(done: int, is_within_epoch: bool, epochs: int, folder: Path) ->
         )
 
 
-def rule_of(key: str, stage: str) -> Rule:
-    """What becomes of a change of `key` when `stage` resumes; entries of lists are `key[0]`."""
-    rules = _RULES | _RULES_OF_STAGE.get(stage, {})
-    found = _longest_rule(key, rules)
-    return "refused" if found is None else rules[found]
-
-
-def _longest_rule(key: str, rules: Mapping[str, Any]) -> str | None:
-    """The longest key of `rules` that is `key` or above it."""
-    names = re.split(r"\.|\[", key)
-    above = (".".join(names[:length]) for length in range(len(names), 0, -1))
-    return next((name for name in above if name in rules), None)
-
-
-class _Selecting:
-    """Which validation metrics were compared with each other so far, and still would be."""
-
-    def __init__(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-        metrics = {
-            before
-            for before, after in zip(_metrics(old), _metrics(new), strict=True)
-            if before is not None and before == after
-        }
-        named = [metric[0].rpartition("/") for metric in metrics]
-        measured = _splits(old["data"])
-        self._is_probe = any(PROBE_METRIC.fullmatch(name) for _, _, name in named)
-        self.splits = {split for split, _, _ in named if split in measured}
-        if self._is_probe and old.get("feature_probe") and old["feature_probe"]["bank"] in measured:
-            self.splits.add(old["feature_probe"]["bank"])
-        before, after = _metrics(old)[1], _metrics(new)[1]
-        self.stops_by_other_metric = before is not None and after is not None and before[0] != after[0]
-        """Whether early stopping starts over."""
-        self._is_custom = any(
-            name not in SCALARS and not PROBE_METRIC.fullmatch(name) for split, _, name in named if split in self.splits
-        )
-
-    def depends_on(self, change: Change) -> bool:
-        """Whether the old and the new best score would be measured in different ways."""
-        match change.key.split("."):
-            case ["data", "val", "source", *_] | ["data", "more", _, "source", *_]:
-                return False  # the fingerprints are compared
-            case ["data", "val", *_]:
-                return "val" in self.splits
-            case ["data", "more", split, *_]:
-                return split in self.splits
-            case ["feature_probe", *below]:
-                return bool(below) and self._is_probe
-            case ["train", "limit_val_batches"]:
-                return bool(self.splits)
-            case ["train", "validate"]:  # without a name, what it returned may have selected
-                return change.old is not None or bool(self.splits)
-            case _:
-                return self._is_custom
-
-
-def _metrics(config: Mapping[str, Any]) -> tuple[tuple[str, str] | None, tuple[str, str] | None]:
-    """Metric and mode that select the best student, and that stop the run."""
-    train = config["train"]
-    stopping = train["early_stopping"]
-    best = None if train["select_by"] is None else (train["select_by"], train["select_mode"])
-    return best, None if stopping is None else (stopping["metric"], stopping["mode"])
-
-
-def _splits(data: Mapping[str, Any]) -> set[str]:
-    return {name for name in ("val",) if data[name] is not None} | {*data["more"]}
-
-
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise TypeError(f"a number of steps or epochs is {value!r}")
     return value
 
 
-def _config(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """The config in a checkpoint; settings that are newer than it have their defaults, with which it ran."""
-    config: dict[str, Any] = dict(saved["config"])
-    try:
-        return Config.model_validate(config).model_dump(mode="json")
-    except ValidationError:
-        return config
-
-
-def _changes(old: Any, new: Any, key: str = "") -> Iterator[Change]:
-    match old, new:
-        case Mapping(), Mapping():
-            for name in {**old, **new}:
-                yield from _changes(old.get(name), new.get(name), f"{key}.{name}".removeprefix("."))
-        case ((list() | tuple()), (list() | tuple())) if len(old) == len(new) and not _is_short([*old, *new]):
-            for position, entries in enumerate(zip(old, new, strict=True)):
-                yield from _changes(*entries, f"{key}[{position}]")
-        case ((list() | tuple()), (list() | tuple())) if max(len(old), len(new)) > _MAX_LISTED:
-            yield Change(key, f"{len(old)} entries", f"{len(new)} entries")
-        case _ if old != new:
-            yield Change(key, old, new)
-
-
-def _is_short(values: list[Any]) -> bool:
-    """Whether a list is shown as a whole, such as the mean of three channels."""
-    return len(values) <= _MAX_LISTED and not any(isinstance(value, Mapping | list | tuple) for value in values)
-
-
-def _show(value: Any) -> str:
-    """A value as in a config file, on one line; a fingerprint by its first digits."""
-    if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value):
-        return f"fingerprint {value[:12]}"
-    try:
-        text = yaml.safe_dump(_without_none(value), default_flow_style=True, sort_keys=False, width=math.inf)
-    except (yaml.YAMLError, RecursionError):  # no config has such a value
-        text = f"a {type(value).__name__}"
-    text = printable(text.removesuffix("...\n").strip())
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
-
-
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _without_none(item) for name, item in value.items() if item is not None}
-    return [*value] if isinstance(value, tuple) else value
-
-
 def _refuse(changes: list[Change], folder: Path, stage: str) -> None:
-    lines = [f"  {change.line}\n" for change in changes[:_MAX_LISTED]]
-    if len(changes) > _MAX_LISTED:
-        lines.append(f"  and {len(changes) - _MAX_LISTED} more\n")
+    lines = [f"  {change.line}\n" for change in changes[:MAX_LISTED]]
+    if len(changes) > MAX_LISTED:
+        lines.append(f"  and {len(changes) - MAX_LISTED} more\n")
     raise StateError(
         f"{folder} holds a run of stage {stage} with different settings, which these would not continue:\n"
         f"{''.join(lines)}restore the old values to resume it, or {_way_out(folder)}"

@@ -1,6 +1,6 @@
 import pytest
 
-from kd_pipeline._core.text import printable
+from kd_pipeline._core.text import plural, printable
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,13 @@ def test_only_what_moves_or_reorders_is_escaped(text: str, shown: str) -> None:
 
 def test_newlines_of_a_message_stay() -> None:
     assert printable("two\nlines\x1b[2J", keep="\n") == "two\nlines\\x1b[2J"
+
+
+def test_nouns_follow_their_number() -> None:
+    assert [plural(2, noun) for noun in ("epoch", "batch", "loss", "image")] == [
+        "epochs",
+        "batches",
+        "losses",
+        "images",
+    ]
+    assert plural(1, "batch") == "batch" and plural(0, "epoch") == "epochs"

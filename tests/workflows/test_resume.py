@@ -13,8 +13,9 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.errors import StateError
 from kd_pipeline.training.checkpoint import load_checkpoint, save_checkpoint
 from kd_pipeline.training.module import DistillModule
-from kd_pipeline.workflows import resume
-from kd_pipeline.workflows.resume import check_epochs, check_resume, rule_of
+from kd_pipeline.workflows import resume_rules
+from kd_pipeline.workflows.resume import check_epochs, check_resume
+from kd_pipeline.workflows.resume_rules import rule_of
 from tests.training import tiny_run
 
 STAGES = ("teacher", "baseline", "distill")
@@ -84,7 +85,7 @@ def test_every_key_has_a_rule() -> None:
 
 
 def test_rules_are_of_existing_keys() -> None:
-    rules = [resume._RULES, *resume._RULES_OF_STAGE.values(), resume._AFTER_TRAINING]
+    rules = [resume_rules.RULES, *resume_rules.RULES_OF_STAGE.values(), resume_rules._AFTER_TRAINING]
     known = {*KEYS, "data.more"}
     assert all(key in known for each in rules for key in each)
 

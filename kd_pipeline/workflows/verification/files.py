@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kd_pipeline._core.files import open_regular
-from kd_pipeline._core.text import printable
+from kd_pipeline._core.text import counted, printable
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.models.checkpoints import read_checkpoint
@@ -19,7 +19,8 @@ from kd_pipeline.training.environment import shown_settings
 from kd_pipeline.training.evidence import Evidence, describe_weights
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import WEIGHTS, read_exported
-from kd_pipeline.workflows.resume import SavedRun, changed_settings
+from kd_pipeline.workflows.resume import SavedRun
+from kd_pipeline.workflows.setting_changes import changed_settings
 from kd_pipeline.workflows.verification.facts import Facts, reading
 
 __all__ = ["RunFiles", "check_files", "read_weights"]
@@ -127,7 +128,8 @@ def _check_evidence(files: RunFiles, facts: Facts) -> None:
         facts.differs("evidence", wrong, cause="A crash leaves one such line at most" if evidence.damaged else "")
         return
     resumed = f", {len(evidence.starts)} starts" if len(evidence.starts) > 1 else ""
-    facts.holds("evidence", f"{len(evidence.batches)} batches, weights after {len(evidence.weights)} steps{resumed}")
+    batches, steps = counted(len(evidence.batches), "batch"), counted(len(evidence.weights), "step")
+    facts.holds("evidence", f"{batches}, weights after {steps}{resumed}")
 
 
 def _check_checkpoints(files: RunFiles, facts: Facts) -> None:

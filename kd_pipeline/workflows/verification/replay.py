@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kd_pipeline._core.suggestions import first_few
-from kd_pipeline._core.text import plural
+from kd_pipeline._core.text import counted, plural
 from kd_pipeline.evaluation._evaluate import Evaluation
 from kd_pipeline.losses.distillation import Distillation
 from kd_pipeline.models.modules import call_network, named_outputs
@@ -49,7 +49,7 @@ def compare_replay(
         results += [compared[aspect] for aspect in ASPECTS if aspect in compared]
     steps = [step for step in sorted(replayed.weights) if step in evidence.weights]
     weights = [compare_weights(evidence.weights[step], replayed.weights[step], tolerance) for step in steps]
-    last = max(first_step, *(replayed.batches[key].step for key in batches), *steps)
+    last = max([first_step, *(replayed.batches[key].step for key in batches), *steps])
     wrong = [text for comparison, text in results + weights if comparison == "differs"]
     if not batches and not steps:
         facts.unknown(name, f"no evidence was kept of the steps after step {first_step}")
@@ -57,7 +57,8 @@ def compare_replay(
         cause = f"Not within rounding, although {tolerance.why}" if tolerance.why else _cause(results)
         facts.differs(name, wrong, cause=cause, most=_MAX_STEPS)
     else:
-        what = f"steps {first_step + 1} to {last}: {len(batches)} losses"
+        span = f"step {last}" if last == first_step + 1 else f"steps {first_step + 1} to {last}"
+        what = f"{span}: {counted(len(batches), 'loss')}"
         if steps:
             what += f" and the weights after {plural(len(steps), 'step')} {first_few(list(map(str, steps)))}"
         is_exact = all(comparison == "equal" for comparison, _ in results + weights)
@@ -108,7 +109,8 @@ def _check_onnx(files: RunFiles, run: ReplayRun, student: nn.Module, facts: Fact
         facts.differs("ONNX file", wrong, cause=f"{ONNX} holds other weights than {WEIGHTS}")
     else:
         facts.holds(
-            "ONNX file", f"returns what the exported module does for {len(images)} images, within {largest:.1e}"
+            "ONNX file",
+            f"returns what the exported module does for {counted(len(images), 'image')}, within {largest:.1e}",
         )
 
 

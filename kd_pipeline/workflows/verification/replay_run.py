@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kd_pipeline._core.text import printable
@@ -22,12 +21,11 @@ from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.training.evidence import Evidence, read_evidence
-from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.stop_after import StepsDone, StopAfter
 from kd_pipeline.workflows.parts import Parts
 from kd_pipeline.workflows.resume import SavedRun
 from kd_pipeline.workflows.run_data import RunData
-from kd_pipeline.workflows.stage_run import StageRun, stream_of
+from kd_pipeline.workflows.stage_run import StageRun
 from kd_pipeline.workflows.teacher import saved_runtimes, with_trained_weights
 
 __all__ = ["ReplayRun", "quiet"]
@@ -98,17 +96,12 @@ class ReplayRun(StageRun):
         """Open the data."""
         self._folder.path.mkdir(parents=True, exist_ok=True)
         self._prepare()
-        torch.manual_seed(self._config.seed % 2**63)
         self._data = self._open_data()
         return self._data
 
     def open_loader(self) -> AnyLoader:
         """Open the teacher and the loader of the training, after the data."""
-        self.teacher = self._open_teacher(None) if self._stage == "distill" else None
-        self._plan_evaluation()
-        self.identity = self._identity(self.teacher)
-        self.loader = self._data.open_training(self.teacher)
-        self.identity["stream"] = stream_of(self.loader)
+        self.loader, self.identity = self._open_training(None)
         return self.loader
 
     def replay(self, checkpoint: Path | None = None) -> Evidence:
@@ -127,7 +120,7 @@ class ReplayRun(StageRun):
         loader = self.open_loader()
         if saved is not None:
             saved.check(self.identity, self._config, folder.path)
-        module = self._new_module()
+        module = self._new_module(loader, self.identity)
         with suppress(StepsDone):
             self._fit(module, loader, saved, [])
         found = read_evidence(folder.evidence)
@@ -141,7 +134,7 @@ class ReplayRun(StageRun):
         Raises:
             StateError: the weights are not those of such a student.
         """
-        student, distillation = self._best_student(self._new_module(), self.loader)
+        student, distillation = self._best_student(self._new_module(self.loader, self.identity), self.loader)
         try:
             trunk_of(student).load_state_dict(weights)
         except (AttributeError, RuntimeError, TypeError) as exc:
@@ -151,11 +144,7 @@ class ReplayRun(StageRun):
 
     def evaluate(self, student: nn.Module, distillation: Distillation) -> dict[str, Evaluation]:
         """The metrics of the student on all splits that the results of a run are of."""
-        return self._missing_evaluations(student, distillation, {})
-
-    def _new_module(self) -> DistillModule:
-        torch.manual_seed(self._config.seed % 2**63)  # as in a run
-        return self._build_module(self._open_student(self.loader), self.loader, self.identity)
+        return self._evaluations.missing(student, distillation, {})
 
     def _open_data(self) -> RunData:
         source = None if self._opened is None else self._opened._data.source
@@ -163,6 +152,10 @@ class ReplayRun(StageRun):
         return RunData(
             self._config, Parts(), self._folder.path, self, source=source, shard=shard, plugins=self._plugins
         )
+
+    def _open_teacher(self, saved: SavedRun | None) -> Teacher | Recording | None:
+        self.teacher = super()._open_teacher(saved)
+        return self.teacher
 
     def _find_teacher(self, begun_with: Any) -> tuple[Teacher | Recording | None, bool]:
         if self._opened is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_pipeline._core.text import plural, printable
+from kd_pipeline._core.text import counted, printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import StateError
 from kd_pipeline.loader.batch_loader import AnyLoader
@@ -134,7 +134,7 @@ def check_batches(
     drawn = sorted(rng.choice(len(keys), min(num_batches, len(keys)), replace=False).tolist())
     results = [_rendered(evidence.batches[keys[number]], loader, tolerance) for number in drawn]
     epochs = len({keys[number][0] for number in drawn})
-    what = f"{len(results)} {'batch' if len(results) == 1 else 'batches'} of {epochs} {plural(epochs, 'epoch')}"
+    what = f"{counted(len(results), 'batch')} of {counted(epochs, 'epoch')}"
     _add(
         facts,
         "images",

@@ -15,18 +15,19 @@ from kd_pipeline._core.device import resolve_device
 from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.terminal_log import log_line, log_to_terminal
-from kd_pipeline._core.text import printable
+from kd_pipeline._core.text import counted, printable
 from kd_pipeline.config.config import Config, load_config
 from kd_pipeline.config.reader import read_config
-from kd_pipeline.errors import ConfigError, StateError
-from kd_pipeline.training.evidence import Evidence, StartLine, describe_machine, read_evidence
+from kd_pipeline.errors import ConfigError
+from kd_pipeline.training.evidence import StartLine, describe_machine, read_evidence
 from kd_pipeline.training.rng import RngState
 from kd_pipeline.training.run_folder import RunFolder
-from kd_pipeline.workflows.resume import SavedRun, changed_settings
+from kd_pipeline.workflows.resume import SavedRun
 from kd_pipeline.workflows.verification.facts import Fact, Facts, Tolerance, reading
 from kd_pipeline.workflows.verification.files import RunFiles, check_files
-from kd_pipeline.workflows.verification.replay import check_results, compare_replay
+from kd_pipeline.workflows.verification.replay import check_results
 from kd_pipeline.workflows.verification.replay_run import ReplayRun, quiet
+from kd_pipeline.workflows.verification.replays import Replays, config_here, names_of_replays
 from kd_pipeline.workflows.verification.stream import (
     check_batches,
     check_data,
@@ -38,12 +39,10 @@ from kd_pipeline.workflows.verification.stream import (
 __all__ = ["Fact", "VerifyReport", "VerifySettings", "runs_in", "verify"]
 
 _CONFIG = "config.yaml"
-_MAX_THREADS = 1024
 _TOLERANCES = {"32-true": 1e-3}
 _TOLERANCE_OF_HALF = 5e-2
 _OF_DATA = ("training data", "validation data")
 _OF_BATCHES = ("stream", "teacher", "images", "labels", "teacher outputs")
-_OF_REPLAYS = ("first steps", "last steps")
 _OF_RESULTS = ("ONNX file", "result.json")
 
 
@@ -93,13 +92,13 @@ class VerifyReport:
         if not self.num_replayed:
             return "nothing differs, but no step was trained again: what was checked fits together"
         if self.num_replayed == self.num_steps:
-            extent = f"all {self.num_steps} steps were trained again"
+            extent = "its only step was" if self.num_steps == 1 else f"all {self.num_steps} steps were"
         else:
-            extent = f"{self.num_replayed} of {self.num_steps} steps were trained again"
+            extent = f"{self.num_replayed} of {self.num_steps} steps {'was' if self.num_replayed == 1 else 'were'}"
         how = "all that was done again is the same bit for bit"
         if not all(fact.is_exact for fact in self.facts if fact.state == "holds"):
             how = f"what was done again is the same within rounding{f' ({self.rounding})' if self.rounding else ''}"
-        return f"this student came from this config and this data: {extent}, and {how}"
+        return f"this student came from this config and this data: {extent} trained again, and {how}"
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -209,16 +208,16 @@ class _Verification:
     ) -> None:
         self._files, self._facts, self._settings, self._report = files, facts, settings, report
         self._permissions, self._overrides = {"plugins": plugins, "trust_engines": trust_engines}, overrides
-        self._starts = [] if files.evidence is None else files.evidence.starts
-        self._config = self._prepared(files.config, self._starts[-1] if self._starts else None)
-        self.tolerance = _tolerance(self._config, self._starts)
+        starts = [] if files.evidence is None else files.evidence.starts
+        self.tolerance = _tolerance(config_here(files.config, files), starts)
         self.replayed: set[int] = set()
         """Steps, counted from 1, that were trained again and came out as recorded; not those after the last record."""
 
     def run(self, scratch: Path) -> None:
         """Add all facts for which something has to be opened."""
-        files, facts = self._files, self._facts
-        later = (*_OF_DATA, *_OF_BATCHES, *self._of_replays, *self._of_results)
+        files, facts, settings = self._files, self._facts, self._settings
+        of_replays = names_of_replays(full=settings.full) if settings.replay else ()
+        later = (*_OF_DATA, *_OF_BATCHES, *of_replays, *(_OF_RESULTS if settings.results else ()))
         if files.says.get("objects") or files.config.data.train is None:
             objects = ", ".join(map(str, files.says.get("objects") or ["train_batches"]))
             why = (
@@ -229,153 +228,31 @@ class _Verification:
             return
         with facts.part(*later), ExitStack() as stack:
             self._report("opening the data")
-            config = load_config(files.folder.path / _CONFIG, self._overrides)
-            self._config = self._prepared(config, self._starts[-1] if self._starts else None)
-            opened = stack.enter_context(ReplayRun(self._config, **self._arguments(scratch / "opened")))
-            data = opened.open_data()
-            with reading("what the run says about itself"):
-                is_same = check_data(files, data, facts)
-            loader = opened.open_loader()
-            with reading("what the run says about itself"):
-                is_same &= check_stream(files, opened, facts)
-                is_same_teacher = check_teacher(files, opened, facts)
-            check_evidence_is_whole(files, loader, facts)
-            number = self._settings.batches
-            self._report(f"rendering {number} batches again")
-            with facts.part("images", "labels", "teacher outputs"):
-                check_batches(files, opened, facts, self.tolerance, num_batches=number, is_same_teacher=is_same_teacher)
-            if self._settings.replay:
-                differing = [name for name, same in (("data", is_same), ("teacher", is_same_teacher)) if not same]
-                self._replay(opened, scratch, differing)
-            if self._settings.results:
+            config = config_here(load_config(files.folder.path / _CONFIG, self._overrides), files)
+            replays = Replays(files, facts, config, self.tolerance, self._permissions, self._report)
+            opened = stack.enter_context(replays.open(config, scratch / "opened"))
+            differing = self._check_data_and_teacher(opened)
+            if settings.replay:
+                self.replayed = replays.run(opened, scratch, None if settings.full else settings.steps, differing)
+            if settings.results:
                 self._report("evaluating the exported student again")
                 check_results(files, opened, facts, self.tolerance)
 
-    @property
-    def _of_replays(self) -> tuple[str, ...]:
-        if not self._settings.replay:
-            return ()
-        return ("all steps",) if self._settings.full else _OF_REPLAYS
-
-    @property
-    def _of_results(self) -> tuple[str, ...]:
-        return _OF_RESULTS if self._settings.results else ()
-
-    def _replay(self, opened: ReplayRun, scratch: Path, differing: Sequence[str]) -> None:
-        files, names = self._files, self._of_replays
-        evidence, last = files.evidence, files.last
-        why = None
-        if files.num_processes > 1:
-            why = f"{files.num_processes} processes trained together, and a replay is one process"
-        elif evidence is None or not evidence.starts:
-            why = "there is no evidence to compare it with"
-        elif last is None:
-            why = "there is no last checkpoint"
-        elif differing:
-            why = f"the {' and the '.join(differing)} differs"
-        if why is not None or evidence is None or last is None:
-            for name in names:
-                self._facts.unknown(name, why or "")
-            return
-        if self._settings.full:
-            self._replay_all(opened, scratch, last.step)
-            return
-        steps, best = self._settings.steps, files.best
-        self._replay_from("first steps", opened, scratch / "first", 0, self._end(0, steps, last.step))
-        if best is None or not 0 < best.step < last.step:
-            at_end = "" if best is None else ", as the best one is that of the end"
-            why = f"no checkpoint before the end (step {last.step}) is kept{at_end}; --full trains all steps again"
-            self._facts.unknown("last steps", why)
-            return
-        end = self._end(best.step, steps, last.step)
-        self._replay_from("last steps", opened, scratch / "last", best.step, end, files.best_file)
-
-    def _replay_all(self, opened: ReplayRun, scratch: Path, last: int) -> None:
-        """Train from the seed to the end; where the run was resumed with other settings, with these from there on."""
-        evidence = self._files.evidence
-        assert evidence is not None
-        replayed, step, checkpoint = Evidence(), 0, None
-        with self._facts.part("all steps"):
-            while step < last:
-                end = self._end(step, last, last)
-                if end <= step:
-                    raise StateError("the evidence has starts that are no order of steps")
-                found, checkpoint = self._trained(opened, scratch / f"from_{step}", step, end, checkpoint)
-                replayed.batches.update(found.batches)
-                replayed.weights.update(found.weights)
-                step = end
-            same = compare_replay("all steps", evidence, replayed, self._facts, self.tolerance, first_step=0)
-            self.replayed |= {*range(1, same + 1)}
-
-    def _replay_from(
-        self, name: str, opened: ReplayRun, scratch: Path, first: int, end: int, checkpoint: Path | None = None
-    ) -> None:
-        """Train steps again after the first ones, and compare them."""
-        evidence = self._files.evidence
-        assert evidence is not None
-        with self._facts.part(name):
-            replayed, _ = self._trained(opened, scratch, first, end, checkpoint)
-            same = compare_replay(name, evidence, replayed, self._facts, self.tolerance, first_step=first)
-            self.replayed |= {*range(first + 1, same + 1)}
-
-    def _trained(
-        self, opened: ReplayRun, scratch: Path, first: int, end: int, checkpoint: Path | None
-    ) -> tuple[Evidence, Path]:
-        """The evidence of steps that are trained again, and the checkpoint after them."""
-        self._report(f"training steps {first + 1} to {end} again")
-        config = self._config_after(first)
-        with ReplayRun(config, **self._arguments(scratch, stop_after=end)) as run:
-            run.share(opened)
-            return run.replay(checkpoint), run.ended_with
-
-    def _end(self, first: int, count: int, last: int) -> int:
-        """The last of so many steps after the first ones that the run has taken with the same settings."""
-        assert self._files.evidence is not None
-        starts = self._files.evidence.starts
-        changed = [each.step for each in starts if each.step > first and _is_other(each, self._start(first))]
-        return min(first + count, last, *changed)
-
-    def _arguments(self, scratch: Path, stop_after: int = 0) -> dict[str, Any]:
-        return {
-            "origin": self._files.folder.path,
-            "scratch": scratch,
-            "begun_with": self._files.says,
-            "num_processes": self._files.num_processes,
-            "stop_after": stop_after,
-            **self._permissions,
-        }
-
-    def _start(self, step: int) -> StartLine:
-        """The start of the run, the last one that took the step after this one."""
-        assert self._files.evidence is not None
-        starts = self._files.evidence.starts
-        return next((each for each in reversed(starts) if each.step <= step), starts[0])
-
-    def _config_after(self, step: int) -> Config:
-        """The config that the step after this one was taken with: that of the run, unless it was changed later."""
-        assert self._files.evidence is not None
-        start = self._start(step)
-        if not _is_other(start, self._files.evidence.starts[-1]):
-            return self._config
-        try:
-            config = Config.model_validate(start.config)
-        except ValueError:
-            raise StateError(f"the evidence of step {start.step} does not hold a config") from None
-        now = self._config
-        return self._prepared(config.model_copy(update={"data": now.data, "teacher": now.teacher}), start)
-
-    def _prepared(self, config: Config, start: StartLine | None) -> Config:
-        """`config` in the folder where the run is now, with as many threads as it had."""
-        changes: dict[str, Any] = {"run_dir": self._files.folder.path}
-        threads = None if start is None else start.machine.get("threads")
-        if config.train.num_threads is None and isinstance(threads, int) and 0 < threads <= _MAX_THREADS:
-            changes["train"] = config.train.model_copy(update={"num_threads": threads})
-        return config.model_copy(update=changes)
-
-
-def _is_other(one: StartLine, other: StartLine) -> bool:
-    """Whether two starts of a run had different settings."""
-    return bool(changed_settings(one.config, other.config))
+    def _check_data_and_teacher(self, opened: ReplayRun) -> list[str]:
+        """Open them, and compare them and their batches; returns what differs."""
+        files, facts, number = self._files, self._facts, self._settings.batches
+        data = opened.open_data()
+        with reading("what the run says about itself"):
+            is_same = check_data(files, data, facts)
+        loader = opened.open_loader()
+        with reading("what the run says about itself"):
+            is_same &= check_stream(files, opened, facts)
+            is_same_teacher = check_teacher(files, opened, facts)
+        check_evidence_is_whole(files, loader, facts)
+        self._report(f"rendering {counted(number, 'batch')} again")
+        with facts.part("images", "labels", "teacher outputs"):
+            check_batches(files, opened, facts, self.tolerance, num_batches=number, is_same_teacher=is_same_teacher)
+        return [name for name, same in (("data", is_same), ("teacher", is_same_teacher)) if not same]
 
 
 def _tolerance(config: Config, starts: Sequence[StartLine]) -> Tolerance:
