@@ -1,50 +1,29 @@
-"""Compare models on a split of a config: runs, ONNX files, engines, backbones by name, and the config's own teacher."""
+"""Compare models on a split of a config."""
 
-import logging
 import os
-import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
-from kd_pipeline._core.constants import IMAGES
-from kd_pipeline._core.paths import argument_path
 from kd_pipeline._core.settings import require_config
+from kd_pipeline._core.text import counted
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.data.settings import LoaderSettings
 from kd_pipeline.data.sources import open_source
-from kd_pipeline.data.transforms import EvalTransform, TrainTransform
-from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
+from kd_pipeline.errors import ConfigError
 from kd_pipeline.evaluation._compare import Comparison, compare
 from kd_pipeline.evaluation._metrics import MetricSettings, open_metrics
-from kd_pipeline.loader.config_teacher import open_config_teacher
 from kd_pipeline.loader.loader import KDDataLoader
-from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, InputAdapterLayer, Normalization
-from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.settings import TeacherSettings, is_recording, members_of, with_runtimes
-from kd_pipeline.teachers.sized import SizedTeacher
-from kd_pipeline.training.checkpoint import load_checkpoint
-from kd_pipeline.training.run_folder import RunFolder
+from kd_pipeline.workflows.compared_models import ModelOpener
 from kd_pipeline.workflows.evaluation_sizes import EvaluationSizes
-from kd_pipeline.workflows.exported import OpenedModel, open_model_file
-from kd_pipeline.workflows.open_checkpoint import is_checkpoint, open_checkpoint
-from kd_pipeline.workflows.stage import stage_dir, view_of
-from kd_pipeline.workflows.teacher import saved_runtimes, student_precision, with_trained_weights
+from kd_pipeline.workflows.exported import OpenedModel
 
-__all__ = ["TEACHER", "compare_files", "open_logits_teacher"]
-
-_logger = logging.getLogger("kd_pipeline")
-
-_BY_NAME = re.compile(r"(timm|torchvision):([^=]+)(?:=(.+))?")
-"""A backbone by name, and possibly a file with its weights."""
+__all__ = ["TEACHER", "compare_files"]
 
 TEACHER = "teacher of the config"
 """Name of the row of the config's own teacher."""
@@ -118,51 +97,13 @@ def compare_files(
                 shown_views=config.seen_views & shown.keys() if at is None else None,
             )
         )
-        report(f"{split}: {len(loader.source):,} images{_of_classes(loader)} in batches of {loader.batch_size}")
-
-        views: dict[str, str] = {}
-        """What networks see, by their names."""
-
-        def open_one(path: str | os.PathLike[str], wanted: Literal["teacher", "student"] = "student") -> OpenedModel:
-            if (named := _BY_NAME.fullmatch(os.fspath(path))) is not None:
-                return _open_backbone(loader, *named.groups(), is_pretrained=pretrained)
-            allowed = {"plugins": plugins, "trust_engines": trust_engines}
-            file = argument_path(path)
-
-            def open_for(config: Config) -> OpenedModel:
-                view = view_of(config, "distill")
-                if is_checkpoint(file):
-                    model = open_checkpoint(file, config, loader, split, wanted=wanted, **allowed)
-                else:
-                    model, view = _open_file(file, config, split, loader, **allowed)
-                views[os.fspath(path)] = view
-                return model
-
-            model = _open_for_each(configs, open_for, stack)
-            assert model is not None
-            return model
-
-        opened: dict[str, OpenedModel] = {}
-        reference: nn.Module | Teacher | None = None
-        if teacher == "config":
-            if config.teacher is not None:
-                report("opening the teacher of the config")
-
-            def open_own(config: Config) -> OpenedModel | None:
-                return open_logits_teacher(config, split, loader, plugins, trust_engines, is_required=not models)
-
-            own = _open_for_each(configs, open_own, stack)
-            if own is not None:
-                reference = own.model
-                opened[TEACHER] = own
-        elif teacher is not None:
-            named = open_one(teacher, "teacher")
-            reference = named.model
-            if os.fspath(teacher) not in [os.fspath(path) for path in models]:
-                opened[os.fspath(teacher)] = named
-        opened |= {os.fspath(path): open_one(path) for path in models}
-        if not opened:
-            raise ConfigError("there is nothing to compare: name a run, an ONNX file or an engine")
+        images = f"{counted(len(loader.source), 'image')}{_of_classes(loader)}"
+        report(f"{split}: {images} in batches of {loader.batch_size}")
+        allowed = {"plugins": plugins, "trust_engines": trust_engines}
+        opener = ModelOpener(configs, split, loader, stack, is_pretrained=pretrained, **allowed)
+        if teacher == "config" and config.teacher is not None:
+            report("opening the teacher of the config")
+        reference, opened = _open_models(opener, models, teacher)
         own_bank = None if bank in (None, split) else stack.enter_context(_open_bank(config, bank, loader, plugins))
         return compare(
             {name: each.model for name, each in opened.items()},
@@ -171,113 +112,42 @@ def compare_files(
             metrics=opened_metrics,
             files={name: each.files for name, each in opened.items()},
             bank=own_bank,
-            views=views,
+            views=opener.views,
             sizes=None if at is None else at.view_names,
             report=report,
         )
 
 
-def _open_for_each(
-    configs: Mapping[tuple[int, int], Config], open_for: Callable[[Config], OpenedModel | None], stack: ExitStack
-) -> OpenedModel | None:
-    """A model that `stack` closes, opened for images of each height and width; a network takes them all as it is.
+def _open_models(
+    opener: ModelOpener,
+    models: Sequence[str | os.PathLike[str]],
+    teacher: str | os.PathLike[str] | Literal["config"] | None,
+) -> tuple[nn.Module | Teacher | None, dict[str, OpenedModel]]:
+    """What agreement is measured with, and all models by their names, the teacher first.
 
     Raises:
-        TeacherError: it cannot be opened for one of several sizes; names this.
+        ConfigError: there is none.
     """
-    opened: dict[tuple[int, int], OpenedModel] = {}
-    for (height, width), config in configs.items():
-        try:
-            model = open_for(config)
-        except TeacherError as exc:
-            if len(configs) == 1:
-                raise
-            raise type(exc)(f"for images of {height} x {width}: {exc}; or leave out this size") from exc
-        if model is None:
-            return None
-        stack.callback(model.close)
-        if isinstance(model.model, nn.Module) or len(configs) == 1:
-            return model
-        opened[height, width] = model
-    first = next(iter(opened.values()))
-    teachers = {size: each.model for size, each in opened.items() if isinstance(each.model, Teacher)}
-    return replace(first, model=SizedTeacher(teachers))
+    opened: dict[str, OpenedModel] = {}
+    reference: nn.Module | Teacher | None = None
+    if teacher == "config":
+        own = opener.open_teacher_of_config(is_required=not models)
+        if own is not None:
+            reference = own.model
+            opened[TEACHER] = own
+    elif teacher is not None:
+        named = opener.open(teacher, "teacher")
+        reference = named.model
+        if os.fspath(teacher) not in [os.fspath(path) for path in models]:
+            opened[os.fspath(teacher)] = named
+    opened |= {os.fspath(path): opener.open(path) for path in models}
+    if not opened:
+        raise ConfigError("there is nothing to compare: name a run, an ONNX file or an engine")
+    return reference, opened
 
 
 def _of_classes(loader: KDDataLoader) -> str:
-    return f" of {loader.num_classes} classes" if loader.num_classes else ""
-
-
-def _open_backbone(
-    loader: KDDataLoader, library: str, name: str, checkpoint: str | None, *, is_pretrained: bool
-) -> OpenedModel:
-    """A network without a head by name, for the images of `loader`."""
-    file = None if checkpoint is None else argument_path(checkpoint)
-    try:
-        settings = ModelSettings.model_validate(
-            {library: name, "num_classes": 0, "checkpoint": file, "pretrained": is_pretrained and file is None}
-        )
-    except ValidationError as error:
-        raise ConfigError(f"{library}:{name}: {error.errors()[0]['msg']}") from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = open_model(settings)
-    adapter = _adapter(network, loader.transform, is_pretrained=bool(settings.pretrained))
-    network = network if adapter is None else nn.Sequential(InputAdapterLayer(adapter), network)
-    network = network.to(loader.device, getattr(torch, loader.transform.dtype)).eval()
-    return OpenedModel(network, None, () if file is None else (file,), lambda: None)
-
-
-def _adapter(network: nn.Module, images: TrainTransform | EvalTransform, *, is_pretrained: bool) -> InputAdapter | None:
-    """Makes the images that a backbone by name expects of those of the data.
-
-    Pretrained weights expect the normalization of their training, and others that of the data. Some networks of timm
-    take one size only.
-    """
-    own = Normalization(images.mean, images.std)
-    known = pretrained_input(network)
-    wanted = own
-    if is_pretrained:
-        wanted = Normalization() if known is None else Normalization(known.mean, known.std)  # torchvision's
-    size = None if known is None or not known.fixed_input_size else known.size
-    size = None if size == images.height_width else size
-    if wanted == own and size is None:
-        return None
-    return ExpectedInput(mean=wanted.mean, std=wanted.std, size=size).adapter(own)
-
-
-def _open_file(
-    file: Path,
-    config: Config,
-    split: str,
-    loader: KDDataLoader,
-    *,
-    plugins: Collection[str],
-    trust_engines: Collection[str],
-) -> tuple[OpenedModel, str]:
-    """The model in `file`, and the view that it sees: the student's, or another of the config whose images it takes."""
-    failure: TeacherError | None = None
-    others = [*sorted(config.seen_views & config.data.split(split).views.keys()), IMAGES]
-    for name in dict.fromkeys([view_of(config, "distill"), *others]):
-        view = config.data.view(split, name)
-        try:
-            opened = open_model_file(
-                file,
-                image_shape=view.image_shape,
-                device=loader.device,
-                dtype=getattr(torch, view.normalize.dtype),
-                classes=loader.classes,
-                plugins=plugins,
-                trust_engines=trust_engines,
-            )
-        except TeacherError as exc:
-            failure = failure or exc
-            continue
-        if isinstance(opened.model, Teacher):
-            opened.model.view = name
-        return opened, name
-    assert failure is not None
-    raise failure
+    return f" of {counted(loader.num_classes, 'class')}" if loader.num_classes else ""
 
 
 def _open_bank(config: Config, split: str, loader: KDDataLoader, plugins: Collection[str]) -> KDDataLoader:
@@ -296,80 +166,3 @@ def _open_bank(config: Config, split: str, loader: KDDataLoader, plugins: Collec
         plugins=plugins,
         **data.model_dump(include={*LoaderSettings.model_fields}),
     )
-
-
-def open_logits_teacher(
-    config: Config,
-    split: str,
-    loader: KDDataLoader,
-    plugins: Collection[str],
-    trust_engines: Collection[str],
-    *,
-    is_required: bool,
-) -> OpenedModel | None:
-    """The teacher of `config`; None if it has none that can run.
-
-    Raises:
-        ConfigError, TeacherError: that, if it is required.
-    """
-    if config.teacher is None and not is_required:
-        return None
-    try:
-        if config.teacher is None:
-            raise ConfigError(
-                "there is nothing to compare: name a run, an ONNX file or an engine, or set teacher in the config"
-            )
-        if is_recording(config.teacher):
-            raise ConfigError(
-                f"the config's teacher is the recording {config.teacher.path}, which has outputs for training images "
-                "only; name the teacher that was recorded with --teacher"
-            )
-        settings = config.teacher
-        if isinstance(settings, TeacherSettings):
-            settings = with_trained_weights(config, settings)
-        begun_with = _runtimes_of(config)
-        config = config.model_copy(
-            update={"teacher": settings if begun_with is None else with_runtimes(settings, begun_with)}
-        )
-        teacher = open_config_teacher(
-            config,
-            loader.classes,
-            plugins=plugins,
-            trust_engines=trust_engines,
-            split=split,
-            source=loader.source,
-            student_precision=student_precision(config),
-        )
-        if "logits" not in teacher.outputs:
-            teacher.close()
-            raise ConfigError(
-                f"the config's teacher returns {', '.join(map(repr, teacher.outputs))}, and no logits to compare with"
-            )
-    except KDPipelineError as error:
-        if is_required:
-            raise
-        _logger.warning("compared without the config's teacher: %s", error)
-        return None
-    assert isinstance(teacher, Teacher)  # and no recording
-    members = members_of(settings)
-    return OpenedModel(
-        teacher, teacher.classes, tuple(file for each in members for file in _files(each)), teacher.close
-    )
-
-
-def _runtimes_of(config: Config) -> Sequence[str] | None:
-    """Backend and precision of the teacher in the run of `config`, whose outputs are the ones to evaluate, if any."""
-    if config.run_dir is None:
-        return None
-    checkpoint = RunFolder(stage_dir(config, "distill")).last_checkpoint
-    try:
-        return None if checkpoint is None else saved_runtimes(load_checkpoint(checkpoint)["run"])
-    except (AttributeError, LookupError, StateError) as error:
-        _logger.debug("the run in %s does not say how its teacher ran: %s", config.run_dir, error)
-        return None
-
-
-def _files(settings: TeacherSettings) -> list[Path]:
-    """The files that a teacher is opened from."""
-    checkpoint = None if settings.model is None else settings.model.checkpoint
-    return [file for file in (settings.onnx, settings.engine, checkpoint) if file is not None]

@@ -87,54 +87,96 @@ def check_models(
     Returns:
         The teacher, if it opens and fits the images, and the file with the first training batch, if there is one.
     """
-    found, grid, batch = None, None, None
+    check = _Check(config, training, out, plugins, trust_engines, findings, report)
     with ExitStack() as opened:
-        teacher = None
-        if config.teacher is not None and not starts_without_teacher(config):
-            report("the teacher")
-            with findings.part("teacher"), progress_bar("the teacher"):
-                teacher = _open_teacher(config, training, plugins, trust_engines)
-                opened.callback(teacher.close)
-                if isinstance(teacher, Recording):
-                    for each in config.single_runs.values():
-                        check_recording(each, teacher)
-                else:
-                    findings.add("error", "teacher", teacher.problems)
+        teacher = check.open_teacher(opened)
         if training is not None:
             report("the first training batch")
-            with findings.part("first batch"):
-                batch, grid = _draw(config, training, out, teacher, plugins)
-            if batch is None and teacher is not None:
-                teacher = None
-                with findings.part("first batch"):
-                    batch, grid = _draw(config, training, out, None, plugins)
+        batch, grid = check.draw(teacher)
+        if training is not None and teacher is not None and batch is None:  # it does not fit the images
+            teacher = None
+            batch, grid = check.draw(None)
+        found = None
         if teacher is not None:
-            probes = {}
-            if training is not None and config.probe is not None:
-                report("the teacher on training images")
-                with findings.part("teacher"), progress_bar("the teacher on training images"):
-                    for output in filter(is_logits, teacher.outputs):
-                        lenient = _lenient(config, teacher)
-                        probe = run_probe(
-                            lenient, teacher, config.probe, training=training, output=output, plugins=plugins
-                        )
-                        if probe is not None:
-                            probes[output] = probe
-                            of = "" if output == "logits" else f"{output}: "
-                            findings.add("error", "teacher", [f"{of}{problem}" for problem in probe.problems])
-            found = TeacherReport(teacher.backend, teacher.precision, probes)
-        stages = _stages(config)
-        if "distill" in stages and config.teacher is None:
-            findings.add("error", "teacher", ["stage: distill needs a teacher: set teacher, or use stage: baseline"])
+            found = TeacherReport(teacher.backend, teacher.precision, check.probe(teacher))
+        check.check_stages(labeled, teacher, batch)
+    return found, grid
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """The parts of a check; the fields are arguments of `check_models`."""
+
+    config: Config
+    training: Source | None
+    out: Path
+    plugins: Collection[str]
+    trust_engines: Collection[str]
+    findings: Findings
+    report: Callable[[str], object]
+
+    def open_teacher(self, opened: ExitStack) -> Teacher | Recording | None:
+        """The teacher until `opened` closes; None if there is none yet, or it does not open."""
+        if self.config.teacher is None or starts_without_teacher(self.config):
+            return None
+        self.report("the teacher")
+        teacher = None
+        with self.findings.part("teacher"), progress_bar("the teacher"):
+            teacher = _open_teacher(self.config, self.training, self.plugins, self.trust_engines)
+            opened.callback(teacher.close)
+            if isinstance(teacher, Recording):
+                for each in self.config.single_runs.values():
+                    check_recording(each, teacher)
+            else:
+                self.findings.add("error", "teacher", teacher.problems)
+        return teacher
+
+    def draw(self, teacher: Teacher | Recording | None) -> tuple[KDBatch | None, Path | None]:
+        """The first rows of a training batch with the teacher's outputs, and a picture of it; None if there is none."""
+        if self.training is None:
+            return None, None
+        with self.findings.part("first batch"):
+            return _draw(self.config, self.training, self.out, teacher, self.plugins)
+        return None, None
+
+    def probe(self, teacher: Teacher | Recording) -> dict[str, ProbeReport]:
+        """The teacher's accuracy on training images, by the name of its logits."""
+        probes: dict[str, ProbeReport] = {}
+        if self.training is None or self.config.probe is None:
+            return probes
+        self.report("the teacher on training images")
+        with self.findings.part("teacher"), progress_bar("the teacher on training images"):
+            for output in filter(is_logits, teacher.outputs):
+                probe = run_probe(
+                    _lenient(self.config, teacher),
+                    teacher,
+                    self.config.probe,
+                    training=self.training,
+                    output=output,
+                    plugins=self.plugins,
+                )
+                if probe is not None:
+                    probes[output] = probe
+                    of = "" if output == "logits" else f"{output}: "
+                    self.findings.add("error", "teacher", [f"{of}{problem}" for problem in probe.problems])
+        return probes
+
+    def check_stages(
+        self, labeled: Collection[str], teacher: Teacher | Recording | None, batch: KDBatch | None
+    ) -> None:
+        """Check what each stage would measure and train."""
+        stages = _stages(self.config)
+        if "distill" in stages and self.config.teacher is None:
+            message = "stage: distill needs a teacher: set teacher, or use stage: baseline"
+            self.findings.add("error", "teacher", [message])
         for stage in stages:
-            runs = {"teacher.model": config} if stage == "teacher" else config.single_runs
+            runs = {"teacher.model": self.config} if stage == "teacher" else self.config.single_runs
             for key, each in runs.items():
                 what = _WHAT.get(key, f"the student {key.rpartition('.')[2]}")
-                report(what)
-                with findings.part(key), progress_bar(what):
+                self.report(what)
+                with self.findings.part(key), progress_bar(what):
                     _check_evaluation(each, stage, labeled, teacher)
-                    _check_student(each, stage, training, teacher, batch, plugins)
-    return found, grid
+                    _check_student(each, stage, self.training, teacher, batch, self.plugins)
 
 
 def _stages(config: Config) -> list[Stage]:

@@ -188,37 +188,12 @@ def export_student(
             "with a lower train.optimizer.lr, or in float32 or bfloat16, in another run_dir"
         )
     make_folders(folder)
-    own = model if isinstance(model, OwnNetwork) else None
     settings = model if isinstance(model, ModelSettings) else None
     if settings is not None and settings.is_headless:
         classes = None
-    # Not `auto`, by which the network may be adapted to nothing.
-    adapter = student.expected if isinstance(student, AdaptedNetwork) else None
-    weights = {name: tensor.contiguous() for name, tensor in trunk_of(student).state_dict().items()}
-    content: bytes = require("safetensors.torch", extra="train").save(weights)
-    description = Exported(
-        model=None if settings is None else settings.model_copy(update=_WITHOUT_WEIGHTS | {"input_adapter": adapter}),
-        own=own,
-        weights_sha256=hashlib.sha256(content).hexdigest(),
-        classes=None if classes is None else tuple(classes),
-        transform=transform,
-    )
-    write_atomic(folder / WEIGHTS, content)
-    content_of = description.model_dump(mode="json")
-    if own is None:
-        content_of["model"] = hide_in_settings(content_of["model"])  # the folder is made to be given to others
-    write_atomic(folder / DESCRIPTION, json.dumps(content_of, indent=2, ensure_ascii=False) + "\n")
-    if not export.onnx:
-        return
-    if own is not None and own.no_onnx is not None:
-        _logger.info("the student is not exported to ONNX: %s", own.no_onnx)
-        return
-    if own is not None:
-        shape = tuple(size or 1 for size in next(iter(own.inputs.values()))[1:])
-    elif transform is not None:
-        shape = transform.image_shape
-    else:
-        _logger.info("the student is not exported to ONNX: the size of its images is that of batches of your own")
+    _write_weights(student, model, folder, None if classes is None else tuple(classes), transform)
+    shape = _onnx_shape(model, transform) if export.onnx else None
+    if shape is None:
         return
     try:
         with timed("export to ONNX") as report:
@@ -231,6 +206,44 @@ def export_student(
     if export.engine is not None:
         build = BuildSettings(onnx=folder / ONNX, **export.engine.model_dump())
         build_engine(build, save_engine=folder / ENGINE, calibration_set=calibration_set, report=_logger.info)
+
+
+def _write_weights(
+    student: nn.Module,
+    model: ModelSettings | OwnNetwork,
+    folder: Path,
+    classes: tuple[str, ...] | None,
+    transform: EvalTransform | None,
+) -> None:
+    """Write the weights and their description."""
+    own = model if isinstance(model, OwnNetwork) else None
+    settings = None
+    if isinstance(model, ModelSettings):
+        # Not `auto`, by which the network may be adapted to nothing.
+        adapter = student.expected if isinstance(student, AdaptedNetwork) else None
+        settings = model.model_copy(update=_WITHOUT_WEIGHTS | {"input_adapter": adapter})
+    weights = {name: tensor.contiguous() for name, tensor in trunk_of(student).state_dict().items()}
+    content: bytes = require("safetensors.torch", extra="train").save(weights)
+    digest = hashlib.sha256(content).hexdigest()
+    description = Exported(model=settings, own=own, weights_sha256=digest, classes=classes, transform=transform)
+    write_atomic(folder / WEIGHTS, content)
+    values = description.model_dump(mode="json")
+    if own is None:
+        values["model"] = hide_in_settings(values["model"])  # the folder is made to be given to others
+    write_atomic(folder / DESCRIPTION, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _onnx_shape(model: ModelSettings | OwnNetwork, transform: EvalTransform | None) -> tuple[int, ...] | None:
+    """The shape of an image for the ONNX file; None, which is logged, where there can be no such file."""
+    if isinstance(model, OwnNetwork):
+        if model.no_onnx is None:
+            return tuple(size or 1 for size in next(iter(model.inputs.values()))[1:])
+        _logger.info("the student is not exported to ONNX: %s", model.no_onnx)
+    elif transform is not None:
+        return transform.image_shape
+    else:
+        _logger.info("the student is not exported to ONNX: the size of its images is that of batches of your own")
+    return None
 
 
 def read_exported(path: Path) -> tuple[Path, Exported] | None:
@@ -297,7 +310,11 @@ def open_model_file(
         return _open_network(*exported, device, dtype, classes, plugins)
     settings = TeacherSettings.model_validate({_BACKENDS[path.suffix]: path})
     teacher = open_teacher(settings, image_shape=image_shape, device=device, dtype=dtype, trust_engines=trust_engines)
-    teacher = match_classes(teacher, classes)
+    try:
+        teacher = match_classes(teacher, classes)
+    except BaseException:
+        teacher.close()
+        raise
     return OpenedModel(teacher, teacher.classes, (path,), teacher.close)
 
 

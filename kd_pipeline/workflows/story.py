@@ -9,6 +9,7 @@ from torch import nn
 from kd_pipeline._core.ranks import world_size
 from kd_pipeline._core.secret_values import hide_in_settings
 from kd_pipeline._core.terminal_log import log_line
+from kd_pipeline._core.text import counted
 from kd_pipeline.batch import rows_name
 from kd_pipeline.config.config import Config
 from kd_pipeline.models.registry import ModelSettings
@@ -104,7 +105,7 @@ def _rows_text(loader: Any, validation: Mapping[str, Any]) -> str:
     parts = [f"{split} {number:,}" for split, each in counts.items() if (number := _num_rows(each)) is not None]
     if loader.num_classes is not None:
         lacks = "" if loader.has_labels or loader.has_masks else ", no labels for training"
-        parts.append(f"{loader.num_classes:,} classes{' of pixels' if loader.has_masks else ''}{lacks}")
+        parts.append(f"{counted(loader.num_classes, 'class')}{' of pixels' if loader.has_masks else ''}{lacks}")
     elif not loader.has_labels and not loader.has_masks:
         parts.append("no labels")
     return ", ".join(parts)
@@ -128,7 +129,8 @@ def _epochs_text(config: Config, loader: Any) -> str:
         num_batches = None
     if settings.limit_train_batches is not None:
         num_batches = min(settings.limit_train_batches, num_batches or settings.limit_train_batches)
-    steps = "" if num_batches is None else f" ({-(-num_batches // settings.accumulate):,} steps each)"
+    num_steps = None if num_batches is None else -(-num_batches // settings.accumulate)
+    steps = "" if num_steps is None else f" ({counted(num_steps, 'step')} each)"
     batch = "" if loader.batch_size is None else f", batch size {loader.batch_size:,}"
     if world_size() > 1:
         batch += f" on each of {world_size()} processes"

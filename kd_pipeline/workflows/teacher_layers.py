@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
+from kd_pipeline._core.text import counted
 from kd_pipeline.config.config import Config
 from kd_pipeline.config.teacher_layers import LayerSources, TeacherLayers
 from kd_pipeline.errors import ConfigError
@@ -40,8 +41,8 @@ def copy_layers(student: nn.Module, teacher: nn.Module, sources: LayerSources) -
         shapes = {name: weight.shape for name, weight in state.items() if name.startswith(f"{layer}.")}
         if not shapes or {name: weight.shape for name, weight in copied.items()} != shapes:
             raise ConfigError(
-                f"student_from_teacher: the student's layer {layer!r} ({len(shapes)} tensors) does not match the "
-                f"teacher's layer {source!r} ({len(copied)} tensors)"
+                f"student_from_teacher: the student's layer {layer!r} ({counted(len(shapes), 'tensor')}) does not "
+                f"match the teacher's layer {source!r} ({counted(len(copied), 'tensor')})"
             )
         state.update(copied)
     student.load_state_dict(state)
@@ -57,7 +58,7 @@ def _pairs(student: nn.Module, teacher: nn.Module, sources: LayerSources) -> Ite
         chosen = _choose(source, names, layer)
         if len(chosen) != len(own):
             raise ConfigError(
-                f"student_from_teacher.{layer}: {len(chosen)} of the {len(names)} layers in the teacher's "
+                f"student_from_teacher.{layer}: {len(chosen)} of the {counted(len(names), 'layer')} in the teacher's "
                 f"{source.layers!r} are taken ({', '.join(chosen)}), and the student has {len(own)} in {layer!r}; take "
                 "as many"
             )

@@ -366,7 +366,7 @@ def test_pretrained_backbone_gets_the_images_of_its_training(
         asked.append(settings)
         return open_model(settings.model_copy(update={"pretrained": False}))
 
-    monkeypatch.setattr("kd_pipeline.workflows._compare.open_model", without_download)
+    monkeypatch.setattr("kd_pipeline.workflows.compared_models.open_model", without_download)
     model = "timm:test_vit2"
     size = ["--set", "data.val.transform.size=160", "--set", "data.batch_size=8"]
     assert pretrained_input(open_model(ModelSettings(timm="test_vit2"))).mean == (0.5, 0.5, 0.5)

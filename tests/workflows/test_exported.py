@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -19,6 +20,7 @@ from kd_pipeline.errors import ConfigError, ExportError, TeacherError
 from kd_pipeline.models.backbone import Backbone, num_prefix_tokens
 from kd_pipeline.models.registry import ModelSettings, open_model
 from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.training.settings import ExportSettings
 from kd_pipeline.workflows.exported import export_student, open_model_file, read_exported
 from tests.networks import CLASSES, random_images
@@ -107,6 +109,23 @@ def test_onnx_logits_follow_requested_class_order(exported: Callable[[int], Path
     assert torch.equal(opened.model(images)["logits"], own.flip(1)) and opened.classes == CLASSES[::-1]
     with pytest.raises(TeacherError, match="lacks 'cat'"):
         open_model_file(exported(0), image_shape=(3, 32, 32), device=CPU, classes=("cat",))
+
+
+def test_file_of_other_classes_is_closed_again(
+    exported: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Teacher] = []
+
+    def spy(*arguments: Any, **options: Any) -> Teacher:
+        opened.append(open_teacher(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr("kd_pipeline.workflows.exported.open_teacher", spy)
+    with pytest.raises(TeacherError, match="lacks 'cat'"):
+        open_model_file(exported(0), image_shape=(3, 32, 32), device=CPU, classes=("cat",))
+    (teacher,) = opened
+    with pytest.raises(TeacherError, match="teacher is closed"):
+        teacher(random_images(1))
 
 
 def test_lone_file_has_no_description(exported: Callable[[int], Path]) -> None:

@@ -13,7 +13,7 @@ from kd_pipeline.errors import ConfigError
 from kd_pipeline.teachers import automatic, open_on_cpu
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.workflows import _compare as comparing
-from kd_pipeline.workflows import compare_files, record
+from kd_pipeline.workflows import compare_files, compared_models, record
 from kd_pipeline.workflows.resume import SavedRun
 from kd_pipeline.workflows.teacher import open_run_teacher, saved_runtimes
 from tests.recordings import manifest_of, num_epochs_of
@@ -78,9 +78,9 @@ def test_eval_runs_the_teacher_as_the_run_did(
         found.extend(model.runtimes for model in models.values())
 
     monkeypatch.setattr(comparing, "compare", compare)
-    monkeypatch.setattr(comparing, "_runtimes_of", lambda config: ["pytorch fp32"])
+    monkeypatch.setattr(compared_models, "_runtimes_of", lambda config: ["pytorch fp32"])
     compare_files(config, plugins=PLUGINS)
-    monkeypatch.setattr(comparing, "_runtimes_of", lambda config: None)
+    monkeypatch.setattr(compared_models, "_runtimes_of", lambda config: None)
     compare_files(config, plugins=PLUGINS)
     assert found == [("pytorch fp32",), ("pytorch bf16",)]
 
