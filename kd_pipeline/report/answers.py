@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from kd_pipeline._core.files import open_regular
 from kd_pipeline.errors import DataError
+from kd_pipeline.report.csv_lines import lines_of
 
 __all__ = ["Answer", "read_answers"]
 
@@ -53,7 +53,7 @@ def read_answers(path: Path) -> Iterator[Answer]:
     place = str(path)
     try:
         with open_regular(path, max_bytes=_MAX_BYTES) as file:
-            reader = csv.DictReader(_lines(file))
+            reader = csv.DictReader(lines_of(file, max_bytes=_MAX_LINE))
             for number, row in enumerate(reader):
                 place = f"{path}, line {reader.line_num}"
                 if number >= _MAX_ROWS:
@@ -87,10 +87,3 @@ def _index(text: str) -> int:
 def _number(text: str | None) -> float | None:
     value = float(text) if text else math.nan
     return value if math.isfinite(value) else None
-
-
-def _lines(file: BinaryIO) -> Iterator[str]:
-    while line := file.readline(_MAX_LINE):
-        if len(line) == _MAX_LINE:
-            raise ValueError(f"a line of more than {_MAX_LINE} bytes")
-        yield line.decode()

@@ -14,7 +14,7 @@ from kd_pipeline._core.text import printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.losses.pixels import predicted_classes
-from kd_pipeline.report.pixels import save_image, save_pixel_grid
+from kd_pipeline.report.pixels import save_image, save_pixel_grid, short_name
 from kd_pipeline.teachers.base import is_logits
 
 __all__ = ["save_grid", "save_samples"]
@@ -23,6 +23,8 @@ _TILE = 112
 _NUM_MASKS = 8
 """Images in a picture with masks, each of which has several tiles."""
 _MARGIN = 6
+_NAME_LENGTH = 10
+"""Of a class in a caption."""
 _TEXT_HEIGHT, _LINE_HEIGHT = 30, 14
 _BLACK, _GREEN, _RED, _GRAY = (20, 20, 20), (0, 110, 40), (190, 20, 20), (130, 130, 130)
 
@@ -151,20 +153,15 @@ def _captions(batch: KDBatch, position: int, classes: Sequence[str] | None) -> l
     label = None if batch.labels is None else _class_of(batch.labels[position])
     is_valid = bool(batch.valid[position])
     if label is not None:
-        lines.append((f"label {_name(label, classes)}", _BLACK if is_valid else _GRAY))
+        lines.append((f"label {short_name(label, classes, _NAME_LENGTH)}", _BLACK if is_valid else _GRAY))
     logits = [output for name, output in batch.teacher.items() if is_logits(name) and output.ndim == 2]
     if len(logits) == 1:  # of several classifiers, none is the teacher
         probability, top1 = logits[0][position].softmax(dim=0).max(dim=0)
         color = _GRAY if label is None or not is_valid else _GREEN if int(top1) == label else _RED
-        lines.append((f"teacher {_name(int(top1), classes)} {float(probability):.0%}", color))
+        lines.append((f"teacher {short_name(int(top1), classes, _NAME_LENGTH)} {float(probability):.0%}", color))
     return lines
 
 
 def _class_of(label: Tensor) -> int:
     """The class itself, or the one with the largest share in a mixed image."""
     return int(label if label.ndim == 0 else label.argmax())
-
-
-def _name(label: int, classes: Sequence[str] | None) -> str:
-    name = printable(classes[label]) if classes is not None and label < len(classes) else str(label)
-    return name if len(name) <= 10 else name[:9] + "…"

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from kd_pipeline._core.text import printable
 from kd_pipeline.report.document import Chart, Document, Matrix
+from kd_pipeline.report.points import downsampled
 
 __all__ = ["render"]
 
@@ -103,7 +104,7 @@ def _heat(matrix: Matrix) -> list[tuple[str, list[tuple[str, float]]]]:
 def _drawn(chart: Chart) -> _Drawn:
     """The lines of a chart and the ticks of its axes."""
     usable = [(each, [(x, y) for x, y in each.points if abs(y) < _MAX_SHOWN]) for each in chart.series]
-    series = [(each, _downsampled(points)) for each, points in usable if points]
+    series = [(each, downsampled(points, _MAX_POINTS)) for each, points in usable if points]
     xs = [x for _, points in usable for x, _ in points]
     ys = [y for _, points in series for _, y in points]
     # At least half of each line stays in sight.
@@ -141,16 +142,6 @@ def _highest(values: Sequence[float]) -> float:
     usual, low = ordered[int(0.9 * (len(ordered) - 1))], ordered[0]
     outlies = len(ordered) >= _MIN_TO_CUT and ordered[-1] - low > _OUTLIER * (usual - low) > 0
     return usual + (usual - low) / 5 if outlies else ordered[-1]
-
-
-def _downsampled(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    length = math.ceil(len(points) / _MAX_POINTS)
-    chunks = [points[start : start + length] for start in range(0, len(points), length)]
-    return [(_mean([x for x, _ in chunk]), _mean([y for _, y in chunk])) for chunk in chunks]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _ticks(low: float, high: float, number: int) -> list[float]:

@@ -1,14 +1,16 @@
-"""Read `metrics.csv`, which somebody else may have written."""
+"""Read `metrics.csv`, which somebody else may have written, by rows or by columns."""
 
 import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from kd_pipeline._core.files import open_regular
 from kd_pipeline.errors import DataError
+from kd_pipeline.report.csv_lines import lines_of
+from kd_pipeline.report.points import Point
 
-__all__ = ["read_metrics"]
+__all__ = ["read_columns", "read_metrics"]
 
 _MAX_BYTES = 2**26
 """A row of 20 metrics takes about 250 bytes."""
@@ -30,7 +32,7 @@ def read_metrics(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
     place, num_cells, num_numbers = str(path), 0, 0
     try:
         with open_regular(path, max_bytes=_MAX_BYTES) as file:
-            reader = csv.DictReader(_lines(file))
+            reader = csv.DictReader(lines_of(file, max_bytes=_MAX_LINE))
             for row in reader:
                 place = f"{path}, line {reader.line_num}"
                 metrics = {name: float(value) for name, value in row.items() if value and name != "step"}
@@ -49,8 +51,21 @@ def read_metrics(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
         ) from None
 
 
-def _lines(file: BinaryIO) -> Iterator[str]:
-    while line := file.readline(_MAX_LINE):
-        if len(line) == _MAX_LINE:
-            raise ValueError(f"a line of more than {_MAX_LINE} bytes")
-        yield line.decode()
+def read_columns(path: Path, *, max_numbers: int | None = None) -> dict[str, list[Point]]:
+    """The finite numbers of each column, with their steps, which ascend.
+
+    Raises:
+        DataError: the file cannot be read, does not hold the metrics of a run, or has more than `max_numbers`.
+    """
+    columns: dict[str, list[Point]] = {}
+    number = 0
+    for step, metrics in read_metrics(path):
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                columns.setdefault(name, []).append((float(step), value))
+                number += 1
+        if max_numbers is not None and number > max_numbers:
+            raise DataError(f"{path} has more than {max_numbers:,} numbers, and a report shows none of them")
+    for points in columns.values():
+        points.sort(key=lambda point: point[0])
+    return columns

@@ -14,9 +14,11 @@ from kd_pipeline._core.constants import IGNORE_INDEX
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["class_colors", "save_image", "save_mask", "save_pixel_grid"]
+__all__ = ["class_colors", "save_image", "save_mask", "save_pixel_grid", "short_name"]
 
 _TILE, _MARGIN, _TITLE_HEIGHT, _LEGEND_HEIGHT = 112, 4, 16, 18
+_NAME_LENGTH = 14
+"""Of a class in the legend."""
 _MAX_LEGEND = 32
 """Classes that the legend names, those with the most pixels."""
 _IGNORED = (224, 224, 192)
@@ -97,7 +99,7 @@ def save_pixel_grid(
         row, column = divmod(position, columns)
         x, y = _MARGIN + column * 110, top + row * _LEGEND_HEIGHT
         draw.rectangle([x, y, x + 12, y + 12], fill=tuple(colors[label].tolist()), outline=_BLACK)
-        draw.text((x + 17, y), _name(label, classes), fill=_BLACK, font=font)
+        draw.text((x + 17, y), short_name(label, classes, _NAME_LENGTH), fill=_BLACK, font=font)
     return save_image(canvas, path)
 
 
@@ -140,6 +142,7 @@ def _most_frequent(labels: Mapping[str, Tensor], num_classes: int) -> list[int]:
     return sorted(int(label) for label in top if counts[label])
 
 
-def _name(label: int, classes: Sequence[str] | None) -> str:
+def short_name(label: int, classes: Sequence[str] | None, length: int) -> str:
+    """The name of a class, or its number without names, in at most so many characters."""
     name = printable(classes[label]) if classes is not None and label < len(classes) else str(label)
-    return name if len(name) <= 14 else name[:13] + "…"
+    return name if len(name) <= length else f"{name[: length - 1]}…"

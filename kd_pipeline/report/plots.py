@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -11,14 +10,13 @@ import numpy as np
 from kd_pipeline._core.atomic_write import atomic_file
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.text import printable
-from kd_pipeline.report.metrics_rows import read_metrics
+from kd_pipeline.report.metrics_rows import read_columns
+from kd_pipeline.report.points import Point, downsampled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Bar", "Point", "plot_bars", "plot_confusion", "plot_curves", "plot_scaling", "save_figure"]
-
-Point = tuple[float, float]
+__all__ = ["Bar", "plot_bars", "plot_confusion", "plot_curves", "plot_scaling", "save_figure"]
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6e503c", "#5a5a5a")
 """Okabe and Ito's palette, which color-blind people can tell apart, with brown and gray for yellow and black."""
@@ -56,7 +54,7 @@ def plot_curves(metrics_csv: Path | str) -> "Figure":
         MissingPackageError: matplotlib is not installed.
         DataError: the file cannot be read, or does not hold the metrics of a run.
     """
-    columns = _read_columns(Path(metrics_csv))
+    columns = read_columns(Path(metrics_csv))
     names = {name: name.rpartition("/")[2] for name in columns}
     found = (
         (
@@ -81,7 +79,7 @@ def plot_curves(metrics_csv: Path | str) -> "Figure":
     for (title, shown, label), (axes,) in zip(panels, figure.subplots(len(panels), squeeze=False), strict=True):
         _style(axes, title, grid="y")
         for name in shown:
-            points = _downsampled(columns[name])
+            points = downsampled(columns[name], _MAX_POINTS)
             marker = "o" if len(points) <= _MAX_MARKED else None
             axes.plot(*zip(*points, strict=True), marker=marker, ms=4, label=f"{name}  {label(columns[name][-1][1])}")
         axes.set_xlim(0, max(last_step, 1) * 1.01)
@@ -216,22 +214,6 @@ def _style(axes: Any, title: str, *, grid: str) -> None:
 def _legend(axes: Any) -> None:
     """On the right of the plot, where it hides nothing."""
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-
-
-def _read_columns(path: Path) -> dict[str, list[Point]]:
-    """The finite numbers of each column with their steps."""
-    columns: dict[str, list[Point]] = {}
-    for step, metrics in read_metrics(path):
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                columns.setdefault(name, []).append((float(step), value))
-    return columns
-
-
-def _downsampled(points: list[Point]) -> list[Point]:
-    length = math.ceil(len(points) / _MAX_POINTS)
-    chunks = [points[start : start + length] for start in range(0, len(points), length)]
-    return [(fmean(x for x, _ in chunk), fmean(y for _, y in chunk)) for chunk in chunks]
 
 
 def _number(value: float) -> str:

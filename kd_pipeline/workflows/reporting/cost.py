@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from kd_pipeline._core.cpu_features import trains_faster_in_bf16
-from kd_pipeline._core.text import plural
+from kd_pipeline._core.text import counted
 from kd_pipeline.errors import KDPipelineError
 from kd_pipeline.report.advice import advice_for
 from kd_pipeline.report.document import Bar, Block, Code, Facts, Fold, Heading, Shares, Table, Text
@@ -150,7 +150,7 @@ def environment_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
         if isinstance(packages, Mapping):
             names = [f"{name}=={version}" for name, version in packages.items() if isinstance(version, str)]
             names = [name[:_MAX_TEXT] for name in names[:_MAX_PACKAGES]]
-            yield Fold(f"{len(names)} packages", [Code("\n".join(names))])
+            yield Fold(f"{counted(len(names), 'package')}", [Code("\n".join(names))])
 
 
 def _host(run: RunRecord) -> str:
@@ -276,7 +276,7 @@ def _checks(run: RunRecord) -> Iterator[Block]:
     warnings = [*dict.fromkeys(line.text for line in run.log if line.level in ("WARNING", "ERROR", "CRITICAL"))]
     if warnings:
         shown = warnings[-_MAX_WARNINGS:]
-        yield Fold(f"{len(warnings)} {plural(len(warnings), 'warning')} in the log", [Code("\n".join(shown))])
+        yield Fold(f"{counted(len(warnings), 'warning')} in the log", [Code("\n".join(shown))])
     files = [] if run.part_of else [*_files(run)]
     if files:
         yield Table(["File", "Size"], files, title="What to use")
@@ -350,7 +350,9 @@ def _recording(run: RunRecord) -> Iterator[Block]:
     sizes = [
         entry.stat(follow_symlinks=False).st_size for entry in os.scandir(path) if entry.is_file(follow_symlinks=False)
     ]
-    text = f"The teacher's outputs are from a recording of {_size(sum(sizes))} in {len(sizes)} files, {path}."
+    text = (
+        f"The teacher's outputs are from a recording of {_size(sum(sizes))} in {counted(len(sizes), 'file')}, {path}."
+    )
     yield Text(text)
 
 

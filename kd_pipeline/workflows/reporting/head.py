@@ -126,7 +126,7 @@ def _data(run: RunRecord) -> str:
     """` of 1,433 images in 10 classes`; empty if it is not known."""
     for rows in ("images", "samples", "rows"):
         if match := re.search(r"train (\d[\d,]*\d|\d)", told := run.told(rows)):
-            classes = re.search(r"(\d[\d,]*) (classes(?: of pixels)?)", told)
+            classes = re.search(r"(\d[\d,]*) (class(?:es)?(?: of pixels)?)", told)
             return f" of {match[1]} {rows}" + (f" in {classes[1]} {classes[2]}" if classes else "")
     return ""
 

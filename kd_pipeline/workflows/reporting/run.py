@@ -1,7 +1,6 @@
 """What the folder of a run says about it, for a report: read with bounds, as somebody else may have written it."""
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +15,10 @@ from kd_pipeline._core.secret_values import hide_in_settings, hide_in_text
 from kd_pipeline._core.text import printable
 from kd_pipeline.config.reader import read_text
 from kd_pipeline.config.yaml import Place, parse
-from kd_pipeline.errors import ConfigError, DataError, KDPipelineError, StateError
+from kd_pipeline.errors import ConfigError, KDPipelineError, StateError
 from kd_pipeline.evaluation._evaluate import Evaluation
-from kd_pipeline.report.metrics_rows import read_metrics
+from kd_pipeline.report.metrics_rows import read_columns
+from kd_pipeline.report.points import Point
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.results import read_evaluations
 from kd_pipeline.workflows.stage import Stage
@@ -40,7 +40,6 @@ _TITLED = re.compile(r"(stage|teacher|student|images|rows|samples|epochs|device|
 _TIMED = re.compile(r"([^:]{1,80}(?::[^:]{1,40})?): (\d{1,9}\.\d) s")
 
 Value = TypeVar("Value")
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,20 +238,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _metrics(path: Path) -> dict[str, list[Point]]:
-    if (file := inside(path, "metrics.csv")) is None:
-        return {}
-    columns: dict[str, list[Point]] = {}
-    number = 0
-    for step, metrics in read_metrics(file):
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                columns.setdefault(name, []).append((float(step), value))
-                number += 1
-        if number > _MAX_POINTS:
-            raise DataError(f"{file} has more than {_MAX_POINTS:,} numbers, and a report shows none of them")
-    for points in columns.values():
-        points.sort(key=lambda point: point[0])
-    return columns
+    file = inside(path, "metrics.csv")
+    return {} if file is None else read_columns(file, max_numbers=_MAX_POINTS)
 
 
 def _evaluations(path: Path) -> dict[str, Evaluation]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from kd_pipeline._core.progress import progress_bar
+from kd_pipeline._core.text import counted
 from kd_pipeline.config.config import Config, load_config
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, DataError, KDPipelineError
@@ -25,8 +26,8 @@ from kd_pipeline.report.data_uri import picture_uri, thumbnail_uri
 from kd_pipeline.report.grid import save_grid
 from kd_pipeline.storage.open import local_only
 from kd_pipeline.teachers.settings import members_of
-from kd_pipeline.workflows._compare import open_logits_teacher
 from kd_pipeline.workflows.check_images import key_of
+from kd_pipeline.workflows.compared_models import open_logits_teacher
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
 from kd_pipeline.workflows.reporting.choice import Group, choose, count_answers
 from kd_pipeline.workflows.reporting.run import RunRecord, inside
@@ -100,7 +101,7 @@ def collect_samples(run: RunRecord, access: Access, *, number: int, report: Call
             elif opened is not None:
                 report(f"{run.name}: answers for {len(opened[1].source):,} validation images")
                 rows = [*_evaluate(run, *opened, access, stack, notes)]
-        except KDPipelineError as exc:
+        except (KDPipelineError, IndexError, RuntimeError) as exc:  # of a student that does not fit the data
             notes.append(f"The answers to single images are not known: {sentence(exc)}")
         kept = run.evaluations.get("val")
         is_part = kept is not None and kept.num_samples > len(rows) > 0
@@ -113,7 +114,7 @@ def collect_samples(run: RunRecord, access: Access, *, number: int, report: Call
         pictures: dict[int, str] = {}
         if opened is not None and groups:
             wanted = {row.index: row for group in groups for row in group.rows}
-            report(f"{run.name}: pictures of {len(wanted)} images of data.val")
+            report(f"{run.name}: pictures of {counted(len(wanted), 'image')} of data.val")
             pictures = _pictures(opened[1], wanted, notes)
     return Samples({} if is_part else count_answers(rows), groups, pictures, notes)
 
@@ -322,5 +323,6 @@ def _pictures(loader: KDDataLoader, wanted: Mapping[int, Answer], notes: list[st
             except (DataError, RuntimeError) as exc:
                 notes.append(f"{source.name(index)} cannot be shown: {sentence(exc)}")
     if num_changed:
-        notes.append(f"{num_changed} images have no picture: the data is not what it was when the run ended.")
+        have = "1 image has" if num_changed == 1 else f"{num_changed} images have"
+        notes.append(f"{have} no picture: the data is not what it was when the run ended.")
     return found

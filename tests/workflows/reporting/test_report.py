@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -91,6 +92,16 @@ def test_a_run_without_answers_is_asked_again(runs: tuple[Path, Path], copy: Pat
     asked, kept = (write(folder, out=tmp_path / "a.html") for folder in (copy, runs[0]))
     assert "the student and the teacher answered for this report" in asked
     assert tiles(asked) == tiles(kept) and len(tiles(kept)) > 20
+
+
+@pytest.mark.parametrize("error", [IndexError("Target 12 is out of bounds."), RuntimeError("no such kernel")])
+def test_a_student_that_fails_ends_no_report(
+    error: Exception, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copy / "predictions_val.csv").unlink()
+    monkeypatch.setattr("kd_pipeline.workflows.reporting.samples.run_on_view", Mock(side_effect=error))
+    page = write(copy, out=tmp_path / "a.html")
+    assert f"The answers to single images are not known: {str(error).rstrip('.')}." in page
 
 
 def write_predictions(run: Path, **changes: str) -> None:
