@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_pipeline._core.progress import speed_text
-from kd_pipeline._core.text import plural, printable
+from kd_pipeline._core.text import counted, printable
 from kd_pipeline.cli.arguments import print_progress
 from kd_pipeline.cli.printing import print_result
 
@@ -103,4 +103,4 @@ def _command(summary: dict[str, Any]) -> str:
 
 
 def _epochs(summary: dict[str, Any]) -> str:
-    return f"{summary['epochs']} {plural(summary['epochs'], 'epoch')}"
+    return f"{counted(summary['epochs'], 'epoch')}"

@@ -25,7 +25,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
     report = diagnose()
     if parsed.json:
-        print(json.dumps(report.model_dump(mode="json"), indent=2))
+        print_result(json.dumps(report.model_dump(mode="json"), indent=2))
     else:
         print_result(report.to_text())
     return 0 if report.is_usable else 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from kd_pipeline._core.files import open_own
-from kd_pipeline._core.text import printable
+from kd_pipeline._core.text import counted, printable
 from kd_pipeline.cli.arguments import add_permissions, path_option, permissions
 from kd_pipeline.cli.printing import print_message, print_result
 from kd_pipeline.errors import ConfigError
@@ -74,7 +74,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
     from kd_pipeline._core.device import resolve_device
     from kd_pipeline._core.progress import no_report, progress_bar
-    from kd_pipeline.evaluation._predict import NOT_FINITE, find_images, predict
+    from kd_pipeline.evaluation._predict import find_images, predict
     from kd_pipeline.workflows.exported import open_model_file
 
     if parsed.top < 1:
@@ -83,48 +83,65 @@ def _run(parsed: argparse.Namespace) -> int:
     images = find_images(parsed.images)
     transform = _transform(parsed)
     device = resolve_device(parsed.device)
-    num_unreadable = num_not_finite = 0
     with ExitStack() as stack:
         dtype = getattr(torch, transform.dtype)
         shape = transform.image_shape
         opened = open_model_file(parsed.model, image_shape=shape, device=device, dtype=dtype, **permissions(parsed))
         stack.callback(opened.close)
         out = None if parsed.out is None else stack.enter_context(_open_out(parsed.out))
-        masks = _Masks(parsed.masks)
+        shown = _Shown(parsed, opened.classes, out)
         found = predict(opened.model, images, transform, batch_size=parsed.batch_size, device=device)
         # Where results scroll by, they show how far it is.
         report = no_report if sys.stdout.isatty() else stack.enter_context(progress_bar("predicting"))
         for number, prediction in enumerate(found, start=1):
             report(number, len(images))
-            num_not_finite += prediction.problem == NOT_FINITE
-            num_unreadable += prediction.problem not in (None, NOT_FINITE)
-            mask = None if parsed.masks is None else masks.save(prediction)
-            # In ASCII, which escapes what a terminal would obey and what is no UTF-8 in names.
-            line = json.dumps(
-                _to_json(prediction, opened.classes, parsed.top) | ({} if mask is None else {"mask": mask})
-            )
-            if out is not None:
-                out.write(line.encode() + b"\n")
-            if parsed.json:
-                print(line)
-            elif prediction.problem is None:
-                print_result(printable(_text(prediction, opened.classes, parsed.top)))
-            if prediction.problem is not None:
-                what = "has no prediction" if prediction.problem == NOT_FINITE else "cannot be read"
-                line = printable(f"{prediction.image} {what}: {prediction.problem}")
-                print_message(f"kd-pipeline: {line}")
-    print_message(f"{len(images)} images in {time.monotonic() - started:.1f} s")
-    if num_unreadable:
-        print_message(f"kd-pipeline: {num_unreadable} of {len(images)} images cannot be read")
-    if num_not_finite:
-        print_message(f"kd-pipeline: {num_not_finite} of {len(images)} images have no finite logits")
-    return 1 if num_unreadable or num_not_finite else 0
+            shown.add(prediction)
+    of_all = counted(len(images), "image")
+    print_message(f"{of_all} in {time.monotonic() - started:.1f} s")
+    if shown.num_unreadable:
+        print_message(f"kd-pipeline: {shown.num_unreadable} of {of_all} cannot be read")
+    if shown.num_not_finite:
+        have = "has" if shown.num_not_finite == 1 else "have"
+        print_message(f"kd-pipeline: {shown.num_not_finite} of {of_all} {have} no finite logits")
+    return 1 if shown.num_unreadable or shown.num_not_finite else 0
+
+
+class _Shown:
+    """Prints predictions, writes them as the options say, and counts the images that have none."""
+
+    def __init__(self, parsed: argparse.Namespace, classes: tuple[str, ...] | None, out: BinaryIO | None) -> None:
+        self._classes, self._out, self._top, self._as_json = classes, out, parsed.top, parsed.json
+        self._masks = None if parsed.masks is None else _Masks(parsed.masks)
+        self.num_unreadable = self.num_not_finite = 0
+
+    def add(self, prediction: "Prediction") -> None:
+        """Show one.
+
+        Raises:
+            ConfigError: it has no mask, or that cannot be written.
+        """
+        from kd_pipeline.evaluation._predict import NOT_FINITE
+
+        self.num_not_finite += prediction.problem == NOT_FINITE
+        self.num_unreadable += prediction.problem not in (None, NOT_FINITE)
+        mask = None if self._masks is None else self._masks.save(prediction)
+        # In ASCII, which escapes what a terminal would obey and what is no UTF-8 in names.
+        line = json.dumps(_to_json(prediction, self._classes, self._top) | ({} if mask is None else {"mask": mask}))
+        if self._out is not None:
+            self._out.write(line.encode() + b"\n")
+        if self._as_json:
+            print_result(line)
+        elif prediction.problem is None:
+            print_result(printable(_text(prediction, self._classes, self._top)))
+        if prediction.problem is not None:
+            what = "has no prediction" if prediction.problem == NOT_FINITE else "cannot be read"
+            print_message(f"kd-pipeline: {printable(f'{prediction.image} {what}: {prediction.problem}')}")
 
 
 class _Masks:
     """Files with the classes of pixels, named as their images; those of one name are numbered."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder, self._names = folder, Counter[str]()
 
     def save(self, prediction: "Prediction") -> str | None:
@@ -135,7 +152,7 @@ class _Masks:
         """
         from kd_pipeline.report.pixels import save_mask
 
-        if prediction.problem is not None or self._folder is None:
+        if prediction.problem is not None:
             return None
         if prediction.mask is None or prediction.num_classes is None:
             raise ConfigError("--masks: the model classifies whole images and not their pixels; leave it out")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_pipeline._core.ranks import is_rank_zero
-from kd_pipeline._core.text import plural
+from kd_pipeline._core.text import counted
 from kd_pipeline.cli.arguments import add_config, add_options, checked, given, print_progress
 from kd_pipeline.cli.printing import print_result
 from kd_pipeline.errors import shown
@@ -67,7 +67,9 @@ def _run(parsed: argparse.Namespace) -> int:
     epochs = settings.epochs or config.train.epochs
     if parsed.verify:
         path = recording_path(config, settings)
-        print_result(f"{verify_recording(path):,} parts in {shown(str(path))} are as they were recorded")
+        num_parts = verify_recording(path)
+        are = "is as it was" if num_parts == 1 else "are as they were"
+        print_result(f"{counted(num_parts, 'part')} in {shown(str(path))} {are} recorded")
     if parsed.join:
         return int(_print_state(recording_path(config, settings), epochs, settings))
     if parsed.verify:
@@ -101,7 +103,7 @@ def _print_state(folder: Path | str, epochs: int, settings: "RecordSettings") ->
     num_epochs, row_bytes = joined.parts.num_epochs, joined.manifest.row_bytes
     size = f"{row_bytes:,} bytes each, {format_bytes(joined.manifest.epoch_bytes * num_epochs)} in all"
     print_result(
-        f"{joined.manifest.num_rows:,} images x {num_epochs:,} {plural(num_epochs, 'epoch')}, {size}: train with "
+        f"{joined.manifest.num_rows:,} images x {counted(num_epochs, 'epoch')}, {size}: train with "
         f"teacher: {{path: {_yaml(folder)}}}"
     )
     return False

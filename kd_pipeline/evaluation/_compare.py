@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report, progress_bar
-from kd_pipeline._core.text import plural, printable
+from kd_pipeline._core.text import counted, printable
 from kd_pipeline.batch import KDBatch
 from kd_pipeline.errors import ConfigError, NonFiniteError
 from kd_pipeline.evaluation._evaluate import Evaluation, evaluate, only_metrics
@@ -160,7 +160,7 @@ def compare(
             costs = _measure_costs(model, timed, (files or {}).get(name, ()), report_runs)
         num_samples = next(iter(found.values())).num_samples
         report(
-            f"{name}: {num_samples:,} {plural(num_samples, 'image')} in {evaluated - started:.1f} s, and "
+            f"{name}: {counted(num_samples, 'image')} in {evaluated - started:.1f} s, and "
             f"{time.monotonic() - evaluated:.1f} s to time a batch"
         )
         rows += [

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, normalize
 from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.progress import Report, no_report
 from kd_pipeline._core.settings import Settings
+from kd_pipeline._core.text import counted
 from kd_pipeline.errors import ConfigError, DataError, NonFiniteError
 from kd_pipeline.evaluation._batches import batches_of
 from kd_pipeline.evaluation._gather import of_all_ranks
@@ -195,7 +196,8 @@ def split_bank(features: Features) -> tuple[Features, Features]:
     is_query = features.index % _QUERY_OF == 0
     bank, queries = features.select(~is_query), features.select(is_query)
     if not len(bank) or not len(queries):
-        raise DataError(f"{len(features)} images are too few to classify every fifth of them by the rest")
+        are = "is" if len(features) == 1 else "are"
+        raise DataError(f"{counted(len(features), 'image')} {are} too few to classify every fifth by the rest")
     return bank, queries
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from kd_pipeline._core.atomic_write import atomic_file, write_atomic
 from kd_pipeline._core.optional import require
 from kd_pipeline._core.progress import progress_bar, speed_text
-from kd_pipeline._core.text import plural
+from kd_pipeline._core.text import counted
 from kd_pipeline.config.config import Config, load_config
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.resnet import small_resnet
@@ -61,7 +61,7 @@ def run_demo(overrides: Sequence[str] = (), *, report: Callable[[str], object] =
 
     def train(name: str, width: int, teacher: Teacher | None) -> float:
         num_epochs = config.train.epochs
-        report(f"training the {name}: {num_train:,} images, {num_epochs} {plural(num_epochs, 'epoch')}")
+        report(f"training the {name}: {num_train:,} images, {counted(num_epochs, 'epoch')}")
         began = time.perf_counter()
         networks[name], images_per_s = _train(config, loop, width, teacher, name)
         report(f"  {time.perf_counter() - began:.1f} s, {speed_text(images_per_s)}")

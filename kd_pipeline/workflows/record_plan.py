@@ -14,7 +14,7 @@ from pydantic import Field
 
 from kd_pipeline._core.settings import Settings
 from kd_pipeline._core.tensor_spec import TensorSpec
-from kd_pipeline._core.text import plural
+from kd_pipeline._core.text import counted
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.losses.meeting import guess_prefix_tokens, is_nhwc
@@ -141,7 +141,7 @@ class RecordingPlan:
         manifest = self.manifest
         exists = f", {format_bytes(self.existing_bytes)} of it exists" if self.num_epochs_done is not None else ""
         total = f"{format_bytes(self.num_bytes)} in all ({format_bytes(manifest.epoch_bytes)} per epoch{exists})"
-        images = f"{manifest.num_rows:,} images x {self.epochs:,} {plural(self.epochs, 'epoch')}"
+        images = f"{manifest.num_rows:,} images x {counted(self.epochs, 'epoch')}"
         free = "" if self.free_bytes is None else f"; {format_bytes(self.free_bytes)} are free"
         rows = [
             f"{name} {list(stored.shape)} {stored.dtype}{_change(stored)}: {num_bytes:,} bytes per image"

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,19 @@ def test_prints_a_line_per_image(
         (label, probability), _ = each.top(2)
         name = ("flower", "roof", "sky")[label]
         assert line["top"][0]["class"] == name and text.startswith(f"{each.image}: {name} {probability:.1%}, ")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_reader_that_has_seen_enough_ends_it_without_an_error(
+    options: list[str], run: Path, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as ended:
+            main(["predict", str(run), str(photo_folder / "sky"), "--device", "cpu", *options])
+        assert ended.value.code == 141
 
 
 def test_run_and_its_onnx_file_agree(run: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

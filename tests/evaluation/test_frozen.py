@@ -146,7 +146,7 @@ def test_every_fifth_image_is_a_query() -> None:
     index = torch.tensor([0, 1, 2, 4, 5, 6, 9, 10])  # some could not be read
     bank, queries = split_bank(Features(index[:, None].float(), index, index))
     assert queries.index.tolist() == [0, 5, 10] and bank.index.tolist() == [1, 2, 4, 6, 9]
-    with pytest.raises(DataError, match="1 images are too few"):
+    with pytest.raises(DataError, match="1 image is too few"):
         split_bank(Features(index[:1, None].float(), index[:1], index[:1]))
 
 
