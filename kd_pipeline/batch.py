@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kd_pipeline._core.constants import IMAGES
 
-__all__ = ["KDBatch", "copies_as_rows", "rows_name"]
+__all__ = ["KDBatch", "copies_as_rows", "map_tensors", "rows_name"]
 
 _MAPPINGS = ("views", "teacher", "teacher_views", "extra")
 _OWN_FIELDS = ("labels", "index", "valid", "masks", *_MAPPINGS)
@@ -131,7 +131,7 @@ class KDBatch(Mapping[str, Any]):
         target = torch.device(device)
         if all(each.device == target for each in self.tensors()):
             return self
-        return type(self)(_mapped(lambda each: each.to(device, non_blocking=non_blocking), self.asdict()))
+        return type(self)(map_tensors(lambda each: each.to(device, non_blocking=non_blocking), self.asdict()))
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors, those in mappings too."""
@@ -139,7 +139,7 @@ class KDBatch(Mapping[str, Any]):
 
     def clone(self) -> Self:
         """The batch in memory of its own."""
-        return type(self)(_mapped(Tensor.clone, self.asdict()))
+        return type(self)(map_tensors(Tensor.clone, self.asdict()))
 
     def replace(self, **changes: Any) -> Self:
         """A batch with other values in some fields, which are named as for a new one; nothing is copied."""
@@ -230,10 +230,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield value
 
 
-def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """`value` with `function` of each tensor in it, also in mappings."""
     if isinstance(value, Mapping):
-        return {name: _mapped(function, each) for name, each in value.items()}
+        return {name: map_tensors(function, each) for name, each in value.items()}
     return function(value) if isinstance(value, Tensor) else value
 
 

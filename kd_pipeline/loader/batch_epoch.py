@@ -1,8 +1,8 @@
 """One epoch of a loader of the user's own, with batches that are read and prepared ahead."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,12 @@ class OpenEpoch:
         """Let `take` return `ready` next, which it returned last."""
         self._ahead.appendleft(ready)
 
+    def drop(self, keep: Callable[[Any, Any], None]) -> None:
+        """Forget the batches that were read ahead; `keep` gets the event of each, and what the user's loader gave."""
+        while self._ahead:
+            ready = self._ahead.popleft()
+            keep(ready.event, ready.raw)
+
     def complete(self, completed: Callable[[KDBatch], tuple[KDBatch, Any]]) -> None:
         """Change the batches that were read ahead; `completed` returns each with its event."""
         for place, ready in enumerate(self._ahead):
@@ -104,9 +110,16 @@ _END, _NOTHING = object(), object()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested mappings, lists and tuples."""
+    """The tensors in nested mappings, lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict | list | tuple):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(each)
+        return
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, list | tuple):
+        parts = value
+    elif is_dataclass(value) and not isinstance(value, type):
+        parts = (getattr(value, each.name) for each in fields(value))
+    for each in parts:
+        yield from tensors_in(each)

@@ -37,7 +37,7 @@ class FieldNames:
 
 @dataclass(frozen=True, slots=True)
 class BatchFields:
-    """A batch as tensors, all with the same number of rows."""
+    """A batch as tensors in the dtypes that the loader gave, all with the same number of rows."""
 
     inputs: dict[str, Tensor]
     labels: Tensor | None = None
@@ -202,7 +202,7 @@ def _input(found: Mapping[Any, Any], key: Key) -> Tensor:
 
 
 def _special(found: Mapping[Any, Any], name: str, key: Key) -> Tensor:
-    """Labels, masks, index or valid as a tensor of their dtype."""
+    """Labels, masks, index or valid as a tensor."""
     _check_key(found, name, key)
     value = found[key]
     if isinstance(value, list | tuple) and value and all(isinstance(each, bool | int | float) for each in value):
@@ -214,15 +214,11 @@ def _special(found: Mapping[Any, Any], name: str, key: Key) -> Tensor:
                 f"masks ({key!r}) of a batch are {_shown_one(value)}, not integers [N, H, W], the class of each pixel; "
                 "let the loader (collate_fn) make them so"
             )
-        return tensor.long()
+        return tensor
     if not isinstance(tensor, Tensor) or tensor.ndim == 0 or (name != "labels" and tensor.ndim != 1):
         wanted = "a tensor [N] or [N, K]" if name == "labels" else "a tensor [N]"
         raise DataError(f"{name} ({key!r}) of a batch is {_shown_one(value)}, not {wanted}")
-    if name == "valid":
-        return tensor.bool()
-    if name == "index" or not tensor.is_floating_point():
-        return tensor.long()
-    return tensor.float()
+    return tensor
 
 
 def _as_tensor(value: object) -> object:

@@ -278,6 +278,8 @@ class BatchLoader(InEpochs):
         self._check_usable()
         place = read_start(state, version=_STATE_VERSION)
         check_fingerprint(state["loader"], self._user.facts(), allow=allow)
+        if self._started is not None:
+            self._started.drop(self._sync.keep_until)
         self._started = None
         self._loaded = self._last = place
         self._position.move_to(place.epoch, place.batch)
@@ -288,9 +290,11 @@ class BatchLoader(InEpochs):
             return
         self._is_closed = True
         self._position.loop += 1
-        self._started = None
-        self._sync.close()
-        self._preparation.close()
+        try:
+            self._sync.close()
+        finally:  # a GPU that has failed raises
+            self._started = None
+            self._preparation.close()
 
     def __enter__(self) -> Self:
         return self
@@ -336,6 +340,8 @@ class BatchLoader(InEpochs):
             raise
         finally:
             self._is_looping = False
+            if self._started is not epoch:
+                epoch.drop(self._sync.keep_until)
         position.finish()
 
     def _take(self, place: tuple[int, int]) -> OpenEpoch:

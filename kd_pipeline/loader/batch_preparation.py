@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_pipeline.batch import KDBatch
+from kd_pipeline.batch import KDBatch, map_tensors
 from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, DataError, TeacherError
 from kd_pipeline.loader.batch_epoch import tensors_in
@@ -87,7 +87,7 @@ class BatchPreparation:
             ConfigError, DataError: its fields are not what they are said to be.
             TeacherError: the teacher cannot be opened, or rejects the batch.
         """
-        self._sync.wait_for(tensors_in(raw if not isinstance(raw, KDBatch) else raw.asdict()))
+        self._sync.wait_for(tensors_in(raw))
         with self._sync.on_teacher_stream(), torch.inference_mode(False):  # the next batch may be trained on
             batch = self._moved(raw, row)
             if self._change is not None:
@@ -121,9 +121,10 @@ class BatchPreparation:
             self._teacher.close()
 
     def _moved(self, raw: Any, row: int) -> KDBatch:
-        """The batch on the device; from pinned memory the copy is only queued."""
+        """The batch on the device."""
+        to_device = self._sync.to_device
         if isinstance(raw, KDBatch):
-            return raw.to(self._device, non_blocking=True)
+            return KDBatch(map_tensors(to_device, raw.asdict()))
         fields = read_fields(raw, self._names)
         rows, shard = len(fields), self.shard
         index, valid = fields.index, fields.valid
@@ -132,20 +133,18 @@ class BatchPreparation:
             index = position * shard.world_size + shard.rank
         if valid is None:
             valid = position < (row + rows if self._num_own_rows is None else self._num_own_rows)
+        # Dtypes are changed there, where that is faster and less was copied.
+        labels = None if fields.labels is None else to_device(fields.labels)
+        if labels is not None:
+            labels = labels.float() if labels.is_floating_point() else labels.long()
         return KDBatch(
-            inputs={name: self._to_device(tensor).contiguous() for name, tensor in fields.inputs.items()},
-            labels=None if fields.labels is None else self._to_device(fields.labels),
-            masks=None if fields.masks is None else self._to_device(fields.masks),
-            index=self._to_device(index),
-            valid=self._to_device(valid),
-            extra={
-                name: self._to_device(value) if isinstance(value, Tensor) else value
-                for name, value in fields.extra.items()
-            },
+            inputs={name: to_device(tensor).contiguous() for name, tensor in fields.inputs.items()},
+            labels=labels,
+            masks=None if fields.masks is None else to_device(fields.masks).long(),
+            index=to_device(index).long(),
+            valid=to_device(valid).bool(),
+            extra={name: to_device(each) if isinstance(each, Tensor) else each for name, each in fields.extra.items()},
         )
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
 
     def _changed(self, batch: KDBatch, change: Callable[[KDBatch], KDBatch]) -> KDBatch:
         changed = change(batch)

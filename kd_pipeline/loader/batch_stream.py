@@ -410,10 +410,13 @@ class BatchStream(InEpochs):
         if self._process.is_foreign:
             return  # a forked child, where the parent's threads are not
         self._peeked = None
-        self._reader.close()
-        self._sync.close()
-        if self._owns_teacher and self.teacher is not None:
-            self.teacher.close()
+        try:
+            self._reader.close()
+            self._sync.close()
+        finally:  # a GPU that has failed raises
+            self._ahead.clear()
+            if self._owns_teacher and self.teacher is not None:
+                self.teacher.close()
         self._uniform.report(wait=True)  # last, as it raises if the GPU has failed
 
     def __repr__(self) -> str:

@@ -60,7 +60,7 @@ class Preparation:
     def prepare(self, reader: Reader, epoch: int, number: int) -> PendingBatch:
         """Take a batch from DALI and start the teacher on it."""
         read = reader.read(epoch, number, self.sync.stream)
-        with self.sync.on_teacher_stream():
+        with self.sync.on_teacher_stream(), torch.inference_mode(False):  # the next batch may be trained on
             batches = self._groups.get(read.group)
             if batches is None:
                 batches = self._groups[read.group] = self._split(read.group)
@@ -68,7 +68,9 @@ class Preparation:
             views, labels = dict(made), None if self.source.labels is None else metadata[LABEL]
             if self.mix is not None:
                 views, labels = self._mixed(self.mix, views, labels, metadata[MIXING].T)
-            images, masks = views.pop(IMAGES), None if small is None else _as_classes(small)
+            images, masks = views.pop(IMAGES), None
+            if small is not None:
+                masks = small.long()  # not of a whole group, as they take eight bytes for each pixel then
             batch = KDBatch(images=images, labels=labels, index=index, valid=valid, masks=masks, views=views)
             if self.change is not None:
                 batch = self._changed(self.change, batch)
@@ -93,25 +95,25 @@ class Preparation:
                 )
         return changed
 
-    @torch.inference_mode(False)  # the next batch may be trained on
     def _split(self, group: ReadGroup) -> list[_Parts]:
         """Views, metadata, index, valid, `counted` and masks of each batch of a group, as parts of the group's tensors.
 
         What is done to all batches at once takes as long as for one of them.
         """
         views = {name: self.sync.as_tensor(view) for name, view in group.views.items()}
-        metadata = self.sync.to_device(group.planned.metadata)
+        metadata = self.sync.to_device(torch.from_numpy(group.planned.metadata))
         valid = metadata[VALID].bool()
         of_images = counted(is_uniform(views[IMAGES]), valid)
         sizes = [end - start for start, end in pairwise(group.planned.ends)]
         split = zip(*(view.split_with_sizes(sizes) for view in views.values()), strict=True)
+        masks = None if group.masks is None else self.sync.to_device(torch.from_numpy(group.masks))
         parts = (
             [dict(zip(views, batch, strict=True)) for batch in split],
             metadata.split_with_sizes(sizes, 1),
             metadata[INDEX].split_with_sizes(sizes),
             valid.split_with_sizes(sizes),
             of_images.split_with_sizes(sizes, 1),
-            [None] * len(sizes) if group.masks is None else self.sync.to_device(group.masks).split_with_sizes(sizes),
+            [None] * len(sizes) if masks is None else masks.split_with_sizes(sizes),
         )
         return list(zip(*parts, strict=True))
 
@@ -140,12 +142,6 @@ class Preparation:
                 return batch.replace(teacher=outputs, teacher_views=views)
             case teacher:
                 return teacher.with_outputs(batch)
-
-
-@torch.inference_mode(False)  # as of `_split`
-def _as_classes(masks: Tensor) -> Tensor:
-    """Masks as int64; not of a whole group, as they take eight bytes for each pixel then."""
-    return masks.long()
 
 
 def _height_width(images: Tensor) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -34,9 +33,9 @@ class StreamSync:
         # From its capsule: torch would first ask for attributes that DALI lacks, which takes ten times as long.
         return from_dlpack(images.__dlpack__())
 
-    def to_device(self, array: NDArray[Any]) -> Tensor:
-        """An array as a tensor on the device, copied on the current stream; on a CPU it shares the memory."""
-        return torch.from_numpy(array)
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device, copied on the current stream; itself if it is there already."""
+        return tensor.cpu()  # of a GPU's tensor, a copy that does not wait might be read before it is there
 
     def wait_for(self, tensors: Iterable[Tensor]) -> None:
         """Let the teacher's stream wait for the current one, on which those of `tensors` that are on a GPU were made.
@@ -53,6 +52,9 @@ class StreamSync:
 
     def keep_until_used(self, buffer: object) -> None:
         """Keep `buffer` until the work that the consumer has queued so far is done."""
+
+    def keep_until(self, event: Any, buffer: object) -> None:
+        """Keep `buffer`, which no consumer gets, until the teacher's work before `event` is done."""
 
     def close(self) -> None:
         """Wait for the work on all kept buffers, and drop them."""
@@ -75,14 +77,16 @@ class _CudaSync(StreamSync):
     def as_tensor(self, images: Any) -> Tensor:
         return from_dlpack(images)  # torch passes its current stream to DALI
 
-    def to_device(self, array: NDArray[Any]) -> Tensor:
-        # From pinned memory the copy is only queued, and torch keeps the memory until it is done.
-        return torch.from_numpy(array).pin_memory().to(self._device, non_blocking=True)
+    def to_device(self, tensor: Tensor) -> Tensor:
+        # From other memory the driver may wait for the stream, and so for the teacher. From pinned memory the copy is
+        # only queued, and torch keeps the memory until it is done.
+        pinned = tensor if tensor.is_cuda else tensor.pin_memory()
+        return pinned.to(self._device, non_blocking=True)
 
     def wait_for(self, tensors: Iterable[Tensor]) -> None:
         on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
-        if on_gpu:
-            self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        for device in {tensor.device for tensor in on_gpu}:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
         for tensor in on_gpu:
             tensor.record_stream(self.stream)
 
@@ -94,16 +98,21 @@ class _CudaSync(StreamSync):
         consumer = torch.cuda.current_stream(self._device)
         consumer.wait_event(event)
         for tensor in tensors:
-            tensor.record_stream(consumer)
+            if tensor.is_cuda:  # what a user's function adds may be anywhere
+                tensor.record_stream(consumer)
 
     def keep_until_used(self, buffer: object) -> None:
-        self._kept.append((torch.cuda.current_stream(self._device).record_event(), buffer))
+        self.keep_until(torch.cuda.current_stream(self._device).record_event(), buffer)
+
+    def keep_until(self, event: torch.cuda.Event, buffer: object) -> None:
+        self._kept.append((event, buffer))
         while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
             self._kept.popleft()
         while len(self._kept) > self._max_kept:
             self._drop_oldest()
 
     def close(self) -> None:
+        self._max_kept = 0  # what a loop that is still open keeps at its end is waited for
         while self._kept:
             self._drop_oldest()
         self.stream.synchronize()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kd_pipeline._core.constants import IMAGES
@@ -122,7 +123,9 @@ def check_pixels(
                 # Planned for the size of `images`.
                 size = sync.as_tensor(batch.group.views[IMAGES]).shape
                 columns = at_size(
-                    sync.to_device(batch.metadata[MIXING]).T, (size[2], size[3]), (images.shape[2], images.shape[3])
+                    sync.to_device(torch.from_numpy(batch.metadata[MIXING])).T,
+                    (size[2], size[3]),
+                    (images.shape[2], images.shape[3]),
                 )
                 images = mix_images(images, columns)
             sample = batch.metadata[INDEX]

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -183,10 +184,18 @@ class _CudaGraph:
                 for _ in range(_NUM_WARM_UP):
                     forward(images)
             torch.cuda.current_stream(self._device).wait_stream(side_stream)
-            self._graph = torch.cuda.CUDAGraph()
-            # This mode lets other threads, such as DALI's, allocate and copy during the capture.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._outputs = forward(images)
+            self._graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            try:
+                # The outer context ends with the stream that was current, where that of a failed capture does not. The
+                # mode lets other threads, such as DALI's, allocate and copy during the capture.
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                    torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
+                ):
+                    self._outputs = forward(images)
+            except Exception:
+                _end_failed_capture(self._device, pool)
+                raise
 
     @property
     def shape(self) -> torch.Size:
@@ -211,6 +220,16 @@ def _capture(forward: Callable[[Tensor], Mapping[str, Tensor]], images: Tensor) 
     except Exception as exc:  # a module may do anything that a graph cannot capture
         _logger.warning("no CUDA graph for the teacher, which runs without one: %s", exc)
         return None
+
+
+def _end_failed_capture(device: torch.device, pool: tuple[int, int]) -> None:
+    """Let torch free memory again.
+
+    Before https://github.com/pytorch/pytorch/pull/180395 its allocator takes a failed capture for one that is still
+    under way, during which it keeps all memory that several streams have used.
+    """
+    with suppress(RuntimeError):  # torch has ended it
+        torch._C._cuda_endAllocateToPool(device.index, pool)
 
 
 def _owned(outputs: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from kd_pipeline.loader.streams import StreamSync, open_stream_sync
+from tests.on_gpu import OnGpu
 
 REAL_STREAM, REAL_EVENT = torch.cuda.Stream, torch.cuda.Event
-DEVICE = torch.device("cuda", 0)
+DEVICE, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
 
 
 class Event:
@@ -45,11 +46,24 @@ class Stream:
 
 
 class Tensor:
-    def __init__(self, calls):
-        self._calls = calls
+    def __init__(self, calls, *, is_cuda=True, is_pinned=False, device=DEVICE):
+        self._calls, self.is_cuda, self._is_pinned, self.device = calls, is_cuda, is_pinned, device
 
     def record_stream(self, stream):
+        assert self.is_cuda, "torch raises NotImplementedError for a tensor on the CPU"
         self._calls.append(f"record_stream for the {stream.name}'s stream")
+
+    def pin_memory(self):
+        assert not self.is_cuda, "torch pins only tensors on the CPU"
+        if self._is_pinned:
+            return self
+        self._calls.append("copy to pinned memory")
+        return Tensor(self._calls, is_cuda=False, is_pinned=True)
+
+    def to(self, device, *, non_blocking=False):
+        kind = "GPU" if self.is_cuda else "pinned" if self._is_pinned else "pageable"
+        self._calls.append(f"copy from {kind} memory to {device}, {non_blocking=}")
+        return Tensor(self._calls)
 
 
 class Buffer:
@@ -68,6 +82,7 @@ class Recorder:
     def __init__(self):
         self.calls = []
         self.consumer = self.current = Stream("consumer", self.calls)
+        self.of_other = Stream("other GPU", self.calls)
         self.made = []
 
     def make_stream(self, device):
@@ -76,8 +91,8 @@ class Recorder:
         return self.made[-1]
 
     def current_stream(self, device):
-        assert device == DEVICE
-        return self.current
+        assert device in (DEVICE, OTHER)
+        return self.current if device == DEVICE else self.of_other
 
     @contextmanager
     def stream(self, stream):
@@ -100,6 +115,7 @@ def test_fakes_have_only_real_methods():
     for real, fake in methods.items():
         names = [name for name in vars(fake) if not name.startswith("_")]
         assert names and all(callable(getattr(real, name)) for name in names)
+    assert {"is_cuda", "device"} <= {*dir(torch.Tensor)}
     assert callable(torch.cuda.stream) and callable(torch.cuda.current_stream)
 
 
@@ -157,6 +173,41 @@ def test_torch_tensors_are_recorded_on_consumer_stream(cuda):
     assert cuda.calls[1:] == ["record_stream for the consumer's stream"] * 2
 
 
+def test_tensors_on_the_cpu_are_handed_over_as_they_are(cuda):
+    """A list of tensors beside the batch stays where the user's loader put it."""
+    sync = open_stream_sync(DEVICE, ahead=1)
+    sync.hand_over(sync.record_event(), [Tensor(cuda.calls, is_cuda=False)])
+    assert not any("record_stream" in call for call in cuda.calls)
+
+
+def test_teacher_waits_for_tensors_on_a_gpu(cuda):
+    sync = open_stream_sync(DEVICE, ahead=1)
+    cuda.calls.clear()
+    sync.wait_for([Tensor(cuda.calls, is_cuda=False)])
+    assert cuda.calls == []
+    sync.wait_for([Tensor(cuda.calls), Tensor(cuda.calls, is_cuda=False), Tensor(cuda.calls)])
+    assert cuda.calls == [
+        "the teacher's stream waits for the consumer's stream",
+        *["record_stream for the teacher's stream"] * 2,
+    ]
+    cuda.calls.clear()
+    sync.wait_for([Tensor(cuda.calls, device=OTHER)])
+    assert cuda.calls[0] == "the teacher's stream waits for the other GPU's stream"
+
+
+def test_copies_come_from_pinned_memory(cuda):
+    sync = open_stream_sync(DEVICE, ahead=1)
+    cuda.calls.clear()
+    sync.to_device(Tensor(cuda.calls, is_cuda=False))
+    sync.to_device(Tensor(cuda.calls, is_cuda=False, is_pinned=True))
+    sync.to_device(Tensor(cuda.calls))
+    assert cuda.calls == [
+        "copy to pinned memory",
+        *["copy from pinned memory to cuda:0, non_blocking=True"] * 2,
+        "copy from GPU memory to cuda:0, non_blocking=True",
+    ]
+
+
 def test_current_stream_of_consumer_waits(cuda):
     sync = open_stream_sync(DEVICE, ahead=1)
     event = sync.record_event()
@@ -186,6 +237,17 @@ def test_buffer_is_kept_until_consumer_passed(cuda):
     assert dropped == ["a", "b", "c", "d"]
 
 
+def test_buffer_without_consumer_is_kept_until_its_event(cuda):
+    sync, dropped = open_stream_sync(DEVICE, ahead=1), []
+    event = sync.record_event()
+    sync.keep_until(event, Buffer("a", dropped))
+    sync.keep_until_used(Buffer("b", dropped))
+    assert dropped == []
+    event.is_done = True
+    sync.keep_until_used(Buffer("c", dropped))
+    assert dropped == ["a"]
+
+
 def test_buffers_are_dropped_in_order(cuda):
     sync, dropped = open_stream_sync(DEVICE, ahead=1), []
     for name in "abc":
@@ -213,6 +275,14 @@ def test_close_waits_for_buffers_and_teacher(cuda):
     assert cuda.calls == waits[2:]
 
 
+def test_nothing_is_kept_once_it_is_closed(cuda):
+    """As by the end of a loop that was open."""
+    sync, dropped = open_stream_sync(DEVICE, ahead=1), []
+    sync.close()
+    sync.keep_until_used(Buffer("a", dropped))
+    assert dropped == ["a"] and cuda.calls[-1] == "the host waits for event 0 on the consumer's stream"
+
+
 def test_cpu_orders_and_keeps_nothing():
     sync, dropped = open_stream_sync(torch.device("cpu"), ahead=1), []
     assert type(sync) is StreamSync and sync.stream is None
@@ -220,5 +290,15 @@ def test_cpu_orders_and_keeps_nothing():
         event = sync.record_event()
     sync.hand_over(event, [torch.zeros(1)])
     sync.keep_until_used(Buffer("a", dropped))
-    assert dropped == ["a"]
+    sync.keep_until(event, Buffer("b", dropped))
+    assert dropped == ["a", "b"]
+    tensor = torch.zeros(1)
+    assert sync.to_device(tensor) is tensor
     sync.close()
+
+
+def test_copies_to_the_cpu_wait():
+    """Otherwise the host might read a copy of a GPU's tensor before it is there."""
+    with OnGpu() as gpu:
+        copy = open_stream_sync(torch.device("cpu"), ahead=0).to_device(gpu.tensor(torch.ones(2)))
+    assert copy.device.type == "cpu" and [each.waits for each in gpu.copies] == [True]

@@ -5,6 +5,7 @@ and only when `Gpu.run` gets to it. So a missing stream synchronization, or a bu
 the outputs. The classes have the methods and parameters of the real ones that `kd_pipeline` uses, and no others.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 ALIGNMENT = 256
@@ -29,7 +31,10 @@ Work = Callable[[], bool]
 class _Block:
     """Memory that is never reused: late work finds poison in it."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, *, is_host: bool = False) -> None:
+        self.is_host, self.is_freed = is_host, False
+        self.users: list[Queue] = []
+        """Streams that use it besides the one that it was allocated on."""
         self._bytes = np.full(num_bytes + ALIGNMENT, _POISON, np.uint8)
         self.start = -self._bytes.ctypes.data % ALIGNMENT
         self.address, self.num_bytes = self._bytes.ctypes.data + self.start, num_bytes
@@ -37,6 +42,7 @@ class _Block:
 
     def poison(self) -> bool:
         self.bytes[:] = _POISON
+        self.is_freed = True
         return True
 
 
@@ -62,6 +68,7 @@ class Address:
     dtype: torch.dtype
 
     def tensor(self) -> Tensor:
+        assert not self.block.is_freed, "late work uses memory that was freed"
         size = self.dtype.itemsize
         end = self.offset + (self.block.num_bytes - self.offset) // size * size
         flat = torch.from_numpy(self.block.bytes[self.offset : end]).view(self.dtype)
@@ -121,6 +128,8 @@ class Gpu(TorchDispatchMode):
         super().__init__()
         self.host_waits = 0
         self.captures_to_break = 0
+        self.pools: set[tuple[int, int]] = set()
+        """Of captures that torch's allocator takes for under way."""
         self._is_capturing = False
         self.builders: list[GraphBuilder] = []
         self.events: dict[int, Event] = {}
@@ -133,14 +142,19 @@ class Gpu(TorchDispatchMode):
 
     # Memory
 
-    def images(self, values: Tensor) -> Tensor:
-        """`values` in memory that torch did not allocate: it is poisoned as soon as nobody holds it."""
-        tensor = self._allocate(values.shape, values.dtype, _Block.poison)
+    def images(self, values: Tensor, *, is_host: bool = False) -> Tensor:
+        """`values` in memory that torch did not allocate: it is poisoned as soon as nobody holds it.
+
+        With `is_host` it is pinned memory of the host.
+        """
+        tensor = self._allocate(values.shape, values.dtype, _Block.poison, is_host=is_host)
         tensor.copy_(values)
         return tensor
 
-    def _allocate(self, shape: Sequence[int], dtype: torch.dtype, release: Callable[[_Block], object]) -> Tensor:
-        block = _Block(int(np.prod(shape)) * dtype.itemsize)
+    def _allocate(
+        self, shape: Sequence[int], dtype: torch.dtype, release: Callable[[_Block], object], *, is_host: bool = False
+    ) -> Tensor:
+        block = _Block(int(np.prod(shape)) * dtype.itemsize, is_host=is_host)
         self._blocks.append(block)
         array = np.asarray(_Owner(block, partial(release, block)))
         return torch.from_numpy(array).view(dtype).view(*shape)
@@ -163,11 +177,62 @@ class Gpu(TorchDispatchMode):
             queue.add(partial(_call, func, raw_args, kwargs))
             return args[0]
         example = func(*args, **kwargs)
-        # As in torch's allocator, memory is reused only after the work of the stream that it was allocated on.
-        result = self._allocate(example.shape, example.dtype, lambda block: queue.add(block.poison))
+        result = self._allocate(example.shape, example.dtype, partial(self._free, queue))
         if func is not torch.ops.aten.empty.memory_format:
             queue.add(partial(_call, func, raw_args, kwargs, self._raw(result)))
         return result
+
+    def _free(self, queue: Queue, block: _Block) -> None:
+        """As torch's allocators: memory is reused after the work of the stream that it was allocated on, and of those
+        that were recorded."""
+        if not block.users:
+            queue.add(block.poison)
+            return
+        reuse = self.new_queue()
+        for user in (queue, *block.users):
+            event = _Event()
+            event.add_to(user)
+            event.block(reuse)
+        reuse.add(block.poison)
+
+    def _block(self, tensor: Tensor) -> _Block | None:
+        address = self.address(tensor.data_ptr(), (), tensor.dtype)
+        return None if address is None else address.block
+
+    # torch.Tensor
+
+    def is_cuda(self, tensor: Tensor) -> bool:
+        block = self._block(tensor)
+        return block is not None and not block.is_host
+
+    def record_stream(self, tensor: Tensor, stream: "TorchStream") -> None:
+        block = self._block(tensor)
+        assert block is not None and not block.is_host, "torch has no record_stream for tensors on the CPU"
+        block.users.append(stream._queue)
+
+    def pin_memory(self, tensor: Tensor) -> Tensor:
+        """A copy by the host in torch's pinned memory, which torch reuses after the copies from it."""
+        if (block := self._block(tensor)) is not None:
+            assert block.is_host, "torch pins only tensors on the CPU"
+            return tensor
+
+        def release(block: _Block) -> None:
+            self._free(block.users.pop(), block) if block.users else block.poison()
+
+        with _disable_current_modes():
+            return self._allocate(tensor.shape, tensor.dtype, release, is_host=True).copy_(tensor)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """A copy from the host that does not wait."""
+        if (block := self._block(tensor)) is None:
+            raise AssertionError("a copy from pageable memory may wait for the stream")
+        if not block.is_host:
+            return tensor
+        queue = self.queue(self._current)
+        block.users.append(queue)
+        copy = self._allocate(tensor.shape, tensor.dtype, partial(self._free, queue))
+        queue.add(partial(_call, torch.clone, (self._raw(tensor),), {}, self._raw(copy)))
+        return copy
 
     def _raw(self, tensor: Tensor) -> Tensor | Address:
         return self.address(tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.stride()) or tensor
@@ -183,11 +248,12 @@ class Gpu(TorchDispatchMode):
 
     def run(self, *, latest_first: bool = False, most: int = 10**9) -> None:
         """Run every stream to its end, each as far as it gets before the next."""
-        for _ in range(10**6):
-            queues = list(self.queues.values())
-            # A list, to advance all of them in each round.
-            if not any([queue.advance(most) for queue in (reversed(queues) if latest_first else queues)]):
-                break
+        with _disable_current_modes():
+            for _ in range(10**6):
+                queues = list(self.queues.values())
+                # A list, to advance all of them in each round.
+                if not any([queue.advance(most) for queue in (reversed(queues) if latest_first else queues)]):
+                    break
         assert not any(map(len, self.queues.values())), "deadlock between streams"
 
     def wait_on_host(self) -> None:
@@ -198,8 +264,10 @@ class Gpu(TorchDispatchMode):
     def on(self, stream: "TorchStream") -> Iterator[None]:
         """Make `stream` torch's current one."""
         before, self._current = self._current, stream
-        yield
-        self._current = before
+        try:
+            yield
+        finally:
+            self._current = before
 
     # torch.cuda
 
@@ -218,20 +286,60 @@ class Gpu(TorchDispatchMode):
         return TorchEvent(self)
 
     @contextmanager
-    def capture(self, cuda_graph: "CUDAGraph", capture_error_mode: str) -> Iterator[None]:
-        """`torch.cuda.graph`: keeps what is queued inside, on its own stream, instead of doing it."""
+    def capture(self, cuda_graph: "CUDAGraph", pool: tuple[int, int], capture_error_mode: str) -> Iterator[None]:
+        """`torch.cuda.graph`: keeps what is queued inside, on its own stream, instead of doing it.
+
+        As that of torch 2.11, it leaves its stream and its pool in use if it fails.
+        """
         assert capture_error_mode == "thread_local"
-        stream = TorchStream(self)
-        queue = self.queue(stream)
+        before, self._current = self._current, TorchStream(self)
+        self.pools.add(pool)
+        queue = self.queue(self._current)
         queue.graph, self._is_capturing = [], True
-        with self.on(stream):
-            try:
-                yield
-            finally:
-                cuda_graph._work, queue.graph, self._is_capturing = queue.graph, None, False
-        if self.captures_to_break:
-            self.captures_to_break -= 1
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        try:
+            yield
+        finally:
+            cuda_graph._work, queue.graph, self._is_capturing = queue.graph, None, False
+            if self.captures_to_break:
+                self.captures_to_break -= 1
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            self.end_allocate_to_pool(0, pool)
+            self._current = before
+
+    def end_allocate_to_pool(self, device: int, pool: tuple[int, int]) -> None:
+        """`torch._C._cuda_endAllocateToPool`."""
+        if pool not in self.pools:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.pools.remove(pool)
+
+
+def install(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `gpu` the one of `torch.cuda` and `cuda.core`."""
+    monkeypatch.setattr(torch.cuda, "device", gpu.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", gpu.current_stream)
+    monkeypatch.setattr(torch.cuda, "stream", gpu.on)
+    monkeypatch.setattr(torch.cuda, "Stream", gpu.stream)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: CUDAGraph(gpu))
+    monkeypatch.setattr(torch.cuda, "graph", gpu.capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", gpu.end_allocate_to_pool)
+    monkeypatch.setitem(sys.modules, "cuda.core", gpu.core)
+
+
+def install_tensors(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tensors say where they are, and be copied from the host to the device, which torch calls `cpu` too."""
+    to = Tensor.to
+
+    def copied(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args == (torch.device("cpu"),) and kwargs == {"non_blocking": True}:
+            return gpu.to_device(tensor)
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", copied)
+    monkeypatch.setattr(Tensor, "is_cuda", property(gpu.is_cuda))
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: gpu.record_stream(tensor, stream))
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: gpu.pin_memory(tensor))
 
 
 def _call(func: Any, args: Any, kwargs: Any, result: Address | None = None) -> bool:

@@ -94,9 +94,11 @@ def test_half_precision_is_cast_into_graph(gpu: Gpu) -> None:
 
 
 def test_failed_capture_runs_without_graph(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
-    gpu.captures_to_break = 1
+    gpu.captures_to_break, current = 1, gpu.current_stream(torch.device("cpu"))
     with caplog.at_level(logging.WARNING, "kd_pipeline"):
         teacher = open_graphed(gpu)
+    assert not teacher.has_cuda_graph
+    assert gpu.current_stream(torch.device("cpu")) is current and not gpu.pools
     assert "no CUDA graph for the teacher, which runs without one: CUDA error" in caplog.text
     outputs = infer(gpu, teacher, noise(BATCH_SIZE))
     gpu.run()
