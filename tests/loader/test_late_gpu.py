@@ -112,22 +112,23 @@ def test_the_host_does_not_wait(gpu: Gpu, place: str) -> None:
     check(found)
 
 
+@pytest.mark.parametrize("latest_first", [False, True])
 @pytest.mark.parametrize("most", [1, 100])
-def test_tensors_that_the_loader_makes_on_the_gpu(gpu: Gpu, most: int) -> None:
+def test_tensors_that_the_loader_makes_on_the_gpu(gpu: Gpu, most: int, latest_first: bool) -> None:
     """They are made late, on the stream that is current in the loop, and the loader uses its dict again."""
 
     class Made:
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
             batch: dict[str, Tensor] = {}
             for images, labels in held:
-                batch |= {"images": images * 1.0, "labels": labels * 1}
+                batch |= {"images": images * 1.0, "labels": labels.int() * 1}  # of which the batch has a copy
                 yield batch
 
     held = [values(number) for number in range(BATCHES)]
     loader = open_loader(gpu, Made(), ahead=1)
     with gpu:
         found = [student(batch) for batch in loader]
-    gpu.run(latest_first=True, most=most)
+    gpu.run(latest_first=latest_first, most=most)
     check(found)
 
 
