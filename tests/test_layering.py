@@ -67,7 +67,7 @@ WRAPPED_IN = {
         "data.own_ops",
         "data.own_ops_trial",
         "data.rendering",
-        "loader.batch_stream",
+        "loader.stream_facts",
         "workflows.package_checks",
     },
     "onnx": {

@@ -13,7 +13,8 @@ from kd_pipeline.data.order import Shuffle, read_shuffle, shuffle_fields
 from kd_pipeline.data.sources import Source
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.data.views import FollowingView, Views, ViewSettings, fields_of_view
-from kd_pipeline.loader.batch_stream import BatchStream, transform_fields
+from kd_pipeline.loader.batch_stream import BatchStream
+from kd_pipeline.loader.stream_facts import transform_fields
 from kd_pipeline.models.input_adapter import Normalization
 from kd_pipeline.teachers.runner import ViewImages
 

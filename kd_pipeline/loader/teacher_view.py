@@ -1,4 +1,6 @@
-"""Which views of the images a teacher sees, and whether it takes them."""
+"""Which views of the images a teacher sees, whether it takes them, and whether its classes are those of the data."""
+
+from itertools import zip_longest
 
 import torch
 
@@ -6,11 +8,11 @@ from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.suggestions import suggest
 from kd_pipeline._core.tensor_spec import TensorSpec
 from kd_pipeline.data.views import View, Views
-from kd_pipeline.errors import ConfigError
+from kd_pipeline.errors import ConfigError, TeacherError
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 
-__all__ = ["check_takes", "seen_views"]
+__all__ = ["check_classes", "check_takes", "seen_views"]
 
 
 def seen_views(
@@ -61,3 +63,19 @@ def check_takes(teacher: Teacher, views: list[View], *, batch_size: int, device:
             for view, size in zip(views, sizes, strict=True)
         ]
         teacher.check_inputs(dict(zip(names, specs, strict=True)), device)
+
+
+def check_classes(teacher: Teacher, classes: tuple[str, ...] | None) -> None:
+    """Refuse logits of other classes than `classes`, those of the data, or in another order; None is any.
+
+    Raises:
+        TeacherError: names the first difference.
+    """
+    for name, theirs in teacher.logits.items():
+        if classes is not None and theirs is not None and classes != theirs:
+            here, there = next(pair for pair in zip_longest(classes, theirs) if pair[0] != pair[1])
+            raise TeacherError(
+                f"the teacher's {len(theirs)} classes are not the data's {len(classes)} in the same order: where the "
+                f"data has {here!r} the teacher has {there!r} ({name}); give the source the teacher's order as "
+                "`classes`"
+            )
