@@ -61,6 +61,10 @@ class OnGpu:
         empty = _empty_like(like)
         return empty.requires_grad_(like.requires_grad) if like.is_leaf else empty
 
+    def fake(self, tensor: Tensor) -> Tensor:
+        """One on the host of the same shape and dtype, of a tensor that torch did not make, such as of an array."""
+        return self._fake.from_tensor(tensor)
+
     def module(self, module: nn.Module) -> nn.Module:
         """`module` itself, with all its parameters and buffers on the GPU, wherever it was made."""
         for each in module.modules():
