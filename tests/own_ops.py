@@ -57,6 +57,11 @@ def blank(images):
     return fn.zeros_like(images)
 
 
+def jittered(images):
+    """By an operator that DALI has for a GPU alone."""
+    return fn.jitter(images)
+
+
 def on_the_cpu(images):
     return images.cpu()
 
