@@ -92,22 +92,7 @@ def check(
     if config.data.train is not None:
         with findings.part("data.train"):
             training = open_source(config.data.train.source, plugins=plugins)
-    splits, fingerprints = [], {}
-    for name in config.data.splits:
-        if name == "train" and training is None:
-            continue
-        with findings.part(key_of(name)):
-            split, fingerprints[name] = check_split(
-                config if training is not None else _without_training(config),
-                name,
-                num_images=settings.num_images,
-                training=training,
-                plugins=plugins,
-                findings=findings,
-                report=report,
-            )
-            splits.append(split)
-    _add_copies_of_training(findings, config, fingerprints)
+    splits = _check_splits(config, settings, training, findings, plugins, report)
     teacher, grid = None, None
     if config.data.train is not None:
         unlabeled = {split.split for split in splits if split.class_sizes is None}
@@ -127,6 +112,35 @@ def check(
     except OSError as exc:
         raise ConfigError(f"out: cannot write to {out}: {exc.strerror}; choose another with --out") from None
     return checked
+
+
+def _check_splits(
+    config: Config,
+    settings: CheckSettings,
+    training: Source | None,
+    findings: Findings,
+    plugins: Collection[str],
+    report: Callable[[str], object],
+) -> list[SplitReport]:
+    """The splits that open; what is wrong with their images is added to `findings`."""
+    splits: list[SplitReport] = []
+    fingerprints: dict[str, str] = {}
+    for name in config.data.splits:
+        if name == "train" and training is None:
+            continue
+        with findings.part(key_of(name)):
+            split, fingerprints[name] = check_split(
+                config if training is not None else _without_training(config),
+                name,
+                num_images=settings.num_images,
+                training=training,
+                plugins=plugins,
+                findings=findings,
+                report=report,
+            )
+            splits.append(split)
+    _add_copies_of_training(findings, config, fingerprints)
+    return splits
 
 
 def _without_training(config: Config) -> Config:

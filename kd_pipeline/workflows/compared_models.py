@@ -23,7 +23,7 @@ from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, InputAdapterLayer, Normalization
 from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
 from kd_pipeline.teachers.base import Teacher
-from kd_pipeline.teachers.settings import TeacherSettings, is_recording, members_of, with_runtimes
+from kd_pipeline.teachers.settings import AnyTeacherSettings, TeacherSettings, is_recording, members_of, with_runtimes
 from kd_pipeline.teachers.sized import SizedTeacher
 from kd_pipeline.training.checkpoint import load_checkpoint
 from kd_pipeline.training.run_folder import RunFolder
@@ -224,24 +224,9 @@ def open_logits_teacher(
     if config.teacher is None and not is_required:
         return None
     try:
-        if config.teacher is None:
-            raise ConfigError(
-                "there is nothing to compare: name a run, an ONNX file or an engine, or set teacher in the config"
-            )
-        if is_recording(config.teacher):
-            raise ConfigError(
-                f"the config's teacher is the recording {config.teacher.path}, which has outputs for training images "
-                "only; name the teacher that was recorded with --teacher"
-            )
-        settings = config.teacher
-        if isinstance(settings, TeacherSettings):
-            settings = with_trained_weights(config, settings)
-        begun_with = _runtimes_of(config)
-        config = config.model_copy(
-            update={"teacher": settings if begun_with is None else with_runtimes(settings, begun_with)}
-        )
+        settings = _teacher_settings(config)
         teacher = open_config_teacher(
-            config,
+            config.model_copy(update={"teacher": settings}),
             loader.classes,
             plugins=plugins,
             trust_engines=trust_engines,
@@ -260,10 +245,30 @@ def open_logits_teacher(
         _logger.warning("compared without the config's teacher: %s", error)
         return None
     assert isinstance(teacher, Teacher)  # and no recording
-    members = members_of(settings)
-    return OpenedModel(
-        teacher, teacher.classes, tuple(file for each in members for file in _files(each)), teacher.close
-    )
+    files = tuple(file for each in members_of(settings) for file in _files(each))
+    return OpenedModel(teacher, teacher.classes, files, teacher.close)
+
+
+def _teacher_settings(config: Config) -> AnyTeacherSettings:
+    """The teacher of `config` with the weights of its run, and run as it was there.
+
+    Raises:
+        ConfigError: there is none, or it is a recording.
+    """
+    if config.teacher is None:
+        raise ConfigError(
+            "there is nothing to compare: name a run, an ONNX file or an engine, or set teacher in the config"
+        )
+    if is_recording(config.teacher):
+        raise ConfigError(
+            f"the config's teacher is the recording {config.teacher.path}, which has outputs for training images only; "
+            "name the teacher that was recorded with --teacher"
+        )
+    settings = config.teacher
+    if isinstance(settings, TeacherSettings):
+        settings = with_trained_weights(config, settings)
+    begun_with = _runtimes_of(config)
+    return settings if begun_with is None else with_runtimes(settings, begun_with)
 
 
 def _runtimes_of(config: Config) -> Sequence[str] | None:

@@ -196,50 +196,62 @@ def class_blocks(runs: Sequence[RunRecord]) -> Iterator[Block]:
 
 
 def _classes(found: Evaluation) -> Iterator[Block]:
-    values = found.class_accuracy if found.class_iou is None else found.class_iou
-    counts = _counts(found)
+    values = _of_classes(found)
     if values is None or not 0 < len(values) <= _MAX_PICTURED:
         return
     names = [*found.classes] if found.classes is not None else [str(label) for label in range(len(values))]
     if len(names) != len(values):
         return
-    theirs = None
-    if (teacher := found.teacher) is not None:
-        theirs = teacher.class_accuracy if teacher.class_iou is None else teacher.class_iou
-        theirs = theirs if theirs is not None and len(theirs) == len(values) else None
+    theirs = None if found.teacher is None else _of_classes(found.teacher)
+    theirs = theirs if theirs is not None and len(theirs) == len(values) else None
+    counts = _counts(found)
     unit, unit_of_counts = ("accuracy", "Samples") if found.class_iou is None else ("IoU", "Pixels")
     order = sorted(range(len(values)), key=lambda label: (values[label] is None, values[label] or 0.0))
     columns = ["Class", *(["Most often taken for"] if counts is not None else [])]
     num_text = len(columns)
     columns += [*([unit_of_counts] if counts is not None else []), f"Student {unit}"]
     columns += [] if theirs is None else [f"Teacher {unit}", "Difference"]
-
-    def row(label: int) -> list[str]:
-        cells = [names[label]]
-        if counts is not None:
-            others = counts[label].copy()
-            others[label] = 0
-            top = int(others.argmax())
-            share = others[top] / max(1, counts[label].sum())
-            cells += [f"{names[top]} ({share:.0%})" if others[top] else "", f"{int(counts[label].sum()):,}"]
-        own = values[label]
-        cells.append("" if own is None else f"{own:.1%}")
-        if theirs is not None:
-            other = theirs[label]
-            cells.append("" if other is None else f"{other:.1%}")
-            cells.append("" if own is None or other is None else f"{100 * (own - other):+.1f}")
-        return cells
-
+    rows = [[*_confused(label, names, counts), *_compared(label, values, theirs)] for label in order[:_MAX_CLASSES]]
     yield Text(
         f"The worst classes first{'; a difference below zero is what the teacher knows better' if theirs else ''}."
     )
-    yield Table(columns, [row(label) for label in order[:_WORST]], num_text)
+    yield Table(columns, rows[:_WORST], num_text)
     if len(order) > _WORST:
-        shown = order[:_MAX_CLASSES]
-        title = f"All {len(order):,} classes" if len(shown) == len(order) else f"The worst {len(shown):,} classes"
-        yield Fold(title, [Table(columns, [row(label) for label in shown], num_text)])
+        title = f"All {len(order):,} classes" if len(rows) == len(order) else f"The worst {len(rows):,} classes"
+        yield Fold(title, [Table(columns, rows, num_text)])
     if counts is not None:
         yield from _confusion(names, counts, is_of_pixels=found.class_iou is not None)
+
+
+def _of_classes(found: Evaluation) -> Sequence[float | None] | None:
+    """The accuracy of each class, or its IoU for pixels."""
+    return found.class_accuracy if found.class_iou is None else found.class_iou
+
+
+def _confused(label: int, names: Sequence[str], counts: "np.ndarray[Any, np.dtype[np.int64]] | None") -> list[str]:
+    """The name of a class, and if counts are known what it is taken for most often, and its samples."""
+    if counts is None:
+        return [names[label]]
+    others = counts[label].copy()
+    others[label] = 0
+    top = int(others.argmax())
+    share = others[top] / max(1, counts[label].sum())
+    return [
+        names[label],
+        f"{names[top]} ({share:.0%})" if others[top] else "",
+        f"{int(counts[label].sum()):,}",
+    ]
+
+
+def _compared(label: int, values: Sequence[float | None], theirs: Sequence[float | None] | None) -> list[str]:
+    """The value of a class, and with a teacher its value and the difference."""
+    own = values[label]
+    cells = ["" if own is None else f"{own:.1%}"]
+    if theirs is not None:
+        other = theirs[label]
+        cells.append("" if other is None else f"{other:.1%}")
+        cells.append("" if own is None or other is None else f"{100 * (own - other):+.1f}")
+    return cells
 
 
 def _confusion(

@@ -142,7 +142,13 @@ def find_runs(path: Path) -> list[tuple[str, Path]]:
     if not path.is_dir():
         raise ConfigError(f"{path} is not the folder of a run; name the folder that run_dir says")
     found = [("", path)] if _is_run(path) else []
-    for name in sorted(os.listdir(path)):
+    try:
+        names = sorted(os.listdir(path))
+    except OSError as exc:
+        raise ConfigError(
+            f"{path} cannot be listed: {exc.strerror}; name the folder of a run that you may read"
+        ) from None
+    for name in names:
         if name not in _NO_RUNS and not (path / name).is_symlink() and _is_run(path / name):
             found.append((name, path / name))
     if not found:

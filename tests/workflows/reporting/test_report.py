@@ -280,6 +280,12 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
         write_report(tmp_path / "none")
 
 
+def test_a_folder_that_cannot_be_listed_is_an_error(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "listdir", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(ConfigError, match="cannot be listed: Permission denied"):
+        find_runs(copy)
+
+
 def test_command_names_the_file(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(runs[0]), "--no-samples", "--out", str(tmp_path / "new" / "a.html")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "new" / "a.html")
