@@ -149,7 +149,7 @@ def copies_in(work: Callable[[], object]) -> list[tuple[str, int]]:
 
 
 class Recycled:
-    """Device memory that is filled with NaN, on a different stream, once nothing refers to it."""
+    """Device memory that is filled with NaN, or -1, on a different stream, once nothing refers to it."""
 
     kept: ClassVar[list[torch.Tensor]] = []
     """All such memory, so torch does not reuse it."""
@@ -163,7 +163,7 @@ class Recycled:
 
     def __del__(self) -> None:
         with torch.cuda.stream(self._others):
-            self._memory.fill_(float("nan"))
+            self._memory.fill_(float("nan") if self._memory.is_floating_point() else -1)
 
 
 def recycled(values: torch.Tensor) -> torch.Tensor:
