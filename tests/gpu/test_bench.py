@@ -1,11 +1,14 @@
 """The benchmarks on a GPU: every loader delivers there, and what only a GPU has is measured."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.loader import GPU_LOADERS, LOADERS, BenchLoaderSettings, DecodeTask, bench_loader
+from benchmarks.students import BenchStudentsSettings, bench_students
+from benchmarks.views import BenchViewsSettings, bench_views
 from kd_pipeline.bench import teacher as bench_teacher_module
 from kd_pipeline.bench.photographs import make_photographs
 from kd_pipeline.bench.step import bench_step
@@ -72,3 +75,17 @@ def test_step_has_its_memory_copies_and_limit(
         first, last = row.samples
         assert first.device_bytes and first.copied_bytes_per_image is None
         assert last.copied_bytes_per_image is not None and min(row.images_per_s) > 0
+        assert (first.decode is not None) == (row.letter in ("c", "loader"))
+
+
+def test_views_are_measured(photographs: Path) -> None:
+    sizes = {"size": 48, "large_size": 64, "local_size": 32, "num_locals": 1}
+    result = bench_views(BenchViewsSettings(root=photographs, batch_size=8, num_batches=1, repeats=1, **sizes))
+    assert result.settings["device"].startswith("cuda") and all(min(row.images_per_s) > 0 for row in result.rows)
+
+
+@pytest.mark.slow
+def test_several_students_are_measured(photographs: Path) -> None:
+    few: dict[str, Any] = {"widths": (4, 8), "teacher_width": 4, "num_batches": 2, "epochs": 1, "repeats": 1}
+    result = bench_students(BenchStudentsSettings(root=photographs, batch_size=8, size=32, **few))
+    assert result.settings["device"].startswith("cuda") and len(result.wall_s["all students"]) == 1
