@@ -87,7 +87,8 @@ class StudentEma:
         if self._num_steps % self._settings.every_steps:
             return
         parameters = list(student.parameters())
-        self._student.to(parameters[0].device)
+        if next(self._student.parameters()).device != parameters[0].device:
+            self._student.to(parameters[0].device)
         num_updates = self._num_steps // self._settings.every_steps - 1
         average = get_ema_multi_avg_fn(self._decay(num_updates))  # type: ignore[no-untyped-call]
         weights = [full_tensor(parameter).float() for parameter in parameters]
