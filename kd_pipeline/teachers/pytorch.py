@@ -186,11 +186,12 @@ class _CudaGraph:
             torch.cuda.current_stream(self._device).wait_stream(side_stream)
             self._graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
             try:
-                # The outer context ends with the stream that was current, where that of a failed capture does not. The
-                # mode lets other threads, such as DALI's, allocate and copy during the capture.
+                # The outer context ends with the stream that was current, where that of a failed capture does not.
+                # torch's own stream is that of the first capture, perhaps on another GPU. The mode lets other threads,
+                # such as DALI's, allocate and copy during the capture.
                 with (
                     torch.cuda.stream(torch.cuda.current_stream(self._device)),
-                    torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
+                    torch.cuda.graph(self._graph, pool=pool, stream=side_stream, capture_error_mode="thread_local"),
                 ):
                     self._outputs = forward(images)
             except Exception:

@@ -32,7 +32,7 @@ class _Block:
     """Memory that is never reused: late work finds poison in it."""
 
     def __init__(self, num_bytes: int, *, is_host: bool = False) -> None:
-        self.is_host, self.is_freed = is_host, False
+        self.is_host, self.is_freed, self.is_checked = is_host, False, False
         self.users: list[Queue] = []
         """Streams that use it besides the one that it was allocated on."""
         self._bytes = np.full(num_bytes + ALIGNMENT, _POISON, np.uint8)
@@ -40,10 +40,13 @@ class _Block:
         self.address, self.num_bytes = self._bytes.ctypes.data + self.start, num_bytes
         self.bytes = self._bytes[self.start : self.start + num_bytes]
 
-    def poison(self) -> bool:
+    def spoil(self) -> bool:
         self.bytes[:] = _POISON
-        self.is_freed = True
         return True
+
+    def poison(self) -> bool:
+        self.is_freed = True
+        return self.spoil()
 
 
 class _Owner:
@@ -68,7 +71,7 @@ class Address:
     dtype: torch.dtype
 
     def tensor(self) -> Tensor:
-        assert not self.block.is_freed, "late work uses memory that was freed"
+        assert not (self.block.is_checked and self.block.is_freed), "late work uses memory that was freed"
         size = self.dtype.itemsize
         end = self.offset + (self.block.num_bytes - self.offset) // size * size
         flat = torch.from_numpy(self.block.bytes[self.offset : end]).view(self.dtype)
@@ -128,6 +131,8 @@ class Gpu(TorchDispatchMode):
         super().__init__()
         self.host_waits = 0
         self.captures_to_break = 0
+        self.is_strict = False
+        """Whether late work may not even touch memory that was freed, whatever becomes of its result."""
         self.pools: set[tuple[int, int]] = set()
         """Of captures that torch's allocator takes for under way."""
         self._is_capturing = False
@@ -155,6 +160,7 @@ class Gpu(TorchDispatchMode):
         self, shape: Sequence[int], dtype: torch.dtype, release: Callable[[_Block], object], *, is_host: bool = False
     ) -> Tensor:
         block = _Block(int(np.prod(shape)) * dtype.itemsize, is_host=is_host)
+        block.is_checked = self.is_strict
         self._blocks.append(block)
         array = np.asarray(_Owner(block, partial(release, block)))
         return torch.from_numpy(array).view(dtype).view(*shape)
@@ -186,7 +192,8 @@ class Gpu(TorchDispatchMode):
         """As torch's allocators: memory is reused after the work of the stream that it was allocated on, and of those
         that were recorded."""
         if not block.users:
-            queue.add(block.poison)
+            # What was freed in a capture is the graph's own, which uses it again at each replay.
+            queue.add(block.poison if queue.graph is None else block.spoil)
             return
         reuse = self.new_queue()
         for user in (queue, *block.users):
@@ -286,13 +293,16 @@ class Gpu(TorchDispatchMode):
         return TorchEvent(self)
 
     @contextmanager
-    def capture(self, cuda_graph: "CUDAGraph", pool: tuple[int, int], capture_error_mode: str) -> Iterator[None]:
-        """`torch.cuda.graph`: keeps what is queued inside, on its own stream, instead of doing it.
+    def capture(
+        self, cuda_graph: "CUDAGraph", pool: tuple[int, int], stream: "TorchStream", capture_error_mode: str
+    ) -> Iterator[None]:
+        """`torch.cuda.graph`: keeps what is queued inside, on `stream`, instead of doing it.
 
         As that of torch 2.11, it leaves its stream and its pool in use if it fails.
         """
         assert capture_error_mode == "thread_local"
-        before, self._current = self._current, TorchStream(self)
+        self.run()  # torch waits for the device
+        before, self._current = self._current, stream
         self.pools.add(pool)
         queue = self.queue(self._current)
         queue.graph, self._is_capturing = [], True
@@ -329,7 +339,7 @@ def install(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def install_tensors(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tensors say where they are, and be copied from the host to the device, which torch calls `cpu` too."""
-    to = Tensor.to
+    to, gpu.is_strict = Tensor.to, True
 
     def copied(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args == (torch.device("cpu"),) and kwargs == {"non_blocking": True}:
