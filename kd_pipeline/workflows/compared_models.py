@@ -18,7 +18,6 @@ from kd_pipeline._core.paths import argument_path
 from kd_pipeline.config.config import Config
 from kd_pipeline.data.transforms import EvalTransform, TrainTransform
 from kd_pipeline.errors import ConfigError, KDPipelineError, StateError, TeacherError
-from kd_pipeline.loader.config_teacher import open_config_teacher
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.input_adapter import ExpectedInput, InputAdapter, InputAdapterLayer, Normalization
 from kd_pipeline.models.registry import ModelSettings, open_model, pretrained_input
@@ -30,7 +29,7 @@ from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.exported import OpenedModel, open_model_file
 from kd_pipeline.workflows.open_checkpoint import is_checkpoint, open_checkpoint
 from kd_pipeline.workflows.stage import stage_dir, view_of
-from kd_pipeline.workflows.teacher import saved_runtimes, student_precision, with_trained_weights
+from kd_pipeline.workflows.teacher import open_split_teacher, saved_runtimes, with_trained_weights
 
 __all__ = ["ModelOpener", "open_logits_teacher"]
 
@@ -225,15 +224,8 @@ def open_logits_teacher(
         return None
     try:
         settings = _teacher_settings(config)
-        teacher = open_config_teacher(
-            config.model_copy(update={"teacher": settings}),
-            loader.classes,
-            plugins=plugins,
-            trust_engines=trust_engines,
-            split=split,
-            source=loader.source,
-            student_precision=student_precision(config),
-        )
+        config = config.model_copy(update={"teacher": settings})
+        teacher = open_split_teacher(config, split, loader, plugins=plugins, trust_engines=trust_engines)
         if "logits" not in teacher.outputs:
             teacher.close()
             raise ConfigError(
@@ -244,7 +236,6 @@ def open_logits_teacher(
             raise
         _logger.warning("compared without the config's teacher: %s", error)
         return None
-    assert isinstance(teacher, Teacher)  # and no recording
     files = tuple(file for each in members_of(settings) for file in _files(each))
     return OpenedModel(teacher, teacher.classes, files, teacher.close)
 

@@ -8,14 +8,12 @@ import torch
 
 from kd_pipeline.config.config import Config
 from kd_pipeline.errors import ConfigError
-from kd_pipeline.loader.config_teacher import open_config_teacher
 from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.models.registry import ModelSettings, open_model
-from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.settings import TeacherSettings
 from kd_pipeline.workflows.exported import CHECKPOINTS, OpenedModel, no_model
 from kd_pipeline.workflows.stage import normalization_of, view_of
-from kd_pipeline.workflows.teacher import student_precision
+from kd_pipeline.workflows.teacher import open_split_teacher
 
 __all__ = ["is_checkpoint", "open_checkpoint"]
 
@@ -103,14 +101,6 @@ def _open_teacher(
 ) -> OpenedModel:
     assert isinstance(config.teacher, TeacherSettings)
     settings = config.teacher.model_copy(update={"model": model})
-    teacher = open_config_teacher(
-        config.model_copy(update={"teacher": settings}),
-        loader.classes,
-        plugins=plugins,
-        trust_engines=trust_engines,
-        split=split,
-        source=loader.source,
-        student_precision=student_precision(config),
-    )
-    assert isinstance(teacher, Teacher)  # and no recording
+    config = config.model_copy(update={"teacher": settings})
+    teacher = open_split_teacher(config, split, loader, plugins=plugins, trust_engines=trust_engines)
     return OpenedModel(teacher, teacher.classes, (path,), teacher.close)

@@ -10,6 +10,7 @@ from kd_pipeline.config.config import Config
 from kd_pipeline.data.sources import Source
 from kd_pipeline.errors import ConfigError, MissingPackageError, TeacherError
 from kd_pipeline.loader.config_teacher import open_config_teacher
+from kd_pipeline.loader.loader import KDDataLoader
 from kd_pipeline.losses.outputs import find_output
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
@@ -22,6 +23,7 @@ __all__ = [
     "check_no_input_adapter",
     "check_recording",
     "open_run_teacher",
+    "open_split_teacher",
     "saved_runtimes",
     "starts_without_teacher",
     "student_precision",
@@ -88,6 +90,34 @@ def open_run_teacher(
         if begun_with is None:
             raise
         raise type(exc)(f"{exc}. It began with {' and '.join(begun_with)} for the teacher, and resumes so") from exc
+
+
+def open_split_teacher(
+    config: Config, split: str, loader: KDDataLoader, *, plugins: Collection[str], trust_engines: Collection[str]
+) -> Teacher:
+    """Open the teacher of `config`, which is no recording, for the images of a split. The caller closes it.
+
+    Args:
+        config: the whole run, with the weights of the teacher.
+        split: name of the split.
+        loader: of the split, in the order of whose classes the logits are.
+        plugins: modules that factories in the config may come from.
+        trust_engines: sha256 of engines to load whoever wrote them, as in `open_teacher`.
+
+    Raises:
+        ConfigError, TeacherError: as `open_config_teacher`.
+    """
+    teacher = open_config_teacher(
+        config,
+        loader.classes,
+        plugins=plugins,
+        trust_engines=trust_engines,
+        split=split,
+        source=loader.source,
+        student_precision=student_precision(config),
+    )
+    assert isinstance(teacher, Teacher)
+    return teacher
 
 
 def student_precision(config: Config) -> StudentPrecision:
