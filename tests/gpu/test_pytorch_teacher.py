@@ -85,6 +85,30 @@ def test_graph_gives_the_outputs_of_eager_mode(open_on_gpu: Open, device: torch.
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-4)
 
 
+def test_failed_capture_leaves_torch_as_it_was(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    """On its stream, and with an allocator that frees what several streams have used."""
+
+    class Reads(LogitsOnly):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images)
+            return logits * logits.sum().item() if torch.cuda.is_current_stream_capturing() else logits
+
+    current, other = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    options = {"batch_size": 8, "cuda_graph": True}
+    teacher = PyTorchTeacher(Reads(), image_shape=IMAGE_SHAPE, device=device, **options)
+    assert "no CUDA graph for the teacher" in caplog.text and not teacher.has_cuda_graph
+    assert torch.cuda.current_stream(device) == current
+    assert teacher(random_images(8).to(device))["logits"].isfinite().all()
+    num_bytes = 1 << 22
+    before = torch.cuda.memory_stats(device)["active_bytes.all.current"]
+    for _ in range(5):
+        torch.empty(num_bytes, dtype=torch.uint8, device=device).record_stream(other)
+    torch.cuda.synchronize(device)
+    torch.empty(num_bytes, dtype=torch.uint8, device=device)  # torch looks for what is done when it allocates
+    assert torch.cuda.memory_stats(device)["active_bytes.all.current"] - before < 2 * num_bytes
+    teacher.close()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_autocast_of_the_caller_changes_nothing(open_on_gpu: Open, mode: dict[str, bool], device: torch.device) -> None:
     teacher, images = open_on_gpu(**mode), random_images(8).to(device)
