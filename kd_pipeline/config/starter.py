@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from kd_pipeline.config.yaml import read_plain
 from kd_pipeline.data.headers import UnreadableFileError
 from kd_pipeline.data.sources.base import Source
 from kd_pipeline.data.sources.files.image_folder import ImageFolder
@@ -25,7 +26,7 @@ _MAX_BATCH = 64
 _NUM_LOOKED_AT = 64
 """Images whose sizes are read."""
 _PLAIN = re.compile(r"[A-Za-z0-9_./~-]*[A-Za-z_/][A-Za-z0-9_./~-]*")
-"""Paths that need no quotes."""
+"""Paths that may need no quotes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,4 +232,5 @@ train:
 
 
 def _written(path: str) -> str:
-    return path if _PLAIN.fullmatch(path) else json.dumps(path, ensure_ascii=False)
+    is_plain = _PLAIN.fullmatch(path) and read_plain(path) == path  # null, true and 1e5 are no texts
+    return path if is_plain else json.dumps(path, ensure_ascii=False)

@@ -10,7 +10,7 @@ import yaml
 from kd_pipeline._core.text import printable
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["Key", "Place", "Problem", "config_error", "parse", "parse_override"]
+__all__ = ["Key", "Place", "Problem", "config_error", "parse", "parse_override", "read_plain"]
 
 Key = tuple[str | int, ...]
 """Path to a value: the keys of mappings and the indices of lists that lead to it."""
@@ -109,7 +109,7 @@ def parse_override(text: str, place: Place, key: Key) -> tuple[Any, dict[Key, Pl
             problem = _NOT_NULL[text]
         if problem is not None:
             raise config_error([Problem(place, key, problem)])
-        return _plain(text), {key: place}
+        return read_plain(text), {key: place}
     parser = _Parser(text, lambda _: place)
     try:
         data = parser.document(key)
@@ -189,7 +189,7 @@ class _Parser:
             self._complain(event, key, f"tags ({event.tag}) are not supported; write plain values")
         if (problem := _problem_of(event.value, is_quoted=not event.implicit[0])) is not None:
             self._complain(event, key, problem)
-        return _plain(event.value) if event.implicit[0] else event.value
+        return read_plain(event.value) if event.implicit[0] else event.value
 
     def _list(self, key: Key) -> list[Any]:
         items: list[Any] = []
@@ -228,7 +228,7 @@ def _problem_of(text: str, *, is_quoted: bool) -> str | None:
     return "an empty text; leave the key out, or write null for nothing" if is_quoted and not text else None
 
 
-def _plain(text: str) -> Any:
+def read_plain(text: str) -> Any:
     """The value of an unquoted scalar."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]

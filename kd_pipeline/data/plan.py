@@ -13,7 +13,7 @@ from kd_pipeline.data.order import DatasetOrder, GlobalOrder, Order, ShardOrder,
 from kd_pipeline.data.philox import Stream, named_key, philox, stream_key
 from kd_pipeline.errors import ConfigError
 
-__all__ = ["BatchPlan", "EpochPlan", "LastBatch", "Plan", "Shard", "uniforms"]
+__all__ = ["BatchPlan", "EpochPlan", "LastBatch", "Plan", "Shard", "check_whole", "uniforms"]
 
 LastBatch = Literal["drop", "keep", "pad"]
 """What happens to the samples that do not fill a batch on every rank.
@@ -21,6 +21,18 @@ LastBatch = Literal["drop", "keep", "pad"]
 `drop` leaves them out of this epoch; `keep` makes a smaller last batch of them; `pad` fills the last batch with samples
 from the start of the epoch, marked `valid=False`.
 """
+
+
+def check_whole(name: str, value: object, low: int | None = None) -> None:
+    """Refuse what is no whole number, of at least `low`; 1.5 or True would select other samples without an error.
+
+    Raises:
+        ConfigError: it is none, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ConfigError(f"{name} must be a whole number, got {value!r:.60}")
+    if low is not None and value < low:
+        raise ConfigError(f"{name} must be at least {low}, got {value}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +43,8 @@ class Shard:
     world_size: int = 1
 
     def __post_init__(self) -> None:
+        check_whole("shard: world_size", self.world_size)
+        check_whole("shard: rank", self.rank)
         if not 0 <= self.rank < self.world_size:
             raise ConfigError(f"shard: rank must be in 0..world_size-1, got rank {self.rank} of {self.world_size}")
 
@@ -82,14 +96,13 @@ class Plan:
     repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {self.batch_size}")
-        if not 0 <= self.seed < 2**64:
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("seed", self.seed, 0)
+        if int(self.seed) >= 2**64:
             raise ConfigError(f"seed must be in 0..2**64-1, got {self.seed}")
         if self.last_batch not in get_args(LastBatch):
             raise ConfigError(f"last_batch must be one of {get_args(LastBatch)}, got {self.last_batch!r}")
-        if self.repeats < 1:
-            raise ConfigError(f"repeats must be at least 1, got {self.repeats}")
+        check_whole("repeats", self.repeats, 1)
         if self.repeats > 1 and not self.shuffle:
             raise ConfigError(
                 f"repeats must be 1 without shuffling, got {self.repeats}: every epoch would show the same part of the "

@@ -218,7 +218,11 @@ class BatchLoader(InEpochs):
         return BatchSampler(self._position)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next loop run `epoch`, counted from 0, and end this one; the user's loader is told when it starts."""
+        """Let the next loop run `epoch`, counted from 0, and end this one; the user's loader is told when it starts.
+
+        Raises:
+            ConfigError: this is no epoch.
+        """
         self._position.set_epoch(epoch)
 
     def attach_teacher(self, teacher: Teacher) -> None:

@@ -196,6 +196,9 @@ class BatchStream(StreamData, InEpochs):
         """Let the next loop run `epoch`, counted from 0, and end the current one.
 
         It is run from its start; but if it was loaded or begun within, from there.
+
+        Raises:
+            ConfigError: this is no epoch.
         """
         self._position.set_epoch(epoch)
 

@@ -1,7 +1,7 @@
 """What the user may give a loader as source and teacher, and how it is opened."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from kd_pipeline._core.constants import IMAGES
 from kd_pipeline._core.paths import Url
+from kd_pipeline.data.mixing import MixSettings
 from kd_pipeline.data.order import Shuffle
-from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.plan import Shard, check_whole
 from kd_pipeline.data.sources import Arrays, FileList, HuggingFace, ImageFolder, Parquet, Source, Tar, open_source
 from kd_pipeline.data.sources.base import AnySourceSettings
 from kd_pipeline.data.sources.containers import user_location
@@ -28,7 +29,7 @@ from kd_pipeline.teachers.open import open_teacher
 from kd_pipeline.teachers.recorded.recording import Recording, open_recording
 from kd_pipeline.teachers.settings import AnyTeacherSettings, TeacherSettings, is_recording
 
-__all__ = ["check_transform", "open_given_source", "open_given_teacher"]
+__all__ = ["check_arguments", "check_transform", "open_given_source", "open_given_teacher"]
 
 _LISTS = (".csv", ".jsonl", ".tsv", ".txt")
 _ARRAYS = (".npy", ".npz")
@@ -92,6 +93,27 @@ def check_transform(transform: object) -> None:
             f"transform is {_described(transform)}; give TrainTransform(size=224) or EvalTransform(size=224). Changes "
             "of your own are made by the argument prepare, on whole batches"
         )
+
+
+def check_arguments(
+    *, batch_size: object, seed: object, repeats: object, shard: object, mix: object, prepare: object, views: object
+) -> None:
+    """Refuse values of other types, before a teacher is opened for them.
+
+    Raises:
+        ConfigError: there is one, or a number is too small.
+    """
+    for name, value, low in (("batch_size", batch_size, 1), ("seed", seed, 0), ("repeats", repeats, 1)):
+        check_whole(name, value, low)
+    kinds: list[tuple[str, object, type, str]] = [
+        ("shard", shard, Shard, "Shard(rank, world_size)"),
+        ("mix", mix, MixSettings, "MixSettings(mixup=0.2)"),
+        ("prepare", prepare, Callable, "a function that takes a batch and returns one"),  # type: ignore[list-item]
+        ("views", views, Mapping, "a mapping of settings by name, such as {'small': EvalView(size=96)}"),
+    ]
+    for name, value, kind, advice in kinds:
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(f"{name} is {_described(value)}; give {advice}, or None")
 
 
 def open_given_teacher(

@@ -22,7 +22,7 @@ from kd_pipeline.data.views import ViewSettings
 from kd_pipeline.loader.batch_stream import BatchStream
 from kd_pipeline.loader.config_split import LoaderArguments, open_split, split_arguments
 from kd_pipeline.loader.config_teacher import open_config_teacher, recorded_view
-from kd_pipeline.loader.given import check_transform, open_given_source, open_given_teacher
+from kd_pipeline.loader.given import check_arguments, check_transform, open_given_source, open_given_teacher
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.settings import AnyTeacherSettings
@@ -127,6 +127,9 @@ class KDDataLoader(BatchStream):
             StateError: the recording is of different images.
         """
         check_transform(transform)
+        check_arguments(
+            batch_size=batch_size, seed=seed, repeats=repeats, shard=shard, mix=mix, prepare=prepare, views=views
+        )
         opened_source = open_given_source(source, plugins)
         owned: Teacher | Recording | None = None
         if not (teacher is None or isinstance(teacher, Teacher | Recording)):

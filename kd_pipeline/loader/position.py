@@ -9,6 +9,8 @@ from inspect import CO_GENERATOR
 from types import FrameType
 from typing import Literal, Self
 
+from kd_pipeline.data.plan import check_whole
+
 __all__ = ["UNKNOWN_LENGTH", "BatchSampler", "Consumer", "InEpochs", "Position"]
 
 _logger = logging.getLogger("kd_pipeline")
@@ -89,7 +91,12 @@ class Position:
         self.loop += 1
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the next loop run `epoch`: all of it or, if it was loaded or begun within, from there."""
+        """Let the next loop run `epoch`: all of it or, if it was loaded or begun within, from there.
+
+        Raises:
+            ConfigError: this is no epoch.
+        """
+        check_whole("epoch", epoch, 0)
         current = self._epoch if self._is_in_loop else None if self.left is None else self.left[0]
         if current == epoch:
             self.move_to(*self._began)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_pipeline._core.suggestions import first_few
 from kd_pipeline.errors import TeacherError
 
 __all__ = [
@@ -107,12 +108,24 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     """A deep copy of `module` in eval mode, without gradients; `module` is unchanged.
 
     Raises:
-        TeacherError: the module cannot be copied.
+        TeacherError: the module cannot be copied, or its weights have no values.
     """
+    name = type(module).__qualname__
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TeacherError(
+            f"the teacher {name} is a TorchScript module, which cannot be copied; give the module that it was "
+            "made of, or an ONNX file of it (TeacherSettings(onnx=...))"
+        )
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    if without := [key for key, tensor in tensors if tensor.is_meta or nn.parameter.is_lazy(tensor)]:
+        raise TeacherError(
+            f"the teacher {name} has weights without values ({first_few(without)}): they are on the meta device, or "
+            "lazy; load them, or run the module once"
+        )
     try:
         return copy.deepcopy(module).eval().requires_grad_(False)
     except Exception as exc:
-        raise TeacherError(f"the teacher {type(module).__qualname__} cannot be copied: {exc}") from exc
+        raise TeacherError(f"the teacher {name} cannot be copied: {exc}") from exc
 
 
 def named_outputs(

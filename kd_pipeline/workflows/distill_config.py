@@ -28,6 +28,8 @@ _ONNX = "onnx"
 
 _BATCH_SIZE = 128
 """Of all processes together; that of lightly-train."""
+_MIN_STEPS = 4
+"""Of an epoch: smaller datasets have smaller batches, as one batch of all images would be one step in each epoch."""
 _LR, _LR_BATCH_SIZE = 1e-3, 128
 """AdamW's usual learning rate at that batch size; it grows with the square root of the batch, as DINOv2's."""
 _WEIGHT_DECAY, _CLIP, _FINAL_FACTOR = 0.04, 3.0, 1e-3
@@ -137,7 +139,7 @@ def distill_config(
         images: the images.
         run_dir: folder of the run.
         epochs: length of the run.
-        num_train: number of training images, of which a batch has no more; defaults to many.
+        num_train: number of training images, of which a batch has no more than a quarter; defaults to many.
         overrides: settings by name, each `key.path=value`, which come last.
         plugins: modules that a `factory` may come from.
 
@@ -147,8 +149,7 @@ def distill_config(
     """
     values = _fixed_values(teacher, student, images, run_dir)
     values["train"]["epochs"] = epochs
-    batch_size = _BATCH_SIZE if num_train is None else min(_BATCH_SIZE, num_train)
-    values["data"]["batch_size"] = max(1, batch_size // world_size())
+    values["data"]["batch_size"] = max(1, _whole_batch(num_train) // world_size())
     config = read_values(Config, values, overrides, name="distill")
     _check_headless(config)
     _check_weights(config)
@@ -156,6 +157,14 @@ def distill_config(
     # Read again each time: an override may have set what others follow.
     _complete(values, read_values(Config, values, overrides, name="distill"))
     return read_values(Config, values, overrides, name="distill")
+
+
+def _whole_batch(num_train: int | None) -> int:
+    """Images in a batch of all processes together: the usual number, halved until an epoch has several steps."""
+    batch_size = _BATCH_SIZE
+    while num_train is not None and batch_size > max(1, num_train // _MIN_STEPS):
+        batch_size //= 2
+    return batch_size
 
 
 def _fixed_values(

@@ -23,7 +23,7 @@ from kd_pipeline.models.checkpoints import read_checkpoint
 from kd_pipeline.models.input_adapter import unadapted
 from kd_pipeline.models.modules import deployed_network
 from kd_pipeline.models.registry import open_model
-from kd_pipeline.teachers.base import Teacher
+from kd_pipeline.teachers.base import Teacher, is_logits
 from kd_pipeline.teachers.recorded.recording import Recording
 from kd_pipeline.teachers.tensorrt.output import check_folder, make_folders
 from kd_pipeline.teachers.tensorrt.package import open_tensorrt
@@ -65,6 +65,7 @@ from kd_pipeline.workflows.stage_teacher import (
     check_no_student_yet,
     start_probe,
 )
+from kd_pipeline.workflows.story import no_row_of
 from kd_pipeline.workflows.student_outputs import StudentOutputs
 from kd_pipeline.workflows.teacher import check_recording, open_run_teacher, saved_runtimes
 from kd_pipeline.workflows.teacher_layers import copy_teacher_layers
@@ -101,6 +102,7 @@ class StageRun(ExitStack):
         self._callbacks: list[Any] = []
         self._reference: Teacher | None = None
         """The teacher for validation images; None for a recording, which has no outputs for them."""
+        self._recording: Recording | None = None
         self._signals: Signals | None = None
         """Those that are received, where something else handles them."""
         self._unsharded: nn.Module | None = None
@@ -264,6 +266,8 @@ class StageRun(ExitStack):
                 self._folder.write_log("\n".join(result.lines) or _NO_RESULTS)
             for line in result.lines if self._report is not None else result.lines or (_NO_RESULTS,):
                 (self._report or log_line)(line)
+            if self._recording is not None and evaluations and any(map(is_logits, self._recording.outputs)):
+                log_line(no_row_of(self._recording, evaluations))
         return result
 
     def _open_teacher(self, saved: SavedRun | None) -> Teacher | Recording | None:
@@ -278,6 +282,7 @@ class StageRun(ExitStack):
             self._reference = teacher
         elif teacher is not None:
             check_recording(self._config, teacher)
+            self._recording = teacher
         return teacher
 
     def _find_teacher(self, begun_with: Sequence[str] | None) -> tuple[Teacher | Recording | None, bool]:

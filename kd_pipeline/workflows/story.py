@@ -1,6 +1,6 @@
-"""What a stage says about itself before its training: what learns from what, how much of it, and where."""
+"""What a stage says about itself: what learns from what, how much of it, and where; and what its results lack."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from kd_pipeline.training.module import DistillModule
 from kd_pipeline.training.run_folder import RunFolder
 from kd_pipeline.workflows.stage import Stage
 
-__all__ = ["tell_start"]
+__all__ = ["no_row_of", "tell_start"]
 
 
 def tell_start(
@@ -58,6 +58,15 @@ def tell_start(
     for title, text in parts.items():
         if text:
             log_line(f"{title:<9}{text}")
+
+
+def no_row_of(recording: Recording, splits: Iterable[str]) -> str:
+    """Why a table of results has no row of the teacher, and how to see one."""
+    teacher = recording.manifest.teacher
+    return (
+        f"no row of the teacher ({teacher.backend}, {teacher.precision}): {recording.path} has its outputs for the "
+        f"training images alone; kd-pipeline eval -c CONFIG with the teacher itself evaluates it on {', '.join(splits)}"
+    )
 
 
 def _teacher_text(config: Config, teacher: Teacher | Recording) -> str:

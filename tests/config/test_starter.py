@@ -102,6 +102,15 @@ def test_names_in_yaml_are_quoted(tmp_path: Path) -> None:
         assert root == tmp_path / folder
 
 
+@pytest.mark.parametrize("folder", ["null", "true", "1e5", ".5e3"])
+def test_relative_names_that_yaml_reads_as_no_text_are_quoted(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(Path(folder), 2)
+    assert written(Path(folder), tmp_path).data.split("train").source.model_dump()["root"].name == folder
+
+
 @pytest.mark.slow
 def test_written_config_checks_and_trains(tmp_path: Path) -> None:
     for split in ("train", "val"):

@@ -1,5 +1,6 @@
 """What a loader may be given as source, teacher and `prepare`, and what it says of itself."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -128,6 +129,26 @@ def test_anything_else_is_no_transform(folder, transform):
 
 def logits_of(loader: KDDataLoader) -> Tensor:
     return torch.cat([batch.teacher["logits"] for batch in loader])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_size", True, "batch_size must be a whole number, got True"),
+        ("batch_size", "16", "batch_size must be a whole number, got '16'"),
+        ("batch_size", 16.0, "batch_size must be a whole number, got 16.0"),
+        ("seed", 1.5, "seed must be a whole number, got 1.5"),
+        ("seed", None, "seed must be a whole number, got None"),
+        ("repeats", 1.5, "repeats must be a whole number, got 1.5"),
+        ("shard", (0, 2), "shard is an object of type tuple; give Shard"),
+        ("mix", 0.2, "mix is an object of type float; give MixSettings"),
+        ("prepare", 3, "prepare is an object of type int; give a function"),
+        ("views", 96, "views is an object of type int; give a mapping"),
+    ],
+)
+def test_argument_of_another_type_is_named(open_loader, name, value, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        open_loader(teacher=nn.Flatten(), **{name: value})
 
 
 def test_module_and_settings_equal_an_open_teacher(open_loader, folder):

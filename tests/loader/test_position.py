@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kd_pipeline.data.sources import ImageFolder
-from kd_pipeline.errors import StateError
+from kd_pipeline.errors import ConfigError, StateError
 from kd_pipeline.loader.loader import KDDataLoader
 from tests.streams import TRAIN, Fields, assert_same, conv_teacher, fields, run
 
@@ -313,6 +313,14 @@ def test_peek_of_a_closed_loader_is_refused(open_loader):
     loader.close()
     with pytest.raises(StateError, match="closed"):
         loader.peek()
+
+
+@pytest.mark.parametrize("epoch", [-1, 1.5, "2", None, True])
+def test_what_is_no_epoch_is_refused(open_loader, epochs, epoch):
+    with open_loader() as loader:
+        with pytest.raises(ConfigError, match="epoch must be"):
+            loader.set_epoch(epoch)
+        assert_same([fields(batch) for batch in loader], epochs[0])
 
 
 def test_set_epoch_runs_the_epoch_again(open_loader, epochs):

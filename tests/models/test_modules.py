@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from kd_pipeline.errors import TeacherError
-from kd_pipeline.models.modules import deployed_network, inner_teacher, named_outputs, trial_inputs
+from kd_pipeline.models.modules import deployed_network, frozen_copy, inner_teacher, named_outputs, trial_inputs
 
 LOGITS, MAP, TOKENS = torch.zeros(2, 5), torch.zeros(2, 3, 4, 4), torch.zeros(2, 7, 6)
 Named = namedtuple("Named", ["logits", "tokens"])  # as libraries have them
@@ -85,3 +85,23 @@ def test_trial_inputs_have_the_dtype_of_the_weights() -> None:
     found = trial_inputs(module, {"x": torch.zeros(2, 2), "mask": torch.ones(2, dtype=torch.bool)})
     assert isinstance(found, dict)
     assert [found["x"].dtype, found["mask"].dtype] == [torch.float64, torch.bool]
+
+
+def test_copy_is_frozen_and_the_module_unchanged() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    copied = frozen_copy(module)
+    assert module.training and all(each.requires_grad for each in module.parameters())
+    assert not copied.training and not any(each.requires_grad for each in copied.parameters())
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (torch.jit.ScriptModule(), "is a TorchScript module"),
+        (nn.Linear(3, 2, device="meta"), r"weights without values \(weight, bias\)"),
+        (nn.LazyLinear(2), r"weights without values \(weight, bias\)"),
+    ],
+)
+def test_module_without_weights_to_copy_is_refused(module: nn.Module, message: str) -> None:
+    with pytest.raises(TeacherError, match=message):
+        frozen_copy(module)

@@ -154,8 +154,11 @@ def test_batch_is_shared_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.data.batch_size == 32 and found.train.optimizer.lr == pytest.approx(1e-3)
 
 
-def test_batch_is_no_larger_than_the_dataset() -> None:
-    assert config(num_train=50).data.batch_size == 50
+@pytest.mark.parametrize(("num_train", "batch_size"), [(1, 1), (8, 2), (50, 8), (511, 64), (512, 128), (10**6, 128)])
+def test_epoch_of_a_small_dataset_has_several_steps(num_train: int, batch_size: int) -> None:
+    found = config(num_train=num_train)
+    assert found.data.batch_size == batch_size and num_train // batch_size >= min(num_train, 4)
+    assert found.train.optimizer.lr == pytest.approx(1e-3 * (batch_size / 128) ** 0.5, rel=0.01)
 
 
 def test_override_comes_last() -> None:

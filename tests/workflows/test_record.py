@@ -233,12 +233,16 @@ def test_recording_without_what_the_loss_compares_is_refused(digits: Path, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("begun_with", ["teacher", "recording"])
-def test_run_resumes_with_recording(digits: Path, tmp_path: Path, begun_with: str) -> None:
+def test_run_resumes_with_recording(
+    digits: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, begun_with: str
+) -> None:
     recording = record(settings(digits, str(tmp_path / "whole")))
     straight = run(digits, str(tmp_path / "whole"))
     first = {"teacher": {"path": recording}} if begun_with == "recording" else {}
     run(digits, str(tmp_path / "parts"), train__epochs=1, **first)
+    caplog.set_level("INFO", "kd_pipeline")
     parts = run(digits, str(tmp_path / "parts"), teacher={"path": recording})
+    assert f"no row of the teacher (onnxruntime, fp32): {recording} has its outputs for" in caplog.text
     ours, theirs = weights(straight.folder), weights(parts.folder)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

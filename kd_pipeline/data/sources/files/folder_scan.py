@@ -212,7 +212,7 @@ class Scan:
             elif is_folder(entry):
                 below.append(entry.path)
             elif not name.lower().endswith(self._endings):
-                self.skip(entry, "without a known extension")
+                self.skip(entry, "without an extension that is read")
             elif not os.path.isfile(entry.path) and os.path.exists(entry.path):  # a broken link is an unreadable image
                 self.skip(entry, "that are not regular files")
             else:

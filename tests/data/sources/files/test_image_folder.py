@@ -57,7 +57,10 @@ def test_link_cycles_are_skipped_with_warning(tmp_path):
     source = ImageFolder(root)
     assert relative_names(source, root) == ["cat/1.jpg", "cat/in/2.jpg", "dog/1.jpg"]
     (warning,) = source.warnings
-    assert "2 links back to a parent folder (cat/in/" in warning and "1 without a known extension (dog/knot)" in warning
+    assert (
+        "2 links back to a parent folder (cat/in/" in warning
+        and "1 without an extension that is read (dog/knot)" in warning
+    )
 
 
 def test_skipped_files_are_counted_and_logged_once(tmp_path, caplog):
@@ -70,7 +73,12 @@ def test_skipped_files_are_counted_and_logged_once(tmp_path, caplog):
     assert relative_names(source, tmp_path) == ["cat/1.jpg", "dog/1.jpg"] and source.classes == ("cat", "dog")
     (warning,) = source.warnings
     assert warning.startswith(f"{tmp_path}: skipped ")
-    for counted in ("3 hidden", "2 outside the class folders", "5 without a known extension", "2 that are not regular"):
+    for counted in (
+        "3 hidden",
+        "2 outside the class folders",
+        "5 without an extension that is read",
+        "2 that are not regular",
+    ):
         assert counted in warning
     assert " and 2 more)" in warning
     assert [(record.name, record.getMessage()) for record in caplog.records] == [("kd_pipeline", warning)]
@@ -164,12 +172,15 @@ def test_unlabeled_takes_every_image(tmp_path):
     source = ImageFolder(make_files(tmp_path, "b/1.jpg", "2.jpg", "a/deep/1.jpg", "x.txt", ".h/1.jpg"), labeled=False)
     assert relative_names(source, tmp_path) == ["2.jpg", "a/deep/1.jpg", "b/1.jpg"]
     assert source.labels is None and source.classes is None and source.num_classes is None
-    assert "1 without a known extension (x.txt)" in source.warnings[0]
+    assert "1 without an extension that is read (x.txt)" in source.warnings[0]
 
 
 def test_unlabeled_folder_without_images_is_refused(tmp_path):
     message = error_of(ImageFolder, make_files(tmp_path, "a/x.gif"), labeled=False)
-    assert message == f"{tmp_path}: no images in or below this folder; skipped 1 without a known extension (a/x.gif)"
+    assert (
+        message
+        == f"{tmp_path}: no images in or below this folder; skipped 1 without an extension that is read (a/x.gif)"
+    )
 
 
 def test_paths_become_absolute(tmp_path, monkeypatch):
