@@ -13,6 +13,7 @@ from kd_pipeline._core.child_process import spawn_context
 from kd_pipeline.bench.measure import peak_memory_bytes, reset_peak_memory, traced, wait_until_idle
 from kd_pipeline.bench.step_variants import ON_DALI, PHASES, VARIANTS, PhaseTimer, Step, StepTask
 from kd_pipeline.data.decode import resolve_decode
+from kd_pipeline.data.decode_trial import loaded_nvjpeg
 from kd_pipeline.errors import KDPipelineError
 
 __all__ = ["NUM_OPENING", "NUM_PROFILED", "StepSample", "StepWorker"]
@@ -167,9 +168,11 @@ def _started(device: torch.device) -> PhaseTimer:
 
 
 def _decode(device: torch.device) -> str:
-    """What `data.decode: auto` is in this process."""
+    """What `data.decode: auto` is in this process, and by which nvJPEG."""
     decoding = resolve_decode("auto", None, device_id=device.index)
-    return f"{decoding.decode}, hw_decoder_load {decoding.hw_decoder_load:g}"
+    nvjpeg = loaded_nvjpeg() if device.type == "cuda" else None
+    by = "" if nvjpeg is None else f", nvJPEG {'.'.join(map(str, nvjpeg.version))}"
+    return f"{decoding.decode}, hw_decoder_load {decoding.hw_decoder_load:g}{by}"
 
 
 def _worker_pids() -> list[int]:
