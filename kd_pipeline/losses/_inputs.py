@@ -47,10 +47,13 @@ def prepare_student(
     """
     is_map = maps and student.ndim == 4
     if (student.ndim != 2 and not is_map) or student.shape[1] < min_columns or not student.is_floating_point():
+        advice = "reshape it to one row per sample, one column per class or feature"
+        if maps:
+            advice += f", or pass maps [N, {min_columns} or more, h, w] with a row for each position"
+        if student.ndim == 2 and student.shape[1] == 1 and student.is_floating_point():  # a folder of one class
+            advice = "a single class has no other to be told from, so give the data a second one"
         raise ConfigError(
-            f"the student must be a floating [N, {min_columns} or more] tensor, got {describe(student)}; reshape it to "
-            "one row per sample, one column per class or feature"
-            + (f", or pass maps [N, {min_columns} or more, h, w] with a row for each position" if maps else "")
+            f"the student must be a floating [N, {min_columns} or more] tensor, got {describe(student)}; {advice}"
         )
     if valid is None:
         valid = torch.ones(len(student), dtype=torch.bool, device=student.device)

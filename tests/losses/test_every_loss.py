@@ -488,7 +488,7 @@ def test_invalid_labels(loss, labels, found):
 @pytest.mark.parametrize("name", ["soft_target", "hard_label", "dist", "dkd", "task"])
 def test_one_class_is_rejected(name):
     batch = make_batch(4, 1)
-    with pytest.raises(ConfigError, match=r"\[N, 2 or more\] tensor, got \[4, 1\] float32"):
+    with pytest.raises(ConfigError, match=r"\[N, 2 or more\] tensor, got \[4, 1\] float32; a single class"):
         LOSSES.get(name, LOSSES["soft_target kl"])(batch)
 
 
