@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from torch import nn
 
@@ -85,6 +86,35 @@ def test_other_batch_sizes_leave_the_code_of_the_first(backend: Backend) -> None
     for size in (8, 5, 8, 3, 5, 8):
         assert compiled(torch.zeros(size, 3)).shape == (size, 4)
     assert backend.ran == [0, 1, 0, 2, 1, 0]
+
+
+@pytest.fixture(params=[True, False], ids=["own limits", "torch's limit"])
+def has_limits(request: pytest.FixtureRequest, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With the arguments of `torch.compile` that set its limits, and without them, as in older versions of torch."""
+    compile_now = torch.compile
+    if not request.param:
+        monkeypatch.setattr(torch, "compile", lambda module, dynamic: compile_now(module, dynamic=dynamic))
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+
+
+@pytest.mark.usefixtures("has_limits")
+def test_every_network_of_one_class_is_compiled(backend: Backend) -> None:
+    networks = [torch_compile(nn.Linear(3, width)) for width in range(1, 13)]
+    for _ in range(2):
+        for network in networks:
+            network(torch.zeros(8, 3))
+    assert backend.ran == [*range(12), *range(12)]
+
+
+@pytest.mark.usefixtures("has_limits")
+def test_every_shape_is_compiled(backend: Backend) -> None:
+    compiled = torch_compile(nn.Linear(3, 4))
+    for _ in range(2):
+        for size in range(2, 14):
+            compiled(torch.zeros(size, 3))
+    assert backend.ran == [*range(12), *range(12)]
 
 
 def test_teacher_is_compiled_once_and_checked_without_its_code(backend: Backend) -> None:
