@@ -11,7 +11,7 @@ from torch import Tensor
 from kd_pipeline._core.constants import IGNORE_INDEX, IMAGES
 from kd_pipeline._core.device import resolve_device
 from kd_pipeline.batch import KDBatch
-from kd_pipeline.data.plan import Shard
+from kd_pipeline.data.plan import Shard, check_whole
 from kd_pipeline.errors import ConfigError, DataError, StateError
 from kd_pipeline.loader.batch_epoch import OpenEpoch, ReadyBatch
 from kd_pipeline.loader.batch_fields import FieldNames, InputNames, Key
@@ -90,8 +90,12 @@ class BatchLoader(InEpochs):
         Raises:
             ConfigError: `batches` cannot be iterated again, or a value is out of range.
         """
-        if ahead is not None and ahead < 0:
-            raise ConfigError(f"ahead must be at least 0, got {ahead}")
+        _check_numbers(ahead=(ahead, 0), batch_size=(batch_size, 1), num_classes=(num_classes, 1))
+        check_whole("ignore_index", ignore_index)
+        if None not in (classes, num_classes) and len(classes or ()) != num_classes:
+            raise ConfigError(
+                f"num_classes is {num_classes}, and classes has {len(classes or ())} names; leave one out"
+            )
         self._user = UserBatches(batches)
         self.batches = batches
         """The user's own loader."""
@@ -113,6 +117,7 @@ class BatchLoader(InEpochs):
             num_own_rows=self._user.num_own_rows,
             device=self.device,
             sync=self._sync,
+            reads_ahead=self._num_ahead > 0,
         )
         self._position = Position(self._user.num_batches or UNKNOWN_LENGTH)
         self._started: OpenEpoch | None = None
@@ -294,6 +299,8 @@ class BatchLoader(InEpochs):
             return
         self._is_closed = True
         self._position.loop += 1
+        if self._preparation.process.is_foreign:
+            return  # a forked child, where the teacher's threads are not
         try:
             self._sync.close()
         finally:  # a GPU that has failed raises
@@ -319,7 +326,7 @@ class BatchLoader(InEpochs):
         epoch = self._take(place)
         self._is_looping = True
         try:
-            while (ready := epoch.take()) is not None:
+            while (ready := self._next(epoch)) is not None:
                 self._sync.hand_over(ready.event, ready.tensors)
                 if position.num_returned == position.num_batches:
                     position.num_batches = UNKNOWN_LENGTH  # the loader has more than it says
@@ -329,7 +336,8 @@ class BatchLoader(InEpochs):
                 try:
                     yield ready.batch
                 finally:
-                    self._sync.keep_until_used(ready.raw)
+                    if not self._preparation.process.is_foreign:
+                        self._sync.keep_until_used(ready.raw)
                 if loop != position.loop:
                     raise StateError(
                         "this loop has lost its place: the loader was closed, was moved by load_state_dict or "
@@ -344,9 +352,13 @@ class BatchLoader(InEpochs):
             raise
         finally:
             self._is_looping = False
-            if self._started is not epoch:
+            if self._started is not epoch and not self._preparation.process.is_foreign:
                 epoch.drop(self._sync.keep_until)
         position.finish()
+
+    def _next(self, epoch: OpenEpoch) -> ReadyBatch | None:
+        self._preparation.process.check()
+        return epoch.take()
 
     def _take(self, place: tuple[int, int]) -> OpenEpoch:
         """The epoch from `place` on, of which `peek` may have read a batch."""
@@ -389,6 +401,14 @@ class BatchLoader(InEpochs):
     def _check_usable(self) -> None:
         if self._is_closed:
             raise StateError("the loader is closed; make a new one")
+        self._preparation.process.check()
+
+
+def _check_numbers(**given: tuple[int | None, int]) -> None:
+    """Refuse what is no whole number of at least what stands beside it; None is fine."""
+    for name, (value, low) in given.items():
+        if value is not None:
+            check_whole(name, value, low)
 
 
 AnyLoader = KDDataLoader | BatchLoader

@@ -11,6 +11,7 @@ from kd_pipeline.data.plan import Shard
 from kd_pipeline.errors import ConfigError, DataError, TeacherError
 from kd_pipeline.loader.batch_epoch import tensors_in
 from kd_pipeline.loader.batch_fields import FieldNames, read_fields
+from kd_pipeline.loader.process import OwnProcess
 from kd_pipeline.loader.streams import StreamSync
 from kd_pipeline.teachers.base import Teacher
 from kd_pipeline.teachers.class_order import match_classes
@@ -36,10 +37,12 @@ class BatchPreparation:
         num_own_rows: int | None,
         device: torch.device,
         sync: StreamSync,
+        reads_ahead: bool,
     ) -> None:
         """Check the teacher; see `BatchLoader` for the arguments.
 
-        Rows of an epoch after `num_own_rows`, if it is given, are not valid, as another process has them too.
+        Rows of an epoch after `num_own_rows`, if it is given, are not valid, as another process has them too. If it
+        reads ahead, batches have memory of their own, as the user's loader may fill the same one again.
 
         Raises:
             ConfigError: this is no teacher, or a recording.
@@ -53,6 +56,9 @@ class BatchPreparation:
         self._names, self._teacher, self._change = names, teacher, change
         self._classes, self._device, self._sync = classes, device, sync
         self._num_own_rows = num_own_rows
+        self._clones = reads_ahead and device.type == "cpu"  # to a GPU they are copied anyway
+        self.process = OwnProcess(lambda: [self._teacher])
+        """That of the teacher's threads."""
         self.owns_teacher = teacher is not None and not isinstance(teacher, Teacher)
         """Whether the teacher is opened here."""
         self.first: KDBatch | None = None
@@ -116,13 +122,15 @@ class BatchPreparation:
             return batch, self._sync.record_event()
 
     def close(self) -> None:
-        """Close the teacher if it was opened here."""
+        """Close the teacher if it was opened here, and not in the parent of this process."""
+        if self.process.is_foreign:
+            return
         if self.owns_teacher and isinstance(self._teacher, Teacher):
             self._teacher.close()
 
     def _moved(self, raw: Any, row: int) -> KDBatch:
         """The batch on the device."""
-        to_device = self._sync.to_device
+        to_device = self._to_device
         if isinstance(raw, KDBatch):
             return KDBatch(map_tensors(to_device, raw.asdict()))
         fields = read_fields(raw, self._names)
@@ -145,6 +153,10 @@ class BatchPreparation:
             valid=to_device(valid).bool(),
             extra={name: to_device(each) if isinstance(each, Tensor) else each for name, each in fields.extra.items()},
         )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        moved = self._sync.to_device(tensor)
+        return moved.clone() if self._clones else moved
 
     def _changed(self, batch: KDBatch, change: Callable[[KDBatch], KDBatch]) -> KDBatch:
         changed = change(batch)
@@ -183,9 +195,11 @@ class BatchPreparation:
         except BaseException:
             opened.close()
             raise
+        self.process.use()
         return self._teacher
 
     def _check(self, teacher: Teacher) -> None:
+        self.process.use()  # most runtimes have threads
         if teacher.device != self._device:
             raise TeacherError(
                 f"the {teacher.backend} teacher reads from {teacher.device}, and the loader gives batches on "

@@ -59,9 +59,9 @@ class OwnProcess:
         """
         if self._parent is not None:
             raise StateError(
-                f"this loader belongs to process {self._parent}, of which this one ({os.getpid()}) is a fork; DALI's "
-                "threads are not forked with it. Make the loader in the child, and to continue at a position call "
-                "load_state_dict(state) there, state being its state_dict()"
+                f"this loader belongs to process {self._parent}, of which this one ({os.getpid()}) is a fork; the "
+                "threads of DALI and of a teacher are not forked with it. Make the loader in the child, and to "
+                "continue at a position call load_state_dict(state) there, state being its state_dict()"
             )
 
     def _leave(self, parent: int) -> None:

@@ -12,6 +12,7 @@ from torch import distributed
 
 from kd_pipeline.data.sources import Arrays
 from kd_pipeline.data.transforms import EvalTransform
+from kd_pipeline.loader.batch_loader import BatchLoader
 from kd_pipeline.loader.loader import KDDataLoader
 
 NUM_SAMPLES = 37
@@ -22,6 +23,13 @@ def open_loader(**options: Any) -> KDDataLoader:
     images = np.random.default_rng(0).integers(0, 256, (NUM_SAMPLES, 8, 8, 3), dtype=np.uint8)
     settings = {"batch_size": 8, "shuffle": True, "num_threads": 1, "device": "cpu", **options}
     return KDDataLoader(Arrays(images, np.arange(NUM_SAMPLES) % 7), EvalTransform(size=8), **settings)
+
+
+def open_batch_loader() -> BatchLoader:
+    """Five batches with a teacher."""
+    torch.set_num_threads(1)  # torch's own threads hang in a child
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 7))
+    return BatchLoader([torch.rand(2, 3, 4, 4) for _ in range(5)], teacher, device="cpu")
 
 
 def write(folder: str, rank: int, found: Any) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any
@@ -482,6 +483,17 @@ class TestPosition:
                 found.append(batch)
         assert len(found) == 1
 
+    @pytest.mark.parametrize("ahead", [0, 1, 2])
+    def test_a_loader_may_fill_one_tensor_again(self, ahead: int) -> None:
+        class Reused:
+            def __iter__(self) -> Iterator[Tensor]:
+                tensor = torch.empty(1, 3)
+                for number in range(4):
+                    yield tensor.fill_(number)
+
+        found = [batch.input[0, 0].item() for batch in BatchLoader(Reused(), ahead=ahead, device="cpu")]
+        assert found == [0, 1, 2, 3]
+
     def test_a_closed_loader_says_so(self) -> None:
         loader = BatchLoader([torch.rand(2, 2)])
         loader.close()
@@ -509,3 +521,21 @@ def test_samples_that_a_sampler_repeats_are_not_valid(shuffle: bool) -> None:
             valid.append([value for batch in loader for value in batch.input[batch.valid, 0].tolist()])
     for epoch in range(2):
         assert sorted(itertools.chain(*valid[epoch::2])) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ahead": -1}, "ahead must be at least 0, got -1"),
+        ({"ahead": True}, "ahead must be a whole number, got True"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": "16"}, "batch_size must be a whole number, got '16'"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 2.0}, "num_classes must be a whole number, got 2.0"),
+        ({"ignore_index": None}, "ignore_index must be a whole number, got None"),
+        ({"num_classes": 3, "classes": ["cat", "dog"]}, "num_classes is 3, and classes has 2 names"),
+    ],
+)
+def test_wrong_numbers_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        BatchLoader([torch.rand(2, 2)], **options)

@@ -305,7 +305,7 @@ def test_a_torch_loader_of_the_samples_says_what_it_needs():
 
 FORK = """
 import gc, os, sys
-from tests.loader.rank_worker import open_loader
+from tests.loader.rank_worker import {opener} as open_loader
 unused, loader = open_loader(), open_loader()
 batches = iter(loader)
 next(batches)
@@ -320,35 +320,45 @@ print("child", status, "parent", 1 + sum(1 for _ in batches))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "child",
+    ("opener", "child"),
     [
-        "pass",
-        "loader.close(); loader.close()",
-        "del loader, batches; gc.collect()",
-        "assert len(list(unused)) == 5",
-        "assert len(list(open_loader())) == 5",
-        "assert loader.state_dict()['batch'] == 1",
+        ("open_loader", "pass"),
+        ("open_loader", "loader.close(); loader.close()"),
+        ("open_loader", "del loader, batches; gc.collect()"),
+        ("open_loader", "assert len(list(unused)) == 5"),
+        ("open_loader", "assert len(list(open_loader())) == 5"),
+        ("open_loader", "assert loader.state_dict()['batch'] == 1"),
+        ("open_batch_loader", "del batches; loader.close(); loader.close()"),
+        ("open_batch_loader", "assert len(list(unused)) == 5"),
     ],
 )
-def test_forked_child_ends_as_it_should(child):
-    output, errors = fork(child)
+def test_forked_child_ends_as_it_should(opener, child):
+    output, errors = fork(opener, child)
     assert output == "child 7 parent 5\n", errors
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "child", ["next(batches)", "list(loader)", "loader.peek()", "loader.load_state_dict(loader.state_dict())"]
+    ("opener", "child"),
+    [
+        ("open_loader", "next(batches)"),
+        ("open_loader", "list(loader)"),
+        ("open_loader", "loader.peek()"),
+        ("open_loader", "loader.load_state_dict(loader.state_dict())"),
+        ("open_batch_loader", "next(batches)"),
+        ("open_batch_loader", "list(loader)"),
+    ],
 )
-def test_use_in_a_forked_child_is_refused(child):
-    output, errors = fork(child)
+def test_use_in_a_forked_child_is_refused(opener, child):
+    output, errors = fork(opener, child)
     assert output == "child 1 parent 5\n"
     (line,) = [line for line in errors.splitlines() if line.startswith("kd_pipeline.errors.StateError")]
     assert "is a fork" in line and "Make the loader in the child" in line
 
 
-def fork(child: str) -> tuple[str, str]:
+def fork(opener: str, child: str) -> tuple[str, str]:
     """What the process and its child print, and write to stderr."""
-    return Command([], ROOT, script=FORK.format(child=child)).communicate()
+    return Command([], ROOT, script=FORK.format(opener=opener, child=child)).communicate()
 
 
 def test_closed_loaders_are_forgotten():
