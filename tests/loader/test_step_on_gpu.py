@@ -69,6 +69,7 @@ def test_batch_of_a_users_own_loader(place: str) -> None:
             num_own_rows=6,
             device=DEVICE,
             sync=sync,
+            reads_ahead=True,
         )
         preparation.first = KDBatch(raw(), index=torch.arange(ROWS), valid=torch.ones(ROWS))  # two rows are kept once
         gpu.copies.clear()
