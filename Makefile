@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # uv takes seconds where pip takes minutes, and environments on one disk share their packages.
 INSTALL := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable
 WORKERS ?= 2
-SLOW_WORKERS ?= 4  # the slow tests often wait for processes
+SLOW_WORKERS ?= 3  # the slow tests often wait for processes
 # tests/conftest.py says which files come first.
 PYTEST := CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder --numprocesses
 # Tests start hundreds of processes, which should not compile everything again, even where bytecode is not written.
